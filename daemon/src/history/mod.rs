@@ -1,0 +1,1 @@
+//! Checkpoint history: the only user of git2.

@@ -1,0 +1,1 @@
+//! Plugin host processes: deadlines, restarts, quarantine.

@@ -1,0 +1,1 @@
+//! The shim: parent and subreaper of one agent, which outlives the daemon.
