@@ -3,8 +3,8 @@
 //! The rooms are listed in the order in which they may import each other: downward only.
 #![deny(unsafe_code)]
 
-pub mod shim;
 pub mod history;
-pub mod plugins;
 #[allow(unsafe_code)]
 pub mod os;
+pub mod plugins;
+pub mod shim;

@@ -1,1 +1,38 @@
-//! Placeholder.
+//! Wire types of the Fermata control protocol: requests, replies, events, errors, ids,
+//! the NDJSON line codec and a blocking client.
+//!
+//! Nothing here does I/O except [`client`], and nothing here decides: rules live in
+//! `fermata-core`, work in `fermata-daemon`.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod agent;
+pub mod checkpoint;
+pub mod client;
+pub mod codec;
+pub mod context;
+pub mod daemon;
+pub mod error;
+pub mod event;
+pub mod ids;
+pub mod method;
+pub mod openrpc;
+pub mod operation;
+pub mod pause;
+pub mod plugin;
+pub mod project;
+pub mod question;
+pub mod rpc;
+pub mod task;
+
+pub use error::{Code, ErrorObject, Refusal};
+pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};
+
+/// The protocol version this build speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
+/// The longest line, in bytes without its newline, that either side accepts.
+pub const MAX_LINE_BYTES: usize = 1 << 20;
+
+/// How many requests one connection may have under way.
+pub const MAX_IN_FLIGHT: usize = 64;

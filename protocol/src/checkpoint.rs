@@ -1,0 +1,369 @@
+//! Checkpoints: restorable points of a project.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
+use crate::project::Phase;
+
+/// The longest name of a checkpoint, in characters.
+pub const MAX_CHECKPOINT_NAME: usize = 100;
+
+/// The longest description of a checkpoint, in characters.
+pub const MAX_CHECKPOINT_DESCRIPTION: usize = 500;
+
+/// What made a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Trigger {
+    /// A person asked for it.
+    Manual,
+    /// It was due by time or progress.
+    Auto,
+    /// The phase of the work changed.
+    PhaseTransition,
+    /// A pause made it.
+    Pause,
+    /// An agent's time was over.
+    Timeout,
+    /// The daemon shut down.
+    Shutdown,
+    /// Taken before a restore, to be able to undo it.
+    Safety,
+}
+
+impl Trigger {
+    /// Returns the text of the wire and of the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Manual => "manual",
+            Self::Auto => "auto",
+            Self::PhaseTransition => "phase_transition",
+            Self::Pause => "pause",
+            Self::Timeout => "timeout",
+            Self::Shutdown => "shutdown",
+            Self::Safety => "safety",
+        }
+    }
+}
+
+/// What is worth knowing of the project at the moment of the checkpoint.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointMetadata {
+    /// The phase of the work.
+    pub phase: Phase,
+    /// How many tasks there were.
+    pub tasks_total: u64,
+    /// How many of them were completed.
+    pub tasks_done: u64,
+    /// The agents that ran.
+    pub active_agents: Vec<String>,
+    /// The title of the task completed last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_task_done: Option<String>,
+    /// How many context items there were, archived ones included.
+    pub context_items: u64,
+    /// Tokens of the unarchived ones.
+    pub context_tokens: u64,
+    /// What the agents had cost, millionths of a US dollar.
+    pub cost_micro_usd: u64,
+    /// HEAD, branch and state of the user's repository, where there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub repository: Option<Value>,
+    /// Files that the snapshot covers.
+    pub files: u64,
+    /// Their size in bytes.
+    pub bytes: u64,
+    /// How many paths were left out although no rule excludes them.
+    pub skipped: u64,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+    /// How long each part took, milliseconds.
+    pub parts_ms: BTreeMap<String, f64>,
+}
+
+/// A checkpoint as `checkpoint.list` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointView {
+    /// Its project.
+    pub project: ProjectName,
+    /// Its number.
+    pub id: CheckpointNumber,
+    /// Its name, at most 100 characters.
+    pub name: String,
+    /// Its description, at most 500 characters.
+    pub description: String,
+    /// What made it.
+    pub trigger: Trigger,
+    /// The format version of its files.
+    pub format: u32,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// The operation that made it.
+    pub operation_id: OperationId,
+    /// The reason of the pause that made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause_reason: Option<String>,
+    /// The commit of the workspace snapshot in Fermata's own store.
+    pub git_commit: String,
+    /// The database backup's path.
+    pub database_backup: String,
+    /// The context snapshot's path.
+    pub context_snapshot: String,
+    /// SHA-256 of the manifest, in hexadecimal.
+    pub manifest_sha256: String,
+    /// Bytes that it added to the disk.
+    pub size_bytes: u64,
+    /// Whether retention must leave it alone.
+    pub pinned: bool,
+    /// What is worth knowing of that moment.
+    pub metadata: CheckpointMetadata,
+}
+
+/// Parameters of `checkpoint.create`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointCreate {
+    /// The project; the caller's own when an agent calls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub project: Option<ProjectName>,
+    /// Its name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Its description.
+    #[serde(default)]
+    pub description: String,
+}
+
+/// Result of `checkpoint.create`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointCreateResult {
+    /// The operation.
+    pub operation_id: OperationId,
+    /// The number of the checkpoint.
+    pub checkpoint_id: CheckpointNumber,
+    /// The checkpoint.
+    pub checkpoint: CheckpointView,
+    /// How long the agents stood still, milliseconds.
+    pub frozen_ms: f64,
+    /// How long each step took, milliseconds.
+    pub steps_ms: BTreeMap<String, f64>,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// Parameters of `checkpoint.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointList {
+    /// The project.
+    pub project: ProjectName,
+    /// Only those before this number; for the next page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<CheckpointNumber>,
+    /// At most so many, newest first; 200 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// Result of `checkpoint.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointListResult {
+    /// The checkpoints, newest first.
+    pub checkpoints: Vec<CheckpointView>,
+}
+
+/// Parameters of `checkpoint.show`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointShow {
+    /// The project.
+    pub project: ProjectName,
+    /// The checkpoint.
+    pub checkpoint: CheckpointNumber,
+}
+
+/// A path that a snapshot left out although no rule excludes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct SkippedPath {
+    /// The path inside the workspace; bytes that are no UTF-8 are replaced.
+    pub path: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// One part of a checkpoint, as its manifest names it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ManifestPart {
+    /// `workspace`, `database`, `context`, `transcript`, `plugin:<name>`.
+    pub kind: String,
+    /// The path inside the checkpoint's directory; the commit for the workspace.
+    pub path: String,
+    /// Its size.
+    pub bytes: u64,
+    /// SHA-256 in hexadecimal; the git object id for the workspace.
+    pub sha256: String,
+}
+
+/// The file `manifest.json` of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Manifest {
+    /// The format version.
+    pub format: u32,
+    /// The project.
+    pub project: ProjectName,
+    /// The number.
+    pub checkpoint: CheckpointNumber,
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// The parts.
+    pub parts: Vec<ManifestPart>,
+}
+
+/// Result of `checkpoint.show`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointDetail {
+    /// The checkpoint.
+    pub checkpoint: CheckpointView,
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// What the snapshot left out although no rule excludes it.
+    pub skipped: Vec<SkippedPath>,
+}
+
+/// Parameters of `checkpoint.diff`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointDiff {
+    /// The project.
+    pub project: ProjectName,
+    /// The older point.
+    pub from: CheckpointNumber,
+    /// The newer point; the workspace as it is now when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<CheckpointNumber>,
+    /// Whether the reply holds the text of the changes.
+    #[serde(default)]
+    pub patch: bool,
+}
+
+/// What happened to a path between two points.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ChangeKind {
+    /// It is new.
+    Added,
+    /// It is gone.
+    Removed,
+    /// Its bytes changed.
+    Modified,
+    /// It became another kind of file.
+    TypeChanged,
+    /// Only its mode changed.
+    ModeChanged,
+}
+
+/// A path that differs between two points.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ChangedPath {
+    /// The path inside the workspace; bytes that are no UTF-8 are replaced.
+    pub path: String,
+    /// What happened.
+    pub change: ChangeKind,
+    /// The size before, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub old_bytes: Option<u64>,
+    /// The size after, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new_bytes: Option<u64>,
+}
+
+/// Result of `checkpoint.diff`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointDiffResult {
+    /// The paths that differ, by path.
+    pub changes: Vec<ChangedPath>,
+    /// The unified diff of the text files among them, when it was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patch: Option<String>,
+}
+
+/// Parameters of `checkpoint.restore`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointRestore {
+    /// The project.
+    pub project: ProjectName,
+    /// The checkpoint.
+    pub checkpoint: CheckpointNumber,
+    /// Only shows what would change.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// Result of `checkpoint.restore`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointRestoreResult {
+    /// The operation; none for a dry run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation_id: Option<OperationId>,
+    /// The checkpoint that was restored.
+    pub checkpoint_id: CheckpointNumber,
+    /// The checkpoint of what was there before; restoring it undoes the restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub safety_checkpoint_id: Option<CheckpointNumber>,
+    /// What changed, or for a dry run would change, in the workspace.
+    pub changes: Vec<ChangedPath>,
+    /// How many paths were written.
+    pub written: u64,
+    /// How many paths were removed.
+    pub removed: u64,
+    /// How long each step took, milliseconds.
+    pub steps_ms: BTreeMap<String, f64>,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// Parameters of `checkpoint.verify`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointVerify {
+    /// The project.
+    pub project: ProjectName,
+    /// One checkpoint; all of them when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointNumber>,
+}
+
+/// What a verification found of one checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct VerifiedCheckpoint {
+    /// The checkpoint.
+    pub checkpoint_id: CheckpointNumber,
+    /// Whether every part is there and unchanged.
+    pub good: bool,
+    /// What is wrong.
+    pub problems: Vec<String>,
+}
+
+/// Result of `checkpoint.verify`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CheckpointVerifyResult {
+    /// One entry per checkpoint.
+    pub checkpoints: Vec<VerifiedCheckpoint>,
+}
+
+/// Parameters of `checkpoint.pin`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CheckpointPin {
+    /// The project.
+    pub project: ProjectName,
+    /// The checkpoint.
+    pub checkpoint: CheckpointNumber,
+    /// Whether retention must leave it alone.
+    pub pinned: bool,
+}

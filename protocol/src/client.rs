@@ -1,0 +1,219 @@
+//! A blocking client over a Unix socket.
+
+use std::collections::VecDeque;
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+
+use crate::codec::LineBuffer;
+use crate::daemon::{Hello, HelloResult};
+use crate::error::Refusal;
+use crate::method::Method;
+use crate::rpc::{Notification, Response};
+
+/// Replies may be longer than requests: a list of many rows is one line.
+const MAX_REPLY_BYTES: usize = 64 << 20;
+
+/// Why a call did not succeed.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// Nobody listens on the socket.
+    #[error("connect to {}", path.display())]
+    Unreachable {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection broke in the middle.
+    #[error("the connection to the daemon broke")]
+    Broken(#[source] io::Error),
+    /// The daemon closed the connection.
+    #[error("the daemon closed the connection")]
+    Closed,
+    /// The daemon sent something that this client does not understand.
+    #[error("the daemon's reply makes no sense: {0}")]
+    Garbled(String),
+    /// The daemon said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+/// A connection to the daemon.
+#[derive(Debug)]
+pub struct Client {
+    stream: UnixStream,
+    lines: LineBuffer,
+    next_id: u64,
+    notifications: VecDeque<Notification>,
+}
+
+impl Client {
+    /// Connects and greets; `token` makes the connection an agent's.
+    ///
+    /// # Errors
+    /// When nobody listens, or the daemon does not speak this protocol version.
+    pub fn connect(
+        path: &Path,
+        client: &str,
+        token: Option<String>,
+    ) -> Result<(Self, HelloResult), ClientError> {
+        let mut client_side = Self::connect_silently(path)?;
+        let version = crate::PROTOCOL_VERSION;
+        let hello = client_side.call(&Hello {
+            min: version,
+            max: version,
+            client: client.into(),
+            token,
+        })?;
+        Ok((client_side, hello))
+    }
+
+    /// Connects without a greeting.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect_silently(path: &Path) -> Result<Self, ClientError> {
+        let stream = UnixStream::connect(path).map_err(|source| ClientError::Unreachable {
+            path: path.to_owned(),
+            source,
+        })?;
+        Ok(Self {
+            stream,
+            lines: LineBuffer::new(MAX_REPLY_BYTES),
+            next_id: 1,
+            notifications: VecDeque::new(),
+        })
+    }
+
+    /// Calls a method and waits for its result; notifications that come meanwhile are kept.
+    ///
+    /// # Errors
+    /// The daemon's refusal, or a broken connection.
+    pub fn call<M: Method>(&mut self, params: &M) -> Result<M::Result, ClientError> {
+        self.call_watching(params, |_| {})
+    }
+
+    /// Like [`Self::call`], and hands every notification that comes meanwhile to `watch`.
+    ///
+    /// # Errors
+    /// The daemon's refusal, or a broken connection.
+    pub fn call_watching<M: Method>(
+        &mut self,
+        params: &M,
+        watch: impl FnMut(&Notification),
+    ) -> Result<M::Result, ClientError> {
+        let params =
+            serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))?;
+        let Value::Object(params) = params else {
+            return Err(ClientError::Garbled("parameters are not an object".into()));
+        };
+        let value = self.call_raw(M::NAME, params, watch)?;
+        serde_json::from_value(value)
+            .map_err(|e| ClientError::Garbled(format!("result of {}: {e}", M::NAME)))
+    }
+
+    /// Calls a method by name.
+    ///
+    /// # Errors
+    /// The daemon's refusal, or a broken connection.
+    pub fn call_raw(
+        &mut self,
+        method: &str,
+        params: Map<String, Value>,
+        mut watch: impl FnMut(&Notification),
+    ) -> Result<Value, ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut line =
+            json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
+        line.push('\n');
+        // A daemon that refuses the connection answers before it reads; its reason is worth more
+        // than the broken pipe of this write.
+        if let Err(error) = self.stream.write_all(line.as_bytes())
+            && error.kind() != io::ErrorKind::BrokenPipe
+        {
+            return Err(ClientError::Broken(error));
+        }
+        loop {
+            match self.read_message()? {
+                Message::Notification(notification) => {
+                    watch(&notification);
+                    self.notifications.push_back(notification);
+                }
+                Message::Response(response) => {
+                    if response.id != Value::from(id) && !response.id.is_null() {
+                        continue;
+                    }
+                    return match (response.result, response.error) {
+                        (_, Some(error)) => Err(ClientError::Refused(error.into())),
+                        (result, None) => Ok(result.unwrap_or(Value::Null)),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Waits for the next notification.
+    ///
+    /// # Errors
+    /// When the connection ends.
+    pub fn next_notification(&mut self) -> Result<Notification, ClientError> {
+        loop {
+            if let Some(notification) = self.notifications.pop_front() {
+                return Ok(notification);
+            }
+            if let Message::Notification(notification) = self.read_message()? {
+                return Ok(notification);
+            }
+        }
+    }
+
+    /// Limits how long a read waits; `None` waits for ever.
+    ///
+    /// # Errors
+    /// When the system refuses the limit.
+    pub fn set_read_timeout(&mut self, timeout: Option<Duration>) -> io::Result<()> {
+        self.stream.set_read_timeout(timeout)
+    }
+
+    fn read_message(&mut self) -> Result<Message, ClientError> {
+        loop {
+            let line = self
+                .lines
+                .next_line()
+                .map_err(|e| ClientError::Garbled(e.to_string()))?;
+            if let Some(line) = line {
+                let value: Value = serde_json::from_slice(&line)
+                    .map_err(|e| ClientError::Garbled(e.to_string()))?;
+                let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
+                return if value.get("method").is_some() {
+                    serde_json::from_value(value)
+                        .map(Message::Notification)
+                        .map_err(garbled)
+                } else {
+                    serde_json::from_value(value)
+                        .map(Message::Response)
+                        .map_err(garbled)
+                };
+            }
+            let mut chunk = [0; 64 << 10];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return Err(ClientError::Closed),
+                Ok(n) => self.lines.push(&chunk[..n]),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(ClientError::Broken(e)),
+            }
+        }
+    }
+}
+
+enum Message {
+    Response(Response),
+    Notification(Notification),
+}

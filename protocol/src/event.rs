@@ -1,0 +1,616 @@
+//! Events: durable, numbered facts in the past tense.
+//!
+//! The same type is stored in the database, folded into the state by `fermata_core::apply`, and
+//! sent to subscribers; a variant or field, once released, is only ever added to.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{AgentSpec, ExitStatus, Progress, RunProcesses, Usage};
+use crate::checkpoint::{CheckpointView, Trigger};
+use crate::context::FlashSaveResult;
+use crate::error::ErrorObject;
+use crate::ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, UnixMillis};
+use crate::operation::OperationKind;
+use crate::pause::{PauseMode, PauseResult, ResumeResult};
+use crate::project::{Phase, ProjectConfig, Source};
+use crate::question::QuestionView;
+use crate::task::TaskView;
+
+/// Why a run of an agent began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StartCause {
+    /// `agent.run`.
+    Run,
+    /// `agent.restart`.
+    Restart,
+    /// A resume of the project.
+    Resume,
+}
+
+/// What happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", content = "data")]
+pub enum Event {
+    /// A project was created.
+    #[serde(rename = "project.created")]
+    ProjectCreated {
+        /// The workspace's absolute path.
+        workspace: String,
+        /// What it is for.
+        description: String,
+        /// Where the workspace came from.
+        source: Option<Source>,
+        /// The settings.
+        config: ProjectConfig,
+    },
+    /// Description or settings of a project changed.
+    #[serde(rename = "project.changed")]
+    ProjectChanged {
+        /// The new description.
+        description: Option<String>,
+        /// The new settings.
+        config: Option<ProjectConfig>,
+    },
+    /// The phase of the work changed.
+    #[serde(rename = "project.phase_changed")]
+    PhaseChanged {
+        /// The phase before.
+        from: Phase,
+        /// The phase now.
+        to: Phase,
+    },
+    /// A project was removed.
+    #[serde(rename = "project.removed")]
+    ProjectRemoved {},
+    /// An agent was added to a project.
+    #[serde(rename = "agent.created")]
+    AgentCreated {
+        /// The agent.
+        agent: AgentName,
+        /// How it is started.
+        spec: AgentSpec,
+    },
+    /// A run of an agent is being started.
+    #[serde(rename = "agent.starting")]
+    AgentStarting {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// The program and arguments of this run.
+        argv: Vec<String>,
+        /// Why.
+        cause: StartCause,
+        /// SHA-256 of the run's token, in hexadecimal.
+        token_sha256: String,
+    },
+    /// A run of an agent has started.
+    #[serde(rename = "agent.started")]
+    AgentStarted {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Its processes.
+        processes: RunProcesses,
+    },
+    /// A run of an agent could not be started.
+    #[serde(rename = "agent.launch_failed")]
+    AgentLaunchFailed {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Why.
+        reason: String,
+    },
+    /// A new daemon took over a running agent.
+    #[serde(rename = "agent.adopted")]
+    AgentAdopted {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// A stop of an agent began.
+    #[serde(rename = "agent.stopping")]
+    AgentStopping {
+        /// The agent.
+        agent: AgentName,
+    },
+    /// A run of an agent ended.
+    #[serde(rename = "agent.exited")]
+    AgentExited {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// How.
+        exit: ExitStatus,
+        /// When.
+        ended_at: UnixMillis,
+    },
+    /// A run of an agent ended without a recorded exit: its shim or the machine went down.
+    #[serde(rename = "agent.interrupted")]
+    AgentInterrupted {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// What is known of it.
+        detail: String,
+    },
+    /// The processes of a parked agent were ended; it stays paused.
+    #[serde(rename = "agent.parked")]
+    AgentParked {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// An agent was removed.
+    #[serde(rename = "agent.removed")]
+    AgentRemoved {
+        /// The agent.
+        agent: AgentName,
+    },
+    /// The profile found the tool's own session id.
+    #[serde(rename = "agent.session_found")]
+    AgentSessionFound {
+        /// The agent.
+        agent: AgentName,
+        /// The session.
+        session: String,
+    },
+    /// An agent reported progress.
+    #[serde(rename = "agent.progressed")]
+    AgentProgressed {
+        /// The agent.
+        agent: AgentName,
+        /// What it reported.
+        progress: Progress,
+    },
+    /// An agent reported usage.
+    #[serde(rename = "agent.used")]
+    AgentUsed {
+        /// The agent.
+        agent: AgentName,
+        /// What was used since the last report.
+        usage: Usage,
+    },
+    /// An agent saved its own state blob.
+    #[serde(rename = "agent.state_saved")]
+    AgentStateSaved {
+        /// The agent.
+        agent: AgentName,
+        /// The blob's size as JSON text.
+        bytes: u64,
+    },
+    /// A task was created or changed.
+    #[serde(rename = "task.changed")]
+    TaskChanged {
+        /// The task as it is now.
+        task: TaskView,
+    },
+    /// An agent asked a question.
+    #[serde(rename = "question.asked")]
+    QuestionAsked {
+        /// The question.
+        question: QuestionView,
+    },
+    /// A question was answered.
+    #[serde(rename = "question.answered")]
+    QuestionAnswered {
+        /// The question.
+        id: u64,
+        /// The agent that asked.
+        agent: AgentName,
+        /// The answer.
+        answer: String,
+        /// When.
+        answered_at: UnixMillis,
+    },
+    /// Context items were put.
+    #[serde(rename = "context.added")]
+    ContextAdded {
+        /// The agent that knows them.
+        agent: AgentName,
+        /// How many.
+        items: u64,
+        /// Their tokens.
+        tokens: u64,
+    },
+    /// A flash save was applied outside a pause.
+    #[serde(rename = "context.flash_saved")]
+    FlashSaved {
+        /// The agent.
+        agent: AgentName,
+        /// What it did.
+        result: FlashSaveResult,
+    },
+    /// A context item was pinned or unpinned.
+    #[serde(rename = "context.pinned")]
+    ContextPinned {
+        /// The item.
+        id: i64,
+        /// Whether it is pinned now.
+        pinned: bool,
+    },
+    /// Archived context items were brought back.
+    #[serde(rename = "context.recalled")]
+    ContextRecalled {
+        /// The items.
+        ids: Vec<i64>,
+    },
+    /// An operation went on to another step.
+    #[serde(rename = "operation.stepped")]
+    OperationStepped {
+        /// The operation.
+        operation: OperationId,
+        /// What it does.
+        operation_kind: OperationKind,
+        /// The step that begins.
+        step: String,
+        /// The step that was concluded, and how long it took in milliseconds.
+        concluded: Option<(String, f64)>,
+    },
+    /// A step of an operation failed or it was cancelled; what was done is being undone.
+    #[serde(rename = "operation.undoing")]
+    OperationUndoing {
+        /// The operation.
+        operation: OperationId,
+        /// The step.
+        step: String,
+        /// What went wrong.
+        error: ErrorObject,
+    },
+    /// A pause began.
+    #[serde(rename = "pause.started")]
+    PauseStarted {
+        /// The operation.
+        operation: OperationId,
+        /// The number that its checkpoint will have.
+        checkpoint: CheckpointNumber,
+        /// How the project will be held.
+        mode: PauseMode,
+        /// Why.
+        reason: Option<String>,
+        /// How long agents with a channel have to acknowledge, milliseconds.
+        grace_ms: Option<u64>,
+    },
+    /// A project was paused.
+    #[serde(rename = "project.paused")]
+    ProjectPaused {
+        /// The checkpoint.
+        checkpoint: CheckpointView,
+        /// Tokens that the flash save archived.
+        tokens_archived: u64,
+        /// The reply of the pause.
+        result: PauseResult,
+        /// The agents that were frozen.
+        agents: Vec<AgentName>,
+    },
+    /// A pause failed or was cancelled, and was undone.
+    #[serde(rename = "pause.failed")]
+    PauseFailed {
+        /// The operation.
+        operation: OperationId,
+        /// What went wrong.
+        error: ErrorObject,
+    },
+    /// A resume began.
+    #[serde(rename = "resume.started")]
+    ResumeStarted {
+        /// The operation.
+        operation: OperationId,
+    },
+    /// A project was resumed.
+    #[serde(rename = "project.resumed")]
+    ProjectResumed {
+        /// The reply of the resume.
+        result: ResumeResult,
+    },
+    /// A checkpoint outside a pause began.
+    #[serde(rename = "checkpoint.started")]
+    CheckpointStarted {
+        /// The operation.
+        operation: OperationId,
+        /// Its number.
+        checkpoint: CheckpointNumber,
+        /// What makes it.
+        trigger: Trigger,
+    },
+    /// A checkpoint was made.
+    #[serde(rename = "checkpoint.created")]
+    CheckpointCreated {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint.
+        checkpoint: CheckpointView,
+        /// How long the agents stood still, milliseconds.
+        frozen_ms: f64,
+    },
+    /// A checkpoint could not be made.
+    #[serde(rename = "checkpoint.failed")]
+    CheckpointFailed {
+        /// The operation.
+        operation: OperationId,
+        /// What went wrong.
+        error: ErrorObject,
+    },
+    /// A checkpoint was pinned or unpinned.
+    #[serde(rename = "checkpoint.pinned")]
+    CheckpointPinned {
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// Whether retention must leave it alone.
+        pinned: bool,
+    },
+    /// A restore began.
+    #[serde(rename = "restore.started")]
+    RestoreStarted {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint to restore.
+        checkpoint: CheckpointNumber,
+        /// The number of the checkpoint of what is there now.
+        safety: CheckpointNumber,
+    },
+    /// The safety checkpoint was made and the plan written down: from here on the restore only rolls forward.
+    #[serde(rename = "restore.planned")]
+    RestorePlanned {
+        /// The operation.
+        operation: OperationId,
+        /// The safety checkpoint.
+        safety: CheckpointView,
+    },
+    /// A checkpoint was restored.
+    #[serde(rename = "project.restored")]
+    ProjectRestored {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// The safety checkpoint.
+        safety: CheckpointNumber,
+        /// The phase of the work at the checkpoint.
+        phase: Phase,
+        /// The tasks at the checkpoint.
+        tasks: Vec<TaskView>,
+        /// How many paths were written.
+        written: u64,
+        /// How many paths were removed.
+        removed: u64,
+    },
+    /// A restore failed before anything was changed.
+    #[serde(rename = "restore.failed")]
+    RestoreFailed {
+        /// The operation.
+        operation: OperationId,
+        /// What went wrong.
+        error: ErrorObject,
+    },
+}
+
+impl Event {
+    /// Returns the event's kind, for instance `project.paused`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::ProjectCreated { .. } => "project.created",
+            Self::ProjectChanged { .. } => "project.changed",
+            Self::PhaseChanged { .. } => "project.phase_changed",
+            Self::ProjectRemoved {} => "project.removed",
+            Self::AgentCreated { .. } => "agent.created",
+            Self::AgentStarting { .. } => "agent.starting",
+            Self::AgentStarted { .. } => "agent.started",
+            Self::AgentLaunchFailed { .. } => "agent.launch_failed",
+            Self::AgentAdopted { .. } => "agent.adopted",
+            Self::AgentStopping { .. } => "agent.stopping",
+            Self::AgentExited { .. } => "agent.exited",
+            Self::AgentInterrupted { .. } => "agent.interrupted",
+            Self::AgentParked { .. } => "agent.parked",
+            Self::AgentRemoved { .. } => "agent.removed",
+            Self::AgentSessionFound { .. } => "agent.session_found",
+            Self::AgentProgressed { .. } => "agent.progressed",
+            Self::AgentUsed { .. } => "agent.used",
+            Self::AgentStateSaved { .. } => "agent.state_saved",
+            Self::TaskChanged { .. } => "task.changed",
+            Self::QuestionAsked { .. } => "question.asked",
+            Self::QuestionAnswered { .. } => "question.answered",
+            Self::ContextAdded { .. } => "context.added",
+            Self::FlashSaved { .. } => "context.flash_saved",
+            Self::ContextPinned { .. } => "context.pinned",
+            Self::ContextRecalled { .. } => "context.recalled",
+            Self::OperationStepped { .. } => "operation.stepped",
+            Self::OperationUndoing { .. } => "operation.undoing",
+            Self::PauseStarted { .. } => "pause.started",
+            Self::ProjectPaused { .. } => "project.paused",
+            Self::PauseFailed { .. } => "pause.failed",
+            Self::ResumeStarted { .. } => "resume.started",
+            Self::ProjectResumed { .. } => "project.resumed",
+            Self::CheckpointStarted { .. } => "checkpoint.started",
+            Self::CheckpointCreated { .. } => "checkpoint.created",
+            Self::CheckpointFailed { .. } => "checkpoint.failed",
+            Self::CheckpointPinned { .. } => "checkpoint.pinned",
+            Self::RestoreStarted { .. } => "restore.started",
+            Self::RestorePlanned { .. } => "restore.planned",
+            Self::ProjectRestored { .. } => "project.restored",
+            Self::RestoreFailed { .. } => "restore.failed",
+        }
+    }
+
+    /// Returns the agent that the event is about, where it is about one.
+    pub fn agent(&self) -> Option<&AgentName> {
+        match self {
+            Self::AgentCreated { agent, .. }
+            | Self::AgentStarting { agent, .. }
+            | Self::AgentStarted { agent, .. }
+            | Self::AgentLaunchFailed { agent, .. }
+            | Self::AgentAdopted { agent, .. }
+            | Self::AgentStopping { agent }
+            | Self::AgentExited { agent, .. }
+            | Self::AgentInterrupted { agent, .. }
+            | Self::AgentParked { agent, .. }
+            | Self::AgentRemoved { agent }
+            | Self::AgentSessionFound { agent, .. }
+            | Self::AgentProgressed { agent, .. }
+            | Self::AgentUsed { agent, .. }
+            | Self::AgentStateSaved { agent, .. }
+            | Self::QuestionAnswered { agent, .. }
+            | Self::ContextAdded { agent, .. }
+            | Self::FlashSaved { agent, .. } => Some(agent),
+            Self::TaskChanged { task } => task.agent.as_ref(),
+            Self::QuestionAsked { question } => Some(&question.agent),
+            Self::ProjectCreated { .. }
+            | Self::ProjectChanged { .. }
+            | Self::PhaseChanged { .. }
+            | Self::ProjectRemoved {}
+            | Self::ContextPinned { .. }
+            | Self::ContextRecalled { .. }
+            | Self::OperationStepped { .. }
+            | Self::OperationUndoing { .. }
+            | Self::PauseStarted { .. }
+            | Self::ProjectPaused { .. }
+            | Self::PauseFailed { .. }
+            | Self::ResumeStarted { .. }
+            | Self::ProjectResumed { .. }
+            | Self::CheckpointStarted { .. }
+            | Self::CheckpointCreated { .. }
+            | Self::CheckpointFailed { .. }
+            | Self::CheckpointPinned { .. }
+            | Self::RestoreStarted { .. }
+            | Self::RestorePlanned { .. }
+            | Self::ProjectRestored { .. }
+            | Self::RestoreFailed { .. } => None,
+        }
+    }
+}
+
+/// An event with its place in the order of all events.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RecordedEvent {
+    /// Where a subscriber goes on after this event.
+    pub cursor: String,
+    /// When it was recorded.
+    pub at: UnixMillis,
+    /// The project.
+    pub project: ProjectName,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+}
+
+/// Which events a subscriber wants; what is left out does not filter.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct EventFilter {
+    /// Only those of this project.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub project: Option<ProjectName>,
+    /// Only these kinds; `pause.*` means all that begin with `pause.`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub kinds: Vec<String>,
+}
+
+impl EventFilter {
+    /// Says whether an event of that kind passes the filter's kinds.
+    pub fn takes_kind(&self, kind: &str) -> bool {
+        self.kinds.is_empty()
+            || self
+                .kinds
+                .iter()
+                .any(|wanted| match wanted.strip_suffix('*') {
+                    Some(prefix) => kind.starts_with(prefix),
+                    None => wanted == kind,
+                })
+    }
+}
+
+/// Parameters of `events.subscribe`; events come as `event` notifications.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EventsSubscribe {
+    /// Go on after this event; from now on when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
+    /// Which events.
+    #[serde(default)]
+    pub filter: EventFilter,
+}
+
+/// Result of `events.subscribe`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EventsSubscribeResult {
+    /// The subscription, named in each of its notifications.
+    pub subscription: u64,
+    /// Where it begins.
+    pub cursor: String,
+}
+
+/// Parameters of `events.unsubscribe`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EventsUnsubscribe {
+    /// The subscription.
+    pub subscription: u64,
+}
+
+/// Parameters of `events.list`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EventsList {
+    /// Go on after this event; from the oldest when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cursor: Option<String>,
+    /// Which events.
+    #[serde(default)]
+    pub filter: EventFilter,
+    /// At most so many; 200 when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<u32>,
+}
+
+/// Result of `events.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct EventsListResult {
+    /// The events, oldest first.
+    pub events: Vec<RecordedEvent>,
+    /// Where the next call goes on.
+    pub cursor: String,
+}
+
+/// Parameters of an `event` notification.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct EventNotification {
+    /// The subscription.
+    pub subscription: u64,
+    /// The event.
+    pub event: RecordedEvent,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_serialised_kind_is_the_one_that_kind_returns() {
+        let event = Event::AgentRemoved {
+            agent: AgentName::new("coder").expect("valid"),
+        };
+        let value = serde_json::to_value(&event).expect("serialises");
+        assert_eq!(value["kind"], event.kind());
+        assert_eq!(value["data"]["agent"], "coder");
+    }
+
+    #[test]
+    fn filters_know_prefixes() {
+        let filter = EventFilter {
+            project: None,
+            kinds: vec!["pause.*".into(), "task.changed".into()],
+        };
+        assert!(filter.takes_kind("pause.started") && filter.takes_kind("task.changed"));
+        assert!(!filter.takes_kind("task.changedx") && !filter.takes_kind("project.paused"));
+    }
+}

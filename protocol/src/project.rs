@@ -1,0 +1,286 @@
+//! Projects: named workspaces with their agents, tasks, context and checkpoints.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::agent::AgentView;
+use crate::checkpoint::CheckpointView;
+use crate::context::ContextSummary;
+use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
+use crate::operation::OperationView;
+use crate::pause::{Mechanism, PauseMode};
+
+/// The status of a project.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectStatus {
+    /// Created, nothing has run yet.
+    Init,
+    /// Work is being planned.
+    Planning,
+    /// At least one agent runs or is meant to.
+    Active,
+    /// A pause is under way.
+    Pausing,
+    /// Held: frozen, parked or as an image.
+    Paused,
+    /// A resume is under way.
+    Resuming,
+    /// A restore is under way.
+    Restoring,
+    /// Ended by a person.
+    Stopped,
+    /// Every agent ended well.
+    Completed,
+    /// An agent failed and none runs.
+    Failed,
+}
+
+impl ProjectStatus {
+    /// Returns the text of the wire and of the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Init => "init",
+            Self::Planning => "planning",
+            Self::Active => "active",
+            Self::Pausing => "pausing",
+            Self::Paused => "paused",
+            Self::Resuming => "resuming",
+            Self::Restoring => "restoring",
+            Self::Stopped => "stopped",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+impl std::fmt::Display for ProjectStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+/// The phase of the work in a project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Finding out what is to be done.
+    #[default]
+    Discovery,
+    /// Planning it.
+    Planning,
+    /// Doing it.
+    Active,
+    /// Reviewing it.
+    Review,
+    /// Done.
+    Complete,
+}
+
+impl Phase {
+    /// Returns the text of the wire and of the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Discovery => "discovery",
+            Self::Planning => "planning",
+            Self::Active => "active",
+            Self::Review => "review",
+            Self::Complete => "complete",
+        }
+    }
+}
+
+/// Where the workspace came from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Source {
+    /// What kind of source it is: `git`, `directory`, or a word of your own.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The URL or path.
+    pub location: String,
+    /// The branch, where the source has branches.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub branch: Option<String>,
+}
+
+/// What of the workspace a checkpoint covers, and when it freezes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ProjectConfig {
+    /// Glob patterns (as in `.gitignore`) that are covered although an ignore rule excludes them.
+    pub include: Vec<String>,
+    /// Glob patterns (as in `.gitignore`) that are not covered.
+    pub exclude: Vec<String>,
+    /// Whether `.gitignore` files and `info/exclude` count.
+    pub use_gitignore: bool,
+    /// Larger files are skipped and reported; bytes.
+    pub max_file_bytes: u64,
+    /// The token limit per agent; a flash save is due at `flash_save_at_percent` of it.
+    pub token_limit: u64,
+    /// At how many percent of the token limit a flash save is due.
+    pub flash_save_at_percent: u8,
+}
+
+impl Default for ProjectConfig {
+    fn default() -> Self {
+        Self {
+            include: Vec::new(),
+            exclude: Vec::new(),
+            use_gitignore: true,
+            max_file_bytes: 512 << 20,
+            token_limit: 180_000,
+            flash_save_at_percent: 80,
+        }
+    }
+}
+
+/// Parameters of `project.create`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectCreate {
+    /// The new project's name.
+    pub name: ProjectName,
+    /// The absolute path of the workspace directory.
+    pub workspace: String,
+    /// What the project is for.
+    #[serde(default)]
+    pub description: String,
+    /// Where the workspace came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// Settings; those left out have their defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ProjectConfig>,
+}
+
+/// Parameters of `project.set`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectSet {
+    /// The project.
+    pub project: ProjectName,
+    /// A new description.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub description: Option<String>,
+    /// A new phase of the work.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// New settings, replacing the old ones whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ProjectConfig>,
+}
+
+/// Parameters of `project.list`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectList {}
+
+/// Result of `project.list`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ProjectListResult {
+    /// All projects, by name.
+    pub projects: Vec<ProjectView>,
+}
+
+/// Parameters of `project.show`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectShow {
+    /// The project.
+    pub project: ProjectName,
+}
+
+/// Parameters of `project.remove`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ProjectRemove {
+    /// The project.
+    pub project: ProjectName,
+    /// Removes the project's checkpoints as well; without it a project with checkpoints is kept.
+    #[serde(default)]
+    pub with_checkpoints: bool,
+}
+
+/// Result of a command that has nothing to report.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Done {}
+
+/// Why and since when a project is paused.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PauseView {
+    /// The operation that paused it.
+    pub operation_id: OperationId,
+    /// The checkpoint that the pause made.
+    pub checkpoint_id: CheckpointNumber,
+    /// Since when.
+    pub paused_at: UnixMillis,
+    /// How it is held.
+    pub mode: PauseMode,
+    /// What holds the processes.
+    pub mechanism: Mechanism,
+    /// The reason that was given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// The checkpoint that was restored since; a thaw is then impossible.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored: Option<CheckpointNumber>,
+}
+
+/// A project as `project.list` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ProjectView {
+    /// The name.
+    pub name: ProjectName,
+    /// What it is for.
+    pub description: String,
+    /// Where the workspace came from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Source>,
+    /// The absolute path of the workspace.
+    pub workspace: String,
+    /// The status.
+    pub status: ProjectStatus,
+    /// The phase of the work.
+    pub phase: Phase,
+    /// When it was created.
+    pub created_at: UnixMillis,
+    /// How long it has been paused in all, milliseconds, the current pause excluded.
+    pub total_paused_ms: i64,
+    /// The current pause.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pause: Option<PauseView>,
+    /// How many agents it has.
+    pub agents: u64,
+    /// How many of them run (frozen ones included).
+    pub agents_running: u64,
+    /// How many tasks it has.
+    pub tasks_total: u64,
+    /// How many of them are completed.
+    pub tasks_completed: u64,
+    /// How many questions wait for an answer.
+    pub open_questions: u64,
+}
+
+/// A project as `project.show` shows it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ProjectDetail {
+    /// What `project.list` shows.
+    pub project: ProjectView,
+    /// The settings.
+    pub config: ProjectConfig,
+    /// Its agents, by name.
+    pub agents: Vec<AgentView>,
+    /// The operation under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<OperationView>,
+    /// The newest checkpoint.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_checkpoint: Option<CheckpointView>,
+    /// How many checkpoints it has.
+    pub checkpoints: u64,
+    /// What its agents know, in numbers.
+    pub context: ContextSummary,
+}
