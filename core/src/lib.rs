@@ -1,1 +1,28 @@
-//! Placeholder.
+//! The pure domain of Fermata: what may happen, what follows from it, and what it does to the state.
+//!
+//! ```text
+//!   Command ──decide(&Project, command, now)──► Decision { events, effects } | Refusal
+//!   Event   ──apply(&mut Project, event, at)──► the next state
+//! ```
+//!
+//! There is no tokio, file, clock, randomness or logger here: `now` and new ids are parameters.
+//! The daemon persists the events, then applies them, then carries out the effects; recovery
+//! after a crash sends `Command::Recover` down the same road.
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod agent;
+pub mod apply;
+pub mod command;
+pub mod context;
+pub mod decide;
+pub mod project;
+pub mod resume_command;
+pub mod score;
+pub mod transition;
+pub mod view;
+
+pub use apply::apply;
+pub use command::{Command, Decision, Effect};
+pub use decide::decide;
+pub use project::{Project, ProjectState};

@@ -147,7 +147,7 @@ impl Client {
                     self.notifications.push_back(notification);
                 }
                 Message::Response(response) => {
-                    if response.id != Value::from(id) && !response.id.is_null() {
+                    if response.id.as_u64() != Some(id) && !response.id.is_null() {
                         continue;
                     }
                     return match (response.result, response.error) {

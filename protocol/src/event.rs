@@ -119,6 +119,8 @@ pub enum Event {
     AgentStopping {
         /// The agent.
         agent: AgentName,
+        /// Whether a new run follows.
+        restart: bool,
     },
     /// A run of an agent ended.
     #[serde(rename = "agent.exited")]
@@ -449,7 +451,7 @@ impl Event {
             | Self::AgentStarted { agent, .. }
             | Self::AgentLaunchFailed { agent, .. }
             | Self::AgentAdopted { agent, .. }
-            | Self::AgentStopping { agent }
+            | Self::AgentStopping { agent, .. }
             | Self::AgentExited { agent, .. }
             | Self::AgentInterrupted { agent, .. }
             | Self::AgentParked { agent, .. }

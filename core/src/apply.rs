@@ -1,0 +1,393 @@
+//! Folds one event into the state. The same function runs after every commit and in tests of
+//! recovery; it cannot refuse: what it is given has happened.
+
+use std::sync::Arc;
+
+use fermata_protocol::event::Event;
+use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::project::Phase;
+use fermata_protocol::{AgentName, UnixMillis};
+
+use crate::agent::{AfterStop, Agent, AgentState, Ended, Held, Run, RunEnd};
+use crate::project::{
+    BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, RestoreRun,
+    RestoreStage, Resting, ResumeRun,
+};
+
+/// Makes the project of its first event.
+///
+/// Returns `None` for any other event.
+pub fn create(name: &fermata_protocol::ProjectName, event: &Event, at: UnixMillis) -> Option<Project> {
+    let Event::ProjectCreated { workspace, description, source, config } = event else { return None };
+    Some(Project {
+        name: name.clone(),
+        facts: Arc::new(Facts {
+            workspace: workspace.clone(),
+            description: description.clone(),
+            source: source.clone(),
+            config: config.clone(),
+            phase: Phase::default(),
+            created_at: at,
+        }),
+        state: Arc::new(ProjectState::Resting(Resting::Init)),
+        checkpointing: None,
+        counters: Default::default(),
+        total_paused_ms: 0,
+        agents: Default::default(),
+        tasks: Default::default(),
+        questions: Default::default(),
+    })
+}
+
+/// Folds one event, recorded at `at`, into the state.
+pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
+    match event {
+        Event::ProjectCreated { .. }
+        | Event::ProjectRemoved {}
+        | Event::AgentAdopted { .. }
+        | Event::AgentStateSaved { .. }
+        | Event::ContextAdded { .. }
+        | Event::FlashSaved { .. }
+        | Event::ContextPinned { .. }
+        | Event::ContextRecalled { .. }
+        | Event::CheckpointPinned { .. } => {}
+        Event::ProjectChanged { description, config } => {
+            let facts = Arc::make_mut(&mut project.facts);
+            if let Some(description) = description {
+                facts.description.clone_from(description);
+            }
+            if let Some(config) = config {
+                facts.config.clone_from(config);
+            }
+        }
+        Event::PhaseChanged { to, .. } => {
+            Arc::make_mut(&mut project.facts).phase = *to;
+            if *to == Phase::Planning && *project.state == ProjectState::Resting(Resting::Init) {
+                rest(project, Resting::Planning);
+            }
+        }
+        Event::AgentCreated { .. }
+        | Event::AgentStarting { .. }
+        | Event::AgentStarted { .. }
+        | Event::AgentLaunchFailed { .. }
+        | Event::AgentStopping { .. }
+        | Event::AgentExited { .. }
+        | Event::AgentInterrupted { .. }
+        | Event::AgentParked { .. }
+        | Event::AgentRemoved { .. }
+        | Event::AgentSessionFound { .. }
+        | Event::AgentProgressed { .. }
+        | Event::AgentUsed { .. } => apply_to_agent(project, event, at),
+        Event::TaskChanged { task } => {
+            project.counters.task = project.counters.task.max(task.id);
+            project.tasks.insert(task.id, Arc::new(task.clone()));
+        }
+        Event::QuestionAsked { question } => {
+            project.counters.question = project.counters.question.max(question.id);
+            project.questions.insert(question.id, Arc::new(question.clone()));
+        }
+        Event::QuestionAnswered { id, answer, answered_at, .. } => {
+            if let Some(question) = project.questions.get_mut(id) {
+                let question = Arc::make_mut(question);
+                question.answer = Some(answer.clone());
+                question.answered_at = Some(*answered_at);
+            }
+        }
+        Event::OperationStepped { step, concluded, .. } => {
+            if let ProjectState::Pausing(run) = Arc::make_mut(&mut project.state) {
+                if let Some((name, took_ms)) = concluded {
+                    run.steps_ms.insert(name.clone(), *took_ms);
+                }
+                if let Some(step) = PauseStep::ALL.into_iter().find(|s| s.as_str() == step) {
+                    run.step = step;
+                }
+            }
+        }
+        Event::OperationUndoing { error, .. } => {
+            if let ProjectState::Pausing(run) = Arc::make_mut(&mut project.state) {
+                run.course = Course::Undoing(error.clone());
+            }
+        }
+        Event::PauseStarted { .. }
+        | Event::ProjectPaused { .. }
+        | Event::PauseFailed { .. }
+        | Event::ResumeStarted { .. }
+        | Event::ProjectResumed { .. } => apply_pause(project, event, at),
+        Event::CheckpointStarted { operation, checkpoint, trigger } => {
+            project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
+            project.checkpointing = Some(Arc::new(CheckpointRun {
+                operation: operation.clone(),
+                checkpoint: *checkpoint,
+                trigger: *trigger,
+                started_at: at,
+            }));
+        }
+        Event::CheckpointCreated { .. } | Event::CheckpointFailed { .. } => project.checkpointing = None,
+        Event::RestoreStarted { .. }
+        | Event::RestorePlanned { .. }
+        | Event::ProjectRestored { .. }
+        | Event::RestoreFailed { .. } => apply_restore(project, event, at),
+    }
+}
+
+fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
+    match event {
+        Event::PauseStarted { operation, checkpoint, mode, reason, grace_ms } => {
+            project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
+            project.state = Arc::new(ProjectState::Pausing(Box::new(PauseRun {
+                operation: operation.clone(),
+                checkpoint: *checkpoint,
+                mode: *mode,
+                reason: reason.clone(),
+                grace_ms: *grace_ms,
+                started_at: at,
+                before: resting(project),
+                step: PauseStep::Validate,
+                steps_ms: Default::default(),
+                course: Course::Forward,
+            })));
+        }
+        Event::ProjectPaused { checkpoint, result, agents, .. } => {
+            for name in agents {
+                change(project, name, |agent| {
+                    if agent.is_alive() {
+                        agent.state = AgentState::Held(Held::Frozen);
+                    }
+                });
+            }
+            project.state = Arc::new(ProjectState::Paused(Box::new(Paused {
+                operation: result.operation_id.clone(),
+                checkpoint: checkpoint.id,
+                since: result.paused_at,
+                mode: result.mode,
+                mechanism: result.mechanism,
+                reason: checkpoint.pause_reason.clone(),
+                restored: None,
+            })));
+        }
+        Event::PauseFailed { .. } => {
+            if let ProjectState::Pausing(run) = &*project.state {
+                let before = run.before;
+                rest(project, before);
+                settle(project);
+            }
+        }
+        Event::ResumeStarted { operation } => {
+            if let ProjectState::Paused(paused) = &*project.state {
+                project.state = Arc::new(ProjectState::Resuming(Box::new(ResumeRun {
+                    operation: operation.clone(),
+                    started_at: at,
+                    paused: (**paused).clone(),
+                })));
+            }
+        }
+        Event::ProjectResumed { result } => {
+            project.total_paused_ms += result.paused_ms;
+            for resumed in &result.agents {
+                change(project, &resumed.agent, |agent| match (resumed.rung, &agent.state) {
+                    (Rung::Thawed | Rung::ImageRestored, AgentState::Held(_)) => agent.state = AgentState::Running,
+                    (Rung::Failed, AgentState::Held(_)) => {
+                        agent.state = AgentState::Interrupted {
+                            detail: resumed.detail.clone().unwrap_or_else(|| "it could not be brought back".into()),
+                        };
+                    }
+                    _ => {}
+                });
+            }
+            rest(project, Resting::Active);
+            settle(project);
+        }
+        _ => {}
+    }
+}
+
+fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
+    match event {
+        Event::RestoreStarted { operation, checkpoint, safety } => {
+            project.counters.checkpoint = project.counters.checkpoint.max(*safety);
+            let before = match &*project.state {
+                ProjectState::Paused(paused) => BeforeRestore::Paused((**paused).clone()),
+                _ => BeforeRestore::Resting(resting(project)),
+            };
+            project.state = Arc::new(ProjectState::Restoring(Box::new(RestoreRun {
+                operation: operation.clone(),
+                checkpoint: *checkpoint,
+                safety: *safety,
+                started_at: at,
+                stage: RestoreStage::Preparing,
+                before,
+            })));
+        }
+        Event::RestorePlanned { .. } => {
+            if let ProjectState::Restoring(run) = Arc::make_mut(&mut project.state) {
+                run.stage = RestoreStage::Applying;
+            }
+        }
+        Event::ProjectRestored { checkpoint, phase, tasks, .. } => {
+            Arc::make_mut(&mut project.facts).phase = *phase;
+            project.tasks = tasks.iter().map(|task| (task.id, Arc::new(task.clone()))).collect();
+            after_restore(project, Some(*checkpoint));
+        }
+        Event::RestoreFailed { .. } => after_restore(project, None),
+        _ => {}
+    }
+}
+
+fn after_restore(project: &mut Project, restored: Option<u64>) {
+    let ProjectState::Restoring(run) = &*project.state else { return };
+    let next = match run.before.clone() {
+        BeforeRestore::Resting(before) => ProjectState::Resting(before),
+        BeforeRestore::Paused(mut paused) => {
+            paused.restored = restored.or(paused.restored);
+            ProjectState::Paused(Box::new(paused))
+        }
+    };
+    project.state = Arc::new(next);
+}
+
+fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
+    let Some(name) = event.agent().cloned() else { return };
+    match event {
+        Event::AgentCreated { spec, .. } => match project.agents.get_mut(&name) {
+            Some(agent) => Arc::make_mut(agent).spec = spec.clone(),
+            None => {
+                let agent = Agent {
+                    name: name.clone(),
+                    spec: spec.clone(),
+                    state: AgentState::Ended(Ended::ByItself),
+                    runs: 0,
+                    run: None,
+                    created_at: at,
+                    progress: None,
+                    session: None,
+                    usage: Default::default(),
+                };
+                project.agents.insert(name.clone(), Arc::new(agent));
+            }
+        },
+        Event::AgentStarting { run, argv, token_sha256, .. } => {
+            change(project, &name, |agent| {
+                agent.state = AgentState::Starting;
+                agent.runs += 1;
+                agent.run = Some(Run {
+                    id: run.clone(),
+                    argv: argv.clone(),
+                    token_sha256: token_sha256.clone(),
+                    started_at: at,
+                    processes: None,
+                    ended: None,
+                });
+            });
+            if let ProjectState::Resting(_) = *project.state {
+                rest(project, Resting::Active);
+            }
+        }
+        Event::AgentStarted { processes, .. } => change(project, &name, |agent| {
+            if agent.state == AgentState::Starting {
+                agent.state = AgentState::Running;
+            }
+            if let Some(run) = &mut agent.run {
+                run.processes = Some(processes.clone());
+            }
+        }),
+        Event::AgentLaunchFailed { reason, .. } => {
+            end(project, &name, RunEnd { exit: None, at }, AgentState::Failed { detail: Some(reason.clone()) });
+        }
+        Event::AgentStopping { restart, .. } => change(project, &name, |agent| {
+            if agent.is_alive() {
+                agent.state = AgentState::Stopping(if *restart { AfterStop::Restart } else { AfterStop::Stay });
+            }
+        }),
+        Event::AgentExited { exit, ended_at, .. } => {
+            let stopping =
+                matches!(project.agents.get(&name).map(|agent| &agent.state), Some(AgentState::Stopping(_)));
+            let state = if stopping {
+                AgentState::Ended(Ended::Stopped)
+            } else if exit.is_success() {
+                AgentState::Ended(Ended::ByItself)
+            } else {
+                AgentState::Failed { detail: None }
+            };
+            end(project, &name, RunEnd { exit: Some(*exit), at: *ended_at }, state);
+        }
+        Event::AgentInterrupted { detail, .. } => {
+            end(project, &name, RunEnd { exit: None, at }, AgentState::Interrupted { detail: detail.clone() });
+        }
+        Event::AgentParked { .. } => change(project, &name, |agent| {
+            agent.state = AgentState::Held(Held::Parked);
+            if let Some(run) = &mut agent.run {
+                run.processes = None;
+                run.ended = Some(RunEnd { exit: None, at });
+            }
+        }),
+        Event::AgentRemoved { .. } => {
+            project.agents.remove(&name);
+        }
+        Event::AgentSessionFound { session, .. } => {
+            change(project, &name, |agent| agent.session = Some(session.clone()));
+        }
+        Event::AgentProgressed { progress, .. } => {
+            change(project, &name, |agent| agent.progress = Some(progress.clone()));
+        }
+        Event::AgentUsed { usage, .. } => change(project, &name, |agent| {
+            agent.usage.input_tokens = agent.usage.input_tokens.saturating_add(usage.input_tokens);
+            agent.usage.output_tokens = agent.usage.output_tokens.saturating_add(usage.output_tokens);
+            agent.usage.cost_micro_usd = agent.usage.cost_micro_usd.saturating_add(usage.cost_micro_usd);
+        }),
+        _ => {}
+    }
+}
+
+fn change(project: &mut Project, name: &AgentName, with: impl FnOnce(&mut Agent)) {
+    if let Some(agent) = project.agents.get_mut(name) {
+        with(Arc::make_mut(agent));
+    }
+}
+
+fn end(project: &mut Project, name: &AgentName, end: RunEnd, state: AgentState) {
+    change(project, name, |agent| {
+        agent.state = state;
+        if let Some(run) = &mut agent.run {
+            run.processes = None;
+            run.ended = Some(end);
+        }
+    });
+    settle(project);
+}
+
+fn resting(project: &Project) -> Resting {
+    match &*project.state {
+        ProjectState::Resting(resting) => *resting,
+        ProjectState::Pausing(run) => run.before,
+        ProjectState::Restoring(run) => match &run.before {
+            BeforeRestore::Resting(resting) => *resting,
+            BeforeRestore::Paused(_) => Resting::Active,
+        },
+        ProjectState::Paused(_) | ProjectState::Resuming(_) => Resting::Active,
+    }
+}
+
+fn rest(project: &mut Project, resting: Resting) {
+    project.state = Arc::new(ProjectState::Resting(resting));
+}
+
+/// An active project whose agents have all ended gets the status that follows from how they ended.
+fn settle(project: &mut Project) {
+    if *project.state != ProjectState::Resting(Resting::Active) || !project.agents.values().all(|a| a.is_terminal()) {
+        return;
+    }
+    let any = |wanted: fn(&AgentState) -> bool| project.agents.values().any(|agent| wanted(&agent.state));
+    let failed = any(|state| {
+        matches!(state, AgentState::Failed { .. } | AgentState::TimedOut | AgentState::Interrupted { .. })
+    });
+    let stopped = any(|state| *state == AgentState::Ended(Ended::Stopped));
+    rest(project, if failed { Resting::Failed } else if stopped { Resting::Stopped } else { Resting::Completed });
+}
+
+/// Says whether the processes of a paused project are to be ended: mode `park`.
+pub fn parks(mode: PauseMode) -> bool {
+    match mode {
+        PauseMode::Park | PauseMode::Image => true,
+        PauseMode::Freeze => false,
+    }
+}

@@ -1,0 +1,232 @@
+//! Starting, stopping and ending agents.
+
+use std::sync::Arc;
+
+use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
+use fermata_protocol::event::{Event, StartCause};
+use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
+
+use super::{agent, refuse_while_moving};
+use crate::agent::{AfterStop, Agent, AgentState, Held};
+use crate::apply::parks;
+use crate::command::{Decision, Effect, NewRun};
+use crate::project::{Project, ProjectState};
+
+fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
+    match &*project.state {
+        // A checkpoint beside it does not keep an agent from starting.
+        ProjectState::Resting(_) => Ok(()),
+        ProjectState::Paused(_) => Err(Refusal::new(
+            Code::ProjectPaused,
+            format!("project '{}' is paused", project.name),
+        )
+        .hint(format!("fermatactl resume {}", project.name))),
+        ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
+            refuse_while_moving(project)
+        }
+    }
+}
+
+pub(super) fn starting(agent: AgentName, argv: Vec<String>, new: NewRun, cause: StartCause) -> Decision {
+    let event = Event::AgentStarting {
+        agent: agent.clone(),
+        run: new.id.clone(),
+        argv,
+        cause,
+        token_sha256: new.token_sha256,
+    };
+    Decision::events(vec![event]).then(Effect::Launch { agent, run: new.id })
+}
+
+pub(super) fn run(project: &Project, name: AgentName, spec: AgentSpec, new: NewRun) -> Result<Decision, Refusal> {
+    refuse_unless_runnable(project)?;
+    if let Some(existing) = project.agents.get(&name).filter(|agent| !agent.is_terminal()) {
+        return Err(Refusal::new(
+            Code::AgentRunning,
+            format!("agent '{name}' of project '{}' is running already", project.name),
+        )
+        .hint(format!("give the new one another --name, or: fermatactl stop {}/{}", project.name, existing.name)));
+    }
+    let mut decision = starting(name.clone(), spec.argv.clone(), new, StartCause::Run);
+    decision.events.insert(0, Event::AgentCreated { agent: name, spec });
+    Ok(decision)
+}
+
+/// The agents that a command aims at: the named one, or all that are not terminal.
+fn aimed<'a>(project: &'a Project, name: Option<&AgentName>) -> Result<Vec<&'a Agent>, Refusal> {
+    match name {
+        None => Ok(project.agents.values().map(Arc::as_ref).filter(|a| !a.is_terminal()).collect()),
+        Some(name) => {
+            let found = agent(project, name)?;
+            if found.is_terminal() {
+                return Err(Refusal::new(
+                    Code::AgentNotRunning,
+                    format!("agent '{name}' of project '{}' is not running", project.name),
+                ));
+            }
+            Ok(vec![found])
+        }
+    }
+}
+
+pub(super) fn stop(project: &Project, name: Option<AgentName>, grace_ms: Option<u64>) -> Result<Decision, Refusal> {
+    let mut decision = Decision::default();
+    for agent in aimed(project, name.as_ref())? {
+        decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });
+        match agent.state {
+            // Its processes are gone already: there is nothing to wait for.
+            AgentState::Held(Held::Parked) => decision.events.push(parked_end(agent)),
+            // There is nothing to signal yet; `launched` stops it.
+            AgentState::Starting => {}
+            _ => decision.effects.push(Effect::Stop {
+                agent: agent.name.clone(),
+                run: run_id(agent),
+                grace_ms: grace_ms.unwrap_or(agent.spec.stop_grace_ms),
+            }),
+        }
+    }
+    Ok(decision)
+}
+
+pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decision, Refusal> {
+    let mut decision = Decision::default();
+    for agent in aimed(project, name.as_ref())? {
+        match agent.state {
+            AgentState::Held(Held::Parked) => decision.events.push(parked_end(agent)),
+            AgentState::Starting => {
+                decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });
+            }
+            _ => decision.effects.push(Effect::Kill { agent: agent.name.clone(), run: run_id(agent) }),
+        }
+    }
+    Ok(decision)
+}
+
+/// A parked agent that is given up: there is no exit status to report.
+fn parked_end(agent: &Agent) -> Event {
+    Event::AgentInterrupted {
+        agent: agent.name.clone(),
+        run: run_id(agent),
+        detail: "it was parked, and stopped before it was resumed".into(),
+    }
+}
+
+pub(super) fn run_id(agent: &Agent) -> RunId {
+    match &agent.run {
+        Some(run) => run.id.clone(),
+        // An agent is created together with its first run, in one transaction.
+        None => RunId::new("run-0").unwrap_or_else(|_| unreachable!("a constant that is a valid id")),
+    }
+}
+
+pub(super) fn restart(project: &Project, name: AgentName, new: NewRun) -> Result<Decision, Refusal> {
+    refuse_unless_runnable(project)?;
+    let found = agent(project, &name)?;
+    if found.is_terminal() {
+        return Ok(starting(name, found.spec.argv.clone(), new, StartCause::Restart));
+    }
+    let decision = Decision::events(vec![Event::AgentStopping { agent: name.clone(), restart: true }]);
+    if found.state == AgentState::Starting {
+        return Ok(decision);
+    }
+    Ok(decision.then(Effect::Stop { agent: name, run: run_id(found), grace_ms: found.spec.stop_grace_ms }))
+}
+
+pub(super) fn remove(project: &Project, name: AgentName) -> Result<Decision, Refusal> {
+    let found = agent(project, &name)?;
+    if !found.is_terminal() {
+        return Err(Refusal::new(
+            Code::AgentRunning,
+            format!("agent '{name}' of project '{}' has not ended", project.name),
+        )
+        .hint(format!("fermatactl stop {}/{name}", project.name)));
+    }
+    Ok(Decision::events(vec![Event::AgentRemoved { agent: name.clone() }]).then(Effect::Forget { agent: name }))
+}
+
+pub(super) fn launched(
+    project: &Project,
+    name: AgentName,
+    run: RunId,
+    outcome: Result<RunProcesses, String>,
+) -> Decision {
+    if !is_current(project, &name, &run) {
+        return Decision::default();
+    }
+    match outcome {
+        Ok(processes) => {
+            let stop = project.agents.get(&name).and_then(|agent| match agent.state {
+                AgentState::Stopping(_) => {
+                    Some(Effect::Stop { agent: name.clone(), run: run.clone(), grace_ms: agent.spec.stop_grace_ms })
+                }
+                _ => None,
+            });
+            let decision = Decision::events(vec![Event::AgentStarted { agent: name, run, processes }]);
+            stop.into_iter().fold(decision, Decision::then)
+        }
+        Err(reason) => Decision::events(vec![Event::AgentLaunchFailed { agent: name, run, reason }]),
+    }
+}
+
+pub(super) fn run_ended(
+    project: &Project,
+    name: AgentName,
+    run: RunId,
+    exit: ExitStatus,
+    ended_at: UnixMillis,
+    new: NewRun,
+) -> Decision {
+    if !is_current(project, &name, &run) {
+        return Decision::default();
+    }
+    let Some(found) = project.agents.get(&name) else { return Decision::default() };
+    if ends_by_parking(project, found) {
+        return Decision::events(vec![Event::AgentParked { agent: name, run }]);
+    }
+    let restart = found.state == AgentState::Stopping(AfterStop::Restart);
+    let mut decision =
+        Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
+    if restart {
+        let next = starting(name, found.spec.argv.clone(), new, StartCause::Restart);
+        decision.events.extend(next.events);
+        decision.effects.extend(next.effects);
+    }
+    decision
+}
+
+/// Frozen in a project that is paused to be parked: the end is the pause's own work.
+fn ends_by_parking(project: &Project, agent: &Agent) -> bool {
+    match &*project.state {
+        ProjectState::Paused(paused) => agent.state == AgentState::Held(Held::Frozen) && parks(paused.mode),
+        ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_) => false,
+    }
+}
+
+pub(super) fn run_lost(project: &Project, name: AgentName, run: RunId, detail: String) -> Decision {
+    match project.agents.get(&name) {
+        Some(found) if is_current(project, &name, &run) && ends_by_parking(project, found) => {
+            Decision::events(vec![Event::AgentParked { agent: name, run }])
+        }
+        Some(_) if is_current(project, &name, &run) => {
+            Decision::events(vec![Event::AgentInterrupted { agent: name, run, detail }])
+        }
+        _ => Decision::default(),
+    }
+}
+
+pub(super) fn parked(project: &Project, name: AgentName, run: RunId) -> Decision {
+    let frozen = project.agents.get(&name).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
+    if frozen && is_current(project, &name, &run) {
+        Decision::events(vec![Event::AgentParked { agent: name, run }])
+    } else {
+        Decision::default()
+    }
+}
+
+/// Says whether the run is the agent's current one; late news of older runs is ignored.
+fn is_current(project: &Project, name: &AgentName, run: &RunId) -> bool {
+    project.agents.get(name).and_then(|agent| agent.current_run()) == Some(run)
+}

@@ -1,0 +1,114 @@
+//! Checkpoints outside a pause, and restores.
+
+use fermata_protocol::checkpoint::{CheckpointView, Trigger};
+use fermata_protocol::event::Event;
+use fermata_protocol::project::Phase;
+use fermata_protocol::task::TaskView;
+use fermata_protocol::{CheckpointNumber, Code, ErrorObject, OperationId, Refusal};
+
+use super::refuse_while_moving;
+use crate::command::{Decision, Effect};
+use crate::project::{Project, ProjectState, RestoreRun, RestoreStage};
+
+pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger) -> Result<Decision, Refusal> {
+    refuse_while_moving(project)?;
+    let checkpoint = project.counters.checkpoint + 1;
+    let event = Event::CheckpointStarted { operation: operation.clone(), checkpoint, trigger };
+    Ok(Decision::events(vec![event]).then(Effect::Checkpoint {
+        operation,
+        checkpoint,
+        trigger,
+        runs: project.runs(project.running_agents()),
+    }))
+}
+
+pub(super) fn done(
+    project: &Project,
+    operation: OperationId,
+    outcome: Result<(Box<CheckpointView>, f64), ErrorObject>,
+) -> Decision {
+    if project.checkpointing.as_ref().is_none_or(|run| run.operation != operation) {
+        return Decision::default();
+    }
+    Decision::events(vec![match outcome {
+        Ok((checkpoint, frozen_ms)) => Event::CheckpointCreated { operation, checkpoint: *checkpoint, frozen_ms },
+        Err(error) => Event::CheckpointFailed { operation, error },
+    }])
+}
+
+pub(super) fn begin_restore(
+    project: &Project,
+    operation: OperationId,
+    checkpoint: CheckpointNumber,
+) -> Result<Decision, Refusal> {
+    refuse_while_moving(project)?;
+    match &*project.state {
+        ProjectState::Paused(_) => {}
+        _ => {
+            if let Some(agent) = project.alive_agents().next() {
+                return Err(Refusal::new(
+                    Code::AgentsRunning,
+                    format!(
+                        "agent '{}' of project '{}' is running and would write into the restored files",
+                        agent.name, project.name
+                    ),
+                )
+                .hint(format!(
+                    "fermatactl pause {0} && fermatactl resume {0} --checkpoint {checkpoint}",
+                    project.name
+                )));
+            }
+        }
+    }
+    let safety = project.counters.checkpoint + 1;
+    let event = Event::RestoreStarted { operation: operation.clone(), checkpoint, safety };
+    Ok(Decision::events(vec![event]).then(Effect::PlanRestore { operation, checkpoint, safety }))
+}
+
+/// Finds the restore with that id.
+fn run<'a>(project: &'a Project, operation: &OperationId, stage: RestoreStage) -> Option<&'a RestoreRun> {
+    match &*project.state {
+        ProjectState::Restoring(run) if run.operation == *operation && run.stage == stage => Some(run),
+        _ => None,
+    }
+}
+
+pub(super) fn restore_planned(
+    project: &Project,
+    operation: OperationId,
+    outcome: Result<Box<CheckpointView>, ErrorObject>,
+) -> Decision {
+    let Some(run) = run(project, &operation, RestoreStage::Preparing) else { return Decision::default() };
+    match outcome {
+        Ok(safety) => {
+            let effect = apply_effect(run);
+            Decision::events(vec![Event::RestorePlanned { operation, safety: *safety }]).then(effect)
+        }
+        Err(error) => Decision::events(vec![Event::RestoreFailed { operation, error }]),
+    }
+}
+
+/// Carries out the plan; recovery asks for it too.
+pub(super) fn apply_effect(run: &RestoreRun) -> Effect {
+    Effect::ApplyRestore { operation: run.operation.clone(), checkpoint: run.checkpoint, safety: run.safety }
+}
+
+pub(super) fn restored(
+    project: &Project,
+    operation: OperationId,
+    phase: Phase,
+    tasks: Vec<TaskView>,
+    written: u64,
+    removed: u64,
+) -> Decision {
+    let Some(run) = run(project, &operation, RestoreStage::Applying) else { return Decision::default() };
+    Decision::events(vec![Event::ProjectRestored {
+        operation,
+        checkpoint: run.checkpoint,
+        safety: run.safety,
+        phase,
+        tasks,
+        written,
+        removed,
+    }])
+}

@@ -1,0 +1,142 @@
+//! Decides what a command leads to: facts and effects, or a refusal that changes nothing.
+
+mod agents;
+mod checkpoints;
+mod pause;
+mod recover;
+mod reports;
+mod resume;
+
+#[cfg(test)]
+mod model_test;
+
+use fermata_protocol::event::Event;
+use fermata_protocol::project::Phase;
+use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
+
+use crate::agent::Agent;
+use crate::command::{Command, Decision};
+use crate::project::{Project, ProjectState};
+
+/// Decides what a command leads to.
+///
+/// # Errors
+/// A refusal: the state does not allow the command, or it names something that is not there.
+pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<Decision, Refusal> {
+    match command {
+        Command::Set { description, phase, config } => Ok(set(project, description, phase, config)),
+        Command::Remove { checkpoints, with_checkpoints } => remove(project, checkpoints, with_checkpoints),
+        Command::Run { agent, spec, new } => agents::run(project, agent, spec, new),
+        Command::Stop { agent, grace_ms } => agents::stop(project, agent, grace_ms),
+        Command::Kill { agent } => agents::kill(project, agent),
+        Command::Restart { agent, new } => agents::restart(project, agent, new),
+        Command::RemoveAgent { agent } => agents::remove(project, agent),
+        Command::Launched { agent, run, outcome } => Ok(agents::launched(project, agent, run, outcome)),
+        Command::RunEnded { agent, run, exit, ended_at, new } => {
+            Ok(agents::run_ended(project, agent, run, exit, ended_at, new))
+        }
+        Command::RunLost { agent, run, detail } => Ok(agents::run_lost(project, agent, run, detail)),
+        Command::Parked { agent, run } => Ok(agents::parked(project, agent, run)),
+        Command::Progress { agent, progress, phase } => reports::progress(project, agent, progress, phase),
+        Command::Use { agent, usage } => reports::usage(project, agent, usage),
+        Command::SaveState { agent, bytes } => reports::save_state(project, agent, bytes),
+        Command::PutTask { agent, id, title, status, percent } => {
+            reports::put_task(project, reports::TaskChange { agent, id, title, status, percent }, now)
+        }
+        Command::Ask { agent, text, choices } => reports::ask(project, agent, text, choices, now),
+        Command::Answer { id, answer } => reports::answer(project, id, answer, now),
+        Command::AddContext { agent, items, tokens, flash_save } => {
+            reports::add_context(project, agent, items, tokens, flash_save)
+        }
+        Command::FlashSave { results } => reports::flash_save(project, results),
+        Command::PinContext { id, pinned } => Ok(Decision::events(vec![Event::ContextPinned { id, pinned }])),
+        Command::RecallContext { ids } => Ok(Decision::events(vec![Event::ContextRecalled { ids }])),
+        Command::Pause { operation, reason, mode, grace_ms } => {
+            pause::begin(project, operation, reason, mode, grace_ms)
+        }
+        Command::PauseStepped { operation, step, took_ms, outcome } => {
+            Ok(pause::stepped(project, operation, step, took_ms, outcome, now))
+        }
+        Command::Undone { operation } => Ok(pause::undone(project, operation)),
+        Command::Cancel { operation } => pause::cancel(project, operation),
+        Command::Resume { operation, respawn } => resume::begin(project, operation, respawn),
+        Command::Resumed { operation, agents, steps_ms, warnings } => {
+            Ok(resume::done(project, operation, agents, steps_ms, warnings, now))
+        }
+        Command::Checkpoint { operation, trigger } => checkpoints::begin(project, operation, trigger),
+        Command::Checkpointed { operation, outcome } => Ok(checkpoints::done(project, operation, outcome)),
+        Command::PinCheckpoint { checkpoint, pinned } => {
+            Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
+        }
+        Command::Restore { operation, checkpoint } => checkpoints::begin_restore(project, operation, checkpoint),
+        Command::RestorePlanned { operation, outcome } => {
+            Ok(checkpoints::restore_planned(project, operation, outcome))
+        }
+        Command::Restored { operation, phase, tasks, written, removed } => {
+            Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
+        }
+        Command::Recover { agents, respawn } => Ok(recover::recover(project, &agents, respawn)),
+    }
+}
+
+fn set(
+    project: &Project,
+    description: Option<String>,
+    phase: Option<Phase>,
+    config: Option<fermata_protocol::project::ProjectConfig>,
+) -> Decision {
+    let mut events = Vec::new();
+    if description.is_some() || config.is_some() {
+        events.push(Event::ProjectChanged { description, config });
+    }
+    events.extend(phase_change(project, phase));
+    Decision::events(events)
+}
+
+fn phase_change(project: &Project, phase: Option<Phase>) -> Option<Event> {
+    let from = project.facts.phase;
+    phase.filter(|to| *to != from).map(|to| Event::PhaseChanged { from, to })
+}
+
+fn remove(project: &Project, checkpoints: u64, with_checkpoints: bool) -> Result<Decision, Refusal> {
+    refuse_while_moving(project)?;
+    if let Some(agent) = project.alive_agents().next() {
+        return Err(Refusal::new(
+            Code::AgentsRunning,
+            format!("project '{}' has running agents, '{}' among them", project.name, agent.name),
+        )
+        .hint(format!("fermatactl stop {}", project.name)));
+    }
+    if checkpoints > 0 && !with_checkpoints {
+        return Err(Refusal::new(
+            Code::CheckpointProtected,
+            format!("project '{}' has {checkpoints} checkpoints, which would be lost", project.name),
+        )
+        .hint(format!("fermatactl project rm {} --with-checkpoints", project.name)));
+    }
+    Ok(Decision::events(vec![Event::ProjectRemoved {}]))
+}
+
+/// Finds an agent or refuses.
+fn agent<'a>(project: &'a Project, name: &AgentName) -> Result<&'a Agent, Refusal> {
+    project.agents.get(name).map(|agent| &**agent).ok_or_else(|| {
+        Refusal::new(Code::AgentNotFound, format!("project '{}' has no agent '{name}'", project.name))
+            .hint(format!("fermatactl ps {}", project.name))
+    })
+}
+
+/// Refuses while any operation moves the project, with the code that names the operation's kind.
+fn refuse_while_moving(project: &Project) -> Result<(), Refusal> {
+    let (code, what, operation) = match &*project.state {
+        ProjectState::Pausing(run) => (Code::PauseInProgress, "a pause", &run.operation),
+        ProjectState::Resuming(run) => (Code::ResumeInProgress, "a resume", &run.operation),
+        ProjectState::Restoring(run) => (Code::RestoreInProgress, "a restore", &run.operation),
+        ProjectState::Resting(_) | ProjectState::Paused(_) => match &project.checkpointing {
+            Some(run) => (Code::OperationInProgress, "a checkpoint", &run.operation),
+            None => return Ok(()),
+        },
+    };
+    Err(Refusal::new(code, format!("{what} of project '{}' is under way", project.name))
+        .hint(format!("fermatactl op show {operation}"))
+        .details(serde_json::json!({ "operation_id": operation })))
+}

@@ -1,0 +1,178 @@
+//! Recovery: the daemon has started and compares what the store says with what the kernel shows.
+//!
+//! A pause or checkpoint that was under way is undone; a resume and a planned restore are rolled
+//! forward; a committed pause is made true again.
+
+use std::collections::BTreeMap;
+
+use fermata_protocol::event::{Event, StartCause};
+use fermata_protocol::{AgentName, Code, Refusal};
+
+use super::{agents, checkpoints, pause, resume};
+use crate::agent::{AfterStop, Agent, AgentState, Held};
+use crate::apply::parks;
+use crate::command::{Decision, Effect, Observed, Respawn};
+use crate::project::{Course, Project, ProjectState, RestoreStage};
+
+pub(super) fn recover(
+    project: &Project,
+    observed: &BTreeMap<AgentName, Observed>,
+    mut respawn: BTreeMap<AgentName, Respawn>,
+) -> Decision {
+    let mut decision = Decision::default();
+    let resuming = matches!(&*project.state, ProjectState::Resuming(_));
+    let mut unstarted = Vec::new();
+    for agent in project.alive_agents() {
+        let seen = observed.get(&agent.name);
+        let found = matches!(seen, Some(Observed::Alive(_) | Observed::Ended { .. }));
+        if resuming && agent.state == AgentState::Starting && !found {
+            // Announced by the resume, which goes on: it is announced again, with a new run.
+            unstarted.push(agent.name.clone());
+            continue;
+        }
+        decision.events.extend(agent_events(project, agent, seen));
+        let AgentState::Stopping(after) = agent.state else { continue };
+        match (seen, after) {
+            (Some(Observed::Alive(_)), _) => decision.effects.push(Effect::Stop {
+                agent: agent.name.clone(),
+                run: agents::run_id(agent),
+                grace_ms: agent.spec.stop_grace_ms,
+            }),
+            (_, AfterStop::Restart) => {
+                if let Some(prepared) = respawn.remove(&agent.name) {
+                    let argv = agent.spec.argv.clone();
+                    let again = agents::starting(agent.name.clone(), argv, prepared.new, StartCause::Restart);
+                    decision.events.extend(again.events);
+                    decision.effects.extend(again.effects);
+                }
+            }
+            (_, AfterStop::Stay) => {}
+        }
+    }
+    // What follows is decided on the state that these events lead to.
+    let mut next = project.clone();
+    for event in &decision.events {
+        crate::apply(&mut next, event, project.facts.created_at);
+    }
+    operation(&next, respawn, &unstarted, &mut decision);
+    decision
+}
+
+fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>) -> Vec<Event> {
+    let Some(run) = agent.run.as_ref() else { return Vec::new() };
+    let (agent_name, run_id) = (agent.name.clone(), run.id.clone());
+    let parking = match &*project.state {
+        ProjectState::Paused(paused) => agent.state == AgentState::Held(Held::Frozen) && parks(paused.mode),
+        ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_) => false,
+    };
+    match observed {
+        Some(Observed::Alive(processes)) => {
+            let mut events = Vec::new();
+            if run.processes.as_ref() != Some(processes) {
+                events.push(Event::AgentStarted {
+                    agent: agent_name.clone(),
+                    run: run_id.clone(),
+                    processes: processes.clone(),
+                });
+            }
+            events.push(Event::AgentAdopted { agent: agent_name, run: run_id });
+            events
+        }
+        Some(Observed::Ended { .. } | Observed::Lost { .. }) if parking => {
+            vec![Event::AgentParked { agent: agent_name, run: run_id }]
+        }
+        Some(Observed::Ended { exit, at }) => {
+            vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, ended_at: *at }]
+        }
+        // A held agent whose processes are gone with the machine is brought back by the resume,
+        // as a parked one.
+        Some(Observed::Lost { .. }) if agent.state == AgentState::Held(Held::Frozen) => {
+            vec![Event::AgentParked { agent: agent_name, run: run_id }]
+        }
+        Some(Observed::Lost { detail }) => {
+            vec![Event::AgentInterrupted { agent: agent_name, run: run_id, detail: detail.clone() }]
+        }
+        None => vec![Event::AgentInterrupted {
+            agent: agent_name,
+            run: run_id,
+            detail: "nothing is left of its run".into(),
+        }],
+    }
+}
+
+fn operation(
+    next: &Project,
+    respawn: BTreeMap<AgentName, Respawn>,
+    unstarted: &[AgentName],
+    decision: &mut Decision,
+) {
+    let alive = || next.runs(next.alive_agents());
+    match &*next.state {
+        ProjectState::Pausing(run) => {
+            if run.course == Course::Forward {
+                let error = Refusal::new(
+                    Code::PauseFailed,
+                    format!("the daemon ended during the step '{}' of the pause", run.step.as_str()),
+                );
+                decision.events.push(Event::OperationUndoing {
+                    operation: run.operation.clone(),
+                    step: run.step.as_str().into(),
+                    error: error.into(),
+                });
+            }
+            decision.effects.push(pause::undo_effect(next, run));
+        }
+        ProjectState::Paused(paused) => {
+            let frozen =
+                next.runs(next.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)));
+            if !frozen.is_empty() {
+                decision.effects.push(Effect::Hold { runs: frozen.clone() });
+                if parks(paused.mode) {
+                    decision.effects.push(Effect::Park { runs: frozen });
+                }
+            }
+        }
+        ProjectState::Resuming(run) => {
+            let again = resume::Prepared { respawn, unstarted };
+            let effect = resume::bring_back(next, &run.operation, &run.paused, again, &mut decision.events);
+            decision.effects.push(effect);
+        }
+        ProjectState::Restoring(run) => match run.stage {
+            RestoreStage::Preparing => {
+                let error = Refusal::new(
+                    Code::RestoreFailed,
+                    "the daemon ended before the restore changed anything".to_owned(),
+                )
+                .hint("try again");
+                decision
+                    .events
+                    .push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
+            }
+            RestoreStage::Applying => decision.effects.push(checkpoints::apply_effect(run)),
+        },
+        ProjectState::Resting(_) => {}
+    }
+    if let Some(run) = &next.checkpointing {
+        decision.effects.push(Effect::Undo {
+            operation: run.operation.clone(),
+            checkpoint: run.checkpoint,
+            runs: if held(next) { Vec::new() } else { alive() },
+        });
+    } else if let ProjectState::Resting(_) = &*next.state {
+        // A blip that nobody concluded must not outlive the daemon that made it.
+        let runs = alive();
+        if !runs.is_empty() {
+            decision.effects.push(Effect::Thaw { runs });
+        }
+    }
+}
+
+fn held(project: &Project) -> bool {
+    match &*project.state {
+        ProjectState::Paused(_) | ProjectState::Restoring(_) => true,
+        ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Resuming(_) => false,
+    }
+}

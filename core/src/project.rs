@@ -1,0 +1,344 @@
+//! One project: its state as the database keeps it and the actor holds it.
+//!
+//! Parts that change on their own are behind `Arc`, so that the next state is made by a cheap
+//! copy and the store sees by pointer which rows changed.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fermata_protocol::checkpoint::Trigger;
+use fermata_protocol::pause::{Mechanism, PauseMode};
+use fermata_protocol::project::{Phase, ProjectConfig, ProjectStatus, Source};
+use fermata_protocol::question::QuestionView;
+use fermata_protocol::task::TaskView;
+use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, ProjectName, UnixMillis};
+use serde::{Deserialize, Serialize};
+
+use crate::agent::{Agent, AgentState};
+use crate::command::AgentRun;
+
+/// The steps of a pause, in order. Committing is no step of its own: it is the transaction that
+/// follows the last one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseStep {
+    /// Workspace reachable, enough free space, mode available.
+    Validate,
+    /// Agents are asked to come to a good place, then told to stop.
+    Quiesce,
+    /// The trees are frozen under a lease.
+    Freeze,
+    /// Scores, tiers and what to archive are computed.
+    PlanFlashSave,
+    /// Workspace, database, context and plugin artifacts are saved.
+    Checkpoint,
+}
+
+impl PauseStep {
+    /// Every step, in order.
+    pub const ALL: [Self; 5] =
+        [Self::Validate, Self::Quiesce, Self::Freeze, Self::PlanFlashSave, Self::Checkpoint];
+
+    /// Returns the step's name on the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Validate => "validate",
+            Self::Quiesce => "quiesce",
+            Self::Freeze => "freeze",
+            Self::PlanFlashSave => "plan_flash_save",
+            Self::Checkpoint => "checkpoint",
+        }
+    }
+
+    /// Returns the step after this one; `None` after the last: then the pause commits.
+    pub fn next(self) -> Option<Self> {
+        match self {
+            Self::Validate => Some(Self::Quiesce),
+            Self::Quiesce => Some(Self::Freeze),
+            Self::Freeze => Some(Self::PlanFlashSave),
+            Self::PlanFlashSave => Some(Self::Checkpoint),
+            Self::Checkpoint => None,
+        }
+    }
+}
+
+/// Whether an operation goes forward or is being undone.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Course {
+    /// Its steps run.
+    Forward,
+    /// What it did is being undone, because of this.
+    Undoing(ErrorObject),
+}
+
+/// A pause under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PauseRun {
+    /// The operation.
+    pub operation: OperationId,
+    /// The number reserved for its checkpoint.
+    pub checkpoint: CheckpointNumber,
+    /// How the project will be held.
+    pub mode: PauseMode,
+    /// Why.
+    pub reason: Option<String>,
+    /// How long agents have to come to a good place, milliseconds; the configured grace when none.
+    pub grace_ms: Option<u64>,
+    /// When it began.
+    pub started_at: UnixMillis,
+    /// The status to return to when it is undone.
+    pub before: Resting,
+    /// The step under way.
+    pub step: PauseStep,
+    /// How long each concluded step took, milliseconds.
+    pub steps_ms: BTreeMap<String, f64>,
+    /// Forward or back.
+    pub course: Course,
+}
+
+/// The statuses that a project rests in while it is not held and no operation moves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resting {
+    /// Nothing has run yet.
+    Init,
+    /// Work is being planned.
+    Planning,
+    /// Agents run or are meant to.
+    Active,
+    /// Ended by a person.
+    Stopped,
+    /// Every agent ended well.
+    Completed,
+    /// An agent failed and none runs.
+    Failed,
+}
+
+impl From<Resting> for ProjectStatus {
+    fn from(resting: Resting) -> Self {
+        match resting {
+            Resting::Init => Self::Init,
+            Resting::Planning => Self::Planning,
+            Resting::Active => Self::Active,
+            Resting::Stopped => Self::Stopped,
+            Resting::Completed => Self::Completed,
+            Resting::Failed => Self::Failed,
+        }
+    }
+}
+
+/// A pause that was committed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Paused {
+    /// The operation that paused it.
+    pub operation: OperationId,
+    /// The checkpoint of the pause.
+    pub checkpoint: CheckpointNumber,
+    /// Since when.
+    pub since: UnixMillis,
+    /// How it is held.
+    pub mode: PauseMode,
+    /// What froze it.
+    pub mechanism: Mechanism,
+    /// Why.
+    pub reason: Option<String>,
+    /// The checkpoint restored since: old files under a newer memory, so no thaw.
+    pub restored: Option<CheckpointNumber>,
+}
+
+/// A resume under way; after a crash it is rolled forward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ResumeRun {
+    /// The operation.
+    pub operation: OperationId,
+    /// When it began.
+    pub started_at: UnixMillis,
+    /// The pause that it ends.
+    pub paused: Paused,
+}
+
+/// How far a restore has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RestoreStage {
+    /// The safety checkpoint is being made and the plan computed; nothing was changed yet.
+    Preparing,
+    /// The plan is on disk and being carried out; after a crash it is rolled forward.
+    Applying,
+}
+
+/// A restore under way.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RestoreRun {
+    /// The operation.
+    pub operation: OperationId,
+    /// The checkpoint to restore.
+    pub checkpoint: CheckpointNumber,
+    /// The number of the safety checkpoint.
+    pub safety: CheckpointNumber,
+    /// When it began.
+    pub started_at: UnixMillis,
+    /// How far it has come.
+    pub stage: RestoreStage,
+    /// What the project returns to.
+    pub before: BeforeRestore,
+}
+
+/// What a project was when a restore began.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BeforeRestore {
+    /// Paused.
+    Paused(Paused),
+    /// At rest, without running agents.
+    Resting(Resting),
+}
+
+/// A checkpoint outside a pause, under way beside whatever the project is doing.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct CheckpointRun {
+    /// The operation.
+    pub operation: OperationId,
+    /// Its number.
+    pub checkpoint: CheckpointNumber,
+    /// What makes it.
+    pub trigger: Trigger,
+    /// When it began.
+    pub started_at: UnixMillis,
+}
+
+/// Where a project stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProjectState {
+    /// At rest or at work.
+    Resting(Resting),
+    /// A pause is under way.
+    Pausing(Box<PauseRun>),
+    /// Held.
+    Paused(Box<Paused>),
+    /// A resume is under way.
+    Resuming(Box<ResumeRun>),
+    /// A restore is under way.
+    Restoring(Box<RestoreRun>),
+}
+
+impl ProjectState {
+    /// Returns the status of the wire.
+    pub fn status(&self) -> ProjectStatus {
+        match self {
+            Self::Resting(resting) => (*resting).into(),
+            Self::Pausing(_) => ProjectStatus::Pausing,
+            Self::Paused(_) => ProjectStatus::Paused,
+            Self::Resuming(_) => ProjectStatus::Resuming,
+            Self::Restoring(_) => ProjectStatus::Restoring,
+        }
+    }
+}
+
+/// One project.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Project {
+    /// Its name.
+    pub name: ProjectName,
+    /// What changes rarely.
+    pub facts: Arc<Facts>,
+    /// Where it stands.
+    pub state: Arc<ProjectState>,
+    /// A checkpoint being made outside a pause.
+    pub checkpointing: Option<Arc<CheckpointRun>>,
+    /// The numbers given out so far.
+    pub counters: Counters,
+    /// How long it was paused in all, milliseconds, the current pause excluded.
+    pub total_paused_ms: i64,
+    /// Its agents.
+    pub agents: BTreeMap<AgentName, Arc<Agent>>,
+    /// Its tasks.
+    pub tasks: BTreeMap<u64, Arc<TaskView>>,
+    /// Its questions, answered ones included.
+    pub questions: BTreeMap<u64, Arc<QuestionView>>,
+}
+
+/// What changes rarely about a project.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Facts {
+    /// The workspace's absolute path.
+    pub workspace: String,
+    /// What it is for.
+    pub description: String,
+    /// Where the workspace came from.
+    pub source: Option<Source>,
+    /// The settings.
+    pub config: ProjectConfig,
+    /// The phase of the work.
+    pub phase: Phase,
+    /// When it was created.
+    pub created_at: UnixMillis,
+}
+
+/// The numbers that a project has given out; none is ever given twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Counters {
+    /// The last task.
+    pub task: u64,
+    /// The last question.
+    pub question: u64,
+    /// The last checkpoint.
+    pub checkpoint: CheckpointNumber,
+}
+
+impl Project {
+    /// Says whether a question of the agent is open.
+    pub fn asks(&self, agent: &AgentName) -> bool {
+        self.questions.values().any(|q| q.agent == *agent && q.answer.is_none())
+    }
+
+    /// Returns the agents that have processes, frozen ones included.
+    pub fn alive_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
+        self.agents.values().filter(|agent| agent.is_alive())
+    }
+
+    /// Returns the agents that a pause or a blip has to freeze.
+    pub fn running_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
+        self.agents.values().filter(|agent| match agent.state {
+            AgentState::Running | AgentState::Stopping(_) => true,
+            AgentState::Starting
+            | AgentState::Held(_)
+            | AgentState::Ended(_)
+            | AgentState::Failed { .. }
+            | AgentState::TimedOut
+            | AgentState::Interrupted { .. } => false,
+        })
+    }
+
+    /// Returns the runs of these agents.
+    pub fn runs<'a>(&self, agents: impl IntoIterator<Item = &'a Arc<Agent>>) -> Vec<AgentRun> {
+        agents
+            .into_iter()
+            .filter_map(|agent| agent.current_run().map(|run| (agent.name.clone(), run.clone())))
+            .collect()
+    }
+
+    /// Returns the operation under way, whatever it does.
+    pub fn operation(&self) -> Option<&OperationId> {
+        match &*self.state {
+            ProjectState::Pausing(run) => Some(&run.operation),
+            ProjectState::Resuming(run) => Some(&run.operation),
+            ProjectState::Restoring(run) => Some(&run.operation),
+            ProjectState::Resting(_) | ProjectState::Paused(_) => {
+                self.checkpointing.as_ref().map(|run| &run.operation)
+            }
+        }
+    }
+
+    /// Returns how long the project has been paused in all, milliseconds, the current pause included.
+    pub fn paused_ms(&self, now: UnixMillis) -> i64 {
+        self.total_paused_ms
+            + match &*self.state {
+                ProjectState::Paused(paused) => now.since(paused.since),
+                ProjectState::Resuming(run) => now.since(run.paused.since),
+                ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Restoring(_) => 0,
+            }
+    }
+}

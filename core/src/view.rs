@@ -1,0 +1,129 @@
+//! What the wire shows of the state.
+
+use fermata_protocol::UnixMillis;
+use fermata_protocol::agent::AgentView;
+use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
+use fermata_protocol::project::{PauseView, ProjectView};
+use fermata_protocol::task::TaskStatus;
+
+use crate::agent::{Agent, AgentState};
+use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
+
+/// Shows an agent of a project.
+pub fn agent(project: &Project, agent: &Agent) -> AgentView {
+    let run = agent.run.as_ref();
+    let end = run.and_then(|run| run.ended);
+    let processes = run.and_then(|run| run.processes.as_ref());
+    AgentView {
+        project: project.name.clone(),
+        name: agent.name.clone(),
+        status: agent.status(project.asks(&agent.name)),
+        argv: run.map_or_else(|| agent.spec.argv.clone(), |run| run.argv.clone()),
+        cwd: agent.spec.cwd.clone(),
+        profile: agent.spec.profile.clone(),
+        run: run.map(|run| run.id.clone()),
+        runs: agent.runs,
+        pid: processes.map(|p| p.pid),
+        started_at: run.map(|run| run.started_at),
+        ended_at: end.map(|end| end.at),
+        exit: end.and_then(|end| end.exit),
+        detail: match &agent.state {
+            AgentState::Failed { detail } => detail.clone(),
+            AgentState::Interrupted { detail } => Some(detail.clone()),
+            AgentState::Starting
+            | AgentState::Running
+            | AgentState::Held(_)
+            | AgentState::Stopping(_)
+            | AgentState::Ended(_)
+            | AgentState::TimedOut => None,
+        },
+        mechanism: processes.map(|p| p.mechanism),
+        progress: agent.progress.clone(),
+        session: agent.session.clone(),
+        usage: agent.usage,
+    }
+}
+
+/// Shows the current pause of a project.
+fn pause(paused: &Paused) -> PauseView {
+    PauseView {
+        operation_id: paused.operation.clone(),
+        checkpoint_id: paused.checkpoint,
+        paused_at: paused.since,
+        mode: paused.mode,
+        mechanism: paused.mechanism,
+        reason: paused.reason.clone(),
+        restored: paused.restored,
+    }
+}
+
+/// Shows a project.
+pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
+    let facts = &project.facts;
+    let current = match &*project.state {
+        ProjectState::Paused(paused) => Some(&**paused),
+        ProjectState::Resuming(run) => Some(&run.paused),
+        ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Restoring(_) => None,
+    };
+    let elapsed = current.map_or(0, |paused| now.since(paused.since));
+    ProjectView {
+        name: project.name.clone(),
+        description: facts.description.clone(),
+        source: facts.source.clone(),
+        workspace: facts.workspace.clone(),
+        status: project.state.status(),
+        phase: facts.phase,
+        created_at: facts.created_at,
+        total_paused_ms: project.paused_ms(now) - elapsed,
+        pause: current.map(pause),
+        agents: project.agents.len() as u64,
+        agents_running: project.alive_agents().count() as u64,
+        tasks_total: project.tasks.len() as u64,
+        tasks_completed: project.tasks.values().filter(|t| t.status == TaskStatus::Completed).count() as u64,
+        open_questions: project.questions.values().filter(|q| q.answer.is_none()).count() as u64,
+    }
+}
+
+/// Shows the operation under way.
+pub fn operation(project: &Project) -> Option<OperationView> {
+    let running = |id: &fermata_protocol::OperationId, kind, started_at| OperationView {
+        id: id.clone(),
+        project: project.name.clone(),
+        kind,
+        state: OperationState::Running,
+        step: None,
+        steps_ms: Default::default(),
+        started_at,
+        ended_at: None,
+        result: None,
+        error: None,
+    };
+    match &*project.state {
+        ProjectState::Pausing(run) => {
+            let mut view = running(&run.operation, OperationKind::Pause, run.started_at);
+            view.step = Some(run.step.as_str().to_owned());
+            view.steps_ms.clone_from(&run.steps_ms);
+            if let Course::Undoing(error) = &run.course {
+                view.state = OperationState::Undoing;
+                view.error = Some(error.clone());
+            }
+            Some(view)
+        }
+        ProjectState::Resuming(run) => Some(running(&run.operation, OperationKind::Resume, run.started_at)),
+        ProjectState::Restoring(run) => {
+            let mut view = running(&run.operation, OperationKind::Restore, run.started_at);
+            view.step = Some(
+                match run.stage {
+                    RestoreStage::Preparing => "prepare",
+                    RestoreStage::Applying => "apply",
+                }
+                .to_owned(),
+            );
+            Some(view)
+        }
+        ProjectState::Resting(_) | ProjectState::Paused(_) => project
+            .checkpointing
+            .as_ref()
+            .map(|run| running(&run.operation, OperationKind::Checkpoint, run.started_at)),
+    }
+}
