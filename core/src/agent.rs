@@ -126,10 +126,9 @@ impl Agent {
     /// Says whether there are, or soon will be, processes: everything but ended and parked.
     pub fn is_alive(&self) -> bool {
         match self.state {
-            AgentState::Starting
-            | AgentState::Running
-            | AgentState::Held(Held::Frozen)
-            | AgentState::Stopping(_) => true,
+            AgentState::Starting | AgentState::Running | AgentState::Held(Held::Frozen) | AgentState::Stopping(_) => {
+                true
+            }
             AgentState::Held(Held::Parked)
             | AgentState::Ended(_)
             | AgentState::Failed { .. }

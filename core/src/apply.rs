@@ -10,8 +10,8 @@ use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::agent::{AfterStop, Agent, AgentState, Ended, Held, Run, RunEnd};
 use crate::project::{
-    BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, RestoreRun,
-    RestoreStage, Resting, ResumeRun,
+    BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, Resting,
+    RestoreRun, RestoreStage, ResumeRun,
 };
 
 /// Makes the project of its first event.
@@ -299,8 +299,7 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
             }
         }),
         Event::AgentExited { exit, ended_at, .. } => {
-            let stopping =
-                matches!(project.agents.get(&name).map(|agent| &agent.state), Some(AgentState::Stopping(_)));
+            let stopping = matches!(project.agents.get(&name).map(|agent| &agent.state), Some(AgentState::Stopping(_)));
             let state = if stopping {
                 AgentState::Ended(Ended::Stopped)
             } else if exit.is_success() {
@@ -377,11 +376,19 @@ fn settle(project: &mut Project) {
         return;
     }
     let any = |wanted: fn(&AgentState) -> bool| project.agents.values().any(|agent| wanted(&agent.state));
-    let failed = any(|state| {
-        matches!(state, AgentState::Failed { .. } | AgentState::TimedOut | AgentState::Interrupted { .. })
-    });
+    let failed =
+        any(|state| matches!(state, AgentState::Failed { .. } | AgentState::TimedOut | AgentState::Interrupted { .. }));
     let stopped = any(|state| *state == AgentState::Ended(Ended::Stopped));
-    rest(project, if failed { Resting::Failed } else if stopped { Resting::Stopped } else { Resting::Completed });
+    rest(
+        project,
+        if failed {
+            Resting::Failed
+        } else if stopped {
+            Resting::Stopped
+        } else {
+            Resting::Completed
+        },
+    );
 }
 
 /// Says whether the processes of a paused project are to be ended: mode `park`.

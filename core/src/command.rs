@@ -156,8 +156,6 @@ pub enum Command {
         items: u64,
         /// Their tokens.
         tokens: u64,
-        /// A flash save that became due by it.
-        flash_save: Option<FlashSaveResult>,
     },
     /// A flash save outside a pause; the rows are written in the same transaction.
     FlashSave {

@@ -89,11 +89,8 @@ pub fn plan_flash_save(items: &[ScoredItem], weights: &Weights, limit: TokenLimi
     let mut tokens_after: u64 =
         items.iter().zip(&planned).filter(|(_, plan)| !plan.archive).map(|(item, _)| item.tokens).sum();
     if limit.is_due(tokens_before) {
-        let mut order: Vec<usize> =
-            (0..items.len()).filter(|&i| !planned[i].archive && !items[i].pinned).collect();
-        order.sort_by(|&a, &b| {
-            planned[a].score.total_cmp(&planned[b].score).then(items[a].id.cmp(&items[b].id))
-        });
+        let mut order: Vec<usize> = (0..items.len()).filter(|&i| !planned[i].archive && !items[i].pinned).collect();
+        order.sort_by(|&a, &b| planned[a].score.total_cmp(&planned[b].score).then(items[a].id.cmp(&items[b].id)));
         for index in order {
             if tokens_after <= limit.target() {
                 break;

@@ -36,8 +36,7 @@ pub enum PauseStep {
 
 impl PauseStep {
     /// Every step, in order.
-    pub const ALL: [Self; 5] =
-        [Self::Validate, Self::Quiesce, Self::Freeze, Self::PlanFlashSave, Self::Checkpoint];
+    pub const ALL: [Self; 5] = [Self::Validate, Self::Quiesce, Self::Freeze, Self::PlanFlashSave, Self::Checkpoint];
 
     /// Returns the step's name on the wire.
     pub fn as_str(self) -> &'static str {
@@ -326,9 +325,7 @@ impl Project {
             ProjectState::Pausing(run) => Some(&run.operation),
             ProjectState::Resuming(run) => Some(&run.operation),
             ProjectState::Restoring(run) => Some(&run.operation),
-            ProjectState::Resting(_) | ProjectState::Paused(_) => {
-                self.checkpointing.as_ref().map(|run| &run.operation)
-            }
+            ProjectState::Resting(_) | ProjectState::Paused(_) => self.checkpointing.as_ref().map(|run| &run.operation),
         }
     }
 

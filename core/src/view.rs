@@ -121,9 +121,8 @@ pub fn operation(project: &Project) -> Option<OperationView> {
             );
             Some(view)
         }
-        ProjectState::Resting(_) | ProjectState::Paused(_) => project
-            .checkpointing
-            .as_ref()
-            .map(|run| running(&run.operation, OperationKind::Checkpoint, run.started_at)),
+        ProjectState::Resting(_) | ProjectState::Paused(_) => {
+            project.checkpointing.as_ref().map(|run| running(&run.operation, OperationKind::Checkpoint, run.started_at))
+        }
     }
 }

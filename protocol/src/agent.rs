@@ -10,9 +10,7 @@ use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
 use crate::pause::Mechanism;
 
 /// The status of an agent.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentStatus {
     /// Its shim is being started.
@@ -58,12 +56,9 @@ impl AgentStatus {
     pub fn is_terminal(self) -> bool {
         match self {
             Self::Exited | Self::Failed | Self::TimedOut | Self::Interrupted => true,
-            Self::Starting
-            | Self::Running
-            | Self::WaitingForInput
-            | Self::Paused
-            | Self::Backoff
-            | Self::Stopping => false,
+            Self::Starting | Self::Running | Self::WaitingForInput | Self::Paused | Self::Backoff | Self::Stopping => {
+                false
+            }
         }
     }
 }

@@ -58,19 +58,10 @@ impl Client {
     ///
     /// # Errors
     /// When nobody listens, or the daemon does not speak this protocol version.
-    pub fn connect(
-        path: &Path,
-        client: &str,
-        token: Option<String>,
-    ) -> Result<(Self, HelloResult), ClientError> {
+    pub fn connect(path: &Path, client: &str, token: Option<String>) -> Result<(Self, HelloResult), ClientError> {
         let mut client_side = Self::connect_silently(path)?;
         let version = crate::PROTOCOL_VERSION;
-        let hello = client_side.call(&Hello {
-            min: version,
-            max: version,
-            client: client.into(),
-            token,
-        })?;
+        let hello = client_side.call(&Hello { min: version, max: version, client: client.into(), token })?;
         Ok((client_side, hello))
     }
 
@@ -79,16 +70,9 @@ impl Client {
     /// # Errors
     /// When nobody listens.
     pub fn connect_silently(path: &Path) -> Result<Self, ClientError> {
-        let stream = UnixStream::connect(path).map_err(|source| ClientError::Unreachable {
-            path: path.to_owned(),
-            source,
-        })?;
-        Ok(Self {
-            stream,
-            lines: LineBuffer::new(MAX_REPLY_BYTES),
-            next_id: 1,
-            notifications: VecDeque::new(),
-        })
+        let stream =
+            UnixStream::connect(path).map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;
+        Ok(Self { stream, lines: LineBuffer::new(MAX_REPLY_BYTES), next_id: 1, notifications: VecDeque::new() })
     }
 
     /// Calls a method and waits for its result; notifications that come meanwhile are kept.
@@ -108,14 +92,12 @@ impl Client {
         params: &M,
         watch: impl FnMut(&Notification),
     ) -> Result<M::Result, ClientError> {
-        let params =
-            serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))?;
+        let params = serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))?;
         let Value::Object(params) = params else {
             return Err(ClientError::Garbled("parameters are not an object".into()));
         };
         let value = self.call_raw(M::NAME, params, watch)?;
-        serde_json::from_value(value)
-            .map_err(|e| ClientError::Garbled(format!("result of {}: {e}", M::NAME)))
+        serde_json::from_value(value).map_err(|e| ClientError::Garbled(format!("result of {}: {e}", M::NAME)))
     }
 
     /// Calls a method by name.
@@ -130,8 +112,7 @@ impl Client {
     ) -> Result<Value, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
-        let mut line =
-            json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
+        let mut line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
         line.push('\n');
         // A daemon that refuses the connection answers before it reads; its reason is worth more
         // than the broken pipe of this write.
@@ -184,22 +165,14 @@ impl Client {
 
     fn read_message(&mut self) -> Result<Message, ClientError> {
         loop {
-            let line = self
-                .lines
-                .next_line()
-                .map_err(|e| ClientError::Garbled(e.to_string()))?;
+            let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
             if let Some(line) = line {
-                let value: Value = serde_json::from_slice(&line)
-                    .map_err(|e| ClientError::Garbled(e.to_string()))?;
+                let value: Value = serde_json::from_slice(&line).map_err(|e| ClientError::Garbled(e.to_string()))?;
                 let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
                 return if value.get("method").is_some() {
-                    serde_json::from_value(value)
-                        .map(Message::Notification)
-                        .map_err(garbled)
+                    serde_json::from_value(value).map(Message::Notification).map_err(garbled)
                 } else {
-                    serde_json::from_value(value)
-                        .map(Message::Response)
-                        .map_err(garbled)
+                    serde_json::from_value(value).map(Message::Response).map_err(garbled)
                 };
             }
             let mut chunk = [0; 64 << 10];

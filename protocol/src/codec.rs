@@ -24,12 +24,7 @@ pub struct LineBuffer {
 impl LineBuffer {
     /// Makes an empty buffer for lines of at most `limit` bytes.
     pub fn new(limit: usize) -> Self {
-        Self {
-            bytes: Vec::new(),
-            searched: 0,
-            start: 0,
-            limit,
-        }
+        Self { bytes: Vec::new(), searched: 0, start: 0, limit }
     }
 
     /// Adds bytes as they came.
@@ -53,11 +48,7 @@ impl LineBuffer {
             self.searched = self.bytes.len();
             let pending = self.bytes.len() - self.start;
             // One more byte may still be the carriage return.
-            return if pending > self.limit + 1 {
-                Err(LineTooLong { limit: self.limit })
-            } else {
-                Ok(None)
-            };
+            return if pending > self.limit + 1 { Err(LineTooLong { limit: self.limit }) } else { Ok(None) };
         };
         let end = self.searched + offset;
         let mut line = &self.bytes[self.start..end];

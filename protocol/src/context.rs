@@ -28,14 +28,7 @@ pub enum ItemType {
 
 impl ItemType {
     /// Every type.
-    pub const ALL: [Self; 6] = [
-        Self::Task,
-        Self::Code,
-        Self::Error,
-        Self::TestResult,
-        Self::PrdSection,
-        Self::Other,
-    ];
+    pub const ALL: [Self; 6] = [Self::Task, Self::Code, Self::Error, Self::TestResult, Self::PrdSection, Self::Other];
 
     /// Returns the text of the wire and of the database.
     pub fn as_str(self) -> &'static str {

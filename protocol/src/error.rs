@@ -162,12 +162,7 @@ pub struct Refusal {
 impl Refusal {
     /// Makes a refusal without hint.
     pub fn new(code: Code, message: impl Into<String>) -> Self {
-        Self {
-            code,
-            message: message.into(),
-            hint: None,
-            details: None,
-        }
+        Self { code, message: message.into(), hint: None, details: None }
     }
 
     /// Adds what to type or do next.
@@ -214,23 +209,14 @@ impl From<Refusal> for ErrorObject {
         Self {
             code: refusal.code.number(),
             message: refusal.message,
-            data: ErrorData {
-                code: refusal.code,
-                hint: refusal.hint,
-                details: refusal.details,
-            },
+            data: ErrorData { code: refusal.code, hint: refusal.hint, details: refusal.details },
         }
     }
 }
 
 impl From<ErrorObject> for Refusal {
     fn from(error: ErrorObject) -> Self {
-        Self {
-            code: error.data.code,
-            message: error.message,
-            hint: error.data.hint,
-            details: error.data.details,
-        }
+        Self { code: error.data.code, message: error.message, hint: error.data.hint, details: error.data.details }
     }
 }
 
@@ -244,10 +230,7 @@ mod tests {
         for code in Code::ALL {
             let text = code.as_str();
             assert!(seen.insert(text), "{text} stands twice");
-            assert!(
-                text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
-                "{text}"
-            );
+            assert!(text.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'), "{text}");
             assert_eq!(serde_json::to_value(code).ok(), Some(Value::from(text)));
         }
     }

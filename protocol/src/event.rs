@@ -520,13 +520,10 @@ impl EventFilter {
     /// Says whether an event of that kind passes the filter's kinds.
     pub fn takes_kind(&self, kind: &str) -> bool {
         self.kinds.is_empty()
-            || self
-                .kinds
-                .iter()
-                .any(|wanted| match wanted.strip_suffix('*') {
-                    Some(prefix) => kind.starts_with(prefix),
-                    None => wanted == kind,
-                })
+            || self.kinds.iter().any(|wanted| match wanted.strip_suffix('*') {
+                Some(prefix) => kind.starts_with(prefix),
+                None => wanted == kind,
+            })
     }
 }
 
@@ -598,9 +595,7 @@ mod tests {
 
     #[test]
     fn the_serialised_kind_is_the_one_that_kind_returns() {
-        let event = Event::AgentRemoved {
-            agent: AgentName::new("coder").expect("valid"),
-        };
+        let event = Event::AgentRemoved { agent: AgentName::new("coder").expect("valid") };
         let value = serde_json::to_value(&event).expect("serialises");
         assert_eq!(value["kind"], event.kind());
         assert_eq!(value["data"]["agent"], "coder");
@@ -608,10 +603,7 @@ mod tests {
 
     #[test]
     fn filters_know_prefixes() {
-        let filter = EventFilter {
-            project: None,
-            kinds: vec!["pause.*".into(), "task.changed".into()],
-        };
+        let filter = EventFilter { project: None, kinds: vec!["pause.*".into(), "task.changed".into()] };
         assert!(filter.takes_kind("pause.started") && filter.takes_kind("task.changed"));
         assert!(!filter.takes_kind("task.changedx") && !filter.takes_kind("project.paused"));
     }

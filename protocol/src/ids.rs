@@ -54,17 +54,11 @@ fn check_name(what: &'static str, name: &str) -> Result<(), InvalidId> {
         return Err(InvalidId::Empty { what });
     };
     if name.len() > MAX_NAME_BYTES {
-        return Err(InvalidId::TooLong {
-            what,
-            name: shown(),
-        });
+        return Err(InvalidId::TooLong { what, name: shown() });
     }
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
     if !first.is_ascii_alphanumeric() || !name.chars().all(allowed) {
-        return Err(InvalidId::BadCharacter {
-            what,
-            name: shown(),
-        });
+        return Err(InvalidId::BadCharacter { what, name: shown() });
     }
     Ok(())
 }
@@ -77,14 +71,7 @@ fn check_operation(what: &'static str, id: &str) -> Result<(), InvalidId> {
                 && !rest.is_empty()
                 && rest.bytes().all(|b| b.is_ascii_hexdigit())
         });
-    if good {
-        Ok(())
-    } else {
-        Err(InvalidId::BadForm {
-            what,
-            id: id.chars().take(80).collect(),
-        })
-    }
+    if good { Ok(()) } else { Err(InvalidId::BadForm { what, id: id.chars().take(80).collect() }) }
 }
 
 macro_rules! string_id {
@@ -162,20 +149,7 @@ string_id!(
 pub type CheckpointNumber = u64;
 
 /// A point in time: milliseconds since the Unix epoch, UTC.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Default,
-    Serialize,
-    Deserialize,
-    JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(transparent)]
 pub struct UnixMillis(pub i64);
 
@@ -203,18 +177,12 @@ pub struct Target {
 impl Target {
     /// Makes the target of one agent.
     pub fn agent(project: ProjectName, agent: AgentName) -> Self {
-        Self {
-            project,
-            agent: Some(agent),
-        }
+        Self { project, agent: Some(agent) }
     }
 
     /// Makes the target of a whole project.
     pub fn project(project: ProjectName) -> Self {
-        Self {
-            project,
-            agent: None,
-        }
+        Self { project, agent: None }
     }
 }
 
@@ -232,10 +200,7 @@ impl FromStr for Target {
     fn from_str(s: &str) -> Result<Self, InvalidId> {
         match s.split_once('/') {
             None => Ok(Self::project(ProjectName::new(s)?)),
-            Some((project, agent)) => Ok(Self::agent(
-                ProjectName::new(project)?,
-                AgentName::new(agent)?,
-            )),
+            Some((project, agent)) => Ok(Self::agent(ProjectName::new(project)?, AgentName::new(agent)?)),
         }
     }
 }
@@ -248,9 +213,7 @@ impl Serialize for Target {
 
 impl<'de> Deserialize<'de> for Target {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?
-            .parse()
-            .map_err(serde::de::Error::custom)
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
     }
 }
 
@@ -279,10 +242,7 @@ mod tests {
     #[test]
     fn targets_round_trip() {
         for text in ["web", "web/coder"] {
-            assert_eq!(
-                text.parse::<Target>().map(|t| t.to_string()).as_deref(),
-                Ok(text)
-            );
+            assert_eq!(text.parse::<Target>().map(|t| t.to_string()).as_deref(), Ok(text));
         }
         assert!("web/".parse::<Target>().is_err());
         assert!("web/a/b".parse::<Target>().is_err());

@@ -158,14 +158,8 @@ methods! {
 
 fn read<P: DeserializeOwned>(method: &str, params: Map<String, Value>) -> Result<P, Refusal> {
     let problem = |e: serde_json::Error| {
-        Refusal::new(
-            Code::InvalidParams,
-            format!(
-                "parameters of {method}: {}",
-                shorten_sentence(&e.to_string())
-            ),
-        )
-        .hint("rpc.discover describes every parameter")
+        Refusal::new(Code::InvalidParams, format!("parameters of {method}: {}", shorten_sentence(&e.to_string())))
+            .hint("rpc.discover describes every parameter")
     };
     serde_path(params).map_err(problem)
 }
@@ -188,10 +182,7 @@ fn serde_path<P: DeserializeOwned>(params: Map<String, Value>) -> Result<P, serd
         };
         let text = error.to_string();
         if changed && !text.contains(&format!("`{name}`")) {
-            return Err(serde_json::Error::custom(format!(
-                "'{}': {text}",
-                shorten(name)
-            )));
+            return Err(serde_json::Error::custom(format!("'{}': {text}", shorten(name))));
         }
     }
     Err(error)
@@ -211,9 +202,7 @@ mod tests {
     use serde_json::json;
 
     fn parse(method: &str, params: Value) -> Result<Call, Refusal> {
-        let Value::Object(params) = params else {
-            panic!("params are an object")
-        };
+        let Value::Object(params) = params else { panic!("params are an object") };
         Call::parse(method, params)
     }
 
@@ -221,8 +210,7 @@ mod tests {
     fn unknown_methods_and_parameters_are_refused_by_name() {
         let error = parse("project.fly", json!({})).expect_err("unknown");
         assert_eq!(error.code, Code::MethodNotFound);
-        let error =
-            parse("project.show", json!({"project": "web", "prject": 1})).expect_err("unknown");
+        let error = parse("project.show", json!({"project": "web", "prject": 1})).expect_err("unknown");
         assert_eq!(error.code, Code::InvalidParams);
         assert!(error.message.contains("prject"), "{}", error.message);
         let error = parse("project.show", json!({})).expect_err("missing");
@@ -231,11 +219,7 @@ mod tests {
 
     #[test]
     fn wrong_types_are_refused_by_name() {
-        let error = parse(
-            "project.pause",
-            json!({"project": "web", "grace_ms": "soon"}),
-        )
-        .expect_err("type");
+        let error = parse("project.pause", json!({"project": "web", "grace_ms": "soon"})).expect_err("type");
         assert!(error.message.contains("grace_ms"), "{}", error.message);
         let error = parse("project.pause", json!({"project": "a/b"})).expect_err("name");
         assert!(error.message.contains("project"), "{}", error.message);

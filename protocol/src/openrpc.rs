@@ -10,9 +10,8 @@ use crate::method::METHODS;
 
 /// Makes the OpenRPC 1.3 document that `rpc.discover` serves and the repository keeps.
 pub fn document() -> Value {
-    let mut generator = SchemaGenerator::new(
-        SchemaSettings::draft07().with(|s| s.definitions_path = "/components/schemas".into()),
-    );
+    let mut generator =
+        SchemaGenerator::new(SchemaSettings::draft07().with(|s| s.definitions_path = "/components/schemas".into()));
     let mut methods = Vec::new();
     for method in METHODS {
         let params = (method.params)(&mut generator);
@@ -38,10 +37,8 @@ pub fn document() -> Value {
     }
     let _notification = generator.subschema_for::<EventNotification>();
     let schemas: Map<String, Value> = generator.take_definitions(true);
-    let errors: Vec<Value> = Code::ALL
-        .iter()
-        .map(|code| json!({ "code": code.number(), "message": code.as_str() }))
-        .collect();
+    let errors: Vec<Value> =
+        Code::ALL.iter().map(|code| json!({ "code": code.number(), "message": code.as_str() })).collect();
     json!({
         "openrpc": "1.3.2",
         "info": {
@@ -57,22 +54,18 @@ pub fn document() -> Value {
 
 /// Turns the schema of a parameter object into OpenRPC's list of named parameters.
 fn parameter_list(generator: &SchemaGenerator, schema: &Value) -> Vec<Value> {
-    let name = schema
-        .get("$ref")
-        .and_then(Value::as_str)
-        .and_then(|r| r.rsplit('/').next());
-    let object = name
-        .and_then(|name| generator.definitions().get(name))
-        .unwrap_or(schema);
+    let name = schema.get("$ref").and_then(Value::as_str).and_then(|r| r.rsplit('/').next());
+    let object = name.and_then(|name| generator.definitions().get(name)).unwrap_or(schema);
     let required: Vec<&str> = object
         .get("required")
         .and_then(Value::as_array)
         .map(|list| list.iter().filter_map(Value::as_str).collect())
         .unwrap_or_default();
     let properties = object.get("properties").and_then(Value::as_object);
-    let parameters = properties.into_iter().flatten().map(|(name, schema)| {
-        json!({ "name": name, "required": required.contains(&name.as_str()), "schema": schema })
-    });
+    let parameters = properties
+        .into_iter()
+        .flatten()
+        .map(|(name, schema)| json!({ "name": name, "required": required.contains(&name.as_str()), "schema": schema }));
     parameters.collect()
 }
 
@@ -89,9 +82,6 @@ mod tests {
             std::fs::write(path, &made).expect("the document can be written");
         }
         let kept = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(
-            made == kept,
-            "protocol/openrpc.json is stale: run the tests with UPDATE_GOLDEN=1"
-        );
+        assert!(made == kept, "protocol/openrpc.json is stale: run the tests with UPDATE_GOLDEN=1");
     }
 }

@@ -11,9 +11,7 @@ use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseMode};
 
 /// The status of a project.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ProjectStatus {
     /// Created, nothing has run yet.

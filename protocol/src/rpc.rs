@@ -34,24 +34,12 @@ impl Request {
     /// # Errors
     /// Answers what is wrong with the line, under the line's own id where it has a usable one.
     pub fn parse(line: &[u8]) -> Result<Self, BadRequest> {
-        let bad = |id: Value, code: Code, message: String| BadRequest {
-            id,
-            refusal: Refusal::new(code, message),
-        };
+        let bad = |id: Value, code: Code, message: String| BadRequest { id, refusal: Refusal::new(code, message) };
         let text = std::str::from_utf8(line).map_err(|e| {
-            bad(
-                Value::Null,
-                Code::ParseError,
-                format!("the line is not valid UTF-8 (at byte {})", e.valid_up_to()),
-            )
+            bad(Value::Null, Code::ParseError, format!("the line is not valid UTF-8 (at byte {})", e.valid_up_to()))
         })?;
-        let value: Value = serde_json::from_str(text).map_err(|e| {
-            bad(
-                Value::Null,
-                Code::ParseError,
-                format!("the line is not valid JSON: {e}"),
-            )
-        })?;
+        let value: Value = serde_json::from_str(text)
+            .map_err(|e| bad(Value::Null, Code::ParseError, format!("the line is not valid JSON: {e}")))?;
         let mut object = match value {
             Value::Object(object) => object,
             Value::Array(_) => {
@@ -62,11 +50,7 @@ impl Request {
                 ));
             }
             _ => {
-                return Err(bad(
-                    Value::Null,
-                    Code::InvalidRequest,
-                    "a request is a JSON object".into(),
-                ));
+                return Err(bad(Value::Null, Code::InvalidRequest, "a request is a JSON object".into()));
             }
         };
         let id = object.remove("id");
@@ -74,11 +58,7 @@ impl Request {
             Some(Value::String(_) | Value::Number(_)) => id.clone().unwrap_or(Value::Null),
             None | Some(Value::Null) => Value::Null,
             Some(_) => {
-                return Err(bad(
-                    Value::Null,
-                    Code::InvalidRequest,
-                    "'id' is a string or a number".into(),
-                ));
+                return Err(bad(Value::Null, Code::InvalidRequest, "'id' is a string or a number".into()));
             }
         };
         let invalid = |message: &str| bad(answer_id.clone(), Code::InvalidRequest, message.into());
@@ -101,10 +81,7 @@ impl Request {
             }
         };
         if let Some(name) = object.keys().next() {
-            return Err(invalid(&format!(
-                "unknown member '{}' of the request",
-                shorten(name)
-            )));
+            return Err(invalid(&format!("unknown member '{}' of the request", shorten(name))));
         }
         Ok(Self { id, method, params })
     }
@@ -137,22 +114,12 @@ pub struct Response {
 impl Response {
     /// Makes the reply to a call that succeeded.
     pub fn success(id: RequestId, result: Value) -> Self {
-        Self {
-            jsonrpc: Version,
-            id,
-            result: Some(result),
-            error: None,
-        }
+        Self { jsonrpc: Version, id, result: Some(result), error: None }
     }
 
     /// Makes the reply to a call that failed.
     pub fn failure(id: RequestId, error: impl Into<ErrorObject>) -> Self {
-        Self {
-            jsonrpc: Version,
-            id,
-            result: None,
-            error: Some(error.into()),
-        }
+        Self { jsonrpc: Version, id, result: None, error: Some(error.into()) }
     }
 }
 
@@ -170,11 +137,7 @@ pub struct Notification {
 impl Notification {
     /// Makes a notification.
     pub fn new(method: &str, params: Value) -> Self {
-        Self {
-            jsonrpc: Version,
-            method: method.into(),
-            params,
-        }
+        Self { jsonrpc: Version, method: method.into(), params }
     }
 }
 
@@ -192,10 +155,7 @@ impl<'de> Deserialize<'de> for Version {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
         match String::deserialize(d)?.as_str() {
             "2.0" => Ok(Self),
-            other => Err(serde::de::Error::custom(format!(
-                "jsonrpc version '{}'",
-                shorten(other)
-            ))),
+            other => Err(serde::de::Error::custom(format!("jsonrpc version '{}'", shorten(other)))),
         }
     }
 }
@@ -206,8 +166,7 @@ mod tests {
 
     #[test]
     fn good_requests_parse() {
-        let request =
-            Request::parse(br#"{"jsonrpc":"2.0","id":7,"method":"hello","params":{"min":1}}"#);
+        let request = Request::parse(br#"{"jsonrpc":"2.0","id":7,"method":"hello","params":{"min":1}}"#);
         let request = request.expect("parses");
         assert_eq!(request.id, Some(Value::from(7)));
         assert_eq!(request.method, "hello");
@@ -223,35 +182,14 @@ mod tests {
             (b"", Code::ParseError, Value::Null),
             (b"[]", Code::InvalidRequest, Value::Null),
             (b"3", Code::InvalidRequest, Value::Null),
-            (
-                br#"{"id":3,"method":"x"}"#,
-                Code::InvalidRequest,
-                Value::from(3),
-            ),
-            (
-                br#"{"jsonrpc":"2.0","id":"a","method":4}"#,
-                Code::InvalidRequest,
-                Value::from("a"),
-            ),
-            (
-                br#"{"jsonrpc":"2.0","id":1,"method":"x","params":[1]}"#,
-                Code::InvalidParams,
-                Value::from(1),
-            ),
-            (
-                br#"{"jsonrpc":"2.0","id":1,"method":"x","parms":{}}"#,
-                Code::InvalidRequest,
-                Value::from(1),
-            ),
+            (br#"{"id":3,"method":"x"}"#, Code::InvalidRequest, Value::from(3)),
+            (br#"{"jsonrpc":"2.0","id":"a","method":4}"#, Code::InvalidRequest, Value::from("a")),
+            (br#"{"jsonrpc":"2.0","id":1,"method":"x","params":[1]}"#, Code::InvalidParams, Value::from(1)),
+            (br#"{"jsonrpc":"2.0","id":1,"method":"x","parms":{}}"#, Code::InvalidRequest, Value::from(1)),
         ];
         for (line, code, id) in cases {
             let bad = Request::parse(line).expect_err(&String::from_utf8_lossy(line));
-            assert_eq!(
-                (bad.refusal.code, bad.id),
-                (code, id),
-                "{}",
-                String::from_utf8_lossy(line)
-            );
+            assert_eq!((bad.refusal.code, bad.id), (code, id), "{}", String::from_utf8_lossy(line));
         }
     }
 }

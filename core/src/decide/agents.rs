@@ -16,11 +16,10 @@ fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
     match &*project.state {
         // A checkpoint beside it does not keep an agent from starting.
         ProjectState::Resting(_) => Ok(()),
-        ProjectState::Paused(_) => Err(Refusal::new(
-            Code::ProjectPaused,
-            format!("project '{}' is paused", project.name),
-        )
-        .hint(format!("fermatactl resume {}", project.name))),
+        ProjectState::Paused(_) => {
+            Err(Refusal::new(Code::ProjectPaused, format!("project '{}' is paused", project.name))
+                .hint(format!("fermatactl resume {}", project.name)))
+        }
         ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
             refuse_while_moving(project)
         }
@@ -28,13 +27,8 @@ fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
 }
 
 pub(super) fn starting(agent: AgentName, argv: Vec<String>, new: NewRun, cause: StartCause) -> Decision {
-    let event = Event::AgentStarting {
-        agent: agent.clone(),
-        run: new.id.clone(),
-        argv,
-        cause,
-        token_sha256: new.token_sha256,
-    };
+    let event =
+        Event::AgentStarting { agent: agent.clone(), run: new.id.clone(), argv, cause, token_sha256: new.token_sha256 };
     Decision::events(vec![event]).then(Effect::Launch { agent, run: new.id })
 }
 
@@ -179,13 +173,12 @@ pub(super) fn run_ended(
     if !is_current(project, &name, &run) {
         return Decision::default();
     }
-    let Some(found) = project.agents.get(&name) else { return Decision::default() };
+    let Some(found) = project.agents.get(&name).filter(|agent| agent.is_alive()) else { return Decision::default() };
     if ends_by_parking(project, found) {
         return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
     let restart = found.state == AgentState::Stopping(AfterStop::Restart);
-    let mut decision =
-        Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
+    let mut decision = Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
     if restart {
         let next = starting(name, found.spec.argv.clone(), new, StartCause::Restart);
         decision.events.extend(next.events);
@@ -210,7 +203,7 @@ pub(super) fn run_lost(project: &Project, name: AgentName, run: RunId, detail: S
         Some(found) if is_current(project, &name, &run) && ends_by_parking(project, found) => {
             Decision::events(vec![Event::AgentParked { agent: name, run }])
         }
-        Some(_) if is_current(project, &name, &run) => {
+        Some(found) if is_current(project, &name, &run) && found.is_alive() => {
             Decision::events(vec![Event::AgentInterrupted { agent: name, run, detail }])
         }
         _ => Decision::default(),

@@ -45,9 +45,7 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         }
         Command::Ask { agent, text, choices } => reports::ask(project, agent, text, choices, now),
         Command::Answer { id, answer } => reports::answer(project, id, answer, now),
-        Command::AddContext { agent, items, tokens, flash_save } => {
-            reports::add_context(project, agent, items, tokens, flash_save)
-        }
+        Command::AddContext { agent, items, tokens } => reports::add_context(project, agent, items, tokens),
         Command::FlashSave { results } => reports::flash_save(project, results),
         Command::PinContext { id, pinned } => Ok(Decision::events(vec![Event::ContextPinned { id, pinned }])),
         Command::RecallContext { ids } => Ok(Decision::events(vec![Event::ContextRecalled { ids }])),
@@ -69,9 +67,7 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
             Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
         }
         Command::Restore { operation, checkpoint } => checkpoints::begin_restore(project, operation, checkpoint),
-        Command::RestorePlanned { operation, outcome } => {
-            Ok(checkpoints::restore_planned(project, operation, outcome))
-        }
+        Command::RestorePlanned { operation, outcome } => Ok(checkpoints::restore_planned(project, operation, outcome)),
         Command::Restored { operation, phase, tasks, written, removed } => {
             Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
         }

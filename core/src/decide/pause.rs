@@ -6,8 +6,8 @@ use fermata_protocol::pause::{PauseMode, PauseResult};
 use fermata_protocol::{AgentName, Code, ErrorObject, OperationId, Refusal, UnixMillis};
 
 use super::refuse_while_moving;
+use crate::agent::{AfterStop, AgentState};
 use crate::apply::parks;
-use crate::agent::AgentState;
 use crate::command::{Decision, Effect, Sealed, StepReport};
 use crate::context::reduction_percentage;
 use crate::project::{Course, PauseRun, PauseStep, Project, ProjectState, Resting};
@@ -38,7 +38,9 @@ pub(super) fn begin(
             .hint(format!("to save its state: fermatactl checkpoint create {}", project.name)));
         }
     }
-    if let Some(agent) = project.agents.values().find(|agent| agent.state == AgentState::Starting) {
+    // Processes that appear behind the freeze would run on in a paused project.
+    let appears = [AgentState::Starting, AgentState::Stopping(AfterStop::Restart)];
+    if let Some(agent) = project.agents.values().find(|agent| appears.contains(&agent.state)) {
         return Err(Refusal::new(
             Code::OperationInProgress,
             format!("agent '{}' of project '{}' is just being started", agent.name, project.name),
@@ -123,9 +125,7 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
     let sessions = sealed
         .sessions
         .into_iter()
-        .filter(|(name, session)| {
-            project.agents.get(name).is_some_and(|agent| agent.session.as_ref() != Some(session))
-        })
+        .filter(|(name, session)| project.agents.get(name).is_some_and(|agent| agent.session.as_ref() != Some(session)))
         .map(|(agent, session)| Event::AgentSessionFound { agent, session });
     let mut events: Vec<Event> = sessions.collect();
     // An agent that ended before the freeze is not held: there is nothing to bring back.
@@ -146,8 +146,7 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
 }
 
 fn undo(project: &Project, run: &PauseRun, error: ErrorObject) -> Decision {
-    let event =
-        Event::OperationUndoing { operation: run.operation.clone(), step: run.step.as_str().into(), error };
+    let event = Event::OperationUndoing { operation: run.operation.clone(), step: run.step.as_str().into(), error };
     Decision::events(vec![event]).then(undo_effect(project, run))
 }
 

@@ -103,12 +103,7 @@ fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>) -
     }
 }
 
-fn operation(
-    next: &Project,
-    respawn: BTreeMap<AgentName, Respawn>,
-    unstarted: &[AgentName],
-    decision: &mut Decision,
-) {
+fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &[AgentName], decision: &mut Decision) {
     let alive = || next.runs(next.alive_agents());
     match &*next.state {
         ProjectState::Pausing(run) => {
@@ -126,8 +121,7 @@ fn operation(
             decision.effects.push(pause::undo_effect(next, run));
         }
         ProjectState::Paused(paused) => {
-            let frozen =
-                next.runs(next.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)));
+            let frozen = next.runs(next.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)));
             if !frozen.is_empty() {
                 decision.effects.push(Effect::Hold { runs: frozen.clone() });
                 if parks(paused.mode) {
@@ -147,9 +141,7 @@ fn operation(
                     "the daemon ended before the restore changed anything".to_owned(),
                 )
                 .hint("try again");
-                decision
-                    .events
-                    .push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
+                decision.events.push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
             }
             RestoreStage::Applying => decision.effects.push(checkpoints::apply_effect(run)),
         },

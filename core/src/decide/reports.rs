@@ -84,9 +84,7 @@ pub(super) fn put_task(project: &Project, change: TaskChange, now: UnixMillis) -
         None => TaskView {
             id: project.counters.task + 1,
             agent: change.agent,
-            title: change
-                .title
-                .ok_or_else(|| Refusal::new(Code::InvalidParams, "a new task needs a 'title'"))?,
+            title: change.title.ok_or_else(|| Refusal::new(Code::InvalidParams, "a new task needs a 'title'"))?,
             status: change.status.unwrap_or_default(),
             percent: change.percent,
             created_at: now,
@@ -186,23 +184,12 @@ pub(super) fn answer(project: &Project, id: u64, answer: String, now: UnixMillis
     Ok(Decision::events(vec![Event::QuestionAnswered { id, agent, answer, answered_at: now }]))
 }
 
-pub(super) fn add_context(
-    project: &Project,
-    name: AgentName,
-    items: u64,
-    tokens: u64,
-    flash_save: Option<FlashSaveResult>,
-) -> Result<Decision, Refusal> {
+pub(super) fn add_context(project: &Project, name: AgentName, items: u64, tokens: u64) -> Result<Decision, Refusal> {
     agent(project, &name)?;
-    let mut events = vec![Event::ContextAdded { agent: name.clone(), items, tokens }];
-    events.extend(flash_save.map(|result| Event::FlashSaved { agent: name, result }));
-    Ok(Decision::events(events))
+    Ok(Decision::events(vec![Event::ContextAdded { agent: name, items, tokens }]))
 }
 
-pub(super) fn flash_save(
-    project: &Project,
-    results: Vec<(AgentName, FlashSaveResult)>,
-) -> Result<Decision, Refusal> {
+pub(super) fn flash_save(project: &Project, results: Vec<(AgentName, FlashSaveResult)>) -> Result<Decision, Refusal> {
     super::refuse_while_moving(project)?;
     let events = results.into_iter().map(|(agent, result)| Event::FlashSaved { agent, result });
     Ok(Decision::events(events.collect()))
