@@ -1,1 +1,16 @@
-//! The kernel: cgroups, processes, signals. With the plugin ABI the only home of `unsafe`.
+//! The kernel: cgroups, processes, signals, limits, locks and durable files.
+//!
+//! With the plugin ABI the only home of `unsafe`. Nothing here knows an agent, a project or a
+//! checkpoint: the rooms above combine these tools, and this one imports none of them.
+
+pub mod cgroup;
+pub mod clock;
+pub mod fsync;
+pub mod limits;
+pub mod lock;
+pub mod peer;
+pub mod process;
+pub mod signals;
+pub mod socket_child;
+pub mod spawn;
+pub mod tree;

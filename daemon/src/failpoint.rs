@@ -1,0 +1,105 @@
+//! Places where a test may make the program die or fail, named after the instant between two durable steps.
+//!
+//! Owns the switch and nothing else: it is read once from `FERMATA_FAILPOINT` and, when that is unset, a failpoint
+//! costs one load. It must not be used to steer behaviour outside tests.
+//!
+//! The value is a comma-separated list of `name=abort`, `name=error` or, for the n-th passage, `name@n=abort`.
+//! `abort` kills the program the way a power cut would: no destructor runs, no buffer is flushed.
+
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sys::signal::{Signal, raise};
+
+/// Names the environment variable that arms failpoints.
+pub const VARIABLE: &str = "FERMATA_FAILPOINT";
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    Abort,
+    Error,
+}
+
+#[derive(Debug)]
+struct Armed {
+    name: String,
+    passage: u64,
+    effect: Effect,
+    passed: AtomicU64,
+}
+
+static ARMED: OnceLock<Vec<Armed>> = OnceLock::new();
+
+fn armed() -> &'static [Armed] {
+    ARMED.get_or_init(|| parse(&std::env::var(VARIABLE).unwrap_or_default()))
+}
+
+fn parse(value: &str) -> Vec<Armed> {
+    let one = |text: &str| {
+        let (place, effect) = text.split_once('=')?;
+        let effect = match effect.trim() {
+            "abort" => Effect::Abort,
+            "error" => Effect::Error,
+            _ => return None,
+        };
+        let (name, passage) = match place.split_once('@') {
+            Some((name, passage)) => (name, passage.trim().parse().ok()?),
+            None => (place, 1),
+        };
+        Some(Armed { name: name.trim().to_owned(), passage, effect, passed: AtomicU64::new(0) })
+    };
+    value.split(',').filter_map(one).collect()
+}
+
+fn effect_of(armed: &[Armed], name: &str) -> Option<Effect> {
+    let point = armed.iter().find(|point| point.name == name)?;
+    let passage = point.passed.fetch_add(1, Ordering::Relaxed) + 1;
+    (passage == point.passage).then_some(point.effect)
+}
+
+/// Passes a failpoint where nothing can fail: an armed `abort` kills the program here, an `error` is ignored.
+pub fn hit(name: &str) {
+    if effect_of(armed(), name) == Some(Effect::Abort) {
+        abort();
+    }
+}
+
+/// Passes a failpoint where an error can be returned.
+///
+/// # Errors
+/// Fails when the failpoint is armed with `error`.
+pub fn check(name: &str) -> io::Result<()> {
+    match effect_of(armed(), name) {
+        Some(Effect::Abort) => abort(),
+        Some(Effect::Error) => Err(io::Error::other(format!("failpoint {name}"))),
+        None => Ok(()),
+    }
+}
+
+fn abort() -> ! {
+    // SIGKILL cannot be caught, so that nothing is cleaned up; `abort` is for a kernel that would refuse it.
+    let _refused = raise(Signal::SIGKILL);
+    std::process::abort()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_parsed_and_nonsense_is_left_out() {
+        let armed = parse("a=abort, b@3=error,c,d=later");
+        let names: Vec<_> = armed.iter().map(|point| point.name.as_str()).collect();
+        assert_eq!(names, ["a", "b"]);
+        assert_eq!(armed[1].passage, 3);
+    }
+
+    #[test]
+    fn only_the_named_passage_has_an_effect() {
+        let armed = parse("b@2=error");
+        let effects: Vec<_> = (0..3).map(|_| effect_of(&armed, "b")).collect();
+        assert_eq!(effects, [None, Some(Effect::Error), None]);
+        assert_eq!(effect_of(&armed, "other"), None);
+    }
+}

@@ -1,1 +1,0 @@
-//! Checkpoint history: the only user of git2.

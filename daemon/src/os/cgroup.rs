@@ -1,0 +1,456 @@
+//! Control groups, version 2: freezing, thawing and killing a whole tree in one write.
+//!
+//! `cgroup.freeze` and `cgroup.kill` need no controller, so none is ever enabled here: controllers
+//! enabled below a service's own unit would break its restart.
+//!
+//! ```text
+//! <mount>/<own group or fermata or a given parent>/fermata-<agent>     the agent and all it starts
+//! ```
+
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// Why something could not be done with a control group.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// This machine (or container) shows no cgroup v2 hierarchy.
+    #[error("find a cgroup v2 mount")]
+    NoHierarchy,
+    /// The name or path given for a group cannot be one.
+    #[error("use {} as a group", path.display())]
+    BadPath {
+        /// What was given.
+        path: PathBuf,
+    },
+    /// A group of that name exists and is not empty: it belongs to somebody else.
+    #[error("create {}: it has members already", path.display())]
+    InUse {
+        /// The group.
+        path: PathBuf,
+    },
+    /// One operation on one file failed.
+    #[error("{step} {}", path.display())]
+    Io {
+        /// What was tried, as a verb.
+        step: &'static str,
+        /// On which file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel did not confirm in time.
+    #[error("{step} {} within {waited_ms} ms", path.display())]
+    Timeout {
+        /// What was waited for, as a verb.
+        step: &'static str,
+        /// The group.
+        path: PathBuf,
+        /// How long it was waited.
+        waited_ms: u64,
+    },
+}
+
+fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupError {
+    let path = path.to_path_buf();
+    move |source| CgroupError::Io { step, path, source }
+}
+
+/// Where cgroup v2 is mounted, and where this process is in it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hierarchy {
+    /// The mount point.
+    pub mount: PathBuf,
+    /// The directory of this process's own group.
+    pub own: PathBuf,
+}
+
+impl Hierarchy {
+    /// Finds the mount in `/proc/self/mountinfo` (unified and hybrid machines differ) and the own
+    /// group in `/proc/self/cgroup`.
+    pub fn find() -> Result<Self, CgroupError> {
+        let mounts = Path::new("/proc/self/mountinfo");
+        let groups = Path::new("/proc/self/cgroup");
+        let mounts = fs::read(mounts).map_err(failed("read", mounts))?;
+        let groups = fs::read(groups).map_err(failed("read", groups))?;
+        Self::parse(&mounts, &groups).ok_or(CgroupError::NoHierarchy)
+    }
+
+    fn parse(mountinfo: &[u8], cgroup: &[u8]) -> Option<Self> {
+        let own = cgroup.split(|&b| b == b'\n').find_map(|line| line.strip_prefix(b"0::"))?;
+        let own = Path::new(std::ffi::OsStr::from_bytes(own));
+        mountinfo.split(|&b| b == b'\n').find_map(|line| {
+            let mut fields = line.split(|&b| b == b' ');
+            let root = unescape(fields.nth(3)?);
+            let mount = unescape(fields.next()?);
+            // Optional fields end with a lone dash; the file system type follows (proc(5)).
+            fields.by_ref().find(|field| *field == b"-")?;
+            if fields.next()? != b"cgroup2" {
+                return None;
+            }
+            // The mount may show only a part of the hierarchy, as in some containers.
+            let below = own.strip_prefix(&root).ok()?;
+            if below.components().any(|part| part == Component::ParentDir) {
+                return None;
+            }
+            Some(Self { own: mount.join(below), mount })
+        })
+    }
+
+    /// Where agents' groups go when nobody says otherwise: below the own group, or in a folder of
+    /// their own when the daemon runs in the root group.
+    pub fn default_parent(&self) -> PathBuf {
+        if self.own == self.mount { self.mount.join("fermata") } else { self.own.clone() }
+    }
+}
+
+/// Undoes the octal escapes of mountinfo.
+fn unescape(field: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(field.len());
+    let mut rest = field;
+    while let Some((&first, tail)) = rest.split_first() {
+        let digits = tail.get(..3).filter(|d| first == b'\\' && d.iter().all(|b| (b'0'..=b'7').contains(b)));
+        if let Some(digits) = digits {
+            let value = digits.iter().fold(0u32, |sum, d| sum * 8 + u32::from(d - b'0'));
+            bytes.push(u8::try_from(value).unwrap_or(b'?'));
+            rest = &tail[3..];
+        } else {
+            bytes.push(first);
+            rest = tail;
+        }
+    }
+    PathBuf::from(OsString::from_vec(bytes))
+}
+
+/// How one agent's tree is frozen.
+#[derive(Debug)]
+pub enum Freezer {
+    /// By its control group.
+    Cgroup(Group),
+    /// By signals, and why not by a group.
+    Signals {
+        /// A sentence for people.
+        why: String,
+    },
+}
+
+impl Freezer {
+    /// Creates the group `name` below `parent` (or the default parent), or says why signals have
+    /// to do. Only a migration proves that the group can be used: see [`Group::procs_file`].
+    pub fn prepare(parent: Option<&Path>, name: &str) -> Self {
+        match Group::create(parent, name) {
+            Ok(group) => Self::Cgroup(group),
+            Err(error) => Self::signals_because(&error),
+        }
+    }
+
+    /// Falls back to signals, with the whole chain of causes as the reason.
+    pub fn signals_because(error: &dyn std::error::Error) -> Self {
+        let mut why = format!("failed to {error}");
+        let mut cause = error.source();
+        while let Some(inner) = cause {
+            why.push_str(&format!(": {inner}"));
+            cause = inner.source();
+        }
+        Self::Signals { why }
+    }
+}
+
+/// One leaf group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Group {
+    path: PathBuf,
+}
+
+impl Group {
+    /// Creates the group and checks that it can be frozen.
+    pub fn create(parent: Option<&Path>, name: &str) -> Result<Self, CgroupError> {
+        let single = Path::new(name).components().count() == 1 && !name.contains('/');
+        if !single || name.starts_with('.') {
+            return Err(CgroupError::BadPath { path: name.into() });
+        }
+        let parent = match parent {
+            Some(parent) => parent.to_path_buf(),
+            None => {
+                let parent = Hierarchy::find()?.default_parent();
+                make_dir(&parent)?;
+                parent
+            }
+        };
+        let path = parent.join(name);
+        make_dir(&path)?;
+        let group = Self { path };
+        if group.populated().unwrap_or(false) {
+            return Err(CgroupError::InUse { path: group.path });
+        }
+        // A group left over by an earlier run may still be frozen: the next member would hang.
+        match group.thaw() {
+            Ok(()) => Ok(group),
+            Err(error) => {
+                fs::remove_dir(&group.path).ok();
+                Err(error)
+            }
+        }
+    }
+
+    /// Uses a group that exists, for instance the one that a run's record names.
+    pub fn open(path: &Path) -> Result<Self, CgroupError> {
+        let events = path.join("cgroup.events");
+        fs::metadata(&events).map_err(failed("find", &events))?;
+        Ok(Self { path: path.to_path_buf() })
+    }
+
+    /// Its directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Opens `cgroup.procs`, into which a child writes `0` between fork and exec to become a
+    /// member before it runs a single instruction of the agent's.
+    pub fn procs_file(&self) -> Result<File, CgroupError> {
+        let path = self.path.join("cgroup.procs");
+        open_for_write(&path).map_err(failed("open", &path))
+    }
+
+    /// Asks the kernel to freeze; [`Group::watch`] tells when it has.
+    pub fn begin_freeze(&self) -> Result<(), CgroupError> {
+        self.write("cgroup.freeze", "1")
+    }
+
+    /// Freezes and waits until the kernel confirms it. After a timeout the group is thawed again.
+    pub fn freeze(&self, patience: Duration) -> Result<(), CgroupError> {
+        self.begin_freeze()?;
+        let frozen = self.wait("freeze", patience, |events| events.frozen);
+        if frozen.is_err() {
+            // The first error matters; a group that cannot be thawed cannot have been frozen.
+            self.thaw().ok();
+        }
+        frozen
+    }
+
+    /// Thaws; does nothing to a group that is not frozen.
+    pub fn thaw(&self) -> Result<(), CgroupError> {
+        self.write("cgroup.freeze", "0")
+    }
+
+    /// Kills all members and theirs. Works on a frozen group, and nobody in it runs once more.
+    /// Afterwards the group may be used again: it is not left frozen, which would hang the next
+    /// member (the members already carry a SIGKILL, so the thaw only lets them die).
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        match self.write("cgroup.kill", "1") {
+            // Older than 5.14. The freeze stops forks, so one list is complete.
+            Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                self.freeze(Duration::from_secs(2))?;
+                for pid in self.procs()? {
+                    if let Ok(Some(id)) = super::process::identify(pid) {
+                        super::process::signal(id, libc::SIGKILL).map_err(failed("kill the members of", &self.path))?;
+                    }
+                }
+            }
+            other => other?,
+        }
+        self.thaw()
+    }
+
+    /// The members and those of groups below.
+    pub fn procs(&self) -> Result<HashSet<i32>, CgroupError> {
+        let mut found = HashSet::new();
+        collect_procs(&self.path, &mut found)?;
+        Ok(found)
+    }
+
+    /// Whether anybody is in it or below it.
+    pub fn populated(&self) -> Result<bool, CgroupError> {
+        Ok(self.watch()?.read()?.populated)
+    }
+
+    /// Opens `cgroup.events` to be polled (POLLPRI) and read.
+    pub fn watch(&self) -> Result<Watch, CgroupError> {
+        let path = self.path.join("cgroup.events");
+        let file = File::open(&path).map_err(failed("open", &path))?;
+        Ok(Watch { file, path })
+    }
+
+    /// Waits until nobody is left in it.
+    pub fn wait_empty(&self, patience: Duration) -> Result<(), CgroupError> {
+        self.wait("see the end of", patience, |events| !events.populated)
+    }
+
+    /// Removes it and the groups below it. Ended members can keep it busy for a moment, so this
+    /// tries again until `patience` is over. A group that is gone is a success.
+    pub fn remove(&self, patience: Duration) -> Result<(), CgroupError> {
+        let started = Instant::now();
+        loop {
+            match remove_tree(&self.path) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.raw_os_error() != Some(libc::EBUSY) || started.elapsed() >= patience => {
+                    return Err(failed("remove", &self.path)(error));
+                }
+                // The kernel announces no moment at which a dying member lets go.
+                Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+    }
+
+    fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+        let path = self.path.join(file);
+        open_for_write(&path).and_then(|mut file| file.write_all(value.as_bytes())).map_err(failed("write", &path))
+    }
+
+    fn wait(
+        &self,
+        step: &'static str,
+        patience: Duration,
+        reached: impl Fn(Events) -> bool,
+    ) -> Result<(), CgroupError> {
+        let started = Instant::now();
+        let mut watch = self.watch()?;
+        loop {
+            if reached(watch.read()?) {
+                return Ok(());
+            }
+            let left = patience.saturating_sub(started.elapsed());
+            if left.is_zero() {
+                let waited_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
+                return Err(CgroupError::Timeout { step, path: self.path.clone(), waited_ms });
+            }
+            let timeout = PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(watch.as_fd(), PollFlags::POLLPRI)], timeout) {
+                Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+                Err(errno) => return Err(failed("poll", &watch.path)(errno.into())),
+            }
+        }
+    }
+}
+
+fn open_for_write(path: &Path) -> io::Result<File> {
+    // Never creates: in a directory that is no group this must fail.
+    OpenOptions::new().write(true).custom_flags(libc::O_CLOEXEC).open(path)
+}
+
+fn make_dir(path: &Path) -> Result<(), CgroupError> {
+    match fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(failed("create", path)(error)),
+        _ => Ok(()),
+    }
+}
+
+fn collect_procs(dir: &Path, found: &mut HashSet<i32>) -> Result<(), CgroupError> {
+    let file = dir.join("cgroup.procs");
+    match fs::read_to_string(&file) {
+        Ok(text) => found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
+        // A group that ended meanwhile, or a threaded one, whose processes its parent lists.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)) => {}
+        Err(error) => return Err(failed("read", &file)(error)),
+    }
+    for child in child_dirs(dir).map_err(failed("list", dir))? {
+        collect_procs(&child, found)?;
+    }
+    Ok(())
+}
+
+fn child_dirs(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut children = Vec::new();
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(children),
+        other => other?,
+    };
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            children.push(entry.path());
+        }
+    }
+    Ok(children)
+}
+
+fn remove_tree(dir: &Path) -> io::Result<()> {
+    for child in child_dirs(dir)? {
+        remove_tree(&child)?;
+    }
+    match fs::remove_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// What `cgroup.events` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Events {
+    /// Somebody is in the group or below it.
+    pub populated: bool,
+    /// Everybody in it stands still.
+    pub frozen: bool,
+}
+
+/// An open `cgroup.events`.
+#[derive(Debug)]
+pub struct Watch {
+    file: File,
+    path: PathBuf,
+}
+
+impl Watch {
+    /// Reads the present state and arms the descriptor for the next change.
+    pub fn read(&mut self) -> Result<Events, CgroupError> {
+        let mut text = String::new();
+        self.file.rewind().and_then(|()| self.file.read_to_string(&mut text)).map_err(failed("read", &self.path))?;
+        let flag = |name: &str| {
+            text.lines().filter_map(|line| line.split_once(' ')).any(|(key, value)| key == name && value == "1")
+        };
+        Ok(Events { populated: flag("populated"), frozen: flag("frozen") })
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn unified_hybrid_and_namespaced_mounts_are_found() {
+        let hybrid = b"31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n\
+            41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
+        let found = Hierarchy::parse(hybrid, b"4:memory:/x\n0::/\n").unwrap();
+        assert_eq!(found.mount, Path::new("/sys/fs/cgroup/unified"));
+        assert_eq!(found.default_parent(), Path::new("/sys/fs/cgroup/unified/fermata"));
+
+        let unified = b"30 23 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
+        let found = Hierarchy::parse(unified, b"0::/user.slice/u.service\n").unwrap();
+        assert_eq!(found.default_parent(), Path::new("/sys/fs/cgroup/user.slice/u.service"));
+
+        let part = b"30 23 0:27 /box /mnt/my\\040groups rw - cgroup2 cgroup2 rw\n";
+        let found = Hierarchy::parse(part, b"0::/box/a\n").unwrap();
+        assert_eq!(found.own, Path::new("/mnt/my groups/a"));
+        assert_eq!(Hierarchy::parse(part, b"0::/elsewhere\n"), None);
+        assert_eq!(Hierarchy::parse(b"1 2 0:1 / / rw - ext4 x rw\n", b"0::/\n"), None);
+    }
+
+    #[test]
+    fn a_directory_that_is_no_group_falls_back_to_signals_and_says_why() {
+        let dir = tempfile::tempdir().unwrap();
+        match Freezer::prepare(Some(dir.path()), "fermata-test") {
+            Freezer::Signals { why } => assert!(why.contains("cgroup.freeze"), "{why}"),
+            Freezer::Cgroup(group) => panic!("took {} for a group", group.path().display()),
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        match Freezer::prepare(None, "../escape") {
+            Freezer::Signals { .. } => {}
+            Freezer::Cgroup(group) => panic!("left its parent: {}", group.path().display()),
+        }
+    }
+}

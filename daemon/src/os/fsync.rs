@@ -1,0 +1,148 @@
+//! Durable small files: a reader sees the old bytes or the new bytes, after a power cut too.
+//!
+//! Not for logs or large data: every call costs two fsyncs.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Why a durable write did not happen; the file at `path` is unchanged.
+#[derive(Debug, thiserror::Error)]
+#[error("{step} for {}", path.display())]
+pub struct DurableWriteError {
+    /// The file that was to be written.
+    pub path: PathBuf,
+    /// What failed, as a verb.
+    pub step: &'static str,
+    /// The cause.
+    #[source]
+    pub source: io::Error,
+}
+
+impl DurableWriteError {
+    fn at<'a>(path: &'a Path, step: &'static str) -> impl Fn(io::Error) -> Self + use<'a> {
+        move |source| Self { path: path.to_path_buf(), step, source }
+    }
+}
+
+/// Replaces the file at `path` with `bytes`: temporary file beside it, fsync, rename, fsync of the
+/// directory. `mode` is exact, whatever the umask.
+pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableWriteError> {
+    static COUNTER: AtomicU64 = AtomicU64::new(0);
+    let at = |step| DurableWriteError::at(path, step);
+    let name = path
+        .file_name()
+        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))
+        .map_err(at("name the temporary file"))?;
+    let mut temp_name = std::ffi::OsString::from(".");
+    temp_name.push(name);
+    temp_name.push(format!(".{}.{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+    let temp = path.with_file_name(temp_name);
+    let written = write_new(&temp, bytes, mode)
+        .map_err(at("write the temporary file"))
+        .and_then(|()| std::fs::rename(&temp, path).map_err(at("rename the temporary file")));
+    if let Err(error) = written {
+        // The temporary file is ours alone; if even its removal fails, the first error matters more.
+        std::fs::remove_file(&temp).ok();
+        return Err(error);
+    }
+    sync_parent(path).map_err(at("sync the directory"))
+}
+
+fn write_new(temp: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(temp)?;
+    set_mode(&file, mode)?;
+    file.write_all(bytes)?;
+    file.sync_all()
+}
+
+fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(std::fs::Permissions::from_mode(mode))
+}
+
+/// Syncs the directory that holds `path`, so that a rename in it survives a power cut.
+pub fn sync_parent(path: &Path) -> io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    File::open(parent)?.sync_all()
+}
+
+/// Disk blocks that were set aside for one later record, which can then be written on a full disk.
+#[derive(Debug)]
+pub struct Reserve {
+    file: File,
+    temp: PathBuf,
+    path: PathBuf,
+}
+
+/// The longest record that a [`Reserve`] takes, in bytes.
+pub const RESERVE_BYTES: usize = 4096;
+
+impl Reserve {
+    /// Sets the blocks aside, beside `path`, where the record will appear.
+    pub fn create(path: &Path, mode: u32) -> Result<Self, DurableWriteError> {
+        let at = |step| DurableWriteError::at(path, step);
+        let mut temp_name = path.file_name().unwrap_or_default().to_os_string();
+        temp_name.push(".reserve");
+        let temp = path.with_file_name(temp_name);
+        write_new(&temp, &[b' '; RESERVE_BYTES], mode).map_err(at("reserve the blocks"))?;
+        let file = OpenOptions::new().write(true).open(&temp).map_err(at("open the reserve"))?;
+        Ok(Self { file, temp, path: path.to_path_buf() })
+    }
+
+    /// Writes the record into the reserved blocks, padded with blanks, and lets it appear at its
+    /// path. May be tried again after an error.
+    pub fn commit(&self, record: &[u8]) -> Result<(), DurableWriteError> {
+        let at = |step| DurableWriteError::at(&self.path, step);
+        if record.len() >= RESERVE_BYTES {
+            return Err(at("fit the record into the reserve")(io::ErrorKind::InvalidInput.into()));
+        }
+        let mut padded = record.to_vec();
+        padded.resize(RESERVE_BYTES - 1, b' ');
+        padded.push(b'\n');
+        self.file.write_all_at(&padded, 0).map_err(at("write the reserve"))?;
+        self.file.sync_all().map_err(at("sync the reserve"))?;
+        std::fs::rename(&self.temp, &self.path).map_err(at("rename the reserve"))?;
+        sync_parent(&self.path).map_err(at("sync the directory"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn the_file_has_the_new_bytes_and_the_exact_mode_and_no_temporary_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.json");
+        write_atomic(&path, b"one", 0o600).unwrap();
+        write_atomic(&path, b"two", 0o640).unwrap();
+        assert_eq!(std::fs::read(&path).unwrap(), b"two");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn an_error_names_the_file_and_leaves_the_old_one() {
+        let error = write_atomic(Path::new("/nonexistent-folder/x"), b"", 0o600).unwrap_err();
+        assert!(error.to_string().contains("/nonexistent-folder/x"), "{error}");
+    }
+
+    #[test]
+    fn a_reserved_record_appears_only_when_it_is_committed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("exit.json");
+        let reserve = Reserve::create(&path, 0o600).unwrap();
+        assert!(!path.exists());
+        reserve.commit(b"{\"a\":1}").unwrap();
+        let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(value["a"], 1);
+        assert!(reserve.commit(&[b'x'; RESERVE_BYTES]).is_err());
+    }
+}

@@ -1,0 +1,147 @@
+//! Resource limits: what a caller had, what an agent gets, what the daemon needs.
+
+use std::io;
+
+use nix::errno::Errno;
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use serde::{Deserialize, Serialize};
+
+/// The resources that `setrlimit(2)` knows, by the names that `prlimit(1)` uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[expect(missing_docs, reason = "the names are those of setrlimit(2)")]
+pub enum LimitKind {
+    As,
+    Core,
+    Cpu,
+    Data,
+    Fsize,
+    Locks,
+    Memlock,
+    Msgqueue,
+    Nice,
+    Nofile,
+    Nproc,
+    Rss,
+    Rtprio,
+    Rttime,
+    Sigpending,
+    Stack,
+}
+
+impl LimitKind {
+    /// All kinds.
+    pub const ALL: [Self; 16] = [
+        Self::As,
+        Self::Core,
+        Self::Cpu,
+        Self::Data,
+        Self::Fsize,
+        Self::Locks,
+        Self::Memlock,
+        Self::Msgqueue,
+        Self::Nice,
+        Self::Nofile,
+        Self::Nproc,
+        Self::Rss,
+        Self::Rtprio,
+        Self::Rttime,
+        Self::Sigpending,
+        Self::Stack,
+    ];
+
+    fn resource(self) -> Resource {
+        match self {
+            Self::As => Resource::RLIMIT_AS,
+            Self::Core => Resource::RLIMIT_CORE,
+            Self::Cpu => Resource::RLIMIT_CPU,
+            Self::Data => Resource::RLIMIT_DATA,
+            Self::Fsize => Resource::RLIMIT_FSIZE,
+            Self::Locks => Resource::RLIMIT_LOCKS,
+            Self::Memlock => Resource::RLIMIT_MEMLOCK,
+            Self::Msgqueue => Resource::RLIMIT_MSGQUEUE,
+            Self::Nice => Resource::RLIMIT_NICE,
+            Self::Nofile => Resource::RLIMIT_NOFILE,
+            Self::Nproc => Resource::RLIMIT_NPROC,
+            Self::Rss => Resource::RLIMIT_RSS,
+            Self::Rtprio => Resource::RLIMIT_RTPRIO,
+            Self::Rttime => Resource::RLIMIT_RTTIME,
+            Self::Sigpending => Resource::RLIMIT_SIGPENDING,
+            Self::Stack => Resource::RLIMIT_STACK,
+        }
+    }
+}
+
+/// One limit; `None` means unlimited. Units are those of `setrlimit(2)`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Which resource.
+    pub kind: LimitKind,
+    /// What is enforced.
+    pub soft: Option<u64>,
+    /// How far the process may raise it.
+    pub hard: Option<u64>,
+}
+
+fn to_raw(value: Option<u64>) -> u64 {
+    value.unwrap_or(RLIM_INFINITY)
+}
+
+fn from_raw(value: u64) -> Option<u64> {
+    (value != RLIM_INFINITY).then_some(value)
+}
+
+/// Reads one limit of this process.
+pub fn get(kind: LimitKind) -> io::Result<Limit> {
+    let (soft, hard) = getrlimit(kind.resource())?;
+    Ok(Limit { kind, soft: from_raw(soft), hard: from_raw(hard) })
+}
+
+/// Reads all limits of this process.
+pub fn get_all() -> io::Result<Vec<Limit>> {
+    LimitKind::ALL.into_iter().map(get).collect()
+}
+
+/// Sets one limit of this process.
+///
+/// Without the privilege to raise a hard limit it sets what is possible, because an agent with a
+/// slightly lower limit is better than no agent. Allocates nothing, so it may run between fork
+/// and exec.
+pub fn set_up_to_hard(limit: &Limit) -> Result<(), Errno> {
+    let (soft, hard) = (to_raw(limit.soft), to_raw(limit.hard));
+    match setrlimit(limit.kind.resource(), soft, hard) {
+        Err(Errno::EPERM) => {
+            let (_, ceiling) = getrlimit(limit.kind.resource())?;
+            let hard = hard.min(ceiling);
+            setrlimit(limit.kind.resource(), soft.min(hard), hard)
+        }
+        other => other,
+    }
+}
+
+/// Raises the soft limit of open files to the hard one and returns it: a daemon with a thousand
+/// agents needs more than the usual 1,024. Agents get their caller's limits, not this one.
+pub fn raise_open_files() -> io::Result<Option<u64>> {
+    let now = get(LimitKind::Nofile)?;
+    setrlimit(Resource::RLIMIT_NOFILE, to_raw(now.hard), to_raw(now.hard))?;
+    Ok(now.hard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_limit_can_be_read_and_survives_json() {
+        let all = get_all().unwrap();
+        assert_eq!(all.len(), LimitKind::ALL.len());
+        let text = serde_json::to_string(&all).unwrap();
+        assert_eq!(serde_json::from_str::<Vec<Limit>>(&text).unwrap(), all);
+    }
+
+    #[test]
+    fn the_daemon_gets_as_many_files_as_it_may() {
+        let hard = raise_open_files().unwrap();
+        assert_eq!(get(LimitKind::Nofile).unwrap().soft, hard);
+    }
+}

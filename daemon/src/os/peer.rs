@@ -1,0 +1,88 @@
+//! Who is at the other end of a Unix socket, as the kernel knows it.
+//!
+//! Decides nothing: what a peer may do is the business of `auth`.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use nix::sys::socket::{getsockopt, sockopt};
+
+/// What the kernel recorded about the peer when it connected.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PeerCredentials {
+    /// The process that connected; 0 when it lives in a pid namespace that we cannot see.
+    pub pid: i32,
+    /// Its effective user.
+    pub uid: u32,
+    /// Its effective group.
+    pub gid: u32,
+    /// Its supplementary groups.
+    pub groups: Vec<u32>,
+}
+
+impl PeerCredentials {
+    /// Whether the peer is in the group, by its effective or a supplementary one.
+    pub fn in_group(&self, gid: u32) -> bool {
+        self.gid == gid || self.groups.contains(&gid)
+    }
+}
+
+/// Reads `SO_PEERCRED` and `SO_PEERGROUPS` of a connected Unix stream.
+pub fn credentials(stream: &impl AsFd) -> io::Result<PeerCredentials> {
+    let cred = getsockopt(&stream.as_fd(), sockopt::PeerCredentials)?;
+    Ok(PeerCredentials { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), groups: peer_groups(stream)? })
+}
+
+fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
+    let fd = stream.as_fd().as_raw_fd();
+    let mut groups: Vec<libc::gid_t> = vec![0; 64];
+    loop {
+        let mut len = libc::socklen_t::try_from(size_of_val(groups.as_slice()))
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        // SAFETY: `groups` owns `len` writable bytes, and `fd` is borrowed for the whole call.
+        let result = unsafe {
+            libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len)
+        };
+        let count = len as usize / size_of::<libc::gid_t>();
+        if result == 0 {
+            groups.truncate(count);
+            return Ok(groups);
+        }
+        let error = io::Error::last_os_error();
+        // ERANGE answers the length that is needed. NGROUPS_MAX is 65,536.
+        if error.raw_os_error() == Some(libc::ERANGE) && count > groups.len() && count <= 65_536 {
+            groups.resize(count, 0);
+            continue;
+        }
+        return Err(error);
+    }
+}
+
+/// Looks up a group's number by its name; `None` when there is no such group.
+pub fn group_id(name: &str) -> io::Result<Option<u32>> {
+    Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_socket_pair_shows_this_process() {
+        let (a, _b) = UnixStream::pair().unwrap();
+        let peer = credentials(&a).unwrap();
+        assert_eq!(peer.pid, std::process::id() as i32);
+        assert_eq!(peer.uid, nix::unistd::geteuid().as_raw());
+        assert!(peer.in_group(nix::unistd::getegid().as_raw()));
+        for group in nix::unistd::getgroups().unwrap() {
+            assert!(peer.in_group(group.as_raw()));
+        }
+    }
+
+    #[test]
+    fn groups_are_found_by_name_or_not_at_all() {
+        assert_eq!(group_id("root").unwrap(), Some(0));
+        assert_eq!(group_id("no-such-group-here").unwrap(), None);
+    }
+}

@@ -1,0 +1,283 @@
+//! Fork and exec, for a process that has one thread.
+//!
+//! `std::process` cannot join a control group, set limits and reset all signals between fork and
+//! exec and say which of these failed: this can. Everything that needs memory is prepared before
+//! the fork; between fork and exec only system calls are made.
+
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::unistd::{ForkResult, Pid, chdir, pipe2};
+
+use super::limits::{self, Limit};
+use super::signals;
+
+/// What happened when the child prepared itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Fork, pipe or another preparation in the parent.
+    Fork = 1,
+    /// Joining the control group.
+    Cgroup = 2,
+    /// Making a process group of its own.
+    ProcessGroup = 3,
+    /// Setting a resource limit.
+    Limits = 4,
+    /// Entering the working directory.
+    WorkingDirectory = 5,
+    /// Connecting the standard streams.
+    Stdio = 6,
+    /// Executing the program.
+    Exec = 7,
+}
+
+impl Stage {
+    fn from_byte(byte: u8) -> Self {
+        match byte {
+            2 => Self::Cgroup,
+            3 => Self::ProcessGroup,
+            4 => Self::Limits,
+            5 => Self::WorkingDirectory,
+            6 => Self::Stdio,
+            7 => Self::Exec,
+            _ => Self::Fork,
+        }
+    }
+
+    fn verb(self) -> &'static str {
+        match self {
+            Self::Fork => "fork",
+            Self::Cgroup => "join the control group",
+            Self::ProcessGroup => "make a process group",
+            Self::Limits => "set a resource limit",
+            Self::WorkingDirectory => "enter the working directory",
+            Self::Stdio => "connect the standard streams",
+            Self::Exec => "execute the program",
+        }
+    }
+}
+
+/// Why no program runs.
+#[derive(Debug, thiserror::Error)]
+#[error("{}", stage.verb())]
+pub struct SpawnError {
+    /// How far it came.
+    pub stage: Stage,
+    /// The cause.
+    #[source]
+    pub source: io::Error,
+}
+
+fn at(stage: Stage) -> impl Fn(Errno) -> SpawnError {
+    move |errno| SpawnError { stage, source: errno.into() }
+}
+
+/// A program to be started. `argv[0]` without a slash is looked up in the PATH of `env`, which is
+/// the agent's and not this process's.
+#[derive(Debug)]
+pub struct Program {
+    argv: Vec<CString>,
+    env: Vec<CString>,
+    candidates: Vec<CString>,
+    cwd: CString,
+    umask: u32,
+    limits: Vec<Limit>,
+}
+
+impl Program {
+    /// Prepares a program; fails when a string holds a NUL or `argv` is empty.
+    pub fn new(
+        argv: &[impl AsRef<OsStr>],
+        env: &[(impl AsRef<OsStr>, impl AsRef<OsStr>)],
+        cwd: &OsStr,
+        umask: u32,
+        limits: &[Limit],
+    ) -> io::Result<Self> {
+        let c_string = |bytes: &[u8]| CString::new(bytes).map_err(io::Error::from);
+        let name = argv
+            .first()
+            .map(|name| name.as_ref().as_bytes())
+            .filter(|name| !name.is_empty())
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no program is named"))?;
+        let path = env
+            .iter()
+            .find(|(key, _)| key.as_ref() == "PATH")
+            .map_or(&b"/usr/local/bin:/usr/bin:/bin"[..], |(_, value)| value.as_ref().as_bytes());
+        let candidates = if name.contains(&b'/') {
+            vec![c_string(name)?]
+        } else {
+            // An empty part means the working directory, as in every shell.
+            path.split(|&b| b == b':')
+                .map(|dir| {
+                    let dir = if dir.is_empty() { b"." } else { dir };
+                    c_string(&[dir, b"/", name].concat())
+                })
+                .collect::<io::Result<_>>()?
+        };
+        Ok(Self {
+            argv: argv.iter().map(|arg| c_string(arg.as_ref().as_bytes())).collect::<io::Result<_>>()?,
+            env: env
+                .iter()
+                .map(|(key, value)| c_string(&[key.as_ref().as_bytes(), b"=", value.as_ref().as_bytes()].concat()))
+                .collect::<io::Result<_>>()?,
+            candidates,
+            cwd: c_string(cwd.as_bytes())?,
+            umask,
+            limits: limits.to_vec(),
+        })
+    }
+
+    /// Starts the program in a process group of its own and the caller's session, with the given
+    /// stdout and stderr, and stdin from nowhere. Returns once it executes.
+    ///
+    /// The caller must have one thread. A child that did not come to its exec has been reaped.
+    pub fn spawn(
+        &self,
+        stdin: BorrowedFd<'_>,
+        stdout: BorrowedFd<'_>,
+        stderr: BorrowedFd<'_>,
+        cgroup_procs: Option<&File>,
+    ) -> Result<Pid, SpawnError> {
+        let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC).map_err(at(Stage::Fork))?;
+        // Scripts without `#!` are run by the shell, as execvp(3) does.
+        let shell_argvs: Vec<Vec<CString>> = self
+            .candidates
+            .iter()
+            .map(|file| {
+                let mut argv = vec![c"/bin/sh".to_owned(), file.clone()];
+                argv.extend(self.argv.iter().skip(1).cloned());
+                argv
+            })
+            .collect();
+        let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+            strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+        };
+        let prepared = Prepared {
+            argv: pointers(&self.argv),
+            env: pointers(&self.env),
+            shell_argvs: shell_argvs.iter().map(|argv| pointers(argv)).collect(),
+            stdio: [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()],
+        };
+        match fork_single_threaded().map_err(|source| SpawnError { stage: Stage::Fork, source })? {
+            ForkResult::Child => {
+                let (stage, errno) = self.become_program(&prepared, cgroup_procs);
+                let mut message = [0u8; 5];
+                message[0] = stage as u8;
+                message[1..].copy_from_slice(&(errno as i32).to_le_bytes());
+                // If the parent is gone there is nobody to tell.
+                nix::unistd::write(&report_out, &message).ok();
+                // SAFETY: _exit ends the process without running anything of the parent's.
+                unsafe { libc::_exit(127) }
+            }
+            ForkResult::Parent { child } => {
+                drop(report_out);
+                self.await_exec(child, report_in)
+            }
+        }
+    }
+
+    fn await_exec(&self, child: Pid, report: OwnedFd) -> Result<Pid, SpawnError> {
+        let mut message = Vec::new();
+        let read = File::from(report).read_to_end(&mut message);
+        if read.is_ok() && message.is_empty() {
+            return Ok(child);
+        }
+        // It is about to end; only an interruption can come between.
+        while nix::sys::wait::waitpid(child, None) == Err(Errno::EINTR) {}
+        read.map_err(|source| SpawnError { stage: Stage::Fork, source })?;
+        let stage = Stage::from_byte(message[0]);
+        let errno = match message.get(1..5).map(<[u8; 4]>::try_from) {
+            Some(Ok(bytes)) => i32::from_le_bytes(bytes),
+            _ => libc::EIO,
+        };
+        Err(SpawnError { stage, source: io::Error::from_raw_os_error(errno) })
+    }
+
+    /// Runs in the child. Returns only when something failed.
+    fn become_program(&self, prepared: &Prepared, cgroup_procs: Option<&File>) -> (Stage, Errno) {
+        if let Some(procs) = cgroup_procs
+            && let Err(errno) = nix::unistd::write(procs, b"0")
+        {
+            return (Stage::Cgroup, errno);
+        }
+        if let Err(errno) = nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)) {
+            return (Stage::ProcessGroup, errno);
+        }
+        signals::reset_all();
+        // SAFETY: umask only sets a number and cannot fail.
+        unsafe { libc::umask(self.umask & 0o777) };
+        for limit in &self.limits {
+            if let Err(errno) = limits::set_up_to_hard(limit) {
+                return (Stage::Limits, errno);
+            }
+        }
+        if let Err(errno) = chdir(self.cwd.as_c_str()) {
+            return (Stage::WorkingDirectory, errno);
+        }
+        for (target, &source) in prepared.stdio.iter().enumerate() {
+            // SAFETY: the source is open for the whole call; the targets 0 to 2 are ours to replace.
+            if unsafe { libc::dup2(source, target as i32) } < 0 {
+                return (Stage::Stdio, Errno::last());
+            }
+        }
+        // SAFETY: marks descriptors, touches no memory. Kernels before 5.11 refuse; there all of
+        // ours are close-on-exec already, and the inherited ones were closed at the start.
+        unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+        (Stage::Exec, self.exec(prepared))
+    }
+
+    /// Tries the candidates in order, as execvp(3) does.
+    fn exec(&self, prepared: &Prepared) -> Errno {
+        let mut last = Errno::ENOENT;
+        for (file, shell_argv) in self.candidates.iter().zip(&prepared.shell_argvs) {
+            // SAFETY: file, argv and env are NUL-terminated strings in null-terminated arrays that
+            // live in `self` and `prepared`.
+            unsafe { libc::execve(file.as_ptr(), prepared.argv.as_ptr(), prepared.env.as_ptr()) };
+            match Errno::last() {
+                Errno::ENOEXEC => {
+                    // SAFETY: as above.
+                    unsafe {
+                        libc::execve(shell_argv[0], shell_argv.as_ptr(), prepared.env.as_ptr());
+                    }
+                    return Errno::ENOEXEC;
+                }
+                Errno::ENOENT | Errno::ENOTDIR => {}
+                // A later candidate may be allowed; if none is, this is the better answer.
+                Errno::EACCES => last = Errno::EACCES,
+                errno => return errno,
+            }
+        }
+        last
+    }
+}
+
+/// Pointers into a [`Program`], made before the fork so that the child need not allocate.
+struct Prepared {
+    argv: Vec<*const libc::c_char>,
+    env: Vec<*const libc::c_char>,
+    shell_argvs: Vec<Vec<*const libc::c_char>>,
+    stdio: [i32; 3],
+}
+
+/// Forks this process, which must have one thread: the child may then do anything.
+pub fn fork_single_threaded() -> io::Result<ForkResult> {
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(io::Error::other(format!("this process has {threads} threads, forking needs one")));
+    }
+    // SAFETY: with a single thread no lock can be held by a thread that the child lacks.
+    Ok(unsafe { nix::unistd::fork() }?)
+}
+
+/// Closes every descriptor from 3 on. Only for the very start of a program, before it owns any.
+pub fn close_inherited() {
+    // SAFETY: called first in `main`, when no Rust value owns a descriptor above 2. A kernel
+    // without close_range leaves them open, which wastes descriptors and breaks nothing.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, 0) };
+}

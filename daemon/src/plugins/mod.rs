@@ -1,1 +1,0 @@
-//! Plugin host processes: deadlines, restarts, quarantine.

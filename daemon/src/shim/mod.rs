@@ -1,1 +1,0 @@
-//! The shim: parent and subreaper of one agent, which outlives the daemon.
