@@ -1,0 +1,430 @@
+//! The start of a shim: from the command line to the running agent.
+//!
+//! The process that the daemon starts is only the launcher. It forks the shim, passes on the one
+//! line in which the shim reports success or failure, and ends: so nobody who can die is the
+//! shim's parent.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
+use serde::{Deserialize, Serialize};
+
+use super::hold::{Hold, chain};
+use super::log::LogWriter;
+use super::raw::Raw;
+use super::record::{Mechanism, RunRecord};
+use super::spec::{LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
+use super::supervise::{Parts, Supervisor};
+use crate::os::cgroup::{Freezer, Group};
+use crate::os::fsync::{Reserve, write_atomic};
+use crate::os::process::{self, ProcessId};
+use crate::os::spawn::{self, Program, SpawnError, Stage};
+use crate::os::{clock, signals};
+
+/// Why nothing runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LaunchCode {
+    /// The launch spec cannot be read or used.
+    BadSpec,
+    /// No such program, neither by path nor in the agent's PATH.
+    ProgramNotFound,
+    /// The program is there but may not or cannot be executed.
+    ProgramNotExecutable,
+    /// The script is there, but the interpreter that its first line names is not.
+    InterpreterMissing,
+    /// The working directory does not exist.
+    CwdMissing,
+    /// The working directory may not be entered.
+    CwdDenied,
+    /// A resource limit cannot be set.
+    LimitRefused,
+    /// The socket's path is too long for the kernel.
+    SocketPathTooLong,
+    /// The socket cannot be made.
+    SocketFailed,
+    /// The run's folder cannot be written.
+    RunDirFailed,
+    /// The process cannot be created.
+    SpawnFailed,
+    /// The shim ended before it reported.
+    ShimDied,
+    /// A code of a newer shim.
+    #[serde(other)]
+    Other,
+}
+
+/// The line that the launcher prints.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum LaunchReport {
+    /// It runs.
+    Running {
+        /// Always true.
+        ok: bool,
+        /// The shim.
+        shim: ProcessId,
+        /// The main process.
+        agent: ProcessId,
+        /// How the tree will be frozen.
+        mechanism: Mechanism,
+        /// Why it is not done by a control group.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        why: Option<String>,
+    },
+    /// Nothing runs.
+    Failed {
+        /// Always false.
+        ok: bool,
+        /// The stable code.
+        code: LaunchCode,
+        /// The sentence.
+        message: String,
+    },
+}
+
+/// A failure before the agent ran.
+#[derive(Debug)]
+struct Failure {
+    code: LaunchCode,
+    message: String,
+}
+
+impl Failure {
+    fn new(code: LaunchCode, error: &dyn std::error::Error) -> Self {
+        Self { code, message: chain(error) }
+    }
+
+    fn io(code: LaunchCode, what: &str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let text = format!("failed to {what} {}", path.display());
+        move |error| Self { code, message: format!("{text}: {error}") }
+    }
+}
+
+/// The whole of `fermata-shim RUN_DIR`; returns the exit code.
+pub fn main(run_dir: &Path) -> i32 {
+    spawn::close_inherited();
+    let report = match LaunchSpec::read(run_dir) {
+        Err(error) => failed(Failure::new(LaunchCode::BadSpec, &error)),
+        Ok(spec) => match fork_shim(spec) {
+            Ok(Some(line)) => line,
+            // This is the shim, and its agent has ended.
+            Ok(None) => return 0,
+            Err(error) => failed(Failure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
+        },
+    };
+    // A daemon that has died in the meantime finds the run's record instead of this line.
+    if let Ok(line) = serde_json::to_string(&report) {
+        writeln!(io::stdout(), "{line}").ok();
+    }
+    match report {
+        LaunchReport::Running { .. } => 0,
+        LaunchReport::Failed { .. } => 1,
+    }
+}
+
+fn failed(failure: Failure) -> LaunchReport {
+    LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
+}
+
+/// Forks the shim and waits for its report; in the shim returns `None` after the agent's end.
+fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
+    let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
+    match spawn::fork_single_threaded()? {
+        ForkResult::Child => {
+            drop(report_in);
+            shim(spec, report_out);
+            Ok(None)
+        }
+        ForkResult::Parent { .. } => {
+            drop(report_out);
+            let mut line = Vec::new();
+            File::from(report_in).read_to_end(&mut line)?;
+            Ok(Some(serde_json::from_slice(&line).unwrap_or_else(|_| {
+                failed(Failure {
+                    code: LaunchCode::ShimDied,
+                    message: format!("the shim ended before it reported; see {}", files::SHIM_LOG),
+                })
+            })))
+        }
+    }
+}
+
+fn shim(spec: LaunchSpec, report_out: OwnedFd) {
+    let (report, parts) = match launch(spec) {
+        Ok((record, parts)) => {
+            let RunRecord { shim, agent, mechanism, why, .. } = record;
+            (LaunchReport::Running { ok: true, shim, agent, mechanism, why }, Some(parts))
+        }
+        Err(failure) => (failed(failure), None),
+    };
+    if let Ok(line) = serde_json::to_vec(&report) {
+        // If the launcher was killed, the run's record still tells a daemon everything.
+        File::from(report_out).write_all(&line).ok();
+    }
+    if let Some(parts) = parts {
+        Supervisor::new(*parts).run();
+    }
+}
+
+/// Makes this process a shim and starts the agent.
+fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
+    detach(&spec)?;
+    let children = signals::child_signal_fd().map_err(Failure::io(
+        LaunchCode::SpawnFailed,
+        "watch the children of",
+        Path::new("/proc/self"),
+    ))?;
+    let logs = spec.file(files::LOGS);
+    make_private_dir(&logs).map_err(Failure::io(LaunchCode::RunDirFailed, "create", &logs))?;
+    let log =
+        LogWriter::open(&logs, spec.log).map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?;
+    let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
+        .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+    let listener = listen(&spec.socket)?;
+    let started = start_agent(&spec);
+    let undo_socket = |failure| {
+        std::fs::remove_file(&spec.socket).ok();
+        failure
+    };
+    let Started { agent, freezer, stdout, stderr } = started.map_err(undo_socket)?;
+    let shim = own_identity().map_err(undo_socket)?;
+    let (mechanism, why, cgroup) = match &freezer {
+        Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),
+        Freezer::Signals { why } => (Mechanism::Signals, Some(why.clone()), None),
+    };
+    let hold = Hold::new(shim.pid, agent, freezer);
+    let record = RunRecord {
+        run_id: spec.run_id.clone(),
+        shim,
+        agent,
+        boot_id: process::boot_id().unwrap_or_default(),
+        started_at_ms: clock::unix_ms(),
+        mechanism,
+        why,
+        cgroup,
+        socket: spec.socket.clone(),
+    };
+    if let Err(failure) = write_record(&spec, &record) {
+        // An agent that no daemon could ever find again must not run.
+        process::signal(agent, libc::SIGKILL).ok();
+        if let Some(group) = hold.group() {
+            group.kill().ok();
+            group.wait_empty(Duration::from_secs(1)).ok();
+            group.remove(Duration::from_secs(1)).ok();
+        }
+        crate::os::tree::kill_tree(shim.pid, Duration::from_secs(1)).ok();
+        return Err(undo_socket(failure));
+    }
+    let parts = Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr };
+    Ok((record, Box::new(parts)))
+}
+
+fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), Failure> {
+    let bytes = serde_json::to_vec(record).map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+    write_atomic(&spec.file(files::RUN), &bytes, 0o600).map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))
+}
+
+fn own_identity() -> Result<ProcessId, Failure> {
+    let pid = nix::unistd::getpid().as_raw();
+    identify(pid)
+}
+
+fn identify(pid: i32) -> Result<ProcessId, Failure> {
+    match process::identify(pid) {
+        Ok(Some(id)) => Ok(id),
+        Ok(None) => Err(Failure { code: LaunchCode::SpawnFailed, message: format!("process {pid} is not in /proc") }),
+        Err(error) => {
+            Err(Failure { code: LaunchCode::SpawnFailed, message: format!("failed to read /proc/{pid}/stat: {error}") })
+        }
+    }
+}
+
+/// Cuts every tie to the daemon: session, terminal, signals, descriptors, working directory.
+fn detach(spec: &LaunchSpec) -> Result<(), Failure> {
+    let failure = |what: &str| {
+        let what = what.to_owned();
+        move |errno: nix::errno::Errno| Failure {
+            code: LaunchCode::SpawnFailed,
+            message: format!("failed to {what}: {errno}"),
+        }
+    };
+    nix::unistd::setsid().map_err(failure("begin a session"))?;
+    nix::sys::prctl::set_child_subreaper(true).map_err(failure("become a subreaper"))?;
+    nix::unistd::chdir("/").map_err(failure("enter /"))?;
+    nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
+    signals::ignore_deadly().map_err(|error| Failure {
+        code: LaunchCode::SpawnFailed,
+        message: format!("failed to ignore signals: {error}"),
+    })?;
+    let path = spec.file(files::SHIM_LOG);
+    let own_log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(Failure::io(
+        LaunchCode::RunDirFailed,
+        "open",
+        &path,
+    ))?;
+    let null = open_null()?;
+    dup2_stdin(&null).map_err(failure("replace stdin"))?;
+    dup2_stdout(&null).map_err(failure("replace stdout"))?;
+    dup2_stderr(&own_log).map_err(failure("replace stderr"))
+}
+
+fn open_null() -> Result<File, Failure> {
+    let path = Path::new("/dev/null");
+    OpenOptions::new().read(true).write(true).open(path).map_err(Failure::io(LaunchCode::SpawnFailed, "open", path))
+}
+
+fn make_private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Listens in a directory that only this user can enter.
+fn listen(path: &Path) -> Result<UnixListener, Failure> {
+    // sun_path has 108 bytes, the last one is a NUL (unix(7)).
+    if path.as_os_str().as_bytes().len() > 107 {
+        return Err(Failure {
+            code: LaunchCode::SocketPathTooLong,
+            message: format!("the socket path {} has more than 107 bytes", path.display()),
+        });
+    }
+    let failure = |what| Failure::io(LaunchCode::SocketFailed, what, path);
+    if let Some(parent) = path.parent() {
+        make_private_dir(parent).map_err(failure("create the directory of"))?;
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            return Err(failure("replace")(error));
+        }
+        _ => {}
+    }
+    // The umask makes it 0600 from its first moment; this also holds where umasks are ignored.
+    let listener = UnixListener::bind(path).map_err(failure("listen on"))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failure("protect"))?;
+    listener.set_nonblocking(true).map_err(failure("unblock"))?;
+    Ok(listener)
+}
+
+#[derive(Debug)]
+struct Started {
+    agent: ProcessId,
+    freezer: Freezer,
+    stdout: OwnedFd,
+    stderr: OwnedFd,
+}
+
+fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
+    let mut env = spec.env.clone();
+    env.retain(|(name, _)| name.as_bytes() != RUN_ID_VARIABLE.as_bytes());
+    env.push((Raw::from(RUN_ID_VARIABLE), Raw::from(spec.run_id.as_str())));
+    let program = Program::new(&spec.argv, &env, spec.cwd.as_os_str(), spec.umask, &spec.rlimits)
+        .map_err(|error| Failure { code: LaunchCode::BadSpec, message: error.to_string() })?;
+    let (stdout, agent_stdout) = agent_pipe()?;
+    let (stderr, agent_stderr) = agent_pipe()?;
+    let null = open_null()?;
+    let mut freezer = match spec.mechanism {
+        MechanismChoice::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
+        MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
+    };
+    let run = |procs: Option<&File>| program.spawn(null.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs);
+    let spawned = match member_file(&mut freezer) {
+        None => run(None),
+        Some(procs) => match run(Some(&procs)) {
+            // For instance a delegated subtree that may not be entered from here: only the
+            // migration itself shows it. The agent is worth more than its group.
+            Err(error) if error.stage == Stage::Cgroup => {
+                give_up_group(&mut freezer, &error);
+                run(None)
+            }
+            other => other,
+        },
+    };
+    match spawned {
+        Ok(pid) => Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr }),
+        Err(error) => {
+            if let Freezer::Cgroup(group) = &freezer {
+                group.remove(Duration::from_secs(1)).ok();
+            }
+            Err(explain(spec, &error))
+        }
+    }
+}
+
+fn member_file(freezer: &mut Freezer) -> Option<File> {
+    let Freezer::Cgroup(group) = freezer else {
+        return None;
+    };
+    match group.procs_file() {
+        Ok(file) => Some(file),
+        Err(error) => {
+            give_up_group(freezer, &error);
+            None
+        }
+    }
+}
+
+fn give_up_group(freezer: &mut Freezer, error: &dyn std::error::Error) {
+    let group: Option<Group> = match std::mem::replace(freezer, Freezer::signals_because(error)) {
+        Freezer::Cgroup(group) => Some(group),
+        Freezer::Signals { .. } => None,
+    };
+    if let Some(group) = group {
+        // An empty group that stays behind does no harm.
+        group.remove(Duration::from_millis(100)).ok();
+    }
+}
+
+/// A pipe whose reading end does not block; the agent's end is as everybody expects it.
+fn agent_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
+    let failure = |errno: nix::errno::Errno| Failure {
+        code: LaunchCode::SpawnFailed,
+        message: format!("failed to make a pipe: {errno}"),
+    };
+    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).map_err(failure)?;
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failure)?;
+    Ok((ours, theirs))
+}
+
+/// Turns an errno into what the person who typed the command needs to know.
+fn explain(spec: &LaunchSpec, error: &SpawnError) -> Failure {
+    let kind = error.source.raw_os_error();
+    let program = spec.argv.first().map(|name| Path::new(name.as_ref()).display().to_string());
+    let program = program.unwrap_or_default();
+    let cwd = spec.cwd.display();
+    let (code, message) = match (error.stage, kind) {
+        (Stage::Exec, Some(libc::ENOENT | libc::ENOTDIR)) => {
+            let path = spec.cwd.join(PathBuf::from(&program));
+            if program.contains('/') && path.exists() {
+                (
+                    LaunchCode::InterpreterMissing,
+                    format!("the interpreter (or loader) that {program} names was not found"),
+                )
+            } else if program.contains('/') {
+                (LaunchCode::ProgramNotFound, format!("there is no program {program}"))
+            } else {
+                (LaunchCode::ProgramNotFound, format!("there is no program {program} in the agent's PATH"))
+            }
+        }
+        (Stage::Exec, _) => {
+            (LaunchCode::ProgramNotExecutable, format!("{program} cannot be executed: {}", error.source))
+        }
+        (Stage::WorkingDirectory, Some(libc::ENOENT | libc::ENOTDIR)) => {
+            (LaunchCode::CwdMissing, format!("the working directory {cwd} does not exist"))
+        }
+        (Stage::WorkingDirectory, _) => {
+            (LaunchCode::CwdDenied, format!("the working directory {cwd} cannot be entered: {}", error.source))
+        }
+        (Stage::Limits, _) => (LaunchCode::LimitRefused, chain(error)),
+        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio, _) => {
+            (LaunchCode::SpawnFailed, chain(error))
+        }
+    };
+    Failure { code, message }
+}

@@ -1,0 +1,196 @@
+//! One line of a log file: `<RFC 3339 UTC, 9 fraction digits> <stream> <F|P> <bytes>\n`.
+//!
+//! F ends a line of the agent's, P does not: the line was longer than [`MAX_PAYLOAD`], or the
+//! stream ended without a newline. The payload is raw bytes without newline.
+
+/// Where a line came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Stream {
+    /// The agent's standard output.
+    Stdout,
+    /// The agent's standard error.
+    Stderr,
+    /// Fermata itself: output is missing here, and the payload says how much and why.
+    Gap,
+}
+
+impl Stream {
+    /// The word in the file.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+            Self::Gap => "gap",
+        }
+    }
+}
+
+/// The longest payload of one line; longer lines of the agent's are cut into partial ones.
+pub const MAX_PAYLOAD: usize = 16 * 1024;
+
+/// One line of a log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogLine {
+    /// When the shim read it, Unix nanoseconds.
+    pub at_ns: i64,
+    /// Where it came from.
+    pub stream: Stream,
+    /// Whether the agent's line goes on in the next line of this stream (or never ended).
+    pub partial: bool,
+    /// The payload.
+    pub bytes: Vec<u8>,
+}
+
+const STAMP_BYTES: usize = "2026-01-02T03:04:05.123456789Z".len();
+const NS: i64 = 1_000_000_000;
+
+/// Writes time stamps; remembers the second, because most lines share it.
+#[derive(Debug, Default)]
+pub struct Stamper {
+    second: Option<i64>,
+    text: [u8; STAMP_BYTES],
+}
+
+impl Stamper {
+    /// Appends one line with its newline.
+    pub fn append(&mut self, out: &mut Vec<u8>, at_ns: i64, stream: Stream, partial: bool, payload: &[u8]) {
+        out.extend_from_slice(self.stamp(at_ns));
+        out.push(b' ');
+        out.extend_from_slice(stream.word().as_bytes());
+        out.extend_from_slice(if partial { b" P " } else { b" F " });
+        out.extend_from_slice(payload);
+        out.push(b'\n');
+    }
+
+    fn stamp(&mut self, at_ns: i64) -> &[u8] {
+        let (second, mut fraction) = (at_ns.div_euclid(NS), at_ns.rem_euclid(NS));
+        if self.second != Some(second) {
+            let (year, month, day) = civil_from_days(second.div_euclid(86_400));
+            let of_day = second.rem_euclid(86_400);
+            self.text = *b"0000-00-00T00:00:00.000000000Z";
+            digits(&mut self.text[0..4], year);
+            digits(&mut self.text[5..7], month);
+            digits(&mut self.text[8..10], day);
+            digits(&mut self.text[11..13], of_day / 3600);
+            digits(&mut self.text[14..16], of_day / 60 % 60);
+            digits(&mut self.text[17..19], of_day % 60);
+            self.second = Some(second);
+        }
+        for place in self.text[20..29].iter_mut().rev() {
+            *place = b'0' + (fraction % 10) as u8;
+            fraction /= 10;
+        }
+        &self.text
+    }
+}
+
+fn digits(places: &mut [u8], mut value: i64) {
+    for place in places.iter_mut().rev() {
+        *place = b'0' + value.rem_euclid(10) as u8;
+        value /= 10;
+    }
+}
+
+/// Days since 1970-01-01 to year, month, day in the proleptic Gregorian calendar, counted in
+/// 400-year cycles of 146,097 days that begin on 1 March, so that the leap day comes last.
+fn civil_from_days(days: i64) -> (i64, i64, i64) {
+    let shifted = days + 719_468;
+    let cycle = shifted.div_euclid(146_097);
+    let day_of_cycle = shifted.rem_euclid(146_097);
+    let year_of_cycle = (day_of_cycle - day_of_cycle / 1_460 + day_of_cycle / 36_524 - day_of_cycle / 146_096) / 365;
+    let day_of_year = day_of_cycle - (365 * year_of_cycle + year_of_cycle / 4 - year_of_cycle / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = cycle * 400 + year_of_cycle + i64::from(month <= 2);
+    (year, month, day)
+}
+
+fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
+    let year = if month <= 2 { year - 1 } else { year };
+    let cycle = year.div_euclid(400);
+    let year_of_cycle = year.rem_euclid(400);
+    let month_from_march = if month > 2 { month - 3 } else { month + 9 };
+    let day_of_year = (153 * month_from_march + 2) / 5 + day - 1;
+    let day_of_cycle = year_of_cycle * 365 + year_of_cycle / 4 - year_of_cycle / 100 + day_of_year;
+    cycle * 146_097 + day_of_cycle - 719_468
+}
+
+impl LogLine {
+    /// Parses a line without its newline; `None` when it is none of ours.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        let stamp = line.get(..STAMP_BYTES)?;
+        let at_ns = parse_stamp(stamp)?;
+        let rest = line.get(STAMP_BYTES..)?.strip_prefix(b" ")?;
+        let space = rest.iter().position(|&b| b == b' ')?;
+        let stream = match &rest[..space] {
+            b"stdout" => Stream::Stdout,
+            b"stderr" => Stream::Stderr,
+            b"gap" => Stream::Gap,
+            _ => return None,
+        };
+        let (partial, bytes) = match rest.get(space + 1..)? {
+            [b'F', b' ', bytes @ ..] => (false, bytes),
+            [b'P', b' ', bytes @ ..] => (true, bytes),
+            _ => return None,
+        };
+        Some(Self { at_ns, stream, partial, bytes: bytes.to_vec() })
+    }
+}
+
+fn parse_stamp(stamp: &[u8]) -> Option<i64> {
+    let number = |range: std::ops::Range<usize>| {
+        stamp
+            .get(range)?
+            .iter()
+            .try_fold(0i64, |sum, &digit| digit.is_ascii_digit().then(|| sum * 10 + i64::from(digit - b'0')))
+    };
+    let fixed = [(4, b'-'), (7, b'-'), (10, b'T'), (13, b':'), (16, b':'), (19, b'.'), (29, b'Z')];
+    if fixed.iter().any(|&(place, byte)| stamp.get(place) != Some(&byte)) {
+        return None;
+    }
+    let days = days_from_civil(number(0..4)?, number(5..7)?, number(8..10)?);
+    let second = days * 86_400 + number(11..13)? * 3600 + number(14..16)? * 60 + number(17..19)?;
+    second.checked_mul(NS)?.checked_add(number(20..29)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_looks_like_this() {
+        let mut out = Vec::new();
+        let mut stamper = Stamper::default();
+        stamper.append(&mut out, 1_709_210_096_000_000_007, Stream::Stderr, false, b"leap day");
+        stamper.append(&mut out, 0, Stream::Gap, true, b"");
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "2024-02-29T12:34:56.000000007Z stderr F leap day\n1970-01-01T00:00:00.000000000Z gap P \n"
+        );
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn every_line_comes_back(at_ns in 0..4_102_444_800_000_000_000i64, partial: bool, bytes: Vec<u8>) {
+            let line = LogLine { at_ns, stream: Stream::Stdout, partial, bytes };
+            let mut out = Vec::new();
+            Stamper::default().append(&mut out, at_ns, line.stream, partial, &line.bytes);
+            assert_eq!(out.pop(), Some(b'\n'));
+            assert_eq!(LogLine::parse(&out), Some(line));
+        }
+
+        #[test]
+        fn garbage_is_none_of_ours_and_harmless(bytes: Vec<u8>) {
+            assert_eq!(LogLine::parse(&bytes), None);
+        }
+
+        #[test]
+        fn the_calendar_agrees_with_a_library(second in 0..4_102_444_800i64) {
+            let mut stamper = Stamper::default();
+            let text = String::from_utf8(stamper.stamp(second * NS).to_vec()).unwrap();
+            let stamp: jiff::Timestamp = text.parse().unwrap();
+            assert_eq!(stamp.as_second(), second);
+        }
+    }
+}

@@ -1,0 +1,30 @@
+//! The shim: parent and subreaper of one agent, which outlives the daemon.
+//!
+//! ```text
+//! fermatad ── runs ──> launcher ── forks ──> shim (own session, subreaper) ── forks ──> agent
+//!    │                  prints one line,       │  socket: wire.rs                (own group,
+//!    │                  ends                   │  logs:   log.rs                  same session)
+//!    └── launch.rs, link.rs, lost.rs ──────────┘  run.json, exit.json: record.rs
+//! ```
+//!
+//! The daemon is never the shim's parent, so a fresh start and an adoption after a daemon restart
+//! are the same path: read `run.json`, connect to the socket.
+//!
+//! The shim is synchronous and has one thread. It must not die before its agent, must not wait for
+//! a peer, and decides nothing about projects: it does what the daemon says and falls back to
+//! "let the agent run" when the daemon falls silent (see `hold.rs` for the lease).
+
+pub mod connection;
+pub mod hold;
+pub mod launch;
+pub mod launcher;
+pub mod link;
+pub mod log;
+pub mod log_line;
+pub mod log_reader;
+pub mod lost;
+pub mod raw;
+pub mod record;
+pub mod spec;
+pub mod supervise;
+pub mod wire;

@@ -1,0 +1,126 @@
+//! Bytes from the operating system in JSON: arguments, environment and paths need not be UTF-8.
+//!
+//! UTF-8 is written as a string, everything else as `{"hex":"…"}`; both come back byte by byte.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A string of the operating system that survives JSON.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Raw(OsString);
+
+impl Raw {
+    /// The bytes.
+    pub fn as_bytes(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl AsRef<OsStr> for Raw {
+    fn as_ref(&self) -> &OsStr {
+        &self.0
+    }
+}
+
+impl<T: Into<OsString>> From<T> for Raw {
+    fn from(text: T) -> Self {
+        Self(text.into())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum Form {
+    Text(String),
+    Bytes { hex: String },
+}
+
+impl Serialize for Raw {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self.0.to_str() {
+            Some(text) => serializer.serialize_str(text),
+            None => {
+                let hex = self.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+                Form::Bytes { hex }.serialize(serializer)
+            }
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Raw {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match Form::deserialize(deserializer)? {
+            Form::Text(text) => Ok(Self(text.into())),
+            Form::Bytes { hex } => {
+                let digits = hex.as_bytes();
+                let byte = |pair: &[u8]| match pair {
+                    [high, low] => {
+                        let digit = |d: &u8| (*d as char).to_digit(16);
+                        u8::try_from(digit(high)? * 16 + digit(low)?).ok()
+                    }
+                    _ => None,
+                };
+                let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
+                let bytes = bytes.ok_or_else(|| de::Error::custom("odd or foreign hex digits"))?;
+                Ok(Self(OsString::from_vec(bytes)))
+            }
+        }
+    }
+}
+
+/// Serde for a `PathBuf` in the form of [`Raw`].
+pub mod path {
+    use super::Raw;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::path::{Path, PathBuf};
+
+    /// Writes a path.
+    pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+        Raw::from(path).serialize(serializer)
+    }
+
+    /// Reads a path.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+        Raw::deserialize(deserializer).map(|raw| PathBuf::from(raw.0))
+    }
+}
+
+/// Serde for an `Option<PathBuf>` in the form of [`Raw`].
+pub mod optional_path {
+    use super::Raw;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use std::path::PathBuf;
+
+    /// Writes a path or null.
+    pub fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+        path.as_deref().map(Raw::from).serialize(serializer)
+    }
+
+    /// Reads a path or null.
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+        Ok(Option::<Raw>::deserialize(deserializer)?.map(|raw| PathBuf::from(raw.0)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_come_back(bytes: Vec<u8>) {
+            let raw = Raw(OsString::from_vec(bytes));
+            let text = serde_json::to_string(&raw).unwrap();
+            assert_eq!(serde_json::from_str::<Raw>(&text).unwrap(), raw);
+        }
+    }
+
+    #[test]
+    fn broken_hex_is_an_error() {
+        for text in [r#"{"hex":"abc"}"#, r#"{"hex":"zz"}"#, "7"] {
+            assert!(serde_json::from_str::<Raw>(text).is_err(), "{text}");
+        }
+    }
+}

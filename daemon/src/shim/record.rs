@@ -1,0 +1,109 @@
+//! What a run leaves on disk for a daemon that was not there: `run.json` and `exit.json`.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use super::raw;
+use super::spec::files;
+use crate::os::process::ProcessId;
+
+/// How a tree is frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mechanism {
+    /// `cgroup.freeze`.
+    Cgroup,
+    /// SIGSTOP over the tree.
+    Signals,
+}
+
+/// Who runs: written (atomically, synced) before the launch is reported as a success.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// The run.
+    pub run_id: String,
+    /// The shim.
+    pub shim: ProcessId,
+    /// The agent's main process.
+    pub agent: ProcessId,
+    /// The boot in which these processes mean anything.
+    pub boot_id: String,
+    /// When the agent started, Unix milliseconds.
+    pub started_at_ms: i64,
+    /// How the tree is frozen.
+    pub mechanism: Mechanism,
+    /// Why it is not done by a control group, if it is not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
+    /// The agent's control group.
+    #[serde(with = "raw::optional_path", default)]
+    pub cgroup: Option<PathBuf>,
+    /// The shim's socket.
+    #[serde(with = "raw::path")]
+    pub socket: PathBuf,
+}
+
+/// How it ended: written (atomically, synced) before anybody is told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExitRecord {
+    /// The run.
+    pub run_id: String,
+    /// The exit code, unless a signal ended it.
+    pub code: Option<i32>,
+    /// The signal that ended it.
+    pub signal: Option<i32>,
+    /// Whether it left a core dump.
+    pub core_dumped: bool,
+    /// When the main process ended, Unix milliseconds.
+    pub ended_at_ms: i64,
+    /// How many other processes of its tree had to be killed.
+    pub leftovers_killed: u64,
+    /// Payload bytes of output that a full disk cost.
+    #[serde(default)]
+    pub log_bytes_lost: u64,
+}
+
+/// Why a record could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// The file is there but cannot be read.
+    #[error("read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is no such record.
+    #[error("understand {}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+/// Reads who runs; `None` when the run never came so far.
+pub fn read_run(run_dir: &Path) -> Result<Option<RunRecord>, RecordError> {
+    read(&run_dir.join(files::RUN))
+}
+
+/// Reads how a run ended; `None` when it has not, or when its shim was lost.
+pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
+    read(&run_dir.join(files::EXIT))
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {
+    match std::fs::read(path) {
+        Ok(bytes) => serde_json::from_slice(&bytes)
+            .map(Some)
+            .map_err(|source| RecordError::Malformed { path: path.to_path_buf(), source }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(RecordError::Unreadable { path: path.to_path_buf(), source }),
+    }
+}

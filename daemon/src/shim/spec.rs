@@ -1,0 +1,171 @@
+//! What the daemon wants to have run: `launch.json` in the run's folder.
+//!
+//! It holds the agent's environment with its secrets, hence mode 0600 in a 0700 folder.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use super::raw::{self, Raw};
+use crate::os::limits::Limit;
+
+/// The version of [`LaunchSpec`]; a shim refuses any other.
+pub const SPEC_VERSION: u32 = 1;
+
+/// The environment variable that the shim sets to the run's id, so that whatever the agent left
+/// behind can be recognised when the shim itself was lost.
+pub const RUN_ID_VARIABLE: &str = "FERMATA_RUN_ID";
+
+/// File names in the folder of a run.
+pub mod files {
+    /// The launch spec.
+    pub const LAUNCH: &str = "launch.json";
+    /// Who runs.
+    pub const RUN: &str = "run.json";
+    /// How it ended.
+    pub const EXIT: &str = "exit.json";
+    /// The folder of the log files.
+    pub const LOGS: &str = "logs";
+    /// What the shim itself had to say (normally empty).
+    pub const SHIM_LOG: &str = "shim.log";
+}
+
+/// Whether control groups may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MechanismChoice {
+    /// A control group if possible, signals otherwise.
+    #[default]
+    Auto,
+    /// Signals.
+    Signals,
+}
+
+/// How large the logs may grow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogLimits {
+    /// A file is rotated before it grows beyond this many bytes; 0 for never.
+    pub max_bytes: u64,
+    /// So many rotated files are kept beside the current one; 0 for all.
+    pub max_files: u32,
+}
+
+impl Default for LogLimits {
+    fn default() -> Self {
+        Self { max_bytes: 16 * 1024 * 1024, max_files: 8 }
+    }
+}
+
+/// Everything the shim must know to start and hold one agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LaunchSpec {
+    /// [`SPEC_VERSION`].
+    pub version: u32,
+    /// The project's name.
+    pub project: String,
+    /// The agent's name.
+    pub agent: String,
+    /// Identifies this run among all runs of all agents.
+    pub run_id: String,
+    /// The program and its arguments; a program without a slash is looked up in the PATH of `env`.
+    pub argv: Vec<Raw>,
+    /// The whole environment.
+    pub env: Vec<(Raw, Raw)>,
+    /// The working directory.
+    #[serde(with = "raw::path")]
+    pub cwd: PathBuf,
+    /// The file mode creation mask.
+    pub umask: u32,
+    /// Resource limits; those that are not named stay as the daemon has them.
+    pub rlimits: Vec<Limit>,
+    /// The folder of this run, absolute.
+    #[serde(with = "raw::path")]
+    pub run_dir: PathBuf,
+    /// Where the shim listens, absolute, at most 107 bytes.
+    #[serde(with = "raw::path")]
+    pub socket: PathBuf,
+    /// Where the agent's control group goes; by default below the daemon's own.
+    #[serde(with = "raw::optional_path", default)]
+    pub cgroup_parent: Option<PathBuf>,
+    /// The name of the agent's control group.
+    pub cgroup_name: String,
+    /// Whether control groups may be used.
+    #[serde(default)]
+    pub mechanism: MechanismChoice,
+    /// How large the logs may grow.
+    #[serde(default)]
+    pub log: LogLimits,
+    /// How long a stop waits before it kills, unless the request says otherwise.
+    pub stop_grace_ms: u64,
+}
+
+impl LaunchSpec {
+    /// A file or folder of this run.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.run_dir.join(name)
+    }
+}
+
+/// Why a spec cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The file could not be read.
+    #[error("read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not a launch spec.
+    #[error("understand {}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The file is of another version.
+    #[error("use {}: its version is {found}, this shim knows {SPEC_VERSION}", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// A path must be absolute, because the shim's working directory is `/`.
+    #[error("use {}: {field} is not an absolute path", path.display())]
+    Relative {
+        /// The file.
+        path: PathBuf,
+        /// Which field.
+        field: &'static str,
+    },
+}
+
+impl LaunchSpec {
+    /// Reads and checks the spec of a run.
+    pub fn read(run_dir: &Path) -> Result<Self, SpecError> {
+        #[derive(Deserialize)]
+        struct VersionOnly {
+            version: u32,
+        }
+        let path = run_dir.join(files::LAUNCH);
+        let bytes = std::fs::read(&path).map_err(|source| SpecError::Unreadable { path: path.clone(), source })?;
+        let malformed = |source| SpecError::Malformed { path: path.clone(), source };
+        // The version first: another version's fields may mean something else.
+        let VersionOnly { version } = serde_json::from_slice(&bytes).map_err(malformed)?;
+        if version != SPEC_VERSION {
+            return Err(SpecError::Version { path, found: version });
+        }
+        let spec: Self = serde_json::from_slice(&bytes).map_err(malformed)?;
+        for (field, value) in [("run_dir", &spec.run_dir), ("socket", &spec.socket), ("cwd", &spec.cwd)] {
+            if !value.is_absolute() {
+                return Err(SpecError::Relative { path, field });
+            }
+        }
+        Ok(spec)
+    }
+}

@@ -1,0 +1,602 @@
+//! The shim's event loop: one thread, one poll, nobody waits.
+//!
+//! ```text
+//!  Running ── stop ──> Stopping ── grace over ──> Killing
+//!     │ kill ──────────────┼────────────────────────^ │
+//!     └────────────────────┴──────────────────────────┤ the main process ended
+//!                                                     v
+//!        Clearing (kill leftovers) ──> Draining (pipes) ──> Recording (exit.json) ──> end
+//! ```
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, killpg};
+use nix::sys::signalfd::SignalFd;
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::connection::{Connection, ConnectionId, Incoming};
+use super::hold::{Answer, Caller, Hold, News, Refused, chain, encode};
+use super::log::LogWriter;
+use super::log_line::Stream;
+use super::record::ExitRecord;
+use super::spec::LaunchSpec;
+use super::wire::{AgentState, Call, FromShim, RefusalCode, Request, ShimEvent, Status, WIRE_VERSION};
+use crate::os::clock;
+use crate::os::fsync::Reserve;
+use crate::os::process::{self, Change, ProcessId};
+use crate::os::tree::{KillWork, Progress};
+
+/// More peers than this cannot be real: the oldest goes.
+const MAX_CONNECTIONS: usize = 16;
+/// How long killed processes may take to vanish (one may wait for a dead disk).
+const CLEAR_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the end of the pipes when somebody outside the tree holds them open.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+/// How often and how long an exit that cannot be recorded is tried again.
+const RECORD_RETRY: Duration = Duration::from_millis(200);
+const RECORD_PATIENCE: Duration = Duration::from_secs(30);
+/// How often to look again while killed processes vanish.
+const CLEAR_TICK: Duration = Duration::from_millis(2);
+/// How much is read from a pipe at once.
+const READ_BYTES: usize = 64 * 1024;
+
+/// How the main process ended.
+#[derive(Debug, Clone, Copy)]
+struct MainEnd {
+    code: Option<i32>,
+    signal: Option<i32>,
+    core_dumped: bool,
+    at_ms: i64,
+}
+
+#[derive(Debug)]
+enum Life {
+    Running,
+    Stopping { kill_at: Instant },
+    Killing { work: KillWork },
+    Clearing { end: MainEnd, work: KillWork, until: Instant },
+    Draining { end: MainEnd, leftovers: u64, until: Instant },
+    Recording { record: ExitRecord, next: Instant, until: Instant },
+    Over { record: ExitRecord },
+}
+
+/// What made poll return.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Child,
+    Stdout,
+    Stderr,
+    Listener,
+    Freeze,
+    Connection(ConnectionId),
+}
+
+/// Everything that the loop owns.
+#[derive(Debug)]
+pub struct Supervisor {
+    spec: LaunchSpec,
+    shim: ProcessId,
+    agent: ProcessId,
+    hold: Hold,
+    life: Life,
+    log: LogWriter,
+    reserve: Reserve,
+    children: SignalFd,
+    listener: UnixListener,
+    stdout: Option<File>,
+    stderr: Option<File>,
+    connections: Vec<Connection>,
+    next_connection: u64,
+    stopped_by_others: bool,
+}
+
+/// What the launcher hands to the loop.
+#[derive(Debug)]
+pub struct Parts {
+    /// What was asked for.
+    pub spec: LaunchSpec,
+    /// This process.
+    pub shim: ProcessId,
+    /// The main process.
+    pub agent: ProcessId,
+    /// How to freeze it.
+    pub hold: Hold,
+    /// Where its output goes.
+    pub log: LogWriter,
+    /// Where its exit will be recorded.
+    pub reserve: Reserve,
+    /// SIGCHLD.
+    pub children: SignalFd,
+    /// The socket, non-blocking.
+    pub listener: UnixListener,
+    /// The reading ends of its pipes, non-blocking.
+    pub stdout: OwnedFd,
+    /// See `stdout`.
+    pub stderr: OwnedFd,
+}
+
+impl Supervisor {
+    /// Takes over.
+    pub fn new(parts: Parts) -> Self {
+        let Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr } = parts;
+        Self {
+            spec,
+            shim,
+            agent,
+            hold,
+            life: Life::Running,
+            log,
+            reserve,
+            children,
+            listener,
+            stdout: Some(File::from(stdout)),
+            stderr: Some(File::from(stderr)),
+            connections: Vec::new(),
+            next_connection: 0,
+            stopped_by_others: false,
+        }
+    }
+
+    /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
+    pub fn run(mut self) {
+        let mut buffer = vec![0u8; READ_BYTES];
+        loop {
+            let ready = self.wait();
+            self.take_output(&ready, &mut buffer);
+            for source in ready {
+                match source {
+                    Source::Child => self.reap(),
+                    Source::Listener => self.accept(),
+                    Source::Connection(id) => self.serve(id),
+                    // Read above; `tick` looks at the freeze.
+                    Source::Stdout | Source::Stderr | Source::Freeze => {}
+                }
+            }
+            let now = Instant::now();
+            let news = self.hold.tick(now);
+            self.tell(news);
+            self.go_on(now);
+            self.connections.retain(|connection| !connection.is_dead());
+            if let Life::Over { record } = self.life {
+                let event = FromShim::Event(ShimEvent::Exited(record));
+                for mut connection in self.connections {
+                    if connection.is_open() {
+                        connection.send(&event);
+                    }
+                    connection.send_rest(Duration::from_millis(100));
+                }
+                // The daemon may have removed the whole folder already.
+                std::fs::remove_file(&self.spec.socket).ok();
+                return;
+            }
+        }
+    }
+
+    fn wait(&self) -> Vec<Source> {
+        let mut fds = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+        let mut sources = vec![Source::Child];
+        for (file, source) in [(&self.stdout, Source::Stdout), (&self.stderr, Source::Stderr)] {
+            if let Some(file) = file {
+                fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
+                sources.push(source);
+            }
+        }
+        fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
+        sources.push(Source::Listener);
+        if let Some(watch) = self.hold.watch() {
+            fds.push(PollFd::new(watch.as_fd(), PollFlags::POLLPRI));
+            sources.push(Source::Freeze);
+        }
+        for connection in &self.connections {
+            let mut flags = PollFlags::POLLIN;
+            flags.set(PollFlags::POLLOUT, connection.wants_write());
+            fds.push(PollFd::new(connection.as_fd(), flags));
+            sources.push(Source::Connection(connection.id()));
+        }
+        // An interrupted or failed poll is an empty one: every tick looks at the state itself.
+        if poll(&mut fds, self.timeout()).is_err() {
+            return Vec::new();
+        }
+        fds.iter().zip(sources).filter(|(fd, _)| fd.any() == Some(true)).map(|(_, source)| source).collect()
+    }
+
+    fn timeout(&self) -> PollTimeout {
+        let now = Instant::now();
+        let life = match &self.life {
+            Life::Running => None,
+            Life::Stopping { kill_at } => Some(*kill_at),
+            Life::Killing { .. } | Life::Clearing { .. } => Some(now + CLEAR_TICK),
+            Life::Draining { until, .. } => Some(*until),
+            Life::Recording { next, .. } => Some(*next),
+            Life::Over { .. } => Some(now),
+        };
+        match life.into_iter().chain(self.hold.next_tick(now)).min() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(now);
+                // Rounded up: a timeout that is a fraction too early would spin.
+                let left = if left.is_zero() { left } else { left + Duration::from_millis(1) };
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        }
+    }
+
+    fn take_output(&mut self, ready: &[Source], buffer: &mut [u8]) {
+        for source in ready {
+            match source {
+                Source::Stdout => read_pipe(&mut self.stdout, Stream::Stdout, &mut self.log, buffer),
+                Source::Stderr => read_pipe(&mut self.stderr, Stream::Stderr, &mut self.log, buffer),
+                Source::Child | Source::Listener | Source::Freeze | Source::Connection(_) => false,
+            };
+        }
+        self.log.flush(clock::unix_ns());
+    }
+
+    fn reap(&mut self) {
+        // One wake-up can stand for many children.
+        while let Ok(Some(_)) = self.children.read_signal() {}
+        loop {
+            let (pid, change) = match process::next_child_change() {
+                Ok(Some(found)) => found,
+                Ok(None) => return,
+                Err(error) => {
+                    eprintln!("fermata-shim: failed to wait for children: {error}");
+                    return;
+                }
+            };
+            let is_agent = pid == self.agent.pid && !self.has_ended();
+            if !is_agent {
+                // An adopted orphan: reaping it was all there was to do.
+                continue;
+            }
+            match change {
+                Change::Exited(code) => self.agent_ended(Some(code), None, false),
+                Change::Signaled { signal, core_dumped } => {
+                    self.agent_ended(None, Some(signal), core_dumped);
+                }
+                Change::Stopped(signal) if self.hold.is_idle() => {
+                    self.stopped_by_others = true;
+                    self.broadcast(ShimEvent::Stopped { signal });
+                }
+                Change::Continued if self.stopped_by_others && self.hold.is_idle() => {
+                    self.stopped_by_others = false;
+                    self.broadcast(ShimEvent::Continued {});
+                }
+                // Our own quiesce, freeze or thaw.
+                Change::Stopped(_) | Change::Continued => {}
+            }
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        match self.life {
+            Life::Running | Life::Stopping { .. } | Life::Killing { .. } => false,
+            Life::Clearing { .. } | Life::Draining { .. } | Life::Recording { .. } | Life::Over { .. } => true,
+        }
+    }
+
+    fn agent_ended(&mut self, code: Option<i32>, signal: Option<i32>, core_dumped: bool) {
+        let now = Instant::now();
+        let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
+        let news = self.hold.abandon(true, now);
+        self.tell(news);
+        let work = match std::mem::replace(&mut self.life, Life::Running) {
+            Life::Killing { work } => work,
+            Life::Running
+            | Life::Stopping { .. }
+            | Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::Recording { .. }
+            | Life::Over { .. } => self.kill_tree(),
+        };
+        self.life = Life::Clearing { end, work, until: now + CLEAR_PATIENCE };
+    }
+
+    /// Begins to kill everything below. A frozen group stays frozen until all carry their SIGKILL.
+    fn kill_tree(&mut self) -> KillWork {
+        let mut work = KillWork::new(self.shim.pid);
+        if let Some(group) = self.hold.group() {
+            for pid in group.procs().unwrap_or_default() {
+                if let Ok(Some(id)) = process::identify(pid) {
+                    work.note(id);
+                }
+            }
+            if let Err(error) = group.kill() {
+                eprintln!("fermata-shim: {}", chain(&error));
+                // Signals go on where this failed, but frozen processes must be able to die.
+                group.thaw().ok();
+            }
+        }
+        work
+    }
+
+    /// Continues whatever part of the agent's end is under way.
+    fn go_on(&mut self, now: Instant) {
+        loop {
+            self.life = match std::mem::replace(&mut self.life, Life::Running) {
+                Life::Stopping { kill_at } if now >= kill_at => {
+                    let news = self.hold.abandon(false, now);
+                    self.tell(news);
+                    Life::Killing { work: self.kill_tree() }
+                }
+                Life::Killing { mut work } => {
+                    // The main process is below us: its end moves us on, in `reap`.
+                    report(work.step());
+                    self.life = Life::Killing { work };
+                    return;
+                }
+                Life::Clearing { end, mut work, until } => {
+                    let below = matches!(report(work.step()), Some(Progress::Done));
+                    let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
+                    if !(below && group) && now < until {
+                        self.life = Life::Clearing { end, work, until };
+                        return;
+                    }
+                    let leftovers = work.killed().iter().filter(|id| **id != self.agent).count() as u64;
+                    Life::Draining { end, leftovers, until: now + DRAIN_PATIENCE }
+                }
+                Life::Draining { end, leftovers, until } => {
+                    if (self.stdout.is_some() || self.stderr.is_some()) && now < until {
+                        self.life = Life::Draining { end, leftovers, until };
+                        return;
+                    }
+                    self.log.finish(clock::unix_ns());
+                    self.remove_group();
+                    let record = ExitRecord {
+                        run_id: self.spec.run_id.clone(),
+                        code: end.code,
+                        signal: end.signal,
+                        core_dumped: end.core_dumped,
+                        ended_at_ms: end.at_ms,
+                        leftovers_killed: leftovers,
+                        log_bytes_lost: self.log.lost(),
+                    };
+                    Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+                }
+                Life::Recording { record, next, until } => {
+                    if now < next {
+                        self.life = Life::Recording { record, next, until };
+                        return;
+                    }
+                    match self.record(&record) {
+                        Err(message) if now < until => {
+                            eprintln!("fermata-shim: {message}");
+                            self.life = Life::Recording { record, next: now + RECORD_RETRY, until };
+                            return;
+                        }
+                        // Who is connected learns it even if the disk never does.
+                        _ => Life::Over { record },
+                    }
+                }
+                life @ (Life::Running | Life::Stopping { .. } | Life::Over { .. }) => {
+                    self.life = life;
+                    return;
+                }
+            };
+        }
+    }
+
+    fn record(&self, record: &ExitRecord) -> Result<(), String> {
+        let bytes = serde_json::to_vec(record).map_err(|error| chain(&error))?;
+        self.reserve.commit(&bytes).map_err(|error| chain(&error))
+    }
+
+    fn remove_group(&self) {
+        if let Some(group) = self.hold.group()
+            && let Err(error) = group.remove(Duration::from_millis(500))
+        {
+            eprintln!("fermata-shim: {}", chain(&error));
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    let id = ConnectionId(self.next_connection);
+                    self.next_connection += 1;
+                    if self.connections.len() >= MAX_CONNECTIONS {
+                        self.connections.remove(0);
+                    }
+                    match Connection::new(id, stream) {
+                        Ok(connection) => self.connections.push(connection),
+                        Err(error) => {
+                            eprintln!("fermata-shim: failed to take a connection: {error}")
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    eprintln!("fermata-shim: failed to accept: {error}");
+                    // Out of descriptors, most likely: do not spin on it.
+                    std::thread::sleep(Duration::from_millis(10));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn serve(&mut self, id: ConnectionId) {
+        let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) else {
+            return;
+        };
+        connection.flush();
+        for incoming in connection.receive() {
+            match incoming {
+                Incoming::Hello => {
+                    let hello =
+                        FromShim::Hello { version: WIRE_VERSION, run_id: self.spec.run_id.clone(), shim: self.shim };
+                    self.send(id, &hello);
+                }
+                Incoming::Call(call) => self.call(id, call),
+            }
+        }
+    }
+
+    fn call(&mut self, connection: ConnectionId, call: Call) {
+        let now = Instant::now();
+        let caller = Caller { connection, id: call.id };
+        let ended = !matches!(self.life, Life::Running);
+        let answer = match call.request {
+            Request::Status {} => self.status(now),
+            // Ending is idempotent, and there is nothing left to thaw.
+            Request::Stop { .. } | Request::Kill {} if self.has_ended() => done(),
+            Request::Stop { grace_ms } => {
+                let grace = Duration::from_millis(grace_ms.unwrap_or(self.spec.stop_grace_ms));
+                self.stop(grace, now)
+            }
+            Request::Kill {} => {
+                let news = self.hold.abandon(false, now);
+                self.tell(news);
+                if !matches!(self.life, Life::Killing { .. }) {
+                    self.life = Life::Killing { work: self.kill_tree() };
+                }
+                done()
+            }
+            Request::Thaw {} if ended => done(),
+            _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
+            Request::Quiesce { grace_ms, lease_ms } => {
+                let (grace, lease) = (Duration::from_millis(grace_ms), Duration::from_millis(lease_ms));
+                let news = self.hold.quiesce(caller, grace, lease, now);
+                return self.tell(news);
+            }
+            Request::Freeze { lease_ms } => {
+                let news = self.hold.freeze(caller, Duration::from_millis(lease_ms), now);
+                return self.tell(news);
+            }
+            Request::Renew { lease_ms } => self.hold.renew(Duration::from_millis(lease_ms), now),
+            Request::Hold {} => self.hold.hold(),
+            Request::Thaw {} => {
+                let (answer, news) = self.hold.thaw();
+                self.tell(news);
+                answer
+            }
+            Request::Signal { signal } => match process::signal(self.agent, signal) {
+                Ok(true) => done(),
+                Ok(false) => Err(Refused::new(RefusalCode::Ending, "the agent has ended")),
+                Err(error) => {
+                    let message = format!("failed to send signal {signal}: {error}");
+                    Err(Refused::new(RefusalCode::SignalFailed, message))
+                }
+            },
+        };
+        self.answer(caller, answer);
+    }
+
+    fn status(&self, now: Instant) -> Answer {
+        let (lease_remaining_ms, held) = self.hold.lease(now);
+        let state = match self.life {
+            Life::Running | Life::Stopping { .. } => self.hold.state(),
+            _ => AgentState::Ending,
+        };
+        encode(&Status {
+            agent: self.agent,
+            state,
+            mechanism: self.hold.mechanism(),
+            lease_remaining_ms,
+            held,
+            processes: self.hold.count(),
+            log_bytes_lost: self.log.lost(),
+        })
+    }
+
+    fn stop(&mut self, grace: Duration, now: Instant) -> Answer {
+        match &mut self.life {
+            Life::Stopping { kill_at } => *kill_at = (*kill_at).min(now + grace),
+            Life::Running => {
+                let group = Pid::from_raw(self.agent.pid);
+                // SIGTERM first: it waits while they are frozen or stopped, and is the first thing
+                // that they see afterwards. SIGCONT to all, because a stop also reaches who was
+                // stopped by somebody else.
+                killpg(group, Signal::SIGTERM).ok();
+                let (thawed, news) = self.hold.thaw();
+                killpg(group, Signal::SIGCONT).ok();
+                self.tell(news);
+                self.life = Life::Stopping { kill_at: now + grace };
+                if let Err(refused) = thawed {
+                    eprintln!("fermata-shim: stopping goes on, but: {}", refused.message);
+                }
+            }
+            // Already on its way.
+            Life::Killing { .. }
+            | Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::Recording { .. }
+            | Life::Over { .. } => {}
+        }
+        done()
+    }
+
+    fn tell(&mut self, news: Vec<News>) {
+        for item in news {
+            match item {
+                News::Answer(caller, answer) => self.answer(caller, answer),
+                News::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
+            }
+        }
+    }
+
+    fn answer(&mut self, caller: Caller, answer: Answer) {
+        let line = match answer {
+            Ok(ok) => FromShim::Reply { id: caller.id, ok },
+            Err(Refused { code, message }) => FromShim::Refusal { id: Some(caller.id), code, message },
+        };
+        self.send(caller.connection, &line);
+    }
+
+    fn send(&mut self, id: ConnectionId, line: &FromShim) {
+        // A caller that has gone needs no answer.
+        if let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) {
+            connection.send(line);
+        }
+    }
+
+    fn broadcast(&mut self, event: ShimEvent) {
+        let line = FromShim::Event(event);
+        for connection in self.connections.iter_mut().filter(|c| c.is_open()) {
+            connection.send(&line);
+        }
+    }
+}
+
+fn done() -> Answer {
+    Ok(Value::Object(Default::default()))
+}
+
+fn report(step: Result<Progress, crate::os::tree::TreeError>) -> Option<Progress> {
+    match step {
+        Ok(progress) => Some(progress),
+        Err(error) => {
+            eprintln!("fermata-shim: {}", chain(&error));
+            None
+        }
+    }
+}
+
+/// Reads once; at the end of the stream the pipe is closed. Returns whether anything came.
+fn read_pipe(pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, buffer: &mut [u8]) -> bool {
+    let Some(file) = pipe else { return false };
+    match file.read(buffer) {
+        Ok(0) => {
+            log.end(stream, clock::unix_ns());
+            *pipe = None;
+            false
+        }
+        Ok(count) => {
+            log.push(stream, &buffer[..count], clock::unix_ns());
+            true
+        }
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
+        Err(error) => {
+            eprintln!("fermata-shim: failed to read {}: {error}", stream.word());
+            *pipe = None;
+            false
+        }
+    }
+}

@@ -1,0 +1,210 @@
+//! A bed for one agent under a real shim: a folder, a spec, a link, and the guarantee that nothing
+//! outlives the test.
+#![allow(dead_code, reason = "every test binary uses its own part of the bed")]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use fermata_daemon::os::process;
+use fermata_daemon::shim::launch::{LaunchError, Launched, launch};
+use fermata_daemon::shim::link::ShimLink;
+use fermata_daemon::shim::log_line::LogLine;
+use fermata_daemon::shim::log_reader::{LogReader, Start};
+use fermata_daemon::shim::lost::end_lost_tree;
+use fermata_daemon::shim::raw::Raw;
+use fermata_daemon::shim::record::{ExitRecord, RunRecord, read_exit, read_run};
+use fermata_daemon::shim::spec::{LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use fermata_daemon::shim::wire::ShimEvent;
+use tokio::sync::mpsc;
+
+pub const SHIM: &str = env!("CARGO_BIN_EXE_fermata-shim");
+/// More than anything takes on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+/// A lease that does not end within a test.
+pub const LONG: Duration = Duration::from_secs(60);
+/// How long nothing must happen, where the absence of something is to be seen.
+pub const A_WHILE: Duration = Duration::from_millis(250);
+
+pub struct Bed {
+    dir: tempfile::TempDir,
+    pub spec: LaunchSpec,
+}
+
+impl Bed {
+    /// A bed for `sh -c script`.
+    pub fn new(mechanism: MechanismChoice, script: &str) -> Self {
+        let dir = tempfile::Builder::new().prefix("shim-").tempdir().unwrap();
+        let name = dir.path().file_name().unwrap().to_string_lossy().into_owned();
+        let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
+        let spec = LaunchSpec {
+            version: SPEC_VERSION,
+            project: "p".into(),
+            agent: "a".into(),
+            run_id: format!("run-{}-{name}", std::process::id()),
+            argv: ["sh", "-c", script].into_iter().map(Into::into).collect(),
+            env: vec![("PATH".into(), path.into())],
+            cwd: dir.path().to_path_buf(),
+            umask: 0o022,
+            rlimits: Vec::new(),
+            run_dir: dir.path().join("run"),
+            socket: dir.path().join("s/shim.sock"),
+            cgroup_parent: None,
+            cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
+            mechanism,
+            log: LogLimits::default(),
+            stop_grace_ms: 5_000,
+        };
+        Self { dir, spec }
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub async fn try_launch(&self) -> Result<Launched, LaunchError> {
+        launch(Path::new(SHIM), &self.spec).await
+    }
+
+    pub async fn launch(&self) -> (Launched, ShimLink, mpsc::Receiver<ShimEvent>) {
+        let launched = self.try_launch().await.unwrap();
+        let (link, events) = self.connect().await;
+        assert_eq!(link.run_id(), self.spec.run_id);
+        assert_eq!(link.shim(), launched.shim);
+        (launched, link, events)
+    }
+
+    pub async fn connect(&self) -> (ShimLink, mpsc::Receiver<ShimEvent>) {
+        ShimLink::connect(&self.spec.socket).await.unwrap()
+    }
+
+    pub fn run(&self) -> RunRecord {
+        read_run(&self.spec.run_dir).unwrap().expect("run.json")
+    }
+
+    pub fn exit(&self) -> Option<ExitRecord> {
+        read_exit(&self.spec.run_dir).unwrap()
+    }
+
+    /// Waits for exit.json, for tests without a link.
+    pub async fn exit_record(&self) -> ExitRecord {
+        until("exit.json", || self.exit().is_some()).await;
+        self.exit().unwrap()
+    }
+
+    pub fn size(&self, name: &str) -> u64 {
+        std::fs::metadata(self.path(name)).map_or(0, |meta| meta.len())
+    }
+
+    pub fn logs(&self) -> Vec<LogLine> {
+        let mut reader = LogReader::open(&self.spec.run_dir.join("logs"), Start::Begin).unwrap();
+        let mut all = Vec::new();
+        loop {
+            let batch = reader.next_batch(1 << 20).unwrap();
+            if batch.is_empty() {
+                return all;
+            }
+            all.extend(batch);
+        }
+    }
+
+    /// All living processes of this run, wherever they hide.
+    pub fn living(&self) -> Vec<i32> {
+        let variable = format!("FERMATA_RUN_ID={}", self.spec.run_id);
+        process::all()
+            .unwrap()
+            .into_iter()
+            .filter(|stat| stat.state() != process::RunState::Dead)
+            .map(|stat| stat.id.pid)
+            .filter(|pid| process::started_with(*pid, variable.as_bytes()))
+            .collect()
+    }
+
+    /// Waits until these files have grown by the deeds of the agent.
+    pub async fn growing(&self, names: &[&str]) {
+        let before: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
+        until("the files to grow", || names.iter().zip(&before).all(|(name, size)| self.size(name) > *size)).await;
+    }
+
+    /// Looks whether these files stay as they are.
+    pub async fn still(&self, names: &[&str]) {
+        let before: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
+        tokio::time::sleep(A_WHILE).await;
+        let after: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
+        assert_eq!(before, after, "something of a frozen tree still ran");
+    }
+}
+
+impl Drop for Bed {
+    fn drop(&mut self) {
+        let Ok(Some(run)) = read_run(&self.spec.run_dir) else {
+            return;
+        };
+        if process::signal(run.shim, libc::SIGKILL).unwrap_or(false) {
+            let until = Instant::now() + PATIENCE;
+            while process::is_alive(run.shim).unwrap_or(false) && Instant::now() < until {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            let ended = end_lost_tree(&run, &process::boot_id().unwrap(), PATIENCE);
+            if !std::thread::panicking() {
+                ended.unwrap();
+            }
+        }
+    }
+}
+
+/// Waits until something is true.
+pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < PATIENCE, "waited in vain for {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// Waits for the next event.
+pub async fn next(events: &mut mpsc::Receiver<ShimEvent>) -> Option<ShimEvent> {
+    tokio::time::timeout(PATIENCE, events.recv()).await.expect("an event in time")
+}
+
+/// Waits for the exit, over other events.
+pub async fn exited(events: &mut mpsc::Receiver<ShimEvent>) -> ExitRecord {
+    loop {
+        match next(events).await {
+            Some(ShimEvent::Exited(record)) => return record,
+            Some(_) => {}
+            None => panic!("the link ended without an exit"),
+        }
+    }
+}
+
+/// A main process, a job in a session of its own, and a double-forked one: each appends to a file.
+pub const THREE_WRITERS: &str = r#"
+    setsid sh -c 'while :; do echo x >> far; sleep 0.01; done' &
+    (setsid sh -c 'while :; do echo x >> orphan; sleep 0.01; done' &)
+    while :; do echo x >> near; sleep 0.01; done
+"#;
+pub const THREE_FILES: [&str; 3] = ["near", "far", "orphan"];
+
+/// A single process that appends to `near`, with handlers set up by `setup` (Perl). A shell would
+/// run its handler only after its present child, which the same signal may have stopped.
+pub fn one_writer(setup: &str) -> Vec<Raw> {
+    let script = format!(
+        "$| = 1; sub note {{ open(my $f, '>>', $_[0]); print $f $_[1]; close $f }}
+        {setup}
+        while (1) {{ note('near', 'x'); select(undef, undef, undef, 0.01) }}"
+    );
+    ["perl", "-e", &script].into_iter().map(Into::into).collect()
+}
+
+/// Makes one test per mechanism out of each async function that takes a `MechanismChoice`.
+#[macro_export]
+macro_rules! for_both_mechanisms {
+    ($($name:ident),+ $(,)?) => {
+        mod with_a_control_group_if_possible {
+            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::shim::spec::MechanismChoice::Auto).await; })+
+        }
+        mod with_signals {
+            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::shim::spec::MechanismChoice::Signals).await; })+
+        }
+    };
+}

@@ -1,0 +1,257 @@
+//! Freezing, leases and quiescing, with both mechanisms and real trees.
+
+mod shim_bed;
+
+use std::time::Duration;
+
+use fermata_daemon::os::process;
+use fermata_daemon::shim::link::LinkError;
+use fermata_daemon::shim::record::Mechanism;
+use fermata_daemon::shim::spec::MechanismChoice;
+use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use shim_bed::{A_WHILE, Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
+
+for_both_mechanisms!(
+    a_freeze_stops_the_whole_tree_and_a_thaw_continues_it,
+    a_lease_that_nobody_renews_thaws_without_a_daemon,
+    a_renewed_lease_lasts_and_a_held_one_outlives_the_connection,
+    a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more,
+    a_frozen_agent_can_be_stopped,
+    an_agent_killed_from_outside_while_frozen_is_still_recorded,
+    quiesce_stops_who_obeys_and_thaw_continues_it,
+    quiesce_waits_for_the_grace_of_who_ignores_it,
+    quiesce_waits_for_a_handler_that_saves_and_stops,
+    who_was_stopped_before_stays_stopped_after_the_thaw,
+    a_quiesce_without_a_freeze_is_undone_by_its_lease,
+    a_second_freeze_answers_the_same_and_a_thaw_may_come_twice,
+    a_forking_tree_is_frozen_completely,
+    an_agent_that_ends_while_quiescing_is_answered,
+);
+
+fn refused(result: Result<impl std::fmt::Debug, LinkError>) -> RefusalCode {
+    match result {
+        Err(LinkError::Refused { code, .. }) => code,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (launched, link, _events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    let frozen = link.freeze(LONG).await.unwrap();
+    bed.still(&THREE_FILES).await;
+    assert_eq!(frozen.mechanism, launched.mechanism);
+    assert!(frozen.processes >= 3, "{frozen:?}");
+    if mechanism == MechanismChoice::Signals {
+        assert_eq!(frozen.mechanism, Mechanism::Signals);
+        assert!(launched.why.is_some());
+    }
+    let status = link.status().await.unwrap();
+    assert_eq!((status.state, status.held), (AgentState::Frozen, false));
+    assert!(status.lease_remaining_ms.unwrap() <= 60_000);
+    link.thaw().await.unwrap();
+    bed.growing(&THREE_FILES).await;
+    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+}
+
+async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    link.freeze(LONG).await.unwrap();
+    bed.still(&THREE_FILES).await;
+    link.renew(Duration::from_millis(50)).await.unwrap();
+    assert_eq!(next(&mut events).await, Some(ShimEvent::LeaseExpired {}));
+    assert_eq!(refused(link.hold().await), RefusalCode::NotFrozen);
+
+    link.freeze(Duration::from_millis(300)).await.unwrap();
+    link.shutdown().await;
+    bed.growing(&THREE_FILES).await;
+}
+
+async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (_, link, _events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    link.freeze(Duration::from_secs(20)).await.unwrap();
+    link.renew(LONG).await.unwrap();
+    assert!(link.status().await.unwrap().lease_remaining_ms.unwrap() > 20_000);
+    link.renew(Duration::from_secs(20)).await.unwrap();
+    link.hold().await.unwrap();
+    link.shutdown().await;
+    bed.still(&THREE_FILES).await;
+    let (link, _events) = bed.connect().await;
+    let status = link.status().await.unwrap();
+    assert_eq!((status.state, status.held, status.lease_remaining_ms), (AgentState::Frozen, true, None));
+    link.thaw().await.unwrap();
+    bed.growing(&THREE_FILES).await;
+}
+
+async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    link.freeze(LONG).await.unwrap();
+    link.hold().await.unwrap();
+    let before = THREE_FILES.map(|name| bed.size(name));
+    link.kill().await.unwrap();
+    let exit = exited(&mut events).await;
+    assert_eq!((exit.code, exit.signal), (None, Some(libc::SIGKILL)));
+    assert!(exit.leftovers_killed >= 2, "{exit:?}");
+    assert_eq!(before, THREE_FILES.map(|name| bed.size(name)));
+    assert_eq!(bed.living(), [] as [i32; 0]);
+    assert_eq!(bed.exit(), Some(exit));
+    if let Some(group) = bed.run().cgroup {
+        assert!(!group.exists(), "{} is left", group.display());
+    }
+}
+
+async fn a_frozen_agent_can_be_stopped(mechanism: MechanismChoice) {
+    let mut bed = Bed::new(mechanism, "");
+    bed.spec.argv = one_writer("$SIG{TERM} = sub { print \"bye\\n\"; exit 7 };");
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    link.freeze(LONG).await.unwrap();
+    link.hold().await.unwrap();
+    link.stop(Some(LONG)).await.unwrap();
+    let exit = exited(&mut events).await;
+    assert_eq!((exit.code, exit.signal), (Some(7), None));
+    assert_eq!(bed.logs().last().unwrap().bytes, b"bye");
+}
+
+async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (launched, link, mut events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    link.freeze(LONG).await.unwrap();
+    link.hold().await.unwrap();
+    assert!(process::signal(launched.agent, libc::SIGKILL).unwrap());
+    let exit = exited(&mut events).await;
+    assert_eq!(exit.signal, Some(libc::SIGKILL));
+    assert_eq!(bed.living(), [] as [i32; 0]);
+}
+
+async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, "while :; do echo x >> near; sleep 0.01; done");
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    let quiesced = link.quiesce(LONG, LONG).await.unwrap();
+    assert_eq!(quiesced.outcome, QuiesceOutcome::Stopped);
+    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    link.freeze(LONG).await.unwrap();
+    bed.still(&["near"]).await;
+    link.thaw().await.unwrap();
+    bed.growing(&["near"]).await;
+    assert!(events.try_recv().is_err(), "our own stop was told as somebody else's");
+}
+
+async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, "trap '' TSTP; while :; do echo x >> near; sleep 0.01; done");
+    let (_, link, _events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    let quiesced = link.quiesce(A_WHILE, LONG).await.unwrap();
+    assert_eq!(quiesced.outcome, QuiesceOutcome::Ignored);
+    assert!(quiesced.waited_ms >= 250, "{quiesced:?}");
+    link.freeze(LONG).await.unwrap();
+    bed.still(&["near"]).await;
+    link.thaw().await.unwrap();
+    bed.growing(&["near"]).await;
+}
+
+async fn quiesce_waits_for_a_handler_that_saves_and_stops(mechanism: MechanismChoice) {
+    let mut bed = Bed::new(mechanism, "");
+    bed.spec.argv = one_writer(
+        "$SIG{TSTP} = sub { note('state', 'saved '); kill 'STOP', $$ };
+        $SIG{CONT} = sub { note('state', 'back') };",
+    );
+    let (_, link, _events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    assert_eq!(link.quiesce(LONG, LONG).await.unwrap().outcome, QuiesceOutcome::Stopped);
+    assert_eq!(std::fs::read_to_string(bed.path("state")).unwrap(), "saved ");
+    link.freeze(LONG).await.unwrap();
+    link.thaw().await.unwrap();
+    until("the handler of SIGCONT", || {
+        std::fs::read_to_string(bed.path("state")).is_ok_and(|text| text == "saved back")
+    })
+    .await;
+}
+
+async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (launched, link, mut events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    assert!(process::signal(launched.agent, libc::SIGSTOP).unwrap());
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Stopped { signal: libc::SIGSTOP }));
+    let quiesced = link.quiesce(LONG, LONG).await.unwrap();
+    assert_eq!(quiesced.outcome, QuiesceOutcome::AlreadyStopped);
+    link.freeze(LONG).await.unwrap();
+    bed.still(&THREE_FILES).await;
+    link.thaw().await.unwrap();
+    bed.growing(&["far", "orphan"]).await;
+    bed.still(&["near"]).await;
+    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    link.signal(libc::SIGCONT).await.unwrap();
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
+    bed.growing(&["near"]).await;
+}
+
+async fn a_quiesce_without_a_freeze_is_undone_by_its_lease(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, "while :; do echo x >> near; sleep 0.01; done");
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    link.quiesce(LONG, Duration::from_millis(100)).await.unwrap();
+    assert_eq!(next(&mut events).await, Some(ShimEvent::LeaseExpired {}));
+    bed.growing(&["near"]).await;
+}
+
+async fn a_second_freeze_answers_the_same_and_a_thaw_may_come_twice(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (_, link, _events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    link.thaw().await.unwrap();
+    let first = link.freeze(LONG).await.unwrap();
+    let second = link.freeze(LONG).await.unwrap();
+    assert_eq!(first.processes, second.processes);
+    assert_eq!(refused(link.quiesce(LONG, LONG).await), RefusalCode::AlreadyFrozen);
+    link.thaw().await.unwrap();
+    link.thaw().await.unwrap();
+    assert_eq!(refused(link.renew(LONG).await), RefusalCode::NotFrozen);
+    bed.growing(&THREE_FILES).await;
+}
+
+async fn a_forking_tree_is_frozen_completely(mechanism: MechanismChoice) {
+    // Eight loops that fork without a pause, half of them out of the session, and orphans that
+    // fork in their turn.
+    let script = r#"
+        loop() { while :; do (echo x >> $1; (: ; echo y >> $1) & ) ; done; }
+        loop b1 & loop b2 & loop b3 &
+        setsid sh -c 'while :; do (echo x >> b4; (: ; echo y >> b4) & ) ; done' &
+        setsid sh -c 'while :; do (setsid sh -c "echo x >> b5" & ) ; done' &
+        wait
+    "#;
+    let files = ["b1", "b2", "b3", "b4", "b5"];
+    let bed = Bed::new(mechanism, script);
+    let (_, link, mut events) = bed.launch().await;
+    for _ in 0..3 {
+        bed.growing(&files).await;
+        link.freeze(LONG).await.unwrap();
+        bed.still(&files).await;
+        link.thaw().await.unwrap();
+    }
+    bed.growing(&files).await;
+    link.freeze(LONG).await.unwrap();
+    link.kill().await.unwrap();
+    exited(&mut events).await;
+    assert_eq!(bed.living(), [] as [i32; 0]);
+}
+
+async fn an_agent_that_ends_while_quiescing_is_answered(mechanism: MechanismChoice) {
+    let mut bed = Bed::new(mechanism, "");
+    bed.spec.argv = one_writer("$SIG{TSTP} = sub { exit 4 };");
+    let (_, link, mut events) = bed.launch().await;
+    bed.growing(&["near"]).await;
+    let quiesced = link.quiesce(LONG, LONG).await.unwrap();
+    assert_eq!(quiesced.outcome, QuiesceOutcome::Exited);
+    assert_eq!(exited(&mut events).await.code, Some(4));
+}
