@@ -1,1 +1,137 @@
-//! Placeholder.
+//! The plugin `exec`: runs a configured program on events, or to write checkpoint artifacts.
+//!
+//! ```toml
+//! [settings]
+//! events = ["project.paused", "question.*"]      # default: all
+//! notify = ["notify-send", "Fermata"]            # the event on stdin, FERMATA_EVENT is its name
+//! checkpoint = ["pg_dump", "--file=dump.sql"]    # runs in the artifact directory
+//! restore = ["psql", "--file=dump.sql"]          # runs there too, when a checkpoint comes back
+//! timeout_ms = 20000
+//! ```
+//!
+//! No shell is involved, no variable is expanded. Each program gets its request as JSON on stdin;
+//! what it prints goes to the daemon's log. `program` runs it, `settings` checks the table above,
+//! `artifacts` lists what it has left.
+
+mod artifacts;
+mod program;
+mod settings;
+
+use fermata_plugin_api::{
+    Artifact, Checkpointer, Description, Failure, Host, Kind, Notifier, Plugin, RestoreReply, RestoreRequest,
+    SaveRequest, event_matches, event_name, export_plugin,
+};
+use program::{Canceller, Program};
+use serde_json::Value;
+use settings::Settings;
+use std::time::Duration;
+
+struct Exec {
+    settings: Settings,
+    host: Host,
+    canceller: Canceller,
+}
+
+impl Exec {
+    /// How long a program may run: the settings' limit, or what the host leaves if that is less.
+    fn limit(&self, deadline_ms: Option<u64>) -> Duration {
+        let own = self.settings.timeout_ms;
+        Duration::from_millis(deadline_ms.map_or(own, |deadline| deadline.min(own)))
+    }
+
+    fn run(&self, program: Program<'_>) -> Result<(), Failure> {
+        program.run(&self.canceller, &self.host)
+    }
+}
+
+impl Plugin for Exec {
+    fn describe() -> Description {
+        Description {
+            settings: Some(Settings::schema()),
+            ..Description::new("exec", env!("CARGO_PKG_VERSION"), [Kind::Checkpoint, Kind::Notify])
+        }
+    }
+
+    fn create(settings: Value, host: Host) -> Result<Self, Failure> {
+        Ok(Self { settings: Settings::parse(settings)?, host, canceller: Canceller::default() })
+    }
+
+    fn checkpointer(&self) -> Option<&dyn Checkpointer> {
+        Some(self)
+    }
+
+    fn notifier(&self) -> Option<&dyn Notifier> {
+        Some(self)
+    }
+
+    fn cancel(&self) {
+        self.canceller.cancel();
+    }
+}
+
+impl Checkpointer for Exec {
+    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, Failure> {
+        let Some(argv) = &self.settings.checkpoint else {
+            return Err(Failure::unsupported("checkpoint.save"));
+        };
+        let frozen = if request.frozen { "1" } else { "0" };
+        self.run(Program {
+            argv,
+            directory: Some(&request.directory),
+            input: json(request)?,
+            environment: vec![
+                ("FERMATA_PROJECT", request.project.as_ref()),
+                ("FERMATA_CHECKPOINT", request.checkpoint.as_ref()),
+                ("FERMATA_OPERATION", request.operation.as_ref()),
+                ("FERMATA_WORKSPACE", request.workspace.as_ref()),
+                ("FERMATA_DIRECTORY", request.directory.as_ref()),
+                ("FERMATA_FROZEN", frozen.as_ref()),
+            ],
+            limit: self.limit(request.deadline_ms),
+        })?;
+        artifacts::list(&request.directory, &argv[0])
+    }
+
+    fn restore(&self, request: &RestoreRequest) -> Result<RestoreReply, Failure> {
+        let Some(argv) = &self.settings.restore else {
+            return Err(Failure::unsupported("checkpoint.restore"));
+        };
+        self.run(Program {
+            argv,
+            directory: Some(&request.directory),
+            input: json(request)?,
+            environment: vec![
+                ("FERMATA_PROJECT", request.project.as_ref()),
+                ("FERMATA_CHECKPOINT", request.checkpoint.as_ref()),
+                ("FERMATA_OPERATION", request.operation.as_ref()),
+                ("FERMATA_WORKSPACE", request.workspace.as_ref()),
+                ("FERMATA_DIRECTORY", request.directory.as_ref()),
+            ],
+            limit: self.limit(request.deadline_ms),
+        })?;
+        Ok(RestoreReply::default())
+    }
+}
+
+impl Notifier for Exec {
+    fn notify(&self, event: &Value) -> Result<(), Failure> {
+        let Some(argv) = &self.settings.notify else {
+            return Err(Failure::unsupported("notify"));
+        };
+        let name = event_name(event).unwrap_or_default();
+        if !event_matches(&self.settings.events, name) {
+            return Ok(());
+        }
+        let mut environment = vec![("FERMATA_EVENT", name.as_ref())];
+        if let Some(project) = event.get("project").and_then(Value::as_str) {
+            environment.push(("FERMATA_PROJECT", project.as_ref()));
+        }
+        self.run(Program { argv, directory: None, input: json(event)?, environment, limit: self.limit(None) })
+    }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<Vec<u8>, Failure> {
+    serde_json::to_vec(value).map_err(|error| Failure::new("encoding", error.to_string()))
+}
+
+export_plugin!(Exec);

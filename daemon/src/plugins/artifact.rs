@@ -1,0 +1,184 @@
+//! What plugins leave for a checkpoint: files in a directory of their own, checked and hashed here.
+//!
+//! A plugin names its files; the daemon believes none of it. Paths are opened beneath the
+//! plugin's directory without following any symlink, and only regular files count.
+
+use fermata_plugin_api::{Artifact, Failure};
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Component, Path, PathBuf};
+
+/// A file that a plugin has added to a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PluginArtifact {
+    /// The plugin.
+    pub plugin: String,
+    /// Path below the directory of the save request; begins with the plugin's name.
+    pub path: PathBuf,
+    /// Size.
+    pub bytes: u64,
+    /// SHA-256 of the content, in hexadecimal.
+    pub sha256: String,
+    /// Media type, if the plugin has said.
+    pub media_type: Option<String>,
+    /// A few words for people, if the plugin has said.
+    pub description: Option<String>,
+}
+
+/// A plugin's failure to add to a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PluginFailure {
+    /// The plugin.
+    pub plugin: String,
+    /// Stable code: `deadline`, `crashed`, `not_running`, `artifact_invalid` or the plugin's own.
+    pub code: String,
+    /// A sentence for people.
+    pub message: String,
+}
+
+impl PluginFailure {
+    pub(super) fn new(plugin: &str, failure: Failure) -> Self {
+        Self { plugin: plugin.to_owned(), code: failure.code, message: failure.message }
+    }
+}
+
+/// Makes the empty directory for one plugin's artifacts; `parent` must exist.
+pub(super) fn make_directory(directory: &Path) -> Result<(), Failure> {
+    fs::DirBuilder::new().mode(0o700).create(directory).map_err(|error| {
+        let message = format!("{} cannot be made: {error}", directory.display());
+        Failure::new("artifact_directory", message)
+    })
+}
+
+/// Removes what a failed plugin has left, as far as that is possible.
+pub(super) fn discard(directory: &Path) {
+    if let Err(error) = fs::remove_dir_all(directory)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::warn!(directory = %directory.display(), %error,
+            "what a failed plugin left cannot be removed");
+    }
+}
+
+/// Checks, hashes and syncs the artifacts that a plugin has named.
+pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> Result<Vec<PluginArtifact>, Failure> {
+    let invalid = |path: &Path, why: &dyn std::fmt::Display| {
+        let message = format!("artifact {} cannot be used: {why}", path.display());
+        Failure::new("artifact_invalid", message)
+    };
+    let root = File::open(directory).map_err(|error| invalid(directory, &error))?;
+    let mut seen = BTreeSet::new();
+    let mut artifacts = Vec::with_capacity(named.len());
+    for artifact in named {
+        let path = &artifact.path;
+        let plain = |component| matches!(component, Component::Normal(_));
+        if path.as_os_str().is_empty() || !path.components().all(plain) {
+            return Err(invalid(path, &"only plain relative paths are allowed"));
+        }
+        // Compared as components: `a//b` is `a/b`.
+        if !seen.insert(path.components().collect::<PathBuf>()) {
+            return Err(invalid(path, &"it was named twice"));
+        }
+        let mut file = open_beneath(&root, path).map_err(|error| invalid(path, &error))?;
+        let kind = file.metadata().map_err(|error| invalid(path, &error))?;
+        if !kind.is_file() {
+            return Err(invalid(path, &"it is not a regular file"));
+        }
+        let (bytes, sha256) = digest(&mut file).map_err(|error| invalid(path, &error))?;
+        file.sync_all().map_err(|error| invalid(path, &error))?;
+        artifacts.push(PluginArtifact {
+            plugin: plugin.to_owned(),
+            path: Path::new(plugin).join(path.components().collect::<PathBuf>()),
+            bytes,
+            sha256,
+            media_type: artifact.media_type,
+            description: artifact.description,
+        });
+    }
+    sync_directories(directory, &seen).map_err(|error| invalid(directory, &error))?;
+    Ok(artifacts)
+}
+
+fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
+    // Without O_NONBLOCK a FIFO would be waited for.
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
+    Ok(File::from(openat2(root, path, how)?))
+}
+
+fn digest(file: &mut File) -> io::Result<(u64, String)> {
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 128 * 1024];
+    let mut bytes = 0;
+    loop {
+        match file.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(count) => {
+                hash.update(&buffer[..count]);
+                bytes += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let hex = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    Ok((bytes, hex))
+}
+
+/// Makes the names of the files as durable as their content.
+fn sync_directories(root: &Path, files: &BTreeSet<PathBuf>) -> io::Result<()> {
+    let inner = files.iter().flat_map(|file| file.ancestors().skip(1));
+    let directories: BTreeSet<PathBuf> = inner.map(|directory| root.join(directory)).collect();
+    for directory in directories.iter().rev() {
+        File::open(directory)?.sync_all()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::symlink;
+
+    fn named(path: &str) -> Artifact {
+        Artifact { path: path.into(), media_type: None, description: None }
+    }
+
+    #[test]
+    fn artifacts_are_hashed_and_named_below_the_plugin() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("sub")).unwrap();
+        fs::write(dir.path().join("sub/a"), "abc").unwrap();
+        let found = collect("p", dir.path(), vec![named("sub//a")]).unwrap();
+        assert_eq!(found[0].path, Path::new("p/sub/a"));
+        assert_eq!(found[0].bytes, 3);
+        assert_eq!(found[0].sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+    }
+
+    #[test]
+    fn nothing_outside_the_directory_and_nothing_special_is_an_artifact() {
+        let dir = tempfile::tempdir().unwrap();
+        let inner = dir.path().join("p");
+        fs::create_dir(&inner).unwrap();
+        fs::write(dir.path().join("secret"), "x").unwrap();
+        fs::write(inner.join("a"), "x").unwrap();
+        symlink("../secret", inner.join("link")).unwrap();
+        symlink("..", inner.join("up")).unwrap();
+        nix::unistd::mkfifo(&inner.join("fifo"), nix::sys::stat::Mode::S_IRUSR).unwrap();
+        let outside = dir.path().join("secret");
+        for bad in ["../secret", "link", "up/secret", "fifo", "", ".", "missing"] {
+            let failure = collect("p", &inner, vec![named(bad)]).unwrap_err();
+            assert_eq!(failure.code, "artifact_invalid", "{bad}");
+        }
+        let absolute = outside.to_str().unwrap();
+        assert!(collect("p", &inner, vec![named(absolute)]).is_err());
+        assert!(collect("p", &inner, vec![named("a"), named("a")]).is_err());
+        assert!(collect("p", &inner, vec![named("a")]).is_ok());
+    }
+}

@@ -1,0 +1,344 @@
+//! The program `fermata-plugin-host`: one process, one plugin, frames on descriptor 3.
+//!
+//! ```text
+//!   main thread    reads frames; passes calls on, carries out cancels; ends the process at EOF
+//!   caller thread  loads the plugin, owns the instance, runs one call after another
+//!   memory thread  ends the process when the plugin takes more than its share
+//! ```
+//!
+//! It ends when descriptor 3 closes, whoever closed it and whatever the plugin is doing, and
+//! takes the processes that the plugin has started along. It knows nothing of the daemon's state.
+
+use super::frame::{self, FrameError, FromHost, ToHost};
+use super::{config, loader};
+use crate::os::socket_child;
+use fermata_plugin_api::host::{Instance, Services};
+use fermata_plugin_api::{Description, Failure, Level, abi};
+use nix::sys::signal::{Signal, kill};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Pid, getpid, getsid};
+use serde_json::Value;
+use serde_json::value::RawValue;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread;
+use std::time::Duration;
+
+/// How long a running call and the plugin's `destroy` may take once descriptor 3 is closed.
+const FAREWELL: Duration = Duration::from_millis(1500);
+
+/// How often the memory in use is looked at. A process fills a few hundred MiB in this time.
+const MEMORY_PERIOD: Duration = Duration::from_millis(250);
+
+/// What the host is started with.
+#[derive(Debug, Clone, clap::Parser)]
+#[command(name = "fermata-plugin-host", about = "Runs one Fermata plugin", version)]
+pub struct HostArguments {
+    /// The plugin's shared object.
+    #[arg(long)]
+    pub plugin: PathBuf,
+    /// TOML file whose table `settings` goes to the plugin.
+    #[arg(long)]
+    pub settings_file: Option<PathBuf>,
+    /// Loads and describes the plugin, makes no instance, and exits.
+    #[arg(long)]
+    pub describe_only: bool,
+    /// Ends the process when it has more than this resident (0: no limit).
+    #[arg(long, default_value_t = 0)]
+    pub memory_limit_bytes: u64,
+}
+
+/// Runs the host until descriptor 3 closes.
+pub fn run(arguments: &HostArguments) -> ExitCode {
+    let stream = match socket_child::inherited_fd3() {
+        Ok(stream) => stream,
+        Err(error) => {
+            eprintln!("descriptor 3 is no socket: fermatad starts this program ({error})");
+            return ExitCode::from(2);
+        }
+    };
+    // Artifacts are as private as the workspace they come from.
+    umask(Mode::from_bits_truncate(0o077));
+    prefer_as_oom_victim();
+    match serve(arguments, stream) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("the connection to the daemon failed: {}", super::chain(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(arguments: &HostArguments, mut stream: UnixStream) -> Result<(), FrameError> {
+    let shared = Arc::new(Shared {
+        writer: Mutex::new(stream.try_clone()?),
+        instance: OnceLock::new(),
+        current: AtomicU64::new(0),
+        cancelled_up_to: AtomicU64::new(0),
+    });
+    watch_memory(arguments.memory_limit_bytes, &shared)?;
+    let (calls, queue) = channel();
+    let (ended, farewell) = channel();
+    let caller = Caller { arguments: arguments.clone(), shared: Arc::clone(&shared) };
+    thread::Builder::new().name("caller".into()).spawn(move || caller.run(&queue, &ended))?;
+    let outcome = read(&mut stream, &shared, &calls);
+    // The caller thread ends the instance once its queue has ended.
+    shared.cancelled_up_to.store(u64::MAX, Ordering::SeqCst);
+    drop(calls);
+    part(&shared, &farewell);
+    outcome
+}
+
+/// Loads, describes and (unless it is only to be described) creates the plugin.
+fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description, Option<Arc<Instance>>), Failure> {
+    let settings = match &arguments.settings_file {
+        Some(path) => config::read_plugin_file(path)
+            .and_then(|file| file.settings_json(path))
+            .map_err(|error| Failure::new("bad_settings_file", super::chain(&error)))?,
+        None => Value::Object(serde_json::Map::new()),
+    };
+    let table = loader::load(&arguments.plugin)?;
+    let describe = table.describe()?;
+    if arguments.describe_only {
+        return Ok((describe, None));
+    }
+    let services: Arc<dyn Services> = Arc::clone(shared) as Arc<dyn Services>;
+    let instance = table.create(&settings, services)?;
+    Ok((describe, Some(Arc::new(instance))))
+}
+
+/// Reads frames until the daemon is gone.
+fn read(stream: &mut UnixStream, shared: &Shared, calls: &Sender<Call>) -> Result<(), FrameError> {
+    while let Some(frame) = frame::read_frame::<ToHost>(stream)? {
+        match frame {
+            ToHost::Call { id, method, params, deadline_ms } => {
+                let call = Call { id, method, params: with_deadline(params, deadline_ms) };
+                // A plugin that was refused has no caller any more; the daemon hangs up then.
+                calls.send(call).ok();
+            }
+            ToHost::Cancel { id } => {
+                shared.cancelled_up_to.fetch_max(id, Ordering::SeqCst);
+                // No later call can begin meanwhile: it would have to be read here first.
+                if shared.current.load(Ordering::SeqCst) == id {
+                    shared.cancel_plugin();
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Tells the plugin how long it has, inside its own request.
+fn with_deadline(mut params: Value, deadline_ms: u64) -> Value {
+    if let Value::Object(members) = &mut params {
+        members.insert("deadline_ms".into(), deadline_ms.into());
+    }
+    params
+}
+
+/// Ends the plugin, politely for a while; then whatever it has started; then this process.
+fn part(shared: &Arc<Shared>, farewell: &Receiver<()>) {
+    // `cancel` is the plugin's code and may hang: not on this thread.
+    let cancelling = Arc::clone(shared);
+    let helper = thread::Builder::new().spawn(move || cancelling.cancel_plugin());
+    let polite = helper.is_ok() && farewell.recv_timeout(FAREWELL) != Err(RecvTimeoutError::Timeout);
+    let me = getpid();
+    if getsid(None) == Ok(me) {
+        socket_child::kill_session(std::process::id());
+    }
+    // Exit handlers are the plugin's code as well, and may hang.
+    let guard = thread::Builder::new().spawn(move || {
+        thread::sleep(FAREWELL);
+        kill(me, Signal::SIGKILL).ok();
+    });
+    if !polite || guard.is_err() {
+        eprintln!("the plugin did not end in time");
+        kill(me, Signal::SIGKILL).ok();
+    }
+}
+
+/// One call, on its way to the caller thread.
+struct Call {
+    id: u64,
+    method: String,
+    params: Value,
+}
+
+/// The thread that owns the instance.
+struct Caller {
+    arguments: HostArguments,
+    shared: Arc<Shared>,
+}
+
+impl Caller {
+    fn run(self, queue: &Receiver<Call>, ended: &Sender<()>) {
+        match open(&self.arguments, &self.shared) {
+            Ok((describe, instance)) => {
+                if let Some(instance) = &instance {
+                    // This is the only place that sets it.
+                    self.shared.instance.set(Arc::downgrade(instance)).ok();
+                }
+                let hello = FromHost::Hello { abi: abi::VERSION, describe };
+                // Where sending fails the daemon is gone, and the main thread notices it too.
+                if self.shared.send(&hello).is_ok()
+                    && let Some(instance) = instance
+                {
+                    self.answer_all(&instance, queue);
+                }
+            }
+            Err(error) => {
+                let error = bounded(error);
+                self.shared.send(&FromHost::Refused { error }).ok();
+            }
+        }
+        // Nobody may be listening any more: then the process is ending anyway.
+        ended.send(()).ok();
+    }
+
+    fn answer_all(&self, instance: &Instance, queue: &Receiver<Call>) {
+        for call in queue {
+            let reply = self.answer(instance, &call);
+            if self.shared.send(&reply).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn answer(&self, instance: &Instance, call: &Call) -> FromHost {
+        let id = call.id;
+        self.shared.current.store(id, Ordering::SeqCst);
+        let result = if self.shared.cancelled() {
+            Err(Failure::cancelled())
+        } else {
+            instance.call(&call.method, call.params.to_string().as_bytes())
+        };
+        self.shared.current.store(0, Ordering::SeqCst);
+        match result.and_then(raw) {
+            Ok(ok) => FromHost::Reply { id, ok: Some(ok), error: None },
+            Err(error) => FromHost::Reply { id, ok: None, error: Some(bounded(error)) },
+        }
+    }
+}
+
+/// A failure that fits into a frame, whatever the plugin has put into it.
+fn bounded(failure: Failure) -> Failure {
+    Failure {
+        code: super::output::shortened(&failure.code),
+        message: super::output::shortened(&failure.message),
+        hint: failure.hint.as_deref().map(super::output::shortened),
+    }
+}
+
+/// Takes a plugin's reply as JSON without building a tree of it; an empty reply is `null`.
+fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, Failure> {
+    if bytes.is_empty() {
+        return Ok(RawValue::NULL.to_owned());
+    }
+    let invalid =
+        |error: &dyn std::fmt::Display| Failure::new("bad_reply", format!("the plugin's reply is not JSON: {error}"));
+    let text = String::from_utf8(bytes).map_err(|error| invalid(&error))?;
+    RawValue::from_string(text).map_err(|error| invalid(&error))
+}
+
+/// What the threads share, and what the plugin may use.
+struct Shared {
+    writer: Mutex<UnixStream>,
+    /// The instance, once there is one; the caller thread owns it.
+    instance: OnceLock<Weak<Instance>>,
+    /// Id of the running call, or 0.
+    current: AtomicU64,
+    /// All calls up to this id are to be given up.
+    cancelled_up_to: AtomicU64,
+}
+
+impl Shared {
+    fn send(&self, frame: &FromHost) -> Result<(), FrameError> {
+        // A panic while writing cannot leave the stream in a state that another frame repairs or
+        // harms: the daemon checks everything.
+        let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        frame::write_frame(&mut *writer, frame)
+    }
+
+    fn cancel_plugin(&self) {
+        if let Some(instance) = self.instance.get().and_then(Weak::upgrade) {
+            instance.cancel();
+        }
+    }
+}
+
+impl Services for Shared {
+    fn log(&self, level: Level, message: &str) {
+        let level = match level {
+            Level::Error => "error",
+            Level::Warn => "warn",
+            Level::Info => "info",
+            Level::Debug => "debug",
+        };
+        let frame = FromHost::Log { level: level.to_owned(), message: super::output::shortened(message) };
+        // A line that cannot be sent has nowhere else to go.
+        self.send(&frame).ok();
+    }
+
+    fn cancelled(&self) -> bool {
+        let up_to = self.cancelled_up_to.load(Ordering::SeqCst);
+        match self.current.load(Ordering::SeqCst) {
+            // Between two calls only the end of everything counts.
+            0 => up_to == u64::MAX,
+            id => up_to >= id,
+        }
+    }
+}
+
+/// Asks the kernel to kill this process before others when memory runs out.
+fn prefer_as_oom_victim() {
+    // Raising one's own score needs no right; where it fails the watcher below still works.
+    std::fs::write("/proc/self/oom_score_adj", "1000").ok();
+}
+
+/// Starts the thread that ends this process when it has more than `limit` bytes resident.
+///
+/// Not a resource limit: those would be inherited by the programs that a plugin runs.
+fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
+    if limit == 0 {
+        return Ok(());
+    }
+    let shared = Arc::clone(shared);
+    let watch = move || {
+        loop {
+            thread::sleep(MEMORY_PERIOD);
+            let resident = resident_bytes().unwrap_or(0);
+            if resident > limit {
+                let error = Failure::new(
+                    "memory_limit",
+                    format!("the plugin used {resident} bytes of memory, the limit is {limit}"),
+                );
+                // A blocked writer must not keep the process alive: whoever is first ends it.
+                let dying = FromHost::Dying { error };
+                thread::spawn({
+                    let shared = Arc::clone(&shared);
+                    move || {
+                        shared.send(&dying).ok();
+                        kill(Pid::this(), Signal::SIGKILL).ok();
+                    }
+                });
+                thread::sleep(MEMORY_PERIOD);
+                kill(Pid::this(), Signal::SIGKILL).ok();
+            }
+        }
+    };
+    thread::Builder::new().name("memory".into()).spawn(watch)?;
+    Ok(())
+}
+
+/// Reads the resident set of this process: second field of `/proc/self/statm`, in pages.
+fn resident_bytes() -> Option<u64> {
+    let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
+    let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE).ok()??;
+    Some(pages * u64::try_from(page).ok()?)
+}
