@@ -1,0 +1,365 @@
+//! Reads the contents of covered files and turns them into blobs, in parallel.
+//!
+//! Small files pass through memory, large ones are streamed twice: once for their id, once into the pack when that id
+//! is new. A file that changes while it is read is tried again, then taken as it was read last and marked torn. Bytes
+//! are stored as they are: no filter, no conversion.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use nix::errno::Errno;
+
+use super::beneath::{FileKind, Root, Stat, stat_fd};
+use super::cache::StatCache;
+use super::errors::{HistoryError, Result};
+use super::names::RelPath;
+use super::objects::ObjectStore;
+use super::oid::{ObjectHasher, ObjectKind, Oid};
+use super::pack::{PackWriter, Packed, Streamed};
+use super::scan::{ScanEntry, SkipReason, Skipped};
+use super::{OnProgress, Phase, Progress};
+
+/// Files up to this size are read into memory.
+const SMALL: u64 = 1024 * 1024;
+const ATTEMPTS: u32 = 4;
+
+/// A file or link with its content's id.
+#[derive(Clone, Debug)]
+pub(super) struct Hashed {
+    /// The path.
+    pub path: RelPath,
+    /// Its state when it was read.
+    pub stat: Stat,
+    /// The content.
+    pub oid: Oid,
+    /// How many bytes were stored.
+    pub size: u64,
+    /// Whether it changed at every attempt to read it.
+    pub torn: bool,
+}
+
+/// The outcome for all files.
+#[derive(Debug, Default)]
+pub(super) struct Hashing {
+    /// Files and links in the order of the scan.
+    pub files: Vec<Hashed>,
+    /// What could not be read.
+    pub skipped: Vec<Skipped>,
+    /// How many were known without reading.
+    pub unchanged: u64,
+}
+
+/// Where new blobs go.
+pub(super) struct BlobSink<'a> {
+    /// The published objects.
+    pub store: &'a ObjectStore,
+    /// The pack of this checkpoint.
+    pub pack: &'a Mutex<PackWriter>,
+}
+
+impl BlobSink<'_> {
+    fn is_new(&self, oid: &Oid) -> bool {
+        !self.pack.lock().unwrap_or_else(PoisonError::into_inner).holds(oid) && !self.store.contains(oid)
+    }
+
+    fn put(&self, oid: Oid, content: &[u8]) -> io::Result<()> {
+        if !self.is_new(&oid) {
+            return Ok(());
+        }
+        // Compressed outside the lock: this is where the time goes.
+        let packed = Packed::new(oid, ObjectKind::Blob, content)?;
+        self.pack.lock().unwrap_or_else(PoisonError::into_inner).append(&packed)
+    }
+
+    fn put_stream(&self, oid: Oid, size: u64, source: &mut File) -> io::Result<Streamed> {
+        if !self.is_new(&oid) {
+            return Ok(Streamed::Stored);
+        }
+        if let Err(error) = source.seek(SeekFrom::Start(0)) {
+            return Ok(Streamed::Unreadable(error));
+        }
+        let mut pack = self.pack.lock().unwrap_or_else(PoisonError::into_inner);
+        pack.append_stream(oid, ObjectKind::Blob, size, source)
+    }
+}
+
+/// Everything that reading files needs.
+pub(super) struct Reading<'a> {
+    /// The workspace.
+    pub root: &'a Root,
+    /// What was known before.
+    pub cache: &'a StatCache,
+    /// Set when the cache's checkpoint is gone, so that each object must be looked up before it is relied on.
+    pub check_in: Option<&'a ObjectStore>,
+    /// Where new blobs go; none to compute ids only.
+    pub sink: Option<BlobSink<'a>>,
+    /// A directory of ours for copies of files that do not hold still.
+    pub spool: &'a Path,
+    /// Larger files are skipped.
+    pub max_file_bytes: u64,
+    /// Told about progress.
+    pub progress: OnProgress<'a>,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+}
+
+enum Outcome {
+    Stored { stat: Stat, oid: Oid, size: u64, torn: bool },
+    Skipped(SkipReason, String),
+    Vanished,
+}
+
+/// What one attempt to read a file found.
+enum Attempt {
+    Done(Outcome),
+    Changed,
+}
+
+impl Reading<'_> {
+    /// Reads all files and links of a scan.
+    pub fn read_all(&self, entries: &[ScanEntry]) -> Result<Hashing> {
+        let mut result = Hashing::default();
+        let mut unknown = Vec::new();
+        for entry in entries {
+            match entry.stat.kind() {
+                FileKind::Regular if entry.stat.size > self.max_file_bytes => {
+                    let detail = format!("{} bytes", entry.stat.size);
+                    result.skipped.push(Skipped { path: entry.path.clone(), reason: SkipReason::TooLarge, detail });
+                }
+                FileKind::Regular | FileKind::Symlink => match self.known(entry) {
+                    Some(oid) => {
+                        let (path, stat) = (entry.path.clone(), entry.stat);
+                        result.files.push(Hashed { path, stat, oid, size: stat.size, torn: false });
+                        result.unchanged += 1;
+                    }
+                    None => unknown.push(entry),
+                },
+                FileKind::Directory | FileKind::Special(_) => {}
+            }
+        }
+        for (entry, outcome) in self.read_parallel(&unknown)? {
+            let path = entry.path.clone();
+            match outcome {
+                Outcome::Stored { stat, oid, size, torn } => result.files.push(Hashed { path, stat, oid, size, torn }),
+                Outcome::Skipped(reason, detail) => result.skipped.push(Skipped { path, reason, detail }),
+                Outcome::Vanished => {}
+            }
+        }
+        result.files.sort_unstable_by(|a, b| a.path.cmp(&b.path));
+        Ok(result)
+    }
+
+    fn known(&self, entry: &ScanEntry) -> Option<Oid> {
+        let oid = self.cache.lookup(&entry.path, &entry.stat)?;
+        self.check_in.is_none_or(|store| store.contains(&oid)).then_some(oid)
+    }
+
+    fn read_parallel<'e>(&self, entries: &[&'e ScanEntry]) -> Result<Vec<(&'e ScanEntry, Outcome)>> {
+        let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 8)).min(entries.len());
+        let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
+        let failed: Mutex<Option<HistoryError>> = Mutex::new(None);
+        let stop = AtomicBool::new(false);
+        let work = || {
+            let mut outcomes = Vec::new();
+            while let Some(entry) = entries.get(next.fetch_add(1, Ordering::Relaxed)) {
+                if self.cancel.load(Ordering::Relaxed) || stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                match self.read_one(entry) {
+                    Ok(outcome) => outcomes.push((*entry, outcome)),
+                    Err(error) => {
+                        stop.store(true, Ordering::Relaxed);
+                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    }
+                }
+                let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+                if done.is_multiple_of(256) || done == entries.len() as u64 {
+                    (self.progress)(Progress { phase: Phase::Read, done, total: entries.len() as u64 });
+                }
+            }
+            outcomes
+        };
+        let parts = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+            workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>()
+        });
+        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        if self.cancel.load(Ordering::Relaxed) {
+            return Err(HistoryError::Cancelled);
+        }
+        let mut all = Vec::with_capacity(entries.len());
+        for part in parts {
+            let broken = |_| HistoryError::io("read", self.root.path())(io::Error::other("a reader broke"));
+            all.extend(part.map_err(broken)?);
+        }
+        Ok(all)
+    }
+
+    fn read_one(&self, entry: &ScanEntry) -> Result<Outcome> {
+        if entry.stat.kind() == FileKind::Symlink {
+            return self.read_link(entry);
+        }
+        for attempt in 1..=ATTEMPTS {
+            if let Attempt::Done(outcome) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
+                return Ok(outcome);
+            }
+        }
+        Ok(Outcome::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
+    }
+
+    fn read_link(&self, entry: &ScanEntry) -> Result<Outcome> {
+        let target = match self.root.read_link(&entry.path) {
+            Ok(target) => target,
+            Err(errno) => return Ok(refused(errno)),
+        };
+        let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
+        if let Some(sink) = &self.sink {
+            sink.put(oid, target.as_bytes()).map_err(HistoryError::io("store", self.spool))?;
+        }
+        // The link could have been replaced since the walk; then the walk's state must not vouch for this target.
+        let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
+        Ok(Outcome::Stored { stat: entry.stat, oid, size: target.len() as u64, torn })
+    }
+
+    fn try_file(&self, path: &RelPath, last: bool) -> Result<Attempt> {
+        let mut file = match self.root.open_file(path) {
+            Ok(file) => file,
+            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+        };
+        let before = match stat_fd(&file) {
+            Ok(stat) => stat,
+            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+        };
+        if before.kind() != FileKind::Regular {
+            let detail = "it became something else".to_owned();
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unsteady, detail)));
+        }
+        if before.size > self.max_file_bytes {
+            let detail = format!("{} bytes", before.size);
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::TooLarge, detail)));
+        }
+        if before.size <= SMALL {
+            self.try_small(file, before, last)
+        } else if last {
+            self.spool(file, before)
+        } else {
+            self.try_large(&mut file, before)
+        }
+    }
+
+    fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<Attempt> {
+        let mut content = Vec::with_capacity(before.size as usize + 1);
+        // A file that grows without end is cut at twice the size of a small one.
+        if let Err(error) = (&mut file).take(2 * SMALL).read_to_end(&mut content) {
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string())));
+        }
+        let steady = is_steady(&file, &before, content.len() as u64);
+        if !steady && !last {
+            return Ok(Attempt::Changed);
+        }
+        let oid = Oid::of(ObjectKind::Blob, &content);
+        if let Some(sink) = &self.sink {
+            sink.put(oid, &content).map_err(HistoryError::io("store", self.spool))?;
+        }
+        Ok(Attempt::Done(Outcome::Stored { stat: before, oid, size: content.len() as u64, torn: !steady }))
+    }
+
+    fn try_large(&self, file: &mut File, before: Stat) -> Result<Attempt> {
+        let (oid, read) = match hash_stream(file, before.size) {
+            Ok(hashed) => hashed,
+            Err(error) => return Ok(unreadable(&error)),
+        };
+        if !is_steady(file, &before, read) {
+            return Ok(Attempt::Changed);
+        }
+        match self.store(oid, read, file)? {
+            Streamed::Unreadable(error) => return Ok(unreadable(&error)),
+            Streamed::Stored if is_steady(file, &before, read) => {}
+            Streamed::Stored | Streamed::Different => return Ok(Attempt::Changed),
+        }
+        let (stat, size, torn) = (before, read, false);
+        Ok(Attempt::Done(Outcome::Stored { stat, oid, size, torn }))
+    }
+
+    fn store(&self, oid: Oid, size: u64, source: &mut File) -> Result<Streamed> {
+        match &self.sink {
+            Some(sink) => sink.put_stream(oid, size, source).map_err(HistoryError::io("store", self.spool)),
+            None => Ok(Streamed::Stored),
+        }
+    }
+
+    /// Copies a large file that does not hold still, so that its id and its bytes are of one reading; of a file that
+    /// grows, as much as there was at first.
+    fn spool(&self, mut file: File, before: Stat) -> Result<Attempt> {
+        let failed = |error| HistoryError::io("copy to", self.spool)(error);
+        let mut copy = tempfile::tempfile_in(self.spool).map_err(failed)?;
+        let mut source = (&mut file).take(before.size);
+        let mut buffer = vec![0; 256 * 1024];
+        let mut size = 0;
+        loop {
+            // The two sides are kept apart: a file that cannot be read is skipped, a store that is full is an error.
+            match source.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => copy.write_all(&buffer[..n]).map_err(failed)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Ok(unreadable(&error)),
+            }
+            size = copy.stream_position().map_err(failed)?;
+        }
+        let steady = is_steady(&file, &before, size);
+        copy.seek(SeekFrom::Start(0)).map_err(failed)?;
+        let (oid, read) = hash_stream(&mut copy, size).map_err(failed)?;
+        match self.store(oid, read, &mut copy)? {
+            Streamed::Stored => {}
+            Streamed::Different => {
+                return Err(failed(io::Error::other("a private copy changed while it was read")));
+            }
+            Streamed::Unreadable(error) => return Err(failed(error)),
+        }
+        let (stat, torn) = (before, !steady);
+        Ok(Attempt::Done(Outcome::Stored { stat, oid, size: read, torn }))
+    }
+}
+
+fn unreadable(error: &io::Error) -> Attempt {
+    Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string()))
+}
+
+fn is_steady(file: &File, before: &Stat, read: u64) -> bool {
+    read == before.size && stat_fd(file).is_ok_and(|after| after.same_content(before))
+}
+
+/// Hashes up to one byte more than `size` bytes and returns how many there were.
+fn hash_stream(source: &mut impl Read, size: u64) -> io::Result<(Oid, u64)> {
+    let mut hasher = ObjectHasher::new(ObjectKind::Blob, size);
+    let mut buffer = vec![0; 256 * 1024];
+    let mut source = source.take(size + 1);
+    let mut total = 0;
+    loop {
+        match source.read(&mut buffer) {
+            Ok(0) => return Ok((hasher.finish(), total)),
+            Ok(n) => {
+                hasher.update(&buffer[..n]);
+                total += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn refused(errno: Errno) -> Outcome {
+    match errno {
+        Errno::ENOENT | Errno::ENOTDIR => Outcome::Vanished,
+        Errno::ELOOP | Errno::ENXIO | Errno::EINVAL => {
+            Outcome::Skipped(SkipReason::Unsteady, "it became something else".to_owned())
+        }
+        errno => Outcome::Skipped(SkipReason::Unreadable, errno.desc().to_owned()),
+    }
+}

@@ -1,0 +1,231 @@
+//! Compares two checkpoints, or a checkpoint with the workspace as it is.
+
+use std::collections::BTreeSet;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+
+use serde::{Deserialize, Serialize};
+
+use super::beneath::{FileKind, Root};
+use super::errors::{HistoryError, Result};
+use super::listing::{Item, Listing, What};
+use super::names::RelPath;
+use super::oid::{ObjectKind, Oid};
+use super::rules::Rules;
+use super::scan::check_workspace;
+use super::{History, OnProgress};
+
+/// One side of a comparison.
+#[derive(Clone, Debug)]
+pub enum Point {
+    /// A checkpoint.
+    Checkpoint(u64),
+    /// A workspace as it is now, seen through rules.
+    Workspace(PathBuf, Rules),
+}
+
+/// How a path differs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Change {
+    /// Only the later side has it.
+    Added,
+    /// Only the earlier side has it.
+    Removed,
+    /// Its content differs.
+    Modified,
+    /// It became something else.
+    TypeChanged,
+    /// Only its permission bits differ.
+    ModeChanged,
+}
+
+/// What stands at a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EntryKind {
+    /// A file.
+    File,
+    /// A symbolic link.
+    Symlink,
+    /// A directory.
+    Directory,
+    /// A FIFO, socket or device.
+    Special,
+}
+
+/// One path that differs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiffEntry {
+    /// The path.
+    pub path: RelPath,
+    /// How it differs.
+    pub change: Change,
+    /// What stands there on the later side, or stood there when it was removed.
+    pub kind: EntryKind,
+    /// Bytes on the earlier side.
+    pub old_size: Option<u64>,
+    /// Bytes on the later side.
+    pub new_size: Option<u64>,
+    /// Permission bits on the earlier side.
+    pub old_mode: Option<u32>,
+    /// Permission bits on the later side.
+    pub new_mode: Option<u32>,
+}
+
+/// All paths that differ, in byte order. A directory is named when its mode changed, or when it is empty where it
+/// exists alone.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Diff {
+    /// The paths.
+    pub entries: Vec<DiffEntry>,
+}
+
+/// The text of one file's difference.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TextDiff {
+    /// A unified patch; empty when the contents are equal. Bytes that are not UTF-8 are replaced.
+    Patch(String),
+    /// One of the sides is not text.
+    Binary,
+    /// One of the sides is larger than was asked for.
+    TooLarge,
+}
+
+impl History {
+    /// Compares two points.
+    ///
+    /// # Errors
+    /// Fails when a checkpoint does not exist or is damaged, or when a workspace cannot be read.
+    pub fn diff(&self, from: &Point, to: &Point, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Diff> {
+        let (old, new) = (self.listing_at(from, progress, cancel)?, self.listing_at(to, progress, cancel)?);
+        Ok(compare(&old, &new))
+    }
+
+    fn listing_at(&self, point: &Point, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Listing> {
+        match point {
+            Point::Checkpoint(number) => self.listing_of(*number),
+            Point::Workspace(path, rules) => {
+                let root = Root::open(&check_workspace(path)?)?;
+                self.workspace_listing(&root, rules, progress, cancel)
+            }
+        }
+    }
+
+    /// Returns the unified patch of one path between two points; an absent side counts as empty.
+    ///
+    /// # Errors
+    /// Fails when a checkpoint does not exist or is damaged, or when the file cannot be read.
+    pub fn diff_text(&self, from: &Point, to: &Point, path: &RelPath, max_bytes: u64) -> Result<TextDiff> {
+        let (Some(old), Some(new)) = (self.text_at(from, path, max_bytes)?, self.text_at(to, path, max_bytes)?) else {
+            return Ok(TextDiff::TooLarge);
+        };
+        if old.contains(&0) || new.contains(&0) {
+            return Ok(TextDiff::Binary);
+        }
+        let mut patch = git2::Patch::from_buffers(&old, Some(path.as_path()), &new, Some(path.as_path()), None)
+            .map_err(HistoryError::git("compare two texts"))?;
+        let text = patch.to_buf().map_err(HistoryError::git("write a patch"))?;
+        Ok(TextDiff::Patch(String::from_utf8_lossy(&text).into_owned()))
+    }
+
+    fn text_at(&self, point: &Point, path: &RelPath, max_bytes: u64) -> Result<Option<Vec<u8>>> {
+        match point {
+            Point::Checkpoint(number) => match self.blob_at(*number, path)? {
+                Some(oid) if self.objects.open_object(&oid)?.size > max_bytes => Ok(None),
+                Some(oid) => self.objects.read(&oid, ObjectKind::Blob).map(Some),
+                None => Ok(Some(Vec::new())),
+            },
+            Point::Workspace(workspace, _) => {
+                let root = Root::open(&check_workspace(workspace)?)?;
+                let shown = root.show(path);
+                let stat = root.stat_if_there(path).map_err(HistoryError::io("look at", &shown))?;
+                match stat.map(|stat| (stat.kind(), stat.size)) {
+                    Some((FileKind::Regular, size)) if size > max_bytes => Ok(None),
+                    Some((FileKind::Regular, _)) => {
+                        let file = root.open_file(path).map_err(HistoryError::io("open", &shown))?;
+                        let mut text = Vec::new();
+                        file.take(max_bytes).read_to_end(&mut text).map_err(HistoryError::io("read", &shown))?;
+                        Ok(Some(text))
+                    }
+                    Some((FileKind::Symlink, _)) => {
+                        let target = root.read_link(path).map_err(HistoryError::io("read", &shown))?;
+                        Ok(Some(target.as_bytes().to_vec()))
+                    }
+                    _ => Ok(Some(Vec::new())),
+                }
+            }
+        }
+    }
+
+    /// Finds the blob of a path by walking down one tree per name.
+    fn blob_at(&self, number: u64, path: &RelPath) -> Result<Option<Oid>> {
+        let commit = self.refs.get(number)?;
+        let mut at = super::listing::CheckpointRoot::read(&self.objects, &commit)?.files;
+        let mut names = path.bytes().split(|b| *b == b'/').peekable();
+        while let Some(name) = names.next() {
+            let entries = super::tree::decode_tree(&at, &self.objects.read(&at, ObjectKind::Tree)?)?;
+            match entries.into_iter().find(|entry| entry.name == name) {
+                Some(entry) if names.peek().is_none() && !entry.is_tree() => {
+                    return Ok(Some(entry.oid));
+                }
+                Some(entry) if names.peek().is_some() && entry.is_tree() => at = entry.oid,
+                _ => return Ok(None),
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn kind_of(item: &Item) -> EntryKind {
+    match item.what {
+        What::File(_) => EntryKind::File,
+        What::Symlink(_) => EntryKind::Symlink,
+        What::Directory => EntryKind::Directory,
+        What::Special(_) => EntryKind::Special,
+    }
+}
+
+/// Compares two listings.
+pub(super) fn compare(old: &Listing, new: &Listing) -> Diff {
+    let (full_old, full_new) = (with_children(old), with_children(new));
+    let paths: BTreeSet<&RelPath> = old.items.keys().chain(new.items.keys()).collect();
+    let mut diff = Diff::default();
+    for path in paths {
+        let (before, after) = (old.items.get(path), new.items.get(path));
+        let change = match (before, after) {
+            (Some(before), Some(after)) if kind_of(before) != kind_of(after) => Change::TypeChanged,
+            (Some(before), Some(after)) if !before.same_content(after) => Change::Modified,
+            (Some(before), Some(after)) if before.mode != after.mode => Change::ModeChanged,
+            (Some(_), Some(_)) | (None, None) => continue,
+            (Some(before), None) if before.what == What::Directory && full_old.contains(path) => {
+                continue;
+            }
+            (None, Some(after)) if after.what == What::Directory && full_new.contains(path) => {
+                continue;
+            }
+            (Some(_), None) => Change::Removed,
+            (None, Some(_)) => Change::Added,
+        };
+        let Some(kind) = after.or(before).map(kind_of) else {
+            continue;
+        };
+        diff.entries.push(DiffEntry {
+            path: path.clone(),
+            change,
+            kind,
+            old_size: before.map(|item| item.size),
+            new_size: after.map(|item| item.size),
+            old_mode: before.map(|item| item.mode),
+            new_mode: after.map(|item| item.mode),
+        });
+    }
+    diff
+}
+
+fn with_children(listing: &Listing) -> BTreeSet<RelPath> {
+    listing.items.keys().filter_map(RelPath::parent).collect()
+}

@@ -1,0 +1,197 @@
+//! The metadata tree: what a git tree cannot say about a directory, and the manifest of a checkpoint.
+//!
+//! A checkpoint's commit has the root tree `files/`, `meta/`, `manifest`. `meta/` has the shape of the workspace: for
+//! each directory a tree with the blob `entries` and a subtree `d.<name>` per subdirectory (so that no name of the
+//! workspace, `entries` or `.git` included, can collide or offend). The blob:
+//!
+//! ```text
+//! fermata-meta 1
+//! . 755 1700000000.000000005 0 -             the directory itself
+//! f 640 1700000000.123456789 4096 - name     a file: mode, mtime, size, remarks, escaped name
+//! l 777 1700000000.000000000 11 - name       a link
+//! s 600 1700000000.000000000 0 fifo name     a special file and its kind
+//! x 0 0.000000000 0 too_large name           covered, but skipped: the reason
+//! ```
+//!
+//! Remarks on a file, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file.
+
+use std::fmt::Write as _;
+
+use serde::{Deserialize, Serialize};
+
+use super::beneath::Time;
+use super::names::{escape, is_safe_name, unescape};
+use super::rules::Rules;
+use super::scan::{SkipReason, Skipped};
+use super::snapshot::Stats;
+use super::user_repository::UserRepository;
+use super::{RelPath, oid::Oid};
+
+/// The version of the layout, raised when an older program could not read it.
+pub const FORMAT: u32 = 1;
+const HEADER: &str = "fermata-meta 1";
+
+/// What the checkpoint says about itself, in JSON.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The version of the layout.
+    pub format: u32,
+    /// The checkpoint's number.
+    pub number: u64,
+    /// The checkpoint that it was compared with.
+    pub parent: Option<u64>,
+    /// When it was taken, in milliseconds since 1970.
+    pub taken_ms: i64,
+    /// The workspace, escaped.
+    pub workspace: String,
+    /// What it covers.
+    pub rules: Rules,
+    /// The tree of the files.
+    pub files: Oid,
+    /// Counts.
+    pub stats: Stats,
+    /// What is not in it although it is covered.
+    pub skipped: Vec<Skipped>,
+    /// Files that changed at every attempt to read them.
+    pub torn: Vec<RelPath>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+    /// The user's repository at that instant.
+    pub user_repository: Option<UserRepository>,
+}
+
+/// One line about an entry of a directory.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct MetaLine {
+    /// What it is about.
+    pub kind: MetaKind,
+    /// Permission bits.
+    pub mode: u32,
+    /// Last change.
+    pub mtime: Time,
+    /// Stored bytes.
+    pub size: u64,
+    /// The name; empty for the directory itself.
+    pub name: Vec<u8>,
+}
+
+/// The kinds of lines.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum MetaKind {
+    /// The directory itself.
+    Itself,
+    /// A file.
+    File {
+        /// Whether it changed while it was read.
+        torn: bool,
+        /// The inode, when it has several names.
+        ino: Option<u64>,
+    },
+    /// A symbolic link.
+    Link,
+    /// A special file of this kind.
+    Special(String),
+    /// A path that was skipped.
+    Skipped(SkipReason),
+}
+
+/// Text that is not a metadata blob of a version that is understood.
+#[derive(Debug, thiserror::Error)]
+#[error("line {0} of the metadata is not understood")]
+pub(super) struct BadMeta(usize);
+
+/// Writes the metadata of one directory; the lines are put in the order of their names.
+pub(super) fn encode(lines: &mut [MetaLine]) -> String {
+    lines.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut text = format!("{HEADER}\n");
+    for line in lines {
+        let (letter, remark) = match &line.kind {
+            MetaKind::Itself => ('.', "-".to_owned()),
+            MetaKind::File { torn, ino } => {
+                let remarks = [torn.then(|| "torn".to_owned()), ino.map(|ino| format!("ino={ino}"))];
+                let remarks: Vec<String> = remarks.into_iter().flatten().collect();
+                ('f', if remarks.is_empty() { "-".to_owned() } else { remarks.join(",") })
+            }
+            MetaKind::Link => ('l', "-".to_owned()),
+            MetaKind::Special(kind) => ('s', kind.clone()),
+            MetaKind::Skipped(reason) => ('x', word_of(*reason).to_owned()),
+        };
+        let Time { sec, nsec } = line.mtime;
+        let (mode, size, name) = (line.mode, line.size, escape(&line.name));
+        // Writing to a string cannot fail.
+        let _always_ok = writeln!(text, "{letter} {mode:o} {sec}.{nsec:09} {size} {remark} {name}");
+    }
+    text
+}
+
+/// Reads the metadata of one directory.
+pub(super) fn decode(bytes: &[u8]) -> Result<Vec<MetaLine>, BadMeta> {
+    let text = std::str::from_utf8(bytes).map_err(|_| BadMeta(0))?;
+    let mut lines = text.strip_suffix('\n').unwrap_or(text).split('\n').enumerate();
+    if lines.next().map(|(_, line)| line) != Some(HEADER) {
+        return Err(BadMeta(1));
+    }
+    lines.map(|(n, line)| decode_line(line).ok_or(BadMeta(n + 1))).collect()
+}
+
+fn decode_line(line: &str) -> Option<MetaLine> {
+    let mut fields = line.splitn(6, ' ');
+    let letter = fields.next()?;
+    let mode = u32::from_str_radix(fields.next()?, 8).ok()?;
+    let (sec, nsec) = fields.next()?.split_once('.')?;
+    let mtime = Time { sec: sec.parse().ok()?, nsec: nsec.parse().ok()? };
+    let size = fields.next()?.parse().ok()?;
+    let remark = fields.next()?;
+    let name = unescape(fields.next()?)?;
+    let kind = match letter {
+        "." => MetaKind::Itself,
+        "f" => {
+            let ino = remark.split(',').find_map(|one| one.strip_prefix("ino="));
+            MetaKind::File { torn: remark.split(',').any(|one| one == "torn"), ino: ino.and_then(|n| n.parse().ok()) }
+        }
+        "l" => MetaKind::Link,
+        "s" => MetaKind::Special(remark.to_owned()),
+        "x" => MetaKind::Skipped(reason_of(remark)?),
+        _ => return None,
+    };
+    let named = kind != MetaKind::Itself;
+    let good_name = if named { is_safe_name(&name) } else { name.is_empty() };
+    good_name.then_some(MetaLine { kind, mode: mode & 0o7777, mtime, size, name })
+}
+
+fn word_of(reason: SkipReason) -> &'static str {
+    match reason {
+        SkipReason::TooLarge => "too_large",
+        SkipReason::Unreadable => "unreadable",
+        SkipReason::Special => "special",
+        SkipReason::Unsteady => "unsteady",
+    }
+}
+
+fn reason_of(word: &str) -> Option<SkipReason> {
+    let all = [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady];
+    all.into_iter().find(|reason| word_of(*reason) == word)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_of_line_is_read_back() {
+        let mtime = Time { sec: -3, nsec: 5 };
+        let line = |kind, name: &[u8]| MetaLine { kind, mode: 0o4755, mtime, size: 12, name: name.to_vec() };
+        let mut lines = vec![
+            line(MetaKind::Itself, b""),
+            line(MetaKind::Skipped(SkipReason::TooLarge), b"big file %"),
+            line(MetaKind::File { torn: true, ino: Some(77) }, b"c\n\xff"),
+            line(MetaKind::File { torn: false, ino: None }, b"d"),
+            line(MetaKind::Special("fifo".to_owned()), b"e"),
+            line(MetaKind::Link, b"f"),
+        ];
+        let text = encode(&mut lines);
+        assert_eq!(decode(text.as_bytes()).unwrap(), lines);
+        assert!(decode(b"fermata-meta 2\n").is_err());
+        assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - ..\n").is_err());
+    }
+}

@@ -1,0 +1,279 @@
+//! The checkpoint store: a bare repository of our own per project, with one pack per checkpoint.
+//!
+//! ```text
+//! snapshot: scan -> content -> tree -> pack (in pending/)          nothing is visible yet
+//! publish:  pack -> objects/pack, then the ref                     the checkpoint exists
+//! restore:  plan (persisted by the caller) -> apply -> recheck     rolls forward after a crash
+//! ```
+//!
+//! Owns everything below its directory and is the only user of the git library. Never writes to the user's `.git`,
+//! never opens the user's repository with the library, never follows a link inside a workspace, never reads anybody's
+//! git configuration. Synchronous: callers run it on blocking threads and may cancel it.
+//!
+//! Invariants:
+//! - A published ref's objects are all in `objects/pack`; a pack is there before its ref and leaves only when no ref
+//!   needs it.
+//! - A snapshot relies only on published packs and its own; another unpublished snapshot's objects do not count.
+//! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
+
+mod beneath;
+mod cache;
+mod content;
+mod diff;
+mod errors;
+mod listing;
+mod meta;
+mod names;
+mod objects;
+mod oid;
+mod pack;
+mod plan;
+mod planner;
+mod recheck;
+mod refs;
+mod restore;
+mod rules;
+mod scan;
+mod snapshot;
+mod sweep;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod user_repository;
+mod verify;
+
+use std::collections::HashSet;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub use beneath::Time;
+pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
+pub use errors::{HistoryError, Result};
+pub use meta::{FORMAT, Manifest};
+pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
+pub use oid::{NotAnOid, Oid};
+pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+pub use restore::{Mismatch, RestoreReport};
+pub use rules::Rules;
+pub use scan::{SkipReason, Skipped};
+pub use snapshot::{Snapshot, SnapshotRequest, Stats, Timings};
+pub use sweep::SweepReport;
+pub use user_repository::UserRepository;
+pub use verify::{BadObject, VerifyReport};
+
+use beneath::{Root, sync_dir};
+use cache::StatCache;
+use content::Reading;
+use listing::{CheckpointRoot, Listing};
+use objects::ObjectStore;
+use refs::Refs;
+
+/// The part of a long action that is under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Listing the workspace.
+    Scan,
+    /// Reading files that are not known.
+    Read,
+    /// Building trees.
+    Trees,
+    /// Completing the pack.
+    Pack,
+    /// Checking objects.
+    Verify,
+    /// Changing the workspace.
+    Apply,
+    /// Comparing the workspace with what it should be.
+    Recheck,
+}
+
+/// How far a long action has come.
+#[derive(Clone, Copy, Debug)]
+pub struct Progress {
+    /// The part that is under way.
+    pub phase: Phase,
+    /// Steps done.
+    pub done: u64,
+    /// Steps in all; 0 when that is not known.
+    pub total: u64,
+}
+
+/// Is told about progress, from several threads.
+pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);
+
+/// The names of the drafts that are in use.
+type Live = Arc<Mutex<HashSet<String>>>;
+
+/// The checkpoint store of one project.
+pub struct History {
+    dir: PathBuf,
+    repository: PathBuf,
+    objects: ObjectStore,
+    refs: Refs,
+    /// One writer at a time: publish, discard and sweep exclude each other.
+    writer: Mutex<()>,
+    /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
+    live: Live,
+    cache: Mutex<Option<Arc<StatCache>>>,
+}
+
+const CONFIG: &str = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n\tfilemode = true\n\
+    \tlogallrefupdates = false\n\thooksPath = /dev/null\n[gc]\n\tauto = 0\n";
+
+impl History {
+    /// Opens the store in a directory, and creates it there when it is new.
+    ///
+    /// # Errors
+    /// Fails when the directory cannot be created or read.
+    pub fn open(dir: &Path) -> Result<History> {
+        let create = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
+        create(dir).map_err(HistoryError::io("create", dir))?;
+        // The store holds copies of the user's files, whatever the umask or an older version made of its directory.
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(HistoryError::io("protect", dir))?;
+        let repository = dir.join("history.git");
+        if !repository.is_dir() {
+            let draft = dir.join("history.git.new");
+            init(&draft, &repository).map_err(HistoryError::io("create", &repository))?;
+        }
+        let pending = repository.join("pending");
+        create(&pending).map_err(HistoryError::io("create", &pending))?;
+        Ok(History {
+            dir: dir.to_owned(),
+            objects: ObjectStore::open(&repository.join("objects"))?,
+            refs: Refs::below(&repository),
+            repository,
+            writer: Mutex::new(()),
+            live: Live::default(),
+            cache: Mutex::new(None),
+        })
+    }
+
+    /// Returns where the bare repository is.
+    pub fn repository(&self) -> &Path {
+        &self.repository
+    }
+
+    /// Lists the numbers of the published checkpoints, ascending.
+    ///
+    /// # Errors
+    /// Fails when the refs cannot be listed.
+    pub fn list(&self) -> Result<Vec<u64>> {
+        self.refs.list()
+    }
+
+    /// Returns the commit of a checkpoint.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint.
+    pub fn commit_of(&self, number: u64) -> Result<Oid> {
+        self.refs.get(number)
+    }
+
+    /// Removes a checkpoint's ref; its space is freed by a later [`History::sweep`] or consolidation.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint.
+    pub fn remove(&self, number: u64) -> Result<()> {
+        let _writer = self.lock_writer();
+        self.refs.remove(number)
+    }
+
+    /// Reads what a checkpoint says about itself.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint, or when it is damaged or newer than this program.
+    pub fn manifest(&self, number: u64) -> Result<Manifest> {
+        CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?.manifest(&self.objects)
+    }
+
+    /// Returns the trees of a checkpoint's files and metadata: equal to those of a snapshot when nothing has changed.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint, or when it is damaged.
+    pub fn trees_of(&self, number: u64) -> Result<(Oid, Oid)> {
+        let root = CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?;
+        Ok((root.files, root.meta))
+    }
+
+    /// Lists what a checkpoint covers but does not hold.
+    ///
+    /// # Errors
+    /// As for [`History::manifest`].
+    pub fn skipped(&self, number: u64) -> Result<Vec<Skipped>> {
+        Ok(self.manifest(number)?.skipped)
+    }
+
+    fn listing_of(&self, number: u64) -> Result<Listing> {
+        Listing::of_checkpoint(&self.objects, &self.refs.get(number)?)
+    }
+
+    /// Lists the workspace as it is now, with the ids of all contents, and stores nothing.
+    fn workspace_listing(
+        &self,
+        root: &Root,
+        rules: &Rules,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Listing> {
+        let scan = scan::scan(root, root.path(), &self.dir, rules, cancel)?;
+        let reading = Reading {
+            root,
+            cache: &self.cache(),
+            check_in: None,
+            sink: None,
+            spool: &self.pending(),
+            max_file_bytes: rules.max_file_bytes,
+            progress,
+            cancel,
+        };
+        let hashing = reading.read_all(&scan.entries)?;
+        Ok(Listing::of_workspace(&scan, &hashing))
+    }
+
+    fn pending(&self) -> PathBuf {
+        self.repository.join("pending")
+    }
+
+    fn cache_path(&self) -> PathBuf {
+        self.dir.join("stat-cache")
+    }
+
+    /// Returns the stat cache, from the disk the first time.
+    fn cache(&self) -> Arc<StatCache> {
+        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(cache.get_or_insert_with(|| Arc::new(StatCache::load(&self.cache_path()).unwrap_or_default())))
+    }
+
+    fn lock_writer(&self) -> MutexGuard<'_, ()> {
+        self.writer.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn live(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lays out a bare repository aside and moves it into place, so that there is never half of one.
+fn init(draft: &Path, place: &Path) -> io::Result<()> {
+    if draft.exists() {
+        fs::remove_dir_all(draft)?;
+    }
+    let mut builder = DirBuilder::new();
+    builder.recursive(true).mode(0o700);
+    for dir in ["objects/pack", "objects/info", "refs/heads", "refs/fermata/checkpoints", "pending"] {
+        builder.create(draft.join(dir))?;
+    }
+    for (name, text) in [("HEAD", "ref: refs/heads/none\n"), ("config", CONFIG)] {
+        fs::write(draft.join(name), text)?;
+        fs::File::open(draft.join(name))?.sync_all()?;
+    }
+    for dir in ["objects", "refs/fermata", "refs", ""] {
+        sync_dir(&draft.join(dir))?;
+    }
+    fs::rename(draft, place)?;
+    place.parent().map_or(Ok(()), sync_dir)
+}

@@ -1,0 +1,384 @@
+//! Plans a restore: the operations that turn the workspace as it is now into what a checkpoint holds.
+//!
+//! It never names a path that the rules ignore, and it replaces or removes only what the safety checkpoint holds with
+//! the same content; everything else becomes a conflict and stays as it is. Must not change anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::AtomicBool;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+
+use super::beneath::{FileKind, Root};
+use super::errors::{HistoryError, Result};
+use super::listing::{Item, Listing, What};
+use super::names::{PLAN_ID_DIGITS, RelPath, escape, is_git, is_restore_draft};
+use super::oid::{ObjectKind, Oid};
+use super::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+use super::scan::check_workspace;
+use super::{History, OnProgress};
+
+impl History {
+    /// Plans a restore. Changes nothing.
+    ///
+    /// # Errors
+    /// Fails when a checkpoint does not exist or is damaged, or when the workspace cannot be read.
+    pub fn plan_restore(
+        &self,
+        request: &RestoreRequest<'_>,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<RestorePlan> {
+        let real = check_workspace(request.workspace)?;
+        let root = Root::open(&real)?;
+        let target = self.listing_of(request.number)?;
+        let safety = self.listing_of(request.safety)?;
+        let now = self.workspace_listing(&root, request.rules, progress, cancel)?;
+        let mut planner = Planner {
+            root: &root,
+            target: &target,
+            safety: &safety,
+            now: &now,
+            paths: request.paths,
+            steps: Steps::default(),
+            made: BTreeSet::new(),
+            cleared: BTreeSet::new(),
+            blocked: BTreeMap::new(),
+            special: 0,
+        };
+        planner.write_all()?;
+        planner.remove_rest();
+        planner.set_directories();
+        let mut warnings: Vec<String> = Vec::new();
+        if !target.torn.is_empty() {
+            warnings.push(format!("{} files changed while the checkpoint was taken", target.torn.len()));
+        }
+        if planner.special > 0 {
+            warnings.push(format!("{} special files are not made again", planner.special));
+        }
+        let is_linked =
+            |step: &&Operation| matches!(step, Operation::WriteFile { path, .. } if target.linked.contains(path));
+        let linked = planner.steps.write.iter().filter(is_linked).count();
+        if linked > 0 {
+            warnings.push(format!("{linked} hard-linked files are written as files of their own"));
+        }
+        let conflicts = planner.blocked.iter();
+        let conflicts = conflicts.map(|(path, reason)| Conflict { path: path.clone(), reason: *reason }).collect();
+        let operations = planner.steps.in_order();
+        let text = format!("{} {} {} {operations:?}", request.number, request.safety, real.display());
+        Ok(RestorePlan {
+            id: Oid::of(ObjectKind::Blob, text.as_bytes()).to_string()[..PLAN_ID_DIGITS].to_owned(),
+            number: request.number,
+            safety: request.safety,
+            workspace: escape(real.as_os_str().as_bytes()),
+            operations,
+            drafts: now.drafts.clone(),
+            conflicts,
+            warnings,
+        })
+    }
+}
+
+#[derive(Default)]
+struct Steps {
+    /// What is in the way of another kind of thing, with the deepest last.
+    clear: BTreeMap<RelPath, Operation>,
+    write: Vec<Operation>,
+    remove: BTreeMap<RelPath, Operation>,
+    attributes: BTreeMap<RelPath, Operation>,
+}
+
+impl Steps {
+    fn in_order(self) -> Vec<Operation> {
+        let clear = self.clear.into_values().rev();
+        let remove = self.remove.into_values().rev();
+        // A directory's time changes with what is made in it: children first, and all after the removals.
+        let attributes = self.attributes.into_values().rev();
+        clear.chain(self.write).chain(remove).chain(attributes).collect()
+    }
+}
+
+struct Planner<'a> {
+    root: &'a Root,
+    target: &'a Listing,
+    safety: &'a Listing,
+    now: &'a Listing,
+    paths: Option<&'a [RelPath]>,
+    steps: Steps,
+    /// Directories that the plan makes.
+    made: BTreeSet<RelPath>,
+    /// Paths that the plan frees for something else, each with all that is below it.
+    cleared: BTreeSet<RelPath>,
+    blocked: BTreeMap<RelPath, ConflictReason>,
+    special: u64,
+}
+
+impl Planner<'_> {
+    fn is_selected(&self, path: &RelPath) -> bool {
+        self.paths.is_none_or(|paths| paths.iter().any(|chosen| path.is_within(chosen)))
+    }
+
+    fn is_below(set: &BTreeSet<RelPath>, path: &RelPath) -> bool {
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            if set.contains(&path) {
+                return true;
+            }
+            at = path.parent();
+        }
+        false
+    }
+
+    fn is_blocked(&self, path: &RelPath) -> bool {
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            if self.blocked.contains_key(&path) {
+                return true;
+            }
+            at = path.parent();
+        }
+        false
+    }
+
+    /// Returns what may be replaced, when the safety checkpoint holds it.
+    fn held(&self, path: &RelPath, item: &Item) -> Option<Held> {
+        let same = self.safety.items.get(path).is_some_and(|safe| safe.same_content(item));
+        match item.what {
+            What::File(oid) if same => Some(Held { kind: HeldKind::File, oid }),
+            What::Symlink(oid) if same => Some(Held { kind: HeldKind::Symlink, oid }),
+            _ => None,
+        }
+    }
+
+    fn write_all(&mut self) -> Result<()> {
+        let target = self.target;
+        for (path, item) in &target.items {
+            if !path.is_restorable() {
+                return Err(HistoryError::UnsafePath { path: path.to_string() });
+            }
+            if path.is_root() || !self.is_selected(path) || self.is_blocked(path) {
+                continue;
+            }
+            if let Err(reason) = self.write_one(path, item)? {
+                self.blocked.insert(path.clone(), reason);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_one(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+        let now = self.now;
+        let current = now.items.get(path).filter(|_| !Self::is_below(&self.cleared, path));
+        let Some(current) = current else {
+            return self.write_new(path, item);
+        };
+        match (&item.what, &current.what) {
+            (What::Special(_), _) => Ok(Ok(())),
+            (_, What::Special(_)) => Ok(Err(ConflictReason::Special)),
+            (What::Directory, What::Directory) => Ok(Ok(())),
+            (What::Directory, What::File(_) | What::Symlink(_)) => {
+                let Some(holds) = self.held(path, current) else {
+                    return Ok(Err(ConflictReason::NotInSafety));
+                };
+                self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
+                self.cleared.insert(path.clone());
+                self.write_new(path, item)
+            }
+            (What::File(_) | What::Symlink(_), What::Directory) => {
+                if let Err(reason) = self.clear_directory(path) {
+                    return Ok(Err(reason));
+                }
+                self.write_new(path, item)
+            }
+            (What::File(_) | What::Symlink(_), What::File(_) | What::Symlink(_)) => {
+                if item.same_content(current) {
+                    let link = matches!(item.what, What::Symlink(_));
+                    if item.mtime != current.mtime || (!link && item.mode != current.mode) {
+                        let mode = (!link).then_some(item.mode);
+                        let (path, mtime) = (path.clone(), item.mtime);
+                        self.steps.write.push(Operation::SetAttributes { path, mode, mtime });
+                    }
+                    return Ok(Ok(()));
+                }
+                match self.held(path, current) {
+                    Some(held) => self.push_write(path, item, Some(held)),
+                    None => return Ok(Err(ConflictReason::NotInSafety)),
+                }
+                Ok(Ok(()))
+            }
+        }
+    }
+
+    /// Writes where nothing covered stands.
+    fn write_new(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+        if !Self::is_below(&self.cleared, path) {
+            match self.root.stat_if_there(path) {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == What::Directory => {
+                    // An ignored directory stays as it is; what the checkpoint has in it is looked at by itself.
+                    return Ok(Ok(()));
+                }
+                Ok(Some(_)) if matches!(item.what, What::Special(_)) => return Ok(Ok(())),
+                Ok(Some(_)) => return Ok(Err(ConflictReason::NotCovered)),
+                Ok(None) => {}
+                // A link that is not covered stands above it.
+                Err(Errno::ELOOP) => return Ok(Err(ConflictReason::BlockedAbove)),
+                // A directory that may not be entered was not covered either.
+                Err(Errno::EACCES) => return Ok(Err(ConflictReason::NotCovered)),
+                Err(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(path))(errno));
+                }
+            }
+        }
+        if matches!(item.what, What::Special(_)) {
+            self.special += 1;
+            return Ok(Ok(()));
+        }
+        if !self.make_parents(path)? {
+            return Ok(Err(ConflictReason::BlockedAbove));
+        }
+        if item.what == What::Directory {
+            self.make_directory(path);
+        } else {
+            self.push_write(path, item, None);
+        }
+        Ok(Ok(()))
+    }
+
+    fn make_directory(&mut self, path: &RelPath) {
+        if self.made.insert(path.clone()) {
+            self.steps.write.push(Operation::MakeDirectory { path: path.clone() });
+        }
+    }
+
+    /// Makes the directories above a path, when only some paths are restored; `false` when something is in the way.
+    fn make_parents(&mut self, path: &RelPath) -> Result<bool> {
+        let mut above = Vec::new();
+        let mut at = path.parent();
+        while let Some(dir) = at {
+            at = dir.parent();
+            above.push(dir);
+        }
+        for dir in above.into_iter().rev().filter(|dir| !dir.is_root()) {
+            if self.made.contains(&dir) {
+                continue;
+            }
+            if self.now.items.get(&dir).is_some_and(|item| item.what == What::Directory)
+                && !Self::is_below(&self.cleared, &dir)
+            {
+                continue;
+            }
+            match self.root.stat_if_there(&dir) {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory => {}
+                Ok(None) => self.make_directory(&dir),
+                Ok(Some(_)) | Err(Errno::ELOOP | Errno::EACCES) => return Ok(false),
+                Err(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(&dir))(errno));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<Held>) {
+        let (path, mode, mtime) = (path.clone(), item.mode, item.mtime);
+        match item.what {
+            What::File(oid) => self.steps.write.push(Operation::WriteFile { path, oid, mode, mtime, replaces }),
+            What::Symlink(oid) => self.steps.write.push(Operation::WriteLink { path, oid, mtime, replaces }),
+            What::Directory | What::Special(_) => {}
+        }
+    }
+
+    /// Frees the place of a directory for a file, when all that is in it is covered and held by the safety checkpoint.
+    fn clear_directory(&mut self, path: &RelPath) -> std::result::Result<(), ConflictReason> {
+        let mut steps = vec![Operation::RemoveDirectory { path: path.clone() }];
+        let mut dirs = vec![path.clone()];
+        while let Some(dir) = dirs.pop() {
+            let opened = self.root.open_dir(&dir).and_then(Dir::from_fd);
+            let mut handle = opened.map_err(|_| ConflictReason::HoldsUncovered)?;
+            for entry in handle.iter() {
+                let entry = entry.map_err(|_| ConflictReason::HoldsUncovered)?;
+                let name = entry.file_name().to_bytes();
+                if name == b"." || name == b".." {
+                    continue;
+                }
+                // It is removed before anything else.
+                if is_restore_draft(name) {
+                    continue;
+                }
+                let below = dir.join(name);
+                if is_git(name) || self.target.is_unknown(&below) {
+                    return Err(ConflictReason::HoldsUncovered);
+                }
+                let item = self.now.items.get(&below).ok_or(ConflictReason::HoldsUncovered)?;
+                match item.what {
+                    What::Directory => {
+                        steps.push(Operation::RemoveDirectory { path: below.clone() });
+                        dirs.push(below);
+                    }
+                    What::Special(_) => return Err(ConflictReason::Special),
+                    What::File(_) | What::Symlink(_) => {
+                        let holds = self.held(&below, item).ok_or(ConflictReason::NotInSafety)?;
+                        steps.push(Operation::RemoveFile { path: below, holds });
+                    }
+                }
+            }
+        }
+        self.steps.clear.extend(steps.into_iter().map(|step| (step.path().clone(), step)));
+        self.cleared.insert(path.clone());
+        Ok(())
+    }
+
+    /// Removes what the checkpoint does not have.
+    fn remove_rest(&mut self) {
+        let now = self.now;
+        for (path, item) in &now.items {
+            let wanted = self.target.items.contains_key(path) || self.target.is_unknown(path);
+            if path.is_root() || wanted || !self.is_selected(path) {
+                continue;
+            }
+            if self.steps.clear.contains_key(path) || self.is_blocked(path) {
+                continue;
+            }
+            match &item.what {
+                What::Directory => {
+                    let step = Operation::RemoveDirectory { path: path.clone() };
+                    self.steps.remove.insert(path.clone(), step);
+                }
+                // It cannot be brought back, and it holds nothing.
+                What::Special(_) => {}
+                What::File(_) | What::Symlink(_) => match self.held(path, item) {
+                    Some(holds) => {
+                        let step = Operation::RemoveFile { path: path.clone(), holds };
+                        self.steps.remove.insert(path.clone(), step);
+                    }
+                    None => {
+                        self.blocked.insert(path.clone(), ConflictReason::NotInSafety);
+                    }
+                },
+            }
+        }
+    }
+
+    /// Sets the attributes of directories that differ, or that the plan touches.
+    fn set_directories(&mut self) {
+        let steps = &self.steps;
+        let all = steps.clear.values().chain(&steps.write).chain(steps.remove.values());
+        let touched: BTreeSet<RelPath> = all.filter_map(|step| step.path().parent()).collect();
+        for (path, item) in &self.target.items {
+            if item.what != What::Directory || self.is_blocked(path) {
+                continue;
+            }
+            let current = self.now.items.get(path).filter(|current| current.what == What::Directory);
+            let made = self.made.contains(path);
+            let selected = self.is_selected(path);
+            let differs = current.is_none_or(|now| (now.mode, now.mtime) != (item.mode, item.mtime));
+            // What was not asked for keeps its attributes, and an ignored directory is not ours to change.
+            if made || (selected && current.is_some() && (differs || touched.contains(path))) {
+                let (mode, mtime) = (Some(item.mode), item.mtime);
+                let step = Operation::SetAttributes { path: path.clone(), mode, mtime };
+                self.steps.attributes.insert(path.clone(), step);
+            }
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! The names of the checkpoints: `refs/fermata/checkpoints/<number>`, one file each.
+//!
+//! A ref is the instant at which a checkpoint exists. It is written aside, flushed and then linked into place, which
+//! fails when the number is taken: a compare-and-swap without a lock that a crash could leave behind.
+//!
+//! `packed-refs` is read too: nothing here writes refs there, but somebody who runs `git gc` in the store must not make
+//! all checkpoints disappear.
+
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use super::beneath::sync_dir;
+use super::errors::{HistoryError, Result};
+use super::oid::Oid;
+
+/// The refs of one store.
+#[derive(Debug)]
+pub struct Refs {
+    dir: PathBuf,
+    packed: PathBuf,
+}
+
+const PREFIX: &str = "refs/fermata/checkpoints/";
+
+/// Reads a number that is written as nobody but this file writes it: no sign, no leading zero.
+fn as_number(name: &str) -> Option<u64> {
+    let number = name.parse::<u64>().ok()?;
+    (name == number.to_string()).then_some(number)
+}
+
+/// Returns the number in a line of `packed-refs`.
+fn packed_number(line: &str) -> Option<u64> {
+    as_number(line.split_once(' ')?.1.strip_prefix(PREFIX)?)
+}
+
+impl Refs {
+    /// Names the place of the refs below the bare repository.
+    pub fn below(repository: &Path) -> Refs {
+        Refs { dir: repository.join("refs/fermata/checkpoints"), packed: repository.join("packed-refs") }
+    }
+
+    fn path(&self, number: u64) -> PathBuf {
+        self.dir.join(number.to_string())
+    }
+
+    /// Lists the numbers of all published checkpoints, ascending.
+    pub fn list(&self) -> Result<Vec<u64>> {
+        let mut numbers = Vec::new();
+        match fs::read_dir(&self.dir) {
+            Ok(entries) => {
+                for entry in entries {
+                    let name = entry.map_err(HistoryError::io("list", &self.dir))?.file_name();
+                    numbers.extend(name.to_str().and_then(as_number));
+                }
+            }
+            // Git removes a directory whose refs it has packed. With neither, something is wrong, and an empty answer
+            // would let a sweep remove every pack.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && self.packed.exists() => {}
+            Err(error) => return Err(HistoryError::io("list", &self.dir)(error)),
+        }
+        numbers.extend(self.packed_text()?.lines().filter_map(packed_number));
+        numbers.sort_unstable();
+        numbers.dedup();
+        Ok(numbers)
+    }
+
+    /// Returns the commit of a checkpoint, `None` when there is no such checkpoint.
+    pub fn find(&self, number: u64) -> Result<Option<Oid>> {
+        let path = self.path(number);
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let packed = self.packed_text()?;
+                match packed.lines().find(|line| packed_number(line) == Some(number)) {
+                    Some(line) => line.split(' ').next().unwrap_or_default().to_owned(),
+                    None => return Ok(None),
+                }
+            }
+            Err(error) => return Err(HistoryError::io("read", &path)(error)),
+        };
+        let oid = text.trim_end().parse().map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error));
+        oid.map(Some).map_err(HistoryError::io("read", &path))
+    }
+
+    /// Returns the commit of a checkpoint that must exist.
+    pub fn get(&self, number: u64) -> Result<Oid> {
+        self.find(number)?.ok_or(HistoryError::NoSuchCheckpoint { number })
+    }
+
+    /// Gives a free number to a commit, durably; `aside` is a directory on the same file system for the draft.
+    pub fn create(&self, number: u64, commit: Oid, aside: &Path) -> Result<()> {
+        let (draft, path) = (aside.join("ref"), self.path(number));
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
+            writeln!(file, "{commit}")?;
+            file.sync_all()
+        };
+        write().map_err(HistoryError::io("write", &draft))?;
+        fs::create_dir_all(&self.dir).map_err(HistoryError::io("create", &self.dir))?;
+        fs::hard_link(&draft, &path).map_err(|error| match error.kind() {
+            io::ErrorKind::AlreadyExists => HistoryError::NumberTaken { number },
+            _ => HistoryError::io("create", &path)(error),
+        })?;
+        sync_dir(&self.dir).map_err(|error| {
+            // Whoever is told that it failed must not find it afterwards.
+            if let Err(error) = fs::remove_file(&path) {
+                tracing::warn!(%error, number, "a ref that could not be flushed stays");
+            }
+            HistoryError::io("flush", &self.dir)(error)
+        })
+    }
+
+    fn packed_text(&self) -> Result<String> {
+        match fs::read_to_string(&self.packed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            result => result.map_err(HistoryError::io("read", &self.packed)),
+        }
+    }
+
+    /// Takes the number away from its checkpoint.
+    pub fn remove(&self, number: u64) -> Result<()> {
+        let path = self.path(number);
+        // The packed one first: a loose ref hides it, and must not uncover it.
+        let packed = self.remove_packed(number)?;
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && packed => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(HistoryError::NoSuchCheckpoint { number }),
+            Err(error) => Err(HistoryError::io("remove", &path)(error)),
+            Ok(()) => sync_dir(&self.dir).map_err(HistoryError::io("flush", &self.dir)),
+        }
+    }
+
+    fn remove_packed(&self, number: u64) -> Result<bool> {
+        let text = self.packed_text()?;
+        let keep = |line: &&str| packed_number(line) != Some(number);
+        let kept: String = text.lines().filter(keep).flat_map(|line| [line, "\n"]).collect();
+        if kept.lines().count() == text.lines().count() {
+            return Ok(false);
+        }
+        let draft = self.packed.with_extension("new");
+        let write = || -> io::Result<()> {
+            let mut file = fs::File::create(&draft)?;
+            file.write_all(kept.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&draft, &self.packed)?;
+            self.packed.parent().map_or(Ok(()), sync_dir)
+        };
+        write().map_err(HistoryError::io("rewrite", &self.packed))?;
+        Ok(true)
+    }
+}

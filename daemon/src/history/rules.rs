@@ -1,0 +1,182 @@
+//! Which paths a checkpoint covers: the ignore rules of git, and the project's own `include` and `exclude`.
+//!
+//! The patterns are git's; the order is git's too: the deepest `.gitignore` speaks first, `info/exclude` last. Nobody's
+//! global excludes count. Files are only read here, by the walk that asks.
+
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use ignore::gitignore::{Gitignore, GitignoreBuilder};
+use serde::{Deserialize, Serialize};
+
+use super::errors::{HistoryError, Result};
+use super::names::RelPath;
+use super::user_repository::{Location, read_small};
+
+/// A project's rules for what its checkpoints cover.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Rules {
+    /// Patterns (in the manner of `.gitignore`) for what is covered although the repository ignores it.
+    pub include: Vec<String>,
+    /// Patterns for what is never covered, not even when it is tracked; stronger than `include`.
+    pub exclude: Vec<String>,
+    /// Files larger than this are skipped and reported.
+    pub max_file_bytes: u64,
+    /// Whether `.gitignore` and `info/exclude` count.
+    pub use_gitignore: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Rules { include: Vec::new(), exclude: Vec::new(), max_file_bytes: 256 * 1024 * 1024, use_gitignore: true }
+    }
+}
+
+/// The project's own patterns, compiled.
+pub(super) struct OwnPatterns {
+    include: Option<Gitignore>,
+    exclude: Gitignore,
+}
+
+impl OwnPatterns {
+    /// Compiles the patterns.
+    pub fn compile(rules: &Rules) -> Result<OwnPatterns> {
+        let compile = |patterns: &[String]| -> Result<Gitignore> {
+            let mut builder = GitignoreBuilder::new("");
+            for pattern in patterns {
+                let bad = |source| HistoryError::BadRule { pattern: pattern.clone(), source };
+                builder.add_line(None, pattern).map_err(bad)?;
+            }
+            builder.build().map_err(|source| HistoryError::BadRule { pattern: patterns.join(" "), source })
+        };
+        let include = if rules.include.is_empty() { None } else { Some(compile(&rules.include)?) };
+        Ok(OwnPatterns { include, exclude: compile(&rules.exclude)? })
+    }
+
+    /// Says whether anything is included against the ignore rules.
+    pub fn has_includes(&self) -> bool {
+        self.include.is_some()
+    }
+
+    /// Says whether the path itself is included; the walk asks about each directory on the way.
+    pub fn includes(&self, path: &RelPath, is_dir: bool) -> bool {
+        self.include.as_ref().is_some_and(|patterns| patterns.matched(path.as_path(), is_dir).is_ignore())
+    }
+
+    /// Says whether the path itself is excluded; the walk asks about each directory on the way.
+    pub fn excludes(&self, path: &RelPath, is_dir: bool) -> bool {
+        self.exclude.matched(path.as_path(), is_dir).is_ignore()
+    }
+
+    /// Says whether a file is excluded by a pattern for itself or for a directory above it.
+    pub fn excludes_with_parents(&self, path: &RelPath) -> bool {
+        let mut above = path.parent();
+        while let Some(dir) = above {
+            if !dir.is_root() && self.excludes(&dir, true) {
+                return true;
+            }
+            above = dir.parent();
+        }
+        self.excludes(path, false)
+    }
+}
+
+/// The ignore files that count in one directory, the deepest first.
+#[derive(Clone, Default)]
+pub(super) struct IgnoreChain(Option<Arc<Level>>);
+
+struct Level {
+    patterns: Gitignore,
+    /// How many bytes of a workspace path lie above this file's directory.
+    strip: usize,
+    /// For a file above the workspace: the way from its directory to the workspace, with a slash at the end.
+    prepend: Vec<u8>,
+    up: IgnoreChain,
+}
+
+impl IgnoreChain {
+    /// Gathers what counts at the top of the workspace, without the workspace's own `.gitignore`.
+    pub fn above(workspace: &Path, repository: Option<&Location>, warnings: &mut Vec<String>) -> IgnoreChain {
+        let Some(repository) = repository else {
+            return IgnoreChain::default();
+        };
+        let way = |dir: &Path| match workspace.strip_prefix(dir) {
+            Ok(rest) if !rest.as_os_str().is_empty() => [rest.as_os_str().as_bytes(), b"/"].concat(),
+            _ => Vec::new(),
+        };
+        let mut chain = IgnoreChain::default();
+        let exclude = repository.common_dir.join("info/exclude");
+        if let Some(text) = read_small(&exclude) {
+            chain = chain.push(&text, 0, way(&repository.top), &exclude.to_string_lossy(), warnings);
+        }
+        let mut dirs: Vec<&Path> = workspace.ancestors().skip(1).collect();
+        dirs.reverse();
+        for dir in dirs.into_iter().filter(|dir| dir.starts_with(&repository.top)) {
+            let file = dir.join(".gitignore");
+            if let Some(text) = read_small(&file) {
+                chain = chain.push(&text, 0, way(dir), &file.to_string_lossy(), warnings);
+            }
+        }
+        chain
+    }
+
+    /// Starts anew at the top of a repository nested in the workspace, as git itself would.
+    pub fn nested(dir: &RelPath, full: &Path, warnings: &mut Vec<String>) -> IgnoreChain {
+        let text = Location::at(full, full).and_then(|found| read_small(&found.common_dir.join("info/exclude")));
+        match text {
+            Some(text) => IgnoreChain::default().below(dir, &text, warnings),
+            None => IgnoreChain::default(),
+        }
+    }
+
+    /// Adds the ignore file of a directory in the workspace.
+    pub fn below(&self, dir: &RelPath, text: &[u8], warnings: &mut Vec<String>) -> IgnoreChain {
+        let strip = if dir.is_root() { 0 } else { dir.bytes().len() + 1 };
+        self.clone().push(text, strip, Vec::new(), &format!("{dir}/.gitignore"), warnings)
+    }
+
+    fn push(self, text: &[u8], strip: usize, prepend: Vec<u8>, name: &str, warnings: &mut Vec<String>) -> IgnoreChain {
+        let mut builder = GitignoreBuilder::new("");
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+        for line in text.split(|b| *b == b'\n') {
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            let added = match std::str::from_utf8(line) {
+                Ok(line) => builder.add_line(None, line).is_ok(),
+                Err(_) => false,
+            };
+            if !added {
+                warnings.push(format!("{name}: a pattern is not understood and has no effect"));
+            }
+        }
+        match builder.build() {
+            Ok(patterns) if patterns.is_empty() => self,
+            Ok(patterns) => IgnoreChain(Some(Arc::new(Level { patterns, strip, prepend, up: self }))),
+            Err(error) => {
+                warnings.push(format!("{name}: {error}"));
+                self
+            }
+        }
+    }
+
+    /// Says whether the path itself is ignored.
+    pub fn ignores(&self, path: &RelPath, is_dir: bool) -> bool {
+        let mut next = &self.0;
+        while let Some(level) = next {
+            let below = path.bytes().get(level.strip..).unwrap_or_default();
+            let matched = if level.prepend.is_empty() {
+                level.patterns.matched(OsStr::from_bytes(below), is_dir)
+            } else {
+                let full = [&level.prepend[..], below].concat();
+                level.patterns.matched(OsStr::from_bytes(&full), is_dir)
+            };
+            if !matched.is_none() {
+                return matched.is_ignore();
+            }
+            next = &level.up.0;
+        }
+        false
+    }
+}

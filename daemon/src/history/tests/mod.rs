@@ -1,0 +1,182 @@
+//! Tests of the checkpoint store with real files and, where they compare with git, the real git.
+
+mod coverage;
+mod random;
+mod restoring;
+mod safety;
+mod store;
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
+
+use super::*;
+
+/// A store and a workspace that vanish with the test.
+pub(super) struct Sandbox {
+    dir: tempfile::TempDir,
+    pub history: History,
+    pub rules: Rules,
+}
+
+pub(super) static NEVER: AtomicBool = AtomicBool::new(false);
+
+pub(super) fn quiet(_: Progress) {}
+
+pub(super) fn rel(path: &str) -> RelPath {
+    RelPath::new(path).unwrap()
+}
+
+impl Sandbox {
+    pub fn new() -> Sandbox {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("work")).unwrap();
+        let history = History::open(&dir.path().join("state")).unwrap();
+        Sandbox { dir, history, rules: Rules::default() }
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("work")
+    }
+
+    pub fn outside(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub fn at(&self, name: impl AsRef<OsStr>) -> PathBuf {
+        self.path().join(name.as_ref())
+    }
+
+    pub fn write(&self, name: impl AsRef<OsStr>, content: impl AsRef<[u8]>) {
+        let path = self.at(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, content).unwrap();
+    }
+
+    pub fn git(&self, args: &[&str]) -> Vec<u8> {
+        git_in(&self.path(), args)
+    }
+
+    pub fn request(&self, number: u64) -> SnapshotRequest {
+        SnapshotRequest {
+            workspace: self.path(),
+            number,
+            message: format!("checkpoint {number}"),
+            parent: None,
+            rules: self.rules.clone(),
+        }
+    }
+
+    pub fn take(&self, number: u64) -> Snapshot {
+        self.history.snapshot(&self.request(number), 1_700_000_000_000 + number as i64, &quiet, &NEVER).unwrap()
+    }
+
+    pub fn checkpoint(&self, number: u64) -> Snapshot {
+        let snapshot = self.take(number);
+        self.history.publish(&snapshot).unwrap();
+        snapshot
+    }
+
+    pub fn plan(&self, number: u64, safety: u64, paths: Option<&[RelPath]>) -> RestorePlan {
+        let workspace = self.path();
+        let request = RestoreRequest { number, safety, workspace: &workspace, rules: &self.rules, paths };
+        let plan = self.history.plan_restore(&request, &quiet, &NEVER).unwrap();
+        // A plan lives in the database between being made and being applied.
+        serde_json::from_str(&serde_json::to_string(&plan).unwrap()).unwrap()
+    }
+
+    pub fn restore(&self, number: u64, safety: u64) -> RestoreReport {
+        self.checkpoint(safety);
+        let plan = self.plan(number, safety, None);
+        self.history.apply_restore(&plan, &quiet).unwrap()
+    }
+
+    pub fn restore_cleanly(&self, number: u64, safety: u64) {
+        let report = self.restore(number, safety);
+        assert_eq!(report.mismatches, []);
+        assert_eq!(report.conflicts, []);
+    }
+
+    pub fn covered(&self, number: u64) -> Vec<String> {
+        let listing = self.history.listing_of(number).unwrap();
+        let files = listing.items.iter().filter(|(_, item)| item.what != listing::What::Directory);
+        files.map(|(path, _)| path.to_string()).collect()
+    }
+
+    /// Waits until the files are old enough for the stat cache to vouch for them.
+    pub fn let_files_age(&self) {
+        let newest = walk(&self.path()).into_iter().map(|path| {
+            let meta = fs::symlink_metadata(path).unwrap();
+            i128::from(meta.ctime()) * 1_000_000_000 + i128::from(meta.ctime_nsec())
+        });
+        let newest = newest.max().unwrap_or(0) + 25_000_000;
+        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as i128;
+        while now() <= newest {
+            std::thread::yield_now();
+        }
+    }
+}
+
+pub(super) fn git_in(dir: &Path, args: &[&str]) -> Vec<u8> {
+    let output = Command::new("git")
+        .args(["-c", "user.name=t", "-c", "user.email=t@t", "-c", "safe.directory=*", "-c", "init.defaultBranch=main"])
+        .args(args)
+        .current_dir(dir)
+        .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        .env("GIT_CONFIG_NOSYSTEM", "1")
+        .env_remove("GIT_DIR")
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    output.stdout
+}
+
+/// Lists a directory and all that is below it.
+pub(super) fn walk(dir: &Path) -> Vec<PathBuf> {
+    let mut found = vec![dir.to_owned()];
+    let mut open = vec![dir.to_owned()];
+    while let Some(dir) = open.pop() {
+        for entry in fs::read_dir(dir).unwrap() {
+            let entry = entry.unwrap();
+            if entry.file_type().unwrap().is_dir() {
+                open.push(entry.path());
+            }
+            found.push(entry.path());
+        }
+    }
+    found.sort();
+    found
+}
+
+pub(super) type Picture = BTreeMap<String, (u32, i64, i64, Vec<u8>)>;
+
+/// Describes a directory completely: modes, times and contents.
+pub(super) fn picture(dir: &Path) -> Picture {
+    let one = |path: PathBuf| {
+        let meta = fs::symlink_metadata(&path).unwrap();
+        let content = match meta.file_type() {
+            kind if kind.is_file() => fs::read(&path).unwrap(),
+            kind if kind.is_symlink() => fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec(),
+            _ => Vec::new(),
+        };
+        let name = path.strip_prefix(dir).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
+        (name, (meta.mode(), meta.mtime(), meta.mtime_nsec(), content))
+    };
+    walk(dir).into_iter().map(one).collect()
+}
+
+/// The picture of a workspace without `.git`.
+pub(super) fn picture_of_work(dir: &Path) -> Picture {
+    let mut picture = picture(dir);
+    picture.retain(|name, _| !name.split('/').any(|part| part == ".git"));
+    picture
+}
+
+pub(super) fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}

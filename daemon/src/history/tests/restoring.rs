@@ -1,0 +1,301 @@
+//! Restores: exactness, and what they leave alone.
+
+use std::os::unix::ffi::OsStringExt;
+use std::os::unix::fs::symlink;
+
+use super::*;
+
+#[test]
+fn bytes_modes_times_and_odd_names_come_back_exactly() {
+    let sandbox = Sandbox::new();
+    sandbox.git(&["init", "-q"]);
+    sandbox.git(&["config", "core.autocrlf", "true"]);
+    sandbox.write(".gitattributes", "* text=auto eol=lf\n*.bin filter=lfs\n");
+    sandbox.write("crlf.txt", "one\r\ntwo\r\n");
+    sandbox.write("x.bin", [0, 1, 2, 255]);
+    sandbox.write("script", "#!/bin/sh\n");
+    set_mode(&sandbox.at("script"), 0o4751);
+    sandbox.write("private/key", "k");
+    set_mode(&sandbox.at("private/key"), 0o600);
+    set_mode(&sandbox.at("private"), 0o700);
+    fs::create_dir_all(sandbox.at("empty/within")).unwrap();
+    symlink("/nonexistent/absolute", sandbox.at("absolute")).unwrap();
+    symlink("../..", sandbox.at("private/up")).unwrap();
+    for name in [&b"not utf8 \xff\xfe"[..], b"new\nline", b"git~1", b"a%b", b"-", b"d/ space ", b"\\", b"e.\xc3\xa4"] {
+        sandbox.write(std::ffi::OsString::from_vec(name.to_vec()), name);
+    }
+    sandbox.write("large", (0..600_000u32).flat_map(|n| n.wrapping_mul(n).to_le_bytes()).collect::<Vec<_>>());
+    let old = std::time::UNIX_EPOCH + std::time::Duration::new(1_000_000_000, 123_456_789);
+    fs::File::open(sandbox.at("x.bin")).unwrap().set_modified(old).unwrap();
+    sandbox.checkpoint(1);
+    let before = picture_of_work(&sandbox.path());
+
+    for entry in fs::read_dir(sandbox.path()).unwrap() {
+        let path = entry.unwrap().path();
+        if path.file_name() == Some(OsStr::new(".git")) {
+            continue;
+        }
+        let dir = fs::symlink_metadata(&path).unwrap().is_dir();
+        if dir { fs::remove_dir_all(path).unwrap() } else { fs::remove_file(path).unwrap() }
+    }
+    sandbox.write("unwanted/deep/file", "x");
+    sandbox.restore_cleanly(1, 2);
+    assert_eq!(picture_of_work(&sandbox.path()), before);
+
+    // And undoing the restore is a restore.
+    sandbox.restore_cleanly(2, 3);
+    assert_eq!(sandbox.covered(2), ["unwanted/deep/file"]);
+    assert_eq!(fs::read(sandbox.at("unwanted/deep/file")).unwrap(), b"x");
+    assert!(!sandbox.at("script").exists());
+}
+
+#[test]
+fn files_links_and_directories_change_places() {
+    let sandbox = Sandbox::new();
+    sandbox.write("file", "f");
+    sandbox.write("dir/sub/x", "x");
+    symlink("dir", sandbox.at("link")).unwrap();
+    sandbox.checkpoint(1);
+    let before = picture(&sandbox.path());
+
+    fs::remove_file(sandbox.at("file")).unwrap();
+    sandbox.write("file/now/dir", "d");
+    fs::remove_dir_all(sandbox.at("dir")).unwrap();
+    symlink("file", sandbox.at("dir")).unwrap();
+    fs::remove_file(sandbox.at("link")).unwrap();
+    sandbox.write("link", "now a file");
+    sandbox.checkpoint(2);
+    let between = picture(&sandbox.path());
+    sandbox.restore_cleanly(1, 3);
+    assert_eq!(picture(&sandbox.path()), before);
+    sandbox.restore_cleanly(2, 4);
+    assert_eq!(picture(&sandbox.path()), between);
+}
+
+#[test]
+fn a_restore_of_some_paths_touches_only_those() {
+    let sandbox = Sandbox::new();
+    for name in ["a/x", "a/y", "b", "c/d/e"] {
+        sandbox.write(name, "old");
+    }
+    sandbox.checkpoint(1);
+    for name in ["a/x", "a/y", "b", "a/new", "n"] {
+        sandbox.write(name, "newer");
+    }
+    fs::remove_dir_all(sandbox.at("c")).unwrap();
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, Some(&[rel("a"), rel("c/d/e")]));
+    let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    assert_eq!(report.mismatches, []);
+    let read = |name: &str| fs::read_to_string(sandbox.at(name)).unwrap();
+    assert_eq!((read("a/x"), read("a/y"), read("c/d/e")), ("old".into(), "old".into(), "old".into()));
+    assert_eq!((read("b"), read("n")), ("newer".into(), "newer".into()));
+    assert!(!sandbox.at("a/new").exists());
+}
+
+#[test]
+fn ignored_files_are_neither_touched_nor_deleted() {
+    let sandbox = Sandbox::new();
+    sandbox.write(".gitignore", "*.o\ncache/\n");
+    sandbox.write("src/a", "1");
+    sandbox.checkpoint(1);
+    sandbox.write("src/a", "22");
+    sandbox.write("src/a.o", "object");
+    sandbox.write("new/b", "3");
+    sandbox.write("new/b.o", "object");
+    sandbox.write("cache/c", "4");
+    let report = sandbox.restore(1, 2);
+    assert_eq!((report.mismatches, report.kept), (vec![], vec![rel("new")]));
+    let left: Vec<_> = picture(&sandbox.path()).into_keys().collect();
+    let expected = ["", ".gitignore", "cache", "cache/c", "new", "new/b.o", "src", "src/a", "src/a.o"];
+    assert_eq!(left, expected);
+}
+
+#[test]
+fn an_ignored_file_where_a_directory_must_go_is_a_conflict() {
+    let sandbox = Sandbox::new();
+    sandbox.write("out/a", "1");
+    sandbox.write("dir.o", "file");
+    sandbox.write("z", "1");
+    sandbox.checkpoint(1);
+    fs::remove_dir_all(sandbox.at("out")).unwrap();
+    sandbox.write("out", "an ignored file");
+    fs::remove_file(sandbox.at("dir.o")).unwrap();
+    sandbox.write("dir.o/held", "");
+    sandbox.write("z", "22");
+    sandbox.write(".gitignore", "/out\nheld\n");
+    let report = sandbox.restore(1, 2);
+    let conflicts: Vec<_> = report.conflicts.iter().map(|one| (one.path.to_string(), one.reason)).collect();
+    let expected = [("dir.o", ConflictReason::HoldsUncovered), ("out", ConflictReason::NotCovered)];
+    assert_eq!(conflicts, expected.map(|(path, reason)| (path.to_owned(), reason)));
+    assert_eq!(report.mismatches, []);
+    assert_eq!(fs::read(sandbox.at("out")).unwrap(), b"an ignored file");
+    assert_eq!(fs::read(sandbox.at("z")).unwrap(), b"1");
+}
+
+#[test]
+fn what_the_safety_checkpoint_does_not_hold_stays() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    sandbox.checkpoint(1);
+    sandbox.write("a", "22");
+    sandbox.checkpoint(2);
+    sandbox.write("a", "333");
+    sandbox.write("b", "unsaved");
+    let plan = sandbox.plan(1, 2, None);
+    let reasons: Vec<_> = plan.conflicts.iter().map(|one| (one.path.to_string(), one.reason)).collect();
+    let expected = [("a", ConflictReason::NotInSafety), ("b", ConflictReason::NotInSafety)];
+    assert_eq!(reasons, expected.map(|(path, reason)| (path.to_owned(), reason)));
+    sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    assert_eq!(fs::read(sandbox.at("a")).unwrap(), b"333");
+    assert_eq!(fs::read(sandbox.at("b")).unwrap(), b"unsaved");
+}
+
+#[test]
+fn what_changes_between_plan_and_restore_stays_and_is_reported() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    sandbox.checkpoint(1);
+    sandbox.write("a", "22");
+    sandbox.write("b", "b");
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, None);
+    sandbox.write("a", "written meanwhile");
+    sandbox.write("b", "written meanwhile");
+    let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    let paths: Vec<_> = report.mismatches.iter().map(|one| one.path.to_string()).collect();
+    assert_eq!(paths, ["a", "b"]);
+    assert_eq!(fs::read(sandbox.at("a")).unwrap(), b"written meanwhile");
+    assert_eq!(fs::read(sandbox.at("b")).unwrap(), b"written meanwhile");
+}
+
+#[test]
+fn a_file_keeps_its_owner() {
+    if !nix::unistd::geteuid().is_root() {
+        return;
+    }
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    sandbox.write("dir/b", "1");
+    sandbox.checkpoint(1);
+    std::os::unix::fs::chown(sandbox.path(), Some(1234), Some(1235)).unwrap();
+    sandbox.write("a", "2");
+    std::os::unix::fs::chown(sandbox.at("a"), Some(4321), None).unwrap();
+    fs::remove_dir_all(sandbox.at("dir")).unwrap();
+    sandbox.restore_cleanly(1, 2);
+    let owner = |name: &str| fs::metadata(sandbox.at(name)).unwrap().uid();
+    assert_eq!((owner("a"), owner("dir"), owner("dir/b")), (4321, 1234, 1234));
+}
+
+#[test]
+fn what_a_given_up_restore_left_behind_is_not_covered_and_goes_with_the_next() {
+    let sandbox = Sandbox::new();
+    sandbox.write("dir/a", "1");
+    sandbox.checkpoint(1);
+    let before = picture(&sandbox.path());
+    sandbox.write("dir/.fermata-restore-0123456789ab", "half");
+    sandbox.write("new/.fermata-restore-0123456789ab", "half");
+    sandbox.checkpoint(2);
+    assert_eq!(sandbox.covered(2), ["dir/a"]);
+    sandbox.restore_cleanly(1, 3);
+    assert_eq!(picture(&sandbox.path()), before);
+
+    // A name that only begins like one is the user's own.
+    sandbox.write(".fermata-restore-notes", "mine");
+    sandbox.checkpoint(4);
+    assert_eq!(sandbox.covered(4), [".fermata-restore-notes", "dir/a"]);
+}
+
+#[test]
+fn hard_links_come_back_as_files_of_their_own_and_the_plan_says_so() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    fs::hard_link(sandbox.at("a"), sandbox.at("b")).unwrap();
+    sandbox.checkpoint(1);
+    fs::remove_file(sandbox.at("a")).unwrap();
+    sandbox.write("b", "22");
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, None);
+    assert_eq!(plan.warnings, ["2 hard-linked files are written as files of their own"]);
+    assert_eq!(sandbox.history.apply_restore(&plan, &quiet).unwrap().mismatches, []);
+    assert_eq!(fs::read(sandbox.at("a")).unwrap(), b"1");
+}
+
+/// Runs without privileges, in a process of its own when the tests have them.
+fn unprivileged_scenario() {
+    let sandbox = Sandbox::new();
+    sandbox.write("ro/sub/file", "1");
+    sandbox.write("ro/other", "1");
+    sandbox.write("ro/gone/deep", "1");
+    sandbox.write("secret", "1");
+    sandbox.write("closed/inner", "1");
+    let open = |mode: u32| ["ro/sub", "ro"].iter().for_each(|dir| set_mode(&sandbox.at(dir), mode));
+    open(0o555);
+    set_mode(&sandbox.at("secret"), 0);
+    set_mode(&sandbox.at("closed"), 0);
+    let snapshot = sandbox.checkpoint(1);
+    let skipped: Vec<_> = snapshot.skipped.iter().map(|skip| (skip.path.to_string(), skip.reason)).collect();
+    let expected = [("closed", SkipReason::Unreadable), ("secret", SkipReason::Unreadable)];
+    assert_eq!(skipped, expected.map(|(path, reason)| (path.to_owned(), reason)));
+    let before = picture(&sandbox.at("ro"));
+
+    ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
+    sandbox.write("ro/sub/file", "22");
+    sandbox.write("ro/new/file", "22");
+    fs::remove_file(sandbox.at("ro/other")).unwrap();
+    fs::remove_dir_all(sandbox.at("ro/gone")).unwrap();
+    set_mode(&sandbox.at("ro/new"), 0o555);
+    open(0o555);
+    let report = sandbox.restore(1, 2);
+    assert_eq!((report.mismatches, report.conflicts), (vec![], vec![]));
+    assert_eq!(picture(&sandbox.at("ro")), before);
+
+    // Only some paths: the directory above them keeps its mode.
+    ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
+    sandbox.write("ro/sub/file", "333");
+    open(0o555);
+    sandbox.checkpoint(3);
+    let plan = sandbox.plan(1, 3, Some(&[rel("ro/sub/file")]));
+    let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    assert_eq!(report.mismatches, []);
+    assert_eq!(fs::read(sandbox.at("ro/sub/file")).unwrap(), b"1");
+    assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
+
+    // So that the sandbox can vanish.
+    ["ro", "ro/sub", "closed"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
+}
+
+/// The body of the process that the next test starts as another user.
+#[test]
+fn unprivileged_body() {
+    if std::env::var_os("FERMATA_TEST_UNPRIVILEGED").is_some() {
+        assert!(!nix::unistd::geteuid().is_root());
+        unprivileged_scenario();
+    }
+}
+
+#[test]
+fn without_privileges_read_only_directories_are_restored_and_unreadable_ones_skipped() {
+    use std::os::unix::process::CommandExt;
+    if !nix::unistd::geteuid().is_root() {
+        return unprivileged_scenario();
+    }
+    let dir = tempfile::tempdir().unwrap();
+    set_mode(dir.path(), 0o755);
+    // The build directory may be closed to others.
+    let program = dir.path().join("program");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    set_mode(&program, 0o755);
+    let output = Command::new(program)
+        .args(["--exact", "history::tests::restoring::unprivileged_body", "--nocapture"])
+        .env("FERMATA_TEST_UNPRIVILEGED", "1")
+        .env("HOME", "/nonexistent")
+        .env("TMPDIR", "/tmp")
+        .current_dir("/")
+        .uid(65534)
+        .gid(65534)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
+}

@@ -1,0 +1,273 @@
+//! Snapshots, refs, packs and what a crash leaves behind.
+
+use std::os::unix::fs::FileExt;
+
+use super::*;
+
+#[test]
+fn a_checkpoint_exists_only_once_it_is_published() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    let snapshot = sandbox.take(1);
+    assert!(sandbox.history.list().unwrap().is_empty());
+    assert!(matches!(sandbox.history.commit_of(1), Err(HistoryError::NoSuchCheckpoint { number: 1 })));
+    sandbox.history.publish(&snapshot).unwrap();
+    assert_eq!(sandbox.history.list().unwrap(), [1]);
+    assert_eq!(sandbox.history.commit_of(1).unwrap(), snapshot.commit);
+    assert!(matches!(sandbox.history.publish(&snapshot), Err(HistoryError::SnapshotGone { .. })));
+}
+
+#[test]
+fn a_number_is_given_only_once() {
+    let sandbox = Sandbox::new();
+    let (one, other) = (sandbox.take(1), sandbox.take(1));
+    sandbox.history.publish(&one).unwrap();
+    assert!(matches!(sandbox.history.publish(&other), Err(HistoryError::NumberTaken { number: 1 })));
+    assert_eq!(sandbox.history.commit_of(1).unwrap(), one.commit);
+}
+
+#[test]
+fn a_discarded_snapshot_leaves_nothing_and_nobody_relies_on_it() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "the same content in both");
+    let first = sandbox.take(1);
+    let second = sandbox.take(2);
+    sandbox.history.discard(first);
+    sandbox.history.publish(&second).unwrap();
+    let report = sandbox.history.verify(2, &quiet, &NEVER).unwrap();
+    assert_eq!(report.bad, []);
+    assert_eq!(fs::read_dir(sandbox.history.repository().join("pending")).unwrap().count(), 0);
+}
+
+#[test]
+fn an_unchanged_tree_writes_no_blob_and_reads_no_file() {
+    let sandbox = Sandbox::new();
+    for n in 0..20 {
+        sandbox.write(format!("dir{}/file{n}", n % 3), format!("content {n}"));
+    }
+    sandbox.let_files_age();
+    let first = sandbox.checkpoint(1);
+    let second = sandbox.checkpoint(2);
+    assert_eq!((second.files, second.meta), (first.files, first.meta));
+    assert_eq!(second.stats.unchanged, 20);
+    // Manifest, root tree and commit.
+    assert_eq!(second.stats.new_objects, 3);
+
+    // The same after a restart, from the cache on the disk.
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    let third = again.snapshot(&sandbox.request(3), 5, &quiet, &NEVER).unwrap();
+    assert_eq!((third.stats.unchanged, third.stats.new_objects), (20, 3));
+
+    // And without a cache everything is read, but nothing is written.
+    fs::write(sandbox.outside("state").join("stat-cache"), "nonsense").unwrap();
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    let fourth = again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap();
+    assert_eq!((fourth.stats.unchanged, fourth.stats.new_objects), (0, 3));
+}
+
+#[test]
+fn a_change_within_the_same_tick_is_seen() {
+    let sandbox = Sandbox::new();
+    for round in 1..20 {
+        sandbox.write("a", format!("{round:04}"));
+        sandbox.checkpoint(round);
+        let text = sandbox.history.diff_text(
+            &Point::Checkpoint(round),
+            &Point::Workspace(sandbox.path(), sandbox.rules.clone()),
+            &rel("a"),
+            100,
+        );
+        assert_eq!(text.unwrap(), TextDiff::Patch(String::new()));
+    }
+}
+
+#[test]
+fn a_cache_whose_checkpoint_is_gone_does_not_vouch_for_objects() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "only in the first");
+    sandbox.let_files_age();
+    sandbox.checkpoint(1);
+    sandbox.history.remove(1).unwrap();
+    let swept = sandbox.history.sweep().unwrap();
+    assert_eq!(swept.packs, 1);
+    sandbox.checkpoint(2);
+    assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+}
+
+#[test]
+fn a_sweep_removes_drafts_and_keeps_every_pack_that_is_needed() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "shared by all");
+    sandbox.write("b", "1");
+    sandbox.checkpoint(1);
+    sandbox.write("b", "2");
+    sandbox.checkpoint(2);
+    sandbox.write("b", "3");
+    std::mem::forget(sandbox.take(3));
+    sandbox.history.remove(1).unwrap();
+
+    // A new process, as after a crash: nothing is under way any more.
+    let history = History::open(&sandbox.outside("state")).unwrap();
+    let report = history.sweep().unwrap();
+    assert_eq!((report.drafts, report.packs), (1, 0));
+    assert_eq!(history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+    history.remove(2).unwrap();
+    assert_eq!(history.sweep().unwrap().packs, 2);
+    assert_eq!(fs::read_dir(history.repository().join("objects/pack")).unwrap().count(), 0);
+}
+
+#[test]
+fn a_sweep_removes_nothing_while_a_snapshot_is_under_way() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "shared");
+    sandbox.checkpoint(1);
+    let second = sandbox.take(2);
+    sandbox.history.remove(1).unwrap();
+    assert_eq!(sandbox.history.sweep().unwrap(), SweepReport::default());
+    sandbox.history.publish(&second).unwrap();
+    assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+}
+
+#[test]
+fn git_itself_finds_nothing_wrong_with_the_store() {
+    let sandbox = Sandbox::new();
+    for n in 0..300 {
+        sandbox.write(format!("d{}/e{}/f{n}", n % 7, n % 3), format!("{n}").repeat(n));
+    }
+    sandbox.write("d1.x/a", "sorts before d1/");
+    sandbox.write("large", vec![7; 3 * 1024 * 1024]);
+    fs::create_dir(sandbox.at("empty")).unwrap();
+    sandbox.checkpoint(1);
+    sandbox.write("d1/new", "x");
+    sandbox.checkpoint(2);
+    let repository = sandbox.history.repository();
+    git_in(repository, &["fsck", "--strict", "--full", "--no-dangling"]);
+    let shown = git_in(repository, &["show", "refs/fermata/checkpoints/2:files/d1/new"]);
+    assert_eq!(shown, b"x");
+    let large = git_in(repository, &["cat-file", "-s", "refs/fermata/checkpoints/1:files/large"]);
+    assert_eq!(large, b"3145728\n");
+    let checked = git_in(repository, &["for-each-ref", "--format=%(refname)"]);
+    assert_eq!(checked, b"refs/fermata/checkpoints/1\nrefs/fermata/checkpoints/2\n");
+}
+
+#[test]
+fn packs_that_git_has_repacked_with_deltas_are_read() {
+    let sandbox = Sandbox::new();
+    let mut text: String = (0..2000).map(|n| format!("line {n}\n")).collect();
+    for number in 1..=4 {
+        text.push_str("one more\n");
+        sandbox.write("text", &text);
+        sandbox.checkpoint(number);
+    }
+    git_in(sandbox.history.repository(), &["repack", "-adfq", "--depth=10"]);
+    let history = History::open(&sandbox.outside("state")).unwrap();
+    for number in 1..=4 {
+        assert_eq!(history.verify(number, &quiet, &NEVER).unwrap().bad, []);
+    }
+}
+
+#[test]
+fn verify_names_the_path_of_a_damaged_object() {
+    let sandbox = Sandbox::new();
+    sandbox
+        .write("dir/a", (0..40_000u32).flat_map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()).collect::<Vec<_>>());
+    sandbox.checkpoint(1);
+    let pack = walk(&sandbox.history.repository().join("objects/pack"));
+    let pack = pack.iter().find(|path| path.extension() == Some(OsStr::new("pack"))).unwrap();
+    set_mode(pack, 0o600);
+    let file = fs::OpenOptions::new().write(true).open(pack).unwrap();
+    file.write_all_at(&[0xff; 64], 50_000).unwrap();
+    let report = sandbox.history.verify(1, &quiet, &NEVER).unwrap();
+    assert_eq!(report.bad.len(), 1);
+    assert_eq!(report.bad[0].path, "files/dir/a");
+
+    // And a restore that needs it touches nothing.
+    fs::remove_file(sandbox.at("dir/a")).unwrap();
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, None);
+    let before = picture(&sandbox.path());
+    assert!(matches!(sandbox.history.apply_restore(&plan, &quiet), Err(HistoryError::Unrestorable { .. })));
+    assert_eq!(picture(&sandbox.path()), before);
+}
+
+#[test]
+fn a_cancelled_snapshot_leaves_nothing() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    let result = sandbox.history.snapshot(&sandbox.request(1), 0, &quiet, &AtomicBool::new(true));
+    assert!(matches!(result, Err(HistoryError::Cancelled)));
+    assert_eq!(fs::read_dir(sandbox.history.repository().join("pending")).unwrap().count(), 0);
+}
+
+#[test]
+fn differences_are_named_by_their_kind() {
+    let sandbox = Sandbox::new();
+    for name in ["kept", "changed", "gone", "mode", "swapped"] {
+        sandbox.write(name, "line\n");
+    }
+    sandbox.checkpoint(1);
+    sandbox.write("changed", "line\nmore\n");
+    sandbox.write("dir/added", "");
+    fs::create_dir(sandbox.at("empty")).unwrap();
+    fs::remove_file(sandbox.at("gone")).unwrap();
+    set_mode(&sandbox.at("mode"), 0o600);
+    fs::remove_file(sandbox.at("swapped")).unwrap();
+    std::os::unix::fs::symlink("kept", sandbox.at("swapped")).unwrap();
+    let here = Point::Workspace(sandbox.path(), sandbox.rules.clone());
+    let live = sandbox.history.diff(&Point::Checkpoint(1), &here, &quiet, &NEVER).unwrap();
+    sandbox.checkpoint(2);
+    let stored = sandbox.history.diff(&Point::Checkpoint(1), &Point::Checkpoint(2), &quiet, &NEVER).unwrap();
+    assert_eq!(live, stored);
+    let named: Vec<_> = stored.entries.iter().map(|entry| (entry.path.to_string(), entry.change)).collect();
+    let expected = [
+        ("changed", Change::Modified),
+        ("dir/added", Change::Added),
+        ("empty", Change::Added),
+        ("gone", Change::Removed),
+        ("mode", Change::ModeChanged),
+        ("swapped", Change::TypeChanged),
+    ];
+    assert_eq!(named, expected.map(|(path, change)| (path.to_owned(), change)));
+
+    let text = |cap| sandbox.history.diff_text(&Point::Checkpoint(1), &here, &rel("changed"), cap).unwrap();
+    assert_eq!(text(3), TextDiff::TooLarge);
+    let TextDiff::Patch(patch) = text(100) else { panic!("a text was expected") };
+    assert!(patch.contains("+more"), "{patch}");
+}
+
+#[test]
+fn a_snapshot_that_is_dropped_leaves_nothing() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    drop(sandbox.take(1));
+    let pending = sandbox.history.repository().join("pending");
+    assert_eq!(fs::read_dir(pending).unwrap().count(), 0);
+    let published = sandbox.checkpoint(1);
+    assert_eq!(sandbox.history.trees_of(1).unwrap(), (published.files, published.meta));
+}
+
+#[test]
+fn a_git_gc_in_the_store_loses_no_checkpoint() {
+    let sandbox = Sandbox::new();
+    for number in 1..=3 {
+        sandbox.write("a", format!("{number}").repeat(500));
+        sandbox.checkpoint(number);
+    }
+    let repository = sandbox.history.repository();
+    git_in(repository, &["gc", "-q", "--prune=now"]);
+    git_in(repository, &["pack-refs", "--all"]);
+    // The packs that this store has read are gone.
+    assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+    assert_eq!(sandbox.history.list().unwrap(), [1, 2, 3]);
+    sandbox.history.sweep().unwrap();
+    sandbox.history.remove(2).unwrap();
+    assert!(matches!(sandbox.history.remove(2), Err(HistoryError::NoSuchCheckpoint { number: 2 })));
+    assert_eq!(sandbox.history.list().unwrap(), [1, 3]);
+    let again = sandbox.take(3);
+    assert!(matches!(sandbox.history.publish(&again), Err(HistoryError::NumberTaken { number: 3 })));
+    sandbox.checkpoint(4);
+    for number in [1, 3, 4] {
+        assert_eq!(sandbox.history.verify(number, &quiet, &NEVER).unwrap().bad, []);
+    }
+    git_in(repository, &["fsck", "--strict", "--no-dangling"]);
+}
