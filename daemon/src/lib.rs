@@ -4,6 +4,8 @@
 //! blank lines keep rustfmt from sorting them; the tidy test checks the imports.
 #![deny(unsafe_code)]
 
+pub mod store;
+
 pub mod history;
 
 pub mod plugins;

@@ -1,0 +1,166 @@
+//! One transaction of one project: its rows, its events, and what goes with them.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fermata_core::Project;
+use fermata_core::context::FlashSavePlan;
+use fermata_protocol::checkpoint::CheckpointView;
+use fermata_protocol::event::Event;
+use fermata_protocol::{AgentName, CheckpointNumber, OperationId, ProjectName, UnixMillis};
+use rusqlite::{Connection, params};
+use serde_json::Value;
+
+use super::backup::RestoredRows;
+use super::context::NewRow;
+use super::idempotency::Keyed;
+use super::writer::Durability;
+use super::{Doing, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows};
+
+/// A write that belongs to a command but not to the state that `fermata_core` holds.
+pub enum Write {
+    /// The environment that an agent is started with.
+    Environment(AgentName, BTreeMap<String, String>),
+    /// An agent's own blob, as JSON text.
+    AgentState(AgentName, String),
+    /// New context items; their ids are in [`Written::ids`].
+    ContextInsert(AgentName, Vec<NewRow>),
+    /// A planned flash save.
+    FlashSave(FlashSavePlan),
+    /// Pins or unpins a context item.
+    ContextPin(i64, bool),
+    /// Brings context items back.
+    ContextRecall(Vec<i64>),
+    /// A checkpoint that is complete on disk.
+    Checkpoint(Box<CheckpointView>),
+    /// Pins or unpins a checkpoint.
+    CheckpointPin(CheckpointNumber, bool),
+    /// Replaces context and blobs by those of a backup.
+    RestoreRows(Arc<RestoredRows>),
+}
+
+/// What to commit.
+pub struct Commit {
+    /// The project.
+    pub project: ProjectName,
+    /// Its state before; none for a new one.
+    pub before: Option<Arc<Project>>,
+    /// Its state after; none when it is removed.
+    pub after: Option<Arc<Project>>,
+    /// The facts.
+    pub events: Vec<Event>,
+    /// What goes with them.
+    pub writes: Vec<Write>,
+    /// The idempotency key of the call, and the operation that it began.
+    pub keyed: Option<(Keyed, Option<OperationId>)>,
+    /// Makes the reply of a call that is done with this transaction.
+    pub reply: Option<MakeReply>,
+    /// When.
+    pub now: UnixMillis,
+    /// What it has to survive.
+    pub durability: Durability,
+}
+
+/// Makes a reply of what was written.
+pub type MakeReply = Box<dyn FnOnce(&Written) -> Value + Send>;
+
+/// What a commit brought about.
+#[derive(Debug, Clone, Default)]
+pub struct Written {
+    /// Ids of new context items.
+    pub ids: Vec<i64>,
+    /// The reply, when one was to be made.
+    pub reply: Option<Value>,
+}
+
+impl Store {
+    /// Commits rows, events and writes in one transaction.
+    ///
+    /// # Errors
+    /// When anything of it cannot be written; then nothing of it is.
+    pub async fn commit(&self, commit: Commit) -> Result<Written, StoreError> {
+        self.write(commit.durability, move |connection| run(connection, commit)).await
+    }
+}
+
+fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreError> {
+    let reply = commit.reply.take();
+    let Commit { project, now, .. } = &commit;
+    let mut written = Written::default();
+    match &commit.after {
+        Some(after) => {
+            let untouched = commit.before.as_ref().is_some_and(|before| Arc::ptr_eq(before, after));
+            if !untouched {
+                rows::save(connection, commit.before.as_deref(), after, *now)?;
+            }
+        }
+        None => rows::remove(connection, project)?,
+    }
+    for write in &commit.writes {
+        apply(connection, project, write, *now, &mut written)?;
+    }
+    for event in &commit.events {
+        if let Event::AgentUsed { agent, usage } = event {
+            record_usage(connection, project, agent, usage, *now)?;
+        }
+    }
+    if !commit.events.is_empty() {
+        operations::project(connection, project, &commit.events, *now)?;
+        events::append(connection, project, &commit.events, *now)?;
+    }
+    written.reply = reply.map(|make| make(&written));
+    if let Some((keyed, operation)) = &commit.keyed {
+        idempotency::remember(connection, keyed, operation.as_ref(), written.reply.as_ref(), *now)?;
+    }
+    Ok(written)
+}
+
+fn apply(
+    connection: &Connection,
+    project: &ProjectName,
+    write: &Write,
+    now: UnixMillis,
+    written: &mut Written,
+) -> Result<(), StoreError> {
+    match write {
+        Write::Environment(agent, env) => rows::save_environment(connection, project, agent, env),
+        Write::AgentState(agent, state) => rows::save_agent_state(connection, project, agent, state, now),
+        Write::ContextInsert(agent, new) => {
+            written.ids.extend(context::insert(connection, project, agent, new, now)?);
+            Ok(())
+        }
+        Write::FlashSave(plan) => context::apply_plan(connection, plan),
+        Write::ContextPin(id, pinned) => context::pin(connection, project, *id, *pinned),
+        Write::ContextRecall(ids) => context::recall(connection, project, ids),
+        Write::Checkpoint(view) => checkpoints::insert(connection, view),
+        Write::CheckpointPin(id, pinned) => checkpoints::pin(connection, project, *id, *pinned),
+        Write::RestoreRows(rows) => backup::put_rows(connection, project, rows),
+    }
+}
+
+fn record_usage(
+    connection: &Connection,
+    project: &ProjectName,
+    agent: &AgentName,
+    usage: &fermata_protocol::agent::Usage,
+    now: UnixMillis,
+) -> Result<(), StoreError> {
+    let sql = "INSERT INTO usage (at, project, agent, input_tokens, output_tokens, cost_micro_usd) \
+               VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
+    // SQLite's integers are signed; a count beyond that is a bug of the reporter.
+    let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    connection
+        .execute(
+            sql,
+            params![
+                now.0,
+                project.as_str(),
+                agent.as_str(),
+                signed(usage.input_tokens),
+                signed(usage.output_tokens),
+                signed(usage.cost_micro_usd)
+            ],
+        )
+        .doing("record usage")?;
+    Ok(())
+}

@@ -1,0 +1,343 @@
+//! Context items: narrow rows for scoring, bodies apart, a full-text index filled at `put`.
+
+use std::collections::BTreeMap;
+
+use fermata_core::context::{FlashSavePlan, ScoredItem};
+use fermata_protocol::context::{ContextItem, ContextSummary, ItemType, Tier};
+use fermata_protocol::{AgentName, ProjectName, UnixMillis};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
+
+use super::rows::word;
+use super::{Doing, StoreError};
+
+const PUT: &str = "add context items";
+const READ: &str = "read context items";
+
+/// An item to insert, counted and scored.
+#[derive(Debug, Clone)]
+pub struct NewRow {
+    /// Its type.
+    pub kind: ItemType,
+    /// Its text.
+    pub text: String,
+    /// Its tokens.
+    pub tokens: u64,
+    /// Its score now.
+    pub score: f64,
+    /// Its tier now.
+    pub tier: Tier,
+    /// Whether it always stays hot.
+    pub pinned: bool,
+}
+
+/// Inserts items; returns their ids.
+///
+/// # Errors
+/// When a row cannot be written.
+pub fn insert(
+    connection: &Connection,
+    project: &ProjectName,
+    agent: &AgentName,
+    rows: &[NewRow],
+    now: UnixMillis,
+) -> Result<Vec<i64>, StoreError> {
+    let mut items = connection
+        .prepare_cached(
+            "INSERT INTO context_items (project, agent, type, tokens, score, tier, pinned, archived, access_count, \
+             created_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, 0, 0, ?8)",
+        )
+        .doing(PUT)?;
+    let mut bodies = connection.prepare_cached("INSERT INTO context_bodies (id, text) VALUES (?1, ?2)").doing(PUT)?;
+    let mut search =
+        connection.prepare_cached("INSERT INTO context_search (rowid, text) VALUES (?1, ?2)").doing(PUT)?;
+    let mut ids = Vec::with_capacity(rows.len());
+    for row in rows {
+        let (project, agent) = (project.as_str(), agent.as_str());
+        let (kind, tier, tokens) = (row.kind.as_str(), row.tier.as_str(), row.tokens as i64);
+        items.execute(params![project, agent, kind, tokens, row.score, tier, row.pinned, now.0]).doing(PUT)?;
+        let id = connection.last_insert_rowid();
+        bodies.execute(params![id, row.text]).doing(PUT)?;
+        search.execute(params![id, row.text]).doing(PUT)?;
+        ids.push(id);
+    }
+    Ok(ids)
+}
+
+/// Reads what scoring needs of the unarchived items, by agent.
+///
+/// # Errors
+/// When a row cannot be read.
+pub fn scored(
+    connection: &Connection,
+    project: &ProjectName,
+    agent: Option<&AgentName>,
+) -> Result<BTreeMap<AgentName, Vec<ScoredItem>>, StoreError> {
+    let mut statement = connection
+        .prepare_cached(
+            "SELECT agent, id, type, created_at, access_count, tokens, pinned, tier FROM context_items \
+             WHERE project = ?1 AND (?2 IS NULL OR agent = ?2) AND archived = 0 ORDER BY agent, id",
+        )
+        .doing(READ)?;
+    let mut rows = statement.query(params![project.as_str(), agent.map(AgentName::as_str)]).doing(READ)?;
+    let mut found: BTreeMap<AgentName, Vec<ScoredItem>> = BTreeMap::new();
+    while let Some(row) = rows.next().doing(READ)? {
+        let agent: AgentName = word(row.get_ref(0).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?;
+        let item = ScoredItem {
+            id: row.get(1).doing(READ)?,
+            kind: word(row.get_ref(2).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?,
+            created_at: UnixMillis(row.get(3).doing(READ)?),
+            access_count: row.get::<_, i64>(4).doing(READ)?.unsigned_abs(),
+            tokens: row.get::<_, i64>(5).doing(READ)?.unsigned_abs(),
+            pinned: row.get(6).doing(READ)?,
+            tier: word(row.get_ref(7).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?,
+        };
+        found.entry(agent).or_default().push(item);
+    }
+    Ok(found)
+}
+
+/// Applies a planned flash save: scores, tiers, and the archived flag; nothing is deleted.
+///
+/// # Errors
+/// When a row cannot be written.
+pub fn apply_plan(connection: &Connection, plan: &FlashSavePlan) -> Result<(), StoreError> {
+    let mut statement = connection
+        .prepare_cached("UPDATE context_items SET score = ?2, tier = ?3, archived = archived OR ?4 WHERE id = ?1")
+        .doing("apply the flash save")?;
+    for item in &plan.items {
+        statement
+            .execute(params![item.id, item.score, item.tier.as_str(), item.archive])
+            .doing("apply the flash save")?;
+    }
+    Ok(())
+}
+
+/// Which items a list shows.
+#[derive(Debug, Clone, Default)]
+pub struct Selection {
+    /// Only this agent's.
+    pub agent: Option<AgentName>,
+    /// Only this tier.
+    pub tier: Option<Tier>,
+    /// Only archived, or only unarchived ones.
+    pub archived: Option<bool>,
+    /// Only ids below this one.
+    pub before: Option<i64>,
+    /// At most so many.
+    pub limit: u32,
+}
+
+/// How much of a text lists show, in characters.
+const EXCERPT: u32 = 200;
+
+fn columns(text: &str) -> String {
+    format!(
+        "i.id, i.agent, i.type, i.tokens, i.score, i.tier, i.pinned, i.archived, i.access_count, i.created_at, {text}"
+    )
+}
+
+/// Lists items, newest first, with the beginning of their texts.
+///
+/// # Errors
+/// When a row cannot be read.
+pub fn list(
+    connection: &Connection,
+    project: &ProjectName,
+    selection: &Selection,
+) -> Result<Vec<ContextItem>, StoreError> {
+    let sql = format!(
+        "SELECT {} FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1 \
+         AND (?2 IS NULL OR i.agent = ?2) AND (?3 IS NULL OR i.tier = ?3) AND (?4 IS NULL OR i.archived = ?4) \
+         AND (?5 IS NULL OR i.id < ?5) ORDER BY i.id DESC LIMIT ?6",
+        columns(&format!("substr(b.text, 1, {EXCERPT})"))
+    );
+    let mut statement = connection.prepare_cached(&sql).doing(READ)?;
+    let agent = selection.agent.as_ref().map(AgentName::as_str);
+    let tier = selection.tier.map(Tier::as_str);
+    let given = params![project.as_str(), agent, tier, selection.archived, selection.before, selection.limit];
+    let rows = statement.query_map(given, raw).doing(READ)?;
+    rows.map(|row| item(row.doing(READ)?)).collect()
+}
+
+/// Reads whole items that are handed back to agents: the unarchived ones, oldest first.
+///
+/// # Errors
+/// When a row cannot be read.
+pub fn unarchived(connection: &Connection, project: &ProjectName) -> Result<Vec<ContextItem>, StoreError> {
+    let sql = format!(
+        "SELECT {} FROM context_items i JOIN context_bodies b USING (id) \
+         WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.id",
+        columns("b.text")
+    );
+    let mut statement = connection.prepare_cached(&sql).doing(READ)?;
+    let rows = statement.query_map([project.as_str()], raw).doing(READ)?;
+    rows.map(|row| item(row.doing(READ)?)).collect()
+}
+
+/// Finds an item, whole.
+///
+/// # Errors
+/// When the row cannot be read.
+pub fn find(connection: &Connection, project: &ProjectName, id: i64) -> Result<Option<ContextItem>, StoreError> {
+    let sql = format!(
+        "SELECT {} FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1 AND i.id = ?2",
+        columns("b.text")
+    );
+    let found = connection.query_row(&sql, params![project.as_str(), id], raw).optional().doing(READ)?;
+    found.map(item).transpose()
+}
+
+/// Counts an access to an item.
+///
+/// # Errors
+/// When the row cannot be written.
+pub fn count_access(connection: &Connection, project: &ProjectName, id: i64) -> Result<(), StoreError> {
+    connection
+        .execute(
+            "UPDATE context_items SET access_count = access_count + 1 WHERE project = ?1 AND id = ?2",
+            params![project.as_str(), id],
+        )
+        .doing("count the access")?;
+    Ok(())
+}
+
+/// Pins or unpins an item.
+///
+/// # Errors
+/// When the row cannot be written.
+pub fn pin(connection: &Connection, project: &ProjectName, id: i64, pinned: bool) -> Result<(), StoreError> {
+    connection
+        .execute(
+            "UPDATE context_items SET pinned = ?3, tier = CASE WHEN ?3 THEN 'hot' ELSE tier END \
+             WHERE project = ?1 AND id = ?2",
+            params![project.as_str(), id, pinned],
+        )
+        .doing("pin the item")?;
+    Ok(())
+}
+
+/// Brings archived items back; a flash save may archive them again.
+///
+/// # Errors
+/// When a row cannot be written.
+pub fn recall(connection: &Connection, project: &ProjectName, ids: &[i64]) -> Result<(), StoreError> {
+    let mut statement = connection
+        .prepare_cached(
+            "UPDATE context_items SET archived = 0, access_count = access_count + 1 WHERE project = ?1 AND id = ?2",
+        )
+        .doing("recall items")?;
+    for id in ids {
+        statement.execute(params![project.as_str(), id]).doing("recall items")?;
+    }
+    Ok(())
+}
+
+/// Finds items whose text holds all the words, best first, archived ones included.
+///
+/// # Errors
+/// When a row cannot be read.
+pub fn search(
+    connection: &Connection,
+    project: &ProjectName,
+    agent: Option<&AgentName>,
+    query: &str,
+    limit: u32,
+) -> Result<Vec<ContextItem>, StoreError> {
+    // Each word becomes a quoted string, so that no character of it is an operator of FTS5.
+    let words: Vec<String> =
+        query.split_whitespace().map(|word| format!("\"{}\"", word.replace('"', "\"\""))).collect();
+    if words.is_empty() {
+        return Ok(Vec::new());
+    }
+    let sql = format!(
+        "SELECT {} FROM context_search s JOIN context_items i ON i.id = s.rowid JOIN context_bodies b ON b.id = i.id \
+         WHERE context_search MATCH ?1 AND i.project = ?2 AND (?3 IS NULL OR i.agent = ?3) ORDER BY rank LIMIT ?4",
+        columns(&format!("substr(b.text, 1, {EXCERPT})"))
+    );
+    let mut statement = connection.prepare_cached(&sql).doing(READ)?;
+    let given = params![words.join(" "), project.as_str(), agent.map(AgentName::as_str), limit];
+    let rows = statement.query_map(given, raw).doing(READ)?;
+    rows.map(|row| item(row.doing(READ)?)).collect()
+}
+
+/// Counts a project's items.
+///
+/// # Errors
+/// When the table cannot be read.
+pub fn summary(connection: &Connection, project: &ProjectName) -> Result<ContextSummary, StoreError> {
+    let sql = "SELECT count(*), total(archived), total(iif(archived, 0, tokens)), \
+               total(not archived and tier = 'hot'), total(not archived and tier = 'warm'), \
+               total(not archived and tier = 'cold') FROM context_items WHERE project = ?1";
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // Sums of counts below 2^53.
+    let number = |value: f64| value as u64;
+    connection
+        .query_row(sql, [project.as_str()], |row| {
+            Ok(ContextSummary {
+                items: row.get::<_, i64>(0)?.unsigned_abs(),
+                archived: number(row.get(1)?),
+                tokens: number(row.get(2)?),
+                hot: number(row.get(3)?),
+                warm: number(row.get(4)?),
+                cold: number(row.get(5)?),
+            })
+        })
+        .doing(READ)
+}
+
+/// Returns the tokens of an agent's unarchived items.
+///
+/// # Errors
+/// When the table cannot be read.
+pub fn tokens(connection: &Connection, project: &ProjectName, agent: &AgentName) -> Result<u64, StoreError> {
+    let sql = "SELECT coalesce(sum(tokens), 0) FROM context_items WHERE project = ?1 AND agent = ?2 AND archived = 0";
+    connection
+        .query_row(sql, [project.as_str(), agent.as_str()], |row| row.get::<_, i64>(0))
+        .map(i64::unsigned_abs)
+        .doing(READ)
+}
+
+struct Raw {
+    id: i64,
+    agent: String,
+    kind: String,
+    tokens: i64,
+    score: f64,
+    tier: String,
+    pinned: bool,
+    archived: bool,
+    access_count: i64,
+    created_at: i64,
+    text: String,
+}
+
+fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
+    Ok(Raw {
+        id: row.get(0)?,
+        agent: row.get(1)?,
+        kind: row.get(2)?,
+        tokens: row.get(3)?,
+        score: row.get(4)?,
+        tier: row.get(5)?,
+        pinned: row.get(6)?,
+        archived: row.get(7)?,
+        access_count: row.get(8)?,
+        created_at: row.get(9)?,
+        text: row.get(10)?,
+    })
+}
+
+fn item(raw: Raw) -> Result<ContextItem, StoreError> {
+    Ok(ContextItem {
+        id: raw.id,
+        agent: word(&raw.agent)?,
+        kind: word(&raw.kind)?,
+        tokens: raw.tokens.unsigned_abs(),
+        score: raw.score,
+        tier: word(&raw.tier)?,
+        pinned: raw.pinned,
+        archived: raw.archived,
+        access_count: raw.access_count.unsigned_abs(),
+        created_at: UnixMillis(raw.created_at),
+        text: raw.text,
+    })
+}

@@ -1,0 +1,156 @@
+//! The writer thread: batches the jobs that wait into one transaction.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::thread::JoinHandle;
+
+use rusqlite::Connection;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::{Doing, StoreError};
+
+/// How many jobs may wait; further writers wait for a place.
+const QUEUE: usize = 1024;
+
+/// How many jobs share one transaction at most.
+const BATCH: usize = 256;
+
+/// What a job's commit has to survive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Durability {
+    /// A crash of the daemon. Enough for the announcement of a step: when the power fails, the
+    /// processes that it speaks of are gone too, and every undo works without it.
+    Process,
+    /// A power failure: synced before the answer.
+    Power,
+}
+
+/// A job answers by itself: with its own error at once, with its result after the commit.
+type Job = Box<dyn FnOnce(&Connection) -> Answer + Send>;
+type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
+
+struct Queued {
+    durability: Durability,
+    job: Job,
+}
+
+pub(super) struct Writer {
+    queue: Mutex<Option<mpsc::Sender<Queued>>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Writer {
+    pub(super) fn start(connection: Connection, wake: watch::Sender<i64>) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let spawned =
+            std::thread::Builder::new().name("store-writer".into()).spawn(move || run(&connection, receiver, &wake));
+        // Without its thread the queue has no receiver, and every write answers `Closed`.
+        Self { queue: Mutex::new(Some(sender)), thread: Mutex::new(spawned.ok()) }
+    }
+
+    pub(super) async fn write<T: Send + 'static>(
+        &self,
+        durability: Durability,
+        job: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let queue = self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let queue = queue.ok_or(StoreError::Closed)?;
+        let (reply, answered) = oneshot::channel();
+        let job: Job = Box::new(move |connection| {
+            let result = catch_unwind(AssertUnwindSafe(|| in_savepoint(connection, job)));
+            Box::new(move |committed| {
+                let answer = match (result, committed) {
+                    (Err(_panic), _) => Err(StoreError::Commit("the job panicked and was undone".into())),
+                    (Ok(Err(error)), _) => Err(error),
+                    (Ok(Ok(_)), Err(error)) => Err(StoreError::Commit(error)),
+                    (Ok(Ok(value)), Ok(())) => Ok(value),
+                };
+                // A caller that no longer waits has lost interest, not the fact.
+                drop(reply.send(answer));
+            })
+        });
+        queue.send(Queued { durability, job }).await.map_err(|_| StoreError::Closed)?;
+        answered.await.map_err(|_| StoreError::Closed)?
+    }
+
+    pub(super) async fn close(&self) {
+        drop(self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
+        let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // The thread ends once the jobs that wait are committed.
+            drop(tokio::task::spawn_blocking(move || thread.join()).await);
+        }
+    }
+}
+
+/// Runs one job so that its failure undoes its own changes alone.
+fn in_savepoint<T>(
+    connection: &Connection,
+    job: impl FnOnce(&Connection) -> Result<T, StoreError>,
+) -> Result<T, StoreError> {
+    connection.execute_batch("SAVEPOINT job").doing("begin a write")?;
+    let result = job(connection);
+    let end = if result.is_ok() { "RELEASE job" } else { "ROLLBACK TO job; RELEASE job" };
+    connection.execute_batch(end).doing("end a write")?;
+    result
+}
+
+fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch::Sender<i64>) {
+    let mut synced = Durability::Power;
+    while let Some(first) = queue.blocking_recv() {
+        let mut batch = vec![first];
+        while batch.len() < BATCH
+            && let Ok(next) = queue.try_recv()
+        {
+            batch.push(next);
+        }
+        let needed = batch.iter().map(|queued| queued.durability).max().unwrap_or(Durability::Power);
+        let answers = match begin(connection, needed, &mut synced) {
+            Ok(()) => {
+                let answers: Vec<Answer> = batch.into_iter().map(|queued| (queued.job)(connection)).collect();
+                let committed = commit(connection);
+                (answers, committed)
+            }
+            Err(error) => {
+                tracing::error!(error = %error, "the database takes no transaction");
+                // Dropping the jobs answers their callers with `Closed`.
+                continue;
+            }
+        };
+        let (answers, committed) = answers;
+        if committed.is_ok() {
+            announce(connection, wake);
+        }
+        for answer in answers {
+            answer(committed.clone());
+        }
+    }
+}
+
+fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -> Result<(), rusqlite::Error> {
+    if needed != *synced {
+        // In WAL mode NORMAL writes the log without syncing it; the next FULL commit syncs it whole.
+        let mode = if needed == Durability::Power { "full" } else { "normal" };
+        connection.pragma_update(None, "synchronous", mode)?;
+        *synced = needed;
+    }
+    connection.execute_batch("BEGIN IMMEDIATE")
+}
+
+fn commit(connection: &Connection) -> Result<(), String> {
+    connection.execute_batch("COMMIT").map_err(|error| {
+        if let Err(rollback) = connection.execute_batch("ROLLBACK") {
+            tracing::error!(error = %rollback, "roll back after a failed commit");
+        }
+        error.to_string()
+    })
+}
+
+fn announce(connection: &Connection, wake: &watch::Sender<i64>) {
+    let last = connection
+        .prepare_cached("SELECT coalesce(max(seq), 0) FROM events")
+        .and_then(|mut statement| statement.query_row([], |row| row.get::<_, i64>(0)));
+    if let Ok(last) = last {
+        wake.send_if_modified(|known| std::mem::replace(known, last) != last);
+    }
+}
