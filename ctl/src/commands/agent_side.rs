@@ -1,0 +1,85 @@
+//! `agent …`: what an agent says of itself; the daemon knows by its token who it is.
+
+use fermata_protocol::agent::{AgentAck, AgentListen, AgentProgress, AgentUsage, StateGet, StatePut};
+use fermata_protocol::question::QuestionAsk;
+use fermata_protocol::task::TaskPut;
+
+use super::{Ended, context, question, task, text_or_stdin};
+use crate::cli::groups::{AgentCommand, StateCommand};
+use crate::errors::Failure;
+use crate::session::Session;
+
+/// Runs an `agent` command.
+pub fn run(session: &mut Session, command: AgentCommand) -> Ended {
+    match command {
+        AgentCommand::Progress { percent, message, units, phase, target } => {
+            let done = session.call(&AgentProgress { target, percent, message, units_done: units, phase })?;
+            silent(session, &done)
+        }
+        AgentCommand::Context { item, target } => context::add(session, target, item),
+        AgentCommand::Task { title, id, state, target } => {
+            task::put(session, TaskPut { target, id, title, status: state.status, percent: state.percent })
+        }
+        AgentCommand::Ask { text, choice, wait, target } => {
+            let asked = session.call(&QuestionAsk { target, text, choices: choice })?;
+            if wait {
+                return question::wait(session, Some(asked.project), asked.id);
+            }
+            let id = asked.id.to_string();
+            session.out.one(&asked, Some(id), |out, asked| out.line(asked.id))?;
+            Ok(0)
+        }
+        AgentCommand::WaitAnswer { question } => question::wait(session, question.project, question.id),
+        AgentCommand::Ack { target } => {
+            let done = session.call(&AgentAck { target })?;
+            silent(session, &done)
+        }
+        AgentCommand::State(command) => state(session, command),
+        AgentCommand::Usage { input, output, cost, target } => {
+            let done = session.call(&AgentUsage {
+                target,
+                input_tokens: input,
+                output_tokens: output,
+                cost_micro_usd: cost,
+            })?;
+            silent(session, &done)
+        }
+        AgentCommand::Listen => listen(session),
+    }
+}
+
+/// Agents report often, and nobody reads "done".
+fn silent(session: &mut Session, done: &impl serde::Serialize) -> Ended {
+    session.out.one(done, None, |_, _| Ok(()))?;
+    Ok(0)
+}
+
+fn state(session: &mut Session, command: StateCommand) -> Ended {
+    match command {
+        StateCommand::Get { target } => {
+            let result = session.call(&StateGet { target })?;
+            session.out.one(&result, None, |out, result| out.json(&result.state))?;
+            Ok(0)
+        }
+        StateCommand::Put { json, target } => {
+            let text = text_or_stdin(json)?;
+            let state =
+                serde_json::from_str(&text).map_err(|e| Failure::usage(format!("the state is not valid JSON: {e}")))?;
+            let done = session.call(&StatePut { target, state })?;
+            silent(session, &done)
+        }
+    }
+}
+
+/// Prints pause requests until the daemon is gone for good.
+fn listen(session: &mut Session) -> Ended {
+    loop {
+        session.call_lasting(&AgentListen {})?;
+        while let Some(notification) = session.next_notification()? {
+            if notification.method == "pause_requested" {
+                session.out.json(&notification.params)?;
+                session.out.flush()?;
+            }
+        }
+    }
+}

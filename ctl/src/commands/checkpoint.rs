@@ -1,0 +1,247 @@
+//! `checkpoint …`.
+
+use std::io;
+
+use fermata_protocol::checkpoint::{
+    ChangeKind, ChangedPath, CheckpointCreate, CheckpointCreateResult, CheckpointDetail, CheckpointDiff,
+    CheckpointDiffResult, CheckpointList, CheckpointPin, CheckpointRestore, CheckpointRestoreResult, CheckpointShow,
+    CheckpointVerify, CheckpointView, VerifiedCheckpoint,
+};
+use fermata_protocol::{CheckpointNumber, ProjectName};
+
+use super::Ended;
+use super::pause::{frozen, steps_text};
+use crate::cli::groups::CheckpointCommand;
+use crate::errors::Failure;
+use crate::output::time::{bytes, dollars, local, number};
+use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean};
+use crate::session::Session;
+
+/// How many checkpoints are asked for at once.
+const PAGE: u32 = 200;
+
+/// Runs a `checkpoint` command.
+pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
+    match command {
+        CheckpointCommand::Create { project, name, description } => {
+            let params = CheckpointCreate { project, name, description };
+            let result = session.call_long("checkpoint", &params)?;
+            let id = result.checkpoint_id.to_string();
+            session.out.one(&result, Some(id), created)?;
+        }
+        CheckpointCommand::Ls { project, limit } => {
+            let checkpoints = list(session, &project, limit)?;
+            let id = |checkpoint: &CheckpointView| checkpoint.id;
+            session.out.rows(&checkpoints, "no checkpoints", id, table)?;
+        }
+        CheckpointCommand::Show { project, checkpoint } => {
+            let detail = session.call(&CheckpointShow { project, checkpoint })?;
+            let id = detail.checkpoint.id.to_string();
+            session.out.one(&detail, Some(id), shown)?;
+        }
+        CheckpointCommand::Diff { project, from, to, stat: _, patch } => {
+            let params = CheckpointDiff { project, from, to, patch };
+            let result = session.call_long("diff", &params)?;
+            diff(session, &result)?;
+        }
+        CheckpointCommand::Restore { project, checkpoint, dry_run } => {
+            let params = CheckpointRestore { project: project.clone(), checkpoint, dry_run };
+            let result = session.call_long(&format!("restore {project}"), &params)?;
+            let id = result.safety_checkpoint_id.map(|n| n.to_string());
+            session.out.one(&result, id, |out, result| restored(out, result, &project, dry_run))?;
+        }
+        CheckpointCommand::Verify { project, checkpoint } => {
+            let params = CheckpointVerify { project, checkpoint };
+            return verify(session, &params);
+        }
+        CheckpointCommand::Pin { project, checkpoint } => pin(session, project, checkpoint, true)?,
+        CheckpointCommand::Unpin { project, checkpoint } => pin(session, project, checkpoint, false)?,
+    }
+    Ok(0)
+}
+
+/// Asks page after page, newest first.
+fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Result<Vec<CheckpointView>, Failure> {
+    let wanted = limit.map_or(usize::MAX, |n| n as usize);
+    let mut all: Vec<CheckpointView> = Vec::new();
+    while all.len() < wanted {
+        let page = session.call(&CheckpointList {
+            project: project.clone(),
+            before: all.last().map(|checkpoint| checkpoint.id),
+            limit: Some(limit.map_or(PAGE, |n| n.min(PAGE))),
+        })?;
+        let count = page.checkpoints.len();
+        all.extend(page.checkpoints);
+        // A daemon may give fewer than were asked for; only an empty page is the end for sure.
+        if count == 0 {
+            break;
+        }
+    }
+    all.truncate(wanted);
+    Ok(all)
+}
+
+fn table(out: &Output, checkpoints: &[CheckpointView]) -> Table {
+    let mut table = Table::new(&[">N", "TRIGGER", "CREATED", ">SIZE", ">FILES", "PIN", "NAME"]);
+    for checkpoint in checkpoints {
+        let warned = !checkpoint.metadata.warnings.is_empty() || checkpoint.metadata.skipped > 0;
+        let paint = if warned { Paint::Attention } else { Paint::Plain };
+        table.row([
+            Cell::painted(checkpoint.id.to_string(), paint),
+            checkpoint.trigger.as_str().into(),
+            out.ago(checkpoint.created_at).into(),
+            bytes(checkpoint.size_bytes).into(),
+            number(checkpoint.metadata.files).into(),
+            if checkpoint.pinned { "pinned" } else { "" }.into(),
+            Cell::from(&checkpoint.name),
+        ]);
+    }
+    table
+}
+
+fn created(out: &mut Output, result: &CheckpointCreateResult) -> io::Result<()> {
+    let metadata = &result.checkpoint.metadata;
+    let facts = Facts::default()
+        .add("checkpoint", result.checkpoint_id.to_string())
+        .add("name", &result.checkpoint.name)
+        .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
+        .add("added", bytes(result.checkpoint.size_bytes))
+        .add("frozen", frozen(result.frozen_ms, &result.steps_ms))
+        .add("operation", result.operation_id.as_str());
+    out.facts(&facts)?;
+    out.warnings(&result.warnings)
+}
+
+fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
+    let checkpoint = &detail.checkpoint;
+    let metadata = &checkpoint.metadata;
+    let filled = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
+    let facts = Facts::default()
+        .add("checkpoint", format!("{} of {}", checkpoint.id, checkpoint.project))
+        .add("name", &checkpoint.name)
+        .maybe("description", filled(&checkpoint.description))
+        .add("trigger", checkpoint.trigger.as_str())
+        .maybe("pause reason", checkpoint.pause_reason.as_ref())
+        .add("created", format!("{} ({})", local(checkpoint.created_at), out.ago(checkpoint.created_at)))
+        .add("pinned", if checkpoint.pinned { "yes" } else { "no" })
+        .add("phase", metadata.phase.as_str())
+        .maybe(
+            "tasks",
+            (metadata.tasks_total > 0).then(|| format!("{} of {} done", metadata.tasks_done, metadata.tasks_total)),
+        )
+        .maybe("last task", metadata.last_task_done.as_ref())
+        .maybe("agents", filled(&metadata.active_agents.join(", ")))
+        .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
+        .add("on disk", bytes(checkpoint.size_bytes))
+        .add("context", format!("{} items, {} tokens", number(metadata.context_items), number(metadata.context_tokens)))
+        .maybe("cost so far", (metadata.cost_micro_usd > 0).then(|| dollars(metadata.cost_micro_usd)))
+        .maybe("repository", metadata.repository.as_ref().map(|r| r.to_string()))
+        .add("format", checkpoint.format.to_string())
+        .add("manifest", &checkpoint.manifest_sha256)
+        .add("operation", checkpoint.operation_id.as_str());
+    out.facts(&facts)?;
+    out.line("")?;
+    let mut parts = Table::new(&["PART", ">SIZE", "HASH", "PATH"]);
+    for part in &detail.manifest.parts {
+        parts.row([
+            Cell::from(&part.kind),
+            bytes(part.bytes).into(),
+            part.sha256.chars().take(16).collect::<String>().into(),
+            Cell::from(&part.path),
+        ]);
+    }
+    out.table(&parts)?;
+    if !detail.skipped.is_empty() {
+        out.line("")?;
+        let mut skipped = Table::new(&["LEFT OUT", "BECAUSE"]);
+        for path in &detail.skipped {
+            skipped.row([Cell::from(&path.path), Cell::from(&path.reason)]);
+        }
+        out.table(&skipped)?;
+    }
+    out.warnings(&metadata.warnings)
+}
+
+fn diff(session: &mut Session, result: &CheckpointDiffResult) -> Result<(), Failure> {
+    let out = &mut session.out;
+    match (&result.patch, out.format()) {
+        // A patch is data: other programs read it as it is.
+        (Some(patch), Format::Human) => out.text(patch)?,
+        (Some(_), Format::Json) => out.json(result)?,
+        (Some(_), Format::Ids) | (None, _) => {
+            let path = |change: &ChangedPath| clean(&change.path);
+            out.rows(&result.changes, "no differences", path, |_, changes| change_table(changes))?;
+        }
+    }
+    Ok(())
+}
+
+fn change_table(changes: &[ChangedPath]) -> Table {
+    let mut table = Table::new(&["CHANGE", ">BEFORE", ">AFTER", "PATH"]);
+    let size = |size: Option<u64>| size.map(bytes).unwrap_or_default();
+    for change in changes {
+        let (word, paint) = match change.change {
+            ChangeKind::Added => ("added", Paint::Good),
+            ChangeKind::Removed => ("removed", Paint::Bad),
+            ChangeKind::Modified => ("modified", Paint::Attention),
+            ChangeKind::TypeChanged => ("type changed", Paint::Attention),
+            ChangeKind::ModeChanged => ("mode changed", Paint::Attention),
+        };
+        table.row([
+            Cell::painted(word, paint),
+            size(change.old_bytes).into(),
+            size(change.new_bytes).into(),
+            Cell::from(&change.path),
+        ]);
+    }
+    table
+}
+
+fn restored(
+    out: &mut Output,
+    result: &CheckpointRestoreResult,
+    project: &ProjectName,
+    dry_run: bool,
+) -> io::Result<()> {
+    if !result.changes.is_empty() {
+        out.table(&change_table(&result.changes))?;
+        out.line("")?;
+    }
+    let label = if dry_run { "would restore" } else { "restored" };
+    let undo = result.safety_checkpoint_id.map(|n| format!("fermatactl checkpoint restore {project} {n}"));
+    let steps = Some(steps_text(&result.steps_ms)).filter(|s| !s.is_empty());
+    let facts = Facts::default()
+        .add(label, format!("checkpoint {}", result.checkpoint_id))
+        .add("paths", format!("{} written, {} removed", result.written, result.removed))
+        .maybe("steps", steps)
+        .maybe("undo with", undo)
+        .maybe("operation", result.operation_id.as_ref().map(|id| id.as_str()));
+    out.facts(&facts)?;
+    out.warnings(&result.warnings)
+}
+
+/// Exit code 1 when anything is damaged.
+fn verify(session: &mut Session, params: &CheckpointVerify) -> Ended {
+    let checkpoints = session.call_long("verify", params)?.checkpoints;
+    let id = |checkpoint: &VerifiedCheckpoint| checkpoint.checkpoint_id;
+    session.out.rows(&checkpoints, "no checkpoints", id, |_, rows| {
+        let mut table = Table::new(&[">N", "STATE", "PROBLEMS"]);
+        for row in rows {
+            let state =
+                if row.good { Cell::painted("good", Paint::Good) } else { Cell::painted("damaged", Paint::Bad) };
+            table.row([row.checkpoint_id.to_string().into(), state, row.problems.join("; ").into()]);
+        }
+        table
+    })?;
+    Ok(if checkpoints.iter().all(|c| c.good) { 0 } else { 1 })
+}
+
+fn pin(session: &mut Session, project: ProjectName, checkpoint: CheckpointNumber, pinned: bool) -> Result<(), Failure> {
+    let view = session.call(&CheckpointPin { project, checkpoint, pinned })?;
+    let id = view.id.to_string();
+    session.out.one(&view, Some(id), |out, view| {
+        let word = if view.pinned { "pinned" } else { "unpinned" };
+        out.line(format_args!("checkpoint {} of {} {word}", view.id, view.project))
+    })?;
+    Ok(())
+}

@@ -1,0 +1,105 @@
+//! `events`: the durable record of what happened, and its continuation.
+
+use std::io;
+
+use fermata_protocol::event::{EventFilter, EventNotification, EventsList, EventsSubscribe, RecordedEvent};
+use serde::Deserialize as _;
+use serde_json::Value;
+
+use super::Ended;
+use crate::cli::EventsArgs;
+use crate::errors::Failure;
+use crate::output::time::local;
+use crate::output::{Format, Output, Paint, clean};
+use crate::session::Session;
+
+/// Runs `events`.
+pub fn events(session: &mut Session, args: EventsArgs) -> Ended {
+    let filter = EventFilter { project: args.project, kinds: args.kind };
+    if args.follow { follow(session, args.since_cursor, &filter) } else { list(session, args.since_cursor, &filter) }
+}
+
+fn list(session: &mut Session, mut cursor: Option<String>, filter: &EventFilter) -> Ended {
+    loop {
+        let page = session.call(&EventsList { cursor: cursor.clone(), filter: filter.clone(), limit: None })?;
+        for event in &page.events {
+            show(&mut session.out, event)?;
+        }
+        // A page may be empty because the filter took nothing of it; the cursor then still moved.
+        if page.events.is_empty() && cursor.as_ref() == Some(&page.cursor) {
+            return Ok(0);
+        }
+        cursor = Some(page.cursor);
+    }
+}
+
+fn follow(session: &mut Session, mut cursor: Option<String>, filter: &EventFilter) -> Ended {
+    loop {
+        let subscribed = session.call_lasting(&EventsSubscribe { cursor: cursor.clone(), filter: filter.clone() })?;
+        // From here on a daemon that comes back is asked for what follows this cursor.
+        cursor.get_or_insert(subscribed.cursor);
+        while let Some(notification) = session.next_notification()? {
+            if notification.method != "event" {
+                continue;
+            }
+            let event = EventNotification::deserialize(&notification.params).map_err(|e| {
+                Failure::local(format!("an event makes no sense: {e}"))
+                    .hint("fermatactl version shows whether client and daemon fit together")
+            })?;
+            if event.subscription != subscribed.subscription {
+                continue;
+            }
+            show(&mut session.out, &event.event)?;
+            session.out.flush()?;
+            cursor = Some(event.event.cursor);
+        }
+    }
+}
+
+fn show(out: &mut Output, event: &RecordedEvent) -> io::Result<()> {
+    match out.format() {
+        Format::Json => out.json(event),
+        Format::Ids => out.line(clean(&event.cursor)),
+        Format::Human => {
+            let at = Paint::Dim.apply(&local(event.at), out.color());
+            let kind = event.event.kind();
+            let data = serde_json::to_value(&event.event)?;
+            let summary = summary(data.get("data").unwrap_or(&Value::Null));
+            let line = format!("{at}  {:<12}  {kind:<22}  {summary}", event.project.as_str());
+            out.line(line.trim_end())
+        }
+    }
+}
+
+/// Writes an event's simple fields as `name=value`; what is nested is there with `--json`.
+fn summary(data: &Value) -> String {
+    let Value::Object(fields) = data else {
+        return String::new();
+    };
+    let mut parts = Vec::new();
+    for (name, value) in fields {
+        let text = match value {
+            Value::Null | Value::Object(_) => continue,
+            Value::Array(items) if items.iter().any(|i| i.is_object() || i.is_array()) => continue,
+            Value::String(text) if text.is_empty() => continue,
+            Value::String(text) if !text.contains([' ', '\n']) => text.clone(),
+            other => other.to_string(),
+        };
+        parts.push(format!("{name}={}", crate::output::table::cut(&clean(&text), 60)));
+    }
+    parts.join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_summary_has_the_simple_fields() {
+        let data = json!({"agent": "coder", "text": "a b", "nested": {"x": 1}, "none": null, "ids": [1, 2]});
+        let mut parts: Vec<_> = summary(&data).split(' ').map(str::to_owned).collect();
+        parts.sort();
+        assert_eq!(parts.join(" "), "agent=coder b\" ids=[1,2] text=\"a");
+    }
+}

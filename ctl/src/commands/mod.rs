@@ -1,0 +1,145 @@
+//! One file per group of commands; each asks the daemon and shows the answer.
+
+mod agent_side;
+mod agents;
+mod checkpoint;
+mod context;
+mod doctor;
+mod events;
+mod logs;
+mod operation;
+mod pause;
+mod plugin;
+mod project;
+mod protocol;
+mod question;
+mod run;
+mod status;
+mod task;
+
+use std::io::Read as _;
+use std::time::Duration;
+
+use fermata_protocol::agent::AgentList;
+use fermata_protocol::agent::AgentView;
+use fermata_protocol::{Code, Target};
+
+use crate::cli::Command;
+use crate::cli::groups::AgentCommand;
+use crate::deadline;
+use crate::errors::{Exit, Failure};
+use crate::output::time::millis;
+use crate::session::Session;
+
+/// How a command ended: the exit code.
+pub type Ended = Result<u8, Failure>;
+
+/// How much longer than the daemon's own wait this program waits.
+const MARGIN: Duration = Duration::from_secs(5);
+
+/// Runs a command.
+pub fn run(session: &mut Session, command: Command) -> Ended {
+    if let Some(time) = session.globals.timeout {
+        // These tell the daemon how long to wait, and know more about a wait that was in vain.
+        let own_wait = match &command {
+            Command::Wait { .. } => true,
+            Command::Run(run) => run.wait && !run.logs,
+            Command::Agent(agent) => {
+                matches!(agent, AgentCommand::Ask { wait: true, .. } | AgentCommand::WaitAnswer { .. })
+            }
+            _ => false,
+        };
+        let time = if own_wait { time + MARGIN } else { time };
+        deadline::arm(time, session.globals.json)?;
+    }
+    match command {
+        Command::Run(args) => run::run(session, args),
+        Command::Ps { project } => status::ps(session, project),
+        Command::Status { project } => status::status(session, project),
+        Command::Pause(args) => pause::pause(session, args),
+        Command::Resume { project, checkpoint } => pause::resume(session, project, checkpoint),
+        Command::Stop { target, grace } => agents::stop(session, target, grace),
+        Command::Restart { target } => agents::restart(session, &target),
+        Command::Kill { target, signal } => agents::kill(session, target, signal),
+        Command::Rm { target, with_checkpoints } => agents::remove(session, target, with_checkpoints),
+        Command::Logs(args) => logs::logs(session, args),
+        Command::Wait { target, propagate } => agents::wait(session, &target, propagate),
+        Command::Project(command) => project::run(session, command),
+        Command::Op(command) => operation::run(session, command),
+        Command::Checkpoint(command) => checkpoint::run(session, command),
+        Command::Context(command) => context::run(session, command),
+        Command::Task(command) => task::run(session, command),
+        Command::Inbox { project, all } => question::inbox(session, project, all),
+        Command::Answer { question, text } => question::answer(session, question, &text),
+        Command::Events(args) => events::events(session, args),
+        Command::Plugin(command) => plugin::run(session, command),
+        Command::Agent(command) => agent_side::run(session, command),
+        Command::Daemon(command) => protocol::daemon(session, command),
+        Command::Doctor => doctor::doctor(session),
+        Command::Completions { shell } => protocol::completions(session, shell),
+        Command::Call { method, params } => protocol::call(session, &method, params),
+        Command::Version => protocol::version(session),
+    }
+}
+
+/// Returns `--timeout` in the protocol's unit.
+fn timeout_ms(session: &Session) -> Option<u64> {
+    session.globals.timeout.map(millis)
+}
+
+/// Returns the agents that a target means; a project without agents is an error.
+fn agents_of(session: &mut Session, target: &Target) -> Result<Vec<AgentView>, Failure> {
+    let params = AgentList { project: Some(target.project.clone()) };
+    let mut agents = session.call(&params)?.agents;
+    if let Some(name) = &target.agent {
+        agents.retain(|agent| agent.name == *name);
+    }
+    if agents.is_empty() {
+        return Err(Failure::new(
+            Exit::NotFound,
+            Code::AgentNotFound.as_str(),
+            match &target.agent {
+                Some(_) => format!("there is no agent {target}"),
+                None => format!("the project {target} has no agents"),
+            },
+        )
+        .hint(format!("start one: fermatactl run --project {} -- COMMAND", target.project)));
+    }
+    Ok(agents)
+}
+
+/// Returns the one agent that a target means.
+fn one_agent(session: &mut Session, target: &Target) -> Result<Target, Failure> {
+    if target.agent.is_some() {
+        return Ok(target.clone());
+    }
+    let agents = agents_of(session, target)?;
+    match &agents[..] {
+        [agent] => Ok(target_of(agent)),
+        several => {
+            let names: Vec<String> = several.iter().map(|a| target_of(a).to_string()).collect();
+            Err(Failure::usage(format!(
+                "the project {target} has {} agents, and this command takes one",
+                several.len()
+            ))
+            .hint(format!("name one of {}", names.join(", "))))
+        }
+    }
+}
+
+/// Returns the target of an agent.
+fn target_of(agent: &AgentView) -> Target {
+    Target::agent(agent.project.clone(), agent.name.clone())
+}
+
+/// Returns a text argument, from stdin when it is left out or `-`.
+fn text_or_stdin(text: Option<String>) -> Result<String, Failure> {
+    match text {
+        Some(text) if text != "-" => Ok(text),
+        _ => {
+            let mut text = String::new();
+            std::io::stdin().read_to_string(&mut text).map_err(|e| Failure::io("read stdin", &e))?;
+            Ok(text)
+        }
+    }
+}

@@ -1,0 +1,78 @@
+//! `op …`.
+
+use std::io;
+
+use fermata_protocol::operation::{OperationCancel, OperationList, OperationShow, OperationState, OperationView};
+
+use super::Ended;
+use super::pause::steps_text;
+use crate::cli::groups::OperationCommand;
+use crate::output::time::duration;
+use crate::output::{Cell, Facts, Output, Paint, Table};
+use crate::session::Session;
+
+/// Runs an `op` command.
+pub fn run(session: &mut Session, command: OperationCommand) -> Ended {
+    let operation = match command {
+        OperationCommand::Ls { project, limit } => {
+            let operations = session.call(&OperationList { project, limit })?.operations;
+            let id = |op: &OperationView| op.id.clone();
+            session.out.rows(&operations, "no operations", id, table)?;
+            return Ok(0);
+        }
+        OperationCommand::Show { operation } => session.call(&OperationShow { operation_id: operation })?,
+        OperationCommand::Cancel { operation } => session.call(&OperationCancel { operation_id: operation })?,
+    };
+    let id = operation.id.to_string();
+    session.out.one(&operation, Some(id), shown)?;
+    Ok(0)
+}
+
+fn state(operation: &OperationView) -> Cell {
+    let paint = match operation.state {
+        OperationState::Running | OperationState::Undoing => Paint::Attention,
+        OperationState::Succeeded => Paint::Good,
+        OperationState::Failed => Paint::Bad,
+        OperationState::Cancelled => Paint::Dim,
+    };
+    Cell::painted(operation.state.as_str(), paint)
+}
+
+fn took(operation: &OperationView, out: &Output) -> String {
+    let end = operation.ended_at.unwrap_or(out.now());
+    duration(end.since(operation.started_at) as f64)
+}
+
+fn table(out: &Output, operations: &[OperationView]) -> Table {
+    let mut table = Table::new(&["OPERATION", "PROJECT", "KIND", "STATE", "STEP", "STARTED", ">TOOK"]);
+    for operation in operations {
+        table.row([
+            Cell::from(operation.id.as_str()),
+            operation.project.as_str().into(),
+            operation.kind.as_str().into(),
+            state(operation),
+            operation.step.as_deref().unwrap_or("").into(),
+            out.ago(operation.started_at).into(),
+            took(operation, out).into(),
+        ]);
+    }
+    table
+}
+
+fn shown(out: &mut Output, operation: &OperationView) -> io::Result<()> {
+    let steps = Some(steps_text(&operation.steps_ms)).filter(|s| !s.is_empty());
+    let error = operation.error.as_ref();
+    let facts = Facts::default()
+        .add("operation", operation.id.as_str())
+        .add("project", operation.project.as_str())
+        .add("kind", operation.kind.as_str())
+        .add("state", state(operation))
+        .maybe("step", operation.step.as_ref())
+        .add("started", out.ago(operation.started_at))
+        .add("took", took(operation, out))
+        .maybe("steps", steps)
+        .maybe("result", operation.result.as_ref().map(|r| r.to_string()))
+        .maybe("error", error.map(|e| Cell::painted(format!("{} ({})", e.message, e.data.code), Paint::Bad)))
+        .maybe("hint", error.and_then(|e| e.data.hint.as_ref()));
+    out.facts(&facts)
+}

@@ -1,0 +1,96 @@
+//! `pause` and `resume`.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeResult, Rung};
+use fermata_protocol::{CheckpointNumber, ProjectName};
+
+use super::Ended;
+use crate::cli::PauseArgs;
+use crate::output::time::{duration, millis, number};
+use crate::output::{Cell, Facts, Output, Paint, Table};
+use crate::session::Session;
+
+/// Runs `pause`.
+pub fn pause(session: &mut Session, args: PauseArgs) -> Ended {
+    let label = format!("pause {}", args.project);
+    let params =
+        ProjectPause { project: args.project, reason: args.reason, mode: args.mode, grace_ms: args.grace.map(millis) };
+    let result = session.call_long(&label, &params)?;
+    let id = Some(result.checkpoint_id.to_string());
+    session.out.one(&result, id, paused)?;
+    Ok(0)
+}
+
+fn paused(out: &mut Output, result: &PauseResult) -> io::Result<()> {
+    let tokens = format!(
+        "{} before, {} after ({:.1} % less)",
+        number(result.tokens_before),
+        number(result.tokens_after),
+        result.reduction_percentage
+    );
+    let archived = format!(
+        "{} items; {} hot and {} warm stay",
+        result.items_archived, result.hot_items_retained, result.warm_items_retained
+    );
+    let facts = Facts::default()
+        .add("checkpoint", result.checkpoint_id.to_string())
+        .add("mode", result.mode.as_str())
+        .add("mechanism", result.mechanism.as_str())
+        .add("processes", result.processes.to_string())
+        .add("frozen", frozen(result.frozen_ms, &result.steps_ms))
+        .add("tokens", tokens)
+        .add("archived", archived)
+        .add("operation", result.operation_id.as_str());
+    out.facts(&facts)?;
+    out.warnings(&result.warnings)
+}
+
+/// Writes how long agents stood still, with the steps in brackets.
+pub fn frozen(frozen_ms: f64, steps: &BTreeMap<String, f64>) -> String {
+    let steps = steps_text(steps);
+    if steps.is_empty() { duration(frozen_ms) } else { format!("{} ({steps})", duration(frozen_ms)) }
+}
+
+/// Writes steps with their durations.
+pub fn steps_text(steps: &BTreeMap<String, f64>) -> String {
+    let steps: Vec<String> = steps.iter().map(|(step, ms)| format!("{step} {}", duration(*ms))).collect();
+    steps.join(", ")
+}
+
+/// Runs `resume`; exit code 1 when an agent could not be brought back.
+pub fn resume(session: &mut Session, project: ProjectName, checkpoint: Option<CheckpointNumber>) -> Ended {
+    let label = format!("resume {project}");
+    let params = ProjectResume { project, checkpoint };
+    let result = session.call_long(&label, &params)?;
+    let id = Some(result.operation_id.to_string());
+    session.out.one(&result, id, resumed)?;
+    Ok(if result.success { 0 } else { 1 })
+}
+
+fn resumed(out: &mut Output, result: &ResumeResult) -> io::Result<()> {
+    let restored = result.restored.map(|n| format!("checkpoint {n}"));
+    let facts = Facts::default()
+        .maybe("restored", restored)
+        .add("was paused for", duration(result.paused_ms as f64))
+        .add("operation", result.operation_id.as_str());
+    out.facts(&facts)?;
+    if !result.agents.is_empty() {
+        out.line("")?;
+        let mut table = Table::new(&["AGENT", "RESUMED", "DETAIL"]);
+        for agent in &result.agents {
+            let (rung, paint) = match agent.rung {
+                Rung::Thawed => ("thawed", Paint::Good),
+                Rung::ImageRestored => ("image restored", Paint::Good),
+                Rung::Respawned => ("respawned", Paint::Attention),
+                Rung::Failed => ("failed", Paint::Bad),
+            };
+            let argv = agent.argv.as_ref().map(|argv| argv.join(" "));
+            let detail: Vec<String> = agent.detail.clone().into_iter().chain(argv).collect();
+            table.row([Cell::from(agent.agent.as_str()), Cell::painted(rung, paint), detail.join(": ").into()]);
+        }
+        out.table(&table)?;
+    }
+    out.warnings(&result.warnings)
+}

@@ -1,0 +1,187 @@
+//! `run`: starts an agent with the caller's environment, directory, umask and limits.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use fermata_protocol::Code;
+use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
+use nix::sys::stat::{Mode, umask};
+
+use super::{Ended, agents, logs, target_of};
+use crate::autostart::IDENTITY;
+use crate::cli::RunArgs;
+use crate::cli::values::split_words;
+use crate::errors::Failure;
+use crate::output::time::millis;
+use crate::output::{Format, note};
+use crate::session::Session;
+
+/// Runs `run`.
+pub fn run(session: &mut Session, args: RunArgs) -> Ended {
+    let (wait, follow) = (args.wait, args.logs);
+    let agent = start(session, args)?;
+    let target = target_of(&agent);
+    if (wait || follow) && session.out.is_human() {
+        note(&format!("{target} started"));
+    }
+    if follow {
+        logs::follow(session, &target)?;
+    } else if !wait || session.out.format() == Format::Ids {
+        session.out.one(&agent, Some(target.to_string()), |out, agent| match agent.pid {
+            Some(pid) => out.line(format_args!("{target} started, pid {pid}")),
+            None => out.line(format_args!("{target} is {}", agent.status)),
+        })?;
+        session.out.flush()?;
+    }
+    if !wait {
+        return Ok(0);
+    }
+    let ended = agents::wait_for(session, &target, super::timeout_ms(session))?;
+    if session.out.format() == Format::Json {
+        session.out.json(&ended)?;
+    }
+    Ok(agents::exit_code(&ended))
+}
+
+fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
+    let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
+    let cwd = match &args.cwd {
+        Some(dir) => canonical(dir)?,
+        None => here.clone(),
+    };
+    let workspace = args.workspace.as_deref().map(canonical).transpose()?;
+    let resume_argv = match args.resume_command {
+        Some(line) => {
+            let words = split_words(&line).map_err(|e| Failure::usage(format!("--resume-command: {e}")))?;
+            if words.is_empty() {
+                return Err(Failure::usage("--resume-command is empty"));
+            }
+            Some(words)
+        }
+        None => Some(args.resume_args).filter(|words| !words.is_empty()),
+    };
+    let argv = args
+        .command
+        .into_iter()
+        .map(|word| {
+            word.into_string()
+                .map_err(|word| Failure::usage(format!("the argument '{}' is not valid UTF-8", word.to_string_lossy())))
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut params = AgentRun {
+        project: args.project,
+        workspace: workspace.as_deref().map(text).transpose()?,
+        name: args.name,
+        argv,
+        env: environment(std::env::vars_os()),
+        cwd: Some(text(&cwd)?),
+        umask: Some(own_umask()),
+        limits: own_limits(),
+        resume_argv,
+        profile: args.profile,
+        stop_grace_ms: args.stop_grace.map(millis),
+    };
+    match session.call(&params) {
+        // Only a new project needs a workspace, and only the daemon knows whether it is new.
+        Err(failure) if failure.is(Code::ProjectNotFound) && params.workspace.is_none() => {
+            params.workspace = Some(text(&canonical(&here)?)?);
+            session.call(&params)
+        }
+        answer => answer,
+    }
+}
+
+/// Makes a path absolute and free of links.
+pub fn canonical(path: &Path) -> Result<PathBuf, Failure> {
+    path.canonicalize().map_err(|e| Failure::io(format!("find {}", path.display()), &e))
+}
+
+/// Returns a path as the protocol carries it.
+pub fn text(path: &Path) -> Result<String, Failure> {
+    match path.to_str() {
+        Some(text) => Ok(text.into()),
+        None => Err(Failure::usage(format!("the path {} is not valid UTF-8", path.display()))),
+    }
+}
+
+/// The environment that the agent gets, without what says that the caller itself is an agent.
+fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+    let mut kept = BTreeMap::new();
+    for (name, value) in variables {
+        match (name.into_string(), value.into_string()) {
+            (Ok(name), Ok(value)) => {
+                if !IDENTITY.contains(&name.as_str()) {
+                    kept.insert(name, value);
+                }
+            }
+            (Ok(name), Err(_)) => note(&format!("warning: the variable {name} is not valid UTF-8 and is left out")),
+            (Err(name), _) => {
+                note(&format!("warning: the variable {} is not valid UTF-8 and is left out", name.to_string_lossy()))
+            }
+        }
+    }
+    kept
+}
+
+/// Reads the umask, which can only be read by setting it; no other thread makes files meanwhile.
+fn own_umask() -> u32 {
+    let mask = umask(Mode::from_bits_truncate(0o077));
+    umask(mask);
+    mask.bits()
+}
+
+fn own_limits() -> BTreeMap<String, ResourceLimit> {
+    const LIMITS: [(&str, Resource); 16] = [
+        ("as", Resource::RLIMIT_AS),
+        ("core", Resource::RLIMIT_CORE),
+        ("cpu", Resource::RLIMIT_CPU),
+        ("data", Resource::RLIMIT_DATA),
+        ("fsize", Resource::RLIMIT_FSIZE),
+        ("locks", Resource::RLIMIT_LOCKS),
+        ("memlock", Resource::RLIMIT_MEMLOCK),
+        ("msgqueue", Resource::RLIMIT_MSGQUEUE),
+        ("nice", Resource::RLIMIT_NICE),
+        ("nofile", Resource::RLIMIT_NOFILE),
+        ("nproc", Resource::RLIMIT_NPROC),
+        ("rss", Resource::RLIMIT_RSS),
+        ("rtprio", Resource::RLIMIT_RTPRIO),
+        ("rttime", Resource::RLIMIT_RTTIME),
+        ("sigpending", Resource::RLIMIT_SIGPENDING),
+        ("stack", Resource::RLIMIT_STACK),
+    ];
+    let bounded = |limit| (limit != RLIM_INFINITY).then_some(limit);
+    let mut limits = BTreeMap::new();
+    for (name, resource) in LIMITS {
+        // A limit that this kernel does not know is none that could be handed on.
+        if let Ok((soft, hard)) = getrlimit(resource) {
+            let limit = ResourceLimit { soft: bounded(soft), hard: bounded(hard) };
+            limits.insert(name.into(), limit);
+        }
+    }
+    limits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt as _;
+
+    #[test]
+    fn an_agents_identity_is_not_handed_on() {
+        let variables = [
+            ("PATH".into(), "/bin".into()),
+            ("FERMATA_TOKEN".into(), "secret".into()),
+            ("BAD".into(), OsString::from_vec(vec![0xff])),
+        ];
+        let kept = environment(variables.into_iter());
+        assert_eq!(kept.into_iter().collect::<Vec<_>>(), [("PATH".into(), "/bin".into())]);
+    }
+
+    #[test]
+    fn the_limits_of_this_process_are_read() {
+        let limits = own_limits();
+        assert!(limits.contains_key("nofile") && limits.contains_key("core"));
+    }
+}

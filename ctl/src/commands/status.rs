@@ -1,0 +1,220 @@
+//! `ps` and `status`: what there is and how it stands.
+
+use std::io;
+
+use fermata_protocol::ProjectName;
+use fermata_protocol::agent::{AgentList, AgentView};
+use fermata_protocol::daemon::DaemonStatus;
+use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
+use serde_json::json;
+
+use super::{Ended, target_of};
+use crate::output::time::{bytes, duration, number};
+use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
+use crate::session::Session;
+
+/// Runs `ps`.
+pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {
+    let agents = session.call(&AgentList { project })?.agents;
+    session.out.rows(&agents, "no agents", target_of, agent_table)?;
+    Ok(0)
+}
+
+/// The table of agents.
+pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
+    let mut table = Table::new(&["AGENT", "STATUS", ">PID", "SINCE", "PROGRESS", ">TOKENS", "COMMAND"]);
+    for agent in agents {
+        let tokens = agent.usage.input_tokens + agent.usage.output_tokens;
+        table.row([
+            target_of(agent).to_string().into(),
+            status_cell(agent),
+            agent.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
+            since(out, agent).into(),
+            progress(agent).into(),
+            if tokens == 0 { String::new() } else { number(tokens) }.into(),
+            Cell::painted(agent.argv.join(" "), Paint::Dim),
+        ]);
+    }
+    table
+}
+
+fn status_cell(agent: &AgentView) -> Cell {
+    match agent.exit {
+        Some(exit) if agent.status.is_terminal() && !exit.is_success() => {
+            Cell::painted(format!("{} ({exit})", agent.status), Paint::Bad)
+        }
+        _ => agent_status(agent.status),
+    }
+}
+
+fn since(out: &Output, agent: &AgentView) -> String {
+    let at = if agent.status.is_terminal() { agent.ended_at.or(agent.started_at) } else { agent.started_at };
+    at.map(|at| out.ago(at)).unwrap_or_default()
+}
+
+fn progress(agent: &AgentView) -> String {
+    let Some(progress) = &agent.progress else {
+        return String::new();
+    };
+    let percent = progress.percent.map(|percent| format!("{percent:.0}%"));
+    let message = progress.message.clone();
+    let parts: Vec<String> = percent.into_iter().chain(message).collect();
+    parts.join(" ")
+}
+
+/// Runs `status`.
+pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
+    if let Some(project) = project {
+        return show(session, project);
+    }
+    let daemon = session.call(&DaemonStatus {})?;
+    let projects = session.call(&ProjectList {})?.projects;
+    match session.out.format() {
+        Format::Json => session.out.json(&json!({ "daemon": daemon, "projects": projects }))?,
+        Format::Ids => {
+            for project in &projects {
+                session.out.line(&project.name)?;
+            }
+        }
+        Format::Human => {
+            let out = &mut session.out;
+            let facts = Facts::default()
+                .add(
+                    "daemon",
+                    format!("{}, pid {}, started {}", daemon.version, daemon.pid, out.ago(daemon.started_at)),
+                )
+                .add("socket", &daemon.socket)
+                .add("state", &daemon.state_dir)
+                .add("freezer", &daemon.freezer)
+                .add("agents", format!("{} running", daemon.agents_running));
+            out.facts(&facts)?;
+            for line in &daemon.recovery {
+                out.facts(&Facts::default().add("recovery", line))?;
+            }
+            if !projects.is_empty() {
+                out.line("")?;
+                let table = project_table(out, &projects);
+                out.table(&table)?;
+            }
+        }
+    }
+    Ok(0)
+}
+
+/// The table of projects.
+pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
+    let mut table =
+        Table::new(&["PROJECT", "STATUS", "PHASE", ">AGENTS", ">TASKS", ">QUESTIONS", "SINCE", "WORKSPACE"]);
+    for project in projects {
+        let questions = match project.open_questions {
+            0 => Cell::from(""),
+            open => Cell::painted(open.to_string(), Paint::Attention),
+        };
+        let since = match &project.pause {
+            Some(pause) => format!("paused {}", out.ago(pause.paused_at)),
+            None => out.ago(project.created_at),
+        };
+        table.row([
+            Cell::from(&project.name.as_str()),
+            project_status(project.status),
+            project.phase.as_str().into(),
+            format!("{}/{}", project.agents_running, project.agents).into(),
+            tasks(project).into(),
+            questions,
+            since.into(),
+            Cell::painted(&project.workspace, Paint::Dim),
+        ]);
+    }
+    table
+}
+
+fn tasks(project: &ProjectView) -> String {
+    match project.tasks_total {
+        0 => String::new(),
+        total => format!("{}/{total}", project.tasks_completed),
+    }
+}
+
+/// Runs `project show` and `status PROJECT`.
+pub fn show(session: &mut Session, project: ProjectName) -> Ended {
+    let detail = session.call(&ProjectShow { project })?;
+    let id = Some(detail.project.name.to_string());
+    session.out.one(&detail, id, detail_for_people)?;
+    Ok(0)
+}
+
+fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()> {
+    let project = &detail.project;
+    let described = Some(&project.description).filter(|d| !d.is_empty());
+    let source = project.source.as_ref().map(|source| {
+        let branch = source.branch.as_ref().map(|b| format!(" ({b})"));
+        format!("{} {}{}", source.kind, source.location, branch.unwrap_or_default())
+    });
+    let pause = project.pause.as_ref().map(|pause| {
+        format!(
+            "{}, {} ({}), checkpoint {}{}",
+            out.ago(pause.paused_at),
+            pause.mode.as_str(),
+            pause.mechanism.as_str(),
+            pause.checkpoint_id,
+            pause.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default()
+        )
+    });
+    let restored = project.pause.as_ref().and_then(|pause| pause.restored);
+    let operation = detail.operation.as_ref().map(|op| {
+        let step = op.step.as_deref().unwrap_or("");
+        format!("{} {} {} {step}", op.id, op.kind.as_str(), op.state.as_str())
+    });
+    let last = detail.last_checkpoint.as_ref().map(|checkpoint| {
+        format!(
+            ", the last is {} ({}, {}, {})",
+            checkpoint.id,
+            checkpoint.trigger.as_str(),
+            out.ago(checkpoint.created_at),
+            bytes(checkpoint.size_bytes)
+        )
+    });
+    let context = &detail.context;
+    let facts = Facts::default()
+        .add("project", project.name.as_str())
+        .maybe("description", described)
+        .add("status", project_status(project.status))
+        .add("phase", project.phase.as_str())
+        .add("workspace", &project.workspace)
+        .maybe("source", source)
+        .maybe("paused", pause)
+        .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
+        .add("created", out.ago(project.created_at))
+        .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
+        .maybe("operation", operation)
+        .maybe("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
+        .add("checkpoints", format!("{}{}", detail.checkpoints, last.unwrap_or_default()))
+        .maybe(
+            "context",
+            (context.items > 0).then(|| {
+                format!(
+                    "{} tokens; {} hot, {} warm, {} cold, {} archived",
+                    number(context.tokens),
+                    context.hot,
+                    context.warm,
+                    context.cold,
+                    context.archived
+                )
+            }),
+        );
+    out.facts(&facts)?;
+    if !detail.agents.is_empty() {
+        out.line("")?;
+        let table = agent_table(out, &detail.agents);
+        out.table(&table)?;
+    }
+    let details = detail.agents.iter().filter_map(|agent| {
+        let detail = agent.detail.as_ref()?;
+        Some(format!("{}: {detail}", target_of(agent)))
+    });
+    out.warnings(&details.collect::<Vec<_>>())?;
+    if project.open_questions > 0 {
+        note(&format!("{} open question(s): fermatactl inbox {}", project.open_questions, project.name));
+    }
+    Ok(())
+}

@@ -1,0 +1,178 @@
+//! One command's conversation with the daemon: connect late, call, follow across a daemon's restart.
+
+use std::time::{Duration, Instant};
+
+use fermata_protocol::client::{Client, ClientError};
+use fermata_protocol::daemon::HelloResult;
+use fermata_protocol::method::Method;
+use fermata_protocol::rpc::Notification;
+use serde_json::{Map, Value};
+
+use crate::autostart;
+use crate::cli::Globals;
+use crate::connect::{self, Surroundings};
+use crate::errors::Failure;
+use crate::output::progress::Progress;
+use crate::output::{Format, Output};
+
+/// How long a follower waits for a daemon that is being restarted.
+const RESTART_TIME: Duration = Duration::from_secs(15);
+
+/// Between two tries to reach it.
+const TRY_EVERY: Duration = Duration::from_millis(100);
+
+/// A connection that ends sooner than this after a call may have ended because of it …
+const QUICK: Duration = Duration::from_secs(1);
+
+/// … and so many of them in a row did.
+const QUICK_ENDS: u32 = 3;
+
+/// What every command gets: flags, output, and the daemon once it is needed.
+#[derive(Debug)]
+pub struct Session {
+    /// The global flags.
+    pub globals: Globals,
+    /// Where results go.
+    pub out: Output,
+    connection: Option<(Client, HelloResult)>,
+}
+
+impl Session {
+    /// Begins without a connection.
+    pub fn new(globals: Globals) -> Self {
+        let out = Output::new(&globals);
+        Self { globals, out, connection: None }
+    }
+
+    /// Calls a method.
+    pub fn call<M: Method>(&mut self, params: &M) -> Result<M::Result, Failure> {
+        Ok(self.client()?.call(params)?)
+    }
+
+    /// Calls a method that takes long, with a progress bar where one can be seen.
+    pub fn call_long<M: Method>(&mut self, label: &str, params: &M) -> Result<M::Result, Failure> {
+        let wanted = self.out.format() == Format::Human;
+        let client = self.client()?;
+        let progress = Progress::begin(label, wanted);
+        Ok(client.call_watching(params, |notification| progress.watch(notification))?)
+    }
+
+    /// Calls a method by name.
+    pub fn call_raw(&mut self, method: &str, params: Map<String, Value>) -> Result<Value, Failure> {
+        Ok(self.client()?.call_raw(method, params, |_| {})?)
+    }
+
+    /// Calls a method that changes nothing, and again when the daemon went away meanwhile.
+    ///
+    /// An agent outlives the daemon, so whoever watches it should as well.
+    pub fn call_lasting<M: Method>(&mut self, params: &M) -> Result<M::Result, Failure> {
+        let mut quick_ends = 0;
+        loop {
+            let asked_at = Instant::now();
+            match self.client()?.call(params) {
+                Err(error @ (ClientError::Closed | ClientError::Broken(_))) => {
+                    // A daemon that hangs up on this very call would be asked for ever.
+                    quick_ends = if asked_at.elapsed() < QUICK { quick_ends + 1 } else { 0 };
+                    if quick_ends > QUICK_ENDS {
+                        return Err(error.into());
+                    }
+                    self.reconnect()?;
+                }
+                answer => return Ok(answer?),
+            }
+        }
+    }
+
+    /// Waits for the next notification; `None` when the daemon went away and came back.
+    pub fn next_notification(&mut self) -> Result<Option<Notification>, Failure> {
+        match self.client()?.next_notification() {
+            Ok(notification) => Ok(Some(notification)),
+            Err(ClientError::Closed | ClientError::Broken(_)) => {
+                self.reconnect()?;
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Returns what the daemon said when it greeted, connecting first where needed.
+    pub fn hello(&mut self) -> Result<HelloResult, Failure> {
+        self.client()?;
+        match &self.connection {
+            Some((_, hello)) => Ok(hello.clone()),
+            None => Err(Failure::local("there is no connection")),
+        }
+    }
+
+    fn client(&mut self) -> Result<&mut Client, Failure> {
+        let connected = match self.connection.take() {
+            Some(connected) => connected,
+            None => self.connect()?,
+        };
+        Ok(&mut self.connection.insert(connected).0)
+    }
+
+    fn connect(&self) -> Result<(Client, HelloResult), Failure> {
+        let around = surroundings();
+        let sockets = connect::sockets(&self.globals, &around)?;
+        let token = token();
+        let agent = token.is_some();
+        let mut first_error = None;
+        for socket in &sockets {
+            match connect::greet(socket, token.clone()) {
+                Ok(connected) => return Ok(connected),
+                // Someone may be there but not for us; the next socket may be another daemon's.
+                Err(error @ ClientError::Unreachable { .. }) => {
+                    first_error.get_or_insert(error);
+                }
+                Err(error) => return Err(connect::explain(error, agent)),
+            }
+        }
+        let Some(error) = first_error else {
+            return Err(
+                Failure::usage("there is no place where a daemon could listen").hint("name its socket with --socket")
+            );
+        };
+        let may_start = !self.globals.no_autostart && !agent;
+        match sockets.first() {
+            Some(socket) if may_start && connect::nobody_listens(&error) => {
+                let state_dir = connect::state_dir(&self.globals, &around)?;
+                autostart::start(&self.globals, socket, &state_dir)
+            }
+            _ => Err(connect::explain(error, agent)),
+        }
+    }
+
+    /// Waits for the daemon to come back; never starts one.
+    fn reconnect(&mut self) -> Result<(), Failure> {
+        self.connection = None;
+        let deadline = Instant::now() + RESTART_TIME;
+        let sockets = connect::sockets(&self.globals, &surroundings())?;
+        loop {
+            let mut last = ClientError::Closed;
+            for socket in &sockets {
+                match connect::greet(socket, token()) {
+                    Ok(connected) => {
+                        self.connection = Some(connected);
+                        return Ok(());
+                    }
+                    Err(error) => last = error,
+                }
+            }
+            if Instant::now() >= deadline {
+                return Err(connect::explain(last, token().is_some()));
+            }
+            std::thread::sleep(TRY_EVERY);
+        }
+    }
+}
+
+/// The surroundings of this process.
+pub fn surroundings() -> Surroundings<'static> {
+    Surroundings { root: nix::unistd::geteuid().is_root(), variable: &connect::process_variable }
+}
+
+/// The per-launch token, when this process is an agent.
+pub fn token() -> Option<String> {
+    std::env::var("FERMATA_TOKEN").ok().filter(|t| !t.is_empty())
+}
