@@ -4,13 +4,35 @@
 //! blank lines keep rustfmt from sorting them; the tidy test checks the imports.
 #![deny(unsafe_code)]
 
+pub mod server;
+
+pub mod socket;
+
+pub mod auth;
+
+pub mod recovery;
+
+pub mod project;
+
+pub mod steps;
+
+pub mod services;
+
 pub mod store;
+
+pub mod tokens;
 
 pub mod history;
 
 pub mod plugins;
 
 pub mod shim;
+
+pub mod profile;
+
+pub mod config;
+
+pub mod errors;
 
 pub mod failpoint;
 

@@ -1,0 +1,298 @@
+//! Settings: built-in defaults, then the configuration file, then the environment, then flags.
+//!
+//! Paths are fixed at the start. What a reload may change is in [`Settings`].
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+/// Why the configuration cannot be used.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("read {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not valid; the cause names line and key.
+    #[error("understand {}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// No directory can be derived from the environment.
+    #[error("find a {what} directory: neither ${first} nor $HOME is set")]
+    NoHome {
+        /// Which.
+        what: &'static str,
+        /// The variable that was looked at first.
+        first: &'static str,
+    },
+}
+
+/// What the command line and the environment say about where things are.
+#[derive(Debug, Clone, Default)]
+pub struct Overrides {
+    /// The configuration file.
+    pub config: Option<PathBuf>,
+    /// The state directory.
+    pub state_dir: Option<PathBuf>,
+    /// The runtime directory.
+    pub runtime_dir: Option<PathBuf>,
+    /// The control socket.
+    pub socket: Option<PathBuf>,
+    /// The plugin directory.
+    pub plugin_dir: Option<PathBuf>,
+}
+
+/// Where things are.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Paths {
+    /// The configuration file; it need not exist.
+    pub config: PathBuf,
+    /// Whether somebody asked for that very file.
+    pub config_is_wanted: bool,
+    /// Database, checkpoints, logs.
+    pub state: PathBuf,
+    /// Sockets.
+    pub runtime: PathBuf,
+    /// The control socket.
+    pub socket: PathBuf,
+    /// Where plugins lie.
+    pub plugins: Vec<PathBuf>,
+    /// Where plugins' settings lie.
+    pub plugin_settings: PathBuf,
+    /// Where users' profiles lie.
+    pub profiles: PathBuf,
+}
+
+impl Paths {
+    /// Finds the places for a system daemon (root) or a user's own, with overrides.
+    ///
+    /// # Errors
+    /// When a user's daemon has neither XDG variables nor a home.
+    pub fn find(root: bool, overrides: &Overrides) -> Result<Self, ConfigError> {
+        let (config_dir, state, runtime, plugins) = if root {
+            ("/etc/fermata".into(), "/var/lib/fermata".into(), "/run/fermata".into(), "/usr/lib/fermata/plugins".into())
+        } else {
+            let config = xdg("config", "XDG_CONFIG_HOME", ".config")?.join("fermata");
+            let state = xdg("state", "XDG_STATE_HOME", ".local/state")?.join("fermata");
+            let runtime = match std::env::var_os("XDG_RUNTIME_DIR") {
+                Some(dir) => PathBuf::from(dir).join("fermata"),
+                None => state.join("run"),
+            };
+            let plugins = xdg("data", "XDG_DATA_HOME", ".local/share")?.join("fermata/plugins");
+            (config, state, runtime, plugins)
+        };
+        let runtime = overrides.runtime_dir.clone().unwrap_or(runtime);
+        let config = overrides.config.clone();
+        // A private configuration file brings its own neighbours.
+        let config_dir: PathBuf = config.as_ref().and_then(|c| c.parent().map(Path::to_owned)).unwrap_or(config_dir);
+        Ok(Self {
+            config_is_wanted: config.is_some(),
+            config: config.unwrap_or_else(|| config_dir.join("fermata.toml")),
+            state: overrides.state_dir.clone().unwrap_or(state),
+            socket: overrides.socket.clone().unwrap_or_else(|| runtime.join("fermata.sock")),
+            runtime,
+            plugins: vec![overrides.plugin_dir.clone().unwrap_or(plugins)],
+            plugin_settings: config_dir.join("plugins.d"),
+            profiles: config_dir.join("profiles.d"),
+        })
+    }
+}
+
+fn xdg(what: &'static str, variable: &'static str, below_home: &str) -> Result<PathBuf, ConfigError> {
+    let absolute = |path: std::ffi::OsString| Some(PathBuf::from(path)).filter(|path| path.is_absolute());
+    std::env::var_os(variable)
+        .and_then(absolute)
+        .or_else(|| std::env::var_os("HOME").and_then(absolute).map(|home| home.join(below_home)))
+        .ok_or(ConfigError::NoHome { what, first: variable })
+}
+
+/// What the daemon does with the agents when it is told to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnShutdown {
+    /// They go on; the next daemon adopts them.
+    #[default]
+    Leave,
+    /// Every active project is paused and parked first.
+    Park,
+}
+
+/// Which mechanism freezes agents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Freezer {
+    /// A control group where one can be made, signals elsewhere.
+    #[default]
+    Auto,
+    /// Signals, always.
+    Signals,
+}
+
+/// The section `[pause]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PauseSettings {
+    /// How long an agent without a channel has to stop by itself after SIGTSTP.
+    pub grace_ms: u64,
+    /// How long an agent with a channel has to acknowledge.
+    pub channel_grace_ms: u64,
+    /// How long agents stay frozen when the daemon that froze them says no more.
+    pub lease_ms: u64,
+    /// A pause or checkpoint is refused below so much free space.
+    pub disk_floor_bytes: u64,
+    /// Whether a checkpoint of running agents freezes them although only signals can.
+    pub blip_with_signals: bool,
+}
+
+impl Default for PauseSettings {
+    fn default() -> Self {
+        Self {
+            grace_ms: 200,
+            channel_grace_ms: 2_000,
+            lease_ms: 10_000,
+            disk_floor_bytes: 64 << 20,
+            blip_with_signals: false,
+        }
+    }
+}
+
+/// The section `[agents]`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AgentSettings {
+    /// Which mechanism freezes agents.
+    pub freezer: Freezer,
+    /// Where agents' control groups go; below the daemon's own when left out.
+    pub cgroup_parent: Option<PathBuf>,
+    /// How long a stop waits between SIGTERM and SIGKILL.
+    pub stop_grace_ms: u64,
+    /// A log file is rotated at this size; 0 for never.
+    pub log_max_bytes: u64,
+    /// So many rotated log files are kept; 0 for all.
+    pub log_max_files: u32,
+    /// An agent that was frozen longer is started again rather than thawed, where it can be: its
+    /// network connections are dead.
+    pub stale_after_ms: u64,
+}
+
+impl Default for AgentSettings {
+    fn default() -> Self {
+        Self {
+            freezer: Freezer::Auto,
+            cgroup_parent: None,
+            stop_grace_ms: 10_000,
+            log_max_bytes: 16 << 20,
+            log_max_files: 8,
+            stale_after_ms: 15 * 60_000,
+        }
+    }
+}
+
+/// The section `[context]`: weights of the item types, 0 to 1.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ContextSettings {
+    /// Weights that differ from the built-in ones, by type, for instance `CODE = 0.9`.
+    pub weights: std::collections::BTreeMap<String, f64>,
+}
+
+/// What a reload may change.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// What is logged: `error`, `warn`, `info`, `debug`, or a filter such as `info,fermata_daemon::store=debug`.
+    pub log: String,
+    /// Which group of users are operators of a system daemon.
+    pub operator_group: String,
+    /// What others may do: nothing (`false`) or look (`true`).
+    pub others_may_look: bool,
+    /// What becomes of the agents when the daemon ends.
+    pub on_shutdown: OnShutdown,
+    /// The section `[pause]`.
+    pub pause: PauseSettings,
+    /// The section `[agents]`.
+    pub agents: AgentSettings,
+    /// The section `[context]`.
+    pub context: ContextSettings,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            log: "info".into(),
+            operator_group: "fermata".into(),
+            others_may_look: true,
+            on_shutdown: OnShutdown::default(),
+            pause: PauseSettings::default(),
+            agents: AgentSettings::default(),
+            context: ContextSettings::default(),
+        }
+    }
+}
+
+impl Settings {
+    /// Reads the configuration file; a file that nobody asked for may be missing.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds something that is not known.
+    pub fn read(paths: &Paths) -> Result<Self, ConfigError> {
+        let path = &paths.config;
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !paths.config_is_wanted => {
+                return Ok(Self::default());
+            }
+            Err(source) => return Err(ConfigError::Unreadable { path: path.clone(), source }),
+        };
+        toml::from_str(&text).map_err(|source| ConfigError::Malformed { path: path.clone(), source: Box::new(source) })
+    }
+
+    /// Names the sections in which two settings differ.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        let mut names = Vec::new();
+        let mut note = |name: &str, differs: bool| {
+            if differs {
+                names.push(name.to_owned());
+            }
+        };
+        note("log", self.log != other.log);
+        note("operator_group", self.operator_group != other.operator_group);
+        note("others_may_look", self.others_may_look != other.others_may_look);
+        note("on_shutdown", self.on_shutdown != other.on_shutdown);
+        note("pause", self.pause != other.pause);
+        note("agents", self.agents != other.agents);
+        note("context", self.context != other.context);
+        names
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_in_the_file_names_line_and_key() {
+        let error = toml::from_str::<Settings>("log = \"info\"\n[pause]\ngrase_ms = 3\n").expect_err("unknown key");
+        let text = error.to_string();
+        assert!(text.contains("line 3") && text.contains("grase_ms"), "{text}");
+    }
+
+    #[test]
+    fn sections_that_are_left_out_have_their_defaults() {
+        let settings: Settings = toml::from_str("[pause]\nlease_ms = 5000\n").expect("valid");
+        assert_eq!(settings.pause.lease_ms, 5000);
+        assert_eq!(settings.pause.grace_ms, PauseSettings::default().grace_ms);
+        assert_eq!(settings.differences(&Settings::default()), ["pause"]);
+    }
+}

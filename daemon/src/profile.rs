@@ -1,0 +1,315 @@
+//! Profiles: what is known of the tools that people run. How to recognise one, where its session
+//! lies, how to start it again so that it goes on.
+//!
+//! Shipped profiles are embedded; a user's profile of the same name takes their place. Everything
+//! here reads the file system and changes nothing.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use fermata_core::resume_command::ResumeTemplate;
+use serde::Deserialize;
+use thiserror::Error;
+
+const SHIPPED: &[(&str, &str)] =
+    &[("codex", include_str!("../../profiles/codex.toml")), ("claude", include_str!("../../profiles/claude.toml"))];
+
+/// How many directories a search for session files looks into.
+const MAX_DIRECTORIES: usize = 20_000;
+
+/// How much of a session file's beginning is looked at for the working directory.
+const HEAD_BYTES: usize = 64 << 10;
+
+/// Why a profile cannot be used.
+#[derive(Debug, Error)]
+pub enum ProfileError {
+    /// The file cannot be read.
+    #[error("read the profile {}", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not a profile; the cause names line and key.
+    #[error("understand the profile {}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+}
+
+/// What is known of one tool.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Profile {
+    /// File names of the program.
+    pub programs: Vec<String>,
+    /// Where its sessions lie.
+    #[serde(default)]
+    pub session: Option<SessionFiles>,
+    /// How it is started again.
+    #[serde(default)]
+    pub resume: Option<ResumeTemplate>,
+}
+
+/// Where a tool's session files lie.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SessionFiles {
+    /// The directory; `${VAR:-default}` and a leading `~` are expanded with the agent's environment.
+    pub directory: String,
+    /// What the files' names begin with.
+    #[serde(default)]
+    pub prefix: String,
+    /// What the files' names end with.
+    pub suffix: String,
+    /// How many characters before the suffix are the session's id; the whole stem when left out.
+    #[serde(default)]
+    pub id_length: Option<usize>,
+}
+
+/// A session of a tool.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Session {
+    /// Its id.
+    pub id: String,
+    /// Its file.
+    pub file: PathBuf,
+}
+
+/// All profiles, by name.
+#[derive(Debug, Clone, Default)]
+pub struct Profiles {
+    by_name: BTreeMap<String, Profile>,
+}
+
+impl Profiles {
+    /// Loads the shipped profiles, and a user's over them.
+    ///
+    /// # Errors
+    /// When a user's profile cannot be used.
+    pub fn load(directory: &Path) -> Result<Self, ProfileError> {
+        let mut by_name = BTreeMap::new();
+        for (name, text) in SHIPPED {
+            by_name.insert((*name).to_owned(), parse(Path::new(name), text)?);
+        }
+        let entries = match std::fs::read_dir(directory) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self { by_name }),
+            Err(source) => return Err(ProfileError::Unreadable { path: directory.to_owned(), source }),
+        };
+        for entry in entries {
+            let path = entry.map_err(|source| ProfileError::Unreadable { path: directory.to_owned(), source })?.path();
+            if path.extension() != Some(OsStr::new("toml")) {
+                continue;
+            }
+            let text = std::fs::read_to_string(&path)
+                .map_err(|source| ProfileError::Unreadable { path: path.clone(), source })?;
+            if let Some(name) = path.file_stem().and_then(OsStr::to_str) {
+                by_name.insert(name.to_owned(), parse(&path, &text)?);
+            }
+        }
+        Ok(Self { by_name })
+    }
+
+    /// Finds a profile by name.
+    pub fn get(&self, name: &str) -> Option<&Profile> {
+        self.by_name.get(name)
+    }
+
+    /// Returns all names.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.by_name.keys().map(String::as_str)
+    }
+
+    /// Recognises a program by its file name.
+    pub fn recognise(&self, program: &str) -> Option<&str> {
+        let name = Path::new(program).file_name()?.to_str()?;
+        let found = self.by_name.iter().find(|(_, profile)| profile.programs.iter().any(|p| p == name))?;
+        Some(found.0)
+    }
+}
+
+fn parse(path: &Path, text: &str) -> Result<Profile, ProfileError> {
+    toml::from_str(text).map_err(|source| ProfileError::Malformed { path: path.to_owned(), source: Box::new(source) })
+}
+
+/// What is known of the run whose session is looked for.
+#[derive(Debug, Clone, Copy)]
+pub struct RunOf<'a> {
+    /// The agent's environment.
+    pub env: &'a BTreeMap<String, String>,
+    /// Its working directory.
+    pub cwd: &'a str,
+    /// When the agent was first started, Unix milliseconds: older files are other sessions.
+    pub since_ms: i64,
+    /// The process ids of its tree, when it lives: an open session file is proof.
+    pub pids: &'a [i32],
+    /// The session found earlier, which an agent goes on with.
+    pub known: Option<&'a str>,
+}
+
+impl SessionFiles {
+    /// Finds the session of a run: the file that its processes have open, else the one known
+    /// before, else the newest one that names the run's working directory.
+    pub fn find(&self, run: RunOf<'_>) -> Option<Session> {
+        let directory = expand(&self.directory, run.env)?;
+        // A process's descriptors show resolved paths.
+        let directory = directory.canonicalize().ok()?;
+        let open = run.pids.iter().flat_map(|pid| open_files(*pid)).find_map(|file| self.at(&directory, file));
+        if open.is_some() {
+            return open;
+        }
+        let mut files = Vec::new();
+        self.collect(&directory, &mut files);
+        if let Some(known) = run.known
+            && let Some((_, file)) = files.iter().find(|(_, file)| self.id_of(file).as_deref() == Some(known))
+        {
+            return self.at(&directory, file.clone());
+        }
+        files.retain(|(modified_ms, _)| *modified_ms >= run.since_ms);
+        files.sort();
+        let file = files.into_iter().rev().map(|(_, file)| file).find(|file| names_directory(file, run.cwd))?;
+        self.at(&directory, file)
+    }
+
+    fn at(&self, directory: &Path, file: PathBuf) -> Option<Session> {
+        if !file.starts_with(directory) {
+            return None;
+        }
+        Some(Session { id: self.id_of(&file)?, file })
+    }
+
+    fn id_of(&self, file: &Path) -> Option<String> {
+        let name = file.file_name()?.to_str()?;
+        let stem = name.strip_prefix(&self.prefix)?.strip_suffix(&self.suffix)?;
+        match self.id_length {
+            None => Some(stem.to_owned()),
+            Some(length) => stem.get(stem.len().checked_sub(length)?..).map(str::to_owned),
+        }
+    }
+
+    fn collect(&self, directory: &Path, files: &mut Vec<(i64, PathBuf)>) {
+        let mut waiting = vec![directory.to_owned()];
+        let mut seen = 0;
+        while let Some(next) = waiting.pop() {
+            seen += 1;
+            if seen > MAX_DIRECTORIES {
+                tracing::warn!(directory = %directory.display(), "too many directories to look for sessions in");
+                return;
+            }
+            let Ok(entries) = std::fs::read_dir(&next) else { continue };
+            for entry in entries.flatten() {
+                let Ok(kind) = entry.file_type() else { continue };
+                if kind.is_dir() {
+                    waiting.push(entry.path());
+                } else if kind.is_file() && self.id_of(&entry.path()).is_some() {
+                    files.push((modified_ms(&entry).unwrap_or(0), entry.path()));
+                }
+            }
+        }
+    }
+}
+
+fn modified_ms(entry: &std::fs::DirEntry) -> Option<i64> {
+    let modified = entry.metadata().ok()?.modified().ok()?;
+    let since = modified.duration_since(std::time::UNIX_EPOCH).ok()?;
+    i64::try_from(since.as_millis()).ok()
+}
+
+/// The regular files that a process has open.
+fn open_files(pid: i32) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).filter(|p| p.is_absolute()).collect()
+}
+
+/// Says whether the beginning of a session file names the directory as a JSON string.
+fn names_directory(file: &Path, directory: &str) -> bool {
+    use std::io::Read as _;
+    let Ok(open) = std::fs::File::open(file) else { return false };
+    let mut head = Vec::new();
+    if open.take(HEAD_BYTES as u64).read_to_end(&mut head).is_err() {
+        return false;
+    }
+    let Ok(wanted) = serde_json::to_string(directory) else { return false };
+    head.windows(wanted.len()).any(|window| window == wanted.as_bytes())
+}
+
+/// Expands a leading `~`, `${VAR}` and `${VAR:-default}`.
+fn expand(text: &str, env: &BTreeMap<String, String>) -> Option<PathBuf> {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some(at) = rest.find("${") {
+        out.push_str(&rest[..at]);
+        let end = rest[at..].find('}')? + at;
+        let inside = &rest[at + 2..end];
+        let (name, default) = inside.split_once(":-").map_or((inside, None), |(n, d)| (n, Some(d)));
+        match env.get(name).filter(|value| !value.is_empty()) {
+            Some(value) => out.push_str(value),
+            None => out.push_str(default?),
+        }
+        rest = &rest[end + 1..];
+    }
+    out.push_str(rest);
+    match out.strip_prefix('~') {
+        Some(below) => Some(PathBuf::from(env.get("HOME")?).join(below.trim_start_matches('/'))),
+        None => Some(PathBuf::from(out)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn env(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn shipped_profiles_are_valid_and_recognised() {
+        let profiles = Profiles::load(Path::new("/nonexistent")).expect("valid");
+        assert_eq!(profiles.recognise("/usr/local/bin/codex"), Some("codex"));
+        assert_eq!(profiles.recognise("claude"), Some("claude"));
+        assert_eq!(profiles.recognise("bash"), None);
+    }
+
+    #[test]
+    fn variables_and_the_home_are_expanded() {
+        let home = env(&[("HOME", "/h")]);
+        assert_eq!(expand("${CODEX_HOME:-~/.codex}/sessions", &home), Some("/h/.codex/sessions".into()));
+        let set = env(&[("HOME", "/h"), ("CODEX_HOME", "/c")]);
+        assert_eq!(expand("${CODEX_HOME:-~/.codex}/sessions", &set), Some("/c/sessions".into()));
+        assert_eq!(expand("${NOTHING}/x", &home), None);
+    }
+
+    #[test]
+    fn the_newest_session_of_the_working_directory_is_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let id = |n: u8| format!("0199b7a0-0000-7000-8000-00000000000{n}");
+        for (n, cwd) in [(1, "/w/a"), (2, "/w/b"), (3, "/w/a2")] {
+            let file = dir.path().join(format!("rollout-2026-{}.jsonl", id(n)));
+            std::fs::write(file, format!("{{\"payload\":{{\"cwd\":\"{cwd}\"}}}}\n")).expect("written");
+        }
+        let files = SessionFiles {
+            directory: dir.path().to_string_lossy().into_owned(),
+            prefix: "rollout-".into(),
+            suffix: ".jsonl".into(),
+            id_length: Some(36),
+        };
+        let nothing = BTreeMap::new();
+        let run = RunOf { env: &nothing, cwd: "/w/a", since_ms: 0, pids: &[], known: None };
+        assert_eq!(files.find(run).map(|s| s.id), Some(id(1)));
+        assert_eq!(files.find(RunOf { known: Some(&id(2)), ..run }).map(|s| s.id), Some(id(2)));
+        assert_eq!(files.find(RunOf { since_ms: i64::MAX, ..run }), None);
+        let own = std::process::id() as i32;
+        let open = std::fs::File::open(dir.path().join(format!("rollout-2026-{}.jsonl", id(3)))).expect("opened");
+        assert_eq!(files.find(RunOf { pids: &[own], ..run }).map(|s| s.id), Some(id(3)));
+        drop(open);
+    }
+}

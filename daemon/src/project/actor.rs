@@ -1,0 +1,438 @@
+//! The actor: takes messages one by one; decides, persists, applies, tells, and starts what follows.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::command::{Command, Effect};
+use fermata_core::project::{Course, ProjectState};
+use fermata_core::{Project, apply, decide, transition};
+use fermata_protocol::event::Event;
+use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
+
+use super::conclude::{Conclusion, conclusions};
+use super::effects::PauseWork;
+use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
+use super::ids::NewToken;
+use super::links::Watcher;
+use crate::errors::Failure;
+use crate::services::{self, Services};
+use crate::shim::link::ShimLink;
+use crate::shim::wire::ShimEvent;
+use crate::steps::{Cancel, HistoryCell, Link, Site};
+use crate::store::Durability;
+use crate::store::commit::{Commit, Write, Written};
+use crate::store::idempotency::Keyed;
+
+/// How many messages may wait; further senders wait for a place.
+const MAILBOX: usize = 256;
+
+/// How many operations may wait for a checkpoint that is being made.
+const DEFERRED: usize = 16;
+
+/// How long a report that could not be persisted waits before it is tried again.
+const RETRY: Duration = Duration::from_millis(500);
+
+/// A run that a new daemon has found alive.
+pub struct Adopted {
+    /// The agent.
+    pub agent: AgentName,
+    /// The run.
+    pub run: RunId,
+    /// The link to its shim.
+    pub link: ShimLink,
+    /// What the shim tells.
+    pub events: mpsc::Receiver<ShimEvent>,
+}
+
+/// The owner of one project's state.
+pub struct Actor {
+    pub(super) services: Arc<Services>,
+    pub(super) project: Arc<Project>,
+    pub(super) history: HistoryCell,
+    pub(super) links: BTreeMap<AgentName, Link>,
+    pub(super) tokens: BTreeMap<RunId, String>,
+    pub(super) mailbox: mpsc::Sender<Message>,
+    /// The step that is under way, and how to end it early.
+    pub(super) step: Option<JoinHandle<()>>,
+    pub(super) cancel: Cancel,
+    pub(super) work: Arc<tokio::sync::Mutex<PauseWork>>,
+    pub(super) label: Label,
+    pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
+    inbox: mpsc::Receiver<Message>,
+    published: watch::Sender<Arc<Project>>,
+    deferred: VecDeque<(Box<Begin>, Answer)>,
+    leaving: Option<oneshot::Sender<()>>,
+}
+
+/// What carrying a command out takes besides the command.
+#[derive(Default)]
+struct Extras {
+    writes: Vec<Write>,
+    keyed: Option<(Keyed, Option<OperationId>)>,
+    view: Option<View>,
+    reply: Option<Value>,
+}
+
+impl Actor {
+    /// Makes the actor of a project and the handle to it; [`Actor::run`] brings it to life.
+    pub fn new(services: Arc<Services>, project: Project) -> (Self, ProjectHandle) {
+        let (mailbox, inbox) = mpsc::channel(MAILBOX);
+        let project = Arc::new(project);
+        let (published, state) = watch::channel(Arc::clone(&project));
+        let history = HistoryCell::default();
+        let handle = ProjectHandle {
+            mailbox: mailbox.clone(),
+            state,
+            history: history.clone(),
+            services: Arc::clone(&services),
+        };
+        let actor = Self {
+            services,
+            project,
+            history,
+            links: BTreeMap::new(),
+            tokens: BTreeMap::new(),
+            mailbox,
+            step: None,
+            cancel: Cancel::default(),
+            work: Arc::default(),
+            label: Label::default(),
+            waiters: BTreeMap::new(),
+            inbox,
+            published,
+            deferred: VecDeque::new(),
+            leaving: None,
+        };
+        (actor, handle)
+    }
+
+    /// Takes over runs that a new daemon has found alive.
+    pub fn adopt(&mut self, runs: Vec<Adopted>) {
+        for Adopted { agent, run, link, events } in runs {
+            self.watch(agent, run, Arc::new(link), events);
+        }
+    }
+
+    /// Carries out what recovery decides, before any command is taken.
+    ///
+    /// # Errors
+    /// When it cannot be persisted.
+    pub async fn recover(&mut self, command: Command, tokens: Vec<NewToken>) -> Result<(), Failure> {
+        self.keep_tokens(tokens);
+        self.carry(command, Extras::default()).await.map(drop)
+    }
+
+    /// Returns what a step needs to know now.
+    pub(super) fn site(&self) -> Site {
+        Site {
+            services: Arc::clone(&self.services),
+            project: Arc::clone(&self.project),
+            history: self.history.clone(),
+            links: self.links.clone(),
+            cancel: self.cancel.clone(),
+        }
+    }
+
+    /// Watches the shim of a run.
+    pub(super) fn watch(
+        &mut self,
+        agent: AgentName,
+        run: RunId,
+        link: Arc<ShimLink>,
+        events: mpsc::Receiver<ShimEvent>,
+    ) {
+        let watcher = Watcher {
+            agent: agent.clone(),
+            run: run.clone(),
+            run_dir: self.services.project_dirs(&self.project.name).run(&agent, &run),
+            boot_id: self.services.boot_id.clone(),
+            mailbox: self.mailbox.clone(),
+            stopping: self.services.stopping.clone(),
+        };
+        self.links.insert(agent, Link { run, shim: Arc::clone(&link) });
+        self.services.tracker.spawn(watcher.watch(link, events));
+    }
+
+    /// Takes messages until the project is removed or the daemon ends.
+    pub async fn run(mut self) {
+        while let Some(message) = self.inbox.recv().await {
+            let go_on = self.take(message).await;
+            if !go_on {
+                break;
+            }
+            while self.project.checkpointing.is_none()
+                && let Some((begin, answer)) = self.deferred.pop_front()
+            {
+                self.begin(begin, answer).await;
+            }
+            if self.leaving.is_some() && self.project.operation().is_none() {
+                break;
+            }
+        }
+        if let Some(left) = self.leaving.take() {
+            // The one who asked may have given up waiting.
+            if left.send(()).is_err() {
+                tracing::debug!("nobody waits for the end of an actor");
+            }
+        }
+    }
+
+    async fn take(&mut self, message: Message) -> bool {
+        match message {
+            Message::Tell(tell, answer) => {
+                let Tell { command, writes, tokens, keyed, view } = *tell;
+                self.keep_tokens(tokens);
+                let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
+                let done = self.carry(command, extras).await;
+                let removed = matches!(&done, Ok(Carried { removed: true, .. }));
+                reply(answer, done.map(|carried| carried.reply.unwrap_or(Value::Null)));
+                return !removed;
+            }
+            Message::Begin(begin, answer) => self.begin(begin, answer).await,
+            Message::Await(operation, answer) => {
+                if self.project.operation() == Some(&operation) {
+                    self.waiters.entry(operation).or_default().push(answer);
+                } else {
+                    let refusal =
+                        Refusal::new(Code::OperationNotFound, format!("operation {operation} is not under way"));
+                    reply(answer, Err(refusal.into()));
+                }
+            }
+            Message::Outcome(outcome) => self.outcome(*outcome).await,
+            Message::Started { agent, run, outcome } => {
+                let outcome = match outcome {
+                    Ok(started) => {
+                        self.watch(agent.clone(), run.clone(), Arc::new(started.link), started.events);
+                        Ok(started.processes)
+                    }
+                    Err(reason) => Err(reason),
+                };
+                self.outcome(Command::Launched { agent, run, outcome }.into()).await;
+            }
+            Message::Linked { agent, run, link } => {
+                if let Some(known) = self.links.get_mut(&agent).filter(|known| known.run == run) {
+                    known.shim = link;
+                }
+            }
+            Message::Shutdown(done) => self.leave(done).await,
+        }
+        true
+    }
+
+    /// Begins to end: a pause is undone, so that no agent stays frozen for a daemon that is gone;
+    /// other operations are short and come to their own end, or are rolled forward by the next daemon.
+    async fn leave(&mut self, done: oneshot::Sender<()>) {
+        self.leaving = Some(done);
+        let operation = match &*self.project.state {
+            ProjectState::Pausing(run) if run.course == Course::Forward => run.operation.clone(),
+            _ => return,
+        };
+        if let Err(failure) = self.carry(Command::Cancel { operation }, Extras::default()).await {
+            tracing::error!(project = %self.project.name, %failure, "cancel a pause at the end");
+        }
+    }
+
+    async fn begin(&mut self, begin: Box<Begin>, answer: Answer) {
+        if self.leaving.is_some() {
+            let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
+            return reply(answer, Err(refusal.into()));
+        }
+        // A checkpoint takes a moment; whoever pauses meanwhile wants the pause, not an excuse.
+        if self.project.checkpointing.is_some() && self.deferred.len() < DEFERRED {
+            self.deferred.push_back((begin, answer));
+            return;
+        }
+        let Begin { command, operation, label, tokens, keyed } = *begin;
+        self.keep_tokens(tokens);
+        let (cancel, old_label) = (Cancel::default(), std::mem::replace(&mut self.label, label));
+        let old_cancel = std::mem::replace(&mut self.cancel, cancel);
+        // Registered first: a short operation may end while its effects are being started.
+        self.waiters.entry(operation.clone()).or_default().push(answer);
+        let extras = Extras { keyed: keyed.map(|k| (k, Some(operation.clone()))), ..Extras::default() };
+        if let Err(failure) = self.carry(command, extras).await {
+            (self.label, self.cancel) = (old_label, old_cancel);
+            for answer in self.waiters.remove(&operation).unwrap_or_default() {
+                reply(answer, Err(failure.clone()));
+            }
+        }
+    }
+
+    /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
+    async fn outcome(&mut self, outcome: Outcome) {
+        let Outcome { command, writes, reply } = outcome;
+        let again = command.clone();
+        let extras = Extras { writes, reply, ..Extras::default() };
+        let Err(failure) = self.carry(command, extras).await else { return };
+        tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
+        // The commit of a pause that cannot be written is a pause that failed.
+        let again = match again {
+            Command::PauseStepped { operation, step, took_ms, outcome: Ok(_) } => {
+                let error = failure.into_error(Code::PauseFailed);
+                Command::PauseStepped { operation, step, took_ms, outcome: Err(error) }
+            }
+            Command::Checkpointed { operation, outcome: Ok(_) } => {
+                let error = failure.into_error(Code::CheckpointFailed);
+                Command::Checkpointed { operation, outcome: Err(error) }
+            }
+            Command::RestorePlanned { operation, outcome: Ok(_) } => {
+                let error = failure.into_error(Code::RestoreFailed);
+                Command::RestorePlanned { operation, outcome: Err(error) }
+            }
+            other => other,
+        };
+        if let Command::PauseStepped { outcome: Err(_), .. } = &again {
+            // Whatever the disk says, the agents do not wait for it frozen.
+            self.thaw_at_once().await;
+        }
+        let mailbox = self.mailbox.clone();
+        self.services.tracker.spawn(async move {
+            tokio::time::sleep(RETRY).await;
+            drop(mailbox.send(Message::Outcome(Box::new(again.into()))).await);
+        });
+    }
+
+    fn keep_tokens(&mut self, tokens: Vec<NewToken>) {
+        self.tokens.extend(tokens.into_iter().map(|new| (new.run, new.token)));
+    }
+
+    /// The one way: decide, persist, apply, tell, then start what follows.
+    async fn carry(&mut self, command: Command, extras: Extras) -> Result<Carried, Failure> {
+        let now = services::now();
+        let decision = decide(&self.project, command, now)?;
+        let Extras { writes, keyed, view, reply } = extras;
+        if decision.events.is_empty() {
+            // A report of something that is no longer so: its writes belong to nothing.
+            let reply = view.map(|view| view(&self.project, &Written::default()));
+            self.start_all(decision.effects).await;
+            return Ok(Carried { reply, removed: false });
+        }
+        let mut next = Project::clone(&self.project);
+        for event in &decision.events {
+            let before = next.state.status();
+            apply(&mut next, event, now);
+            let after = next.state.status();
+            if !transition::is_allowed(before, after) {
+                let refusal =
+                    Refusal::new(Code::InternalError, format!("{} would lead from {before} to {after}", event.kind()));
+                return Err(refusal.into());
+            }
+        }
+        let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
+        let next = Arc::new(next);
+        self.hit_before(&decision.events);
+        let state_for_reply = Arc::clone(&next);
+        let commit = Commit {
+            project: next.name.clone(),
+            before: Some(Arc::clone(&self.project)),
+            after: (!removed).then(|| Arc::clone(&next)),
+            durability: durability(&decision.events),
+            events: decision.events.clone(),
+            writes,
+            keyed,
+            reply: view.map(|view| -> crate::store::commit::MakeReply {
+                Box::new(move |written| view(&state_for_reply, written))
+            }),
+            now,
+        };
+        let written =
+            self.services.store.commit(commit).await.map_err(|error| Failure::fault("save the change", &error))?;
+        self.hit_after(&decision.events);
+        self.project = Arc::clone(&next);
+        self.published.send_replace(next);
+        self.tell_plugins(&decision.events, now.0);
+        let conclusions = conclusions(&decision.events, reply.as_ref());
+        self.start_all(decision.effects).await;
+        self.answer_waiters(&conclusions);
+        Ok(Carried { reply: written.reply, removed })
+    }
+
+    async fn start_all(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            // Boxed, since an effect may report at once and so come back to `carry`.
+            Box::pin(self.start(effect)).await;
+        }
+    }
+
+    /// Takes what an effect reports while it is being started.
+    pub(super) async fn report(&mut self, command: Command) {
+        Box::pin(self.outcome(command.into())).await;
+    }
+
+    fn answer_waiters(&mut self, conclusions: &[Conclusion]) {
+        for conclusion in conclusions {
+            for answer in self.waiters.remove(&conclusion.operation).unwrap_or_default() {
+                reply(answer, conclusion.answer());
+            }
+        }
+    }
+
+    fn tell_plugins(&self, events: &[Event], at: i64) {
+        for event in events {
+            let mut value = json!(event);
+            if let Value::Object(members) = &mut value {
+                members.insert("project".into(), json!(self.project.name));
+                members.insert("at".into(), json!(at));
+            }
+            self.services.plugins.notify(&Arc::new(value));
+        }
+    }
+
+    fn hit_before(&self, events: &[Event]) {
+        for event in events {
+            match event {
+                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.commit"),
+                Event::PauseFailed { .. } => crate::failpoint::hit("pause.undone"),
+                Event::ProjectResumed { .. } => crate::failpoint::hit("resume.commit"),
+                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.commit"),
+                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.commit"),
+                _ => {}
+            }
+        }
+    }
+
+    fn hit_after(&self, events: &[Event]) {
+        for event in events {
+            match event {
+                Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
+                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
+                Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
+                Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
+                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
+                Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
+                _ => {}
+            }
+        }
+    }
+}
+
+/// What carrying a command out brought about.
+struct Carried {
+    reply: Option<Value>,
+    removed: bool,
+}
+
+fn reply(answer: Answer, result: Result<Value, Failure>) {
+    // A caller that no longer waits has lost interest, not the fact.
+    drop(answer.send(result));
+}
+
+/// What the loss of the last moments would cost: announcements of steps and progress are worth
+/// nothing after a power failure, everything else is.
+fn durability(events: &[Event]) -> Durability {
+    let cheap = events.iter().all(|event| {
+        matches!(
+            event,
+            Event::PauseStarted { .. }
+                | Event::OperationStepped { .. }
+                | Event::OperationUndoing { .. }
+                | Event::CheckpointStarted { .. }
+                | Event::AgentProgressed { .. }
+                | Event::AgentAdopted { .. }
+        )
+    });
+    if cheap { Durability::Process } else { Durability::Power }
+}

@@ -1,0 +1,509 @@
+//! Carries out effects: starts step tasks, and does at once what must not come late.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use fermata_core::command::{AgentRun, Command, Effect, Sealed, StepReport};
+use fermata_core::project::{PauseStep, ProjectState};
+use fermata_protocol::checkpoint::{CheckpointCreateResult, CheckpointRestoreResult, Trigger};
+use fermata_protocol::pause::{AgentResumed, Rung};
+use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
+use serde_json::json;
+use tokio::sync::mpsc;
+
+use super::actor::Actor;
+use super::handle::{Message, Outcome};
+use crate::errors::Failure;
+use crate::steps::checkpoint::{self, Order};
+use crate::steps::flash_save::{self, Plans};
+use crate::steps::freeze::{self, Frozen, Renewer};
+use crate::steps::launch::{self, ComesBack};
+use crate::steps::{Site, leftovers, ms_since, quiesce, restore, resume, validate};
+use crate::store::commit::Write;
+
+/// How long a parked agent's processes may take to end.
+const PARKING: Duration = Duration::from_secs(10);
+
+/// The longest pause between two tries of something that has to succeed.
+const MAX_BACKOFF: Duration = Duration::from_secs(30);
+
+/// After so many tries whoever waits for a restore is told that it goes on without them.
+const PATIENT_TRIES: u32 = 3;
+
+/// What the steps of one pause hand on to each other.
+#[derive(Default)]
+pub struct PauseWork {
+    frozen: Option<Frozen>,
+    renewer: Option<Renewer>,
+    plans: Plans,
+    warnings: Vec<String>,
+}
+
+impl Actor {
+    pub(super) async fn start(&mut self, effect: Effect) {
+        match effect {
+            Effect::Launch { agent, run } => self.launch(agent, run),
+            Effect::Stop { agent, run, grace_ms } => self.stop(&agent, &run, Some(grace_ms)),
+            Effect::Kill { agent, run } => self.stop(&agent, &run, None),
+            Effect::PauseStep { operation, step } => self.pause_step(operation, step),
+            Effect::Undo { operation, checkpoint, runs } => self.undo(operation, checkpoint, runs),
+            Effect::Hold { runs } => {
+                freeze::hold(&self.site(), &runs).await;
+                // The pause has come to its end: nobody renews what is held.
+                *self.work.lock().await = PauseWork::default();
+                crate::failpoint::hit("pause.held");
+            }
+            Effect::Park { runs } => self.park(runs).await,
+            Effect::Thaw { runs } => {
+                if let Err(failure) = freeze::thaw(&self.site(), &runs).await {
+                    tracing::error!(project = %self.project.name, %failure, "thaw after a restart");
+                }
+            }
+            Effect::Resume { operation, thaw, respawn, checkpoint } => {
+                self.resume(operation, thaw, respawn, checkpoint);
+            }
+            Effect::Checkpoint { operation, checkpoint, trigger, runs } => {
+                self.checkpoint(operation, checkpoint, trigger, runs);
+            }
+            Effect::PlanRestore { operation, checkpoint, safety } => self.plan_restore(operation, checkpoint, safety),
+            Effect::ApplyRestore { operation, checkpoint, safety } => {
+                self.apply_restore(operation, checkpoint, safety);
+            }
+            Effect::Forget { agent } => self.forget(&agent),
+        }
+    }
+
+    fn launch(&mut self, agent: AgentName, run: RunId) {
+        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let token = self.tokens.remove(&run).unwrap_or_default();
+        self.services.tracker.spawn(async move {
+            let outcome = launch::run(&site, &agent, &run, &token, None).await.map(Box::new);
+            drop(mailbox.send(Message::Started { agent, run, outcome }).await);
+        });
+    }
+
+    /// Stops a run, or kills it where there is no grace.
+    fn stop(&self, agent: &AgentName, run: &RunId, grace_ms: Option<u64>) {
+        let Some(link) = self.links.get(agent).filter(|link| link.run == *run).cloned() else { return };
+        let agent = agent.clone();
+        self.services.tracker.spawn(async move {
+            let asked = match grace_ms {
+                Some(grace) => link.shim.stop(Some(Duration::from_millis(grace))).await,
+                None => link.shim.kill().await,
+            };
+            // A link that is closed belongs to a run that has ended; its watcher tells.
+            if let Err(error) = asked
+                && !link.shim.is_closed()
+            {
+                tracing::error!(%agent, error = crate::errors::chain(&error), "the shim does not stop its agent");
+            }
+        });
+    }
+
+    fn pause_step(&mut self, operation: OperationId, step: PauseStep) {
+        let (site, mailbox, work) = (self.site(), self.mailbox.clone(), Arc::clone(&self.work));
+        let task = async move {
+            let start = Instant::now();
+            // Only waiting is cut short. Work on a blocking thread ends by its own flag, so that the
+            // undo, which waits for this task, finds nobody at work.
+            let stepping = run_pause_step(&site, &operation, step, &work);
+            let done = if step == PauseStep::Quiesce {
+                tokio::select! {
+                    done = stepping => done,
+                    () = site.cancel.cancelled() => Err(cancelled()),
+                }
+            } else {
+                stepping.await
+            };
+            let (outcome, writes) = match done {
+                Ok((report, writes)) => (Ok(report), writes),
+                Err(failure) => (Err(failure.into_error(Code::PauseFailed)), Vec::new()),
+            };
+            let command = Command::PauseStepped { operation, step, took_ms: ms_since(start), outcome };
+            drop(mailbox.send(Message::Outcome(Box::new(Outcome { command, writes, reply: None }))).await);
+        };
+        self.step = Some(self.services.tracker.spawn(task));
+    }
+
+    /// Ends the step that is under way, lets the agents run, discards the checkpoint; again and
+    /// again until it has worked.
+    fn undo(&mut self, operation: OperationId, number: CheckpointNumber, runs: Vec<AgentRun>) {
+        self.cancel.cancel();
+        let step = self.step.take();
+        let (mut site, mailbox, work) = (self.site(), self.mailbox.clone(), Arc::clone(&self.work));
+        self.services.tracker.spawn(async move {
+            if let Some(step) = step {
+                // It has reported, or its report is ignored; a panic in it is in the log.
+                drop(step.await);
+            }
+            *work.lock().await = PauseWork::default();
+            // The undo must not be ended by the cancellation that brought it about.
+            site.cancel = Default::default();
+            retry("undo", &site, |site| {
+                let runs = runs.clone();
+                async move {
+                    crate::steps::failpoint("undo.thaw")?;
+                    freeze::thaw(&site, &runs).await?;
+                    crate::steps::failpoint("undo.discard")?;
+                    leftovers::discard(&site, number).await
+                }
+            })
+            .await;
+            drop(mailbox.send(Message::Outcome(Box::new(Command::Undone { operation }.into()))).await);
+        });
+    }
+
+    /// Lets all agents of a failed pause run, whether or not that can be written down.
+    pub(super) async fn thaw_at_once(&self) {
+        let runs = self.project.runs(self.project.alive_agents());
+        if let Err(failure) = freeze::thaw(&self.site(), &runs).await {
+            tracing::error!(project = %self.project.name, %failure, "thaw after a failed pause");
+        }
+    }
+
+    /// Ends frozen processes. Done before the pause is answered: the memory is free then.
+    async fn park(&mut self, runs: Vec<AgentRun>) {
+        let site = self.site();
+        let each = runs.into_iter().map(|(agent, run)| {
+            let link = site.links.get(&agent).filter(|link| link.run == run).cloned();
+            let project = site.project.name.clone();
+            async move {
+                if let Some(link) = link {
+                    let ended = async {
+                        link.shim.kill().await?;
+                        link.shim.closed().await;
+                        Ok::<(), crate::shim::link::LinkError>(())
+                    };
+                    match tokio::time::timeout(PARKING, ended).await {
+                        Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => {}
+                        Ok(Err(error)) => {
+                            tracing::error!(%project, %agent, error = crate::errors::chain(&error), "cannot be parked");
+                            return None;
+                        }
+                        Err(_) => {
+                            tracing::error!(%project, %agent, "its processes did not end in time");
+                            return None;
+                        }
+                    }
+                }
+                Some((agent, run))
+            }
+        });
+        let parked = crate::steps::side_by_side(each.collect::<Vec<_>>()).await;
+        crate::failpoint::hit("pause.parked");
+        for (agent, run) in parked.into_iter().flatten() {
+            self.report(Command::Parked { agent, run }).await;
+        }
+    }
+
+    fn resume(
+        &mut self,
+        operation: OperationId,
+        thaw: Vec<AgentRun>,
+        respawn: Vec<AgentRun>,
+        checkpoint: CheckpointNumber,
+    ) {
+        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let tokens: Vec<String> = respawn.iter().map(|(_, run)| self.tokens.remove(run).unwrap_or_default()).collect();
+        self.services.tracker.spawn(async move {
+            let start = Instant::now();
+            let mut agents = resume::thaw(&site, &thaw).await;
+            let thaw_ms = ms_since(start);
+            crate::failpoint::hit("resume.thawed");
+            let again = Instant::now();
+            let each = respawn.into_iter().zip(tokens).map(|((agent, run), token)| {
+                let (site, mailbox) = (site.clone(), mailbox.clone());
+                async move { respawn_one(&site, &mailbox, agent, run, &token, checkpoint).await }
+            });
+            agents.extend(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+            agents.sort_by(|a, b| a.agent.cmp(&b.agent));
+            let steps_ms = [("thaw".to_owned(), thaw_ms), ("respawn".to_owned(), ms_since(again))].into();
+            let command = Command::Resumed { operation, agents, steps_ms, warnings: Vec::new() };
+            drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+        });
+    }
+
+    fn checkpoint(&mut self, operation: OperationId, number: CheckpointNumber, trigger: Trigger, runs: Vec<AgentRun>) {
+        let label = std::mem::take(&mut self.label);
+        let order = Order {
+            operation: operation.clone(),
+            number,
+            name: label.name.unwrap_or_else(|| checkpoint::default_name(trigger, number)),
+            description: label.description,
+            trigger,
+            reason: None,
+            frozen: false,
+        };
+        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let task = async move {
+            let outcome = match live_checkpoint(&site, order, &runs).await {
+                Ok((made, frozen_ms)) => {
+                    let result = CheckpointCreateResult {
+                        operation_id: operation.clone(),
+                        checkpoint_id: number,
+                        checkpoint: made.view.clone(),
+                        frozen_ms,
+                        steps_ms: made.view.metadata.parts_ms.clone(),
+                        warnings: made.warnings,
+                    };
+                    let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
+                    let command = Command::Checkpointed { operation, outcome: Ok((Box::new(made.view), frozen_ms)) };
+                    Outcome { command, writes, reply: Some(json!(result)) }
+                }
+                Err(failure) => {
+                    let error = failure.into_error(Code::CheckpointFailed);
+                    discard(&site, number).await;
+                    Command::Checkpointed { operation, outcome: Err(error) }.into()
+                }
+            };
+            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+        };
+        self.step = Some(self.services.tracker.spawn(task));
+    }
+
+    fn plan_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
+        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let task = async move {
+            let outcome = match restore::plan(&site, &operation, number, safety).await {
+                Ok(made) => {
+                    let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
+                    let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
+                    Outcome { command, writes, reply: None }
+                }
+                Err(failure) => {
+                    restore::forget(&site, &operation);
+                    discard(&site, safety).await;
+                    let outcome = Err(failure.into_error(Code::RestoreFailed));
+                    Command::RestorePlanned { operation, outcome }.into()
+                }
+            };
+            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+        };
+        self.step = Some(self.services.tracker.spawn(task));
+    }
+
+    fn apply_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
+        let (mut site, mailbox) = (self.site(), self.mailbox.clone());
+        // From here on the restore only rolls forward.
+        site.cancel = Default::default();
+        let waiters = self.waiters.remove(&operation).unwrap_or_default();
+        self.services.tracker.spawn(async move {
+            let mut waiters = waiters;
+            let mut tries = 0;
+            let applied = loop {
+                match restore::apply(&site, &operation, number).await {
+                    Ok(applied) => break applied,
+                    Err(failure) => {
+                        tries += 1;
+                        tracing::error!(project = %site.project.name, %failure, tries, "a restore goes on");
+                        if tries == PATIENT_TRIES {
+                            for answer in waiters.drain(..) {
+                                drop(answer.send(Err(failure.clone())));
+                            }
+                        }
+                        if site.services.stopping.is_cancelled() {
+                            return;
+                        }
+                        tokio::time::sleep(backoff(tries)).await;
+                    }
+                }
+            };
+            let reply = CheckpointRestoreResult {
+                operation_id: Some(operation.clone()),
+                checkpoint_id: number,
+                safety_checkpoint_id: Some(safety),
+                changes: applied.changes,
+                written: applied.written,
+                removed: applied.removed,
+                steps_ms: [("prepare".to_owned(), applied.prepare_ms), ("apply".to_owned(), applied.apply_ms)].into(),
+                warnings: applied.warnings,
+            };
+            let command = Command::Restored {
+                operation: operation.clone(),
+                phase: applied.phase,
+                tasks: applied.tasks,
+                written: applied.written,
+                removed: applied.removed,
+            };
+            for answer in waiters {
+                drop(mailbox.send(Message::Await(operation.clone(), answer)).await);
+            }
+            let writes = vec![Write::RestoreRows(applied.rows)];
+            let outcome = Outcome { command, writes, reply: Some(json!(reply)) };
+            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+            restore::forget(&site, &operation);
+        });
+    }
+
+    fn forget(&mut self, agent: &AgentName) {
+        self.links.remove(agent);
+        let dir = self.services.project_dirs(&self.project.name).root.join("agents").join(agent.as_str());
+        self.services.tracker.spawn_blocking(move || {
+            if let Err(error) = std::fs::remove_dir_all(&dir)
+                && error.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(dir = %dir.display(), %error, "what a removed agent left stays");
+            }
+        });
+    }
+}
+
+type Stepped = (StepReport, Vec<Write>);
+
+async fn run_pause_step(
+    site: &Site,
+    operation: &OperationId,
+    step: PauseStep,
+    work: &tokio::sync::Mutex<PauseWork>,
+) -> Result<Stepped, Failure> {
+    let done = Ok((StepReport::Done, Vec::new()));
+    let ProjectState::Pausing(run) = &*site.project.state else { return done };
+    let mut work = work.lock().await;
+    let runs = site.project.runs(site.project.running_agents());
+    match step {
+        PauseStep::Validate => {
+            *work = PauseWork::default();
+            validate::run(site).await?;
+        }
+        PauseStep::Quiesce => {
+            let request = quiesce::Request {
+                grace_ms: run.grace_ms,
+                reason: run.reason.clone(),
+                operation: operation.to_string(),
+            };
+            work.warnings = quiesce::run(site, &runs, &request).await?;
+        }
+        PauseStep::Freeze => {
+            work.frozen = Some(freeze::run(site, &runs).await?);
+            work.renewer = Some(Renewer::start(site, runs));
+        }
+        PauseStep::PlanFlashSave => work.plans = flash_save::plan(site, None, crate::services::now()).await?,
+        PauseStep::Checkpoint => {
+            let order = Order {
+                operation: operation.clone(),
+                number: run.checkpoint,
+                name: checkpoint::default_name(Trigger::Pause, run.checkpoint),
+                description: String::new(),
+                trigger: Trigger::Pause,
+                reason: run.reason.clone(),
+                frozen: true,
+            };
+            return pause_checkpoint(site, &order, &mut work, &runs).await;
+        }
+    }
+    done
+}
+
+async fn pause_checkpoint(
+    site: &Site,
+    order: &Order,
+    work: &mut PauseWork,
+    runs: &[AgentRun],
+) -> Result<Stepped, Failure> {
+    let now = crate::services::now();
+    let plans = std::mem::take(&mut work.plans);
+    let captured = checkpoint::capture(site, order, &plans, now).await?;
+    let made = checkpoint::seal(site, order, captured, now).await?;
+    // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
+    freeze::renew(site, runs).await?;
+    let frozen = work.frozen.clone();
+    let mut warnings = std::mem::take(&mut work.warnings);
+    warnings.extend(made.warnings);
+    let sealed = Sealed {
+        checkpoint: made.view.clone(),
+        flash_save: flash_save::total(&plans),
+        mechanism: frozen.as_ref().map_or(fermata_protocol::pause::Mechanism::Cgroup, |f| f.mechanism),
+        processes: frozen.as_ref().map_or(0, |f| f.processes),
+        frozen_ms: frozen.as_ref().map_or(0.0, |f| ms_since(f.since)),
+        agents: frozen.map(|f| f.agents).unwrap_or_default(),
+        sessions: made.sessions,
+        warnings,
+    };
+    let mut writes: Vec<Write> = plans.into_iter().map(|(_, plan)| Write::FlashSave(plan)).collect();
+    writes.push(Write::Checkpoint(Box::new(made.view)));
+    Ok((StepReport::Sealed(Box::new(sealed)), writes))
+}
+
+/// A checkpoint beside running agents: they stand still while workspace and database are read,
+/// where that can be done without waking their system calls.
+async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Result<(checkpoint::Made, f64), Failure> {
+    let settings = site.services.settings();
+    validate::run(site).await?;
+    let by_signals = |(agent, _): &AgentRun| {
+        let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
+        processes.is_some_and(|p| p.mechanism == fermata_protocol::pause::Mechanism::Signals)
+    };
+    let blip = settings.pause.blip_with_signals || !runs.iter().any(by_signals);
+    let now = crate::services::now();
+    order.frozen = blip && !runs.is_empty();
+    let mut frozen_ms = 0.0;
+    let captured = if order.frozen {
+        let frozen = freeze::run(site, runs).await;
+        let renewer = Renewer::start(site, runs.to_vec());
+        let captured = match &frozen {
+            Ok(_) => checkpoint::capture(site, &order, &Vec::new(), now).await,
+            Err(failure) => Err(failure.clone()),
+        };
+        drop(renewer);
+        retry("thaw after a checkpoint", site, |site| {
+            let runs = runs.to_vec();
+            async move { freeze::thaw(&site, &runs).await }
+        })
+        .await;
+        frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
+        captured?
+    } else {
+        checkpoint::capture(site, &order, &Vec::new(), now).await?
+    };
+    order.frozen = false;
+    let mut made = checkpoint::seal(site, &order, captured, now).await?;
+    if !blip && !runs.is_empty() {
+        made.warnings.push("the agents ran on while the workspace was read: only signals could stop them".into());
+    }
+    Ok((made, frozen_ms))
+}
+
+async fn respawn_one(
+    site: &Site,
+    mailbox: &mpsc::Sender<Message>,
+    agent: AgentName,
+    run: RunId,
+    token: &str,
+    checkpoint: CheckpointNumber,
+) -> AgentResumed {
+    let argv = site.project.agents.get(&agent).and_then(|a| a.run.as_ref()).map(|run| run.argv.clone());
+    let outcome = launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint })).await.map(Box::new);
+    let failed = outcome.as_ref().err().cloned();
+    drop(mailbox.send(Message::Started { agent: agent.clone(), run, outcome }).await);
+    let rung = if failed.is_some() { Rung::Failed } else { Rung::Respawned };
+    AgentResumed { agent, rung, argv, detail: failed }
+}
+
+/// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.
+async fn discard(site: &Site, number: CheckpointNumber) {
+    retry("discard the checkpoint", site, |site| async move { leftovers::discard(&site, number).await }).await;
+}
+
+/// Does something until it has worked or the daemon ends.
+async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
+where
+    F: Future<Output = Result<(), Failure>>,
+{
+    let mut tries = 0;
+    while let Err(failure) = attempt(site.clone()).await {
+        tries += 1;
+        tracing::error!(project = %site.project.name, %failure, tries, "{what}: trying again");
+        if site.services.stopping.is_cancelled() {
+            return;
+        }
+        tokio::time::sleep(backoff(tries)).await;
+    }
+}
+
+fn backoff(tries: u32) -> Duration {
+    (Duration::from_millis(50) * 2_u32.saturating_pow(tries.min(10))).min(MAX_BACKOFF)
+}
+
+fn cancelled() -> Failure {
+    fermata_protocol::Refusal::new(Code::OperationCancelled, "the operation was cancelled").into()
+}

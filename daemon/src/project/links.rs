@@ -1,0 +1,179 @@
+//! Links to shims: what they tell becomes the project's business; one that breaks is made anew,
+//! and where its shim is gone, what is left of the tree is ended.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::command::{Command, Observed};
+use fermata_protocol::agent::ExitStatus;
+use fermata_protocol::{AgentName, RunId, UnixMillis};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::handle::Message;
+use super::ids::new_run;
+use crate::errors::chain;
+use crate::os::process;
+use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
+use crate::shim::record::ExitRecord;
+use crate::shim::wire::ShimEvent;
+use crate::steps::launch::processes_of;
+
+/// How long the processes of a lost tree may take to go.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// How often a link that broke is tried again while its shim lives.
+const RECONNECTS: u32 = 50;
+
+/// What a watcher of one run needs.
+pub(super) struct Watcher {
+    pub agent: AgentName,
+    pub run: RunId,
+    pub run_dir: PathBuf,
+    pub boot_id: String,
+    pub mailbox: mpsc::Sender<Message>,
+    pub stopping: CancellationToken,
+}
+
+impl Watcher {
+    /// Passes on what the shim tells, until the run has ended or the daemon ends.
+    pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
+        loop {
+            let event = tokio::select! {
+                event = events.recv() => event,
+                () = self.stopping.cancelled() => return,
+            };
+            match event {
+                Some(ShimEvent::Exited(record)) => return self.tell_end(&record).await,
+                // The pause that holds the lease finds out when it renews; recovery from a pause
+                // that lost its daemon needs no more than this.
+                Some(ShimEvent::LeaseExpired {}) => {
+                    tracing::warn!(agent = %self.agent, "a freeze ended by itself: nobody renewed it");
+                }
+                Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
+                None => match self.after_break().await {
+                    Some((again, more)) => {
+                        drop(link);
+                        link = again;
+                        events = more;
+                        let message = Message::Linked {
+                            agent: self.agent.clone(),
+                            run: self.run.clone(),
+                            link: Arc::clone(&link),
+                        };
+                        if self.mailbox.send(message).await.is_err() {
+                            return;
+                        }
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+
+    async fn tell_end(&self, record: &ExitRecord) {
+        let (new, _) = new_run();
+        self.send(Command::RunEnded {
+            agent: self.agent.clone(),
+            run: self.run.clone(),
+            exit: exit_status(record),
+            ended_at: UnixMillis(record.ended_at_ms),
+            new,
+        })
+        .await;
+    }
+
+    async fn send(&self, command: Command) {
+        // The mailbox is gone only when the daemon ends; the next one reads the same records.
+        drop(self.mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+    }
+
+    /// Finds out why the link broke; returns a new one while the shim lives.
+    async fn after_break(&self) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
+        for attempt in 0..RECONNECTS {
+            if let Ok(Some(record)) = read_exit(&self.run_dir) {
+                self.tell_end(&record).await;
+                return None;
+            }
+            let Ok(Some(run)) = read_run(&self.run_dir) else { break };
+            if !process::is_alive(run.shim).unwrap_or(false) {
+                break;
+            }
+            if let Ok((link, events)) = ShimLink::connect(&run.socket).await {
+                return Some((Arc::new(link), events));
+            }
+            let pause = Duration::from_millis(10 * u64::from(attempt + 1));
+            tokio::select! {
+                () = tokio::time::sleep(pause) => {}
+                () = self.stopping.cancelled() => return None,
+            }
+        }
+        let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
+        self.send(Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail }).await;
+        None
+    }
+}
+
+/// Ends what a lost shim has left; says what was found.
+async fn end_lost(run_dir: PathBuf, boot_id: String) -> String {
+    let work = move || match read_run(&run_dir) {
+        Ok(Some(run)) => match end_lost_tree(&run, &boot_id, ENDING) {
+            Ok(count) => format!("its shim was killed; {count} processes of it were ended"),
+            Err(error) => format!("its shim was killed, and its processes could not be ended: {}", chain(&error)),
+        },
+        Ok(None) => "it was never started".to_owned(),
+        Err(error) => format!("its shim is gone, and so is its record: {}", chain(&error)),
+    };
+    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| "its shim is gone".to_owned())
+}
+
+/// Translates a recorded exit.
+pub fn exit_status(record: &ExitRecord) -> ExitStatus {
+    match (record.code, record.signal) {
+        (_, Some(signal)) => ExitStatus::Signal(signal),
+        (Some(code), None) => ExitStatus::Code(code),
+        // A shim records one of them; a record without either is of a run nobody saw ending.
+        (None, None) => ExitStatus::Signal(0),
+    }
+}
+
+/// What a new daemon found of a run, with the link when it is alive.
+pub struct Found {
+    /// What recovery is told.
+    pub observed: Observed,
+    /// The link and its events.
+    pub link: Option<(ShimLink, mpsc::Receiver<ShimEvent>)>,
+}
+
+/// Finds out what has become of a run while no daemon looked.
+pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
+    let lost = |detail: &str| Found { observed: Observed::Lost { detail: detail.to_owned() }, link: None };
+    if let Ok(Some(record)) = read_exit(&run_dir) {
+        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        return Found { observed, link: None };
+    }
+    let run = match read_run(&run_dir) {
+        Ok(Some(run)) => run,
+        Ok(None) => return lost("the daemon ended while it was being started"),
+        Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
+    };
+    if run.boot_id != boot_id {
+        return lost("the machine was restarted");
+    }
+    for _ in 0..3 {
+        if !process::is_alive(run.shim).unwrap_or(false) {
+            break;
+        }
+        if let Ok((link, events)) = ShimLink::connect(&run.socket).await {
+            return Found { observed: Observed::Alive(processes_of(&run)), link: Some((link, events)) };
+        }
+    }
+    // It may have ended between the two looks.
+    if let Ok(Some(record)) = read_exit(&run_dir) {
+        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        return Found { observed, link: None };
+    }
+    let detail = end_lost(run_dir, boot_id.to_owned()).await;
+    lost(&detail)
+}

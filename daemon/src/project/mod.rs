@@ -1,0 +1,24 @@
+//! One actor per project: it owns the state, and everything that changes it goes through its mailbox.
+//!
+//! ```text
+//!   Tell / Begin / Outcome ──► mailbox ──► decide ──► one transaction ──► apply ──► reply, wake
+//!                                 ▲                                          │
+//!                                 └────────── step task ◄── effects ─────────┘
+//! ```
+//!
+//! Looking needs no mailbox: the state is published after every commit, so `status` answers at
+//! once whatever the actor is doing.
+
+mod actor;
+mod conclude;
+mod effects;
+mod handle;
+mod ids;
+mod links;
+mod registry;
+
+pub use actor::{Actor, Adopted};
+pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
+pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
+pub use links::{exit_status, observe};
+pub use registry::Projects;

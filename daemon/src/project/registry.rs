@@ -1,0 +1,188 @@
+//! All projects by name.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use fermata_core::command::Command;
+use fermata_core::{Project, apply};
+use fermata_protocol::event::Event;
+use fermata_protocol::project::ProjectCreate;
+use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
+use serde_json::{Value, json};
+
+use super::actor::Actor;
+use super::handle::{ProjectHandle, Tell, View};
+use crate::errors::Failure;
+use crate::services::{self, Services};
+use crate::steps::{blocking, validate};
+use crate::store::commit::{Commit, Written};
+use crate::store::idempotency::Keyed;
+use crate::store::{Durability, checkpoints};
+
+/// All projects by name.
+pub struct Projects {
+    services: Arc<Services>,
+    by_name: RwLock<BTreeMap<ProjectName, ProjectHandle>>,
+    /// Creating and removing exclude each other; looking does not wait for them.
+    changing: tokio::sync::Mutex<()>,
+}
+
+impl Projects {
+    /// Makes an empty registry.
+    pub fn new(services: Arc<Services>) -> Self {
+        Self { services, by_name: RwLock::default(), changing: tokio::sync::Mutex::new(()) }
+    }
+
+    /// Returns what all rooms share.
+    pub fn services(&self) -> &Arc<Services> {
+        &self.services
+    }
+
+    /// Brings an actor to life.
+    pub fn start(&self, actor: Actor, handle: ProjectHandle) {
+        let name = handle.name();
+        self.services.tracker.spawn(actor.run());
+        self.by_name.write().unwrap_or_else(PoisonError::into_inner).insert(name, handle);
+    }
+
+    /// Returns every project, by name.
+    pub fn all(&self) -> Vec<ProjectHandle> {
+        self.by_name.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
+    }
+
+    /// Finds a project.
+    ///
+    /// # Errors
+    /// `project_not_found`.
+    pub fn get(&self, name: &ProjectName) -> Result<ProjectHandle, Failure> {
+        let found = self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        found.ok_or_else(|| {
+            Refusal::new(Code::ProjectNotFound, format!("there is no project '{name}'"))
+                .hint("fermatactl project ls")
+                .into()
+        })
+    }
+
+    /// Creates a project.
+    ///
+    /// # Errors
+    /// `project_exists`, `workspace_refused`, or a fault.
+    pub async fn create(
+        &self,
+        params: ProjectCreate,
+        keyed: Option<Keyed>,
+        view: impl FnOnce(&Project) -> Value + Send + 'static,
+    ) -> Result<Value, Failure> {
+        let _changing = self.changing.lock().await;
+        if self.get(&params.name).is_ok() {
+            return Err(Refusal::new(Code::ProjectExists, format!("there is a project '{}' already", params.name))
+                .hint(format!("fermatactl project show {}", params.name))
+                .into());
+        }
+        let workspace = params.workspace.clone();
+        let resolved = blocking("look at the workspace", move || {
+            validate::workspace_is_usable(Path::new(&workspace))?;
+            // Resolved once: a link that is turned later must not move the project.
+            std::fs::canonicalize(&workspace).map_err(|e| Failure::fault("resolve the workspace", &e))
+        })
+        .await?;
+        let Some(workspace) = resolved.to_str() else {
+            return Err(Refusal::new(
+                Code::WorkspaceRefused,
+                format!("the workspace {} has a path that is not UTF-8", resolved.display()),
+            )
+            .into());
+        };
+        let event = Event::ProjectCreated {
+            workspace: workspace.to_owned(),
+            description: params.description,
+            source: params.source,
+            config: params.config.unwrap_or_default(),
+        };
+        let now = services::now();
+        let Some(project) = apply::create(&params.name, &event, now) else {
+            return Err(Refusal::new(Code::InternalError, "a project was not made by its first event").into());
+        };
+        let shown = Arc::new(project.clone());
+        let commit = Commit {
+            project: params.name.clone(),
+            before: None,
+            after: Some(Arc::clone(&shown)),
+            events: vec![event],
+            writes: Vec::new(),
+            keyed: keyed.map(|keyed| (keyed, None)),
+            reply: Some(Box::new(move |_| view(&shown))),
+            now,
+            durability: Durability::Power,
+        };
+        let written =
+            self.services.store.commit(commit).await.map_err(|e| Failure::fault("save the new project", &e))?;
+        let (actor, handle) = Actor::new(Arc::clone(&self.services), project);
+        self.start(actor, handle);
+        Ok(written.reply.unwrap_or(Value::Null))
+    }
+
+    /// Removes a project, its checkpoints and its files; the workspace stays.
+    ///
+    /// # Errors
+    /// When agents run, checkpoints would be lost, or the store fails.
+    pub async fn remove(
+        &self,
+        name: &ProjectName,
+        with_checkpoints: bool,
+        keyed: Option<Keyed>,
+    ) -> Result<Value, Failure> {
+        let _changing = self.changing.lock().await;
+        let handle = self.get(name)?;
+        let project = name.clone();
+        let count = self
+            .services
+            .store
+            .read(move |connection| checkpoints::count(connection, &project))
+            .await
+            .map_err(|e| Failure::fault("count checkpoints", &e))?;
+        let view: View = Box::new(|_: &Project, _: &Written| json!({}));
+        let command = Command::Remove { checkpoints: count, with_checkpoints };
+        let reply = handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await?;
+        self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let dir = self.services.project_dirs(name).root;
+        blocking("remove the project's files", move || match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(Failure::fault(&format!("remove {}", dir.display()), &error))
+            }
+            _ => Ok(()),
+        })
+        .await?;
+        Ok(reply)
+    }
+
+    /// Finds the agent whose current run has a token with this hash.
+    pub fn agent_with_token(&self, token_sha256: &str) -> Option<Target> {
+        self.find_agent(|agent| {
+            !agent.is_terminal() && agent.run.as_ref().is_some_and(|run| run.token_sha256 == token_sha256)
+        })
+    }
+
+    /// Finds the agent to whose tree one of these processes belongs: its main process or its shim.
+    pub fn agent_of_processes(&self, pids: &[i32]) -> Option<Target> {
+        self.find_agent(|agent| {
+            let processes = agent.run.as_ref().and_then(|run| run.processes.as_ref());
+            processes.is_some_and(|p| pids.contains(&p.pid) || pids.contains(&p.shim_pid))
+        })
+    }
+
+    fn find_agent(&self, wanted: impl Fn(&fermata_core::agent::Agent) -> bool) -> Option<Target> {
+        self.all().into_iter().find_map(|handle| {
+            let project = handle.look();
+            let name: AgentName = project.agents.values().find(|agent| wanted(agent))?.name.clone();
+            Some(Target::agent(project.name.clone(), name))
+        })
+    }
+
+    /// Ends every actor in order.
+    pub async fn shut_down(&self) {
+        let each = self.all().into_iter().map(|handle| async move { handle.shut_down().await });
+        drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+    }
+}

@@ -1,0 +1,107 @@
+//! The start of a daemon: loads the projects, finds out what has become of their agents, sweeps
+//! what a crash has left, and lets the core decide what follows.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fermata_core::Project;
+use fermata_core::command::{Command, Respawn};
+use fermata_protocol::AgentName;
+
+use crate::errors::Failure;
+use crate::project::{Actor, Adopted, NewToken, Projects, new_run, observe};
+use crate::services::Services;
+use crate::steps::{launch, leftovers, session, side_by_side};
+use crate::store::rows;
+
+/// Brings every stored project back to life; returns what a person should know.
+///
+/// With `operations` switched off, running agents are adopted, but what the last daemon left
+/// unfinished stays so until somebody cancels it.
+///
+/// # Errors
+/// When the projects cannot be loaded.
+pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<String>, Failure> {
+    let services = projects.services();
+    let stored = services.store.read(rows::load_all).await.map_err(|e| Failure::fault("load the projects", &e))?;
+    sweep_removed(services, &stored);
+    let each = stored.into_iter().map(|project| {
+        let projects = Arc::clone(projects);
+        async move { one(&projects, project, operations).await }
+    });
+    let mut report: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
+    report.sort();
+    Ok(report)
+}
+
+/// Removes directories of projects that were removed: a crash may have come in between.
+fn sweep_removed(services: &Services, stored: &[Project]) {
+    let dir = services.paths.state.join("projects");
+    let Ok(entries) = std::fs::read_dir(&dir) else { return };
+    for entry in entries.flatten() {
+        let known = entry.file_name().to_str().is_some_and(|name| stored.iter().any(|p| p.name.as_str() == name));
+        if !known && let Err(error) = std::fs::remove_dir_all(entry.path()) {
+            tracing::warn!(path = %entry.path().display(), %error, "what a removed project left stays");
+        }
+    }
+}
+
+async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<String> {
+    let services = projects.services();
+    let name = project.name.clone();
+    let (mut actor, handle) = Actor::new(Arc::clone(services), project);
+    let mut report = Vec::new();
+    let site = handle.site();
+    if let Err(failure) = leftovers::sweep(&site).await {
+        report.push(format!("{name}: {failure}"));
+    }
+    for agent in site.project.agents.values() {
+        let Some(run) = &agent.run else { continue };
+        if let Err(failure) = launch::end_older_runs(&site, &agent.name, &run.id).await {
+            report.push(format!("{name}/{}: {failure}", agent.name));
+        }
+    }
+    let mut observed = BTreeMap::new();
+    let mut adopted = Vec::new();
+    for agent in site.project.alive_agents() {
+        let Some(run) = &agent.run else { continue };
+        let found = observe(site.dirs().run(&agent.name, &run.id), &services.boot_id).await;
+        if let Some((link, events)) = found.link {
+            adopted.push(Adopted { agent: agent.name.clone(), run: run.id.clone(), link, events });
+        }
+        observed.insert(agent.name.clone(), found.observed);
+    }
+    if !adopted.is_empty() {
+        report.push(format!("{name}: {} agents adopted", adopted.len()));
+    }
+    actor.adopt(adopted);
+    if operations {
+        if let Some(operation) = site.project.operation() {
+            report.push(format!("{name}: operation {operation} was under way and is brought to an end"));
+        }
+        let (respawn, tokens) = respawns(&site).await;
+        let command = Command::Recover { agents: observed, respawn };
+        if let Err(failure) = actor.recover(command, tokens).await {
+            report.push(format!("{name}: {failure}"));
+        }
+    }
+    projects.start(actor, handle);
+    report
+}
+
+/// Prepares a new run for every agent that recovery may have to start.
+async fn respawns(site: &crate::steps::Site) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
+    let mut respawn = BTreeMap::new();
+    let mut tokens = Vec::new();
+    for agent in site.project.agents.values().filter(|agent| !agent.is_terminal()) {
+        let (new, token) = new_run();
+        // Without its profile's command an agent is still started by its own.
+        let (argv, session) = match session::start_again(site, agent).await {
+            Ok(again) => (again.argv, again.session),
+            Err(_) => (agent.spec.argv.clone(), None),
+        };
+        respawn.insert(agent.name.clone(), Respawn { new, argv, instead_of_thaw: None, session });
+        tokens.push(token);
+    }
+    (respawn, tokens)
+}

@@ -1,0 +1,368 @@
+//! The daemon's life: start, signals, reload, end.
+//!
+//! ```text
+//!   lock ─► settings ─► store ─► plugins ─► recovery ─► listen ─► READY
+//!   SIGHUP reload · SIGTSTP pause all · SIGCONT resume those · SIGUSR1 status to the log
+//!   SIGTERM/SIGINT: undo pauses, leave or park the agents, join every task, close the store
+//! ```
+
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::command::Command;
+use fermata_protocol::ProjectName;
+use fermata_protocol::pause::PauseMode;
+use fermata_protocol::project::ProjectStatus;
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::reload::Handle;
+
+use crate::config::{ConfigError, OnShutdown, Paths, Settings};
+use crate::errors::chain;
+use crate::os::cgroup::Hierarchy;
+use crate::os::lock::{LockError, StateLock};
+use crate::os::{limits, peer, process};
+use crate::plugins::{PluginConfig, PluginError, Plugins};
+use crate::profile::{ProfileError, Profiles};
+use crate::project::{Begin, Label, Projects, new_boot_epoch, new_operation};
+use crate::recovery;
+use crate::services::{self, Programs, Services};
+use crate::socket::listener::{BindError, Listener};
+use crate::socket::{Daemon, resume_quietly};
+use crate::store::{Store, StoreError};
+
+/// The exit code of a daemon that finds another one on its state: `EX_TEMPFAIL` of sysexits(3).
+pub const ALREADY_RUNNING: i32 = 75;
+
+/// How long the end waits for what is under way.
+const LEAVING: Duration = Duration::from_secs(20);
+
+/// Why the daemon could not start.
+#[derive(Debug, Error)]
+pub enum StartError {
+    /// Another daemon uses the same state.
+    #[error("another daemon owns the state directory {}: {holder}", path.display())]
+    AlreadyRunning {
+        /// The state directory.
+        path: PathBuf,
+        /// Who it is.
+        holder: String,
+    },
+    /// The state directory cannot be locked.
+    #[error("lock the state directory")]
+    Lock(#[source] LockError),
+    /// A directory cannot be made.
+    #[error("create {}", path.display())]
+    Directory {
+        /// The directory.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The settings cannot be used.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A profile cannot be used.
+    #[error(transparent)]
+    Profile(#[from] ProfileError),
+    /// The database cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The plugins cannot be started.
+    #[error("start the plugins")]
+    Plugins(#[from] PluginError),
+    /// The stored projects cannot be brought back.
+    #[error("bring the projects back: {0}")]
+    Recovery(String),
+    /// The control socket cannot be opened.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// A program of the daemon is missing.
+    #[error("find {name}: it is neither beside fermatad nor in the PATH")]
+    ProgramMissing {
+        /// Its name.
+        name: &'static str,
+    },
+    /// The kernel does not say which boot this is.
+    #[error("read the kernel's boot id")]
+    BootId(#[source] std::io::Error),
+    /// Signals cannot be taken.
+    #[error("take signals")]
+    Signals(#[source] std::io::Error),
+}
+
+/// What the command line says.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where things are.
+    pub paths: Paths,
+    /// Whether operations that a crash has left unfinished are brought to an end.
+    pub recover: bool,
+}
+
+/// Changes what is logged, while the daemon runs.
+pub type LogHandle = Handle<EnvFilter, tracing_subscriber::Registry>;
+
+/// A signal that the daemon acts on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Signal {
+    Reload,
+    PauseAll,
+    ResumeAll,
+    Status,
+    End,
+}
+
+/// Runs the daemon until it is told to end.
+///
+/// # Errors
+/// When it cannot start.
+pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result<(), StartError> {
+    let paths = options.paths.clone();
+    prepare_directories(&paths)?;
+    let holder = format!("fermatad, pid {}", std::process::id());
+    let _lock = StateLock::acquire(&paths.state.join("lock"), &holder).map_err(|error| match error {
+        LockError::Held { holder, .. } => StartError::AlreadyRunning { path: paths.state.clone(), holder },
+        other => StartError::Lock(other),
+    })?;
+    let signals = take_signals().map_err(StartError::Signals)?;
+    // A thousand agents have a thousand links; the agents themselves get the caller's limits.
+    if let Err(error) = limits::raise_open_files() {
+        tracing::warn!(%error, "the limit of open files stays as it is");
+    }
+    let services = open_services(&paths, settings).await?;
+    let projects = Arc::new(Projects::new(Arc::clone(&services)));
+    let report = recovery::run(&projects, options.recover).await.map_err(|f| StartError::Recovery(f.to_string()))?;
+    for line in &report {
+        tracing::info!("recovery: {line}");
+    }
+    let group = nix::unistd::geteuid()
+        .is_root()
+        .then(|| peer::group_id(&services.settings().operator_group).ok().flatten())
+        .flatten();
+    let listener = Listener::open(&paths.socket, group)?;
+    let reload = reloader(Arc::clone(&services), log);
+    let daemon = Arc::new(Daemon {
+        projects: Arc::clone(&projects),
+        started_at: services::now(),
+        boot_epoch: new_boot_epoch(),
+        recovery: report,
+        freezer: describe_freezer(&services),
+        reload: Box::new(reload),
+    });
+    tracing::info!(socket = %paths.socket.display(), state = %paths.state.display(), "ready");
+    notify(&[sd_notify::NotifyState::Ready]);
+    let keeper = tokio::spawn(keep(Arc::clone(&services)));
+    tokio::select! {
+        () = listener.run(&daemon) => {}
+        () = serve_signals(signals, &daemon) => {}
+    }
+    notify(&[sd_notify::NotifyState::Stopping]);
+    keeper.abort();
+    listener.remove();
+    end(&projects).await;
+    Ok(())
+}
+
+fn prepare_directories(paths: &Paths) -> Result<(), StartError> {
+    let shims = paths.runtime.join("shims");
+    for (dir, mode) in [(&paths.state, 0o700), (&paths.runtime, 0o755), (&shims, 0o700)] {
+        std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(dir)
+            .map_err(|source| StartError::Directory { path: dir.clone(), source })?;
+    }
+    Ok(())
+}
+
+async fn open_services(paths: &Paths, settings: Settings) -> Result<Arc<Services>, StartError> {
+    let profiles = Profiles::load(&paths.profiles)?;
+    let programs = Programs { shim: find_program("fermata-shim")? };
+    let host = find_program("fermata-plugin-host")?;
+    let boot_id = process::boot_id().map_err(StartError::BootId)?;
+    let database = paths.state.join("fermata.sqlite");
+    let new_id = new_boot_epoch();
+    let store = Store::open(&database, new_id.trim_start_matches("epoch-"))?;
+    let config = PluginConfig::new(paths.plugins.clone(), paths.plugin_settings.clone(), host, paths.state.clone());
+    let plugins = Plugins::start(config).await?;
+    Ok(Arc::new(Services::new(paths.clone(), programs, store, plugins, settings, profiles, boot_id)))
+}
+
+/// Finds a program beside this one, else in the PATH.
+fn find_program(name: &'static str) -> Result<PathBuf, StartError> {
+    let beside = std::env::current_exe().ok().and_then(|exe| exe.parent().map(|dir| dir.join(name)));
+    let in_path = std::env::var_os("PATH");
+    beside
+        .into_iter()
+        .chain(in_path.iter().flat_map(std::env::split_paths).map(|dir| dir.join(name)))
+        .find(|path| path.is_file())
+        .ok_or(StartError::ProgramMissing { name })
+}
+
+fn describe_freezer(services: &Services) -> String {
+    if services.settings().agents.freezer == crate::config::Freezer::Signals {
+        return "signals: the configuration says so".to_owned();
+    }
+    match Hierarchy::find() {
+        Ok(_) => "cgroup".to_owned(),
+        Err(error) => format!("signals: {}", chain(&error)),
+    }
+}
+
+/// Reads settings and profiles again; what is wrong changes nothing.
+fn reloader(services: Arc<Services>, log: LogHandle) -> impl Fn() -> Result<Vec<String>, String> + Send + Sync {
+    move || {
+        let read = || -> Result<Vec<String>, StartError> {
+            let settings = Settings::read(&services.paths)?;
+            let profiles = Profiles::load(&services.paths.profiles)?;
+            let filter = log_filter(&settings.log);
+            if let Err(error) = log.reload(filter) {
+                tracing::warn!(%error, "what is logged stays as it is");
+            }
+            Ok(services.reload(settings, profiles))
+        };
+        read().map_err(|error| chain(&error))
+    }
+}
+
+/// Makes the filter of what is logged; a filter that makes no sense is the default one.
+pub fn log_filter(text: &str) -> EnvFilter {
+    EnvFilter::try_new(text).unwrap_or_else(|_| EnvFilter::new("info"))
+}
+
+/// Small work now and then: the watchdog, and memory that nobody uses.
+async fn keep(services: Arc<Services>) {
+    let pace = sd_notify::watchdog_enabled().map_or(Duration::from_secs(30), |limit| limit / 3);
+    loop {
+        tokio::time::sleep(pace).await;
+        services.tokens.drop_if_idle();
+        // A store that does not answer is a daemon that does nothing: systemd may start a new one.
+        if services.store.read(|_| Ok(())).await.is_ok() {
+            notify(&[sd_notify::NotifyState::Watchdog]);
+        }
+    }
+}
+
+fn notify(states: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(states) {
+        tracing::warn!(%error, "the service manager was not told");
+    }
+}
+
+fn take_signals() -> std::io::Result<mpsc::Receiver<Signal>> {
+    use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
+    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGTSTP, SIGCONT, SIGUSR1])?;
+    let (sender, receiver) = mpsc::channel(16);
+    std::thread::Builder::new().name("signals".into()).spawn(move || {
+        for signal in signals.forever() {
+            let signal = match signal {
+                SIGHUP => Signal::Reload,
+                SIGTSTP => Signal::PauseAll,
+                SIGCONT => Signal::ResumeAll,
+                SIGUSR1 => Signal::Status,
+                _ => Signal::End,
+            };
+            if sender.blocking_send(signal).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(receiver)
+}
+
+/// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM: nothing after
+/// the SIGTERM is read any more, so it is no wish to resume.
+async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>) {
+    let mut held: Vec<ProjectName> = Vec::new();
+    while let Some(signal) = signals.recv().await {
+        match signal {
+            Signal::Reload => {
+                notify(&[sd_notify::NotifyState::Reloading]);
+                match (daemon.reload)() {
+                    Ok(changed) => tracing::info!(?changed, "settings read again"),
+                    Err(error) => tracing::error!(error, "the settings are as they were before"),
+                }
+                if let Err(error) = daemon.projects.services().plugins.reload().await {
+                    tracing::error!(error = chain(&error), "the plugins are as they were before");
+                }
+                notify(&[sd_notify::NotifyState::Ready]);
+            }
+            Signal::PauseAll => held.extend(pause_all(daemon, PauseMode::Freeze, "SIGTSTP to the daemon").await),
+            Signal::ResumeAll => resume_all(daemon, std::mem::take(&mut held)).await,
+            Signal::Status => log_status(daemon),
+            Signal::End => break,
+        }
+    }
+    if daemon.projects.services().settings().on_shutdown == OnShutdown::Park {
+        pause_all(daemon, PauseMode::Park, "the daemon was told to end").await;
+    }
+}
+
+/// Pauses every active project side by side; returns those that are paused now by it.
+async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<ProjectName> {
+    let active = daemon.projects.all().into_iter().filter(|h| h.look().state.status() == ProjectStatus::Active);
+    let each = active.map(|handle| {
+        let reason = Some(reason.to_owned());
+        async move {
+            let operation = new_operation();
+            let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms: None };
+            let begin = Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed: None };
+            let name = handle.name();
+            match handle.begin(begin).await {
+                Ok(_) => Some(name),
+                Err(failure) => {
+                    tracing::error!(project = %name, %failure, "not paused");
+                    None
+                }
+            }
+        }
+    });
+    crate::steps::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
+}
+
+async fn resume_all(daemon: &Daemon, names: Vec<ProjectName>) {
+    let handles = names.iter().filter_map(|name| daemon.projects.get(name).ok());
+    let each = handles.map(|handle| async move {
+        if let Err(failure) = resume_quietly(&handle).await {
+            tracing::error!(project = %handle.name(), %failure, "not resumed");
+        }
+    });
+    drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+}
+
+fn log_status(daemon: &Daemon) {
+    for handle in daemon.projects.all() {
+        let project = handle.look();
+        tracing::info!(
+            project = %project.name,
+            status = %project.state.status(),
+            agents = project.agents.len(),
+            running = project.alive_agents().count(),
+            operation = project.operation().map(ToString::to_string),
+            "status"
+        );
+    }
+}
+
+/// Ends in order: pauses are undone, tasks joined, the store closed. The agents go on.
+async fn end(projects: &Projects) {
+    let services = projects.services();
+    let in_order = async {
+        projects.shut_down().await;
+        services.stopping.cancel();
+        services.tracker.close();
+        services.tracker.wait().await;
+    };
+    if tokio::time::timeout(LEAVING, in_order).await.is_err() {
+        tracing::warn!("not everything came to its end in time; the next start brings it there");
+        services.stopping.cancel();
+    }
+    services.plugins.shutdown().await;
+    services.store.close().await;
+    tracing::info!("ended");
+}

@@ -1,0 +1,262 @@
+//! What every room above the store shares: store, plugins, settings, channels, tasks.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use fermata_core::score::{ItemTypeKey, Weights};
+use fermata_protocol::context::ItemType;
+use fermata_protocol::rpc::Notification;
+use fermata_protocol::{OperationId, ProjectName, RunId, Target, UnixMillis};
+use serde::Serialize;
+use tokio::sync::{broadcast, mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::config::{Paths, Settings};
+use crate::os::clock;
+use crate::plugins::Plugins;
+use crate::profile::Profiles;
+use crate::store::Store;
+use crate::tokens::TokenCounter;
+
+/// The programs that the daemon starts.
+#[derive(Debug, Clone)]
+pub struct Programs {
+    /// `fermata-shim`.
+    pub shim: PathBuf,
+}
+
+/// How far an operation has come; sent to whoever waits for it. Progress may be dropped when a
+/// peer is slow: the next one tells more.
+#[derive(Debug, Clone, Serialize)]
+pub struct ProgressNote {
+    /// The operation.
+    pub operation_id: OperationId,
+    /// The step, or its part.
+    pub step: String,
+    /// How much of it is done.
+    pub done: u64,
+    /// How much there is; 0 when that is not known.
+    pub total: u64,
+    /// What is counted: `files`, `objects`, `paths`.
+    pub unit: &'static str,
+}
+
+/// What every room above the store shares.
+pub struct Services {
+    /// Where things are.
+    pub paths: Paths,
+    /// The programs that the daemon starts.
+    pub programs: Programs,
+    /// The database.
+    pub store: Store,
+    /// The plugins.
+    pub plugins: Plugins,
+    /// The token counter.
+    pub tokens: TokenCounter,
+    /// Agents' open channels.
+    pub channels: Channels,
+    /// Operations' progress.
+    pub progress: broadcast::Sender<ProgressNote>,
+    /// Every task that has to be joined at the end.
+    pub tracker: TaskTracker,
+    /// Cancelled when the daemon ends.
+    pub stopping: CancellationToken,
+    /// The kernel's boot id.
+    pub boot_id: String,
+    settings: RwLock<Arc<Settings>>,
+    profiles: RwLock<Arc<Profiles>>,
+}
+
+impl Services {
+    /// Puts the parts together.
+    pub fn new(
+        paths: Paths,
+        programs: Programs,
+        store: Store,
+        plugins: Plugins,
+        settings: Settings,
+        profiles: Profiles,
+        boot_id: String,
+    ) -> Self {
+        Self {
+            paths,
+            programs,
+            store,
+            plugins,
+            tokens: TokenCounter::default(),
+            channels: Channels::default(),
+            progress: broadcast::channel(256).0,
+            tracker: TaskTracker::new(),
+            stopping: CancellationToken::new(),
+            boot_id,
+            settings: RwLock::new(Arc::new(settings)),
+            profiles: RwLock::new(Arc::new(profiles)),
+        }
+    }
+
+    /// Returns the settings as they are now.
+    pub fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Replaces the settings and profiles; returns the names of the sections that changed.
+    pub fn reload(&self, settings: Settings, profiles: Profiles) -> Vec<String> {
+        *self.profiles.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(profiles);
+        let mut current = self.settings.write().unwrap_or_else(PoisonError::into_inner);
+        let changed = current.differences(&settings);
+        *current = Arc::new(settings);
+        changed
+    }
+
+    /// Returns the profiles as they are now.
+    pub fn profiles(&self) -> Arc<Profiles> {
+        Arc::clone(&self.profiles.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Returns the weights for scoring.
+    pub fn weights(&self) -> Weights {
+        let settings = self.settings();
+        let keyed = settings.context.weights.iter().filter_map(|(name, weight)| {
+            let kind = ItemType::ALL.into_iter().find(|kind| kind.as_str() == name)?;
+            Some((ItemTypeKey(kind), *weight))
+        });
+        Weights::default().with(&keyed.collect())
+    }
+
+    /// Returns the directories of a project.
+    pub fn project_dirs(&self, project: &ProjectName) -> ProjectDirs {
+        ProjectDirs { root: self.paths.state.join("projects").join(project.as_str()) }
+    }
+
+    /// Returns where the shim of a run listens.
+    pub fn shim_socket(&self, run: &RunId) -> PathBuf {
+        self.paths.runtime.join("shims").join(format!("{run}.sock"))
+    }
+}
+
+/// Returns the time.
+pub fn now() -> UnixMillis {
+    UnixMillis(clock::unix_ms())
+}
+
+/// The directories of one project.
+#[derive(Debug, Clone)]
+pub struct ProjectDirs {
+    /// The project's own directory.
+    pub root: PathBuf,
+}
+
+impl ProjectDirs {
+    /// The store of workspace snapshots.
+    pub fn history(&self) -> PathBuf {
+        self.root.join("history")
+    }
+
+    /// The files of all checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.root.join("checkpoints")
+    }
+
+    /// The files of a checkpoint.
+    pub fn checkpoint(&self, number: u64) -> PathBuf {
+        self.checkpoints().join(number.to_string())
+    }
+
+    /// The files of a checkpoint that is being made.
+    pub fn partial_checkpoint(&self, number: u64) -> PathBuf {
+        self.checkpoints().join(format!("{number}.partial"))
+    }
+
+    /// The plan of a restore.
+    pub fn restore_plan(&self, operation: &OperationId) -> PathBuf {
+        self.root.join(format!("restore-{operation}.json"))
+    }
+
+    /// The runs of an agent.
+    pub fn runs(&self, agent: &fermata_protocol::AgentName) -> PathBuf {
+        self.root.join("agents").join(agent.as_str()).join("runs")
+    }
+
+    /// One run of an agent.
+    pub fn run(&self, agent: &fermata_protocol::AgentName, run: &RunId) -> PathBuf {
+        self.runs(agent).join(run.as_str())
+    }
+}
+
+/// The connections on which agents listen for pause requests, and their acknowledgements.
+#[derive(Default)]
+pub struct Channels {
+    open: Mutex<BTreeMap<String, Vec<Channel>>>,
+}
+
+struct Channel {
+    id: u64,
+    sender: mpsc::Sender<Notification>,
+    acknowledged: watch::Sender<u64>,
+}
+
+/// Removes the channel when the connection ends.
+pub struct ChannelGuard {
+    services: Arc<Services>,
+    target: String,
+    id: u64,
+}
+
+impl Drop for ChannelGuard {
+    fn drop(&mut self) {
+        let mut open = self.services.channels.lock();
+        if let Some(channels) = open.get_mut(&self.target) {
+            channels.retain(|channel| channel.id != self.id);
+            if channels.is_empty() {
+                open.remove(&self.target);
+            }
+        }
+    }
+}
+
+impl Channels {
+    fn lock(&self) -> std::sync::MutexGuard<'_, BTreeMap<String, Vec<Channel>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens the channel of an agent; notifications go to `sender` until the guard is dropped.
+    pub fn open(services: &Arc<Services>, target: &Target, sender: mpsc::Sender<Notification>) -> ChannelGuard {
+        static NEXT: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(1);
+        let id = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        let target = target.to_string();
+        let channel = Channel { id, sender, acknowledged: watch::channel(0).0 };
+        services.channels.lock().entry(target.clone()).or_default().push(channel);
+        ChannelGuard { services: Arc::clone(services), target, id }
+    }
+
+    /// Asks an agent to come to a good place; `None` when it has no channel open.
+    ///
+    /// The receivers change when the agent acknowledges.
+    pub fn request_pause(&self, target: &Target, notification: &Notification) -> Option<Vec<watch::Receiver<u64>>> {
+        let open = self.lock();
+        let channels = open.get(&target.to_string())?;
+        let receivers = channels
+            .iter()
+            // A channel whose agent reads nothing is full and counts as none.
+            .filter(|channel| channel.sender.try_send(notification.clone()).is_ok())
+            .map(|channel| {
+                let mut receiver = channel.acknowledged.subscribe();
+                receiver.mark_unchanged();
+                receiver
+            })
+            .collect::<Vec<_>>();
+        (!receivers.is_empty()).then_some(receivers)
+    }
+
+    /// Takes an agent's acknowledgement; says whether anybody had asked for one.
+    pub fn acknowledge(&self, target: &Target) -> bool {
+        let open = self.lock();
+        let Some(channels) = open.get(&target.to_string()) else { return false };
+        for channel in channels {
+            channel.acknowledged.send_modify(|count| *count += 1);
+        }
+        true
+    }
+}

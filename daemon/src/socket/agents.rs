@@ -1,0 +1,362 @@
+//! Handlers of `agent.*`: run, stop, kill, restart, remove, wait.
+
+use std::path::Path;
+use std::time::Duration;
+
+use fermata_core::Project;
+use fermata_core::agent::AgentState;
+use fermata_core::command::Command;
+use fermata_core::view;
+use fermata_protocol::agent::{AgentKill, AgentListResult, AgentRun, AgentSpec, AgentStop, AgentView, AgentWait};
+use fermata_protocol::project::ProjectCreate;
+use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use super::dispatch::wire;
+use crate::errors::Failure;
+use crate::os::process::{self, ProcessId};
+use crate::project::{ProjectHandle, Projects, Tell, new_run};
+use crate::steps::blocking;
+use crate::store::commit::Write;
+use crate::store::idempotency::Keyed;
+
+/// How long a stop or kill waits for the end beyond the grace.
+const ENDING: Duration = Duration::from_secs(20);
+
+/// How many arguments, and how much environment, an agent may have in bytes; beyond that exec fails anyway.
+const MAX_ARGUMENT_BYTES: usize = 1 << 20;
+
+pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    check(&params)?;
+    let handle = match projects.get(&params.project) {
+        Ok(handle) => handle,
+        Err(missing) => {
+            let Some(workspace) = params.workspace.clone() else { return Err(missing) };
+            let create = ProjectCreate {
+                name: params.project.clone(),
+                workspace,
+                description: String::new(),
+                source: None,
+                config: None,
+            };
+            match projects.create(create, None, |_| Value::Null).await {
+                Ok(_) => {}
+                // Another run may have created it in the meantime.
+                Err(Failure::Refused(refusal)) if refusal.code == Code::ProjectExists => {}
+                Err(other) => return Err(other),
+            }
+            projects.get(&params.project)?
+        }
+    };
+    let project = handle.look();
+    if let Some(workspace) = &params.workspace {
+        same_workspace(&project, workspace).await?;
+    }
+    let name = params.name.clone().map_or_else(|| name_of(&params.argv, &project), Ok)?;
+    let settings = projects.services().settings();
+    let profiles = projects.services().profiles();
+    let profile = match &params.profile {
+        Some(name) if profiles.get(name).is_some() => Some(name.clone()),
+        Some(name) => {
+            let known: Vec<&str> = profiles.names().collect();
+            return Err(Refusal::new(Code::InvalidParams, format!("there is no profile '{name}'"))
+                .hint(format!("known are: {}", known.join(", ")))
+                .into());
+        }
+        None => params.argv.first().and_then(|program| profiles.recognise(program)).map(str::to_owned),
+    };
+    let spec = AgentSpec {
+        argv: params.argv,
+        cwd: params.cwd.unwrap_or_else(|| project.facts.workspace.clone()),
+        umask: params.umask.unwrap_or(0o022),
+        limits: params.limits,
+        resume_argv: params.resume_argv,
+        profile,
+        stop_grace_ms: params.stop_grace_ms.unwrap_or(settings.agents.stop_grace_ms),
+    };
+    let (new, token) = new_run();
+    let run = new.id.clone();
+    let shown = name.clone();
+    handle
+        .tell(Tell {
+            command: Command::Run { agent: name.clone(), spec, new },
+            writes: vec![Write::Environment(name.clone(), params.env)],
+            tokens: vec![token],
+            keyed,
+            view: Box::new(move |project, _| view_of(project, &shown)),
+        })
+        .await?;
+    started(&handle, &name, &run).await
+}
+
+fn check(params: &AgentRun) -> Result<(), Refusal> {
+    let invalid = |message: String| Err(Refusal::new(Code::InvalidParams, message));
+    if params.argv.first().is_none_or(String::is_empty) {
+        return invalid("'argv' names no program".into());
+    }
+    if params.resume_argv.as_ref().is_some_and(|argv| argv.first().is_none_or(String::is_empty)) {
+        return invalid("'resume_argv' names no program".into());
+    }
+    let words = params.argv.iter().chain(params.resume_argv.iter().flatten()).chain(params.cwd.iter());
+    if words.clone().any(|word| word.contains('\0'))
+        || params.env.iter().any(|(k, v)| k.contains('\0') || v.contains('\0'))
+    {
+        return invalid("an argument or variable holds a NUL byte".into());
+    }
+    if let Some(name) = params.env.keys().find(|name| name.is_empty() || name.contains('=')) {
+        return invalid(format!("'{name}' is no name for an environment variable"));
+    }
+    let bytes: usize = words.map(String::len).sum::<usize>()
+        + params.env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
+    if bytes > MAX_ARGUMENT_BYTES {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            format!("arguments and environment have {bytes} bytes, more than {MAX_ARGUMENT_BYTES}"),
+        ));
+    }
+    if params.cwd.as_ref().is_some_and(|cwd| !Path::new(cwd).is_absolute()) {
+        return invalid("'cwd' is not an absolute path".into());
+    }
+    Ok(())
+}
+
+/// A run may name the workspace of a project that exists, but not another one.
+async fn same_workspace(project: &Project, given: &str) -> Result<(), Failure> {
+    let (given_path, own) = (given.to_owned(), project.facts.workspace.clone());
+    let same = blocking("compare workspaces", move || {
+        Ok(Path::new(&given_path).canonicalize().is_ok_and(|path| path == Path::new(&own)))
+    })
+    .await?;
+    if same {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        Code::ProjectExists,
+        format!("project '{}' has the workspace {}, not {given}", project.name, project.facts.workspace),
+    )
+    .hint("leave --workspace out, or give the project another name")
+    .into())
+}
+
+/// Makes a name of the program's, with a number where it is taken.
+fn name_of(argv: &[String], project: &Project) -> Result<AgentName, Refusal> {
+    let file = argv.first().map(|program| Path::new(program).file_name().unwrap_or_default().to_string_lossy());
+    let mut base: String = file
+        .unwrap_or_default()
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' })
+        .take(50)
+        .collect();
+    if !base.starts_with(|c: char| c.is_ascii_alphanumeric()) {
+        base.insert_str(0, "agent");
+    }
+    let invalid = |e: fermata_protocol::ids::InvalidId| Refusal::new(Code::InvalidParams, e.to_string());
+    let free = |name: &AgentName| project.agents.get(name).is_none_or(|agent| agent.is_terminal());
+    let first = AgentName::new(base.clone()).map_err(invalid)?;
+    if free(&first) {
+        return Ok(first);
+    }
+    (2..)
+        .filter_map(|n: u32| AgentName::new(format!("{base}-{n}")).ok())
+        .find(free)
+        .ok_or_else(|| Refusal::new(Code::InvalidParams, "no name is free"))
+}
+
+fn view_of(project: &Project, name: &AgentName) -> Value {
+    project.agents.get(name).map_or(Value::Null, |agent| json!(view::agent(project, agent)))
+}
+
+/// Waits until a run has started, or says why it has not.
+async fn started(handle: &ProjectHandle, name: &AgentName, run: &fermata_protocol::RunId) -> Result<Value, Failure> {
+    let mut state = handle.watch();
+    loop {
+        let project = state.borrow_and_update().clone();
+        let Some(agent) = project.agents.get(name) else { return Ok(Value::Null) };
+        let same = agent.run.as_ref().is_some_and(|r| r.id == *run);
+        let launched = agent.run.as_ref().is_some_and(|r| r.processes.is_some() || r.ended.is_some());
+        match &agent.state {
+            AgentState::Failed { detail: Some(reason) } if same => {
+                return Err(Refusal::new(
+                    Code::LaunchFailed,
+                    format!("agent '{name}' of project '{}' could not be started: {reason}", project.name),
+                )
+                .into());
+            }
+            _ if !same || launched => return wire(&view::agent(&project, agent)),
+            _ => {}
+        }
+        if state.changed().await.is_err() {
+            return Err(shutting_down());
+        }
+    }
+}
+
+fn shutting_down() -> Failure {
+    Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
+}
+
+pub(super) fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
+    let handles = match only {
+        Some(name) => vec![projects.get(name)?],
+        None => projects.all(),
+    };
+    let agents = handles.iter().flat_map(|handle| {
+        let project = handle.look();
+        project.agents.values().map(|agent| view::agent(&project, agent)).collect::<Vec<_>>()
+    });
+    wire(&AgentListResult { agents: agents.collect() })
+}
+
+/// The agents that a command aims at and that have not ended.
+fn aimed(project: &Project, agent: Option<&AgentName>) -> Vec<AgentName> {
+    project
+        .agents
+        .values()
+        .filter(|a| agent.is_none_or(|name| a.name == *name) && !a.is_terminal())
+        .map(|a| a.name.clone())
+        .collect()
+}
+
+pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let handle = projects.get(&params.target.project)?;
+    let project = handle.look();
+    let names = aimed(&project, params.target.agent.as_ref());
+    let longest = names.iter().filter_map(|name| project.agents.get(name)).map(|a| a.spec.stop_grace_ms).max();
+    let grace = params.grace_ms.or(longest).unwrap_or(0);
+    let command = Command::Stop { agent: params.target.agent.clone(), grace_ms: params.grace_ms };
+    tell(&handle, command, keyed).await?;
+    ended(&handle, &names, Duration::from_millis(grace) + ENDING).await
+}
+
+pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let handle = projects.get(&params.target.project)?;
+    let names = aimed(&handle.look(), params.target.agent.as_ref());
+    match &params.signal {
+        Some(signal) => send_signal(&handle, &params.target, &names, signal),
+        None => {
+            tell(&handle, Command::Kill { agent: params.target.agent.clone() }, keyed).await?;
+            ended(&handle, &names, ENDING).await
+        }
+    }
+}
+
+fn send_signal(handle: &ProjectHandle, target: &Target, names: &[AgentName], signal: &str) -> Result<Value, Failure> {
+    let name = signal.to_ascii_uppercase();
+    let full = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
+    let number = full
+        .parse::<Signal>()
+        .ok()
+        .or_else(|| signal.parse::<i32>().ok().and_then(|n| Signal::try_from(n).ok()))
+        .ok_or_else(|| {
+            Refusal::new(Code::InvalidParams, format!("'{signal}' is no signal")).hint("for instance TERM, USR1 or 10")
+        })?;
+    let project = handle.look();
+    if names.is_empty() {
+        return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
+    }
+    for name in names {
+        let processes = project.agents.get(name).and_then(|agent| agent.run.as_ref()?.processes.as_ref());
+        let Some(processes) = processes else { continue };
+        // By pid and start time: a recycled pid is never signalled.
+        let id = ProcessId { pid: processes.pid, start_time_ticks: processes.start_ticks };
+        process::signal(id, number as i32)
+            .map_err(|e| Failure::fault(&format!("send {} to agent '{name}'", number.as_str()), &e))?;
+    }
+    let agents = names.iter().filter_map(|name| Some(view::agent(&project, project.agents.get(name)?))).collect();
+    wire(&AgentListResult { agents })
+}
+
+pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let handle = projects.get(&target.project)?;
+    let name = one_agent(target)?;
+    let (new, token) = new_run();
+    let before = handle.look().agents.get(name).and_then(|agent| agent.run.as_ref().map(|run| run.id.clone()));
+    let command = Command::Restart { agent: name.clone(), new };
+    let tokens = vec![token];
+    handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view: Box::new(|_, _| Value::Null) }).await?;
+    let mut state = handle.watch();
+    loop {
+        let project = state.borrow_and_update().clone();
+        let Some(run) = project.agents.get(name).and_then(|agent| agent.run.as_ref()) else {
+            return Ok(Value::Null);
+        };
+        if before.as_ref() != Some(&run.id) {
+            return started(&handle, name, &run.id.clone()).await;
+        }
+        if state.changed().await.is_err() {
+            return Err(shutting_down());
+        }
+    }
+}
+
+pub(super) async fn remove(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let handle = projects.get(&target.project)?;
+    tell(&handle, Command::RemoveAgent { agent: one_agent(target)?.clone() }, keyed).await?;
+    Ok(json!({}))
+}
+
+pub(super) async fn wait(projects: &Projects, params: &AgentWait) -> Result<Value, Failure> {
+    let handle = projects.get(&params.target.project)?;
+    let name = one_agent(&params.target)?;
+    if !handle.look().agents.contains_key(name) {
+        return Err(not_found(&params.target));
+    }
+    let names = [name.clone()];
+    let waiting = ended(&handle, &names, Duration::MAX);
+    let value = match params.timeout_ms {
+        None => waiting.await?,
+        Some(ms) => match tokio::time::timeout(Duration::from_millis(ms), waiting).await {
+            Ok(value) => value?,
+            Err(_) => {
+                return Err(Refusal::new(
+                    Code::TimedOut,
+                    format!("agent {} has not ended within {ms} ms", params.target),
+                )
+                .into());
+            }
+        },
+    };
+    Ok(value.get("agents").and_then(|agents| agents.get(0)).cloned().unwrap_or(Value::Null))
+}
+
+/// Waits until agents have ended, and shows them.
+async fn ended(handle: &ProjectHandle, names: &[AgentName], patience: Duration) -> Result<Value, Failure> {
+    let mut state = handle.watch();
+    let all_ended = async {
+        loop {
+            let project = state.borrow_and_update().clone();
+            let agents: Vec<_> = names.iter().filter_map(|name| project.agents.get(name)).collect();
+            if agents.iter().all(|agent| agent.is_terminal()) {
+                let views: Vec<AgentView> = agents.iter().map(|agent| view::agent(&project, agent)).collect();
+                return wire(&AgentListResult { agents: views });
+            }
+            if state.changed().await.is_err() {
+                return Err(shutting_down());
+            }
+        }
+    };
+    match tokio::time::timeout(patience, all_ended).await {
+        Ok(result) => result,
+        Err(_) => Err(Refusal::new(Code::TimedOut, format!("agents have not ended within {} s", patience.as_secs()))
+            .hint("fermatactl kill")
+            .into()),
+    }
+}
+
+async fn tell(handle: &ProjectHandle, command: Command, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }).await
+}
+
+fn one_agent(target: &Target) -> Result<&AgentName, Refusal> {
+    target.agent.as_ref().ok_or_else(|| {
+        Refusal::new(Code::InvalidParams, format!("'{target}' is a project, not one of its agents"))
+            .hint(format!("{target}/AGENT"))
+    })
+}
+
+fn not_found(target: &Target) -> Failure {
+    Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
+        .hint(format!("fermatactl ps {}", target.project))
+        .into()
+}

@@ -1,0 +1,271 @@
+//! One connection: reads lines, runs calls side by side, writes what they answer.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fermata_protocol::codec::LineBuffer;
+use fermata_protocol::rpc::{Notification, Request, Response};
+use fermata_protocol::{Code, ErrorObject, MAX_IN_FLIGHT, MAX_LINE_BYTES, Refusal};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::{Daemon, dispatch};
+use crate::auth::{self, Peer};
+use crate::os::peer::PeerCredentials;
+use crate::services::ChannelGuard;
+
+/// How many lines may wait to be written; whoever has more to say waits.
+const OUT_QUEUE: usize = 128;
+
+/// A peer that takes no byte for so long is given up.
+const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How many subscriptions one connection may have.
+const SUBSCRIPTIONS: usize = 16;
+
+/// What the calls of one connection share.
+pub(super) struct Connection {
+    pub daemon: Arc<Daemon>,
+    out: mpsc::Sender<Vec<u8>>,
+    state: Mutex<State>,
+    /// Cancelled when the connection ends.
+    pub closed: CancellationToken,
+}
+
+struct State {
+    peer: Peer,
+    under_way: BTreeMap<String, CancellationToken>,
+    subscriptions: BTreeMap<u64, CancellationToken>,
+    next_subscription: u64,
+    channel: Option<ChannelGuard>,
+}
+
+impl Connection {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns who the peer is.
+    pub fn peer(&self) -> Peer {
+        self.lock().peer.clone()
+    }
+
+    /// Notes that the peer has shown to be somebody else.
+    pub fn become_peer(&self, peer: Peer) {
+        self.lock().peer = peer;
+    }
+
+    /// Keeps the agent's channel open for as long as the connection lasts.
+    pub fn keep_channel(&self, guard: ChannelGuard) {
+        self.lock().channel = Some(guard);
+    }
+
+    /// Sends a line; waits for a place, so that a slow peer slows its own calls and nobody else.
+    pub async fn send(&self, message: &impl Serialize) {
+        let Ok(mut line) = serde_json::to_vec(message) else { return };
+        line.push(b'\n');
+        // The writer is gone when the peer is.
+        drop(self.out.send(line).await);
+    }
+
+    /// Returns where notifications of this connection go.
+    pub fn notifications(self: &Arc<Self>) -> mpsc::Sender<Notification> {
+        let (sender, mut receiver) = mpsc::channel::<Notification>(16);
+        let connection = Arc::clone(self);
+        self.daemon.projects.services().tracker.spawn(async move {
+            loop {
+                let next = tokio::select! {
+                    next = receiver.recv() => next,
+                    () = connection.closed.cancelled() => return,
+                };
+                match next {
+                    Some(notification) => connection.send(&notification).await,
+                    None => return,
+                }
+            }
+        });
+        sender
+    }
+
+    /// Opens a subscription; the token ends it.
+    ///
+    /// # Errors
+    /// `too_many_requests`.
+    pub fn subscribe(&self) -> Result<(u64, CancellationToken), Refusal> {
+        let mut state = self.lock();
+        if state.subscriptions.len() >= SUBSCRIPTIONS {
+            let message = format!("this connection has {SUBSCRIPTIONS} subscriptions already");
+            return Err(Refusal::new(Code::TooManyRequests, message).hint("events.unsubscribe"));
+        }
+        state.next_subscription += 1;
+        let (id, token) = (state.next_subscription, self.closed.child_token());
+        state.subscriptions.insert(id, token.clone());
+        Ok((id, token))
+    }
+
+    /// Ends a subscription.
+    pub fn unsubscribe(&self, id: u64) -> bool {
+        match self.lock().subscriptions.remove(&id) {
+            Some(token) => {
+                token.cancel();
+                true
+            }
+            None => false,
+        }
+    }
+
+    fn begin(&self, id: &Value) -> Result<CancellationToken, Refusal> {
+        let mut state = self.lock();
+        if state.under_way.len() >= MAX_IN_FLIGHT {
+            let message = format!("this connection has {MAX_IN_FLIGHT} requests under way");
+            return Err(Refusal::new(Code::TooManyRequests, message).hint("wait for replies before sending more"));
+        }
+        let token = self.closed.child_token();
+        if state.under_way.insert(id.to_string(), token.clone()).is_some() {
+            return Err(Refusal::new(Code::InvalidRequest, format!("a request with id {id} is under way already")));
+        }
+        Ok(token)
+    }
+
+    fn end(&self, id: &Value) {
+        self.lock().under_way.remove(&id.to_string());
+    }
+
+    fn cancel(&self, id: &Value) {
+        if let Some(token) = self.lock().under_way.get(&id.to_string()) {
+            token.cancel();
+        }
+    }
+}
+
+/// Tells a peer why it is not served, and closes.
+pub(super) async fn refuse(mut stream: UnixStream, why: &str) {
+    let refusal = Refusal::new(Code::TooManyRequests, why.to_owned());
+    if let Ok(mut line) = serde_json::to_vec(&Response::failure(Value::Null, refusal)) {
+        line.push(b'\n');
+        drop(tokio::time::timeout(WRITE_PATIENCE, stream.write_all(&line)).await);
+    }
+}
+
+/// Serves a connection until either side ends it.
+pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daemon: &Arc<Daemon>) {
+    let services = daemon.projects.services();
+    let peer = match auth::identify(&credentials, &services.settings(), &daemon.projects) {
+        Ok(peer) => peer,
+        Err(refusal) => return refuse(stream, &refusal.message).await,
+    };
+    let (reader, writer) = stream.into_split();
+    let (out, lines) = mpsc::channel(OUT_QUEUE);
+    let state =
+        State { peer, under_way: BTreeMap::new(), subscriptions: BTreeMap::new(), next_subscription: 0, channel: None };
+    let closed = services.stopping.child_token();
+    let connection =
+        Arc::new(Connection { daemon: Arc::clone(daemon), out, state: Mutex::new(state), closed: closed.clone() });
+    let writing = services.tracker.spawn(write(writer, lines, closed.clone()));
+    read(reader, &connection).await;
+    closed.cancel();
+    connection.lock().channel = None;
+    drop(connection);
+    // The last replies, for instance the one that says why the connection closes.
+    drop(writing.await);
+}
+
+async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>, closed: CancellationToken) {
+    while let Some(line) = lines.recv().await {
+        match tokio::time::timeout(WRITE_PATIENCE, writer.write_all(&line)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_)) | Err(_) => {
+                closed.cancel();
+                return;
+            }
+        }
+    }
+}
+
+async fn read(mut reader: OwnedReadHalf, connection: &Arc<Connection>) {
+    let mut lines = LineBuffer::new(MAX_LINE_BYTES);
+    let mut calls = JoinSet::new();
+    let mut chunk = vec![0; 64 << 10];
+    'connection: loop {
+        loop {
+            match lines.next_line() {
+                Ok(Some(line)) => take_line(&line, connection, &mut calls).await,
+                Ok(None) => break,
+                Err(error) => {
+                    let refusal = Refusal::new(Code::LineTooLong, error.to_string());
+                    connection.send(&Response::failure(Value::Null, refusal)).await;
+                    break 'connection;
+                }
+            }
+        }
+        let read = tokio::select! {
+            read = reader.read(&mut chunk) => read,
+            () = connection.closed.cancelled() => break,
+            // Finished calls are taken out, so that a long connection keeps none of them.
+            Some(ended) = calls.join_next() => {
+                note_panic(ended);
+                continue;
+            }
+        };
+        match read {
+            // Half a line that never ends is nobody's request.
+            Ok(0) | Err(_) => break,
+            Ok(n) => lines.push(&chunk[..n]),
+        }
+    }
+    connection.closed.cancel();
+    while let Some(ended) = calls.join_next().await {
+        note_panic(ended);
+    }
+}
+
+fn note_panic(ended: Result<(), tokio::task::JoinError>) {
+    if let Err(error) = ended {
+        tracing::error!(%error, "a call panicked");
+    }
+}
+
+async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSet<()>) {
+    let request = match Request::parse(line) {
+        Ok(request) => request,
+        Err(bad) => return connection.send(&Response::failure(bad.id, bad.refusal)).await,
+    };
+    if request.method == "$/cancelRequest" {
+        if let Some(id) = request.params.get("id") {
+            connection.cancel(id);
+        }
+        return;
+    }
+    // A notification asks for no reply; there is none that this daemon acts on.
+    let Some(id) = request.id.clone() else { return };
+    let token = match connection.begin(&id) {
+        Ok(token) => token,
+        Err(refusal) => return connection.send(&Response::failure(id, refusal)).await,
+    };
+    let connection = Arc::clone(connection);
+    calls.spawn(async move {
+        let answer = tokio::select! {
+            answer = dispatch::call(&connection, request) => answer.map_err(|failure| failure.to_object()),
+            () = token.cancelled() => Err(cancelled()),
+        };
+        connection.end(&id);
+        let response = match answer {
+            Ok(result) => Response::success(id, result),
+            Err(error) => Response::failure(id, error),
+        };
+        connection.send(&response).await;
+    });
+}
+
+fn cancelled() -> ErrorObject {
+    Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began goes on".to_owned())
+        .hint("operation.cancel ends an operation")
+        .into()
+}

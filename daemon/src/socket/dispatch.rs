@@ -1,0 +1,210 @@
+//! From a request to the handler of its method.
+
+use std::sync::Arc;
+
+use fermata_protocol::daemon::{DaemonReloadResult, DaemonStatusResult, Hello, HelloResult, Limits};
+use fermata_protocol::method::Call;
+use fermata_protocol::rpc::Request;
+use fermata_protocol::{Code, MAX_IN_FLIGHT, MAX_LINE_BYTES, PROTOCOL_VERSION, Refusal};
+use serde::Serialize;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::connection::Connection;
+use super::{agents, checkpoints, context, events, logs, operations, plugins, projects, reports};
+use crate::auth;
+use crate::errors::Failure;
+use crate::steps::checkpoint::hex;
+use crate::store::idempotency::{self, Keyed, Known};
+
+/// The longest idempotency key, in bytes.
+const MAX_KEY_BYTES: usize = 128;
+
+/// Turns a result into what the wire carries.
+pub(super) fn wire(value: &impl Serialize) -> Result<Value, Failure> {
+    serde_json::to_value(value).map_err(|error| Failure::fault("encode the reply", &error))
+}
+
+/// Carries a request out.
+///
+/// # Errors
+/// A refusal or a fault.
+pub(super) async fn call(connection: &Arc<Connection>, mut request: Request) -> Result<Value, Failure> {
+    let key = request.params.remove("idempotency_key");
+    let keyed = key.map(|key| keyed(connection, &request, &key)).transpose()?;
+    let call = Call::parse(&request.method, request.params)?;
+    if keyed.is_some() && !call.info().mutating {
+        return Err(Refusal::new(
+            Code::InvalidParams,
+            format!("{} changes nothing and takes no 'idempotency_key'", call.info().name),
+        )
+        .into());
+    }
+    if let Call::Hello(hello) = &call {
+        return greet(connection, hello);
+    }
+    let authorised = auth::authorise(&connection.peer(), call)?;
+    if let Some(keyed) = &keyed
+        && let Some(answer) = repeated(connection, keyed).await?
+    {
+        return Ok(answer);
+    }
+    let call = authorised.into_call();
+    match carry(connection, call, keyed.clone()).await {
+        // The same key may have been used by a call that came at the same time.
+        Err(Failure::Fault(fault)) => match keyed {
+            Some(keyed) => match repeated(connection, &keyed).await? {
+                Some(answer) => Ok(answer),
+                None => Err(Failure::Fault(fault)),
+            },
+            None => Err(Failure::Fault(fault)),
+        },
+        other => other,
+    }
+}
+
+fn keyed(connection: &Connection, request: &Request, key: &Value) -> Result<Keyed, Refusal> {
+    let key = key.as_str().filter(|key| !key.is_empty() && key.len() <= MAX_KEY_BYTES).ok_or_else(|| {
+        Refusal::new(Code::InvalidParams, format!("'idempotency_key' is a text of 1 to {MAX_KEY_BYTES} bytes"))
+    })?;
+    // Members of a map are sorted, so the same parameters give the same text.
+    let text = json!([request.method, request.params]).to_string();
+    Ok(Keyed {
+        principal: connection.peer().principal(),
+        key: key.to_owned(),
+        request: hex(&Sha256::digest(text.as_bytes())),
+    })
+}
+
+/// Answers a call that was made before under the same key.
+async fn repeated(connection: &Connection, keyed: &Keyed) -> Result<Option<Value>, Failure> {
+    let services = connection.daemon.projects.services();
+    let wanted = keyed.clone();
+    let known = services
+        .store
+        .read(move |c| idempotency::find(c, &wanted))
+        .await
+        .map_err(|e| Failure::fault("look up the idempotency key", &e))?;
+    match known {
+        None => Ok(None),
+        Some(Known::Reply(reply)) => Ok(Some(reply)),
+        Some(Known::Operation(operation)) => operations::end_of(connection, &operation).await.map(Some),
+        Some(Known::OtherRequest) => Err(Refusal::new(
+            Code::IdempotencyConflict,
+            format!("the idempotency key '{}' was used before for another request", keyed.key),
+        )
+        .into()),
+    }
+}
+
+fn greet(connection: &Connection, hello: &Hello) -> Result<Value, Failure> {
+    if hello.min > PROTOCOL_VERSION || hello.max < PROTOCOL_VERSION {
+        return Err(Refusal::new(
+            Code::UnsupportedVersion,
+            format!(
+                "this daemon speaks protocol version {PROTOCOL_VERSION}, the client {} to {}",
+                hello.min, hello.max
+            ),
+        )
+        .hint("use a client and a daemon of the same release")
+        .into());
+    }
+    let mut peer = connection.peer();
+    if let Some(token) = &hello.token {
+        peer = auth::with_token(&peer, token, &connection.daemon.projects)?;
+        connection.become_peer(peer.clone());
+    }
+    wire(&HelloResult {
+        protocol: PROTOCOL_VERSION,
+        version: env!("CARGO_PKG_VERSION").into(),
+        role: peer.role,
+        agent: peer.agent,
+        limits: Limits { line_bytes: MAX_LINE_BYTES as u64, in_flight: MAX_IN_FLIGHT as u64 },
+        boot_epoch: connection.daemon.boot_epoch.clone(),
+    })
+}
+
+async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let daemon = &connection.daemon;
+    let all = &daemon.projects;
+    match call {
+        Call::Hello(hello) => greet(connection, &hello),
+        Call::Discover(_) => Ok(fermata_protocol::openrpc::document()),
+        Call::DaemonStatus(_) => status(connection),
+        Call::DaemonReload(_) => {
+            let changed = (daemon.reload)().map_err(|message| {
+                Refusal::new(Code::InvalidParams, message).hint("the settings are as they were before")
+            })?;
+            wire(&DaemonReloadResult { changed, needs_restart: Vec::new() })
+        }
+        Call::ProjectCreate(p) => projects::create(all, p, keyed).await,
+        Call::ProjectSet(p) => projects::set(all, p, keyed).await,
+        Call::ProjectList(_) => projects::list(all),
+        Call::ProjectShow(p) => projects::show(all, &p.project).await,
+        Call::ProjectRemove(p) => all.remove(&p.project, p.with_checkpoints, keyed).await,
+        Call::ProjectPause(p) => operations::pause(connection, p, keyed).await,
+        Call::ProjectResume(p) => operations::resume(connection, p, keyed).await,
+        Call::AgentRun(p) => agents::run(all, p, keyed).await,
+        Call::AgentList(p) => agents::list(all, p.project.as_ref()),
+        Call::AgentStop(p) => agents::stop(all, &p, keyed).await,
+        Call::AgentKill(p) => agents::kill(all, &p, keyed).await,
+        Call::AgentRestart(p) => agents::restart(all, &p.target, keyed).await,
+        Call::AgentRemove(p) => agents::remove(all, &p.target, keyed).await,
+        Call::AgentWait(p) => agents::wait(all, &p).await,
+        Call::AgentLogs(p) => logs::read(all, &p).await,
+        Call::AgentListen(_) => reports::listen(connection),
+        Call::AgentAck(p) => reports::acknowledge(connection, p.target.as_ref()),
+        Call::AgentProgress(p) => reports::progress(all, p, keyed).await,
+        Call::AgentUsage(p) => reports::usage(all, p, keyed).await,
+        Call::StatePut(p) => reports::put_state(all, p, keyed).await,
+        Call::StateGet(p) => reports::get_state(all, p.target.as_ref()).await,
+        Call::TaskPut(p) => reports::put_task(all, p, keyed).await,
+        Call::TaskList(p) => reports::list_tasks(all, p.project.as_ref()),
+        Call::QuestionAsk(p) => reports::ask(all, p, keyed).await,
+        Call::QuestionWait(p) => reports::wait_for_answer(all, &p).await,
+        Call::QuestionList(p) => reports::list_questions(all, &p),
+        Call::QuestionAnswer(p) => reports::answer(all, p, keyed).await,
+        Call::ContextPut(p) => context::put(all, p, keyed).await,
+        Call::ContextList(p) => context::list(all, p).await,
+        Call::ContextShow(p) => context::show(all, &p).await,
+        Call::ContextPin(p) => context::pin(all, &p, keyed).await,
+        Call::ContextSearch(p) => context::search(all, p).await,
+        Call::ContextRecall(p) => context::recall(all, p, keyed).await,
+        Call::ContextFlashSave(p) => context::flash_save(all, p, keyed).await,
+        Call::CheckpointCreate(p) => operations::checkpoint(connection, p, keyed).await,
+        Call::CheckpointList(p) => checkpoints::list(all, p).await,
+        Call::CheckpointShow(p) => checkpoints::show(all, &p).await,
+        Call::CheckpointDiff(p) => checkpoints::diff(all, &p).await,
+        Call::CheckpointRestore(p) => operations::restore(connection, p, keyed).await,
+        Call::CheckpointVerify(p) => checkpoints::verify(all, &p).await,
+        Call::CheckpointPin(p) => checkpoints::pin(all, &p, keyed).await,
+        Call::OperationList(p) => operations::list(connection, p).await,
+        Call::OperationShow(p) => operations::show(connection, &p.operation_id).await,
+        Call::OperationCancel(p) => operations::cancel(connection, &p.operation_id, keyed).await,
+        Call::EventsSubscribe(p) => events::subscribe(connection, p).await,
+        Call::EventsUnsubscribe(p) => events::unsubscribe(connection, p.subscription),
+        Call::EventsList(p) => events::list(connection, p).await,
+        Call::PluginList(_) => plugins::list(all),
+        Call::PluginReload(_) => plugins::reload(all).await,
+        Call::PluginEnable(p) => plugins::enable(all, &p).await,
+        Call::PluginCheck(p) => plugins::check(all, &p.path).await,
+    }
+}
+
+fn status(connection: &Connection) -> Result<Value, Failure> {
+    let daemon = &connection.daemon;
+    let services = daemon.projects.services();
+    let projects = daemon.projects.all();
+    let running = projects.iter().map(|handle| handle.look().alive_agents().count() as u64).sum();
+    wire(&DaemonStatusResult {
+        version: env!("CARGO_PKG_VERSION").into(),
+        pid: std::process::id(),
+        started_at: daemon.started_at,
+        state_dir: services.paths.state.to_string_lossy().into_owned(),
+        socket: services.paths.socket.to_string_lossy().into_owned(),
+        freezer: daemon.freezer.clone(),
+        projects: projects.len() as u64,
+        agents_running: running,
+        recovery: daemon.recovery.clone(),
+    })
+}

@@ -1,0 +1,124 @@
+//! Handlers of `events.*`: a subscriber reads the table from its own cursor and is only woken.
+
+use std::sync::Arc;
+
+use fermata_protocol::event::{
+    EventFilter, EventNotification, EventsList, EventsListResult, EventsSubscribe, EventsSubscribeResult,
+};
+use fermata_protocol::rpc::Notification;
+use fermata_protocol::{Code, Refusal};
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+
+use super::connection::Connection;
+use super::dispatch::wire;
+use crate::errors::Failure;
+use crate::store::Store;
+use crate::store::events::{self, Cursor, Page, Read};
+
+/// How many events one reply, or one read of a subscription, holds at most.
+const MAX_PAGE: u32 = 500;
+
+pub(super) async fn list(connection: &Connection, params: EventsList) -> Result<Value, Failure> {
+    let store = &connection.daemon.projects.services().store;
+    let after = match &params.cursor {
+        Some(cursor) => Cursor::parse(cursor, store.id())?,
+        None => store.read(events::oldest).await.map_err(|e| Failure::fault("read events", &e))?,
+    };
+    let limit = params.limit.unwrap_or(200).min(MAX_PAGE);
+    let mut page = page(store, after, &params.filter, limit).await?;
+    // A rare kind may be far on: an empty page with more behind it is read on.
+    while page.events.is_empty() && page.more {
+        page = self::page(store, page.next, &params.filter, limit).await?;
+    }
+    wire(&EventsListResult { events: page.events, cursor: page.next.to_text(store.id()) })
+}
+
+async fn page(store: &Store, after: Cursor, filter: &EventFilter, limit: u32) -> Result<Page, Failure> {
+    let (id, filter) = (store.id().to_owned(), filter.clone());
+    let read = store
+        .read(move |c| events::read(c, &id, after, &filter, limit as usize))
+        .await
+        .map_err(|e| Failure::fault("read events", &e))?;
+    match read {
+        Read::Page(page) => Ok(page),
+        Read::Expired(oldest) => Err(expired(oldest, store)),
+    }
+}
+
+fn expired(oldest: Cursor, store: &Store) -> Failure {
+    let oldest = oldest.to_text(store.id());
+    Refusal::new(Code::CursorExpired, "the events after this cursor are gone".to_owned())
+        .hint(format!("the oldest cursor is {oldest}"))
+        .details(json!({ "oldest_cursor": oldest }))
+        .into()
+}
+
+pub(super) async fn subscribe(connection: &Arc<Connection>, params: EventsSubscribe) -> Result<Value, Failure> {
+    let services = Arc::clone(connection.daemon.projects.services());
+    let wake = services.store.wake();
+    let from = match &params.cursor {
+        Some(cursor) => {
+            let from = Cursor::parse(cursor, services.store.id())?;
+            // Refused now rather than in a notification that nobody can answer.
+            page(&services.store, from, &params.filter, 1).await?;
+            from
+        }
+        None => Cursor(*wake.borrow()),
+    };
+    let (subscription, token) = connection.subscribe()?;
+    let task = Subscription { connection: Arc::clone(connection), id: subscription, filter: params.filter, token };
+    services.tracker.spawn(task.run(from, wake));
+    wire(&EventsSubscribeResult { subscription, cursor: from.to_text(services.store.id()) })
+}
+
+struct Subscription {
+    connection: Arc<Connection>,
+    id: u64,
+    filter: EventFilter,
+    token: CancellationToken,
+}
+
+impl Subscription {
+    async fn run(self, mut at: Cursor, mut wake: tokio::sync::watch::Receiver<i64>) {
+        let services = Arc::clone(self.connection.daemon.projects.services());
+        loop {
+            wake.mark_unchanged();
+            let page = match page(&services.store, at, &self.filter, MAX_PAGE).await {
+                Ok(page) => page,
+                Err(failure) => {
+                    let params = json!({ "subscription": self.id, "error": failure.to_object() });
+                    self.connection.send(&Notification::new("subscription_ended", params)).await;
+                    self.connection.unsubscribe(self.id);
+                    return;
+                }
+            };
+            at = page.next;
+            for event in page.events {
+                let told = EventNotification { subscription: self.id, event };
+                let notification = Notification::new("event", json!(told));
+                // Waits while the peer is slow; the table waits with it.
+                tokio::select! {
+                    () = self.connection.send(&notification) => {}
+                    () = self.token.cancelled() => return,
+                }
+            }
+            if page.more {
+                continue;
+            }
+            tokio::select! {
+                changed = wake.changed() => if changed.is_err() { return },
+                () = self.token.cancelled() => return,
+            }
+        }
+    }
+}
+
+pub(super) fn unsubscribe(connection: &Connection, subscription: u64) -> Result<Value, Failure> {
+    if connection.unsubscribe(subscription) {
+        Ok(json!({}))
+    } else {
+        let message = format!("this connection has no subscription {subscription}");
+        Err(Refusal::new(Code::InvalidParams, message).into())
+    }
+}

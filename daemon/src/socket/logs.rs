@@ -1,0 +1,166 @@
+//! The handler of `agent.logs`: reads from a cursor, and waits for more where there is none.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fermata_protocol::agent::{AgentLogs, AgentLogsResult, LogLine};
+use fermata_protocol::{AgentName, Code, Refusal, RunId, Target};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::dispatch::wire;
+use crate::errors::Failure;
+use crate::project::{ProjectHandle, Projects};
+use crate::shim::log_reader::{LogPosition, LogReader, Start};
+use crate::shim::spec::files;
+use crate::steps::blocking;
+
+/// How many bytes of log one reply holds.
+const BATCH_BYTES: usize = 256 << 10;
+
+/// How often a waiting call looks for new lines.
+const PACE: Duration = Duration::from_millis(50);
+
+/// The longest wait of one call.
+const MAX_WAIT: Duration = Duration::from_secs(60);
+
+/// Where a reader stands: in which run, and where in its files.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Place {
+    run: RunId,
+    position: Option<LogPosition>,
+}
+
+impl Place {
+    fn to_text(&self) -> String {
+        match self.position {
+            Some(at) => format!("{}:{}:{}:{}", self.run, at.number, at.inode, at.offset),
+            None => self.run.to_string(),
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut parts = text.split(':');
+        let run = RunId::new(parts.next()?).ok()?;
+        let numbers: Vec<u64> = parts.map(str::parse).collect::<Result<_, _>>().ok()?;
+        let position = match numbers[..] {
+            [] => None,
+            [number, inode, offset] => Some(LogPosition { number, inode, offset }),
+            _ => return None,
+        };
+        Some(Self { run, position })
+    }
+}
+
+pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Value, Failure> {
+    let handle = projects.get(&params.target.project)?;
+    let name = params.target.agent.as_ref().ok_or_else(|| {
+        Refusal::new(Code::InvalidParams, format!("'{}' is a project, not one of its agents", params.target))
+    })?;
+    let deadline = Instant::now() + Duration::from_millis(params.wait_ms).min(MAX_WAIT);
+    let (mut place, mut start) = match &params.cursor {
+        Some(cursor) => {
+            let place = Place::parse(cursor).ok_or_else(|| {
+                Refusal::new(Code::InvalidParams, "'cursor' is not one that this daemon gave out".to_owned())
+            })?;
+            let start = place.position.map_or(Start::Begin, Start::At);
+            (place, start)
+        }
+        None => {
+            let run = current_run(&handle, &params.target, name)?;
+            let start = match (params.tail, params.since) {
+                (Some(lines), _) => Start::FromEnd(usize::try_from(lines).unwrap_or(usize::MAX)),
+                (None, Some(since)) => Start::Since(since.0),
+                (None, None) => Start::Begin,
+            };
+            (Place { run, position: None }, start)
+        }
+    };
+    loop {
+        // Looked at before reading: what was written before the end is read after this.
+        let over = is_over(&handle, name, &place.run);
+        let dir = handle.site().dirs().run(name, &place.run).join(files::LOGS);
+        let (lines, position) = batch(dir, start).await?;
+        place.position = position.or(place.position);
+        start = place.position.map_or(start, Start::At);
+        let mut end = false;
+        if lines.is_empty() && over {
+            let newest = current_run(&handle, &params.target, name)?;
+            if newest == place.run {
+                end = true;
+            } else {
+                // The agent was started again: its next run's output follows.
+                place = Place { run: newest, position: None };
+                start = Start::Begin;
+                continue;
+            }
+        }
+        if !lines.is_empty() || end || Instant::now() >= deadline {
+            return wire(&AgentLogsResult { lines, cursor: place.to_text(), end });
+        }
+        tokio::time::sleep(PACE).await;
+    }
+}
+
+fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Result<RunId, Failure> {
+    let project = handle.look();
+    let agent = project.agents.get(name).ok_or_else(|| {
+        Failure::from(
+            Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
+                .hint(format!("fermatactl ps {}", target.project)),
+        )
+    })?;
+    let run = agent.run.as_ref().map(|run| run.id.clone());
+    run.ok_or_else(|| Refusal::new(Code::AgentNotRunning, format!("agent {target} has never run")).into())
+}
+
+/// Says whether nothing more will be written to the logs of a run.
+fn is_over(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> bool {
+    let project = handle.look();
+    project.agents.get(name).is_none_or(|agent| match &agent.run {
+        Some(current) if current.id == *run => agent.is_terminal(),
+        _ => true,
+    })
+}
+
+async fn batch(dir: PathBuf, start: Start) -> Result<(Vec<LogLine>, Option<LogPosition>), Failure> {
+    blocking("read the log", move || {
+        let read = || -> std::io::Result<_> {
+            let mut reader = LogReader::open(&dir, start)?;
+            let lines = reader.next_batch(BATCH_BYTES)?;
+            Ok((lines, reader.position()))
+        };
+        match read() {
+            Ok((lines, position)) => {
+                let lines = lines.into_iter().map(|line| LogLine {
+                    at_ns: line.at_ns,
+                    stream: line.stream.word().to_owned(),
+                    text: String::from_utf8_lossy(&line.bytes).into_owned(),
+                    partial: line.partial,
+                });
+                Ok((lines.collect(), position))
+            }
+            // A run that is just being started has no log yet.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok((Vec::new(), None)),
+            Err(error) => Err(Failure::fault(&format!("read {}", dir.display()), &error)),
+        }
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_round_trip_and_others_are_refused() {
+        let run = RunId::new("run-0a1b").expect("valid");
+        for position in [None, Some(LogPosition { number: 3, inode: 9, offset: 12 })] {
+            let place = Place { run: run.clone(), position };
+            assert_eq!(Place::parse(&place.to_text()), Some(place));
+        }
+        for bad in ["", "x", "run-0a1b:1:2", "run-0a1b:1:2:x", "run-0a1b:1:2:3:4"] {
+            assert_eq!(Place::parse(bad), None, "{bad}");
+        }
+    }
+}

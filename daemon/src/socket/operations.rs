@@ -1,0 +1,284 @@
+//! Handlers of what takes long: pause, resume, checkpoint, restore; and of `operation.*`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use fermata_core::command::{Command, Respawn};
+use fermata_core::project::ProjectState;
+use fermata_core::{Project, view};
+use fermata_protocol::agent::AgentStatus;
+use fermata_protocol::checkpoint::{
+    CheckpointCreate, CheckpointRestore, CheckpointRestoreResult, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME,
+    Trigger,
+};
+use fermata_protocol::operation::{OperationList, OperationListResult, OperationView};
+use fermata_protocol::pause::{ProjectPause, ProjectResume};
+use fermata_protocol::rpc::Notification;
+use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
+use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
+
+use super::connection::Connection;
+use super::dispatch::wire;
+use super::reports::project_of;
+use crate::errors::Failure;
+use crate::project::{Begin, Label, NewToken, ProjectHandle, Tell, new_operation, new_run};
+use crate::services::now;
+use crate::steps::{restore as restoring, session};
+use crate::store::idempotency::Keyed;
+use crate::store::{checkpoints, operations};
+
+/// How many rows one list shows at most.
+const MAX_ROWS: u32 = 1000;
+
+/// Begins an operation and tells its progress to this connection until it has ended.
+async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Begin) -> Result<Value, Failure> {
+    let operation = begin.operation.clone();
+    let mut notes = connection.daemon.projects.services().progress.subscribe();
+    let ending = handle.begin(begin);
+    tokio::pin!(ending);
+    loop {
+        let note = tokio::select! {
+            result = &mut ending => return result,
+            note = notes.recv() => note,
+        };
+        match note {
+            Ok(note) if note.operation_id == operation => {
+                connection.send(&Notification::new("$/progress", json!(note))).await;
+            }
+            Ok(_) | Err(RecvError::Lagged(_)) => {}
+            Err(RecvError::Closed) => return ending.await,
+        }
+    }
+}
+
+fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
+    Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed }
+}
+
+pub(super) async fn pause(
+    connection: &Arc<Connection>,
+    params: ProjectPause,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let handle = connection.daemon.projects.get(&params.project)?;
+    let operation = new_operation();
+    let ProjectPause { reason, mode, grace_ms, .. } = params;
+    let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms };
+    // An agent that asks for its own pause is frozen before the answer could reach it, unless the
+    // pause is refused; the connection is then still there.
+    watched(connection, &handle, begin(command, operation, keyed)).await
+}
+
+pub(super) async fn resume(
+    connection: &Arc<Connection>,
+    params: ProjectResume,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let handle = connection.daemon.projects.get(&params.project)?;
+    if let Some(number) = params.checkpoint {
+        if !matches!(&*handle.look().state, ProjectState::Paused(_)) {
+            return Err(not_paused(&handle.look()));
+        }
+        restored(connection, &handle, number, None).await?;
+    }
+    let operation = new_operation();
+    let (respawn, tokens) = respawns(&handle).await?;
+    let command = Command::Resume { operation: operation.clone(), respawn };
+    watched(connection, &handle, Begin { tokens, ..begin(command, operation, keyed) }).await
+}
+
+/// Resumes a project without anybody waiting for it: the daemon's own wish.
+///
+/// # Errors
+/// When it is refused or fails.
+pub async fn resume_quietly(handle: &ProjectHandle) -> Result<Value, Failure> {
+    let operation = new_operation();
+    let (respawn, tokens) = respawns(handle).await?;
+    let command = Command::Resume { operation: operation.clone(), respawn };
+    handle.begin(Begin { tokens, ..begin(command, operation, None) }).await
+}
+
+fn not_paused(project: &Project) -> Failure {
+    Refusal::new(Code::NotPaused, format!("project '{}' is {}, not paused", project.name, project.state.status()))
+        .hint(format!("fermatactl checkpoint restore {} N restores into a project that is at rest", project.name))
+        .into()
+}
+
+/// Prepares a new run for every held agent, should it have to be started again.
+async fn respawns(
+    handle: &ProjectHandle,
+) -> Result<(BTreeMap<fermata_protocol::AgentName, Respawn>, Vec<NewToken>), Failure> {
+    let site = handle.site();
+    let stale_after = i64::try_from(site.services.settings().agents.stale_after_ms).unwrap_or(i64::MAX);
+    let frozen_ms = match &*site.project.state {
+        ProjectState::Paused(paused) => now().since(paused.since),
+        _ => 0,
+    };
+    let (mut respawn, mut tokens) = (BTreeMap::new(), Vec::new());
+    for agent in site.project.agents.values().filter(|agent| agent.status(false) == AgentStatus::Paused) {
+        let again = session::start_again(&site, agent).await?;
+        let (new, token) = new_run();
+        let stale = again.goes_on && frozen_ms > stale_after;
+        let instead_of_thaw =
+            stale.then(|| format!("frozen for {} s: its network connections are dead", frozen_ms / 1000));
+        tokens.push(token);
+        respawn.insert(agent.name.clone(), Respawn { new, argv: again.argv, instead_of_thaw, session: again.session });
+    }
+    Ok((respawn, tokens))
+}
+
+pub(super) async fn checkpoint(
+    connection: &Arc<Connection>,
+    params: CheckpointCreate,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let handle = project_of(&connection.daemon.projects, params.project.as_ref())?;
+    let too_long = |what: &str, text: &str, limit: usize| {
+        let count = text.chars().count();
+        (count > limit)
+            .then(|| Refusal::new(Code::TooLarge, format!("the {what} has {count} characters, more than {limit}")))
+    };
+    let name = params.name.as_deref().unwrap_or_default();
+    if let Some(refusal) = too_long("name", name, MAX_CHECKPOINT_NAME)
+        .or_else(|| too_long("description", &params.description, MAX_CHECKPOINT_DESCRIPTION))
+    {
+        return Err(refusal.into());
+    }
+    let operation = new_operation();
+    let command = Command::Checkpoint { operation: operation.clone(), trigger: Trigger::Manual };
+    let label = Label { name: params.name, description: params.description };
+    watched(connection, &handle, Begin { label, ..begin(command, operation, keyed) }).await
+}
+
+pub(super) async fn restore(
+    connection: &Arc<Connection>,
+    params: CheckpointRestore,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let handle = connection.daemon.projects.get(&params.project)?;
+    if params.dry_run {
+        exists(connection, &handle, params.checkpoint).await?;
+        let mut diff = restoring::diff(&handle.site(), params.checkpoint, None).await?;
+        // What a restore would do is the difference the other way round.
+        restoring::reverse(&mut diff);
+        return wire(&CheckpointRestoreResult {
+            operation_id: None,
+            checkpoint_id: params.checkpoint,
+            safety_checkpoint_id: None,
+            changes: restoring::changed_paths(&diff),
+            written: 0,
+            removed: 0,
+            steps_ms: BTreeMap::new(),
+            warnings: Vec::new(),
+        });
+    }
+    restored(connection, &handle, params.checkpoint, keyed).await
+}
+
+async fn restored(
+    connection: &Arc<Connection>,
+    handle: &ProjectHandle,
+    number: CheckpointNumber,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    exists(connection, handle, number).await?;
+    let operation = new_operation();
+    let command = Command::Restore { operation: operation.clone(), checkpoint: number };
+    watched(connection, handle, begin(command, operation, keyed)).await
+}
+
+async fn exists(connection: &Connection, handle: &ProjectHandle, number: CheckpointNumber) -> Result<(), Failure> {
+    let name = handle.name();
+    let shown = name.clone();
+    let found = connection
+        .daemon
+        .projects
+        .services()
+        .store
+        .read(move |c| checkpoints::find(c, &name, number))
+        .await
+        .map_err(|e| Failure::fault("find the checkpoint", &e))?;
+    match found {
+        Some(_) => Ok(()),
+        None => Err(Refusal::new(Code::CheckpointNotFound, format!("project '{shown}' has no checkpoint {number}"))
+            .hint(format!("fermatactl checkpoint ls {shown}"))
+            .into()),
+    }
+}
+
+pub(super) async fn list(connection: &Connection, params: OperationList) -> Result<Value, Failure> {
+    let limit = params.limit.unwrap_or(50).min(MAX_ROWS);
+    let store = &connection.daemon.projects.services().store;
+    let operations = store
+        .read(move |c| operations::list(c, params.project.as_ref(), limit))
+        .await
+        .map_err(|e| Failure::fault("list operations", &e))?;
+    wire(&OperationListResult { operations })
+}
+
+/// Finds an operation; one that is under way is shown from the project's own state.
+async fn find(connection: &Connection, id: &OperationId) -> Result<OperationView, Failure> {
+    let store = &connection.daemon.projects.services().store;
+    let wanted = id.clone();
+    let stored = store
+        .read(move |c| operations::find(c, &wanted))
+        .await
+        .map_err(|e| Failure::fault("find the operation", &e))?;
+    stored.ok_or_else(|| {
+        Refusal::new(Code::OperationNotFound, format!("there is no operation {id}")).hint("fermatactl op ls").into()
+    })
+}
+
+pub(super) async fn show(connection: &Connection, id: &OperationId) -> Result<Value, Failure> {
+    let stored = find(connection, id).await?;
+    let current = connection
+        .daemon
+        .projects
+        .get(&stored.project)
+        .ok()
+        .and_then(|handle| view::operation(&handle.look()))
+        .filter(|current| current.id == *id);
+    wire(&current.unwrap_or(stored))
+}
+
+pub(super) async fn cancel(connection: &Connection, id: &OperationId, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let stored = find(connection, id).await?;
+    if stored.ended_at.is_some() {
+        return Err(Refusal::new(
+            Code::OperationNotCancellable,
+            format!("operation {id} has ended: {}", stored.state.as_str()),
+        )
+        .into());
+    }
+    let handle = connection.daemon.projects.get(&stored.project)?;
+    let command = Command::Cancel { operation: id.clone() };
+    handle
+        .tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| Value::Null) })
+        .await?;
+    // The answer is how it ended: cancelled and undone.
+    match handle.end_of(id.clone()).await {
+        Ok(_) | Err(Failure::Refused(_)) => {}
+        Err(fault) => return Err(fault),
+    }
+    wire(&find(connection, id).await?)
+}
+
+/// Waits for an operation that another call began, and answers as that one was answered.
+pub(super) async fn end_of(connection: &Connection, id: &OperationId) -> Result<Value, Failure> {
+    let stored = find(connection, id).await?;
+    if stored.ended_at.is_none()
+        && let Ok(handle) = connection.daemon.projects.get(&stored.project)
+    {
+        match handle.end_of(id.clone()).await {
+            // It ended between the two looks.
+            Err(Failure::Refused(refusal)) if refusal.code == Code::OperationNotFound => {}
+            other => return other,
+        }
+    }
+    let ended = find(connection, id).await?;
+    match (ended.result, ended.error) {
+        (_, Some(error)) => Err(Refusal::from(error).into()),
+        (result, None) => Ok(result.unwrap_or(Value::Null)),
+    }
+}

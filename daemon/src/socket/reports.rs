@@ -1,0 +1,208 @@
+//! Handlers of what agents report and people answer: progress, usage, blob, tasks, questions.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::command::Command;
+use fermata_protocol::agent::{AgentProgress, AgentUsage, Progress, StateGetResult, StatePut, Usage};
+use fermata_protocol::question::{QuestionAnswer, QuestionAsk, QuestionList, QuestionListResult, QuestionWait};
+use fermata_protocol::task::{TaskListResult, TaskPut};
+use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
+use serde_json::{Value, json};
+
+use super::connection::Connection;
+use super::dispatch::wire;
+use crate::errors::Failure;
+use crate::project::{ProjectHandle, Projects, Tell, View};
+use crate::services::{Channels, now};
+use crate::store::commit::Write;
+use crate::store::idempotency::Keyed;
+use crate::store::rows;
+
+/// The largest blob of an agent, as JSON text.
+const MAX_STATE_BYTES: usize = 256 << 10;
+
+/// Finds the agent that a call is about; [`crate::auth`] has filled the target in.
+pub(super) fn agent_of(projects: &Projects, target: Option<&Target>) -> Result<(ProjectHandle, AgentName), Failure> {
+    let missing = || Failure::from(Refusal::new(Code::InvalidParams, "'target' is needed".to_owned()));
+    let target = target.ok_or_else(missing)?;
+    let handle = projects.get(&target.project)?;
+    let name = target.agent.clone().ok_or_else(missing)?;
+    if !handle.look().agents.contains_key(&name) {
+        return Err(Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
+            .hint(format!("fermatactl ps {}", target.project))
+            .into());
+    }
+    Ok((handle, name))
+}
+
+pub(super) fn project_of(projects: &Projects, project: Option<&ProjectName>) -> Result<ProjectHandle, Failure> {
+    let name = project.ok_or_else(|| Refusal::new(Code::InvalidParams, "'project' is needed".to_owned()))?;
+    projects.get(name)
+}
+
+fn simple(command: Command, keyed: Option<Keyed>) -> Tell {
+    Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }
+}
+
+pub(super) fn listen(connection: &Arc<Connection>) -> Result<Value, Failure> {
+    let peer = connection.peer();
+    let Some(agent) = &peer.agent else {
+        return Err(Refusal::new(Code::PermissionDenied, "only an agent can listen for pause requests".to_owned())
+            .hint("greet with the token in FERMATA_TOKEN")
+            .into());
+    };
+    let services = connection.daemon.projects.services();
+    connection.keep_channel(Channels::open(services, agent, connection.notifications()));
+    Ok(json!({}))
+}
+
+pub(super) fn acknowledge(connection: &Connection, target: Option<&Target>) -> Result<Value, Failure> {
+    let (_, name) = agent_of(&connection.daemon.projects, target)?;
+    if let Some(target) = target
+        && !connection.daemon.projects.services().channels.acknowledge(target)
+    {
+        return Err(Refusal::new(Code::InvalidParams, format!("nobody asked agent '{name}' to pause"))
+            .hint("listen with agent.listen, and acknowledge what is requested there")
+            .into());
+    }
+    Ok(json!({}))
+}
+
+pub(super) async fn progress(
+    projects: &Projects,
+    params: AgentProgress,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, params.target.as_ref())?;
+    let progress = Progress {
+        percent: params.percent,
+        message: params.message,
+        units_done: params.units_done,
+        reported_at: now(),
+    };
+    handle.tell(simple(Command::Progress { agent, progress, phase: params.phase }, keyed)).await
+}
+
+pub(super) async fn usage(projects: &Projects, params: AgentUsage, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, params.target.as_ref())?;
+    let usage = Usage {
+        input_tokens: params.input_tokens,
+        output_tokens: params.output_tokens,
+        cost_micro_usd: params.cost_micro_usd,
+    };
+    handle.tell(simple(Command::Use { agent, usage }, keyed)).await
+}
+
+pub(super) async fn put_state(projects: &Projects, params: StatePut, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, params.target.as_ref())?;
+    let text = params.state.to_string();
+    if text.len() > MAX_STATE_BYTES {
+        return Err(Refusal::new(
+            Code::TooLarge,
+            format!("the state has {} bytes as JSON, more than {MAX_STATE_BYTES}", text.len()),
+        )
+        .hint("keep large things in files of the workspace, and their names in the state")
+        .into());
+    }
+    let mut tell = simple(Command::SaveState { agent: agent.clone(), bytes: text.len() as u64 }, keyed);
+    tell.writes.push(Write::AgentState(agent, text));
+    handle.tell(tell).await
+}
+
+pub(super) async fn get_state(projects: &Projects, target: Option<&Target>) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, target)?;
+    let project = handle.name();
+    let found = projects
+        .services()
+        .store
+        .read(move |connection| rows::load_agent_state(connection, &project, &agent))
+        .await
+        .map_err(|e| Failure::fault("read the agent's state", &e))?;
+    let (state, saved_at) = found.map_or((Value::Null, None), |(state, at)| (state, Some(at)));
+    wire(&StateGetResult { state, saved_at })
+}
+
+pub(super) async fn put_task(projects: &Projects, params: TaskPut, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let target = params.target.as_ref();
+    let handle = project_of(projects, target.map(|t| &t.project))?;
+    let agent = target.and_then(|t| t.agent.clone());
+    let (id, expected) = (params.id, params.id.unwrap_or(0));
+    let command = Command::PutTask { agent, id, title: params.title, status: params.status, percent: params.percent };
+    let view: View = Box::new(move |project, _| {
+        // A new task has the last number that was given out.
+        let id = if expected == 0 { project.counters.task } else { expected };
+        project.tasks.get(&id).map_or(Value::Null, |task| json!(**task))
+    });
+    handle.tell(Tell { view, ..simple(command, keyed) }).await
+}
+
+pub(super) fn list_tasks(projects: &Projects, project: Option<&ProjectName>) -> Result<Value, Failure> {
+    let project = project_of(projects, project)?.look();
+    wire(&TaskListResult { tasks: project.tasks.values().map(|task| (**task).clone()).collect() })
+}
+
+pub(super) async fn ask(projects: &Projects, params: QuestionAsk, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, params.target.as_ref())?;
+    let command = Command::Ask { agent, text: params.text, choices: params.choices };
+    let view: View = Box::new(|project, _| {
+        project.questions.get(&project.counters.question).map_or(Value::Null, |question| json!(**question))
+    });
+    handle.tell(Tell { view, ..simple(command, keyed) }).await
+}
+
+pub(super) async fn wait_for_answer(projects: &Projects, params: &QuestionWait) -> Result<Value, Failure> {
+    let handle = project_of(projects, params.project.as_ref())?;
+    let mut state = handle.watch();
+    let answered = async {
+        loop {
+            let project = state.borrow_and_update().clone();
+            match project.questions.get(&params.id) {
+                None => {
+                    let message = format!("project '{}' has no question {}", project.name, params.id);
+                    return Err(Refusal::new(Code::QuestionNotFound, message).hint("fermatactl inbox").into());
+                }
+                Some(question) if question.answer.is_some() => return wire(&**question),
+                Some(_) => {}
+            }
+            if state.changed().await.is_err() {
+                return Err(Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into());
+            }
+        }
+    };
+    match params.timeout_ms {
+        None => answered.await,
+        Some(ms) => match tokio::time::timeout(Duration::from_millis(ms), answered).await {
+            Ok(result) => result,
+            Err(_) => {
+                let message = format!("question {} was not answered within {ms} ms", params.id);
+                Err(Refusal::new(Code::TimedOut, message).into())
+            }
+        },
+    }
+}
+
+pub(super) fn list_questions(projects: &Projects, params: &QuestionList) -> Result<Value, Failure> {
+    let handles = match &params.project {
+        Some(name) => vec![projects.get(name)?],
+        None => projects.all(),
+    };
+    let questions = handles.iter().flat_map(|handle| {
+        let project = handle.look();
+        let wanted = project.questions.values().filter(|q| params.all || q.answer.is_none());
+        wanted.map(|q| (**q).clone()).collect::<Vec<_>>()
+    });
+    wire(&QuestionListResult { questions: questions.collect() })
+}
+
+pub(super) async fn answer(
+    projects: &Projects,
+    params: QuestionAnswer,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let handle = projects.get(&params.project)?;
+    let id = params.id;
+    let view: View =
+        Box::new(move |project, _| project.questions.get(&id).map_or(Value::Null, |question| json!(**question)));
+    handle.tell(Tell { view, ..simple(Command::Answer { id, answer: params.answer }, keyed) }).await
+}

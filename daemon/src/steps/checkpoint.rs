@@ -1,0 +1,428 @@
+//! Makes a checkpoint: workspace snapshot, database backup, context snapshot, transcripts, plugin
+//! artifacts, manifest.
+//!
+//! ```text
+//!   checkpoints/<n>.partial/   everything is written and synced here
+//!   rename to checkpoints/<n>/
+//!   refs/fermata/checkpoints/<n> published
+//!   the row in the database: only now the checkpoint exists     (the caller's transaction)
+//! ```
+//! What a crash leaves before the row is swept by [`super::leftovers`].
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, Trigger};
+use fermata_protocol::task::TaskStatus;
+use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::flash_save::Plans;
+use super::{Site, blocking, ms_since, session};
+use crate::errors::Failure;
+use crate::history::{Snapshot, SnapshotRequest};
+use crate::os::fsync::write_atomic;
+use crate::plugins::{AgentProcess, SaveRequest};
+use crate::profile::Session;
+use crate::store::{StoreError, backup};
+
+/// The version of a checkpoint's files.
+pub const FORMAT: u32 = 1;
+
+/// The database backup's file name.
+pub const DATABASE: &str = "database.sqlite";
+/// The context snapshot's file name.
+pub const CONTEXT: &str = "context.json";
+/// The manifest's file name.
+pub const MANIFEST: &str = "manifest.json";
+
+/// What checkpoint is wanted.
+#[derive(Debug, Clone)]
+pub struct Order {
+    /// The operation that makes it.
+    pub operation: OperationId,
+    /// Its number.
+    pub number: CheckpointNumber,
+    /// Its name.
+    pub name: String,
+    /// Its description.
+    pub description: String,
+    /// What makes it.
+    pub trigger: Trigger,
+    /// The reason of the pause.
+    pub reason: Option<String>,
+    /// Whether the agents stand still meanwhile.
+    pub frozen: bool,
+}
+
+/// A checkpoint that is complete on disk and lacks only its row.
+#[derive(Debug, Clone)]
+pub struct Made {
+    /// The row.
+    pub view: CheckpointView,
+    /// The sessions whose transcripts are in it.
+    pub sessions: Vec<(AgentName, String)>,
+    /// What a person should know.
+    pub warnings: Vec<String>,
+}
+
+/// What is read while the agents stand still.
+pub struct Captured {
+    snapshot: Snapshot,
+    sessions: Vec<(AgentName, Session)>,
+    parts: Vec<ManifestPart>,
+    item_count: u64,
+    context_tokens: u64,
+    parts_ms: BTreeMap<String, f64>,
+    warnings: Vec<String>,
+}
+
+/// Reads workspace, database, context and transcripts into the partial checkpoint: the part for
+/// which agents have to stand still.
+///
+/// # Errors
+/// When any of it cannot be read or written.
+pub async fn capture(site: &Site, order: &Order, plans: &Plans, now: UnixMillis) -> Result<Captured, Failure> {
+    super::failpoint("checkpoint.begin")?;
+    let partial = site.dirs().partial_checkpoint(order.number);
+    let created = partial.clone();
+    blocking("create the checkpoint's directory", move || {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&created)
+            .map_err(|e| Failure::fault(&format!("create {}", created.display()), &e))
+    })
+    .await?;
+    let (snapshot, database, sessions) = tokio::join!(
+        workspace(site, order, now),
+        database(site, order, plans, now, &partial),
+        transcripts(site, &partial)
+    );
+    // All three have ended before any error is looked at, so that an undo finds nobody at work.
+    let (snapshot, snapshot_ms) = snapshot?;
+    let (database, database_ms) = database?;
+    let (sessions, mut parts) = sessions?;
+    parts.extend(database.parts);
+    let mut warnings = snapshot.warnings.clone();
+    if !snapshot.torn.is_empty() {
+        warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
+    }
+    let parts_ms = [("snapshot".to_owned(), snapshot_ms), ("database".to_owned(), database_ms)].into();
+    super::failpoint("checkpoint.captured")?;
+    Ok(Captured {
+        snapshot,
+        sessions,
+        parts,
+        item_count: database.item_count,
+        context_tokens: database.tokens,
+        parts_ms,
+        warnings,
+    })
+}
+
+async fn workspace(site: &Site, order: &Order, now: UnixMillis) -> Result<(Snapshot, f64), Failure> {
+    let start = Instant::now();
+    let request = SnapshotRequest {
+        workspace: PathBuf::from(&site.project.facts.workspace),
+        number: order.number,
+        message: format!("{} {} of {}\n", order.trigger.as_str(), order.number, site.project.name),
+        parent: order.number.checked_sub(1).filter(|n| *n > 0),
+        rules: site.rules(),
+    };
+    let snapshot = site
+        .with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
+            let mut request = request;
+            // Numbers have gaps where checkpoints failed or were removed.
+            request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
+            history.snapshot(&request, now.0, progress, cancel)
+        })
+        .await?;
+    Ok((snapshot, ms_since(start)))
+}
+
+struct DatabasePart {
+    parts: Vec<ManifestPart>,
+    item_count: u64,
+    tokens: u64,
+}
+
+async fn database(
+    site: &Site,
+    order: &Order,
+    plans: &Plans,
+    now: UnixMillis,
+    partial: &Path,
+) -> Result<(DatabasePart, f64), Failure> {
+    let start = Instant::now();
+    let (source, project, partial) = (site.services.store.path().to_owned(), site.project.clone(), partial.to_owned());
+    let archived: std::collections::HashSet<i64> =
+        plans.iter().flat_map(|(_, plan)| plan.items.iter().filter(|item| item.archive).map(|item| item.id)).collect();
+    let number = order.number;
+    let part = blocking("save the database", move || {
+        let fault = |doing: &str, error: &(dyn std::error::Error + 'static)| Failure::fault(doing, error);
+        let file = partial.join(DATABASE);
+        let saved = backup::save(&source, &project.name, &file)
+            .map_err(|e: StoreError| fault("back up the project's rows", &e))?;
+        let mut agents = serde_json::Map::new();
+        let mut tokens = 0;
+        for name in project.agents.keys() {
+            let state = saved.states.iter().find(|(agent, _)| agent == name).map_or(Value::Null, |(_, s)| s.clone());
+            let items: Vec<_> =
+                saved.items.iter().filter(|item| item.agent == *name && !archived.contains(&item.id)).collect();
+            tokens += items.iter().map(|item| item.tokens).sum::<u64>();
+            agents.insert(name.to_string(), json!({ "state": state, "items": items }));
+        }
+        let document = json!({
+            "format": FORMAT,
+            "project": project.name,
+            "checkpoint": number,
+            "created_at": now,
+            "phase": project.facts.phase,
+            "agents": agents,
+        });
+        let path = partial.join(CONTEXT);
+        write_atomic(&path, document.to_string().as_bytes(), 0o600)
+            .map_err(|e| fault("write the context snapshot", &e))?;
+        let parts = vec![part("database", &partial, DATABASE)?, part("context", &partial, CONTEXT)?];
+        Ok(DatabasePart { parts, item_count: saved.item_count, tokens })
+    })
+    .await?;
+    Ok((part, ms_since(start)))
+}
+
+type Transcripts = (Vec<(AgentName, Session)>, Vec<ManifestPart>);
+
+/// Copies the tools' transcripts; vendors purge theirs.
+async fn transcripts(site: &Site, partial: &Path) -> Result<Transcripts, Failure> {
+    let agents: Vec<AgentName> = site.project.agents.keys().cloned().collect();
+    let sessions = session::find(site, &agents).await?;
+    let (partial, found) = (partial.to_owned(), sessions.clone());
+    let parts = blocking("copy transcripts", move || {
+        let mut parts = Vec::new();
+        for (agent, session) in &found {
+            let Some(relative) = session::transcript_path(agent, session) else { continue };
+            let to = partial.join(&relative);
+            let copy = || -> io::Result<()> {
+                fs::DirBuilder::new().recursive(true).mode(0o700).create(to.parent().unwrap_or(&partial))?;
+                fs::copy(&session.file, &to)?;
+                File::open(&to)?.sync_all()
+            };
+            match copy() {
+                Ok(()) => parts.push(part("transcript", &partial, &relative.to_string_lossy())?),
+                // A session that its tool has just removed is no reason to have no checkpoint.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Failure::fault(&format!("copy {}", session.file.display()), &error)),
+            }
+        }
+        Ok(parts)
+    })
+    .await?;
+    Ok((sessions, parts))
+}
+
+/// Adds plugin artifacts and the manifest, and gives the checkpoint its place; only the row is
+/// missing then.
+///
+/// # Errors
+/// When anything cannot be written. A plugin's failure is a warning.
+pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
+    let start = Instant::now();
+    let Captured { snapshot, sessions, mut parts, item_count, context_tokens, mut parts_ms, mut warnings } = captured;
+    let dirs = site.dirs();
+    let (partial, place) = (dirs.partial_checkpoint(order.number), dirs.checkpoint(order.number));
+    parts.extend(artifacts(site, order, &partial, &mut warnings).await?);
+    parts_ms.insert("plugins".to_owned(), ms_since(start));
+    let commit = snapshot.commit.to_string();
+    parts.insert(
+        0,
+        ManifestPart {
+            kind: "workspace".into(),
+            path: commit.clone(),
+            bytes: snapshot.stats.bytes,
+            sha256: snapshot.files.to_string(),
+        },
+    );
+    let manifest = Manifest {
+        format: FORMAT,
+        project: site.project.name.clone(),
+        checkpoint: order.number,
+        created_at: now,
+        parts,
+    };
+    let mut metadata = metadata(site, &snapshot, item_count, context_tokens);
+    let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
+    let size_bytes = files_bytes + snapshot.stats.new_bytes;
+    let seal_start = Instant::now();
+    let manifest_sha256 = write_manifest(&manifest, &partial).await?;
+    publish(site, snapshot, partial, place.clone()).await?;
+    parts_ms.insert("seal".to_owned(), ms_since(seal_start));
+    metadata.warnings.clone_from(&warnings);
+    metadata.parts_ms = parts_ms;
+    let text = |name: &str| place.join(name).to_string_lossy().into_owned();
+    let view = CheckpointView {
+        project: site.project.name.clone(),
+        id: order.number,
+        name: order.name.clone(),
+        description: order.description.clone(),
+        trigger: order.trigger,
+        format: FORMAT,
+        created_at: now,
+        operation_id: order.operation.clone(),
+        pause_reason: order.reason.clone(),
+        git_commit: commit,
+        database_backup: text(DATABASE),
+        context_snapshot: text(CONTEXT),
+        manifest_sha256,
+        size_bytes,
+        pinned: false,
+        metadata,
+    };
+    super::failpoint("checkpoint.sealed")?;
+    let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
+    Ok(Made { view, sessions, warnings })
+}
+
+async fn artifacts(
+    site: &Site,
+    order: &Order,
+    partial: &Path,
+    warnings: &mut Vec<String>,
+) -> Result<Vec<ManifestPart>, Failure> {
+    let directory = partial.join("plugins");
+    let create = directory.clone();
+    blocking("create the plugins' directory", move || {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&create)
+            .map_err(|e| Failure::fault(&format!("create {}", create.display()), &e))
+    })
+    .await?;
+    let agents = site.project.alive_agents().filter_map(|agent| {
+        let processes = agent.run.as_ref()?.processes.as_ref()?;
+        Some(AgentProcess { name: agent.name.to_string(), pid: Some(processes.pid), cgroup: None })
+    });
+    let request = SaveRequest {
+        project: site.project.name.to_string(),
+        checkpoint: order.number.to_string(),
+        operation: order.operation.to_string(),
+        workspace: PathBuf::from(&site.project.facts.workspace),
+        directory,
+        agents: agents.collect(),
+        frozen: order.frozen,
+        deadline_ms: None,
+    };
+    let mut parts = Vec::new();
+    // Dropping the call cancels it in the plugins.
+    let saved = tokio::select! {
+        saved = site.services.plugins.checkpoint_save(&request) => saved,
+        () = site.cancel.cancelled() => {
+            return Err(Refusal::new(Code::OperationCancelled, "the operation was cancelled").into());
+        }
+    };
+    for result in saved {
+        match result {
+            Ok(artifact) => parts.push(ManifestPart {
+                kind: format!("plugin:{}", artifact.plugin),
+                path: Path::new("plugins").join(&artifact.path).to_string_lossy().into_owned(),
+                bytes: artifact.bytes,
+                sha256: artifact.sha256,
+            }),
+            Err(failure) => {
+                warnings.push(format!("plugin '{}' saved nothing: {}", failure.plugin, failure.message));
+            }
+        }
+    }
+    Ok(parts)
+}
+
+async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
+    let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
+    let path = partial.join(MANIFEST);
+    blocking("write the manifest", move || {
+        write_atomic(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the manifest", &e))?;
+        Ok(hex(&Sha256::digest(&bytes)))
+    })
+    .await
+}
+
+async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
+    let parent = site.dirs().checkpoints();
+    blocking("give the checkpoint its place", move || {
+        let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
+        fs::rename(&partial, &place).map_err(failed)?;
+        File::open(&parent).and_then(|dir| dir.sync_all()).map_err(failed)
+    })
+    .await?;
+    super::failpoint("checkpoint.placed")?;
+    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+}
+
+fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
+    let project = &site.project;
+    let done = || project.tasks.values().filter(|task| task.status == TaskStatus::Completed);
+    CheckpointMetadata {
+        phase: project.facts.phase,
+        tasks_total: project.tasks.len() as u64,
+        tasks_done: done().count() as u64,
+        active_agents: project.alive_agents().map(|agent| agent.name.to_string()).collect(),
+        last_task_done: done().max_by_key(|task| task.updated_at).map(|task| task.title.clone()),
+        context_items: item_count,
+        context_tokens,
+        cost_micro_usd: project.agents.values().map(|agent| agent.usage.cost_micro_usd).sum(),
+        repository: snapshot.user_repository.as_ref().and_then(|r| serde_json::to_value(r).ok()),
+        files: snapshot.stats.files,
+        bytes: snapshot.stats.bytes,
+        skipped: snapshot.skipped.len() as u64,
+        warnings: Vec::new(),
+        parts_ms: BTreeMap::new(),
+    }
+}
+
+/// Describes a file of a checkpoint.
+fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
+    let file = directory.join(path);
+    let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
+    Ok(ManifestPart { kind: kind.into(), path: path.into(), bytes, sha256 })
+}
+
+/// Returns size and SHA-256 of a file.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn hash_file(path: &Path) -> io::Result<(u64, String)> {
+    let mut file = File::open(path)?;
+    let mut hash = Sha256::new();
+    let mut buffer = vec![0; 128 << 10];
+    let mut bytes = 0;
+    loop {
+        let n = file.read(&mut buffer)?;
+        if n == 0 {
+            return Ok((bytes, hex(&hash.finalize())));
+        }
+        hash.update(&buffer[..n]);
+        bytes += n as u64;
+    }
+}
+
+/// Writes bytes in hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        for digit in [byte >> 4, byte & 15] {
+            text.extend(char::from_digit(u32::from(digit), 16));
+        }
+    }
+    text
+}
+
+/// The default name of a checkpoint.
+pub fn default_name(trigger: Trigger, number: CheckpointNumber) -> String {
+    format!("{} {number}", trigger.as_str().replace('_', " "))
+}

@@ -1,0 +1,161 @@
+//! Freezes trees under a lease, renews it, holds it, thaws.
+
+use std::time::{Duration, Instant};
+
+use fermata_protocol::pause::Mechanism;
+use fermata_protocol::{AgentName, Code, Refusal, RunId};
+use tokio::task::JoinHandle;
+
+use super::{Site, side_by_side};
+use crate::errors::{Failure, chain};
+use crate::shim::link::LinkError;
+use crate::shim::record;
+use crate::shim::wire::RefusalCode;
+
+/// What was frozen.
+#[derive(Debug, Clone)]
+pub struct Frozen {
+    /// The agents, those that ended meanwhile left out.
+    pub agents: Vec<AgentName>,
+    /// `signals` when any agent had to be stopped so.
+    pub mechanism: Mechanism,
+    /// How many processes stand still.
+    pub processes: u64,
+    /// When the first freeze began.
+    pub since: Instant,
+}
+
+/// Freezes every run.
+///
+/// # Errors
+/// When one of them cannot be frozen; the others may be frozen then, and the undo thaws them.
+pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Failure> {
+    super::failpoint("pause.freeze")?;
+    let since = Instant::now();
+    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
+    let each = site.links_of(runs).map(|(agent, link)| {
+        let (agent, link) = (agent.clone(), link.clone());
+        async move {
+            let frozen = link.shim.freeze(lease).await;
+            (agent, frozen)
+        }
+    });
+    let mut frozen = Frozen { agents: Vec::new(), mechanism: Mechanism::Cgroup, processes: 0, since };
+    let mut failed = None;
+    for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
+        match result {
+            Ok(one) => {
+                frozen.processes += one.processes;
+                if one.mechanism == record::Mechanism::Signals {
+                    frozen.mechanism = Mechanism::Signals;
+                }
+                frozen.agents.push(agent);
+            }
+            Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Err(error) => failed = Some((agent, error)),
+        }
+    }
+    if let Some((agent, error)) = failed {
+        let message = format!("agent '{agent}' could not be frozen: {}", chain(&error));
+        return Err(Refusal::new(Code::PauseFailed, message).hint("try again, or stop the agent").into());
+    }
+    frozen.agents.sort();
+    super::failpoint("pause.frozen")?;
+    Ok(frozen)
+}
+
+/// Renews the lease of every run once.
+///
+/// # Errors
+/// When a tree is no longer frozen.
+pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
+    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
+    let each = site.links_of(runs).map(|(agent, link)| {
+        let (agent, link) = (agent.clone(), link.clone());
+        async move { (agent, link.shim.renew(lease).await) }
+    });
+    for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
+        match result {
+            Ok(()) | Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Err(error) => {
+                let message = format!("agent '{agent}' did not stay frozen: {}", chain(&error));
+                return Err(Refusal::new(Code::PauseFailed, message).into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Renews leases for as long as it lives.
+pub struct Renewer {
+    task: JoinHandle<()>,
+}
+
+impl Renewer {
+    /// Begins to renew.
+    pub fn start(site: &Site, runs: Vec<(AgentName, RunId)>) -> Self {
+        let site = site.clone();
+        let pace = Duration::from_millis(site.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
+        let task = tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(pace).await;
+                if let Err(failure) = renew(&site, &runs).await {
+                    // The step that works meanwhile renews once more before it reports, and fails there.
+                    tracing::warn!(project = %site.project.name, %failure, "a freeze has ended early");
+                    site.cancel.cancel();
+                    return;
+                }
+            }
+        });
+        Self { task }
+    }
+}
+
+impl Drop for Renewer {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// Makes the freeze of these runs permanent. One that has ended in the meantime is frozen again:
+/// the pause is committed, and paused stays paused.
+pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) {
+    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
+    let each = site.links_of(runs).map(|(agent, link)| {
+        let (agent, link, project) = (agent.clone(), link.clone(), site.project.name.clone());
+        async move {
+            if link.shim.hold().await.is_ok() {
+                return;
+            }
+            let again = async {
+                link.shim.freeze(lease).await?;
+                link.shim.hold().await
+            };
+            match again.await {
+                Ok(()) => tracing::warn!(%project, %agent, "ran for a moment in a paused project; frozen again"),
+                Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+                Err(error) => tracing::error!(%project, %agent, error = chain(&error), "cannot be held"),
+            }
+        }
+    });
+    drop(side_by_side(each.collect::<Vec<_>>()).await);
+}
+
+/// Lets these runs go on.
+///
+/// # Errors
+/// When one of them may still be frozen.
+pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
+    let each = site.links_of(runs).map(|(agent, link)| {
+        let (agent, link) = (agent.clone(), link.clone());
+        async move { (agent, link.shim.thaw().await) }
+    });
+    let mut failed = None;
+    for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
+        match result {
+            Ok(()) | Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Err(error) => failed = Some(Failure::fault(&format!("thaw agent '{agent}'"), &error)),
+        }
+    }
+    failed.map_or(Ok(()), Err)
+}

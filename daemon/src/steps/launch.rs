@@ -1,0 +1,220 @@
+//! Starts one run of an agent: environment, spec, shim, link.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fermata_core::agent::Agent;
+use fermata_protocol::agent::RunProcesses;
+use fermata_protocol::pause::Mechanism;
+use fermata_protocol::{AgentName, CheckpointNumber, RunId};
+use tokio::sync::mpsc;
+
+use super::{Site, blocking, session};
+use crate::config::Freezer;
+use crate::errors::{Failure, chain};
+use crate::os::limits::{Limit, LimitKind};
+use crate::os::process;
+use crate::shim::launch::LaunchError;
+use crate::shim::link::{ShimLink, end_lost_tree, launch, read_exit, read_run};
+use crate::shim::raw::Raw;
+use crate::shim::record;
+use crate::shim::record::RunRecord;
+use crate::shim::spec::{LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use crate::shim::wire::ShimEvent;
+
+/// How long the processes of a run that is to be ended may take to go.
+const ENDING: Duration = Duration::from_secs(10);
+
+/// What a started run is told of the pause that it comes back from.
+#[derive(Debug, Clone, Copy)]
+pub struct ComesBack {
+    /// The checkpoint whose context it is given.
+    pub checkpoint: CheckpointNumber,
+}
+
+/// A run that has started.
+pub struct Started {
+    /// Its processes.
+    pub processes: RunProcesses,
+    /// The link to its shim.
+    pub link: ShimLink,
+    /// What the shim tells.
+    pub events: mpsc::Receiver<ShimEvent>,
+}
+
+/// Starts a run, after ending what is left of the agent's older ones.
+///
+/// # Errors
+/// A sentence for people: the program is missing, the working directory is, …
+pub async fn run(
+    site: &Site,
+    agent: &AgentName,
+    run: &RunId,
+    token: &str,
+    comes_back: Option<ComesBack>,
+) -> Result<Started, String> {
+    end_older_runs(site, agent, run).await.map_err(|failure| failure.to_string())?;
+    let spec = spec(site, agent, run, token, comes_back).await.map_err(|failure| failure.to_string())?;
+    super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
+    let launched = launch(&site.services.programs.shim, &spec).await.map_err(|error| match error {
+        // The shim's own sentence is the one for people.
+        LaunchError::Refused { message, .. } => message,
+        other => chain(&other),
+    })?;
+    super::failpoint("launch.after").map_err(|failure| failure.to_string())?;
+    let (link, events) = ShimLink::connect(&spec.socket).await.map_err(|error| chain(&error))?;
+    let processes = RunProcesses {
+        pid: launched.agent.pid,
+        start_ticks: launched.agent.start_time_ticks,
+        shim_pid: launched.shim.pid,
+        shim_start_ticks: launched.shim.start_time_ticks,
+        boot_id: site.services.boot_id.clone(),
+        mechanism: mechanism(launched.mechanism),
+    };
+    Ok(Started { processes, link, events })
+}
+
+/// Translates the shim's word for the mechanism into the wire's.
+pub fn mechanism(mechanism: record::Mechanism) -> Mechanism {
+    match mechanism {
+        record::Mechanism::Cgroup => Mechanism::Cgroup,
+        record::Mechanism::Signals => Mechanism::Signals,
+    }
+}
+
+/// Returns the processes of a recorded run.
+pub fn processes_of(record: &RunRecord) -> RunProcesses {
+    RunProcesses {
+        pid: record.agent.pid,
+        start_ticks: record.agent.start_time_ticks,
+        shim_pid: record.shim.pid,
+        shim_start_ticks: record.shim.start_time_ticks,
+        boot_id: record.boot_id.clone(),
+        mechanism: mechanism(record.mechanism),
+    }
+}
+
+async fn spec(
+    site: &Site,
+    name: &AgentName,
+    run: &RunId,
+    token: &str,
+    comes_back: Option<ComesBack>,
+) -> Result<LaunchSpec, Failure> {
+    let settings = site.services.settings();
+    let agent = site.project.agents.get(name);
+    let env = session::environment(site, name).await?;
+    let argv = agent.and_then(|agent| agent.run.as_ref()).map(|run| run.argv.clone()).unwrap_or_default();
+    Ok(LaunchSpec {
+        version: SPEC_VERSION,
+        project: site.project.name.to_string(),
+        agent: name.to_string(),
+        run_id: run.to_string(),
+        argv: argv.into_iter().map(Raw::from).collect(),
+        env: environment(site, name, env, token, comes_back),
+        cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
+        umask: agent.map_or(0o022, |agent| agent.spec.umask),
+        rlimits: agent.map(|agent| limits(agent)).unwrap_or_default(),
+        run_dir: site.dirs().run(name, run),
+        socket: site.services.shim_socket(run),
+        cgroup_parent: settings.agents.cgroup_parent.clone(),
+        cgroup_name: format!("fermata-{run}"),
+        mechanism: match settings.agents.freezer {
+            Freezer::Auto => MechanismChoice::Auto,
+            Freezer::Signals => MechanismChoice::Signals,
+        },
+        log: LogLimits { max_bytes: settings.agents.log_max_bytes, max_files: settings.agents.log_max_files },
+        stop_grace_ms: agent.map_or(settings.agents.stop_grace_ms, |agent| agent.spec.stop_grace_ms),
+    })
+}
+
+fn environment(
+    site: &Site,
+    agent: &AgentName,
+    mut env: BTreeMap<String, String>,
+    token: &str,
+    comes_back: Option<ComesBack>,
+) -> Vec<(Raw, Raw)> {
+    for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
+        env.remove(name);
+    }
+    let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
+    set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());
+    set("FERMATA_PROJECT", site.project.name.to_string());
+    set("FERMATA_AGENT", agent.to_string());
+    set("FERMATA_TOKEN", token.to_owned());
+    if let Some(ComesBack { checkpoint }) = comes_back {
+        let context = site.dirs().checkpoint(checkpoint).join(super::checkpoint::CONTEXT);
+        set("FERMATA_RESUME", "1".to_owned());
+        set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
+        set("FERMATA_CHECKPOINT", checkpoint.to_string());
+    }
+    env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
+}
+
+fn limits(agent: &Agent) -> Vec<Limit> {
+    let known = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
+    agent
+        .spec
+        .limits
+        .iter()
+        .filter_map(|(name, limit)| Some(Limit { kind: known(name)?, soft: limit.soft, hard: limit.hard }))
+        .collect()
+}
+
+/// Ends what is left of every run of an agent but one: nothing is left behind, and one session
+/// has one writer.
+///
+/// # Errors
+/// When a process cannot be ended.
+pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
+    let dir = site.dirs().runs(agent);
+    let entries = match std::fs::read_dir(&dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
+    };
+    for entry in entries.flatten() {
+        let run_dir = entry.path();
+        if entry.file_name().to_str() == Some(current.as_str()) || read_exit(&run_dir).is_ok_and(|e| e.is_some()) {
+            continue;
+        }
+        end_run(site, &run_dir).await?;
+    }
+    Ok(())
+}
+
+/// Ends a run that may be alive: through its shim, or without it where the shim is gone.
+///
+/// # Errors
+/// When a process cannot be ended.
+pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failure> {
+    let record = match read_run(run_dir) {
+        Ok(Some(record)) => record,
+        Ok(None) => return Ok(()),
+        Err(error) => return Err(Failure::fault("read an older run", &error)),
+    };
+    if record.boot_id != site.services.boot_id {
+        return Ok(());
+    }
+    if process::is_alive(record.shim).unwrap_or(false)
+        && let Ok((link, _events)) = ShimLink::connect(&record.socket).await
+    {
+        let ended = async {
+            link.kill().await?;
+            link.closed().await;
+            Ok::<(), crate::shim::link::LinkError>(())
+        };
+        match tokio::time::timeout(ENDING, ended).await {
+            Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => return Ok(()),
+            Ok(Err(error)) => return Err(Failure::fault("end an older run", &error)),
+            Err(_) => {}
+        }
+    }
+    let boot_id = site.services.boot_id.clone();
+    blocking("end an older run", move || {
+        end_lost_tree(&record, &boot_id, ENDING).map(drop).map_err(|e| Failure::fault("end an older run", &e))
+    })
+    .await
+}

@@ -1,0 +1,90 @@
+//! Removes what an unfinished checkpoint has left: files and refs without a row.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use fermata_protocol::CheckpointNumber;
+
+use super::{Site, blocking};
+use crate::errors::Failure;
+use crate::store::checkpoints;
+
+/// Removes everything of one checkpoint that has no row.
+///
+/// # Errors
+/// When something cannot be removed; it may be tried again.
+pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failure> {
+    if rows(site).await?.contains(&number) {
+        return Ok(());
+    }
+    let dirs = site.dirs();
+    let (partial, place) = (dirs.partial_checkpoint(number), dirs.checkpoint(number));
+    blocking("discard the checkpoint", move || {
+        for path in [&partial, &place] {
+            remove(path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+        }
+        Ok(())
+    })
+    .await?;
+    site.with_history(None, "discard the snapshot", move |history, _, _| {
+        if history.list()?.contains(&number) {
+            history.remove(number)?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// Removes what earlier crashes have left of any checkpoint. Only while no checkpoint is being made.
+///
+/// # Errors
+/// When something cannot be removed; the next start tries again.
+pub async fn sweep(site: &Site) -> Result<(), Failure> {
+    let known: HashSet<CheckpointNumber> = rows(site).await?.into_iter().collect();
+    let (dir, numbers) = (site.dirs().checkpoints(), known.clone());
+    blocking("sweep unfinished checkpoints", move || {
+        let entries = match fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
+        };
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let number = name.to_str().and_then(|name| name.parse::<CheckpointNumber>().ok());
+            if number.is_none_or(|number| !numbers.contains(&number)) {
+                let path = entry.path();
+                remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+            }
+        }
+        Ok(())
+    })
+    .await?;
+    if !site.dirs().history().exists() {
+        return Ok(());
+    }
+    site.with_history(None, "sweep the history", move |history, _, _| {
+        for number in history.list()?.into_iter().filter(|number| !known.contains(number)) {
+            history.remove(number)?;
+        }
+        history.sweep().map(drop)
+    })
+    .await
+}
+
+async fn rows(site: &Site) -> Result<Vec<CheckpointNumber>, Failure> {
+    let project = site.project.name.clone();
+    site.services
+        .store
+        .read(move |connection| checkpoints::numbers(connection, &project))
+        .await
+        .map_err(|error| Failure::fault("read checkpoints", &error))
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,236 @@
+//! The steps of operations. Each runs beside the project's actor, reports once, and has an undo
+//! that may be repeated.
+//!
+//! ```text
+//!   pause:       validate -> quiesce -> freeze -> plan_flash_save -> checkpoint     undo: thaw, discard
+//!   checkpoint:  freeze (a blip) -> checkpoint -> thaw                              undo: thaw, discard
+//!   restore:     safety checkpoint -> plan on disk | apply                          rolls forward
+//!   resume:      thaw | end what is left, launch                                    rolls forward
+//! ```
+//!
+//! A step knows the state that it was started with and changes none: what follows from its report
+//! is `fermata_core`'s decision.
+
+pub mod checkpoint;
+pub mod flash_save;
+pub mod freeze;
+pub mod launch;
+pub mod leftovers;
+pub mod quiesce;
+pub mod restore;
+pub mod resume;
+pub mod session;
+pub mod validate;
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use fermata_core::Project;
+use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::errors::Failure;
+use crate::history::{self, History, HistoryError, Rules};
+use crate::services::{ProgressNote, ProjectDirs, Services};
+use crate::shim::link::ShimLink;
+
+/// The link to the shim of one run.
+#[derive(Clone)]
+pub struct Link {
+    /// The run.
+    pub run: RunId,
+    /// The shim.
+    pub shim: Arc<ShimLink>,
+}
+
+/// What a step knows: the project as it was when the step began, and the links to its agents.
+#[derive(Clone)]
+pub struct Site {
+    /// What all rooms share.
+    pub services: Arc<Services>,
+    /// The project.
+    pub project: Arc<Project>,
+    /// Its snapshots' store.
+    pub history: HistoryCell,
+    /// The links, by agent.
+    pub links: BTreeMap<AgentName, Link>,
+    /// Ends the operation early.
+    pub cancel: Cancel,
+}
+
+impl Site {
+    /// Returns the project's directories.
+    pub fn dirs(&self) -> ProjectDirs {
+        self.services.project_dirs(&self.project.name)
+    }
+
+    /// Returns the rules for what a snapshot covers.
+    pub fn rules(&self) -> Rules {
+        let config = &self.project.facts.config;
+        Rules {
+            include: config.include.clone(),
+            exclude: config.exclude.clone(),
+            max_file_bytes: config.max_file_bytes,
+            use_gitignore: config.use_gitignore,
+        }
+    }
+
+    /// Returns the links of these runs; runs whose processes are gone have none.
+    pub fn links_of<'a>(
+        &'a self,
+        runs: &'a [(AgentName, RunId)],
+    ) -> impl Iterator<Item = (&'a AgentName, &'a Link)> + 'a {
+        runs.iter().filter_map(|(agent, run)| {
+            let link = self.links.get(agent)?;
+            (link.run == *run).then_some((agent, link))
+        })
+    }
+
+    /// Runs blocking work of the history, with progress told under the operation's id.
+    ///
+    /// # Errors
+    /// The work's own error.
+    pub async fn with_history<T: Send + 'static>(
+        &self,
+        operation: Option<&OperationId>,
+        doing: &'static str,
+        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let cell = self.history.clone();
+        let dir = self.dirs().history();
+        let flag = Arc::clone(&self.cancel.flag);
+        let notes = self.services.progress.clone();
+        let operation = operation.cloned();
+        blocking(doing, move || {
+            let history = cell.open(&dir).map_err(|e| history_failure("open the history", &e))?;
+            let tell = move |progress: history::Progress| {
+                if let Some(operation) = &operation {
+                    // Nobody may be listening.
+                    drop(notes.send(note(operation, progress)));
+                }
+            };
+            work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e))
+        })
+        .await
+    }
+}
+
+fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
+    let (step, unit) = match progress.phase {
+        history::Phase::Scan => ("scan", "paths"),
+        history::Phase::Read => ("read", "files"),
+        history::Phase::Trees => ("trees", "directories"),
+        history::Phase::Pack => ("pack", "objects"),
+        history::Phase::Verify => ("verify", "objects"),
+        history::Phase::Apply => ("apply", "paths"),
+        history::Phase::Recheck => ("recheck", "paths"),
+    };
+    ProgressNote {
+        operation_id: operation.clone(),
+        step: step.to_owned(),
+        done: progress.done,
+        total: progress.total,
+        unit,
+    }
+}
+
+/// Turns an error of the history into a refusal where a person can do something about it.
+fn history_failure(doing: &str, error: &HistoryError) -> Failure {
+    match error {
+        HistoryError::WorkspaceRefused { .. } => Refusal::new(Code::WorkspaceRefused, crate::errors::chain(error))
+            .hint("choose a directory of its own as the workspace")
+            .into(),
+        HistoryError::NoSuchCheckpoint { number } => {
+            Refusal::new(Code::CheckpointNotFound, format!("there is no checkpoint {number}")).into()
+        }
+        HistoryError::Unrestorable { .. } => Refusal::new(Code::CheckpointDamaged, crate::errors::chain(error))
+            .hint("fermatactl checkpoint verify tells which checkpoints are good")
+            .into(),
+        HistoryError::Cancelled => Refusal::new(Code::OperationCancelled, "the operation was cancelled").into(),
+        _ => Failure::fault(doing, error),
+    }
+}
+
+/// Runs work that touches the disk off the async threads.
+///
+/// # Errors
+/// The work's own error, or a fault when it panicked.
+pub async fn blocking<T: Send + 'static>(
+    doing: &'static str,
+    work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
+) -> Result<T, Failure> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => Err(Failure::fault(doing, &error)),
+    }
+}
+
+/// The history of a project, opened when it is first needed.
+#[derive(Clone, Default)]
+pub struct HistoryCell {
+    opened: Arc<Mutex<Option<Arc<History>>>>,
+}
+
+impl HistoryCell {
+    /// Returns the history, opened.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn open(&self, dir: &std::path::Path) -> Result<Arc<History>, HistoryError> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(history) = &*opened {
+            return Ok(Arc::clone(history));
+        }
+        let history = Arc::new(History::open(dir)?);
+        *opened = Some(Arc::clone(&history));
+        Ok(history)
+    }
+}
+
+/// Ends an operation early: tasks look at the token, blocking work at the flag.
+#[derive(Clone, Default)]
+pub struct Cancel {
+    token: CancellationToken,
+    flag: Arc<AtomicBool>,
+}
+
+impl Cancel {
+    /// Asks the operation to end.
+    pub fn cancel(&self) {
+        self.flag.store(true, Ordering::Relaxed);
+        self.token.cancel();
+    }
+
+    /// Says whether it was asked to end.
+    pub fn is_cancelled(&self) -> bool {
+        self.token.is_cancelled()
+    }
+
+    /// Waits until it is asked to end.
+    pub async fn cancelled(&self) {
+        self.token.cancelled().await;
+    }
+}
+
+/// Runs futures side by side and returns their results, in the order in which they end.
+pub async fn side_by_side<T: Send + 'static>(
+    futures: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
+) -> Vec<T> {
+    futures.into_iter().collect::<JoinSet<T>>().join_all().await
+}
+
+/// Returns the milliseconds since an instant.
+pub fn ms_since(start: Instant) -> f64 {
+    start.elapsed().as_secs_f64() * 1000.0
+}
+
+/// Failpoints of the steps, as a failure: an armed `error` makes the step fail.
+///
+/// # Errors
+/// When the failpoint is armed with `error`.
+pub fn failpoint(name: &'static str) -> Result<(), Failure> {
+    crate::failpoint::check(name).map_err(|error| Failure::fault(name, &error))
+}

@@ -1,0 +1,124 @@
+//! Finds the tools' own sessions, for their transcripts and for starting them again.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use fermata_core::agent::Agent;
+use fermata_protocol::AgentName;
+
+use super::{Site, blocking};
+use crate::errors::Failure;
+use crate::os::process::{self, Look};
+use crate::profile::{Profile, RunOf, Session};
+use crate::store::rows;
+
+/// An agent whose tool has a profile, with its environment.
+struct Known {
+    agent: AgentName,
+    profile: Profile,
+    env: BTreeMap<String, String>,
+    cwd: String,
+    since_ms: i64,
+    pid: Option<i32>,
+    session: Option<String>,
+}
+
+/// Finds the sessions of these agents, by agent. Agents without profile or session are left out.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn find(site: &Site, agents: &[AgentName]) -> Result<Vec<(AgentName, Session)>, Failure> {
+    let profiles = site.services.profiles();
+    let mut known = Vec::new();
+    for name in agents {
+        let Some(agent) = site.project.agents.get(name) else { continue };
+        let profile = agent.spec.profile.as_deref().and_then(|name| profiles.get(name));
+        let Some(profile) = profile.filter(|profile| profile.session.is_some()) else { continue };
+        known.push(Known {
+            agent: name.clone(),
+            profile: profile.clone(),
+            env: environment(site, name).await?,
+            cwd: agent.spec.cwd.clone(),
+            since_ms: agent.created_at.0,
+            pid: main_process(agent),
+            session: agent.session.clone(),
+        });
+    }
+    if known.is_empty() {
+        return Ok(Vec::new());
+    }
+    blocking("find sessions", move || {
+        Ok(known.iter().filter_map(|k| Some((k.agent.clone(), session_of(k)?))).collect())
+    })
+    .await
+}
+
+/// Reads the environment that an agent was started with.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn environment(site: &Site, agent: &AgentName) -> Result<BTreeMap<String, String>, Failure> {
+    let (project, agent) = (site.project.name.clone(), agent.clone());
+    site.services
+        .store
+        .read(move |connection| rows::load_environment(connection, &project, &agent))
+        .await
+        .map_err(|error| Failure::fault("read the agent's environment", &error))
+}
+
+fn main_process(agent: &Agent) -> Option<i32> {
+    agent.run.as_ref()?.processes.as_ref().map(|processes| processes.pid)
+}
+
+fn session_of(known: &Known) -> Option<Session> {
+    let mut pids: Vec<i32> = known.pid.into_iter().collect();
+    if let Some(pid) = known.pid {
+        let below = process::descendants(pid, Look::Quick).unwrap_or_default();
+        pids.extend(below.iter().map(|stat| stat.id.pid));
+    }
+    known.profile.session.as_ref()?.find(RunOf {
+        env: &known.env,
+        cwd: &known.cwd,
+        since_ms: known.since_ms,
+        pids: &pids,
+        known: known.session.as_deref(),
+    })
+}
+
+/// How an agent can be started again.
+pub struct Again {
+    /// The program and arguments.
+    pub argv: Vec<String>,
+    /// Whether they go on where the agent was: its own resume command, or the profile's.
+    pub goes_on: bool,
+    /// The session that they go on with.
+    pub session: Option<String>,
+}
+
+/// Chooses the command that starts an agent again: its own resume command, else the profile's,
+/// else the original one.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn start_again(site: &Site, agent: &Agent) -> Result<Again, Failure> {
+    if let Some(argv) = &agent.spec.resume_argv {
+        return Ok(Again { argv: argv.clone(), goes_on: true, session: agent.session.clone() });
+    }
+    let profiles = site.services.profiles();
+    let resume = agent.spec.profile.as_deref().and_then(|name| profiles.get(name)).and_then(|p| p.resume.clone());
+    if let Some(template) = resume {
+        let found = find(site, std::slice::from_ref(&agent.name)).await?;
+        let session = found.into_iter().next().map(|(_, session)| session.id).or_else(|| agent.session.clone());
+        if let Some(session) = session
+            && let Some(argv) = template.command(&agent.spec.argv, &session)
+        {
+            return Ok(Again { argv, goes_on: true, session: Some(session) });
+        }
+    }
+    Ok(Again { argv: agent.spec.argv.clone(), goes_on: false, session: None })
+}
+
+/// Returns the file of a transcript inside a checkpoint's directory.
+pub fn transcript_path(agent: &AgentName, session: &Session) -> Option<PathBuf> {
+    Some(PathBuf::from("transcripts").join(agent.as_str()).join(session.file.file_name()?))
+}

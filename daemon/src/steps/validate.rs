@@ -1,0 +1,77 @@
+//! The first step of a pause: is the workspace there, is there room for a checkpoint.
+
+use std::path::Path;
+
+use fermata_protocol::{Code, Refusal};
+
+use super::{Site, blocking};
+use crate::errors::Failure;
+
+/// Checks that the workspace can be read and that the state directory has room.
+///
+/// # Errors
+/// A refusal that says what is missing.
+pub async fn run(site: &Site) -> Result<(), Failure> {
+    super::failpoint("pause.validate")?;
+    let workspace = site.project.facts.workspace.clone();
+    let state = site.services.paths.state.clone();
+    let floor = site.services.settings().pause.disk_floor_bytes;
+    blocking("check the workspace", move || {
+        workspace_is_usable(Path::new(&workspace))?;
+        has_room(&state, floor)
+    })
+    .await
+}
+
+/// Refuses a workspace that is missing, unreadable, or no directory of its own.
+///
+/// # Errors
+/// `workspace_refused`.
+pub fn workspace_is_usable(workspace: &Path) -> Result<(), Failure> {
+    let refuse = |why: String| {
+        Err(Refusal::new(Code::WorkspaceRefused, format!("the workspace {} {why}", workspace.display())).into())
+    };
+    if !workspace.is_absolute() {
+        return refuse("is not an absolute path".into());
+    }
+    match std::fs::read_dir(workspace) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return refuse("does not exist".into()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotADirectory => {
+            return refuse("is not a directory".into());
+        }
+        Err(error) => return refuse(format!("cannot be read: {error}")),
+    }
+    let resolved = workspace.canonicalize().unwrap_or_else(|_| workspace.to_owned());
+    if resolved == Path::new("/") {
+        return refuse("is the root of the file system; choose a directory of its own".into());
+    }
+    if std::env::var_os("HOME").is_some_and(|home| Path::new(&home).canonicalize().is_ok_and(|h| h == resolved)) {
+        return refuse("is the home directory; choose a directory of its own".into());
+    }
+    Ok(())
+}
+
+/// Refuses when the file system of the state directory is nearly full.
+///
+/// # Errors
+/// `disk_full`.
+pub fn has_room(state: &Path, floor: u64) -> Result<(), Failure> {
+    let stat = nix::sys::statvfs::statvfs(state)
+        .map_err(|errno| Failure::fault("look for free space", &std::io::Error::from(errno)))?;
+    let free = stat.blocks_available().saturating_mul(stat.fragment_size());
+    if free < floor {
+        return Err(Refusal::new(
+            Code::DiskFull,
+            format!(
+                "the file system of {} has {} MiB free, less than the {} MiB that checkpoints must leave",
+                state.display(),
+                free >> 20,
+                floor >> 20
+            ),
+        )
+        .hint("free some space, or lower pause.disk_floor_bytes in fermata.toml")
+        .into());
+    }
+    Ok(())
+}

@@ -1,0 +1,110 @@
+//! Counts tokens with an embedded vocabulary (o200k_base), without any network.
+//!
+//! The vocabulary takes some 30 MB while it is loaded, so it is loaded at the first use and
+//! dropped when nobody has counted for a while.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tiktoken_rs::CoreBPE;
+
+/// How long the vocabulary stays loaded without use.
+const KEPT: Duration = Duration::from_secs(60);
+
+/// Texts are cut into pieces of at most this many bytes before they are counted: the tokenizer's
+/// work grows faster than its text where there is no space in it.
+const PIECE: usize = 4096;
+
+/// The token counter.
+#[derive(Default)]
+pub struct TokenCounter {
+    loaded: Mutex<Option<Loaded>>,
+}
+
+struct Loaded {
+    vocabulary: Arc<CoreBPE>,
+    used: Instant,
+}
+
+impl TokenCounter {
+    /// Counts the tokens of a text. Blocking: for a blocking thread.
+    ///
+    /// Should the embedded vocabulary not load, a quarter of the bytes is the count: a token of
+    /// English text or code has about four.
+    pub fn count(&self, text: &str) -> u64 {
+        let Some(vocabulary) = self.vocabulary() else { return (text.len() as u64).div_ceil(4) };
+        pieces(text).map(|piece| vocabulary.encode_ordinary(piece).len() as u64).sum()
+    }
+
+    fn vocabulary(&self) -> Option<Arc<CoreBPE>> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = &mut *loaded {
+            loaded.used = Instant::now();
+            return Some(Arc::clone(&loaded.vocabulary));
+        }
+        match tiktoken_rs::o200k_base() {
+            Ok(vocabulary) => {
+                let vocabulary = Arc::new(vocabulary);
+                *loaded = Some(Loaded { vocabulary: Arc::clone(&vocabulary), used: Instant::now() });
+                Some(vocabulary)
+            }
+            Err(error) => {
+                tracing::error!(%error, "the embedded vocabulary does not load; tokens are estimated");
+                None
+            }
+        }
+    }
+
+    /// Drops the vocabulary when nobody has used it for a while; to be called now and then.
+    pub fn drop_if_idle(&self) {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
+            *loaded = None;
+        }
+    }
+}
+
+/// Cuts a text at white space, or at a character boundary where there is none in reach.
+fn pieces(text: &str) -> impl Iterator<Item = &str> {
+    let mut rest = text;
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        if rest.len() <= PIECE {
+            return Some(std::mem::take(&mut rest));
+        }
+        let limit = rest.floor_char_boundary(PIECE);
+        let cut = rest[..limit].rfind(char::is_whitespace).filter(|&at| at > 0).unwrap_or(limit);
+        let (piece, after) = rest.split_at(cut);
+        rest = after;
+        Some(piece)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_texts_have_their_known_counts() {
+        let counter = TokenCounter::default();
+        assert_eq!(counter.count(""), 0);
+        assert_eq!(counter.count("hello world"), 2);
+        assert_eq!(counter.count("fn main() { println!(\"hi\"); }"), 9);
+    }
+
+    #[test]
+    fn a_long_text_without_spaces_is_counted_in_bounded_time() {
+        let counter = TokenCounter::default();
+        let text = "ä".repeat(256 << 10);
+        let count = counter.count(&text);
+        assert!(count > 0 && count <= text.len() as u64, "{count}");
+    }
+
+    #[test]
+    fn pieces_lose_nothing() {
+        let text = "word ".repeat(5000) + &"x".repeat(10_000);
+        assert_eq!(pieces(&text).collect::<String>(), text);
+    }
+}
