@@ -1,1 +1,15 @@
-//! Placeholder.
+//! The harness of the integration tests: a [`Sandbox`] with a real daemon of its own, workspaces
+//! in it, and waiting with deadlines.
+//!
+//! Nothing here knows how the daemon is built inside: it starts the binaries, speaks the protocol
+//! and looks at processes, files and cgroups from outside.
+
+pub mod cgroup;
+pub mod process;
+pub mod sandbox;
+pub mod waiting;
+pub mod workspace;
+
+pub use sandbox::{Sandbox, SandboxBuilder};
+pub use waiting::{wait_for, wait_until};
+pub use workspace::{Fingerprint, Workspace};

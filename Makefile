@@ -1,0 +1,78 @@
+# The one entry to build, test and install Fermata. `make` alone lists the targets.
+#
+# All cargo calls of `build` and the tests use --workspace --all-targets: with any other selection
+# cargo unifies features differently and compiles dependencies a second time.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+# rustup's usual home, for shells that have not read its profile yet.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+CARGO ?= cargo
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+CARGO_DENY_VERSION := 0.20.2
+
+# `make install`: PROFILE=dev installs the debug build.
+DESTDIR ?=
+PREFIX ?= /usr
+PROFILE ?= release
+BUILT := $(TARGET_DIR)/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
+UNITDIR ?= $(PREFIX)/lib/systemd/system
+USERUNITDIR ?= $(PREFIX)/lib/systemd/user
+SYSUSERSDIR ?= $(PREFIX)/lib/sysusers.d
+PLUGINDIR ?= $(PREFIX)/lib/fermata/plugins
+DOCDIR ?= $(PREFIX)/share/doc/fermata
+BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
+PLUGINS := exec
+
+.DEFAULT_GOAL := help
+.PHONY: help bootstrap build release test test-agents test-systemd demo lint deny install clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
+
+bootstrap: ## check for a C compiler, git and the pinned Rust toolchain
+	@scripts/bootstrap
+
+build: bootstrap ## build everything for development, plugins and tests included
+	$(CARGO) build --workspace --all-targets
+
+release: bootstrap ## build everything optimised
+	$(CARGO) build --workspace --release
+
+test: build ## run all tests
+	$(CARGO) test --workspace
+
+test-agents: build ## run a real agent (the Codex CLI) against a scripted model server
+	CARGO="$(CARGO)" scripts/test-agents
+
+test-systemd: build ## boot a real systemd in a container and run the system service in it
+	scripts/test-systemd
+
+demo: build ## see a pause, a crash, a restore and a resume in a throw-away daemon
+	scripts/demo
+
+lint: bootstrap ## fmt, clippy and rustdoc, warnings denied
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --document-private-items
+
+deny: bootstrap ## check licences, sources and banned dependencies
+	CARGO="$(CARGO)" scripts/deny $(CARGO_DENY_VERSION)
+
+install: $(if $(filter dev,$(PROFILE)),build,release) ## install under DESTDIR and PREFIX
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(USERUNITDIR)
+	install -d $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(PLUGINDIR) $(DESTDIR)$(DOCDIR)
+	install -m 0755 $(BINARIES:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin
+	install -m 0644 $(PLUGINS:%=$(BUILT)/libfermata_%.so) $(DESTDIR)$(PLUGINDIR)
+	for unit in fermatad.service fermatad.socket; do \
+	    sed 's|/usr/bin/|$(PREFIX)/bin/|' systemd/$$unit > $(DESTDIR)$(UNITDIR)/$$unit; \
+	    sed 's|/usr/bin/|$(PREFIX)/bin/|' systemd/user/$$unit > $(DESTDIR)$(USERUNITDIR)/$$unit; \
+	    chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit $(DESTDIR)$(USERUNITDIR)/$$unit; \
+	done
+	install -m 0644 systemd/fermata.sysusers $(DESTDIR)$(SYSUSERSDIR)/fermata.conf
+	install -m 0644 LICENSE LICENSE-APACHE LICENSE-MIT $(wildcard README.md CHANGELOG.md) $(DESTDIR)$(DOCDIR)
+	install -m 0644 -D systemd/drop-ins/fermatad.service.d/limits.conf $(DESTDIR)$(DOCDIR)/drop-ins/limits.conf
+
+clean: ## remove everything that was built or downloaded
+	rm -rf $(TARGET_DIR) .tools

@@ -1,0 +1,166 @@
+//! Codex held in the middle of a turn, and parked through a crash of the daemon.
+
+use std::time::Duration;
+
+use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::{Fingerprint, Sandbox, Workspace, process};
+use serde_json::Value;
+
+use crate::codex::Codex;
+use crate::model_server::{ModelServer, Reply, outputs};
+
+const STEPS: usize = 6;
+
+/// For how long nothing may move while the project is paused.
+const STILL: Duration = Duration::from_secs(1);
+
+/// Lets the model ask for six commands, each of which appends its own line to `steps.txt`.
+pub fn six_steps(commands: usize) -> Reply {
+    match commands + 1 {
+        step @ 1..=STEPS => Reply::Run(format!("echo step {step} >> steps.txt")),
+        _ => Reply::Say("all steps are done".into()),
+    }
+}
+
+/// What `steps.txt` holds in the end.
+pub fn all_steps() -> String {
+    (1..=STEPS).map(|step| format!("step {step}\n")).collect()
+}
+
+fn repository(sandbox: &Sandbox) -> Workspace {
+    let workspace = sandbox.workspace("web");
+    workspace.write("README.md", "# A project\n").write("src/lib.rs", "//! Empty.\n").git_init();
+    workspace
+}
+
+/// Waits until the agent has done so many steps, told its session file, and asked the model again.
+fn wait_for_steps(server: &ModelServer, codex: &Codex, workspace: &Workspace, steps: usize) {
+    server.wait_for_request(steps);
+    assert_eq!(workspace.read("steps.txt").lines().count(), steps);
+    wait_until(SOON, "the session file to hold all outputs", || codex.session().outputs() == steps);
+}
+
+/// Everything that a running agent would change.
+fn look(codex: &Codex, workspace: &Workspace) -> (Fingerprint, Fingerprint) {
+    (workspace.fingerprint(), codex.sessions_fingerprint())
+}
+
+/// Returns how the one agent came back.
+fn resumed(result: &Value) -> &Value {
+    assert_eq!(result["success"], true, "{result}");
+    assert_eq!(result["agents"].as_array().map(Vec::len), Some(1), "{result}");
+    &result["agents"][0]
+}
+
+fn agent_pid(sandbox: &Sandbox) -> i32 {
+    let agents = sandbox.agents();
+    assert_eq!(agents.len(), 1, "{agents:?}");
+    agents[0].pid.expect("the agent runs")
+}
+
+#[test]
+#[ignore = "needs the Codex CLI: make test-agents"]
+fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
+    let server = ModelServer::start(six_steps);
+    server.hold(3);
+    let codex = Codex::with_model(&server);
+    let sandbox = Sandbox::start();
+    let workspace = repository(&sandbox);
+    codex.run(&sandbox, "web", &workspace, "Do the six steps.");
+    wait_for_steps(&server, &codex, &workspace, 3);
+    let pid = agent_pid(&sandbox);
+    let session = codex.session();
+
+    let pause = sandbox.ctl_json(&["pause", "web"]);
+    assert_eq!((&pause["success"], &pause["mode"]), (&Value::Bool(true), &Value::from("freeze")), "{pause}");
+    let before = look(&codex, &workspace);
+    // The answer that asks for step 4 reaches the agent's socket during the pause.
+    server.release(3);
+    server.wait_for_answer(3);
+    std::thread::sleep(STILL);
+    assert_eq!(look(&codex, &workspace), before, "a paused agent changed something");
+
+    let resume = sandbox.ctl_json(&["resume", "web"]);
+    assert_eq!(resumed(&resume)["rung"], "thawed", "{resume}");
+    assert_eq!(agent_pid(&sandbox), pid);
+    sandbox.ctl(&["wait", "web/codex", "--propagate", "--timeout", "60s"]);
+    assert_eq!(workspace.read("steps.txt"), all_steps());
+    assert_eq!(codex.session().id(), session.id());
+    assert_eq!(server.requests().len(), STEPS + 1, "no request was lost or sent twice");
+}
+
+#[test]
+#[ignore = "needs the Codex CLI: make test-agents"]
+fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
+    // Step 3 takes two seconds in many small pieces, so that a pause meets it halfway.
+    let slow = "for i in $(seq 40); do echo $i >> ticks.txt; sleep 0.05; done; echo step 3 >> steps.txt";
+    let server = ModelServer::start(move |commands| match commands {
+        2 => Reply::Run(slow.into()),
+        other => six_steps(other),
+    });
+    let codex = Codex::with_model(&server);
+    let sandbox = Sandbox::start();
+    let workspace = repository(&sandbox);
+    codex.run(&sandbox, "web", &workspace, "Do the six steps.");
+    wait_until(SOON, "the slow command to begin", || workspace.read("ticks.txt").lines().count() >= 5);
+    let pid = agent_pid(&sandbox);
+
+    let pause = sandbox.ctl_json(&["pause", "web"]);
+    // The shell that runs the command is in a session of its own and counts like everyone else.
+    assert!(pause["processes"].as_u64() >= Some(process::tree(pid).len() as u64), "{pause}");
+    let before = look(&codex, &workspace);
+    assert!(workspace.read("ticks.txt").lines().count() < 40, "the pause came too late for this test");
+    std::thread::sleep(STILL);
+    assert_eq!(look(&codex, &workspace), before, "a paused command changed something");
+
+    let resume = sandbox.ctl_json(&["resume", "web"]);
+    assert_eq!(resumed(&resume)["rung"], "thawed", "{resume}");
+    sandbox.ctl(&["wait", "web/codex", "--propagate", "--timeout", "60s"]);
+    assert_eq!(workspace.read("steps.txt"), all_steps());
+    assert_eq!(workspace.read("ticks.txt").lines().count(), 40);
+}
+
+#[test]
+#[ignore = "needs the Codex CLI: make test-agents"]
+fn codex_parked_through_a_crash_of_the_daemon_goes_on_in_the_same_session() {
+    let server = ModelServer::start(six_steps);
+    server.hold(3);
+    let codex = Codex::with_model(&server);
+    let mut sandbox = Sandbox::start();
+    let workspace = repository(&sandbox);
+    codex.run(&sandbox, "web", &workspace, "Do the six steps.");
+    wait_for_steps(&server, &codex, &workspace, 3);
+    let tree = process::tree(agent_pid(&sandbox));
+    let session = codex.session();
+    let asked_before = server.requests().len();
+
+    let pause = sandbox.ctl_json(&["pause", "web", "--mode", "park"]);
+    assert_eq!((&pause["success"], &pause["mode"]), (&Value::Bool(true), &Value::from("park")), "{pause}");
+    wait_until(SOON, "the parked processes to be gone", || !tree.iter().any(|&pid| process::is_alive(pid)));
+    let text_before = session.text();
+
+    sandbox.kill_daemon();
+    server.release(3);
+    sandbox.start_daemon();
+    let project = sandbox.ctl_json(&["status", "web"]);
+    assert_eq!(project["project"]["status"], "paused", "{project}");
+    assert_eq!(workspace.read("steps.txt").lines().count(), 3, "a parked agent did something");
+
+    let resume = sandbox.ctl_json(&["resume", "web"]);
+    let agent = resumed(&resume);
+    assert_eq!(agent["rung"], "respawned", "{resume}");
+    let argv: Vec<&str> = agent["argv"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    assert_eq!(argv.first(), Some(&codex.program()));
+    assert_eq!(argv.get(1), Some(&"exec"), "{argv:?}");
+    assert!(argv.contains(&"--json"), "flags that the user gave stay: {argv:?}");
+    assert!(argv.windows(2).any(|pair| pair == ["resume", &session.id()]), "{argv:?}");
+
+    sandbox.ctl(&["wait", "web/codex", "--propagate", "--timeout", "60s"]);
+    assert_eq!(workspace.read("steps.txt"), all_steps());
+    let after = codex.session();
+    assert_eq!(after.path(), session.path(), "the session goes on in its own file");
+    assert!(after.text().starts_with(&text_before), "what the session file held is still there");
+    // The model was shown everything that had happened before.
+    let first = &server.requests()[asked_before];
+    assert_eq!(outputs(first).len(), 3, "{first}");
+}

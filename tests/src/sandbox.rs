@@ -1,0 +1,433 @@
+//! A daemon of one's own, in directories of its own, that leaves nothing behind.
+//!
+//! ```text
+//! <temp>/fmXXXXXX/            as short as can be: socket paths have 108 bytes
+//!   r/                        runtime directory: control socket, shims' sockets
+//!   state/  home/  plugins/   state directory, $HOME, plugin directory
+//!   fermata.toml  fermatad.log
+//!   ws/<name>/                workspaces
+//! ```
+//! The daemon is started inside a cgroup of its own, so that everything that it ever starts is
+//! found at the end: a process that is left over then, after every agent was killed and the daemon
+//! was told to stop, fails the test.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use fermata_protocol::Target;
+use fermata_protocol::agent::{AgentKill, AgentList, AgentView};
+use fermata_protocol::client::{Client, ClientError};
+use fermata_protocol::daemon::Hello;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use crate::cgroup::Group;
+use crate::process;
+use crate::waiting::{SOON, look_for, wait_until};
+use crate::workspace::Workspace;
+
+/// How long the end of processes that were killed may take.
+const MOMENT: Duration = Duration::from_secs(5);
+
+/// After how long a daemon or a command that says nothing is taken to hang.
+const HANGING: Duration = Duration::from_secs(120);
+
+/// What a sandbox is made from.
+#[derive(Debug, Default)]
+pub struct SandboxBuilder {
+    config: String,
+    env: Vec<(String, String)>,
+}
+
+impl SandboxBuilder {
+    /// Sets the content of `fermata.toml`.
+    pub fn config(mut self, toml: &str) -> Self {
+        self.config = toml.into();
+        self
+    }
+
+    /// Sets an environment variable of the daemon.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Makes the directories without starting the daemon.
+    ///
+    /// # Panics
+    /// When the machine does not let it, as everywhere here: a test cannot go on then.
+    pub fn build(self) -> Sandbox {
+        let dir = tempfile::Builder::new().prefix("fm").tempdir_in(short_temp()).expect("create a temporary directory");
+        let path = dir.path().canonicalize().expect("the temporary directory was just made");
+        for name in ["r", "state", "home", "plugins", "ws"] {
+            fs::create_dir(path.join(name)).expect("create a directory of the sandbox");
+        }
+        let socket = path.join("r/fermata.sock");
+        assert!(socket.as_os_str().len() < 60, "{} is too long for the sockets of shims", socket.display());
+        fs::write(path.join("fermata.toml"), &self.config).expect("write fermata.toml");
+        let name = path.file_name().and_then(OsStr::to_str).expect("a temporary name is ASCII");
+        let group = Group::create(&format!("fermata-test-{name}"));
+        Sandbox { path, _dir: dir, socket, env: self.env, group, daemon: None }
+    }
+
+    /// Makes the sandbox and starts the daemon.
+    pub fn start(self) -> Sandbox {
+        let mut sandbox = self.build();
+        sandbox.start_daemon();
+        sandbox
+    }
+}
+
+/// A daemon of one's own, in directories of its own.
+#[derive(Debug)]
+pub struct Sandbox {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+    socket: PathBuf,
+    env: Vec<(String, String)>,
+    group: Option<Group>,
+    daemon: Option<Child>,
+}
+
+impl Sandbox {
+    /// Starts a daemon with the default configuration.
+    pub fn start() -> Self {
+        Self::builder().start()
+    }
+
+    /// Begins a sandbox with another configuration.
+    pub fn builder() -> SandboxBuilder {
+        SandboxBuilder::default()
+    }
+
+    /// Returns the sandbox's directory.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns the state directory.
+    pub fn state_dir(&self) -> PathBuf {
+        self.path.join("state")
+    }
+
+    /// Returns the plugin directory.
+    pub fn plugin_dir(&self) -> PathBuf {
+        self.path.join("plugins")
+    }
+
+    /// Returns `$HOME` of the daemon and of everything that `ctl` starts.
+    pub fn home(&self) -> PathBuf {
+        self.path.join("home")
+    }
+
+    /// Returns the control socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Makes an empty workspace.
+    pub fn workspace(&self, name: &str) -> Workspace {
+        Workspace::at(self.path.join("ws").join(name))
+    }
+
+    // --- the daemon ---
+
+    /// Starts the daemon and waits until it greets.
+    ///
+    /// # Panics
+    /// When it ends instead; its log is in the text.
+    #[track_caller]
+    pub fn start_daemon(&mut self) {
+        assert!(self.daemon.is_none(), "the daemon of this sandbox runs already");
+        let log = File::options().create(true).append(true).open(self.log_path()).expect("open fermatad.log");
+        // The shell moves itself before it becomes the daemon: no child can escape in between.
+        let mut command = Command::new("/bin/sh");
+        match &self.group {
+            Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$1\""]).arg(group.procs_file()),
+            None => command.args(["-c", "exec \"$1\"", "-"]),
+        };
+        command.arg(binary("fermatad")).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
+        self.set_env(&mut command);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        let mut child = command.spawn().expect("start /bin/sh");
+        let socket = &self.socket;
+        let mut ended = None;
+        wait_until(SOON, "the daemon to greet", || {
+            ended = child.try_wait().expect("ask for the daemon's exit status");
+            ended.is_some() || connect(socket).is_ok()
+        });
+        if let Some(status) = ended {
+            panic!("fermatad ended with {status}:\n{}", self.log());
+        }
+        self.daemon = Some(child);
+    }
+
+    /// Returns the daemon's process id.
+    ///
+    /// # Panics
+    /// When the daemon was stopped.
+    #[track_caller]
+    pub fn daemon_pid(&self) -> i32 {
+        let child = self.daemon.as_ref().expect("the daemon of this sandbox runs");
+        i32::try_from(child.id()).expect("a process id fits into 31 bits")
+    }
+
+    /// Kills the daemon with SIGKILL and waits until it is gone.
+    #[track_caller]
+    pub fn kill_daemon(&mut self) {
+        let mut child = self.daemon.take().expect("the daemon of this sandbox runs");
+        child.kill().expect("kill the daemon");
+        child.wait().expect("wait for the daemon");
+    }
+
+    /// Stops the daemon with SIGTERM and waits until it has ended.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[track_caller]
+    pub fn stop_daemon(&mut self) -> ExitStatus {
+        self.signal_daemon(Signal::SIGTERM);
+        let mut child = self.daemon.take().expect("the daemon of this sandbox runs");
+        let mut ended = None;
+        wait_until(SOON, "the daemon to end after SIGTERM", || {
+            ended = child.try_wait().expect("ask for the daemon's exit status");
+            ended.is_some()
+        });
+        ended.expect("the wait ended with a status")
+    }
+
+    /// Sends the daemon a signal.
+    #[track_caller]
+    pub fn signal_daemon(&self, signal: Signal) {
+        kill(Pid::from_raw(self.daemon_pid()), signal).expect("signal the daemon");
+    }
+
+    /// Kills the daemon with SIGKILL and starts it again.
+    #[track_caller]
+    pub fn crash_and_restart(&mut self) {
+        self.kill_daemon();
+        self.start_daemon();
+    }
+
+    /// Returns everything that the daemon has logged.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.path.join("fermatad.log")
+    }
+
+    // --- clients ---
+
+    /// Opens a connection to the daemon.
+    #[track_caller]
+    pub fn rpc(&self) -> Client {
+        connect(&self.socket).expect("connect to the daemon")
+    }
+
+    /// Prepares a `fermatactl` for this sandbox that starts no daemon by itself.
+    pub fn ctl_command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(binary("fermatactl"));
+        command.arg("--no-autostart").args(args).stdin(Stdio::null()).current_dir(&self.path);
+        self.set_env(&mut command);
+        command
+    }
+
+    /// Runs `fermatactl` and returns how it ended, whatever it was.
+    #[track_caller]
+    pub fn ctl_output<S: AsRef<OsStr>>(&self, args: &[S]) -> Output {
+        output_of(self.ctl_command(args))
+    }
+
+    /// Runs `fermatactl`, which must succeed, and returns its standard output.
+    ///
+    /// # Panics
+    /// When it fails; what it said is in the text.
+    #[track_caller]
+    pub fn ctl<S: AsRef<OsStr> + std::fmt::Debug>(&self, args: &[S]) -> String {
+        successful(args, self.ctl_output(args))
+    }
+
+    /// Runs `fermatactl --json` and returns the one object that it printed.
+    #[track_caller]
+    pub fn ctl_json<S: AsRef<OsStr> + std::fmt::Debug>(&self, args: &[S]) -> Value {
+        let rows = self.ctl_rows(args);
+        assert_eq!(rows.len(), 1, "fermatactl {args:?} printed {} rows, not one", rows.len());
+        rows.into_iter().next().unwrap_or_default()
+    }
+
+    /// Runs `fermatactl --json` and returns its rows.
+    #[track_caller]
+    pub fn ctl_rows<S: AsRef<OsStr> + std::fmt::Debug>(&self, args: &[S]) -> Vec<Value> {
+        let mut command = self.ctl_command(&["--json"]);
+        command.args(args);
+        let text = successful(args, output_of(command));
+        let row = |line| serde_json::from_str(line).unwrap_or_else(|e| panic!("fermatactl {args:?}: {e}: {line}"));
+        text.lines().map(row).collect()
+    }
+
+    /// Returns all agents, by project and name.
+    #[track_caller]
+    pub fn agents(&self) -> Vec<AgentView> {
+        self.rpc().call(&AgentList::default()).expect("list the agents").agents
+    }
+
+    /// Gives a command this sandbox's directories and nothing of the machine's.
+    fn set_env(&self, command: &mut Command) {
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if text.starts_with("FERMATA_") || text.starts_with("XDG_") || text == "NOTIFY_SOCKET" {
+                command.env_remove(name);
+            }
+        }
+        command
+            .env("FERMATA_STATE_DIR", self.state_dir())
+            .env("FERMATA_RUNTIME_DIR", self.path.join("r"))
+            .env("FERMATA_CONFIG", self.path.join("fermata.toml"))
+            .env("FERMATA_PLUGIN_DIR", self.plugin_dir())
+            .env("HOME", self.home())
+            .env("NO_COLOR", "1");
+    }
+
+    // --- the end ---
+
+    /// Kills every agent through the daemon and stops it; returns the pids that agents had.
+    fn end_politely(&mut self) -> Result<Vec<i32>, String> {
+        let mut client = connect(&self.socket).map_err(|e| e.to_string())?;
+        let agents = client.call(&AgentList::default()).map_err(|e| format!("list the agents: {e}"))?.agents;
+        for agent in agents.iter().filter(|agent| agent.pid.is_some()) {
+            let target = Target { project: agent.project.clone(), agent: Some(agent.name.clone()) };
+            let killed = client.call(&AgentKill { target, signal: None });
+            // One that has ended by itself in the meantime is as good.
+            if let (Err(error), Some(pid)) = (killed, agent.pid)
+                && process::is_alive(pid)
+            {
+                return Err(format!("kill {}/{}: {error}", agent.project, agent.name));
+            }
+        }
+        let pids = agents.iter().filter_map(|agent| agent.pid).collect();
+        let mut child = self.daemon.take().ok_or("the daemon is gone")?;
+        kill(Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)), Signal::SIGTERM).map_err(|e| e.to_string())?;
+        match look_for(SOON, || child.try_wait().transpose()) {
+            Some(Ok(_)) => Ok(pids),
+            Some(Err(error)) => Err(format!("wait for the daemon: {error}")),
+            None => {
+                self.daemon = Some(child);
+                Err("the daemon did not end after SIGTERM".into())
+            }
+        }
+    }
+
+    /// Ends everything; returns what should not have been there.
+    fn end(&mut self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let mut known = Vec::new();
+        let was_up = self.daemon.is_some();
+        if was_up {
+            match self.end_politely() {
+                Ok(pids) => known = pids,
+                Err(fault) => faults.push(fault),
+            }
+        }
+        if let Some(mut child) = self.daemon.take() {
+            // Already ended, or about to be: either way there is nothing more to learn from it.
+            if child.kill().is_ok() && child.wait().is_err() {
+                faults.push("the daemon could not be reaped".into());
+            }
+        }
+        let left = || match &self.group {
+            Some(group) => group.processes(),
+            None => known.iter().copied().filter(|&pid| process::is_alive(pid)).collect(),
+        };
+        // A test that has killed the daemon leaves its agents running, which is what they are meant
+        // to do. Otherwise the shims have a moment to record the end of their agents.
+        if was_up && faults.is_empty() && look_for(MOMENT, || left().is_empty().then_some(())).is_none() {
+            faults.extend(left().iter().map(|&pid| format!("left over: {pid} {}", process::command_line(pid))));
+        }
+        if let Some(group) = self.group.take() {
+            faults.extend(group.kill().and_then(|()| group.remove()).err());
+        }
+        faults
+    }
+}
+
+impl Drop for Sandbox {
+    fn drop(&mut self) {
+        let log = if std::thread::panicking() { self.log() } else { String::new() };
+        let faults = self.end();
+        if std::thread::panicking() {
+            eprintln!("--- fermatad.log ---\n{log}--- end of fermatad.log ---");
+            for fault in faults {
+                eprintln!("sandbox: {fault}");
+            }
+        } else {
+            assert!(faults.is_empty(), "the sandbox did not end cleanly: {faults:#?}\n{}", self.log());
+        }
+    }
+}
+
+/// Returns a binary of this build, which lies beside the directory of the test binaries.
+///
+/// # Panics
+/// When it was not built: `make test` builds everything first.
+pub fn binary(name: &str) -> PathBuf {
+    let path = target_dir().join(name);
+    assert!(path.exists(), "{} does not exist: run the tests by `make test`", path.display());
+    path
+}
+
+/// Returns the directory of this build's binaries and plugins, for instance `target/debug`.
+pub fn target_dir() -> PathBuf {
+    let test = std::env::current_exe().expect("a test knows its own path");
+    test.parent().and_then(Path::parent).expect("tests lie in target/debug/deps").to_owned()
+}
+
+/// Returns the directory for temporary files, or `/tmp` when its path is too long for sockets.
+fn short_temp() -> PathBuf {
+    let temp = std::env::temp_dir();
+    if temp.as_os_str().len() > 24 { "/tmp".into() } else { temp }
+}
+
+/// Connects and greets; a daemon that no longer answers fails the test instead of holding it.
+fn connect(socket: &Path) -> Result<Client, ClientError> {
+    let mut client = Client::connect_silently(socket)?;
+    client.set_read_timeout(Some(HANGING)).map_err(ClientError::Broken)?;
+    let version = fermata_protocol::PROTOCOL_VERSION;
+    client.call(&Hello { min: version, max: version, client: "fermata-tests".into(), token: None })?;
+    Ok(client)
+}
+
+/// Runs a command to its end; one that hangs is killed and fails the test.
+///
+/// # Panics
+/// When the command cannot be started or does not end.
+#[track_caller]
+pub fn output_of(mut command: Command) -> Output {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+    let child = child.unwrap_or_else(|e| panic!("start {command:?}: {e}"));
+    let pid = Pid::from_raw(i32::try_from(child.id()).expect("a process id fits into 31 bits"));
+    let (ended, end) = mpsc::channel();
+    std::thread::spawn(move || ended.send(child.wait_with_output()));
+    match end.recv_timeout(HANGING) {
+        Ok(output) => output.unwrap_or_else(|e| panic!("read what {command:?} says: {e}")),
+        Err(_) => {
+            kill(pid, Signal::SIGKILL).ok();
+            panic!("{command:?} did not end within {HANGING:?}");
+        }
+    }
+}
+
+#[track_caller]
+fn successful<S: std::fmt::Debug>(args: &[S], output: Output) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "fermatactl {args:?} ended with {}:\n{said}{text}", output.status);
+    text
+}

@@ -1,0 +1,44 @@
+//! Waiting for something that will come, with a deadline and a name for what did not.
+//!
+//! Tests never sleep for luck; what they can wait for through the protocol they wait for there,
+//! and for all the rest (files, processes, logs) through these functions.
+
+use std::time::{Duration, Instant};
+
+/// How long things may take that usually take milliseconds. Generous, since tests share machines.
+pub const SOON: Duration = Duration::from_secs(30);
+
+const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
+
+/// Waits until `look` finds something, `None` when the deadline has passed.
+pub fn look_for<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+    let start = Instant::now();
+    loop {
+        let found = look();
+        if found.is_some() || start.elapsed() >= deadline {
+            return found;
+        }
+        std::thread::sleep(BETWEEN_LOOKS);
+    }
+}
+
+/// Waits until `look` finds something.
+///
+/// # Panics
+/// When the deadline has passed; the text says what was waited for.
+#[track_caller]
+pub fn wait_for<T>(deadline: Duration, what: &str, look: impl FnMut() -> Option<T>) -> T {
+    match look_for(deadline, look) {
+        Some(found) => found,
+        None => panic!("waited {deadline:?} in vain for: {what}"),
+    }
+}
+
+/// Waits until `holds` says yes.
+///
+/// # Panics
+/// When the deadline has passed; the text says what was waited for.
+#[track_caller]
+pub fn wait_until(deadline: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    wait_for(deadline, what, || holds().then_some(()));
+}

@@ -1,0 +1,287 @@
+//! The house rules that a compiler does not check: who may import whom, where `unsafe` lives, how
+//! large a room may grow.
+//!
+//! Each rule is one test that names every place that breaks it. A rule that is wrong is changed
+//! here, together with ARCHITECTURE.md.
+
+mod rust_text;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rust_text::{code_only, find_word, paths_after, without_tests};
+
+/// The rooms of the daemon. A room uses rooms that stand later in the list, never earlier ones.
+const ROOMS: &[&str] = &[
+    "bin",
+    "server",
+    "socket",
+    "auth",
+    "project",
+    "recovery",
+    "steps",
+    "store",
+    "tokens",
+    "history",
+    "plugins",
+    "shim",
+    "profile",
+    "config",
+    "failpoint",
+    "os",
+];
+
+/// The packages, and which of the others each may depend on.
+const PACKAGES: &[(&str, &[&str])] = &[
+    ("protocol", &[]),
+    ("plugin-api", &[]),
+    ("core", &["protocol"]),
+    ("ctl", &["protocol"]),
+    ("daemon", &["protocol", "core", "plugin-api"]),
+    ("plugins", &["plugin-api"]),
+];
+
+/// What the pure domain does without: clock, files, randomness and environment are parameters.
+const IMPURE: &[&str] =
+    &["tokio", "rusqlite", "rand", "getrandom", "tracing", "SystemTime", "Instant", "println", "eprintln"];
+
+/// The same, by module of the standard library.
+const IMPURE_STD: &[&str] = &["fs", "env", "net", "process", "thread", "os"];
+
+/// Where `unsafe` may stand. A path that ends with a slash is a directory.
+const UNSAFE_HOMES: &[&str] =
+    &["daemon/src/os/", "daemon/src/os.rs", "daemon/src/plugins/loader.rs", "plugin-api/", "plugins/"];
+
+/// Names that say nothing about what is in a file.
+const EMPTY_NAMES: &[&str] = &["utils", "util", "helpers", "helper", "manager", "imp", "common", "misc"];
+
+const MAX_LINES: usize = 600;
+const MAX_ARCHITECTURE_LINES: usize = 300;
+
+/// A Rust file of the repository.
+struct Source {
+    /// Its path from the root of the repository.
+    path: String,
+    /// Its text.
+    text: String,
+    /// Its text without comments and literals.
+    code: String,
+}
+
+impl Source {
+    /// Returns the code without its test module.
+    fn shipped(&self) -> &str {
+        // Blanking keeps line breaks, so the cut by lines is the same in both texts.
+        without_tests(&self.code)
+    }
+
+    /// Returns the room of the daemon that the file belongs to, `None` outside of the daemon.
+    fn room(&self) -> Option<&str> {
+        let inside = self.path.strip_prefix("daemon/src/")?;
+        let first = inside.split('/').next()?;
+        Some(first.strip_suffix(".rs").unwrap_or(first))
+    }
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests package lies in the root").to_owned()
+}
+
+/// Reads every Rust file of the repository.
+fn sources() -> Vec<Source> {
+    let root = root();
+    let mut directories: Vec<PathBuf> =
+        PACKAGES.iter().map(|(name, _)| root.join(name)).chain([root.join("tests")]).collect();
+    let mut found = Vec::new();
+    while let Some(directory) = directories.pop() {
+        let entries = fs::read_dir(&directory).unwrap_or_else(|e| panic!("read {}: {e}", directory.display()));
+        for entry in entries {
+            let path = entry.expect("read a directory entry").path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                let text = fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
+                let path = path.strip_prefix(&root).expect("found below the root").to_string_lossy().into_owned();
+                let code = code_only(&text);
+                found.push(Source { path, text, code });
+            }
+        }
+    }
+    assert!(found.len() > 20, "the tidy test looks into the wrong place: {} files", found.len());
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found
+}
+
+/// Fails with one line per fault.
+#[track_caller]
+fn no_faults(faults: Vec<String>, rule: &str) {
+    assert!(faults.is_empty(), "{rule}:\n  {}", faults.join("\n  "));
+}
+
+#[test]
+fn packages_import_one_way() {
+    let mut faults = Vec::new();
+    let forbidden = |package: &str| -> Vec<&str> {
+        let (_, allowed) = PACKAGES.iter().find(|(name, _)| *name == package).expect("a package of the list");
+        PACKAGES.iter().map(|(name, _)| *name).filter(|n| *n != package && !allowed.contains(n)).collect()
+    };
+    for source in sources() {
+        let package = source.path.split('/').next().unwrap_or_default();
+        if package == "tests" {
+            continue;
+        }
+        for other in forbidden(package) {
+            let name = format!("fermata_{}", other.replace('-', "_"));
+            if let Some(line) = find_word(&source.code, &name, "") {
+                faults.push(format!("{}:{line} uses {name}", source.path));
+            }
+        }
+    }
+    for (package, _) in PACKAGES.iter().filter(|(name, _)| *name != "plugins") {
+        let manifest = fs::read_to_string(root().join(package).join("Cargo.toml")).expect("read a Cargo.toml");
+        for other in forbidden(package) {
+            if manifest.lines().any(|line| line.starts_with(&format!("fermata-{other}"))) {
+                faults.push(format!("{package}/Cargo.toml depends on fermata-{other}"));
+            }
+        }
+    }
+    no_faults(faults, "imports run protocol <- core <- daemon, protocol <- ctl, plugin-api <- daemon and plugins");
+}
+
+#[test]
+fn the_core_is_pure() {
+    let mut faults = Vec::new();
+    for source in sources().iter().filter(|s| s.path.starts_with("core/src/")) {
+        for impure in IMPURE {
+            if let Some(line) = find_word(source.shipped(), impure, "") {
+                faults.push(format!("{}:{line} uses {impure}", source.path));
+            }
+        }
+        for (module, line) in paths_after(source.shipped(), "std::") {
+            if IMPURE_STD.contains(&module.as_str()) {
+                faults.push(format!("{}:{line} uses std::{module}", source.path));
+            }
+        }
+    }
+    no_faults(faults, "core has no clock, files, randomness, environment, runtime or logger: they are parameters");
+}
+
+#[test]
+fn rooms_of_the_daemon_import_downward() {
+    let rank = |room: &str| ROOMS.iter().position(|r| *r == room);
+    let mut faults = Vec::new();
+    for source in sources() {
+        let Some(room) = source.room().filter(|room| *room != "lib") else { continue };
+        let Some(own) = rank(room) else {
+            faults.push(format!("{}: the room '{room}' is not in the list of rooms", source.path));
+            continue;
+        };
+        let mut used = paths_after(source.shipped(), "crate::");
+        used.extend(paths_after(source.shipped(), "fermata_daemon::"));
+        used.extend(paths_after(source.shipped(), "super::"));
+        for (name, line) in used {
+            if rank(&name).is_some_and(|other| other < own) {
+                faults.push(format!("{}:{line}: '{room}' uses '{name}', which stands above it", source.path));
+            }
+        }
+    }
+    no_faults(faults, &format!("inside the daemon imports run downward: {}", ROOMS.join(" > ")));
+}
+
+#[test]
+fn the_architecture_names_every_room_and_stays_short() {
+    let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("read ARCHITECTURE.md");
+    let mut faults = Vec::new();
+    let lines = text.lines().count();
+    if lines >= MAX_ARCHITECTURE_LINES {
+        faults.push(format!("it has {lines} lines, and {MAX_ARCHITECTURE_LINES} are too many"));
+    }
+    faults
+        .extend(ROOMS.iter().filter(|room| find_word(&text, room, "").is_none()).map(|r| format!("no word on '{r}'")));
+    no_faults(faults, "ARCHITECTURE.md");
+}
+
+#[test]
+fn unsafe_lives_in_its_few_homes() {
+    let home = |path: &str| UNSAFE_HOMES.iter().any(|h| path == *h || (h.ends_with('/') && path.starts_with(h)));
+    let faults = sources()
+        .iter()
+        .filter(|source| !home(&source.path))
+        .filter_map(|source| Some(format!("{}:{}", source.path, find_word(&source.code, "unsafe", "")?)))
+        .collect();
+    no_faults(faults, &format!("'unsafe' stands only in {}", UNSAFE_HOMES.join(", ")));
+}
+
+#[test]
+fn nothing_is_left_to_do() {
+    let mut faults = Vec::new();
+    for source in sources() {
+        for word in ["todo", "unimplemented"] {
+            if let Some(line) = find_word(&source.code, word, "!") {
+                faults.push(format!("{}:{line} {word}!", source.path));
+            }
+        }
+    }
+    no_faults(faults, "no todo!() and no unimplemented!()");
+}
+
+#[test]
+fn only_programs_end_the_process() {
+    let program = |path: &str| path.starts_with("daemon/src/bin/") || path == "ctl/src/main.rs";
+    let faults = sources()
+        .iter()
+        .filter(|source| !program(&source.path))
+        .filter_map(|source| Some(format!("{}:{}", source.path, find_word(&source.code, "process::exit", "")?)))
+        .collect();
+    no_faults(faults, "process::exit stands only in main files");
+}
+
+#[test]
+fn files_are_rooms_not_halls() {
+    let mut faults = Vec::new();
+    for source in sources() {
+        let lines = without_tests(&source.text).lines().count();
+        if lines > MAX_LINES {
+            faults.push(format!("{}: {lines} lines without its tests", source.path));
+        }
+    }
+    no_faults(faults, &format!("a file of more than {MAX_LINES} lines wants a second room"));
+}
+
+#[test]
+fn every_file_begins_with_what_it_owns() {
+    let faults = sources().into_iter().filter(|s| !s.text.starts_with("//!")).map(|s| s.path).collect();
+    no_faults(faults, "a file begins with //! and what it owns");
+}
+
+#[test]
+fn every_file_has_a_name_that_says_something() {
+    let empty =
+        |path: &str| path.split('/').any(|part| EMPTY_NAMES.contains(&part.strip_suffix(".rs").unwrap_or(part)));
+    let faults = sources().into_iter().map(|s| s.path).filter(|path| empty(path)).collect();
+    no_faults(faults, &format!("no {}", EMPTY_NAMES.join(", ")));
+}
+
+#[test]
+fn migrations_are_numbered_without_gap() {
+    let Ok(entries) = fs::read_dir(root().join("migrations")) else {
+        return;
+    };
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    let mut faults = Vec::new();
+    for (expected, name) in (1..).zip(&names) {
+        let well_formed =
+            name.strip_suffix(".sql").and_then(|stem| stem.split_once('_')).is_some_and(|(number, rest)| {
+                number.len() == 4
+                    && number.parse() == Ok(expected)
+                    && !rest.is_empty()
+                    && rest.bytes().all(|b| b == b'_' || b.is_ascii_lowercase() || b.is_ascii_digit())
+            });
+        if !well_formed {
+            faults.push(format!("{name}, where {expected:04}_name.sql was expected"));
+        }
+    }
+    no_faults(faults, "migrations are named NNNN_name.sql");
+}
