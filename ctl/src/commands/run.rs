@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
-use fermata_protocol::Code;
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
+use fermata_protocol::project::ProjectShow;
+use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
 
@@ -47,11 +48,11 @@ pub fn run(session: &mut Session, args: RunArgs) -> Ended {
 
 fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
     let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
-    let cwd = match &args.cwd {
-        Some(dir) => canonical(dir)?,
-        None => here.clone(),
-    };
     let workspace = args.workspace.as_deref().map(canonical).transpose()?;
+    let cwd = match &args.cwd {
+        Some(dir) => Some(canonical(dir)?),
+        None => own_directory(session, &args.project, workspace.as_deref(), &here)?,
+    };
     let resume_argv = match args.resume_command {
         Some(line) => {
             let words = split_words(&line).map_err(|e| Failure::usage(format!("--resume-command: {e}")))?;
@@ -76,7 +77,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         name: args.name,
         argv,
         env: environment(std::env::vars_os()),
-        cwd: Some(text(&cwd)?),
+        cwd: cwd.as_deref().map(text).transpose()?,
         umask: Some(own_umask()),
         limits: own_limits(),
         resume_argv,
@@ -91,6 +92,27 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         }
         answer => answer,
     }
+}
+
+/// The working directory of the agent: the caller's own where that is inside the workspace, which
+/// is what a person at a prompt means; else none, and the daemon takes the workspace itself.
+fn own_directory(
+    session: &mut Session,
+    project: &ProjectName,
+    given: Option<&Path>,
+    here: &Path,
+) -> Result<Option<PathBuf>, Failure> {
+    let workspace = match given {
+        Some(workspace) => workspace.to_owned(),
+        None => match session.call(&ProjectShow { project: project.clone() }) {
+            Ok(detail) => PathBuf::from(detail.project.workspace),
+            // The project will be made of this very directory.
+            Err(failure) if failure.is(Code::ProjectNotFound) => here.to_owned(),
+            Err(failure) => return Err(failure),
+        },
+    };
+    let here = canonical(here)?;
+    Ok(here.starts_with(canonical(&workspace)?).then_some(here))
 }
 
 /// Makes a path absolute and free of links.

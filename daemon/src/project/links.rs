@@ -16,7 +16,7 @@ use super::ids::new_run;
 use crate::errors::chain;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
-use crate::shim::record::ExitRecord;
+use crate::shim::record::{ExitRecord, abandon};
 use crate::shim::wire::ShimEvent;
 use crate::steps::launch::processes_of;
 
@@ -153,7 +153,14 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
         return Found { observed, link: None };
     }
-    let run = match read_run(&run_dir) {
+    let mut record = read_run(&run_dir);
+    if matches!(record, Ok(None)) {
+        if let Err(error) = abandon(&run_dir) {
+            tracing::warn!(run_dir = %run_dir.display(), %error, "a launch may still be under way");
+        }
+        record = read_run(&run_dir);
+    }
+    let run = match record {
         Ok(Some(run)) => run,
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),

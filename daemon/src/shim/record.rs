@@ -93,6 +93,19 @@ pub fn read_run(run_dir: &Path) -> Result<Option<RunRecord>, RecordError> {
     read(&run_dir.join(files::RUN))
 }
 
+/// Gives up a launch that has not come as far as its record: a shim that is still on its way ends.
+/// The record has to be looked for once more afterwards.
+///
+/// # Errors
+/// When the folder is there and cannot be written.
+pub fn abandon(run_dir: &Path) -> io::Result<()> {
+    match std::fs::write(run_dir.join(files::ABANDONED), b"") {
+        // Without a folder there is no launch.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
 /// Reads how a run ended; `None` when it has not, or when its shim was lost.
 pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     read(&run_dir.join(files::EXIT))

@@ -24,6 +24,9 @@ pub mod files {
     pub const RUN: &str = "run.json";
     /// How it ended.
     pub const EXIT: &str = "exit.json";
+    /// Written by a daemon that gives a launch up which has not come as far as [`RUN`]. Either the
+    /// shim sees it after writing that, and ends; or the daemon sees what the shim has written.
+    pub const ABANDONED: &str = "abandoned";
     /// The folder of the log files.
     pub const LOGS: &str = "logs";
     /// What the shim itself had to say (normally empty).

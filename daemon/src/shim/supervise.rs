@@ -8,6 +8,8 @@
 //!        Clearing (kill leftovers) ──> Draining (pipes) ──> Recording (exit.json) ──> end
 //! ```
 
+mod requests;
+
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,18 +17,16 @@ use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{Signal, killpg};
 use nix::sys::signalfd::SignalFd;
-use nix::unistd::Pid;
 use serde_json::Value;
 
-use super::connection::{Connection, ConnectionId, Incoming};
-use super::hold::{Answer, Caller, Hold, News, Refused, chain, encode};
+use super::connection::{Connection, ConnectionId};
+use super::hold::{Answer, Caller, Hold, News, Refused, chain};
 use super::log::LogWriter;
 use super::log_line::Stream;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
-use super::wire::{AgentState, Call, FromShim, RefusalCode, Request, ShimEvent, Status, WIRE_VERSION};
+use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
 use crate::os::fsync::Reserve;
 use crate::os::process::{self, Change, ProcessId};
@@ -420,117 +420,6 @@ impl Supervisor {
                 }
             }
         }
-    }
-
-    fn serve(&mut self, id: ConnectionId) {
-        let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) else {
-            return;
-        };
-        connection.flush();
-        for incoming in connection.receive() {
-            match incoming {
-                Incoming::Hello => {
-                    let hello =
-                        FromShim::Hello { version: WIRE_VERSION, run_id: self.spec.run_id.clone(), shim: self.shim };
-                    self.send(id, &hello);
-                }
-                Incoming::Call(call) => self.call(id, call),
-            }
-        }
-    }
-
-    fn call(&mut self, connection: ConnectionId, call: Call) {
-        let now = Instant::now();
-        let caller = Caller { connection, id: call.id };
-        let ended = !matches!(self.life, Life::Running);
-        let answer = match call.request {
-            Request::Status {} => self.status(now),
-            // Ending is idempotent, and there is nothing left to thaw.
-            Request::Stop { .. } | Request::Kill {} if self.has_ended() => done(),
-            Request::Stop { grace_ms } => {
-                let grace = Duration::from_millis(grace_ms.unwrap_or(self.spec.stop_grace_ms));
-                self.stop(grace, now)
-            }
-            Request::Kill {} => {
-                let news = self.hold.abandon(false, now);
-                self.tell(news);
-                if !matches!(self.life, Life::Killing { .. }) {
-                    self.life = Life::Killing { work: self.kill_tree() };
-                }
-                done()
-            }
-            Request::Thaw {} if ended => done(),
-            _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
-            Request::Quiesce { grace_ms, lease_ms } => {
-                let (grace, lease) = (Duration::from_millis(grace_ms), Duration::from_millis(lease_ms));
-                let news = self.hold.quiesce(caller, grace, lease, now);
-                return self.tell(news);
-            }
-            Request::Freeze { lease_ms } => {
-                let news = self.hold.freeze(caller, Duration::from_millis(lease_ms), now);
-                return self.tell(news);
-            }
-            Request::Renew { lease_ms } => self.hold.renew(Duration::from_millis(lease_ms), now),
-            Request::Hold {} => self.hold.hold(),
-            Request::Thaw {} => {
-                let (answer, news) = self.hold.thaw();
-                self.tell(news);
-                answer
-            }
-            Request::Signal { signal } => match process::signal(self.agent, signal) {
-                Ok(true) => done(),
-                Ok(false) => Err(Refused::new(RefusalCode::Ending, "the agent has ended")),
-                Err(error) => {
-                    let message = format!("failed to send signal {signal}: {error}");
-                    Err(Refused::new(RefusalCode::SignalFailed, message))
-                }
-            },
-        };
-        self.answer(caller, answer);
-    }
-
-    fn status(&self, now: Instant) -> Answer {
-        let (lease_remaining_ms, held) = self.hold.lease(now);
-        let state = match self.life {
-            Life::Running | Life::Stopping { .. } => self.hold.state(),
-            _ => AgentState::Ending,
-        };
-        encode(&Status {
-            agent: self.agent,
-            state,
-            mechanism: self.hold.mechanism(),
-            lease_remaining_ms,
-            held,
-            processes: self.hold.count(),
-            log_bytes_lost: self.log.lost(),
-        })
-    }
-
-    fn stop(&mut self, grace: Duration, now: Instant) -> Answer {
-        match &mut self.life {
-            Life::Stopping { kill_at } => *kill_at = (*kill_at).min(now + grace),
-            Life::Running => {
-                let group = Pid::from_raw(self.agent.pid);
-                // SIGTERM first: it waits while they are frozen or stopped, and is the first thing
-                // that they see afterwards. SIGCONT to all, because a stop also reaches who was
-                // stopped by somebody else.
-                killpg(group, Signal::SIGTERM).ok();
-                let (thawed, news) = self.hold.thaw();
-                killpg(group, Signal::SIGCONT).ok();
-                self.tell(news);
-                self.life = Life::Stopping { kill_at: now + grace };
-                if let Err(refused) = thawed {
-                    eprintln!("fermata-shim: stopping goes on, but: {}", refused.message);
-                }
-            }
-            // Already on its way.
-            Life::Killing { .. }
-            | Life::Clearing { .. }
-            | Life::Draining { .. }
-            | Life::Recording { .. }
-            | Life::Over { .. } => {}
-        }
-        done()
     }
 
     fn tell(&mut self, news: Vec<News>) {

@@ -190,7 +190,12 @@ pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> 
 /// # Errors
 /// When a process cannot be ended.
 pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failure> {
-    let record = match read_run(run_dir) {
+    let mut record = read_run(run_dir);
+    if matches!(record, Ok(None)) {
+        record::abandon(run_dir).map_err(|e| Failure::fault("give an older launch up", &e))?;
+        record = read_run(run_dir);
+    }
+    let record = match record {
         Ok(Some(record)) => record,
         Ok(None) => return Ok(()),
         Err(error) => return Err(Failure::fault("read an older run", &error)),
