@@ -78,7 +78,7 @@ pub(super) async fn show(projects: &Projects, params: &CheckpointShow) -> Result
     let skipped = site.with_history(None, "read what was skipped", move |h, _, _| h.skipped(number)).await?;
     let skipped = skipped.into_iter().map(|one| SkippedPath {
         path: String::from_utf8_lossy(one.path.bytes()).into_owned(),
-        reason: serde_json::to_value(&one.reason)
+        reason: serde_json::to_value(one.reason)
             .ok()
             .map(|reason| reason.as_str().map_or_else(|| reason.to_string(), str::to_owned))
             .unwrap_or_default(),
