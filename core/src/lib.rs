@@ -17,6 +17,7 @@ pub mod command;
 pub mod context;
 pub mod decide;
 pub mod project;
+pub mod redact;
 pub mod resume_command;
 pub mod score;
 pub mod transition;

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
+use fermata_core::redact::Secrets;
 use fermata_core::score::{ItemTypeKey, Weights};
 use fermata_protocol::context::ItemType;
 use fermata_protocol::rpc::Notification;
-use fermata_protocol::{OperationId, ProjectName, RunId, Target, UnixMillis};
+use fermata_protocol::{AgentName, OperationId, ProjectName, RunId, Target, UnixMillis};
 use serde::Serialize;
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -17,7 +18,7 @@ use crate::config::{Paths, Settings};
 use crate::os::clock;
 use crate::plugins::Plugins;
 use crate::profile::Profiles;
-use crate::store::Store;
+use crate::store::{Store, StoreError, rows};
 use crate::tokens::TokenCounter;
 
 /// The programs that the daemon starts.
@@ -123,6 +124,16 @@ impl Services {
             Some((ItemTypeKey(kind), *weight))
         });
         Weights::default().with(&keyed.collect())
+    }
+
+    /// Returns the secrets that an agent was started with, to be taken out of what it reports.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub async fn secrets_of(&self, project: &ProjectName, agent: &AgentName) -> Result<Secrets, StoreError> {
+        let (project, agent) = (project.clone(), agent.clone());
+        let env = self.store.read(move |connection| rows::load_environment(connection, &project, &agent)).await?;
+        Ok(Secrets::of(&env))
     }
 
     /// Returns the directories of a project.

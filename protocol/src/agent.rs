@@ -347,6 +347,9 @@ pub struct AgentLogs {
     /// When there is nothing new, wait this long for something, milliseconds.
     #[serde(default)]
     pub wait_ms: u64,
+    /// Show the output as it is; secrets are taken out of it otherwise.
+    #[serde(default)]
+    pub raw: bool,
 }
 
 /// One line of an agent's output.

@@ -283,6 +283,10 @@ pub struct LogsArgs {
     /// Put the time in front of each line.
     #[arg(long, short)]
     pub timestamps: bool,
+    /// Show the output as it is; tokens, private keys and the values of the agent's own secret
+    /// variables are taken out of it otherwise.
+    #[arg(long)]
+    pub raw: bool,
 }
 
 /// Arguments of `events`.

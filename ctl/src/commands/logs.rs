@@ -25,13 +25,17 @@ pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
         None => None,
     };
     let target = one_agent(session, &args.target)?;
-    read(session, &target, &Reading { follow: args.follow, tail: args.tail, since, timestamps: args.timestamps })?;
+    read(
+        session,
+        &target,
+        &Reading { follow: args.follow, tail: args.tail, since, timestamps: args.timestamps, raw: args.raw },
+    )?;
     Ok(0)
 }
 
 /// Shows an agent's whole output until it has ended.
 pub fn follow(session: &mut Session, target: &Target) -> Result<(), Failure> {
-    read(session, target, &Reading { follow: true, tail: None, since: None, timestamps: false })
+    read(session, target, &Reading { follow: true, tail: None, since: None, timestamps: false, raw: false })
 }
 
 struct Reading {
@@ -39,6 +43,7 @@ struct Reading {
     tail: Option<u64>,
     since: Option<UnixMillis>,
     timestamps: bool,
+    raw: bool,
 }
 
 fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(), Failure> {
@@ -53,6 +58,7 @@ fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(),
             // The first answer comes at once, so that what is there is seen at once.
             wait_ms: if reading.follow && !first { POLL_MS } else { 0 },
             cursor,
+            raw: reading.raw,
         })?;
         for line in &batch.lines {
             printer.print(&mut session.out, line)?;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use fermata_core::command::{Command, Effect};
 use fermata_core::project::{Course, ProjectState};
+use fermata_core::redact::Secrets;
 use fermata_core::{Project, apply, decide, transition};
 use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
@@ -373,6 +374,7 @@ impl Actor {
     fn tell_plugins(&self, events: &[Event], at: i64) {
         for event in events {
             let mut value = json!(event);
+            Secrets::default().redact_json(&mut value);
             if let Value::Object(members) = &mut value {
                 members.insert("project".into(), json!(self.project.name));
                 members.insert("at".into(), json!(at));

@@ -230,7 +230,8 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
 
 fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), Failure> {
     let bytes = serde_json::to_vec(record).map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
-    write_atomic(&spec.file(files::RUN), &bytes, 0o600).map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+    write_atomic(&spec.file(files::RUN), &bytes, 0o600)
+        .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
     // A daemon that was started meanwhile may have looked before the record was there.
     if spec.file(files::ABANDONED).exists() {
         let message = "the daemon that wanted it is gone, and the next one gave the launch up".to_owned();

@@ -11,7 +11,7 @@ use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
-use super::reports::{agent_of, project_of};
+use super::reports::{agent_of, project_of, secrets};
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects, Tell, View};
 use crate::services::{Services, now};
@@ -31,7 +31,11 @@ pub(super) async fn put(projects: &Projects, params: ContextPut, keyed: Option<K
     let (handle, agent) = agent_of(projects, params.target.as_ref())?;
     check(&params.items)?;
     let services = std::sync::Arc::clone(projects.services());
-    let items = params.items;
+    let secrets = secrets(projects, &handle, &agent).await?;
+    let mut items = params.items;
+    for item in &mut items {
+        item.text = secrets.redact(&item.text).into_owned();
+    }
     let now = now();
     let rows = blocking("count tokens", move || Ok(count(&services, items, now))).await?;
     let added: u64 = rows.iter().map(|row| row.tokens).sum();

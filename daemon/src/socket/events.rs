@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use fermata_core::redact::Secrets;
 use fermata_protocol::event::{
     EventFilter, EventNotification, EventsList, EventsListResult, EventsSubscribe, EventsSubscribeResult,
 };
@@ -31,7 +32,10 @@ pub(super) async fn list(connection: &Connection, params: EventsList) -> Result<
     while page.events.is_empty() && page.more {
         page = self::page(store, page.next, &params.filter, limit).await?;
     }
-    wire(&EventsListResult { events: page.events, cursor: page.next.to_text(store.id()) })
+    let mut reply = wire(&EventsListResult { events: page.events, cursor: page.next.to_text(store.id()) })?;
+    // A command line may hold a token; whoever looks at events has no need of it.
+    Secrets::default().redact_json(&mut reply);
+    Ok(reply)
 }
 
 async fn page(store: &Store, after: Cursor, filter: &EventFilter, limit: u32) -> Result<Page, Failure> {
@@ -95,8 +99,9 @@ impl Subscription {
             };
             at = page.next;
             for event in page.events {
-                let told = EventNotification { subscription: self.id, event };
-                let notification = Notification::new("event", json!(told));
+                let mut told = json!(EventNotification { subscription: self.id, event });
+                Secrets::default().redact_json(&mut told);
+                let notification = Notification::new("event", told);
                 // Waits while the peer is slow; the table waits with it.
                 tokio::select! {
                     () = self.connection.send(&notification) => {}

@@ -1,14 +1,17 @@
 //! The handler of `agent.logs`: reads from a cursor, and waits for more where there is none.
 
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use fermata_core::redact::Secrets;
 use fermata_protocol::agent::{AgentLogs, AgentLogsResult, LogLine};
 use fermata_protocol::{AgentName, Code, Refusal, RunId, Target};
 use serde_json::Value;
 use tokio::time::Instant;
 
 use super::dispatch::wire;
+use super::reports::secrets;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects};
 use crate::shim::log_reader::{LogPosition, LogReader, Start};
@@ -57,6 +60,7 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
     let name = params.target.agent.as_ref().ok_or_else(|| {
         Refusal::new(Code::InvalidParams, format!("'{}' is a project, not one of its agents", params.target))
     })?;
+    let secrets = secrets(projects, &handle, name).await?;
     let deadline = Instant::now() + Duration::from_millis(params.wait_ms).min(MAX_WAIT);
     let (mut place, mut start) = match &params.cursor {
         Some(cursor) => {
@@ -96,10 +100,20 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
             }
         }
         if !lines.is_empty() || end || Instant::now() >= deadline {
+            let lines = if params.raw { lines } else { redacted(lines, &secrets) };
             return wire(&AgentLogsResult { lines, cursor: place.to_text(), end });
         }
         tokio::time::sleep(PACE).await;
     }
+}
+
+fn redacted(mut lines: Vec<LogLine>, secrets: &Secrets) -> Vec<LogLine> {
+    for line in &mut lines {
+        if let Cow::Owned(text) = secrets.redact(&line.text) {
+            line.text = text;
+        }
+    }
+    lines
 }
 
 fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Result<RunId, Failure> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fermata_core::command::Command;
+use fermata_core::redact::Secrets;
 use fermata_protocol::agent::{AgentProgress, AgentUsage, Progress, StateGetResult, StatePut, Usage};
 use fermata_protocol::question::{QuestionAnswer, QuestionAsk, QuestionList, QuestionListResult, QuestionWait};
 use fermata_protocol::task::{TaskListResult, TaskPut};
@@ -41,6 +42,16 @@ pub(super) fn project_of(projects: &Projects, project: Option<&ProjectName>) -> 
     projects.get(name)
 }
 
+/// Returns the secrets of an agent, to be taken out of what it says.
+pub(super) async fn secrets(
+    projects: &Projects,
+    handle: &ProjectHandle,
+    agent: &AgentName,
+) -> Result<Secrets, Failure> {
+    let found = projects.services().secrets_of(&handle.name(), agent).await;
+    found.map_err(|e| Failure::fault("read the agent's environment", &e))
+}
+
 fn simple(command: Command, keyed: Option<Keyed>) -> Tell {
     Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }
 }
@@ -75,9 +86,10 @@ pub(super) async fn progress(
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
     let (handle, agent) = agent_of(projects, params.target.as_ref())?;
+    let secrets = secrets(projects, &handle, &agent).await?;
     let progress = Progress {
         percent: params.percent,
-        message: params.message,
+        message: params.message.map(|message| secrets.redact(&message).into_owned()),
         units_done: params.units_done,
         reported_at: now(),
     };
@@ -144,7 +156,9 @@ pub(super) fn list_tasks(projects: &Projects, project: Option<&ProjectName>) -> 
 
 pub(super) async fn ask(projects: &Projects, params: QuestionAsk, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let (handle, agent) = agent_of(projects, params.target.as_ref())?;
-    let command = Command::Ask { agent, text: params.text, choices: params.choices };
+    let secrets = secrets(projects, &handle, &agent).await?;
+    let text = secrets.redact(&params.text).into_owned();
+    let command = Command::Ask { agent, text, choices: params.choices };
     let view: View = Box::new(|project, _| {
         project.questions.get(&project.counters.question).map_or(Value::Null, |question| json!(**question))
     });
