@@ -48,10 +48,15 @@ pub fn run(session: &mut Session, args: RunArgs) -> Ended {
 
 fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
     let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
-    let workspace = args.workspace.as_deref().map(canonical).transpose()?;
+    let (workspace, its) = match args.workspace.as_deref().map(canonical).transpose()? {
+        Some(given) => (Some(given.clone()), given),
+        None => workspace_of(session, &args.project, &here)?,
+    };
+    // The caller's own directory where that is inside the workspace, which is what a person at a
+    // prompt means; else none, and the daemon takes the workspace itself.
     let cwd = match &args.cwd {
         Some(dir) => Some(canonical(dir)?),
-        None => own_directory(session, &args.project, workspace.as_deref(), &here)?,
+        None => Some(canonical(&here)?).filter(|here| here.starts_with(&its)),
     };
     let resume_argv = match args.resume_command {
         Some(line) => {
@@ -71,7 +76,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
                 .map_err(|word| Failure::usage(format!("the argument '{}' is not valid UTF-8", word.to_string_lossy())))
         })
         .collect::<Result<Vec<_>, _>>()?;
-    let mut params = AgentRun {
+    let params = AgentRun {
         project: args.project,
         workspace: workspace.as_deref().map(text).transpose()?,
         name: args.name,
@@ -84,35 +89,24 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
     };
-    match session.call(&params) {
-        // Only a new project needs a workspace, and only the daemon knows whether it is new.
-        Err(failure) if failure.is(Code::ProjectNotFound) && params.workspace.is_none() => {
-            params.workspace = Some(text(&canonical(&here)?)?);
-            session.call(&params)
-        }
-        answer => answer,
-    }
+    session.call(&params)
 }
 
-/// The working directory of the agent: the caller's own where that is inside the workspace, which
-/// is what a person at a prompt means; else none, and the daemon takes the workspace itself.
-fn own_directory(
+/// Finds the workspace of a project: the one to send with the agent, needed for a new project
+/// alone, which is made of this very directory; and the one that it has, or will have.
+fn workspace_of(
     session: &mut Session,
     project: &ProjectName,
-    given: Option<&Path>,
     here: &Path,
-) -> Result<Option<PathBuf>, Failure> {
-    let workspace = match given {
-        Some(workspace) => workspace.to_owned(),
-        None => match session.call(&ProjectShow { project: project.clone() }) {
-            Ok(detail) => PathBuf::from(detail.project.workspace),
-            // The project will be made of this very directory.
-            Err(failure) if failure.is(Code::ProjectNotFound) => here.to_owned(),
-            Err(failure) => return Err(failure),
-        },
-    };
-    let here = canonical(here)?;
-    Ok(here.starts_with(canonical(&workspace)?).then_some(here))
+) -> Result<(Option<PathBuf>, PathBuf), Failure> {
+    match session.call(&ProjectShow { project: project.clone() }) {
+        Ok(detail) => Ok((None, PathBuf::from(detail.project.workspace))),
+        Err(failure) if failure.is(Code::ProjectNotFound) => {
+            let here = canonical(here)?;
+            Ok((Some(here.clone()), here))
+        }
+        Err(failure) => Err(failure),
+    }
 }
 
 /// Makes a path absolute and free of links.

@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::stub::{Answer, Ended, Stub, agent, line};
+use crate::stub::{Answer, Ended, Exchange, Stub, agent, line};
+
+/// The answer about a project that is to be made.
+const NEW_PROJECT: Exchange = ("project.show", Answer::Refusal("project_not_found", "no project web", "create it"));
 
 #[test]
 fn an_agent_gets_the_callers_environment_directory_umask_and_limits() {
@@ -42,21 +45,18 @@ fn an_agent_gets_the_callers_environment_directory_umask_and_limits() {
 
 #[test]
 fn a_new_project_gets_the_current_directory_as_its_workspace() {
-    let stub = Stub::new([
-        ("agent.run", Answer::Refusal("project_not_found", "no project web", "name a workspace")),
-        ("agent.run", Answer::Result(agent("sh", "running", Value::Null))),
-    ]);
+    let stub = Stub::new([NEW_PROJECT, ("agent.run", Answer::Result(agent("sh", "running", Value::Null)))]);
     let ended = stub.run(&["run", "-q", "-p", "web", "--", "sh"]);
     assert_eq!((ended.code, ended.stdout.as_str()), (0, "web/sh\n"));
     let calls = stub.calls("agent.run");
-    assert_eq!(calls[0].get("workspace"), None);
     let here = stub.dir.path().canonicalize().expect("exists");
-    assert_eq!(calls[1]["workspace"], here.to_str().expect("UTF-8"));
+    assert_eq!(calls[0]["workspace"], here.to_str().expect("UTF-8"));
 }
 
 #[test]
 fn run_with_logs_and_wait_shows_the_output_and_exits_with_the_agents_code() {
     let stub = Stub::new([
+        NEW_PROJECT,
         ("agent.run", Answer::Result(agent("sh", "running", Value::Null))),
         ("agent.logs", Answer::Result(json!({"lines": [line("stdout", "hi")], "cursor": "c", "end": true}))),
         ("agent.wait", Answer::Result(agent("sh", "failed", json!({"code": 9})))),
