@@ -22,7 +22,7 @@ use tracing_subscriber::reload::Handle;
 
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
-use crate::os::cgroup::Hierarchy;
+use crate::os::cgroup::Freezer;
 use crate::os::lock::{LockError, StateLock};
 use crate::os::{limits, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
@@ -204,13 +204,21 @@ fn find_program(name: &'static str) -> Result<PathBuf, StartError> {
         .ok_or(StartError::ProgramMissing { name })
 }
 
+/// Finds out how agents will be frozen by making a group as their shims will, and removing it again.
 fn describe_freezer(services: &Services) -> String {
-    if services.settings().agents.freezer == crate::config::Freezer::Signals {
+    let agents = &services.settings().agents;
+    if agents.freezer == crate::config::Freezer::Signals {
         return "signals: the configuration says so".to_owned();
     }
-    match Hierarchy::find() {
-        Ok(_) => "cgroup".to_owned(),
-        Err(error) => format!("signals: {}", chain(&error)),
+    let name = format!("fermata-probe-{}", std::process::id());
+    match Freezer::prepare(agents.cgroup_parent.as_deref(), &name) {
+        Freezer::Cgroup(group) => {
+            if let Err(error) = group.remove(Duration::from_secs(1)) {
+                tracing::warn!(error = chain(&error), "a probe group stays");
+            }
+            "cgroup".to_owned()
+        }
+        Freezer::Signals { why } => format!("signals: {why}"),
     }
 }
 
