@@ -24,7 +24,7 @@ use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
 use crate::os::cgroup::Freezer;
 use crate::os::lock::{LockError, StateLock};
-use crate::os::{limits, peer, process};
+use crate::os::{limits, memory, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
 use crate::profile::{ProfileError, Profiles};
 use crate::project::{Begin, Label, Projects, new_boot_epoch, new_operation};
@@ -249,6 +249,7 @@ async fn keep(services: Arc<Services>) {
     loop {
         tokio::time::sleep(pace).await;
         services.tokens.drop_if_idle();
+        drop(tokio::task::spawn_blocking(memory::give_back).await);
         // A store that does not answer is a daemon that does nothing: systemd may start a new one.
         if services.store.read(|_| Ok(())).await.is_ok() {
             notify(&[sd_notify::NotifyState::Watchdog]);

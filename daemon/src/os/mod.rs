@@ -8,6 +8,7 @@ pub mod clock;
 pub mod fsync;
 pub mod limits;
 pub mod lock;
+pub mod memory;
 pub mod peer;
 pub mod process;
 pub mod signals;
