@@ -585,6 +585,26 @@ fn whoever_runs_inside_an_agent_is_that_agent_whatever_it_says() {
 }
 
 #[test]
+fn an_agent_is_recognised_in_its_first_moment_and_however_deep_it_nests() {
+    let sandbox = Sandbox::start();
+    let hello = format!("env -u FERMATA_TOKEN {} --json call hello '{{\"min\":1,\"max\":1,\"client\":\"test\"}}'", ctl_word());
+    // Not the last command, so that no shell hands its place to the next one.
+    let nest = format!("if [ $1 -gt 0 ]; then sh ./nest $(( $1 - 1 )); else {hello} > deep; fi; :");
+    web(&sandbox).write("nest", nest);
+    for round in 0..10 {
+        run_agent(&sandbox, &format!("a{round}"), &format!("{hello} > first.{round}; echo > done.{round}"));
+        wait_for_file(&sandbox, &format!("done.{round}"));
+        let text = web(&sandbox).read(&format!("first.{round}"));
+        let reply: Value = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+        assert_eq!((&reply["role"], &reply["agent"]), (&json!("agent"), &json!(format!("web/a{round}"))));
+    }
+    run_agent(&sandbox, "b", "sh ./nest 100; echo > done.deep");
+    wait_for_file(&sandbox, "done.deep");
+    let reply: Value = serde_json::from_str(&web(&sandbox).read("deep")).expect("JSON");
+    assert_eq!((&reply["role"], &reply["agent"]), (&json!("agent"), &json!("web/b")));
+}
+
+#[test]
 fn a_token_makes_a_peer_that_agent_and_ends_with_the_run() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $FERMATA_TOKEN > token; exec sleep 1000");

@@ -336,6 +336,7 @@ impl Actor {
             reply: view.map(|view| -> crate::store::commit::MakeReply {
                 Box::new(move |written| view(&state_for_reply, written))
             }),
+            result: reply.clone(),
             now,
         };
         let written =
