@@ -89,7 +89,7 @@ fn what_cannot_be_started_says_why_and_ends_with_code_1() {
     fs::set_permissions(workspace.path().join("script"), fs::Permissions::from_mode(0o755)).expect("chmod");
     let path = |name: &str| workspace.path().join(name).to_str().expect("UTF-8").to_owned();
     let cases = [
-        ("/no/such/program".to_owned(), "No such file"),
+        ("/no/such/program".to_owned(), "no program"),
         ("no-such-program-in-the-path".to_owned(), "no-such-program-in-the-path"),
         (path("plain"), "ermission denied"),
         (path("script"), "No such file"),

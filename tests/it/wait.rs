@@ -1,7 +1,9 @@
 //! `wait`: prints exit codes, and exits with them where asked.
 
-use fermata_tests::Sandbox;
-use fermata_tests::sandbox::output_of;
+use std::process::Stdio;
+
+use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::{Sandbox, process};
 
 use crate::bed::{ctl_word, failed, run_agent, wait_for_file, web};
 
@@ -40,12 +42,27 @@ fn a_wait_for_an_agent_that_waits_for_a_person_ends_with_code_5() {
 fn a_wait_outlives_the_daemon() {
     let mut sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "while [ ! -e go ]; do sleep 0.02; done; exit 7");
-    let command = sandbox.ctl_command(&["wait", "web/a", "--propagate"]);
-    let waiting = std::thread::spawn(move || output_of(command));
+    let mut command = sandbox.ctl_command(&["wait", "web/a", "--propagate"]);
+    let mut waiting = command.stdout(Stdio::null()).spawn().expect("start fermatactl");
+    let pid = i32::try_from(waiting.id()).expect("a process id fits into 31 bits");
+    let mut looks = 0;
     for _ in 0..2 {
+        wait_until(SOON, "fermatactl to connect", || is_connected(pid, &mut looks));
         sandbox.crash_and_restart();
+        wait_until(SOON, "fermatactl to connect again", || is_connected(pid, &mut looks));
+        assert!(sandbox.stop_daemon().success(), "a daemon that ends in order is no other case");
+        sandbox.start_daemon();
     }
     web(&sandbox).write("go", "");
-    let output = waiting.join().expect("no panic");
-    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    assert_eq!(waiting.wait().expect("wait for fermatactl").code(), Some(7));
+}
+
+/// Says whether a process holds a socket and has slept on it for several looks: it has greeted by then.
+fn is_connected(pid: i32, looks: &mut u32) -> bool {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    let has_socket = entries.flatten().any(|entry| {
+        std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
+    });
+    *looks = if has_socket && process::state(pid) == Some('S') { *looks + 1 } else { 0 };
+    *looks > 10
 }

@@ -58,7 +58,6 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
     if let Some(workspace) = &params.workspace {
         same_workspace(&project, workspace).await?;
     }
-    let name = params.name.clone().map_or_else(|| name_of(&params.argv, &project), Ok)?;
     let settings = projects.services().settings();
     let profiles = projects.services().profiles();
     let profile = match &params.profile {
@@ -80,19 +79,27 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
         profile,
         stop_grace_ms: params.stop_grace_ms.unwrap_or(settings.agents.stop_grace_ms),
     };
-    let (new, token) = new_run();
-    let run = new.id.clone();
-    let shown = name.clone();
-    handle
-        .tell(Tell {
-            command: Command::Run { agent: name.clone(), spec, new },
-            writes: vec![Write::Environment(name.clone(), params.env)],
-            tokens: vec![token],
-            keyed,
-            view: Box::new(move |project, _| view_of(project, &shown)),
-        })
-        .await?;
-    started(&handle, &name, &run).await
+    loop {
+        let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.look()), Ok)?;
+        let (new, token) = new_run();
+        let run = new.id.clone();
+        let shown = name.clone();
+        let told = handle
+            .tell(Tell {
+                command: Command::Run { agent: name.clone(), spec: spec.clone(), new },
+                writes: vec![Write::Environment(name.clone(), params.env.clone())],
+                tokens: vec![token],
+                keyed: keyed.clone(),
+                view: Box::new(move |project, _| view_of(project, &shown)),
+            })
+            .await;
+        match told {
+            // Another run has taken the name in the meantime: the next one will do.
+            Err(Failure::Refused(refusal)) if refusal.code == Code::AgentRunning && params.name.is_none() => {}
+            Err(failure) => return Err(failure),
+            Ok(_) => return started(&handle, &name, &run).await,
+        }
+    }
 }
 
 fn check(params: &AgentRun) -> Result<(), Refusal> {
@@ -235,6 +242,9 @@ pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<
 
 pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
+    if params.target.agent.as_ref().is_some_and(|name| !handle.look().agents.contains_key(name)) {
+        return Err(not_found(&params.target));
+    }
     let names = aimed(&handle.look(), params.target.agent.as_ref());
     match &params.signal {
         Some(signal) => send_signal(projects, &handle, params, signal, &names, keyed).await,

@@ -293,7 +293,7 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     calls.spawn(async move {
         let answer = tokio::select! {
             answer = dispatch::call(&connection, request) => answer.map_err(|failure| failure.to_object()),
-            () = token.cancelled() => Err(cancelled()),
+            () = token.cancelled() => Err(cancelled(&connection)),
         };
         connection.end(&id);
         let response = match answer {
@@ -304,7 +304,11 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     });
 }
 
-fn cancelled() -> ErrorObject {
+fn cancelled(connection: &Connection) -> ErrorObject {
+    if connection.daemon.projects.services().stopping.is_cancelled() {
+        let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
+        return refusal.hint("the agents go on, and so does what they are asked once it is back").into();
+    }
     Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began goes on".to_owned())
         .hint("operation.cancel ends an operation")
         .into()
