@@ -92,7 +92,7 @@ fn what_cannot_be_started_says_why_and_ends_with_code_1() {
         ("/no/such/program".to_owned(), "no program"),
         ("no-such-program-in-the-path".to_owned(), "no-such-program-in-the-path"),
         (path("plain"), "ermission denied"),
-        (path("script"), "No such file"),
+        (path("script"), "interpreter"),
         (path("dir"), "ermission denied"),
     ];
     for (program, reason) in cases {
