@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use fermata_protocol::Code;
 use fermata_protocol::client::{Client, ClientError};
 use fermata_protocol::daemon::HelloResult;
 use fermata_protocol::method::Method;
@@ -70,7 +71,7 @@ impl Session {
         loop {
             let asked_at = Instant::now();
             match self.client()?.call(params) {
-                Err(error @ (ClientError::Closed | ClientError::Broken(_))) => {
+                Err(error) if is_farewell(&error) => {
                     // A daemon that hangs up on this very call would be asked for ever.
                     quick_ends = if asked_at.elapsed() < QUICK { quick_ends + 1 } else { 0 };
                     if quick_ends > QUICK_ENDS {
@@ -164,6 +165,15 @@ impl Session {
             }
             std::thread::sleep(TRY_EVERY);
         }
+    }
+}
+
+/// Says whether a call ended because the daemon went away, in whatever way.
+fn is_farewell(error: &ClientError) -> bool {
+    match error {
+        ClientError::Closed | ClientError::Broken(_) => true,
+        ClientError::Refused(refusal) => refusal.code == Code::ShuttingDown,
+        ClientError::Unreachable { .. } | ClientError::Garbled(_) => false,
     }
 }
 

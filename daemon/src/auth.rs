@@ -13,8 +13,11 @@ use crate::os::process;
 use crate::project::Projects;
 use crate::steps::checkpoint::hex;
 
-/// How far up a process's ancestors are looked at.
-const MAX_ANCESTORS: usize = 64;
+/// Longer lines of ancestors are not followed; whoever has one is nobody known.
+const MAX_ANCESTORS: usize = 4096;
+
+/// How often ancestors are looked at anew because one of them ended meanwhile.
+const LOOKS: u32 = 16;
 
 /// Who is at the other end of a connection.
 #[derive(Debug, Clone)]
@@ -42,15 +45,17 @@ impl Peer {
 /// `permission_denied` for a user who may not even look.
 pub fn identify(credentials: &PeerCredentials, settings: &Settings, projects: &Projects) -> Result<Peer, Refusal> {
     let uid = credentials.uid;
+    let descent = descent(credentials.pid, projects);
     // Whoever runs inside an agent's tree is that agent, whatever it says.
-    if let Some(agent) = agent_of(credentials.pid, projects) {
+    if let Descent::Agent(agent) = descent {
         return Ok(Peer { role: Role::Agent, agent: Some(agent), uid });
     }
+    let known = matches!(descent, Descent::Nobodys);
     let own = nix::unistd::geteuid().as_raw();
     let operators = group_id(&settings.operator_group).ok().flatten();
-    let role = if uid == 0 || uid == own {
+    let role = if known && (uid == 0 || uid == own) {
         Role::Admin
-    } else if operators.is_some_and(|gid| credentials.in_group(gid)) {
+    } else if known && operators.is_some_and(|gid| credentials.in_group(gid)) {
         Role::Operator
     } else if settings.others_may_look {
         Role::Reader
@@ -78,16 +83,44 @@ pub fn with_token(peer: &Peer, token: &str, projects: &Projects) -> Result<Peer,
     }
 }
 
-fn agent_of(pid: i32, projects: &Projects) -> Option<Target> {
-    let mut chain = vec![pid];
-    while chain.len() < MAX_ANCESTORS
-        && let Some(last) = chain.last()
-        && let Ok(Some(stat)) = process::stat(*last)
-        && stat.ppid > 1
-    {
-        chain.push(stat.ppid);
+/// Where a process comes from.
+enum Descent {
+    /// It is part of an agent's tree.
+    Agent(Target),
+    /// It is part of no agent's tree.
+    Nobodys,
+    /// That cannot be told, for instance because it has ended. It might be an agent's, so that its
+    /// user's rights are not for it.
+    Unknown,
+}
+
+fn descent(pid: i32, projects: &Projects) -> Descent {
+    // A process outside of our pid namespace cannot be below an agent, which is inside.
+    if pid == 0 {
+        return Descent::Nobodys;
     }
-    projects.agent_of_processes(&chain)
+    for _ in 0..LOOKS {
+        let Some(chain) = ancestors(pid) else { continue };
+        let agent = projects.agent_of_processes(&chain).or_else(|| projects.agent_of_shims(&chain));
+        return agent.map_or(Descent::Nobodys, Descent::Agent);
+    }
+    Descent::Unknown
+}
+
+/// Returns a process and its ancestors; `None` when one ended meanwhile, whose children the kernel
+/// has given to another parent, or when there are too many.
+fn ancestors(pid: i32) -> Option<Vec<i32>> {
+    let mut chain = Vec::new();
+    let mut next = pid;
+    while next > 1 {
+        if chain.len() == MAX_ANCESTORS {
+            return None;
+        }
+        let stat = process::stat(next).ok().flatten()?;
+        chain.push(next);
+        next = stat.ppid;
+    }
+    Some(chain)
 }
 
 /// A call that its peer may make, aimed at what it is about.

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fermata_core::Project;
-use fermata_core::command::{Command, Respawn};
+use fermata_core::command::{Command, Observed, Respawn};
 use fermata_protocol::AgentName;
+use fermata_protocol::agent::AgentStatus;
 
 use crate::errors::Failure;
 use crate::project::{Actor, Adopted, NewToken, Projects, new_run, observe};
@@ -84,9 +85,36 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
         if let Err(failure) = actor.recover(command, tokens).await {
             report.push(format!("{name}: {failure}"));
         }
+    } else {
+        for command in ends(&site.project, observed) {
+            if let Err(failure) = actor.recover(command, Vec::new()).await {
+                report.push(format!("{name}: {failure}"));
+            }
+        }
     }
     projects.start(actor, handle);
     report
+}
+
+/// What happened to agents that run no more, without anything that recovery would decide about it.
+/// Paused ones stay so: the resume brings them back.
+fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<Command> {
+    let ended = |(agent, seen): (AgentName, Observed)| {
+        let known = project.agents.get(&agent)?;
+        let run = known.run.as_ref()?.id.clone();
+        if known.status(false) == AgentStatus::Paused {
+            return None;
+        }
+        match seen {
+            Observed::Alive(_) => None,
+            Observed::Ended { exit, at } => {
+                let (new, _) = new_run();
+                Some(Command::RunEnded { agent, run, exit, ended_at: at, new })
+            }
+            Observed::Lost { detail } => Some(Command::RunLost { agent, run, detail }),
+        }
+    };
+    observed.into_iter().filter_map(ended).collect()
 }
 
 /// Prepares a new run for every agent that recovery may have to start.

@@ -12,9 +12,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fermata_core::command::Command;
-use fermata_protocol::ProjectName;
+use fermata_core::project::ProjectState;
 use fermata_protocol::pause::PauseMode;
 use fermata_protocol::project::ProjectStatus;
+use fermata_protocol::{OperationId, ProjectName};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
@@ -287,7 +288,7 @@ fn take_signals() -> std::io::Result<mpsc::Receiver<Signal>> {
 /// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM: nothing after
 /// the SIGTERM is read any more, so it is no wish to resume.
 async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>) {
-    let mut held: Vec<ProjectName> = Vec::new();
+    let mut held: Vec<(ProjectName, OperationId)> = Vec::new();
     while let Some(signal) = signals.recv().await {
         match signal {
             Signal::Reload => {
@@ -313,17 +314,23 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
 }
 
 /// Pauses every active project side by side; returns those that are paused now by it.
-async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<ProjectName> {
+async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<(ProjectName, OperationId)> {
     let active = daemon.projects.all().into_iter().filter(|h| h.look().state.status() == ProjectStatus::Active);
     let each = active.map(|handle| {
         let reason = Some(reason.to_owned());
         async move {
             let operation = new_operation();
             let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms: None };
-            let begin = Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed: None };
+            let begin = Begin {
+                command,
+                operation: operation.clone(),
+                label: Label::default(),
+                tokens: Vec::new(),
+                keyed: None,
+            };
             let name = handle.name();
             match handle.begin(begin).await {
-                Ok(_) => Some(name),
+                Ok(_) => Some((name, operation)),
                 Err(failure) => {
                     tracing::error!(project = %name, %failure, "not paused");
                     None
@@ -334,8 +341,15 @@ async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<Projec
     crate::steps::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
 }
 
-async fn resume_all(daemon: &Daemon, names: Vec<ProjectName>) {
-    let handles = names.iter().filter_map(|name| daemon.projects.get(name).ok());
+/// Resumes the projects that these pauses still hold: one that was resumed and paused again since is
+/// somebody else's.
+async fn resume_all(daemon: &Daemon, pauses: Vec<(ProjectName, OperationId)>) {
+    let held = |(name, pause): &(ProjectName, OperationId)| {
+        let handle = daemon.projects.get(name).ok()?;
+        let ours = matches!(&*handle.look().state, ProjectState::Paused(paused) if paused.operation == *pause);
+        ours.then_some(handle)
+    };
+    let handles = pauses.iter().filter_map(held);
     let each = handles.map(|handle| async move {
         if let Err(failure) = resume_quietly(&handle).await {
             tracing::error!(project = %handle.name(), %failure, "not resumed");

@@ -5,6 +5,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
 /// What the kernel recorded about the peer when it connected.
@@ -31,6 +32,16 @@ impl PeerCredentials {
 pub fn credentials(stream: &impl AsFd) -> io::Result<PeerCredentials> {
     let cred = getsockopt(&stream.as_fd(), sockopt::PeerCredentials)?;
     Ok(PeerCredentials { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), groups: peer_groups(stream)? })
+}
+
+/// Says whether nobody is at the other end any more; a peer that closed only its own side may still read.
+pub fn is_gone(stream: &impl AsFd) -> bool {
+    // POLLHUP is reported without being asked for, once both directions are closed.
+    let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(_) => fds[0].revents().is_some_and(|found| found.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)),
+        Err(_) => false,
+    }
 }
 
 fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {

@@ -4,10 +4,12 @@
 //! A pid alone identifies nothing (small machines wrap at 32,768): pid + start time + boot id does.
 
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -99,6 +101,17 @@ fn is_gone(error: &io::Error) -> bool {
 /// Finds out who has that pid now.
 pub fn identify(pid: i32) -> io::Result<Option<ProcessId>> {
     Ok(stat(pid)?.map(|stat| stat.id))
+}
+
+/// Returns the program that a process runs.
+pub fn program(pid: i32) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/exe"))
+}
+
+/// Returns the first argument that a process was started with, after its own name.
+pub fn first_argument(pid: i32) -> io::Result<Option<OsString>> {
+    let line = fs::read(format!("/proc/{pid}/cmdline"))?;
+    Ok(line.split(|byte| *byte == 0).nth(1).map(|word| OsString::from_vec(word.to_vec())))
 }
 
 /// Reads the state of exactly this process; `None` when it is gone, also if its pid was recycled.

@@ -146,16 +146,25 @@ impl Actor {
         link: Arc<ShimLink>,
         events: mpsc::Receiver<ShimEvent>,
     ) {
-        let watcher = Watcher {
+        let watcher = self.watcher(&agent, &run);
+        self.links.insert(agent, Link { run, shim: Arc::clone(&link) });
+        self.services.tracker.spawn(watcher.watch(link, events));
+    }
+
+    /// Finds out what has become of a run whose shim could not be connected to.
+    fn look_for_end(&self, agent: AgentName, run: RunId) {
+        self.services.tracker.spawn(self.watcher(&agent, &run).look());
+    }
+
+    fn watcher(&self, agent: &AgentName, run: &RunId) -> Watcher {
+        Watcher {
             agent: agent.clone(),
             run: run.clone(),
-            run_dir: self.services.project_dirs(&self.project.name).run(&agent, &run),
+            run_dir: self.services.project_dirs(&self.project.name).run(agent, run),
             boot_id: self.services.boot_id.clone(),
             mailbox: self.mailbox.clone(),
             stopping: self.services.stopping.clone(),
-        };
-        self.links.insert(agent, Link { run, shim: Arc::clone(&link) });
-        self.services.tracker.spawn(watcher.watch(link, events));
+        }
     }
 
     /// Takes messages until the project is removed or the daemon ends.
@@ -207,7 +216,10 @@ impl Actor {
             Message::Started { agent, run, outcome } => {
                 let outcome = match outcome {
                     Ok(started) => {
-                        self.watch(agent.clone(), run.clone(), Arc::new(started.link), started.events);
+                        match started.link {
+                            Some((link, events)) => self.watch(agent.clone(), run.clone(), Arc::new(link), events),
+                            None => self.look_for_end(agent.clone(), run.clone()),
+                        }
                         Ok(started.processes)
                     }
                     Err(reason) => Err(reason),
@@ -215,8 +227,9 @@ impl Actor {
                 self.outcome(Command::Launched { agent, run, outcome }.into()).await;
             }
             Message::Linked { agent, run, link } => {
-                if let Some(known) = self.links.get_mut(&agent).filter(|known| known.run == run) {
-                    known.shim = link;
+                let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run());
+                if current == Some(&run) {
+                    self.links.insert(agent, Link { run, shim: link });
                 }
             }
             Message::Shutdown(done) => self.leave(done).await,
@@ -337,6 +350,7 @@ impl Actor {
             reply: view.map(|view| -> crate::store::commit::MakeReply {
                 Box::new(move |written| view(&state_for_reply, written))
             }),
+            result: reply.clone(),
             now,
         };
         let written =

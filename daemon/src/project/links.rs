@@ -52,24 +52,30 @@ impl Watcher {
                     tracing::warn!(agent = %self.agent, "a freeze ended by itself: nobody renewed it");
                 }
                 Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
-                None => match self.after_break().await {
+                None => match self.link_again().await {
                     Some((again, more)) => {
                         drop(link);
                         link = again;
                         events = more;
-                        let message = Message::Linked {
-                            agent: self.agent.clone(),
-                            run: self.run.clone(),
-                            link: Arc::clone(&link),
-                        };
-                        if self.mailbox.send(message).await.is_err() {
-                            return;
-                        }
                     }
                     None => return,
                 },
             }
         }
+    }
+
+    /// Watches a run that there is no link to yet.
+    pub async fn look(self) {
+        if let Some((link, events)) = self.link_again().await {
+            self.watch(link, events).await;
+        }
+    }
+
+    async fn link_again(&self) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
+        let (link, events) = self.after_break().await?;
+        let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
+        self.mailbox.send(message).await.ok()?;
+        Some((link, events))
     }
 
     async fn tell_end(&self, record: &ExitRecord) {

@@ -1,7 +1,7 @@
 //! All projects by name.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
 use fermata_core::command::Command;
@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 use super::actor::Actor;
 use super::handle::{ProjectHandle, Tell, View};
 use crate::errors::Failure;
+use crate::os::process;
 use crate::services::{self, Services};
 use crate::steps::{blocking, validate};
 use crate::store::commit::{Commit, Written};
@@ -113,6 +114,7 @@ impl Projects {
             writes: Vec::new(),
             keyed: keyed.map(|keyed| (keyed, None)),
             reply: Some(Box::new(move |_| view(&shown))),
+            result: None,
             now,
             durability: Durability::Power,
         };
@@ -169,6 +171,34 @@ impl Projects {
         self.find_agent(|agent| {
             let processes = agent.run.as_ref().and_then(|run| run.processes.as_ref());
             processes.is_some_and(|p| pids.contains(&p.pid) || pids.contains(&p.shim_pid))
+        })
+    }
+
+    /// Finds the agent whose run is just being started by one of these processes.
+    ///
+    /// The agent may call before its start was reported, let alone persisted. Its shim is known by its
+    /// program and by the folder that it was started with.
+    pub fn agent_of_shims(&self, pids: &[i32]) -> Option<Target> {
+        let starting = |agent: &fermata_core::agent::Agent| {
+            !agent.is_terminal() && agent.run.as_ref().is_some_and(|run| run.processes.is_none())
+        };
+        self.find_agent(starting)?;
+        let shim = std::fs::canonicalize(&self.services.programs.shim).ok()?;
+        let is_shim = |pid: &&i32| process::program(**pid).is_ok_and(|program| program == shim);
+        let folders: Vec<PathBuf> = pids
+            .iter()
+            .filter(is_shim)
+            .filter_map(|pid| process::first_argument(*pid).ok()?)
+            .map(PathBuf::from)
+            .collect();
+        self.all().into_iter().find_map(|handle| {
+            let project = handle.look();
+            let dirs = self.services.project_dirs(&project.name);
+            let is_meant = |agent: &&Arc<fermata_core::agent::Agent>| {
+                agent.run.as_ref().is_some_and(|run| folders.contains(&dirs.run(&agent.name, &run.id)))
+            };
+            let name = project.agents.values().find(is_meant)?.name.clone();
+            Some(Target::agent(project.name.clone(), name))
         })
     }
 

@@ -97,8 +97,9 @@ impl LogWriter {
                 }
                 None if window.len() > room => {
                     pending.extend_from_slice(&rest[..room]);
-                    self.append(stream, true, &pending, now_ns);
-                    pending.clear();
+                    let cut = whole_characters(&pending);
+                    self.append(stream, true, &pending[..cut], now_ns);
+                    pending.drain(..cut);
                     rest = &rest[room..];
                 }
                 None => {
@@ -241,6 +242,22 @@ impl LogWriter {
 
 fn open_current(dir: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(CURRENT))
+}
+
+/// Returns how many of the bytes come before a UTF-8 character that is not whole: readers show each
+/// part of a long line by itself, and must not be given half a character. Other bytes are cut anywhere.
+fn whole_characters(bytes: &[u8]) -> usize {
+    for (back, byte) in bytes.iter().rev().take(3).enumerate() {
+        let width = match byte {
+            0xf0..=0xf7 => 4,
+            0xe0..=0xef => 3,
+            0xc0..=0xdf => 2,
+            0x80..=0xbf => continue,
+            _ => break,
+        };
+        return if width > back + 1 { bytes.len() - back - 1 } else { bytes.len() };
+    }
+    bytes.len()
 }
 
 /// Writes as much as possible and returns how much that was.

@@ -7,19 +7,24 @@ use fermata_core::Project;
 use fermata_core::agent::AgentState;
 use fermata_core::command::Command;
 use fermata_core::view;
-use fermata_protocol::agent::{AgentKill, AgentListResult, AgentRun, AgentSpec, AgentStop, AgentView, AgentWait};
+use fermata_protocol::agent::{
+    AgentKill, AgentListResult, AgentRun, AgentSpec, AgentStatus, AgentStop, AgentView, AgentWait,
+};
 use fermata_protocol::project::ProjectCreate;
-use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
+use fermata_protocol::{AgentName, Code, ProjectName, Refusal, RunId, Target};
 use nix::sys::signal::Signal;
+use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
 use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
-use crate::project::{ProjectHandle, Projects, Tell, new_run};
+use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
+use crate::services;
 use crate::steps::blocking;
 use crate::store::commit::Write;
-use crate::store::idempotency::Keyed;
+use crate::store::idempotency::{self, Keyed};
+use crate::store::{Connection, Durability};
 
 /// How long a stop or kill waits for the end beyond the grace.
 const ENDING: Duration = Duration::from_secs(20);
@@ -53,7 +58,6 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
     if let Some(workspace) = &params.workspace {
         same_workspace(&project, workspace).await?;
     }
-    let name = params.name.clone().map_or_else(|| name_of(&params.argv, &project), Ok)?;
     let settings = projects.services().settings();
     let profiles = projects.services().profiles();
     let profile = match &params.profile {
@@ -75,19 +79,27 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
         profile,
         stop_grace_ms: params.stop_grace_ms.unwrap_or(settings.agents.stop_grace_ms),
     };
-    let (new, token) = new_run();
-    let run = new.id.clone();
-    let shown = name.clone();
-    handle
-        .tell(Tell {
-            command: Command::Run { agent: name.clone(), spec, new },
-            writes: vec![Write::Environment(name.clone(), params.env)],
-            tokens: vec![token],
-            keyed,
-            view: Box::new(move |project, _| view_of(project, &shown)),
-        })
-        .await?;
-    started(&handle, &name, &run).await
+    loop {
+        let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.look()), Ok)?;
+        let (new, token) = new_run();
+        let run = new.id.clone();
+        let shown = name.clone();
+        let told = handle
+            .tell(Tell {
+                command: Command::Run { agent: name.clone(), spec: spec.clone(), new },
+                writes: vec![Write::Environment(name.clone(), params.env.clone())],
+                tokens: vec![token],
+                keyed: keyed.clone(),
+                view: Box::new(move |project, _| view_of(project, &shown)),
+            })
+            .await;
+        match told {
+            // Another run has taken the name in the meantime: the next one will do.
+            Err(Failure::Refused(refusal)) if refusal.code == Code::AgentRunning && params.name.is_none() => {}
+            Err(failure) => return Err(failure),
+            Ok(_) => return started(&handle, &name, &run).await,
+        }
+    }
 }
 
 fn check(params: &AgentRun) -> Result<(), Refusal> {
@@ -168,7 +180,7 @@ fn view_of(project: &Project, name: &AgentName) -> Value {
 }
 
 /// Waits until a run has started, or says why it has not.
-async fn started(handle: &ProjectHandle, name: &AgentName, run: &fermata_protocol::RunId) -> Result<Value, Failure> {
+async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Result<Value, Failure> {
     let mut state = handle.watch();
     loop {
         let project = state.borrow_and_update().clone();
@@ -222,26 +234,39 @@ pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<
     let handle = projects.get(&params.target.project)?;
     let project = handle.look();
     let names = aimed(&project, params.target.agent.as_ref());
-    let longest = names.iter().filter_map(|name| project.agents.get(name)).map(|a| a.spec.stop_grace_ms).max();
-    let grace = params.grace_ms.or(longest).unwrap_or(0);
+    let grace = params.grace_ms.unwrap_or_else(|| longest_grace(&project, &names));
     let command = Command::Stop { agent: params.target.agent.clone(), grace_ms: params.grace_ms };
-    tell(&handle, command, keyed).await?;
+    tell_list(&handle, command, names.clone(), keyed).await?;
     ended(&handle, &names, Duration::from_millis(grace) + ENDING).await
 }
 
 pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
+    if params.target.agent.as_ref().is_some_and(|name| !handle.look().agents.contains_key(name)) {
+        return Err(not_found(&params.target));
+    }
     let names = aimed(&handle.look(), params.target.agent.as_ref());
     match &params.signal {
-        Some(signal) => send_signal(&handle, &params.target, &names, signal),
+        Some(signal) => send_signal(projects, &handle, params, signal, &names, keyed).await,
         None => {
-            tell(&handle, Command::Kill { agent: params.target.agent.clone() }, keyed).await?;
+            if !names.is_empty() {
+                remember(projects, keyed, &wire(&list_of(&handle.look(), &names))?).await?;
+            }
+            tell(&handle, Command::Kill { agent: params.target.agent.clone() }, None).await?;
             ended(&handle, &names, ENDING).await
         }
     }
 }
 
-fn send_signal(handle: &ProjectHandle, target: &Target, names: &[AgentName], signal: &str) -> Result<Value, Failure> {
+async fn send_signal(
+    projects: &Projects,
+    handle: &ProjectHandle,
+    params: &AgentKill,
+    signal: &str,
+    names: &[AgentName],
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let target = &params.target;
     let name = signal.to_ascii_uppercase();
     let full = if name.starts_with("SIG") { name } else { format!("SIG{name}") };
     let number = full
@@ -255,6 +280,8 @@ fn send_signal(handle: &ProjectHandle, target: &Target, names: &[AgentName], sig
     if names.is_empty() {
         return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
     }
+    let reply = wire(&list_of(&project, names))?;
+    remember(projects, keyed, &reply).await?;
     for name in names {
         let processes = project.agents.get(name).and_then(|agent| agent.run.as_ref()?.processes.as_ref());
         let Some(processes) = processes else { continue };
@@ -263,8 +290,22 @@ fn send_signal(handle: &ProjectHandle, target: &Target, names: &[AgentName], sig
         process::signal(id, number as i32)
             .map_err(|e| Failure::fault(&format!("send {} to agent '{name}'", number.as_str()), &e))?;
     }
-    let agents = names.iter().filter_map(|name| Some(view::agent(&project, project.agents.get(name)?))).collect();
-    wire(&AgentListResult { agents })
+    Ok(reply)
+}
+
+/// Remembers the key of a signal or kill before it is sent: it is no event, and leaves nothing in the
+/// store that the key could be kept with.
+async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
+    let Some(keyed) = keyed else { return Ok(()) };
+    let (reply, now) = (reply.clone(), services::now());
+    let write = move |c: &Connection| idempotency::remember(c, &keyed, None, Some(&reply), now);
+    let store = &projects.services().store;
+    store.write(Durability::Power, write).await.map_err(|e| Failure::fault("remember the idempotency key", &e))
+}
+
+fn list_of(project: &Project, names: &[AgentName]) -> AgentListResult {
+    let agents = names.iter().filter_map(|name| Some(view::agent(project, project.agents.get(name)?))).collect();
+    AgentListResult { agents }
 }
 
 pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -273,21 +314,60 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
     let (new, token) = new_run();
     let before = handle.look().agents.get(name).and_then(|agent| agent.run.as_ref().map(|run| run.id.clone()));
     let command = Command::Restart { agent: name.clone(), new };
-    let tokens = vec![token];
-    handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view: Box::new(|_, _| Value::Null) }).await?;
+    let (tokens, shown) = (vec![token], name.clone());
+    let view: View = Box::new(move |project, _| view_of(project, &shown));
+    handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view }).await?;
+    started_after(&handle, name, before.as_ref()).await
+}
+
+/// Waits until another run than that one has started, or says why it has not.
+async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<&RunId>) -> Result<Value, Failure> {
     let mut state = handle.watch();
     loop {
         let project = state.borrow_and_update().clone();
         let Some(run) = project.agents.get(name).and_then(|agent| agent.run.as_ref()) else {
             return Ok(Value::Null);
         };
-        if before.as_ref() != Some(&run.id) {
-            return started(&handle, name, &run.id.clone()).await;
+        if before != Some(&run.id) {
+            return started(handle, name, &run.id.clone()).await;
         }
         if state.changed().await.is_err() {
             return Err(shutting_down());
         }
     }
+}
+
+/// Completes the remembered reply of a run or restart: an agent as it was when the call was persisted.
+pub(super) async fn finish_start(projects: &Projects, reply: Value) -> Result<Value, Failure> {
+    let agent: AgentView = from_memory(&reply)?;
+    let (Ok(handle), Some(run)) = (projects.get(&agent.project), &agent.run) else { return Ok(reply) };
+    let done = match agent.status {
+        AgentStatus::Stopping => started_after(&handle, &agent.name, Some(run)).await?,
+        _ => started(&handle, &agent.name, run).await?,
+    };
+    // It was removed since.
+    Ok(if done.is_null() { reply } else { done })
+}
+
+/// Completes the remembered reply of a stop or kill.
+pub(super) async fn finish_end(
+    projects: &Projects,
+    project: &ProjectName,
+    grace_ms: Option<u64>,
+    reply: Value,
+) -> Result<Value, Failure> {
+    let names: Vec<_> = from_memory::<AgentListResult>(&reply)?.agents.into_iter().map(|agent| agent.name).collect();
+    let Ok(handle) = projects.get(project) else { return Ok(reply) };
+    let patience = Duration::from_millis(grace_ms.unwrap_or(longest_grace(&handle.look(), &names))) + ENDING;
+    ended(&handle, &names, patience).await
+}
+
+fn from_memory<T: DeserializeOwned>(reply: &Value) -> Result<T, Failure> {
+    T::deserialize(reply).map_err(|e| Failure::fault("read the remembered reply", &e))
+}
+
+fn longest_grace(project: &Project, names: &[AgentName]) -> u64 {
+    names.iter().filter_map(|name| project.agents.get(name)).map(|agent| agent.spec.stop_grace_ms).max().unwrap_or(0)
 }
 
 pub(super) async fn remove(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -342,6 +422,17 @@ async fn ended(handle: &ProjectHandle, names: &[AgentName], patience: Duration) 
             .hint("fermatactl kill")
             .into()),
     }
+}
+
+/// Tells a command; its reply, for as long as its key is remembered, are these agents.
+async fn tell_list(
+    handle: &ProjectHandle,
+    command: Command,
+    names: Vec<AgentName>,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let view: View = Box::new(move |project, _| json!(list_of(project, &names)));
+    handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await
 }
 
 async fn tell(handle: &ProjectHandle, command: Command, keyed: Option<Keyed>) -> Result<Value, Failure> {

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Daemon, dispatch};
 use crate::auth::{self, Peer};
-use crate::os::peer::PeerCredentials;
+use crate::os::peer::{self, PeerCredentials};
 use crate::services::ChannelGuard;
 
 /// How many lines may wait to be written; whoever has more to say waits.
@@ -26,6 +26,12 @@ const OUT_QUEUE: usize = 128;
 
 /// A peer that takes no byte for so long is given up.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long the daemon's own end waits for a peer to take the last lines.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// How often to look whether a peer that says no more still listens.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// How many subscriptions one connection may have.
 const SUBSCRIPTIONS: usize = 16;
@@ -127,10 +133,12 @@ impl Connection {
             let message = format!("this connection has {MAX_IN_FLIGHT} requests under way");
             return Err(Refusal::new(Code::TooManyRequests, message).hint("wait for replies before sending more"));
         }
-        let token = self.closed.child_token();
-        if state.under_way.insert(id.to_string(), token.clone()).is_some() {
+        // Looked up first: the request that is under way keeps its token, and can be cancelled.
+        if state.under_way.contains_key(&id.to_string()) {
             return Err(Refusal::new(Code::InvalidRequest, format!("a request with id {id} is under way already")));
         }
+        let token = self.closed.child_token();
+        state.under_way.insert(id.to_string(), token.clone());
         Ok(token)
     }
 
@@ -146,8 +154,7 @@ impl Connection {
 }
 
 /// Tells a peer why it is not served, and closes.
-pub(super) async fn refuse(mut stream: UnixStream, why: &str) {
-    let refusal = Refusal::new(Code::TooManyRequests, why.to_owned());
+pub(super) async fn refuse(mut stream: UnixStream, refusal: Refusal) {
     if let Ok(mut line) = serde_json::to_vec(&Response::failure(Value::Null, refusal)) {
         line.push(b'\n');
         drop(tokio::time::timeout(WRITE_PATIENCE, stream.write_all(&line)).await);
@@ -157,18 +164,23 @@ pub(super) async fn refuse(mut stream: UnixStream, why: &str) {
 /// Serves a connection until either side ends it.
 pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daemon: &Arc<Daemon>) {
     let services = daemon.projects.services();
-    let peer = match auth::identify(&credentials, &services.settings(), &daemon.projects) {
+    let who = match auth::identify(&credentials, &services.settings(), &daemon.projects) {
         Ok(peer) => peer,
-        Err(refusal) => return refuse(stream, &refusal.message).await,
+        Err(refusal) => return refuse(stream, refusal).await,
     };
     let (reader, writer) = stream.into_split();
     let (out, lines) = mpsc::channel(OUT_QUEUE);
-    let state =
-        State { peer, under_way: BTreeMap::new(), subscriptions: BTreeMap::new(), next_subscription: 0, channel: None };
+    let state = State {
+        peer: who,
+        under_way: BTreeMap::new(),
+        subscriptions: BTreeMap::new(),
+        next_subscription: 0,
+        channel: None,
+    };
     let closed = services.stopping.child_token();
     let connection =
         Arc::new(Connection { daemon: Arc::clone(daemon), out, state: Mutex::new(state), closed: closed.clone() });
-    let writing = services.tracker.spawn(write(writer, lines, closed.clone()));
+    let writing = services.tracker.spawn(write(writer, lines, closed.clone(), services.stopping.clone()));
     read(reader, &connection).await;
     closed.cancel();
     connection.lock().channel = None;
@@ -177,15 +189,28 @@ pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daem
     drop(writing.await);
 }
 
-async fn write(mut writer: OwnedWriteHalf, mut lines: mpsc::Receiver<Vec<u8>>, closed: CancellationToken) {
-    while let Some(line) = lines.recv().await {
-        match tokio::time::timeout(WRITE_PATIENCE, writer.write_all(&line)).await {
-            Ok(Ok(())) => {}
-            Ok(Err(_)) | Err(_) => {
-                closed.cancel();
-                return;
+async fn write(
+    mut writer: OwnedWriteHalf,
+    mut lines: mpsc::Receiver<Vec<u8>>,
+    closed: CancellationToken,
+    stopping: CancellationToken,
+) {
+    let writing = async {
+        while let Some(line) = lines.recv().await {
+            match tokio::time::timeout(WRITE_PATIENCE, writer.write_all(&line)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(_)) | Err(_) => {
+                    closed.cancel();
+                    return;
+                }
             }
         }
+    };
+    tokio::pin!(writing);
+    tokio::select! {
+        () = &mut writing => {}
+        // A peer that does not read must not hold up the end of the daemon.
+        () = stopping.cancelled() => drop(tokio::time::timeout(LAST_WORDS, writing).await),
     }
 }
 
@@ -216,13 +241,33 @@ async fn read(mut reader: OwnedReadHalf, connection: &Arc<Connection>) {
         };
         match read {
             // Half a line that never ends is nobody's request.
-            Ok(0) | Err(_) => break,
+            Ok(0) => {
+                let listens = || !peer::is_gone(reader.as_ref());
+                answer_rest(listens, &mut calls, connection).await;
+                break;
+            }
+            Err(_) => break,
             Ok(n) => lines.push(&chunk[..n]),
         }
     }
     connection.closed.cancel();
     while let Some(ended) = calls.join_next().await {
         note_panic(ended);
+    }
+}
+
+/// A peer may close its side once it has asked everything (`echo … | nc -N`): it gets its answers, for
+/// as long as it listens.
+async fn answer_rest(listens: impl Fn() -> bool, calls: &mut JoinSet<()>, connection: &Connection) {
+    while listens() {
+        tokio::select! {
+            ended = calls.join_next() => match ended {
+                Some(ended) => note_panic(ended),
+                None => return,
+            },
+            () = connection.closed.cancelled() => return,
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+        }
     }
 }
 
@@ -253,7 +298,7 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     calls.spawn(async move {
         let answer = tokio::select! {
             answer = dispatch::call(&connection, request) => answer.map_err(|failure| failure.to_object()),
-            () = token.cancelled() => Err(cancelled()),
+            () = token.cancelled() => Err(cancelled(&connection)),
         };
         connection.end(&id);
         let response = match answer {
@@ -264,7 +309,11 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     });
 }
 
-fn cancelled() -> ErrorObject {
+fn cancelled(connection: &Connection) -> ErrorObject {
+    if connection.daemon.projects.services().stopping.is_cancelled() {
+        let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
+        return refusal.hint("the agents go on, and so does what they are asked once it is back").into();
+    }
     Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began goes on".to_owned())
         .hint("operation.cancel ends an operation")
         .into()

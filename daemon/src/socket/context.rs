@@ -11,7 +11,7 @@ use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
-use super::reports::{agent_of, project_of, secrets};
+use super::reports::{agent_of, owns, project_of, secrets};
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects, Tell, View};
 use crate::services::{Services, now};
@@ -41,24 +41,46 @@ pub(super) async fn put(projects: &Projects, params: ContextPut, keyed: Option<K
     let added: u64 = rows.iter().map(|row| row.tokens).sum();
     let items = rows.len() as u64;
     let command = Command::AddContext { agent: agent.clone(), items, tokens: added };
-    let view: View = Box::new(|_, written| json!(written.ids));
+    let view: View = Box::new(move |_, written| {
+        let ids = written.ids.clone();
+        json!(ContextPutResult { ids, tokens: added, total_tokens: 0, items_archived: 0 })
+    });
     let writes = vec![Write::ContextInsert(agent.clone(), rows)];
-    let ids = handle.tell(Tell { command, writes, tokens: Vec::new(), keyed, view }).await?;
-    let (project, wanted) = (handle.name(), agent.clone());
-    let mut total_tokens = read(projects, move |c| context::tokens(c, &project, &wanted)).await?;
+    let reply = handle.tell(Tell { command, writes, tokens: Vec::new(), keyed, view }).await?;
+    let mut result = with_total(projects, &handle, &agent, reply).await?;
     let config = handle.look().facts.config.clone();
     let limit = TokenLimit { tokens: config.token_limit, due_percent: config.flash_save_at_percent };
-    let mut items_archived = 0;
-    if limit.is_due(total_tokens) {
+    if limit.is_due(result.total_tokens) {
         match save(&handle, Some(agent), None).await {
-            Ok(result) => (total_tokens, items_archived) = (result.tokens_after, result.items_archived),
+            Ok(saved) => {
+                result.total_tokens = saved.tokens_after;
+                result.items_archived = saved.items_archived;
+            }
             // A pause that is under way makes a flash save of its own.
             Err(Failure::Refused(_)) => {}
             Err(fault) => return Err(fault),
         }
     }
-    let ids = serde_json::from_value(ids).map_err(|e| Failure::fault("read the new ids", &e))?;
-    wire(&ContextPutResult { ids, tokens: added, total_tokens, items_archived })
+    wire(&result)
+}
+
+/// Completes the remembered reply of a put.
+pub(super) async fn finish_put(projects: &Projects, target: Option<&Target>, reply: Value) -> Result<Value, Failure> {
+    let Ok((handle, agent)) = agent_of(projects, target) else { return Ok(reply) };
+    wire(&with_total(projects, &handle, &agent, reply).await?)
+}
+
+/// Fills in what an agent's items come to now; the reply that is remembered cannot know it.
+async fn with_total(
+    projects: &Projects,
+    handle: &ProjectHandle,
+    agent: &AgentName,
+    reply: Value,
+) -> Result<ContextPutResult, Failure> {
+    let result: ContextPutResult = serde_json::from_value(reply).map_err(|e| Failure::fault("read the new ids", &e))?;
+    let (project, agent) = (handle.name(), agent.clone());
+    let total_tokens = read(projects, move |c| context::tokens(c, &project, &agent)).await?;
+    Ok(ContextPutResult { total_tokens, ..result })
 }
 
 fn check(items: &[NewItem]) -> Result<(), Refusal> {
@@ -123,9 +145,9 @@ pub(super) async fn list(projects: &Projects, params: ContextList) -> Result<Val
     wire(&ContextListResult { items })
 }
 
-pub(super) async fn show(projects: &Projects, params: &ContextShow) -> Result<Value, Failure> {
+pub(super) async fn show(projects: &Projects, params: &ContextShow, own: Option<&Target>) -> Result<Value, Failure> {
     let handle = project_of(projects, params.project.as_ref())?;
-    let item = find(projects, &handle, params.id).await?;
+    let item = find(projects, &handle, params.id, own).await?;
     let (project, id) = (handle.name(), params.id);
     projects
         .services()
@@ -136,19 +158,31 @@ pub(super) async fn show(projects: &Projects, params: &ContextShow) -> Result<Va
     wire(&item)
 }
 
-async fn find(projects: &Projects, handle: &ProjectHandle, id: i64) -> Result<ContextItem, Failure> {
+/// Finds an item; for an agent, another agent's item is none.
+async fn find(
+    projects: &Projects,
+    handle: &ProjectHandle,
+    id: i64,
+    own: Option<&Target>,
+) -> Result<ContextItem, Failure> {
     let project: ProjectName = handle.name();
     let shown = project.clone();
-    read(projects, move |c| context::find(c, &project, id)).await?.ok_or_else(|| {
+    let found = read(projects, move |c| context::find(c, &project, id)).await?;
+    found.filter(|item| owns(own, Some(&item.agent))).ok_or_else(|| {
         Refusal::new(Code::ContextItemNotFound, format!("project '{shown}' has no context item {id}"))
             .hint(format!("fermatactl context ls {shown}"))
             .into()
     })
 }
 
-pub(super) async fn pin(projects: &Projects, params: &ContextPin, keyed: Option<Keyed>) -> Result<Value, Failure> {
+pub(super) async fn pin(
+    projects: &Projects,
+    params: &ContextPin,
+    own: Option<&Target>,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
     let handle = project_of(projects, params.project.as_ref())?;
-    find(projects, &handle, params.id).await?;
+    find(projects, &handle, params.id, own).await?;
     let command = Command::PinContext { id: params.id, pinned: params.pinned };
     let writes = vec![Write::ContextPin(params.id, params.pinned)];
     handle.tell(Tell { command, writes, tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }).await
@@ -163,13 +197,18 @@ pub(super) async fn search(projects: &Projects, params: ContextSearch) -> Result
     wire(&ContextListResult { items })
 }
 
-pub(super) async fn recall(projects: &Projects, params: ContextRecall, keyed: Option<Keyed>) -> Result<Value, Failure> {
+pub(super) async fn recall(
+    projects: &Projects,
+    params: ContextRecall,
+    own: Option<&Target>,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
     let handle = project_of(projects, params.project.as_ref())?;
     if params.ids.is_empty() || params.ids.len() > MAX_ITEMS {
         return Err(Refusal::new(Code::InvalidParams, format!("'ids' names 1 to {MAX_ITEMS} items")).into());
     }
     for id in &params.ids {
-        find(projects, &handle, *id).await?;
+        find(projects, &handle, *id, own).await?;
     }
     let command = Command::RecallContext { ids: params.ids.clone() };
     let writes = vec![Write::ContextRecall(params.ids)];

@@ -14,6 +14,7 @@ use super::connection::Connection;
 use super::{agents, checkpoints, context, events, logs, operations, plugins, projects, reports};
 use crate::auth;
 use crate::errors::Failure;
+use crate::project::Projects;
 use crate::steps::checkpoint::hex;
 use crate::store::idempotency::{self, Keyed, Known};
 
@@ -44,22 +45,19 @@ pub(super) async fn call(connection: &Arc<Connection>, mut request: Request) -> 
         return greet(connection, hello);
     }
     let authorised = auth::authorise(&connection.peer(), call)?;
-    if let Some(keyed) = &keyed
-        && let Some(answer) = repeated(connection, keyed).await?
-    {
+    let call = authorised.into_call();
+    let Some(keyed) = keyed else { return carry(connection, call, None).await };
+    if let Some(answer) = repeated(connection, &keyed, &call).await? {
         return Ok(answer);
     }
-    let call = authorised.into_call();
-    match carry(connection, call, keyed.clone()).await {
-        // The same key may have been used by a call that came at the same time.
-        Err(Failure::Fault(fault)) => match keyed {
-            Some(keyed) => match repeated(connection, &keyed).await? {
-                Some(answer) => Ok(answer),
-                None => Err(Failure::Fault(fault)),
-            },
-            None => Err(Failure::Fault(fault)),
+    match carry(connection, call.clone(), Some(keyed.clone())).await {
+        // The same key may have been used by a call that came at the same time: this one failed to
+        // write the key down, or was refused because of what the other one has begun.
+        Err(failure) => match repeated(connection, &keyed, &call).await? {
+            Some(answer) => Ok(answer),
+            None => Err(failure),
         },
-        other => other,
+        done => done,
     }
 }
 
@@ -77,7 +75,7 @@ fn keyed(connection: &Connection, request: &Request, key: &Value) -> Result<Keye
 }
 
 /// Answers a call that was made before under the same key.
-async fn repeated(connection: &Connection, keyed: &Keyed) -> Result<Option<Value>, Failure> {
+async fn repeated(connection: &Connection, keyed: &Keyed, call: &Call) -> Result<Option<Value>, Failure> {
     let services = connection.daemon.projects.services();
     let wanted = keyed.clone();
     let known = services
@@ -87,13 +85,25 @@ async fn repeated(connection: &Connection, keyed: &Keyed) -> Result<Option<Value
         .map_err(|e| Failure::fault("look up the idempotency key", &e))?;
     match known {
         None => Ok(None),
-        Some(Known::Reply(reply)) => Ok(Some(reply)),
+        Some(Known::Reply(reply)) => finish(&connection.daemon.projects, call, reply).await.map(Some),
         Some(Known::Operation(operation)) => operations::end_of(connection, &operation).await.map(Some),
         Some(Known::OtherRequest) => Err(Refusal::new(
             Code::IdempotencyConflict,
             format!("the idempotency key '{}' was used before for another request", keyed.key),
         )
         .into()),
+    }
+}
+
+/// Completes a reply that was remembered when the call was persisted, before its effects came to their
+/// end: the repeated call waits for them as the first one did.
+async fn finish(all: &Projects, call: &Call, reply: Value) -> Result<Value, Failure> {
+    match call {
+        Call::AgentRun(_) | Call::AgentRestart(_) => agents::finish_start(all, reply).await,
+        Call::AgentStop(p) => agents::finish_end(all, &p.target.project, p.grace_ms, reply).await,
+        Call::AgentKill(p) if p.signal.is_none() => agents::finish_end(all, &p.target.project, None, reply).await,
+        Call::ContextPut(p) => context::finish_put(all, p.target.as_ref(), reply).await,
+        _ => Ok(reply),
     }
 }
 
@@ -127,6 +137,7 @@ fn greet(connection: &Connection, hello: &Hello) -> Result<Value, Failure> {
 async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let daemon = &connection.daemon;
     let all = &daemon.projects;
+    let own = connection.peer().agent;
     match call {
         Call::Hello(hello) => greet(connection, &hello),
         Call::Discover(_) => Ok(fermata_protocol::openrpc::document()),
@@ -158,18 +169,18 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::AgentUsage(p) => reports::usage(all, p, keyed).await,
         Call::StatePut(p) => reports::put_state(all, p, keyed).await,
         Call::StateGet(p) => reports::get_state(all, p.target.as_ref()).await,
-        Call::TaskPut(p) => reports::put_task(all, p, keyed).await,
+        Call::TaskPut(p) => reports::put_task(all, p, own.as_ref(), keyed).await,
         Call::TaskList(p) => reports::list_tasks(all, p.project.as_ref()),
         Call::QuestionAsk(p) => reports::ask(all, p, keyed).await,
-        Call::QuestionWait(p) => reports::wait_for_answer(all, &p).await,
+        Call::QuestionWait(p) => reports::wait_for_answer(all, &p, own.as_ref()).await,
         Call::QuestionList(p) => reports::list_questions(all, &p),
         Call::QuestionAnswer(p) => reports::answer(all, p, keyed).await,
         Call::ContextPut(p) => context::put(all, p, keyed).await,
         Call::ContextList(p) => context::list(all, p).await,
-        Call::ContextShow(p) => context::show(all, &p).await,
-        Call::ContextPin(p) => context::pin(all, &p, keyed).await,
+        Call::ContextShow(p) => context::show(all, &p, own.as_ref()).await,
+        Call::ContextPin(p) => context::pin(all, &p, own.as_ref(), keyed).await,
         Call::ContextSearch(p) => context::search(all, p).await,
-        Call::ContextRecall(p) => context::recall(all, p, keyed).await,
+        Call::ContextRecall(p) => context::recall(all, p, own.as_ref(), keyed).await,
         Call::ContextFlashSave(p) => context::flash_save(all, p, keyed).await,
         Call::CheckpointCreate(p) => operations::checkpoint(connection, p, keyed).await,
         Call::CheckpointList(p) => checkpoints::list(all, p).await,

@@ -47,6 +47,7 @@ async fn page(store: &Store, after: Cursor, filter: &EventFilter, limit: u32) ->
     match read {
         Read::Page(page) => Ok(page),
         Read::Expired(oldest) => Err(expired(oldest, store)),
+        Read::Ahead => Err(Cursor::unknown().into()),
     }
 }
 

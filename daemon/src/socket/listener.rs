@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use fermata_protocol::{Code, Refusal};
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
 
@@ -119,7 +120,10 @@ impl Listener {
         daemon.projects.services().tracker.clone().spawn(async move {
             match slot {
                 Some(_slot) => connection::serve(stream, credentials, &daemon).await,
-                None => connection::refuse(stream, "too many connections of this user").await,
+                None => {
+                    let refusal = Refusal::new(Code::TooManyRequests, "too many connections of this user".to_owned());
+                    connection::refuse(stream, refusal).await;
+                }
             }
         });
     }

@@ -52,6 +52,15 @@ pub(super) async fn secrets(
     found.map_err(|e| Failure::fault("read the agent's environment", &e))
 }
 
+/// Says whether a caller may touch what belongs to an agent: people may touch everything, an agent its
+/// own things and those that are nobody's.
+pub(super) fn owns(own: Option<&Target>, owner: Option<&AgentName>) -> bool {
+    match (own.and_then(|own| own.agent.as_ref()), owner) {
+        (Some(own), Some(owner)) => own == owner,
+        (None, _) | (_, None) => true,
+    }
+}
+
 fn simple(command: Command, keyed: Option<Keyed>) -> Tell {
     Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }
 }
@@ -135,9 +144,20 @@ pub(super) async fn get_state(projects: &Projects, target: Option<&Target>) -> R
     wire(&StateGetResult { state, saved_at })
 }
 
-pub(super) async fn put_task(projects: &Projects, params: TaskPut, keyed: Option<Keyed>) -> Result<Value, Failure> {
+pub(super) async fn put_task(
+    projects: &Projects,
+    params: TaskPut,
+    own: Option<&Target>,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
     let target = params.target.as_ref();
     let handle = project_of(projects, target.map(|t| &t.project))?;
+    if let (Some(own), Some(task)) = (own, params.id.and_then(|id| handle.look().tasks.get(&id).cloned()))
+        && !owns(Some(own), task.agent.as_ref())
+    {
+        let message = format!("agent {own} may not touch task {}, which is another agent's", task.id);
+        return Err(Refusal::new(Code::PermissionDenied, message).into());
+    }
     let agent = target.and_then(|t| t.agent.clone());
     let (id, expected) = (params.id, params.id.unwrap_or(0));
     let command = Command::PutTask { agent, id, title: params.title, status: params.status, percent: params.percent };
@@ -165,13 +185,17 @@ pub(super) async fn ask(projects: &Projects, params: QuestionAsk, keyed: Option<
     handle.tell(Tell { view, ..simple(command, keyed) }).await
 }
 
-pub(super) async fn wait_for_answer(projects: &Projects, params: &QuestionWait) -> Result<Value, Failure> {
+pub(super) async fn wait_for_answer(
+    projects: &Projects,
+    params: &QuestionWait,
+    own: Option<&Target>,
+) -> Result<Value, Failure> {
     let handle = project_of(projects, params.project.as_ref())?;
     let mut state = handle.watch();
     let answered = async {
         loop {
             let project = state.borrow_and_update().clone();
-            match project.questions.get(&params.id) {
+            match project.questions.get(&params.id).filter(|question| owns(own, Some(&question.agent))) {
                 None => {
                     let message = format!("project '{}' has no question {}", project.name, params.id);
                     return Err(Refusal::new(Code::QuestionNotFound, message).hint("fermatactl inbox").into());

@@ -37,10 +37,9 @@ pub struct ComesBack {
 pub struct Started {
     /// Its processes.
     pub processes: RunProcesses,
-    /// The link to its shim.
-    pub link: ShimLink,
-    /// What the shim tells.
-    pub events: mpsc::Receiver<ShimEvent>,
+    /// The link to its shim and what the shim tells; none when there was nobody to connect to, most
+    /// likely because the run has ended already.
+    pub link: Option<(ShimLink, mpsc::Receiver<ShimEvent>)>,
 }
 
 /// Starts a run, after ending what is left of the agent's older ones.
@@ -63,7 +62,7 @@ pub async fn run(
         other => chain(&other),
     })?;
     super::failpoint("launch.after").map_err(|failure| failure.to_string())?;
-    let (link, events) = ShimLink::connect(&spec.socket).await.map_err(|error| chain(&error))?;
+    let link = ShimLink::connect(&spec.socket).await.ok();
     let processes = RunProcesses {
         pid: launched.agent.pid,
         start_ticks: launched.agent.start_time_ticks,
@@ -72,7 +71,7 @@ pub async fn run(
         boot_id: site.services.boot_id.clone(),
         mechanism: mechanism(launched.mechanism),
     };
-    Ok(Started { processes, link, events })
+    Ok(Started { processes, link })
 }
 
 /// Translates the shim's word for the mechanism into the wire's.

@@ -55,6 +55,8 @@ pub struct Commit {
     pub keyed: Option<(Keyed, Option<OperationId>)>,
     /// Makes the reply of a call that is done with this transaction.
     pub reply: Option<MakeReply>,
+    /// The result of the operation that the facts conclude, where it says more than they do.
+    pub result: Option<Value>,
     /// When.
     pub now: UnixMillis,
     /// What it has to survive.
@@ -105,7 +107,7 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
         }
     }
     if !commit.events.is_empty() {
-        operations::project(connection, project, &commit.events, *now)?;
+        operations::project(connection, project, &commit.events, commit.result.as_ref(), *now)?;
         events::append(connection, project, &commit.events, *now)?;
     }
     written.reply = reply.map(|make| make(&written));

@@ -29,15 +29,17 @@ impl Cursor {
     /// # Errors
     /// When it is none, or one of another database.
     pub fn parse(text: &str, database: &str) -> Result<Self, Refusal> {
-        let invalid = || {
-            Refusal::new(Code::InvalidParams, "'cursor' is not one that this daemon gave out".to_owned())
-                .hint("leave it out to begin anew")
-        };
-        let (id, seq) = text.rsplit_once('.').ok_or_else(invalid)?;
+        let (id, seq) = text.rsplit_once('.').ok_or_else(Self::unknown)?;
         if id != database {
-            return Err(invalid());
+            return Err(Self::unknown());
         }
-        seq.parse().ok().filter(|seq| *seq >= 0).map(Self).ok_or_else(invalid)
+        seq.parse().ok().filter(|seq| *seq >= 0).map(Self).ok_or_else(Self::unknown)
+    }
+
+    /// The refusal of a cursor that means no place in this database.
+    pub fn unknown() -> Refusal {
+        Refusal::new(Code::InvalidParams, "'cursor' is not one that this daemon gave out".to_owned())
+            .hint("leave it out to begin anew")
     }
 }
 
@@ -81,6 +83,9 @@ pub enum Read {
     Page(Page),
     /// The events after the cursor are gone; this is the oldest cursor that still works.
     Expired(Cursor),
+    /// There is no such place yet: the cursor was given out by a database that had more events, for
+    /// instance before a power failure took the last of them or a backup was put in its place.
+    Ahead,
 }
 
 /// Reads at most `limit` events after a cursor that pass the filter.
@@ -101,6 +106,9 @@ pub fn read(
         .doing(what)?;
     if after.0 < oldest - 1 {
         return Ok(Read::Expired(Cursor(oldest - 1)));
+    }
+    if after.0 > newest.max(oldest - 1) {
+        return Ok(Read::Ahead);
     }
     let end = newest.min(after.0 + SCANNED);
     let project = filter.project.as_ref().map(ProjectName::as_str);

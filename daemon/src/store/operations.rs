@@ -22,10 +22,11 @@ pub fn project(
     connection: &Connection,
     project: &ProjectName,
     events: &[Event],
+    result: Option<&Value>,
     at: UnixMillis,
 ) -> Result<(), StoreError> {
     for event in events {
-        project_one(connection, project, event, at)?;
+        project_one(connection, project, event, result, at)?;
     }
     Ok(())
 }
@@ -34,6 +35,7 @@ fn project_one(
     connection: &Connection,
     project: &ProjectName,
     event: &Event,
+    result: Option<&Value>,
     at: UnixMillis,
 ) -> Result<(), StoreError> {
     match event {
@@ -65,7 +67,8 @@ fn project_one(
             succeed(connection, &result.operation_id, &value, Some(&result.steps_ms), at)
         }
         Event::CheckpointCreated { operation, checkpoint, frozen_ms } => {
-            let value = json!({ "checkpoint_id": checkpoint.id, "frozen_ms": frozen_ms });
+            let brief = || json!({ "checkpoint_id": checkpoint.id, "frozen_ms": frozen_ms });
+            let value = result.cloned().unwrap_or_else(brief);
             succeed(connection, operation, &value, Some(&checkpoint.metadata.parts_ms), at)
         }
         Event::RestorePlanned { operation, .. } => {
@@ -75,12 +78,15 @@ fn project_one(
             Ok(())
         }
         Event::ProjectRestored { operation, checkpoint, safety, written, removed, .. } => {
-            let value = json!({
-                "checkpoint_id": checkpoint,
-                "safety_checkpoint_id": safety,
-                "written": written,
-                "removed": removed,
-            });
+            let brief = || {
+                json!({
+                    "checkpoint_id": checkpoint,
+                    "safety_checkpoint_id": safety,
+                    "written": written,
+                    "removed": removed,
+                })
+            };
+            let value = result.cloned().unwrap_or_else(brief);
             succeed(connection, operation, &value, None, at)
         }
         Event::PauseFailed { operation, error }

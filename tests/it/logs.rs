@@ -1,0 +1,121 @@
+//! `logs`: complete, in order, and without loss whatever happens to the daemon.
+
+use std::io::Read as _;
+use std::process::Stdio;
+
+use fermata_protocol::agent::AgentStatus;
+use fermata_tests::Sandbox;
+use fermata_tests::sandbox::output_of;
+use fermata_tests::waiting::{SOON, wait_until};
+use serde_json::Value;
+
+use crate::bed::{call, failed, run_agent, wait_for_file, wait_for_status, web};
+
+fn numbers(to: usize) -> String {
+    (1..=to).map(|n| format!("line {n}\n")).collect()
+}
+
+#[test]
+fn lines_come_in_the_order_in_which_they_were_written() {
+    let sandbox = Sandbox::start();
+    run_agent(&sandbox, "a", "i=0; while [ $i -lt 2000 ]; do i=$((i+1)); echo line $i; done; echo to stderr >&2");
+    wait_for_status(&sandbox, "a", AgentStatus::Exited);
+    let output = sandbox.ctl_output(&["logs", "web/a"]);
+    assert_eq!(String::from_utf8_lossy(&output.stdout), numbers(2000));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "to stderr\n");
+    assert_eq!(sandbox.ctl(&["logs", "web/a", "-n", "3"]), "line 1999\nline 2000\n");
+    let rows = sandbox.ctl_rows(&["logs", "web/a"]);
+    assert_eq!(rows.len(), 2001);
+    assert!(rows.is_sorted_by_key(|row| row["at_ns"].as_i64()), "times go forward");
+    assert!(sandbox.ctl(&["logs", "web/a", "-t", "-n", "2"]).contains("Z line 2000"));
+}
+
+#[test]
+fn a_follower_misses_nothing_when_the_daemon_is_killed() {
+    let mut sandbox = Sandbox::start();
+    let script = "i=0; while [ $i -lt 3000 ]; do i=$((i+1)); echo line $i; [ $((i % 10)) = 0 ] && sleep 0.005; done; \
+                  while [ ! -e stop ]; do sleep 0.02; done; echo line 3001";
+    run_agent(&sandbox, "a", script);
+    let mut command = sandbox.ctl_command(&["logs", "-f", "web/a"]);
+    let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("follow");
+    let mut stdout = follower.stdout.take().expect("a pipe");
+    let reader = std::thread::spawn(move || {
+        let mut text = String::new();
+        stdout.read_to_string(&mut text).map(|_| text)
+    });
+    for _ in 0..3 {
+        wait_until(SOON, "some output", || !sandbox.ctl(&["logs", "web/a", "-n", "1"]).is_empty());
+        sandbox.crash_and_restart();
+    }
+    web(&sandbox).write("stop", "");
+    assert!(follower.wait().expect("wait for the follower").success());
+    assert_eq!(reader.join().expect("no panic").expect("read"), numbers(3001));
+}
+
+#[test]
+fn output_that_is_no_text_breaks_nothing() {
+    let sandbox = Sandbox::start();
+    let script =
+        "printf 'a\\000b\\377\\376\\n\\033[31mred\\n'; head -c 300000 /dev/urandom; printf '\\nno newline at the end'";
+    run_agent(&sandbox, "a", script);
+    wait_for_status(&sandbox, "a", AgentStatus::Exited);
+    let output = sandbox.ctl_output(&["logs", "web/a"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.starts_with("a\0b"), "{:?}", &text[..20]);
+    assert!(text.ends_with("no newline at the end") || text.ends_with("no newline at the end\n"));
+    assert!(sandbox.ctl_rows(&["logs", "web/a"]).len() > 3);
+}
+
+#[test]
+fn a_long_line_of_wide_characters_comes_back_whole() {
+    let sandbox = Sandbox::start();
+    web(&sandbox).write("wide", "aü€𝄐".repeat(60_000) + "\n");
+    run_agent(&sandbox, "a", "cat wide");
+    wait_for_status(&sandbox, "a", AgentStatus::Exited);
+    let shown = sandbox.ctl(&["logs", "web/a"]);
+    assert!(
+        shown == web(&sandbox).read("wide"),
+        "{} bytes, {} replaced",
+        shown.len(),
+        shown.matches('\u{fffd}').count()
+    );
+}
+
+#[test]
+fn output_of_ten_megabytes_is_complete_after_rotations() {
+    let sandbox = Sandbox::builder().config("[agents]\nlog_max_bytes = 1048576\nlog_max_files = 0\n").start();
+    run_agent(&sandbox, "a", "seq 1 1000000");
+    wait_for_status(&sandbox, "a", AgentStatus::Exited);
+    let output = output_of(sandbox.ctl_command(&["logs", "web/a"]));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.lines().enumerate().all(|(at, line)| line.parse() == Ok(at + 1)), "out of order");
+    assert_eq!(text.lines().count(), 1_000_000);
+}
+
+#[test]
+fn the_output_of_a_restarted_agent_follows_the_earlier_one() {
+    let sandbox = Sandbox::start();
+    run_agent(&sandbox, "a", "echo run >> runs; echo run $(grep -c . runs); exec sleep 1000");
+    wait_for_file(&sandbox, "runs");
+    let first =
+        call(&sandbox, "agent.logs", serde_json::json!({ "target": "web/a", "wait_ms": 10_000 })).expect("logs");
+    assert_eq!(first["lines"][0]["text"], "run 1");
+    sandbox.ctl(&["restart", "web/a"]);
+    let next = serde_json::json!({ "target": "web/a", "cursor": first["cursor"], "wait_ms": 10_000 });
+    let second = call(&sandbox, "agent.logs", next).expect("logs");
+    assert_eq!(second["lines"][0]["text"], "run 2");
+    assert_eq!(second["end"], Value::Bool(false));
+}
+
+#[test]
+fn cursors_and_agents_that_do_not_exist_are_refused() {
+    let sandbox = Sandbox::start();
+    run_agent(&sandbox, "a", "exec sleep 1000");
+    failed(&sandbox.ctl_output(&["logs", "web/nobody"]), 3);
+    failed(&sandbox.ctl_output(&["logs", "nothing/a"]), 3);
+    for cursor in ["", "x", "../../../etc:1:2:3", "run-1:1:2:3:4"] {
+        let logs = serde_json::json!({ "target": "web/a", "cursor": cursor });
+        assert!(call(&sandbox, "agent.logs", logs).is_err(), "{cursor}");
+    }
+}
