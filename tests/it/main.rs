@@ -1,3 +1,9 @@
 //! The daemon's integration tests: one module per command.
 
-fn main() {}
+mod checkpoint;
+mod pause;
+mod pause_crash;
+mod restore;
+mod scene;
+
+
