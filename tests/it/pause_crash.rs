@@ -226,7 +226,8 @@ errors! {
     error_at_index_moved: "history.pack.moved@4=error";
     error_at_ref_before: "history.ref.before@2=error";
     error_at_sealed: "checkpoint.sealed@2=error";
-    error_while_undoing: "checkpoint.sealed@2=error,undo.thaw=error,undo.discard=error";
+    error_at_commit: "pause.commit=error";
+    error_while_undoing: "checkpoint.sealed@2=error,undo.thaw=error,undo.discard=error,pause.undone=error";
 }
 
 #[test]

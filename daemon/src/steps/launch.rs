@@ -16,7 +16,7 @@ use crate::errors::{Failure, chain};
 use crate::os::limits::{Limit, LimitKind};
 use crate::os::process;
 use crate::shim::launch::LaunchError;
-use crate::shim::link::{ShimLink, end_lost_tree, launch, read_exit, read_run};
+use crate::shim::link::{Launched, ShimLink, end_lost_tree, launch, read_exit, read_run};
 use crate::shim::raw::Raw;
 use crate::shim::record;
 use crate::shim::record::RunRecord;
@@ -62,8 +62,16 @@ pub async fn run(
         LaunchError::Refused { message, .. } => message,
         other => chain(&other),
     })?;
-    super::failpoint("launch.after").map_err(|failure| failure.to_string())?;
-    let (link, events) = ShimLink::connect(&spec.socket).await.map_err(|error| chain(&error))?;
+    let (link, events) = match connect(&launched, &spec).await {
+        Ok(connected) => connected,
+        Err(reason) => {
+            // A run that is told to have failed must not go on unseen.
+            if let Err(failure) = end_run(site, &spec.run_dir).await {
+                tracing::error!(project = %site.project.name, %agent, %failure, "end a run that nobody can reach");
+            }
+            return Err(reason);
+        }
+    };
     let processes = RunProcesses {
         pid: launched.agent.pid,
         start_ticks: launched.agent.start_time_ticks,
@@ -73,6 +81,19 @@ pub async fn run(
         mechanism: mechanism(launched.mechanism),
     };
     Ok(Started { processes, link, events })
+}
+
+/// Connects to a shim that has just been started.
+async fn connect(launched: &Launched, spec: &LaunchSpec) -> Result<(ShimLink, mpsc::Receiver<ShimEvent>), String> {
+    super::failpoint("launch.after").map_err(|failure| failure.to_string())?;
+    match ShimLink::connect(&spec.socket).await {
+        Ok(connected) => Ok(connected),
+        // A short run has ended, and its shim with it, before anybody could connect.
+        Err(_) if read_exit(&spec.run_dir).is_ok_and(|exit| exit.is_some()) => {
+            Ok(ShimLink::ended(spec.run_id.clone(), launched.shim))
+        }
+        Err(error) => Err(chain(&error)),
+    }
 }
 
 /// Translates the shim's word for the mechanism into the wire's.
