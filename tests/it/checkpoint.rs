@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::Code;
-use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
+use fermata_protocol::Target;
 use fermata_protocol::agent::AgentStop;
+use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
 use fermata_protocol::operation::OperationState;
 use fermata_protocol::pause::{PauseMode, ProjectPause};
-use fermata_protocol::Target;
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::workspace::fingerprint;
 use fermata_tests::{Sandbox, process};
@@ -109,20 +109,18 @@ fn a_checkpoint_of_a_paused_project_keeps_it_paused() {
 
 #[test]
 fn a_pause_that_comes_during_a_checkpoint_waits_for_it() {
-    let sandbox = Sandbox::start();
+    let sandbox = Sandbox::builder().env(FAILPOINT, "checkpoint.captured=stop").start();
     let ticker = Ticker::start(&sandbox);
-    let workspace = sandbox.workspace("web");
-    for n in 0..300 {
-        workspace.write(&format!("many/{n}.txt"), format!("{n}\n"));
-    }
-    let (saved, paused) = std::thread::scope(|scope| {
-        let saving = scope.spawn(|| done(&sandbox, &create()));
-        let paused = pause(&sandbox, PauseMode::Freeze);
-        (saving.join(), paused)
+    let (mut one, mut other) = (sandbox.rpc(), sandbox.rpc());
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(move || one.call(&create()));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        let pause = ProjectPause { project: web(), reason: None, mode: PauseMode::Freeze, grace_ms: None };
+        let pausing = scope.spawn(move || other.call(&pause));
+        sandbox.signal_daemon(nix::sys::signal::Signal::SIGCONT);
+        saving.join().expect("an answer").expect("a checkpoint");
+        pausing.join().expect("an answer").expect("a pause");
     });
-    // Whoever was first, both are there; the later one is not refused for the other's sake.
-    saved.expect("a checkpoint");
-    paused.expect("a pause");
     ticker.stands_still();
     only_these_are_left(&sandbox, &[1, 2]);
     assert!(resume(&sandbox).expect("resume").success);
@@ -163,8 +161,7 @@ fn a_checkpoint_whose_row_cannot_be_written_leaves_nothing_either() {
 
 fn crash(failpoint: &str, config: &str, numbers: &[u64]) {
     let config = format!("[pause]\nlease_ms = 1000\n{config}");
-    let mut sandbox =
-        Sandbox::builder().config(&config).env(FAILPOINT, &format!("{failpoint}=abort")).start();
+    let mut sandbox = Sandbox::builder().config(&config).env(FAILPOINT, &format!("{failpoint}=abort")).start();
     let ticker = Ticker::start(&sandbox);
     let answer = sandbox.rpc().call(&create());
     assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
@@ -228,6 +225,29 @@ impl Drop for SmallDisk {
     }
 }
 
+#[test]
+fn a_restore_for_which_there_is_no_room_goes_on_when_there_is() {
+    let disk = SmallDisk::mount("12m");
+    let sandbox = Sandbox::start();
+    let workspace = fermata_tests::Workspace::at(disk.path().join("ws"));
+    workspace.write(".gitignore", "ballast\n").write("large.bin", vec![7_u8; 4 << 20]).write("small.txt", "small\n");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    checkpoint(&sandbox);
+    workspace.remove("large.bin").write("small.txt", "changed\n").write("new.txt", "new\n");
+    let ballast = disk.fill(1 << 20);
+
+    let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    assert!(refusal.message.contains("No space left"), "{refusal:?}");
+    assert_eq!(status(&sandbox).as_str(), "restoring");
+    fs::remove_file(&ballast).expect("free the disk");
+    settled(&sandbox);
+    assert_eq!(status(&sandbox).as_str(), "init");
+    assert_eq!(workspace.read("small.txt"), "small\n");
+    assert_eq!(fs::metadata(workspace.path().join("large.bin")).expect("it is back").len(), 4 << 20);
+    assert!(!workspace.has("new.txt"));
+    only_these_are_left(&sandbox, &[1, 2]);
+}
+
 /// Pauses with so little space left; whatever comes of it, nothing stays frozen or half done.
 fn pause_on_a_full_disk(leave: usize) {
     // Dropped after the sandbox, whose daemon has it open.
@@ -244,15 +264,12 @@ fn pause_on_a_full_disk(leave: usize) {
     sandbox.workspace("web").write("noise.bin", &noise);
     let ballast = disk.fill(leave);
 
-    let answer = sandbox.rpc().call(&ProjectPause {
-        project: web(),
-        reason: None,
-        mode: PauseMode::Freeze,
-        grace_ms: Some(50),
-    });
+    let answer =
+        sandbox.rpc().call(&ProjectPause { project: web(), reason: None, mode: PauseMode::Freeze, grace_ms: Some(50) });
     let refusal = refusal(answer).expect_err("there is no room");
     ticker.runs(SOON);
-    assert!(!is_held(the_agent(&sandbox).pid.expect("it runs")), "{refusal:?}");
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    wait_until(SOON, &format!("the agent to be let go after {refusal:?}"), || !is_held(pid));
     assert_eq!(checkpoints(&sandbox), Vec::<u64>::new());
 
     fs::remove_file(&ballast).expect("free the disk");

@@ -5,5 +5,3 @@ mod pause;
 mod pause_crash;
 mod restore;
 mod scene;
-
-

@@ -150,11 +150,7 @@ fn an_agent_that_ignores_sigtstp_is_frozen_after_its_grace_by_signals() {
 }
 
 /// Pauses while something else goes on beside it.
-fn pause_beside(
-    sandbox: &Sandbox,
-    grace_ms: u64,
-    beside: impl FnOnce(),
-) -> Result<PauseResult, Refusal> {
+fn pause_beside(sandbox: &Sandbox, grace_ms: u64, beside: impl FnOnce()) -> Result<PauseResult, Refusal> {
     std::thread::scope(|scope| {
         let pausing = scope.spawn(|| pause_within(sandbox, PauseMode::Freeze, Some(grace_ms)));
         beside();

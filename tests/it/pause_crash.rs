@@ -232,16 +232,26 @@ errors! {
 
 #[test]
 fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease() {
-    stands_still_in_mid_pause(BY_GROUP);
+    stands_still_in_mid_pause(BY_GROUP, "checkpoint.sealed@2=stop");
 }
 
 #[test]
 fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease_by_signals() {
-    stands_still_in_mid_pause(BY_SIGNALS);
+    stands_still_in_mid_pause(BY_SIGNALS, "checkpoint.sealed@2=stop");
 }
 
-fn stands_still_in_mid_pause(freezer: &str) {
-    let sandbox = bed(freezer, "checkpoint.sealed@2=stop");
+#[test]
+fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease() {
+    stands_still_in_mid_pause(BY_GROUP, "pause.frozen@2=stop");
+}
+
+#[test]
+fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease_by_signals() {
+    stands_still_in_mid_pause(BY_SIGNALS, "pause.frozen=stop");
+}
+
+fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
+    let sandbox = bed(freezer, failpoint);
     let ticker = start(&sandbox);
     let refusal = std::thread::scope(|scope| {
         let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
@@ -297,4 +307,164 @@ fn two_crashes_in_a_row_during_the_undo_are_survived() {
     sandbox.start_daemon();
     settled(&sandbox);
     is_untouched(&sandbox, &ticker, &[1]);
+}
+
+/// Kills the daemon in a resume: the next one brings the agent back, once.
+fn crash_in_a_resume(failpoint: &str, mode: PauseMode) {
+    let mut sandbox = bed(BY_GROUP, failpoint);
+    let ticker = Ticker::start(&sandbox);
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    pause(&sandbox, mode).expect("pause");
+    let answer = sandbox.rpc().call(&fermata_protocol::pause::ProjectResume { project: web(), checkpoint: None });
+    assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    let shown = settled(&sandbox);
+    assert_eq!(shown.project.status, ProjectStatus::Active, "{shown:?}");
+    ticker.runs(SOON);
+    let agent = the_agent(&sandbox);
+    assert_eq!(agent.status, AgentStatus::Running);
+    if mode == PauseMode::Freeze {
+        assert_eq!((agent.pid, agent.runs), (Some(pid), 1));
+    }
+    // Of all runs one is alive: another would leave marks in the pause.
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    ticker.stands_still();
+    all_verify(&sandbox);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_resume_whose_daemon_dies_goes_on_under_the_next_one() {
+    for failpoint in ["resume.started", "resume.thawed", "resume.commit"] {
+        crash_in_a_resume(&format!("{failpoint}=abort"), PauseMode::Freeze);
+    }
+}
+
+#[test]
+fn a_resume_of_a_parked_project_whose_daemon_dies_goes_on_under_the_next_one() {
+    for failpoint in ["resume.started", "launch.before@2", "launch.after@2", "resume.commit"] {
+        crash_in_a_resume(&format!("{failpoint}=abort"), PauseMode::Park);
+    }
+}
+
+#[test]
+fn a_resume_that_cannot_be_written_down_at_once_is_written_down_later() {
+    let sandbox = bed(BY_GROUP, "resume.commit=error");
+    let ticker = Ticker::start(&sandbox);
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    let resumed = resume(&sandbox).expect("resume");
+    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Thawed]);
+    is_untouched(&sandbox, &ticker, &[1]);
+}
+
+#[test]
+fn an_agent_whose_start_fails_late_does_not_run_on_unseen() {
+    let sandbox = bed(BY_GROUP, "launch.after@2=error");
+    let ticker = Ticker::start(&sandbox);
+    pause(&sandbox, PauseMode::Park).expect("pause");
+    let resumed = resume(&sandbox).expect("an answer");
+    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Failed], "{resumed:?}");
+    assert!(!resumed.success);
+    ticker.stands_still();
+    assert!(the_agent(&sandbox).status.is_terminal());
+    assert_eq!(status(&sandbox), ProjectStatus::Failed);
+}
+
+#[test]
+fn a_pause_that_is_cancelled_in_the_middle_of_its_checkpoint_leaves_nothing() {
+    let sandbox = bed(BY_GROUP, "");
+    let ticker = Ticker::start(&sandbox);
+    let workspace = sandbox.workspace("web");
+    for n in 0..2_000 {
+        workspace.write(&format!("many/{}/{n}.txt", n % 10), format!("{n}\n"));
+    }
+    let (cancelled, answer) = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        let operation = step_is(&sandbox, "checkpoint").id;
+        let cancelled = sandbox.rpc().call(&fermata_protocol::operation::OperationCancel { operation_id: operation });
+        (cancelled, pausing.join().expect("an answer"))
+    });
+    match refusal(cancelled) {
+        Ok(operation) => {
+            assert_eq!(operation.state, OperationState::Cancelled);
+            assert_eq!(answer.expect_err("cancelled").code, fermata_protocol::Code::OperationCancelled);
+            is_untouched(&sandbox, &ticker, &[]);
+        }
+        // The machine was faster than the test: then the pause stands whole.
+        Err(_) => {
+            let paused = answer.expect("it was not cancelled");
+            ticker.stands_still();
+            only_these_are_left(&sandbox, &[paused.checkpoint_id]);
+        }
+    }
+}
+
+#[test]
+fn a_pause_whose_caller_goes_away_goes_on() {
+    let sandbox = bed(BY_GROUP, "");
+    let ticker = Ticker::running(&sandbox, "web", "worker", &format!("trap '' TSTP; {TICK}"));
+    let mut caller = sandbox.ctl_command(&["pause", "web", "--grace", "500ms"]).spawn().expect("start fermatactl");
+    step_is(&sandbox, "quiesce");
+    caller.kill().expect("kill the caller");
+    caller.wait().expect("reap the caller");
+    let shown = settled(&sandbox);
+    assert_eq!(shown.project.status, ProjectStatus::Paused);
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1]);
+}
+
+#[test]
+fn a_pause_that_was_committed_before_the_crash_answers_a_repeated_call() {
+    let mut sandbox = bed(BY_GROUP, "pause.committed=abort");
+    let ticker = Ticker::start(&sandbox);
+    let call = |sandbox: &Sandbox| {
+        let params = serde_json::json!({ "project": "web", "idempotency_key": "lunch-1" });
+        let serde_json::Value::Object(params) = params else { unreachable!("it is one") };
+        sandbox.rpc().call_raw("project.pause", params, |_| {})
+    };
+    call(&sandbox).expect_err("the daemon was to die");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    let answer = call(&sandbox).expect("the answer that got lost");
+    assert_eq!((&answer["success"], &answer["checkpoint_id"]), (&true.into(), &1.into()), "{answer}");
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1]);
+}
+
+#[test]
+fn a_shim_that_dies_in_mid_pause_leaves_a_project_that_can_be_used() {
+    let sandbox = bed(BY_GROUP, "checkpoint.captured=stop");
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK);
+    let other = Ticker::running(&sandbox, "web", "second", TICK);
+    let agents = show(&sandbox).agents;
+    let pid = agents.iter().find(|agent| agent.name == crate::scene::agent("worker")).and_then(|agent| agent.pid);
+    let shim = process::parent(pid.expect("it runs")).expect("it has a parent");
+    std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), Signal::SIGKILL).expect("kill the shim");
+        wait_until(SOON, "the shim to die", || !process::is_alive(shim));
+        sandbox.signal_daemon(Signal::SIGCONT);
+        // With one agent less, or not at all.
+        pausing.join().expect("an answer").ok();
+    });
+    let shown = settled(&sandbox);
+    wait_until(SOON, "what the shim left to end", || !process::is_alive(pid.expect("it ran")));
+    ticker.stands_still();
+    match shown.project.status {
+        ProjectStatus::Paused => {
+            other.stands_still();
+            assert!(resume(&sandbox).is_ok());
+        }
+        status => assert_eq!(status, ProjectStatus::Active),
+    }
+    other.runs(SOON);
+    wait_until(SOON, "the loss to be told", || {
+        show(&sandbox).agents.iter().any(|agent| agent.status == AgentStatus::Interrupted)
+    });
+    assert_eq!(status(&sandbox), ProjectStatus::Active);
 }

@@ -6,9 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 
 use fermata_protocol::agent::{AgentStop, StateGet, StatePut};
-use fermata_protocol::checkpoint::{
-    ChangeKind, CheckpointRestore, CheckpointRestoreResult, CheckpointShow, Trigger,
-};
+use fermata_protocol::checkpoint::{ChangeKind, CheckpointRestore, CheckpointRestoreResult, CheckpointShow, Trigger};
 use fermata_protocol::context::{ContextItem, ContextList, ContextPut, ContextSearch, ItemType, NewItem};
 use fermata_protocol::pause::{PauseMode, ProjectResume, Rung};
 use fermata_protocol::project::{Phase, ProjectSet, ProjectStatus};
@@ -270,8 +268,10 @@ fn after_a_restore_into_a_paused_project_nobody_is_thawed() {
 
 fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     let sandbox = Sandbox::builder().config(config).start();
-    let script = format!("printf '%s %s %s' \"$FERMATA_RESUME\" \"$FERMATA_CHECKPOINT\" \"$FERMATA_CONTEXT\" \
-        > \"$MARKS.told\"; {TICK}");
+    let script = format!(
+        "printf '%s %s %s' \"$FERMATA_RESUME\" \"$FERMATA_CHECKPOINT\" \"$FERMATA_CONTEXT\" \
+        > \"$MARKS.told\"; {TICK}"
+    );
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
     learn(&sandbox, &worker(), "apples");
     let first = checkpoint(&sandbox);
@@ -323,11 +323,8 @@ enum After {
 
 fn crash(failpoint: &str, paused: bool, after: After) {
     let mut sandbox = Sandbox::builder().env(FAILPOINT, failpoint).start();
-    let (workspace, ticker) = if paused {
-        (sandbox.workspace("web"), Some(Ticker::start(&sandbox)))
-    } else {
-        (at_rest(&sandbox), None)
-    };
+    let (workspace, ticker) =
+        if paused { (sandbox.workspace("web"), Some(Ticker::start(&sandbox))) } else { (at_rest(&sandbox), None) };
     workspace.write("gone.txt", "will be removed\n");
     learn(&sandbox, &worker(), "apples");
     let first = checkpoint(&sandbox);
@@ -360,15 +357,21 @@ fn crash(failpoint: &str, paused: bool, after: After) {
         }
     }
     // The plan goes right after the end that everybody sees.
-    let no_plan = || !fs::read_dir(project_dir(&sandbox)).expect("the project's directory").flatten().any(|entry| {
-        entry.file_name().to_string_lossy().contains("restore-")
-    });
+    let no_plan = || {
+        !fs::read_dir(project_dir(&sandbox))
+            .expect("the project's directory")
+            .flatten()
+            .any(|entry| entry.file_name().to_string_lossy().contains("restore-"))
+    };
     wait_until(SOON, "the plan to be gone", no_plan);
     only_these_are_left(&sandbox, &numbers);
     all_verify(&sandbox);
     if after == After::Restored {
         // The safety checkpoint still undoes it.
-        done(&sandbox, &CheckpointRestore { project: web(), checkpoint: *numbers.last().expect("one"), dry_run: false });
+        done(
+            &sandbox,
+            &CheckpointRestore { project: web(), checkpoint: *numbers.last().expect("one"), dry_run: false },
+        );
         assert_eq!((files(&workspace), known(&sandbox, &web(), &worker())), later);
     }
     if let Some(ticker) = ticker {
@@ -442,14 +445,35 @@ fn error(failpoint: &str, after: After) {
 
 #[test]
 fn a_restore_that_fails_before_its_plan_is_announced_changes_nothing() {
-    for failpoint in ["restore.begin", "checkpoint.captured@2", "checkpoint.sealed@2", "restore.planned", "restore.announce"] {
+    for failpoint in
+        ["restore.begin", "checkpoint.captured@2", "checkpoint.sealed@2", "restore.planned", "restore.announce"]
+    {
         error(&format!("{failpoint}=error"), After::Unchanged);
     }
 }
 
 #[test]
 fn a_restore_that_fails_after_that_is_tried_again_until_it_has_worked() {
-    for failpoint in ["restore.apply", "history.restore.drafted", "history.restore.step@2", "restore.applied", "restore.commit"] {
+    for failpoint in
+        ["restore.apply", "history.restore.drafted", "history.restore.step@2", "restore.applied", "restore.commit"]
+    {
         error(&format!("{failpoint}=error"), After::Restored);
     }
+}
+
+#[test]
+fn a_workspace_that_is_gone_comes_back_once_its_directory_is_there() {
+    let sandbox = Sandbox::start();
+    let workspace = at_rest(&sandbox);
+    let before = files(&workspace);
+    let first = checkpoint(&sandbox);
+    fs::remove_dir_all(workspace.path()).expect("lose the workspace");
+    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false };
+    let refusal = refused(&sandbox, &restore);
+    assert_eq!(refusal.code, Code::WorkspaceRefused, "{refusal:?}");
+    assert_eq!(status(&sandbox), ProjectStatus::Stopped);
+    fs::create_dir(workspace.path()).expect("make the directory");
+    only_these_are_left(&sandbox, &[first.id]);
+    done(&sandbox, &restore);
+    assert_eq!(files(&workspace), before);
 }

@@ -70,10 +70,8 @@ impl Ticker {
     pub fn running(sandbox: &Sandbox, name: &str, worker: &str, script: &str) -> Self {
         let workspace = furnished(sandbox, name);
         let marks = sandbox.path().join(format!("marks-{name}-{worker}"));
-        let env = [
-            ("PATH", std::env::var("PATH").unwrap_or_default()),
-            ("MARKS", marks.to_string_lossy().into_owned()),
-        ];
+        let env =
+            [("PATH", std::env::var("PATH").unwrap_or_default()), ("MARKS", marks.to_string_lossy().into_owned())];
         let run = AgentRun {
             project: project(name),
             workspace: Some(workspace.text().into()),
@@ -128,7 +126,10 @@ impl Ticker {
 pub fn furnished(sandbox: &Sandbox, name: &str) -> Workspace {
     let workspace = sandbox.workspace(name);
     if !workspace.has("README.md") {
-        workspace.write("README.md", "# A project\n").write("src/lib.rs", "//! Empty.\n").write("src/deep/a.txt", "a\n");
+        workspace
+            .write("README.md", "# A project\n")
+            .write("src/lib.rs", "//! Empty.\n")
+            .write("src/deep/a.txt", "a\n");
     }
     workspace
 }
@@ -260,7 +261,8 @@ pub fn step_is(sandbox: &Sandbox, step: &str) -> OperationView {
 /// Gives `web/worker` ten context items and so small a token limit that the next pause archives some.
 pub fn fill_context(sandbox: &Sandbox) {
     let text = "many words that say little and are here only to be counted ".repeat(4);
-    let items = (0..10).map(|n| NewItem { kind: ItemType::Other, text: format!("{n} {text}"), pinned: false }).collect();
+    let items =
+        (0..10).map(|n| NewItem { kind: ItemType::Other, text: format!("{n} {text}"), pinned: false }).collect();
     done(sandbox, &ContextPut { target: Some(worker()), items });
     let config = ProjectConfig { token_limit: 200, ..show(sandbox).config };
     done(sandbox, &ProjectSet { project: web(), description: None, phase: None, config: Some(config) });
@@ -283,7 +285,8 @@ pub fn as_agent(sandbox: &Sandbox, token: &str) -> Client {
     client
 }
 
-/// Says whether the kernel holds a process: stopped, or in a frozen group.
+/// Says whether the kernel holds a process: stopped, waiting in vfork for a stopped child, or in a
+/// frozen group. One that runs may look so for a moment, when it waits for the disk or in vfork.
 pub fn is_held(pid: i32) -> bool {
     let frozen = || {
         let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
@@ -296,7 +299,7 @@ pub fn is_held(pid: i32) -> bool {
         let events = fs::read_to_string(PathBuf::from(mount).join(inside).join("cgroup.events")).ok()?;
         Some(events.contains("frozen 1"))
     };
-    process::state(pid) == Some('T') || frozen() == Some(true)
+    matches!(process::state(pid), Some('T' | 'D')) || frozen() == Some(true)
 }
 
 /// The project's directory inside the state directory.
@@ -324,6 +327,9 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
         refs.sort_unstable();
         assert_eq!(refs, numbers, "refs");
         assert_eq!(names(dir.join("history/history.git/pending")), Vec::<String>::new(), "drafts of snapshots");
+        let mut packs = names(dir.join("history/history.git/objects/pack"));
+        packs.retain(|name| name.ends_with(".pack"));
+        assert!(packs.len() <= numbers.len(), "packs that no checkpoint needs: {packs:?} for {numbers:?}");
     }
     let plans: Vec<String> = names(dir).into_iter().filter(|name| name.starts_with("restore-")).collect();
     assert_eq!(plans, Vec::<String>::new(), "plans of restores");
@@ -349,7 +355,7 @@ pub fn is_untouched(sandbox: &Sandbox, ticker: &Ticker, numbers: &[u64]) {
     assert_eq!(shown.operation, None);
     let agent = the_agent(sandbox);
     assert_eq!(agent.status.as_str(), "running", "{agent:?}");
-    assert!(!is_held(agent.pid.expect("it runs")));
+    wait_until(SOON, "the agent to be let go", || !is_held(agent.pid.expect("it runs")));
     ticker.runs(SOON);
     assert_eq!(archived(sandbox), 0, "a pause that failed archives nothing");
     only_these_are_left(sandbox, numbers);

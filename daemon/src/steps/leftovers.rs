@@ -33,7 +33,8 @@ pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failur
         if history.list()?.contains(&number) {
             history.remove(number)?;
         }
-        Ok(())
+        // Its pack may have its place already, and a disk that is full wants it back now.
+        history.sweep().map(drop)
     })
     .await
 }
