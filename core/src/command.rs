@@ -485,6 +485,12 @@ pub enum Effect {
         /// The safety checkpoint's number.
         safety: CheckpointNumber,
     },
+    /// Delete the plan of a restore that has ended; not before: until then it is what carries the
+    /// restore over a crash.
+    ForgetPlan {
+        /// The operation.
+        operation: OperationId,
+    },
     /// Stop watching a removed agent and delete its files.
     Forget {
         /// The agent.

@@ -4,7 +4,8 @@
 //! costs one load. It must not be used to steer behaviour outside tests.
 //!
 //! The value is a comma-separated list of `name=abort`, `name=error` or, for the n-th passage, `name@n=abort`.
-//! `abort` kills the program the way a power cut would: no destructor runs, no buffer is flushed.
+//! `abort` kills the program the way a power cut would: no destructor runs, no buffer is flushed. `stop` holds it there
+//! until somebody sends SIGCONT.
 
 use std::io;
 use std::sync::OnceLock;
@@ -19,6 +20,7 @@ pub const VARIABLE: &str = "FERMATA_FAILPOINT";
 enum Effect {
     Abort,
     Error,
+    Stop,
 }
 
 #[derive(Debug)]
@@ -41,6 +43,7 @@ fn parse(value: &str) -> Vec<Armed> {
         let effect = match effect.trim() {
             "abort" => Effect::Abort,
             "error" => Effect::Error,
+            "stop" => Effect::Stop,
             _ => return None,
         };
         let (name, passage) = match place.split_once('@') {
@@ -60,8 +63,10 @@ fn effect_of(armed: &[Armed], name: &str) -> Option<Effect> {
 
 /// Passes a failpoint where nothing can fail: an armed `abort` kills the program here, an `error` is ignored.
 pub fn hit(name: &str) {
-    if effect_of(armed(), name) == Some(Effect::Abort) {
-        abort();
+    match effect_of(armed(), name) {
+        Some(Effect::Abort) => abort(),
+        Some(Effect::Stop) => stop(),
+        Some(Effect::Error) | None => {}
     }
 }
 
@@ -73,8 +78,17 @@ pub fn check(name: &str) -> io::Result<()> {
     match effect_of(armed(), name) {
         Some(Effect::Abort) => abort(),
         Some(Effect::Error) => Err(io::Error::other(format!("failpoint {name}"))),
+        Some(Effect::Stop) => {
+            stop();
+            Ok(())
+        }
         None => Ok(()),
     }
+}
+
+fn stop() {
+    // SIGSTOP cannot be refused; whoever goes on has been sent SIGCONT.
+    let _refused = raise(Signal::SIGSTOP);
 }
 
 fn abort() -> ! {
@@ -89,9 +103,9 @@ mod tests {
 
     #[test]
     fn a_list_is_parsed_and_nonsense_is_left_out() {
-        let armed = parse("a=abort, b@3=error,c,d=later");
+        let armed = parse("a=abort, b@3=error,c,d=later,e=stop");
         let names: Vec<_> = armed.iter().map(|point| point.name.as_str()).collect();
-        assert_eq!(names, ["a", "b"]);
+        assert_eq!(names, ["a", "b", "e"]);
         assert_eq!(armed[1].passage, 3);
     }
 

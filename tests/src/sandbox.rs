@@ -143,19 +143,7 @@ impl Sandbox {
     /// When it ends instead; its log is in the text.
     #[track_caller]
     pub fn start_daemon(&mut self) {
-        assert!(self.daemon.is_none(), "the daemon of this sandbox runs already");
-        let log = File::options().create(true).append(true).open(self.log_path()).expect("open fermatad.log");
-        // The shell moves itself before it becomes the daemon: no child can escape in between.
-        let mut command = Command::new("/bin/sh");
-        match &self.group {
-            Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$1\""]).arg(group.procs_file()),
-            None => command.args(["-c", "exec \"$1\"", "-"]),
-        };
-        command.arg(binary("fermatad")).stdin(Stdio::null());
-        command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
-        self.set_env(&mut command);
-        command.envs(self.env.iter().map(|(name, value)| (name, value)));
-        let mut child = command.spawn().expect("start /bin/sh");
+        let mut child = self.spawn_daemon();
         let socket = &self.socket;
         let mut ended = None;
         wait_until(SOON, "the daemon to greet", || {
@@ -168,6 +156,33 @@ impl Sandbox {
         self.daemon = Some(child);
     }
 
+    /// Clears away a daemon that has died, starts one that is to die as well, and waits for that.
+    ///
+    /// # Panics
+    /// When it lives.
+    #[track_caller]
+    pub fn restart_to_its_death(&mut self) -> ExitStatus {
+        self.kill_daemon();
+        self.daemon = Some(self.spawn_daemon());
+        self.wait_for_daemon()
+    }
+
+    fn spawn_daemon(&self) -> Child {
+        assert!(self.daemon.is_none(), "the daemon of this sandbox runs already");
+        let log = File::options().create(true).append(true).open(self.log_path()).expect("open fermatad.log");
+        // The shell moves itself before it becomes the daemon: no child can escape in between.
+        let mut command = Command::new("/bin/sh");
+        match &self.group {
+            Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$1\""]).arg(group.procs_file()),
+            None => command.args(["-c", "exec \"$1\"", "-"]),
+        };
+        command.arg(binary("fermatad")).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
+        self.set_env(&mut command);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        command.spawn().expect("start /bin/sh")
+    }
+
     /// Returns the daemon's process id.
     ///
     /// # Panics
@@ -176,6 +191,11 @@ impl Sandbox {
     pub fn daemon_pid(&self) -> i32 {
         let child = self.daemon.as_ref().expect("the daemon of this sandbox runs");
         i32::try_from(child.id()).expect("a process id fits into 31 bits")
+    }
+
+    /// Returns all processes that the daemon and its agents are; `None` where groups cannot be made.
+    pub fn daemon_group(&self) -> Option<Vec<i32>> {
+        self.group.as_ref().map(Group::processes)
     }
 
     /// Kills the daemon with SIGKILL and waits until it is gone.
@@ -193,9 +213,18 @@ impl Sandbox {
     #[track_caller]
     pub fn stop_daemon(&mut self) -> ExitStatus {
         self.signal_daemon(Signal::SIGTERM);
+        self.wait_for_daemon()
+    }
+
+    /// Waits until the daemon has ended, for whatever reason.
+    ///
+    /// # Panics
+    /// When it does not end.
+    #[track_caller]
+    pub fn wait_for_daemon(&mut self) -> ExitStatus {
         let mut child = self.daemon.take().expect("the daemon of this sandbox runs");
         let mut ended = None;
-        wait_until(SOON, "the daemon to end after SIGTERM", || {
+        wait_until(SOON, "the daemon to end", || {
             ended = child.try_wait().expect("ask for the daemon's exit status");
             ended.is_some()
         });
@@ -213,6 +242,11 @@ impl Sandbox {
     pub fn crash_and_restart(&mut self) {
         self.kill_daemon();
         self.start_daemon();
+    }
+
+    /// Takes an environment variable from the daemons that are started from now on.
+    pub fn forget_env(&mut self, name: &str) {
+        self.env.retain(|(known, _)| known != name);
     }
 
     /// Returns everything that the daemon has logged.

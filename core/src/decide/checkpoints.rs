@@ -84,7 +84,8 @@ pub(super) fn restore_planned(
             let effect = apply_effect(run);
             Decision::events(vec![Event::RestorePlanned { operation, safety: *safety }]).then(effect)
         }
-        Err(error) => Decision::events(vec![Event::RestoreFailed { operation, error }]),
+        Err(error) => Decision::events(vec![Event::RestoreFailed { operation: operation.clone(), error }])
+            .then(Effect::ForgetPlan { operation }),
     }
 }
 
@@ -102,13 +103,14 @@ pub(super) fn restored(
     removed: u64,
 ) -> Decision {
     let Some(run) = run(project, &operation, RestoreStage::Applying) else { return Decision::default() };
-    Decision::events(vec![Event::ProjectRestored {
-        operation,
+    let restored = Event::ProjectRestored {
+        operation: operation.clone(),
         checkpoint: run.checkpoint,
         safety: run.safety,
         phase,
         tasks,
         written,
         removed,
-    }])
+    };
+    Decision::events(vec![restored]).then(Effect::ForgetPlan { operation })
 }

@@ -80,6 +80,8 @@ struct Model {
     clock: i64,
     ids: u64,
     checkpoints: BTreeSet<u64>,
+    /// Plans of restores on disk.
+    plans: BTreeSet<OperationId>,
     /// Every run that ever had processes.
     launched: BTreeMap<AgentName, BTreeSet<RunId>>,
 }
@@ -108,6 +110,7 @@ impl Model {
             clock: 1,
             ids: 0,
             checkpoints: BTreeSet::new(),
+            plans: BTreeSet::new(),
             launched: BTreeMap::new(),
         }
     }
@@ -281,10 +284,12 @@ impl Model {
                 self.tell(Command::Checkpointed { operation, outcome }).expect("not refused");
             }
             Effect::PlanRestore { operation, safety, .. } => {
+                self.plans.insert(operation.clone());
                 let outcome = if well { Ok(Box::new(self.view(safety, &operation))) } else { Err(refusal()) };
                 self.tell(Command::RestorePlanned { operation, outcome }).expect("not refused");
             }
             Effect::ApplyRestore { ref operation, .. } => {
+                assert!(self.plans.contains(operation), "a restore has lost its plan");
                 if !well {
                     self.pending.push(effect);
                     return;
@@ -297,6 +302,9 @@ impl Model {
                     removed: 0,
                 };
                 self.tell(command).expect("not refused");
+            }
+            Effect::ForgetPlan { operation } => {
+                self.plans.remove(&operation);
             }
             Effect::Forget { .. } => {}
         }

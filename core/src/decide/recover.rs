@@ -142,6 +142,7 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
                 )
                 .hint("try again");
                 decision.events.push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
+                decision.effects.push(Effect::ForgetPlan { operation: run.operation.clone() });
             }
             RestoreStage::Applying => decision.effects.push(checkpoints::apply_effect(run)),
         },

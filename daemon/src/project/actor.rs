@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::conclude::{Conclusion, conclusions};
-use super::effects::PauseWork;
+use super::effects::{PauseWork, discard};
 use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 use super::ids::NewToken;
 use super::links::Watcher;
@@ -278,34 +278,41 @@ impl Actor {
     /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
     async fn outcome(&mut self, outcome: Outcome) {
         let Outcome { command, writes, reply } = outcome;
-        let again = command.clone();
+        let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone() };
         let extras = Extras { writes, reply, ..Extras::default() };
         let Err(failure) = self.carry(command, extras).await else { return };
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
-        // The commit of a pause that cannot be written is a pause that failed.
-        let again = match again {
+        // The commit of a pause that cannot be written is a pause that failed. Its undo discards the
+        // checkpoint; the others' has no row either, and nobody else would.
+        let mut in_vain = None;
+        let again = match again.command {
             Command::PauseStepped { operation, step, took_ms, outcome: Ok(_) } => {
                 let error = failure.into_error(Code::PauseFailed);
-                Command::PauseStepped { operation, step, took_ms, outcome: Err(error) }
+                Command::PauseStepped { operation, step, took_ms, outcome: Err(error) }.into()
             }
-            Command::Checkpointed { operation, outcome: Ok(_) } => {
+            Command::Checkpointed { operation, outcome: Ok((made, _)) } => {
+                in_vain = Some(made.id);
                 let error = failure.into_error(Code::CheckpointFailed);
-                Command::Checkpointed { operation, outcome: Err(error) }
+                Command::Checkpointed { operation, outcome: Err(error) }.into()
             }
-            Command::RestorePlanned { operation, outcome: Ok(_) } => {
+            Command::RestorePlanned { operation, outcome: Ok(made) } => {
+                in_vain = Some(made.id);
                 let error = failure.into_error(Code::RestoreFailed);
-                Command::RestorePlanned { operation, outcome: Err(error) }
+                Command::RestorePlanned { operation, outcome: Err(error) }.into()
             }
-            other => other,
+            _ => again,
         };
-        if let Command::PauseStepped { outcome: Err(_), .. } = &again {
+        if let Command::PauseStepped { outcome: Err(_), .. } = &again.command {
             // Whatever the disk says, the agents do not wait for it frozen.
             self.thaw_at_once().await;
         }
-        let mailbox = self.mailbox.clone();
+        let (site, mailbox) = (self.site(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
+            if let Some(number) = in_vain {
+                discard(&site, number).await;
+            }
             tokio::time::sleep(RETRY).await;
-            drop(mailbox.send(Message::Outcome(Box::new(again.into()))).await);
+            drop(mailbox.send(Message::Outcome(Box::new(again))).await);
         });
     }
 
@@ -337,7 +344,7 @@ impl Actor {
         }
         let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
         let next = Arc::new(next);
-        self.hit_before(&decision.events);
+        hit_before(&decision.events)?;
         let state_for_reply = Arc::clone(&next);
         let commit = Commit {
             project: next.name.clone(),
@@ -397,19 +404,6 @@ impl Actor {
         }
     }
 
-    fn hit_before(&self, events: &[Event]) {
-        for event in events {
-            match event {
-                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.commit"),
-                Event::PauseFailed { .. } => crate::failpoint::hit("pause.undone"),
-                Event::ProjectResumed { .. } => crate::failpoint::hit("resume.commit"),
-                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.commit"),
-                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.commit"),
-                _ => {}
-            }
-        }
-    }
-
     fn hit_after(&self, events: &[Event]) {
         for event in events {
             match event {
@@ -419,10 +413,27 @@ impl Actor {
                 Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
                 Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
                 Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
+                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
                 _ => {}
             }
         }
     }
+}
+
+/// Failpoints before a commit; an armed `error` is a commit that cannot be written.
+fn hit_before(events: &[Event]) -> Result<(), Failure> {
+    for event in events {
+        match event {
+            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
+            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
+            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
+            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
+            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
+            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// What carrying a command out brought about.

@@ -69,6 +69,7 @@ impl Actor {
             Effect::ApplyRestore { operation, checkpoint, safety } => {
                 self.apply_restore(operation, checkpoint, safety);
             }
+            Effect::ForgetPlan { operation } => restore::forget(&self.site(), &operation),
             Effect::Forget { agent } => self.forget(&agent),
         }
     }
@@ -271,7 +272,6 @@ impl Actor {
                     Outcome { command, writes, reply: None }
                 }
                 Err(failure) => {
-                    restore::forget(&site, &operation);
                     discard(&site, safety).await;
                     let outcome = Err(failure.into_error(Code::RestoreFailed));
                     Command::RestorePlanned { operation, outcome }.into()
@@ -331,7 +331,6 @@ impl Actor {
             let writes = vec![Write::RestoreRows(applied.rows)];
             let outcome = Outcome { command, writes, reply: Some(json!(reply)) };
             drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
-            restore::forget(&site, &operation);
         });
     }
 
@@ -480,7 +479,7 @@ async fn respawn_one(
 }
 
 /// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.
-async fn discard(site: &Site, number: CheckpointNumber) {
+pub(super) async fn discard(site: &Site, number: CheckpointNumber) {
     retry("discard the checkpoint", site, |site| async move { leftovers::discard(&site, number).await }).await;
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use fermata_core::project::{ProjectState, RestoreStage};
 use fermata_protocol::CheckpointNumber;
 
 use super::{Site, blocking};
@@ -32,16 +33,19 @@ pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failur
         if history.list()?.contains(&number) {
             history.remove(number)?;
         }
-        Ok(())
+        // Its pack may have its place already, and a disk that is full wants it back now.
+        history.sweep().map(drop)
     })
     .await
 }
 
-/// Removes what earlier crashes have left of any checkpoint. Only while no checkpoint is being made.
+/// Removes what earlier crashes have left of any checkpoint, and plans of restores that have ended.
+/// Only while nothing of that is being made.
 ///
 /// # Errors
 /// When something cannot be removed; the next start tries again.
 pub async fn sweep(site: &Site) -> Result<(), Failure> {
+    sweep_plans(site).await?;
     let known: HashSet<CheckpointNumber> = rows(site).await?.into_iter().collect();
     let (dir, numbers) = (site.dirs().checkpoints(), known.clone());
     blocking("sweep unfinished checkpoints", move || {
@@ -69,6 +73,28 @@ pub async fn sweep(site: &Site) -> Result<(), Failure> {
             history.remove(number)?;
         }
         history.sweep().map(drop)
+    })
+    .await
+}
+
+/// Removes plans, drafts of them included; all but the one that is still being carried out.
+async fn sweep_plans(site: &Site) -> Result<(), Failure> {
+    let needed = match &*site.project.state {
+        ProjectState::Restoring(run) if run.stage == RestoreStage::Applying => {
+            Some(site.dirs().restore_plan(&run.operation))
+        }
+        _ => None,
+    };
+    let dir = site.dirs().root;
+    blocking("sweep plans of restores", move || {
+        for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let (path, name) = (entry.path(), entry.file_name());
+            let is_plan = name.to_str().is_some_and(|name| name.trim_start_matches('.').starts_with("restore-"));
+            if is_plan && Some(&path) != needed.as_ref() {
+                fs::remove_file(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+            }
+        }
+        Ok(())
     })
     .await
 }

@@ -36,6 +36,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)], request: &Request) ->
     });
     let mut warnings: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
     warnings.sort();
+    super::failpoint("pause.quiesced")?;
     Ok(warnings)
 }
 

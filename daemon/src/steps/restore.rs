@@ -40,6 +40,7 @@ pub async fn plan(
 ) -> Result<Made, Failure> {
     let start = Instant::now();
     super::failpoint("restore.begin")?;
+    super::validate::run(site).await?;
     check_parts(site, number).await?;
     let order = Order {
         operation: operation.clone(),

@@ -1,4 +1,4 @@
-//! The first step of a pause: is the workspace there, is there room for a checkpoint.
+//! The first step of whatever makes a checkpoint: is the workspace there, is there room.
 
 use std::path::Path;
 

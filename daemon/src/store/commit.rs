@@ -18,6 +18,7 @@ use super::writer::Durability;
 use super::{Doing, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows};
 
 /// A write that belongs to a command but not to the state that `fermata_core` holds.
+#[derive(Clone)]
 pub enum Write {
     /// The environment that an agent is started with.
     Environment(AgentName, BTreeMap<String, String>),

@@ -1,0 +1,328 @@
+//! `checkpoint.create`: what it covers, what it leaves alone, and what a failure or a crash leaves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use fermata_protocol::Code;
+use fermata_protocol::Target;
+use fermata_protocol::agent::AgentStop;
+use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
+use fermata_protocol::operation::OperationState;
+use fermata_protocol::pause::{PauseMode, ProjectPause};
+use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::workspace::fingerprint;
+use fermata_tests::{Sandbox, process};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+
+use crate::scene::*;
+
+const FAILPOINT: &str = "FERMATA_FAILPOINT";
+
+fn create() -> CheckpointCreate {
+    CheckpointCreate { project: Some(web()), name: None, description: String::new() }
+}
+
+#[test]
+fn the_users_repository_is_never_touched() {
+    let sandbox = Sandbox::start();
+    let workspace = furnished(&sandbox, "web");
+    workspace.git_init().write("src/lib.rs", "//! More.\n").git_commit("second");
+    workspace.git(&["branch", "side"]);
+    workspace.git(&["tag", "v1"]);
+    // A hook that would tell, something staged, and a rebase in the middle.
+    workspace.write(".git/hooks/post-commit", "#!/bin/sh\ntouch ran\n").write("staged.txt", "staged\n");
+    workspace.git(&["add", "staged.txt"]);
+    workspace.write(".git/rebase-merge/head-name", "refs/heads/main\n");
+    Ticker::start(&sandbox);
+    let git = workspace.path().join(".git");
+    let before = fingerprint(&git);
+    for round in 0..20 {
+        workspace.write("src/lib.rs", format!("//! Round {round}.\n"));
+        let made = checkpoint(&sandbox);
+        assert_eq!(made.metadata.repository.as_ref().map(serde_json::Value::is_object), Some(true), "{made:?}");
+        assert_eq!(made.metadata.warnings, Vec::<String>::new());
+    }
+    assert_eq!(fingerprint(&git), before, "after 20 checkpoints");
+    done(&sandbox, &AgentStop { target: Target::project(web()), grace_ms: Some(0) });
+    wait_until(SOON, "the agent to end", || the_agent(&sandbox).status.is_terminal());
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 3, dry_run: false });
+    assert_eq!(workspace.read("src/lib.rs"), "//! Round 2.\n");
+    assert_eq!(fingerprint(&git), before, "after a restore");
+    assert!(!workspace.has("ran"));
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_project_without_git_has_checkpoints_too() {
+    let sandbox = Sandbox::start();
+    let workspace = furnished(&sandbox, "web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    let first = checkpoint(&sandbox);
+    assert_eq!((first.id, first.metadata.files), (1, 3));
+    assert_eq!(first.metadata.repository, None);
+    assert!(!workspace.has(".git"));
+    workspace.write("README.md", "# Later\n");
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    assert_eq!(workspace.read("README.md"), "# A project\n");
+    assert!(!workspace.has(".git"));
+    only_these_are_left(&sandbox, &[1, 2]);
+}
+
+#[test]
+fn an_empty_workspace_can_be_saved_and_restored() {
+    let sandbox = Sandbox::start();
+    let workspace = sandbox.workspace("web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    checkpoint(&sandbox);
+    workspace.write("a/b.txt", "new\n");
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    assert!(!workspace.has("a"));
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_blip_lets_everybody_go_on() {
+    let sandbox = Sandbox::start();
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
+    for _ in 0..5 {
+        let made = done(&sandbox, &create());
+        assert!(made.frozen_ms > 0.0, "{made:?}");
+        for one in [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")] {
+            one.runs(SOON);
+        }
+    }
+    is_untouched(&sandbox, &ticker, &[1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn a_checkpoint_of_a_paused_project_keeps_it_paused() {
+    let sandbox = Sandbox::start();
+    let ticker = Ticker::start(&sandbox);
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    checkpoint(&sandbox);
+    ticker.stands_still();
+    assert!(is_held(the_agent(&sandbox).pid.expect("it is there")));
+    only_these_are_left(&sandbox, &[1, 2]);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_pause_that_comes_during_a_checkpoint_waits_for_it() {
+    let sandbox = Sandbox::builder().env(FAILPOINT, "checkpoint.captured=stop").start();
+    let ticker = Ticker::start(&sandbox);
+    let (mut one, mut other) = (sandbox.rpc(), sandbox.rpc());
+    std::thread::scope(|scope| {
+        let saving = scope.spawn(move || one.call(&create()));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        let pause = ProjectPause { project: web(), reason: None, mode: PauseMode::Freeze, grace_ms: None };
+        let pausing = scope.spawn(move || other.call(&pause));
+        sandbox.signal_daemon(nix::sys::signal::Signal::SIGCONT);
+        saving.join().expect("an answer").expect("a checkpoint");
+        pausing.join().expect("an answer").expect("a pause");
+    });
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1, 2]);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+fn fails_cleanly(failpoint: &str, config: &str) {
+    let sandbox = Sandbox::builder().config(config).env(FAILPOINT, &format!("{failpoint}=error")).start();
+    let ticker = Ticker::start(&sandbox);
+    let refusal = refused(&sandbox, &create());
+    assert!([Code::CheckpointFailed, Code::PauseFailed].contains(&refusal.code), "{failpoint}: {refusal:?}");
+    assert_eq!(operations(&sandbox)[0].state, OperationState::Failed);
+    is_untouched(&sandbox, &ticker, &[]);
+    let made = checkpoint(&sandbox);
+    is_untouched(&sandbox, &ticker, &[made.id]);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_checkpoint_that_fails_leaves_nothing_and_everybody_runs() {
+    for failpoint in ["pause.validate", "pause.freeze", "pause.frozen", "checkpoint.begin", "history.pack.written"] {
+        fails_cleanly(failpoint, BY_GROUP);
+    }
+}
+
+#[test]
+fn a_checkpoint_that_fails_late_leaves_nothing_either() {
+    for failpoint in ["checkpoint.captured", "checkpoint.placed", "history.ref.before", "checkpoint.sealed"] {
+        fails_cleanly(failpoint, BY_GROUP);
+    }
+    fails_cleanly("checkpoint.sealed", BY_SIGNALS);
+}
+
+#[test]
+fn a_checkpoint_whose_row_cannot_be_written_leaves_nothing_either() {
+    fails_cleanly("checkpoint.commit", BY_GROUP);
+}
+
+fn crash(failpoint: &str, config: &str, numbers: &[u64]) {
+    let config = format!("[pause]\nlease_ms = 1000\n{config}");
+    let mut sandbox = Sandbox::builder().config(&config).env(FAILPOINT, &format!("{failpoint}=abort")).start();
+    let ticker = Ticker::start(&sandbox);
+    let answer = sandbox.rpc().call(&create());
+    assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    ticker.runs(SOON);
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    settled(&sandbox);
+    is_untouched(&sandbox, &ticker, numbers);
+    checkpoint(&sandbox);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_daemon_that_dies_in_a_blip_leaves_nothing_and_everybody_runs() {
+    for failpoint in ["pause.frozen", "checkpoint.begin", "checkpoint.captured"] {
+        crash(failpoint, BY_GROUP, &[]);
+    }
+}
+
+#[test]
+fn a_daemon_that_dies_after_a_blip_leaves_nothing_or_a_whole_checkpoint() {
+    for failpoint in ["checkpoint.placed", "history.ref.created", "checkpoint.commit"] {
+        crash(failpoint, BY_GROUP, &[]);
+    }
+    crash("checkpoint.committed", BY_GROUP, &[1]);
+    crash("checkpoint.sealed", BY_SIGNALS, &[]);
+}
+
+/// A small file system of its own, gone at the end.
+struct SmallDisk {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl SmallDisk {
+    fn mount(size: &str) -> Self {
+        let dir = tempfile::tempdir().expect("a directory to mount on");
+        let options = format!("size={size},mode=0700");
+        mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).expect("mount");
+        Self { path: dir.path().to_owned(), _dir: dir }
+    }
+
+    fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Fills it, all but so many bytes.
+    fn fill(&self, leave: usize) -> PathBuf {
+        let ballast = self.path.join("ballast");
+        let free = nix::sys::statvfs::statvfs(&self.path).expect("look for free space");
+        let bytes = usize::try_from(free.blocks_available() * free.fragment_size()).expect("it is small");
+        fs::write(&ballast, vec![0_u8; bytes.saturating_sub(leave)]).expect("fill the disk");
+        ballast
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        umount2(&self.path, MntFlags::MNT_DETACH).expect("unmount");
+    }
+}
+
+#[test]
+fn a_restore_for_which_there_is_no_room_goes_on_when_there_is() {
+    let disk = SmallDisk::mount("12m");
+    let sandbox = Sandbox::start();
+    let workspace = fermata_tests::Workspace::at(disk.path().join("ws"));
+    workspace.write(".gitignore", "ballast\n").write("large.bin", vec![7_u8; 4 << 20]).write("small.txt", "small\n");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    checkpoint(&sandbox);
+    workspace.remove("large.bin").write("small.txt", "changed\n").write("new.txt", "new\n");
+    let ballast = disk.fill(1 << 20);
+
+    let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    assert!(refusal.message.contains("No space left"), "{refusal:?}");
+    assert_eq!(status(&sandbox).as_str(), "restoring");
+    fs::remove_file(&ballast).expect("free the disk");
+    settled(&sandbox);
+    assert_eq!(status(&sandbox).as_str(), "init");
+    assert_eq!(workspace.read("small.txt"), "small\n");
+    assert_eq!(fs::metadata(workspace.path().join("large.bin")).expect("it is back").len(), 4 << 20);
+    assert!(!workspace.has("new.txt"));
+    only_these_are_left(&sandbox, &[1, 2]);
+}
+
+/// Pauses with so little space left; whatever comes of it, nothing stays frozen or half done.
+fn pause_on_a_full_disk(leave: usize) {
+    // Dropped after the sandbox, whose daemon has it open.
+    let disk = SmallDisk::mount("24m");
+    let sandbox = Sandbox::builder()
+        .config("[pause]\ndisk_floor_bytes = 0\nlease_ms = 1500\n")
+        .env("FERMATA_STATE_DIR", disk.path().to_str().expect("a temporary path is ASCII"))
+        .start();
+    let ticker = Ticker::start(&sandbox);
+    // Random bytes: nothing compresses them.
+    let mut noise = vec![0_u8; 4 << 20];
+    let mut random = fs::File::open("/dev/urandom").expect("open urandom");
+    std::io::Read::read_exact(&mut random, &mut noise).expect("read urandom");
+    sandbox.workspace("web").write("noise.bin", &noise);
+    let ballast = disk.fill(leave);
+
+    let answer =
+        sandbox.rpc().call(&ProjectPause { project: web(), reason: None, mode: PauseMode::Freeze, grace_ms: Some(50) });
+    let refusal = refusal(answer).expect_err("there is no room");
+    ticker.runs(SOON);
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    wait_until(SOON, &format!("the agent to be let go after {refusal:?}"), || !is_held(pid));
+    assert_eq!(checkpoints(&sandbox), Vec::<u64>::new());
+
+    fs::remove_file(&ballast).expect("free the disk");
+    settled(&sandbox);
+    assert_eq!(status(&sandbox).as_str(), "active");
+    let left: Vec<_> = fs::read_dir(disk.path().join("projects/web/checkpoints"))
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|entry| entry.path())
+        .collect();
+    assert_eq!(left, Vec::<PathBuf>::new(), "what could not be written is gone");
+    pause(&sandbox, PauseMode::Freeze).expect("pause when there is room again");
+    ticker.stands_still();
+    all_verify(&sandbox);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_pause_on_a_disk_without_any_room_fails_and_the_agent_runs() {
+    pause_on_a_full_disk(0);
+}
+
+#[test]
+fn a_pause_on_a_disk_that_fills_up_meanwhile_fails_and_the_agent_runs() {
+    pause_on_a_full_disk(1 << 20);
+}
+
+#[test]
+fn a_checkpoint_below_the_disk_floor_is_refused_before_anybody_is_frozen() {
+    let sandbox = Sandbox::builder().config("[pause]\ndisk_floor_bytes = 1000000000000000\n").start();
+    let ticker = Ticker::start(&sandbox);
+    assert_eq!(refused(&sandbox, &create()).code, Code::DiskFull);
+    assert_eq!(pause(&sandbox, PauseMode::Freeze).expect_err("no room").code, Code::DiskFull);
+    is_untouched(&sandbox, &ticker, &[]);
+}
+
+#[test]
+fn what_a_checkpoint_skips_is_told() {
+    let sandbox = Sandbox::start();
+    let workspace = furnished(&sandbox, "web");
+    workspace.write(".gitignore", "ignored/\n").write("ignored/big.bin", "x").write("nested/.git/HEAD", "ref: x\n");
+    workspace.write("nested/file.txt", "covered\n");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text(), "--max-file-size", "1KiB"]);
+    workspace.write("large.bin", vec![7_u8; 4096]);
+    checkpoint(&sandbox);
+    let shown = done(&sandbox, &CheckpointShow { project: web(), checkpoint: 1 });
+    let skipped: Vec<&str> = shown.skipped.iter().map(|one| one.path.as_str()).collect();
+    assert!(skipped.contains(&"large.bin"), "{skipped:?}");
+    workspace.write("nested/file.txt", "changed\n");
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    assert_eq!(workspace.read("nested/file.txt"), "covered\n");
+    // What a checkpoint does not hold, a restore does not remove.
+    assert!(workspace.has("large.bin") && workspace.has("ignored/big.bin") && workspace.has("nested/.git/HEAD"));
+}

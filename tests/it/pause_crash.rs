@@ -1,0 +1,470 @@
+//! A pause whose daemon dies, fails or stands still at any instant: the project is then active or
+//! paused, never between, and no agent waits frozen for a daemon that is gone.
+
+use std::time::Duration;
+
+use fermata_protocol::agent::AgentStatus;
+use fermata_protocol::operation::{OperationKind, OperationState};
+use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::project::ProjectStatus;
+use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::{Sandbox, process};
+use nix::sys::signal::Signal;
+
+use crate::scene::*;
+
+const FAILPOINT: &str = "FERMATA_FAILPOINT";
+
+/// How long a freeze outlives its daemon in these tests.
+const LEASE: Duration = Duration::from_millis(1500);
+
+/// How long after the end of a lease an agent has to leave marks; machines are busy.
+const AFTER_LEASE: Duration = Duration::from_secs(3);
+
+fn bed(freezer: &str, failpoint: &str) -> Sandbox {
+    let config = format!("[pause]\nlease_ms = {}\ngrace_ms = 50\n{freezer}", LEASE.as_millis());
+    Sandbox::builder().config(&config).env(FAILPOINT, failpoint).start()
+}
+
+/// An agent with context to archive and an older checkpoint, so that everything has a past.
+fn start(sandbox: &Sandbox) -> Ticker {
+    let ticker = Ticker::start(sandbox);
+    fill_context(sandbox);
+    assert_eq!(checkpoint(sandbox).id, 1);
+    sandbox.workspace("web").write("src/lib.rs", "//! Changed since.\n");
+    ticker
+}
+
+/// Where a crash leaves a project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum After {
+    /// It was not committed.
+    Active,
+    /// It was committed; whether the freeze was made permanent is another matter.
+    Paused,
+    /// It was committed and made permanent.
+    Held,
+}
+
+fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
+    let mut sandbox = bed(freezer, failpoint);
+    let ticker = start(&sandbox);
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+
+    let answer = pause_at_risk(&sandbox, mode);
+    assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+
+    // Without any daemon.
+    match after {
+        After::Active | After::Paused => ticker.runs(LEASE + AFTER_LEASE),
+        After::Held => ticker.stands_still(),
+    }
+
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    let shown = settled(&sandbox);
+    let pauses: Vec<_> = operations(&sandbox).into_iter().filter(|o| o.kind == OperationKind::Pause).collect();
+    match after {
+        After::Active => {
+            assert!(pauses.iter().all(|pause| pause.state == OperationState::Failed), "{pauses:?}");
+            assert_eq!(the_agent(&sandbox).pid, Some(pid));
+            is_untouched(&sandbox, &ticker, &[1]);
+            let again = pause(&sandbox, PauseMode::Freeze).expect("pause after a crash");
+            ticker.stands_still();
+            only_these_are_left(&sandbox, &[1, again.checkpoint_id]);
+        }
+        After::Paused | After::Held => {
+            assert_eq!(shown.project.status, ProjectStatus::Paused);
+            assert!(pauses.iter().all(|pause| pause.state == OperationState::Succeeded), "{pauses:?}");
+            only_these_are_left(&sandbox, &[1, 2]);
+            assert!(archived(&sandbox) > 0);
+        }
+    }
+    if mode == PauseMode::Freeze {
+        assert!(is_held(pid));
+        assert_eq!(the_agent(&sandbox).pid, Some(pid));
+    } else if after != After::Active {
+        wait_until(SOON, "the parked agent to be gone", || !process::is_alive(pid));
+        assert_eq!(the_agent(&sandbox).pid, None);
+    }
+    assert_eq!(the_agent(&sandbox).status, AgentStatus::Paused);
+    ticker.stands_still();
+    all_verify(&sandbox);
+    let resumed = resume(&sandbox).expect("resume");
+    let rung = if mode == PauseMode::Freeze || after == After::Active { Rung::Thawed } else { Rung::Respawned };
+    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [rung], "{resumed:?}");
+    ticker.runs(SOON);
+}
+
+/// One test per instant, so that they run side by side.
+macro_rules! crashes {
+    ($($name:ident: $failpoint:literal, $mode:ident, $after:ident;)*) => {
+        $(mod $name {
+            use super::*;
+
+            #[test]
+            fn a_daemon_that_dies_here_leaves_nothing_half_done_in_a_group() {
+                crash(BY_GROUP, $failpoint, PauseMode::$mode, After::$after);
+            }
+
+            #[test]
+            fn a_daemon_that_dies_here_leaves_nothing_half_done_by_signals() {
+                crash(BY_SIGNALS, $failpoint, PauseMode::$mode, After::$after);
+            }
+        })*
+    };
+}
+
+// What a checkpoint passes too is passed for the second time: `start` has made one.
+crashes! {
+    at_started: "pause.started=abort", Freeze, Active;
+    at_validate: "pause.validate@2=abort", Freeze, Active;
+    at_quiesce: "pause.quiesce=abort", Freeze, Active;
+    at_quiesced: "pause.quiesced=abort", Freeze, Active;
+    at_plan_flash_save: "pause.plan_flash_save=abort", Freeze, Active;
+    at_checkpoint_begin: "checkpoint.begin@2=abort", Freeze, Active;
+    at_pack_written: "history.pack.written@2=abort", Freeze, Active;
+    at_captured: "checkpoint.captured@2=abort", Freeze, Active;
+    at_placed: "checkpoint.placed@2=abort", Freeze, Active;
+    at_pack_moved: "history.pack.moved@3=abort", Freeze, Active;
+    at_index_moved: "history.pack.moved@4=abort", Freeze, Active;
+    at_ref_before: "history.ref.before@2=abort", Freeze, Active;
+    at_ref_created: "history.ref.created@2=abort", Freeze, Active;
+    at_sealed: "checkpoint.sealed@2=abort", Freeze, Active;
+    at_commit: "pause.commit=abort", Freeze, Active;
+    at_undoing: "checkpoint.sealed@2=error,pause.undoing=abort", Freeze, Active;
+    at_undo_thaw: "checkpoint.sealed@2=error,undo.thaw=abort", Freeze, Active;
+    at_undo_discard: "checkpoint.sealed@2=error,undo.discard=abort", Freeze, Active;
+    at_undone: "checkpoint.sealed@2=error,pause.undone=abort", Freeze, Active;
+    at_committed: "pause.committed=abort", Freeze, Paused;
+    at_held: "pause.held=abort", Freeze, Held;
+    at_committed_to_park: "pause.committed=abort", Park, Paused;
+    at_held_to_park: "pause.held=abort", Park, Held;
+    at_parked: "pause.parked=abort", Park, Held;
+    at_commit_to_park: "pause.commit=abort", Park, Active;
+}
+
+// The blip of a checkpoint passes these too, where there is one.
+mod at_freeze {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_dies_here_leaves_nothing_half_done_in_a_group() {
+        crash(BY_GROUP, "pause.freeze@2=abort", PauseMode::Freeze, After::Active);
+    }
+
+    #[test]
+    fn a_daemon_that_dies_here_leaves_nothing_half_done_by_signals() {
+        crash(BY_SIGNALS, "pause.freeze=abort", PauseMode::Freeze, After::Active);
+    }
+}
+
+mod at_frozen {
+    use super::*;
+
+    #[test]
+    fn a_daemon_that_dies_here_leaves_nothing_half_done_in_a_group() {
+        crash(BY_GROUP, "pause.frozen@2=abort", PauseMode::Freeze, After::Active);
+    }
+
+    #[test]
+    fn a_daemon_that_dies_here_leaves_nothing_half_done_by_signals() {
+        crash(BY_SIGNALS, "pause.frozen=abort", PauseMode::Freeze, After::Active);
+    }
+}
+
+/// Pauses with an error injected; nothing of it may stay. Then pauses in earnest.
+fn fails_cleanly(freezer: &str, failpoint: &str) {
+    let sandbox = bed(freezer, failpoint);
+    let ticker = start(&sandbox);
+    let refusal = pause(&sandbox, PauseMode::Freeze).expect_err(failpoint);
+    is_failure(&refusal);
+    assert!(refusal.message.contains("failpoint"), "the cause is told: {refusal:?}");
+    is_untouched(&sandbox, &ticker, &[1]);
+    let again = pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1, again.checkpoint_id]);
+    assert!(archived(&sandbox) > 0);
+    all_verify(&sandbox);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+macro_rules! errors {
+    ($($name:ident: $failpoint:literal;)*) => {
+        $(mod $name {
+            use super::*;
+
+            #[test]
+            fn a_pause_that_fails_here_is_undone_in_a_group() {
+                fails_cleanly(BY_GROUP, $failpoint);
+            }
+
+            #[test]
+            fn a_pause_that_fails_here_is_undone_by_signals() {
+                // Without a blip the first checkpoint does not pass these.
+                let failpoint = $failpoint.replace("freeze@2", "freeze").replace("frozen@2", "frozen");
+                fails_cleanly(BY_SIGNALS, &failpoint);
+            }
+        })*
+    };
+}
+
+errors! {
+    error_at_validate: "pause.validate@2=error";
+    error_at_quiesce: "pause.quiesce=error";
+    error_at_quiesced: "pause.quiesced=error";
+    error_at_freeze: "pause.freeze@2=error";
+    error_at_frozen: "pause.frozen@2=error";
+    error_at_plan_flash_save: "pause.plan_flash_save=error";
+    error_at_checkpoint_begin: "checkpoint.begin@2=error";
+    error_at_pack_written: "history.pack.written@2=error";
+    error_at_captured: "checkpoint.captured@2=error";
+    error_at_placed: "checkpoint.placed@2=error";
+    error_at_pack_moved: "history.pack.moved@3=error";
+    error_at_index_moved: "history.pack.moved@4=error";
+    error_at_ref_before: "history.ref.before@2=error";
+    error_at_sealed: "checkpoint.sealed@2=error";
+    error_at_commit: "pause.commit=error";
+    error_while_undoing: "checkpoint.sealed@2=error,undo.thaw=error,undo.discard=error,pause.undone=error";
+}
+
+#[test]
+fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease() {
+    stands_still_in_mid_pause(BY_GROUP, "checkpoint.sealed@2=stop");
+}
+
+#[test]
+fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease_by_signals() {
+    stands_still_in_mid_pause(BY_SIGNALS, "checkpoint.sealed@2=stop");
+}
+
+#[test]
+fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease() {
+    stands_still_in_mid_pause(BY_GROUP, "pause.frozen@2=stop");
+}
+
+#[test]
+fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease_by_signals() {
+    stands_still_in_mid_pause(BY_SIGNALS, "pause.frozen=stop");
+}
+
+fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
+    let sandbox = bed(freezer, failpoint);
+    let ticker = start(&sandbox);
+    let refusal = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        ticker.runs(LEASE + AFTER_LEASE);
+        sandbox.signal_daemon(Signal::SIGCONT);
+        pausing.join().expect("an answer").expect_err("a freeze that has ended proves nothing")
+    });
+    is_failure(&refusal);
+    settled(&sandbox);
+    is_untouched(&sandbox, &ticker, &[1]);
+    pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
+    ticker.stands_still();
+}
+
+#[test]
+fn a_daemon_that_is_told_to_end_in_mid_pause_undoes_it_first() {
+    let mut sandbox = bed(BY_GROUP, "");
+    let ticker = Ticker::running(&sandbox, "web", "worker", &format!("trap '' TSTP; {TICK}"));
+    let answer = std::thread::scope(|scope| {
+        let mut client = sandbox.rpc();
+        let pausing = scope.spawn(move || {
+            client.call(&fermata_protocol::pause::ProjectPause {
+                project: web(),
+                reason: None,
+                mode: PauseMode::Freeze,
+                grace_ms: Some(20_000),
+            })
+        });
+        step_is(&sandbox, "quiesce");
+        sandbox.signal_daemon(Signal::SIGTERM);
+        pausing.join().expect("an answer or a broken connection")
+    });
+    assert!(answer.is_err(), "{answer:?}");
+    sandbox.wait_for_daemon();
+    ticker.runs(SOON);
+    sandbox.start_daemon();
+    settled(&sandbox);
+    is_untouched(&sandbox, &ticker, &[]);
+}
+
+#[test]
+fn two_crashes_in_a_row_during_the_undo_are_survived() {
+    let mut sandbox = bed(BY_GROUP, "undo.thaw=abort,checkpoint.sealed@2=error");
+    let ticker = start(&sandbox);
+    pause_at_risk(&sandbox, PauseMode::Freeze).expect_err("the daemon was to die");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    // The next one dies in its recovery, before or after it greets.
+    let died = sandbox.restart_to_its_death();
+    assert!(!died.success());
+    ticker.runs(LEASE + AFTER_LEASE);
+    sandbox.forget_env(FAILPOINT);
+    sandbox.start_daemon();
+    settled(&sandbox);
+    is_untouched(&sandbox, &ticker, &[1]);
+}
+
+/// Kills the daemon in a resume: the next one brings the agent back, once.
+fn crash_in_a_resume(failpoint: &str, mode: PauseMode) {
+    let mut sandbox = bed(BY_GROUP, failpoint);
+    let ticker = Ticker::start(&sandbox);
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    pause(&sandbox, mode).expect("pause");
+    let answer = sandbox.rpc().call(&fermata_protocol::pause::ProjectResume { project: web(), checkpoint: None });
+    assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    let shown = settled(&sandbox);
+    assert_eq!(shown.project.status, ProjectStatus::Active, "{shown:?}");
+    ticker.runs(SOON);
+    let agent = the_agent(&sandbox);
+    assert_eq!(agent.status, AgentStatus::Running);
+    if mode == PauseMode::Freeze {
+        assert_eq!((agent.pid, agent.runs), (Some(pid), 1));
+    }
+    // Of all runs one is alive: another would leave marks in the pause.
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    ticker.stands_still();
+    all_verify(&sandbox);
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_resume_whose_daemon_dies_goes_on_under_the_next_one() {
+    for failpoint in ["resume.started", "resume.thawed", "resume.commit"] {
+        crash_in_a_resume(&format!("{failpoint}=abort"), PauseMode::Freeze);
+    }
+}
+
+#[test]
+fn a_resume_of_a_parked_project_whose_daemon_dies_goes_on_under_the_next_one() {
+    for failpoint in ["resume.started", "launch.before@2", "launch.after@2", "resume.commit"] {
+        crash_in_a_resume(&format!("{failpoint}=abort"), PauseMode::Park);
+    }
+}
+
+#[test]
+fn a_resume_that_cannot_be_written_down_at_once_is_written_down_later() {
+    let sandbox = bed(BY_GROUP, "resume.commit=error");
+    let ticker = Ticker::start(&sandbox);
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    let resumed = resume(&sandbox).expect("resume");
+    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Thawed]);
+    is_untouched(&sandbox, &ticker, &[1]);
+}
+
+#[test]
+fn an_agent_whose_start_fails_late_does_not_run_on_unseen() {
+    let sandbox = bed(BY_GROUP, "launch.after@2=error");
+    let ticker = Ticker::start(&sandbox);
+    pause(&sandbox, PauseMode::Park).expect("pause");
+    let resumed = resume(&sandbox).expect("an answer");
+    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Failed], "{resumed:?}");
+    assert!(!resumed.success);
+    ticker.stands_still();
+    assert!(the_agent(&sandbox).status.is_terminal());
+    assert_eq!(status(&sandbox), ProjectStatus::Failed);
+}
+
+#[test]
+fn a_pause_that_is_cancelled_in_the_middle_of_its_checkpoint_leaves_nothing() {
+    let sandbox = bed(BY_GROUP, "");
+    let ticker = Ticker::start(&sandbox);
+    let workspace = sandbox.workspace("web");
+    for n in 0..2_000 {
+        workspace.write(&format!("many/{}/{n}.txt", n % 10), format!("{n}\n"));
+    }
+    let (cancelled, answer) = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        let operation = step_is(&sandbox, "checkpoint").id;
+        let cancelled = sandbox.rpc().call(&fermata_protocol::operation::OperationCancel { operation_id: operation });
+        (cancelled, pausing.join().expect("an answer"))
+    });
+    match refusal(cancelled) {
+        Ok(operation) => {
+            assert_eq!(operation.state, OperationState::Cancelled);
+            assert_eq!(answer.expect_err("cancelled").code, fermata_protocol::Code::OperationCancelled);
+            is_untouched(&sandbox, &ticker, &[]);
+        }
+        // The machine was faster than the test: then the pause stands whole.
+        Err(_) => {
+            let paused = answer.expect("it was not cancelled");
+            ticker.stands_still();
+            only_these_are_left(&sandbox, &[paused.checkpoint_id]);
+        }
+    }
+}
+
+#[test]
+fn a_pause_whose_caller_goes_away_goes_on() {
+    let sandbox = bed(BY_GROUP, "");
+    let ticker = Ticker::running(&sandbox, "web", "worker", &format!("trap '' TSTP; {TICK}"));
+    let mut caller = sandbox.ctl_command(&["pause", "web", "--grace", "500ms"]).spawn().expect("start fermatactl");
+    step_is(&sandbox, "quiesce");
+    caller.kill().expect("kill the caller");
+    caller.wait().expect("reap the caller");
+    let shown = settled(&sandbox);
+    assert_eq!(shown.project.status, ProjectStatus::Paused);
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1]);
+}
+
+#[test]
+fn a_pause_that_was_committed_before_the_crash_answers_a_repeated_call() {
+    let mut sandbox = bed(BY_GROUP, "pause.committed=abort");
+    let ticker = Ticker::start(&sandbox);
+    let call = |sandbox: &Sandbox| {
+        let params = serde_json::json!({ "project": "web", "idempotency_key": "lunch-1" });
+        let serde_json::Value::Object(params) = params else { unreachable!("it is one") };
+        sandbox.rpc().call_raw("project.pause", params, |_| {})
+    };
+    call(&sandbox).expect_err("the daemon was to die");
+    wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    let answer = call(&sandbox).expect("the answer that got lost");
+    assert_eq!((&answer["success"], &answer["checkpoint_id"]), (&true.into(), &1.into()), "{answer}");
+    ticker.stands_still();
+    only_these_are_left(&sandbox, &[1]);
+}
+
+#[test]
+fn a_shim_that_dies_in_mid_pause_leaves_a_project_that_can_be_used() {
+    let sandbox = bed(BY_GROUP, "checkpoint.captured=stop");
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK);
+    let other = Ticker::running(&sandbox, "web", "second", TICK);
+    let agents = show(&sandbox).agents;
+    let pid = agents.iter().find(|agent| agent.name == crate::scene::agent("worker")).and_then(|agent| agent.pid);
+    let shim = process::parent(pid.expect("it runs")).expect("it has a parent");
+    std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), Signal::SIGKILL).expect("kill the shim");
+        wait_until(SOON, "the shim to die", || !process::is_alive(shim));
+        sandbox.signal_daemon(Signal::SIGCONT);
+        // With one agent less, or not at all.
+        pausing.join().expect("an answer").ok();
+    });
+    let shown = settled(&sandbox);
+    wait_until(SOON, "what the shim left to end", || !process::is_alive(pid.expect("it ran")));
+    ticker.stands_still();
+    match shown.project.status {
+        ProjectStatus::Paused => {
+            other.stands_still();
+            assert!(resume(&sandbox).is_ok());
+        }
+        status => assert_eq!(status, ProjectStatus::Active),
+    }
+    other.runs(SOON);
+    wait_until(SOON, "the loss to be told", || {
+        show(&sandbox).agents.iter().any(|agent| agent.status == AgentStatus::Interrupted)
+    });
+    assert_eq!(status(&sandbox), ProjectStatus::Active);
+}
