@@ -150,7 +150,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::ProjectPaused { checkpoint, result, agents, .. } => {
             for name in agents {
                 change(project, name, |agent| {
-                    if agent.is_alive() {
+                    if agent.state == AgentState::Running {
                         agent.state = AgentState::Held(Held::Frozen);
                     }
                 });

@@ -64,36 +64,46 @@ fn aimed<'a>(project: &'a Project, name: Option<&AgentName>) -> Result<Vec<&'a A
 }
 
 pub(super) fn stop(project: &Project, name: Option<AgentName>, grace_ms: Option<u64>) -> Result<Decision, Refusal> {
+    end(project, name, |agent| Some(grace_ms.unwrap_or(agent.spec.stop_grace_ms)))
+}
+
+pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decision, Refusal> {
+    end(project, name, |_| None)
+}
+
+/// Ends agents, with the grace that each is given, or without any.
+fn end(
+    project: &Project,
+    name: Option<AgentName>,
+    grace: impl Fn(&Agent) -> Option<u64>,
+) -> Result<Decision, Refusal> {
     let mut decision = Decision::default();
     for agent in aimed(project, name.as_ref())? {
         decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });
-        match agent.state {
+        let (name, run) = (agent.name.clone(), run_id(agent));
+        match (&agent.state, grace(agent)) {
             // Its processes are gone already: there is nothing to wait for.
-            AgentState::Held(Held::Parked) => decision.events.push(parked_end(agent)),
+            (AgentState::Held(Held::Parked), _) => decision.events.push(parked_end(agent)),
             // There is nothing to signal yet; `launched` stops it.
-            AgentState::Starting => {}
-            _ => decision.effects.push(Effect::Stop {
-                agent: agent.name.clone(),
-                run: run_id(agent),
-                grace_ms: grace_ms.unwrap_or(agent.spec.stop_grace_ms),
-            }),
+            (AgentState::Starting, _) => {}
+            // A grace thaws, and old memory must not run over restored files.
+            (_, Some(grace_ms)) if !files_are_older(project) => {
+                decision.effects.push(Effect::Stop { agent: name, run, grace_ms });
+            }
+            _ => decision.effects.push(Effect::Kill { agent: name, run }),
         }
     }
     Ok(decision)
 }
 
-pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decision, Refusal> {
-    let mut decision = Decision::default();
-    for agent in aimed(project, name.as_ref())? {
-        match agent.state {
-            AgentState::Held(Held::Parked) => decision.events.push(parked_end(agent)),
-            AgentState::Starting => {
-                decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });
-            }
-            _ => decision.effects.push(Effect::Kill { agent: agent.name.clone(), run: run_id(agent) }),
-        }
+/// Says whether files were, or are being, restored under processes that are frozen.
+fn files_are_older(project: &Project) -> bool {
+    match &*project.state {
+        ProjectState::Restoring(_) => true,
+        ProjectState::Paused(paused) => paused.restored.is_some(),
+        ProjectState::Resuming(run) => run.paused.restored.is_some(),
+        ProjectState::Resting(_) | ProjectState::Pausing(_) => false,
     }
-    Ok(decision)
 }
 
 /// A parked agent that is given up: there is no exit status to report.

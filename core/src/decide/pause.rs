@@ -128,11 +128,11 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
         .filter(|(name, session)| project.agents.get(name).is_some_and(|agent| agent.session.as_ref() != Some(session)))
         .map(|(agent, session)| Event::AgentSessionFound { agent, session });
     let mut events: Vec<Event> = sessions.collect();
-    // An agent that ended before the freeze is not held: there is nothing to bring back.
+    // An agent that has ended, or that somebody stops meanwhile, is not held: the stop stands.
     let agents: Vec<AgentName> = sealed
         .agents
         .into_iter()
-        .filter(|name| project.agents.get(name).is_some_and(|agent| agent.is_alive()))
+        .filter(|name| project.agents.get(name).is_some_and(|agent| agent.state == AgentState::Running))
         .collect();
     events.push(Event::ProjectPaused {
         checkpoint: sealed.checkpoint,

@@ -26,6 +26,20 @@ pub(super) fn begin(
     };
     // A checkpoint beside it reads the workspace, which the agents are about to change.
     refuse_while_moving(project)?;
+    // Prepared from an earlier look at the project: an agent may have been parked since.
+    let unprepared = |agent: &Agent| match agent.state {
+        AgentState::Held(held) => {
+            !respawn.contains_key(&agent.name) && (held == Held::Parked || parks(paused.mode))
+        }
+        _ => false,
+    };
+    if let Some(agent) = project.agents.values().find(|agent| unprepared(agent)) {
+        return Err(Refusal::new(
+            Code::OperationInProgress,
+            format!("agent '{}' of project '{}' has just been parked", agent.name, project.name),
+        )
+        .hint("try again"));
+    }
     let mut events = vec![Event::ResumeStarted { operation: operation.clone() }];
     let effect = bring_back(project, &operation, paused, Prepared { respawn, unstarted: &[] }, &mut events);
     Ok(Decision::events(events).then(effect))

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use fermata_core::agent::{AgentState, Held};
 use fermata_core::command::{Command, Effect};
 use fermata_core::project::{Course, ProjectState};
 use fermata_core::redact::Secrets;
@@ -23,7 +24,7 @@ use crate::errors::Failure;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site};
+use crate::steps::{Cancel, HistoryCell, Link, Site, freeze};
 use crate::store::Durability;
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
@@ -229,12 +230,25 @@ impl Actor {
             Message::Linked { agent, run, link } => {
                 let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run());
                 if current == Some(&run) {
-                    self.links.insert(agent, Link { run, shim: link });
+                    self.links.insert(agent.clone(), Link { run: run.clone(), shim: link });
+                    self.hold_again(agent, run).await;
                 }
             }
+            Message::Thawed { agent, run } => self.hold_again(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
         true
+    }
+
+    /// Paused stays paused: what was committed as held is held, whatever has happened to its lease.
+    async fn hold_again(&self, agent: AgentName, run: RunId) {
+        let held = matches!(&*self.project.state, ProjectState::Paused(_))
+            && self.project.agents.get(&agent).is_some_and(|found| {
+                found.current_run() == Some(&run) && found.state == AgentState::Held(Held::Frozen)
+            });
+        if held {
+            freeze::hold(&self.site(), &[(agent, run)]).await;
+        }
     }
 
     /// Begins to end: a pause is undone, so that no agent stays frozen for a daemon that is gone;
@@ -277,8 +291,10 @@ impl Actor {
 
     /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
     async fn outcome(&mut self, outcome: Outcome) {
-        let Outcome { command, writes, reply } = outcome;
-        let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone() };
+        let Outcome { command, writes, reply, tokens } = outcome;
+        self.keep_tokens(tokens);
+        let again =
+            Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens: Vec::new() };
         let extras = Extras { writes, reply, ..Extras::default() };
         let Err(failure) = self.carry(command, extras).await else { return };
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
@@ -316,7 +332,11 @@ impl Actor {
         });
     }
 
+    /// Keeps the tokens of runs that may be launched next; those of runs that never came go.
     fn keep_tokens(&mut self, tokens: Vec<NewToken>) {
+        let project = Arc::clone(&self.project);
+        let current = |run: &RunId| project.agents.values().any(|agent| agent.current_run() == Some(run));
+        self.tokens.retain(|run, _| current(run));
         self.tokens.extend(tokens.into_iter().map(|new| (new.run, new.token)));
     }
 

@@ -121,7 +121,7 @@ impl Actor {
                 Err(failure) => (Err(failure.into_error(Code::PauseFailed)), Vec::new()),
             };
             let command = Command::PauseStepped { operation, step, took_ms: ms_since(start), outcome };
-            drop(mailbox.send(Message::Outcome(Box::new(Outcome { command, writes, reply: None }))).await);
+            drop(mailbox.send(Message::Outcome(Box::new(Outcome { command, writes, reply: None, tokens: Vec::new() }))).await);
         };
         self.step = Some(self.services.tracker.spawn(task));
     }
@@ -249,7 +249,7 @@ impl Actor {
                     };
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let command = Command::Checkpointed { operation, outcome: Ok((Box::new(made.view), frozen_ms)) };
-                    Outcome { command, writes, reply: Some(json!(result)) }
+                    Outcome { command, writes, reply: Some(json!(result)), tokens: Vec::new() }
                 }
                 Err(failure) => {
                     let error = failure.into_error(Code::CheckpointFailed);
@@ -269,7 +269,7 @@ impl Actor {
                 Ok(made) => {
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
-                    Outcome { command, writes, reply: None }
+                    Outcome { command, writes, reply: None, tokens: Vec::new() }
                 }
                 Err(failure) => {
                     discard(&site, safety).await;
@@ -329,7 +329,7 @@ impl Actor {
                 drop(mailbox.send(Message::Await(operation.clone(), answer)).await);
             }
             let writes = vec![Write::RestoreRows(applied.rows)];
-            let outcome = Outcome { command, writes, reply: Some(json!(reply)) };
+            let outcome = Outcome { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
             drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
         });
     }

@@ -68,11 +68,13 @@ pub struct Outcome {
     pub writes: Vec<Write>,
     /// The reply of the operation that it ends, where there is more to say than its event does.
     pub reply: Option<Value>,
+    /// Tokens of the runs that it may begin.
+    pub tokens: Vec<NewToken>,
 }
 
 impl From<Command> for Outcome {
     fn from(command: Command) -> Self {
-        Self { command, writes: Vec::new(), reply: None }
+        Self { command, writes: Vec::new(), reply: None, tokens: Vec::new() }
     }
 }
 
@@ -103,6 +105,13 @@ pub enum Message {
         run: RunId,
         /// The link.
         link: Arc<ShimLink>,
+    },
+    /// A freeze has ended by itself.
+    Thawed {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
     },
     /// End: undo a pause that is under way, then answer.
     Shutdown(oneshot::Sender<()>),

@@ -11,7 +11,7 @@ use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::handle::Message;
+use super::handle::{Message, Outcome};
 use super::ids::new_run;
 use crate::errors::chain;
 use crate::os::process;
@@ -50,6 +50,10 @@ impl Watcher {
                 // that lost its daemon needs no more than this.
                 Some(ShimEvent::LeaseExpired {}) => {
                     tracing::warn!(agent = %self.agent, "a freeze ended by itself: nobody renewed it");
+                    let message = Message::Thawed { agent: self.agent.clone(), run: self.run.clone() };
+                    if self.mailbox.send(message).await.is_err() {
+                        return;
+                    }
                 }
                 Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
                 None => match self.link_again().await {
@@ -79,20 +83,21 @@ impl Watcher {
     }
 
     async fn tell_end(&self, record: &ExitRecord) {
-        let (new, _) = new_run();
-        self.send(Command::RunEnded {
+        // Used when the agent is being restarted.
+        let (new, token) = new_run();
+        let command = Command::RunEnded {
             agent: self.agent.clone(),
             run: self.run.clone(),
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
-        })
-        .await;
+        };
+        self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
 
-    async fn send(&self, command: Command) {
+    async fn send(&self, outcome: Outcome) {
         // The mailbox is gone only when the daemon ends; the next one reads the same records.
-        drop(self.mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+        drop(self.mailbox.send(Message::Outcome(Box::new(outcome))).await);
     }
 
     /// Finds out why the link broke; returns a new one while the shim lives.
@@ -116,7 +121,8 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
-        self.send(Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail }).await;
+        let lost = Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail };
+        self.send(lost.into()).await;
         None
     }
 }

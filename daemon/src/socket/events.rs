@@ -26,7 +26,7 @@ pub(super) async fn list(connection: &Connection, params: EventsList) -> Result<
         Some(cursor) => Cursor::parse(cursor, store.id())?,
         None => store.read(events::oldest).await.map_err(|e| Failure::fault("read events", &e))?,
     };
-    let limit = params.limit.unwrap_or(200).min(MAX_PAGE);
+    let limit = params.limit.unwrap_or(200).clamp(1, MAX_PAGE);
     let mut page = page(store, after, &params.filter, limit).await?;
     // A rare kind may be far on: an empty page with more behind it is read on.
     while page.events.is_empty() && page.more {

@@ -56,12 +56,15 @@ pub async fn run(
     end_older_runs(site, agent, run).await.map_err(|failure| failure.to_string())?;
     let spec = spec(site, agent, run, token, comes_back).await.map_err(|failure| failure.to_string())?;
     super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
-    let launched = launch(&site.services.programs.shim, &spec).await.map_err(|error| match error {
+    let launched = match launch(&site.services.programs.shim, &spec).await {
+        Ok(launched) => launched,
         // The shim's own sentence is the one for people.
-        LaunchError::Refused { message, .. } => message,
-        other => chain(&other),
-    })?;
-    super::failpoint("launch.after").map_err(|failure| failure.to_string())?;
+        Err(LaunchError::Refused { message, .. }) => return Err(message),
+        Err(other) => return Err(give_up(site, agent, &spec, chain(&other)).await),
+    };
+    if let Err(failure) = super::failpoint("launch.after") {
+        return Err(give_up(site, agent, &spec, failure.to_string()).await);
+    }
     let link = ShimLink::connect(&spec.socket).await.ok();
     let processes = RunProcesses {
         pid: launched.agent.pid,
@@ -72,6 +75,15 @@ pub async fn run(
         mechanism: mechanism(launched.mechanism),
     };
     Ok(Started { processes, link })
+}
+
+/// Ends a launch of which nobody knows how far it came: a run that is told to have failed must not
+/// go on unseen.
+async fn give_up(site: &Site, agent: &AgentName, spec: &LaunchSpec, reason: String) -> String {
+    if let Err(failure) = end_run(site, &spec.run_dir).await {
+        tracing::error!(project = %site.project.name, %agent, %failure, "end a run that nobody can reach");
+    }
+    reason
 }
 
 /// Translates the shim's word for the mechanism into the wire's.

@@ -25,8 +25,9 @@ pub enum Durability {
     Power,
 }
 
-/// A job answers by itself: with its own error at once, with its result after the commit.
-type Job = Box<dyn FnOnce(&Connection) -> Answer + Send>;
+/// A job answers by itself: with its own error, or with its result after the commit. Without a
+/// connection it is not run, and answers that its transaction is gone.
+type Job = Box<dyn FnOnce(Option<&Connection>) -> Answer + Send>;
 type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
 
 struct Queued {
@@ -57,13 +58,15 @@ impl Writer {
         let queue = queue.ok_or(StoreError::Closed)?;
         let (reply, answered) = oneshot::channel();
         let job: Job = Box::new(move |connection| {
-            let result = catch_unwind(AssertUnwindSafe(|| in_savepoint(connection, job)));
+            let result = match connection {
+                Some(connection) => in_savepoint(connection, job),
+                None => Err(StoreError::Commit("the transaction was rolled back by the database".into())),
+            };
             Box::new(move |committed| {
                 let answer = match (result, committed) {
-                    (Err(_panic), _) => Err(StoreError::Commit("the job panicked and was undone".into())),
-                    (Ok(Err(error)), _) => Err(error),
-                    (Ok(Ok(_)), Err(error)) => Err(StoreError::Commit(error)),
-                    (Ok(Ok(value)), Ok(())) => Ok(value),
+                    (Err(error), _) => Err(error),
+                    (Ok(_), Err(error)) => Err(StoreError::Commit(error)),
+                    (Ok(value), Ok(())) => Ok(value),
                 };
                 // A caller that no longer waits has lost interest, not the fact.
                 drop(reply.send(answer));
@@ -83,13 +86,18 @@ impl Writer {
     }
 }
 
-/// Runs one job so that its failure undoes its own changes alone.
+/// Runs one job so that its failure, or its panic, undoes its own changes alone.
 fn in_savepoint<T>(
     connection: &Connection,
     job: impl FnOnce(&Connection) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
     connection.execute_batch("SAVEPOINT job").doing("begin a write")?;
-    let result = job(connection);
+    let result = catch_unwind(AssertUnwindSafe(|| job(connection)))
+        .unwrap_or_else(|_| Err(StoreError::Commit("the job panicked and was undone".into())));
+    if connection.is_autocommit() {
+        // A full disk or a failing one makes SQLite roll the whole transaction back by itself.
+        return result.and(Err(StoreError::Commit("the transaction was rolled back by the database".into())));
+    }
     let end = if result.is_ok() { "RELEASE job" } else { "ROLLBACK TO job; RELEASE job" };
     connection.execute_batch(end).doing("end a write")?;
     result
@@ -105,19 +113,13 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
             batch.push(next);
         }
         let needed = batch.iter().map(|queued| queued.durability).max().unwrap_or(Durability::Power);
-        let answers = match begin(connection, needed, &mut synced) {
-            Ok(()) => {
-                let answers: Vec<Answer> = batch.into_iter().map(|queued| (queued.job)(connection)).collect();
-                let committed = commit(connection);
-                (answers, committed)
-            }
+        let (answers, committed) = match begin(connection, needed, &mut synced) {
+            Ok(()) => run_batch(connection, batch),
             Err(error) => {
                 tracing::error!(error = %error, "the database takes no transaction");
-                // Dropping the jobs answers their callers with `Closed`.
-                continue;
+                (batch.into_iter().map(|queued| (queued.job)(None)).collect(), Err(error.to_string()))
             }
         };
-        let (answers, committed) = answers;
         if committed.is_ok() {
             announce(connection, wake);
         }
@@ -125,6 +127,22 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
             answer(committed.clone());
         }
     }
+}
+
+/// Runs the jobs of a batch and commits. Once SQLite has rolled the transaction back by itself,
+/// every later statement would commit on its own: nothing more of the batch is run then.
+fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<Answer>, Result<(), String>) {
+    let mut answers: Vec<Answer> = Vec::with_capacity(batch.len());
+    for queued in batch {
+        let alive = !connection.is_autocommit();
+        answers.push((queued.job)(alive.then_some(connection)));
+    }
+    let committed = if connection.is_autocommit() {
+        Err("the transaction was rolled back by the database, most likely because the disk is full".to_owned())
+    } else {
+        commit(connection)
+    };
+    (answers, committed)
 }
 
 fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -> Result<(), rusqlite::Error> {
