@@ -326,3 +326,21 @@ fn what_a_checkpoint_skips_is_told() {
     // What a checkpoint does not hold, a restore does not remove.
     assert!(workspace.has("large.bin") && workspace.has("ignored/big.bin") && workspace.has("nested/.git/HEAD"));
 }
+
+#[test]
+fn a_blip_that_ends_early_is_no_checkpoint_of_a_standing_project() {
+    let config = "[pause]\nlease_ms = 500\n";
+    let sandbox = Sandbox::builder().config(config).env(FAILPOINT, "checkpoint.captured=stop").start();
+    let ticker = Ticker::start(&sandbox);
+    let mut client = sandbox.rpc();
+    let answer = std::thread::scope(|scope| {
+        let saving = scope.spawn(move || client.call(&create()));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        ticker.runs(SOON);
+        sandbox.signal_daemon(nix::sys::signal::Signal::SIGCONT);
+        saving.join().expect("an answer")
+    });
+    let refusal = refusal(answer).expect_err("the agent ran meanwhile");
+    assert!(refusal.message.contains("did not stay frozen"), "{refusal:?}");
+    is_untouched(&sandbox, &ticker, &[]);
+}

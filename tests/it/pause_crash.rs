@@ -468,3 +468,24 @@ fn a_shim_that_dies_in_mid_pause_leaves_a_project_that_can_be_used() {
     });
     assert_eq!(status(&sandbox), ProjectStatus::Active);
 }
+
+#[test]
+fn a_freeze_that_ends_early_is_told_as_such_and_not_as_a_cancellation() {
+    let config = "[pause]\nlease_ms = 300\ngrace_ms = 50\n";
+    let sandbox = Sandbox::builder().config(config).env(FAILPOINT, "checkpoint.begin=stop").start();
+    let ticker = Ticker::start(&sandbox);
+    let workspace = sandbox.workspace("web");
+    for n in 0..3_000 {
+        workspace.write(&format!("many/{}/{n}.txt", n % 10), format!("{n}\n"));
+    }
+    let refusal = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        ticker.runs(SOON);
+        sandbox.signal_daemon(Signal::SIGCONT);
+        pausing.join().expect("an answer").expect_err("a freeze that has ended proves nothing")
+    });
+    is_failure(&refusal);
+    assert_eq!(operations(&sandbox)[0].state, OperationState::Failed);
+    is_untouched(&sandbox, &ticker, &[]);
+}

@@ -387,7 +387,11 @@ async fn run_pause_step(
                 reason: run.reason.clone(),
                 frozen: true,
             };
-            return pause_checkpoint(site, &order, &mut work, &runs).await;
+            let made = pause_checkpoint(site, &order, &mut work, &runs).await;
+            return made.map_err(|failure| match &work.renewer {
+                Some(renewer) => renewer.cause(failure),
+                None => failure,
+            });
         }
     }
     done
@@ -440,7 +444,7 @@ async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Re
         let frozen = freeze::run(site, runs).await;
         let renewer = Renewer::start(site, runs.to_vec());
         let captured = match &frozen {
-            Ok(_) => checkpoint::capture(site, &order, &Vec::new(), now).await,
+            Ok(_) => capture_frozen(site, &order, runs, now).await.map_err(|failure| renewer.cause(failure)),
             Err(failure) => Err(failure.clone()),
         };
         drop(renewer);
@@ -460,6 +464,18 @@ async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Re
         made.warnings.push("the agents ran on while the workspace was read: only signals could stop them".into());
     }
     Ok((made, frozen_ms))
+}
+
+/// Captures and proves that nobody ran meanwhile: an expired lease cannot be renewed.
+async fn capture_frozen(
+    site: &Site,
+    order: &Order,
+    runs: &[AgentRun],
+    now: fermata_protocol::UnixMillis,
+) -> Result<checkpoint::Captured, Failure> {
+    let captured = checkpoint::capture(site, order, &Vec::new(), now).await?;
+    freeze::renew(site, runs).await?;
+    Ok(captured)
 }
 
 async fn respawn_one(

@@ -1,5 +1,6 @@
 //! Freezes trees under a lease, renews it, holds it, thaws.
 
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use fermata_protocol::pause::Mechanism;
@@ -89,6 +90,7 @@ pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failu
 /// Renews leases for as long as it lives.
 pub struct Renewer {
     task: JoinHandle<()>,
+    lost: Arc<OnceLock<Failure>>,
 }
 
 impl Renewer {
@@ -96,18 +98,27 @@ impl Renewer {
     pub fn start(site: &Site, runs: Vec<(AgentName, RunId)>) -> Self {
         let site = site.clone();
         let pace = Duration::from_millis(site.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
+        let lost = Arc::new(OnceLock::new());
+        let tell = Arc::clone(&lost);
         let task = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(pace).await;
                 if let Err(failure) = renew(&site, &runs).await {
                     // The step that works meanwhile renews once more before it reports, and fails there.
                     tracing::warn!(project = %site.project.name, %failure, "a freeze has ended early");
+                    tell.get_or_init(|| failure);
                     site.cancel.cancel();
                     return;
                 }
             }
         });
-        Self { task }
+        Self { task, lost }
+    }
+
+    /// Returns why what works under the freeze failed: because the freeze ended, or of itself. Work
+    /// that this has cut short says only that it was cancelled.
+    pub fn cause(&self, failure: Failure) -> Failure {
+        self.lost.get().cloned().unwrap_or(failure)
     }
 }
 
