@@ -25,26 +25,28 @@ use crate::store::rows;
 pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<String>, Failure> {
     let services = projects.services();
     let stored = services.store.read(rows::load_all).await.map_err(|e| Failure::fault("load the projects", &e))?;
-    sweep_removed(services, &stored);
+    let mut report = sweep_removed(services, &stored);
     let each = stored.into_iter().map(|project| {
         let projects = Arc::clone(projects);
         async move { one(&projects, project, operations).await }
     });
-    let mut report: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
+    report.extend(side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten());
     report.sort();
     Ok(report)
 }
 
-/// Removes directories of projects that were removed: a crash may have come in between.
-fn sweep_removed(services: &Services, stored: &[Project]) {
+/// Sweeps what removals have put aside. A directory that the database does not know is left alone:
+/// where the database was lost or replaced by an older one, it holds the checkpoints.
+fn sweep_removed(services: &Services, stored: &[Project]) -> Vec<String> {
     let dir = services.paths.state.join("projects");
-    let Ok(entries) = std::fs::read_dir(&dir) else { return };
-    for entry in entries.flatten() {
-        let known = entry.file_name().to_str().is_some_and(|name| stored.iter().any(|p| p.name.as_str() == name));
-        if !known && let Err(error) = std::fs::remove_dir_all(entry.path()) {
-            tracing::warn!(path = %entry.path().display(), %error, "what a removed project left stays");
-        }
-    }
+    leftovers::sweep_aside(&dir);
+    let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
+    let known = |name: &str| stored.iter().any(|project| project.name.as_str() == name);
+    let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+    names
+        .filter(|name| !name.starts_with('.') && !known(name))
+        .map(|name| format!("{name}: the database knows no such project; its files are left in {}", dir.display()))
+        .collect()
 }
 
 async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<String> {
@@ -56,6 +58,7 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
     if let Err(failure) = leftovers::sweep(&site).await {
         report.push(format!("{name}: {failure}"));
     }
+    leftovers::sweep_aside(&site.dirs().agents());
     for agent in site.project.agents.values() {
         let Some(run) = &agent.run else { continue };
         if let Err(failure) = launch::end_older_runs(&site, &agent.name, &run.id).await {
@@ -83,7 +86,7 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
         let (respawn, tokens) = respawns(&site).await;
         let command = Command::Recover { agents: observed, respawn };
         if let Err(failure) = actor.recover(command, tokens).await {
-            report.push(format!("{name}: {failure}"));
+            report.push(format!("{name}: {failure}; it is tried again"));
         }
     } else {
         for command in ends(&site.project, observed) {

@@ -41,6 +41,9 @@ pub const ALREADY_RUNNING: i32 = 75;
 /// How long the end waits for what is under way.
 const LEAVING: Duration = Duration::from_secs(20);
 
+/// How long the last pauses may take, when agents are parked at the end.
+const PARKING: Duration = Duration::from_secs(60);
+
 /// Why the daemon could not start.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -126,10 +129,12 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     let paths = options.paths.clone();
     prepare_directories(&paths)?;
     let holder = format!("fermatad, pid {}", std::process::id());
-    let _lock = StateLock::acquire(&paths.state.join("lock"), &holder).map_err(|error| match error {
+    let lock = StateLock::acquire(&paths.state.join("lock"), &holder).map_err(|error| match error {
         LockError::Held { holder, .. } => StartError::AlreadyRunning { path: paths.state.clone(), holder },
         other => StartError::Lock(other),
     })?;
+    // Held to the very end of the process: work on blocking threads may outlast everything here.
+    Box::leak(Box::new(lock));
     let signals = take_signals().map_err(StartError::Signals)?;
     // A thousand agents have a thousand links; the agents themselves get the caller's limits.
     if let Err(error) = limits::raise_open_files() {
@@ -288,7 +293,8 @@ fn take_signals() -> std::io::Result<mpsc::Receiver<Signal>> {
 /// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM: nothing after
 /// the SIGTERM is read any more, so it is no wish to resume.
 async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>) {
-    let mut held: Vec<(ProjectName, OperationId)> = Vec::new();
+    let held: Arc<tokio::sync::Mutex<Vec<(ProjectName, OperationId)>>> = Arc::default();
+    let mut tasks = tokio::task::JoinSet::new();
     while let Some(signal) = signals.recv().await {
         match signal {
             Signal::Reload => {
@@ -302,15 +308,32 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
                 }
                 notify(&[sd_notify::NotifyState::Ready]);
             }
-            Signal::PauseAll => held.extend(pause_all(daemon, PauseMode::Freeze, "SIGTSTP to the daemon").await),
-            Signal::ResumeAll => resume_all(daemon, std::mem::take(&mut held)).await,
+            // Tasks of their own, in the order of the signals: a SIGTERM is read meanwhile.
+            Signal::PauseAll => {
+                let (daemon, held) = (Arc::clone(daemon), Arc::clone(&held));
+                tasks.spawn(async move {
+                    let mut held = held.lock().await;
+                    held.extend(pause_all(&daemon, PauseMode::Freeze, "SIGTSTP to the daemon").await);
+                });
+            }
+            Signal::ResumeAll => {
+                let (daemon, held) = (Arc::clone(daemon), Arc::clone(&held));
+                tasks.spawn(async move {
+                    let mut held = held.lock().await;
+                    resume_all(&daemon, std::mem::take(&mut *held)).await;
+                });
+            }
             Signal::Status => log_status(daemon),
             Signal::End => break,
         }
     }
     if daemon.projects.services().settings().on_shutdown == OnShutdown::Park {
-        pause_all(daemon, PauseMode::Park, "the daemon was told to end").await;
+        let parking = pause_all(daemon, PauseMode::Park, "the daemon was told to end");
+        if tokio::time::timeout(PARKING, parking).await.is_err() {
+            tracing::warn!("not every project could be parked in time");
+        }
     }
+    tasks.shutdown().await;
 }
 
 /// Pauses every active project side by side; returns those that are paused now by it.

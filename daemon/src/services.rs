@@ -10,7 +10,7 @@ use fermata_protocol::context::ItemType;
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::{AgentName, OperationId, ProjectName, RunId, Target, UnixMillis};
 use serde::Serialize;
-use tokio::sync::{broadcast, mpsc, watch};
+use tokio::sync::{Semaphore, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -20,6 +20,9 @@ use crate::plugins::Plugins;
 use crate::profile::Profiles;
 use crate::store::{Store, StoreError, rows};
 use crate::tokens::TokenCounter;
+
+/// How many snapshots, comparisons and verifications run at the same time.
+const HEAVY: usize = 8;
 
 /// The programs that the daemon starts.
 #[derive(Debug, Clone)]
@@ -62,6 +65,9 @@ pub struct Services {
     pub progress: broadcast::Sender<ProgressNote>,
     /// Every task that has to be joined at the end.
     pub tracker: TaskTracker,
+    /// How much work on snapshots runs at the same time: more would take every blocking thread from
+    /// the queries that everybody else waits for.
+    pub heavy: Semaphore,
     /// Cancelled when the daemon ends.
     pub stopping: CancellationToken,
     /// The kernel's boot id.
@@ -90,6 +96,7 @@ impl Services {
             channels: Channels::default(),
             progress: broadcast::channel(256).0,
             tracker: TaskTracker::new(),
+            heavy: Semaphore::new(HEAVY),
             stopping: CancellationToken::new(),
             boot_id,
             settings: RwLock::new(Arc::new(settings)),
@@ -185,13 +192,23 @@ impl ProjectDirs {
         self.root.join(format!("restore-{operation}.json"))
     }
 
+    /// The files of all agents.
+    pub fn agents(&self) -> PathBuf {
+        self.root.join("agents")
+    }
+
+    /// The files of an agent.
+    pub fn agent(&self, agent: &AgentName) -> PathBuf {
+        self.agents().join(agent.as_str())
+    }
+
     /// The runs of an agent.
-    pub fn runs(&self, agent: &fermata_protocol::AgentName) -> PathBuf {
-        self.root.join("agents").join(agent.as_str()).join("runs")
+    pub fn runs(&self, agent: &AgentName) -> PathBuf {
+        self.agent(agent).join("runs")
     }
 
     /// One run of an agent.
-    pub fn run(&self, agent: &fermata_protocol::AgentName, run: &RunId) -> PathBuf {
+    pub fn run(&self, agent: &AgentName, run: &RunId) -> PathBuf {
         self.runs(agent).join(run.as_str())
     }
 }

@@ -72,11 +72,7 @@ pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decisio
 }
 
 /// Ends agents, with the grace that each is given, or without any.
-fn end(
-    project: &Project,
-    name: Option<AgentName>,
-    grace: impl Fn(&Agent) -> Option<u64>,
-) -> Result<Decision, Refusal> {
+fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Option<u64>) -> Result<Decision, Refusal> {
     let mut decision = Decision::default();
     for agent in aimed(project, name.as_ref())? {
         decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });

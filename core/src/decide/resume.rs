@@ -28,9 +28,7 @@ pub(super) fn begin(
     refuse_while_moving(project)?;
     // Prepared from an earlier look at the project: an agent may have been parked since.
     let unprepared = |agent: &Agent| match agent.state {
-        AgentState::Held(held) => {
-            !respawn.contains_key(&agent.name) && (held == Held::Parked || parks(paused.mode))
-        }
+        AgentState::Held(held) => !respawn.contains_key(&agent.name) && (held == Held::Parked || parks(paused.mode)),
         _ => false,
     };
     if let Some(agent) = project.agents.values().find(|agent| unprepared(agent)) {

@@ -122,10 +122,14 @@ impl Actor {
     /// Carries out what recovery decides, before any command is taken.
     ///
     /// # Errors
-    /// When it cannot be persisted.
+    /// When it cannot be persisted now; it is tried again once the actor lives.
     pub async fn recover(&mut self, command: Command, tokens: Vec<NewToken>) -> Result<(), Failure> {
-        self.keep_tokens(tokens);
-        self.carry(command, Extras::default()).await.map(drop)
+        self.keep_tokens(tokens.clone());
+        let Err(failure) = self.carry(command.clone(), Extras::default()).await else { return Ok(()) };
+        let outcome = Outcome { tokens, ..command.into() };
+        // The mailbox is empty: nobody has the handle yet.
+        drop(self.mailbox.try_send(Message::Outcome(Box::new(outcome))));
+        Err(failure)
     }
 
     /// Returns what a step needs to know now.

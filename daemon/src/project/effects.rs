@@ -121,7 +121,11 @@ impl Actor {
                 Err(failure) => (Err(failure.into_error(Code::PauseFailed)), Vec::new()),
             };
             let command = Command::PauseStepped { operation, step, took_ms: ms_since(start), outcome };
-            drop(mailbox.send(Message::Outcome(Box::new(Outcome { command, writes, reply: None, tokens: Vec::new() }))).await);
+            drop(
+                mailbox
+                    .send(Message::Outcome(Box::new(Outcome { command, writes, reply: None, tokens: Vec::new() })))
+                    .await,
+            );
         };
         self.step = Some(self.services.tracker.spawn(task));
     }
@@ -336,14 +340,14 @@ impl Actor {
 
     fn forget(&mut self, agent: &AgentName) {
         self.links.remove(agent);
-        let dir = self.services.project_dirs(&self.project.name).root.join("agents").join(agent.as_str());
-        self.services.tracker.spawn_blocking(move || {
-            if let Err(error) = std::fs::remove_dir_all(&dir)
-                && error.kind() != std::io::ErrorKind::NotFound
-            {
-                tracing::warn!(dir = %dir.display(), %error, "what a removed agent left stays");
+        let site = self.site();
+        // Put aside at once, so that a new agent of the same name finds a place of its own.
+        match leftovers::put_aside(&site.dirs().agent(agent)) {
+            Ok(aside) => {
+                self.services.tracker.spawn_blocking(move || leftovers::remove_aside(aside));
             }
-        });
+            Err(error) => tracing::warn!(%agent, %error, "what a removed agent left stays"),
+        }
     }
 }
 

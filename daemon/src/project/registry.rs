@@ -16,7 +16,7 @@ use super::handle::{ProjectHandle, Tell, View};
 use crate::errors::Failure;
 use crate::os::process;
 use crate::services::{self, Services};
-use crate::steps::{blocking, validate};
+use crate::steps::{blocking, leftovers, validate};
 use crate::store::commit::{Commit, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, checkpoints};
@@ -82,8 +82,10 @@ impl Projects {
                 .into());
         }
         let workspace = params.workspace.clone();
+        let (state, runtime) = (self.services.paths.state.clone(), self.services.paths.runtime.clone());
         let resolved = blocking("look at the workspace", move || {
             validate::workspace_is_usable(Path::new(&workspace))?;
+            validate::lies_apart(Path::new(&workspace), &[&state, &runtime])?;
             // Resolved once: a link that is turned later must not move the project.
             std::fs::canonicalize(&workspace).map_err(|e| Failure::fault("resolve the workspace", &e))
         })
@@ -101,6 +103,7 @@ impl Projects {
             source: params.source,
             config: params.config.unwrap_or_default(),
         };
+        self.make_room(&params.name).await?;
         let now = services::now();
         let Some(project) = apply::create(&params.name, &event, now) else {
             return Err(Refusal::new(Code::InternalError, "a project was not made by its first event").into());
@@ -123,6 +126,23 @@ impl Projects {
         let (actor, handle) = Actor::new(Arc::clone(&self.services), project);
         self.start(actor, handle);
         Ok(written.reply.unwrap_or(Value::Null))
+    }
+
+    /// Puts files aside that a project of the same name has left and the database does not know: the
+    /// new project counts its checkpoints from 1.
+    async fn make_room(&self, name: &ProjectName) -> Result<(), Failure> {
+        let dir = self.services.project_dirs(name).root;
+        blocking("look for files of an earlier project", move || {
+            let mut aside = dir.clone().into_os_string();
+            aside.push(format!(".unknown-{}", crate::os::clock::unix_ms()));
+            match std::fs::rename(&dir, &aside) {
+                Ok(()) => tracing::warn!(aside = ?aside, "files of a project that the database does not know"),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Failure::fault(&format!("put {} aside", dir.display()), &error)),
+            }
+            Ok(())
+        })
+        .await
     }
 
     /// Removes a project, its checkpoints and its files; the workspace stays.
@@ -149,11 +169,10 @@ impl Projects {
         let reply = handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await?;
         self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let dir = self.services.project_dirs(name).root;
-        blocking("remove the project's files", move || match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(Failure::fault(&format!("remove {}", dir.display()), &error))
-            }
-            _ => Ok(()),
+        blocking("remove the project's files", move || {
+            let aside = leftovers::put_aside(&dir);
+            leftovers::remove_aside(aside.map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))?);
+            Ok(())
         })
         .await?;
         Ok(reply)

@@ -164,9 +164,16 @@ pub(super) async fn refuse(mut stream: UnixStream, refusal: Refusal) {
 /// Serves a connection until either side ends it.
 pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daemon: &Arc<Daemon>) {
     let services = daemon.projects.services();
-    let who = match auth::identify(&credentials, &services.settings(), &daemon.projects) {
-        Ok(peer) => peer,
-        Err(refusal) => return refuse(stream, refusal).await,
+    let (settings, projects) = (services.settings(), Arc::clone(&daemon.projects));
+    // Groups may be looked up over a network, and ancestors are read from /proc.
+    let identified = tokio::task::spawn_blocking(move || auth::identify(&credentials, &settings, &projects)).await;
+    let who = match identified {
+        Ok(Ok(peer)) => peer,
+        Ok(Err(refusal)) => return refuse(stream, refusal).await,
+        Err(error) => {
+            tracing::error!(%error, "a peer could not be identified");
+            return;
+        }
     };
     let (reader, writer) = stream.into_split();
     let (out, lines) = mpsc::channel(OUT_QUEUE);

@@ -9,7 +9,8 @@ use tokio::task::JoinHandle;
 
 use super::{Site, side_by_side};
 use crate::errors::{Failure, chain};
-use crate::shim::link::LinkError;
+use crate::os::process;
+use crate::shim::link::{LinkError, read_exit, read_run};
 use crate::shim::record;
 use crate::shim::wire::RefusalCode;
 
@@ -52,17 +53,35 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
                 }
                 frozen.agents.push(agent);
             }
-            Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
-            Err(error) => failed = Some((agent, error)),
+            Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
+            Err(error) => failed = Some((agent, chain(&error))),
         }
     }
+    // A run without a link may be alive all the same, for instance while its link is made anew.
+    let unlinked = |(agent, run): &&(AgentName, RunId)| site.links.get(agent).is_none_or(|link| link.run != *run);
+    if let Some((agent, _)) = runs.iter().filter(unlinked).find(|(agent, _)| !has_ended(site, agent, runs)) {
+        failed = Some((agent.clone(), "its shim cannot be reached".to_owned()));
+    }
     if let Some((agent, error)) = failed {
-        let message = format!("agent '{agent}' could not be frozen: {}", chain(&error));
+        let message = format!("agent '{agent}' could not be frozen: {error}");
         return Err(Refusal::new(Code::PauseFailed, message).hint("try again, or stop the agent").into());
     }
     frozen.agents.sort();
     super::failpoint("pause.frozen")?;
     Ok(frozen)
+}
+
+/// Says whether a run whose link is closed has ended: its exit is recorded, or its shim is gone.
+/// A link may break while the agent runs on, and then nobody may say that it stands still.
+fn has_ended(site: &Site, agent: &AgentName, runs: &[(AgentName, RunId)]) -> bool {
+    let Some((_, run)) = runs.iter().find(|(name, _)| name == agent) else { return true };
+    let run_dir = site.dirs().run(agent, run);
+    if read_exit(&run_dir).is_ok_and(|exit| exit.is_some()) {
+        return true;
+    }
+    let alive = |record: record::RunRecord| process::is_alive(record.shim).unwrap_or(true);
+    !read_run(&run_dir).ok().flatten().is_some_and(alive)
 }
 
 /// Renews the lease of every run once.
@@ -77,7 +96,8 @@ pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failu
     });
     for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
         match result {
-            Ok(()) | Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Ok(()) | Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
             Err(error) => {
                 let message = format!("agent '{agent}' did not stay frozen: {}", chain(&error));
                 return Err(Refusal::new(Code::PauseFailed, message).into());

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use fermata_core::project::{ProjectState, RestoreStage};
 use fermata_protocol::CheckpointNumber;
@@ -97,6 +97,45 @@ async fn sweep_plans(site: &Site) -> Result<(), Failure> {
         Ok(())
     })
     .await
+}
+
+/// What a directory's name begins with once what it belonged to was removed. No project, agent or
+/// checkpoint has a name that begins with a dot.
+const ASIDE: &str = ".removed-";
+
+/// Puts a directory aside under a name of its own, to be removed without hurry; `None` when there
+/// is none.
+///
+/// # Errors
+/// When it cannot be renamed.
+pub fn put_aside(path: &Path) -> io::Result<Option<PathBuf>> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
+    let stamp = crate::os::clock::unix_ns();
+    let aside = parent.join(format!("{ASIDE}{}-{stamp}", name.to_string_lossy()));
+    match fs::rename(path, &aside) {
+        Ok(()) => Ok(Some(aside)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Removes what was put aside; what cannot be removed now is swept at the next start.
+pub fn remove_aside(aside: Option<PathBuf>) {
+    if let Some(aside) = aside
+        && let Err(error) = remove(&aside)
+    {
+        tracing::warn!(path = %aside.display(), %error, "what was removed stays until the next start");
+    }
+}
+
+/// Removes everything in a directory that was put aside before a crash.
+pub fn sweep_aside(dir: &Path) {
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(ASIDE) {
+            remove_aside(Some(entry.path()));
+        }
+    }
 }
 
 async fn rows(site: &Site) -> Result<Vec<CheckpointNumber>, Failure> {

@@ -99,6 +99,7 @@ impl Site {
         doing: &'static str,
         work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
     ) -> Result<T, Failure> {
+        let _permit = self.services.heavy.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
         let cell = self.history.clone();
         let dir = self.dirs().history();
         let flag = Arc::clone(&self.cancel.flag);

@@ -52,6 +52,26 @@ pub fn workspace_is_usable(workspace: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses a workspace that holds, or lies in, one of Fermata's own directories: a checkpoint would
+/// hold itself, and a restore would write over the database.
+///
+/// # Errors
+/// `workspace_refused`.
+pub fn lies_apart(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
+    let resolve = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let workspace = resolve(workspace);
+    for dir in own.iter().map(|dir| resolve(dir)) {
+        if dir.starts_with(&workspace) || workspace.starts_with(&dir) {
+            let message =
+                format!("the workspace {} and Fermata's own directory {} overlap", workspace.display(), dir.display());
+            return Err(Refusal::new(Code::WorkspaceRefused, message)
+                .hint("choose a directory of its own as the workspace")
+                .into());
+        }
+    }
+    Ok(())
+}
+
 /// Refuses when the file system of the state directory is nearly full.
 ///
 /// # Errors
