@@ -13,9 +13,9 @@ use std::time::Duration;
 
 use fermata_core::command::Command;
 use fermata_core::project::ProjectState;
-use fermata_protocol::{OperationId, ProjectName};
 use fermata_protocol::pause::PauseMode;
 use fermata_protocol::project::ProjectStatus;
+use fermata_protocol::{OperationId, ProjectName};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
@@ -312,7 +312,13 @@ async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<(Proje
         async move {
             let operation = new_operation();
             let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms: None };
-            let begin = Begin { command, operation: operation.clone(), label: Label::default(), tokens: Vec::new(), keyed: None };
+            let begin = Begin {
+                command,
+                operation: operation.clone(),
+                label: Label::default(),
+                tokens: Vec::new(),
+                keyed: None,
+            };
             let name = handle.name();
             match handle.begin(begin).await {
                 Ok(_) => Some((name, operation)),

@@ -11,8 +11,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::bed::{
-    MECHANISMS, agent, failed, run_agent, run_dir, run_record, wait_for_end, wait_for_pid,
-    wait_for_status, web,
+    MECHANISMS, agent, failed, run_agent, run_dir, run_record, wait_for_end, wait_for_pid, wait_for_status, web,
 };
 
 fn shim_pid(sandbox: &Sandbox, name: &str) -> i32 {

@@ -35,11 +35,20 @@ fn progress_usage_and_tasks_are_shown_and_survive_a_crash() {
     for _ in 0..2 {
         let shown = agent(&sandbox, "a");
         let progress = shown.progress.expect("reported");
-        assert_eq!((progress.percent, progress.message.as_deref(), progress.units_done), (Some(25.0), Some("a quarter"), Some(3)));
-        assert_eq!((shown.usage.input_tokens, shown.usage.output_tokens, shown.usage.cost_micro_usd), (111, 22, 8_000_000));
+        assert_eq!(
+            (progress.percent, progress.message.as_deref(), progress.units_done),
+            (Some(25.0), Some("a quarter"), Some(3))
+        );
+        assert_eq!(
+            (shown.usage.input_tokens, shown.usage.output_tokens, shown.usage.cost_micro_usd),
+            (111, 22, 8_000_000)
+        );
         let tasks = sandbox.ctl_rows(&["task", "ls", "web"]);
         assert_eq!(tasks.len(), 1);
-        assert_eq!((&tasks[0]["status"], &tasks[0]["percent"], &tasks[0]["agent"]), (&json!("in_progress"), &json!(50.0), &json!("a")));
+        assert_eq!(
+            (&tasks[0]["status"], &tasks[0]["percent"], &tasks[0]["agent"]),
+            (&json!("in_progress"), &json!(50.0), &json!("a"))
+        );
         assert_eq!(sandbox.ctl_json(&["status", "web"])["project"]["phase"], "review");
         sandbox.crash_and_restart();
     }
@@ -103,7 +112,12 @@ fn tiers_archive_search_and_recall_are_exact() {
     let code = put(&mut a, "CODE", "fn walrus() {}", false);
     let other = put(&mut a, "OTHER", "the sea is cold", true);
     let items = sandbox.ctl_rows(&["context", "ls", "web/a"]);
-    let tier = |id: i64| items.iter().find(|item| item["id"] == id).map(|item| (item["tier"].clone(), item["score"].as_f64().unwrap_or(-1.0)));
+    let tier = |id: i64| {
+        items
+            .iter()
+            .find(|item| item["id"] == id)
+            .map(|item| (item["tier"].clone(), item["score"].as_f64().unwrap_or(-1.0)))
+    };
     let about = |id: i64, expected: &str, score: f64| {
         let (tier, found) = tier(id).expect("listed");
         assert_eq!(tier, expected);
@@ -114,7 +128,10 @@ fn tiers_archive_search_and_recall_are_exact() {
     about(code, "warm", 0.72);
     about(other, "hot", 0.6);
     let saved = say(&mut a, "context.flash_save", json!({})).expect("flash save");
-    assert_eq!((&saved["items_archived"], &saved["hot_items_retained"], &saved["warm_items_retained"]), (&json!(0), &json!(2), &json!(1)));
+    assert_eq!(
+        (&saved["items_archived"], &saved["hot_items_retained"], &saved["warm_items_retained"]),
+        (&json!(0), &json!(2), &json!(1))
+    );
     assert_eq!(saved["tokens_before"], saved["tokens_after"]);
     let found = say(&mut a, "context.search", json!({ "query": "walrus" })).expect("search");
     assert_eq!(found["items"].as_array().map(Vec::len), Some(2));
@@ -136,7 +153,17 @@ fn tiers_archive_search_and_recall_are_exact() {
 fn a_flash_save_that_is_due_by_tokens_archives_the_lowest_down_to_half() {
     let sandbox = Sandbox::start();
     let workspace = web(&sandbox);
-    sandbox.ctl(&["project", "create", "web", "-w", workspace.text(), "--token-limit", "1000", "--flash-save-at", "80"]);
+    sandbox.ctl(&[
+        "project",
+        "create",
+        "web",
+        "-w",
+        workspace.text(),
+        "--token-limit",
+        "1000",
+        "--flash-save-at",
+        "80",
+    ]);
     let mut a = token_agent(&sandbox, "a");
     let words = |word: &str| format!("{word} ").repeat(100);
     let mut last = json!({});
@@ -171,13 +198,17 @@ fn a_flash_save_that_is_due_by_tokens_archives_the_lowest_down_to_half() {
 fn a_question_and_its_answer_survive_crashes_of_the_daemon() {
     let mut sandbox = Sandbox::start();
     let ctl = ctl_word();
-    let script = format!("{ctl} agent ask 'Which way?' -c left -c right --wait > answer; echo $? > code; exec sleep 1000");
+    let script =
+        format!("{ctl} agent ask 'Which way?' -c left -c right --wait > answer; echo $? > code; exec sleep 1000");
     run_agent(&sandbox, "a", &script);
     wait_for_status(&sandbox, "a", AgentStatus::WaitingForInput);
     sandbox.crash_and_restart();
     assert_eq!(agent(&sandbox, "a").status, AgentStatus::WaitingForInput);
     let inbox = sandbox.ctl_rows(&["inbox"]);
-    assert_eq!((inbox.len(), &inbox[0]["text"], &inbox[0]["choices"]), (1, &json!("Which way?"), &json!(["left", "right"])));
+    assert_eq!(
+        (inbox.len(), &inbox[0]["text"], &inbox[0]["choices"]),
+        (1, &json!("Which way?"), &json!(["left", "right"]))
+    );
     let said = failed(&sandbox.ctl_output(&["answer", "web/1", "up"]), 1);
     assert!(said.contains("left, right"), "{said}");
     sandbox.ctl(&["answer", "web/1", "left"]);
@@ -215,7 +246,9 @@ fn an_agent_touches_nothing_of_another_agents() {
     let sandbox = Sandbox::start();
     let mut a = token_agent(&sandbox, "a");
     let mut b = token_agent(&sandbox, "b");
-    let item = say(&mut a, "context.put", json!({ "items": [{ "type": "TASK", "text": "secret walrus" }] })).expect("put")["ids"][0].clone();
+    let item = say(&mut a, "context.put", json!({ "items": [{ "type": "TASK", "text": "secret walrus" }] }))
+        .expect("put")["ids"][0]
+        .clone();
     let task = say(&mut a, "task.put", json!({ "title": "mine" })).expect("task")["id"].clone();
     let question = say(&mut a, "question.ask", json!({ "text": "mine?" })).expect("ask")["id"].clone();
     say(&mut a, "state.put", json!({ "state": 1 })).expect("state");
@@ -241,9 +274,16 @@ fn an_agent_touches_nothing_of_another_agents() {
         ("events.subscribe", json!({})),
     ] {
         let code = refused(say(&mut b, method, params));
-        assert!(matches!(code, Code::PermissionDenied | Code::ContextItemNotFound | Code::QuestionNotFound), "{method}: {code}");
+        assert!(
+            matches!(code, Code::PermissionDenied | Code::ContextItemNotFound | Code::QuestionNotFound),
+            "{method}: {code}"
+        );
     }
-    assert!(say(&mut b, "context.search", json!({ "query": "walrus" })).expect("its own")["items"].as_array().is_some_and(Vec::is_empty));
+    assert!(
+        say(&mut b, "context.search", json!({ "query": "walrus" })).expect("its own")["items"]
+            .as_array()
+            .is_some_and(Vec::is_empty)
+    );
     // What is nobody's may be taken up by any agent of the project.
     let shared = call(&sandbox, "task.put", json!({ "target": "web", "title": "shared" })).expect("task")["id"].clone();
     say(&mut b, "task.put", json!({ "id": shared, "status": "in_progress" })).expect("taken up");

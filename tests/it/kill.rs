@@ -46,7 +46,11 @@ fn nothing_is_left_when_the_main_process_ends_by_itself() {
 #[test]
 fn a_signal_goes_to_the_main_process_alone() {
     let sandbox = Sandbox::start();
-    run_agent(&sandbox, "a", "trap 'echo main > got' USR1; (trap 'echo child > got.child' USR1; while :; do sleep 0.02; done) & echo > ready; while :; do sleep 0.02; done");
+    run_agent(
+        &sandbox,
+        "a",
+        "trap 'echo main > got' USR1; (trap 'echo child > got.child' USR1; while :; do sleep 0.02; done) & echo > ready; while :; do sleep 0.02; done",
+    );
     wait_for_file(&sandbox, "ready");
     for name in ["USR1", "SIGUSR1", "usr1", "10"] {
         sandbox.ctl(&["kill", "web/a", "-s", name]);

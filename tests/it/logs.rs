@@ -39,10 +39,11 @@ fn a_follower_misses_nothing_when_the_daemon_is_killed() {
     let mut command = sandbox.ctl_command(&["logs", "-f", "web/a"]);
     let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("follow");
     let mut stdout = follower.stdout.take().expect("a pipe");
-    let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        stdout.read_to_string(&mut text).map(|_| text)
-    });
+    // It has found the daemon once it shows something; before that a missing daemon is an error.
+    let mut text = vec![0];
+    stdout.read_exact(&mut text).expect("the first byte");
+    let reader =
+        std::thread::spawn(move || stdout.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned()));
     for _ in 0..3 {
         wait_until(SOON, "some output", || !sandbox.ctl(&["logs", "web/a", "-n", "1"]).is_empty());
         sandbox.crash_and_restart();
@@ -55,7 +56,8 @@ fn a_follower_misses_nothing_when_the_daemon_is_killed() {
 #[test]
 fn output_that_is_no_text_breaks_nothing() {
     let sandbox = Sandbox::start();
-    let script = "printf 'a\\000b\\377\\376\\n\\033[31mred\\n'; head -c 300000 /dev/urandom; printf '\\nno newline at the end'";
+    let script =
+        "printf 'a\\000b\\377\\376\\n\\033[31mred\\n'; head -c 300000 /dev/urandom; printf '\\nno newline at the end'";
     run_agent(&sandbox, "a", script);
     wait_for_status(&sandbox, "a", AgentStatus::Exited);
     let output = sandbox.ctl_output(&["logs", "web/a"]);
@@ -73,7 +75,12 @@ fn a_long_line_of_wide_characters_comes_back_whole() {
     run_agent(&sandbox, "a", "cat wide");
     wait_for_status(&sandbox, "a", AgentStatus::Exited);
     let shown = sandbox.ctl(&["logs", "web/a"]);
-    assert!(shown == web(&sandbox).read("wide"), "{} bytes, {} replaced", shown.len(), shown.matches('\u{fffd}').count());
+    assert!(
+        shown == web(&sandbox).read("wide"),
+        "{} bytes, {} replaced",
+        shown.len(),
+        shown.matches('\u{fffd}').count()
+    );
 }
 
 #[test]
@@ -92,7 +99,8 @@ fn the_output_of_a_restarted_agent_follows_the_earlier_one() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo run >> runs; echo run $(grep -c . runs); exec sleep 1000");
     wait_for_file(&sandbox, "runs");
-    let first = call(&sandbox, "agent.logs", serde_json::json!({ "target": "web/a", "wait_ms": 10_000 })).expect("logs");
+    let first =
+        call(&sandbox, "agent.logs", serde_json::json!({ "target": "web/a", "wait_ms": 10_000 })).expect("logs");
     assert_eq!(first["lines"][0]["text"], "run 1");
     sandbox.ctl(&["restart", "web/a"]);
     let next = serde_json::json!({ "target": "web/a", "cursor": first["cursor"], "wait_ms": 10_000 });

@@ -47,7 +47,8 @@ fn program(script: &str) -> String {
 fn a_program_is_told_what_it_asked_for_and_nothing_else() {
     let sandbox = with_exec("");
     let told = sandbox.path().join("told");
-    let script = format!("echo $FERMATA_EVENT $FERMATA_PROJECT >> {0}; cat >> {0}.json; echo >> {0}.json", told.display());
+    let script =
+        format!("echo $FERMATA_EVENT $FERMATA_PROJECT >> {0}; cat >> {0}.json; echo >> {0}.json", told.display());
     configure(&sandbox, &format!("[settings]\nevents = [\"project.paused\"]\nnotify = {}\n", program(&script)));
     sandbox.ctl(&["plugin", "reload"]);
     wait_for_state(&sandbox, "running");
@@ -94,7 +95,8 @@ fn find(dir: &std::path::Path, name: &str) -> Option<std::path::PathBuf> {
 
 #[test]
 fn a_program_that_fails_or_hangs_costs_a_warning_and_not_the_pause() {
-    for (script, limit) in [("echo broken >&2; exit 3", 5_000), ("sleep 1000", 300), ("kill -9 $PPID; sleep 5", 5_000)] {
+    for (script, limit) in [("echo broken >&2; exit 3", 5_000), ("sleep 1000", 300), ("kill -9 $PPID; sleep 5", 5_000)]
+    {
         let sandbox = with_exec(&format!("[settings]\ntimeout_ms = {limit}\ncheckpoint = {}\n", program(script)));
         run_agent(&sandbox, "a", "exec sleep 1000");
         let paused = sandbox.ctl_json(&["pause", "web"]);

@@ -291,7 +291,10 @@ fn the_same_call_with_the_same_key_is_carried_out_once() {
     for ((method, params), reply) in calls.iter().zip(&first) {
         assert_eq!(&call(&sandbox, method, params.clone()).expect(method), reply, "{method} after a crash");
     }
-    assert_eq!(call(&sandbox, "task.list", json!({ "project": "web" })).expect("tasks")["tasks"].as_array().map(Vec::len), Some(1));
+    assert_eq!(
+        call(&sandbox, "task.list", json!({ "project": "web" })).expect("tasks")["tasks"].as_array().map(Vec::len),
+        Some(1)
+    );
     assert_eq!(agent(&sandbox, "a").usage.input_tokens, 5);
     assert_eq!(sandbox.ctl_rows(&["checkpoint", "ls", "web"]).len(), 1);
     assert_eq!(sandbox.ctl_rows(&["context", "ls", "web"]).len(), 1);
@@ -310,7 +313,9 @@ fn a_repeated_run_or_stop_shows_the_same_agent_as_the_first() {
     let again = call(&sandbox, "agent.run", run).expect("run again");
     assert_eq!((&first["run"], &first["pid"]), (&again["run"], &again["pid"]), "{again}");
     assert_eq!(agent(&sandbox, "a").runs, 1);
-    for (method, key) in [("agent.restart", "restart"), ("agent.stop", "stop"), ("agent.run", "new"), ("agent.kill", "kill")] {
+    for (method, key) in
+        [("agent.restart", "restart"), ("agent.stop", "stop"), ("agent.run", "new"), ("agent.kill", "kill")]
+    {
         let mut params = json!({ "target": "web/a", "idempotency_key": key });
         if method == "agent.run" {
             params = json!({ "project": "web", "name": "a", "argv": ["/bin/sleep", "999"], "idempotency_key": key });
@@ -407,9 +412,8 @@ fn events_are_replayed_from_a_cursor_without_gap_across_a_crash() {
     run_agent(&sandbox, "a", "exec sleep 1000");
     let mut subscriber = sandbox.rpc();
     let filter = json!({ "kinds": ["task.*"] });
-    let begun = subscriber
-        .call_raw("events.subscribe", members(json!({ "filter": filter })), |_| {})
-        .expect("subscribe");
+    let begun =
+        subscriber.call_raw("events.subscribe", members(json!({ "filter": filter })), |_| {}).expect("subscribe");
     let mut cursor = begun["cursor"].clone();
     let mut seen = Vec::new();
     let mut sent = 0;
@@ -587,7 +591,8 @@ fn whoever_runs_inside_an_agent_is_that_agent_whatever_it_says() {
 #[test]
 fn an_agent_is_recognised_in_its_first_moment_and_however_deep_it_nests() {
     let sandbox = Sandbox::start();
-    let hello = format!("env -u FERMATA_TOKEN {} --json call hello '{{\"min\":1,\"max\":1,\"client\":\"test\"}}'", ctl_word());
+    let hello =
+        format!("env -u FERMATA_TOKEN {} --json call hello '{{\"min\":1,\"max\":1,\"client\":\"test\"}}'", ctl_word());
     // Not the last command, so that no shell hands its place to the next one.
     let nest = format!("if [ $1 -gt 0 ]; then sh ./nest $(( $1 - 1 )); else {hello} > deep; fi; :");
     web(&sandbox).write("nest", nest);
@@ -632,7 +637,8 @@ fn an_agent_with_another_agents_token_is_refused() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $FERMATA_TOKEN > token; exec sleep 1000");
     let token = wait_for_file(&sandbox, "token");
-    let script = format!("FERMATA_TOKEN={token} {} agent progress 5 2> said; echo $? > code; exec sleep 1000", ctl_word());
+    let script =
+        format!("FERMATA_TOKEN={token} {} agent progress 5 2> said; echo $? > code; exec sleep 1000", ctl_word());
     run_agent(&sandbox, "b", &script);
     assert_eq!(wait_for_file(&sandbox, "code"), "1");
     assert!(web(&sandbox).read("said").contains("may not act as"), "{}", web(&sandbox).read("said"));

@@ -103,7 +103,8 @@ fn what_cannot_be_started_says_why_and_ends_with_code_1() {
     let gone = path("gone");
     fs::create_dir(&gone).expect("create a directory");
     let said = {
-        let mut command = sandbox.ctl_command(&[&place[..], &["-n", "lost", "--cwd", &gone, "--", "/bin/true"]].concat());
+        let mut command =
+            sandbox.ctl_command(&[&place[..], &["-n", "lost", "--cwd", &gone, "--", "/bin/true"]].concat());
         command.current_dir("/");
         output_of(command)
     };

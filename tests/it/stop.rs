@@ -7,7 +7,8 @@ use fermata_tests::{Sandbox, process};
 
 use crate::bed::{MECHANISMS, agent, failed, run_agent, wait_for_end, wait_for_file, wait_for_pid, web};
 
-const STUBBORN: &str = "trap '' TERM; echo $$ > pid; (trap '' TERM; setsid sleep 1000) & echo > ready; while :; do sleep 0.05; done";
+const STUBBORN: &str =
+    "trap '' TERM; echo $$ > pid; (trap '' TERM; setsid sleep 1000) & echo > ready; while :; do sleep 0.05; done";
 
 #[test]
 fn an_agent_that_listens_to_sigterm_ends_by_itself() {
@@ -59,7 +60,11 @@ fn a_paused_agent_can_be_stopped_and_hears_the_sigterm() {
     for config in MECHANISMS {
         for mode in ["freeze", "park"] {
             let sandbox = Sandbox::builder().config(config).start();
-            run_agent(&sandbox, "a", "trap 'echo > said.goodbye; exit 0' TERM; echo $$ > pid; while :; do sleep 0.05; done");
+            run_agent(
+                &sandbox,
+                "a",
+                "trap 'echo > said.goodbye; exit 0' TERM; echo $$ > pid; while :; do sleep 0.05; done",
+            );
             let pid = wait_for_pid(&sandbox, "pid");
             sandbox.ctl(&["pause", "web", "--mode", mode]);
             sandbox.ctl(&["stop", "web/a"]);

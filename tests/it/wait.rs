@@ -15,7 +15,10 @@ fn the_agents_code_is_printed_and_propagated_on_demand() {
     assert_eq!(sandbox.ctl(&["wait", "web/code"]), "41\n");
     for (target, code) in [("web/code", 41), ("web/signal", 143)] {
         let output = sandbox.ctl_output(&["wait", target, "--propagate"]);
-        assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stdout).trim()), (Some(code), code.to_string().as_str()));
+        assert_eq!(
+            (output.status.code(), String::from_utf8_lossy(&output.stdout).trim()),
+            (Some(code), code.to_string().as_str())
+        );
     }
     failed(&sandbox.ctl_output(&["wait", "web/nobody"]), 3);
 }

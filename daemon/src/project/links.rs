@@ -73,8 +73,7 @@ impl Watcher {
 
     async fn link_again(&self) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
         let (link, events) = self.after_break().await?;
-        let message =
-            Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
+        let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
         self.mailbox.send(message).await.ok()?;
         Some((link, events))
     }

@@ -185,8 +185,12 @@ impl Projects {
         self.find_agent(starting)?;
         let shim = std::fs::canonicalize(&self.services.programs.shim).ok()?;
         let is_shim = |pid: &&i32| process::program(**pid).is_ok_and(|program| program == shim);
-        let folders: Vec<PathBuf> =
-            pids.iter().filter(is_shim).filter_map(|pid| process::first_argument(*pid).ok()?).map(PathBuf::from).collect();
+        let folders: Vec<PathBuf> = pids
+            .iter()
+            .filter(is_shim)
+            .filter_map(|pid| process::first_argument(*pid).ok()?)
+            .map(PathBuf::from)
+            .collect();
         self.all().into_iter().find_map(|handle| {
             let project = handle.look();
             let dirs = self.services.project_dirs(&project.name);

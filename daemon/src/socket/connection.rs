@@ -170,8 +170,13 @@ pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daem
     };
     let (reader, writer) = stream.into_split();
     let (out, lines) = mpsc::channel(OUT_QUEUE);
-    let state =
-        State { peer: who, under_way: BTreeMap::new(), subscriptions: BTreeMap::new(), next_subscription: 0, channel: None };
+    let state = State {
+        peer: who,
+        under_way: BTreeMap::new(),
+        subscriptions: BTreeMap::new(),
+        next_subscription: 0,
+        channel: None,
+    };
     let closed = services.stopping.child_token();
     let connection =
         Arc::new(Connection { daemon: Arc::clone(daemon), out, state: Mutex::new(state), closed: closed.clone() });

@@ -73,8 +73,7 @@ async fn with_total(
     agent: &AgentName,
     reply: Value,
 ) -> Result<ContextPutResult, Failure> {
-    let result: ContextPutResult =
-        serde_json::from_value(reply).map_err(|e| Failure::fault("read the new ids", &e))?;
+    let result: ContextPutResult = serde_json::from_value(reply).map_err(|e| Failure::fault("read the new ids", &e))?;
     let (project, agent) = (handle.name(), agent.clone());
     let total_tokens = read(projects, move |c| context::tokens(c, &project, &agent)).await?;
     Ok(ContextPutResult { total_tokens, ..result })
@@ -142,11 +141,7 @@ pub(super) async fn list(projects: &Projects, params: ContextList) -> Result<Val
     wire(&ContextListResult { items })
 }
 
-pub(super) async fn show(
-    projects: &Projects,
-    params: &ContextShow,
-    own: Option<&Target>,
-) -> Result<Value, Failure> {
+pub(super) async fn show(projects: &Projects, params: &ContextShow, own: Option<&Target>) -> Result<Value, Failure> {
     let handle = project_of(projects, params.project.as_ref())?;
     let item = find(projects, &handle, params.id, own).await?;
     let (project, id) = (handle.name(), params.id);
