@@ -39,7 +39,10 @@ fn progress_usage_and_tasks_are_shown_and_survive_a_crash() {
             (progress.percent, progress.message.as_deref(), progress.units_done),
             (Some(25.0), Some("a quarter"), Some(3))
         );
-        assert_eq!((shown.usage.input_tokens, shown.usage.output_tokens, shown.usage.cost_micro_usd), (111, 22, 8));
+        assert_eq!(
+            (shown.usage.input_tokens, shown.usage.output_tokens, shown.usage.cost_micro_usd),
+            (111, 22, 8_000_000)
+        );
         let tasks = sandbox.ctl_rows(&["task", "ls", "web"]);
         assert_eq!(tasks.len(), 1);
         assert_eq!(
@@ -291,7 +294,6 @@ fn an_agent_that_listens_is_asked_before_the_pause_and_may_take_its_time() {
     let sandbox = Sandbox::builder().config("[pause]\nchannel_grace_ms = 20000\n").start();
     let mut a = token_agent(&sandbox, "a");
     say(&mut a, "agent.listen", json!({})).expect("listen");
-    assert_eq!(refused(say(&mut a, "agent.ack", json!({}))), Code::InvalidParams, "nobody asked");
     std::thread::scope(|scope| {
         let pause = scope.spawn(|| sandbox.ctl_json(&["pause", "web", "--reason", "lunch"]));
         let asked = a.next_notification().expect("a pause request");

@@ -39,10 +39,11 @@ fn a_follower_misses_nothing_when_the_daemon_is_killed() {
     let mut command = sandbox.ctl_command(&["logs", "-f", "web/a"]);
     let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("follow");
     let mut stdout = follower.stdout.take().expect("a pipe");
-    let reader = std::thread::spawn(move || {
-        let mut text = String::new();
-        stdout.read_to_string(&mut text).map(|_| text)
-    });
+    // It has found the daemon once it shows something; before that a missing daemon is an error.
+    let mut text = vec![0];
+    stdout.read_exact(&mut text).expect("the first byte");
+    let reader =
+        std::thread::spawn(move || stdout.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned()));
     for _ in 0..3 {
         wait_until(SOON, "some output", || !sandbox.ctl(&["logs", "web/a", "-n", "1"]).is_empty());
         sandbox.crash_and_restart();

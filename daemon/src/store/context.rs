@@ -243,9 +243,13 @@ pub fn search(
     query: &str,
     limit: u32,
 ) -> Result<Vec<ContextItem>, StoreError> {
-    // Each word becomes a quoted string, so that no character of it is an operator of FTS5.
-    let words: Vec<String> =
-        query.split_whitespace().map(|word| format!("\"{}\"", word.replace('"', "\"\""))).collect();
+    // Each word becomes a quoted string, so that no character of it is an operator of FTS5. A NUL would
+    // end the expression in the middle of the string.
+    let words: Vec<String> = query
+        .split(|c: char| c.is_whitespace() || c == '\0')
+        .filter(|word| !word.is_empty())
+        .map(|word| format!("\"{}\"", word.replace('"', "\"\"")))
+        .collect();
     if words.is_empty() {
         return Ok(Vec::new());
     }
