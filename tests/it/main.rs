@@ -15,6 +15,7 @@ mod ps;
 mod restart;
 mod restore;
 mod rm;
+mod roles;
 mod run;
 mod scene;
 mod signals;

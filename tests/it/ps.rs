@@ -15,7 +15,7 @@ fn the_pid_is_the_main_processs_and_goes_with_it() {
     assert!(process::command_line(pid).starts_with("sleep"), "{}", process::command_line(pid));
     sandbox.ctl(&["kill", "web/a"]);
     let ended = agent(&sandbox, "a");
-    assert_eq!((ended.status, ended.pid, ended.runs), (AgentStatus::Failed, None, 1));
+    assert_eq!((ended.status, ended.pid, ended.runs), (AgentStatus::Exited, None, 1));
     assert!(ended.ended_at >= ended.started_at);
 }
 
