@@ -1,32 +1,62 @@
 //! Brings agents back: thaws those that are frozen. Those that are started again are launched by
 //! the project itself, one [`super::launch`] each.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, RunId};
 
-use super::{Site, side_by_side};
+use super::{Site, launch, side_by_side};
 use crate::errors::chain;
+use crate::shim::link::{LinkError, ShimLink, read_run};
+
+/// How often a thaw is tried: a link may just be broken, or its shim wait for a slow disk.
+const TRIES: u32 = 4;
+
+/// How long the first try waits for the second; later ones wait longer.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// Thaws these runs and says how each came back.
 pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed> {
     let each = runs.iter().map(|(agent, run)| {
-        let link = site.links.get(agent).filter(|link| link.run == *run).cloned();
-        let agent = agent.clone();
+        let (site, agent, run) = (site.clone(), agent.clone(), run.clone());
         async move {
-            let gone = |detail: String| AgentResumed {
-                agent: agent.clone(),
-                rung: Rung::Failed,
-                argv: None,
-                detail: Some(detail),
-            };
-            match link {
-                None => gone("its processes are gone".into()),
-                Some(link) => match link.shim.thaw().await {
-                    Ok(()) => AgentResumed { agent: agent.clone(), rung: Rung::Thawed, argv: None, detail: None },
-                    Err(error) => gone(chain(&error)),
-                },
+            match thaw_one(&site, &agent, &run).await {
+                Ok(()) => AgentResumed { agent, rung: Rung::Thawed, argv: None, detail: None },
+                Err(error) => {
+                    let run_dir = site.dirs().run(&agent, &run);
+                    // What cannot be thawed must not stay behind frozen, or run on unseen later.
+                    let left = launch::end_run(&site, &run_dir).await.err();
+                    let left = left.map(|failure| format!("; {failure}")).unwrap_or_default();
+                    AgentResumed { agent, rung: Rung::Failed, argv: None, detail: Some(format!("{error}{left}")) }
+                }
             }
         }
     });
     side_by_side(each.collect::<Vec<_>>()).await
+}
+
+async fn thaw_one(site: &Site, agent: &AgentName, run: &RunId) -> Result<(), String> {
+    let mut link = site.links.get(agent).filter(|link| link.run == *run).map(|link| Arc::clone(&link.shim));
+    let mut last = "its processes are gone".to_owned();
+    for attempt in 1..=TRIES {
+        if link.as_ref().is_none_or(|link| link.is_closed()) {
+            link = reach(site, agent, run).await.map(Arc::new);
+        }
+        let Some(shim) = &link else { break };
+        match shim.thaw().await {
+            Ok(()) => return Ok(()),
+            Err(error @ LinkError::Refused { .. }) => return Err(chain(&error)),
+            Err(error) => last = chain(&error),
+        }
+        tokio::time::sleep(PAUSE * attempt).await;
+    }
+    Err(last)
+}
+
+/// Makes a link of its own to a shim whose other link is broken.
+async fn reach(site: &Site, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
+    let record = read_run(&site.dirs().run(agent, run)).ok().flatten()?;
+    ShimLink::connect(&record.socket).await.ok().map(|(link, _events)| link)
 }
