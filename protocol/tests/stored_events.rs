@@ -22,10 +22,8 @@ fn every_stored_event_is_read_and_written_as_it_was() {
 
 #[test]
 fn there_is_a_line_for_every_kind() {
-    let kept: BTreeSet<String> = STORED
-        .lines()
-        .map(|line| serde_json::from_str::<Event>(line).expect("an event").kind().to_owned())
-        .collect();
+    let kept: BTreeSet<String> =
+        STORED.lines().map(|line| serde_json::from_str::<Event>(line).expect("an event").kind().to_owned()).collect();
     let schema = fermata_protocol::openrpc::document();
     let recorded = &schema["components"]["schemas"]["RecordedEvent"]["oneOf"];
     let kinds: BTreeSet<String> = recorded

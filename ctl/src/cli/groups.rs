@@ -448,7 +448,8 @@ pub enum StateCommand {
     /// Keep a state.
     Put {
         /// The JSON value; read from stdin when left out or `-`.
-        json: Option<String>,
+        #[arg(value_name = "JSON")]
+        value: Option<String>,
         /// The agent, when it is not the caller.
         #[arg(long)]
         target: Option<Target>,

@@ -316,6 +316,25 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// Clap finds such a collision only when the command is used, and panics then.
+    #[test]
+    fn no_argument_has_the_name_of_a_global_flag() {
+        fn check(command: &clap::Command, globals: &[String]) {
+            for sub in command.get_subcommands() {
+                for argument in sub.get_arguments() {
+                    let id = argument.get_id().to_string();
+                    assert!(!globals.contains(&id), "'{id}' of '{}' is a global flag too", sub.get_name());
+                }
+                check(sub, globals);
+            }
+        }
+        let command = Cli::command();
+        let globals = command.get_arguments().filter(|argument| argument.is_global_set());
+        let globals: Vec<String> = globals.map(|argument| argument.get_id().to_string()).collect();
+        assert!(globals.contains(&"json".to_owned()));
+        check(&command, &globals);
+    }
+
     #[test]
     fn what_was_typed_counts_more_than_the_environment() {
         let variable = |name: &str| match name {

@@ -61,8 +61,8 @@ fn state(session: &mut Session, command: StateCommand) -> Ended {
             session.out.one(&result, None, |out, result| out.json(&result.state))?;
             Ok(0)
         }
-        StateCommand::Put { json, target } => {
-            let text = text_or_stdin(json)?;
+        StateCommand::Put { value, target } => {
+            let text = text_or_stdin(value)?;
             let state =
                 serde_json::from_str(&text).map_err(|e| Failure::usage(format!("the state is not valid JSON: {e}")))?;
             let done = session.call(&StatePut { target, state })?;
