@@ -76,7 +76,7 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
         observed.insert(agent.name.clone(), found.observed);
     }
     if !adopted.is_empty() {
-        report.push(format!("{name}: {} agents adopted", adopted.len()));
+        report.push(format!("{name}: agents adopted: {}", adopted.len()));
     }
     actor.adopt(adopted);
     if operations {

@@ -48,7 +48,7 @@ const PARKING: Duration = Duration::from_secs(60);
 #[derive(Debug, Error)]
 pub enum StartError {
     /// Another daemon uses the same state.
-    #[error("another daemon owns the state directory {}: {holder}", path.display())]
+    #[error("use the state directory {}: another daemon owns it ({holder})", path.display())]
     AlreadyRunning {
         /// The state directory.
         path: PathBuf,
