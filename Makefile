@@ -60,7 +60,8 @@ lint: bootstrap ## fmt, clippy and rustdoc, warnings denied
 deny: bootstrap ## check licences, sources and banned dependencies
 	CARGO="$(CARGO)" scripts/deny $(CARGO_DENY_VERSION)
 
-install: $(if $(filter dev,$(PROFILE)),build,release) ## install under DESTDIR and PREFIX
+install: ## install under DESTDIR and PREFIX what `make release` has built
+	@test -x $(BUILT)/fermatad || { echo "install: nothing is built in $(BUILT); run 'make release' first" >&2; exit 1; }
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITDIR) $(DESTDIR)$(USERUNITDIR)
 	install -d $(DESTDIR)$(SYSUSERSDIR) $(DESTDIR)$(PLUGINDIR) $(DESTDIR)$(DOCDIR)
 	install -m 0755 $(BINARIES:%=$(BUILT)/%) $(DESTDIR)$(PREFIX)/bin
