@@ -296,9 +296,8 @@ impl Actor {
     /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
     async fn outcome(&mut self, outcome: Outcome) {
         let Outcome { command, writes, reply, tokens } = outcome;
-        self.keep_tokens(tokens);
-        let again =
-            Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens: Vec::new() };
+        self.keep_tokens(tokens.clone());
+        let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
         let extras = Extras { writes, reply, ..Extras::default() };
         let Err(failure) = self.carry(command, extras).await else { return };
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
