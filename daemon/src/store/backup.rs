@@ -151,22 +151,8 @@ fn check_version(connection: &Connection, file: &Path) -> Result<(), StoreError>
 
 /// Reads the rows that a restore puts back into memory, to be written by [`put_rows`].
 pub struct RestoredRows {
-    items: Vec<ItemRow>,
+    items: Vec<context::Raw>,
     states: Vec<(String, String, i64)>,
-}
-
-struct ItemRow {
-    id: i64,
-    agent: String,
-    kind: String,
-    tokens: i64,
-    score: f64,
-    tier: String,
-    pinned: bool,
-    archived: bool,
-    access_count: i64,
-    created_at: i64,
-    text: String,
 }
 
 /// Reads context and agents' blobs from a backup.
@@ -175,28 +161,13 @@ struct ItemRow {
 /// When the file cannot be read.
 pub fn read_rows(file: &Path, project: &ProjectName) -> Result<RestoredRows, StoreError> {
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    let mut statement = connection
-        .prepare(
-            "SELECT i.id, i.agent, i.type, i.tokens, i.score, i.tier, i.pinned, i.archived, i.access_count, \
-             i.created_at, b.text FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1",
-        )
-        .doing(RESTORE)?;
+    let sql = format!(
+        "SELECT {} FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1",
+        context::columns("b.text")
+    );
+    let mut statement = connection.prepare(&sql).doing(RESTORE)?;
     let items = statement
-        .query_map([project.as_str()], |row| {
-            Ok(ItemRow {
-                id: row.get(0)?,
-                agent: row.get(1)?,
-                kind: row.get(2)?,
-                tokens: row.get(3)?,
-                score: row.get(4)?,
-                tier: row.get(5)?,
-                pinned: row.get(6)?,
-                archived: row.get(7)?,
-                access_count: row.get(8)?,
-                created_at: row.get(9)?,
-                text: row.get(10)?,
-            })
-        })
+        .query_map([project.as_str()], context::raw)
         .doing(RESTORE)?
         .collect::<Result<_, _>>()
         .doing(RESTORE)?;

@@ -130,7 +130,7 @@ pub struct Selection {
 /// How much of a text lists show, in characters.
 const EXCERPT: u32 = 200;
 
-fn columns(text: &str) -> String {
+pub(super) fn columns(text: &str) -> String {
     format!(
         "i.id, i.agent, i.type, i.tokens, i.score, i.tier, i.pinned, i.archived, i.access_count, i.created_at, {text}"
     )
@@ -300,21 +300,22 @@ pub fn tokens(connection: &Connection, project: &ProjectName, agent: &AgentName)
         .doing(READ)
 }
 
-struct Raw {
-    id: i64,
-    agent: String,
-    kind: String,
-    tokens: i64,
-    score: f64,
-    tier: String,
-    pinned: bool,
-    archived: bool,
-    access_count: i64,
-    created_at: i64,
-    text: String,
+/// A row of [`columns`], as it lies in the database; a backup hands it back unchanged.
+pub(super) struct Raw {
+    pub(super) id: i64,
+    pub(super) agent: String,
+    pub(super) kind: String,
+    pub(super) tokens: i64,
+    pub(super) score: f64,
+    pub(super) tier: String,
+    pub(super) pinned: bool,
+    pub(super) archived: bool,
+    pub(super) access_count: i64,
+    pub(super) created_at: i64,
+    pub(super) text: String,
 }
 
-fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
+pub(super) fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
     Ok(Raw {
         id: row.get(0)?,
         agent: row.get(1)?,
