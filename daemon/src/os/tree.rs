@@ -199,23 +199,6 @@ impl KillWork {
     }
 }
 
-/// Stops everything below `root` and returns those that were not stopped before. On an error
-/// whatever was stopped is continued.
-pub fn stop_tree(root: i32, patience: Duration) -> Result<Vec<ProcessId>, TreeError> {
-    let started = Instant::now();
-    let mut work = StopWork::new(root);
-    loop {
-        let problem = match work.step(&HashSet::new()) {
-            Ok(Progress::Done) => return Ok(work.into_stopped()),
-            Ok(Progress::Working(remaining)) if started.elapsed() >= patience => timeout(root, started, remaining),
-            Ok(Progress::Working(_)) => continue,
-            Err(error) => error,
-        };
-        continue_all(&work.into_stopped());
-        return Err(problem);
-    }
-}
-
 /// Kills everything below `root`, children first, until nothing is left; returns how many.
 pub fn kill_tree(root: i32, patience: Duration) -> Result<usize, TreeError> {
     let started = Instant::now();

@@ -119,21 +119,6 @@ pub enum StoreError {
     Closed,
 }
 
-impl StoreError {
-    /// Says whether the file system had no room.
-    pub fn is_disk_full(&self) -> bool {
-        match self {
-            Self::Sql { source, .. }
-            | Self::Open { source, .. }
-            | Self::Migrate { source, .. }
-            | Self::BackUp { source, .. } => source.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
-            Self::File { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
-            Self::Commit(text) => text.contains("full"),
-            Self::TooNew { .. } | Self::Json { .. } | Self::Closed => false,
-        }
-    }
-}
-
 /// Names what was to be done when a statement fails.
 pub(crate) trait Doing<T> {
     /// Adds what was to be done.
