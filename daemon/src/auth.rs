@@ -326,6 +326,7 @@ mod tests {
             resume_argv: None,
             profile: None,
             stop_grace_ms: None,
+            supervision: Default::default(),
         };
         let refused = authorise(&peer(Role::Operator, None), Call::AgentRun(run)).is_err();
         assert_eq!(refused, nix::unistd::geteuid().is_root());

@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
 use crate::pause::Mechanism;
+use crate::supervision::Supervision;
 
 /// The status of an agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -98,6 +99,9 @@ pub struct AgentSpec {
     pub profile: Option<String>,
     /// How long a stop waits between SIGTERM and SIGKILL, milliseconds.
     pub stop_grace_ms: u64,
+    /// How it is looked after.
+    #[serde(default, skip_serializing_if = "Supervision::is_plain")]
+    pub supervision: Supervision,
 }
 
 /// The processes of one run, by which a new daemon recognises them: a pid alone identifies nothing.
@@ -152,6 +156,9 @@ pub struct AgentRun {
     /// How long a stop waits between SIGTERM and SIGKILL, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_grace_ms: Option<u64>,
+    /// How it is looked after.
+    #[serde(default, skip_serializing_if = "Supervision::is_plain")]
+    pub supervision: Supervision,
 }
 
 /// Parameters of `agent.list`.

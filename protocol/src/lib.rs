@@ -23,6 +23,7 @@ pub mod plugin;
 pub mod project;
 pub mod question;
 pub mod rpc;
+pub mod supervision;
 pub mod task;
 
 pub use error::{Code, ErrorObject, Refusal};

@@ -84,6 +84,7 @@ impl Ticker {
             resume_argv: None,
             profile: None,
             stop_grace_ms: Some(0),
+            supervision: Default::default(),
         };
         sandbox.rpc().call(&run).expect("start the agent");
         let ticker = Self { marks };

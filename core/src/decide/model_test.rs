@@ -490,6 +490,7 @@ fn spec() -> AgentSpec {
         resume_argv: None,
         profile: None,
         stop_grace_ms: 10,
+        supervision: Default::default(),
     }
 }
 

@@ -78,6 +78,7 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
         resume_argv: params.resume_argv,
         profile,
         stop_grace_ms: params.stop_grace_ms.unwrap_or(settings.agents.stop_grace_ms),
+        supervision: params.supervision,
     };
     loop {
         let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.look()), Ok)?;
