@@ -13,6 +13,7 @@ mod pause_crash;
 mod plugins;
 mod protocol;
 mod ps;
+mod reboot;
 mod restart;
 mod restore;
 mod rm;
