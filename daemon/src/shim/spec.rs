@@ -51,11 +51,15 @@ pub struct LogLimits {
     pub max_bytes: u64,
     /// So many rotated files are kept beside the current one; 0 for all.
     pub max_files: u32,
+    /// A file is rotated, when more is to be written to it, once its first line is so old,
+    /// milliseconds; 0 for never.
+    #[serde(default)]
+    pub max_age_ms: u64,
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { max_bytes: 16 * 1024 * 1024, max_files: 8 }
+        Self { max_bytes: 16 * 1024 * 1024, max_files: 8, max_age_ms: 0 }
     }
 }
 

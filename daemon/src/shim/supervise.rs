@@ -11,7 +11,7 @@
 mod requests;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -22,6 +22,7 @@ use serde_json::Value;
 
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
+use super::intake::{Intake, Taken};
 use super::log::LogWriter;
 use super::log_line::Stream;
 use super::record::ExitRecord;
@@ -43,8 +44,8 @@ const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look again while killed processes vanish.
 const CLEAR_TICK: Duration = Duration::from_millis(2);
-/// How much is read from a pipe at once.
-const READ_BYTES: usize = 64 * 1024;
+/// What a pipe may still hold when its end is no longer waited for, and more.
+const LAST_BYTES: usize = 2 << 20;
 
 /// How the main process ended.
 #[derive(Debug, Clone, Copy)]
@@ -86,6 +87,7 @@ pub struct Supervisor {
     hold: Hold,
     life: Life,
     log: LogWriter,
+    intake: Intake,
     reserve: Reserve,
     children: SignalFd,
     listener: UnixListener,
@@ -132,6 +134,7 @@ impl Supervisor {
             hold,
             life: Life::Running,
             log,
+            intake: Intake::default(),
             reserve,
             children,
             listener,
@@ -145,10 +148,9 @@ impl Supervisor {
 
     /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
     pub fn run(mut self) {
-        let mut buffer = vec![0u8; READ_BYTES];
         loop {
             let ready = self.wait();
-            self.take_output(&ready, &mut buffer);
+            self.take_output(&ready);
             for source in ready {
                 match source {
                     Source::Child => self.reap(),
@@ -227,14 +229,24 @@ impl Supervisor {
         }
     }
 
-    fn take_output(&mut self, ready: &[Source], buffer: &mut [u8]) {
+    fn take_output(&mut self, ready: &[Source]) {
+        let mut taken = false;
         for source in ready {
-            match source {
-                Source::Stdout => read_pipe(&mut self.stdout, Stream::Stdout, &mut self.log, buffer),
-                Source::Stderr => read_pipe(&mut self.stderr, Stream::Stderr, &mut self.log, buffer),
+            taken |= match source {
+                Source::Stdout => self.intake.read(&mut self.stdout, Stream::Stdout, &mut self.log) != Taken::Nothing,
+                Source::Stderr => self.intake.read(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
                 Source::Child | Source::Listener | Source::Freeze | Source::Connection(_) => false,
             };
         }
+        if taken {
+            self.log.flush(clock::unix_ns());
+        }
+    }
+
+    /// Takes what is in the pipes now.
+    fn drain_output(&mut self) {
+        self.intake.drain(&mut self.stdout, Stream::Stdout, &mut self.log, LAST_BYTES);
+        self.intake.drain(&mut self.stderr, Stream::Stderr, &mut self.log, LAST_BYTES);
         self.log.flush(clock::unix_ns());
     }
 
@@ -346,6 +358,8 @@ impl Supervisor {
                         self.life = Life::Draining { end, leftovers, until };
                         return;
                     }
+                    // A slow disk can have taken up the time: nothing of the agent's stays behind.
+                    self.drain_output();
                     self.log.finish(clock::unix_ns());
                     self.remove_group();
                     let record = ExitRecord {
@@ -464,28 +478,6 @@ fn report(step: Result<Progress, crate::os::tree::TreeError>) -> Option<Progress
         Err(error) => {
             eprintln!("fermata-shim: {}", chain(&error));
             None
-        }
-    }
-}
-
-/// Reads once; at the end of the stream the pipe is closed. Returns whether anything came.
-fn read_pipe(pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, buffer: &mut [u8]) -> bool {
-    let Some(file) = pipe else { return false };
-    match file.read(buffer) {
-        Ok(0) => {
-            log.end(stream, clock::unix_ns());
-            *pipe = None;
-            false
-        }
-        Ok(count) => {
-            log.push(stream, &buffer[..count], clock::unix_ns());
-            true
-        }
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
-        Err(error) => {
-            eprintln!("fermata-shim: failed to read {}: {error}", stream.word());
-            *pipe = None;
-            false
         }
     }
 }

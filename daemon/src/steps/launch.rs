@@ -135,7 +135,11 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
-        log: LogLimits { max_bytes: settings.agents.log_max_bytes, max_files: settings.agents.log_max_files },
+        log: LogLimits {
+            max_bytes: settings.agents.log_max_bytes,
+            max_files: settings.agents.log_max_files,
+            max_age_ms: settings.agents.log_max_age_ms,
+        },
         stop_grace_ms: agent.map_or(settings.agents.stop_grace_ms, |agent| agent.spec.stop_grace_ms),
     })
 }
