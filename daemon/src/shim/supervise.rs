@@ -5,9 +5,12 @@
 //!     │ kill ──────────────┼────────────────────────^ │
 //!     └────────────────────┴──────────────────────────┤ the main process ended
 //!                                                     v
-//!        Clearing (kill leftovers) ──> Draining (pipes) ──> Recording (exit.json) ──> end
+//!        Clearing (kill leftovers) ──> Draining (pipes) ──> [After] ──> Recording (exit.json) ──> end
 //! ```
+//!
+//! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
 
+mod hooks;
 mod requests;
 
 use std::fs::File;
@@ -20,6 +23,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use serde_json::Value;
 
+use self::hooks::{AfterStop, Beginning, Flow};
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
 use super::intake::{Intake, Taken};
@@ -30,6 +34,7 @@ use super::spec::LaunchSpec;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
 use crate::os::fsync::Reserve;
+use crate::os::prelude::Prelude;
 use crate::os::process::{self, Change, ProcessId};
 use crate::os::tree::{KillWork, Progress};
 
@@ -63,6 +68,7 @@ enum Life {
     Killing { work: KillWork },
     Clearing { end: MainEnd, work: KillWork, until: Instant },
     Draining { end: MainEnd, leftovers: u64, until: Instant },
+    After(AfterStop),
     Recording { record: ExitRecord, next: Instant, until: Instant },
     Over { record: ExitRecord },
 }
@@ -71,6 +77,7 @@ enum Life {
 #[derive(Debug, Clone, Copy)]
 enum Source {
     Child,
+    Beginning,
     Stdout,
     Stderr,
     Listener,
@@ -89,6 +96,10 @@ pub struct Supervisor {
     log: LogWriter,
     intake: Intake,
     reserve: Reserve,
+    /// For the exit of an agent after which a command runs.
+    ended: Option<Reserve>,
+    beginning: Option<Beginning>,
+    start_failure: Option<String>,
     children: SignalFd,
     listener: UnixListener,
     stdout: Option<File>,
@@ -113,6 +124,8 @@ pub struct Parts {
     pub log: LogWriter,
     /// Where its exit will be recorded.
     pub reserve: Reserve,
+    /// Where its exit is noted while a command runs after it.
+    pub ended: Option<Reserve>,
     /// SIGCHLD.
     pub children: SignalFd,
     /// The socket, non-blocking.
@@ -121,13 +134,15 @@ pub struct Parts {
     pub stdout: OwnedFd,
     /// See `stdout`.
     pub stderr: OwnedFd,
+    /// The command that runs in its place first.
+    pub prelude: Option<Prelude>,
 }
 
 impl Supervisor {
     /// Takes over.
     pub fn new(parts: Parts) -> Self {
-        let Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr } = parts;
-        Self {
+        let Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, prelude } = parts;
+        let mut supervisor = Self {
             spec,
             shim,
             agent,
@@ -136,6 +151,9 @@ impl Supervisor {
             log,
             intake: Intake::default(),
             reserve,
+            ended,
+            beginning: None,
+            start_failure: None,
             children,
             listener,
             stdout: Some(File::from(stdout)),
@@ -143,7 +161,11 @@ impl Supervisor {
             connections: Vec::new(),
             next_connection: 0,
             stopped_by_others: false,
+        };
+        if let Some(prelude) = prelude {
+            supervisor.begin(prelude);
         }
+        supervisor
     }
 
     /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
@@ -156,13 +178,14 @@ impl Supervisor {
                     Source::Child => self.reap(),
                     Source::Listener => self.accept(),
                     Source::Connection(id) => self.serve(id),
-                    // Read above; `tick` looks at the freeze.
-                    Source::Stdout | Source::Stderr | Source::Freeze => {}
+                    // Read above; `tick` looks at the freeze, `watch_beginning` at the start.
+                    Source::Stdout | Source::Stderr | Source::Freeze | Source::Beginning => {}
                 }
             }
             let now = Instant::now();
             let news = self.hold.tick(now);
             self.tell(news);
+            self.watch_beginning(now);
             self.go_on(now);
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
@@ -188,6 +211,10 @@ impl Supervisor {
                 fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
                 sources.push(source);
             }
+        }
+        if let Some(fd) = self.beginning_fd() {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            sources.push(Source::Beginning);
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         sources.push(Source::Listener);
@@ -215,10 +242,11 @@ impl Supervisor {
             Life::Stopping { kill_at } => Some(*kill_at),
             Life::Killing { .. } | Life::Clearing { .. } => Some(now + CLEAR_TICK),
             Life::Draining { until, .. } => Some(*until),
+            Life::After(stage) => Some(Self::after_due(stage, now)),
             Life::Recording { next, .. } => Some(*next),
             Life::Over { .. } => Some(now),
         };
-        match life.into_iter().chain(self.hold.next_tick(now)).min() {
+        match life.into_iter().chain(self.hold.next_tick(now)).chain(self.beginning_due(now)).min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 let left = at.saturating_duration_since(now);
@@ -235,7 +263,7 @@ impl Supervisor {
             taken |= match source {
                 Source::Stdout => self.intake.read(&mut self.stdout, Stream::Stdout, &mut self.log) != Taken::Nothing,
                 Source::Stderr => self.intake.read(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
-                Source::Child | Source::Listener | Source::Freeze | Source::Connection(_) => false,
+                Source::Child | Source::Beginning | Source::Listener | Source::Freeze | Source::Connection(_) => false,
             };
         }
         if taken {
@@ -264,7 +292,8 @@ impl Supervisor {
             };
             let is_agent = pid == self.agent.pid && !self.has_ended();
             if !is_agent {
-                // An adopted orphan: reaping it was all there was to do.
+                // Or an adopted orphan: reaping it was all there was to do.
+                self.reaped_post_stop(pid, change, Instant::now());
                 continue;
             }
             match change {
@@ -289,12 +318,19 @@ impl Supervisor {
     fn has_ended(&self) -> bool {
         match self.life {
             Life::Running | Life::Stopping { .. } | Life::Killing { .. } => false,
-            Life::Clearing { .. } | Life::Draining { .. } | Life::Recording { .. } | Life::Over { .. } => true,
+            Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::After(_)
+            | Life::Recording { .. }
+            | Life::Over { .. } => true,
         }
     }
 
     fn agent_ended(&mut self, code: Option<i32>, signal: Option<i32>, core_dumped: bool) {
         let now = Instant::now();
+        // What it said before it ended: perhaps why it never became the agent.
+        self.watch_beginning(now);
+        self.beginning = None;
         let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
         let news = self.hold.abandon(true, now);
         self.tell(news);
@@ -304,6 +340,7 @@ impl Supervisor {
             | Life::Stopping { .. }
             | Life::Clearing { .. }
             | Life::Draining { .. }
+            | Life::After(_)
             | Life::Recording { .. }
             | Life::Over { .. } => self.kill_tree(),
         };
@@ -360,8 +397,6 @@ impl Supervisor {
                     }
                     // A slow disk can have taken up the time: nothing of the agent's stays behind.
                     self.drain_output();
-                    self.log.finish(clock::unix_ns());
-                    self.remove_group();
                     let record = ExitRecord {
                         run_id: self.spec.run_id.clone(),
                         code: end.code,
@@ -370,15 +405,24 @@ impl Supervisor {
                         ended_at_ms: end.at_ms,
                         leftovers_killed: leftovers,
                         log_bytes_lost: self.log.lost(),
+                        start_failure: self.start_failure.take(),
+                        post_stop_failure: None,
                     };
-                    Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+                    self.after(record, now)
                 }
+                Life::After(stage) => match self.go_on_after(stage, now) {
+                    Flow::On(life) => life,
+                    Flow::Wait(life) => {
+                        self.life = life;
+                        return;
+                    }
+                },
                 Life::Recording { record, next, until } => {
                     if now < next {
                         self.life = Life::Recording { record, next, until };
                         return;
                     }
-                    match self.record(&record) {
+                    match Self::record(&self.reserve, &record) {
                         Err(message) if now < until => {
                             eprintln!("fermata-shim: {message}");
                             self.life = Life::Recording { record, next: now + RECORD_RETRY, until };
@@ -396,9 +440,17 @@ impl Supervisor {
         }
     }
 
-    fn record(&self, record: &ExitRecord) -> Result<(), String> {
+    /// The last thing before the exit is recorded.
+    fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
+        self.log.finish(clock::unix_ns());
+        self.remove_group();
+        record.log_bytes_lost = self.log.lost();
+        Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+    }
+
+    fn record(reserve: &Reserve, record: &ExitRecord) -> Result<(), String> {
         let bytes = serde_json::to_vec(record).map_err(|error| chain(&error))?;
-        self.reserve.commit(&bytes).map_err(|error| chain(&error))
+        reserve.commit(&bytes).map_err(|error| chain(&error))
     }
 
     fn remove_group(&self) {
