@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::command::{Command, Observed};
+use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -98,6 +98,7 @@ impl Watcher {
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
+            then: AfterEnd::ByPolicy,
         };
         self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
@@ -132,7 +133,8 @@ impl Watcher {
             self.tell_end(&record).await;
             return None;
         }
-        let lost = Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail };
+        let (agent, run) = (self.agent.clone(), self.run.clone());
+        let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
     }
