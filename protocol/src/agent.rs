@@ -392,7 +392,8 @@ pub struct AgentLogs {
 pub struct LogLine {
     /// When it was read from the agent, nanoseconds since the Unix epoch.
     pub at_ns: i64,
-    /// `stdout`, `stderr`, or `gap` for lines that Fermata writes about lost output.
+    /// `stdout`, `stderr`, or for lines that Fermata writes `gap` (output was lost) and `note` (what
+    /// it does beside the agent).
     pub stream: String,
     /// The text; bytes that are no UTF-8 are replaced.
     pub text: String,

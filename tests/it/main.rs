@@ -5,6 +5,7 @@ mod agent_side;
 mod autostart;
 mod bed;
 mod checkpoint;
+mod hooks;
 mod kill;
 mod lifecycle;
 mod logs;

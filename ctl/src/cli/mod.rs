@@ -236,6 +236,8 @@ pub struct RunArgs {
     /// How long a stop waits between SIGTERM and SIGKILL.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stop_grace: Option<Duration>,
+    #[command(flatten)]
+    pub hooks: HookArgs,
     /// Return once the agent has started (the default).
     #[arg(long, short, conflicts_with_all = ["wait", "logs"])]
     pub detach: bool,
@@ -248,6 +250,25 @@ pub struct RunArgs {
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
+}
+
+/// The commands beside an agent, and what becomes of its output.
+#[derive(Debug, Args)]
+pub struct HookArgs {
+    /// A command that runs before each start, in the agent's place; the start fails with it. One
+    /// line of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub pre_start: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "pre_start")]
+    pub pre_start_timeout: Option<Duration>,
+    /// A command that runs after each end, with FERMATA_EXIT_CODE or FERMATA_EXIT_SIGNAL. One line
+    /// of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub post_stop: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "post_stop")]
+    pub post_stop_timeout: Option<Duration>,
 }
 
 /// Arguments of `pause`.

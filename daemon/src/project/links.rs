@@ -16,7 +16,7 @@ use super::ids::new_run;
 use crate::errors::chain;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
-use crate::shim::record::{ExitRecord, abandon};
+use crate::shim::record::{ExitRecord, abandon, read_cut_short};
 use crate::shim::wire::ShimEvent;
 use crate::steps::launch::processes_of;
 
@@ -83,6 +83,13 @@ impl Watcher {
     }
 
     async fn tell_end(&self, record: &ExitRecord) {
+        if let Some(failure) = &record.post_stop_failure {
+            tracing::warn!(agent = %self.agent, run = %self.run, "{failure}");
+        }
+        if let Some(reason) = &record.start_failure {
+            let (agent, run) = (self.agent.clone(), self.run.clone());
+            return self.send(Command::Launched { agent, run, outcome: Err(reason.clone()) }.into()).await;
+        }
         // Used when the agent is being restarted.
         let (new, token) = new_run();
         let command = Command::RunEnded {
@@ -122,6 +129,10 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
+        if let Ok(Some(record)) = read_cut_short(&self.run_dir) {
+            self.tell_end(&record).await;
+            return None;
+        }
         let (agent, run) = (self.agent.clone(), self.run.clone());
         let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
@@ -179,8 +190,15 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
     };
+    let ended = |record: ExitRecord| {
+        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        Found { observed, link: None }
+    };
     if run.boot_id != boot_id {
-        return lost("the machine was restarted");
+        return match read_cut_short(&run_dir) {
+            Ok(Some(record)) => ended(record),
+            _ => lost("the machine was restarted"),
+        };
     }
     for _ in 0..3 {
         if !process::is_alive(run.shim).unwrap_or(false) {
@@ -195,6 +213,9 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
         return Found { observed, link: None };
     }
-    let detail = end_lost(run_dir, boot_id.to_owned()).await;
-    lost(&detail)
+    let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
+    match read_cut_short(&run_dir) {
+        Ok(Some(record)) => ended(record),
+        _ => lost(&detail),
+    }
 }

@@ -112,7 +112,15 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
     if params.resume_argv.as_ref().is_some_and(|argv| argv.first().is_none_or(String::is_empty)) {
         return invalid("'resume_argv' names no program".into());
     }
-    let words = params.argv.iter().chain(params.resume_argv.iter().flatten()).chain(params.cwd.iter());
+    let hooks = [("pre_start", &params.supervision.pre_start), ("post_stop", &params.supervision.post_stop)];
+    for (field, hook) in hooks.iter().filter_map(|(field, hook)| Some((field, hook.as_ref()?))) {
+        if hook.argv.first().is_none_or(String::is_empty) {
+            return invalid(format!("'supervision.{field}' names no program"));
+        }
+    }
+    let hook_words = hooks.iter().filter_map(|(_, hook)| hook.as_ref()).flat_map(|hook| &hook.argv);
+    let words =
+        params.argv.iter().chain(params.resume_argv.iter().flatten()).chain(params.cwd.iter()).chain(hook_words);
     if words.clone().any(|word| word.contains('\0'))
         || params.env.iter().any(|(k, v)| k.contains('\0') || v.contains('\0'))
     {

@@ -53,6 +53,8 @@ impl Bed {
             mechanism,
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
+            pre_start: None,
+            post_stop: None,
         };
         Self { dir, spec }
     }
