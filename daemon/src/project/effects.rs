@@ -339,7 +339,7 @@ impl Actor {
     }
 
     fn forget(&mut self, agent: &AgentName) {
-        self.links.remove(agent);
+        Arc::make_mut(&mut self.links).remove(agent);
         let site = self.site();
         // Put aside at once, so that a new agent of the same name finds a place of its own.
         match leftovers::put_aside(&site.dirs().agent(agent)) {
