@@ -4,6 +4,7 @@ mod adoption;
 mod agent_side;
 mod autostart;
 mod bed;
+mod chaos;
 mod checkpoint;
 mod hooks;
 mod kill;

@@ -247,6 +247,19 @@ impl Sandbox {
         self.group.as_ref().map(Group::processes)
     }
 
+    /// Returns the groups that agents are frozen by; `None` where groups cannot be made.
+    pub fn agent_groups(&self) -> Option<Vec<PathBuf>> {
+        self.group.as_ref().map(Group::below)
+    }
+
+    /// Sets the content of `fermata.toml` for daemons that are started from now on.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn set_config(&self, toml: &str) {
+        fs::write(self.path.join("fermata.toml"), toml).expect("write fermata.toml");
+    }
+
     /// Kills the daemon with SIGKILL and waits until it is gone.
     #[track_caller]
     pub fn kill_daemon(&mut self) {

@@ -18,6 +18,7 @@ use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
 use crate::shim::record::{ExitRecord, abandon, read_cut_short};
 use crate::shim::wire::ShimEvent;
+use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
 /// How long the processes of a lost tree may take to go.
@@ -137,6 +138,20 @@ impl Watcher {
         let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
+    }
+}
+
+/// Says how a run ended that could not be brought back: as its shim has recorded, or without.
+pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String) -> Outcome {
+    let (agent, run) = (agent.clone(), run.clone());
+    match read_exit(&site.dirs().run(&agent, &run)) {
+        Ok(Some(record)) => {
+            let (new, token) = new_run();
+            let ended_at = UnixMillis(record.ended_at_ms);
+            let command = Command::RunEnded { agent, run, exit: exit_status(&record), ended_at, new };
+            Outcome { tokens: vec![token], ..command.into() }
+        }
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail }.into(),
     }
 }
 

@@ -121,7 +121,7 @@ async fn spec(
         env: environment(site, name, env, token, comes_back),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
-        rlimits: agent.map(|agent| limits(agent)).unwrap_or_default(),
+        rlimits: limits(agent.map(|agent| &**agent), site.services.programs.open_files),
         run_dir: site.dirs().run(name, run),
         socket: site.services.shim_socket(run),
         cgroup_parent: settings.agents.cgroup_parent.clone(),
@@ -174,14 +174,20 @@ fn environment(
     env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
 }
 
-fn limits(agent: &Agent) -> Vec<Limit> {
+/// The limits that an agent gets: its caller's. Where that one said nothing of open files it gets what
+/// the daemon was started with, not what the daemon has raised its own to.
+fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
     let known = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
-    agent
-        .spec
-        .limits
-        .iter()
+    let of_caller = agent.into_iter().flat_map(|agent| &agent.spec.limits);
+    let mut limits: Vec<Limit> = of_caller
         .filter_map(|(name, limit)| Some(Limit { kind: known(name)?, soft: limit.soft, hard: limit.hard }))
-        .collect()
+        .collect();
+    if let Some(own) = open_files
+        && !limits.iter().any(|limit| limit.kind == own.kind)
+    {
+        limits.push(own);
+    }
+    limits
 }
 
 /// Ends what is left of every run of an agent but one: nothing is left behind, and one session
