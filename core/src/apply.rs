@@ -45,6 +45,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
         | Event::AgentAdopted { .. }
+        | Event::AgentTyped { .. }
         | Event::AgentStateSaved { .. }
         | Event::ContextAdded { .. }
         | Event::FlashSaved { .. }
@@ -75,6 +76,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentInterrupted { .. }
         | Event::AgentParked { .. }
         | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
         | Event::AgentUsed { .. } => apply_to_agent(project, event, at),
@@ -245,6 +248,14 @@ fn after_restore(project: &mut Project, restored: Option<u64>) {
     project.state = Arc::new(next);
 }
 
+fn suspend(project: &mut Project, name: &AgentName, run: &fermata_protocol::RunId, since: Option<UnixMillis>) {
+    change(project, name, |agent| {
+        if let Some(current) = agent.run.as_mut().filter(|current| current.id == *run) {
+            current.suspended_at = since;
+        }
+    });
+}
+
 fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
     let Some(name) = event.agent().cloned() else { return };
     match event {
@@ -275,6 +286,7 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
                     token_sha256: token_sha256.clone(),
                     started_at: at,
                     processes: None,
+                    suspended_at: None,
                     ended: None,
                 });
             });
@@ -322,6 +334,8 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::AgentRemoved { .. } => {
             project.agents.remove(&name);
         }
+        Event::AgentSuspended { run, .. } => suspend(project, &name, run, Some(at)),
+        Event::AgentContinued { run, .. } => suspend(project, &name, run, None),
         Event::AgentSessionFound { session, .. } => {
             change(project, &name, |agent| agent.session = Some(session.clone()));
         }

@@ -158,6 +158,34 @@ pub enum Event {
         /// The agent.
         agent: AgentName,
     },
+    /// A signal that was not Fermata's stopped an agent's main process, for instance by Ctrl-Z.
+    #[serde(rename = "agent.suspended")]
+    AgentSuspended {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// An agent that was suspended goes on.
+    #[serde(rename = "agent.continued")]
+    AgentContinued {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// Something was typed into an agent's terminal without attaching to it.
+    #[serde(rename = "agent.typed")]
+    AgentTyped {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Who typed: a user.
+        by: String,
+        /// How many bytes.
+        bytes: u64,
+    },
     /// The profile found the tool's own session id.
     #[serde(rename = "agent.session_found")]
     AgentSessionFound {
@@ -414,6 +442,9 @@ impl Event {
             Self::AgentInterrupted { .. } => "agent.interrupted",
             Self::AgentParked { .. } => "agent.parked",
             Self::AgentRemoved { .. } => "agent.removed",
+            Self::AgentSuspended { .. } => "agent.suspended",
+            Self::AgentContinued { .. } => "agent.continued",
+            Self::AgentTyped { .. } => "agent.typed",
             Self::AgentSessionFound { .. } => "agent.session_found",
             Self::AgentProgressed { .. } => "agent.progressed",
             Self::AgentUsed { .. } => "agent.used",
@@ -456,6 +487,9 @@ impl Event {
             | Self::AgentInterrupted { agent, .. }
             | Self::AgentParked { agent, .. }
             | Self::AgentRemoved { agent }
+            | Self::AgentSuspended { agent, .. }
+            | Self::AgentContinued { agent, .. }
+            | Self::AgentTyped { agent, .. }
             | Self::AgentSessionFound { agent, .. }
             | Self::AgentProgressed { agent, .. }
             | Self::AgentUsed { agent, .. }

@@ -25,6 +25,7 @@ pub mod question;
 pub mod rpc;
 pub mod supervision;
 pub mod task;
+pub mod terminal;
 
 pub use error::{Code, ErrorObject, Refusal};
 pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};

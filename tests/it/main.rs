@@ -2,6 +2,7 @@
 
 mod adoption;
 mod agent_side;
+mod attach;
 mod autostart;
 mod bed;
 mod checkpoint;
@@ -9,6 +10,7 @@ mod kill;
 mod logs;
 mod pause;
 mod pause_crash;
+mod person;
 mod plugins;
 mod protocol;
 mod ps;
@@ -18,6 +20,7 @@ mod rm;
 mod roles;
 mod run;
 mod scene;
+mod send;
 mod signals;
 mod stop;
 mod wait;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
 use fermata_protocol::project::ProjectShow;
-use fermata_protocol::supervision::Supervision;
+use fermata_protocol::supervision::{Supervision, TerminalSize};
 use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -18,13 +18,17 @@ use crate::cli::values::split_words;
 use crate::errors::Failure;
 use crate::output::time::millis;
 use crate::output::{Format, note};
+use crate::raw_terminal;
 use crate::session::Session;
 
 /// Runs `run`.
 pub fn run(session: &mut Session, args: RunArgs) -> Ended {
-    let (wait, follow) = (args.wait, args.logs);
+    let (wait, follow, attach) = (args.wait, args.logs, args.attach);
     let agent = start(session, args)?;
     let target = target_of(&agent);
+    if attach {
+        return super::attach::after_start(session, &target);
+    }
     if (wait || follow) && session.out.is_human() {
         note(&format!("{target} started"));
     }
@@ -89,9 +93,13 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision::default(),
+        supervision: Supervision { terminal: args.tty.then(terminal_size), ..Supervision::default() },
     };
     session.call(&params)
+}
+
+fn terminal_size() -> TerminalSize {
+    raw_terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 })
 }
 
 /// Finds the workspace of a project: the one to send with the agent, needed for a new project

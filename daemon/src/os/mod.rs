@@ -11,6 +11,7 @@ pub mod lock;
 pub mod memory;
 pub mod peer;
 pub mod process;
+pub mod pty;
 pub mod signals;
 pub mod socket_child;
 pub mod spawn;

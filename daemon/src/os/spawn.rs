@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
-use nix::unistd::{ForkResult, Pid, chdir, pipe2};
+use nix::unistd::{ForkResult, Pid, chdir, getpid, pipe2, tcsetpgrp};
 
 use super::limits::{self, Limit};
 use super::signals;
@@ -35,6 +35,8 @@ pub enum Stage {
     Stdio = 6,
     /// Executing the program.
     Exec = 7,
+    /// Becoming the foreground of the terminal.
+    Terminal = 8,
 }
 
 impl Stage {
@@ -46,6 +48,7 @@ impl Stage {
             5 => Self::WorkingDirectory,
             6 => Self::Stdio,
             7 => Self::Exec,
+            8 => Self::Terminal,
             _ => Self::Fork,
         }
     }
@@ -59,6 +62,7 @@ impl Stage {
             Self::WorkingDirectory => "enter the working directory",
             Self::Stdio => "connect the standard streams",
             Self::Exec => "execute the program",
+            Self::Terminal => "become the foreground of the terminal",
         }
     }
 }
@@ -88,6 +92,7 @@ pub struct Program {
     cwd: CString,
     umask: u32,
     limits: Vec<Limit>,
+    foreground: bool,
 }
 
 impl Program {
@@ -130,7 +135,16 @@ impl Program {
             cwd: c_string(cwd.as_bytes())?,
             umask,
             limits: limits.to_vec(),
+            foreground: false,
         })
+    }
+
+    /// Makes the program the foreground of its stdin, which is then the controlling terminal of the
+    /// caller's session.
+    #[must_use]
+    pub fn in_foreground(mut self) -> Self {
+        self.foreground = true;
+        self
     }
 
     /// Starts the program in a process group of its own and the caller's session, with the given
@@ -208,6 +222,15 @@ impl Program {
         }
         if let Err(errno) = nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)) {
             return (Stage::ProcessGroup, errno);
+        }
+        // SAFETY: stdin is open for the whole call.
+        let stdin = unsafe { BorrowedFd::borrow_raw(prepared.stdio[0]) };
+        // A process of the background that does this is stopped by SIGTTOU unless it ignores that
+        // signal, as the caller does: hence before the signals are reset.
+        if self.foreground
+            && let Err(errno) = tcsetpgrp(stdin, getpid())
+        {
+            return (Stage::Terminal, errno);
         }
         signals::reset_all();
         // SAFETY: umask only sets a number and cannot fail.

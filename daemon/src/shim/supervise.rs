@@ -26,6 +26,7 @@ use super::log::LogWriter;
 use super::log_line::Stream;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
+use super::terminal::Terminal;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
 use crate::os::fsync::Reserve;
@@ -72,6 +73,7 @@ enum Source {
     Child,
     Stdout,
     Stderr,
+    Terminal,
     Listener,
     Freeze,
     Connection(ConnectionId),
@@ -91,6 +93,7 @@ pub struct Supervisor {
     listener: UnixListener,
     stdout: Option<File>,
     stderr: Option<File>,
+    terminal: Option<Terminal>,
     connections: Vec<Connection>,
     next_connection: u64,
     stopped_by_others: bool,
@@ -115,16 +118,18 @@ pub struct Parts {
     pub children: SignalFd,
     /// The socket, non-blocking.
     pub listener: UnixListener,
-    /// The reading ends of its pipes, non-blocking.
+    /// The reading end of its pipe, or of its terminal; non-blocking.
     pub stdout: OwnedFd,
-    /// See `stdout`.
-    pub stderr: OwnedFd,
+    /// The reading end of its other pipe; a terminal carries both.
+    pub stderr: Option<OwnedFd>,
+    /// Its terminal.
+    pub terminal: Option<Terminal>,
 }
 
 impl Supervisor {
     /// Takes over.
     pub fn new(parts: Parts) -> Self {
-        let Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr } = parts;
+        let Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr, terminal } = parts;
         Self {
             spec,
             shim,
@@ -136,7 +141,8 @@ impl Supervisor {
             children,
             listener,
             stdout: Some(File::from(stdout)),
-            stderr: Some(File::from(stderr)),
+            stderr: stderr.map(File::from),
+            terminal,
             connections: Vec::new(),
             next_connection: 0,
             stopped_by_others: false,
@@ -154,6 +160,7 @@ impl Supervisor {
                     Source::Child => self.reap(),
                     Source::Listener => self.accept(),
                     Source::Connection(id) => self.serve(id),
+                    Source::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
                     // Read above; `tick` looks at the freeze.
                     Source::Stdout | Source::Stderr | Source::Freeze => {}
                 }
@@ -162,9 +169,15 @@ impl Supervisor {
             let news = self.hold.tick(now);
             self.tell(news);
             self.go_on(now);
+            if let Some(terminal) = &mut self.terminal {
+                terminal.feed(&mut self.connections);
+            }
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
                 let event = FromShim::Event(ShimEvent::Exited(record));
+                if let Some(terminal) = &mut self.terminal {
+                    terminal.feed_last(&mut self.connections);
+                }
                 for mut connection in self.connections {
                     if connection.is_open() {
                         connection.send(&event);
@@ -186,6 +199,10 @@ impl Supervisor {
                 fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
                 sources.push(source);
             }
+        }
+        if let Some(terminal) = self.terminal.as_ref().filter(|terminal| terminal.wants_write()) {
+            fds.push(PollFd::new(terminal.as_fd(), PollFlags::POLLOUT));
+            sources.push(Source::Terminal);
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         sources.push(Source::Listener);
@@ -230,10 +247,17 @@ impl Supervisor {
     fn take_output(&mut self, ready: &[Source], buffer: &mut [u8]) {
         for source in ready {
             match source {
-                Source::Stdout => read_pipe(&mut self.stdout, Stream::Stdout, &mut self.log, buffer),
-                Source::Stderr => read_pipe(&mut self.stderr, Stream::Stderr, &mut self.log, buffer),
-                Source::Child | Source::Listener | Source::Freeze | Source::Connection(_) => false,
-            };
+                Source::Stdout => {
+                    let count = read_pipe(&mut self.stdout, Stream::Stdout, &mut self.log, buffer);
+                    if let Some(terminal) = &mut self.terminal {
+                        terminal.show(&buffer[..count]);
+                    }
+                }
+                Source::Stderr => {
+                    read_pipe(&mut self.stderr, Stream::Stderr, &mut self.log, buffer);
+                }
+                Source::Child | Source::Terminal | Source::Listener | Source::Freeze | Source::Connection(_) => {}
+            }
         }
         self.log.flush(clock::unix_ns());
     }
@@ -339,6 +363,7 @@ impl Supervisor {
                         return;
                     }
                     let leftovers = work.killed().iter().filter(|id| **id != self.agent).count() as u64;
+                    self.terminal.iter_mut().for_each(Terminal::hang_up);
                     Life::Draining { end, leftovers, until: now + DRAIN_PATIENCE }
                 }
                 Life::Draining { end, leftovers, until } => {
@@ -468,24 +493,29 @@ fn report(step: Result<Progress, crate::os::tree::TreeError>) -> Option<Progress
     }
 }
 
-/// Reads once; at the end of the stream the pipe is closed. Returns whether anything came.
-fn read_pipe(pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, buffer: &mut [u8]) -> bool {
-    let Some(file) = pipe else { return false };
-    match file.read(buffer) {
+/// Reads once; at the end of the stream the pipe is closed. Returns how much came.
+fn read_pipe(pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, buffer: &mut [u8]) -> usize {
+    let Some(file) = pipe else { return 0 };
+    let read = match file.read(buffer) {
+        // The end of a terminal (pty(7)).
+        Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(0),
+        other => other,
+    };
+    match read {
         Ok(0) => {
             log.end(stream, clock::unix_ns());
             *pipe = None;
-            false
+            0
         }
         Ok(count) => {
             log.push(stream, &buffer[..count], clock::unix_ns());
-            true
+            count
         }
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
+        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => 0,
         Err(error) => {
             eprintln!("fermata-shim: failed to read {}: {error}", stream.word());
             *pipe = None;
-            false
+            0
         }
     }
 }
