@@ -4,7 +4,8 @@ use std::process::Command;
 
 use fermata_protocol::Code;
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
-use fermata_protocol::event::{Event, EventsList};
+use fermata_protocol::event::Event;
+use fermata_protocol::subscription::EventsList;
 use fermata_tests::Sandbox;
 use fermata_tests::sandbox::output_of;
 use fermata_tests::waiting::{SOON, wait_until};

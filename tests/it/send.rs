@@ -2,7 +2,8 @@
 
 use std::process::Stdio;
 
-use fermata_protocol::event::{Event, EventsList};
+use fermata_protocol::event::Event;
+use fermata_protocol::subscription::EventsList;
 use fermata_tests::Sandbox;
 use fermata_tests::waiting::{SOON, wait_until};
 

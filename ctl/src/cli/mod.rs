@@ -100,11 +100,11 @@ pub enum Command {
     },
     /// Hold a project: quiesce, freeze, flash save, checkpoint.
     Pause(PauseArgs),
-    /// Let a paused project go on.
+    /// Let a paused project go on, or bring back one agent that timed out, was interrupted or failed.
     Resume {
-        /// The project.
-        project: ProjectName,
-        /// Restore this checkpoint first.
+        /// A paused project, or an agent (project/agent) that has ended.
+        target: Target,
+        /// Restore this checkpoint of the project first.
         #[arg(long, value_name = "N")]
         checkpoint: Option<CheckpointNumber>,
     },
@@ -240,6 +240,8 @@ pub struct RunArgs {
     /// How long a stop waits between SIGTERM and SIGKILL.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stop_grace: Option<Duration>,
+    #[command(flatten)]
+    pub hooks: HookArgs,
     /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
     #[arg(long, short)]
     pub tty: bool,
@@ -258,6 +260,25 @@ pub struct RunArgs {
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
+}
+
+/// The commands beside an agent, and what becomes of its output.
+#[derive(Debug, Args)]
+pub struct HookArgs {
+    /// A command that runs before each start, in the agent's place; the start fails with it. One
+    /// line of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub pre_start: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "pre_start")]
+    pub pre_start_timeout: Option<Duration>,
+    /// A command that runs after each end, with FERMATA_EXIT_CODE or FERMATA_EXIT_SIGNAL. One line
+    /// of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub post_stop: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "post_stop")]
+    pub post_stop_timeout: Option<Duration>,
 }
 
 /// Arguments of `pause`.

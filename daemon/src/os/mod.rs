@@ -10,6 +10,7 @@ pub mod limits;
 pub mod lock;
 pub mod memory;
 pub mod peer;
+pub mod prelude;
 pub mod process;
 pub mod pty;
 pub mod signals;

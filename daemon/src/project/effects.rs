@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fermata_core::command::{AgentRun, Command, Effect, Sealed, StepReport};
+use fermata_core::command::{AgentRun, ComesBack, Command, Effect, Sealed, StepReport};
 use fermata_core::project::{PauseStep, ProjectState};
 use fermata_protocol::checkpoint::{CheckpointCreateResult, CheckpointRestoreResult, Trigger};
 use fermata_protocol::pause::{AgentResumed, Rung};
@@ -13,11 +13,12 @@ use tokio::sync::mpsc;
 
 use super::actor::Actor;
 use super::handle::{Message, Outcome};
+use super::links::end_of;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
-use crate::steps::launch::{self, ComesBack};
+use crate::steps::launch;
 use crate::steps::{Site, leftovers, ms_since, quiesce, restore, resume, validate};
 use crate::store::commit::Write;
 
@@ -42,7 +43,7 @@ pub struct PauseWork {
 impl Actor {
     pub(super) async fn start(&mut self, effect: Effect) {
         match effect {
-            Effect::Launch { agent, run } => self.launch(agent, run),
+            Effect::Launch { agent, run, comes_back } => self.launch(agent, run, comes_back),
             Effect::Stop { agent, run, grace_ms } => self.stop(&agent, &run, Some(grace_ms)),
             Effect::Kill { agent, run } => self.stop(&agent, &run, None),
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
@@ -74,11 +75,11 @@ impl Actor {
         }
     }
 
-    fn launch(&mut self, agent: AgentName, run: RunId) {
+    fn launch(&mut self, agent: AgentName, run: RunId, comes_back: Option<ComesBack>) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let token = self.tokens.remove(&run).unwrap_or_default();
         self.services.tracker.spawn(async move {
-            let outcome = launch::run(&site, &agent, &run, &token, None).await.map(Box::new);
+            let outcome = launch::run(&site, &agent, &run, &token, comes_back).await.map(Box::new);
             drop(mailbox.send(Message::Started { agent, run, outcome }).await);
         });
     }
@@ -214,6 +215,12 @@ impl Actor {
             let start = Instant::now();
             let mut agents = resume::thaw(&site, &thaw).await;
             let thaw_ms = ms_since(start);
+            for gone in agents.iter().filter(|agent| agent.rung == Rung::Failed) {
+                let Some((agent, run)) = thaw.iter().find(|(agent, _)| *agent == gone.agent) else { continue };
+                // Told before the resume is: the watcher of the run, who may be late, is then ignored.
+                let end = end_of(&site, agent, run, gone.detail.clone().unwrap_or_default());
+                drop(mailbox.send(Message::Outcome(Box::new(end))).await);
+            }
             crate::failpoint::hit("resume.thawed");
             let again = Instant::now();
             let each = respawn.into_iter().zip(tokens).map(|((agent, run), token)| {
@@ -339,7 +346,7 @@ impl Actor {
     }
 
     fn forget(&mut self, agent: &AgentName) {
-        self.links.remove(agent);
+        Arc::make_mut(&mut self.links).remove(agent);
         let site = self.site();
         // Put aside at once, so that a new agent of the same name finds a place of its own.
         match leftovers::put_aside(&site.dirs().agent(agent)) {
@@ -491,7 +498,8 @@ async fn respawn_one(
     checkpoint: CheckpointNumber,
 ) -> AgentResumed {
     let argv = site.project.agents.get(&agent).and_then(|a| a.run.as_ref()).map(|run| run.argv.clone());
-    let outcome = launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint })).await.map(Box::new);
+    let outcome =
+        launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint: Some(checkpoint) })).await.map(Box::new);
     let failed = outcome.as_ref().err().cloned();
     drop(mailbox.send(Message::Started { agent: agent.clone(), run, outcome }).await);
     let rung = if failed.is_some() { Rung::Failed } else { Rung::Respawned };

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::command::{Command, Observed};
+use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -16,8 +16,9 @@ use super::ids::new_run;
 use crate::errors::chain;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
-use crate::shim::record::{ExitRecord, abandon};
+use crate::shim::record::{ExitRecord, abandon, read_cut_short};
 use crate::shim::wire::ShimEvent;
+use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
 /// How long the processes of a lost tree may take to go.
@@ -100,6 +101,13 @@ impl Watcher {
     }
 
     async fn tell_end(&self, record: &ExitRecord) {
+        if let Some(failure) = &record.post_stop_failure {
+            tracing::warn!(agent = %self.agent, run = %self.run, "{failure}");
+        }
+        if let Some(reason) = &record.start_failure {
+            let (agent, run) = (self.agent.clone(), self.run.clone());
+            return self.send(Command::Launched { agent, run, outcome: Err(reason.clone()) }.into()).await;
+        }
         // Used when the agent is being restarted.
         let (new, token) = new_run();
         let command = Command::RunEnded {
@@ -108,6 +116,7 @@ impl Watcher {
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
+            then: AfterEnd::ByPolicy,
         };
         self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
@@ -138,9 +147,28 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
-        let lost = Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail };
+        if let Ok(Some(record)) = read_cut_short(&self.run_dir) {
+            self.tell_end(&record).await;
+            return None;
+        }
+        let (agent, run) = (self.agent.clone(), self.run.clone());
+        let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
+    }
+}
+
+/// Says how a run ended that could not be brought back: as its shim has recorded, or without.
+pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String) -> Outcome {
+    let (agent, run) = (agent.clone(), run.clone());
+    match read_exit(&site.dirs().run(&agent, &run)) {
+        Ok(Some(record)) => {
+            let (new, token) = new_run();
+            let ended_at = UnixMillis(record.ended_at_ms);
+            let command = Command::RunEnded { agent, run, exit: exit_status(&record), ended_at, new };
+            Outcome { tokens: vec![token], ..command.into() }
+        }
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail }.into(),
     }
 }
 
@@ -194,8 +222,15 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
     };
+    let ended = |record: ExitRecord| {
+        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        Found { observed, link: None }
+    };
     if run.boot_id != boot_id {
-        return lost("the machine was restarted");
+        return match read_cut_short(&run_dir) {
+            Ok(Some(record)) => ended(record),
+            _ => lost("the machine was restarted"),
+        };
     }
     for _ in 0..3 {
         if !process::is_alive(run.shim).unwrap_or(false) {
@@ -210,6 +245,9 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
         return Found { observed, link: None };
     }
-    let detail = end_lost(run_dir, boot_id.to_owned()).await;
-    lost(&detail)
+    let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
+    match read_cut_short(&run_dir) {
+        Ok(Some(record)) => ended(record),
+        _ => lost(&detail),
+    }
 }

@@ -162,7 +162,9 @@ fn not_running(target: &Target, agent: &Agent) -> Refusal {
         AgentState::Held(Held::Parked) => {
             ("is parked: it has no processes", format!("fermatactl resume {}", target.project))
         }
-        AgentState::Starting => ("has not started yet", format!("fermatactl ps {}", target.project)),
+        AgentState::Starting | AgentState::Waiting(_) | AgentState::Backoff { .. } => {
+            ("has not started yet", format!("fermatactl ps {}", target.project))
+        }
         AgentState::Running
         | AgentState::Held(Held::Frozen)
         | AgentState::Stopping(_)

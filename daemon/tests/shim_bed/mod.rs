@@ -54,6 +54,8 @@ impl Bed {
             terminal: None,
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
+            pre_start: None,
+            post_stop: None,
         };
         Self { dir, spec }
     }

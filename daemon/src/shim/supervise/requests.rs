@@ -36,6 +36,10 @@ impl Supervisor {
         let ended = !matches!(self.life, Life::Running);
         let answer = match call.request {
             Request::Status {} => self.status(now),
+            Request::Kill {} if matches!(self.life, Life::After(_)) => {
+                self.cut_post_stop_short(now);
+                done()
+            }
             // Ending is idempotent, and there is nothing left to thaw.
             Request::Stop { .. } | Request::Kill {} if self.has_ended() => done(),
             Request::Stop { grace_ms } => {
@@ -145,6 +149,7 @@ impl Supervisor {
             Life::Killing { .. }
             | Life::Clearing { .. }
             | Life::Draining { .. }
+            | Life::After(_)
             | Life::Recording { .. }
             | Life::Over { .. } => {}
         }
