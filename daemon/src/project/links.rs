@@ -165,10 +165,11 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
         Ok(Some(record)) => {
             let (new, token) = new_run();
             let ended_at = UnixMillis(record.ended_at_ms);
-            let command = Command::RunEnded { agent, run, exit: exit_status(&record), ended_at, new };
+            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
+            let command = Command::RunEnded { agent, run, exit, ended_at, new, then };
             Outcome { tokens: vec![token], ..command.into() }
         }
-        Ok(None) | Err(_) => Command::RunLost { agent, run, detail }.into(),
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
     }
 }
 
