@@ -2,6 +2,7 @@
 
 mod adoption;
 mod agent_side;
+mod attach;
 mod autostart;
 mod bed;
 mod chaos;
@@ -12,6 +13,7 @@ mod lifecycle;
 mod logs;
 mod pause;
 mod pause_crash;
+mod person;
 mod plugins;
 mod protocol;
 mod ps;
@@ -22,6 +24,7 @@ mod rm;
 mod roles;
 mod run;
 mod scene;
+mod send;
 mod signals;
 mod stop;
 mod wait;

@@ -40,6 +40,7 @@ pub(super) struct Watcher {
 impl Watcher {
     /// Passes on what the shim tells, until the run has ended or the daemon ends.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
+        self.ask_suspended(&link).await;
         loop {
             let event = tokio::select! {
                 event = events.recv() => event,
@@ -56,12 +57,16 @@ impl Watcher {
                         return;
                     }
                 }
-                Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
+                Some(ShimEvent::Stopped { .. }) => self.tell_suspended(true).await,
+                Some(ShimEvent::Continued {}) => self.tell_suspended(false).await,
+                // For viewers, which have connections of their own.
+                Some(ShimEvent::Screen(_) | ShimEvent::Output { .. }) => {}
                 None => match self.link_again().await {
                     Some((again, more)) => {
                         drop(link);
                         link = again;
                         events = more;
+                        self.ask_suspended(&link).await;
                     }
                     None => return,
                 },
@@ -81,6 +86,18 @@ impl Watcher {
         let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
         self.mailbox.send(message).await.ok()?;
         Some((link, events))
+    }
+
+    /// What happened while there was no link was told to nobody.
+    async fn ask_suspended(&self, link: &ShimLink) {
+        if let Some(held) = link.suspended() {
+            self.tell_suspended(held).await;
+        }
+    }
+
+    async fn tell_suspended(&self, held: bool) {
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), held };
+        self.send(command.into()).await;
     }
 
     async fn tell_end(&self, record: &ExitRecord) {

@@ -130,6 +130,7 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
+        terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
         log: LogLimits {
             max_bytes: settings.agents.log_max_bytes,
             max_files: settings.agents.log_max_files,
@@ -157,6 +158,12 @@ fn environment(
 ) -> Vec<(Raw, Raw)> {
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
+    }
+    if site.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
+        // The size is the terminal's to tell, and the caller's own may be another.
+        env.remove("LINES");
+        env.remove("COLUMNS");
+        env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
     }
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());
