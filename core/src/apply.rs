@@ -298,14 +298,14 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
                 agent.state = AgentState::Stopping(if *restart { AfterStop::Restart } else { AfterStop::Stay });
             }
         }),
-        Event::AgentExited { exit, ended_at, .. } => {
+        Event::AgentExited { exit, detail, ended_at, .. } => {
             let stopping = matches!(project.agents.get(&name).map(|agent| &agent.state), Some(AgentState::Stopping(_)));
             let state = if stopping {
                 AgentState::Ended(Ended::Stopped)
             } else if exit.is_success() {
                 AgentState::Ended(Ended::ByItself)
             } else {
-                AgentState::Failed { detail: None }
+                AgentState::Failed { detail: detail.clone() }
             };
             end(project, &name, RunEnd { exit: Some(*exit), at: *ended_at }, state);
         }

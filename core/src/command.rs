@@ -82,6 +82,8 @@ pub enum Command {
         run: RunId,
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        detail: Option<String>,
         /// When.
         ended_at: UnixMillis,
         /// The new run, should one follow.
@@ -350,6 +352,8 @@ pub enum Observed {
     Ended {
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        detail: Option<String>,
         /// When.
         at: UnixMillis,
     },

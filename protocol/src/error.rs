@@ -120,6 +120,8 @@ codes! {
     WorkspaceRefused = "workspace_refused", -32012;
     /// The state directory's file system has too little free space.
     DiskFull = "disk_full", -32015;
+    /// Resources of an agent cannot be limited here; the data names the controllers that are missing.
+    LimitsUnavailable = "limits_unavailable", -32012;
     /// A value is too large.
     TooLarge = "too_large", -32016;
     /// The events before this cursor are gone; the data names the oldest cursor.

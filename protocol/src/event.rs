@@ -131,6 +131,9 @@ pub enum Event {
         run: RunId,
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
         /// When.
         ended_at: UnixMillis,
     },

@@ -172,7 +172,7 @@ pub(super) fn run_ended(
     project: &Project,
     name: AgentName,
     run: RunId,
-    exit: ExitStatus,
+    (exit, detail): (ExitStatus, Option<String>),
     ended_at: UnixMillis,
     new: NewRun,
 ) -> Decision {
@@ -184,7 +184,7 @@ pub(super) fn run_ended(
         return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
     let restart = found.state == AgentState::Stopping(AfterStop::Restart);
-    let mut decision = Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
+    let mut decision = Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, detail, ended_at }]);
     if restart {
         let next = starting(name, found.spec.argv.clone(), new, StartCause::Restart);
         decision.events.extend(next.events);

@@ -32,8 +32,8 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Restart { agent, new } => agents::restart(project, agent, new),
         Command::RemoveAgent { agent } => agents::remove(project, agent),
         Command::Launched { agent, run, outcome } => Ok(agents::launched(project, agent, run, outcome)),
-        Command::RunEnded { agent, run, exit, ended_at, new } => {
-            Ok(agents::run_ended(project, agent, run, exit, ended_at, new))
+        Command::RunEnded { agent, run, exit, detail, ended_at, new } => {
+            Ok(agents::run_ended(project, agent, run, (exit, detail), ended_at, new))
         }
         Command::RunLost { agent, run, detail } => Ok(agents::run_lost(project, agent, run, detail)),
         Command::Parked { agent, run } => Ok(agents::parked(project, agent, run)),

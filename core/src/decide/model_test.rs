@@ -169,8 +169,14 @@ impl Model {
     fn report_end(&mut self, agent: AgentName, run: RunId) {
         let Some(code) = self.world.ended.get(&run).copied() else { return };
         let new = self.new_run();
-        let command =
-            Command::RunEnded { agent, run, exit: ExitStatus::Code(code), ended_at: UnixMillis(self.clock), new };
+        let command = Command::RunEnded {
+            agent,
+            run,
+            exit: ExitStatus::Code(code),
+            detail: None,
+            ended_at: UnixMillis(self.clock),
+            new,
+        };
         self.tell(command).expect("the world is not refused");
     }
 
@@ -334,7 +340,9 @@ impl Model {
             let Some(run) = agent.run.as_ref() else { continue };
             let seen = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
                 (Some(_), _) => Observed::Alive(processes()),
-                (None, Some(code)) => Observed::Ended { exit: ExitStatus::Code(*code), at: UnixMillis(self.clock) },
+                (None, Some(code)) => {
+                    Observed::Ended { exit: ExitStatus::Code(*code), detail: None, at: UnixMillis(self.clock) }
+                }
                 (None, None) => Observed::Lost { detail: "gone".into() },
             };
             observed.insert(agent.name.clone(), seen);

@@ -84,8 +84,9 @@ fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>) -
         Some(Observed::Ended { .. } | Observed::Lost { .. }) if parking => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Ended { exit, at }) => {
-            vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, ended_at: *at }]
+        Some(Observed::Ended { exit, detail, at }) => {
+            let detail = detail.clone();
+            vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, detail, ended_at: *at }]
         }
         // A held agent whose processes are gone with the machine is brought back by the resume,
         // as a parked one.

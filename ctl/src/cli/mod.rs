@@ -1,6 +1,7 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
 pub mod groups;
+pub mod resources;
 pub mod values;
 
 use std::ffi::OsString;
@@ -236,6 +237,8 @@ pub struct RunArgs {
     /// How long a stop waits between SIGTERM and SIGKILL.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stop_grace: Option<Duration>,
+    #[command(flatten)]
+    pub resources: resources::ResourceArgs,
     /// Return once the agent has started (the default).
     #[arg(long, short, conflicts_with_all = ["wait", "logs"])]
     pub detach: bool,

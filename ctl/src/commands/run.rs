@@ -89,7 +89,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision::default(),
+        supervision: Supervision { resources: args.resources.into(), ..Supervision::default() },
     };
     session.call(&params)
 }

@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
 use crate::errors::chain;
+use crate::os::controllers::OutOfMemory;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
 use crate::shim::record::{ExitRecord, abandon};
@@ -89,6 +90,7 @@ impl Watcher {
             agent: self.agent.clone(),
             run: self.run.clone(),
             exit: exit_status(record),
+            detail: exit_detail(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
         };
@@ -150,6 +152,21 @@ pub fn exit_status(record: &ExitRecord) -> ExitStatus {
     }
 }
 
+/// What a recorded exit says beyond the exit status.
+fn exit_detail(record: &ExitRecord) -> Option<String> {
+    let OutOfMemory { killed, at_limit } = record.out_of_memory;
+    match (killed, at_limit) {
+        (0, _) => None,
+        (_, 0) => Some("killed because the machine was out of memory".to_owned()),
+        _ => Some("killed for exceeding memory.max".to_owned()),
+    }
+}
+
+fn ended(record: &ExitRecord) -> Observed {
+    let at = UnixMillis(record.ended_at_ms);
+    Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }
+}
+
 /// What a new daemon found of a run, with the link when it is alive.
 pub struct Found {
     /// What recovery is told.
@@ -162,7 +179,7 @@ pub struct Found {
 pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     let lost = |detail: &str| Found { observed: Observed::Lost { detail: detail.to_owned() }, link: None };
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        let observed = ended(&record);
         return Found { observed, link: None };
     }
     let mut record = read_run(&run_dir);
@@ -190,7 +207,7 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     }
     // It may have ended between the two looks.
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        let observed = ended(&record);
         return Found { observed, link: None };
     }
     let detail = end_lost(run_dir, boot_id.to_owned()).await;

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::raw;
 use super::spec::files;
+use crate::os::controllers::OutOfMemory;
 use crate::os::process::ProcessId;
 
 /// How a tree is frozen.
@@ -63,6 +64,9 @@ pub struct ExitRecord {
     /// Payload bytes of output that a full disk cost.
     #[serde(default)]
     pub log_bytes_lost: u64,
+    /// What the kernel has done to the tree for want of memory.
+    #[serde(default)]
+    pub out_of_memory: OutOfMemory,
 }
 
 /// Why a record could not be read.

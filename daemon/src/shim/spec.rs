@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::raw::{self, Raw};
+use crate::os::controllers::TreeLimits;
 use crate::os::limits::Limit;
 
 /// The version of [`LaunchSpec`]; a shim refuses any other.
@@ -95,6 +96,9 @@ pub struct LaunchSpec {
     /// Whether control groups may be used.
     #[serde(default)]
     pub mechanism: MechanismChoice,
+    /// What the whole tree may use; with any limit it is a control group or nothing.
+    #[serde(default)]
+    pub tree_limits: TreeLimits,
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,

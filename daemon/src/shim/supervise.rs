@@ -28,6 +28,7 @@ use super::record::ExitRecord;
 use super::spec::LaunchSpec;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
+use crate::os::controllers::OutOfMemory;
 use crate::os::fsync::Reserve;
 use crate::os::process::{self, Change, ProcessId};
 use crate::os::tree::{KillWork, Progress};
@@ -347,6 +348,7 @@ impl Supervisor {
                         return;
                     }
                     self.log.finish(clock::unix_ns());
+                    let out_of_memory = self.hold.group().map(OutOfMemory::of).unwrap_or_default();
                     self.remove_group();
                     let record = ExitRecord {
                         run_id: self.spec.run_id.clone(),
@@ -356,6 +358,7 @@ impl Supervisor {
                         ended_at_ms: end.at_ms,
                         leftovers_killed: leftovers,
                         log_bytes_lost: self.log.lost(),
+                        out_of_memory,
                     };
                     Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
                 }

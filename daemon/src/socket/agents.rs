@@ -21,7 +21,7 @@ use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
 use crate::services;
-use crate::steps::blocking;
+use crate::steps::{blocking, limits};
 use crate::store::commit::Write;
 use crate::store::idempotency::{self, Keyed};
 use crate::store::{Connection, Durability};
@@ -34,6 +34,7 @@ const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
 pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Keyed>) -> Result<Value, Failure> {
     check(&params)?;
+    limits::prepare(projects.services(), &params.supervision.resources).await?;
     let handle = match projects.get(&params.project) {
         Ok(handle) => handle,
         Err(missing) => {

@@ -51,6 +51,7 @@ impl Bed {
             cgroup_parent: None,
             cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
             mechanism,
+            tree_limits: Default::default(),
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
         };
