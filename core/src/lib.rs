@@ -16,6 +16,7 @@ pub mod apply;
 pub mod command;
 pub mod context;
 pub mod decide;
+pub mod load;
 pub mod project;
 pub mod redact;
 pub mod resume_command;

@@ -41,6 +41,7 @@ pub fn agent(project: &Project, agent: &Agent) -> AgentView {
         progress: agent.progress.clone(),
         session: agent.session.clone(),
         usage: agent.usage,
+        load: None,
     }
 }
 

@@ -22,6 +22,8 @@ pub mod store;
 
 pub mod tokens;
 
+pub mod load;
+
 pub mod history;
 
 pub mod plugins;

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Paths, Settings};
+use crate::load::Loads;
 use crate::os::clock;
 use crate::plugins::Plugins;
 use crate::profile::Profiles;
@@ -59,6 +60,8 @@ pub struct Services {
     pub plugins: Plugins,
     /// The token counter.
     pub tokens: TokenCounter,
+    /// What agents use of the machine.
+    pub loads: Loads,
     /// Agents' open channels.
     pub channels: Channels,
     /// Operations' progress.
@@ -87,15 +90,17 @@ impl Services {
         profiles: Profiles,
         boot_id: String,
     ) -> Self {
+        let tracker = TaskTracker::new();
         Self {
             paths,
             programs,
             store,
             plugins,
             tokens: TokenCounter::default(),
+            loads: Loads::new(tracker.clone()),
             channels: Channels::default(),
             progress: broadcast::channel(256).0,
-            tracker: TaskTracker::new(),
+            tracker,
             heavy: Semaphore::new(HEAVY),
             stopping: CancellationToken::new(),
             boot_id,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
+use crate::load::Load;
 use crate::pause::Mechanism;
 use crate::supervision::Supervision;
 
@@ -307,6 +308,9 @@ pub struct AgentView {
     pub session: Option<String>,
     /// Input and output tokens and cost that it reported.
     pub usage: Usage,
+    /// What its tree uses of the machine; a sample with its age, while it has processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<Load>,
 }
 
 /// What an agent reports of its work.

@@ -15,6 +15,7 @@ pub mod daemon;
 pub mod error;
 pub mod event;
 pub mod ids;
+pub mod load;
 pub mod method;
 pub mod openrpc;
 pub mod operation;

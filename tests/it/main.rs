@@ -21,4 +21,5 @@ mod run;
 mod scene;
 mod signals;
 mod stop;
+mod usage;
 mod wait;

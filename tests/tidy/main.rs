@@ -23,6 +23,7 @@ const ROOMS: &[&str] = &[
     "services",
     "store",
     "tokens",
+    "load",
     "history",
     "plugins",
     "shim",

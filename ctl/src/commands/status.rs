@@ -9,7 +9,7 @@ use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, Project
 use serde_json::json;
 
 use super::{Ended, target_of};
-use crate::output::time::{bytes, duration, number};
+use crate::output::time::{bytes, duration, now, number};
 use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
 use crate::session::Session;
 
@@ -17,12 +17,23 @@ use crate::session::Session;
 pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {
     let agents = session.call(&AgentList { project })?.agents;
     session.out.rows(&agents, "no agents", target_of, agent_table)?;
+    note_old_samples(session, &agents);
     Ok(0)
+}
+
+/// Says how old the samples of what agents use are, where they are not of now.
+fn note_old_samples(session: &Session, agents: &[AgentView]) {
+    const OLD_MS: i64 = 10_000;
+    let oldest = agents.iter().filter_map(|agent| Some(agent.load?.sampled_at)).min();
+    if let Some(oldest) = oldest.filter(|at| session.out.is_human() && now().since(*at) > OLD_MS) {
+        note(&format!("CPU and memory were sampled {}; newer samples are being taken", session.out.ago(oldest)));
+    }
 }
 
 /// The table of agents.
 pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
-    let mut table = Table::new(&["AGENT", "STATUS", ">PID", "SINCE", "PROGRESS", ">TOKENS", "COMMAND"]);
+    let headings = ["AGENT", "STATUS", ">PID", "SINCE", ">CPU", ">MEM", ">PROCS", "PROGRESS", ">TOKENS", "COMMAND"];
+    let mut table = Table::new(&headings);
     for agent in agents {
         let tokens = agent.usage.input_tokens + agent.usage.output_tokens;
         table.row([
@@ -30,6 +41,9 @@ pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
             status_cell(agent),
             agent.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
             since(out, agent).into(),
+            agent.load.and_then(|load| load.cpu_percent).map(|cpu| format!("{cpu:.0}%")).unwrap_or_default().into(),
+            agent.load.map(|load| bytes(load.memory_bytes)).unwrap_or_default().into(),
+            agent.load.map(|load| load.processes.to_string()).unwrap_or_default().into(),
             progress(agent).into(),
             if tokens == 0 { String::new() } else { number(tokens) }.into(),
             Cell::painted(agent.argv.join(" "), Paint::Dim),

@@ -16,3 +16,4 @@ pub mod signals;
 pub mod socket_child;
 pub mod spawn;
 pub mod tree;
+pub mod usage;

@@ -16,9 +16,11 @@ mod handle;
 mod ids;
 mod links;
 mod registry;
+mod subjects;
 
 pub use actor::{Actor, Adopted};
 pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{exit_status, observe};
 pub use registry::Projects;
+pub use subjects::subjects;

@@ -17,6 +17,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
+use super::loads;
 use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
@@ -210,16 +211,17 @@ fn shutting_down() -> Failure {
     Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
 }
 
-pub(super) fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
+pub(super) async fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
     let handles = match only {
         Some(name) => vec![projects.get(name)?],
         None => projects.all(),
     };
-    let agents = handles.iter().flat_map(|handle| {
-        let project = handle.look();
-        project.agents.values().map(|agent| view::agent(&project, agent)).collect::<Vec<_>>()
-    });
-    wire(&AgentListResult { agents: agents.collect() })
+    let found: Vec<_> = handles.iter().map(ProjectHandle::look).collect();
+    let found: Vec<&Project> = found.iter().map(|project| &**project).collect();
+    let views = found.iter().flat_map(|project| project.agents.values().map(|agent| view::agent(project, agent)));
+    let mut agents: Vec<AgentView> = views.collect();
+    loads::fill(projects.services(), &found, &mut agents).await;
+    wire(&AgentListResult { agents })
 }
 
 /// The agents that a command aims at and that have not ended.
