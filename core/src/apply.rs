@@ -9,6 +9,7 @@ use fermata_protocol::project::Phase;
 use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::agent::{AfterStop, Agent, AgentState, Ended, Held, Run, RunEnd};
+use crate::budget::waive_reached;
 use crate::project::{
     BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, Resting,
     RestoreRun, RestoreStage, ResumeRun,
@@ -44,6 +45,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
+        | Event::PauseWithheld { .. }
         | Event::AgentAdopted { .. }
         | Event::AgentStateSaved { .. }
         | Event::ContextAdded { .. }
@@ -132,12 +134,13 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
 
 fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
-        Event::PauseStarted { operation, checkpoint, mode, reason, grace_ms } => {
+        Event::PauseStarted { operation, checkpoint, mode, cause, reason, grace_ms } => {
             project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
             project.state = Arc::new(ProjectState::Pausing(Box::new(PauseRun {
                 operation: operation.clone(),
                 checkpoint: *checkpoint,
                 mode: *mode,
+                cause: *cause,
                 reason: reason.clone(),
                 grace_ms: *grace_ms,
                 started_at: at,
@@ -161,6 +164,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 since: result.paused_at,
                 mode: result.mode,
                 mechanism: result.mechanism,
+                cause: result.cause,
                 reason: checkpoint.pause_reason.clone(),
                 restored: None,
             })));
@@ -172,7 +176,10 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 settle(project);
             }
         }
-        Event::ResumeStarted { operation } => {
+        Event::ResumeStarted { operation, over_budget } => {
+            if *over_budget {
+                waive_reached(project);
+            }
             if let ProjectState::Paused(paused) = &*project.state {
                 project.state = Arc::new(ProjectState::Resuming(Box::new(ResumeRun {
                     operation: operation.clone(),
@@ -320,7 +327,9 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
             }
         }),
         Event::AgentRemoved { .. } => {
-            project.agents.remove(&name);
+            if let Some(gone) = project.agents.remove(&name) {
+                project.counters.removed_usage = project.counters.removed_usage.plus(&gone.usage);
+            }
         }
         Event::AgentSessionFound { session, .. } => {
             change(project, &name, |agent| agent.session = Some(session.clone()));
@@ -329,9 +338,7 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
             change(project, &name, |agent| agent.progress = Some(progress.clone()));
         }
         Event::AgentUsed { usage, .. } => change(project, &name, |agent| {
-            agent.usage.input_tokens = agent.usage.input_tokens.saturating_add(usage.input_tokens);
-            agent.usage.output_tokens = agent.usage.output_tokens.saturating_add(usage.output_tokens);
-            agent.usage.cost_micro_usd = agent.usage.cost_micro_usd.saturating_add(usage.cost_micro_usd);
+            agent.usage = agent.usage.plus(usage);
         }),
         _ => {}
     }

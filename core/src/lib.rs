@@ -13,10 +13,12 @@
 
 pub mod agent;
 pub mod apply;
+pub mod budget;
 pub mod command;
 pub mod context;
 pub mod decide;
 pub mod load;
+pub mod pressure;
 pub mod project;
 pub mod redact;
 pub mod resume_command;

@@ -7,6 +7,7 @@ use fermata_protocol::project::{PauseView, ProjectView};
 use fermata_protocol::task::TaskStatus;
 
 use crate::agent::{Agent, AgentState};
+use crate::budget::spent;
 use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
 
 /// Shows an agent of a project.
@@ -53,6 +54,7 @@ fn pause(paused: &Paused) -> PauseView {
         paused_at: paused.since,
         mode: paused.mode,
         mechanism: paused.mechanism,
+        cause: paused.cause,
         reason: paused.reason.clone(),
         restored: paused.restored,
     }
@@ -82,6 +84,7 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         tasks_total: project.tasks.len() as u64,
         tasks_completed: project.tasks.values().filter(|t| t.status == TaskStatus::Completed).count() as u64,
         open_questions: project.questions.values().filter(|q| q.answer.is_none()).count() as u64,
+        usage: spent(project),
     }
 }
 

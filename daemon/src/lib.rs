@@ -12,6 +12,8 @@ pub mod auth;
 
 pub mod recovery;
 
+pub mod guard;
+
 pub mod project;
 
 pub mod steps;

@@ -10,7 +10,7 @@ use fermata_protocol::context::ItemType;
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::{AgentName, OperationId, ProjectName, RunId, Target, UnixMillis};
 use serde::Serialize;
-use tokio::sync::{Semaphore, broadcast, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -73,6 +73,8 @@ pub struct Services {
     pub heavy: Semaphore,
     /// Cancelled when the daemon ends.
     pub stopping: CancellationToken,
+    /// Told when the settings were read again.
+    pub reloaded: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
     settings: RwLock<Arc<Settings>>,
@@ -103,6 +105,7 @@ impl Services {
             tracker,
             heavy: Semaphore::new(HEAVY),
             stopping: CancellationToken::new(),
+            reloaded: Notify::new(),
             boot_id,
             settings: RwLock::new(Arc::new(settings)),
             profiles: RwLock::new(Arc::new(profiles)),
@@ -120,6 +123,7 @@ impl Services {
         let mut current = self.settings.write().unwrap_or_else(PoisonError::into_inner);
         let changed = current.differences(&settings);
         *current = Arc::new(settings);
+        self.reloaded.notify_one();
         changed
     }
 

@@ -12,7 +12,7 @@ use crate::context::FlashSaveResult;
 use crate::error::ErrorObject;
 use crate::ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, UnixMillis};
 use crate::operation::OperationKind;
-use crate::pause::{PauseMode, PauseResult, ResumeResult};
+use crate::pause::{PauseCause, PauseMode, PauseResult, ResumeResult};
 use crate::project::{Phase, ProjectConfig, Source};
 use crate::question::QuestionView;
 use crate::task::TaskView;
@@ -280,6 +280,9 @@ pub enum Event {
         checkpoint: CheckpointNumber,
         /// How the project will be held.
         mode: PauseMode,
+        /// Who or what brought it about.
+        #[serde(default, skip_serializing_if = "PauseCause::is_person")]
+        cause: PauseCause,
         /// Why.
         reason: Option<String>,
         /// How long agents with a channel have to acknowledge, milliseconds.
@@ -305,11 +308,24 @@ pub enum Event {
         /// What went wrong.
         error: ErrorObject,
     },
+    /// The project would have been paused automatically, and was not.
+    #[serde(rename = "pause.withheld")]
+    PauseWithheld {
+        /// What would have brought it about.
+        cause: PauseCause,
+        /// What was the matter.
+        reason: String,
+        /// Why it was not paused.
+        because: String,
+    },
     /// A resume began.
     #[serde(rename = "resume.started")]
     ResumeStarted {
         /// The operation.
         operation: OperationId,
+        /// Whether it goes on over its budget.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        over_budget: bool,
     },
     /// A project was resumed.
     #[serde(rename = "project.resumed")]
@@ -433,6 +449,7 @@ impl Event {
             Self::PauseStarted { .. } => "pause.started",
             Self::ProjectPaused { .. } => "project.paused",
             Self::PauseFailed { .. } => "pause.failed",
+            Self::PauseWithheld { .. } => "pause.withheld",
             Self::ResumeStarted { .. } => "resume.started",
             Self::ProjectResumed { .. } => "project.resumed",
             Self::CheckpointStarted { .. } => "checkpoint.started",
@@ -479,6 +496,7 @@ impl Event {
             | Self::PauseStarted { .. }
             | Self::ProjectPaused { .. }
             | Self::PauseFailed { .. }
+            | Self::PauseWithheld { .. }
             | Self::ResumeStarted { .. }
             | Self::ProjectResumed { .. }
             | Self::CheckpointStarted { .. }

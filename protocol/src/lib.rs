@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod budget;
 pub mod checkpoint;
 pub mod client;
 pub mod codec;

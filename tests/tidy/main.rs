@@ -18,6 +18,7 @@ const ROOMS: &[&str] = &[
     "socket",
     "auth",
     "recovery",
+    "guard",
     "project",
     "steps",
     "services",

@@ -49,15 +49,18 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::FlashSave { results } => reports::flash_save(project, results),
         Command::PinContext { id, pinned } => Ok(Decision::events(vec![Event::ContextPinned { id, pinned }])),
         Command::RecallContext { ids } => Ok(Decision::events(vec![Event::ContextRecalled { ids }])),
-        Command::Pause { operation, reason, mode, grace_ms } => {
-            pause::begin(project, operation, reason, mode, grace_ms)
+        Command::Withhold { cause, reason, because } => {
+            Ok(Decision::events(vec![Event::PauseWithheld { cause, reason, because }]))
+        }
+        Command::Pause { operation, cause, reason, mode, grace_ms } => {
+            pause::begin(project, operation, pause::Wanted { cause, reason, mode, grace_ms })
         }
         Command::PauseStepped { operation, step, took_ms, outcome } => {
             Ok(pause::stepped(project, operation, step, took_ms, outcome, now))
         }
         Command::Undone { operation } => Ok(pause::undone(project, operation)),
         Command::Cancel { operation } => pause::cancel(project, operation),
-        Command::Resume { operation, respawn } => resume::begin(project, operation, respawn),
+        Command::Resume { operation, respawn, over_budget } => resume::begin(project, operation, respawn, over_budget),
         Command::Resumed { operation, agents, steps_ms, warnings } => {
             Ok(resume::done(project, operation, agents, steps_ms, warnings, now))
         }

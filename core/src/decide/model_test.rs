@@ -4,9 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses, Usage};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Trigger};
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{AgentResumed, Mechanism, PauseMode, Rung};
+use fermata_protocol::pause::{AgentResumed, Mechanism, PauseCause, PauseMode, Rung};
 use fermata_protocol::project::{Phase, ProjectConfig};
 use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
 use proptest::prelude::*;
@@ -312,7 +313,7 @@ impl Model {
             Effect::ForgetPlan { operation } => {
                 self.plans.remove(&operation);
             }
-            Effect::Forget { .. } => {}
+            Effect::Forget { .. } | Effect::PauseForBudget {} => {}
         }
     }
 
@@ -385,12 +386,13 @@ impl Model {
             }
             Move::Pause(mode) => {
                 let operation = self.operation();
-                self.tell(Command::Pause { operation, reason: None, mode, grace_ms: None }).is_err()
+                let cause = PauseCause::default();
+                self.tell(Command::Pause { operation, cause, reason: None, mode, grace_ms: None }).is_err()
             }
             Move::Resume { stale } => {
                 let operation = self.operation();
                 let respawn = self.respawns(stale);
-                self.tell(Command::Resume { operation, respawn }).is_err()
+                self.tell(Command::Resume { operation, respawn, over_budget: false }).is_err()
             }
             Move::Checkpoint => {
                 let operation = self.operation();
@@ -515,6 +517,50 @@ proptest! {
         model.invariant_nothing_is_left_between();
         model.invariant_the_kernel_agrees_with_the_state();
     }
+}
+
+#[test]
+fn a_budget_that_is_reached_pauses_and_a_resume_needs_more_of_it() {
+    let usage = |tokens| Usage { input_tokens: tokens, output_tokens: 0, cost_micro_usd: tokens };
+    let mut model = Model::new();
+    let budget = Budget { tokens: Some(100), ..Budget::default() };
+    let config = ProjectConfig { budget, ..ProjectConfig::default() };
+    let set = |config| Command::Set { description: None, phase: None, config: Some(config) };
+    model.tell(set(config.clone())).expect("accepted");
+    for agent in [0, 1] {
+        model.make(Move::Run(agent));
+        model.drain();
+    }
+    let asked = |model: &mut Model| {
+        let asked = model.pending.contains(&Effect::PauseForBudget {});
+        model.drain();
+        asked
+    };
+    model.tell(Command::Use { agent: name(0), usage: usage(60) }).expect("accepted");
+    assert!(!asked(&mut model));
+    // Who is removed takes nothing of it along.
+    model.make(Move::Exit(0, 0));
+    model.tell(Command::RemoveAgent { agent: name(0) }).expect("it has ended");
+    model.tell(Command::Use { agent: name(1), usage: usage(40) }).expect("accepted");
+    assert!(asked(&mut model));
+    model.make(Move::Pause(PauseMode::Freeze));
+    model.drain();
+    // A report that comes late asks for nothing more.
+    model.tell(Command::Use { agent: name(1), usage: usage(1) }).expect("accepted");
+    assert!(!asked(&mut model));
+    let resume = |model: &mut Model, over_budget| {
+        let (operation, respawn) = (model.operation(), model.respawns(false));
+        model.tell(Command::Resume { operation, respawn, over_budget })
+    };
+    let refusal = resume(&mut model, false).expect_err("the budget is reached");
+    assert_eq!(refusal.code, Code::BudgetExceeded);
+    resume(&mut model, true).expect("a person wants it");
+    model.drain();
+    model.tell(Command::Use { agent: name(1), usage: usage(50) }).expect("accepted");
+    assert!(!asked(&mut model), "it is waived");
+    model.tell(set(config)).expect("accepted");
+    model.tell(Command::Use { agent: name(1), usage: usage(1) }).expect("accepted");
+    assert!(asked(&mut model), "a budget that is set anew counts");
 }
 
 #[test]

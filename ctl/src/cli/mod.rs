@@ -108,6 +108,9 @@ pub enum Command {
         /// Restore this checkpoint first.
         #[arg(long, value_name = "N")]
         checkpoint: Option<CheckpointNumber>,
+        /// Let it go on although a budget is reached; that budget then bounds nothing until it is set anew.
+        #[arg(long)]
+        over_budget: bool,
     },
     /// Stop agents: SIGTERM, grace, SIGKILL to the whole tree.
     Stop {
@@ -239,6 +242,8 @@ pub struct RunArgs {
     pub stop_grace: Option<Duration>,
     #[command(flatten)]
     pub resources: resources::ResourceArgs,
+    #[command(flatten)]
+    pub budget: resources::BudgetArgs,
     /// Return once the agent has started (the default).
     #[arg(long, short, conflicts_with_all = ["wait", "logs"])]
     pub detach: bool,

@@ -1,6 +1,7 @@
 //! What an agent may use, as flags: resources of its tree, and its budget.
 
 use clap::Args;
+use fermata_protocol::budget::Budget;
 use fermata_protocol::supervision::Resources;
 
 use crate::output::time::parse_bytes;
@@ -17,6 +18,59 @@ pub struct ResourceArgs {
     /// How many processes and threads its whole tree may have.
     #[arg(long, value_name = "N")]
     pub pids_max: Option<u64>,
+}
+
+/// What an agent, or all agents of a project together, may spend; then the project is paused.
+#[derive(Debug, Args, Default, Clone, Copy)]
+pub struct BudgetArgs {
+    /// Tokens that may be used before the project is paused; `none` for no bound.
+    #[arg(long, value_name = "N", value_parser = parse_tokens)]
+    pub token_budget: Option<Bound>,
+    /// US dollars that may be spent before the project is paused, for instance 12.50; `none` for no bound.
+    #[arg(long, value_name = "DOLLARS", value_parser = parse_dollars)]
+    pub cost_budget: Option<Bound>,
+}
+
+/// A bound, or none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bound(pub Option<u64>);
+
+impl BudgetArgs {
+    /// Says whether nothing was given.
+    pub fn is_empty(&self) -> bool {
+        self.token_budget.is_none() && self.cost_budget.is_none()
+    }
+
+    /// Lays what was given over a budget; a budget that is set anew is waived no longer.
+    #[must_use]
+    pub fn over(self, mut budget: Budget) -> Budget {
+        if let Some(Bound(tokens)) = self.token_budget {
+            budget.tokens = tokens;
+        }
+        if let Some(Bound(cost)) = self.cost_budget {
+            budget.cost_micro_usd = cost;
+        }
+        budget.waived &= self.is_empty();
+        budget
+    }
+}
+
+fn parse_tokens(text: &str) -> Result<Bound, String> {
+    if text == "none" {
+        return Ok(Bound(None));
+    }
+    let number = text.replace([',', '_'], "").parse();
+    number.map(|n| Bound(Some(n))).map_err(|_| format!("'{text}' is no number of tokens, nor none"))
+}
+
+fn parse_dollars(text: &str) -> Result<Bound, String> {
+    if text == "none" {
+        return Ok(Bound(None));
+    }
+    let wrong = || format!("'{text}' is no amount of dollars; write for instance 12.50, or none");
+    let dollars: f64 = text.trim_start_matches('$').parse().map_err(|_| wrong())?;
+    let micro = (dollars * 1e6).round();
+    if (0.0..=1e15).contains(&micro) { Ok(Bound(Some(micro as u64))) } else { Err(wrong()) }
 }
 
 impl From<ResourceArgs> for Resources {
@@ -37,6 +91,18 @@ fn parse_cores(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn budgets_are_read_in_tokens_and_dollars() {
+        assert_eq!(parse_tokens("1_000,000"), Ok(Bound(Some(1_000_000))));
+        assert_eq!(parse_dollars("$12.50"), Ok(Bound(Some(12_500_000))));
+        assert_eq!((parse_tokens("none"), parse_dollars("none")), (Ok(Bound(None)), Ok(Bound(None))));
+        assert!(parse_tokens("-1").is_err() && parse_dollars("-1").is_err() && parse_dollars("NaN").is_err());
+        let before = Budget { tokens: Some(1), cost_micro_usd: Some(2), waived: true };
+        let args = BudgetArgs { token_budget: Some(Bound(None)), cost_budget: None };
+        assert_eq!(args.over(before), Budget { tokens: None, cost_micro_usd: Some(2), waived: false });
+        assert_eq!(BudgetArgs::default().over(before), before);
+    }
 
     #[test]
     fn cores_are_read_as_percent_of_one() {

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::io;
 
 use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeResult, Rung};
-use fermata_protocol::{CheckpointNumber, ProjectName};
 
 use super::Ended;
 use crate::cli::PauseArgs;
@@ -60,9 +59,8 @@ pub fn steps_text(steps: &BTreeMap<String, f64>) -> String {
 }
 
 /// Runs `resume`; exit code 1 when an agent could not be brought back.
-pub fn resume(session: &mut Session, project: ProjectName, checkpoint: Option<CheckpointNumber>) -> Ended {
-    let label = format!("resume {project}");
-    let params = ProjectResume { project, checkpoint };
+pub fn resume(session: &mut Session, params: ProjectResume) -> Ended {
+    let label = format!("resume {}", params.project);
     let result = session.call_long(&label, &params)?;
     let id = Some(result.operation_id.to_string());
     session.out.one(&result, id, resumed)?;

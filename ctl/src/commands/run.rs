@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::project::ProjectShow;
 use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{Code, ProjectName};
@@ -89,7 +90,11 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision { resources: args.resources.into(), ..Supervision::default() },
+        supervision: Supervision {
+            resources: args.resources.into(),
+            budget: args.budget.over(Budget::default()),
+            ..Supervision::default()
+        },
     };
     session.call(&params)
 }

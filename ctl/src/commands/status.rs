@@ -3,7 +3,8 @@
 use std::io;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::agent::{AgentList, AgentView};
+use fermata_protocol::agent::{AgentList, AgentView, Usage};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
 use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;
@@ -157,6 +158,16 @@ pub fn show(session: &mut Session, project: ProjectName) -> Ended {
     Ok(0)
 }
 
+/// What was spent of a budget.
+fn budget(budget: &Budget, spent: &Usage) -> Option<String> {
+    let dollars = |micro: u64| format!("${:.2}", micro as f64 / 1e6);
+    let tokens = budget.tokens.map(|bound| format!("{} of {} tokens", number(spent.tokens()), number(bound)));
+    let cost = budget.cost_micro_usd.map(|bound| format!("{} of {}", dollars(spent.cost_micro_usd), dollars(bound)));
+    let waived = budget.waived.then(|| "waived until it is set anew".to_owned());
+    let parts: Vec<String> = tokens.into_iter().chain(cost).chain(waived).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
 fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()> {
     let project = &detail.project;
     let described = Some(&project.description).filter(|d| !d.is_empty());
@@ -174,6 +185,8 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
             pause.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default()
         )
     });
+    let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
+    let budget = budget(&detail.config.budget, &project.usage);
     let restored = project.pause.as_ref().and_then(|pause| pause.restored);
     let operation = detail.operation.as_ref().map(|op| {
         let step = op.step.as_deref().unwrap_or("");
@@ -197,6 +210,8 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .add("workspace", &project.workspace)
         .maybe("source", source)
         .maybe("paused", pause)
+        .maybe("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
+        .maybe("budget", budget)
         .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
         .add("created", out.ago(project.created_at))
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))

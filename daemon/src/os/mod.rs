@@ -11,6 +11,7 @@ pub mod limits;
 pub mod lock;
 pub mod memory;
 pub mod peer;
+pub mod pressure;
 pub mod process;
 pub mod signals;
 pub mod socket_child;

@@ -10,6 +10,7 @@
 //! once whatever the actor is doing.
 
 mod actor;
+pub mod automatic;
 mod conclude;
 mod effects;
 mod handle;
