@@ -5,6 +5,7 @@
 //! but a look every two seconds costs one read, needs no privilege, and is needed anyway to see the
 //! end of the pressure.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -121,10 +122,10 @@ fn read(rules: &Rules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) 
         let mut note = |place: &Path| {
             // A workspace that is gone is the pause's business, not this one's.
             let device = std::fs::metadata(place).ok()?.dev();
-            if !disks.contains_key(&device) {
+            if let Entry::Vacant(new) = disks.entry(device) {
                 let stat = nix::sys::statvfs::statvfs(place).ok()?;
                 let free_bytes = stat.blocks_available().saturating_mul(stat.fragment_size());
-                disks.insert(device, Disk { device, path: place.display().to_string(), free_bytes });
+                new.insert(Disk { device, path: place.display().to_string(), free_bytes });
             }
             Some(device)
         };

@@ -7,6 +7,7 @@ mod bed;
 mod budget;
 mod checkpoint;
 mod kill;
+mod lifecycle;
 mod limits;
 mod logs;
 mod pause;

@@ -22,7 +22,6 @@ use std::time::Duration;
 
 use fermata_protocol::agent::AgentList;
 use fermata_protocol::agent::AgentView;
-use fermata_protocol::pause::ProjectResume;
 use fermata_protocol::{Code, Target};
 
 use crate::cli::Command;
@@ -58,9 +57,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),
-        Command::Resume { project, checkpoint, over_budget } => {
-            pause::resume(session, ProjectResume { project, checkpoint, over_budget })
-        }
+        Command::Resume { target, checkpoint, over_budget } => pause::resume(session, target, checkpoint, over_budget),
         Command::Stop { target, grace } => agents::stop(session, target, grace),
         Command::Restart { target } => agents::restart(session, &target),
         Command::Kill { target, signal } => agents::kill(session, target, signal),

@@ -90,11 +90,11 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision {
+        supervision: Box::new(Supervision {
             resources: args.resources.into(),
             budget: args.budget.over(Budget::default()),
             ..Supervision::default()
-        },
+        }),
     };
     session.call(&params)
 }

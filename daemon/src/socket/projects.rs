@@ -50,7 +50,7 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
         })
         .await
         .map_err(|e| Failure::fault("read the project", &e))?;
-    let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent)).collect();
+    let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent, now())).collect();
     loads::fill(projects.services(), &[&project], &mut agents).await;
     wire(&ProjectDetail {
         project: view::project(&project, now()),

@@ -18,6 +18,7 @@ pub mod launch;
 pub mod leftovers;
 pub mod limits;
 pub mod quiesce;
+pub mod readiness;
 pub mod restore;
 pub mod resume;
 pub mod session;
