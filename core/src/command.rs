@@ -15,6 +15,7 @@ use crate::project::PauseStep;
 
 /// Something that a project is told: by a person, an agent, a shim, a step or recovery.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::large_enum_variant, reason = "there is one per step of a project, moved a few times")]
 pub enum Command {
     /// Change description, phase or settings.
     Set {

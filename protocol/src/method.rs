@@ -11,6 +11,7 @@ use crate::agent::*;
 use crate::checkpoint::*;
 use crate::context::*;
 use crate::daemon::*;
+use crate::declaration::*;
 use crate::error::{Code, Refusal};
 use crate::event::*;
 use crate::operation::*;
@@ -49,6 +50,7 @@ macro_rules! methods {
     ($($params:ident => $name:literal, $result:ty, $role:ident, $mutating:literal, $summary:literal;)*) => {
         /// A call with its parameters, checked for shape but not yet for permission.
         #[derive(Debug, Clone, PartialEq)]
+        #[allow(clippy::large_enum_variant, reason = "there is one per request, moved a few times")]
         pub enum Call {
             $(#[doc = $summary] $params($params),)*
         }
@@ -112,6 +114,7 @@ methods! {
     ProjectResume => "project.resume", ResumeResult, Operator, true, "Resumes a project: thaw, or start again.";
     AgentRun => "agent.run", AgentView, Operator, true, "Starts an agent.";
     AgentList => "agent.list", AgentListResult, Reader, false, "Lists the agents.";
+    AgentShow => "agent.show", AgentDetail, Operator, false, "Shows how an agent is started, and compares its environment with a given one.";
     AgentStop => "agent.stop", AgentListResult, Operator, true, "Stops agents: SIGTERM, grace, SIGKILL to the whole tree.";
     AgentKill => "agent.kill", AgentListResult, Operator, true, "Kills agents' whole trees, or sends a signal to their main process.";
     AgentRestart => "agent.restart", AgentView, Operator, true, "Stops an agent and starts it again.";
