@@ -1,7 +1,9 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
 pub mod groups;
+pub mod supervision;
 pub mod values;
+pub mod workspace;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,7 +18,9 @@ use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
+use supervision::SupervisionArgs;
 use values::{MODES, Numbered, word};
+use workspace::{DownArgs, UpArgs};
 
 /// Runs AI agents, holds them on demand and brings them back.
 #[derive(Debug, Parser)]
@@ -88,6 +92,10 @@ impl Globals {
 pub enum Command {
     /// Start an agent in a project, which is created when it is new.
     Run(RunArgs),
+    /// Start what the workspace's fermata.toml declares, and leave alone what runs as declared.
+    Up(UpArgs),
+    /// Stop what the workspace's fermata.toml declares; checkpoints and logs stay.
+    Down(DownArgs),
     /// List agents.
     Ps {
         /// Only those of this project.
@@ -245,6 +253,8 @@ pub struct RunArgs {
     /// Show the agent's output until it has ended.
     #[arg(long)]
     pub logs: bool,
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,

@@ -4,7 +4,9 @@ mod agent_side;
 mod agents;
 mod checkpoint;
 mod context;
+mod declared;
 mod doctor;
+mod down;
 mod events;
 mod logs;
 mod operation;
@@ -13,9 +15,13 @@ mod plugin;
 mod project;
 mod protocol;
 mod question;
+mod readiness;
 mod run;
 mod status;
 mod task;
+mod up;
+
+pub use run::{canonical, environment};
 
 use std::io::Read as _;
 use std::time::Duration;
@@ -54,6 +60,8 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
     }
     match command {
         Command::Run(args) => run::run(session, args),
+        Command::Up(args) => up::up(session, &args),
+        Command::Down(args) => down::down(session, &args),
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),

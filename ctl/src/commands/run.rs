@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
 use fermata_protocol::project::ProjectShow;
-use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -89,7 +88,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision::default(),
+        supervision: args.supervision.settings()?,
     };
     session.call(&params)
 }
@@ -125,7 +124,7 @@ pub fn text(path: &Path) -> Result<String, Failure> {
 }
 
 /// The environment that the agent gets, without what says that the caller itself is an agent.
-fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+pub fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     let mut kept = BTreeMap::new();
     for (name, value) in variables {
         match (name.into_string(), value.into_string()) {
@@ -144,13 +143,14 @@ fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMa
 }
 
 /// Reads the umask, which can only be read by setting it; no other thread makes files meanwhile.
-fn own_umask() -> u32 {
+pub fn own_umask() -> u32 {
     let mask = umask(Mode::from_bits_truncate(0o077));
     umask(mask);
     mask.bits()
 }
 
-fn own_limits() -> BTreeMap<String, ResourceLimit> {
+/// Returns the resource limits of this process.
+pub fn own_limits() -> BTreeMap<String, ResourceLimit> {
     const LIMITS: [(&str, Resource); 16] = [
         ("as", Resource::RLIMIT_AS),
         ("core", Resource::RLIMIT_CORE),
