@@ -13,13 +13,13 @@ use crate::context::*;
 use crate::daemon::*;
 use crate::declaration::*;
 use crate::error::{Code, Refusal};
-use crate::event::*;
 use crate::operation::*;
 use crate::pause::*;
 use crate::plugin::*;
 use crate::project::*;
 use crate::question::*;
 use crate::rpc::shorten;
+use crate::subscription::*;
 use crate::task::*;
 
 /// A method, seen from its parameters: what [`crate::client::Client::call`] needs to know.
@@ -50,7 +50,6 @@ macro_rules! methods {
     ($($params:ident => $name:literal, $result:ty, $role:ident, $mutating:literal, $summary:literal;)*) => {
         /// A call with its parameters, checked for shape but not yet for permission.
         #[derive(Debug, Clone, PartialEq)]
-        #[allow(clippy::large_enum_variant, reason = "there is one per request, moved a few times")]
         pub enum Call {
             $(#[doc = $summary] $params($params),)*
         }
@@ -124,6 +123,8 @@ methods! {
     AgentListen => "agent.listen", Done, Agent, false, "Makes this connection the agent's channel for pause requests.";
     AgentAck => "agent.ack", Done, Agent, true, "Acknowledges a pause request.";
     AgentProgress => "agent.progress", Done, Agent, true, "Reports progress.";
+    AgentReady => "agent.ready", Done, Agent, true, "Reports that the agent is ready for those that depend on it.";
+    AgentResume => "agent.resume", AgentView, Operator, true, "Brings back an agent that timed out, was interrupted, failed or was stopped: by its resume command, with the last checkpoint's context.";
     AgentUsage => "agent.usage", Done, Agent, true, "Reports tokens and cost.";
     StatePut => "state.put", Done, Agent, true, "Saves the agent's own state blob.";
     StateGet => "state.get", StateGetResult, Agent, false, "Returns the agent's own state blob.";

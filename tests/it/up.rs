@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
+use std::process::Stdio;
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_tests::{Sandbox, Workspace, process};
@@ -287,4 +288,96 @@ fn a_wait_ends_when_all_are_there_and_fails_when_one_will_not_be() {
     fs::write(&file, "[agents.fails]\ncommand = \"/no/such/program\"\n").expect("write");
     let said = failed(&sandbox.ctl_output(&["up", "--wait", "--file", &file_of(&web(&sandbox))]), 1);
     assert!(said.contains("web/fails is not ready: it is failed, there is no program"), "{said}");
+}
+
+#[test]
+fn a_wait_goes_by_readiness_and_dependents_start_after_it() {
+    let sandbox = Sandbox::start();
+    declare(
+        &sandbox,
+        "[agents.db]\ncommand = [\"/bin/sh\", \"-c\", \"until [ -e go ]; do sleep 0.02; done; echo listening; exec sleep 1000\"]\n\
+         ready = { output = \"listening\" }\n\
+         [agents.api]\ncommand = [\"/bin/sh\", \"-c\", \"echo > api.up; exec sleep 1000\"]\ndepends_on = [\"db\"]\n",
+    );
+    let all = sandbox.ctl_rows(&["up", "--file", &file_of(&web(&sandbox))]);
+    let api = all.iter().find(|row| row["target"] == "web/api").expect("a row");
+    assert_eq!((&api["action"], &api["status"]), (&Value::from("started"), &Value::from("starting")));
+    assert!(api["detail"].as_str().expect("a word on it").contains("waits for db"), "{api}");
+    let waiting = rows(&sandbox, &["up"]);
+    assert_eq!(waiting, are(&[("web/db", "up_to_date"), ("web/api", "up_to_date")]));
+    let mut wait = sandbox.ctl_command(&["up", "--wait", "--file", &file_of(&web(&sandbox))]);
+    let mut wait = wait.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
+    assert!(!web(&sandbox).has("api.up") && wait.try_wait().expect("ask").is_none());
+    web(&sandbox).write("go", "");
+    let done = wait.wait_with_output().expect("it ends");
+    let said = String::from_utf8_lossy(&done.stderr).into_owned();
+    assert!(done.status.success() && said.contains("web/db is ready") && said.contains("web/api is ready"), "{said}");
+    assert!(agent(&sandbox, "db").ready && agent(&sandbox, "api").ready);
+    wait_for_file(&sandbox, "api.up");
+}
+
+#[test]
+fn a_wait_fails_with_an_agent_that_ends_before_it_is_ready_and_outlives_the_daemon() {
+    let mut sandbox = Sandbox::start();
+    declare(
+        &sandbox,
+        "[agents.a]\ncommand = [\"/bin/sh\", \"-c\", \"echo > a.up; until [ -e go ]; do sleep 0.02; done; exit 3\"]\n\
+         ready = { reported = true }\n[agents.b]\ncommand = \"/bin/sleep 1000\"\ndepends_on = [\"a\"]\n",
+    );
+    let mut wait = sandbox.ctl_command(&["up", "--wait", "--file", &file_of(&web(&sandbox))]);
+    let wait = wait.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
+    wait_for_file(&sandbox, "a.up");
+    fermata_tests::waiting::wait_until(fermata_tests::waiting::SOON, "both to be known", || {
+        sandbox.agents().len() == 2
+    });
+    sandbox.crash_and_restart();
+    web(&sandbox).write("go", "");
+    let said = failed(&wait.wait_with_output().expect("it ends"), 1);
+    assert!(said.contains("web/a is not ready: it is failed"), "{said}");
+}
+
+#[test]
+fn restarts_and_hooks_of_the_file_reach_the_daemon() {
+    let sandbox = Sandbox::start();
+    declare(
+        &sandbox,
+        "[agents.a]\ncommand = [\"/bin/sh\", \"-c\", \"echo x >> runs; [ $(wc -l < runs) -ge 3 ]\"]\n\
+         restart = { policy = \"on-failure\", delay = \"10ms\", limit = 5 }\ntimeout = \"2h\"\n\
+         post_stop = [\"/bin/true\"]\n",
+    );
+    rows(&sandbox, &["up"]);
+    wait_for_status(&sandbox, "a", AgentStatus::Exited);
+    assert_eq!(web(&sandbox).read("runs"), "x\nx\nx\n");
+    let shown = crate::bed::call(&sandbox, "agent.show", serde_json::json!({ "target": "web/a" })).expect("shown");
+    let supervision = &shown["spec"]["supervision"];
+    assert_eq!(supervision["timeout_ms"], 7_200_000);
+    assert_eq!(supervision["post_stop"]["argv"][0], "/bin/true");
+    assert_eq!(shown["completed"], true);
+    assert!(shown["spec"].get("env").is_none() && !shown.to_string().contains("PATH"), "no environment is shown");
+}
+
+#[test]
+fn the_flags_of_run_mean_the_same() {
+    let sandbox = Sandbox::start();
+    let place = ["-p", "web", "-w", web(&sandbox).text()].map(str::to_owned);
+    let place: Vec<&str> = place.iter().map(String::as_str).collect();
+    let workspace = web(&sandbox);
+    let run = |flags: &[&str], script: &str| {
+        let cwd = ["--cwd", workspace.text()];
+        sandbox.ctl_json(&[&["run"], &place[..], &cwd[..], flags, &["--", "/bin/sh", "-c", script]].concat())
+    };
+    run(
+        &["-n", "db", "--ready-output", "up", "--ready-timeout", "1m"],
+        "until [ -e go ]; do sleep 0.02; done; echo up; exec sleep 1000",
+    );
+    let held = run(
+        &["-n", "api", "--depends-on", "db", "--restart", "on-failure", "--restart-delay", "10ms"],
+        "echo x >> runs; [ $(wc -l < runs) -ge 2 ]",
+    );
+    assert_eq!(held["waits_for"][0], "db");
+    workspace.write("go", "");
+    wait_for_status(&sandbox, "api", AgentStatus::Exited);
+    assert_eq!(workspace.read("runs"), "x\nx\n");
+    let said = failed(&sandbox.ctl_output(&["run", "-p", "web", "--restart", "often", "--", "/bin/true"]), 2);
+    assert!(said.contains("no, on-failure, always"), "{said}");
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
-use fermata_protocol::agent::{AgentStatus, AgentView};
+use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::declaration::{AgentDetail, AgentShow};
-use fermata_protocol::event::{EventFilter, EventsSubscribe};
+use fermata_protocol::subscription::{EventFilter, EventsSubscribe};
 use fermata_protocol::{AgentName, ProjectName, Target};
 
 use super::up::standing;
@@ -26,7 +26,7 @@ fn come(detail: &AgentDetail) -> Come {
     let agent = &detail.agent;
     match agent.status {
         _ if detail.completed => Come::There("has completed"),
-        AgentStatus::Running | AgentStatus::WaitingForInput if is_ready(agent) => Come::There("is ready"),
+        AgentStatus::Running | AgentStatus::WaitingForInput if agent.ready => Come::There("is ready"),
         AgentStatus::Running | AgentStatus::WaitingForInput | AgentStatus::Starting | AgentStatus::Backoff => {
             Come::OnItsWay
         }
@@ -38,10 +38,6 @@ fn come(detail: &AgentDetail) -> Come {
         | AgentStatus::TimedOut
         | AgentStatus::Interrupted => Come::Failed,
     }
-}
-
-fn is_ready(agent: &AgentView) -> bool {
-    matches!(agent.status, AgentStatus::Running | AgentStatus::WaitingForInput)
 }
 
 /// Waits until every agent is ready or has completed; `false` when one will not.

@@ -88,7 +88,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: args.supervision.settings()?,
+        supervision: Box::new(args.supervision.settings()?),
     };
     session.call(&params)
 }

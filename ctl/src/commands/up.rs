@@ -199,7 +199,7 @@ impl One<'_> {
             resume_argv: self.agent.resume_argv.clone(),
             profile: self.agent.profile.clone(),
             stop_grace_ms: self.agent.stop_grace_ms,
-            supervision: Supervision { declared: Some(declared), ..self.agent.supervision.clone() },
+            supervision: Box::new(Supervision { declared: Some(declared), ..self.agent.supervision.clone() }),
         };
         match self.session.call(&params) {
             Ok(view) => Ok(Row::new(target, action).agent(&view).detail(standing(&view))),
@@ -219,7 +219,7 @@ pub fn standing(agent: &AgentView) -> String {
 
 /// Names what of a declaration is another than what the agent was started with.
 fn differences(wanted: &DeclaredAgent, stands: &AgentDetail) -> Vec<String> {
-    let (spec, has) = (&stands.spec, &stands.spec.supervision);
+    let (spec, has) = (&stands.spec, &*stands.spec.supervision);
     let wants = &wanted.supervision;
     let Some(declared) = &has.declared else {
         return vec!["it was started by hand, not from this file".into()];

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::command::{Command, Observed};
+use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -91,6 +91,7 @@ impl Watcher {
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
+            then: AfterEnd::ByPolicy,
         };
         self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
@@ -121,7 +122,8 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
-        let lost = Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail };
+        let (agent, run) = (self.agent.clone(), self.run.clone());
+        let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
     }

@@ -10,6 +10,7 @@ use super::agents::{not_found, one_agent};
 use super::dispatch::wire;
 use crate::errors::Failure;
 use crate::project::Projects;
+use crate::services::now;
 use crate::store::rows;
 
 pub(super) async fn show(projects: &Projects, params: AgentShow) -> Result<Value, Failure> {
@@ -29,7 +30,7 @@ pub(super) async fn show(projects: &Projects, params: AgentShow) -> Result<Value
         env.into_iter().filter(|(name, value)| stored.get(name) != Some(value)).map(|(name, _)| name).collect()
     };
     wire(&AgentDetail {
-        agent: view::agent(&project, agent),
+        agent: view::agent(&project, agent, now()),
         spec: agent.spec.clone(),
         completed: matches!(agent.state, AgentState::Ended(Ended::ByItself)),
         env_differs,
