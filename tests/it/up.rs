@@ -1,9 +1,10 @@
 //! `up`: what a `fermata.toml` declares is started, and what runs as declared is left alone.
 
 use std::fs;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
-use std::process::Stdio;
+use std::process::{Child, ChildStderr, ExitStatus, Stdio};
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_tests::{Sandbox, Workspace, process};
@@ -47,6 +48,42 @@ pub fn are(expected: &[(&str, &str)]) -> Vec<(String, String)> {
 fn refused(sandbox: &Sandbox, args: &[&str], code: i32) -> String {
     let file = file_of(&web(sandbox));
     failed(&sandbox.ctl_output(&[&args[..1], &["--file", &file], &args[1..]].concat()), code)
+}
+
+/// An `up --wait` that is under way.
+struct Waiter {
+    child: Child,
+    said: BufReader<ChildStderr>,
+}
+
+impl Waiter {
+    #[track_caller]
+    fn start(sandbox: &Sandbox) -> Self {
+        // Ended by its own timeout at the latest, so that no read of what it says is without end.
+        let mut up = sandbox.ctl_command(&["up", "--wait", "--timeout", "60s", "--file", &file_of(&web(sandbox))]);
+        let mut child = up.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
+        let said = BufReader::new(child.stderr.take().expect("it is piped"));
+        Self { child, said }
+    }
+
+    /// Reads what it says until it has said this.
+    #[track_caller]
+    fn read_until(&mut self, word: &str) -> String {
+        let mut text = String::new();
+        while !text.contains(word) {
+            let read = self.said.read_line(&mut text).expect("read what it says");
+            assert!(read > 0, "it ended without '{word}': {text}");
+        }
+        text
+    }
+
+    /// Waits for its end; returns what it has said since.
+    #[track_caller]
+    fn end(mut self) -> (ExitStatus, String) {
+        let mut text = String::new();
+        self.said.read_to_string(&mut text).expect("read what it says");
+        (self.child.wait().expect("it ends"), text)
+    }
 }
 
 const TWO: &str = r#"
@@ -297,21 +334,22 @@ fn a_wait_goes_by_readiness_and_dependents_start_after_it() {
         &sandbox,
         "[agents.db]\ncommand = [\"/bin/sh\", \"-c\", \"until [ -e go ]; do sleep 0.02; done; echo listening; exec sleep 1000\"]\n\
          ready = { output = \"listening\" }\n\
-         [agents.api]\ncommand = [\"/bin/sh\", \"-c\", \"echo > api.up; exec sleep 1000\"]\ndepends_on = [\"db\"]\n",
+         [agents.api]\ncommand = [\"/bin/sh\", \"-c\", \"echo > api.up; exec sleep 1000\"]\ndepends_on = [\"db\"]\n\
+         [agents.plain]\ncommand = \"/bin/sleep 1000\"\n",
     );
     let all = sandbox.ctl_rows(&["up", "--file", &file_of(&web(&sandbox))]);
     let api = all.iter().find(|row| row["target"] == "web/api").expect("a row");
     assert_eq!((&api["action"], &api["status"]), (&Value::from("started"), &Value::from("starting")));
     assert!(api["detail"].as_str().expect("a word on it").contains("waits for db"), "{api}");
     let waiting = rows(&sandbox, &["up"]);
-    assert_eq!(waiting, are(&[("web/db", "up_to_date"), ("web/api", "up_to_date")]));
-    let mut wait = sandbox.ctl_command(&["up", "--wait", "--file", &file_of(&web(&sandbox))]);
-    let mut wait = wait.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
-    assert!(!web(&sandbox).has("api.up") && wait.try_wait().expect("ask").is_none());
+    assert_eq!(waiting, are(&[("web/db", "up_to_date"), ("web/plain", "up_to_date"), ("web/api", "up_to_date")]));
+    let mut wait = Waiter::start(&sandbox);
+    // They are looked at in the order of a start: db was not ready when plain was.
+    assert!(!wait.read_until("web/plain is ready").contains("web/db"), "nothing has told that db is ready");
+    assert!(!web(&sandbox).has("api.up"));
     web(&sandbox).write("go", "");
-    let done = wait.wait_with_output().expect("it ends");
-    let said = String::from_utf8_lossy(&done.stderr).into_owned();
-    assert!(done.status.success() && said.contains("web/db is ready") && said.contains("web/api is ready"), "{said}");
+    let (done, said) = wait.end();
+    assert!(done.success() && said.contains("web/db is ready") && said.contains("web/api is ready"), "{said}");
     assert!(agent(&sandbox, "db").ready && agent(&sandbox, "api").ready);
     wait_for_file(&sandbox, "api.up");
 }
@@ -322,18 +360,31 @@ fn a_wait_fails_with_an_agent_that_ends_before_it_is_ready_and_outlives_the_daem
     declare(
         &sandbox,
         "[agents.a]\ncommand = [\"/bin/sh\", \"-c\", \"echo > a.up; until [ -e go ]; do sleep 0.02; done; exit 3\"]\n\
-         ready = { reported = true }\n[agents.b]\ncommand = \"/bin/sleep 1000\"\ndepends_on = [\"a\"]\n",
+         ready = { reported = true }\n[agents.b]\ncommand = \"/bin/sleep 1000\"\ndepends_on = [\"a\"]\n\
+         [agents.c]\ncommand = \"/bin/sleep 1000\"\n",
     );
-    let mut wait = sandbox.ctl_command(&["up", "--wait", "--file", &file_of(&web(&sandbox))]);
-    let wait = wait.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
-    wait_for_file(&sandbox, "a.up");
-    fermata_tests::waiting::wait_until(fermata_tests::waiting::SOON, "both to be known", || {
-        sandbox.agents().len() == 2
-    });
+    let mut wait = Waiter::start(&sandbox);
+    wait.read_until("web/c is ready");
     sandbox.crash_and_restart();
     web(&sandbox).write("go", "");
-    let said = failed(&wait.wait_with_output().expect("it ends"), 1);
-    assert!(said.contains("web/a is not ready: it is failed"), "{said}");
+    let (done, said) = wait.end();
+    assert!(done.code() == Some(1) && said.contains("web/a is not ready: it is failed"), "{said}");
+}
+
+#[test]
+fn a_wait_fails_with_an_agent_whose_dependency_was_ready_once_and_is_no_more() {
+    let sandbox = Sandbox::start();
+    declare(
+        &sandbox,
+        "[agents.a]\ncommand = [\"/bin/sh\", \"-c\", \"until [ -e go ]; do sleep 0.02; done; exit 3\"]\n\
+         [agents.b]\ncommand = \"/bin/sleep 1000\"\ndepends_on = [{ agent = \"a\", until = \"completed\" }]\n",
+    );
+    let mut wait = Waiter::start(&sandbox);
+    wait.read_until("web/a is ready");
+    web(&sandbox).write("go", "");
+    let (done, said) = wait.end();
+    let reason = "web/b is not ready: it waits for web/a, which is failed";
+    assert!(done.code() == Some(1) && said.contains(reason), "{said}");
 }
 
 #[test]

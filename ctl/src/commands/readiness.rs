@@ -1,6 +1,6 @@
 //! Waiting until agents are ready: looks once, then at each agent of which an event speaks.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::declaration::{AgentDetail, AgentShow};
@@ -40,14 +40,17 @@ fn come(detail: &AgentDetail) -> Come {
     }
 }
 
+/// The agents that are not there yet, each with those that its start waits for.
+type Left = BTreeMap<AgentName, Vec<AgentName>>;
+
 /// Waits until every agent is ready or has completed; `false` when one will not.
 pub fn wait(session: &mut Session, project: &ProjectName, names: &[AgentName]) -> Result<bool, Failure> {
-    let mut left: BTreeSet<AgentName> = names.iter().cloned().collect();
+    let mut left: Left = names.iter().map(|name| (name.clone(), Vec::new())).collect();
     let filter = EventFilter { project: Some(project.clone()), kinds: vec!["agent.*".into()] };
     loop {
         // Subscribed before the first look: what happens in between is told.
         session.call_lasting(&EventsSubscribe { cursor: None, filter: filter.clone() })?;
-        for name in left.clone() {
+        for name in names.iter().filter(|name| left.contains_key(*name)).cloned().collect::<Vec<_>>() {
             if !look(session, project, &name, &mut left)? {
                 return Ok(false);
             }
@@ -59,25 +62,22 @@ pub fn wait(session: &mut Session, project: &ProjectName, names: &[AgentName]) -
             // The daemon was away: what it told meanwhile is lost, so everything is looked at again.
             let Some(notification) = session.next_notification()? else { break };
             let about = notification.params.pointer("/event/data/agent").and_then(|name| name.as_str());
-            let Some(name) = about.and_then(|name| left.iter().find(|left| left.as_str() == name).cloned()) else {
-                continue;
+            let Some(about) = about else { continue };
+            let concerns = |(name, waits): (&AgentName, &Vec<AgentName>)| {
+                (name.as_str() == about || waits.iter().any(|other| other.as_str() == about)).then(|| name.clone())
             };
-            if !look(session, project, &name, &mut left)? {
-                return Ok(false);
+            for name in left.iter().filter_map(concerns).collect::<Vec<_>>() {
+                if !look(session, project, &name, &mut left)? {
+                    return Ok(false);
+                }
             }
         }
     }
 }
 
-/// Looks at one agent; `false` when it has failed.
-fn look(
-    session: &mut Session,
-    project: &ProjectName,
-    name: &AgentName,
-    left: &mut BTreeSet<AgentName>,
-) -> Result<bool, Failure> {
-    let target = Target::agent(project.clone(), name.clone());
-    let detail = session.call_lasting(&AgentShow { target: target.clone(), env: Default::default() })?;
+/// Looks at one agent; `false` when it has failed, or waits for one that has.
+fn look(session: &mut Session, project: &ProjectName, name: &AgentName, left: &mut Left) -> Result<bool, Failure> {
+    let (target, detail) = show(session, project, name)?;
     match come(&detail) {
         Come::There(how) => {
             left.remove(name);
@@ -90,6 +90,22 @@ fn look(
             note(&format!("{target} is not ready: it is {}", standing(&detail.agent)));
             Ok(false)
         }
-        Come::OnItsWay => Ok(true),
+        Come::OnItsWay => {
+            for other in &detail.agent.waits_for {
+                let (other, detail) = show(session, project, other)?;
+                if matches!(come(&detail), Come::Failed) {
+                    note(&format!("{target} is not ready: it waits for {other}, which is {}", standing(&detail.agent)));
+                    return Ok(false);
+                }
+            }
+            left.insert(name.clone(), detail.agent.waits_for);
+            Ok(true)
+        }
     }
+}
+
+fn show(session: &mut Session, project: &ProjectName, name: &AgentName) -> Result<(Target, AgentDetail), Failure> {
+    let target = Target::agent(project.clone(), name.clone());
+    let detail = session.call_lasting(&AgentShow { target: target.clone(), env: Default::default() })?;
+    Ok((target, detail))
 }
