@@ -11,7 +11,9 @@ mod connect;
 mod deadline;
 mod declaration;
 mod errors;
+mod keys;
 mod output;
+mod raw_terminal;
 mod session;
 
 use std::process::ExitCode;
