@@ -91,7 +91,7 @@ impl Globals {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start an agent in a project, which is created when it is new.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
     /// Start what the workspace's fermata.toml declares, and leave alone what runs as declared.
     Up(UpArgs),
     /// Stop what the workspace's fermata.toml declares; checkpoints and logs stay.

@@ -63,7 +63,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         deadline::arm(time, session.globals.json)?;
     }
     match command {
-        Command::Run(args) => run::run(session, args),
+        Command::Run(args) => run::run(session, *args),
         Command::Up(args) => up::up(session, &args),
         Command::Down(args) => down::down(session, &args),
         Command::Ps { project } => status::ps(session, project),

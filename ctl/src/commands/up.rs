@@ -42,14 +42,11 @@ pub fn up(session: &mut Session, args: &UpArgs) -> Ended {
     if args.declared.agents.is_empty() {
         orphans(session, &declaration, known.as_ref(), args, &mut rows)?;
     }
-    let mut failed = rows.failed();
-    if args.wait {
-        failed |= !super::readiness::wait(session, &declaration.project, &names)?;
-    }
+    let ready = !args.wait || super::readiness::wait(session, &declaration.project, &names)?;
     if session.out.is_human() {
-        note(&summary(&declaration, &rows, args));
+        note(&summary(&declaration, &rows, args, ready));
     }
-    Ok(u8::from(failed))
+    Ok(u8::from(rows.failed() || !ready))
 }
 
 /// Starting something in a project that is held would undo what the person who holds it wants.
@@ -210,10 +207,14 @@ impl One<'_> {
 
 /// Says how an agent stands, in a few words.
 pub fn standing(agent: &AgentView) -> String {
+    let status = match agent.exit {
+        Some(exit) if agent.status.is_terminal() => format!("{} ({exit})", agent.status),
+        _ => agent.status.to_string(),
+    };
     match (&agent.detail, agent.pid) {
-        (Some(detail), _) => format!("{}, {detail}", agent.status),
-        (None, Some(pid)) => format!("{}, pid {pid}", agent.status),
-        (None, None) => agent.status.to_string(),
+        (Some(detail), _) => format!("{status}, {detail}"),
+        (None, Some(pid)) if !agent.status.is_terminal() => format!("{status}, pid {pid}"),
+        (None, _) => status,
     }
 }
 
@@ -293,7 +294,7 @@ fn orphans(
     Ok(())
 }
 
-fn summary(declaration: &Declaration, rows: &Rows, args: &UpArgs) -> String {
+fn summary(declaration: &Declaration, rows: &Rows, args: &UpArgs, ready: bool) -> String {
     let project = &declaration.project;
     let mut hints = Vec::new();
     if rows.count(Action::Changed) > 0 {
@@ -305,6 +306,8 @@ fn summary(declaration: &Declaration, rows: &Rows, args: &UpArgs) -> String {
     let failed = rows.count(Action::Failed);
     let first = if failed > 0 {
         format!("{project}: {failed} failed")
+    } else if !ready {
+        format!("{project}: not all are ready; see fermatactl logs {project}/AGENT")
     } else if rows.changed() {
         let done = if args.dry_run { "nothing was changed" } else { "done" };
         format!("{project}: {done}")
