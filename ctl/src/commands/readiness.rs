@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::declaration::{AgentDetail, AgentShow};
 use fermata_protocol::subscription::{EventFilter, EventsSubscribe};
-use fermata_protocol::{AgentName, ProjectName, Target};
+use fermata_protocol::{AgentName, Code, ProjectName, Target};
 
 use super::up::standing;
-use crate::errors::Failure;
+use crate::errors::{Exit, Failure};
 use crate::output::note;
 use crate::session::Session;
 
@@ -50,28 +50,47 @@ pub fn wait(session: &mut Session, project: &ProjectName, names: &[AgentName]) -
     loop {
         // Subscribed before the first look: what happens in between is told.
         session.call_lasting(&EventsSubscribe { cursor: None, filter: filter.clone() })?;
-        for name in names.iter().filter(|name| left.contains_key(*name)).cloned().collect::<Vec<_>>() {
-            if !look(session, project, &name, &mut left)? {
-                return Ok(false);
+        if let Some(ready) = follow(session, project, names, &mut left)? {
+            return Ok(ready);
+        }
+    }
+}
+
+fn is_farewell(failure: &Failure) -> bool {
+    match failure {
+        Failure::Said(report) => report.exit == Exit::Unreachable || failure.is(Code::ShuttingDown),
+        Failure::ReaderGone => false,
+    }
+}
+
+/// Looks at all that are left, then goes by what is told; `None` when the daemon was away meanwhile.
+fn follow(
+    session: &mut Session,
+    project: &ProjectName,
+    names: &[AgentName],
+    left: &mut Left,
+) -> Result<Option<bool>, Failure> {
+    let mut next: Vec<AgentName> = names.iter().filter(|name| left.contains_key(*name)).cloned().collect();
+    loop {
+        for name in next {
+            match look(session, project, &name, left) {
+                Ok(true) => {}
+                Ok(false) => return Ok(Some(false)),
+                // A look must not go on over a new connection: the subscription is lost with the
+                // old one, and what follows would never be told.
+                Err(failure) if is_farewell(&failure) => return Ok(None),
+                Err(failure) => return Err(failure),
             }
         }
-        loop {
-            if left.is_empty() {
-                return Ok(true);
-            }
-            // The daemon was away: what it told meanwhile is lost, so everything is looked at again.
-            let Some(notification) = session.next_notification()? else { break };
-            let about = notification.params.pointer("/event/data/agent").and_then(|name| name.as_str());
-            let Some(about) = about else { continue };
-            let concerns = |(name, waits): (&AgentName, &Vec<AgentName>)| {
-                (name.as_str() == about || waits.iter().any(|other| other.as_str() == about)).then(|| name.clone())
-            };
-            for name in left.iter().filter_map(concerns).collect::<Vec<_>>() {
-                if !look(session, project, &name, &mut left)? {
-                    return Ok(false);
-                }
-            }
+        if left.is_empty() {
+            return Ok(Some(true));
         }
+        let Some(notification) = session.next_notification()? else { return Ok(None) };
+        let about = notification.params.pointer("/event/data/agent").and_then(|name| name.as_str()).unwrap_or_default();
+        let concerns = |(name, waits): (&AgentName, &Vec<AgentName>)| {
+            (name.as_str() == about || waits.iter().any(|other| other.as_str() == about)).then(|| name.clone())
+        };
+        next = left.iter().filter_map(concerns).collect();
     }
 }
 
@@ -106,6 +125,6 @@ fn look(session: &mut Session, project: &ProjectName, name: &AgentName, left: &m
 
 fn show(session: &mut Session, project: &ProjectName, name: &AgentName) -> Result<(Target, AgentDetail), Failure> {
     let target = Target::agent(project.clone(), name.clone());
-    let detail = session.call_lasting(&AgentShow { target: target.clone(), env: Default::default() })?;
+    let detail = session.call(&AgentShow { target: target.clone(), env: Default::default() })?;
     Ok((target, detail))
 }
