@@ -81,7 +81,7 @@ install: ## install under DESTDIR and PREFIX what `make release` has built
 	    chmod 0644 $(DESTDIR)$(UNITDIR)/$$unit $(DESTDIR)$(USERUNITDIR)/$$unit; \
 	done
 	install -m 0644 systemd/fermata.sysusers $(DESTDIR)$(SYSUSERSDIR)/fermata.conf
-	install -m 0644 LICENSE LICENSE-APACHE LICENSE-MIT $(wildcard README.md CHANGELOG.md) $(DESTDIR)$(DOCDIR)
+	install -m 0644 LICENSE LICENSE-APACHE LICENSE-MIT $(wildcard README.md CHANGELOG.md docs/fermata-toml.md) $(DESTDIR)$(DOCDIR)
 	install -m 0644 -D -t $(DESTDIR)$(DOCDIR)/drop-ins systemd/drop-ins/fermatad.service.d/*.conf
 
 clean: ## remove everything that was built or downloaded

@@ -13,6 +13,7 @@ pub mod client;
 pub mod codec;
 pub mod context;
 pub mod daemon;
+pub mod declaration;
 pub mod error;
 pub mod event;
 pub mod ids;

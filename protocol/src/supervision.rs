@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
+use crate::declaration::Declared;
 use crate::ids::AgentName;
 
 /// How an agent is looked after. Everything has a default; an empty object is a plain process.
@@ -53,6 +54,9 @@ pub struct Supervision {
     /// What becomes of output that comes faster than it can be kept.
     #[serde(skip_serializing_if = "is_default")]
     pub output: OutputPolicy,
+    /// The file that declares it, when `up` started it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub declared: Option<Declared>,
 }
 
 impl Supervision {

@@ -2,7 +2,9 @@
 
 pub mod groups;
 pub mod resources;
+pub mod supervision;
 pub mod values;
+pub mod workspace;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -17,7 +19,9 @@ use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
+use supervision::SupervisionArgs;
 use values::{MODES, Numbered, word};
+use workspace::{DownArgs, UpArgs};
 
 /// Runs AI agents, holds them on demand and brings them back.
 #[derive(Debug, Parser)]
@@ -88,7 +92,11 @@ impl Globals {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start an agent in a project, which is created when it is new.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
+    /// Start what the workspace's fermata.toml declares, and leave alone what runs as declared.
+    Up(UpArgs),
+    /// Stop what the workspace's fermata.toml declares; checkpoints and logs stay.
+    Down(DownArgs),
     /// List agents.
     Ps {
         /// Only those of this project.
@@ -265,6 +273,8 @@ pub struct RunArgs {
     /// Show the agent's output until it has ended.
     #[arg(long)]
     pub logs: bool,
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,

@@ -5,7 +5,9 @@ mod agents;
 mod attach;
 mod checkpoint;
 mod context;
+mod declared;
 mod doctor;
+mod down;
 mod events;
 mod logs;
 mod operation;
@@ -14,10 +16,14 @@ mod plugin;
 mod project;
 mod protocol;
 mod question;
+mod readiness;
 mod run;
 mod send;
 mod status;
 mod task;
+mod up;
+
+pub use run::{canonical, environment};
 
 use std::io::Read as _;
 use std::time::Duration;
@@ -57,7 +63,9 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         deadline::arm(time, session.globals.json)?;
     }
     match command {
-        Command::Run(args) => run::run(session, args),
+        Command::Run(args) => run::run(session, *args),
+        Command::Up(args) => up::up(session, &args),
+        Command::Down(args) => down::down(session, &args),
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),

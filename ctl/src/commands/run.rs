@@ -95,7 +95,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
             terminal: args.tty.then(terminal_size),
             resources: args.resources.into(),
             budget: args.budget.over(Budget::default()),
-            ..Supervision::default()
+            ..args.supervision.settings()?
         }),
     };
     session.call(&params)
@@ -146,7 +146,7 @@ pub fn text(path: &Path) -> Result<String, Failure> {
 }
 
 /// The environment that the agent gets, without what says that the caller itself is an agent.
-fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+pub fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     let mut kept = BTreeMap::new();
     for (name, value) in variables {
         match (name.into_string(), value.into_string()) {
@@ -165,13 +165,14 @@ fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMa
 }
 
 /// Reads the umask, which can only be read by setting it; no other thread makes files meanwhile.
-fn own_umask() -> u32 {
+pub fn own_umask() -> u32 {
     let mask = umask(Mode::from_bits_truncate(0o077));
     umask(mask);
     mask.bits()
 }
 
-fn own_limits() -> BTreeMap<String, ResourceLimit> {
+/// Returns the resource limits of this process.
+pub fn own_limits() -> BTreeMap<String, ResourceLimit> {
     const LIMITS: [(&str, Resource); 16] = [
         ("as", Resource::RLIMIT_AS),
         ("core", Resource::RLIMIT_CORE),

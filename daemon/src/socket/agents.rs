@@ -478,7 +478,7 @@ async fn tell(handle: &ProjectHandle, command: Command, keyed: Option<Keyed>) ->
     handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }).await
 }
 
-fn one_agent(target: &Target) -> Result<&AgentName, Refusal> {
+pub(super) fn one_agent(target: &Target) -> Result<&AgentName, Refusal> {
     target.agent.as_ref().ok_or_else(|| {
         Refusal::new(Code::InvalidParams, format!("'{target}' is a project, not one of its agents"))
             .hint(format!("{target}/AGENT"))

@@ -8,6 +8,7 @@
 //! ```
 //! A peer that does not read, sends garbage or goes away in the middle disturbs nobody else.
 
+mod agent_detail;
 mod agents;
 mod attach;
 mod checkpoints;
