@@ -50,6 +50,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::ProjectRemoved {}
         | Event::PauseWithheld { .. }
         | Event::AgentAdopted { .. }
+        | Event::AgentTyped { .. }
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
@@ -81,6 +82,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentInterrupted { .. }
         | Event::AgentParked { .. }
         | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
         | Event::AgentWaiting { .. }

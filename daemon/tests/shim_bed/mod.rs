@@ -52,8 +52,11 @@ impl Bed {
             cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
             mechanism,
             tree_limits: Default::default(),
+            terminal: None,
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
+            pre_start: None,
+            post_stop: None,
         };
         Self { dir, spec }
     }
