@@ -245,11 +245,11 @@ pub struct RunArgs {
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stop_grace: Option<Duration>,
     #[command(flatten)]
+    pub hooks: HookArgs,
+    #[command(flatten)]
     pub resources: resources::ResourceArgs,
     #[command(flatten)]
     pub budget: resources::BudgetArgs,
-    #[command(flatten)]
-    pub hooks: HookArgs,
     /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
     #[arg(long, short)]
     pub tty: bool,

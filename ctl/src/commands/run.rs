@@ -90,11 +90,11 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
         supervision: Box::new(Supervision {
-            resources: args.resources.into(),
-            budget: args.budget.over(Budget::default()),
             pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
             terminal: args.tty.then(terminal_size),
+            resources: args.resources.into(),
+            budget: args.budget.over(Budget::default()),
             ..Supervision::default()
         }),
     };

@@ -167,8 +167,7 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
         Ok(Some(record)) => {
             let (new, token) = new_run();
             let ended_at = UnixMillis(record.ended_at_ms);
-            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
-            let detail = exit_detail(&record);
+            let (exit, detail, then) = (exit_status(&record), exit_detail(&record), AfterEnd::ByPolicy);
             let command = Command::RunEnded { agent, run, exit, detail, ended_at, new, then };
             Outcome { tokens: vec![token], ..command.into() }
         }
@@ -209,9 +208,9 @@ fn exit_detail(record: &ExitRecord) -> Option<String> {
     }
 }
 
-fn ended(record: &ExitRecord) -> Found {
+fn ended(record: &ExitRecord) -> Observed {
     let at = UnixMillis(record.ended_at_ms);
-    Found { observed: Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }, link: None }
+    Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }
 }
 
 /// What a new daemon found of a run, with the link when it is alive.
@@ -226,7 +225,8 @@ pub struct Found {
 pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     let lost = |detail: &str| Found { observed: Observed::Lost { detail: detail.to_owned() }, link: None };
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        return ended(&record);
+        let observed = ended(&record);
+        return Found { observed, link: None };
     }
     let mut record = read_run(&run_dir);
     if matches!(record, Ok(None)) {
@@ -240,9 +240,10 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
     };
+    let found = |record: &ExitRecord| Found { observed: ended(record), link: None };
     if run.boot_id != boot_id {
         return match read_cut_short(&run_dir) {
-            Ok(Some(record)) => ended(&record),
+            Ok(Some(record)) => found(&record),
             _ => lost("the machine was restarted"),
         };
     }
@@ -256,11 +257,11 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     }
     // It may have ended between the two looks.
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        return ended(&record);
+        return found(&record);
     }
     let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
     match read_cut_short(&run_dir) {
-        Ok(Some(record)) => ended(&record),
+        Ok(Some(record)) => found(&record),
         _ => lost(&detail),
     }
 }

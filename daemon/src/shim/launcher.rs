@@ -386,10 +386,10 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
         MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
     };
     set_tree_limits(spec, &freezer)?;
-    let limited = !spec.tree_limits.is_empty();
     let run = |procs: Option<&File>| {
         program.spawn(stdin.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs, before.as_ref())
     };
+    let limited = !spec.tree_limits.is_empty();
     let spawned = match member_file(&mut freezer) {
         None if limited => return Err(unlimited(&freezer)),
         None => run(None),

@@ -64,15 +64,15 @@ pub struct ExitRecord {
     /// Payload bytes of output that a full disk cost.
     #[serde(default)]
     pub log_bytes_lost: u64,
-    /// What the kernel has done to the tree for want of memory.
-    #[serde(default)]
-    pub out_of_memory: OutOfMemory,
     /// Why the agent's program was never executed: what ran before it failed, for instance.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_failure: Option<String>,
     /// What went wrong with the command after its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_stop_failure: Option<String>,
+    /// What the kernel has done to the tree for want of memory.
+    #[serde(default)]
+    pub out_of_memory: OutOfMemory,
 }
 
 /// Why a record could not be read.

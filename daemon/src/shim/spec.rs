@@ -123,12 +123,12 @@ pub struct LaunchSpec {
     /// Whether control groups may be used.
     #[serde(default)]
     pub mechanism: MechanismChoice,
-    /// What the whole tree may use; with any limit it is a control group or nothing.
-    #[serde(default)]
-    pub tree_limits: TreeLimits,
     /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<TerminalSize>,
+    /// What the whole tree may use; with any limit it is a control group or nothing.
+    #[serde(default)]
+    pub tree_limits: TreeLimits,
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,

@@ -416,9 +416,9 @@ impl Supervisor {
                         ended_at_ms: end.at_ms,
                         leftovers_killed: leftovers,
                         log_bytes_lost: self.log.lost(),
-                        out_of_memory,
                         start_failure: self.start_failure.take(),
                         post_stop_failure: None,
+                        out_of_memory,
                     };
                     self.after(record, now)
                 }
