@@ -25,6 +25,9 @@ const FRESH: Duration = Duration::from_secs(2);
 /// How long somebody who looks waits for a sample that is not there yet, or old.
 const PATIENCE: Duration = Duration::from_millis(10);
 
+/// With more runs than these a sample takes longer than anybody waits.
+const FEW: usize = 100;
+
 /// How long somebody who decides by the sample waits for it.
 const DECIDING: Duration = Duration::from_secs(5);
 
@@ -91,7 +94,8 @@ impl Loads {
 
     /// Returns what is known of these runs, and sees to it that more is known soon.
     pub async fn look(&self, subjects: Vec<Subject>) -> Samples {
-        self.within(PATIENCE, subjects).await
+        let patience = if subjects.len() <= FEW { PATIENCE } else { Duration::ZERO };
+        self.within(patience, subjects).await
     }
 
     /// Returns samples by which something is decided: fresh ones, unless that takes too long.
