@@ -9,14 +9,15 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fermata_protocol::pause::PauseMode;
-use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, Target};
+use fermata_protocol::supervision::OutputPolicy;
+use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, RunId, Target};
 
 use crate::output::time::parse_duration;
 use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
-use values::{MODES, Numbered, word};
+use values::{MODES, Numbered, OUTPUT_POLICIES, word};
 
 /// Runs AI agents, holds them on demand and brings them back.
 #[derive(Debug, Parser)]
@@ -269,6 +270,10 @@ pub struct HookArgs {
     /// How long it may take; one minute when left out.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "post_stop")]
     pub post_stop_timeout: Option<Duration>,
+    /// What becomes of output that comes faster than the log can be written: the agent waits, or it
+    /// is dropped and counted.
+    #[arg(long, value_parser = word::<OutputPolicy>(OUTPUT_POLICIES), default_value = "block")]
+    pub output_policy: OutputPolicy,
 }
 
 /// Arguments of `pause`.
@@ -298,6 +303,12 @@ pub struct LogsArgs {
     /// Begin with the last N lines.
     #[arg(short = 'n', long = "tail", value_name = "N")]
     pub tail: Option<u64>,
+    /// The output of the run before the present one.
+    #[arg(long, short, conflicts_with = "run")]
+    pub previous: bool,
+    /// The output of this run alone (`status` shows the present one's id).
+    #[arg(long, value_name = "ID")]
+    pub run: Option<RunId>,
     /// Begin with what was written since: 10m (ago) or an RFC 3339 time.
     #[arg(long, value_name = "TIME")]
     pub since: Option<String>,

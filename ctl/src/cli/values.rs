@@ -48,6 +48,8 @@ pub const TIERS: &[&str] = &["hot", "warm", "cold"];
 pub const PHASES: &[&str] = &["discovery", "planning", "active", "review", "complete"];
 /// The modes of a pause.
 pub const MODES: &[&str] = &["freeze", "park", "image"];
+/// What becomes of output that comes too fast.
+pub const OUTPUT_POLICIES: &[&str] = &["block", "drop"];
 /// The status of a task.
 pub const TASK_STATUSES: &[&str] = &["pending", "in_progress", "waiting_for_input", "completed", "failed", "cancelled"];
 

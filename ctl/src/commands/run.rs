@@ -87,6 +87,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         supervision: Box::new(Supervision {
             pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
+            output: args.hooks.output_policy,
             ..Supervision::default()
         }),
     };

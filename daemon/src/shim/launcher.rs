@@ -13,12 +13,15 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fermata_protocol::supervision::OutputPolicy;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
 use serde::{Deserialize, Serialize};
 
 use super::hold::{Hold, chain};
+use super::keeper;
 use super::log::LogWriter;
+use super::log_sink::{Kept, LogSink};
 use super::raw::Raw;
 use super::record::{Mechanism, RunRecord};
 use super::spec::{HookSpec, LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
@@ -136,17 +139,41 @@ fn failed(failure: Failure) -> LaunchReport {
     LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
 }
 
+/// Forks the keeper of the log, where there is to be one; returns the shim's end of its socket. The
+/// keeper itself never returns from here.
+fn fork_keeper(spec: &LaunchSpec) -> io::Result<Option<OwnedFd>> {
+    if spec.output == OutputPolicy::Block {
+        return Ok(None);
+    }
+    let logs = spec.file(files::LOGS);
+    make_private_dir(&logs)?;
+    let (ours, theirs) = keeper::pair()?;
+    match spawn::fork_single_threaded()? {
+        ForkResult::Parent { .. } => Ok(Some(ours)),
+        ForkResult::Child => {
+            // Else it would never see the end of the shim.
+            drop(ours);
+            match detach(spec) {
+                Ok(()) => keeper::run(&theirs, &logs, spec.log),
+                Err(failure) => eprintln!("fermata-shim: {}", failure.message),
+            }
+            std::process::exit(0);
+        }
+    }
+}
+
 /// Forks the shim and waits for its report; in the shim returns `None` after the agent's end.
 fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
+    let keeper = fork_keeper(&spec)?;
     let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
     match spawn::fork_single_threaded()? {
         ForkResult::Child => {
             drop(report_in);
-            shim(spec, report_out);
+            shim(spec, report_out, keeper);
             Ok(None)
         }
         ForkResult::Parent { .. } => {
-            drop(report_out);
+            drop((report_out, keeper));
             let mut line = Vec::new();
             File::from(report_in).read_to_end(&mut line)?;
             Ok(Some(serde_json::from_slice(&line).unwrap_or_else(|_| {
@@ -159,8 +186,8 @@ fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
     }
 }
 
-fn shim(spec: LaunchSpec, report_out: OwnedFd) {
-    let (report, parts) = match launch(spec) {
+fn shim(spec: LaunchSpec, report_out: OwnedFd, keeper: Option<OwnedFd>) {
+    let (report, parts) = match launch(spec, keeper) {
         Ok((record, parts)) => {
             let RunRecord { shim, agent, mechanism, why, .. } = record;
             (LaunchReport::Running { ok: true, shim, agent, mechanism, why }, Some(parts))
@@ -177,7 +204,7 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd) {
 }
 
 /// Makes this process a shim and starts the agent.
-fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
+fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
     detach(&spec)?;
     let children = signals::child_signal_fd().map_err(Failure::io(
         LaunchCode::SpawnFailed,
@@ -186,8 +213,13 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
     ))?;
     let logs = spec.file(files::LOGS);
     make_private_dir(&logs).map_err(Failure::io(LaunchCode::RunDirFailed, "create", &logs))?;
-    let log =
-        LogWriter::open(&logs, spec.log).map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?;
+    let log = match keeper {
+        Some(socket) => LogSink::Kept(Kept::new(socket, &logs, spec.log)),
+        None => {
+            let log = LogWriter::open(&logs, spec.log);
+            LogSink::Direct(log.map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?)
+        }
+    };
     let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
         .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
     let ended = spec.post_stop.is_some().then(|| Reserve::create(&spec.file(files::ENDED), 0o600));

@@ -27,8 +27,8 @@ use self::hooks::{AfterStop, Beginning, Flow};
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
 use super::intake::{Intake, Taken};
-use super::log::LogWriter;
 use super::log_line::Stream;
+use super::log_sink::LogSink;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
 use super::wire::{FromShim, ShimEvent};
@@ -93,7 +93,7 @@ pub struct Supervisor {
     agent: ProcessId,
     hold: Hold,
     life: Life,
-    log: LogWriter,
+    log: LogSink,
     intake: Intake,
     reserve: Reserve,
     /// For the exit of an agent after which a command runs.
@@ -121,7 +121,7 @@ pub struct Parts {
     /// How to freeze it.
     pub hold: Hold,
     /// Where its output goes.
-    pub log: LogWriter,
+    pub log: LogSink,
     /// Where its exit will be recorded.
     pub reserve: Reserve,
     /// Where its exit is noted while a command runs after it.
@@ -261,8 +261,8 @@ impl Supervisor {
         let mut taken = false;
         for source in ready {
             taken |= match source {
-                Source::Stdout => self.intake.read(&mut self.stdout, Stream::Stdout, &mut self.log) != Taken::Nothing,
-                Source::Stderr => self.intake.read(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
+                Source::Stdout => self.intake.take(&mut self.stdout, Stream::Stdout, &mut self.log) != Taken::Nothing,
+                Source::Stderr => self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
                 Source::Child | Source::Beginning | Source::Listener | Source::Freeze | Source::Connection(_) => false,
             };
         }
