@@ -120,7 +120,7 @@ pub fn main(run_dir: &Path) -> i32 {
         Err(error) => failed(Failure::new(LaunchCode::BadSpec, &error)),
         Ok(spec) => match fork_shim(spec) {
             Ok(Some(line)) => line,
-            // This is the shim, and its agent has ended.
+            // This is the shim or the keeper, and the agent has ended.
             Ok(None) => return 0,
             Err(error) => failed(Failure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
         },
@@ -139,17 +139,24 @@ fn failed(failure: Failure) -> LaunchReport {
     LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
 }
 
-/// Forks the keeper of the log, where there is to be one; returns the shim's end of its socket. The
-/// keeper itself never returns from here.
-fn fork_keeper(spec: &LaunchSpec) -> io::Result<Option<OwnedFd>> {
+/// Which process this is after a keeper may have been forked.
+enum Forked {
+    /// The launcher, with the shim's end of the keeper's socket.
+    Launcher(Option<OwnedFd>),
+    /// The keeper, which has nothing more to do.
+    Keeper,
+}
+
+/// Forks the keeper of the log, where there is to be one.
+fn fork_keeper(spec: &LaunchSpec) -> io::Result<Forked> {
     if spec.output == OutputPolicy::Block {
-        return Ok(None);
+        return Ok(Forked::Launcher(None));
     }
     let logs = spec.file(files::LOGS);
     make_private_dir(&logs)?;
     let (ours, theirs) = keeper::pair()?;
     match spawn::fork_single_threaded()? {
-        ForkResult::Parent { .. } => Ok(Some(ours)),
+        ForkResult::Parent { .. } => Ok(Forked::Launcher(Some(ours))),
         ForkResult::Child => {
             // Else it would never see the end of the shim.
             drop(ours);
@@ -157,14 +164,15 @@ fn fork_keeper(spec: &LaunchSpec) -> io::Result<Option<OwnedFd>> {
                 Ok(()) => keeper::run(&theirs, &logs, spec.log),
                 Err(failure) => eprintln!("fermata-shim: {}", failure.message),
             }
-            std::process::exit(0);
+            Ok(Forked::Keeper)
         }
     }
 }
 
-/// Forks the shim and waits for its report; in the shim returns `None` after the agent's end.
+/// Forks the shim and waits for its report; in the shim and in the keeper returns `None` after the
+/// agent's end.
 fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
-    let keeper = fork_keeper(&spec)?;
+    let Forked::Launcher(keeper) = fork_keeper(&spec)? else { return Ok(None) };
     let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
     match spawn::fork_single_threaded()? {
         ForkResult::Child => {
