@@ -140,6 +140,10 @@ pub enum Command {
     },
     /// Show an agent's output.
     Logs(LogsArgs),
+    /// Sit at the terminal of an agent that was started with --tty.
+    Attach(AttachArgs),
+    /// Type into the terminal of an agent that was started with --tty.
+    Send(SendArgs),
     /// Wait until agents have ended, and print their exit codes.
     Wait {
         /// An agent (project/agent) or a whole project.
@@ -239,6 +243,12 @@ pub struct RunArgs {
     pub stop_grace: Option<Duration>,
     #[command(flatten)]
     pub hooks: HookArgs,
+    /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
+    #[arg(long, short)]
+    pub tty: bool,
+    /// Attach to the agent's terminal; as `attach` does.
+    #[arg(long, requires = "tty", conflicts_with_all = ["wait", "logs", "detach"])]
+    pub attach: bool,
     /// Return once the agent has started (the default).
     #[arg(long, short, conflicts_with_all = ["wait", "logs"])]
     pub detach: bool,
@@ -319,6 +329,46 @@ pub struct LogsArgs {
     /// variables are taken out of it otherwise.
     #[arg(long)]
     pub raw: bool,
+}
+
+/// The keys that leave an agent's terminal, unless others are named.
+pub const DETACH_KEYS: &str = "ctrl-\\";
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The agent (project/agent), or a project with one agent.
+    pub target: Target,
+    /// Only watch.
+    #[arg(long, conflicts_with = "steal")]
+    pub read_only: bool,
+    /// Type even if somebody else does, who only watches from then on.
+    #[arg(long)]
+    pub steal: bool,
+    /// The keys that leave, pressed one after the other, for instance ctrl-p,ctrl-q.
+    #[arg(long, value_name = "KEYS", default_value = DETACH_KEYS)]
+    pub detach_keys: String,
+}
+
+/// Arguments of `send`.
+#[derive(Debug, Args)]
+pub struct SendArgs {
+    /// The agent (project/agent), or a project with one agent.
+    pub target: Target,
+    /// What to type, as it is; several words are joined by blanks.
+    pub text: Vec<String>,
+    /// Type what comes from stdin after it.
+    #[arg(long)]
+    pub stdin: bool,
+    /// Press these keys after it, for instance C-c,Enter.
+    #[arg(long, value_name = "KEYS")]
+    pub keys: Option<String>,
+    /// Press Enter at the end.
+    #[arg(long, short)]
+    pub enter: bool,
+    /// Type even if somebody is attached who types.
+    #[arg(long)]
+    pub anyway: bool,
 }
 
 /// Arguments of `events`.

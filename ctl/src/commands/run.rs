@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
 use fermata_protocol::project::ProjectShow;
-use fermata_protocol::supervision::{Hook, Supervision};
+use fermata_protocol::supervision::{Hook, Supervision, TerminalSize};
 use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -19,13 +19,17 @@ use crate::cli::values::split_words;
 use crate::errors::Failure;
 use crate::output::time::millis;
 use crate::output::{Format, note};
+use crate::raw_terminal;
 use crate::session::Session;
 
 /// Runs `run`.
 pub fn run(session: &mut Session, args: RunArgs) -> Ended {
-    let (wait, follow) = (args.wait, args.logs);
+    let (wait, follow, attach) = (args.wait, args.logs, args.attach);
     let agent = start(session, args)?;
     let target = target_of(&agent);
+    if attach {
+        return super::attach::after_start(session, &target);
+    }
     if (wait || follow) && session.out.is_human() {
         note(&format!("{target} started"));
     }
@@ -88,10 +92,15 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
             pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
             output: args.hooks.output_policy,
+            terminal: args.tty.then(terminal_size),
             ..Supervision::default()
         }),
     };
     session.call(&params)
+}
+
+fn terminal_size() -> TerminalSize {
+    raw_terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 })
 }
 
 fn words_of(flag: &str, line: &str) -> Result<Vec<String>, Failure> {

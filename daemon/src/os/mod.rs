@@ -12,6 +12,7 @@ pub mod memory;
 pub mod peer;
 pub mod prelude;
 pub mod process;
+pub mod pty;
 pub mod signals;
 pub mod socket_child;
 pub mod spawn;

@@ -12,7 +12,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
-use nix::unistd::{ForkResult, Pid, chdir};
+use nix::unistd::{ForkResult, Pid, chdir, getpid, tcsetpgrp};
 
 use super::limits::{self, Limit};
 use super::prelude::{self, Prelude};
@@ -38,6 +38,8 @@ pub enum Stage {
     Exec = 7,
     /// Executing the program that runs before it.
     ExecBefore = 8,
+    /// Becoming the foreground of the terminal.
+    Terminal = 9,
 }
 
 impl Stage {
@@ -50,6 +52,7 @@ impl Stage {
             6 => Self::Stdio,
             7 => Self::Exec,
             8 => Self::ExecBefore,
+            9 => Self::Terminal,
             _ => Self::Fork,
         }
     }
@@ -64,6 +67,7 @@ impl Stage {
             Self::Stdio => "connect the standard streams",
             Self::Exec => "execute the program",
             Self::ExecBefore => "execute the program that runs before it",
+            Self::Terminal => "become the foreground of the terminal",
         }
     }
 }
@@ -89,6 +93,7 @@ pub struct Program {
     cwd: CString,
     umask: u32,
     limits: Vec<Limit>,
+    foreground: bool,
 }
 
 impl Program {
@@ -131,7 +136,16 @@ impl Program {
             cwd: c_string(cwd.as_bytes())?,
             umask,
             limits: limits.to_vec(),
+            foreground: false,
         })
+    }
+
+    /// Makes the program the foreground of its stdin, which is then the controlling terminal of the
+    /// caller's session.
+    #[must_use]
+    pub fn in_foreground(mut self) -> Self {
+        self.foreground = true;
+        self
     }
 
     /// Starts the program in a process group of its own and the caller's session, with the given
@@ -224,6 +238,15 @@ impl Program {
         }
         if let Err(errno) = nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)) {
             return Err((Stage::ProcessGroup, errno));
+        }
+        // SAFETY: stdin is open for the whole call.
+        let stdin = unsafe { BorrowedFd::borrow_raw(prepared.stdio[0]) };
+        // A process of the background that does this is stopped by SIGTTOU unless it ignores that
+        // signal, as the caller does: hence before the signals are reset.
+        if self.foreground
+            && let Err(errno) = tcsetpgrp(stdin, getpid())
+        {
+            return Err((Stage::Terminal, errno));
         }
         signals::reset_all();
         // SAFETY: umask only sets a number and cannot fail.

@@ -18,6 +18,7 @@ use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
 use crate::shim::record::{ExitRecord, abandon, read_cut_short};
 use crate::shim::wire::ShimEvent;
+use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
 /// How long the processes of a lost tree may take to go.
@@ -39,6 +40,7 @@ pub(super) struct Watcher {
 impl Watcher {
     /// Passes on what the shim tells, until the run has ended or the daemon ends.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
+        self.ask_suspended(&link).await;
         loop {
             let event = tokio::select! {
                 event = events.recv() => event,
@@ -55,12 +57,16 @@ impl Watcher {
                         return;
                     }
                 }
-                Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
+                Some(ShimEvent::Stopped { .. }) => self.tell_suspended(true).await,
+                Some(ShimEvent::Continued {}) => self.tell_suspended(false).await,
+                // For viewers, which have connections of their own.
+                Some(ShimEvent::Screen(_) | ShimEvent::Output { .. }) => {}
                 None => match self.link_again().await {
                     Some((again, more)) => {
                         drop(link);
                         link = again;
                         events = more;
+                        self.ask_suspended(&link).await;
                     }
                     None => return,
                 },
@@ -80,6 +86,18 @@ impl Watcher {
         let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
         self.mailbox.send(message).await.ok()?;
         Some((link, events))
+    }
+
+    /// What happened while there was no link was told to nobody.
+    async fn ask_suspended(&self, link: &ShimLink) {
+        if let Some(held) = link.suspended() {
+            self.tell_suspended(held).await;
+        }
+    }
+
+    async fn tell_suspended(&self, held: bool) {
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), held };
+        self.send(command.into()).await;
     }
 
     async fn tell_end(&self, record: &ExitRecord) {
@@ -137,6 +155,21 @@ impl Watcher {
         let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
+    }
+}
+
+/// Says how a run ended that could not be brought back: as its shim has recorded, or without.
+pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String) -> Outcome {
+    let (agent, run) = (agent.clone(), run.clone());
+    match read_exit(&site.dirs().run(&agent, &run)) {
+        Ok(Some(record)) => {
+            let (new, token) = new_run();
+            let ended_at = UnixMillis(record.ended_at_ms);
+            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
+            let command = Command::RunEnded { agent, run, exit, ended_at, new, then };
+            Outcome { tokens: vec![token], ..command.into() }
+        }
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
     }
 }
 

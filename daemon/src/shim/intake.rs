@@ -49,8 +49,24 @@ impl Default for Intake {
 impl Intake {
     /// Reads once; at the end of the stream the pipe is closed.
     pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> Taken {
+        self.read_and_show(pipe, stream, log, |_| {})
+    }
+
+    /// The same, and shows what was read to somebody else.
+    pub fn read_and_show(
+        &mut self,
+        pipe: &mut Option<File>,
+        stream: Stream,
+        log: &mut LogSink,
+        show: impl FnOnce(&[u8]),
+    ) -> Taken {
         let Some(file) = pipe else { return Taken::End };
-        match file.read(&mut self.buffer) {
+        let read = match file.read(&mut self.buffer) {
+            // The end of a terminal (pty(7)).
+            Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(0),
+            other => other,
+        };
+        match read {
             Ok(0) => {
                 log.end(stream, clock::unix_ns());
                 *pipe = None;
@@ -58,6 +74,7 @@ impl Intake {
             }
             Ok(count) => {
                 log.push(stream, &self.buffer[..count], clock::unix_ns());
+                show(&self.buffer[..count]);
                 self.adapt(count, file);
                 Taken::Bytes(count)
             }

@@ -26,10 +26,12 @@ use super::raw::Raw;
 use super::record::{Mechanism, RunRecord};
 use super::spec::{HookSpec, LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
 use super::supervise::{Parts, Supervisor};
+use super::terminal::Terminal;
 use crate::os::cgroup::{Freezer, Group};
 use crate::os::fsync::{Reserve, write_atomic};
 use crate::os::prelude::Prelude;
 use crate::os::process::{self, ProcessId};
+use crate::os::pty::{self, Pty};
 use crate::os::spawn::{self, Program, SpawnError, Stage};
 use crate::os::{clock, signals};
 
@@ -238,7 +240,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         std::fs::remove_file(&spec.socket).ok();
         failure
     };
-    let Started { agent, freezer, stdout, stderr, prelude } = started.map_err(undo_socket)?;
+    let Started { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
         Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),
@@ -267,7 +269,8 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         crate::os::tree::kill_tree(shim.pid, Duration::from_secs(1)).ok();
         return Err(undo_socket(failure));
     }
-    let parts = Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, prelude };
+    let parts =
+        Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, terminal, prelude };
     Ok((record, Box::new(parts)))
 }
 
@@ -370,8 +373,37 @@ struct Started {
     agent: ProcessId,
     freezer: Freezer,
     stdout: OwnedFd,
-    stderr: OwnedFd,
+    stderr: Option<OwnedFd>,
+    terminal: Option<Terminal>,
     prelude: Option<Prelude>,
+}
+
+/// Both sides of what the agent reads from and writes to.
+#[derive(Debug)]
+struct Streams {
+    stdout: OwnedFd,
+    stderr: Option<OwnedFd>,
+    terminal: Option<Terminal>,
+    theirs: [OwnedFd; 3],
+}
+
+/// Pipes and no input, or a terminal.
+fn streams(spec: &LaunchSpec) -> Result<Streams, Failure> {
+    let Some(size) = spec.terminal else {
+        let (stdout, agent_stdout) = agent_pipe()?;
+        let (stderr, agent_stderr) = agent_pipe()?;
+        let theirs = [open_null()?.into(), agent_stdout, agent_stderr];
+        return Ok(Streams { stdout, stderr: Some(stderr), terminal: None, theirs });
+    };
+    let failure = |error: io::Error| Failure {
+        code: LaunchCode::SpawnFailed,
+        message: format!("failed to open a terminal: {error}"),
+    };
+    let Pty { master, slave } = pty::open_controlling(size.rows, size.cols).map_err(failure)?;
+    let copy = || slave.try_clone().map_err(failure);
+    let theirs = [copy()?, copy()?, copy()?];
+    let terminal = Terminal::new(master.try_clone().map_err(failure)?, slave, size);
+    Ok(Streams { stdout: master, stderr: None, terminal: Some(terminal), theirs })
 }
 
 /// Prepares a program with the agent's environment, directory and limits.
@@ -387,15 +419,14 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
     let bad = |error: io::Error| Failure { code: LaunchCode::BadSpec, message: error.to_string() };
     let program = program(spec, &spec.argv, &[]).map_err(bad)?;
     let before = spec.pre_start.as_ref().map(|hook| self::program(spec, &hook.argv, &[])).transpose().map_err(bad)?;
-    let (stdout, agent_stdout) = agent_pipe()?;
-    let (stderr, agent_stderr) = agent_pipe()?;
-    let null = open_null()?;
+    let Streams { stdout, stderr, terminal, theirs: [stdin, agent_stdout, agent_stderr] } = streams(spec)?;
+    let program = if terminal.is_some() { program.in_foreground() } else { program };
     let mut freezer = match spec.mechanism {
         MechanismChoice::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
         MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
     };
     let run = |procs: Option<&File>| {
-        program.spawn(null.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs, before.as_ref())
+        program.spawn(stdin.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs, before.as_ref())
     };
     let spawned = match member_file(&mut freezer) {
         None => run(None),
@@ -410,7 +441,9 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
         },
     };
     match spawned {
-        Ok((pid, prelude)) => Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr, prelude }),
+        Ok((pid, prelude)) => {
+            Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr, terminal, prelude })
+        }
         Err(error) => {
             if let Freezer::Cgroup(group) = &freezer {
                 group.remove(Duration::from_secs(1)).ok();
@@ -496,7 +529,7 @@ fn explain(spec: &LaunchSpec, error: &SpawnError) -> Failure {
             let message = format!("the pre-start command '{line}' cannot be executed: {}", error.source);
             (LaunchCode::ProgramNotExecutable, message)
         }
-        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio, _) => {
+        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio | Stage::Terminal, _) => {
             (LaunchCode::SpawnFailed, chain(error))
         }
     };

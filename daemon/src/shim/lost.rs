@@ -56,6 +56,7 @@ pub enum LostTreeError {
 /// `boot_id` is the present boot's: after a reboot the record's pids mean nothing.
 pub fn end_lost_tree(run: &RunRecord, boot_id: &str, patience: Duration) -> Result<usize, LostTreeError> {
     if run.boot_id != boot_id {
+        remove_socket(run);
         return Ok(0);
     }
     let run_id = || run.run_id.clone();
@@ -95,7 +96,18 @@ pub fn end_lost_tree(run: &RunRecord, boot_id: &str, patience: Duration) -> Resu
         group.wait_empty(left).map_err(failed)?;
         group.remove(left.max(Duration::from_millis(100))).map_err(failed)?;
     }
+    remove_socket(run);
     Ok(killed.len())
+}
+
+/// Removes the socket that a shim would have removed at its end; nobody listens on it any more.
+fn remove_socket(run: &RunRecord) {
+    match std::fs::remove_file(&run.socket) {
+        Ok(()) => {}
+        // Without it nothing is wrong: it was removed by the shim, by an earlier call, or by a reboot.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(socket = %run.socket.display(), %error, "the socket of a lost shim stays"),
+    }
 }
 
 /// The living processes that belong to the run, parents before children.

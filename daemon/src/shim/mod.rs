@@ -31,4 +31,6 @@ pub mod raw;
 pub mod record;
 pub mod spec;
 pub mod supervise;
+pub mod terminal;
+pub mod viewing;
 pub mod wire;

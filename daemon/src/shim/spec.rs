@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use fermata_protocol::supervision::OutputPolicy;
 use serde::{Deserialize, Serialize};
 
+use fermata_protocol::supervision::TerminalSize;
+
 use super::raw::{self, Raw};
 use crate::os::limits::Limit;
 
@@ -121,6 +123,9 @@ pub struct LaunchSpec {
     /// Whether control groups may be used.
     #[serde(default)]
     pub mechanism: MechanismChoice,
+    /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,

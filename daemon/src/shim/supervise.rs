@@ -11,6 +11,7 @@
 //! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
 
 mod hooks;
+mod output;
 mod requests;
 
 use std::fs::File;
@@ -26,11 +27,11 @@ use serde_json::Value;
 use self::hooks::{AfterStop, Beginning, Flow};
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
-use super::intake::{Intake, Taken};
-use super::log_line::Stream;
+use super::intake::Intake;
 use super::log_sink::LogSink;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
+use super::terminal::Terminal;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
 use crate::os::fsync::Reserve;
@@ -49,8 +50,6 @@ const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look again while killed processes vanish.
 const CLEAR_TICK: Duration = Duration::from_millis(2);
-/// What a pipe may still hold when its end is no longer waited for, and more.
-const LAST_BYTES: usize = 2 << 20;
 
 /// How the main process ended.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +79,7 @@ enum Source {
     Beginning,
     Stdout,
     Stderr,
+    Terminal,
     Listener,
     Freeze,
     Connection(ConnectionId),
@@ -104,6 +104,7 @@ pub struct Supervisor {
     listener: UnixListener,
     stdout: Option<File>,
     stderr: Option<File>,
+    terminal: Option<Terminal>,
     connections: Vec<Connection>,
     next_connection: u64,
     stopped_by_others: bool,
@@ -130,10 +131,12 @@ pub struct Parts {
     pub children: SignalFd,
     /// The socket, non-blocking.
     pub listener: UnixListener,
-    /// The reading ends of its pipes, non-blocking.
+    /// The reading end of its pipe, or of its terminal; non-blocking.
     pub stdout: OwnedFd,
-    /// See `stdout`.
-    pub stderr: OwnedFd,
+    /// The reading end of its other pipe; a terminal carries both.
+    pub stderr: Option<OwnedFd>,
+    /// Its terminal.
+    pub terminal: Option<Terminal>,
     /// The command that runs in its place first.
     pub prelude: Option<Prelude>,
 }
@@ -141,7 +144,21 @@ pub struct Parts {
 impl Supervisor {
     /// Takes over.
     pub fn new(parts: Parts) -> Self {
-        let Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, prelude } = parts;
+        let Parts {
+            spec,
+            shim,
+            agent,
+            hold,
+            log,
+            reserve,
+            ended,
+            children,
+            listener,
+            stdout,
+            stderr,
+            terminal,
+            prelude,
+        } = parts;
         let mut supervisor = Self {
             spec,
             shim,
@@ -157,7 +174,8 @@ impl Supervisor {
             children,
             listener,
             stdout: Some(File::from(stdout)),
-            stderr: Some(File::from(stderr)),
+            stderr: stderr.map(File::from),
+            terminal,
             connections: Vec::new(),
             next_connection: 0,
             stopped_by_others: false,
@@ -178,6 +196,7 @@ impl Supervisor {
                     Source::Child => self.reap(),
                     Source::Listener => self.accept(),
                     Source::Connection(id) => self.serve(id),
+                    Source::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
                     // Read above; `tick` looks at the freeze, `watch_beginning` at the start.
                     Source::Stdout | Source::Stderr | Source::Freeze | Source::Beginning => {}
                 }
@@ -187,9 +206,15 @@ impl Supervisor {
             self.tell(news);
             self.watch_beginning(now);
             self.go_on(now);
+            if let Some(terminal) = &mut self.terminal {
+                terminal.feed(&mut self.connections);
+            }
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
                 let event = FromShim::Event(ShimEvent::Exited(record));
+                if let Some(terminal) = &mut self.terminal {
+                    terminal.feed_last(&mut self.connections);
+                }
                 for mut connection in self.connections {
                     if connection.is_open() {
                         connection.send(&event);
@@ -215,6 +240,10 @@ impl Supervisor {
         if let Some(fd) = self.beginning_fd() {
             fds.push(PollFd::new(fd, PollFlags::POLLIN));
             sources.push(Source::Beginning);
+        }
+        if let Some(terminal) = self.terminal.as_ref().filter(|terminal| terminal.wants_write()) {
+            fds.push(PollFd::new(terminal.as_fd(), PollFlags::POLLOUT));
+            sources.push(Source::Terminal);
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         sources.push(Source::Listener);
@@ -255,27 +284,6 @@ impl Supervisor {
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             }
         }
-    }
-
-    fn take_output(&mut self, ready: &[Source]) {
-        let mut taken = false;
-        for source in ready {
-            taken |= match source {
-                Source::Stdout => self.intake.take(&mut self.stdout, Stream::Stdout, &mut self.log) != Taken::Nothing,
-                Source::Stderr => self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
-                Source::Child | Source::Beginning | Source::Listener | Source::Freeze | Source::Connection(_) => false,
-            };
-        }
-        if taken {
-            self.log.flush(clock::unix_ns());
-        }
-    }
-
-    /// Takes what is in the pipes now.
-    fn drain_output(&mut self) {
-        self.intake.drain(&mut self.stdout, Stream::Stdout, &mut self.log, LAST_BYTES);
-        self.intake.drain(&mut self.stderr, Stream::Stderr, &mut self.log, LAST_BYTES);
-        self.log.flush(clock::unix_ns());
     }
 
     fn reap(&mut self) {
@@ -388,6 +396,7 @@ impl Supervisor {
                         return;
                     }
                     let leftovers = work.killed().iter().filter(|id| **id != self.agent).count() as u64;
+                    self.terminal.iter_mut().for_each(Terminal::hang_up);
                     Life::Draining { end, leftovers, until: now + DRAIN_PATIENCE }
                 }
                 Life::Draining { end, leftovers, until } => {

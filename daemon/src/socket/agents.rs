@@ -17,6 +17,7 @@ use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::attach::check_size;
 use super::dispatch::wire;
 use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
@@ -137,6 +138,9 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
             format!("arguments and environment have {bytes} bytes, more than {MAX_ARGUMENT_BYTES}"),
         ));
     }
+    if let Some(size) = params.supervision.terminal {
+        check_size(size)?;
+    }
     if params.cwd.as_ref().is_some_and(|cwd| !Path::new(cwd).is_absolute()) {
         return invalid("'cwd' is not an absolute path".into());
     }
@@ -220,7 +224,7 @@ async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Resul
     }
 }
 
-fn shutting_down() -> Failure {
+pub(super) fn shutting_down() -> Failure {
     Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
 }
 
@@ -311,7 +315,7 @@ async fn send_signal(
 
 /// Remembers the key of a signal or kill before it is sent: it is no event, and leaves nothing in the
 /// store that the key could be kept with.
-async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
+pub(super) async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
     let Some(keyed) = keyed else { return Ok(()) };
     let (reply, now) = (reply.clone(), services::now());
     let write = move |c: &Connection| idempotency::remember(c, &keyed, None, Some(&reply), now);
@@ -478,7 +482,7 @@ fn one_agent(target: &Target) -> Result<&AgentName, Refusal> {
     })
 }
 
-fn not_found(target: &Target) -> Failure {
+pub(super) fn not_found(target: &Target) -> Failure {
     Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
         .hint(format!("fermatactl ps {}", target.project))
         .into()

@@ -122,7 +122,7 @@ async fn spec(
         env: environment(site, name, env, token, comes_back),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
-        rlimits: agent.map(|agent| limits(agent)).unwrap_or_default(),
+        rlimits: limits(agent.map(|agent| &**agent), site.services.programs.open_files),
         run_dir: site.dirs().run(name, run),
         socket: site.services.shim_socket(run),
         cgroup_parent: settings.agents.cgroup_parent.clone(),
@@ -131,6 +131,7 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
+        terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
         log: LogLimits {
             max_bytes: settings.agents.log_max_bytes,
             max_files: settings.agents.log_max_files,
@@ -160,6 +161,12 @@ fn environment(
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
     }
+    if site.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
+        // The size is the terminal's to tell, and the caller's own may be another.
+        env.remove("LINES");
+        env.remove("COLUMNS");
+        env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
+    }
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());
     set("FERMATA_PROJECT", site.project.name.to_string());
@@ -176,14 +183,20 @@ fn environment(
     env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
 }
 
-fn limits(agent: &Agent) -> Vec<Limit> {
+/// The limits that an agent gets: its caller's. Where that one said nothing of open files it gets what
+/// the daemon was started with, not what the daemon has raised its own to.
+fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
     let known = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
-    agent
-        .spec
-        .limits
-        .iter()
+    let of_caller = agent.into_iter().flat_map(|agent| &agent.spec.limits);
+    let mut limits: Vec<Limit> = of_caller
         .filter_map(|(name, limit)| Some(Limit { kind: known(name)?, soft: limit.soft, hard: limit.hard }))
-        .collect()
+        .collect();
+    if let Some(own) = open_files
+        && !limits.iter().any(|limit| limit.kind == own.kind)
+    {
+        limits.push(own);
+    }
+    limits
 }
 
 /// Ends what is left of every run of an agent but one: nothing is left behind, and one session

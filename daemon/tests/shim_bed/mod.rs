@@ -51,6 +51,7 @@ impl Bed {
             cgroup_parent: None,
             cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
             mechanism,
+            terminal: None,
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
             output: fermata_protocol::supervision::OutputPolicy::Block,
