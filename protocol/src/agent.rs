@@ -401,9 +401,16 @@ pub struct AgentLogs {
     /// Begin with the last so many lines; everything when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tail: Option<u64>,
-    /// Begin with lines written at or after this time.
+    /// Begin with lines written at or after this time; of the last lines, if both are given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub since: Option<UnixMillis>,
+    /// Only the output of this run; of the present one and those that follow it when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<RunId>,
+    /// Only the output of the run so many before the present one; 0 for the present one and those
+    /// that follow it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub runs_back: u32,
     /// When there is nothing new, wait this long for something, milliseconds.
     #[serde(default)]
     pub wait_ms: u64,

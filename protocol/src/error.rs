@@ -62,6 +62,8 @@ codes! {
     ProjectExists = "project_exists", -32011;
     /// No such agent.
     AgentNotFound = "agent_not_found", -32010;
+    /// There is no output of such a run of the agent.
+    LogNotFound = "log_not_found", -32010;
     /// An agent of that name is running.
     AgentRunning = "agent_running", -32011;
     /// The agent is not running.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use fermata_protocol::pause::PauseMode;
-use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, Target};
+use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, RunId, Target};
 
 use crate::output::time::parse_duration;
 use groups::{
@@ -280,7 +280,7 @@ pub struct RunArgs {
     pub command: Vec<OsString>,
 }
 
-/// The commands beside an agent, and what becomes of its output.
+/// The commands beside an agent.
 #[derive(Debug, Args)]
 pub struct HookArgs {
     /// A command that runs before each start, in the agent's place; the start fails with it. One
@@ -326,6 +326,12 @@ pub struct LogsArgs {
     /// Begin with the last N lines.
     #[arg(short = 'n', long = "tail", value_name = "N")]
     pub tail: Option<u64>,
+    /// The output of the run before the present one.
+    #[arg(long, short, conflicts_with = "run")]
+    pub previous: bool,
+    /// The output of this run alone (`status` shows the present one's id).
+    #[arg(long, value_name = "ID")]
+    pub run: Option<RunId>,
     /// Begin with what was written since: 10m (ago) or an RFC 3339 time.
     #[arg(long, value_name = "TIME")]
     pub since: Option<String>,

@@ -62,7 +62,7 @@ pub struct SupervisionArgs {
     pub on_stale: Option<OnStale>,
     /// What becomes of output that comes too fast: block or drop.
     #[arg(long, value_name = "POLICY", value_parser = output)]
-    pub output: Option<OutputPolicy>,
+    pub output_policy: Option<OutputPolicy>,
 }
 
 impl SupervisionArgs {
@@ -112,7 +112,7 @@ impl SupervisionArgs {
             timeout_ms: self.time_limit.map(millis),
             stale_after_ms: self.stale_after.map(millis),
             on_stale: self.on_stale.unwrap_or_default(),
-            output: self.output.unwrap_or_default(),
+            output: self.output_policy.unwrap_or_default(),
             ..Supervision::default()
         })
     }
@@ -216,7 +216,7 @@ mod tests {
             "0",
             "--on-stale",
             "restart",
-            "--output",
+            "--output-policy",
             "drop",
         ])
         .expect("valid");

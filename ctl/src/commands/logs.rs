@@ -3,7 +3,7 @@
 use std::io::{self, Write as _};
 
 use fermata_protocol::agent::{AgentLogs, LogLine};
-use fermata_protocol::{Target, UnixMillis};
+use fermata_protocol::{RunId, Target, UnixMillis};
 
 use super::{Ended, one_agent};
 use crate::cli::LogsArgs;
@@ -28,20 +28,31 @@ pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
     read(
         session,
         &target,
-        &Reading { follow: args.follow, tail: args.tail, since, timestamps: args.timestamps, raw: args.raw },
+        &Reading {
+            follow: args.follow,
+            tail: args.tail,
+            since,
+            run: args.run,
+            runs_back: u32::from(args.previous),
+            timestamps: args.timestamps,
+            raw: args.raw,
+        },
     )?;
     Ok(0)
 }
 
 /// Shows an agent's whole output until it has ended.
 pub fn follow(session: &mut Session, target: &Target) -> Result<(), Failure> {
-    read(session, target, &Reading { follow: true, tail: None, since: None, timestamps: false, raw: false })
+    read(session, target, &Reading { follow: true, ..Reading::default() })
 }
 
+#[derive(Default)]
 struct Reading {
     follow: bool,
     tail: Option<u64>,
     since: Option<UnixMillis>,
+    run: Option<RunId>,
+    runs_back: u32,
     timestamps: bool,
     raw: bool,
 }
@@ -58,6 +69,8 @@ fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(),
             // The first answer comes at once, so that what is there is seen at once.
             wait_ms: if reading.follow && !first { POLL_MS } else { 0 },
             cursor,
+            run: reading.run.clone(),
+            runs_back: reading.runs_back,
             raw: reading.raw,
         })?;
         for line in &batch.lines {

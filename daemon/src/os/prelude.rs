@@ -6,7 +6,7 @@
 //!   "begins"                                  ──>      Prelude
 //!   fork, exec, wait
 //!   "ended", status                           ──>      Step::Ended
-//!                                             <──      go_on (after a failure the child has left)
+//!                                             <──      go_on, or leave after a failure
 //!   exec of the agent's program: end of file  ──>      Step::Executes
 //!   or the error                              ──>      Step::Failed
 //! ```
@@ -30,6 +30,9 @@ const MESSAGE_BYTES: usize = 5;
 const BEGINS: u8 = 100;
 const ENDED: u8 = 101;
 const KILLED: u8 = 102;
+/// What the parent answers when it has ended.
+const GO_ON: u8 = b'g';
+const LEAVE: u8 = b'l';
 
 /// What the child says.
 #[derive(Debug, Clone, Copy)]
@@ -89,7 +92,8 @@ pub(super) fn play(report: &UnixStream, exec: impl FnOnce() -> Errno) -> Result<
         Ok(ForkResult::Parent { child }) => {
             let (kind, value) = wait_for(child);
             say(report, kind, value);
-            if (kind, value) == (ENDED, 0) && may_go_on(report) {
+            // Also after a failure: who is being killed, children first, ends by that and not by this.
+            if may_go_on(report) && (kind, value) == (ENDED, 0) {
                 return Ok(());
             }
             // It failed, or the shim is gone, without which no agent is to run.
@@ -104,7 +108,7 @@ fn may_go_on(report: &UnixStream) -> bool {
     loop {
         match nix::unistd::read(report, &mut answer) {
             Err(Errno::EINTR) => {}
-            answered => return answered == Ok(1),
+            answered => return answered == Ok(1) && answer == [GO_ON],
         }
     }
 }
@@ -164,8 +168,8 @@ impl std::fmt::Display for Ending {
 pub enum Step {
     /// Nothing new.
     Waiting,
-    /// The program that ran first has ended. After exit code 0 the child waits for
-    /// [`Prelude::go_on`]; after any other end it leaves by itself.
+    /// The program that ran first has ended. The child waits for [`Prelude::go_on`] or
+    /// [`Prelude::leave`].
     Ended(Ending),
     /// The agent's program executes.
     Executes,
@@ -215,7 +219,12 @@ impl Prelude {
     /// Lets the agent's program be executed.
     pub fn go_on(&mut self) {
         // A child that is gone needs no leave.
-        self.report.write_all(b"g").ok();
+        self.report.write_all(&[GO_ON]).ok();
+    }
+
+    /// Lets the child end, because the program that ran first has failed.
+    pub fn leave(&mut self) {
+        self.report.write_all(&[LEAVE]).ok();
     }
 }
 

@@ -8,8 +8,8 @@ use std::io::{self, Read};
 
 use nix::fcntl::{FcntlArg, fcntl};
 
-use super::log::LogWriter;
 use super::log_line::Stream;
+use super::log_sink::LogSink;
 use crate::os::clock;
 
 /// What is read at once from an agent that writes little.
@@ -48,7 +48,7 @@ impl Default for Intake {
 
 impl Intake {
     /// Reads once; at the end of the stream the pipe is closed.
-    pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter) -> Taken {
+    pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> Taken {
         self.read_and_show(pipe, stream, log, |_| {})
     }
 
@@ -57,7 +57,7 @@ impl Intake {
         &mut self,
         pipe: &mut Option<File>,
         stream: Stream,
-        log: &mut LogWriter,
+        log: &mut LogSink,
         show: impl FnOnce(&[u8]),
     ) -> Taken {
         let Some(file) = pipe else { return Taken::End };
@@ -90,8 +90,21 @@ impl Intake {
         }
     }
 
+    /// Reads what is there now, as far as one or two reads reach: two streams then come in the order
+    /// in which they were written, as far as anybody can tell.
+    pub fn take(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> Taken {
+        let room = self.buffer.len();
+        match self.read(pipe, stream, log) {
+            Taken::Bytes(count) if count == room => {
+                self.read(pipe, stream, log);
+                Taken::Bytes(count)
+            }
+            other => other,
+        }
+    }
+
     /// Reads what is there now, at most about `limit` bytes: somebody may still be writing.
-    pub fn drain(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, limit: usize) {
+    pub fn drain(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink, limit: usize) {
         let mut taken = 0;
         while taken < limit {
             match self.read(pipe, stream, log) {

@@ -13,12 +13,15 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fermata_protocol::supervision::OutputPolicy;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
 use serde::{Deserialize, Serialize};
 
 use super::hold::{Hold, chain};
+use super::keeper;
 use super::log::LogWriter;
+use super::log_sink::{Kept, LogSink};
 use super::raw::Raw;
 use super::record::{Mechanism, RunRecord};
 use super::spec::{HookSpec, LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
@@ -119,7 +122,7 @@ pub fn main(run_dir: &Path) -> i32 {
         Err(error) => failed(Failure::new(LaunchCode::BadSpec, &error)),
         Ok(spec) => match fork_shim(spec) {
             Ok(Some(line)) => line,
-            // This is the shim, and its agent has ended.
+            // This is the shim or the keeper, and the agent has ended.
             Ok(None) => return 0,
             Err(error) => failed(Failure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
         },
@@ -138,17 +141,49 @@ fn failed(failure: Failure) -> LaunchReport {
     LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
 }
 
-/// Forks the shim and waits for its report; in the shim returns `None` after the agent's end.
+/// Which process this is after a keeper may have been forked.
+enum Forked {
+    /// The launcher, with the shim's end of the keeper's socket.
+    Launcher(Option<OwnedFd>),
+    /// The keeper, which has nothing more to do.
+    Keeper,
+}
+
+/// Forks the keeper of the log, where there is to be one.
+fn fork_keeper(spec: &LaunchSpec) -> io::Result<Forked> {
+    if spec.output == OutputPolicy::Block {
+        return Ok(Forked::Launcher(None));
+    }
+    let logs = spec.file(files::LOGS);
+    make_private_dir(&logs)?;
+    let (ours, theirs) = keeper::pair()?;
+    match spawn::fork_single_threaded()? {
+        ForkResult::Parent { .. } => Ok(Forked::Launcher(Some(ours))),
+        ForkResult::Child => {
+            // Else it would never see the end of the shim.
+            drop(ours);
+            match detach(spec) {
+                Ok(()) => keeper::run(&theirs, &logs, spec.log),
+                Err(failure) => eprintln!("fermata-shim: {}", failure.message),
+            }
+            Ok(Forked::Keeper)
+        }
+    }
+}
+
+/// Forks the shim and waits for its report; in the shim and in the keeper returns `None` after the
+/// agent's end.
 fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
+    let Forked::Launcher(keeper) = fork_keeper(&spec)? else { return Ok(None) };
     let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
     match spawn::fork_single_threaded()? {
         ForkResult::Child => {
             drop(report_in);
-            shim(spec, report_out);
+            shim(spec, report_out, keeper);
             Ok(None)
         }
         ForkResult::Parent { .. } => {
-            drop(report_out);
+            drop((report_out, keeper));
             let mut line = Vec::new();
             File::from(report_in).read_to_end(&mut line)?;
             Ok(Some(serde_json::from_slice(&line).unwrap_or_else(|_| {
@@ -161,8 +196,8 @@ fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
     }
 }
 
-fn shim(spec: LaunchSpec, report_out: OwnedFd) {
-    let (report, parts) = match launch(spec) {
+fn shim(spec: LaunchSpec, report_out: OwnedFd, keeper: Option<OwnedFd>) {
+    let (report, parts) = match launch(spec, keeper) {
         Ok((record, parts)) => {
             let RunRecord { shim, agent, mechanism, why, .. } = record;
             (LaunchReport::Running { ok: true, shim, agent, mechanism, why }, Some(parts))
@@ -179,7 +214,7 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd) {
 }
 
 /// Makes this process a shim and starts the agent.
-fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
+fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
     detach(&spec)?;
     let children = signals::child_signal_fd().map_err(Failure::io(
         LaunchCode::SpawnFailed,
@@ -188,8 +223,13 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
     ))?;
     let logs = spec.file(files::LOGS);
     make_private_dir(&logs).map_err(Failure::io(LaunchCode::RunDirFailed, "create", &logs))?;
-    let log =
-        LogWriter::open(&logs, spec.log).map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?;
+    let log = match keeper {
+        Some(socket) => LogSink::Kept(Kept::new(socket, &logs, spec.log)),
+        None => {
+            let log = LogWriter::open(&logs, spec.log);
+            LogSink::Direct(log.map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?)
+        }
+    };
     let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
         .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
     let ended = spec.post_stop.is_some().then(|| Reserve::create(&spec.file(files::ENDED), 0o600));

@@ -297,10 +297,15 @@ impl LogWriter {
             _ => gap.len() + memrchr(b'\n', &data[..of_data]).map_or(0, |end| end + 1),
         };
         self.settle(kept, written, gap.len());
-        for line in data[kept.saturating_sub(gap.len())..].split(|&b| b == b'\n').filter_map(LogLine::parse) {
+        for bytes in data[kept.saturating_sub(gap.len())..].split(|&b| b == b'\n') {
+            let Some(line) = LogLine::parse(bytes) else { continue };
             if line.stream.is_output() {
                 let newline = u64::from(!line.partial);
                 self.lose(line.bytes.len() as u64 + newline, newline, line.at_ns);
+            } else if self.batch.len() < MAX_PAYLOAD {
+                // What tells of another loss must not be lost itself.
+                self.batch.extend_from_slice(bytes);
+                self.batch.push(b'\n');
             }
         }
         if self.batch.is_empty() {

@@ -23,7 +23,12 @@ pub enum Start {
     /// At the oldest line that is left.
     Begin,
     /// So many lines before the present end (partial ones count as lines).
-    FromEnd(usize),
+    FromEnd {
+        /// How many.
+        lines: usize,
+        /// Without those that are older than this, Unix milliseconds.
+        since_ms: Option<i64>,
+    },
     /// At the first line that is not older than this, Unix milliseconds.
     Since(i64),
     /// Where an earlier reader stood.
@@ -267,7 +272,10 @@ impl LogReader {
         let mut reader = Self { dir: dir.to_path_buf(), at: None, since_ns: None, surplus: 0, skipped: 0 };
         match start {
             Start::Begin => reader.at = reader.oldest_after(0)?,
-            Start::FromEnd(lines) => reader.seek_from_end(lines)?,
+            Start::FromEnd { lines, since_ms } => {
+                reader.since_ns = since_ms.map(|ms| ms.saturating_mul(1_000_000));
+                reader.seek_from_end(lines)?;
+            }
             Start::Since(ms) => reader.seek_since(ms)?,
             Start::At(position) => reader.seek_to(position)?,
         }

@@ -54,10 +54,11 @@ fn the_last_lines_are_found_across_files() {
     let mut log = LogWriter::open(dir.path(), limits).unwrap();
     write(&mut log, 0..100);
     for wanted in [0, 1, 5, 6, 7, 50, 99, 100, 1000] {
-        let mut reader = LogReader::open(dir.path(), Start::FromEnd(wanted as usize)).unwrap();
+        let mut reader =
+            LogReader::open(dir.path(), Start::FromEnd { lines: wanted as usize, since_ms: None }).unwrap();
         assert_eq!(drain(&mut reader), numbers((100 - wanted).max(0)..100), "{wanted}");
     }
-    let mut reader = LogReader::open(dir.path(), Start::FromEnd(0)).unwrap();
+    let mut reader = LogReader::open(dir.path(), Start::FromEnd { lines: 0, since_ms: None }).unwrap();
     write(&mut log, 100..120);
     assert_eq!(drain(&mut reader), numbers(100..120));
 }
@@ -103,7 +104,7 @@ fn a_line_that_is_being_written_is_not_shown_in_halves() {
 #[test]
 fn a_folder_without_logs_is_an_empty_log_until_the_first_file_comes() {
     let dir = tempfile::tempdir().unwrap();
-    let mut reader = LogReader::open(&dir.path().join("logs"), Start::FromEnd(3)).unwrap();
+    let mut reader = LogReader::open(&dir.path().join("logs"), Start::FromEnd { lines: 3, since_ms: None }).unwrap();
     assert!(reader.next_batch(1).unwrap().is_empty());
     fs::create_dir(dir.path().join("logs")).unwrap();
     let mut log = LogWriter::open(&dir.path().join("logs"), LogLimits::default()).unwrap();
@@ -198,7 +199,8 @@ fn the_last_lines_are_found_in_blocks_too_and_behind_a_torn_end() {
             file.write_all(b"1970-01-01T00:00:00.000000001Z stdout B 9000\nhalf a bl").unwrap();
         }
         for wanted in [0, 1, 2, 3, 4, 5_000, 9_999, 10_000, 10_004, 60_000, number, number + 7] {
-            let mut reader = LogReader::open(dir.path(), Start::FromEnd(wanted as usize)).unwrap();
+            let mut reader =
+                LogReader::open(dir.path(), Start::FromEnd { lines: wanted as usize, since_ms: None }).unwrap();
             assert_eq!(drain(&mut reader), numbers((number - wanted).max(0)..number), "{wanted} {torn}");
         }
     }

@@ -17,6 +17,7 @@
 pub mod connection;
 pub mod hold;
 pub mod intake;
+pub mod keeper;
 pub mod launch;
 pub mod launcher;
 pub mod link;
@@ -24,6 +25,7 @@ pub mod log;
 pub mod log_entry;
 pub mod log_line;
 pub mod log_reader;
+pub mod log_sink;
 pub mod lost;
 pub mod raw;
 pub mod record;

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use fermata_protocol::supervision::OutputPolicy;
 use serde::{Deserialize, Serialize};
 
 use fermata_protocol::supervision::TerminalSize;
@@ -132,6 +133,9 @@ pub struct LaunchSpec {
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,
+    /// What becomes of output that comes faster than it can be kept.
+    #[serde(default)]
+    pub output: OutputPolicy,
     /// How long a stop waits before it kills, unless the request says otherwise.
     pub stop_grace_ms: u64,
     /// Runs in the agent's place before it; the start fails with it.

@@ -28,7 +28,7 @@ use self::hooks::{AfterStop, Beginning, Flow};
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
 use super::intake::Intake;
-use super::log::LogWriter;
+use super::log_sink::LogSink;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
 use super::terminal::Terminal;
@@ -94,7 +94,7 @@ pub struct Supervisor {
     agent: ProcessId,
     hold: Hold,
     life: Life,
-    log: LogWriter,
+    log: LogSink,
     intake: Intake,
     reserve: Reserve,
     /// For the exit of an agent after which a command runs.
@@ -123,7 +123,7 @@ pub struct Parts {
     /// How to freeze it.
     pub hold: Hold,
     /// Where its output goes.
-    pub log: LogWriter,
+    pub log: LogSink,
     /// Where its exit will be recorded.
     pub reserve: Reserve,
     /// Where its exit is noted while a command runs after it.

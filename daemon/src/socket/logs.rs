@@ -14,6 +14,7 @@ use super::dispatch::wire;
 use super::reports::secrets;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects};
+use crate::shim::log_line::Stream;
 use crate::shim::log_reader::{LogPosition, LogReader, Start};
 use crate::shim::spec::files;
 use crate::steps::blocking;
@@ -71,9 +72,12 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
             (place, start)
         }
         None => {
-            let run = current_run(&handle, &params.target, name)?;
+            let run = chosen_run(&handle, params, name)?;
             let start = match (params.tail, params.since) {
-                (Some(lines), _) => Start::FromEnd(usize::try_from(lines).unwrap_or(usize::MAX)),
+                (Some(lines), since) => Start::FromEnd {
+                    lines: usize::try_from(lines).unwrap_or(usize::MAX),
+                    since_ms: since.map(|since| since.0),
+                },
                 (None, Some(since)) => Start::Since(since.0),
                 (None, None) => Start::Begin,
             };
@@ -90,7 +94,8 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
         let mut end = false;
         if lines.is_empty() && over {
             let newest = current_run(&handle, &params.target, name)?;
-            if newest == place.run {
+            let one_run = params.run.is_some() || params.runs_back > 0;
+            if newest == place.run || one_run {
                 end = true;
             } else {
                 // The agent was started again: its next run's output follows.
@@ -114,6 +119,34 @@ fn redacted(mut lines: Vec<LogLine>, secrets: &Secrets) -> Vec<LogLine> {
         }
     }
     lines
+}
+
+/// The run that was asked for.
+fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> Result<RunId, Failure> {
+    let current = current_run(handle, &params.target, name)?;
+    if params.run.is_none() && params.runs_back == 0 {
+        return Ok(current);
+    }
+    let dir = handle.site().dirs().runs(name);
+    let entries = std::fs::read_dir(&dir).into_iter().flatten().flatten();
+    let mut kept: Vec<RunId> = entries
+        .filter_map(|entry| RunId::new(entry.file_name().to_str()?).ok())
+        .filter(|run| *run <= current)
+        .collect();
+    // Ids begin with the time.
+    kept.sort_unstable();
+    let chosen = match &params.run {
+        Some(wanted) => kept.iter().find(|run| *run == wanted),
+        None => kept.iter().rev().nth(usize::try_from(params.runs_back).unwrap_or(usize::MAX)),
+    };
+    chosen.cloned().ok_or_else(|| {
+        let ids: Vec<String> = kept.iter().map(ToString::to_string).collect();
+        let what = match &params.run {
+            Some(run) => format!("there is no output of a run '{run}' of agent {}", params.target),
+            None => format!("agent {} has no output of a run before that", params.target),
+        };
+        Refusal::new(Code::LogNotFound, format!("{what}; there is that of {}", ids.join(", "))).into()
+    })
 }
 
 fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Result<RunId, Failure> {
@@ -142,17 +175,25 @@ async fn batch(dir: PathBuf, start: Start) -> Result<(Vec<LogLine>, Option<LogPo
         let read = || -> std::io::Result<_> {
             let mut reader = LogReader::open(&dir, start)?;
             let lines = reader.next_batch(BATCH_BYTES)?;
-            Ok((lines, reader.position()))
+            Ok((lines, reader.position(), reader.skipped()))
         };
         match read() {
-            Ok((lines, position)) => {
-                let lines = lines.into_iter().map(|line| LogLine {
-                    at_ns: line.at_ns,
-                    stream: line.stream.word().to_owned(),
-                    text: String::from_utf8_lossy(&line.bytes).into_owned(),
-                    partial: line.partial,
-                });
-                Ok((lines.collect(), position))
+            Ok((lines, position, skipped)) => {
+                let mut shown: Vec<LogLine> = lines
+                    .into_iter()
+                    .map(|line| LogLine {
+                        at_ns: line.at_ns,
+                        stream: line.stream.word().to_owned(),
+                        text: String::from_utf8_lossy(&line.bytes).into_owned(),
+                        partial: line.partial,
+                    })
+                    .collect();
+                if skipped > 0 {
+                    let at_ns = shown.last().map_or(0, |line| line.at_ns);
+                    let text = format!("{skipped} damaged lines of the log were left out");
+                    shown.push(LogLine { at_ns, stream: Stream::Gap.word().to_owned(), text, partial: false });
+                }
+                Ok((shown, position))
             }
             // A run that is just being started has no log yet.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok((Vec::new(), None)),

@@ -13,7 +13,7 @@ use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
 use super::limits::tree_limits;
-use super::{Site, blocking, session};
+use super::{Site, blocking, leftovers, session};
 use crate::config::Freezer;
 use crate::errors::{Failure, chain};
 use crate::os::limits::{Limit, LimitKind};
@@ -55,6 +55,7 @@ pub async fn run(
         let resources = &found.spec.supervision.resources;
         super::limits::prepare(&site.services, resources).await.map_err(|failure| failure.to_string())?;
     }
+    prune_runs(site, agent, run).await;
     let spec = spec(site, agent, run, token, comes_back).await.map_err(|failure| failure.to_string())?;
     super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&site.services.programs.shim, &spec).await {
@@ -144,6 +145,7 @@ async fn spec(
             max_age_ms: settings.agents.log_max_age_ms,
         },
         stop_grace_ms: agent.map_or(settings.agents.stop_grace_ms, |agent| agent.spec.stop_grace_ms),
+        output: agent.map(|agent| agent.spec.supervision.output).unwrap_or_default(),
         pre_start: agent.and_then(|agent| agent.spec.supervision.pre_start.as_ref()).map(hook),
         post_stop: agent.and_then(|agent| agent.spec.supervision.post_stop.as_ref()).map(hook),
     })
@@ -224,6 +226,34 @@ pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> 
         end_run(site, &run_dir).await?;
     }
     Ok(())
+}
+
+/// Removes what older runs have left, but for the newest ones. All of them have ended: the caller
+/// has seen to that, and a checkpoint has copies of its own.
+async fn prune_runs(site: &Site, agent: &AgentName, current: &RunId) {
+    let keep = site.services.settings().agents.keep_runs as usize;
+    if keep == 0 {
+        return;
+    }
+    let (dir, current) = (site.dirs().runs(agent), current.to_string());
+    let pruned = blocking("remove older runs", move || {
+        let Ok(entries) = std::fs::read_dir(&dir) else { return Ok(()) };
+        let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
+        // Ids begin with the time: the order of their names is that of the runs.
+        let mut older: Vec<String> = names.filter(|name| name.starts_with("run-") && *name < current).collect();
+        older.sort_unstable();
+        let surplus = (older.len() + 1).saturating_sub(keep);
+        for name in &older[..surplus] {
+            let path = dir.join(name);
+            let failed = |e| Failure::fault(&format!("remove {}", path.display()), &e);
+            leftovers::remove_aside(leftovers::put_aside(&path).map_err(failed)?);
+        }
+        leftovers::sweep_aside(&dir);
+        Ok(())
+    });
+    if let Err(failure) = pruned.await {
+        tracing::warn!(project = %site.project.name, %agent, %failure, "older runs stay until the next start");
+    }
 }
 
 /// Ends a run that may be alive: through its shim, or without it where the shim is gone.

@@ -55,6 +55,7 @@ impl Bed {
             tree_limits: Default::default(),
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
+            output: fermata_protocol::supervision::OutputPolicy::Block,
             pre_start: None,
             post_stop: None,
         };

@@ -116,6 +116,10 @@ impl Supervisor {
         } else {
             let line = self.spec.pre_start.as_ref().map(HookSpec::line).unwrap_or_default();
             self.start_failed(format!("the pre-start command '{line}' ended with {ending}"));
+            // Where a kill is under way, its signal is what ends the child.
+            if let Some(beginning) = self.beginning.as_mut().filter(|_| !matches!(self.life, Life::Killing { .. })) {
+                beginning.prelude.leave();
+            }
         }
     }
 

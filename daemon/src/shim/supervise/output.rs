@@ -14,7 +14,7 @@ impl Supervisor {
         for source in ready {
             taken |= match source {
                 Source::Stdout => self.take_stdout() != Taken::Nothing,
-                Source::Stderr => self.intake.read(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
+                Source::Stderr => self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
                 Source::Child
                 | Source::Beginning
                 | Source::Terminal
@@ -33,7 +33,7 @@ impl Supervisor {
         let Self { intake, stdout, log, terminal, .. } = self;
         match terminal {
             Some(terminal) => intake.read_and_show(stdout, Stream::Stdout, log, |bytes| terminal.show(bytes)),
-            None => intake.read(stdout, Stream::Stdout, log),
+            None => intake.take(stdout, Stream::Stdout, log),
         }
     }
 

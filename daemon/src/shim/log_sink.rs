@@ -1,0 +1,323 @@
+//! Where the shim puts an agent's output: into the log itself, or to a keeper beside it.
+//!
+//! Writing to a file can take as long as the disk likes, and an agent whose pipe is full waits. That
+//! is the usual policy (`block`). With `drop` a process of its own writes (`keeper.rs`), and what it
+//! does not take at once is dropped, counted and noted: then no disk ever holds an agent up.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use memchr::memchr_iter;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, sendmsg};
+
+use super::log::{LogWriter, Loss};
+use super::log_line::Stream;
+use super::spec::LogLimits;
+
+/// The longest piece of output in one message, in bytes; less than any kernel's socket buffer.
+pub(super) const PIECE: usize = 64 * 1024;
+/// How long the keeper may take at the agent's end for what it has been given.
+const FINISH_PATIENCE: Duration = Duration::from_secs(30);
+
+/// What a message to the keeper is about; its first byte. A time follows, then the rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum Kind {
+    Stdout = 1,
+    Stderr = 2,
+    Note = 3,
+    Gap = 4,
+    EndOfStdout = 5,
+    EndOfStderr = 6,
+    Finish = 7,
+}
+
+impl Kind {
+    pub(super) fn from_byte(byte: u8) -> Option<Self> {
+        let all =
+            [Self::Stdout, Self::Stderr, Self::Note, Self::Gap, Self::EndOfStdout, Self::EndOfStderr, Self::Finish];
+        all.into_iter().find(|kind| *kind as u8 == byte)
+    }
+}
+
+/// The way of an agent's output to its log.
+#[derive(Debug)]
+pub enum LogSink {
+    /// The shim writes.
+    Direct(LogWriter),
+    /// A keeper writes.
+    Kept(Kept),
+}
+
+impl LogSink {
+    /// See [`LogWriter::push`].
+    pub fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) {
+        let taken = match self {
+            Self::Direct(log) => return log.push(stream, chunk, now_ns),
+            Self::Kept(kept) => kept.push(stream, chunk, now_ns),
+        };
+        self.take_over(now_ns);
+        match self {
+            Self::Direct(log) => log.push(stream, &chunk[taken..], now_ns),
+            Self::Kept(kept) => kept.lose(&chunk[taken..], now_ns),
+        }
+    }
+
+    /// See [`LogWriter::end`].
+    pub fn end(&mut self, stream: Stream, now_ns: i64) {
+        match self {
+            Self::Direct(log) => return log.end(stream, now_ns),
+            Self::Kept(kept) => kept.post(end_of(stream), now_ns, &[]),
+        }
+        self.take_over(now_ns);
+    }
+
+    /// See [`LogWriter::say`].
+    pub fn say(&mut self, stream: Stream, text: &[u8], now_ns: i64) {
+        match self {
+            Self::Direct(log) => return log.say(stream, text, now_ns),
+            Self::Kept(kept) => kept.post(if stream == Stream::Gap { Kind::Gap } else { Kind::Note }, now_ns, text),
+        }
+        self.take_over(now_ns);
+    }
+
+    /// See [`LogWriter::flush`].
+    pub fn flush(&mut self, now_ns: i64) {
+        match self {
+            Self::Direct(log) => return log.flush(now_ns),
+            Self::Kept(kept) => kept.send_backlog(),
+        }
+        self.take_over(now_ns);
+    }
+
+    /// Bytes that were lost so far.
+    pub fn lost(&self) -> u64 {
+        match self {
+            Self::Direct(log) => log.lost(),
+            Self::Kept(kept) => kept.lost,
+        }
+    }
+
+    /// Writes what is left and waits until the disk has it; a keeper has its time for that.
+    pub fn finish(&mut self, now_ns: i64) {
+        if let Self::Kept(kept) = self {
+            kept.finish(now_ns);
+        }
+        self.take_over(now_ns);
+        if let Self::Direct(log) = self {
+            log.finish(now_ns);
+        }
+    }
+
+    /// Writes itself once the keeper is gone: somebody has killed it.
+    fn take_over(&mut self, now_ns: i64) {
+        let Self::Kept(kept) = self else { return };
+        if !kept.gone {
+            return;
+        }
+        match LogWriter::open(&kept.dir, kept.limits) {
+            Ok(mut log) => {
+                log.count_lost(kept.lost);
+                let text = "the process that wrote this log was killed; what it had not written yet is lost";
+                log.say(Stream::Gap, text.as_bytes(), now_ns);
+                if kept.unreported.bytes > 0 {
+                    log.say(Stream::Gap, &kept.unreported.sentence(TOO_FAST), now_ns);
+                }
+                for message in &kept.backlog {
+                    // Made by this very process.
+                    let Ok((kind, at_ns, rest)) = parse(message) else { continue };
+                    apply(&mut log, kind, at_ns, rest);
+                }
+                *self = Self::Direct(log);
+            }
+            Err(error) => eprintln!("fermata-shim: failed to open the log again: {error}"),
+        }
+    }
+}
+
+const TOO_FAST: &str = "it came faster than it could be written";
+
+fn end_of(stream: Stream) -> Kind {
+    if stream == Stream::Stderr { Kind::EndOfStderr } else { Kind::EndOfStdout }
+}
+
+/// The shim's side of a keeper.
+#[derive(Debug)]
+pub struct Kept {
+    socket: OwnedFd,
+    dir: PathBuf,
+    limits: LogLimits,
+    /// Short messages that must not be lost and could not be sent yet.
+    backlog: Vec<Vec<u8>>,
+    unreported: Loss,
+    lost: u64,
+    gone: bool,
+}
+
+impl Kept {
+    /// Takes the shim's end of the keeper's socket.
+    pub fn new(socket: OwnedFd, dir: &Path, limits: LogLimits) -> Self {
+        let dir = dir.to_path_buf();
+        Self { socket, dir, limits, backlog: Vec::new(), unreported: Loss::default(), lost: 0, gone: false }
+    }
+
+    /// Returns how much was sent or dropped: all of it, unless the keeper is gone.
+    fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) -> usize {
+        let kind = if stream == Stream::Stderr { Kind::Stderr } else { Kind::Stdout };
+        let mut taken = 0;
+        for piece in chunk.chunks(PIECE) {
+            self.report_loss(now_ns);
+            self.send_backlog();
+            let sent = self.backlog.is_empty() && self.send(kind, now_ns, piece);
+            if self.gone {
+                break;
+            }
+            if !sent {
+                self.lose(piece, now_ns);
+            }
+            taken += piece.len();
+        }
+        taken
+    }
+
+    fn lose(&mut self, bytes: &[u8], now_ns: i64) {
+        if !bytes.is_empty() {
+            self.unreported.add(bytes.len() as u64, memchr_iter(b'\n', bytes).count() as u64, now_ns);
+            self.lost += bytes.len() as u64;
+        }
+    }
+
+    /// Turns what was lost into a message, as soon as there is room for one.
+    fn report_loss(&mut self, now_ns: i64) {
+        if self.unreported.bytes > 0 && self.backlog.is_empty() {
+            let text = self.unreported.sentence(TOO_FAST);
+            if self.send(Kind::Gap, now_ns, &text) {
+                self.unreported = Loss::default();
+            }
+        }
+    }
+
+    /// Sends something short, now or later.
+    fn post(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
+        self.report_loss(now_ns);
+        self.send_backlog();
+        if !(self.backlog.is_empty() && self.send(kind, now_ns, text)) {
+            let mut message = head(kind, now_ns).to_vec();
+            message.extend_from_slice(text);
+            self.backlog.push(message);
+        }
+    }
+
+    fn send_backlog(&mut self) {
+        while let Some(first) = self.backlog.first() {
+            if !Self::send_now(&self.socket, &mut self.gone, &[IoSlice::new(first)]) {
+                return;
+            }
+            self.backlog.remove(0);
+        }
+    }
+
+    fn send(&mut self, kind: Kind, now_ns: i64, bytes: &[u8]) -> bool {
+        let head = head(kind, now_ns);
+        Self::send_now(&self.socket, &mut self.gone, &[IoSlice::new(&head), IoSlice::new(bytes)])
+    }
+
+    /// Sends one message as a whole, or nothing; never waits.
+    fn send_now(socket: &OwnedFd, gone: &mut bool, parts: &[IoSlice<'_>]) -> bool {
+        loop {
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match sendmsg::<()>(socket.as_raw_fd(), parts, &[], flags, None) {
+                Ok(_) => return true,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => return false,
+                Err(errno) => {
+                    if !*gone {
+                        eprintln!("fermata-shim: the keeper of the log is gone: {errno}");
+                    }
+                    *gone = true;
+                    return false;
+                }
+            }
+        }
+    }
+
+    fn finish(&mut self, now_ns: i64) {
+        let until = Instant::now() + FINISH_PATIENCE;
+        self.post(Kind::Finish, now_ns, &[]);
+        while !self.backlog.is_empty() && !self.gone && self.wait(PollFlags::POLLOUT, until) {
+            self.send_backlog();
+        }
+        // It answers with what it has lost itself, once everything is on disk.
+        let mut answer = [0; 8];
+        while !self.gone {
+            if !self.wait(PollFlags::POLLIN, until) {
+                eprintln!("fermata-shim: the log is not complete: its keeper did not end in time");
+                return;
+            }
+            match recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT) {
+                Ok(8) => {
+                    self.lost += u64::from_le_bytes(answer);
+                    return;
+                }
+                Err(Errno::EINTR | Errno::EAGAIN) => {}
+                Ok(_) | Err(_) => self.gone = true,
+            }
+        }
+    }
+
+    fn wait(&self, flags: PollFlags, until: Instant) -> bool {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.socket.as_fd(), flags)], timeout) {
+                Err(Errno::EINTR) => {}
+                Ok(0) | Err(_) => return false,
+                Ok(_) => return true,
+            }
+        }
+    }
+}
+
+/// Does with a log what a message says; says whether it was the last one.
+pub(super) fn apply(log: &mut LogWriter, kind: Kind, at_ns: i64, rest: &[u8]) -> bool {
+    match kind {
+        Kind::Stdout => log.push(Stream::Stdout, rest, at_ns),
+        Kind::Stderr => log.push(Stream::Stderr, rest, at_ns),
+        Kind::EndOfStdout => log.end(Stream::Stdout, at_ns),
+        Kind::EndOfStderr => log.end(Stream::Stderr, at_ns),
+        Kind::Note => log.say(Stream::Note, rest, at_ns),
+        Kind::Gap => {
+            // What comes behind the gap is not the rest of the line before it.
+            log.end(Stream::Stdout, at_ns);
+            log.end(Stream::Stderr, at_ns);
+            log.say(Stream::Gap, rest, at_ns);
+        }
+        Kind::Finish => {
+            log.finish(at_ns);
+            return true;
+        }
+    }
+    log.flush(at_ns);
+    false
+}
+
+const HEAD_BYTES: usize = 9;
+
+fn head(kind: Kind, at_ns: i64) -> [u8; HEAD_BYTES] {
+    let mut head = [kind as u8; HEAD_BYTES];
+    head[1..].copy_from_slice(&at_ns.to_le_bytes());
+    head
+}
+
+/// Takes a message apart.
+pub(super) fn parse(message: &[u8]) -> io::Result<(Kind, i64, &[u8])> {
+    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "a message of another kind");
+    let (head, rest) = message.split_at_checked(HEAD_BYTES).ok_or_else(wrong)?;
+    let kind = Kind::from_byte(head[0]).ok_or_else(wrong)?;
+    let at = head[1..].try_into().map_err(|_| wrong())?;
+    Ok((kind, i64::from_le_bytes(at), rest))
+}

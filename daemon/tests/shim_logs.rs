@@ -1,0 +1,179 @@
+//! Logs under pressure: disks that are slow or full, lines without end, output that is no text.
+
+mod shim_bed;
+
+use fermata_daemon::os::process::{self, ProcessId};
+use fermata_daemon::shim::log_line::{LogLine, Stream};
+use fermata_daemon::shim::spec::{LogLimits, MechanismChoice};
+use fermata_protocol::supervision::OutputPolicy;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::statvfs::statvfs;
+use shim_bed::{Bed, exited, until};
+
+/// The greatest resident size that a process ever had, KiB (`VmHWM`, proc_pid_status(5)).
+fn peak_kib(id: ProcessId) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", id.pid)).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+fn output(lines: &[LogLine]) -> Vec<u8> {
+    let mut all = Vec::new();
+    for line in lines.iter().filter(|line| line.stream == Stream::Stdout) {
+        all.extend_from_slice(&line.bytes);
+        if !line.partial {
+            all.push(b'\n');
+        }
+    }
+    all
+}
+
+/// How many bytes the gap lines speak of.
+fn bytes_in_gaps(lines: &[LogLine]) -> u64 {
+    let gaps = lines.iter().filter(|line| line.stream == Stream::Gap);
+    gaps.map(|line| {
+        let text = String::from_utf8_lossy(&line.bytes).into_owned();
+        text.split(' ').next().unwrap().parse::<u64>().unwrap_or_else(|_| panic!("{text}"))
+    })
+    .sum()
+}
+
+/// The processes that run as `fermata-shim RUN_DIR`: the shim, and the keeper of its log.
+fn shims(bed: &Bed) -> Vec<ProcessId> {
+    let run_dir = bed.spec.run_dir.to_string_lossy().into_owned();
+    let is_ours = |pid: i32| {
+        let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        words.split(|&b| b == 0).nth(1) == Some(run_dir.as_bytes())
+    };
+    process::all().unwrap().iter().map(|stat| stat.id).filter(|id| is_ours(id.pid)).collect()
+}
+
+#[tokio::test]
+async fn a_line_of_ten_megabytes_and_bytes_that_are_no_text_cost_the_shim_no_memory() {
+    let script = "head -c 10000000 /dev/zero | tr '\\0' x; echo; head -c 3000000 bytes; echo; echo end; \
+        while [ ! -e go ]; do sleep 0.01; done";
+    let bed = Bed::new(MechanismChoice::Auto, script);
+    // Every byte, with newlines, carriage returns, NULs, and halves of characters among them.
+    let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+    std::fs::write(bed.path("bytes"), &bytes).unwrap();
+    let (launched, _link, mut events) = bed.launch().await;
+    until("all output", || bed.logs().last().is_some_and(|line| line.bytes == b"end")).await;
+    let peak = peak_kib(launched.shim);
+    assert!(peak < 16 * 1024, "the shim has had {peak} KiB");
+    std::fs::write(bed.path("go"), "").unwrap();
+    exited(&mut events).await;
+    let mut expected = vec![b'x'; 10_000_000];
+    expected.push(b'\n');
+    expected.extend_from_slice(&bytes);
+    expected.extend_from_slice(b"\nend\n");
+    assert!(output(&bed.logs()) == expected, "not what was written");
+}
+
+#[tokio::test]
+async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
+    let script = "echo up; while [ ! -e go ]; do sleep 0.01; done; seq 1 3000000; touch written; \
+        while [ ! -e end ]; do sleep 0.01; done; echo last";
+    let mut bed = Bed::new(MechanismChoice::Auto, script);
+    bed.spec.output = OutputPolicy::Drop;
+    let (launched, _link, mut events) = bed.launch().await;
+    until("the first line", || !bed.logs().is_empty()).await;
+    let keepers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
+    let [keeper] = keepers[..] else { panic!("one keeper, not {keepers:?}") };
+    // A disk that takes nothing: who writes to it stands still.
+    process::signal(keeper, libc::SIGSTOP).unwrap();
+    std::fs::write(bed.path("go"), "").unwrap();
+    until("the agent to have written everything", || bed.path("written").exists()).await;
+    assert!(output(&bed.logs()).len() < 10_000, "the log stands still");
+    process::signal(keeper, libc::SIGCONT).unwrap();
+    std::fs::write(bed.path("end"), "").unwrap();
+    let exit = exited(&mut events).await;
+    let lines = bed.logs();
+    let written = "up\n".len() + (1..=3_000_000).map(|n: u32| n.to_string().len() + 1).sum::<usize>() + "last\n".len();
+    let lost = bytes_in_gaps(&lines);
+    assert!(lost > 1_000_000, "{lost}");
+    assert_eq!(exit.log_bytes_lost, lost);
+    // Where a gap cuts a line in two, the first part has no newline.
+    let kept: usize = lines
+        .iter()
+        .filter(|line| line.stream == Stream::Stdout)
+        .map(|line| line.bytes.len() + usize::from(!line.partial))
+        .sum();
+    assert_eq!(kept as u64 + lost, written as u64);
+    assert_eq!(lines.last().unwrap().bytes, b"last");
+    until("the keeper's end", || !process::is_alive(keeper).unwrap()).await;
+}
+
+#[tokio::test]
+async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_held() {
+    let script = "echo one; echo two >&2; while [ ! -e go ]; do sleep 0.01; done; seq 1 1000; echo three";
+    for kill in [false, true] {
+        let mut bed = Bed::new(MechanismChoice::Auto, script);
+        bed.spec.output = OutputPolicy::Drop;
+        let (launched, _link, mut events) = bed.launch().await;
+        until("two lines", || bed.logs().len() == 2).await;
+        if kill {
+            for keeper in shims(&bed).into_iter().filter(|id| *id != launched.shim) {
+                process::signal(keeper, libc::SIGKILL).unwrap();
+                until("its end", || !process::is_alive(keeper).unwrap()).await;
+            }
+        }
+        std::fs::write(bed.path("go"), "").unwrap();
+        let exit = exited(&mut events).await;
+        let lines = bed.logs();
+        let gaps: Vec<_> = lines.iter().filter(|line| line.stream == Stream::Gap).collect();
+        assert_eq!(lines.last().unwrap().bytes, b"three");
+        if kill {
+            assert!(String::from_utf8_lossy(&gaps[0].bytes).contains("was killed"), "{gaps:?}");
+        } else {
+            assert_eq!((gaps.len(), exit.log_bytes_lost), (0, 0));
+            assert_eq!(output(&lines).len(), "one\n".len() + 3893 + "three\n".len());
+        }
+    }
+}
+
+/// A file system of its own, unmounted at the end.
+struct Mounted(std::path::PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_never_holds_an_agent_up_and_what_it_cost_is_told() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not tested: only root can mount a small file system");
+        return;
+    }
+    for policy in [OutputPolicy::Block, OutputPolicy::Drop] {
+        let script = "seq 1 400000; touch written; while [ ! -e go ]; do sleep 0.01; done; echo again; exit 3";
+        let mut bed = Bed::new(MechanismChoice::Auto, script);
+        bed.spec.output = policy;
+        bed.spec.log = LogLimits { max_bytes: 0, max_files: 0, max_age_ms: 0 };
+        let logs = bed.spec.run_dir.join("logs");
+        std::fs::create_dir_all(&logs).unwrap();
+        mount(Some("tmpfs"), &logs, Some("tmpfs"), MsFlags::empty(), Some("size=1m,mode=0700")).unwrap();
+        let _mounted = Mounted(logs.clone());
+        let (_, _link, mut events) = bed.launch().await;
+        until("the agent to have written everything", || bed.path("written").exists()).await;
+        until("the disk to be full", || statvfs(&logs).unwrap().blocks_free() == 0).await;
+        let room = Some("size=64m,mode=0700");
+        mount(None::<&str>, &logs, None::<&str>, MsFlags::MS_REMOUNT, room).unwrap();
+        std::fs::write(bed.path("go"), "").unwrap();
+        let exit = exited(&mut events).await;
+        assert_eq!(exit.code, Some(3));
+        let lines = bed.logs();
+        let written = (1..=400_000).map(|n: u32| n.to_string().len() + 1).sum::<usize>() + "again\n".len();
+        let lost = bytes_in_gaps(&lines);
+        assert!(lost > if policy == OutputPolicy::Block { 1_000_000 } else { 0 }, "{policy:?}: {lost}");
+        assert_eq!(exit.log_bytes_lost, lost, "{policy:?}");
+        let kept: usize = lines
+            .iter()
+            .filter(|line| line.stream == Stream::Stdout)
+            .map(|line| line.bytes.len() + usize::from(!line.partial))
+            .sum();
+        assert_eq!(kept as u64 + lost, written as u64, "{policy:?}");
+        assert_eq!(lines.last().unwrap().bytes, b"again");
+    }
+}
