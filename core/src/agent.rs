@@ -88,6 +88,9 @@ pub struct Run {
     pub processes: Option<RunProcesses>,
     /// How and when it ended.
     pub ended: Option<RunEnd>,
+    /// Why its shim cannot be spoken to, where that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable: Option<String>,
 }
 
 /// How and when a run ended.

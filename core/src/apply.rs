@@ -44,7 +44,6 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
-        | Event::AgentAdopted { .. }
         | Event::AgentStateSaved { .. }
         | Event::ContextAdded { .. }
         | Event::FlashSaved { .. }
@@ -69,6 +68,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::AgentCreated { .. }
         | Event::AgentStarting { .. }
         | Event::AgentStarted { .. }
+        | Event::AgentAdopted { .. }
+        | Event::AgentUnreachable { .. }
         | Event::AgentLaunchFailed { .. }
         | Event::AgentStopping { .. }
         | Event::AgentExited { .. }
@@ -78,6 +79,11 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
         | Event::AgentUsed { .. } => apply_to_agent(project, event, at),
+        Event::AgentFreezeBroken { agent, times, .. } => {
+            if let ProjectState::Paused(paused) = Arc::make_mut(&mut project.state) {
+                *paused.breaks.entry(agent.clone()).or_default() += times;
+            }
+        }
         Event::TaskChanged { task } => {
             project.counters.task = project.counters.task.max(task.id);
             project.tasks.insert(task.id, Arc::new(task.clone()));
@@ -163,6 +169,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 mechanism: result.mechanism,
                 reason: checkpoint.pause_reason.clone(),
                 restored: None,
+                breaks: Default::default(),
             })));
         }
         Event::PauseFailed { .. } => {
@@ -276,6 +283,7 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
                     started_at: at,
                     processes: None,
                     ended: None,
+                    unreachable: None,
                 });
             });
             if let ProjectState::Resting(_) = *project.state {
@@ -290,6 +298,10 @@ fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
                 run.processes = Some(processes.clone());
             }
         }),
+        Event::AgentAdopted { .. } => change(project, &name, |agent| set_unreachable(agent, None)),
+        Event::AgentUnreachable { detail, .. } => {
+            change(project, &name, |agent| set_unreachable(agent, Some(detail.clone())));
+        }
         Event::AgentLaunchFailed { reason, .. } => {
             end(project, &name, RunEnd { exit: None, at }, AgentState::Failed { detail: Some(reason.clone()) });
         }
@@ -343,11 +355,18 @@ fn change(project: &mut Project, name: &AgentName, with: impl FnOnce(&mut Agent)
     }
 }
 
+fn set_unreachable(agent: &mut Agent, why: Option<String>) {
+    if let Some(run) = &mut agent.run {
+        run.unreachable = why;
+    }
+}
+
 fn end(project: &mut Project, name: &AgentName, end: RunEnd, state: AgentState) {
     change(project, name, |agent| {
         agent.state = state;
         if let Some(run) = &mut agent.run {
             run.processes = None;
+            run.unreachable = None;
             run.ended = Some(end);
         }
     });

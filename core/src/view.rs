@@ -1,10 +1,10 @@
 //! What the wire shows of the state.
 
-use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::AgentView;
 use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
 use fermata_protocol::project::{PauseView, ProjectView};
 use fermata_protocol::task::TaskStatus;
+use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::agent::{Agent, AgentState};
 use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
@@ -30,12 +30,10 @@ pub fn agent(project: &Project, agent: &Agent) -> AgentView {
         detail: match &agent.state {
             AgentState::Failed { detail } => detail.clone(),
             AgentState::Interrupted { detail } => Some(detail.clone()),
-            AgentState::Starting
-            | AgentState::Running
-            | AgentState::Held(_)
-            | AgentState::Stopping(_)
-            | AgentState::Ended(_)
-            | AgentState::TimedOut => None,
+            AgentState::Starting | AgentState::Running | AgentState::Held(_) | AgentState::Stopping(_) => {
+                run.and_then(|run| run.unreachable.clone())
+            }
+            AgentState::Ended(_) | AgentState::TimedOut => None,
         },
         mechanism: processes.map(|p| p.mechanism),
         progress: agent.progress.clone(),
@@ -54,7 +52,13 @@ fn pause(paused: &Paused) -> PauseView {
         mechanism: paused.mechanism,
         reason: paused.reason.clone(),
         restored: paused.restored,
+        warnings: paused.breaks.iter().map(|(agent, times)| ran(agent, *times)).collect(),
     }
+}
+
+fn ran(agent: &AgentName, times: u64) -> String {
+    let often = if times == 1 { "for a moment".to_owned() } else { format!("{times} times for a moment") };
+    format!("agent '{agent}' ran {often} although it is paused; it was frozen again")
 }
 
 /// Shows a project.

@@ -181,6 +181,9 @@ pub struct AgentSettings {
     pub log_max_bytes: u64,
     /// So many rotated log files are kept; 0 for all.
     pub log_max_files: u32,
+    /// How long a shim that lives may go without an answer before it and its agent are ended; the
+    /// agent then counts as interrupted.
+    pub shim_patience_ms: u64,
     /// An agent that was frozen longer is started again rather than thawed, where it can be: its
     /// network connections are dead.
     pub stale_after_ms: u64,
@@ -194,6 +197,7 @@ impl Default for AgentSettings {
             stop_grace_ms: 10_000,
             log_max_bytes: 16 << 20,
             log_max_files: 8,
+            shim_patience_ms: 20_000,
             stale_after_ms: 15 * 60_000,
         }
     }

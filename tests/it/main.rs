@@ -18,6 +18,7 @@ mod rm;
 mod roles;
 mod run;
 mod scene;
+mod shims;
 mod signals;
 mod stop;
 mod wait;

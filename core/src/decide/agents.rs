@@ -216,6 +216,23 @@ pub(super) fn run_lost(project: &Project, name: AgentName, run: RunId, detail: S
     }
 }
 
+pub(super) fn unreachable(project: &Project, name: AgentName, run: RunId, detail: String) -> Decision {
+    let known = |agent: &Arc<Agent>| agent.run.as_ref().is_some_and(|run| run.unreachable.as_ref() == Some(&detail));
+    if is_current(project, &name, &run) && !project.agents.get(&name).is_some_and(known) {
+        Decision::events(vec![Event::AgentUnreachable { agent: name, run, detail }])
+    } else {
+        Decision::default()
+    }
+}
+
+pub(super) fn freeze_broken(project: &Project, name: AgentName, run: RunId, times: u64, detail: String) -> Decision {
+    if is_current(project, &name, &run) {
+        Decision::events(vec![Event::AgentFreezeBroken { agent: name, run, times, detail }])
+    } else {
+        Decision::default()
+    }
+}
+
 pub(super) fn parked(project: &Project, name: AgentName, run: RunId) -> Decision {
     let frozen = project.agents.get(&name).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
     if frozen && is_current(project, &name, &run) {

@@ -37,6 +37,10 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         }
         Command::RunLost { agent, run, detail } => Ok(agents::run_lost(project, agent, run, detail)),
         Command::Parked { agent, run } => Ok(agents::parked(project, agent, run)),
+        Command::Unreachable { agent, run, detail } => Ok(agents::unreachable(project, agent, run, detail)),
+        Command::FreezeBroken { agent, run, times, detail } => {
+            Ok(agents::freeze_broken(project, agent, run, times, detail))
+        }
         Command::Progress { agent, progress, phase } => reports::progress(project, agent, progress, phase),
         Command::Use { agent, usage } => reports::usage(project, agent, usage),
         Command::SaveState { agent, bytes } => reports::save_state(project, agent, bytes),

@@ -5,6 +5,7 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod death;
 pub mod fsync;
 pub mod limits;
 pub mod lock;

@@ -20,5 +20,5 @@ mod registry;
 pub use actor::{Actor, Adopted};
 pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
-pub use links::{exit_status, observe};
+pub use links::{Found, exit_status, observe};
 pub use registry::Projects;

@@ -93,9 +93,10 @@ pub enum LaunchReport {
 
 /// A failure before the agent ran.
 #[derive(Debug)]
-struct Failure {
+pub(super) struct Failure {
     code: LaunchCode,
-    message: String,
+    /// A sentence for people.
+    pub(super) message: String,
 }
 
 impl Failure {
@@ -178,7 +179,7 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd) {
 /// Makes this process a shim and starts the agent.
 fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
     detach(&spec)?;
-    let children = signals::child_signal_fd().map_err(Failure::io(
+    let children = signals::shim_signal_fd().map_err(Failure::io(
         LaunchCode::SpawnFailed,
         "watch the children of",
         Path::new("/proc/self"),
@@ -212,6 +213,8 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
         why,
         cgroup,
         socket: spec.socket.clone(),
+        stdout_pipe: inode(&stdout),
+        stderr_pipe: inode(&stderr),
     };
     if let Err(failure) = write_record(&spec, &record) {
         // An agent that no daemon could ever find again must not run.
@@ -226,6 +229,10 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
     }
     let parts = Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr };
     Ok((record, Box::new(parts)))
+}
+
+fn inode(pipe: &OwnedFd) -> Option<u64> {
+    nix::sys::stat::fstat(pipe).ok().map(|stat| stat.st_ino)
 }
 
 fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), Failure> {
@@ -294,7 +301,7 @@ fn make_private_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Listens in a directory that only this user can enter.
-fn listen(path: &Path) -> Result<UnixListener, Failure> {
+pub(super) fn listen(path: &Path) -> Result<UnixListener, Failure> {
     // sun_path has 108 bytes, the last one is a NUL (unix(7)).
     if path.as_os_str().as_bytes().len() > 107 {
         return Err(Failure {

@@ -13,19 +13,24 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 pub use super::launch::{LaunchError, Launched, launch};
 pub use super::lost::{LostTreeError, end_lost_tree};
 pub use super::record::{ExitRecord, RunRecord, read_exit, read_run};
 use super::wire::{
-    Call, FromShim, Frozen, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim, WIRE_VERSION,
+    Call, FromShim, Frozen, Heard, LEVEL, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim,
+    WIRE_VERSION, hear,
 };
 use crate::os::process::ProcessId;
 
 /// How long a shim may take to answer, on top of what the request itself waits for.
 pub const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// After how long without an answer somebody should look whether the shim is stopped; it answers in
+/// less than a millisecond when it is not.
+const DOUBT: Duration = Duration::from_secs(1);
 
 /// How many events may wait for the daemon. A daemon that is further behind loses the link, and
 /// asks for the status when it connects again: nothing is lost silently.
@@ -53,6 +58,14 @@ pub enum LinkError {
         /// The socket.
         socket: PathBuf,
         /// What it said.
+        message: String,
+    },
+    /// The shim is of another version; it and its agent are well.
+    #[error("speak to the shim at {}: {message}", socket.display())]
+    Version {
+        /// The socket.
+        socket: PathBuf,
+        /// Both versions.
         message: String,
     },
     /// No answer came in time.
@@ -90,6 +103,7 @@ pub struct ShimLink {
     run_id: String,
     shim: ProcessId,
     task: JoinHandle<()>,
+    doubt: Notify,
 }
 
 impl ShimLink {
@@ -106,7 +120,7 @@ impl ShimLink {
         let (orders, orders_in) = mpsc::channel(REQUEST_QUEUE);
         let (events_out, events) = mpsc::channel(EVENT_QUEUE);
         let task = tokio::spawn(wire.run(orders_in, events_out));
-        Ok((Self { orders, run_id, shim, task }, events))
+        Ok((Self { orders, run_id, shim, task, doubt: Notify::new() }, events))
     }
 
     async fn handshake(socket: &Path) -> Result<(Wire, String, ProcessId), LinkError> {
@@ -116,12 +130,16 @@ impl ShimLink {
         let bad = |message: String| LinkError::Handshake { socket: socket.to_path_buf(), message };
         let (reader, writer) = stream.into_split();
         let mut wire = Wire { reader, writer, inbox: Vec::new() };
-        let hello = ToShim::Hello { version: WIRE_VERSION };
+        let hello = ToShim::Hello { version: WIRE_VERSION, level: LEVEL };
         wire.write(&hello).await.map_err(|error| bad(error.to_string()))?;
         match wire.next_line().await {
             Ok(Some(FromShim::Hello { version: WIRE_VERSION, run_id, shim })) => Ok((wire, run_id, shim)),
             Ok(Some(FromShim::Hello { version, .. })) => {
-                Err(bad(format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}")))
+                let message = format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}");
+                Err(LinkError::Version { socket: socket.to_path_buf(), message })
+            }
+            Ok(Some(FromShim::Refusal { code: RefusalCode::VersionMismatch, message, .. })) => {
+                Err(LinkError::Version { socket: socket.to_path_buf(), message })
             }
             Ok(Some(FromShim::Refusal { message, .. })) => Err(bad(message)),
             Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => {
@@ -150,6 +168,17 @@ impl ShimLink {
     /// Waits until the link has ended.
     pub async fn closed(&self) {
         self.orders.closed().await;
+    }
+
+    /// Waits until a request has gone without an answer for so long that the shim may be stopped or
+    /// hang.
+    pub async fn doubted(&self) {
+        self.doubt.notified().await;
+    }
+
+    /// Ends the link for everybody who uses it: their requests answer [`LinkError::Closed`].
+    pub fn close(&self) {
+        self.task.abort();
     }
 
     /// Ends the link and waits for its task.
@@ -219,10 +248,18 @@ impl ShimLink {
             self.orders.send(order).await.map_err(|_| LinkError::Closed)?;
             answer.await.map_err(|_| LinkError::Closed)?
         };
-        match tokio::time::timeout(patience, exchange).await {
-            Ok(value) => serde_json::from_value(value?).map_err(LinkError::Answer),
-            Err(_) => Err(LinkError::Timeout { request, waited_ms: millis(patience) }),
-        }
+        let mut exchange = std::pin::pin!(exchange);
+        let answer = match tokio::time::timeout(DOUBT + extra, &mut exchange).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                self.doubt.notify_one();
+                match tokio::time::timeout(patience - DOUBT - extra, exchange).await {
+                    Ok(answer) => answer,
+                    Err(_) => return Err(LinkError::Timeout { request, waited_ms: millis(patience) }),
+                }
+            }
+        };
+        serde_json::from_value(answer?).map_err(LinkError::Answer)
     }
 }
 
@@ -305,7 +342,13 @@ impl Wire {
         loop {
             if let Some(end) = self.inbox.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.inbox.drain(..=end).collect();
-                return Ok(Some(serde_json::from_slice(&line)?));
+                match hear(&line)? {
+                    Heard::Known(line) => return Ok(Some(line)),
+                    Heard::Newer(event) => {
+                        tracing::debug!(event, "passed over an event of a newer shim");
+                        continue;
+                    }
+                }
             }
             if self.inbox.len() > MAX_LINE_BYTES {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of the shim is too long"));
