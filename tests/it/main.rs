@@ -6,6 +6,7 @@ mod autostart;
 mod bed;
 mod checkpoint;
 mod kill;
+mod lifecycle;
 mod logs;
 mod pause;
 mod pause_crash;

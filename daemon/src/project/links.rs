@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fermata_core::command::{Command, Observed};
+use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -137,6 +137,7 @@ impl Watcher {
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
+            then: AfterEnd::ByPolicy,
         };
         self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
@@ -168,7 +169,7 @@ impl Watcher {
                     return None;
                 }
                 Reached::Lost { detail, .. } => {
-                    self.send(Command::RunLost { agent, run, detail }.into()).await;
+                    self.send(Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into()).await;
                     return None;
                 }
                 Reached::Foreign(detail) => {
