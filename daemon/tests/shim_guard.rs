@@ -10,7 +10,7 @@ use fermata_daemon::os::process::{self, ProcessId, RunState};
 use fermata_daemon::shim::link::{LinkError, ShimLink};
 use fermata_daemon::shim::spec::MechanismChoice;
 use fermata_daemon::shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
-use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, until};
+use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use tokio::sync::mpsc;
 
 for_both_mechanisms!(
@@ -84,16 +84,15 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Mecha
 }
 
 async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: MechanismChoice) {
-    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let mut bed = Bed::new(mechanism, "");
+    // Two that never wait for a child, and so begin to work at once.
+    bed.spec.argv = one_writer("fork;");
     let (launched, link, mut events) = bed.launch().await;
-    bed.growing(&THREE_FILES).await;
+    bed.growing(&["near"]).await;
+    until("both to work", || bed.living().len() == 2).await;
     link.freeze(LONG).await.unwrap();
     link.renew(LONG).await.unwrap();
-    // One of the shells: their children end as soon as they run.
-    let is_shell = |id: &ProcessId| {
-        std::fs::read_to_string(format!("/proc/{}/comm", id.pid)).is_ok_and(|name| name.trim() == "sh")
-    };
-    let victim = others(&bed, launched.agent).into_iter().find(is_shell).expect("a shell");
+    let victim = others(&bed, launched.agent)[0];
     let before = process::ran(victim.pid).unwrap();
     assert!(process::signal(victim, libc::SIGCONT).unwrap());
     if bed.run().cgroup.is_some() {
@@ -110,10 +109,10 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: Mechanism
     assert_eq!(refused(link.hold().await), RefusalCode::FreezeBroken);
     let told = broken(&mut events).await;
     assert!(!told.held && told.frozen_again && told.processes >= 1, "{told:?}");
-    bed.still(&THREE_FILES).await;
+    bed.still(&["near"]).await;
     assert_eq!(refused(link.hold().await), RefusalCode::FreezeBroken, "it stays so");
     link.thaw().await.unwrap();
-    bed.growing(&THREE_FILES).await;
+    bed.growing(&["near"]).await;
 }
 
 async fn a_freeze_after_a_broken_one_counts_again(mechanism: MechanismChoice) {
