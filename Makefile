@@ -26,7 +26,7 @@ BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
 PLUGINS := exec
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap build release test test-agents test-systemd demo lint deny install clean
+.PHONY: help bootstrap build release test test-agents test-systemd demo bench bench-scale lint deny install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -51,6 +51,12 @@ test-systemd: build ## boot a real systemd in a container and run the system ser
 
 demo: build ## see a pause, a crash, a restore and a resume in a throw-away daemon
 	scripts/demo
+
+bench: release ## compare with pueue and supervisord (where installed) and with plain files
+	CARGO="$(CARGO)" scripts/bench
+
+bench-scale: release ## measure a thousand agents: memory, idle work, ps, a pause, a restart
+	scripts/bench-scale
 
 lint: bootstrap ## fmt, clippy and rustdoc, warnings denied
 	$(CARGO) fmt --all --check

@@ -47,6 +47,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
+        | Event::AgentTyped { .. }
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
@@ -80,6 +81,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentInterrupted { .. }
         | Event::AgentParked { .. }
         | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
         | Event::AgentWaiting { .. }

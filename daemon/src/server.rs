@@ -24,6 +24,7 @@ use tracing_subscriber::reload::Handle;
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
 use crate::os::cgroup::Freezer;
+use crate::os::limits::Limit;
 use crate::os::lock::{LockError, StateLock};
 use crate::os::{limits, memory, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
@@ -137,10 +138,14 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     Box::leak(Box::new(lock));
     let signals = take_signals().map_err(StartError::Signals)?;
     // A thousand agents have a thousand links; the agents themselves get the caller's limits.
-    if let Err(error) = limits::raise_open_files() {
-        tracing::warn!(%error, "the limit of open files stays as it is");
-    }
-    let services = open_services(&paths, settings).await?;
+    let open_files = match limits::raise_open_files() {
+        Ok(before) => Some(before),
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files stays as it is");
+            None
+        }
+    };
+    let services = open_services(&paths, settings, open_files).await?;
     let projects = Arc::new(Projects::new(Arc::clone(&services)));
     let report = recovery::run(&projects, options.recover).await.map_err(|f| StartError::Recovery(f.to_string()))?;
     for line in &report {
@@ -156,6 +161,7 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
         projects: Arc::clone(&projects),
         started_at: services::now(),
         boot_epoch: new_boot_epoch(),
+        terminals: Default::default(),
         recovery: report,
         freezer: describe_freezer(&services),
         reload: Box::new(reload),
@@ -186,9 +192,13 @@ fn prepare_directories(paths: &Paths) -> Result<(), StartError> {
     Ok(())
 }
 
-async fn open_services(paths: &Paths, settings: Settings) -> Result<Arc<Services>, StartError> {
+async fn open_services(
+    paths: &Paths,
+    settings: Settings,
+    open_files: Option<Limit>,
+) -> Result<Arc<Services>, StartError> {
     let profiles = Profiles::load(&paths.profiles)?;
-    let programs = Programs { shim: find_program("fermata-shim")? };
+    let programs = Programs { shim: find_program("fermata-shim")?, open_files };
     let host = find_program("fermata-plugin-host")?;
     let boot_id = process::boot_id().map_err(StartError::BootId)?;
     let database = paths.state.join("fermata.sqlite");

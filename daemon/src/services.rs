@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{Paths, Settings};
 use crate::os::clock;
+use crate::os::limits::Limit;
 use crate::plugins::Plugins;
 use crate::profile::Profiles;
 use crate::store::{Store, StoreError, rows};
@@ -30,6 +31,8 @@ const HEAVY: usize = 8;
 pub struct Programs {
     /// `fermata-shim`.
     pub shim: PathBuf,
+    /// The limit of open files that the daemon itself was started with, before it raised its own.
+    pub open_files: Option<Limit>,
 }
 
 /// How far an operation has come; sent to whoever waits for it. Progress may be dropped when a

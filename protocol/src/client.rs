@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -110,6 +111,67 @@ impl Client {
         params: Map<String, Value>,
         mut watch: impl FnMut(&Notification),
     ) -> Result<Value, ClientError> {
+        let id = self.send(method, &params)?;
+        loop {
+            match self.read_message()? {
+                Message::Notification(notification) => {
+                    watch(&notification);
+                    self.notifications.push_back(notification);
+                }
+                Message::Response(response) => {
+                    if response.id.as_u64() != Some(id) && !response.id.is_null() {
+                        continue;
+                    }
+                    return outcome(response);
+                }
+            }
+        }
+    }
+
+    /// Sends a request without waiting for its answer, which comes by [`Self::try_receive`].
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn begin<M: Method>(&mut self, params: &M) -> Result<u64, ClientError> {
+        match serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))? {
+            Value::Object(params) => self.send(M::NAME, &params),
+            _ => Err(ClientError::Garbled("parameters are not an object".into())),
+        }
+    }
+
+    /// Takes the next message that is there; reads at most once, so that it does not wait when the
+    /// connection is readable. `None` when no whole message has come yet.
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn try_receive(&mut self) -> Result<Option<Incoming>, ClientError> {
+        if let Some(notification) = self.notifications.pop_front() {
+            return Ok(Some(Incoming::Notification(notification)));
+        }
+        let message = match self.whole_message()? {
+            Some(message) => message,
+            None => {
+                self.read_some()?;
+                match self.whole_message()? {
+                    Some(message) => message,
+                    None => return Ok(None),
+                }
+            }
+        };
+        Ok(Some(match message {
+            Message::Notification(notification) => Incoming::Notification(notification),
+            Message::Response(response) => {
+                Incoming::Answer(response.id.as_u64().unwrap_or_default(), outcome(response))
+            }
+        }))
+    }
+
+    /// Says whether a message is there without reading: it has come together with another one.
+    pub fn has_whole_message(&self) -> bool {
+        !self.notifications.is_empty() || self.lines.has_line()
+    }
+
+    fn send(&mut self, method: &str, params: &Map<String, Value>) -> Result<u64, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
@@ -121,23 +183,7 @@ impl Client {
         {
             return Err(ClientError::Broken(error));
         }
-        loop {
-            match self.read_message()? {
-                Message::Notification(notification) => {
-                    watch(&notification);
-                    self.notifications.push_back(notification);
-                }
-                Message::Response(response) => {
-                    if response.id.as_u64() != Some(id) && !response.id.is_null() {
-                        continue;
-                    }
-                    return match (response.result, response.error) {
-                        (_, Some(error)) => Err(ClientError::Refused(error.into())),
-                        (result, None) => Ok(result.unwrap_or(Value::Null)),
-                    };
-                }
-            }
-        }
+        Ok(id)
     }
 
     /// Waits for the next notification.
@@ -165,25 +211,61 @@ impl Client {
 
     fn read_message(&mut self) -> Result<Message, ClientError> {
         loop {
-            let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
-            if let Some(line) = line {
-                let value: Value = serde_json::from_slice(&line).map_err(|e| ClientError::Garbled(e.to_string()))?;
-                let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
-                return if value.get("method").is_some() {
-                    serde_json::from_value(value).map(Message::Notification).map_err(garbled)
-                } else {
-                    serde_json::from_value(value).map(Message::Response).map_err(garbled)
-                };
+            if let Some(message) = self.whole_message()? {
+                return Ok(message);
             }
-            let mut chunk = [0; 64 << 10];
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(ClientError::Closed),
-                Ok(n) => self.lines.push(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(ClientError::Broken(e)),
-            }
+            self.read_some()?;
         }
     }
+
+    /// Takes the next message out of what was read.
+    fn whole_message(&mut self) -> Result<Option<Message>, ClientError> {
+        let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
+        let Some(line) = line else { return Ok(None) };
+        let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
+        let value: Value = serde_json::from_slice(&line).map_err(garbled)?;
+        if value.get("method").is_some() {
+            serde_json::from_value(value).map(|value| Some(Message::Notification(value))).map_err(garbled)
+        } else {
+            serde_json::from_value(value).map(|value| Some(Message::Response(value))).map_err(garbled)
+        }
+    }
+
+    /// Reads once; waits where nothing is there.
+    fn read_some(&mut self) -> Result<(), ClientError> {
+        let mut chunk = [0; 64 << 10];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => Err(ClientError::Closed),
+            Ok(n) => {
+                self.lines.push(&chunk[..n]);
+                Ok(())
+            }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(e) => Err(ClientError::Broken(e)),
+        }
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+fn outcome(response: Response) -> Result<Value, ClientError> {
+    match (response.result, response.error) {
+        (_, Some(error)) => Err(ClientError::Refused(error.into())),
+        (result, None) => Ok(result.unwrap_or(Value::Null)),
+    }
+}
+
+/// What [`Client::try_receive`] finds.
+#[derive(Debug)]
+pub enum Incoming {
+    /// Something that answers no request.
+    Notification(Notification),
+    /// The answer to the request with this number.
+    Answer(u64, Result<Value, ClientError>),
 }
 
 enum Message {

@@ -3,6 +3,8 @@
 use std::process::Command;
 
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
+use fermata_protocol::event::Event;
+use fermata_protocol::subscription::{EventFilter, EventsList};
 use fermata_tests::sandbox::{binary, output_of};
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, SandboxBuilder, process};
@@ -219,6 +221,35 @@ fn a_launch_that_the_daemon_did_not_live_to_see_is_found() {
             assert!(!web(&sandbox).has("pid"));
             sandbox.ctl(&["rm", "web/a"]);
         }
+    }
+}
+
+#[test]
+fn a_shim_that_is_killed_while_its_agent_is_resumed_is_told_once_and_leaves_no_pid_behind() {
+    let sandbox = Sandbox::start();
+    run_agent(&sandbox, "a", "exec sleep 1000");
+    run_agent(&sandbox, "b", "exec sleep 1000");
+    // Either the loss of the shim is noticed first, or the resume that cannot thaw: both happen.
+    for _ in 0..10 {
+        sandbox.ctl(&["pause", "web"]);
+        let shim = shim_pid(&sandbox, "a");
+        std::thread::scope(|scope| {
+            let resumed = scope.spawn(|| sandbox.ctl_output(&["resume", "web"]));
+            kill_hard(shim);
+            resumed.join().expect("the resume comes to an end");
+        });
+        wait_until(SOON, "the agent to be given up", || agent(&sandbox, "a").status.is_terminal());
+        let lost = agent(&sandbox, "a");
+        assert_eq!((lost.status, lost.pid, lost.exit), (AgentStatus::Interrupted, None, None), "{lost:?}");
+        assert!(lost.ended_at.is_some(), "{lost:?}");
+        let kinds = ["agent.interrupted", "agent.exited", "agent.parked"].map(str::to_owned).to_vec();
+        let filter = EventFilter { project: None, kinds };
+        let told = sandbox.rpc().call(&EventsList { cursor: None, filter, limit: None }).expect("list events").events;
+        let run = lost.run.expect("it has run");
+        let ends =
+            told.iter().filter(|told| matches!(&told.event, Event::AgentInterrupted { run: of, .. } if *of == run));
+        assert_eq!(ends.count(), 1, "{told:?}");
+        sandbox.ctl(&["restart", "web/a"]);
     }
 }
 

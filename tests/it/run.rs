@@ -6,9 +6,10 @@ use std::os::unix::fs::PermissionsExt as _;
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
 use fermata_tests::Sandbox;
 use fermata_tests::sandbox::output_of;
-use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use serde_json::json;
 
-use crate::bed::{agent, failed, run_agent, wait_for_file, wait_for_status, web};
+use crate::bed::{agent, call, failed, run_agent, wait_for_file, wait_for_status, web};
 
 #[test]
 fn environment_directory_umask_and_limits_are_the_callers() {
@@ -53,6 +54,26 @@ fn environment_directory_umask_and_limits_are_the_callers() {
     assert_eq!(value("FERMATA_RESUME"), None, "nothing was resumed");
     let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE).expect("own limit");
     assert_ne!(soft, 123, "this test needs a limit of its own");
+}
+
+#[test]
+fn a_caller_that_names_no_limits_gets_those_that_the_daemon_was_started_with() {
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("own limit");
+    // The daemon raises its own soft limit to the hard one; here the two must differ for a moment.
+    setrlimit(Resource::RLIMIT_NOFILE, hard - 7, hard).expect("lower the own limit");
+    let sandbox = Sandbox::start();
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("raise the own limit again");
+    let workspace = web(&sandbox);
+    let params = json!({
+        "project": "web", "workspace": workspace.text(), "name": "a",
+        "argv": ["/bin/sh", "-c", "echo $(ulimit -Sn) $(ulimit -Hn) > limits; mv limits limits.whole"],
+    });
+    call(&sandbox, "agent.run", params).expect("run");
+    assert_eq!(wait_for_file(&sandbox, "limits.whole"), format!("{} {hard}", hard - 7));
+    let raised = fs::read_to_string(format!("/proc/{}/limits", sandbox.daemon_pid())).expect("the daemon's limits");
+    let line = raised.lines().find(|line| line.starts_with("Max open files")).expect("it has one");
+    let numbers: Vec<u64> = line.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+    assert_eq!(numbers, [hard, hard], "the daemon itself may open as many as it can");
 }
 
 #[test]

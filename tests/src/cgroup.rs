@@ -48,6 +48,11 @@ impl Group {
         found
     }
 
+    /// Lists the groups below it, whether or not anybody is in them.
+    pub fn below(&self) -> Vec<PathBuf> {
+        self.groups().split_off(1)
+    }
+
     /// Kills all processes in the group and below it, frozen or not, and waits until they are gone.
     ///
     /// # Errors

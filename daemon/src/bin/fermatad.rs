@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use fermata_daemon::config::{Overrides, Paths, Settings};
 use fermata_daemon::errors::chain;
+use fermata_daemon::os::memory;
 use fermata_daemon::server::{self, ALREADY_RUNNING, LogHandle, Options, StartError};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -40,6 +41,7 @@ struct Arguments {
 }
 
 fn main() -> ExitCode {
+    memory::share_arenas();
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -119,12 +119,13 @@ pub fn set_up_to_hard(limit: &Limit) -> Result<(), Errno> {
     }
 }
 
-/// Raises the soft limit of open files to the hard one and returns it: a daemon with a thousand
-/// agents needs more than the usual 1,024. Agents get their caller's limits, not this one.
-pub fn raise_open_files() -> io::Result<Option<u64>> {
-    let now = get(LimitKind::Nofile)?;
-    setrlimit(Resource::RLIMIT_NOFILE, to_raw(now.hard), to_raw(now.hard))?;
-    Ok(now.hard)
+/// Raises the soft limit of open files to the hard one: a daemon with a thousand agents needs more
+/// than the usual 1,024. Returns the limit as it was, which is what an agent without one of its own
+/// begins with: programs that use `select(2)` break beyond 1,024.
+pub fn raise_open_files() -> io::Result<Limit> {
+    let before = get(LimitKind::Nofile)?;
+    setrlimit(Resource::RLIMIT_NOFILE, to_raw(before.hard), to_raw(before.hard))?;
+    Ok(before)
 }
 
 #[cfg(test)]
@@ -141,7 +142,7 @@ mod tests {
 
     #[test]
     fn the_daemon_gets_as_many_files_as_it_may() {
-        let hard = raise_open_files().unwrap();
-        assert_eq!(get(LimitKind::Nofile).unwrap().soft, hard);
+        let before = raise_open_files().unwrap();
+        assert_eq!(get(LimitKind::Nofile).unwrap(), Limit { soft: before.hard, ..before });
     }
 }

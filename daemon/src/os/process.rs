@@ -265,39 +265,74 @@ pub enum Look {
     /// Walks `/proc/PID/task/*/children`: its cost grows with the tree, not with the machine. The
     /// kernel may skip a child whose sibling ends meanwhile (proc(5)).
     Quick,
-    /// Reads every process of the machine as well.
+    /// Walks until two walks in a row saw the same, which finds everybody below those who neither fork
+    /// nor reap any more; where they do not agree, reads every process of the machine as well.
+    ///
+    /// A walk passes over a child only when an elder sibling is reaped while the list is being read
+    /// (`get_children_proc` in the kernel's `fs/proc/array.c` counts places from the front then). That
+    /// sibling was seen by the walk before or vanished under this one, so the two do not agree.
     Thorough,
 }
 
+/// How often two walks are compared before the whole machine is read.
+const WALKS: usize = 4;
+
 /// Finds the descendants of a process, parents before their children, without the process itself.
 pub fn descendants(root: i32, look: Look) -> io::Result<Vec<Stat>> {
-    match look {
-        Look::Quick => match walk(root)? {
-            Some(found) => Ok(found),
-            None => Ok(below(root, all()?)),
-        },
-        Look::Thorough => {
-            let mut everyone = all()?;
-            let mut known: std::collections::HashSet<i32> = everyone.iter().map(|stat| stat.id.pid).collect();
-            for stat in walk(root)?.unwrap_or_default() {
-                if known.insert(stat.id.pid) {
-                    everyone.push(stat);
-                }
-            }
-            Ok(below(root, everyone))
+    let Some(mut last) = walk(root)? else { return Ok(below(root, all()?)) };
+    if look == Look::Quick {
+        return Ok(last.found);
+    }
+    for _ in 1..WALKS {
+        let Some(next) = walk(root)? else { break };
+        if next.agrees_with(&last) {
+            return Ok(next.found);
         }
+        last = next;
+    }
+    let mut everyone = all()?;
+    let mut known: std::collections::HashSet<i32> = everyone.iter().map(|stat| stat.id.pid).collect();
+    for stat in walk(root)?.map(|walk| walk.found).unwrap_or_default() {
+        if known.insert(stat.id.pid) {
+            everyone.push(stat);
+        }
+    }
+    Ok(below(root, everyone))
+}
+
+/// What one walk of the children files saw.
+struct Walk {
+    /// Parents before their children.
+    found: Vec<Stat>,
+    /// Whether somebody who was listed was gone when it was looked at.
+    vanished: bool,
+}
+
+impl Walk {
+    fn agrees_with(&self, other: &Self) -> bool {
+        let ids = |walk: &Self| {
+            let mut ids: Vec<ProcessId> = walk.found.iter().map(|stat| stat.id).collect();
+            ids.sort_unstable();
+            ids
+        };
+        !self.vanished && !other.vanished && ids(self) == ids(other)
     }
 }
 
 /// Walks the children files; `None` when this kernel has none.
-fn walk(root: i32) -> io::Result<Option<Vec<Stat>>> {
+fn walk(root: i32) -> io::Result<Option<Walk>> {
     let mut found: Vec<Stat> = Vec::new();
+    let mut vanished = false;
     let mut parents = vec![root];
     let mut any_file = false;
     while let Some(parent) = parents.pop() {
         let tasks = match fs::read_dir(format!("/proc/{parent}/task")) {
             Ok(tasks) => tasks,
-            Err(error) if is_gone(&error) => continue,
+            Err(error) if is_gone(&error) => {
+                // Its children have another parent now, whose list may have been read before.
+                vanished |= parent != root;
+                continue;
+            }
             Err(error) => return Err(error),
         };
         for task in tasks {
@@ -309,15 +344,18 @@ fn walk(root: i32) -> io::Result<Option<Vec<Stat>>> {
             };
             any_file = true;
             for pid in text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()) {
-                if let Some(stat) = stat(pid)? {
-                    parents.push(pid);
-                    found.push(stat);
+                match stat(pid)? {
+                    Some(stat) => {
+                        parents.push(pid);
+                        found.push(stat);
+                    }
+                    None => vanished = true,
                 }
             }
         }
     }
     // A root that ended has neither tasks nor children.
-    Ok((any_file || stat(root)?.is_none()).then_some(found))
+    Ok((any_file || stat(root)?.is_none()).then_some(Walk { found, vanished }))
 }
 
 /// Picks the descendants of `root` out of a list, breadth first.

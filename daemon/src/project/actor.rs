@@ -54,7 +54,7 @@ pub struct Actor {
     pub(super) services: Arc<Services>,
     pub(super) project: Arc<Project>,
     pub(super) history: HistoryCell,
-    pub(super) links: BTreeMap<AgentName, Link>,
+    pub(super) links: Arc<BTreeMap<AgentName, Link>>,
     pub(super) tokens: BTreeMap<RunId, String>,
     pub(super) mailbox: mpsc::Sender<Message>,
     /// The step that is under way, and how to end it early.
@@ -97,7 +97,7 @@ impl Actor {
             services,
             project,
             history,
-            links: BTreeMap::new(),
+            links: Arc::default(),
             tokens: BTreeMap::new(),
             mailbox,
             step: None,
@@ -143,7 +143,7 @@ impl Actor {
             services: Arc::clone(&self.services),
             project: Arc::clone(&self.project),
             history: self.history.clone(),
-            links: self.links.clone(),
+            links: Arc::clone(&self.links),
             cancel: self.cancel.clone(),
         }
     }
@@ -158,7 +158,7 @@ impl Actor {
     ) {
         let watcher = self.watcher(&agent, &run);
         self.watch_readiness(&agent, &run);
-        self.links.insert(agent, Link { run, shim: Arc::clone(&link) });
+        Arc::make_mut(&mut self.links).insert(agent, Link { run, shim: Arc::clone(&link) });
         self.services.tracker.spawn(watcher.watch(link, events));
     }
 
@@ -277,7 +277,7 @@ impl Actor {
             Message::Linked { agent, run, link } => {
                 let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run());
                 if current == Some(&run) {
-                    self.links.insert(agent.clone(), Link { run: run.clone(), shim: link });
+                    Arc::make_mut(&mut self.links).insert(agent.clone(), Link { run: run.clone(), shim: link });
                     self.hold_again(agent, run).await;
                 }
             }

@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use super::actor::Actor;
 use super::handle::{Message, Outcome};
+use super::links::end_of;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
@@ -235,6 +236,12 @@ impl Actor {
             let start = Instant::now();
             let mut agents = resume::thaw(&site, &thaw).await;
             let thaw_ms = ms_since(start);
+            for gone in agents.iter().filter(|agent| agent.rung == Rung::Failed) {
+                let Some((agent, run)) = thaw.iter().find(|(agent, _)| *agent == gone.agent) else { continue };
+                // Told before the resume is: the watcher of the run, who may be late, is then ignored.
+                let end = end_of(&site, agent, run, gone.detail.clone().unwrap_or_default());
+                drop(mailbox.send(Message::Outcome(Box::new(end))).await);
+            }
             crate::failpoint::hit("resume.thawed");
             let again = Instant::now();
             let each = respawn.into_iter().zip(tokens).map(|((agent, run), token)| {
@@ -360,7 +367,7 @@ impl Actor {
     }
 
     fn forget(&mut self, agent: &AgentName) {
-        self.links.remove(agent);
+        Arc::make_mut(&mut self.links).remove(agent);
         let site = self.site();
         // Put aside at once, so that a new agent of the same name finds a place of its own.
         match leftovers::put_aside(&site.dirs().agent(agent)) {

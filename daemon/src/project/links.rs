@@ -24,6 +24,7 @@ use crate::shim::link::{LinkError, ShimLink, read_exit, read_run};
 use crate::shim::reach::{self, Linked, Reached};
 use crate::shim::record::{ExitRecord, abandon};
 use crate::shim::wire::{FreezeBroken, ShimEvent};
+use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
 /// How often to look whether somebody has stopped a shim. One small file is read.
@@ -56,6 +57,7 @@ impl Watcher {
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.ask_suspended(&link).await;
         loop {
             let wake = tokio::select! {
                 event = events.recv() => Wake::Event(event),
@@ -80,7 +82,16 @@ impl Watcher {
                     self.tell_broken(&broken).await;
                     true
                 }
-                Wake::Event(Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {})) => true,
+                Wake::Event(Some(ShimEvent::Stopped { .. })) => {
+                    self.tell_suspended(true).await;
+                    true
+                }
+                Wake::Event(Some(ShimEvent::Continued {})) => {
+                    self.tell_suspended(false).await;
+                    true
+                }
+                // For viewers, which have connections of their own.
+                Wake::Event(Some(ShimEvent::Screen(_) | ShimEvent::Output { .. })) => true,
                 Wake::Event(None) => false,
                 Wake::Doubt => self.is_well(&link).await,
                 Wake::Look if is_stopped(&link) => self.is_well(&link).await,
@@ -90,7 +101,10 @@ impl Watcher {
                 // Whatever else uses the old link must not wait for it.
                 link.close();
                 match self.link_again(patience).await {
-                    Some((again, more)) => (link, events) = (again, more),
+                    Some((again, more)) => {
+                        (link, events) = (again, more);
+                        self.ask_suspended(&link).await;
+                    }
                     None => return,
                 }
             }
@@ -128,7 +142,26 @@ impl Watcher {
         false
     }
 
+    /// What happened while there was no link was told to nobody.
+    async fn ask_suspended(&self, link: &ShimLink) {
+        if let Some(held) = link.suspended() {
+            self.tell_suspended(held).await;
+        }
+    }
+
+    async fn tell_suspended(&self, held: bool) {
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), held };
+        self.send(command.into()).await;
+    }
+
     async fn tell_end(&self, record: &ExitRecord) {
+        if let Some(failure) = &record.post_stop_failure {
+            tracing::warn!(agent = %self.agent, run = %self.run, "{failure}");
+        }
+        if let Some(reason) = &record.start_failure {
+            let (agent, run) = (self.agent.clone(), self.run.clone());
+            return self.send(Command::Launched { agent, run, outcome: Err(reason.clone()) }.into()).await;
+        }
         // Used when the agent is being restarted.
         let (new, token) = new_run();
         let command = Command::RunEnded {
@@ -189,6 +222,21 @@ impl Watcher {
             () = death.wait() => Some(()),
             () = self.stopping.cancelled() => None,
         }
+    }
+}
+
+/// Says how a run ended that could not be brought back: as its shim has recorded, or without.
+pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String) -> Outcome {
+    let (agent, run) = (agent.clone(), run.clone());
+    match read_exit(&site.dirs().run(&agent, &run)) {
+        Ok(Some(record)) => {
+            let (new, token) = new_run();
+            let ended_at = UnixMillis(record.ended_at_ms);
+            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
+            let command = Command::RunEnded { agent, run, exit, ended_at, new, then };
+            Outcome { tokens: vec![token], ..command.into() }
+        }
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
     }
 }
 

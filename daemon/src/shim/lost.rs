@@ -96,6 +96,7 @@ fn end(
     before: impl FnOnce(Vec<i32>),
 ) -> Result<usize, LostTreeError> {
     if run.boot_id != boot_id {
+        remove_socket(run);
         return Ok(0);
     }
     let run_id = || run.run_id.clone();
@@ -142,6 +143,7 @@ fn end(
         group.wait_empty(left).map_err(failed)?;
         group.remove(left.max(Duration::from_millis(100))).map_err(failed)?;
     }
+    remove_socket(run);
     Ok(killed.len())
 }
 
@@ -161,6 +163,16 @@ fn stop(run: &RunRecord, inside: &HashSet<i32>) -> io::Result<Vec<ProcessId>> {
             return Ok(outside.into_iter().map(|stat| stat.id).collect());
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Removes the socket that a shim would have removed at its end; nobody listens on it any more.
+fn remove_socket(run: &RunRecord) {
+    match std::fs::remove_file(&run.socket) {
+        Ok(()) => {}
+        // Without it nothing is wrong: it was removed by the shim, by an earlier call, or by a reboot.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => tracing::warn!(socket = %run.socket.display(), %error, "the socket of a lost shim stays"),
     }
 }
 

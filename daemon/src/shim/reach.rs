@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 
 use super::link::{LinkError, ShimLink};
 use super::lost::{LostTreeError, end_lost_run};
-use super::record::{ExitRecord, RunRecord, read_exit, read_run};
+use super::record::{ExitRecord, RunRecord, read_cut_short, read_exit, read_run};
 use super::wire::ShimEvent;
 use crate::errors::chain;
 use crate::os::death::Death;
@@ -75,6 +75,9 @@ pub async fn reach(run_dir: &Path, boot_id: &str, patience: Duration) -> Reached
         return ended;
     }
     if run.boot_id != boot_id {
+        if let Some(ended) = cut_short(run_dir) {
+            return ended;
+        }
         return lost("the machine was restarted".to_owned());
     }
     let why = match call(&run, patience).await {
@@ -164,6 +167,11 @@ fn ended(run_dir: &Path) -> Option<Reached> {
     read_exit(run_dir).ok().flatten().map(Reached::Ended)
 }
 
+/// The end of an agent whose shim was lost while a command ran after it.
+fn cut_short(run_dir: &Path) -> Option<Reached> {
+    read_cut_short(run_dir).ok().flatten().map(Reached::Ended)
+}
+
 /// Ends a run for good: its shim, if it still lives, and then whatever is left of its tree. `why` it
 /// was not reached, if it lives.
 pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option<String>) -> Reached {
@@ -180,7 +188,11 @@ pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option
     }
     let (dir, run, boot_id) = (run_dir.to_path_buf(), run.clone(), boot_id.to_owned());
     let work = move || end_lost_run(&dir, &run, &boot_id, ENDING);
-    match tokio::task::spawn_blocking(work).await {
+    let worked = tokio::task::spawn_blocking(work).await;
+    if let (Some(ended), Ok(Ok(_))) = (cut_short(run_dir), &worked) {
+        return ended;
+    }
+    match worked {
         Ok(Ok(count)) => lost(format!("{how}; {count} processes of it were ended")),
         Ok(Err(error)) => {
             let detail = format!("{how}, and its processes could not be ended: {}", chain(&error));

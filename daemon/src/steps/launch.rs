@@ -8,6 +8,7 @@ use fermata_core::agent::Agent;
 use fermata_core::command::ComesBack;
 use fermata_protocol::agent::RunProcesses;
 use fermata_protocol::pause::Mechanism;
+use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
@@ -23,7 +24,7 @@ use crate::shim::raw::Raw;
 use crate::shim::reach::{self, Reached};
 use crate::shim::record;
 use crate::shim::record::RunRecord;
-use crate::shim::spec::{LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
 use crate::shim::wire::ShimEvent;
 
 /// How long the processes of a run that is to be ended may take to go.
@@ -122,7 +123,7 @@ async fn spec(
         env: environment(site, name, env, token, comes_back),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
-        rlimits: agent.map(|agent| limits(agent)).unwrap_or_default(),
+        rlimits: limits(agent.map(|agent| &**agent), site.services.programs.open_files),
         run_dir: site.dirs().run(name, run),
         socket: site.services.shim_socket(run),
         cgroup_parent: settings.agents.cgroup_parent.clone(),
@@ -131,9 +132,23 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
-        log: LogLimits { max_bytes: settings.agents.log_max_bytes, max_files: settings.agents.log_max_files },
+        terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
+        log: LogLimits {
+            max_bytes: settings.agents.log_max_bytes,
+            max_files: settings.agents.log_max_files,
+            max_age_ms: settings.agents.log_max_age_ms,
+        },
         stop_grace_ms: agent.map_or(settings.agents.stop_grace_ms, |agent| agent.spec.stop_grace_ms),
+        pre_start: agent.and_then(|agent| agent.spec.supervision.pre_start.as_ref()).map(hook),
+        post_stop: agent.and_then(|agent| agent.spec.supervision.post_stop.as_ref()).map(hook),
     })
+}
+
+fn hook(hook: &Hook) -> HookSpec {
+    HookSpec {
+        argv: hook.argv.iter().map(|word| Raw::from(word.as_str())).collect(),
+        timeout_ms: hook.timeout_ms.unwrap_or(Hook::DEFAULT_TIMEOUT_MS),
+    }
 }
 
 fn environment(
@@ -145,6 +160,12 @@ fn environment(
 ) -> Vec<(Raw, Raw)> {
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
+    }
+    if site.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
+        // The size is the terminal's to tell, and the caller's own may be another.
+        env.remove("LINES");
+        env.remove("COLUMNS");
+        env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
     }
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());
@@ -162,14 +183,20 @@ fn environment(
     env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
 }
 
-fn limits(agent: &Agent) -> Vec<Limit> {
+/// The limits that an agent gets: its caller's. Where that one said nothing of open files it gets what
+/// the daemon was started with, not what the daemon has raised its own to.
+fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
     let known = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
-    agent
-        .spec
-        .limits
-        .iter()
+    let of_caller = agent.into_iter().flat_map(|agent| &agent.spec.limits);
+    let mut limits: Vec<Limit> = of_caller
         .filter_map(|(name, limit)| Some(Limit { kind: known(name)?, soft: limit.soft, hard: limit.hard }))
-        .collect()
+        .collect();
+    if let Some(own) = open_files
+        && !limits.iter().any(|limit| limit.kind == own.kind)
+    {
+        limits.push(own);
+    }
+    limits
 }
 
 /// Ends what is left of every run of an agent but one: nothing is left behind, and one session

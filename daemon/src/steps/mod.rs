@@ -56,8 +56,8 @@ pub struct Site {
     pub project: Arc<Project>,
     /// Its snapshots' store.
     pub history: HistoryCell,
-    /// The links, by agent.
-    pub links: BTreeMap<AgentName, Link>,
+    /// The links, by agent. Shared: every agent's own step has the whole site.
+    pub links: Arc<BTreeMap<AgentName, Link>>,
     /// Ends the operation early.
     pub cancel: Cancel,
 }

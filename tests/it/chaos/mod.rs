@@ -1,0 +1,263 @@
+//! Chaos: a hundred agents with nasty trees, three hundred random deeds of four hands at once, and
+//! then the books are balanced.
+//!
+//! The deeds follow from a seed, which is printed; `FERMATA_CHAOS_SEED=N` repeats it. Who gets in
+//! whose way depends on the machine as well. With every crash of the daemon the configuration
+//! changes between the two ways to freeze, so that soon both are mixed within every project.
+
+mod books;
+mod deeds;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fermata_protocol::agent::{AgentKill, AgentRestart, AgentRun, AgentStop};
+use fermata_protocol::pause::{PauseMode, ProjectPause, ProjectResume};
+use fermata_protocol::project::{ProjectShow, ProjectStatus};
+use fermata_protocol::{AgentName, Code, ProjectName, Target};
+use fermata_tests::waiting::{look_for, wait_until};
+use fermata_tests::{Sandbox, process};
+
+use crate::scene;
+use books::Books;
+use deeds::{Chance, Hands};
+
+const PROJECTS: usize = 5;
+const AGENTS: usize = 100;
+const DEEDS: usize = 300;
+const HANDS: usize = 4;
+
+/// What there is below an agent; see `agent.pl`.
+const KINDS: [&str; 10] =
+    ["plain", "session", "orphan", "deaf", "storm", "group", "stopped", "mortal", "handler", "chain"];
+
+/// How long anything may take while a hundred trees run on a machine that others use too.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// For how long nobody may write a line who is said to stand still: three lines' worth.
+const STILL: Duration = Duration::from_millis(300);
+
+/// One of the hundred.
+#[derive(Debug, Clone)]
+struct Member {
+    target: Target,
+    kind: &'static str,
+}
+
+impl Member {
+    fn all() -> Vec<Self> {
+        let member = |number: usize| {
+            let kind = KINDS[number / PROJECTS % KINDS.len()];
+            let target = Target::agent(project(number % PROJECTS), scene::agent(&format!("{kind}-{number}")));
+            Self { target, kind }
+        };
+        (0..AGENTS).map(member).collect()
+    }
+
+    fn name(&self) -> &AgentName {
+        self.target.agent.as_ref().expect("a member is one agent")
+    }
+}
+
+fn project(number: usize) -> ProjectName {
+    scene::project(&format!("p{number}"))
+}
+
+fn unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).expect("the clock is past 1970");
+    i64::try_from(since.as_millis()).expect("milliseconds fit into 63 bits")
+}
+
+fn seed() -> u64 {
+    match std::env::var("FERMATA_CHAOS_SEED") {
+        Ok(text) => text.parse().unwrap_or_else(|e| panic!("FERMATA_CHAOS_SEED={text}: {e}")),
+        Err(_) => u64::try_from(unix_ms()).expect("the clock is past 1970"),
+    }
+}
+
+#[test]
+fn chaos_loses_forgets_and_leaves_behind_nobody() {
+    let seed = seed();
+    println!("FERMATA_CHAOS_SEED={seed}");
+    let mut sandbox = Sandbox::builder().config(scene::BY_GROUP).start();
+    let members = Member::all();
+    let books = Books::open(&sandbox);
+    let hands = Hands::new(&sandbox, &members, &books);
+
+    std::thread::scope(|scope| {
+        for some in members.chunks(AGENTS / HANDS) {
+            let (sandbox, books) = (&sandbox, &books);
+            scope.spawn(move || some.iter().for_each(|member| start(sandbox, books, member)));
+        }
+    });
+    hands.work(&mut sandbox, Chance::new(seed), DEEDS);
+    println!("{}", hands.account());
+    assert_eq!(hands.faults(), Vec::<String>::new());
+
+    settle(&sandbox, &books);
+    hold_everybody(&mut sandbox, &books);
+    let_everybody_go_on(&sandbox, &members, &books);
+    end_everybody(&sandbox, &members, &books);
+
+    let told = books::events(&sandbox);
+    nobody_is_left(&sandbox, &members, &books);
+    assert!(sandbox.stop_daemon().success(), "the daemon ends in order");
+    books::database_is_whole(&sandbox);
+    books.balance(&sandbox, &members, &told);
+    // A daemon that finds all this has nothing to mend.
+    sandbox.start_daemon();
+    nobody_is_left(&sandbox, &members, &books);
+    assert_eq!(books::events(&sandbox).len(), told.len(), "a start without agents tells nothing");
+}
+
+fn start(sandbox: &Sandbox, books: &Books, member: &Member) {
+    let workspace = scene::furnished(sandbox, member.target.project.as_str());
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/it/chaos/agent.pl");
+    let ledger = books.ledger().to_str().expect("the sandbox has a UTF-8 path");
+    let run = AgentRun {
+        project: member.target.project.clone(),
+        workspace: Some(workspace.text().into()),
+        name: Some(member.name().clone()),
+        argv: ["perl", script, member.kind, ledger].map(String::from).to_vec(),
+        env: [("PATH".to_owned(), std::env::var("PATH").unwrap_or_default())].into(),
+        cwd: None,
+        umask: None,
+        limits: Default::default(),
+        resume_argv: None,
+        profile: None,
+        stop_grace_ms: Some(400),
+        supervision: Default::default(),
+    };
+    // Two hands may want to create the project at once: the one that was late finds it made.
+    let refused = scene::refusal(sandbox.rpc().call(&run)).err();
+    if let Some(refusal) = refused {
+        assert_eq!(refusal.code, Code::ProjectExists, "{}: {refusal:?}", member.target);
+        scene::done(sandbox, &AgentRun { workspace: None, ..run });
+    }
+}
+
+/// Waits until no project is in the middle of anything.
+fn settle(sandbox: &Sandbox, books: &Books) {
+    for number in 0..PROJECTS {
+        let shown = || scene::done(sandbox, &ProjectShow { project: project(number) });
+        wait_until(PATIENCE, &format!("the operations of p{number} to end"), || shown().operation.is_none());
+        let status = shown().project.status;
+        let whole = [ProjectStatus::Active, ProjectStatus::Paused, ProjectStatus::Stopped, ProjectStatus::Completed];
+        assert!(
+            whole.contains(&status)
+                || status == ProjectStatus::Failed && books.members_alive(&project(number)).is_empty(),
+            "p{number} is {status:?} without any operation"
+        );
+    }
+}
+
+/// Pauses every project, and sees that nobody moves: neither under this daemon nor under the next.
+fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
+    for number in 0..PROJECTS {
+        let pause = ProjectPause { project: project(number), reason: None, mode: PauseMode::Freeze, grace_ms: None };
+        let paused = look_for(PATIENCE, || match scene::refusal(sandbox.rpc().call(&pause)) {
+            Ok(_) => Some(()),
+            Err(refusal) => match refusal.code {
+                Code::AlreadyPaused | Code::NothingToPause => Some(()),
+                Code::OperationInProgress => None,
+                _ => panic!("p{number}: {refusal:?}"),
+            },
+        });
+        assert!(paused.is_some(), "p{number} cannot be paused");
+    }
+    for _ in 0..2 {
+        for number in 0..PROJECTS {
+            let alive = books.members_alive(&project(number));
+            let moving = || alive.iter().filter(|&&pid| process::is_alive(pid) && !scene::is_held(pid));
+            // Those who die of what happened before need a moment.
+            wait_until(PATIENCE, &format!("everybody in p{number} to stand still"), || moving().next().is_none());
+        }
+        let before = books.lines();
+        let moved = look_for(STILL, || (books.lines() != before).then_some(()));
+        assert!(moved.is_none(), "somebody writes in a paused project");
+        sandbox.crash_and_restart();
+    }
+}
+
+/// Resumes every project, and sees that everybody moves again.
+fn let_everybody_go_on(sandbox: &Sandbox, members: &[Member], books: &Books) {
+    for number in 0..PROJECTS {
+        let resume = ProjectResume { project: project(number), checkpoint: None };
+        if let Err(refusal) = scene::refusal(sandbox.rpc().call(&resume)) {
+            assert_eq!(refusal.code, Code::NotPaused, "p{number}: {refusal:?}");
+        }
+    }
+    // Somebody must be left, or all that follows says nothing.
+    let running = sandbox.agents().iter().filter(|agent| agent.pid.is_some()).count();
+    assert!(running >= AGENTS / 10, "only {running} agents have outlived the chaos");
+    let before = books.lines();
+    let alive: BTreeSet<i32> = (0..PROJECTS).flat_map(|number| books.members_alive(&project(number))).collect();
+    let stuck = || {
+        let now = books.lines();
+        let stands =
+            |pid: &i32| before.iter().any(|line| line.pid == *pid && line.writer != "stopped" && now.contains(line));
+        alive.iter().copied().filter(|pid| process::is_alive(*pid) && stands(pid)).collect::<Vec<_>>()
+    };
+    wait_until(PATIENCE, "everybody who lives to write on", || stuck().is_empty());
+    for agent in sandbox.agents() {
+        let runs = agent.status.as_str() == "running";
+        assert!(runs == agent.pid.is_some() && (runs || agent.status.is_terminal()), "{agent:?}");
+    }
+    assert_eq!(sandbox.agents().len(), members.len());
+}
+
+/// Kills those who do not listen, and asks the others to end: they all have the time to.
+fn end_everybody(sandbox: &Sandbox, members: &[Member], books: &Books) {
+    let over = [Code::AgentNotRunning];
+    for member in members.iter().filter(|member| member.kind == "deaf") {
+        books.ordered_end(&member.target);
+        let killed = scene::refusal(sandbox.rpc().call(&AgentKill { target: member.target.clone(), signal: None }));
+        assert!(killed.as_ref().err().is_none_or(|refusal| over.contains(&refusal.code)), "{killed:?}");
+    }
+    for number in 0..PROJECTS {
+        let target = Target { project: project(number), agent: None };
+        let grace_ms = u64::try_from(PATIENCE.as_millis()).ok();
+        let stopped = scene::refusal(sandbox.rpc().call(&AgentStop { target, grace_ms }));
+        assert!(stopped.as_ref().err().is_none_or(|refusal| over.contains(&refusal.code)), "{stopped:?}");
+    }
+    // A restart that was refused or lost in the chaos is no excuse: everybody can be brought back.
+    let one = &members[0].target;
+    books.ordered_end(one);
+    scene::done(sandbox, &AgentRestart { target: one.clone() });
+    scene::done(sandbox, &AgentStop { target: one.clone(), grace_ms: u64::try_from(PATIENCE.as_millis()).ok() });
+}
+
+/// Looks for processes, groups and sockets, and at what the daemon says of everybody.
+fn nobody_is_left(sandbox: &Sandbox, members: &[Member], books: &Books) {
+    let agents = sandbox.agents();
+    assert_eq!(agents.len(), members.len());
+    for agent in agents {
+        let (status, pid) = (agent.status, agent.pid);
+        assert!(status.is_terminal() && pid.is_none(), "{}/{} is {status} with pid {pid:?}", agent.project, agent.name);
+    }
+    for number in 0..PROJECTS {
+        assert_eq!(books.members_alive(&project(number)), Vec::<i32>::new(), "p{number} has left processes behind");
+        let shown = scene::done(sandbox, &ProjectShow { project: project(number) });
+        assert_eq!(shown.operation, None);
+        assert!(
+            [ProjectStatus::Stopped, ProjectStatus::Completed, ProjectStatus::Failed].contains(&shown.project.status)
+                || shown.project.status == ProjectStatus::Active,
+            "p{number} is {:?}",
+            shown.project.status
+        );
+    }
+    // Shims end a moment after they have told the end of their agents.
+    let rest = || {
+        let daemon = sandbox.daemon_pid();
+        let mut rest = sandbox.daemon_group().unwrap_or_default();
+        rest.retain(|&pid| pid != daemon && process::is_alive(pid));
+        rest
+    };
+    wait_until(PATIENCE, "the last shims to end", || rest().is_empty());
+    if let Some(groups) = sandbox.agent_groups() {
+        assert_eq!(groups, Vec::<std::path::PathBuf>::new(), "groups are left");
+    }
+    let sockets = std::fs::read_dir(sandbox.path().join("r/shims")).expect("list the shims' sockets");
+    let sockets: Vec<_> = sockets.flatten().map(|entry| entry.file_name()).collect();
+    assert_eq!(sockets, Vec::<std::ffi::OsString>::new(), "sockets of shims are left");
+}
