@@ -106,45 +106,6 @@ fn a_shim_that_somebody_has_stopped_is_continued_and_its_agent_stays() {
 }
 
 #[test]
-fn a_shim_that_cannot_be_brought_to_answer_is_ended_and_its_agent_interrupted() {
-    let mut sandbox = Sandbox::builder().config("[agents]\nshim_patience_ms = 500\n").start();
-    for name in ["up", "down"] {
-        run_agent(&sandbox, name, &format!("echo $$ > pid.{name}; setsid sleep 1000 & wait"));
-    }
-    let pids = ["up", "down"].map(|name| wait_for_pid(&sandbox, &format!("pid.{name}")));
-    let shims = ["up", "down"].map(|name| shim_pid(&sandbox, name));
-    let insist = |shim: i32| {
-        std::thread::spawn(move || {
-            // Until it is gone; it is nobody's child here, so its pid is soon free.
-            while process::is_alive(shim) && kill(Pid::from_raw(shim), Signal::SIGSTOP).is_ok() {
-                std::thread::yield_now();
-            }
-        })
-    };
-    let insisting = insist(shims[0]);
-    // Stopped and continued in turns it may answer one request, but not all.
-    wait_until(SOON, "the shim to be given up", || {
-        sandbox.ctl_output(&["kill", "-s", "URG", "web/up"]);
-        agent(&sandbox, "up").status == AgentStatus::Interrupted
-    });
-    insisting.join().expect("it ends with the shim");
-    wait_for_end(pids[0]);
-    sandbox.kill_daemon();
-    let insisting = insist(shims[1]);
-    sandbox.start_daemon();
-    wait_until(SOON, "the other one to be given up", || {
-        sandbox.ctl_output(&["kill", "-s", "URG", "web/down"]);
-        agent(&sandbox, "down").status == AgentStatus::Interrupted
-    });
-    insisting.join().expect("it ends with the shim");
-    wait_for_end(pids[1]);
-    for name in ["up", "down"] {
-        let detail = agent(&sandbox, name).detail.expect("it says why");
-        assert!(detail.contains("could not be reached and was ended"), "{detail}");
-    }
-}
-
-#[test]
 fn a_socket_that_was_removed_costs_no_agent() {
     let mut sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
