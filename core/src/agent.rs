@@ -127,6 +127,9 @@ pub struct Run {
     pub suspended_at: Option<UnixMillis>,
     /// How and when it ended.
     pub ended: Option<RunEnd>,
+    /// Why its shim cannot be spoken to, where that is so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unreachable: Option<String>,
     /// Why it began.
     #[serde(default = "asked_for")]
     pub cause: StartCause,

@@ -49,7 +49,6 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
         | Event::PauseWithheld { .. }
-        | Event::AgentAdopted { .. }
         | Event::AgentTyped { .. }
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
@@ -76,6 +75,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::AgentCreated { .. }
         | Event::AgentStarting { .. }
         | Event::AgentStarted { .. }
+        | Event::AgentAdopted { .. }
+        | Event::AgentUnreachable { .. }
         | Event::AgentLaunchFailed { .. }
         | Event::AgentStopping { .. }
         | Event::AgentExited { .. }
@@ -93,6 +94,11 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentBackoff { .. }
         | Event::AgentGivenUp { .. }
         | Event::AgentUsed { .. } => agents::apply(project, event, at),
+        Event::AgentFreezeBroken { agent, times, .. } => {
+            if let ProjectState::Paused(paused) = Arc::make_mut(&mut project.state) {
+                *paused.breaks.entry(agent.clone()).or_default() += times;
+            }
+        }
         Event::TaskChanged { task } => {
             project.counters.task = project.counters.task.max(task.id);
             if let Some(agent) = &task.agent {
@@ -189,6 +195,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 cause: result.cause,
                 reason: checkpoint.pause_reason.clone(),
                 restored: None,
+                breaks: Default::default(),
             })));
         }
         Event::PauseFailed { .. } => {

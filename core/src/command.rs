@@ -146,6 +146,26 @@ pub enum Command {
         /// How many bytes.
         bytes: u64,
     },
+    /// The shim of a run cannot be spoken to, and its agent runs on.
+    Unreachable {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Why.
+        detail: String,
+    },
+    /// A frozen run ran although nobody had let it.
+    FreezeBroken {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// How often since this was told last.
+        times: u64,
+        /// What happened.
+        detail: String,
+    },
     /// An agent reports progress.
     Progress {
         /// The agent.

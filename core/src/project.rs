@@ -151,6 +151,9 @@ pub struct Paused {
     pub reason: Option<String>,
     /// The checkpoint restored since: old files under a newer memory, so no thaw.
     pub restored: Option<CheckpointNumber>,
+    /// How often an agent ran in this pause although nobody had let it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub breaks: BTreeMap<AgentName, u64>,
 }
 
 /// A resume under way; after a crash it is rolled forward.

@@ -46,12 +46,10 @@ pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
                 let names: Vec<String> = waits_for.iter().map(AgentName::to_string).collect();
                 Some(format!("waits for {}", names.join(", "))).filter(|_| !names.is_empty())
             }
-            AgentState::Starting
-            | AgentState::Running
-            | AgentState::Held(_)
-            | AgentState::Stopping(_)
-            | AgentState::Ended(_)
-            | AgentState::TimedOut => None,
+            AgentState::Starting | AgentState::Running | AgentState::Held(_) | AgentState::Stopping(_) => {
+                run.and_then(|run| run.unreachable.clone())
+            }
+            AgentState::Ended(_) | AgentState::TimedOut => None,
         },
         mechanism: processes.map(|p| p.mechanism),
         ready: agent.state == AgentState::Running && run.is_some_and(|run| run.ready_at.is_some()),
@@ -96,7 +94,13 @@ fn pause(paused: &Paused) -> PauseView {
         cause: paused.cause,
         reason: paused.reason.clone(),
         restored: paused.restored,
+        warnings: paused.breaks.iter().map(|(agent, times)| ran(agent, *times)).collect(),
     }
+}
+
+fn ran(agent: &AgentName, times: u64) -> String {
+    let often = if times == 1 { "for a moment".to_owned() } else { format!("{times} times for a moment") };
+    format!("agent '{agent}' ran {often} although it is paused; it was frozen again")
 }
 
 /// Shows a project.

@@ -5,14 +5,15 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fermata_core::Project;
+use fermata_core::agent::{Agent, Run};
 use fermata_core::command::{AfterEnd, Command, Observed, Respawn};
-use fermata_protocol::AgentName;
 use fermata_protocol::agent::AgentStatus;
+use fermata_protocol::{AgentName, RunId};
 
 use crate::errors::Failure;
-use crate::project::{Actor, Adopted, NewToken, Projects, new_run, observe};
+use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe};
 use crate::services::Services;
-use crate::steps::{launch, leftovers, session, side_by_side};
+use crate::steps::{Site, launch, leftovers, session, side_by_side};
 use crate::store::rows;
 
 /// Brings every stored project back to life; returns what a person should know.
@@ -59,21 +60,22 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
         report.push(format!("{name}: {failure}"));
     }
     leftovers::sweep_aside(&site.dirs().agents());
-    for agent in site.project.agents.values() {
-        let Some(run) = &agent.run else { continue };
-        if let Err(failure) = launch::end_older_runs(&site, &agent.name, &run.id).await {
-            report.push(format!("{name}/{}: {failure}", agent.name));
-        }
-    }
     let mut observed = BTreeMap::new();
     let mut adopted = Vec::new();
-    for agent in site.project.alive_agents() {
-        let Some(run) = &agent.run else { continue };
-        let found = observe(site.dirs().run(&agent.name, &run.id), &services.boot_id).await;
-        if let Some((link, events)) = found.link {
-            adopted.push(Adopted { agent: agent.name.clone(), run: run.id.clone(), link, events });
+    for (agent, run, seen) in side_by_side(looks(&site)).await {
+        match seen {
+            Ok(Some(found)) => {
+                if let Some(why) = &found.unreachable {
+                    report.push(format!("{name}/{agent}: it runs on, but cannot be reached: {why}"));
+                }
+                if matches!(found.observed, Observed::Alive(_)) {
+                    adopted.push(Adopted { agent: agent.clone(), run, link: found.link });
+                }
+                observed.insert(agent, found.observed);
+            }
+            Ok(None) => {}
+            Err(failure) => report.push(format!("{name}/{agent}: {failure}")),
         }
-        observed.insert(agent.name.clone(), found.observed);
     }
     if !adopted.is_empty() {
         report.push(format!("{name}: agents adopted: {}", adopted.len()));
@@ -97,6 +99,33 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
     }
     projects.start(actor, handle);
     report
+}
+
+type Look = (AgentName, RunId, Result<Option<Found>, Failure>);
+
+/// Looks at every agent: ends what is left of its older runs, and finds out what has become of the
+/// one that should be alive.
+fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
+    let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run.clone()?)));
+    let look = |(agent, run): (Arc<Agent>, Run)| {
+        let site = site.clone();
+        async move {
+            let ended = launch::end_older_runs(&site, &agent.name, &run.id).await;
+            let seen = if agent.is_alive() {
+                let run_dir = site.dirs().run(&agent.name, &run.id);
+                let found = observe(run_dir, &site.services.boot_id, site.services.shim_patience()).await;
+                if let Err(failure) = ended {
+                    // What lives is worth more than what is left of the past.
+                    tracing::error!(project = %site.project.name, agent = %agent.name, %failure, "at the start");
+                }
+                Ok(Some(found))
+            } else {
+                ended.map(|()| None)
+            };
+            (agent.name.clone(), run.id, seen)
+        }
+    };
+    runs.map(look).collect()
 }
 
 /// What happened to agents that run no more, without anything that recovery would decide about it.

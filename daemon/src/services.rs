@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use fermata_core::redact::Secrets;
 use fermata_core::score::{ItemTypeKey, Weights};
@@ -158,6 +159,11 @@ impl Services {
     /// Returns the directories of a project.
     pub fn project_dirs(&self, project: &ProjectName) -> ProjectDirs {
         ProjectDirs { root: self.paths.state.join("projects").join(project.as_str()) }
+    }
+
+    /// Returns how long a shim that lives may go without an answer.
+    pub fn shim_patience(&self) -> Duration {
+        Duration::from_millis(self.settings().agents.shim_patience_ms)
     }
 
     /// Returns where the shim of a run listens.

@@ -142,6 +142,30 @@ pub enum Event {
         /// The run.
         run: RunId,
     },
+    /// The shim of a running agent cannot be spoken to, for instance because it is of another version:
+    /// the agent runs on, but can only be ended.
+    #[serde(rename = "agent.unreachable")]
+    AgentUnreachable {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Why.
+        detail: String,
+    },
+    /// A frozen agent ran although nobody had let it: somebody else continued it, or its lease was
+    /// over too soon. A pause that was under way has failed; one that was committed holds it again.
+    #[serde(rename = "agent.freeze_broken")]
+    AgentFreezeBroken {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// How often since this was told last.
+        times: u64,
+        /// What happened.
+        detail: String,
+    },
     /// A stop of an agent began.
     #[serde(rename = "agent.stopping")]
     AgentStopping {

@@ -233,6 +233,9 @@ pub struct PauseView {
     /// The checkpoint that was restored since; a thaw is then impossible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored: Option<CheckpointNumber>,
+    /// What a person should know of it, for instance that somebody else continued an agent.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 /// A project as `project.list` shows it.

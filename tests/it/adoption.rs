@@ -252,3 +252,85 @@ fn a_shim_that_is_killed_while_its_agent_is_resumed_is_told_once_and_leaves_no_p
         sandbox.ctl(&["restart", "web/a"]);
     }
 }
+
+/// Starts agents side by side that count lines until they are told to stop, and end with a code that
+/// tells them apart.
+fn counting(sandbox: &Sandbox, names: &[String]) {
+    let workspace = web(sandbox);
+    sandbox.ctl(&["project", "create", "web", "-w", workspace.text()]);
+    std::thread::scope(|scope| {
+        for names in names.chunks(names.len().div_ceil(8)) {
+            scope.spawn(move || {
+                for name in names {
+                    let number: u32 = name.trim_start_matches('a').parse().expect("a number");
+                    let script = format!(
+                        "echo $$ > pid.{name}; i=0; while [ ! -e stop.{} ] && [ ! -e stop ]; do i=$((i+1)); \
+                         echo line $i; sleep 0.05; done; echo end $i; exit {}",
+                        number % 2,
+                        number % 7
+                    );
+                    run_agent(sandbox, name, &script);
+                }
+            });
+        }
+    });
+    for name in names {
+        wait_for_pid(sandbox, &format!("pid.{name}"));
+    }
+}
+
+#[test]
+fn sixty_agents_are_adopted_side_by_side_and_miss_no_line_and_no_exit_code() {
+    let mut sandbox = Sandbox::start();
+    let names: Vec<String> = (0..60).map(|number| format!("a{number}")).collect();
+    counting(&sandbox, &names);
+    let before = sandbox.agents();
+    sandbox.kill_daemon();
+    // Every other one ends while nobody looks.
+    web(&sandbox).write("stop.1", "");
+    for agent in before.iter().filter(|agent| is_odd(agent.name.as_str())) {
+        wait_for_end(agent.pid.expect("it ran"));
+    }
+    sandbox.start_daemon();
+    for (was, is) in before.iter().zip(sandbox.agents()) {
+        assert_eq!((&was.name, is.runs), (&is.name, 1));
+        if !is_odd(is.name.as_str()) {
+            assert_eq!((is.status, is.pid), (AgentStatus::Running, was.pid), "{}", is.name);
+        }
+    }
+    web(&sandbox).write("stop", "");
+    for name in &names {
+        let number: i32 = name.trim_start_matches('a').parse().expect("a number");
+        wait_until(SOON, "its end", || agent(&sandbox, name).status.is_terminal());
+        assert_eq!(agent(&sandbox, name).exit, Some(ExitStatus::Code(number % 7)), "{name}");
+        let text = sandbox.ctl(&["logs", &format!("web/{name}")]);
+        let lines: Vec<&str> = text.lines().collect();
+        let count = lines.len() - 1;
+        assert!(
+            lines[..count].iter().enumerate().all(|(at, line)| **line == format!("line {}", at + 1)),
+            "{name}: a gap"
+        );
+        assert_eq!(lines[count], format!("end {count}"), "{name}");
+    }
+}
+
+fn is_odd(name: &str) -> bool {
+    name.trim_start_matches('a').parse::<u32>().expect("a number") % 2 == 1
+}
+
+#[test]
+#[ignore = "a figure and no verdict: cargo test --release -p fermata-tests --test it -- --ignored --nocapture five_hundred"]
+fn five_hundred_agents_are_ready_again_within() {
+    let mut sandbox = Sandbox::start();
+    let names: Vec<String> = (0..500).map(|number| format!("a{number}")).collect();
+    counting(&sandbox, &names);
+    for round in 0..3 {
+        sandbox.kill_daemon();
+        let start = std::time::Instant::now();
+        sandbox.start_daemon();
+        let greeted = start.elapsed();
+        let running = sandbox.agents().iter().filter(|agent| agent.status == AgentStatus::Running).count();
+        println!("round {round}: greets after {greeted:?}, {running} agents adopted after {:?}", start.elapsed());
+        assert_eq!(running, names.len());
+    }
+}

@@ -29,6 +29,7 @@ mod roles;
 mod run;
 mod scene;
 mod send;
+mod shims;
 mod signals;
 mod stop;
 mod up;

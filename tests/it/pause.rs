@@ -433,3 +433,66 @@ fn a_pause_by_the_agent_itself_is_answered_after_the_resume() {
     assert!(resume(&sandbox).expect("resume").success);
     ticker.runs(Duration::from_secs(5));
 }
+
+/// Continues every process of the tree, as anybody of the same user can.
+fn continue_all(pid: i32) {
+    for pid in process::tree(pid) {
+        // One that has ended needs it no more.
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGCONT).ok();
+    }
+}
+
+fn broken(sandbox: &Sandbox) -> usize {
+    sandbox.ctl_rows(&["events", "-p", "web"]).iter().filter(|event| event["kind"] == "agent.freeze_broken").count()
+}
+
+#[test]
+fn a_stray_sigcont_to_a_paused_project_is_undone_and_told() {
+    let sandbox = bed(BY_SIGNALS);
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    continue_all(the_agent(&sandbox).pid.expect("it runs"));
+    let warnings = || show(&sandbox).project.pause.expect("it is paused").warnings;
+    wait_until(SOON, "the status to warn", || !warnings().is_empty());
+    [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")].iter().for_each(Ticker::stands_still);
+    assert!(warnings()[0].contains("agent 'worker' ran"), "{:?}", warnings());
+    assert!(broken(&sandbox) >= 1);
+    let said = sandbox.ctl_output(&["status", "web"]);
+    assert!(String::from_utf8_lossy(&said.stderr).contains("agent 'worker' ran"), "{said:?}");
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_stray_sigcont_to_a_paused_project_does_nothing_to_a_group() {
+    let sandbox = bed(BY_GROUP);
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
+    let paused = pause(&sandbox, PauseMode::Freeze).expect("pause");
+    if paused.mechanism == Mechanism::Signals {
+        return;
+    }
+    continue_all(the_agent(&sandbox).pid.expect("it runs"));
+    [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")].iter().for_each(Ticker::stands_still);
+    assert_eq!((broken(&sandbox), show(&sandbox).project.pause.expect("it is paused").warnings), (0, Vec::new()));
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn a_pause_whose_freeze_somebody_else_breaks_fails_and_says_so() {
+    let sandbox = Sandbox::builder().config(BY_SIGNALS).env("FERMATA_FAILPOINT", "checkpoint.captured=stop").start();
+    let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    let refusal = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        continue_all(pid);
+        sandbox.signal_daemon(nix::sys::signal::Signal::SIGCONT);
+        pausing.join().expect("an answer").expect_err("somebody ran while the workspace was read")
+    });
+    assert_eq!(refusal.code, Code::PauseFailed);
+    assert!(refusal.message.contains("somebody else has continued it"), "{refusal:?}");
+    is_untouched(&sandbox, &ticker, &[]);
+    pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
+    ticker.stands_still();
+}

@@ -230,24 +230,35 @@ errors! {
     error_while_undoing: "checkpoint.sealed@2=error,undo.thaw=error,undo.discard=error,pause.undone=error";
 }
 
-#[test]
-fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease() {
-    stands_still_in_mid_pause(BY_GROUP, "checkpoint.sealed@2=stop");
+// What is passed before the commit: a daemon that wakes up after the lease must not commit.
+macro_rules! stands_still {
+    ($($name:ident: $in_a_group:literal, $by_signals:literal;)*) => {
+        $(mod $name {
+            use super::*;
+
+            #[test]
+            fn agents_of_a_daemon_that_stands_still_here_run_again_within_the_lease_in_a_group() {
+                stands_still_in_mid_pause(BY_GROUP, $in_a_group);
+            }
+
+            #[test]
+            fn agents_of_a_daemon_that_stands_still_here_run_again_within_the_lease_by_signals() {
+                stands_still_in_mid_pause(BY_SIGNALS, $by_signals);
+            }
+        })*
+    };
 }
 
-#[test]
-fn agents_of_a_daemon_that_stands_still_in_mid_pause_run_again_within_the_lease_by_signals() {
-    stands_still_in_mid_pause(BY_SIGNALS, "checkpoint.sealed@2=stop");
-}
-
-#[test]
-fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease() {
-    stands_still_in_mid_pause(BY_GROUP, "pause.frozen@2=stop");
-}
-
-#[test]
-fn agents_of_a_daemon_that_stands_still_right_after_the_freeze_run_again_within_the_lease_by_signals() {
-    stands_still_in_mid_pause(BY_SIGNALS, "pause.frozen=stop");
+stands_still! {
+    still_at_quiesced: "pause.quiesced=stop", "pause.quiesced=stop";
+    still_at_frozen: "pause.frozen@2=stop", "pause.frozen=stop";
+    still_at_plan_flash_save: "pause.plan_flash_save=stop", "pause.plan_flash_save=stop";
+    still_at_checkpoint_begin: "checkpoint.begin@2=stop", "checkpoint.begin@2=stop";
+    still_at_captured: "checkpoint.captured@2=stop", "checkpoint.captured@2=stop";
+    still_at_ref_before: "history.ref.before@2=stop", "history.ref.before@2=stop";
+    still_at_sealed: "checkpoint.sealed@2=stop", "checkpoint.sealed@2=stop";
+    // After the proof that nobody has run.
+    still_at_commit: "pause.commit=stop", "pause.commit=stop";
 }
 
 fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
@@ -258,13 +269,47 @@ fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
         wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
         ticker.runs(LEASE + AFTER_LEASE);
         sandbox.signal_daemon(Signal::SIGCONT);
-        pausing.join().expect("an answer").expect_err("a freeze that has ended proves nothing")
+        pausing.join().expect("an answer")
     });
-    is_failure(&refusal);
-    settled(&sandbox);
-    is_untouched(&sandbox, &ticker, &[1]);
-    pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
+    // Before the freeze the lease is only that of the quiesce: then it is made good by the freeze.
+    if failpoint.starts_with("pause.quiesced") {
+        refusal.expect("a pause that froze nobody yet goes on");
+    } else {
+        is_failure(&refusal.expect_err("a freeze that has ended proves nothing"));
+        settled(&sandbox);
+        is_untouched(&sandbox, &ticker, &[1]);
+        pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
+    }
     ticker.stands_still();
+}
+
+/// Stands still after the commit and before the freeze is made permanent: paused stays paused, but it
+/// is told that the agents ran.
+fn stands_still_before_the_hold(freezer: &str) {
+    let sandbox = bed(freezer, "pause.committed=stop");
+    let ticker = start(&sandbox);
+    std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        ticker.runs(LEASE + AFTER_LEASE);
+        sandbox.signal_daemon(Signal::SIGCONT);
+        pausing.join().expect("an answer").expect("it was committed");
+    });
+    ticker.stands_still();
+    let warnings = || show(&sandbox).project.pause.expect("it is paused").warnings;
+    wait_until(SOON, "the break to be told", || warnings().iter().any(|text| text.contains("ran for a moment")));
+    assert!(resume(&sandbox).expect("resume").success);
+    ticker.runs(SOON);
+}
+
+#[test]
+fn agents_that_ran_between_commit_and_hold_are_held_again_and_that_is_told_in_a_group() {
+    stands_still_before_the_hold(BY_GROUP);
+}
+
+#[test]
+fn agents_that_ran_between_commit_and_hold_are_held_again_and_that_is_told_by_signals() {
+    stands_still_before_the_hold(BY_SIGNALS);
 }
 
 #[test]

@@ -103,3 +103,47 @@ fn a_whole_project_is_stopped_at_once() {
     assert!(sandbox.agents().iter().all(|agent| agent.status == AgentStatus::Exited));
     assert!(sandbox.ctl_rows(&["stop", "web"]).is_empty(), "nothing is left to stop");
 }
+
+/// Ends one of two agents while the workspace is being read under the freeze of both.
+fn ended_in_mid_pause(config: &str, how: &[&str]) {
+    let sandbox = Sandbox::builder().config(config).start();
+    run_agent(&sandbox, "a", "trap 'echo > said.goodbye; exit 0' TERM; echo $$ > pid.a; while :; do sleep 0.05; done");
+    run_agent(&sandbox, "b", "echo $$ > pid.b; while :; do sleep 0.05; done");
+    let pids = ["pid.a", "pid.b"].map(|file| wait_for_pid(&sandbox, file));
+    for n in 0..3_000 {
+        web(&sandbox).write(&format!("many/{}/{n}.txt", n % 10), format!("{n}\n"));
+    }
+    let paused = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| crate::scene::pause(&sandbox, fermata_protocol::pause::PauseMode::Freeze));
+        crate::scene::step_is(&sandbox, "checkpoint");
+        sandbox.ctl(how);
+        pausing.join().expect("an answer")
+    });
+    wait_for_end(pids[0]);
+    assert!(agent(&sandbox, "a").status.is_terminal());
+    // Either it was thawed and the pause says so, or the pause was through already, or nobody ran.
+    match paused {
+        Err(refusal) => {
+            assert!(refusal.message.contains("agent 'a' was stopped while"), "{refusal:?}");
+            assert_eq!(how[0], "stop");
+            crate::scene::settled(&sandbox);
+            assert_eq!(agent(&sandbox, "b").status, AgentStatus::Running);
+        }
+        Ok(_) => {
+            assert_eq!(agent(&sandbox, "b").status, AgentStatus::Paused);
+            sandbox.ctl(&["resume", "web"]);
+        }
+    }
+    assert_eq!(web(&sandbox).has("said.goodbye"), how[0] == "stop");
+    assert!(process::is_alive(pids[1]));
+}
+
+#[test]
+fn an_agent_that_is_stopped_in_mid_pause_hears_the_sigterm_and_the_pause_does_not_claim_that_nobody_ran() {
+    MECHANISMS.iter().for_each(|config| ended_in_mid_pause(config, &["stop", "web/a"]));
+}
+
+#[test]
+fn an_agent_that_is_killed_in_mid_pause_runs_no_more() {
+    MECHANISMS.iter().for_each(|config| ended_in_mid_pause(config, &["kill", "web/a"]));
+}

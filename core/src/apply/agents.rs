@@ -63,6 +63,7 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                     ready_at: None,
                     stale_at: None,
                     ending: None,
+                    unreachable: None,
                 });
             });
             begin_work(project);
@@ -125,6 +126,10 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 };
             });
             settle(project);
+        }
+        Event::AgentAdopted { .. } => change(project, &name, |agent| set_unreachable(agent, None)),
+        Event::AgentUnreachable { detail, .. } => {
+            change(project, &name, |agent| set_unreachable(agent, Some(detail.clone())));
         }
         Event::AgentLaunchFailed { reason, .. } => {
             end(project, &name, RunEnd { exit: None, at }, AgentState::Failed { detail: Some(reason.clone()) });
@@ -220,12 +225,19 @@ pub(super) fn change(project: &mut Project, name: &AgentName, with: impl FnOnce(
     }
 }
 
+fn set_unreachable(agent: &mut Agent, why: Option<String>) {
+    if let Some(run) = &mut agent.run {
+        run.unreachable = why;
+    }
+}
+
 fn end(project: &mut Project, name: &AgentName, end: RunEnd, state: AgentState) {
     change(project, name, |agent| {
         agent.state = state;
         if let Some(run) = &mut agent.run {
             run.processes = None;
             run.stand_still(end.at);
+            run.unreachable = None;
             run.ended = Some(end);
         }
     });

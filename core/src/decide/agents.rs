@@ -10,7 +10,7 @@ use super::{agent, lifecycle, refuse_while_moving};
 use crate::agent::{AfterStop, Agent, AgentState, Held};
 use crate::apply::parks;
 use crate::command::{AfterEnd, Decision, Effect, NewRun};
-use crate::project::{Project, ProjectState};
+use crate::project::{Course, PauseStep, Project, ProjectState};
 use crate::restart::End;
 
 pub(super) fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
@@ -75,6 +75,7 @@ pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decisio
 
 /// Ends agents, with the grace that each is given, or without any.
 fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Option<u64>) -> Result<Decision, Refusal> {
+    let mut let_go = None;
     let mut decision = Decision::default();
     for agent in aimed(project, name.as_ref())? {
         if !agent.is_alive() && agent.state != AgentState::Held(Held::Parked) {
@@ -90,10 +91,26 @@ fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Opt
             (AgentState::Starting, _) => {}
             // A grace thaws, and old memory must not run over restored files.
             (_, Some(grace_ms)) if !files_are_older(project) => {
+                let_go.get_or_insert(name.clone());
                 decision.effects.push(Effect::Stop { agent: name, run, grace_ms });
             }
             _ => decision.effects.push(Effect::Kill { agent: name, run }),
         }
+    }
+    if let Some(name) = let_go
+        && let ProjectState::Pausing(run) = &*project.state
+        && run.course == Course::Forward
+        && matches!(run.step, PauseStep::Freeze | PauseStep::PlanFlashSave | PauseStep::Checkpoint)
+    {
+        // It is thawed to hear its SIGTERM, and so it runs while the workspace is read.
+        let error = Refusal::new(
+            Code::PauseFailed,
+            format!("agent '{name}' was stopped while project '{}' was being paused", project.name),
+        )
+        .hint(format!("fermatactl pause {}", project.name));
+        let undo = super::pause::undo(project, run, error.into());
+        decision.events.extend(undo.events);
+        decision.effects.extend(undo.effects);
     }
     Ok(decision)
 }
@@ -270,6 +287,23 @@ pub(super) fn run_lost(
             Decision::events(events)
         }
         _ => Decision::default(),
+    }
+}
+
+pub(super) fn unreachable(project: &Project, name: AgentName, run: RunId, detail: String) -> Decision {
+    let known = |agent: &Arc<Agent>| agent.run.as_ref().is_some_and(|run| run.unreachable.as_ref() == Some(&detail));
+    if is_current(project, &name, &run) && !project.agents.get(&name).is_some_and(known) {
+        Decision::events(vec![Event::AgentUnreachable { agent: name, run, detail }])
+    } else {
+        Decision::default()
+    }
+}
+
+pub(super) fn freeze_broken(project: &Project, name: AgentName, run: RunId, times: u64, detail: String) -> Decision {
+    if is_current(project, &name, &run) {
+        Decision::events(vec![Event::AgentFreezeBroken { agent: name, run, times, detail }])
+    } else {
+        Decision::default()
     }
 }
 

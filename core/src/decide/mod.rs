@@ -52,6 +52,10 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Typed { agent, run, by, bytes } => {
             Ok(Decision::events(vec![Event::AgentTyped { agent, run, by, bytes }]))
         }
+        Command::Unreachable { agent, run, detail } => Ok(agents::unreachable(project, agent, run, detail)),
+        Command::FreezeBroken { agent, run, times, detail } => {
+            Ok(agents::freeze_broken(project, agent, run, times, detail))
+        }
         Command::Progress { agent, progress, phase } => reports::progress(project, agent, progress, phase),
         Command::Use { agent, usage } => reports::usage(project, agent, usage),
         Command::SaveState { agent, bytes } => reports::save_state(project, agent, bytes),

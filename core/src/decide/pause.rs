@@ -150,7 +150,7 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
     if parks(run.mode) { decision.then(Effect::Park { runs }) } else { decision }
 }
 
-fn undo(project: &Project, run: &PauseRun, error: ErrorObject) -> Decision {
+pub(super) fn undo(project: &Project, run: &PauseRun, error: ErrorObject) -> Decision {
     let event = Event::OperationUndoing { operation: run.operation.clone(), step: run.step.as_str().into(), error };
     Decision::events(vec![event]).then(undo_effect(project, run))
 }

@@ -253,7 +253,8 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         let detail = agent.detail.as_ref()?;
         Some(format!("{}: {detail}", target_of(agent)))
     });
-    out.warnings(&details.collect::<Vec<_>>())?;
+    let pause = project.pause.iter().flat_map(|pause| pause.warnings.iter().cloned());
+    out.warnings(&details.chain(pause).collect::<Vec<_>>())?;
     if project.open_questions > 0 {
         note(&format!("{} open question(s): fermatactl inbox {}", project.open_questions, project.name));
     }

@@ -6,6 +6,7 @@
 pub mod cgroup;
 pub mod clock;
 pub mod controllers;
+pub mod death;
 pub mod fsync;
 pub mod limits;
 pub mod lock;

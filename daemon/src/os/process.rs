@@ -53,6 +53,8 @@ pub struct Stat {
     pub pgid: i32,
     /// Its session.
     pub session: i32,
+    /// How many threads it has, those that have ended and were not yet cleared away included.
+    pub threads: u32,
 }
 
 impl Stat {
@@ -60,7 +62,7 @@ impl Stat {
     pub fn state(&self) -> RunState {
         match self.letter {
             b'T' | b't' => RunState::Stopped,
-            b'Z' | b'X' | b'x' => RunState::Dead,
+            letter if is_dead(letter) => RunState::Dead,
             _ => RunState::Live,
         }
     }
@@ -77,20 +79,73 @@ impl Stat {
         let ppid = fields.next()?.parse().ok()?;
         let pgid = fields.next()?.parse().ok()?;
         let session = fields.next()?.parse().ok()?;
-        // The state is field 3, the session field 6, the start time field 22.
-        let start_time_ticks = fields.nth(15)?.parse().ok()?;
-        Some(Self { id: ProcessId { pid, start_time_ticks }, letter, ppid, pgid, session })
+        // The state is field 3, the session field 6, the threads field 20, the start time field 22.
+        let threads = fields.nth(13)?.parse().ok()?;
+        let start_time_ticks = fields.nth(1)?.parse().ok()?;
+        Some(Self { id: ProcessId { pid, start_time_ticks }, letter, ppid, pgid, session, threads })
     }
 }
 
 /// Reads the state of a process; `None` when there is none with that pid.
 pub fn stat(pid: i32) -> io::Result<Option<Stat>> {
     match fs::read(format!("/proc/{pid}/stat")) {
-        Ok(line) => Stat::parse(&line)
-            .map(Some)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat"))),
+        Ok(line) => {
+            let broken = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat"));
+            let mut stat = Stat::parse(&line).ok_or_else(broken)?;
+            // A process whose first thread has ended looks like a zombie while the others run on.
+            if stat.letter == b'Z' && stat.threads > 1 {
+                stat.letter = thread_letters(pid)?.into_iter().find(|letter| !is_dead(*letter)).unwrap_or(b'Z');
+            }
+            Ok(Some(stat))
+        }
         Err(error) if is_gone(&error) => Ok(None),
         Err(error) => Err(error),
+    }
+}
+
+/// The state letters of all threads of a process.
+fn thread_letters(pid: i32) -> io::Result<Vec<u8>> {
+    let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
+        Ok(tasks) => tasks,
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let letter = |task: fs::DirEntry| Stat::parse(&fs::read(task.path().join("stat")).ok()?).map(|stat| stat.letter);
+    Ok(tasks.flatten().filter_map(letter).collect())
+}
+
+/// Whether every thread of a process stands still. The letter of the process is only that of its
+/// first thread, and the others may take a moment longer to obey SIGSTOP.
+pub fn all_threads_stand(pid: i32) -> io::Result<bool> {
+    Ok(thread_letters(pid)?.into_iter().all(|letter| is_dead(letter) || matches!(letter, b'T' | b't')))
+}
+
+fn is_dead(letter: u8) -> bool {
+    matches!(letter, b'Z' | b'X' | b'x')
+}
+
+/// How much a process has run: a process that shows the same twice has not run in between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ran {
+    /// Time on a processor, nanoseconds.
+    pub ns: u64,
+    /// How often it was given a processor.
+    pub times: u64,
+}
+
+/// Reads how much the first thread of a process has run (`/proc/PID/schedstat`, three numbers, see
+/// the kernel's sched-stats document); `None` when it is gone or this kernel does not count.
+pub fn ran(pid: i32) -> io::Result<Option<Ran>> {
+    let text = match fs::read_to_string(format!("/proc/{pid}/schedstat")) {
+        Ok(text) => text,
+        Err(error) if is_gone(&error) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let mut numbers = text.split_ascii_whitespace().map(|number| number.parse().ok());
+    match (numbers.next().flatten(), numbers.nth(1).flatten()) {
+        (Some(ns), Some(times)) if times > 0 => Ok(Some(Ran { ns, times })),
+        // Switched off, every number is zero; but whoever exists has run at least once.
+        _ => Ok(None),
     }
 }
 
@@ -170,6 +225,13 @@ impl Pidfd {
         }
         let error = io::Error::last_os_error();
         if is_gone(&error) { Ok(false) } else { Err(error) }
+    }
+}
+
+impl AsRawFd for Pidfd {
+    /// Readable (POLLIN) from the moment at which the process has ended.
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.0.as_raw_fd()
     }
 }
 

@@ -1,4 +1,4 @@
-//! Signal dispositions of this process, and SIGCHLD as a readable descriptor.
+//! Signal dispositions of this process, and the shim's signals as a readable descriptor.
 
 use std::io;
 
@@ -61,14 +61,15 @@ pub fn reset_all() {
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).ok();
 }
 
-/// Blocks SIGCHLD and returns a descriptor that polls readable when one is pending.
-pub fn child_signal_fd() -> io::Result<SignalFd> {
+/// Blocks SIGCHLD and SIGHUP and returns a descriptor that polls readable when one is pending.
+pub fn shim_signal_fd() -> io::Result<SignalFd> {
     // An ignored SIGCHLD (inherited) would make the kernel reap children without telling us.
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
     // SAFETY: SIG_DFL installs no handler code.
     unsafe { sigaction(Signal::SIGCHLD, &default) }?;
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
+    set.add(Signal::SIGHUP);
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&set), None)?;
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }

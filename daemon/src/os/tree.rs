@@ -99,11 +99,19 @@ impl StopWork {
             .map_err(|source| TreeError::Unreadable { root: self.root, source })?;
         let mut moving = 0;
         for stat in &found {
-            if skip.contains(&stat.id.pid)
-                || stat.state() != RunState::Live
-                || process::waits_for_stopped_child(stat, &found)
-            {
+            if skip.contains(&stat.id.pid) || process::waits_for_stopped_child(stat, &found) {
                 continue;
+            }
+            match stat.state() {
+                RunState::Live => {}
+                // Its first thread obeyed; the others are on their way.
+                RunState::Stopped if self.look == Look::Thorough && stat.threads > 1 => {
+                    let stand = process::all_threads_stand(stat.id.pid)
+                        .map_err(|source| TreeError::Unreadable { root: self.root, source })?;
+                    moving += usize::from(!stand);
+                    continue;
+                }
+                RunState::Stopped | RunState::Dead => continue,
             }
             match process::signal(stat.id, libc::SIGSTOP) {
                 Ok(false) => continue,
@@ -148,21 +156,35 @@ pub fn continue_all(stopped: &[ProcessId]) {
     }
 }
 
-/// Killing a tree.
+/// How long the work of killing tries to stop everybody first. One that waits for a dead disk
+/// cannot be stopped, and the others must not live on because of it.
+const STOP_PATIENCE: Duration = Duration::from_millis(200);
+
+/// Killing a tree: stops everybody first, so that nobody sees another's death and goes on to the
+/// next line of its script, and so that nobody forks meanwhile.
 #[derive(Debug)]
 pub struct KillWork {
     root: i32,
+    stopping: Option<(StopWork, Instant)>,
     killed: HashSet<ProcessId>,
 }
 
 impl KillWork {
     /// Prepares to kill everything below `root`.
     pub fn new(root: i32) -> Self {
-        Self { root, killed: HashSet::new() }
+        let stopping = Some((StopWork::new(root), Instant::now() + STOP_PATIENCE));
+        Self { root, stopping, killed: HashSet::new() }
     }
 
     /// Sends SIGKILL to all that are left, children first. The caller reaps what becomes its child.
     pub fn step(&mut self) -> Result<Progress, TreeError> {
+        if let Some((work, until)) = &mut self.stopping {
+            match work.step(&HashSet::new()) {
+                Ok(Progress::Working(moving)) if Instant::now() < *until => return Ok(Progress::Working(moving)),
+                // Who cannot be stopped can be killed all the same.
+                Ok(Progress::Working(_) | Progress::Done) | Err(_) => self.stopping = None,
+            }
+        }
         let unreadable = |source| TreeError::Unreadable { root: self.root, source };
         let mut found = process::descendants(self.root, Look::Quick).map_err(unreadable)?;
         found.retain(|stat| stat.state() != RunState::Dead);

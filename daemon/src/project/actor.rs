@@ -23,11 +23,12 @@ use super::links::Watcher;
 use crate::errors::Failure;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
+use crate::shim::reach::Linked;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site, freeze, readiness};
-use crate::store::Durability;
+use crate::steps::{Cancel, HistoryCell, Link, Site, readiness};
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
+use crate::store::{Durability, StoreError};
 
 /// How many messages may wait; further senders wait for a place.
 const MAILBOX: usize = 256;
@@ -44,10 +45,8 @@ pub struct Adopted {
     pub agent: AgentName,
     /// The run.
     pub run: RunId,
-    /// The link to its shim.
-    pub link: ShimLink,
-    /// What the shim tells.
-    pub events: mpsc::Receiver<ShimEvent>,
+    /// The link to its shim, where it can be spoken to.
+    pub link: Option<Linked>,
 }
 
 /// The owner of one project's state.
@@ -117,8 +116,11 @@ impl Actor {
 
     /// Takes over runs that a new daemon has found alive.
     pub fn adopt(&mut self, runs: Vec<Adopted>) {
-        for Adopted { agent, run, link, events } in runs {
-            self.watch(agent, run, Arc::new(link), events);
+        for Adopted { agent, run, link } in runs {
+            match link {
+                Some((link, events)) => self.watch(agent, run, Arc::new(link), events),
+                None => self.look_for_end(agent, run),
+            }
         }
     }
 
@@ -206,6 +208,7 @@ impl Actor {
             run: run.clone(),
             run_dir: self.services.project_dirs(&self.project.name).run(agent, run),
             boot_id: self.services.boot_id.clone(),
+            patience: self.services.shim_patience(),
             mailbox: self.mailbox.clone(),
             stopping: self.services.stopping.clone(),
         }
@@ -296,13 +299,13 @@ impl Actor {
     }
 
     /// Paused stays paused: what was committed as held is held, whatever has happened to its lease.
-    async fn hold_again(&self, agent: AgentName, run: RunId) {
+    async fn hold_again(&mut self, agent: AgentName, run: RunId) {
         let held = matches!(&*self.project.state, ProjectState::Paused(_))
             && self.project.agents.get(&agent).is_some_and(|found| {
                 found.current_run() == Some(&run) && found.state == AgentState::Held(Held::Frozen)
             });
         if held {
-            freeze::hold(&self.site(), &[(agent, run)]).await;
+            self.hold(vec![(agent, run)]).await;
         }
     }
 
@@ -429,6 +432,10 @@ impl Actor {
         let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
         let next = Arc::new(next);
         hit_before(&decision.events)?;
+        let only_before = match decision.events.iter().any(|event| matches!(event, Event::ProjectPaused { .. })) {
+            true => self.work.lock().await.proven_until,
+            false => None,
+        };
         let state_for_reply = Arc::clone(&next);
         let commit = Commit {
             project: next.name.clone(),
@@ -442,10 +449,19 @@ impl Actor {
                 Box::new(move |written| view(&state_for_reply, written))
             }),
             result: reply.clone(),
+            only_before,
             now,
         };
-        let written =
-            self.services.store.commit(commit).await.map_err(|error| Failure::fault("save the change", &error))?;
+        let written = self.services.store.commit(commit).await.map_err(|error| match error {
+            StoreError::TooLate => Refusal::new(
+                Code::PauseFailed,
+                "the lease of the freeze was over before the pause could be committed: the agents may have run"
+                    .to_owned(),
+            )
+            .hint("try again")
+            .into(),
+            error => Failure::fault("save the change", &error),
+        })?;
         self.hit_after(&decision.events);
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
@@ -551,6 +567,7 @@ fn durability(events: &[Event]) -> Durability {
                 | Event::CheckpointStarted { .. }
                 | Event::AgentProgressed { .. }
                 | Event::AgentAdopted { .. }
+                | Event::AgentUnreachable { .. }
         )
     });
     if cheap { Durability::Process } else { Durability::Power }

@@ -36,6 +36,8 @@ const PATIENT_TRIES: u32 = 3;
 pub struct PauseWork {
     frozen: Option<Frozen>,
     renewer: Option<Renewer>,
+    /// Until when the pause may be committed: then the lease of the last proof is over.
+    pub(super) proven_until: Option<Instant>,
     plans: Plans,
     warnings: Vec<String>,
 }
@@ -52,7 +54,7 @@ impl Actor {
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
             Effect::Undo { operation, checkpoint, runs } => self.undo(operation, checkpoint, runs),
             Effect::Hold { runs } => {
-                freeze::hold(&self.site(), &runs).await;
+                self.hold(runs).await;
                 // The pause has come to its end: nobody renews what is held.
                 *self.work.lock().await = PauseWork::default();
                 crate::failpoint::hit("pause.held");
@@ -78,6 +80,16 @@ impl Actor {
         }
     }
 
+    /// Makes freezes permanent; of those that had to be made anew it is told that their agents ran.
+    pub(super) async fn hold(&mut self, runs: Vec<AgentRun>) {
+        for (agent, run) in freeze::hold(&self.site(), &runs).await {
+            let detail = "its lease was over before the daemon could make the freeze permanent; \
+                          it was frozen again"
+                .to_owned();
+            self.report(Command::FreezeBroken { agent, run, times: 1, detail }).await;
+        }
+    }
+
     fn launch(&mut self, agent: AgentName, run: RunId, comes_back: Option<ComesBack>) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let token = self.tokens.remove(&run).unwrap_or_default();
@@ -89,7 +101,16 @@ impl Actor {
 
     /// Stops a run, or kills it where there is no grace.
     fn stop(&self, agent: &AgentName, run: &RunId, grace_ms: Option<u64>) {
-        let Some(link) = self.links.get(agent).filter(|link| link.run == *run).cloned() else { return };
+        let Some(link) = self.links.get(agent).filter(|link| link.run == *run).cloned() else {
+            let (site, agent, run) = (self.site(), agent.clone(), run.clone());
+            let grace = Duration::from_millis(grace_ms.unwrap_or(0));
+            self.services.tracker.spawn(async move {
+                if let Err(failure) = launch::stop_unreachable(&site, &agent, &run, grace).await {
+                    tracing::error!(%agent, %failure, "an agent whose shim cannot be reached does not end");
+                }
+            });
+            return;
+        };
         let agent = agent.clone();
         self.services.tracker.spawn(async move {
             let asked = match grace_ms {
@@ -422,7 +443,7 @@ async fn pause_checkpoint(
     let captured = checkpoint::capture(site, order, &plans, now).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
-    freeze::renew(site, runs).await?;
+    work.proven_until = freeze::renew(site, runs).await?;
     let frozen = work.frozen.clone();
     let mut warnings = std::mem::take(&mut work.warnings);
     warnings.extend(made.warnings);

@@ -1,32 +1,38 @@
 //! Links to shims: what they tell becomes the project's business; one that breaks is made anew,
 //! and where its shim is gone, what is left of the tree is ended.
+//!
+//! The end of a link is the first that is known of a shim's death: the kernel closes its sockets
+//! while it dies. One that does not answer, or is found stopped, is looked at more closely, see
+//! `shim/reach.rs`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
-use crate::errors::chain;
 use crate::os::controllers::OutOfMemory;
-use crate::os::process;
-use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
-use crate::shim::record::{ExitRecord, abandon, read_cut_short};
-use crate::shim::wire::ShimEvent;
+use crate::os::death::Death;
+use crate::os::process::{self, RunState};
+use crate::shim::link::{LinkError, ShimLink, read_exit, read_run};
+use crate::shim::reach::{self, Linked, Reached};
+use crate::shim::record::{ExitRecord, abandon};
+use crate::shim::wire::{FreezeBroken, ShimEvent};
 use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
-/// How long the processes of a lost tree may take to go.
-const ENDING: Duration = Duration::from_secs(10);
+/// How often to look whether somebody has stopped a shim. One small file is read.
+const LOOK: Duration = Duration::from_secs(10);
 
-/// How often a link that broke is tried again while its shim lives.
-const RECONNECTS: u32 = 50;
+/// How long a shim that was given up on its old link may take to answer at a new one.
+const LAST_CHANCE: Duration = Duration::from_secs(1);
 
 /// What a watcher of one run needs.
 pub(super) struct Watcher {
@@ -34,59 +40,107 @@ pub(super) struct Watcher {
     pub run: RunId,
     pub run_dir: PathBuf,
     pub boot_id: String,
+    /// How long a shim that lives may go without an answer.
+    pub patience: Duration,
     pub mailbox: mpsc::Sender<Message>,
     pub stopping: CancellationToken,
+}
+
+/// What made a watcher wake up.
+enum Wake {
+    Event(Option<ShimEvent>),
+    Doubt,
+    Look,
 }
 
 impl Watcher {
     /// Passes on what the shim tells, until the run has ended or the daemon ends.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.ask_suspended(&link).await;
         loop {
-            let event = tokio::select! {
-                event = events.recv() => event,
+            let wake = tokio::select! {
+                event = events.recv() => Wake::Event(event),
+                () = link.doubted() => Wake::Doubt,
+                _ = look.tick() => Wake::Look,
                 () = self.stopping.cancelled() => return,
             };
-            match event {
-                Some(ShimEvent::Exited(record)) => return self.tell_end(&record).await,
+            let patience = if matches!(wake, Wake::Event(_)) { self.patience } else { LAST_CHANCE };
+            let goes_on = match wake {
+                Wake::Event(Some(ShimEvent::Exited(record))) => return self.tell_end(&record).await,
                 // The pause that holds the lease finds out when it renews; recovery from a pause
                 // that lost its daemon needs no more than this.
-                Some(ShimEvent::LeaseExpired {}) => {
+                Wake::Event(Some(ShimEvent::LeaseExpired {})) => {
                     tracing::warn!(agent = %self.agent, "a freeze ended by itself: nobody renewed it");
                     let message = Message::Thawed { agent: self.agent.clone(), run: self.run.clone() };
                     if self.mailbox.send(message).await.is_err() {
                         return;
                     }
+                    true
                 }
-                Some(ShimEvent::Stopped { .. }) => self.tell_suspended(true).await,
-                Some(ShimEvent::Continued {}) => self.tell_suspended(false).await,
+                Wake::Event(Some(ShimEvent::FreezeBroken(broken))) => {
+                    self.tell_broken(&broken).await;
+                    true
+                }
+                Wake::Event(Some(ShimEvent::Stopped { .. })) => {
+                    self.tell_suspended(true).await;
+                    true
+                }
+                Wake::Event(Some(ShimEvent::Continued {})) => {
+                    self.tell_suspended(false).await;
+                    true
+                }
                 // For viewers, which have connections of their own.
-                Some(ShimEvent::Screen(_) | ShimEvent::Output { .. }) => {}
-                None => match self.link_again().await {
+                Wake::Event(Some(ShimEvent::Screen(_) | ShimEvent::Output { .. })) => true,
+                Wake::Event(None) => false,
+                Wake::Doubt => self.is_well(&link).await,
+                Wake::Look if is_stopped(&link) => self.is_well(&link).await,
+                Wake::Look => true,
+            };
+            if !goes_on {
+                // Whatever else uses the old link must not wait for it.
+                link.close();
+                match self.link_again(patience).await {
                     Some((again, more)) => {
-                        drop(link);
-                        link = again;
-                        events = more;
+                        (link, events) = (again, more);
                         self.ask_suspended(&link).await;
                     }
                     None => return,
-                },
+                }
             }
         }
     }
 
     /// Watches a run that there is no link to yet.
     pub async fn look(self) {
-        if let Some((link, events)) = self.link_again().await {
+        if let Some((link, events)) = self.link_again(self.patience).await {
             self.watch(link, events).await;
         }
     }
 
-    async fn link_again(&self) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
-        let (link, events) = self.after_break().await?;
+    async fn link_again(&self, patience: Duration) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
+        let (link, events) = self.after_break(patience).await?;
+        let link = Arc::new(link);
         let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
         self.mailbox.send(message).await.ok()?;
         Some((link, events))
+    }
+
+    /// Asks a shim that may hang until it answers or the patience is over; one that somebody has
+    /// stopped is continued first.
+    async fn is_well(&self, link: &ShimLink) -> bool {
+        let started = Instant::now();
+        reach::wake(link.shim());
+        while started.elapsed() < self.patience {
+            let left = self.patience.saturating_sub(started.elapsed());
+            match tokio::time::timeout(left, link.status()).await {
+                Ok(Err(LinkError::Timeout { .. })) | Err(_) => {}
+                // A refusal is an answer, and a link that has ended tells so by itself.
+                Ok(_) => return true,
+            }
+        }
+        false
     }
 
     /// What happened while there was no link was told to nobody.
@@ -128,35 +182,48 @@ impl Watcher {
         drop(self.mailbox.send(Message::Outcome(Box::new(outcome))).await);
     }
 
-    /// Finds out why the link broke; returns a new one while the shim lives.
-    async fn after_break(&self) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
-        for attempt in 0..RECONNECTS {
-            if let Ok(Some(record)) = read_exit(&self.run_dir) {
-                self.tell_end(&record).await;
-                return None;
-            }
-            let Ok(Some(run)) = read_run(&self.run_dir) else { break };
-            if !process::is_alive(run.shim).unwrap_or(false) {
-                break;
-            }
-            if let Ok((link, events)) = ShimLink::connect(&run.socket).await {
-                return Some((Arc::new(link), events));
-            }
-            let pause = Duration::from_millis(10 * u64::from(attempt + 1));
-            tokio::select! {
-                () = tokio::time::sleep(pause) => {}
-                () = self.stopping.cancelled() => return None,
-            }
-        }
-        let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
-        if let Ok(Some(record)) = read_cut_short(&self.run_dir) {
-            self.tell_end(&record).await;
-            return None;
-        }
+    async fn tell_broken(&self, broken: &FreezeBroken) {
         let (agent, run) = (self.agent.clone(), self.run.clone());
-        let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
-        self.send(lost.into()).await;
-        None
+        let detail = describe(broken);
+        tracing::warn!(%agent, detail, "a frozen agent ran");
+        self.send(Command::FreezeBroken { agent, run, times: broken.times, detail }.into()).await;
+    }
+
+    /// Finds out why the link broke; returns a new one while the shim lives.
+    async fn after_break(&self, patience: Duration) -> Option<Linked> {
+        loop {
+            let reached = tokio::select! {
+                reached = reach::reach(&self.run_dir, &self.boot_id, patience) => reached,
+                () = self.stopping.cancelled() => return None,
+            };
+            let (agent, run) = (self.agent.clone(), self.run.clone());
+            match reached {
+                Reached::Linked(linked) => return Some(*linked),
+                Reached::Ended(record) => {
+                    self.tell_end(&record).await;
+                    return None;
+                }
+                Reached::Lost { detail, .. } => {
+                    self.send(Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into()).await;
+                    return None;
+                }
+                Reached::Foreign(detail) => {
+                    tracing::warn!(%agent, detail, "an agent runs on under a shim that cannot be spoken to");
+                    self.send(Command::Unreachable { agent, run, detail }.into()).await;
+                    self.wait_for_death().await?;
+                }
+            }
+        }
+    }
+
+    /// Waits for the end of a shim that is of another version; `None` when the daemon ends first.
+    async fn wait_for_death(&self) -> Option<()> {
+        let shim = read_run(&self.run_dir).ok().flatten().map(|run| run.shim);
+        let Some(Ok(death)) = shim.map(Death::of) else { return Some(()) };
+        tokio::select! {
+            () = death.wait() => Some(()),
+            () = self.stopping.cancelled() => None,
+        }
     }
 }
 
@@ -175,17 +242,18 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
     }
 }
 
-/// Ends what a lost shim has left; says what was found.
-async fn end_lost(run_dir: PathBuf, boot_id: String) -> String {
-    let work = move || match read_run(&run_dir) {
-        Ok(Some(run)) => match end_lost_tree(&run, &boot_id, ENDING) {
-            Ok(count) => format!("its shim was killed; {count} processes of it were ended"),
-            Err(error) => format!("its shim was killed, and its processes could not be ended: {}", chain(&error)),
-        },
-        Ok(None) => "it was never started".to_owned(),
-        Err(error) => format!("its shim is gone, and so is its record: {}", chain(&error)),
+fn is_stopped(link: &ShimLink) -> bool {
+    process::stat_of(link.shim()).ok().flatten().is_some_and(|stat| stat.state() == RunState::Stopped)
+}
+
+/// Says in a sentence how a frozen tree came to run.
+fn describe(broken: &FreezeBroken) -> String {
+    let who = match broken.processes {
+        0 => "its control group was thawed by somebody else".to_owned(),
+        1 => "somebody else continued one of its processes".to_owned(),
+        count => format!("somebody else continued {count} of its processes"),
     };
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| "its shim is gone".to_owned())
+    if broken.frozen_again { format!("{who}; all stand still again") } else { format!("{who}, and it still runs") }
 }
 
 /// Translates a recorded exit.
@@ -213,55 +281,35 @@ fn ended(record: &ExitRecord) -> Observed {
     Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }
 }
 
-/// What a new daemon found of a run, with the link when it is alive.
+/// What a new daemon found of a run.
 pub struct Found {
     /// What recovery is told.
     pub observed: Observed,
-    /// The link and its events.
-    pub link: Option<(ShimLink, mpsc::Receiver<ShimEvent>)>,
+    /// The link and its events, when it is alive and can be spoken to.
+    pub link: Option<Linked>,
+    /// Why it cannot be spoken to although it is alive.
+    pub unreachable: Option<String>,
 }
 
 /// Finds out what has become of a run while no daemon looked.
-pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
-    let lost = |detail: &str| Found { observed: Observed::Lost { detail: detail.to_owned() }, link: None };
-    if let Ok(Some(record)) = read_exit(&run_dir) {
-        let observed = ended(&record);
-        return Found { observed, link: None };
-    }
-    let mut record = read_run(&run_dir);
-    if matches!(record, Ok(None)) {
+pub async fn observe(run_dir: PathBuf, boot_id: &str, patience: Duration) -> Found {
+    let found = |observed| Found { observed, link: None, unreachable: None };
+    if matches!((read_exit(&run_dir), read_run(&run_dir)), (Ok(None), Ok(None))) {
         if let Err(error) = abandon(&run_dir) {
             tracing::warn!(run_dir = %run_dir.display(), %error, "a launch may still be under way");
         }
-        record = read_run(&run_dir);
+        if matches!(read_run(&run_dir), Ok(None)) {
+            return found(Observed::Lost { detail: "the daemon ended while it was being started".to_owned() });
+        }
     }
-    let run = match record {
-        Ok(Some(run)) => run,
-        Ok(None) => return lost("the daemon ended while it was being started"),
-        Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
+    let alive = |run_dir| match read_run(run_dir) {
+        Ok(Some(run)) => Observed::Alive(processes_of(&run)),
+        Ok(None) | Err(_) => Observed::Lost { detail: "its record is gone".to_owned() },
     };
-    let found = |record: &ExitRecord| Found { observed: ended(record), link: None };
-    if run.boot_id != boot_id {
-        return match read_cut_short(&run_dir) {
-            Ok(Some(record)) => found(&record),
-            _ => lost("the machine was restarted"),
-        };
-    }
-    for _ in 0..3 {
-        if !process::is_alive(run.shim).unwrap_or(false) {
-            break;
-        }
-        if let Ok((link, events)) = ShimLink::connect(&run.socket).await {
-            return Found { observed: Observed::Alive(processes_of(&run)), link: Some((link, events)) };
-        }
-    }
-    // It may have ended between the two looks.
-    if let Ok(Some(record)) = read_exit(&run_dir) {
-        return found(&record);
-    }
-    let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
-    match read_cut_short(&run_dir) {
-        Ok(Some(record)) => found(&record),
-        _ => lost(&detail),
+    match reach::reach(&run_dir, boot_id, patience).await {
+        Reached::Ended(record) => found(ended(&record)),
+        Reached::Lost { detail, .. } => found(Observed::Lost { detail }),
+        Reached::Linked(linked) => Found { link: Some(*linked), ..found(alive(&run_dir)) },
+        Reached::Foreign(why) => Found { unreachable: Some(why), ..found(alive(&run_dir)) },
     }
 }

@@ -118,6 +118,7 @@ impl Projects {
             keyed: keyed.map(|keyed| (keyed, None)),
             reply: Some(Box::new(move |_| view(&shown))),
             result: None,
+            only_before: None,
             now,
             durability: Durability::Power,
         };

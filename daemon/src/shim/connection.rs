@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use super::wire::{Call, FromShim, MAX_LINE_BYTES, RefusalCode, ToShim, WIRE_VERSION};
+use super::wire::{Call, FromShim, MAX_LINE_BYTES, RefusalCode, ToShim, WIRE_VERSION, id_of_call};
 
 /// How many bytes may wait for a peer.
 pub const MAX_OUTBOX: usize = 256 * 1024;
@@ -42,6 +42,7 @@ pub struct Connection {
     id: ConnectionId,
     stream: UnixStream,
     stage: Stage,
+    level: u32,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
 }
@@ -50,7 +51,7 @@ impl Connection {
     /// Takes over an accepted stream.
     pub fn new(id: ConnectionId, stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { id, stream, stage: Stage::New, inbox: Vec::new(), outbox: Vec::new() })
+        Ok(Self { id, stream, stage: Stage::New, level: 0, inbox: Vec::new(), outbox: Vec::new() })
     }
 
     /// Its id.
@@ -61,6 +62,11 @@ impl Connection {
     /// Whether it has introduced itself; only then it gets events.
     pub fn is_open(&self) -> bool {
         self.stage == Stage::Open
+    }
+
+    /// How new the peer is, see [`super::wire::LEVEL`].
+    pub fn level(&self) -> u32 {
+        self.level
     }
 
     /// Whether it can be forgotten.
@@ -121,12 +127,13 @@ impl Connection {
 
     fn understand(&mut self, line: &[u8]) -> Option<Incoming> {
         match (serde_json::from_slice::<ToShim>(line), self.stage) {
-            (Ok(ToShim::Hello { version: WIRE_VERSION }), Stage::New) => {
+            (Ok(ToShim::Hello { version: WIRE_VERSION, level }), Stage::New) => {
                 self.stage = Stage::Open;
+                self.level = level;
                 Some(Incoming::Hello)
             }
-            (Ok(ToShim::Hello { version: WIRE_VERSION }), _) => Some(Incoming::Hello),
-            (Ok(ToShim::Hello { version }), _) => {
+            (Ok(ToShim::Hello { version: WIRE_VERSION, .. }), _) => Some(Incoming::Hello),
+            (Ok(ToShim::Hello { version, .. }), _) => {
                 let message = format!("the peer speaks version {version}, this shim speaks version {WIRE_VERSION}");
                 self.refuse(None, RefusalCode::VersionMismatch, message);
                 self.close();
@@ -139,7 +146,8 @@ impl Connection {
             }
             (Ok(ToShim::Call(call)), _) => Some(Incoming::Call(call)),
             (Err(error), _) => {
-                self.refuse(None, RefusalCode::BadRequest, format!("not a line of this protocol: {error}"));
+                let id = id_of_call(line).filter(|_| self.stage == Stage::Open);
+                self.refuse(id, RefusalCode::BadRequest, format!("not a line of this protocol: {error}"));
                 None
             }
         }

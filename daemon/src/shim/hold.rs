@@ -17,7 +17,11 @@
 //! daemon and shim sleep together, and a lease must not be over at the moment both wake up, before
 //! the daemon had a chance to renew it.
 //!
+//! A frozen tree that somebody else continues is frozen again, see `hold/keep.rs`.
+//!
 //! The undo touches only what was done here: a process that somebody else had stopped stays so.
+
+mod keep;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -27,9 +31,10 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::connection::ConnectionId;
+use super::guard::Guard;
 use super::record::Mechanism;
-use super::wire::{AgentState, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
-use crate::os::cgroup::{Freezer, Group, Watch};
+use super::wire::{AgentState, FreezeBroken, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
+use crate::os::cgroup::{CgroupError, Freezer, Group, Watch};
 use crate::os::process::{self, Look, ProcessId, RunState};
 use crate::os::tree::{self, Progress, StopWork};
 
@@ -74,6 +79,8 @@ pub enum News {
     Answer(Caller, Answer),
     /// The lease is over and everything has been undone.
     LeaseExpired,
+    /// Somebody else has let processes run; they are frozen again, or cannot be.
+    Broken(FreezeBroken),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,7 +114,20 @@ enum Phase {
     Quiescing { undo: Undo, caller: Caller, started: Instant, until: Instant, lease: Duration },
     Quiesced { undo: Undo, until: Instant },
     Freezing { undo: Undo, work: FreezeWork, caller: Caller, started: Instant, lease: Duration },
-    Frozen { undo: Undo, frozen: Frozen, lease: Lease },
+    Frozen { undo: Undo, frozen: Frozen, lease: Lease, guard: Guard, broken: Broken },
+}
+
+/// What became of a freeze that somebody else has ended.
+#[derive(Debug, Default)]
+struct Broken {
+    /// Under way: stopping everybody again, and since when.
+    again: Option<(FreezeWork, Instant)>,
+    /// How often, and how many processes have run, since this was told last.
+    times: u64,
+    processes: u64,
+    told_at: Option<Instant>,
+    /// Whether nobody may say any more that everybody stood still since the freeze was asked for.
+    disproved: bool,
 }
 
 /// The tree of one agent and what is done to it.
@@ -240,7 +260,7 @@ impl Hold {
             Phase::Quiescing { .. } | Phase::Freezing { .. } => {
                 return vec![News::Answer(caller, Err(busy()))];
             }
-            Phase::Frozen { frozen, lease: current, .. } => {
+            Phase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
                 // Asked twice: the same answer. A held freeze does not become a lease again.
                 if let Lease::Until(until) = current {
                     *until = now + lease;
@@ -248,16 +268,10 @@ impl Hold {
                 let again = Frozen { took_us: 0, ..frozen.clone() };
                 return vec![News::Answer(caller, encode(&again))];
             }
-            Phase::Running | Phase::Quiesced { .. } => {}
+            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => {}
         }
         let undo = self.take_undo();
-        let work = match &self.freezer {
-            Freezer::Signals { .. } => Ok(FreezeWork::Tree { work: StopWork::new(self.root), inside: HashSet::new() }),
-            Freezer::Cgroup(group) => {
-                group.begin_freeze().and_then(|()| group.watch()).map(|watch| FreezeWork::Group { watch })
-            }
-        };
-        match work {
+        match self.begin_to_freeze() {
             Ok(work) => {
                 self.phase = Phase::Freezing { undo, work, caller, started: now, lease };
                 self.tick(now)
@@ -270,9 +284,20 @@ impl Hold {
         }
     }
 
-    /// Extends the lease.
+    fn begin_to_freeze(&self) -> Result<FreezeWork, CgroupError> {
+        match &self.freezer {
+            Freezer::Signals { .. } => Ok(FreezeWork::Tree { work: StopWork::new(self.root), inside: HashSet::new() }),
+            Freezer::Cgroup(group) => {
+                group.begin_freeze().and_then(|()| group.watch()).map(|watch| FreezeWork::Group { watch })
+            }
+        }
+    }
+
+    /// Extends the lease: the proof that nobody has run since the freeze.
     pub fn renew(&mut self, lease: Duration, now: Instant) -> Answer {
+        self.look(now);
         match &mut self.phase {
+            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
             Phase::Frozen { lease: Lease::Held, .. } => Ok(Value::Object(Default::default())),
             Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
                 *until = now + lease;
@@ -283,8 +308,10 @@ impl Hold {
     }
 
     /// Makes the freeze permanent.
-    pub fn hold(&mut self) -> Answer {
+    pub fn hold(&mut self, now: Instant) -> Answer {
+        self.look(now);
         match &mut self.phase {
+            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
             Phase::Frozen { lease, .. } => {
                 *lease = Lease::Held;
                 Ok(Value::Object(Default::default()))
@@ -331,21 +358,33 @@ impl Hold {
     /// When [`Hold::tick`] must be called at the latest.
     pub fn next_tick(&self, now: Instant) -> Option<Instant> {
         match &self.phase {
-            Phase::Running | Phase::Frozen { lease: Lease::Held, .. } => None,
+            Phase::Running => None,
             // A leader that stops sends SIGCHLD, but one that is held by its stopped child does not.
             Phase::Quiescing { until, .. } => Some((now + QUIESCE_TICK).min(*until)),
             Phase::Quiesced { until, .. } => Some(*until),
-            Phase::Frozen { lease: Lease::Until(until), .. } => Some(*until),
+            Phase::Frozen { broken: Broken { again: Some((work, began)), .. }, .. } => match work {
+                FreezeWork::Group { .. } => Some(*began + FREEZE_PATIENCE),
+                FreezeWork::Tree { .. } => Some(now),
+            },
+            Phase::Frozen { lease, guard, broken, .. } => {
+                let until = match lease {
+                    Lease::Until(until) => Some(*until),
+                    Lease::Held => None,
+                };
+                until.into_iter().chain(guard.next()).chain(broken.next()).min()
+            }
             Phase::Freezing { work: FreezeWork::Group { .. }, started, .. } => Some(*started + FREEZE_PATIENCE),
             Phase::Freezing { work: FreezeWork::Tree { .. }, .. } => Some(now),
         }
     }
 
-    /// What announces that the group is frozen, to be polled for POLLPRI.
+    /// What announces that the group is frozen, or is no longer, to be polled for POLLPRI.
     pub fn watch(&self) -> Option<&Watch> {
         match &self.phase {
-            Phase::Freezing { work: FreezeWork::Group { watch }, .. } => Some(watch),
-            _ => None,
+            Phase::Freezing { work: FreezeWork::Group { watch }, .. }
+            | Phase::Frozen { broken: Broken { again: Some((FreezeWork::Group { watch }, _)), .. }, .. } => Some(watch),
+            Phase::Frozen { guard, .. } => guard.watch(),
+            Phase::Running | Phase::Quiescing { .. } | Phase::Quiesced { .. } | Phase::Freezing { .. } => None,
         }
     }
 
@@ -369,13 +408,19 @@ impl Hold {
             Phase::Freezing { undo, work, caller, started, lease } => {
                 self.go_on_freezing(undo, work, caller, started, lease, now)
             }
-            Phase::Quiesced { undo, until } | Phase::Frozen { undo, lease: Lease::Until(until), .. }
+            phase @ (Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. })
                 if now >= until =>
             {
+                self.phase = phase;
+                let undo = self.take_undo();
                 if let Err(refused) = self.undo(undo) {
                     eprintln!("fermata-shim: failed to thaw after the lease: {}", refused.message);
                 }
                 vec![News::LeaseExpired]
+            }
+            Phase::Frozen { undo, frozen, lease, guard, broken } => {
+                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken };
+                self.keep_frozen(now)
             }
             other => {
                 self.phase = other;
@@ -395,15 +440,17 @@ impl Hold {
     ) -> Vec<News> {
         let late = now - started >= FREEZE_PATIENCE;
         let problem = match self.freeze_step(work) {
-            Ok(Step::Done { stopped, inside }) => {
+            Ok(Step::Done { stopped, inside, watch }) => {
                 undo.stopped.extend(stopped);
+                let guard = Guard::new(self.root, watch, &inside, Instant::now());
                 let frozen = Frozen {
                     mechanism: self.mechanism(),
-                    processes: inside + self.count_outside_group(),
+                    processes: inside.len() as u64 + self.count_outside_group(),
                     took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
                 };
                 let answer = encode(&frozen);
-                self.phase = Phase::Frozen { undo, frozen, lease: Lease::Until(Instant::now() + lease) };
+                let lease = Lease::Until(Instant::now() + lease);
+                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken: Broken::default() };
                 return vec![News::Answer(caller, answer)];
             }
             Ok(Step::Working(work)) if !late => {
@@ -445,10 +492,13 @@ impl Hold {
                     let work = StopWork::new(self.root);
                     return self.freeze_step(FreezeWork::Tree { work, inside });
                 }
-                Ok(Step::Done { stopped: Vec::new(), inside: inside.len() as u64 })
+                Ok(Step::Done { stopped: Vec::new(), inside, watch: Some(watch) })
             }
             (FreezeWork::Tree { mut work, inside }, _) => match work.step(&inside) {
-                Ok(Progress::Done) => Ok(Step::Done { stopped: work.into_stopped(), inside: inside.len() as u64 }),
+                Ok(Progress::Done) => {
+                    let watch = self.group().and_then(|group| group.watch().ok());
+                    Ok(Step::Done { stopped: work.into_stopped(), inside, watch })
+                }
                 Ok(Progress::Working(_)) => Ok(Step::Working(FreezeWork::Tree { work, inside })),
                 Err(error) => Err((work.into_stopped(), failed(&error))),
             },
@@ -472,8 +522,11 @@ impl Hold {
     fn take_undo(&mut self) -> Undo {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Running => Undo::default(),
-            Phase::Quiescing { undo, .. } | Phase::Quiesced { undo, .. } | Phase::Frozen { undo, .. } => undo,
-            Phase::Freezing { mut undo, work, .. } => {
+            Phase::Quiescing { undo, .. }
+            | Phase::Quiesced { undo, .. }
+            | Phase::Frozen { undo, broken: Broken { again: None, .. }, .. } => undo,
+            Phase::Freezing { mut undo, work, .. }
+            | Phase::Frozen { mut undo, broken: Broken { again: Some((work, _)), .. }, .. } => {
                 if let FreezeWork::Tree { work, .. } = work {
                     undo.stopped.extend(work.into_stopped());
                 }
@@ -507,7 +560,7 @@ impl Hold {
 
 enum Step {
     Working(FreezeWork),
-    Done { stopped: Vec<ProcessId>, inside: u64 },
+    Done { stopped: Vec<ProcessId>, inside: HashSet<i32>, watch: Option<Watch> },
 }
 
 fn busy() -> Refused {

@@ -99,9 +99,10 @@ pub enum LaunchReport {
 
 /// A failure before the agent ran.
 #[derive(Debug)]
-struct Failure {
+pub(super) struct Failure {
     code: LaunchCode,
-    message: String,
+    /// A sentence for people.
+    pub(super) message: String,
 }
 
 impl Failure {
@@ -216,7 +217,7 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd, keeper: Option<OwnedFd>) {
 /// Makes this process a shim and starts the agent.
 fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
     detach(&spec)?;
-    let children = signals::child_signal_fd().map_err(Failure::io(
+    let children = signals::shim_signal_fd().map_err(Failure::io(
         LaunchCode::SpawnFailed,
         "watch the children of",
         Path::new("/proc/self"),
@@ -257,6 +258,8 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         why,
         cgroup,
         socket: spec.socket.clone(),
+        stdout_pipe: inode(&stdout),
+        stderr_pipe: stderr.as_ref().and_then(inode),
     };
     if let Err(failure) = write_record(&spec, &record) {
         // An agent that no daemon could ever find again must not run.
@@ -272,6 +275,12 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
     let parts =
         Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, terminal, prelude };
     Ok((record, Box::new(parts)))
+}
+
+/// The inode of a pipe; a terminal is none.
+fn inode(end: &OwnedFd) -> Option<u64> {
+    let stat = nix::sys::stat::fstat(end).ok()?;
+    (stat.st_mode & libc::S_IFMT == libc::S_IFIFO).then_some(stat.st_ino)
 }
 
 fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), Failure> {
@@ -343,7 +352,7 @@ fn make_private_dir(path: &Path) -> io::Result<()> {
 }
 
 /// Listens in a directory that only this user can enter.
-fn listen(path: &Path) -> Result<UnixListener, Failure> {
+pub(super) fn listen(path: &Path) -> Result<UnixListener, Failure> {
     // sun_path has 108 bytes, the last one is a NUL (unix(7)).
     if path.as_os_str().as_bytes().len() > 107 {
         return Err(Failure {

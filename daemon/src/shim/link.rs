@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 pub use super::launch::{LaunchError, Launched, launch};
@@ -22,13 +22,17 @@ pub use super::record::{ExitRecord, RunRecord, read_exit, read_run};
 use fermata_protocol::terminal::Bytes;
 
 use super::wire::{
-    Call, FromShim, Frozen, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim, Typed,
-    WIRE_VERSION,
+    Call, FromShim, Frozen, Heard, LEVEL, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim,
+    Typed, WIRE_VERSION, hear,
 };
 use crate::os::process::ProcessId;
 
 /// How long a shim may take to answer, on top of what the request itself waits for.
 pub const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// After how long without an answer somebody should look whether the shim is stopped; it answers in
+/// less than a millisecond when it is not.
+const DOUBT: Duration = Duration::from_secs(1);
 
 /// How many events may wait for the daemon. A daemon that is further behind loses the link, and
 /// asks for the status when it connects again: nothing is lost silently.
@@ -56,6 +60,14 @@ pub enum LinkError {
         /// The socket.
         socket: PathBuf,
         /// What it said.
+        message: String,
+    },
+    /// The shim is of another version; it and its agent are well.
+    #[error("speak to the shim at {}: {message}", socket.display())]
+    Version {
+        /// The socket.
+        socket: PathBuf,
+        /// Both versions.
         message: String,
     },
     /// No answer came in time.
@@ -94,6 +106,7 @@ pub struct ShimLink {
     shim: ProcessId,
     suspended: Option<bool>,
     task: JoinHandle<()>,
+    doubt: Notify,
 }
 
 impl ShimLink {
@@ -103,7 +116,7 @@ impl ShimLink {
         let (orders, orders_in) = mpsc::channel(REQUEST_QUEUE);
         let (events_out, events) = mpsc::channel(EVENT_QUEUE);
         let task = tokio::spawn(wire.run(orders_in, events_out));
-        Ok((Self { orders, run_id, shim, suspended, task }, events))
+        Ok((Self { orders, run_id, shim, suspended, task, doubt: Notify::new() }, events))
     }
 
     /// Which run this is, as the shim says: to be compared with the one that was expected.
@@ -130,6 +143,17 @@ impl ShimLink {
     /// Waits until the link has ended.
     pub async fn closed(&self) {
         self.orders.closed().await;
+    }
+
+    /// Waits until a request has gone without an answer for so long that the shim may be stopped or
+    /// hang.
+    pub async fn doubted(&self) {
+        self.doubt.notified().await;
+    }
+
+    /// Ends the link for everybody who uses it: their requests answer [`LinkError::Closed`].
+    pub fn close(&self) {
+        self.task.abort();
     }
 
     /// Ends the link and waits for its task.
@@ -205,10 +229,18 @@ impl ShimLink {
             self.orders.send(order).await.map_err(|_| LinkError::Closed)?;
             answer.await.map_err(|_| LinkError::Closed)?
         };
-        match tokio::time::timeout(patience, exchange).await {
-            Ok(value) => serde_json::from_value(value?).map_err(LinkError::Answer),
-            Err(_) => Err(LinkError::Timeout { request, waited_ms: millis(patience) }),
-        }
+        let mut exchange = std::pin::pin!(exchange);
+        let answer = match tokio::time::timeout(DOUBT + extra, &mut exchange).await {
+            Ok(answer) => answer,
+            Err(_) => {
+                self.doubt.notify_one();
+                match tokio::time::timeout(patience - DOUBT - extra, exchange).await {
+                    Ok(answer) => answer,
+                    Err(_) => return Err(LinkError::Timeout { request, waited_ms: millis(patience) }),
+                }
+            }
+        };
+        serde_json::from_value(answer?).map_err(LinkError::Answer)
     }
 }
 
@@ -243,14 +275,18 @@ async fn handshake(socket: &Path) -> Result<Greeted, LinkError> {
     let bad = |message: String| LinkError::Handshake { socket: socket.to_path_buf(), message };
     let (reader, writer) = stream.into_split();
     let mut wire = Wire { lines: Lines { reader, inbox: Vec::new() }, writer };
-    let hello = ToShim::Hello { version: WIRE_VERSION };
+    let hello = ToShim::Hello { version: WIRE_VERSION, level: LEVEL };
     write(&mut wire.writer, &hello).await.map_err(|error| bad(error.to_string()))?;
     match wire.lines.next().await {
         Ok(Some(FromShim::Hello { version: WIRE_VERSION, run_id, shim, terminal, suspended })) => {
             Ok(Greeted { wire, run_id, shim, terminal, suspended })
         }
         Ok(Some(FromShim::Hello { version, .. })) => {
-            Err(bad(format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}")))
+            let message = format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}");
+            Err(LinkError::Version { socket: socket.to_path_buf(), message })
+        }
+        Ok(Some(FromShim::Refusal { code: RefusalCode::VersionMismatch, message, .. })) => {
+            Err(LinkError::Version { socket: socket.to_path_buf(), message })
         }
         Ok(Some(FromShim::Refusal { message, .. })) => Err(bad(message)),
         Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => {
@@ -344,7 +380,13 @@ impl Lines {
         loop {
             if let Some(end) = self.inbox.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.inbox.drain(..=end).collect();
-                return Ok(Some(serde_json::from_slice(&line)?));
+                match hear(&line)? {
+                    Heard::Known(line) => return Ok(Some(line)),
+                    Heard::Newer(event) => {
+                        tracing::debug!(event, "passed over an event of a newer shim");
+                        continue;
+                    }
+                }
             }
             if self.inbox.len() > MAX_LINE_BYTES {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of the shim is too long"));

@@ -4,7 +4,7 @@
 //! fermatad ── runs ──> launcher ── forks ──> shim (own session, subreaper) ── forks ──> agent
 //!    │                  prints one line,       │  socket: wire.rs                (own group,
 //!    │                  ends                   │  logs:   log.rs                  same session)
-//!    └── launch.rs, link.rs, lost.rs ──────────┘  run.json, exit.json: record.rs
+//!    └── launch.rs, link.rs, reach.rs, lost.rs ┘  run.json, exit.json: record.rs
 //! ```
 //!
 //! The daemon is never the shim's parent, so a fresh start and an adoption after a daemon restart
@@ -15,6 +15,7 @@
 //! "let the agent run" when the daemon falls silent (see `hold.rs` for the lease).
 
 pub mod connection;
+pub mod guard;
 pub mod hold;
 pub mod intake;
 pub mod keeper;
@@ -28,7 +29,9 @@ pub mod log_reader;
 pub mod log_sink;
 pub mod lost;
 pub mod raw;
+pub mod reach;
 pub mod record;
+pub mod salvage;
 pub mod spec;
 pub mod supervise;
 pub mod terminal;

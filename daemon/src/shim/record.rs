@@ -44,6 +44,12 @@ pub struct RunRecord {
     /// The shim's socket.
     #[serde(with = "raw::path")]
     pub socket: PathBuf,
+    /// The inode of the pipe that is the agent's standard output, where it is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stdout_pipe: Option<u64>,
+    /// The same of its standard error.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stderr_pipe: Option<u64>,
 }
 
 /// How it ended: written (atomically, synced) before anybody is told.

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -51,6 +52,8 @@ const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look again while killed processes vanish.
 const CLEAR_TICK: Duration = Duration::from_millis(2);
+/// How long a group that is to be killed may take to stand still first.
+const KILL_FREEZE: Duration = Duration::from_millis(200);
 
 /// How the main process ended.
 #[derive(Debug, Clone, Copy)]
@@ -109,6 +112,8 @@ pub struct Supervisor {
     connections: Vec<Connection>,
     next_connection: u64,
     stopped_by_others: bool,
+    /// Which file the listener is reached by.
+    socket_file: Option<(u64, u64, i64, i64)>,
 }
 
 /// What the launcher hands to the loop.
@@ -128,7 +133,7 @@ pub struct Parts {
     pub reserve: Reserve,
     /// Where its exit is noted while a command runs after it.
     pub ended: Option<Reserve>,
-    /// SIGCHLD.
+    /// SIGCHLD and SIGHUP.
     pub children: SignalFd,
     /// The socket, non-blocking.
     pub listener: UnixListener,
@@ -160,8 +165,10 @@ impl Supervisor {
             terminal,
             prelude,
         } = parts;
+        let socket_file = file_identity(&spec.socket);
         let mut supervisor = Self {
             spec,
+            socket_file,
             shim,
             agent,
             hold,
@@ -289,7 +296,11 @@ impl Supervisor {
 
     fn reap(&mut self) {
         // One wake-up can stand for many children.
-        while let Ok(Some(_)) = self.children.read_signal() {}
+        while let Ok(Some(signal)) = self.children.read_signal() {
+            if signal.ssi_signo == libc::SIGHUP as u32 {
+                self.listen_again();
+            }
+        }
         loop {
             let (pid, change) = match process::next_child_change() {
                 Ok(Some(found)) => found,
@@ -299,6 +310,9 @@ impl Supervisor {
                     return;
                 }
             };
+            if matches!(change, Change::Stopped(_) | Change::Continued) {
+                self.hold.suspect(Instant::now());
+            }
             let is_agent = pid == self.agent.pid && !self.has_ended();
             if !is_agent {
                 // Or an adopted orphan: reaping it was all there was to do.
@@ -310,7 +324,7 @@ impl Supervisor {
                 Change::Signaled { signal, core_dumped } => {
                     self.agent_ended(None, Some(signal), core_dumped);
                 }
-                Change::Stopped(signal) if self.hold.is_idle() => {
+                Change::Stopped(signal) if self.hold.is_idle() && matches!(self.life, Life::Running) => {
                     self.stopped_by_others = true;
                     self.broadcast(ShimEvent::Stopped { signal });
                 }
@@ -321,6 +335,20 @@ impl Supervisor {
                 // Our own quiesce, freeze or thaw.
                 Change::Stopped(_) | Change::Continued => {}
             }
+        }
+    }
+
+    /// Makes the socket anew where its file is gone: a daemon that cannot find it asks for that.
+    fn listen_again(&mut self) {
+        if self.socket_file.is_some() && self.socket_file == file_identity(&self.spec.socket) {
+            return;
+        }
+        match super::launcher::listen(&self.spec.socket) {
+            Ok(listener) => {
+                self.listener = listener;
+                self.socket_file = file_identity(&self.spec.socket);
+            }
+            Err(failure) => eprintln!("fermata-shim: {}", failure.message),
         }
     }
 
@@ -365,6 +393,9 @@ impl Supervisor {
                     work.note(id);
                 }
             }
+            // So that nobody sees another's death and goes on to the next line of its script. Who
+            // waits for a dead disk cannot be frozen, and must not keep the others from dying.
+            group.freeze(KILL_FREEZE).ok();
             if let Err(error) = group.kill() {
                 eprintln!("fermata-shim: {}", chain(&error));
                 // Signals go on where this failed, but frozen processes must be able to die.
@@ -505,6 +536,7 @@ impl Supervisor {
             match item {
                 News::Answer(caller, answer) => self.answer(caller, answer),
                 News::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
+                News::Broken(broken) => self.broadcast(ShimEvent::FreezeBroken(broken)),
             }
         }
     }
@@ -525,11 +557,19 @@ impl Supervisor {
     }
 
     fn broadcast(&mut self, event: ShimEvent) {
+        let level = event.level();
         let line = FromShim::Event(event);
-        for connection in self.connections.iter_mut().filter(|c| c.is_open()) {
+        for connection in self.connections.iter_mut().filter(|c| c.is_open() && c.level() >= level) {
             connection.send(&line);
         }
     }
+}
+
+/// Tells one file from another that has taken its path, also where inodes are used again.
+fn file_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some((meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec()))
 }
 
 fn done() -> Answer {

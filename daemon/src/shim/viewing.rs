@@ -125,7 +125,10 @@ impl Viewing {
                     ShimEvent::Output { data } => return Seen::Output(data),
                     ShimEvent::Exited(record) => return Seen::Exited(record),
                     // The daemon's own link tells the project.
-                    ShimEvent::Stopped { .. } | ShimEvent::Continued {} | ShimEvent::LeaseExpired {} => {}
+                    ShimEvent::Stopped { .. }
+                    | ShimEvent::Continued {}
+                    | ShimEvent::LeaseExpired {}
+                    | ShimEvent::FreezeBroken(_) => {}
                 },
                 Ok(Some(FromShim::Hello { .. })) => {}
                 Ok(None) => return Seen::Gone,

@@ -1,7 +1,7 @@
 //! The shim's protocol: JSON, one object per line, over a Unix socket of its own.
 //!
 //! ```text
-//! -> {"hello":{"version":1}}
+//! -> {"hello":{"version":1,"level":1}}
 //! <- {"hello":{"version":1,"run_id":"…","shim":{"pid":7,"start":9}}}
 //! -> {"call":{"id":1,"method":"freeze","params":{"lease_ms":5000}}}
 //! <- {"reply":{"id":1,"ok":{"mechanism":"cgroup","processes":3,"took_us":410}}}
@@ -10,7 +10,15 @@
 //! ```
 //!
 //! Daemon and shim can be of different builds (an upgrade leaves old shims running), hence the
-//! version. Within a version fields are only added; unknown ones are ignored.
+//! version. The rule:
+//!
+//! - Another version is refused, in words that name both. Nothing is done to the agent then: it
+//!   goes on under its shim, and the daemon says why it cannot be reached.
+//! - Within a version fields, requests, events and codes are only added. Unknown fields are
+//!   ignored, an unknown request is refused with its id, an unknown code is [`RefusalCode::Other`],
+//!   an unknown event is passed over.
+//! - The daemon says in its hello up to which [`LEVEL`] it knows the additions; the shim keeps
+//!   events from a peer that is too old for them.
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +31,9 @@ use crate::os::process::ProcessId;
 /// The version of this protocol.
 pub const WIRE_VERSION: u32 = 1;
 
+/// What has been added within the version, counted: 1 for [`ShimEvent::FreezeBroken`].
+pub const LEVEL: u32 = 1;
+
 /// The longest line, newline included, in either direction.
 pub const MAX_LINE_BYTES: usize = 64 * 1024;
 
@@ -34,6 +45,9 @@ pub enum ToShim {
     Hello {
         /// [`WIRE_VERSION`] of the sender.
         version: u32,
+        /// [`LEVEL`] of the sender; the first builds did not say.
+        #[serde(default)]
+        level: u32,
     },
     /// A request, to be answered by a reply or a refusal with the same id.
     Call(Call),
@@ -167,6 +181,8 @@ pub enum RefusalCode {
     AlreadyFrozen,
     /// The tree is not frozen (any more).
     NotFrozen,
+    /// The tree was frozen, and somebody else has let it run since.
+    FreezeBroken,
     /// The freeze was not complete in time; everything was undone.
     FreezeTimeout,
     /// The freeze failed; everything was undone.
@@ -289,6 +305,8 @@ pub enum ShimEvent {
     Continued {},
     /// Nobody renewed the lease: the shim has undone freeze and quiesce.
     LeaseExpired {},
+    /// Somebody else let a frozen tree run. Since [`LEVEL`] 1.
+    FreezeBroken(FreezeBroken),
     /// To viewers: what was shown is void, and the output that follows draws everything anew.
     Screen(TerminalSize),
     /// To viewers: what the terminal shows.
@@ -296,6 +314,59 @@ pub enum ShimEvent {
         /// The bytes.
         data: Bytes,
     },
+}
+
+impl ShimEvent {
+    /// The [`LEVEL`] that a peer needs to understand it.
+    pub fn level(&self) -> u32 {
+        match self {
+            Self::Exited(_) | Self::Stopped { .. } | Self::Continued {} | Self::LeaseExpired {} => 0,
+            // Only to those who have asked to see a terminal.
+            Self::Screen(_) | Self::Output { .. } => 0,
+            Self::FreezeBroken(_) => 1,
+        }
+    }
+}
+
+/// How a frozen tree came to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FreezeBroken {
+    /// How often since this was told last.
+    pub times: u64,
+    /// How many processes have run since this was told last; 0 when a whole group was thawed.
+    pub processes: u64,
+    /// Whether the freeze was permanent; otherwise whoever relies on it has to begin anew.
+    pub held: bool,
+    /// Whether all stand still again.
+    pub frozen_again: bool,
+}
+
+/// What a line of the shim turned out to be.
+#[derive(Debug, PartialEq)]
+pub enum Heard {
+    /// One that is known.
+    Known(FromShim),
+    /// An event of a newer shim, as it was.
+    Newer(String),
+}
+
+/// Understands a line of the shim.
+///
+/// # Errors
+/// When it is no line of this protocol.
+pub fn hear(line: &[u8]) -> Result<Heard, serde_json::Error> {
+    match serde_json::from_slice(line) {
+        Ok(known) => Ok(Heard::Known(known)),
+        Err(error) => match serde_json::from_slice::<serde_json::Value>(line) {
+            Ok(value) if value.get("event").is_some() => Ok(Heard::Newer(value.to_string())),
+            _ => Err(error),
+        },
+    }
+}
+
+/// Finds the id of a call that is not understood, so that it can be refused by it.
+pub fn id_of_call(line: &[u8]) -> Option<u64> {
+    serde_json::from_slice::<serde_json::Value>(line).ok()?.pointer("/call/id")?.as_u64()
 }
 
 #[cfg(test)]
@@ -363,6 +434,6 @@ mod tests {
     #[test]
     fn a_hello_of_another_version_is_still_a_hello() {
         let line = r#"{"hello":{"version":99,"new_field":true}}"#;
-        assert_eq!(serde_json::from_str::<ToShim>(line).unwrap(), ToShim::Hello { version: 99 });
+        assert_eq!(serde_json::from_str::<ToShim>(line).unwrap(), ToShim::Hello { version: 99, level: 0 });
     }
 }

@@ -84,11 +84,14 @@ fn has_ended(site: &Site, agent: &AgentName, runs: &[(AgentName, RunId)]) -> boo
     !read_run(&run_dir).ok().flatten().is_some_and(alive)
 }
 
-/// Renews the lease of every run once.
+/// Renews the lease of every run once: the proof that nobody has run since the freeze. Returns how
+/// long nobody will, by the clock that the shims go by too; none when there is nobody.
 ///
 /// # Errors
-/// When a tree is no longer frozen.
-pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
+/// When a tree is no longer frozen, or somebody else has let it run.
+pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Option<Instant>, Failure> {
+    let asked = Instant::now();
+    let mut proven = None;
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
     let each = site.links_of(runs).map(|(agent, link)| {
         let (agent, link) = (agent.clone(), link.clone());
@@ -96,7 +99,8 @@ pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failu
     });
     for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
         match result {
-            Ok(()) | Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
+            Ok(()) => proven = Some(asked + lease),
+            Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
             Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
             Err(error) => {
                 let message = format!("agent '{agent}' did not stay frozen: {}", chain(&error));
@@ -104,7 +108,7 @@ pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failu
             }
         }
     }
-    Ok(())
+    Ok(proven)
 }
 
 /// Renews leases for as long as it lives.
@@ -149,27 +153,33 @@ impl Drop for Renewer {
 }
 
 /// Makes the freeze of these runs permanent. One that has ended in the meantime is frozen again:
-/// the pause is committed, and paused stays paused.
-pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) {
+/// the pause is committed, and paused stays paused. Returns those whose lease was over.
+pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, RunId)> {
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
     let each = site.links_of(runs).map(|(agent, link)| {
         let (agent, link, project) = (agent.clone(), link.clone(), site.project.name.clone());
         async move {
-            if link.shim.hold().await.is_ok() {
-                return;
-            }
+            let refused = match link.shim.hold().await {
+                Ok(()) => return None,
+                Err(error) => error,
+            };
             let again = async {
                 link.shim.freeze(lease).await?;
                 link.shim.hold().await
             };
             match again.await {
                 Ok(()) => tracing::warn!(%project, %agent, "ran for a moment in a paused project; frozen again"),
-                Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
-                Err(error) => tracing::error!(%project, %agent, error = chain(&error), "cannot be held"),
+                Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => return None,
+                Err(error) => {
+                    tracing::error!(%project, %agent, error = chain(&error), "cannot be held");
+                    return None;
+                }
             }
+            // Of a freeze that somebody else has broken the shim tells by itself.
+            matches!(refused, LinkError::Refused { code: RefusalCode::NotFrozen, .. }).then_some((agent, link.run))
         }
     });
-    drop(side_by_side(each.collect::<Vec<_>>()).await);
+    side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
 }
 
 /// Lets these runs go on.

@@ -16,11 +16,13 @@ use super::limits::tree_limits;
 use super::{Site, blocking, leftovers, session};
 use crate::config::Freezer;
 use crate::errors::{Failure, chain};
+use crate::os::death::Death;
 use crate::os::limits::{Limit, LimitKind};
 use crate::os::process;
 use crate::shim::launch::LaunchError;
-use crate::shim::link::{ShimLink, end_lost_tree, launch, read_exit, read_run};
+use crate::shim::link::{ShimLink, launch, read_exit, read_run};
 use crate::shim::raw::Raw;
+use crate::shim::reach::{self, Reached};
 use crate::shim::record;
 use crate::shim::record::RunRecord;
 use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
@@ -256,6 +258,28 @@ async fn prune_runs(site: &Site, agent: &AgentName, current: &RunId) {
     }
 }
 
+/// Stops a run whose shim cannot be asked to: SIGTERM to its main process, and when the grace is over
+/// the end of everything.
+///
+/// # Errors
+/// When a process cannot be ended.
+pub async fn stop_unreachable(site: &Site, agent: &AgentName, run: &RunId, grace: Duration) -> Result<(), Failure> {
+    let run_dir = site.dirs().run(agent, run);
+    if let Ok(Some(record)) = read_run(&run_dir)
+        && record.boot_id == site.services.boot_id
+        && !grace.is_zero()
+        && let (Ok(death), Ok(shim)) = (Death::of(record.agent), Death::of(record.shim))
+    {
+        // Who is gone, or another's now, has no more need of it.
+        process::signal(record.agent, libc::SIGTERM).ok();
+        if tokio::time::timeout(grace, death.wait()).await.is_ok() {
+            // Its shim clears up behind it and records the exit.
+            drop(tokio::time::timeout(ENDING, shim.wait()).await);
+        }
+    }
+    end_run(site, &run_dir).await
+}
+
 /// Ends a run that may be alive: through its shim, or without it where the shim is gone.
 ///
 /// # Errors
@@ -274,23 +298,26 @@ pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failu
     if record.boot_id != site.services.boot_id {
         return Ok(());
     }
-    if process::is_alive(record.shim).unwrap_or(false)
-        && let Ok((link, _events)) = ShimLink::connect(&record.socket).await
-    {
-        let ended = async {
-            link.kill().await?;
-            link.closed().await;
-            Ok::<(), crate::shim::link::LinkError>(())
-        };
-        match tokio::time::timeout(ENDING, ended).await {
-            Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => return Ok(()),
-            Ok(Err(error)) => return Err(Failure::fault("end an older run", &error)),
-            Err(_) => {}
+    let mut why = None;
+    if process::is_alive(record.shim).unwrap_or(false) {
+        match reach::connect(&record, site.services.shim_patience()).await {
+            Ok((link, _events)) => {
+                let ended = async {
+                    link.kill().await?;
+                    link.closed().await;
+                    Ok::<(), crate::shim::link::LinkError>(())
+                };
+                match tokio::time::timeout(ENDING, ended).await {
+                    Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => return Ok(()),
+                    Ok(Err(error)) => why = Some(chain(&error)),
+                    Err(_) => why = Some("its processes did not end in time".to_owned()),
+                }
+            }
+            Err(error) => why = Some(error),
         }
     }
-    let boot_id = site.services.boot_id.clone();
-    blocking("end an older run", move || {
-        end_lost_tree(&record, &boot_id, ENDING).map(drop).map_err(|e| Failure::fault("end an older run", &e))
-    })
-    .await
+    match reach::give_up(run_dir, &record, &site.services.boot_id, why).await {
+        Reached::Lost { left: Some(error), .. } => Err(Failure::fault("end an older run", &error)),
+        _ => Ok(()),
+    }
 }

@@ -1,4 +1,19 @@
 //! Brings agents to a good place: a message to those that listen, then SIGTSTP.
+//!
+//! | the agent | outcome | told | after the thaw |
+//! |---|---|---|---|
+//! | acknowledges on its channel | frozen at once, no SIGTSTP | | runs |
+//! | has a channel and says nothing | grace of the channel, then SIGTSTP as below | warning | runs |
+//! | stops by default, or saves and stops itself | `Stopped`, as soon as it has | | SIGCONT, runs |
+//! | ignores SIGTSTP | `Ignored` when the grace is over | | runs |
+//! | waits in vfork(2) for a child that is stopped | `Stopped`, as it stands as still | | runs |
+//! | was stopped by somebody else before | `AlreadyStopped` at once | warning | stays stopped |
+//! | ends meanwhile | `Exited`, or a refusal: no failure | its exit | |
+//! | has jobs in sessions of their own | no SIGTSTP for those, which orphaned groups ignore | | run |
+//!
+//! Whatever the outcome, the freeze that follows stops the whole tree; this step only decides where.
+//! Both mechanisms pass the same tests (`daemon/tests/shim_freeze.rs`, `shim_guard.rs`,
+//! `tests/it/pause.rs`).
 
 use std::time::Duration;
 

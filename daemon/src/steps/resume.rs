@@ -10,12 +10,16 @@ use fermata_protocol::{AgentName, RunId};
 use super::{Site, launch, side_by_side};
 use crate::errors::chain;
 use crate::shim::link::{LinkError, ShimLink, read_run};
+use crate::shim::reach;
 
 /// How often a thaw is tried: a link may just be broken, or its shim wait for a slow disk.
 const TRIES: u32 = 4;
 
 /// How long the first try waits for the second; later ones wait longer.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a shim whose link is broken may take to answer at a new one.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Thaws these runs and says how each came back.
 pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed> {
@@ -58,5 +62,5 @@ async fn thaw_one(site: &Site, agent: &AgentName, run: &RunId) -> Result<(), Str
 /// Makes a link of its own to a shim whose other link is broken.
 async fn reach(site: &Site, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
     let record = read_run(&site.dirs().run(agent, run)).ok().flatten()?;
-    ShimLink::connect(&record.socket).await.ok().map(|(link, _events)| link)
+    reach::connect(&record, PATIENCE).await.ok().map(|(link, _events)| link)
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use fermata_core::Project;
 use fermata_core::context::FlashSavePlan;
@@ -58,6 +59,8 @@ pub struct Commit {
     pub reply: Option<MakeReply>,
     /// The result of the operation that the facts conclude, where it says more than they do.
     pub result: Option<Value>,
+    /// It is refused from this moment on: what it says rests on a lease that is over then.
+    pub only_before: Option<Instant>,
     /// When.
     pub now: UnixMillis,
     /// What it has to survive.
@@ -114,6 +117,11 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
     written.reply = reply.map(|make| make(&written));
     if let Some((keyed, operation)) = &commit.keyed {
         idempotency::remember(connection, keyed, operation.as_ref(), written.reply.as_ref(), *now)?;
+    }
+    // Looked at last. A daemon that stands still between this and the end of the transaction is left:
+    // then the lease cannot be made permanent, the project is frozen again, and that is told.
+    if commit.only_before.is_some_and(|end| Instant::now() >= end) {
+        return Err(StoreError::TooLate);
     }
     Ok(written)
 }

@@ -48,6 +48,9 @@ pub enum StoreError {
         #[source]
         source: rusqlite::Error,
     },
+    /// The moment before which it had to be done has passed; nothing was written.
+    #[error("write it in time")]
+    TooLate,
     /// A newer program has written the database.
     #[error(
         "open the database {}: it has schema {found}, and this program knows only up to {known}; \

@@ -16,6 +16,8 @@ impl Event {
             Self::AgentStarted { .. } => "agent.started",
             Self::AgentLaunchFailed { .. } => "agent.launch_failed",
             Self::AgentAdopted { .. } => "agent.adopted",
+            Self::AgentUnreachable { .. } => "agent.unreachable",
+            Self::AgentFreezeBroken { .. } => "agent.freeze_broken",
             Self::AgentStopping { .. } => "agent.stopping",
             Self::AgentWaiting { .. } => "agent.waiting",
             Self::AgentReady { .. } => "agent.ready",
@@ -68,6 +70,8 @@ impl Event {
             | Self::AgentStarted { agent, .. }
             | Self::AgentLaunchFailed { agent, .. }
             | Self::AgentAdopted { agent, .. }
+            | Self::AgentUnreachable { agent, .. }
+            | Self::AgentFreezeBroken { agent, .. }
             | Self::AgentStopping { agent, .. }
             | Self::AgentWaiting { agent, .. }
             | Self::AgentReady { agent, .. }

@@ -69,7 +69,7 @@ impl Supervisor {
                 return self.tell(news);
             }
             Request::Renew { lease_ms } => self.hold.renew(Duration::from_millis(lease_ms), now),
-            Request::Hold {} => self.hold.hold(),
+            Request::Hold {} => self.hold.hold(now),
             Request::Thaw {} => {
                 let (answer, news) = self.hold.thaw();
                 self.tell(news);
