@@ -107,6 +107,15 @@ impl Failure {
         self
     }
 
+    /// Adds further fields for programs.
+    #[must_use]
+    pub fn with_details(mut self, details: Value) -> Self {
+        if let Self::Said(report) = &mut self {
+            report.details = Some(details);
+        }
+        self
+    }
+
     /// Says whether the failure has this stable code.
     pub fn is(&self, code: Code) -> bool {
         matches!(self, Self::Said(report) if report.code == code.as_str())

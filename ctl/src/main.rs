@@ -9,6 +9,7 @@ mod cli;
 mod commands;
 mod connect;
 mod deadline;
+mod declaration;
 mod errors;
 mod keys;
 mod output;

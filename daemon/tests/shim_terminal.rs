@@ -268,6 +268,23 @@ async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: Mech
     assert_eq!(again.suspended(), Some(false));
 }
 
+#[tokio::test]
+async fn ctrl_z_stops_the_whole_group_and_a_continue_lets_all_of_it_go_on() {
+    let writer =
+        "perl -e 'while (1) { open(F, q(>>), q(child)); print F q(x); close F; select(undef, undef, undef, 0.01) }'";
+    let bed = plain(&format!("{writer} & echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'"));
+    let (_launched, link, mut events) = bed.launch().await;
+    let (mut viewing, typing) = watch(&bed).await;
+    see(&mut viewing, "ready").await;
+    bed.growing(&["child"]).await;
+    type_in(&typing, "\x1a").await;
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Stopped { signal: libc::SIGTSTP }));
+    bed.still(&["child"]).await;
+    link.signal(libc::SIGCONT).await.unwrap();
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
+    bed.growing(&["child"]).await;
+}
+
 async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: MechanismChoice) {
     let bed = bed(mechanism, "echo ready; while :; do sleep 0.02; done");
     let (_launched, link, _events) = bed.launch().await;

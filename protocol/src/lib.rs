@@ -7,14 +7,17 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod budget;
 pub mod checkpoint;
 pub mod client;
 pub mod codec;
 pub mod context;
 pub mod daemon;
+pub mod declaration;
 pub mod error;
 pub mod event;
 pub mod ids;
+pub mod load;
 pub mod method;
 pub mod openrpc;
 pub mod operation;

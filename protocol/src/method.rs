@@ -11,6 +11,7 @@ use crate::agent::*;
 use crate::checkpoint::*;
 use crate::context::*;
 use crate::daemon::*;
+use crate::declaration::*;
 use crate::error::{Code, Refusal};
 use crate::operation::*;
 use crate::pause::*;
@@ -113,6 +114,7 @@ methods! {
     ProjectResume => "project.resume", ResumeResult, Operator, true, "Resumes a project: thaw, or start again.";
     AgentRun => "agent.run", AgentView, Operator, true, "Starts an agent.";
     AgentList => "agent.list", AgentListResult, Reader, false, "Lists the agents.";
+    AgentShow => "agent.show", AgentDetail, Operator, false, "Shows how an agent is started, and compares its environment with a given one.";
     AgentStop => "agent.stop", AgentListResult, Operator, true, "Stops agents: SIGTERM, grace, SIGKILL to the whole tree.";
     AgentKill => "agent.kill", AgentListResult, Operator, true, "Kills agents' whole trees, or sends a signal to their main process.";
     AgentRestart => "agent.restart", AgentView, Operator, true, "Stops an agent and starts it again.";

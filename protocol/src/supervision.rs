@@ -5,6 +5,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::budget::Budget;
+use crate::declaration::Declared;
 use crate::ids::AgentName;
 
 /// How an agent is looked after. Everything has a default; an empty object is a plain process.
@@ -46,9 +48,15 @@ pub struct Supervision {
     /// What its whole tree may use.
     #[serde(skip_serializing_if = "is_default")]
     pub resources: Resources,
+    /// How much it may spend before its project is paused.
+    #[serde(skip_serializing_if = "is_default")]
+    pub budget: Budget,
     /// What becomes of output that comes faster than it can be kept.
     #[serde(skip_serializing_if = "is_default")]
     pub output: OutputPolicy,
+    /// The file that declares it, when `up` started it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub declared: Option<Declared>,
 }
 
 impl Supervision {

@@ -1,7 +1,10 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
 pub mod groups;
+pub mod resources;
+pub mod supervision;
 pub mod values;
+pub mod workspace;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -16,7 +19,9 @@ use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
+use supervision::SupervisionArgs;
 use values::{MODES, Numbered, word};
+use workspace::{DownArgs, UpArgs};
 
 /// Runs AI agents, holds them on demand and brings them back.
 #[derive(Debug, Parser)]
@@ -87,7 +92,11 @@ impl Globals {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start an agent in a project, which is created when it is new.
-    Run(RunArgs),
+    Run(Box<RunArgs>),
+    /// Start what the workspace's fermata.toml declares, and leave alone what runs as declared.
+    Up(UpArgs),
+    /// Stop what the workspace's fermata.toml declares; checkpoints and logs stay.
+    Down(DownArgs),
     /// List agents.
     Ps {
         /// Only those of this project.
@@ -107,6 +116,9 @@ pub enum Command {
         /// Restore this checkpoint of the project first.
         #[arg(long, value_name = "N")]
         checkpoint: Option<CheckpointNumber>,
+        /// Let it go on although a budget is reached; that budget then bounds nothing until it is set anew.
+        #[arg(long)]
+        over_budget: bool,
     },
     /// Stop agents: SIGTERM, grace, SIGKILL to the whole tree.
     Stop {
@@ -242,6 +254,10 @@ pub struct RunArgs {
     pub stop_grace: Option<Duration>,
     #[command(flatten)]
     pub hooks: HookArgs,
+    #[command(flatten)]
+    pub resources: resources::ResourceArgs,
+    #[command(flatten)]
+    pub budget: resources::BudgetArgs,
     /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
     #[arg(long, short)]
     pub tty: bool,
@@ -257,6 +273,8 @@ pub struct RunArgs {
     /// Show the agent's output until it has ended.
     #[arg(long)]
     pub logs: bool,
+    #[command(flatten)]
+    pub supervision: SupervisionArgs,
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,

@@ -5,7 +5,9 @@ mod agents;
 mod attach;
 mod checkpoint;
 mod context;
+mod declared;
 mod doctor;
+mod down;
 mod events;
 mod logs;
 mod operation;
@@ -14,10 +16,14 @@ mod plugin;
 mod project;
 mod protocol;
 mod question;
+mod readiness;
 mod run;
 mod send;
 mod status;
 mod task;
+mod up;
+
+pub use run::{canonical, environment};
 
 use std::io::Read as _;
 use std::time::Duration;
@@ -57,11 +63,13 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         deadline::arm(time, session.globals.json)?;
     }
     match command {
-        Command::Run(args) => run::run(session, args),
+        Command::Run(args) => run::run(session, *args),
+        Command::Up(args) => up::up(session, &args),
+        Command::Down(args) => down::down(session, &args),
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),
-        Command::Resume { target, checkpoint } => pause::resume(session, target, checkpoint),
+        Command::Resume { target, checkpoint, over_budget } => pause::resume(session, target, checkpoint, over_budget),
         Command::Stop { target, grace } => agents::stop(session, target, grace),
         Command::Restart { target } => agents::restart(session, &target),
         Command::Kill { target, signal } => agents::kill(session, target, signal),

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::project::ProjectShow;
 use fermata_protocol::supervision::{Hook, Supervision, TerminalSize};
 use fermata_protocol::{Code, ProjectName};
@@ -92,7 +93,9 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
             pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
             terminal: args.tty.then(terminal_size),
-            ..Supervision::default()
+            resources: args.resources.into(),
+            budget: args.budget.over(Budget::default()),
+            ..args.supervision.settings()?
         }),
     };
     session.call(&params)
@@ -143,7 +146,7 @@ pub fn text(path: &Path) -> Result<String, Failure> {
 }
 
 /// The environment that the agent gets, without what says that the caller itself is an agent.
-fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+pub fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
     let mut kept = BTreeMap::new();
     for (name, value) in variables {
         match (name.into_string(), value.into_string()) {
@@ -162,13 +165,14 @@ fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMa
 }
 
 /// Reads the umask, which can only be read by setting it; no other thread makes files meanwhile.
-fn own_umask() -> u32 {
+pub fn own_umask() -> u32 {
     let mask = umask(Mode::from_bits_truncate(0o077));
     umask(mask);
     mask.bits()
 }
 
-fn own_limits() -> BTreeMap<String, ResourceLimit> {
+/// Returns the resource limits of this process.
+pub fn own_limits() -> BTreeMap<String, ResourceLimit> {
     const LIMITS: [(&str, Resource); 16] = [
         ("as", Resource::RLIMIT_AS),
         ("core", Resource::RLIMIT_CORE),

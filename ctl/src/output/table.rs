@@ -204,7 +204,8 @@ pub fn cut(text: &str, width: usize) -> String {
     short
 }
 
-fn text_width(text: &str) -> usize {
+/// Returns how many columns a text takes.
+pub fn text_width(text: &str) -> usize {
     text.chars().map(char_width).sum()
 }
 

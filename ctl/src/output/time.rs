@@ -62,14 +62,13 @@ pub fn parse_since(text: &str, now: UnixMillis) -> Result<UnixMillis, String> {
         .map_err(|_| format!("'{text}' is no time; write for instance 10m (ago) or {}", rfc3339(now)))
 }
 
-/// Reads a size in bytes: `512MiB`, `10M`, `4096`.
+/// Reads a size in bytes: `512MiB`, `10M`, `1.5G`, `4096`. Units count by 1,024.
 ///
 /// # Errors
 /// Says what is wrong with the text.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no size; write for instance 4096, 64KiB or 512MiB");
-    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-    let number: u64 = text[..digits].parse().map_err(|_| wrong())?;
+    let wrong = || format!("'{text}' is no size; write for instance 4096, 64KiB, 1.5G or 512MiB");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let shift = match text[digits..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,
         "k" | "kib" => 10,
@@ -78,7 +77,16 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         "t" | "tib" => 40,
         _ => return Err(wrong()),
     };
-    number.checked_mul(1 << shift).ok_or_else(wrong)
+    let (whole, fraction) = text[..digits].split_once('.').map_or((&text[..digits], None), |(w, f)| (w, Some(f)));
+    let bytes = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(1 << shift)).ok_or_else(wrong)?;
+    let Some(fraction) = fraction else { return Ok(bytes) };
+    // Nine digits are finer than a byte of a gigabyte; half a byte is none.
+    if shift == 0 || fraction.is_empty() || fraction.len() > 9 || fraction.contains('.') {
+        return Err(wrong());
+    }
+    let parts: u128 = fraction.parse().map_err(|_| wrong())?;
+    let more = (parts << shift) / 10_u128.pow(fraction.len() as u32);
+    u64::try_from(more).ok().and_then(|more| bytes.checked_add(more)).ok_or_else(wrong)
 }
 
 /// Writes how long ago a time was: `3m ago`.
@@ -216,6 +224,11 @@ mod tests {
     fn sizes_are_read_and_written() {
         assert_eq!(parse_bytes("512MiB"), Ok(512 << 20));
         assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("1.5G"), Ok(3 << 29));
+        assert_eq!(parse_bytes("0.001k"), Ok(1));
+        for bad in ["", ".5G", "1.G", "1.5", "1.5.1G", "1.0000000001G", "-1", "1 G"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
         assert!(parse_bytes("99999999999T").is_err() && parse_bytes("ten").is_err());
         assert_eq!(bytes(900), "900 B");
         assert_eq!(bytes(4_096), "4.0 KiB");

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::connection::Connection;
-use super::{agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports};
+use super::{agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports};
 use crate::auth;
 use crate::errors::Failure;
 use crate::project::Projects;
@@ -156,7 +156,8 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::ProjectPause(p) => operations::pause(connection, p, keyed).await,
         Call::ProjectResume(p) => operations::resume(connection, p, keyed).await,
         Call::AgentRun(p) => agents::run(all, p, keyed).await,
-        Call::AgentList(p) => agents::list(all, p.project.as_ref()),
+        Call::AgentList(p) => agents::list(all, p.project.as_ref()).await,
+        Call::AgentShow(p) => agent_detail::show(all, p).await,
         Call::AgentAttach(p) => attach::attach(connection, p).await,
         Call::AgentInput(p) => attach::input(connection, p).await,
         Call::AgentResize(p) => attach::resize(connection, &p).await,

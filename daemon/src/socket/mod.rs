@@ -8,6 +8,7 @@
 //! ```
 //! A peer that does not read, sends garbage or goes away in the middle disturbs nobody else.
 
+mod agent_detail;
 mod agents;
 mod attach;
 mod checkpoints;
@@ -16,6 +17,7 @@ mod context;
 mod dispatch;
 mod events;
 pub mod listener;
+mod loads;
 mod logs;
 mod operations;
 mod plugins;

@@ -1,0 +1,217 @@
+//! The environment that a file gives an agent: `env`, `env_file` and `pass_env`.
+//!
+//! Nothing is expanded and no file is read that is not named: what is written is what the agent gets.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::Path;
+
+use super::place;
+use super::problems::Problem;
+use super::section::{At, Section, path};
+use super::tree::Kind;
+use crate::autostart::IDENTITY;
+
+/// The environment of one agent, before that of the caller is added.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Environment {
+    /// The variables that the file sets, those of its env_files among them.
+    pub set: BTreeMap<String, String>,
+    /// Which of the caller's variables are handed on; all when none is said. A name may end in `*`.
+    pub pass: Option<Vec<String>>,
+}
+
+impl Environment {
+    /// Makes the environment of an agent: the caller's variables, then those that are set. Returns
+    /// the names of those that were to be handed on and are not there as well.
+    pub fn over(&self, callers: &BTreeMap<String, String>) -> (BTreeMap<String, String>, Vec<String>) {
+        let mut missing = Vec::new();
+        let mut env: BTreeMap<String, String> = match &self.pass {
+            None => callers.clone(),
+            Some(patterns) => {
+                let plain = patterns.iter().filter(|pattern| !pattern.ends_with('*'));
+                missing.extend(plain.filter(|name| !callers.contains_key(*name)).cloned());
+                let passed = |name: &str| {
+                    patterns.iter().any(|pattern| match pattern.strip_suffix('*') {
+                        Some(beginning) => name.starts_with(beginning),
+                        None => name == pattern,
+                    })
+                };
+                callers.iter().filter(|(name, _)| passed(name)).map(|(n, v)| (n.clone(), v.clone())).collect()
+            }
+        };
+        env.extend(self.set.iter().map(|(name, value)| (name.clone(), value.clone())));
+        missing.retain(|name| !self.set.contains_key(name));
+        (env, missing)
+    }
+}
+
+/// Reads the keys of an agent.
+pub fn read(agent: &mut Section<'_>, workspace: &Path) -> Environment {
+    let mut set = BTreeMap::new();
+    for file in agent.texts("env_file").unwrap_or_default() {
+        match variables_of(&workspace.join(&file.value)) {
+            Ok(variables) => {
+                for (name, value) in variables {
+                    if may_be_set(agent, &file, "env_file", &name) {
+                        set.insert(name, value);
+                    }
+                }
+            }
+            Err(why) => agent.problem(&file.span, "env_file", why),
+        }
+    }
+    if let Some(member) = agent.member("env")
+        && let Some(table) = Section::of(agent.path_of("env"), member, agent.problems())
+    {
+        for (name, member) in table.members() {
+            let key = At { value: name.clone(), span: member.key.clone() };
+            if !may_be_set(agent, &key, "env", name) {
+                continue;
+            }
+            match &member.node.kind {
+                Kind::Text(value) if !value.contains('\0') => {
+                    set.insert(name.clone(), value.clone());
+                }
+                Kind::Text(_) => {
+                    table.problem(&member.node.span, name, format!("'{}' holds a NUL character", table.path_of(name)));
+                }
+                other => {
+                    let written = match other {
+                        Kind::Integer(Some(number)) => number.to_string(),
+                        Kind::Float(number) => number.to_string(),
+                        Kind::Bool(yes) => yes.to_string(),
+                        _ => "…".into(),
+                    };
+                    let message = format!("'{}' must be a text, not {}", table.path_of(name), other.name());
+                    table.problem_with_hint(&member.node.span, name, message, format!("write \"{written}\""));
+                }
+            }
+        }
+    }
+    let pass = agent.texts("pass_env").map(|names| {
+        let mut good = Vec::new();
+        for name in names {
+            let plain = name.value.strip_suffix('*').unwrap_or(&name.value);
+            if plain.contains(['*', '=']) {
+                let message = format!("\"{}\" is no name of a variable; only a last '*' stands for more", name.value);
+                agent.problem(&name.span, "pass_env", message);
+            } else {
+                good.push(name.value);
+            }
+        }
+        good.sort_unstable();
+        good.dedup();
+        good
+    });
+    Environment { set, pass }
+}
+
+/// What says who the agent is comes from the daemon.
+fn may_be_set(agent: &Section<'_>, at: &At<String>, key: &str, name: &str) -> bool {
+    let why = if IDENTITY.contains(&name) {
+        format!("the variable {name} is set by Fermata itself")
+    } else if !is_name(name) {
+        format!("'{name}' is no name for an environment variable")
+    } else {
+        return true;
+    };
+    let key = path(&agent.path_of(key), name);
+    agent.problems().add(Problem::new(at.span.clone(), key, why));
+    false
+}
+
+fn is_name(name: &str) -> bool {
+    !name.is_empty() && !name.contains(['=', '\0', ' ', '\n'])
+}
+
+/// Reads a file of variables: `NAME=value` lines, comments, values in quotes; nothing is expanded.
+fn variables_of(file: &Path) -> Result<Vec<(String, String)>, String> {
+    let text = place::read_trusted(file).map_err(|refused| refused.sentence)?;
+    parse(&text).map_err(|(line, why)| format!("{}, line {line}: {why}", file.display()))
+}
+
+fn parse(text: &str) -> Result<Vec<(String, String)>, (usize, String)> {
+    let mut variables = Vec::new();
+    for (i, line) in text.lines().enumerate() {
+        let line = line.trim();
+        if line.is_empty() || line.starts_with('#') {
+            continue;
+        }
+        let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
+        let Some((name, value)) = line.split_once('=') else {
+            return Err((i + 1, "this is no NAME=value".into()));
+        };
+        let name = name.trim_end();
+        if !is_name(name) {
+            return Err((i + 1, format!("'{name}' is no name for an environment variable")));
+        }
+        let value = value_of(value.trim()).map_err(|why| (i + 1, why))?;
+        if value.contains('\0') {
+            return Err((i + 1, "the value holds a NUL character".into()));
+        }
+        variables.push((name.to_owned(), value));
+    }
+    Ok(variables)
+}
+
+/// Takes the quotes off a value; without quotes a comment may follow after a blank.
+fn value_of(text: &str) -> Result<String, String> {
+    let quote = match text.chars().next() {
+        Some(quote @ ('"' | '\'')) => quote,
+        _ => return Ok(text.split_once(" #").map_or(text, |(value, _)| value).trim_end().to_owned()),
+    };
+    let mut value = String::new();
+    let mut chars = text[1..].chars();
+    loop {
+        match chars.next() {
+            Some(c) if c == quote => break,
+            Some('\\') if quote == '"' => match chars.next() {
+                Some('n') => value.push('\n'),
+                Some('t') => value.push('\t'),
+                Some(c @ ('"' | '\\' | '$')) => value.push(c),
+                Some(c) => value.extend(['\\', c]),
+                None => return Err("a quote is not closed".into()),
+            },
+            Some(c) => value.push(c),
+            None => return Err("a quote is not closed".into()),
+        }
+    }
+    let rest = chars.as_str().trim_start();
+    if rest.is_empty() || rest.starts_with('#') { Ok(value) } else { Err(format!("'{rest}' follows after the quote")) }
+}
+
+/// Takes what can be handed on out of the caller's environment.
+pub fn callers(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
+    crate::commands::environment(variables)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_of_variables_are_read_as_they_are_written() {
+        let text = "# a comment\n\nA=1\nexport B = two words # and a comment\nC=\"x\\n\\\"y\\\" $A\" # c\nD='a # b\\n'\nE=\nF=a#b\n";
+        let read = parse(text).expect("valid");
+        let expected =
+            [("A", "1"), ("B", "two words"), ("C", "x\n\"y\" $A"), ("D", "a # b\\n"), ("E", ""), ("F", "a#b")];
+        let read: Vec<(&str, &str)> = read.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        assert_eq!(read, expected);
+        for (bad, line) in [("A=1\nno variable\n", 2), ("A=\"open\n", 1), ("A='x' y\n", 1), ("A B=1\n", 1)] {
+            assert_eq!(parse(bad).expect_err(bad).0, line);
+        }
+    }
+
+    #[test]
+    fn what_is_set_lies_over_what_is_handed_on() {
+        let of = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+        };
+        let callers = of(&[("PATH", "/bin"), ("LC_ALL", "C"), ("SECRET", "s")]);
+        let all = Environment { set: of(&[("PATH", "/x")]), pass: None };
+        assert_eq!(all.over(&callers).0, of(&[("PATH", "/x"), ("LC_ALL", "C"), ("SECRET", "s")]));
+        let some = Environment { set: of(&[("A", "1")]), pass: Some(vec!["LC_*".into(), "A".into(), "GONE".into()]) };
+        assert_eq!(some.over(&callers), (of(&[("LC_ALL", "C"), ("A", "1")]), vec!["GONE".to_owned()]));
+    }
+}
