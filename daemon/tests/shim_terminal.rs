@@ -184,9 +184,9 @@ async fn viewers_that_never_read_cost_the_agent_nothing() {
     let lazy: Vec<_> = [connect(&bed).await, connect(&bed).await].into();
     type_in(&typing, "\r").await;
     until("the agent to have written everything", || bed.size("done") > 0).await;
+    link.status().await.unwrap();
     type_in(&typing, "\r").await;
     drop(lazy);
-    link.status().await.unwrap();
     assert_eq!(exited(&mut events).await.code, Some(0));
 }
 
@@ -245,7 +245,8 @@ async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: Mecha
 }
 
 async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: MechanismChoice) {
-    let bed = bed(mechanism, "echo ready; while :; do sleep 0.02; done");
+    // One process: a shell that is stopped while it starts a child cannot be seen to be stopped.
+    let bed = bed(mechanism, "echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'");
     let (launched, link, mut events) = bed.launch().await;
     let (mut viewing, typing) = watch(&bed).await;
     see(&mut viewing, "ready").await;
@@ -265,6 +266,23 @@ async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: Mech
     assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
     let (again, _) = bed.connect().await;
     assert_eq!(again.suspended(), Some(false));
+}
+
+#[tokio::test]
+async fn ctrl_z_stops_the_whole_group_and_a_continue_lets_all_of_it_go_on() {
+    let writer =
+        "perl -e 'while (1) { open(F, q(>>), q(child)); print F q(x); close F; select(undef, undef, undef, 0.01) }'";
+    let bed = plain(&format!("{writer} & echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'"));
+    let (_launched, link, mut events) = bed.launch().await;
+    let (mut viewing, typing) = watch(&bed).await;
+    see(&mut viewing, "ready").await;
+    bed.growing(&["child"]).await;
+    type_in(&typing, "\x1a").await;
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Stopped { signal: libc::SIGTSTP }));
+    bed.still(&["child"]).await;
+    link.signal(libc::SIGCONT).await.unwrap();
+    assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
+    bed.growing(&["child"]).await;
 }
 
 async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: MechanismChoice) {

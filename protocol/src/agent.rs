@@ -195,7 +195,8 @@ pub struct AgentStop {
 pub struct AgentKill {
     /// One agent, or all of a project.
     pub target: Target,
-    /// A signal for the main process alone, for instance `USR1`; without it the whole tree is killed.
+    /// A signal for the main process alone, for instance `USR1`; `CONT` goes to its process group.
+    /// Without it the whole tree is killed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signal: Option<String>,
 }

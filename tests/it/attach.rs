@@ -161,7 +161,8 @@ fn ctrl_c_interrupts_and_ctrl_z_suspends_what_is_shown_and_can_be_continued() {
         let mut sandbox = Sandbox::builder().config(config).start();
         run_at_terminal(
             &sandbox,
-            "trap 'echo interrupted' INT; echo ready; while :; do sleep 0.02; printf . >> marks; done",
+            "exec perl -e '$| = 1; $SIG{INT} = sub { print qq(interrupted\\n) }; print qq(ready\\n); \
+             while (1) { open(my $f, q(>>), q(marks)); print $f q(.); close $f; select(undef, undef, undef, 0.02) }'",
         );
         let mut person = Person::runs(&sandbox, &["attach", "web/a"]);
         person.sees("ready");

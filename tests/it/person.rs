@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fermata_tests::Sandbox;
 use fermata_tests::waiting::{SOON, wait_until};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::pty::{Winsize, openpty};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::termios::{LocalFlags, tcgetattr};
@@ -27,6 +28,10 @@ impl Person {
     pub fn runs(sandbox: &Sandbox, args: &[&str]) -> Self {
         let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
         let pair = openpty(&size, None).expect("open a terminal");
+        // Tests run side by side: what others start must not hold this terminal open.
+        for end in [&pair.master, &pair.slave] {
+            fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("keep a descriptor to itself");
+        }
         let end = || Stdio::from(pair.slave.try_clone().expect("duplicate a descriptor"));
         let mut command = sandbox.ctl_command(args);
         command.stdin(end()).stdout(end()).stderr(end()).env("TERM", "xterm-256color");
@@ -99,7 +104,9 @@ impl Person {
             ended.is_some()
         });
         assert!(!self.is_raw(), "the terminal was left in raw mode");
-        ended.expect("the wait ended with a status")
+        let ended = ended.expect("the wait ended with a status");
+        assert!(ended.code().is_some(), "fermatactl was killed: {ended}");
+        ended
     }
 
     /// Says whether the terminal is in raw mode.

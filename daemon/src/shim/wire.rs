@@ -91,7 +91,8 @@ pub enum Request {
     Hold {},
     /// Undoes freeze and quiesce; fine when there is nothing to undo.
     Thaw {},
-    /// Sends a signal to the main process.
+    /// Sends a signal to the main process; SIGCONT to its whole group, as a shell does that lets a
+    /// stopped job go on.
     Signal {
         /// Its number.
         signal: i32,

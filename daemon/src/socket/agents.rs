@@ -24,6 +24,7 @@ use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
 use crate::services;
+use crate::shim::link::ShimLink;
 use crate::steps::{blocking, limits};
 use crate::store::commit::Write;
 use crate::store::idempotency::{self, Keyed};
@@ -308,6 +309,15 @@ async fn send_signal(
     for name in names {
         let processes = project.agents.get(name).and_then(|agent| agent.run.as_ref()?.processes.as_ref());
         let Some(processes) = processes else { continue };
+        // A stopped group is continued as a whole, by the shim, whose child its leader is.
+        let run = project.agents.get(name).and_then(|agent| agent.run.as_ref());
+        if number == Signal::SIGCONT
+            && let Some(run) = run
+            && let Ok((link, _events)) = ShimLink::connect(&projects.services().shim_socket(&run.id)).await
+            && link.signal(number as i32).await.is_ok()
+        {
+            continue;
+        }
         // By pid and start time: a recycled pid is never signalled.
         let id = ProcessId { pid: processes.pid, start_time_ticks: processes.start_ticks };
         process::signal(id, number as i32)

@@ -75,6 +75,12 @@ impl Supervisor {
                 self.tell(news);
                 answer
             }
+            // What Ctrl-Z stopped is the whole group. It is ours for as long as its leader, our
+            // child, has not been reaped.
+            Request::Signal { signal: libc::SIGCONT } => {
+                killpg(Pid::from_raw(self.agent.pid), Signal::SIGCONT).ok();
+                done()
+            }
             Request::Signal { signal } => match process::signal(self.agent, signal) {
                 Ok(true) => done(),
                 Ok(false) => Err(Refused::new(RefusalCode::Ending, "the agent has ended")),

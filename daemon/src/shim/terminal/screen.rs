@@ -8,6 +8,7 @@ use avt::{Cell, Color, Line, Pen, Terminal};
 use fermata_protocol::supervision::TerminalSize;
 
 use super::modes::{Modes, RESET};
+use super::sequences::{Control, Piece, Splitter};
 
 /// How many lines that have left the screen are kept.
 const SCROLLBACK: usize = 500;
@@ -94,7 +95,7 @@ impl Screen {
                 text.push_str("\x1b[H\x1b[2J");
             }
         }
-        text.push_str(&self.terminal.dump());
+        spell_out(&self.terminal.dump(), &mut text);
         text.push_str(&self.modes.restore());
         text
     }
@@ -105,6 +106,24 @@ impl Screen {
             self.terminal = blank(self.size);
         }
     }
+}
+
+/// Writes repetitions out (`REP`, which the console of Linux and others do not know).
+fn spell_out(drawn: &str, text: &mut String) {
+    let mut last = None;
+    Splitter::default().feed(drawn.as_bytes(), |piece| match piece {
+        Piece::Text(piece) => {
+            last = piece.chars().last();
+            text.push_str(piece);
+        }
+        Piece::Sequence(sequence) => match (Control::read(sequence), last) {
+            (Some(Control { prefix: None, numbers, between: b"", last: b'b' }), Some(character)) => {
+                let count = usize::from(numbers.first().copied().unwrap_or(1)).max(1);
+                text.extend(std::iter::repeat_n(character, count));
+            }
+            _ => text.push_str(&String::from_utf8_lossy(sequence)),
+        },
+    });
 }
 
 /// Draws a line that has left the screen, with its end where it did not go on in the next one.
@@ -159,7 +178,6 @@ fn draw_pen(pen: &Pen, text: &mut String) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::sequences::{Piece, Splitter};
     use super::*;
 
     const SIZE: TerminalSize = TerminalSize { rows: 5, cols: 20 };
@@ -190,6 +208,15 @@ mod tests {
         // What is behind it comes back as well.
         show(&mut second, b"\x1b[?1049l");
         assert_eq!(lines(&second)[0], "shell$ vi");
+    }
+
+    #[test]
+    fn repetitions_are_written_out() {
+        let mut screen = Screen::new(SIZE);
+        show(&mut screen, b"xxxxxxxxxxxxxxx");
+        assert!(screen.terminal.dump().contains("\x1b[14b"), "the model repeats by a sequence");
+        let drawn = screen.draw(false);
+        assert!(String::from_utf8_lossy(&drawn).contains("xxxxxxxxxxxxxxx"));
     }
 
     #[test]
