@@ -1,19 +1,26 @@
 //! One agent: how it is started, where it stands, its current or last run.
 //!
 //! ```text
-//!            launched            stop                exit
-//!  Starting ──────────► Running ──────► Stopping ─────────────► Ended(Stopped)
-//!     │ launch failed    │  ▲                                      │ restart
-//!     ▼                  │  │ thaw                                 ▼
-//!  Failed ◄── exit ≠ 0 ──┤  │        park                       Starting
-//!                        ├──┴─ Held(Frozen) ──► Held(Parked) ── resume ──► Starting
-//!  Ended(ByItself) ◄ 0 ──┤
-//!  Interrupted ◄─ lost ──┘
+//!  Waiting ── those it depends on have come far enough ──┐
+//!                                                        ▼
+//!            launched            stop                exit│
+//!  Starting ──────────► Running ──────► Stopping ────────┼────► Ended(Stopped), TimedOut
+//!     │ launch failed    │  ▲                             │        │ restart
+//!     ▼                  │  │ thaw                        │        ▼
+//!  Failed ◄── exit ≠ 0 ──┤  │        park                 │     Starting
+//!     │                  ├──┴─ Held(Frozen) ──► Held(Parked) ── resume ──► Starting
+//!     │ Ended(ByItself)◄0┤                               │
+//!     │ Interrupted ◄lost┘                               │
+//!     └────┴── by policy ──► Backoff ── its time has come ──► Starting
 //! ```
 
 use fermata_protocol::agent::{AgentSpec, AgentStatus, ExitStatus, Progress, RunProcesses, Usage};
+use fermata_protocol::event::StartCause;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use serde::{Deserialize, Serialize};
+
+use crate::clock::Clock;
+use crate::restart::{Again, Row};
 
 /// How the processes of a paused agent are held.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +38,24 @@ pub enum Held {
 pub enum AfterStop {
     /// Nothing.
     Stay,
-    /// A new run.
+    /// A new run, at once.
     Restart,
+    /// A new run that goes on where this one was: it had not reported for too long.
+    GoesOn,
+    /// It counts as timed out.
+    TimedOut,
+    /// It counts as failed: it was not ready in time.
+    NotReady,
+}
+
+/// Why a run is about to be ended, once a checkpoint has been taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// Its time is over.
+    TimeUp,
+    /// It has not reported for too long, and is to be started again.
+    Stale,
 }
 
 /// Who ended a run that ended without failure.
@@ -49,6 +72,19 @@ pub enum Ended {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AgentState {
+    /// It is started once those that it depends on have come far enough.
+    Waiting(StartCause),
+    /// It has ended and is started again.
+    Backoff {
+        /// When.
+        until: UnixMillis,
+        /// How.
+        again: Again,
+        /// Why.
+        cause: StartCause,
+        /// How it ended.
+        detail: String,
+    },
     /// Its shim is being started.
     Starting,
     /// It runs.
@@ -88,6 +124,52 @@ pub struct Run {
     pub processes: Option<RunProcesses>,
     /// How and when it ended.
     pub ended: Option<RunEnd>,
+    /// Why it began.
+    #[serde(default = "asked_for")]
+    pub cause: StartCause,
+    /// How long it has run, the runs that it goes on from included.
+    #[serde(default)]
+    pub clock: Clock,
+    /// What the clock read when the run began, milliseconds: the time of the runs that it goes on from.
+    #[serde(default)]
+    pub carried_ms: i64,
+    /// How long it has not reported; none for an agent that never did.
+    #[serde(default)]
+    pub silence: Option<Clock>,
+    /// What its clock read when it reported progress last, milliseconds; none before that.
+    #[serde(default)]
+    pub reported_ms: Option<i64>,
+    /// Since when it has been ready.
+    #[serde(default)]
+    pub ready_at: Option<UnixMillis>,
+    /// Since when it has been known to be stale.
+    #[serde(default)]
+    pub stale_at: Option<UnixMillis>,
+    /// Why it is about to be ended.
+    #[serde(default)]
+    pub ending: Option<Ending>,
+}
+
+fn asked_for() -> StartCause {
+    StartCause::Run
+}
+
+impl Run {
+    /// Lets its clocks go on.
+    pub fn go_on(&mut self, at: UnixMillis) {
+        self.clock.go_on(at);
+        if let Some(silence) = &mut self.silence {
+            silence.go_on(at);
+        }
+    }
+
+    /// Lets its clocks stand still.
+    pub fn stand_still(&mut self, at: UnixMillis) {
+        self.clock.stand_still(at);
+        if let Some(silence) = &mut self.silence {
+            silence.stand_still(at);
+        }
+    }
 }
 
 /// How and when a run ended.
@@ -110,6 +192,9 @@ pub struct Agent {
     pub state: AgentState,
     /// How many runs it has had.
     pub runs: u64,
+    /// The starts in a row by policy.
+    #[serde(default)]
+    pub row: Row,
     /// The current or last run.
     pub run: Option<Run>,
     /// When it was created.
@@ -123,13 +208,16 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Says whether there are, or soon will be, processes: everything but ended and parked.
+    /// Says whether there are, or are just being made, processes: everything but ended, parked and
+    /// to be started later.
     pub fn is_alive(&self) -> bool {
         match self.state {
             AgentState::Starting | AgentState::Running | AgentState::Held(Held::Frozen) | AgentState::Stopping(_) => {
                 true
             }
-            AgentState::Held(Held::Parked)
+            AgentState::Waiting(_)
+            | AgentState::Backoff { .. }
+            | AgentState::Held(Held::Parked)
             | AgentState::Ended(_)
             | AgentState::Failed { .. }
             | AgentState::TimedOut
@@ -144,19 +232,36 @@ impl Agent {
             | AgentState::Failed { .. }
             | AgentState::TimedOut
             | AgentState::Interrupted { .. } => true,
-            AgentState::Starting | AgentState::Running | AgentState::Held(_) | AgentState::Stopping(_) => false,
+            AgentState::Waiting(_)
+            | AgentState::Backoff { .. }
+            | AgentState::Starting
+            | AgentState::Running
+            | AgentState::Held(_)
+            | AgentState::Stopping(_) => false,
         }
     }
 
-    /// Returns the id of the current run, `None` when the agent has ended or never ran.
+    /// Returns the id of the current run, `None` when there is none: it has ended, or the next one
+    /// is still to come.
     pub fn current_run(&self) -> Option<&RunId> {
-        if self.is_terminal() { None } else { self.run.as_ref().map(|run| &run.id) }
+        match self.state {
+            AgentState::Starting | AgentState::Running | AgentState::Held(_) | AgentState::Stopping(_) => {
+                self.run.as_ref().map(|run| &run.id)
+            }
+            AgentState::Waiting(_)
+            | AgentState::Backoff { .. }
+            | AgentState::Ended(_)
+            | AgentState::Failed { .. }
+            | AgentState::TimedOut
+            | AgentState::Interrupted { .. } => None,
+        }
     }
 
     /// Returns the status of the wire; `asks` says whether a question of the agent is open.
     pub fn status(&self, asks: bool) -> AgentStatus {
         match self.state {
-            AgentState::Starting => AgentStatus::Starting,
+            AgentState::Waiting(_) | AgentState::Starting => AgentStatus::Starting,
+            AgentState::Backoff { .. } => AgentStatus::Backoff,
             AgentState::Running if asks => AgentStatus::WaitingForInput,
             AgentState::Running => AgentStatus::Running,
             AgentState::Held(_) => AgentStatus::Paused,

@@ -1,14 +1,17 @@
 //! Folds one event into the state. The same function runs after every commit and in tests of
 //! recovery; it cannot refuse: what it is given has happened.
 
+mod agents;
+
 use std::sync::Arc;
 
+use fermata_protocol::UnixMillis;
 use fermata_protocol::event::Event;
 use fermata_protocol::pause::{PauseMode, Rung};
 use fermata_protocol::project::Phase;
-use fermata_protocol::{AgentName, UnixMillis};
 
-use crate::agent::{AfterStop, Agent, AgentState, Ended, Held, Run, RunEnd};
+use self::agents::change;
+use crate::agent::{AgentState, Ended, Held};
 use crate::project::{
     BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, Resting,
     RestoreRun, RestoreStage, ResumeRun,
@@ -45,12 +48,13 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
         | Event::AgentAdopted { .. }
-        | Event::AgentStateSaved { .. }
-        | Event::ContextAdded { .. }
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
         | Event::CheckpointPinned { .. } => {}
+        Event::AgentStateSaved { agent, .. } | Event::ContextAdded { agent, .. } => {
+            agents::reported(project, agent, at);
+        }
         Event::ProjectChanged { description, config } => {
             let facts = Arc::make_mut(&mut project.facts);
             if let Some(description) = description {
@@ -77,16 +81,28 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentRemoved { .. }
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
-        | Event::AgentUsed { .. } => apply_to_agent(project, event, at),
+        | Event::AgentWaiting { .. }
+        | Event::AgentReady { .. }
+        | Event::AgentTimeUp { .. }
+        | Event::AgentStale { .. }
+        | Event::AgentBackoff { .. }
+        | Event::AgentGivenUp { .. }
+        | Event::AgentUsed { .. } => agents::apply(project, event, at),
         Event::TaskChanged { task } => {
             project.counters.task = project.counters.task.max(task.id);
+            if let Some(agent) = &task.agent {
+                agents::reported(project, agent, at);
+            }
             project.tasks.insert(task.id, Arc::new(task.clone()));
         }
         Event::QuestionAsked { question } => {
             project.counters.question = project.counters.question.max(question.id);
+            agents::reported(project, &question.agent, at);
             project.questions.insert(question.id, Arc::new(question.clone()));
         }
-        Event::QuestionAnswered { id, answer, answered_at, .. } => {
+        Event::QuestionAnswered { id, agent, answer, answered_at } => {
+            // It has been waiting for a person: its silence begins now.
+            agents::reported(project, agent, at);
             if let Some(question) = project.questions.get_mut(id) {
                 let question = Arc::make_mut(question);
                 question.answer = Some(answer.clone());
@@ -152,6 +168,9 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 change(project, name, |agent| {
                     if agent.state == AgentState::Running {
                         agent.state = AgentState::Held(Held::Frozen);
+                        if let Some(run) = &mut agent.run {
+                            run.stand_still(result.paused_at);
+                        }
                     }
                 });
             }
@@ -185,7 +204,12 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
             project.total_paused_ms += result.paused_ms;
             for resumed in &result.agents {
                 change(project, &resumed.agent, |agent| match (resumed.rung, &agent.state) {
-                    (Rung::Thawed | Rung::ImageRestored, AgentState::Held(_)) => agent.state = AgentState::Running,
+                    (Rung::Thawed | Rung::ImageRestored, AgentState::Held(_)) => {
+                        agent.state = AgentState::Running;
+                        if let Some(run) = &mut agent.run {
+                            run.go_on(at);
+                        }
+                    }
                     (Rung::Failed, AgentState::Held(_)) => {
                         agent.state = AgentState::Interrupted {
                             detail: resumed.detail.clone().unwrap_or_else(|| "it could not be brought back".into()),
@@ -243,115 +267,6 @@ fn after_restore(project: &mut Project, restored: Option<u64>) {
         }
     };
     project.state = Arc::new(next);
-}
-
-fn apply_to_agent(project: &mut Project, event: &Event, at: UnixMillis) {
-    let Some(name) = event.agent().cloned() else { return };
-    match event {
-        Event::AgentCreated { spec, .. } => match project.agents.get_mut(&name) {
-            Some(agent) => Arc::make_mut(agent).spec = spec.clone(),
-            None => {
-                let agent = Agent {
-                    name: name.clone(),
-                    spec: spec.clone(),
-                    state: AgentState::Ended(Ended::ByItself),
-                    runs: 0,
-                    run: None,
-                    created_at: at,
-                    progress: None,
-                    session: None,
-                    usage: Default::default(),
-                };
-                project.agents.insert(name.clone(), Arc::new(agent));
-            }
-        },
-        Event::AgentStarting { run, argv, token_sha256, .. } => {
-            change(project, &name, |agent| {
-                agent.state = AgentState::Starting;
-                agent.runs += 1;
-                agent.run = Some(Run {
-                    id: run.clone(),
-                    argv: argv.clone(),
-                    token_sha256: token_sha256.clone(),
-                    started_at: at,
-                    processes: None,
-                    ended: None,
-                });
-            });
-            if let ProjectState::Resting(_) = *project.state {
-                rest(project, Resting::Active);
-            }
-        }
-        Event::AgentStarted { processes, .. } => change(project, &name, |agent| {
-            if agent.state == AgentState::Starting {
-                agent.state = AgentState::Running;
-            }
-            if let Some(run) = &mut agent.run {
-                run.processes = Some(processes.clone());
-            }
-        }),
-        Event::AgentLaunchFailed { reason, .. } => {
-            end(project, &name, RunEnd { exit: None, at }, AgentState::Failed { detail: Some(reason.clone()) });
-        }
-        Event::AgentStopping { restart, .. } => change(project, &name, |agent| {
-            if agent.is_alive() {
-                agent.state = AgentState::Stopping(if *restart { AfterStop::Restart } else { AfterStop::Stay });
-            }
-        }),
-        Event::AgentExited { exit, ended_at, .. } => {
-            let stopping = matches!(project.agents.get(&name).map(|agent| &agent.state), Some(AgentState::Stopping(_)));
-            let state = if stopping {
-                AgentState::Ended(Ended::Stopped)
-            } else if exit.is_success() {
-                AgentState::Ended(Ended::ByItself)
-            } else {
-                AgentState::Failed { detail: None }
-            };
-            end(project, &name, RunEnd { exit: Some(*exit), at: *ended_at }, state);
-        }
-        Event::AgentInterrupted { detail, .. } => {
-            end(project, &name, RunEnd { exit: None, at }, AgentState::Interrupted { detail: detail.clone() });
-        }
-        Event::AgentParked { .. } => change(project, &name, |agent| {
-            agent.state = AgentState::Held(Held::Parked);
-            if let Some(run) = &mut agent.run {
-                run.processes = None;
-                run.ended = Some(RunEnd { exit: None, at });
-            }
-        }),
-        Event::AgentRemoved { .. } => {
-            project.agents.remove(&name);
-        }
-        Event::AgentSessionFound { session, .. } => {
-            change(project, &name, |agent| agent.session = Some(session.clone()));
-        }
-        Event::AgentProgressed { progress, .. } => {
-            change(project, &name, |agent| agent.progress = Some(progress.clone()));
-        }
-        Event::AgentUsed { usage, .. } => change(project, &name, |agent| {
-            agent.usage.input_tokens = agent.usage.input_tokens.saturating_add(usage.input_tokens);
-            agent.usage.output_tokens = agent.usage.output_tokens.saturating_add(usage.output_tokens);
-            agent.usage.cost_micro_usd = agent.usage.cost_micro_usd.saturating_add(usage.cost_micro_usd);
-        }),
-        _ => {}
-    }
-}
-
-fn change(project: &mut Project, name: &AgentName, with: impl FnOnce(&mut Agent)) {
-    if let Some(agent) = project.agents.get_mut(name) {
-        with(Arc::make_mut(agent));
-    }
-}
-
-fn end(project: &mut Project, name: &AgentName, end: RunEnd, state: AgentState) {
-    change(project, name, |agent| {
-        agent.state = state;
-        if let Some(run) = &mut agent.run {
-            run.processes = None;
-            run.ended = Some(end);
-        }
-    });
-    settle(project);
 }
 
 fn resting(project: &Project) -> Resting {

@@ -11,6 +11,7 @@ use fermata_protocol::project::{Phase, ProjectConfig};
 use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, RunId, UnixMillis};
 
+use crate::due::Due;
 use crate::project::PauseStep;
 
 /// Something that a project is told: by a person, an agent, a shim, a step or recovery.
@@ -60,6 +61,29 @@ pub enum Command {
         /// The new run, used at once when the agent has ended already.
         new: NewRun,
     },
+    /// Start an agent whose time has come, or bring back one that a person asks for.
+    Start {
+        /// The agent.
+        agent: AgentName,
+        /// How.
+        start: Start,
+        /// Whether a person asks for it; else it has to be due.
+        asked: bool,
+    },
+    /// Something is due.
+    FallDue {
+        /// What.
+        due: Due,
+        /// The operation, should it take one.
+        operation: OperationId,
+    },
+    /// An agent is ready.
+    Ready {
+        /// The agent.
+        agent: AgentName,
+        /// The run; the current one when the agent says so itself.
+        run: Option<RunId>,
+    },
     /// Remove an agent that has ended.
     RemoveAgent {
         /// The agent.
@@ -86,6 +110,8 @@ pub enum Command {
         ended_at: UnixMillis,
         /// The new run, should one follow.
         new: NewRun,
+        /// Whether the restart policy counts.
+        then: AfterEnd,
     },
     /// A run is gone without a recorded end.
     RunLost {
@@ -95,6 +121,8 @@ pub enum Command {
         run: RunId,
         /// What is known.
         detail: String,
+        /// Whether it may be brought back.
+        then: AfterEnd,
     },
     /// An agent reports progress.
     Progress {
@@ -288,6 +316,15 @@ pub enum Command {
     },
 }
 
+/// What may follow from the end of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AfterEnd {
+    /// What the agent's policy says.
+    ByPolicy,
+    /// Nothing: recovery is switched off.
+    Stay,
+}
+
 /// The identity of a run to be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewRun {
@@ -295,6 +332,26 @@ pub struct NewRun {
     pub id: RunId,
     /// SHA-256 of its token, in hexadecimal.
     pub token_sha256: String,
+}
+
+/// How an agent is to be started outside a resume of its project.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Start {
+    /// The new run.
+    pub new: NewRun,
+    /// The program and arguments.
+    pub argv: Vec<String>,
+    /// The tool's own session that it goes on with.
+    pub session: Option<String>,
+    /// What it is told of its earlier life; nothing when it begins anew.
+    pub checkpoint: Option<ComesBack>,
+}
+
+/// What a run that goes on is told of its agent's earlier life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ComesBack {
+    /// The checkpoint whose context it is given; none where there is no checkpoint.
+    pub checkpoint: Option<CheckpointNumber>,
 }
 
 /// How an agent is to be started again by a resume.
@@ -396,6 +453,8 @@ pub enum Effect {
         agent: AgentName,
         /// The run.
         run: RunId,
+        /// What it is told, when it goes on.
+        comes_back: Option<ComesBack>,
     },
     /// SIGTERM, grace, SIGKILL to the whole tree.
     Stop {

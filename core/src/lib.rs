@@ -13,11 +13,15 @@
 
 pub mod agent;
 pub mod apply;
+pub mod clock;
 pub mod command;
 pub mod context;
 pub mod decide;
+pub mod dependency;
+pub mod due;
 pub mod project;
 pub mod redact;
+pub mod restart;
 pub mod resume_command;
 pub mod score;
 pub mod transition;

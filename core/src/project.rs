@@ -14,7 +14,7 @@ use fermata_protocol::task::TaskView;
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, ProjectName, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{Agent, AgentState};
+use crate::agent::{Agent, AgentState, Held};
 use crate::command::AgentRun;
 
 /// The steps of a pause, in order. Committing is no step of its own: it is the transaction that
@@ -298,11 +298,18 @@ impl Project {
         self.agents.values().filter(|agent| agent.is_alive())
     }
 
+    /// Returns the agents that have processes or will have them again by themselves.
+    pub fn unfinished_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
+        self.agents.values().filter(|agent| !agent.is_terminal() && agent.state != AgentState::Held(Held::Parked))
+    }
+
     /// Returns the agents that a pause or a blip has to freeze.
     pub fn running_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
         self.agents.values().filter(|agent| match agent.state {
             AgentState::Running | AgentState::Stopping(_) => true,
-            AgentState::Starting
+            AgentState::Waiting(_)
+            | AgentState::Backoff { .. }
+            | AgentState::Starting
             | AgentState::Held(_)
             | AgentState::Ended(_)
             | AgentState::Failed { .. }

@@ -1,19 +1,29 @@
 //! What the wire shows of the state.
 
-use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::AgentView;
 use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
 use fermata_protocol::project::{PauseView, ProjectView};
 use fermata_protocol::task::TaskStatus;
+use fermata_protocol::{AgentName, UnixMillis};
 
-use crate::agent::{Agent, AgentState};
+use crate::agent::{Agent, AgentState, Run};
+use crate::dependency;
+use crate::due::millis;
 use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
 
 /// Shows an agent of a project.
-pub fn agent(project: &Project, agent: &Agent) -> AgentView {
+pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
     let run = agent.run.as_ref();
     let end = run.and_then(|run| run.ended);
     let processes = run.and_then(|run| run.processes.as_ref());
+    let alive = run.filter(|_| agent.is_alive());
+    let ran_ms = run.map(|run| run.clock.read(now));
+    let waits_for = match agent.state {
+        AgentState::Waiting(_) | AgentState::Backoff { .. } => {
+            dependency::waits_for(project, &agent.spec.supervision.depends_on)
+        }
+        _ => Vec::new(),
+    };
     AgentView {
         project: project.name.clone(),
         name: agent.name.clone(),
@@ -29,7 +39,11 @@ pub fn agent(project: &Project, agent: &Agent) -> AgentView {
         exit: end.and_then(|end| end.exit),
         detail: match &agent.state {
             AgentState::Failed { detail } => detail.clone(),
-            AgentState::Interrupted { detail } => Some(detail.clone()),
+            AgentState::Interrupted { detail } | AgentState::Backoff { detail, .. } => Some(detail.clone()),
+            AgentState::Waiting(_) => {
+                let names: Vec<String> = waits_for.iter().map(AgentName::to_string).collect();
+                Some(format!("waits for {}", names.join(", "))).filter(|_| !names.is_empty())
+            }
             AgentState::Starting
             | AgentState::Running
             | AgentState::Held(_)
@@ -38,10 +52,34 @@ pub fn agent(project: &Project, agent: &Agent) -> AgentView {
             | AgentState::TimedOut => None,
         },
         mechanism: processes.map(|p| p.mechanism),
+        ready: agent.state == AgentState::Running && run.is_some_and(|run| run.ready_at.is_some()),
+        next_start_at: match agent.state {
+            AgentState::Backoff { until, .. } => Some(until),
+            _ => None,
+        },
+        waits_for,
+        starts_in_row: agent.row.starts,
+        ran_ms,
+        time_left_ms: alive
+            .and(agent.spec.supervision.timeout_ms)
+            .map(|limit| (millis(limit) - ran_ms.unwrap_or(0)).max(0)),
+        remaining_ms: alive.and_then(|run| remaining(agent, run, ran_ms?)),
+        stale_at: alive.and_then(|run| run.stale_at),
         progress: agent.progress.clone(),
         session: agent.session.clone(),
         usage: agent.usage,
     }
+}
+
+/// Estimates how long a run will take at the pace so far, milliseconds. What it reported before this
+/// run began says nothing about this run's pace.
+fn remaining(agent: &Agent, run: &Run, ran_ms: i64) -> Option<i64> {
+    let percent = agent.progress.as_ref()?.percent.filter(|percent| *percent > 0.0)?;
+    let at_report = run.reported_ms?;
+    #[expect(clippy::cast_precision_loss, reason = "milliseconds of one run are far below 2^52")]
+    let whole = at_report as f64 / percent * 100.0;
+    #[expect(clippy::cast_possible_truncation, reason = "a float saturates when it is cast")]
+    Some((whole as i64).saturating_sub(ran_ms).max(0))
 }
 
 /// Shows the current pause of a project.

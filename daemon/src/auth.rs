@@ -190,6 +190,7 @@ fn aim(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
     match call {
         Call::AgentAck(p) => agent_target(own, &mut p.target),
         Call::AgentProgress(p) => agent_target(own, &mut p.target),
+        Call::AgentReady(p) => agent_target(own, &mut p.target),
         Call::AgentUsage(p) => agent_target(own, &mut p.target),
         Call::StatePut(p) => agent_target(own, &mut p.target),
         Call::StateGet(p) => agent_target(own, &mut p.target),

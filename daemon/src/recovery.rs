@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fermata_core::Project;
-use fermata_core::command::{Command, Observed, Respawn};
+use fermata_core::command::{AfterEnd, Command, Observed, Respawn};
 use fermata_protocol::AgentName;
 use fermata_protocol::agent::AgentStatus;
 
@@ -112,9 +112,9 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<Comma
             Observed::Alive(_) => None,
             Observed::Ended { exit, at } => {
                 let (new, _) = new_run();
-                Some(Command::RunEnded { agent, run, exit, ended_at: at, new })
+                Some(Command::RunEnded { agent, run, exit, ended_at: at, new, then: AfterEnd::Stay })
             }
-            Observed::Lost { detail } => Some(Command::RunLost { agent, run, detail }),
+            Observed::Lost { detail } => Some(Command::RunLost { agent, run, detail, then: AfterEnd::Stay }),
         }
     };
     observed.into_iter().filter_map(ended).collect()

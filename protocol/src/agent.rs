@@ -101,7 +101,7 @@ pub struct AgentSpec {
     pub stop_grace_ms: u64,
     /// How it is looked after.
     #[serde(default, skip_serializing_if = "Supervision::is_plain")]
-    pub supervision: Supervision,
+    pub supervision: Box<Supervision>,
 }
 
 /// The processes of one run, by which a new daemon recognises them: a pid alone identifies nothing.
@@ -158,7 +158,7 @@ pub struct AgentRun {
     pub stop_grace_ms: Option<u64>,
     /// How it is looked after.
     #[serde(default, skip_serializing_if = "Supervision::is_plain")]
-    pub supervision: Supervision,
+    pub supervision: Box<Supervision>,
 }
 
 /// Parameters of `agent.list`.
@@ -299,6 +299,30 @@ pub struct AgentView {
     /// What freezes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mechanism: Option<Mechanism>,
+    /// Whether it runs and is ready.
+    #[serde(default)]
+    pub ready: bool,
+    /// The agents that its start waits for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waits_for: Vec<AgentName>,
+    /// When it is started again, in status `backoff`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next_start_at: Option<UnixMillis>,
+    /// How often in a row it was started again by its policy.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub starts_in_row: u32,
+    /// How long the current or last run has run, paused time not counted, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ran_ms: Option<i64>,
+    /// How much of its time is left, where it has a timeout, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_left_ms: Option<i64>,
+    /// How long it will take to be done at the pace so far, where it reports percent, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub remaining_ms: Option<i64>,
+    /// Since when it has been known to be stale: it has not reported for too long.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale_at: Option<UnixMillis>,
     /// The last progress it reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
@@ -307,6 +331,10 @@ pub struct AgentView {
     pub session: Option<String>,
     /// Input and output tokens and cost that it reported.
     pub usage: Usage,
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// What an agent reports of its work.
@@ -390,7 +418,7 @@ pub struct AgentLogsResult {
 #[serde(deny_unknown_fields)]
 pub struct AgentListen {}
 
-/// Parameters of `agent.progress`.
+/// Parameters of `agent.progress`. A report of nothing is a heartbeat: what was reported before stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentProgress {
@@ -409,6 +437,23 @@ pub struct AgentProgress {
     /// The phase that the project's work is in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub phase: Option<crate::project::Phase>,
+}
+
+/// Parameters of `agent.ready`: the agent has come up and can be depended on.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AgentReady {
+    /// The agent; the caller itself when an agent calls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
+}
+
+/// Parameters of `agent.resume`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AgentResume {
+    /// The agent, which has ended, or waits for its next start.
+    pub target: Target,
 }
 
 /// Parameters of `agent.usage`.

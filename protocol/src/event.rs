@@ -3,6 +3,8 @@
 //! The same type is stored in the database, folded into the state by `fermata_core::apply`, and
 //! sent to subscribers; a variant or field, once released, is only ever added to.
 
+mod kind;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -25,8 +27,34 @@ pub enum StartCause {
     Run,
     /// `agent.restart`.
     Restart,
-    /// A resume of the project.
+    /// A resume of the project, or of the agent.
     Resume,
+    /// Its restart policy.
+    Policy,
+    /// It was interrupted.
+    Recovery,
+}
+
+/// Why an agent is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StopCause {
+    /// A person wants it.
+    #[default]
+    Asked,
+    /// Its time is over.
+    TimeUp,
+    /// It has not reported for too long.
+    Stale,
+    /// It was not ready in time.
+    NotReady,
+}
+
+impl StopCause {
+    /// Says whether it is the usual cause, which stored events leave out.
+    pub fn is_asked(&self) -> bool {
+        *self == Self::Asked
+    }
 }
 
 /// What happened.
@@ -119,8 +147,71 @@ pub enum Event {
     AgentStopping {
         /// The agent.
         agent: AgentName,
-        /// Whether a new run follows.
+        /// Whether a new run follows at once.
         restart: bool,
+        /// Why.
+        #[serde(default, skip_serializing_if = "StopCause::is_asked")]
+        cause: StopCause,
+    },
+    /// The start of an agent waits until others have come far enough.
+    #[serde(rename = "agent.waiting")]
+    AgentWaiting {
+        /// The agent.
+        agent: AgentName,
+        /// Those that it waits for now.
+        for_agents: Vec<AgentName>,
+    },
+    /// A run of an agent is ready.
+    #[serde(rename = "agent.ready")]
+    AgentReady {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// The time of an agent's run is over; a checkpoint is taken, then it is ended.
+    #[serde(rename = "agent.time_up")]
+    AgentTimeUp {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// How long it has run, paused time not counted, milliseconds.
+        ran_ms: i64,
+    },
+    /// An agent has not reported for too long.
+    #[serde(rename = "agent.stale")]
+    AgentStale {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// How long it has not reported, paused time not counted, milliseconds.
+        silent_ms: i64,
+        /// Whether it is stopped and started again, after a checkpoint.
+        restart: bool,
+    },
+    /// An agent that has ended is started again later.
+    #[serde(rename = "agent.backoff")]
+    AgentBackoff {
+        /// The agent.
+        agent: AgentName,
+        /// When.
+        until: UnixMillis,
+        /// Which start in a row that is.
+        start: u32,
+        /// Why it will be.
+        cause: StartCause,
+        /// How it ended.
+        detail: String,
+    },
+    /// A start that was to come is called off.
+    #[serde(rename = "agent.given_up")]
+    AgentGivenUp {
+        /// The agent.
+        agent: AgentName,
+        /// Why it counts as failed; none when a person called it off.
+        reason: Option<String>,
     },
     /// A run of an agent ended.
     #[serde(rename = "agent.exited")]
@@ -396,100 +487,6 @@ pub enum Event {
     },
 }
 
-impl Event {
-    /// Returns the event's kind, for instance `project.paused`.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::ProjectCreated { .. } => "project.created",
-            Self::ProjectChanged { .. } => "project.changed",
-            Self::PhaseChanged { .. } => "project.phase_changed",
-            Self::ProjectRemoved {} => "project.removed",
-            Self::AgentCreated { .. } => "agent.created",
-            Self::AgentStarting { .. } => "agent.starting",
-            Self::AgentStarted { .. } => "agent.started",
-            Self::AgentLaunchFailed { .. } => "agent.launch_failed",
-            Self::AgentAdopted { .. } => "agent.adopted",
-            Self::AgentStopping { .. } => "agent.stopping",
-            Self::AgentExited { .. } => "agent.exited",
-            Self::AgentInterrupted { .. } => "agent.interrupted",
-            Self::AgentParked { .. } => "agent.parked",
-            Self::AgentRemoved { .. } => "agent.removed",
-            Self::AgentSessionFound { .. } => "agent.session_found",
-            Self::AgentProgressed { .. } => "agent.progressed",
-            Self::AgentUsed { .. } => "agent.used",
-            Self::AgentStateSaved { .. } => "agent.state_saved",
-            Self::TaskChanged { .. } => "task.changed",
-            Self::QuestionAsked { .. } => "question.asked",
-            Self::QuestionAnswered { .. } => "question.answered",
-            Self::ContextAdded { .. } => "context.added",
-            Self::FlashSaved { .. } => "context.flash_saved",
-            Self::ContextPinned { .. } => "context.pinned",
-            Self::ContextRecalled { .. } => "context.recalled",
-            Self::OperationStepped { .. } => "operation.stepped",
-            Self::OperationUndoing { .. } => "operation.undoing",
-            Self::PauseStarted { .. } => "pause.started",
-            Self::ProjectPaused { .. } => "project.paused",
-            Self::PauseFailed { .. } => "pause.failed",
-            Self::ResumeStarted { .. } => "resume.started",
-            Self::ProjectResumed { .. } => "project.resumed",
-            Self::CheckpointStarted { .. } => "checkpoint.started",
-            Self::CheckpointCreated { .. } => "checkpoint.created",
-            Self::CheckpointFailed { .. } => "checkpoint.failed",
-            Self::CheckpointPinned { .. } => "checkpoint.pinned",
-            Self::RestoreStarted { .. } => "restore.started",
-            Self::RestorePlanned { .. } => "restore.planned",
-            Self::ProjectRestored { .. } => "project.restored",
-            Self::RestoreFailed { .. } => "restore.failed",
-        }
-    }
-
-    /// Returns the agent that the event is about, where it is about one.
-    pub fn agent(&self) -> Option<&AgentName> {
-        match self {
-            Self::AgentCreated { agent, .. }
-            | Self::AgentStarting { agent, .. }
-            | Self::AgentStarted { agent, .. }
-            | Self::AgentLaunchFailed { agent, .. }
-            | Self::AgentAdopted { agent, .. }
-            | Self::AgentStopping { agent, .. }
-            | Self::AgentExited { agent, .. }
-            | Self::AgentInterrupted { agent, .. }
-            | Self::AgentParked { agent, .. }
-            | Self::AgentRemoved { agent }
-            | Self::AgentSessionFound { agent, .. }
-            | Self::AgentProgressed { agent, .. }
-            | Self::AgentUsed { agent, .. }
-            | Self::AgentStateSaved { agent, .. }
-            | Self::QuestionAnswered { agent, .. }
-            | Self::ContextAdded { agent, .. }
-            | Self::FlashSaved { agent, .. } => Some(agent),
-            Self::TaskChanged { task } => task.agent.as_ref(),
-            Self::QuestionAsked { question } => Some(&question.agent),
-            Self::ProjectCreated { .. }
-            | Self::ProjectChanged { .. }
-            | Self::PhaseChanged { .. }
-            | Self::ProjectRemoved {}
-            | Self::ContextPinned { .. }
-            | Self::ContextRecalled { .. }
-            | Self::OperationStepped { .. }
-            | Self::OperationUndoing { .. }
-            | Self::PauseStarted { .. }
-            | Self::ProjectPaused { .. }
-            | Self::PauseFailed { .. }
-            | Self::ResumeStarted { .. }
-            | Self::ProjectResumed { .. }
-            | Self::CheckpointStarted { .. }
-            | Self::CheckpointCreated { .. }
-            | Self::CheckpointFailed { .. }
-            | Self::CheckpointPinned { .. }
-            | Self::RestoreStarted { .. }
-            | Self::RestorePlanned { .. }
-            | Self::ProjectRestored { .. }
-            | Self::RestoreFailed { .. } => None,
-        }
-    }
-}
-
 /// An event with its place in the order of all events.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct RecordedEvent {
@@ -504,91 +501,6 @@ pub struct RecordedEvent {
     pub event: Event,
 }
 
-/// Which events a subscriber wants; what is left out does not filter.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields, default)]
-pub struct EventFilter {
-    /// Only those of this project.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub project: Option<ProjectName>,
-    /// Only these kinds; `pause.*` means all that begin with `pause.`.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub kinds: Vec<String>,
-}
-
-impl EventFilter {
-    /// Says whether an event of that kind passes the filter's kinds.
-    pub fn takes_kind(&self, kind: &str) -> bool {
-        self.kinds.is_empty()
-            || self.kinds.iter().any(|wanted| match wanted.strip_suffix('*') {
-                Some(prefix) => kind.starts_with(prefix),
-                None => wanted == kind,
-            })
-    }
-}
-
-/// Parameters of `events.subscribe`; events come as `event` notifications.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EventsSubscribe {
-    /// Go on after this event; from now on when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cursor: Option<String>,
-    /// Which events.
-    #[serde(default)]
-    pub filter: EventFilter,
-}
-
-/// Result of `events.subscribe`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct EventsSubscribeResult {
-    /// The subscription, named in each of its notifications.
-    pub subscription: u64,
-    /// Where it begins.
-    pub cursor: String,
-}
-
-/// Parameters of `events.unsubscribe`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EventsUnsubscribe {
-    /// The subscription.
-    pub subscription: u64,
-}
-
-/// Parameters of `events.list`.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct EventsList {
-    /// Go on after this event; from the oldest when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub cursor: Option<String>,
-    /// Which events.
-    #[serde(default)]
-    pub filter: EventFilter,
-    /// At most so many; 200 when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub limit: Option<u32>,
-}
-
-/// Result of `events.list`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct EventsListResult {
-    /// The events, oldest first.
-    pub events: Vec<RecordedEvent>,
-    /// Where the next call goes on.
-    pub cursor: String,
-}
-
-/// Parameters of an `event` notification.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct EventNotification {
-    /// The subscription.
-    pub subscription: u64,
-    /// The event.
-    pub event: RecordedEvent,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -599,12 +511,5 @@ mod tests {
         let value = serde_json::to_value(&event).expect("serialises");
         assert_eq!(value["kind"], event.kind());
         assert_eq!(value["data"]["agent"], "coder");
-    }
-
-    #[test]
-    fn filters_know_prefixes() {
-        let filter = EventFilter { project: None, kinds: vec!["pause.*".into(), "task.changed".into()] };
-        assert!(filter.takes_kind("pause.started") && filter.takes_kind("task.changed"));
-        assert!(!filter.takes_kind("task.changedx") && !filter.takes_kind("project.paused"));
     }
 }

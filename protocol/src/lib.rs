@@ -23,6 +23,7 @@ pub mod plugin;
 pub mod project;
 pub mod question;
 pub mod rpc;
+pub mod subscription;
 pub mod supervision;
 pub mod task;
 

@@ -12,13 +12,13 @@ use crate::checkpoint::*;
 use crate::context::*;
 use crate::daemon::*;
 use crate::error::{Code, Refusal};
-use crate::event::*;
 use crate::operation::*;
 use crate::pause::*;
 use crate::plugin::*;
 use crate::project::*;
 use crate::question::*;
 use crate::rpc::shorten;
+use crate::subscription::*;
 use crate::task::*;
 
 /// A method, seen from its parameters: what [`crate::client::Client::call`] needs to know.
@@ -121,6 +121,8 @@ methods! {
     AgentListen => "agent.listen", Done, Agent, false, "Makes this connection the agent's channel for pause requests.";
     AgentAck => "agent.ack", Done, Agent, true, "Acknowledges a pause request.";
     AgentProgress => "agent.progress", Done, Agent, true, "Reports progress.";
+    AgentReady => "agent.ready", Done, Agent, true, "Reports that the agent is ready for those that depend on it.";
+    AgentResume => "agent.resume", AgentView, Operator, true, "Brings back an agent that timed out, was interrupted, failed or was stopped: by its resume command, with the last checkpoint's context.";
     AgentUsage => "agent.usage", Done, Agent, true, "Reports tokens and cost.";
     StatePut => "state.put", Done, Agent, true, "Saves the agent's own state blob.";
     StateGet => "state.get", StateGetResult, Agent, false, "Returns the agent's own state blob.";

@@ -5,8 +5,8 @@ use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 
 use crate::error::Code;
-use crate::event::EventNotification;
 use crate::method::METHODS;
+use crate::subscription::EventNotification;
 
 /// Makes the OpenRPC 1.3 document that `rpc.discover` serves and the repository keeps.
 pub fn document() -> Value {

@@ -3,7 +3,8 @@
 use std::process::Command;
 
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
-use fermata_protocol::event::{Event, EventFilter, EventsList};
+use fermata_protocol::event::Event;
+use fermata_protocol::subscription::{EventFilter, EventsList};
 use fermata_tests::sandbox::{binary, output_of};
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, SandboxBuilder, process};

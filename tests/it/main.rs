@@ -7,6 +7,7 @@ mod bed;
 mod chaos;
 mod checkpoint;
 mod kill;
+mod lifecycle;
 mod logs;
 mod pause;
 mod pause_crash;

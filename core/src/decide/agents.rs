@@ -3,16 +3,17 @@
 use std::sync::Arc;
 
 use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
-use fermata_protocol::event::{Event, StartCause};
+use fermata_protocol::event::{Event, StartCause, StopCause};
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agent, refuse_while_moving};
+use super::{agent, lifecycle, refuse_while_moving};
 use crate::agent::{AfterStop, Agent, AgentState, Held};
 use crate::apply::parks;
-use crate::command::{Decision, Effect, NewRun};
+use crate::command::{AfterEnd, Decision, Effect, NewRun};
 use crate::project::{Project, ProjectState};
+use crate::restart::End;
 
-fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
+pub(super) fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
     match &*project.state {
         // A checkpoint beside it does not keep an agent from starting.
         ProjectState::Resting(_) => Ok(()),
@@ -29,7 +30,7 @@ fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
 pub(super) fn starting(agent: AgentName, argv: Vec<String>, new: NewRun, cause: StartCause) -> Decision {
     let event =
         Event::AgentStarting { agent: agent.clone(), run: new.id.clone(), argv, cause, token_sha256: new.token_sha256 };
-    Decision::events(vec![event]).then(Effect::Launch { agent, run: new.id })
+    Decision::events(vec![event]).then(Effect::Launch { agent, run: new.id, comes_back: None })
 }
 
 pub(super) fn run(project: &Project, name: AgentName, spec: AgentSpec, new: NewRun) -> Result<Decision, Refusal> {
@@ -41,7 +42,8 @@ pub(super) fn run(project: &Project, name: AgentName, spec: AgentSpec, new: NewR
         )
         .hint(format!("give the new one another --name, or: fermatactl stop {}/{}", project.name, existing.name)));
     }
-    let mut decision = starting(name.clone(), spec.argv.clone(), new, StartCause::Run);
+    lifecycle::check(project, &name, &spec)?;
+    let mut decision = lifecycle::start_or_wait(project, name.clone(), &spec, new, StartCause::Run);
     decision.events.insert(0, Event::AgentCreated { agent: name, spec });
     Ok(decision)
 }
@@ -75,7 +77,11 @@ pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decisio
 fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Option<u64>) -> Result<Decision, Refusal> {
     let mut decision = Decision::default();
     for agent in aimed(project, name.as_ref())? {
-        decision.events.push(Event::AgentStopping { agent: agent.name.clone(), restart: false });
+        if !agent.is_alive() && agent.state != AgentState::Held(Held::Parked) {
+            decision.events.push(Event::AgentGivenUp { agent: agent.name.clone(), reason: None });
+            continue;
+        }
+        decision.events.push(stopping(&agent.name, false));
         let (name, run) = (agent.name.clone(), run_id(agent));
         match (&agent.state, grace(agent)) {
             // Its processes are gone already: there is nothing to wait for.
@@ -90,6 +96,10 @@ fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Opt
         }
     }
     Ok(decision)
+}
+
+fn stopping(agent: &AgentName, restart: bool) -> Event {
+    Event::AgentStopping { agent: agent.clone(), restart, cause: StopCause::Asked }
 }
 
 /// Says whether files were, or are being, restored under processes that are frozen.
@@ -122,10 +132,10 @@ pub(super) fn run_id(agent: &Agent) -> RunId {
 pub(super) fn restart(project: &Project, name: AgentName, new: NewRun) -> Result<Decision, Refusal> {
     refuse_unless_runnable(project)?;
     let found = agent(project, &name)?;
-    if found.is_terminal() {
-        return Ok(starting(name, found.spec.argv.clone(), new, StartCause::Restart));
+    if !found.is_alive() {
+        return Ok(lifecycle::start_or_wait(project, name, &found.spec, new, StartCause::Restart));
     }
-    let decision = Decision::events(vec![Event::AgentStopping { agent: name.clone(), restart: true }]);
+    let decision = Decision::events(vec![stopping(&name, true)]);
     if found.state == AgentState::Starting {
         return Ok(decision);
     }
@@ -149,32 +159,52 @@ pub(super) fn launched(
     name: AgentName,
     run: RunId,
     outcome: Result<RunProcesses, String>,
+    now: UnixMillis,
 ) -> Decision {
-    if !is_current(project, &name, &run) {
+    let Some(found) = project.agents.get(&name).filter(|_| is_current(project, &name, &run)) else {
         return Decision::default();
-    }
+    };
     match outcome {
         Ok(processes) => {
-            let stop = project.agents.get(&name).and_then(|agent| match agent.state {
+            let stop = match found.state {
                 AgentState::Stopping(_) => {
-                    Some(Effect::Stop { agent: name.clone(), run: run.clone(), grace_ms: agent.spec.stop_grace_ms })
+                    Some(Effect::Stop { agent: name.clone(), run: run.clone(), grace_ms: found.spec.stop_grace_ms })
                 }
                 _ => None,
-            });
+            };
             let decision = Decision::events(vec![Event::AgentStarted { agent: name, run, processes }]);
             stop.into_iter().fold(decision, Decision::then)
         }
-        Err(reason) => Decision::events(vec![Event::AgentLaunchFailed { agent: name, run, reason }]),
+        Err(reason) => {
+            let cause = found.run.as_ref().map(|run| run.cause);
+            // Where a person is there to see it, they want to know, not to wait.
+            let again = match cause {
+                Some(StartCause::Policy | StartCause::Recovery) => {
+                    lifecycle::after_end(found, End::Badly, &reason, now)
+                }
+                Some(StartCause::Run | StartCause::Restart | StartCause::Resume) | None => None,
+            };
+            let mut events = vec![Event::AgentLaunchFailed { agent: name, run, reason }];
+            events.extend(again);
+            Decision::events(events)
+        }
     }
+}
+
+/// How a run has ended.
+pub(super) struct RunEnd {
+    pub(super) exit: ExitStatus,
+    pub(super) ended_at: UnixMillis,
+    pub(super) then: AfterEnd,
 }
 
 pub(super) fn run_ended(
     project: &Project,
     name: AgentName,
     run: RunId,
-    exit: ExitStatus,
-    ended_at: UnixMillis,
+    end: RunEnd,
     new: NewRun,
+    now: UnixMillis,
 ) -> Decision {
     if !is_current(project, &name, &run) {
         return Decision::default();
@@ -183,14 +213,26 @@ pub(super) fn run_ended(
     if ends_by_parking(project, found) {
         return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
-    let restart = found.state == AgentState::Stopping(AfterStop::Restart);
+    let RunEnd { exit, ended_at, then } = end;
     let mut decision = Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
-    if restart {
-        let next = starting(name, found.spec.argv.clone(), new, StartCause::Restart);
+    if found.state == AgentState::Stopping(AfterStop::Restart) {
+        let next = lifecycle::start_or_wait(project, name, &found.spec, new, StartCause::Restart);
         decision.events.extend(next.events);
         decision.effects.extend(next.effects);
+    } else if then == AfterEnd::ByPolicy {
+        decision.events.extend(after_exit(found, exit, now));
     }
     decision
+}
+
+/// Returns what follows from an exit by itself, or by the end of its time.
+pub(super) fn after_exit(found: &Agent, exit: ExitStatus, now: UnixMillis) -> Option<Event> {
+    let end = if exit.is_success() && found.state != AgentState::Stopping(AfterStop::NotReady) {
+        End::Well
+    } else {
+        End::Badly
+    };
+    lifecycle::after_end(found, end, &exit.to_string(), now)
 }
 
 /// Frozen in a project that is paused to be parked: the end is the pause's own work.
@@ -204,13 +246,26 @@ fn ends_by_parking(project: &Project, agent: &Agent) -> bool {
     }
 }
 
-pub(super) fn run_lost(project: &Project, name: AgentName, run: RunId, detail: String) -> Decision {
+pub(super) fn run_lost(
+    project: &Project,
+    name: AgentName,
+    run: RunId,
+    detail: String,
+    then: AfterEnd,
+    now: UnixMillis,
+) -> Decision {
     match project.agents.get(&name) {
         Some(found) if is_current(project, &name, &run) && ends_by_parking(project, found) => {
             Decision::events(vec![Event::AgentParked { agent: name, run }])
         }
         Some(found) if is_current(project, &name, &run) && found.is_alive() => {
-            Decision::events(vec![Event::AgentInterrupted { agent: name, run, detail }])
+            let again = match then {
+                AfterEnd::ByPolicy => lifecycle::after_end(found, End::Interrupted, &detail, now),
+                AfterEnd::Stay => None,
+            };
+            let mut events = vec![Event::AgentInterrupted { agent: name, run, detail }];
+            events.extend(again);
+            Decision::events(events)
         }
         _ => Decision::default(),
     }

@@ -45,12 +45,14 @@ pub(super) fn begin_restore(
     match &*project.state {
         ProjectState::Paused(_) => {}
         _ => {
-            if let Some(agent) = project.alive_agents().next() {
+            if let Some(agent) = project.unfinished_agents().next() {
                 return Err(Refusal::new(
                     Code::AgentsRunning,
                     format!(
-                        "agent '{}' of project '{}' is running and would write into the restored files",
-                        agent.name, project.name
+                        "agent '{}' of project '{}' is {} and would write into the restored files",
+                        agent.name,
+                        project.name,
+                        agent.status(false)
                     ),
                 )
                 .hint(format!(

@@ -2,11 +2,16 @@
 
 mod agents;
 mod checkpoints;
+mod lifecycle;
 mod pause;
 mod recover;
 mod reports;
 mod resume;
 
+#[cfg(test)]
+mod lifecycle_test;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod model_test;
 
@@ -27,15 +32,19 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Set { description, phase, config } => Ok(set(project, description, phase, config)),
         Command::Remove { checkpoints, with_checkpoints } => remove(project, checkpoints, with_checkpoints),
         Command::Run { agent, spec, new } => agents::run(project, agent, spec, new),
+        Command::Start { agent, start, asked } => lifecycle::start(project, agent, start, asked, now),
+        Command::FallDue { due, operation } => lifecycle::fall_due(project, due, operation, now),
+        Command::Ready { agent, run } => lifecycle::ready(project, agent, run),
         Command::Stop { agent, grace_ms } => agents::stop(project, agent, grace_ms),
         Command::Kill { agent } => agents::kill(project, agent),
         Command::Restart { agent, new } => agents::restart(project, agent, new),
         Command::RemoveAgent { agent } => agents::remove(project, agent),
-        Command::Launched { agent, run, outcome } => Ok(agents::launched(project, agent, run, outcome)),
-        Command::RunEnded { agent, run, exit, ended_at, new } => {
-            Ok(agents::run_ended(project, agent, run, exit, ended_at, new))
+        Command::Launched { agent, run, outcome } => Ok(agents::launched(project, agent, run, outcome, now)),
+        Command::RunEnded { agent, run, exit, ended_at, new, then } => {
+            let end = agents::RunEnd { exit, ended_at, then };
+            Ok(agents::run_ended(project, agent, run, end, new, now))
         }
-        Command::RunLost { agent, run, detail } => Ok(agents::run_lost(project, agent, run, detail)),
+        Command::RunLost { agent, run, detail, then } => Ok(agents::run_lost(project, agent, run, detail, then, now)),
         Command::Parked { agent, run } => Ok(agents::parked(project, agent, run)),
         Command::Progress { agent, progress, phase } => reports::progress(project, agent, progress, phase),
         Command::Use { agent, usage } => reports::usage(project, agent, usage),
@@ -71,7 +80,7 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Restored { operation, phase, tasks, written, removed } => {
             Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
         }
-        Command::Recover { agents, respawn } => Ok(recover::recover(project, &agents, respawn)),
+        Command::Recover { agents, respawn } => Ok(recover::recover(project, &agents, respawn, now)),
     }
 }
 
@@ -96,7 +105,7 @@ fn phase_change(project: &Project, phase: Option<Phase>) -> Option<Event> {
 
 fn remove(project: &Project, checkpoints: u64, with_checkpoints: bool) -> Result<Decision, Refusal> {
     refuse_while_moving(project)?;
-    if let Some(agent) = project.alive_agents().next() {
+    if let Some(agent) = project.unfinished_agents().next() {
         return Err(Refusal::new(
             Code::AgentsRunning,
             format!("project '{}' has running agents, '{}' among them", project.name, agent.name),

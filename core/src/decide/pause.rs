@@ -29,7 +29,7 @@ pub(super) fn begin(
     }
     refuse_while_moving(project)?;
     match &*project.state {
-        ProjectState::Resting(Resting::Active) if project.alive_agents().next().is_some() => {}
+        ProjectState::Resting(Resting::Active) if project.unfinished_agents().next().is_some() => {}
         _ => {
             return Err(Refusal::new(
                 Code::NothingToPause,

@@ -6,18 +6,20 @@
 use std::collections::BTreeMap;
 
 use fermata_protocol::event::{Event, StartCause};
-use fermata_protocol::{AgentName, Code, Refusal};
+use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agents, checkpoints, pause, resume};
+use super::{agents, checkpoints, lifecycle, pause, resume};
 use crate::agent::{AfterStop, Agent, AgentState, Held};
 use crate::apply::parks;
 use crate::command::{Decision, Effect, Observed, Respawn};
 use crate::project::{Course, Project, ProjectState, RestoreStage};
+use crate::restart::End;
 
 pub(super) fn recover(
     project: &Project,
     observed: &BTreeMap<AgentName, Observed>,
     mut respawn: BTreeMap<AgentName, Respawn>,
+    now: UnixMillis,
 ) -> Decision {
     let mut decision = Decision::default();
     let resuming = matches!(&*project.state, ProjectState::Resuming(_));
@@ -30,7 +32,7 @@ pub(super) fn recover(
             unstarted.push(agent.name.clone());
             continue;
         }
-        decision.events.extend(agent_events(project, agent, seen));
+        decision.events.extend(agent_events(project, agent, seen, now));
         let AgentState::Stopping(after) = agent.state else { continue };
         match (seen, after) {
             (Some(Observed::Alive(_)), _) => decision.effects.push(Effect::Stop {
@@ -40,25 +42,26 @@ pub(super) fn recover(
             }),
             (_, AfterStop::Restart) => {
                 if let Some(prepared) = respawn.remove(&agent.name) {
-                    let argv = agent.spec.argv.clone();
-                    let again = agents::starting(agent.name.clone(), argv, prepared.new, StartCause::Restart);
+                    let name = agent.name.clone();
+                    let again = lifecycle::start_or_wait(project, name, &agent.spec, prepared.new, StartCause::Restart);
                     decision.events.extend(again.events);
                     decision.effects.extend(again.effects);
                 }
             }
-            (_, AfterStop::Stay) => {}
+            // By policy, from the events above.
+            (_, AfterStop::Stay | AfterStop::GoesOn | AfterStop::TimedOut | AfterStop::NotReady) => {}
         }
     }
     // What follows is decided on the state that these events lead to.
     let mut next = project.clone();
     for event in &decision.events {
-        crate::apply(&mut next, event, project.facts.created_at);
+        crate::apply(&mut next, event, now);
     }
     operation(&next, respawn, &unstarted, &mut decision);
     decision
 }
 
-fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>) -> Vec<Event> {
+fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>, now: UnixMillis) -> Vec<Event> {
     let Some(run) = agent.run.as_ref() else { return Vec::new() };
     let (agent_name, run_id) = (agent.name.clone(), run.id.clone());
     let parking = match &*project.state {
@@ -85,22 +88,25 @@ fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>) -
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
         Some(Observed::Ended { exit, at }) => {
-            vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, ended_at: *at }]
+            let mut events = vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, ended_at: *at }];
+            events.extend(agents::after_exit(agent, *exit, now));
+            events
         }
         // A held agent whose processes are gone with the machine is brought back by the resume,
         // as a parked one.
         Some(Observed::Lost { .. }) if agent.state == AgentState::Held(Held::Frozen) => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Lost { detail }) => {
-            vec![Event::AgentInterrupted { agent: agent_name, run: run_id, detail: detail.clone() }]
-        }
-        None => vec![Event::AgentInterrupted {
-            agent: agent_name,
-            run: run_id,
-            detail: "nothing is left of its run".into(),
-        }],
+        Some(Observed::Lost { detail }) => interrupted(agent, run_id, detail.clone(), now),
+        None => interrupted(agent, run_id, "nothing is left of its run".into(), now),
     }
+}
+
+fn interrupted(agent: &Agent, run: RunId, detail: String, now: UnixMillis) -> Vec<Event> {
+    let again = lifecycle::after_end(agent, End::Interrupted, &detail, now);
+    let mut events = vec![Event::AgentInterrupted { agent: agent.name.clone(), run, detail }];
+    events.extend(again);
+    events
 }
 
 fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &[AgentName], decision: &mut Decision) {

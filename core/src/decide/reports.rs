@@ -43,11 +43,18 @@ pub(super) fn progress(
     progress: Progress,
     phase: Option<Phase>,
 ) -> Result<Decision, Refusal> {
-    agent(project, &name)?;
+    let found = agent(project, &name)?;
     check_percent(progress.percent)?;
     if let Some(message) = &progress.message {
         check_text("message", message)?;
     }
+    let progress = match (&found.progress, &progress) {
+        // A heartbeat: what was reported before stands.
+        (Some(before), Progress { percent: None, message: None, units_done: None, reported_at }) => {
+            Progress { reported_at: *reported_at, ..before.clone() }
+        }
+        _ => progress,
+    };
     let mut events = vec![Event::AgentProgressed { agent: name, progress }];
     events.extend(phase_change(project, phase));
     Ok(Decision::events(events))

@@ -366,6 +366,18 @@ pub enum AgentCommand {
         #[arg(long)]
         target: Option<Target>,
     },
+    /// Say that the agent is still there: what it reported before stands.
+    Heartbeat {
+        /// The agent, when it is not the caller.
+        #[arg(long)]
+        target: Option<Target>,
+    },
+    /// Say that the agent has come up and can be depended on.
+    Ready {
+        /// The agent, when it is not the caller.
+        #[arg(long)]
+        target: Option<Target>,
+    },
     /// Add a context item.
     Context {
         #[command(flatten)]

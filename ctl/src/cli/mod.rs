@@ -100,11 +100,11 @@ pub enum Command {
     },
     /// Hold a project: quiesce, freeze, flash save, checkpoint.
     Pause(PauseArgs),
-    /// Let a paused project go on.
+    /// Let a paused project go on, or bring back one agent that timed out, was interrupted or failed.
     Resume {
-        /// The project.
-        project: ProjectName,
-        /// Restore this checkpoint first.
+        /// A paused project, or an agent (project/agent) that has ended.
+        target: Target,
+        /// Restore this checkpoint of the project first.
         #[arg(long, value_name = "N")]
         checkpoint: Option<CheckpointNumber>,
     },

@@ -1,6 +1,6 @@
 //! `agent …`: what an agent says of itself; the daemon knows by its token who it is.
 
-use fermata_protocol::agent::{AgentAck, AgentListen, AgentProgress, AgentUsage, StateGet, StatePut};
+use fermata_protocol::agent::{AgentAck, AgentListen, AgentProgress, AgentReady, AgentUsage, StateGet, StatePut};
 use fermata_protocol::question::QuestionAsk;
 use fermata_protocol::task::TaskPut;
 
@@ -14,6 +14,15 @@ pub fn run(session: &mut Session, command: AgentCommand) -> Ended {
     match command {
         AgentCommand::Progress { percent, message, units, phase, target } => {
             let done = session.call(&AgentProgress { target, percent, message, units_done: units, phase })?;
+            silent(session, &done)
+        }
+        AgentCommand::Heartbeat { target } => {
+            let nothing = AgentProgress { target, percent: None, message: None, units_done: None, phase: None };
+            let done = session.call(&nothing)?;
+            silent(session, &done)
+        }
+        AgentCommand::Ready { target } => {
+            let done = session.call(&AgentReady { target })?;
             silent(session, &done)
         }
         AgentCommand::Context { item, target } => context::add(session, target, item),

@@ -57,7 +57,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),
-        Command::Resume { project, checkpoint } => pause::resume(session, project, checkpoint),
+        Command::Resume { target, checkpoint } => pause::resume(session, target, checkpoint),
         Command::Stop { target, grace } => agents::stop(session, target, grace),
         Command::Restart { target } => agents::restart(session, &target),
         Command::Kill { target, signal } => agents::kill(session, target, signal),

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use fermata_protocol::agent::AgentResume;
 use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeResult, Rung};
-use fermata_protocol::{CheckpointNumber, ProjectName};
+use fermata_protocol::{CheckpointNumber, Target};
 
 use super::Ended;
 use crate::cli::PauseArgs;
+use crate::errors::Failure;
 use crate::output::time::{duration, millis, number};
 use crate::output::{Cell, Facts, Output, Paint, Table};
 use crate::session::Session;
@@ -60,13 +62,31 @@ pub fn steps_text(steps: &BTreeMap<String, f64>) -> String {
 }
 
 /// Runs `resume`; exit code 1 when an agent could not be brought back.
-pub fn resume(session: &mut Session, project: ProjectName, checkpoint: Option<CheckpointNumber>) -> Ended {
+pub fn resume(session: &mut Session, target: Target, checkpoint: Option<CheckpointNumber>) -> Ended {
+    if target.agent.is_some() {
+        if checkpoint.is_some() {
+            return Err(Failure::usage("--checkpoint restores a whole project, and one agent is named")
+                .hint(format!("fermatactl checkpoint restore {} N", target.project)));
+        }
+        return bring_back(session, target);
+    }
+    let project = target.project;
     let label = format!("resume {project}");
     let params = ProjectResume { project, checkpoint };
     let result = session.call_long(&label, &params)?;
     let id = Some(result.operation_id.to_string());
     session.out.one(&result, id, resumed)?;
     Ok(if result.success { 0 } else { 1 })
+}
+
+/// Brings back one agent that has ended.
+fn bring_back(session: &mut Session, target: Target) -> Ended {
+    let agent = session.call(&AgentResume { target: target.clone() })?;
+    session.out.one(&agent, Some(target.to_string()), |out, agent| match agent.pid {
+        Some(pid) => out.line(format_args!("{target} is back, pid {pid}")),
+        None => out.line(format_args!("{target} is {}", agent.status)),
+    })?;
+    Ok(0)
 }
 
 fn resumed(out: &mut Output, result: &ResumeResult) -> io::Result<()> {

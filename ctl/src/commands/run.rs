@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
 use fermata_protocol::project::ProjectShow;
-use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -89,7 +88,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Supervision::default(),
+        supervision: Box::default(),
     };
     session.call(&params)
 }

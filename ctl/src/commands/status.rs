@@ -9,7 +9,7 @@ use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, Project
 use serde_json::json;
 
 use super::{Ended, target_of};
-use crate::output::time::{bytes, duration, number};
+use crate::output::time::{bytes, duration, number, until};
 use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
 use crate::session::Session;
 
@@ -27,7 +27,7 @@ pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
         let tokens = agent.usage.input_tokens + agent.usage.output_tokens;
         table.row([
             target_of(agent).to_string().into(),
-            status_cell(agent),
+            status_cell(out, agent),
             agent.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
             since(out, agent).into(),
             progress(agent).into(),
@@ -38,7 +38,17 @@ pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
     table
 }
 
-fn status_cell(agent: &AgentView) -> Cell {
+fn status_cell(out: &Output, agent: &AgentView) -> Cell {
+    if let Some(at) = agent.next_start_at {
+        return Cell::painted(format!("{} (starts {})", agent.status, until(at, out.now())), Paint::Attention);
+    }
+    if !agent.waits_for.is_empty() {
+        let names: Vec<&str> = agent.waits_for.iter().map(|name| name.as_str()).collect();
+        return Cell::painted(format!("waits for {}", names.join(", ")), Paint::Attention);
+    }
+    if agent.stale_at.is_some() {
+        return Cell::painted(format!("{} (stale)", agent.status), Paint::Attention);
+    }
     match agent.exit {
         Some(exit) if agent.status.is_terminal() && !exit.is_success() => {
             Cell::painted(format!("{} ({exit})", agent.status), Paint::Bad)
@@ -58,7 +68,8 @@ fn progress(agent: &AgentView) -> String {
     };
     let percent = progress.percent.map(|percent| format!("{percent:.0}%"));
     let message = progress.message.clone();
-    let parts: Vec<String> = percent.into_iter().chain(message).collect();
+    let left = agent.remaining_ms.map(|ms| format!("({} left)", duration(ms as f64)));
+    let parts: Vec<String> = percent.into_iter().chain(message).chain(left).collect();
     parts.join(" ")
 }
 

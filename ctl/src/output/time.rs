@@ -87,6 +87,12 @@ pub fn ago(at: UnixMillis, now: UnixMillis) -> String {
     if ms < 1_000 { "just now".into() } else { format!("{} ago", coarse(ms)) }
 }
 
+/// Writes how long it is until a time: `now`, `in 8s`, `in 3m`.
+pub fn until(at: UnixMillis, now: UnixMillis) -> String {
+    let ms = at.since(now);
+    if ms < 1_000 { "now".into() } else { format!("in {}", coarse(ms)) }
+}
+
 /// Writes a duration in its one largest unit: `3m`, `2d`.
 fn coarse(ms: i64) -> String {
     let seconds = ms / 1_000;

@@ -1,6 +1,6 @@
 //! The actor: takes messages one by one; decides, persists, applies, tells, and starts what follows.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use crate::errors::Failure;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site, freeze};
+use crate::steps::{Cancel, HistoryCell, Link, Site, freeze, readiness};
 use crate::store::Durability;
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
@@ -64,6 +64,8 @@ pub struct Actor {
     pub(super) work: Arc<tokio::sync::Mutex<PauseWork>>,
     pub(super) label: Label,
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
+    /// The agents whose start is being prepared.
+    pub(super) preparing: BTreeSet<AgentName>,
     inbox: mpsc::Receiver<Message>,
     published: watch::Sender<Arc<Project>>,
     deferred: VecDeque<(Box<Begin>, Answer)>,
@@ -104,6 +106,7 @@ impl Actor {
             work: Arc::default(),
             label: Label::default(),
             waiters: BTreeMap::new(),
+            preparing: BTreeSet::new(),
             inbox,
             published,
             deferred: VecDeque::new(),
@@ -152,8 +155,34 @@ impl Actor {
         events: mpsc::Receiver<ShimEvent>,
     ) {
         let watcher = self.watcher(&agent, &run);
+        self.watch_readiness(&agent, &run);
         Arc::make_mut(&mut self.links).insert(agent, Link { run, shim: Arc::clone(&link) });
         self.services.tracker.spawn(watcher.watch(link, events));
+    }
+
+    /// Finds out when a run is ready, where it does not say so itself.
+    fn watch_readiness(&self, agent: &AgentName, run: &RunId) {
+        let asks = self.project.agents.get(agent).is_some_and(|found| {
+            let known = found.run.as_ref().is_some_and(|run| run.ready_at.is_some());
+            !known && found.spec.supervision.ready.is_some()
+        });
+        if !asks {
+            return;
+        }
+        let (site, state, mailbox) = (self.site(), self.published.subscribe(), self.mailbox.clone());
+        let (agent, run) = (agent.clone(), run.clone());
+        self.services.tracker.spawn(async move {
+            match readiness::wait(&site, state, &agent, &run).await {
+                Ok(true) => {
+                    let command = Command::Ready { agent, run: Some(run) };
+                    drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+                }
+                Ok(false) => {}
+                Err(failure) => {
+                    tracing::error!(project = %site.project.name, %agent, %failure, "find out when it is ready");
+                }
+            }
+        });
     }
 
     /// Finds out what has become of a run whose shim could not be connected to.
@@ -174,8 +203,18 @@ impl Actor {
 
     /// Takes messages until the project is removed or the daemon ends.
     pub async fn run(mut self) {
-        while let Some(message) = self.inbox.recv().await {
-            let go_on = self.take(message).await;
+        let mut alarm = self.follow_up().await;
+        loop {
+            let woken = tokio::select! {
+                message = self.inbox.recv() => Some(message),
+                () = sleep_until(alarm) => None,
+            };
+            let go_on = match woken {
+                Some(Some(message)) => self.take(message).await,
+                Some(None) => false,
+                // The alarm.
+                None => true,
+            };
             if !go_on {
                 break;
             }
@@ -184,6 +223,7 @@ impl Actor {
             {
                 self.begin(begin, answer).await;
             }
+            alarm = self.follow_up().await;
             if self.leaving.is_some() && self.project.operation().is_none() {
                 break;
             }
@@ -238,6 +278,7 @@ impl Actor {
                     self.hold_again(agent, run).await;
                 }
             }
+            Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
             Message::Thawed { agent, run } => self.hold_again(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
@@ -293,8 +334,18 @@ impl Actor {
         }
     }
 
+    /// Says whether the actor is on its way to its end.
+    pub(super) fn leaving(&self) -> bool {
+        self.leaving.is_some()
+    }
+
+    /// Carries out a command that nobody waits for.
+    pub(super) async fn carry_due(&mut self, command: Command) -> Result<(), Failure> {
+        self.carry(command, Extras::default()).await.map(drop)
+    }
+
     /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
-    async fn outcome(&mut self, outcome: Outcome) {
+    pub(super) async fn outcome(&mut self, outcome: Outcome) {
         let Outcome { command, writes, reply, tokens } = outcome;
         self.keep_tokens(tokens.clone());
         let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
@@ -440,6 +491,14 @@ impl Actor {
                 _ => {}
             }
         }
+    }
+}
+
+/// Sleeps until the alarm, for ever where there is none.
+async fn sleep_until(alarm: Option<tokio::time::Instant>) {
+    match alarm {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

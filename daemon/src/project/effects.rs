@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fermata_core::command::{AgentRun, Command, Effect, Sealed, StepReport};
+use fermata_core::command::{AgentRun, ComesBack, Command, Effect, Sealed, StepReport};
 use fermata_core::project::{PauseStep, ProjectState};
 use fermata_protocol::checkpoint::{CheckpointCreateResult, CheckpointRestoreResult, Trigger};
 use fermata_protocol::pause::{AgentResumed, Rung};
@@ -18,7 +18,7 @@ use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
-use crate::steps::launch::{self, ComesBack};
+use crate::steps::launch;
 use crate::steps::{Site, leftovers, ms_since, quiesce, restore, resume, validate};
 use crate::store::commit::Write;
 
@@ -43,7 +43,7 @@ pub struct PauseWork {
 impl Actor {
     pub(super) async fn start(&mut self, effect: Effect) {
         match effect {
-            Effect::Launch { agent, run } => self.launch(agent, run),
+            Effect::Launch { agent, run, comes_back } => self.launch(agent, run, comes_back),
             Effect::Stop { agent, run, grace_ms } => self.stop(&agent, &run, Some(grace_ms)),
             Effect::Kill { agent, run } => self.stop(&agent, &run, None),
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
@@ -75,11 +75,11 @@ impl Actor {
         }
     }
 
-    fn launch(&mut self, agent: AgentName, run: RunId) {
+    fn launch(&mut self, agent: AgentName, run: RunId, comes_back: Option<ComesBack>) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let token = self.tokens.remove(&run).unwrap_or_default();
         self.services.tracker.spawn(async move {
-            let outcome = launch::run(&site, &agent, &run, &token, None).await.map(Box::new);
+            let outcome = launch::run(&site, &agent, &run, &token, comes_back).await.map(Box::new);
             drop(mailbox.send(Message::Started { agent, run, outcome }).await);
         });
     }
@@ -498,7 +498,8 @@ async fn respawn_one(
     checkpoint: CheckpointNumber,
 ) -> AgentResumed {
     let argv = site.project.agents.get(&agent).and_then(|a| a.run.as_ref()).map(|run| run.argv.clone());
-    let outcome = launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint })).await.map(Box::new);
+    let outcome =
+        launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint: Some(checkpoint) })).await.map(Box::new);
     let failed = outcome.as_ref().err().cloned();
     drop(mailbox.send(Message::Started { agent: agent.clone(), run, outcome }).await);
     let rung = if failed.is_some() { Rung::Failed } else { Rung::Respawned };

@@ -8,6 +8,7 @@ use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::follow_up::Prepared;
 use super::ids::NewToken;
 use crate::errors::Failure;
 use crate::services::Services;
@@ -96,6 +97,13 @@ pub enum Message {
         run: RunId,
         /// What runs now, or why nothing does.
         outcome: Result<Box<Started>, String>,
+    },
+    /// A start that is due was prepared.
+    Prepared {
+        /// The agent.
+        agent: AgentName,
+        /// How it is started.
+        prepared: Box<Prepared>,
     },
     /// The link to a shim was made anew.
     Linked {

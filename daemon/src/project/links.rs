@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::command::{Command, Observed};
+use fermata_core::command::{AfterEnd, Command, Observed};
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -92,6 +92,7 @@ impl Watcher {
             exit: exit_status(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
+            then: AfterEnd::ByPolicy,
         };
         self.send(Outcome { tokens: vec![token], ..command.into() }).await;
     }
@@ -122,7 +123,8 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
-        let lost = Command::RunLost { agent: self.agent.clone(), run: self.run.clone(), detail };
+        let (agent, run) = (self.agent.clone(), self.run.clone());
+        let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
         None
     }
@@ -134,11 +136,11 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
     match read_exit(&site.dirs().run(&agent, &run)) {
         Ok(Some(record)) => {
             let (new, token) = new_run();
-            let ended_at = UnixMillis(record.ended_at_ms);
-            let command = Command::RunEnded { agent, run, exit: exit_status(&record), ended_at, new };
+            let (exit, ended_at) = (exit_status(&record), UnixMillis(record.ended_at_ms));
+            let command = Command::RunEnded { agent, run, exit, ended_at, new, then: AfterEnd::ByPolicy };
             Outcome { tokens: vec![token], ..command.into() }
         }
-        Ok(None) | Err(_) => Command::RunLost { agent, run, detail }.into(),
+        Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
     }
 }
 

@@ -12,12 +12,14 @@
 mod actor;
 mod conclude;
 mod effects;
+mod follow_up;
 mod handle;
 mod ids;
 mod links;
 mod registry;
 
 pub use actor::{Actor, Adopted};
+pub use follow_up::start;
 pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{exit_status, observe};

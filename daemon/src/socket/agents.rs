@@ -4,8 +4,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use fermata_core::Project;
-use fermata_core::agent::AgentState;
+use fermata_core::agent::{Agent, AgentState};
 use fermata_core::command::Command;
+use fermata_core::restart::Again;
 use fermata_core::view;
 use fermata_protocol::agent::{
     AgentKill, AgentListResult, AgentRun, AgentSpec, AgentStatus, AgentStop, AgentView, AgentWait,
@@ -176,8 +177,13 @@ fn name_of(argv: &[String], project: &Project) -> Result<AgentName, Refusal> {
         .ok_or_else(|| Refusal::new(Code::InvalidParams, "no name is free"))
 }
 
+/// Shows an agent as it is now.
+pub(super) fn shown(project: &Project, agent: &Agent) -> AgentView {
+    view::agent(project, agent, services::now())
+}
+
 fn view_of(project: &Project, name: &AgentName) -> Value {
-    project.agents.get(name).map_or(Value::Null, |agent| json!(view::agent(project, agent)))
+    project.agents.get(name).map_or(Value::Null, |agent| json!(shown(project, agent)))
 }
 
 /// Waits until a run has started, or says why it has not.
@@ -196,7 +202,8 @@ async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Resul
                 )
                 .into());
             }
-            _ if !same || launched => return wire(&view::agent(&project, agent)),
+            AgentState::Waiting(_) => return wire(&shown(&project, agent)),
+            _ if !same || launched => return wire(&shown(&project, agent)),
             _ => {}
         }
         if state.changed().await.is_err() {
@@ -216,7 +223,7 @@ pub(super) fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Va
     };
     let agents = handles.iter().flat_map(|handle| {
         let project = handle.look();
-        project.agents.values().map(|agent| view::agent(&project, agent)).collect::<Vec<_>>()
+        project.agents.values().map(|agent| shown(&project, agent)).collect::<Vec<_>>()
     });
     wire(&AgentListResult { agents: agents.collect() })
 }
@@ -305,7 +312,7 @@ async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> R
 }
 
 fn list_of(project: &Project, names: &[AgentName]) -> AgentListResult {
-    let agents = names.iter().filter_map(|name| Some(view::agent(project, project.agents.get(name)?))).collect();
+    let agents = names.iter().filter_map(|name| Some(shown(project, project.agents.get(name)?))).collect();
     AgentListResult { agents }
 }
 
@@ -321,6 +328,21 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
     started_after(&handle, name, before.as_ref()).await
 }
 
+/// Brings back an agent that has ended: it goes on where it was, as far as its tool can.
+pub(super) async fn resume(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
+    let handle = projects.get(&target.project)?;
+    let name = one_agent(target)?;
+    let site = handle.site();
+    let agent = site.project.agents.get(name).ok_or_else(|| not_found(target))?;
+    let (start, token) = crate::project::start(&site, agent, Again::GoesOn).await?;
+    let before = agent.run.as_ref().map(|run| run.id.clone());
+    let command = Command::Start { agent: name.clone(), start, asked: true };
+    let (tokens, shown) = (vec![token], name.clone());
+    let view: View = Box::new(move |project, _| view_of(project, &shown));
+    handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view }).await?;
+    started_after(&handle, name, before.as_ref()).await
+}
+
 /// Waits until another run than that one has started, or says why it has not.
 async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<&RunId>) -> Result<Value, Failure> {
     let mut state = handle.watch();
@@ -329,7 +351,8 @@ async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<
         let Some(run) = project.agents.get(name).and_then(|agent| agent.run.as_ref()) else {
             return Ok(Value::Null);
         };
-        if before != Some(&run.id) {
+        let waits = project.agents.get(name).is_some_and(|agent| matches!(agent.state, AgentState::Waiting(_)));
+        if waits || before != Some(&run.id) {
             return started(handle, name, &run.id.clone()).await;
         }
         if state.changed().await.is_err() {
@@ -409,7 +432,7 @@ async fn ended(handle: &ProjectHandle, names: &[AgentName], patience: Duration) 
             let project = state.borrow_and_update().clone();
             let agents: Vec<_> = names.iter().filter_map(|name| project.agents.get(name)).collect();
             if agents.iter().all(|agent| agent.is_terminal()) {
-                let views: Vec<AgentView> = agents.iter().map(|agent| view::agent(&project, agent)).collect();
+                let views: Vec<AgentView> = agents.iter().map(|agent| shown(&project, agent)).collect();
                 return wire(&AgentListResult { agents: views });
             }
             if state.changed().await.is_err() {

@@ -99,7 +99,7 @@ async fn repeated(connection: &Connection, keyed: &Keyed, call: &Call) -> Result
 /// end: the repeated call waits for them as the first one did.
 async fn finish(all: &Projects, call: &Call, reply: Value) -> Result<Value, Failure> {
     match call {
-        Call::AgentRun(_) | Call::AgentRestart(_) => agents::finish_start(all, reply).await,
+        Call::AgentRun(_) | Call::AgentRestart(_) | Call::AgentResume(_) => agents::finish_start(all, reply).await,
         Call::AgentStop(p) => agents::finish_end(all, &p.target.project, p.grace_ms, reply).await,
         Call::AgentKill(p) if p.signal.is_none() => agents::finish_end(all, &p.target.project, None, reply).await,
         Call::ContextPut(p) => context::finish_put(all, p.target.as_ref(), reply).await,
@@ -160,6 +160,8 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::AgentStop(p) => agents::stop(all, &p, keyed).await,
         Call::AgentKill(p) => agents::kill(all, &p, keyed).await,
         Call::AgentRestart(p) => agents::restart(all, &p.target, keyed).await,
+        Call::AgentResume(p) => agents::resume(all, &p.target, keyed).await,
+        Call::AgentReady(p) => reports::ready(all, p.target.as_ref(), keyed).await,
         Call::AgentRemove(p) => agents::remove(all, &p.target, keyed).await,
         Call::AgentWait(p) => agents::wait(all, &p).await,
         Call::AgentLogs(p) => logs::read(all, &p).await,

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use fermata_core::redact::Secrets;
-use fermata_protocol::event::{
+use fermata_protocol::rpc::Notification;
+use fermata_protocol::subscription::{
     EventFilter, EventNotification, EventsList, EventsListResult, EventsSubscribe, EventsSubscribeResult,
 };
-use fermata_protocol::rpc::Notification;
 use fermata_protocol::{Code, Refusal};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;

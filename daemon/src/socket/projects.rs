@@ -52,7 +52,7 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
     wire(&ProjectDetail {
         project: view::project(&project, now()),
         config: project.facts.config.clone(),
-        agents: project.agents.values().map(|agent| view::agent(&project, agent)).collect(),
+        agents: project.agents.values().map(|agent| view::agent(&project, agent, now())).collect(),
         operation: view::operation(&project),
         last_checkpoint: last,
         checkpoints: count,

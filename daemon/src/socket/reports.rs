@@ -105,6 +105,15 @@ pub(super) async fn progress(
     handle.tell(simple(Command::Progress { agent, progress, phase: params.phase }, keyed)).await
 }
 
+pub(super) async fn ready(
+    projects: &Projects,
+    target: Option<&Target>,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
+    let (handle, agent) = agent_of(projects, target)?;
+    handle.tell(simple(Command::Ready { agent, run: None }, keyed)).await
+}
+
 pub(super) async fn usage(projects: &Projects, params: AgentUsage, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let (handle, agent) = agent_of(projects, params.target.as_ref())?;
     let usage = Usage {

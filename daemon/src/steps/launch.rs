@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fermata_core::agent::Agent;
+use fermata_core::command::ComesBack;
 use fermata_protocol::agent::RunProcesses;
 use fermata_protocol::pause::Mechanism;
-use fermata_protocol::{AgentName, CheckpointNumber, RunId};
+use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
 use super::{Site, blocking, session};
@@ -25,13 +26,6 @@ use crate::shim::wire::ShimEvent;
 
 /// How long the processes of a run that is to be ended may take to go.
 const ENDING: Duration = Duration::from_secs(10);
-
-/// What a started run is told of the pause that it comes back from.
-#[derive(Debug, Clone, Copy)]
-pub struct ComesBack {
-    /// The checkpoint whose context it is given.
-    pub checkpoint: CheckpointNumber,
-}
 
 /// A run that has started.
 pub struct Started {
@@ -156,10 +150,12 @@ fn environment(
     set("FERMATA_AGENT", agent.to_string());
     set("FERMATA_TOKEN", token.to_owned());
     if let Some(ComesBack { checkpoint }) = comes_back {
-        let context = site.dirs().checkpoint(checkpoint).join(super::checkpoint::CONTEXT);
         set("FERMATA_RESUME", "1".to_owned());
-        set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
-        set("FERMATA_CHECKPOINT", checkpoint.to_string());
+        if let Some(number) = checkpoint {
+            let context = site.dirs().checkpoint(number).join(super::checkpoint::CONTEXT);
+            set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
+            set("FERMATA_CHECKPOINT", number.to_string());
+        }
     }
     env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
 }

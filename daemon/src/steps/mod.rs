@@ -17,6 +17,7 @@ pub mod freeze;
 pub mod launch;
 pub mod leftovers;
 pub mod quiesce;
+pub mod readiness;
 pub mod restore;
 pub mod resume;
 pub mod session;

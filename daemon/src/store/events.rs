@@ -1,6 +1,7 @@
 //! The event table: appended in the transaction of what it tells, read from a cursor.
 
-use fermata_protocol::event::{Event, EventFilter, RecordedEvent};
+use fermata_protocol::event::{Event, RecordedEvent};
+use fermata_protocol::subscription::EventFilter;
 use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
 use rusqlite::{Connection, params};
 

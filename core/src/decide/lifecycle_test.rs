@@ -1,0 +1,258 @@
+//! Histories of agents that are left to themselves: what starts them, ends them, starts them again.
+
+use fermata_protocol::agent::{AgentStatus, ExitStatus};
+use fermata_protocol::checkpoint::Trigger;
+use fermata_protocol::pause::PauseMode;
+use fermata_protocol::{Code, UnixMillis};
+
+use super::model::*;
+use crate::agent::{AgentState, Held};
+use crate::command::{Command, Effect};
+use crate::due;
+use crate::project::ProjectState;
+
+fn run(model: &mut Model, agent: u8) {
+    let new = model.new_run();
+    model.tell(Command::Run { agent: name(agent), spec: spec(agent), new }).expect("it may run");
+    model.settle();
+}
+
+fn status(model: &Model, agent: u8) -> AgentStatus {
+    model.project.agents[&name(agent)].status(false)
+}
+
+fn exits(model: &mut Model, agent: u8, code: i32) {
+    let run = model.run_of(&name(agent)).expect("it has a run");
+    model.end(&run, code);
+    model.report_end(name(agent), run);
+    model.settle();
+}
+
+fn ready(model: &mut Model, agent: u8) {
+    model.tell(Command::Ready { agent: name(agent), run: None }).expect("it runs");
+    model.settle();
+}
+
+fn pause(model: &mut Model, mode: PauseMode) {
+    let operation = model.operation();
+    model.tell(Command::Pause { operation, reason: None, mode, grace_ms: None }).expect("it may pause");
+    model.settle();
+    assert!(matches!(&*model.project.state, ProjectState::Paused(_)));
+}
+
+fn resume(model: &mut Model) {
+    let (operation, respawn) = (model.operation(), model.respawns(false));
+    model.tell(Command::Resume { operation, respawn }).expect("it is paused");
+    model.settle();
+}
+
+#[test]
+fn a_dependent_waits_until_the_other_is_ready_and_no_longer() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    run(&mut model, 2);
+    assert_eq!(status(&model, 1), AgentStatus::Running);
+    let view = crate::view::agent(&model.project, &model.project.agents[&name(2)], UnixMillis(model.clock));
+    assert_eq!((view.status, view.detail.as_deref()), (AgentStatus::Starting, Some("waits for a1")));
+    assert_eq!(view.waits_for, [name(1)]);
+    ready(&mut model, 1);
+    assert_eq!(status(&model, 2), AgentStatus::Running);
+}
+
+#[test]
+fn a_wait_survives_a_crash_and_a_stop_calls_it_off() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    run(&mut model, 2);
+    model.recover();
+    model.settle();
+    assert_eq!(status(&model, 2), AgentStatus::Starting);
+    model.tell(Command::Stop { agent: Some(name(2)), grace_ms: None }).expect("it may be stopped");
+    model.settle();
+    assert_eq!(status(&model, 2), AgentStatus::Exited);
+    ready(&mut model, 1);
+    assert_eq!(status(&model, 2), AgentStatus::Exited, "a stop stands");
+}
+
+#[test]
+fn unknown_and_circular_dependencies_are_refused() {
+    let mut model = Model::new();
+    let new = model.new_run();
+    let error = model.tell(Command::Run { agent: name(2), spec: spec(2), new }).expect_err("a1 is not there");
+    assert!(error.code == Code::InvalidParams && error.message.contains("a1"), "{error:?}");
+    run(&mut model, 1);
+    run(&mut model, 2);
+    let mut circular = spec(1);
+    circular.supervision.depends_on = vec![fermata_protocol::supervision::Dependency {
+        agent: name(2),
+        until: fermata_protocol::supervision::DependencyState::Started,
+    }];
+    exits(&mut model, 1, 0);
+    model.tell(Command::Stop { agent: Some(name(1)), grace_ms: None }).expect("it may be stopped");
+    model.settle();
+    let new = model.new_run();
+    let error = model.tell(Command::Run { agent: name(1), spec: circular, new }).expect_err("a circle");
+    assert!(error.message.contains("a1 -> a2 -> a1"), "{}", error.message);
+}
+
+#[test]
+fn an_agent_that_fails_backs_off_and_is_given_up_after_its_limit() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    for start in 1..=3_u32 {
+        exits(&mut model, 1, 1);
+        assert_eq!(status(&model, 1), AgentStatus::Backoff, "start {start}");
+        let at = due::next(&model.project, UnixMillis(model.clock)).expect("a start is to come");
+        assert!(at.0 - model.clock <= 9_000);
+        model.clock = at.0;
+        model.settle();
+        assert_eq!(status(&model, 1), AgentStatus::Running, "start {start}");
+    }
+    exits(&mut model, 1, 1);
+    assert_eq!(status(&model, 1), AgentStatus::Failed);
+    let AgentState::Failed { detail: Some(detail) } = &model.project.agents[&name(1)].state else { panic!("a reason") };
+    assert!(detail.contains("3 times"), "{detail}");
+    let new = model.new_run();
+    model.tell(Command::Restart { agent: name(1), new }).expect("a person may try again");
+    model.settle();
+    exits(&mut model, 1, 1);
+    assert_eq!(status(&model, 1), AgentStatus::Backoff, "and begins a new row");
+}
+
+#[test]
+fn a_backoff_waits_for_the_end_of_a_pause() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    run(&mut model, 1);
+    exits(&mut model, 1, 1);
+    pause(&mut model, PauseMode::Freeze);
+    model.clock += 100_000;
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::Backoff, "nothing starts in a paused project");
+    resume(&mut model);
+    assert_eq!(status(&model, 1), AgentStatus::Running);
+}
+
+#[test]
+fn when_time_is_up_a_checkpoint_comes_first_and_paused_time_does_not_count() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    model.clock += 30_000;
+    pause(&mut model, PauseMode::Freeze);
+    model.clock += 500_000;
+    resume(&mut model);
+    model.clock += 19_000;
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::Running, "49 of 50 seconds have passed");
+    model.clock += 1_000;
+    model.follow_up();
+    let trigger = model.project.checkpointing.as_ref().map(|run| run.trigger);
+    assert_eq!((trigger, status(&model, 1)), (Some(Trigger::Timeout), AgentStatus::Running));
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::TimedOut);
+    let start = model.new_start();
+    model.tell(Command::Start { agent: name(1), start, asked: true }).expect("it can be brought back");
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::Running);
+}
+
+#[test]
+fn a_timeout_whose_checkpoint_a_crash_undid_still_ends_the_agent() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    model.clock += 50_000;
+    model.follow_up();
+    assert!(model.project.checkpointing.is_some());
+    model.recover();
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::TimedOut);
+}
+
+#[test]
+fn parking_is_part_of_the_same_time() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    model.clock += 40_000;
+    pause(&mut model, PauseMode::Park);
+    resume(&mut model);
+    ready(&mut model, 1);
+    model.clock += 10_000;
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::TimedOut);
+}
+
+#[test]
+fn an_agent_that_is_not_ready_in_time_counts_as_failed() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    model.clock += 2_000;
+    model.settle();
+    // By its policy it is tried again.
+    assert_eq!(status(&model, 1), AgentStatus::Backoff);
+}
+
+#[test]
+fn only_those_who_have_reported_are_stale_and_waiting_for_a_person_is_not() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    run(&mut model, 2);
+    model.clock += 10_000;
+    model.settle();
+    assert_eq!(model.project.agents[&name(2)].runs, 1, "it never reported");
+    let ask = Command::Ask { agent: name(2), text: "may I?".into(), choices: Vec::new() };
+    model.tell(ask).expect("it may ask");
+    model.clock += 10_000;
+    model.settle();
+    assert_eq!(model.project.agents[&name(2)].runs, 1, "it waits for a person");
+    model.tell(Command::Answer { id: 1, answer: "yes".into() }).expect("it is open");
+    model.clock += 2_400;
+    model.settle();
+    assert_eq!(model.project.agents[&name(2)].runs, 1);
+    model.clock += 100;
+    model.settle();
+    assert_eq!((model.project.agents[&name(2)].runs, status(&model, 2)), (2, AgentStatus::Running));
+}
+
+#[test]
+fn after_a_reboot_agents_return_by_policy_and_paused_ones_stay_paused() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    run(&mut model, 2);
+    model.world = World::default();
+    model.recover();
+    model.follow_up();
+    assert_eq!(status(&model, 0), AgentStatus::Interrupted, "nothing says that it should return");
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::Running);
+    assert_eq!(status(&model, 2), AgentStatus::Backoff, "it waits until the other is ready");
+    ready(&mut model, 1);
+    assert_eq!(status(&model, 2), AgentStatus::Running);
+    pause(&mut model, PauseMode::Freeze);
+    model.world = World::default();
+    model.recover();
+    model.settle();
+    for agent in [1, 2] {
+        assert_eq!(model.project.agents[&name(agent)].state, AgentState::Held(Held::Parked));
+    }
+}
+
+#[test]
+fn with_recovery_switched_off_nothing_returns() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    let run = model.run_of(&name(1)).expect("it has a run");
+    model.end(&run, 1);
+    let new = model.new_run();
+    let then = crate::command::AfterEnd::Stay;
+    let exit = ExitStatus::Code(1);
+    let command = Command::RunEnded { agent: name(1), run, exit, ended_at: UnixMillis(model.clock), new, then };
+    model.tell(command).expect("not refused");
+    assert!(!model.pending.iter().any(|effect| matches!(effect, Effect::Launch { .. })));
+    assert_eq!(status(&model, 1), AgentStatus::Failed);
+}

@@ -1,0 +1,406 @@
+//! A small model of the world around a project, for tests: shims and processes that do what effects
+//! ask for, a clock, and a daemon that crashes.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
+use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Trigger};
+use fermata_protocol::event::Event;
+use fermata_protocol::pause::{AgentResumed, Mechanism, Rung};
+use fermata_protocol::project::{Phase, ProjectConfig};
+use fermata_protocol::supervision::{
+    Dependency, DependencyState, OnStale, Readiness, ReadyWhen, Recover, Restart, RestartPolicy, Supervision,
+};
+use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
+
+use crate::agent::{AgentState, Held};
+use crate::command::{AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Sealed, Start, StepReport};
+use crate::due::Due;
+use crate::project::{PauseStep, Project, ProjectState};
+use crate::{apply, decide, transition};
+
+/// What the kernel and the shims know.
+#[derive(Debug, Default)]
+pub(super) struct World {
+    pub(super) alive: BTreeMap<RunId, Process>,
+    pub(super) ended: BTreeMap<RunId, i32>,
+}
+
+#[derive(Debug, Default, Clone)]
+pub(super) struct Process {
+    pub(super) frozen: bool,
+}
+
+pub(super) struct Model {
+    pub(super) project: Project,
+    pub(super) world: World,
+    pub(super) pending: Vec<Effect>,
+    pub(super) clock: i64,
+    pub(super) ids: u64,
+    pub(super) checkpoints: BTreeSet<u64>,
+    /// Plans of restores on disk.
+    pub(super) plans: BTreeSet<OperationId>,
+    /// Every run that ever had processes.
+    pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
+}
+
+pub(super) fn name(index: u8) -> AgentName {
+    AgentName::new(format!("a{index}")).expect("valid")
+}
+
+pub(super) fn refusal() -> fermata_protocol::ErrorObject {
+    Refusal::new(Code::InternalError, "the step failed").into()
+}
+
+impl Model {
+    pub(super) fn new() -> Self {
+        let created = Event::ProjectCreated {
+            workspace: "/w".into(),
+            description: String::new(),
+            source: None,
+            config: ProjectConfig::default(),
+        };
+        let project = crate::apply::create(&ProjectName::new("p").expect("valid"), &created, UnixMillis(0));
+        Self {
+            project: project.expect("created"),
+            world: World::default(),
+            pending: Vec::new(),
+            clock: 1,
+            ids: 0,
+            checkpoints: BTreeSet::new(),
+            plans: BTreeSet::new(),
+            launched: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn id(&mut self) -> u64 {
+        self.ids += 1;
+        self.ids
+    }
+
+    pub(super) fn operation(&mut self) -> OperationId {
+        OperationId::new(format!("op-{:x}", self.id())).expect("valid")
+    }
+
+    pub(super) fn new_run(&mut self) -> NewRun {
+        NewRun { id: RunId::new(format!("run-{:x}", self.id())).expect("valid"), token_sha256: String::new() }
+    }
+
+    pub(super) fn new_start(&mut self) -> Start {
+        Start { new: self.new_run(), argv: vec!["x".into()], session: None, checkpoint: None }
+    }
+
+    /// The actor's rule: after every change, what is due is decided.
+    pub(super) fn follow_up(&mut self) {
+        for _ in 0..20 {
+            let due = crate::due::due(&self.project, UnixMillis(self.clock + 1));
+            if due.is_empty() {
+                return;
+            }
+            for due in due {
+                let command = match due {
+                    Due::Start(agent) => Command::Start { agent, start: self.new_start(), asked: false },
+                    due => Command::FallDue { due, operation: self.operation() },
+                };
+                self.tell(command).expect("what is due is not refused");
+            }
+        }
+        panic!("things fall due for ever");
+    }
+
+    pub(super) fn tell(&mut self, command: Command) -> Result<(), Refusal> {
+        self.clock += 1;
+        let decision = decide(&self.project, command, UnixMillis(self.clock))?;
+        for event in &decision.events {
+            let before = self.project.state.status();
+            apply(&mut self.project, event, UnixMillis(self.clock));
+            let after = self.project.state.status();
+            assert!(transition::is_allowed(before, after), "{before} -> {after} by {}", event.kind());
+            let number = match event {
+                Event::PauseStarted { checkpoint, .. } | Event::CheckpointStarted { checkpoint, .. } => *checkpoint,
+                Event::RestoreStarted { safety, .. } => *safety,
+                _ => continue,
+            };
+            assert!(self.checkpoints.insert(number), "checkpoint number {number} was given twice");
+        }
+        self.pending.extend(decision.effects);
+        Ok(())
+    }
+
+    /// Carries out everything that follows, until nothing is left to do now.
+    pub(super) fn settle(&mut self) {
+        self.follow_up();
+        let mut rounds = 0;
+        while !self.pending.is_empty() {
+            let effect = self.pending.remove(0);
+            self.conclude(effect, true);
+            self.follow_up();
+            rounds += 1;
+            assert!(rounds < 1000, "effects follow each other for ever");
+        }
+    }
+
+    pub(super) fn run_of(&self, agent: &AgentName) -> Option<RunId> {
+        self.project.agents.get(agent).and_then(|a| a.run.as_ref()).map(|run| run.id.clone())
+    }
+
+    pub(super) fn freeze(&mut self, runs: &[AgentRun], frozen: bool) {
+        for (_, run) in runs {
+            if let Some(process) = self.world.alive.get_mut(run) {
+                process.frozen = frozen;
+            }
+        }
+    }
+
+    pub(super) fn end(&mut self, run: &RunId, code: i32) {
+        if self.world.alive.remove(run).is_some() {
+            self.world.ended.insert(run.clone(), code);
+        }
+    }
+
+    /// The shim tells the daemon, which always listens in this model.
+    pub(super) fn report_end(&mut self, agent: AgentName, run: RunId) {
+        let Some(code) = self.world.ended.get(&run).copied() else { return };
+        let new = self.new_run();
+        let command = Command::RunEnded {
+            agent,
+            run,
+            exit: ExitStatus::Code(code),
+            ended_at: UnixMillis(self.clock),
+            new,
+            then: AfterEnd::ByPolicy,
+        };
+        self.tell(command).expect("the world is not refused");
+    }
+
+    pub(super) fn view(&self, number: u64, operation: &OperationId) -> CheckpointView {
+        CheckpointView {
+            project: self.project.name.clone(),
+            id: number,
+            name: String::new(),
+            description: String::new(),
+            trigger: Trigger::Pause,
+            format: 1,
+            created_at: UnixMillis(self.clock),
+            operation_id: operation.clone(),
+            pause_reason: None,
+            git_commit: String::new(),
+            database_backup: String::new(),
+            context_snapshot: String::new(),
+            manifest_sha256: String::new(),
+            size_bytes: 0,
+            pinned: false,
+            metadata: CheckpointMetadata::default(),
+        }
+    }
+
+    pub(super) fn launch(&mut self, agent: AgentName, run: RunId, well: bool) {
+        let outcome = if well {
+            self.launched.entry(agent.clone()).or_default().insert(run.clone());
+            self.world.alive.insert(run.clone(), Process::default());
+            Ok(processes())
+        } else {
+            Err("no such program".to_owned())
+        };
+        self.tell(Command::Launched { agent, run, outcome }).expect("the world is not refused");
+    }
+
+    pub(super) fn conclude(&mut self, effect: Effect, well: bool) {
+        match effect {
+            Effect::Launch { agent, run, .. } => self.launch(agent, run, well),
+            Effect::Stop { agent, run, .. } | Effect::Kill { agent, run } => {
+                self.end(&run, 15);
+                self.report_end(agent, run);
+            }
+            Effect::PauseStep { operation, step } => {
+                let runs = self.project.runs(self.project.running_agents());
+                if step == PauseStep::Freeze {
+                    self.freeze(&runs, true);
+                }
+                let agents = runs.into_iter().map(|(agent, _)| agent).collect();
+                let outcome = match (well, step) {
+                    (false, _) => Err(refusal()),
+                    (true, PauseStep::Checkpoint) => Ok(StepReport::Sealed(Box::new(Sealed {
+                        checkpoint: self.view(self.project.counters.checkpoint, &operation),
+                        flash_save: Default::default(),
+                        mechanism: Mechanism::Cgroup,
+                        processes: 1,
+                        frozen_ms: 1.0,
+                        agents,
+                        sessions: Vec::new(),
+                        warnings: Vec::new(),
+                    }))),
+                    (true, _) => Ok(StepReport::Done),
+                };
+                let command = Command::PauseStepped { operation, step, took_ms: 1.0, outcome };
+                self.tell(command).expect("steps are not refused");
+            }
+            Effect::Undo { ref operation, ref runs, .. } => {
+                if !well {
+                    self.pending.push(effect);
+                    return;
+                }
+                let operation = operation.clone();
+                // A step that still ran is stopped and joined before its work is undone.
+                self.pending.retain(|e| !matches!(e, Effect::PauseStep { operation: o, .. } if *o == operation));
+                self.freeze(&runs.clone(), false);
+                self.tell(Command::Undone { operation }).expect("not refused");
+            }
+            Effect::Hold { runs } => self.freeze_held(&runs),
+            Effect::Thaw { runs } => self.freeze(&runs, false),
+            Effect::Park { runs } => {
+                for (agent, run) in runs {
+                    self.end(&run, 9);
+                    self.tell(Command::Parked { agent: agent.clone(), run: run.clone() }).expect("not refused");
+                    // The shim's own news of the end comes later.
+                    self.report_end(agent, run);
+                }
+            }
+            Effect::Resume { operation, thaw, respawn, .. } => {
+                let mut agents = Vec::new();
+                for (agent, run) in thaw {
+                    let there = self.world.alive.contains_key(&run);
+                    self.freeze(&[(agent.clone(), run)], false);
+                    let rung = if there { Rung::Thawed } else { Rung::Failed };
+                    agents.push(AgentResumed { agent, rung, argv: None, detail: None });
+                }
+                for (agent, run) in respawn {
+                    // What is left of older runs is ended first.
+                    let older = self.launched.entry(agent.clone()).or_default().clone();
+                    for old in older.iter().filter(|old| **old != run) {
+                        self.end(old, 9);
+                    }
+                    self.launch(agent.clone(), run, well);
+                    let rung = if well { Rung::Respawned } else { Rung::Failed };
+                    agents.push(AgentResumed { agent, rung, argv: None, detail: None });
+                }
+                let command = Command::Resumed { operation, agents, steps_ms: BTreeMap::new(), warnings: Vec::new() };
+                self.tell(command).expect("not refused");
+            }
+            Effect::Checkpoint { operation, checkpoint, .. } => {
+                let outcome =
+                    if well { Ok((Box::new(self.view(checkpoint, &operation)), 1.0)) } else { Err(refusal()) };
+                self.tell(Command::Checkpointed { operation, outcome }).expect("not refused");
+            }
+            Effect::PlanRestore { operation, safety, .. } => {
+                self.plans.insert(operation.clone());
+                let outcome = if well { Ok(Box::new(self.view(safety, &operation))) } else { Err(refusal()) };
+                self.tell(Command::RestorePlanned { operation, outcome }).expect("not refused");
+            }
+            Effect::ApplyRestore { ref operation, .. } => {
+                assert!(self.plans.contains(operation), "a restore has lost its plan");
+                if !well {
+                    self.pending.push(effect);
+                    return;
+                }
+                let command = Command::Restored {
+                    operation: operation.clone(),
+                    phase: Phase::Active,
+                    tasks: Vec::new(),
+                    written: 1,
+                    removed: 0,
+                };
+                self.tell(command).expect("not refused");
+            }
+            Effect::ForgetPlan { operation } => {
+                self.plans.remove(&operation);
+            }
+            Effect::Forget { .. } => {}
+        }
+    }
+
+    /// A hold makes the freeze of what is still held permanent; late holds of a resumed agent do nothing.
+    pub(super) fn freeze_held(&mut self, runs: &[AgentRun]) {
+        for run in runs {
+            let held = self.project.agents.get(&run.0).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
+            if held && matches!(&*self.project.state, ProjectState::Paused(_)) {
+                self.freeze(std::slice::from_ref(run), true);
+            }
+        }
+    }
+
+    pub(super) fn recover(&mut self) {
+        self.pending.clear();
+        // The daemon's rule: what is left of older runs is ended before anything else.
+        for (agent, runs) in self.launched.clone() {
+            let current = self.run_of(&agent);
+            for old in runs.iter().filter(|run| current.as_ref() != Some(run)) {
+                self.end(old, 9);
+            }
+        }
+        let mut observed = BTreeMap::new();
+        for agent in self.project.alive_agents() {
+            let Some(run) = agent.run.as_ref() else { continue };
+            let seen = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
+                (Some(_), _) => Observed::Alive(processes()),
+                (None, Some(code)) => Observed::Ended { exit: ExitStatus::Code(*code), at: UnixMillis(self.clock) },
+                (None, None) => Observed::Lost { detail: "gone".into() },
+            };
+            observed.insert(agent.name.clone(), seen);
+        }
+        let respawn = self.respawns(false);
+        self.tell(Command::Recover { agents: observed, respawn }).expect("recovery is not refused");
+        // The daemon carries this one out before it takes commands, so that it cannot come late
+        // and thaw what a new pause has frozen.
+        while let Some(at) = self.pending.iter().position(|e| matches!(e, Effect::Thaw { .. })) {
+            let effect = self.pending.remove(at);
+            self.conclude(effect, true);
+        }
+    }
+
+    pub(super) fn respawns(&mut self, stale: bool) -> BTreeMap<AgentName, Respawn> {
+        let names: Vec<AgentName> = self.project.agents.keys().cloned().collect();
+        names
+            .into_iter()
+            .map(|agent| {
+                let new = self.new_run();
+                let why = stale.then(|| "frozen for too long".to_owned());
+                (agent, Respawn { new, argv: vec!["x".into()], instead_of_thaw: why, session: None })
+            })
+            .collect()
+    }
+}
+
+pub(super) fn processes() -> RunProcesses {
+    RunProcesses {
+        pid: 10,
+        start_ticks: 1,
+        shim_pid: 9,
+        shim_start_ticks: 1,
+        boot_id: "b".into(),
+        mechanism: Mechanism::Cgroup,
+    }
+}
+
+/// The first is plain; the second is started again and ends when its time is up; the third waits
+/// for the second, and is started again when it does not report.
+pub(super) fn spec(index: u8) -> AgentSpec {
+    let restart =
+        Restart { policy: RestartPolicy::Always, delay_ms: 1_000, max_delay_ms: 9_000, limit: 3, within_ms: 99_000 };
+    let supervision = match index {
+        0 => Supervision::default(),
+        1 => Supervision {
+            restart,
+            timeout_ms: Some(50_000),
+            ready: Some(Readiness { when: ReadyWhen::Reported, timeout_ms: Some(2_000) }),
+            ..Supervision::default()
+        },
+        _ => Supervision {
+            depends_on: vec![Dependency { agent: name(1), until: DependencyState::Ready }],
+            recover: Recover::Always,
+            stale_after_ms: Some(2_500),
+            on_stale: OnStale::Restart,
+            ..Supervision::default()
+        },
+    };
+    AgentSpec {
+        argv: vec!["x".into()],
+        cwd: "/w".into(),
+        umask: 0o022,
+        limits: BTreeMap::new(),
+        resume_argv: None,
+        profile: None,
+        stop_grace_ms: 10,
+        supervision: Box::new(supervision),
+    }
+}

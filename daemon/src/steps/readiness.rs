@@ -1,0 +1,150 @@
+//! Finds out when a run is ready, by its output or by a command. Nothing is remembered: a new daemon
+//! reads the run's log from its beginning, and asks the command again.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::Project;
+use fermata_core::project::ProjectState;
+use fermata_protocol::supervision::ReadyWhen;
+use fermata_protocol::{AgentName, RunId};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::process::Command;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::{Site, blocking, session};
+use crate::errors::Failure;
+use crate::shim::log_reader::{LogReader, Start};
+use crate::shim::spec::files;
+
+/// How often output is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// How often a command is tried.
+const TRY: Duration = Duration::from_millis(500);
+
+/// How long one try of a command may take.
+const TRY_WITHIN: Duration = Duration::from_secs(10);
+
+/// How much of the log is read at once.
+const BATCH_BYTES: usize = 256 << 10;
+
+/// Waits until a run is ready; returns whether it is. Ends without an answer when the run is no
+/// longer the agent's current one or nothing can be found out.
+///
+/// # Errors
+/// When the store or the log cannot be read.
+pub async fn wait(
+    site: &Site,
+    mut state: watch::Receiver<Arc<Project>>,
+    agent: &AgentName,
+    run: &RunId,
+) -> Result<bool, Failure> {
+    let Some(found) = site.project.agents.get(agent) else { return Ok(false) };
+    let ready = match found.spec.supervision.ready.as_ref().map(|ready| &ready.when) {
+        None | Some(ReadyWhen::Reported) => return Ok(false),
+        Some(when) => when.clone(),
+    };
+    let env = session::environment(site, agent).await?;
+    let cwd = PathBuf::from(&found.spec.cwd);
+    let mut output = Output { dir: site.dirs().run(agent, run).join(files::LOGS), start: Start::Begin };
+    loop {
+        let (current, held) = {
+            let project = state.borrow_and_update();
+            let current = project.agents.get(agent).and_then(|agent| agent.current_run()) == Some(run);
+            (current, !matches!(&*project.state, ProjectState::Resting(_)))
+        };
+        if !current || site.services.stopping.is_cancelled() {
+            return Ok(false);
+        }
+        // What is held changes nothing, and a command would time out on it.
+        if held {
+            if state.changed().await.is_err() {
+                return Ok(false);
+            }
+            continue;
+        }
+        let (is_ready, pace) = match &ready {
+            ReadyWhen::Reported => return Ok(false),
+            ReadyWhen::Output(wanted) => (output.holds(wanted).await?, LOOK),
+            ReadyWhen::Command(argv) => (succeeds(argv, &env, &cwd, &site.services.stopping).await, TRY),
+        };
+        if is_ready {
+            return Ok(true);
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pace) => {}
+            () = site.services.stopping.cancelled() => return Ok(false),
+        }
+    }
+}
+
+/// The output of a run, read once.
+struct Output {
+    dir: PathBuf,
+    start: Start,
+}
+
+impl Output {
+    /// Reads what is new; says whether a line of it holds the text.
+    async fn holds(&mut self, wanted: &str) -> Result<bool, Failure> {
+        loop {
+            let (dir, start, needle) = (self.dir.clone(), self.start, wanted.as_bytes().to_vec());
+            let (found, read, position) = blocking("read the log", move || {
+                look(&dir, start, &needle).map_err(|e| Failure::fault(&format!("read {}", dir.display()), &e))
+            })
+            .await?;
+            self.start = position.map_or(self.start, Start::At);
+            if found || !read {
+                return Ok(found);
+            }
+        }
+    }
+}
+
+fn look(
+    dir: &Path,
+    start: Start,
+    wanted: &[u8],
+) -> std::io::Result<(bool, bool, Option<crate::shim::log_reader::LogPosition>)> {
+    let mut reader = match LogReader::open(dir, start) {
+        Ok(reader) => reader,
+        // A run that is just being started has no log yet.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((false, false, None)),
+        Err(error) => return Err(error),
+    };
+    let lines = reader.next_batch(BATCH_BYTES)?;
+    let found = lines.iter().any(|line| memchr::memmem::find(&line.bytes, wanted).is_some());
+    Ok((found, !lines.is_empty(), reader.position()))
+}
+
+/// Runs a command once; one that takes too long, or cannot be started, does not succeed.
+async fn succeeds(argv: &[String], env: &BTreeMap<String, String>, cwd: &Path, stopping: &CancellationToken) -> bool {
+    let Some((program, arguments)) = argv.split_first() else { return false };
+    let mut command = Command::new(program);
+    command.args(arguments).env_clear().envs(env).current_dir(cwd).process_group(0).kill_on_drop(true);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let Ok(mut child) = command.spawn() else { return false };
+    let group = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+    let ended = tokio::select! {
+        ended = child.wait() => Some(ended),
+        () = tokio::time::sleep(TRY_WITHIN) => None,
+        () = stopping.cancelled() => None,
+    };
+    match ended {
+        Some(status) => status.is_ok_and(|status| status.success()),
+        None => {
+            // Not reaped yet, so the number is still this group's.
+            if let Some(Err(error)) = group.map(|group| killpg(group, Signal::SIGKILL)) {
+                tracing::debug!(%error, "a command that tells readiness ended by itself");
+            }
+            drop(child.wait().await);
+            false
+        }
+    }
+}
