@@ -6,14 +6,17 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::codec::LineBuffer;
 use crate::daemon::{Hello, HelloResult};
-use crate::error::Refusal;
+use crate::error::{ErrorObject, Refusal};
 use crate::method::Method;
-use crate::rpc::{Notification, Response};
+use crate::rpc::Notification;
 
 /// Replies may be longer than requests: a list of many rows is one line.
 const MAX_REPLY_BYTES: usize = 64 << 20;
@@ -96,8 +99,7 @@ impl Client {
         let Value::Object(params) = params else {
             return Err(ClientError::Garbled("parameters are not an object".into()));
         };
-        let value = self.call_raw(M::NAME, params, watch)?;
-        serde_json::from_value(value).map_err(|e| ClientError::Garbled(format!("result of {}: {e}", M::NAME)))
+        self.exchange(M::NAME, params, watch)
     }
 
     /// Calls a method by name.
@@ -108,8 +110,19 @@ impl Client {
         &mut self,
         method: &str,
         params: Map<String, Value>,
-        mut watch: impl FnMut(&Notification),
+        watch: impl FnMut(&Notification),
     ) -> Result<Value, ClientError> {
+        self.exchange(method, params, watch)
+    }
+
+    /// Sends a request and reads its result. The result is understood once, from its text: a list of a
+    /// thousand agents is too much to be made a tree of values first.
+    fn exchange<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: Map<String, Value>,
+        mut watch: impl FnMut(&Notification),
+    ) -> Result<T, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
@@ -131,10 +144,12 @@ impl Client {
                     if response.id.as_u64() != Some(id) && !response.id.is_null() {
                         continue;
                     }
-                    return match (response.result, response.error) {
-                        (_, Some(error)) => Err(ClientError::Refused(error.into())),
-                        (result, None) => Ok(result.unwrap_or(Value::Null)),
-                    };
+                    if let Some(error) = response.error {
+                        return Err(ClientError::Refused(error.into()));
+                    }
+                    let result = response.result.as_deref().map_or("null", RawValue::get);
+                    return serde_json::from_str(result)
+                        .map_err(|e| ClientError::Garbled(format!("result of {method}: {e}")));
                 }
             }
         }
@@ -167,12 +182,11 @@ impl Client {
         loop {
             let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
             if let Some(line) = line {
-                let value: Value = serde_json::from_slice(&line).map_err(|e| ClientError::Garbled(e.to_string()))?;
                 let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
-                return if value.get("method").is_some() {
-                    serde_json::from_value(value).map(Message::Notification).map_err(garbled)
-                } else {
-                    serde_json::from_value(value).map(Message::Response).map_err(garbled)
+                let incoming: Incoming = serde_json::from_slice(&line).map_err(garbled)?;
+                return match incoming.method {
+                    Some(_) => serde_json::from_slice(&line).map(Message::Notification).map_err(garbled),
+                    None => Ok(Message::Response(incoming)),
                 };
             }
             let mut chunk = [0; 64 << 10];
@@ -186,7 +200,17 @@ impl Client {
     }
 }
 
+/// A line of the daemon: a response, or, with a method, a notification.
+#[derive(Deserialize)]
+struct Incoming {
+    method: Option<String>,
+    #[serde(default)]
+    id: Value,
+    result: Option<Box<RawValue>>,
+    error: Option<ErrorObject>,
+}
+
 enum Message {
-    Response(Response),
+    Response(Incoming),
     Notification(Notification),
 }
