@@ -164,7 +164,7 @@ impl Supervisor {
             self.go_on(now);
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
-                let event = FromShim::Event(ShimEvent::Exited(record));
+                let event = FromShim::Event(ShimEvent::Exited(Box::new(record)));
                 for mut connection in self.connections {
                     if connection.is_open() {
                         connection.send(&event);
