@@ -122,6 +122,9 @@ pub struct Run {
     pub started_at: UnixMillis,
     /// Its processes, once the shim has reported them.
     pub processes: Option<RunProcesses>,
+    /// Since when a signal that was not Fermata's holds its main process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended_at: Option<UnixMillis>,
     /// How and when it ended.
     pub ended: Option<RunEnd>,
     /// Why it began.

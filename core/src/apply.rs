@@ -48,6 +48,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
         | Event::AgentAdopted { .. }
+        | Event::AgentTyped { .. }
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
@@ -79,6 +80,8 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::AgentInterrupted { .. }
         | Event::AgentParked { .. }
         | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
         | Event::AgentSessionFound { .. }
         | Event::AgentProgressed { .. }
         | Event::AgentWaiting { .. }

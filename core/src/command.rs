@@ -124,6 +124,26 @@ pub enum Command {
         /// Whether it may be brought back.
         then: AfterEnd,
     },
+    /// A signal that was not Fermata's holds the main process of a run, or no longer does.
+    Suspended {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Whether it is held.
+        held: bool,
+    },
+    /// Something was typed into an agent's terminal.
+    Typed {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Who typed.
+        by: String,
+        /// How many bytes.
+        bytes: u64,
+    },
     /// An agent reports progress.
     Progress {
         /// The agent.

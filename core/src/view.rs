@@ -35,6 +35,7 @@ pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
         runs: agent.runs,
         pid: processes.map(|p| p.pid),
         started_at: run.map(|run| run.started_at),
+        suspended_at: run.filter(|run| run.ended.is_none()).and_then(|run| run.suspended_at),
         ended_at: end.map(|end| end.at),
         exit: end.and_then(|end| end.exit),
         detail: match &agent.state {

@@ -10,7 +10,9 @@ mod commands;
 mod connect;
 mod deadline;
 mod errors;
+mod keys;
 mod output;
+mod raw_terminal;
 mod session;
 
 use std::process::ExitCode;

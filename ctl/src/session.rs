@@ -105,6 +105,42 @@ impl Session {
         }
     }
 
+    /// Returns the connection, made first where there is none, for whoever polls it.
+    ///
+    /// # Errors
+    /// When no daemon answers.
+    pub fn live(&mut self) -> Result<&mut Client, Failure> {
+        self.client()
+    }
+
+    /// Returns the connection if there is one.
+    pub fn live_if_connected(&self) -> Option<&Client> {
+        self.connection.as_ref().map(|(client, _)| client)
+    }
+
+    /// Gives the connection up.
+    pub fn hang_up(&mut self) {
+        self.connection = None;
+    }
+
+    /// Tries once to reach a daemon that has gone; never starts one.
+    ///
+    /// # Errors
+    /// When none answers.
+    pub fn try_reconnect(&mut self) -> Result<(), Failure> {
+        let mut last = ClientError::Closed;
+        for socket in &connect::sockets(&self.globals, &surroundings())? {
+            match connect::greet(socket, token()) {
+                Ok(connected) => {
+                    self.connection = Some(connected);
+                    return Ok(());
+                }
+                Err(error) => last = error,
+            }
+        }
+        Err(connect::explain(last, token().is_some()))
+    }
+
     fn client(&mut self) -> Result<&mut Client, Failure> {
         let connected = match self.connection.take() {
             Some(connected) => connected,
@@ -148,22 +184,12 @@ impl Session {
     fn reconnect(&mut self) -> Result<(), Failure> {
         self.connection = None;
         let deadline = Instant::now() + RESTART_TIME;
-        let sockets = connect::sockets(&self.globals, &surroundings())?;
         loop {
-            let mut last = ClientError::Closed;
-            for socket in &sockets {
-                match connect::greet(socket, token()) {
-                    Ok(connected) => {
-                        self.connection = Some(connected);
-                        return Ok(());
-                    }
-                    Err(error) => last = error,
-                }
+            match self.try_reconnect() {
+                Err(failure) if Instant::now() >= deadline => return Err(failure),
+                Err(_) => std::thread::sleep(TRY_EVERY),
+                Ok(()) => return Ok(()),
             }
-            if Instant::now() >= deadline {
-                return Err(connect::explain(last, token().is_some()));
-            }
-            std::thread::sleep(TRY_EVERY);
         }
     }
 }

@@ -180,6 +180,9 @@ fn reaches_files(call: &Call) -> bool {
         | Call::ProjectSet(_)
         | Call::CheckpointDiff(_)
         | Call::CheckpointRestore(_) => true,
+        // Typing into a shell runs programs.
+        Call::AgentAttach(params) => !params.read_only,
+        Call::AgentSend(_) => true,
         Call::ProjectResume(params) => params.checkpoint.is_some(),
         _ => false,
     }

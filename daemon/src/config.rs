@@ -181,6 +181,10 @@ pub struct AgentSettings {
     pub log_max_bytes: u64,
     /// So many rotated log files are kept; 0 for all.
     pub log_max_files: u32,
+    /// A log file is rotated once its first line is so old and more is to be written; 0 for never.
+    pub log_max_age_ms: u64,
+    /// So many runs of an agent keep their logs, the present one included; 0 for all.
+    pub keep_runs: u32,
     /// An agent that was frozen longer is started again rather than thawed, where it can be: its
     /// network connections are dead.
     pub stale_after_ms: u64,
@@ -194,6 +198,8 @@ impl Default for AgentSettings {
             stop_grace_ms: 10_000,
             log_max_bytes: 16 << 20,
             log_max_files: 8,
+            log_max_age_ms: 7 * 24 * 3_600_000,
+            keep_runs: 10,
             stale_after_ms: 15 * 60_000,
         }
     }

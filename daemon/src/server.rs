@@ -161,6 +161,7 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
         projects: Arc::clone(&projects),
         started_at: services::now(),
         boot_epoch: new_boot_epoch(),
+        terminals: Default::default(),
         recovery: report,
         freezer: describe_freezer(&services),
         reload: Box::new(reload),

@@ -240,7 +240,7 @@ async fn the_agent_gets_its_own_environment_limits_mask_and_default_signals() {
 async fn a_hundred_thousand_lines_arrive_in_order_across_rotation() {
     let script = "i=0; while [ $i -lt 100000 ]; do echo \"line $i\"; i=$((i+1)); done";
     let mut bed = Bed::new(MechanismChoice::Auto, script);
-    bed.spec.log = LogLimits { max_bytes: 300_000, max_files: 0 };
+    bed.spec.log = LogLimits { max_bytes: 60_000, max_files: 0, max_age_ms: 0 };
     let launched = bed.try_launch().await.unwrap();
     let mut reader = LogReader::open(&bed.spec.run_dir.join("logs"), Start::Begin).unwrap();
     let mut next = 0;

@@ -287,6 +287,10 @@ pub struct AgentView {
     /// When the current or last run began.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub started_at: Option<UnixMillis>,
+    /// Since when a signal holds its main process, for instance after a Ctrl-Z in its terminal.
+    /// `agent.kill` with the signal `CONT` lets it go on; a resume of the project does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended_at: Option<UnixMillis>,
     /// When the last run ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<UnixMillis>,
@@ -392,7 +396,8 @@ pub struct AgentLogs {
 pub struct LogLine {
     /// When it was read from the agent, nanoseconds since the Unix epoch.
     pub at_ns: i64,
-    /// `stdout`, `stderr`, or `gap` for lines that Fermata writes about lost output.
+    /// `stdout`, `stderr`, or for lines that Fermata writes `gap` (output was lost) and `note` (what
+    /// it does beside the agent).
     pub stream: String,
     /// The text; bytes that are no UTF-8 are replaced.
     pub text: String,

@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, Read as _, Write as _};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -115,14 +116,73 @@ impl Client {
         self.exchange(method, params, watch)
     }
 
-    /// Sends a request and reads its result. The result is understood once, from its text: a list of a
-    /// thousand agents is too much to be made a tree of values first.
     fn exchange<T: DeserializeOwned>(
         &mut self,
         method: &str,
         params: Map<String, Value>,
         mut watch: impl FnMut(&Notification),
     ) -> Result<T, ClientError> {
+        let id = self.send(method, &params)?;
+        loop {
+            match self.read_message()? {
+                Message::Notification(notification) => {
+                    watch(&notification);
+                    self.notifications.push_back(notification);
+                }
+                Message::Response(response) => {
+                    if response.id.as_u64() != Some(id) && !response.id.is_null() {
+                        continue;
+                    }
+                    return outcome(method, response);
+                }
+            }
+        }
+    }
+
+    /// Sends a request without waiting for its answer, which comes by [`Self::try_receive`].
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn begin<M: Method>(&mut self, params: &M) -> Result<u64, ClientError> {
+        match serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))? {
+            Value::Object(params) => self.send(M::NAME, &params),
+            _ => Err(ClientError::Garbled("parameters are not an object".into())),
+        }
+    }
+
+    /// Takes the next message that is there; reads at most once, so that it does not wait when the
+    /// connection is readable. `None` when no whole message has come yet.
+    ///
+    /// # Errors
+    /// A broken connection.
+    pub fn try_receive(&mut self) -> Result<Option<Incoming>, ClientError> {
+        if let Some(notification) = self.notifications.pop_front() {
+            return Ok(Some(Incoming::Notification(notification)));
+        }
+        let message = match self.whole_message()? {
+            Some(message) => message,
+            None => {
+                self.read_some()?;
+                match self.whole_message()? {
+                    Some(message) => message,
+                    None => return Ok(None),
+                }
+            }
+        };
+        Ok(Some(match message {
+            Message::Notification(notification) => Incoming::Notification(notification),
+            Message::Response(response) => {
+                Incoming::Answer(response.id.as_u64().unwrap_or_default(), outcome("a request", response))
+            }
+        }))
+    }
+
+    /// Says whether a message is there without reading: it has come together with another one.
+    pub fn has_whole_message(&self) -> bool {
+        !self.notifications.is_empty() || self.lines.has_line()
+    }
+
+    fn send(&mut self, method: &str, params: &Map<String, Value>) -> Result<u64, ClientError> {
         let id = self.next_id;
         self.next_id += 1;
         let mut line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
@@ -134,25 +194,7 @@ impl Client {
         {
             return Err(ClientError::Broken(error));
         }
-        loop {
-            match self.read_message()? {
-                Message::Notification(notification) => {
-                    watch(&notification);
-                    self.notifications.push_back(notification);
-                }
-                Message::Response(response) => {
-                    if response.id.as_u64() != Some(id) && !response.id.is_null() {
-                        continue;
-                    }
-                    if let Some(error) = response.error {
-                        return Err(ClientError::Refused(error.into()));
-                    }
-                    let result = response.result.as_deref().map_or("null", RawValue::get);
-                    return serde_json::from_str(result)
-                        .map_err(|e| ClientError::Garbled(format!("result of {method}: {e}")));
-                }
-            }
-        }
+        Ok(id)
     }
 
     /// Waits for the next notification.
@@ -180,29 +222,59 @@ impl Client {
 
     fn read_message(&mut self) -> Result<Message, ClientError> {
         loop {
-            let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
-            if let Some(line) = line {
-                let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
-                let incoming: Incoming = serde_json::from_slice(&line).map_err(garbled)?;
-                return match incoming.method {
-                    Some(_) => serde_json::from_slice(&line).map(Message::Notification).map_err(garbled),
-                    None => Ok(Message::Response(incoming)),
-                };
+            if let Some(message) = self.whole_message()? {
+                return Ok(message);
             }
-            let mut chunk = [0; 64 << 10];
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return Err(ClientError::Closed),
-                Ok(n) => self.lines.push(&chunk[..n]),
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(ClientError::Broken(e)),
+            self.read_some()?;
+        }
+    }
+
+    /// Takes the next message out of what was read.
+    fn whole_message(&mut self) -> Result<Option<Message>, ClientError> {
+        let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
+        let Some(line) = line else { return Ok(None) };
+        let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
+        let reply: Reply = serde_json::from_slice(&line).map_err(garbled)?;
+        match reply.method {
+            Some(_) => serde_json::from_slice(&line).map(|value| Some(Message::Notification(value))).map_err(garbled),
+            None => Ok(Some(Message::Response(reply))),
+        }
+    }
+
+    /// Reads once; waits where nothing is there.
+    fn read_some(&mut self) -> Result<(), ClientError> {
+        let mut chunk = [0; 64 << 10];
+        match self.stream.read(&mut chunk) {
+            Ok(0) => Err(ClientError::Closed),
+            Ok(n) => {
+                self.lines.push(&chunk[..n]);
+                Ok(())
             }
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => Ok(()),
+            Err(e) => Err(ClientError::Broken(e)),
         }
     }
 }
 
-/// A line of the daemon: a response, or, with a method, a notification.
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Understands a result once, from its text: a list of a thousand agents is too much to be made a tree
+/// of values first.
+fn outcome<T: DeserializeOwned>(method: &str, reply: Reply) -> Result<T, ClientError> {
+    if let Some(error) = reply.error {
+        return Err(ClientError::Refused(error.into()));
+    }
+    let result = reply.result.as_deref().map_or("null", RawValue::get);
+    serde_json::from_str(result).map_err(|e| ClientError::Garbled(format!("result of {method}: {e}")))
+}
+
+/// A line of the daemon: the answer to a request, or, with a method, a notification.
 #[derive(Deserialize)]
-struct Incoming {
+struct Reply {
     method: Option<String>,
     #[serde(default)]
     id: Value,
@@ -210,7 +282,16 @@ struct Incoming {
     error: Option<ErrorObject>,
 }
 
+/// What [`Client::try_receive`] finds.
+#[derive(Debug)]
+pub enum Incoming {
+    /// Something that answers no request.
+    Notification(Notification),
+    /// The answer to the request with this number.
+    Answer(u64, Result<Value, ClientError>),
+}
+
 enum Message {
-    Response(Incoming),
+    Response(Reply),
     Notification(Notification),
 }

@@ -64,6 +64,11 @@ impl LineBuffer {
         Ok(Some(line))
     }
 
+    /// Says whether a whole line waits.
+    pub fn has_line(&self) -> bool {
+        self.bytes[self.start..].contains(&b'\n')
+    }
+
     /// Says how many bytes wait for their newline.
     pub fn pending(&self) -> usize {
         self.bytes.len() - self.start
@@ -100,6 +105,7 @@ mod tests {
         assert_eq!(buffer.next_line(), Err(LineTooLong { limit: 4 }));
         let mut buffer = LineBuffer::new(4);
         buffer.push(b"1234\n12345\n");
+        assert!(buffer.has_line());
         assert_eq!(buffer.next_line(), Ok(Some(b"1234".to_vec())));
         assert_eq!(buffer.next_line(), Err(LineTooLong { limit: 4 }));
     }

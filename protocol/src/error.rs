@@ -68,6 +68,14 @@ codes! {
     AgentNotRunning = "agent_not_running", -32011;
     /// Agents of the project run, and the command needs them held or ended.
     AgentsRunning = "agents_running", -32011;
+    /// The agent has no terminal.
+    NoTerminal = "no_terminal", -32012;
+    /// Somebody else types into the agent's terminal.
+    TerminalBusy = "terminal_busy", -32011;
+    /// The agent's terminal has as many viewers as it can have.
+    TooManyViewers = "too_many_viewers", -32003;
+    /// The connection has no such attachment, or it only watches.
+    NotAttached = "not_attached", -32011;
     /// The agent could not be started.
     LaunchFailed = "launch_failed", -32012;
     /// No such checkpoint.

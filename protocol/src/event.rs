@@ -249,6 +249,34 @@ pub enum Event {
         /// The agent.
         agent: AgentName,
     },
+    /// A signal that was not Fermata's stopped an agent's main process, for instance by Ctrl-Z.
+    #[serde(rename = "agent.suspended")]
+    AgentSuspended {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// An agent that was suspended goes on.
+    #[serde(rename = "agent.continued")]
+    AgentContinued {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+    },
+    /// Something was typed into an agent's terminal without attaching to it.
+    #[serde(rename = "agent.typed")]
+    AgentTyped {
+        /// The agent.
+        agent: AgentName,
+        /// The run.
+        run: RunId,
+        /// Who typed: a user.
+        by: String,
+        /// How many bytes.
+        bytes: u64,
+    },
     /// The profile found the tool's own session id.
     #[serde(rename = "agent.session_found")]
     AgentSessionFound {

@@ -26,6 +26,7 @@ pub mod rpc;
 pub mod subscription;
 pub mod supervision;
 pub mod task;
+pub mod terminal;
 
 pub use error::{Code, ErrorObject, Refusal};
 pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};

@@ -20,6 +20,7 @@ use crate::question::*;
 use crate::rpc::shorten;
 use crate::subscription::*;
 use crate::task::*;
+use crate::terminal::*;
 
 /// A method, seen from its parameters: what [`crate::client::Client::call`] needs to know.
 pub trait Method: Serialize + DeserializeOwned {
@@ -118,6 +119,11 @@ methods! {
     AgentRemove => "agent.remove", Done, Operator, true, "Removes an agent that has ended.";
     AgentWait => "agent.wait", AgentView, Reader, false, "Waits until an agent has ended.";
     AgentLogs => "agent.logs", AgentLogsResult, Operator, false, "Reads an agent's output.";
+    AgentAttach => "agent.attach", AgentAttachResult, Operator, false, "Shows an agent's terminal on this connection, and lets one connection type into it.";
+    AgentInput => "agent.input", TypedResult, Operator, false, "Types into the terminal of an attachment.";
+    AgentResize => "agent.resize", Done, Operator, false, "Gives the terminal of an attachment another size.";
+    AgentDetach => "agent.detach", Done, Operator, false, "Ends an attachment; the agent goes on.";
+    AgentSend => "agent.send", TypedResult, Operator, true, "Types into an agent's terminal without attaching to it.";
     AgentListen => "agent.listen", Done, Agent, false, "Makes this connection the agent's channel for pause requests.";
     AgentAck => "agent.ack", Done, Agent, true, "Acknowledges a pause request.";
     AgentProgress => "agent.progress", Done, Agent, true, "Reports progress.";

@@ -186,6 +186,11 @@ pub struct Hook {
     pub timeout_ms: Option<u64>,
 }
 
+impl Hook {
+    /// How long a command may take that does not say, milliseconds.
+    pub const DEFAULT_TIMEOUT_MS: u64 = 60_000;
+}
+
 /// The size of a terminal in characters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

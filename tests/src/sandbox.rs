@@ -15,6 +15,7 @@ use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -42,6 +43,7 @@ const HANGING: Duration = Duration::from_secs(120);
 pub struct SandboxBuilder {
     config: String,
     env: Vec<(String, String)>,
+    machine: bool,
 }
 
 impl SandboxBuilder {
@@ -54,6 +56,13 @@ impl SandboxBuilder {
     /// Sets an environment variable of the daemon.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.env.push((name.into(), value.into()));
+        self
+    }
+
+    /// Lets the daemon believe that it has a machine of its own: a process id namespace that
+    /// [`Sandbox::power_off`] ends with everything in it, and another boot id after each start.
+    pub fn machine(mut self) -> Self {
+        self.machine = true;
         self
     }
 
@@ -72,7 +81,16 @@ impl SandboxBuilder {
         fs::write(path.join("fermata.toml"), &self.config).expect("write fermata.toml");
         let name = path.file_name().and_then(OsStr::to_str).expect("a temporary name is ASCII");
         let group = Group::create(&format!("fermata-test-{name}"));
-        Sandbox { path, _dir: dir, socket, env: self.env, group, daemon: None }
+        Sandbox {
+            path,
+            _dir: dir,
+            socket,
+            env: self.env,
+            machine: self.machine,
+            boots: AtomicU32::new(0),
+            group,
+            daemon: None,
+        }
     }
 
     /// Makes the sandbox and starts the daemon.
@@ -90,6 +108,8 @@ pub struct Sandbox {
     _dir: tempfile::TempDir,
     socket: PathBuf,
     env: Vec<(String, String)>,
+    machine: bool,
+    boots: AtomicU32,
     group: Option<Group>,
     daemon: Option<Child>,
 }
@@ -173,14 +193,43 @@ impl Sandbox {
         // The shell moves itself before it becomes the daemon: no child can escape in between.
         let mut command = Command::new("/bin/sh");
         match &self.group {
-            Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$1\""]).arg(group.procs_file()),
-            None => command.args(["-c", "exec \"$1\"", "-"]),
+            Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(group.procs_file()),
+            None => command.args(["-c", "exec \"$@\"", "-"]),
         };
+        if self.machine {
+            command.args(self.boot());
+        }
         command.arg(binary("fermatad")).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
         self.set_env(&mut command);
         command.envs(self.env.iter().map(|(name, value)| (name, value)));
         command.spawn().expect("start /bin/sh")
+    }
+
+    /// Returns the words that run a command as if on a machine that has just been started: the
+    /// first process of its namespace reaps what nobody else does, as an init does.
+    fn boot(&self) -> Vec<String> {
+        let boot = self.boots.fetch_add(1, Ordering::Relaxed) + 1;
+        let boot_id = self.path.join("boot_id");
+        fs::write(&boot_id, format!("00000000-0000-4000-8000-{boot:012}\n")).expect("write the boot id");
+        let script = "mount --bind \"$0\" /proc/sys/kernel/random/boot_id && { \"$@\" & wait $!; }";
+        let boot_id = boot_id.to_str().expect("a temporary name is ASCII");
+        ["unshare", "--pid", "--fork", "--kill-child=KILL", "--mount-proc", "/bin/sh", "-c", script, boot_id]
+            .map(String::from)
+            .to_vec()
+    }
+
+    /// Ends every process of the daemon's machine at once, as a power failure does.
+    ///
+    /// # Panics
+    /// When the sandbox has no machine of its own.
+    #[track_caller]
+    pub fn power_off(&mut self) {
+        assert!(self.machine, "built with machine()");
+        self.kill_daemon();
+        if let Some(group) = &self.group {
+            wait_until(SOON, "every process of the machine to end", || group.processes().is_empty());
+        }
     }
 
     /// Returns the daemon's process id.
@@ -255,6 +304,11 @@ impl Sandbox {
     pub fn crash_and_restart(&mut self) {
         self.kill_daemon();
         self.start_daemon();
+    }
+
+    /// Gives an environment variable to the daemons that are started from now on.
+    pub fn give_env(&mut self, name: &str, value: &str) {
+        self.env.push((name.into(), value.into()));
     }
 
     /// Takes an environment variable from the daemons that are started from now on.
@@ -349,11 +403,13 @@ impl Sandbox {
     fn end_politely(&mut self) -> Result<Vec<i32>, String> {
         let mut client = connect(&self.socket).map_err(|e| e.to_string())?;
         let agents = client.call(&AgentList::default()).map_err(|e| format!("list the agents: {e}"))?.agents;
-        for agent in agents.iter().filter(|agent| agent.pid.is_some()) {
+        // One that waits for its next start is called off too.
+        for agent in agents.iter().filter(|agent| !agent.status.is_terminal()) {
             let target = Target { project: agent.project.clone(), agent: Some(agent.name.clone()) };
             let killed = client.call(&AgentKill { target, signal: None });
             // One that has ended by itself in the meantime is as good.
             if let (Err(error), Some(pid)) = (killed, agent.pid)
+                && !self.machine
                 && process::is_alive(pid)
             {
                 return Err(format!("kill {}/{}: {error}", agent.project, agent.name));
@@ -361,7 +417,13 @@ impl Sandbox {
         }
         let pids = agents.iter().filter_map(|agent| agent.pid).collect();
         let mut child = self.daemon.take().ok_or("the daemon is gone")?;
-        kill(Pid::from_raw(i32::try_from(child.id()).unwrap_or(0)), Signal::SIGTERM).map_err(|e| e.to_string())?;
+        // On a machine of its own it is a descendant of the child.
+        let own = i32::try_from(child.id()).unwrap_or(0);
+        let program = binary("fermatad").display().to_string();
+        let in_machine =
+            || self.group.as_ref()?.processes().into_iter().find(|pid| process::command_line(*pid) == program);
+        let pid = if self.machine { in_machine().ok_or("the daemon is gone")? } else { own };
+        kill(Pid::from_raw(pid), Signal::SIGTERM).map_err(|e| e.to_string())?;
         match look_for(SOON, || child.try_wait().transpose()) {
             Some(Ok(_)) => Ok(pids),
             Some(Err(error)) => Err(format!("wait for the daemon: {error}")),

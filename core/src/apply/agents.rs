@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use fermata_protocol::event::{Event, StartCause, StopCause};
-use fermata_protocol::{AgentName, UnixMillis};
+use fermata_protocol::{AgentName, RunId, UnixMillis};
 
 use super::{rest, settle};
 use crate::agent::{AfterStop, Agent, AgentState, Ended, Ending, Held, Run, RunEnd};
@@ -53,6 +53,7 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                     token_sha256: token_sha256.clone(),
                     started_at: at,
                     processes: None,
+                    suspended_at: None,
                     ended: None,
                     cause: *cause,
                     clock: Clock::started(at, ran_ms),
@@ -84,6 +85,8 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             });
             begin_work(project);
         }
+        Event::AgentSuspended { run, .. } => suspend(project, &name, run, Some(at)),
+        Event::AgentContinued { run, .. } => suspend(project, &name, run, None),
         Event::AgentReady { .. } => change(project, &name, |agent| {
             if let Some(run) = &mut agent.run {
                 run.ready_at = Some(at);
@@ -199,6 +202,14 @@ pub(super) fn reported(project: &mut Project, name: &AgentName, at: UnixMillis) 
 }
 
 /// A project in which something is to be started is at work.
+fn suspend(project: &mut Project, name: &AgentName, run: &RunId, since: Option<UnixMillis>) {
+    change(project, name, |agent| {
+        if let Some(current) = agent.run.as_mut().filter(|current| current.id == *run) {
+            current.suspended_at = since;
+        }
+    });
+}
+
 fn begin_work(project: &mut Project) {
     if let ProjectState::Resting(_) = *project.state {
         rest(project, Resting::Active);

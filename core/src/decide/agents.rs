@@ -271,6 +271,17 @@ pub(super) fn run_lost(
     }
 }
 
+/// The shim tells it again after each new link, so that nothing is missed: twice is once.
+pub(super) fn suspended(project: &Project, name: AgentName, run: RunId, held: bool) -> Decision {
+    let known = project.agents.get(&name).and_then(|agent| agent.run.as_ref()).and_then(|run| run.suspended_at);
+    if !is_current(project, &name, &run) || known.is_some() == held {
+        return Decision::default();
+    }
+    let event =
+        if held { Event::AgentSuspended { agent: name, run } } else { Event::AgentContinued { agent: name, run } };
+    Decision::events(vec![event])
+}
+
 pub(super) fn parked(project: &Project, name: AgentName, run: RunId) -> Decision {
     let frozen = project.agents.get(&name).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
     if frozen && is_current(project, &name, &run) {

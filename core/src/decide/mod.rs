@@ -46,6 +46,10 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         }
         Command::RunLost { agent, run, detail, then } => Ok(agents::run_lost(project, agent, run, detail, then, now)),
         Command::Parked { agent, run } => Ok(agents::parked(project, agent, run)),
+        Command::Suspended { agent, run, held } => Ok(agents::suspended(project, agent, run, held)),
+        Command::Typed { agent, run, by, bytes } => {
+            Ok(Decision::events(vec![Event::AgentTyped { agent, run, by, bytes }]))
+        }
         Command::Progress { agent, progress, phase } => reports::progress(project, agent, progress, phase),
         Command::Use { agent, usage } => reports::usage(project, agent, usage),
         Command::SaveState { agent, bytes } => reports::save_state(project, agent, bytes),

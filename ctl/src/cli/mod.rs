@@ -139,6 +139,10 @@ pub enum Command {
     },
     /// Show an agent's output.
     Logs(LogsArgs),
+    /// Sit at the terminal of an agent that was started with --tty.
+    Attach(AttachArgs),
+    /// Type into the terminal of an agent that was started with --tty.
+    Send(SendArgs),
     /// Wait until agents have ended, and print their exit codes.
     Wait {
         /// An agent (project/agent) or a whole project.
@@ -236,6 +240,14 @@ pub struct RunArgs {
     /// How long a stop waits between SIGTERM and SIGKILL.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stop_grace: Option<Duration>,
+    #[command(flatten)]
+    pub hooks: HookArgs,
+    /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
+    #[arg(long, short)]
+    pub tty: bool,
+    /// Attach to the agent's terminal; as `attach` does.
+    #[arg(long, requires = "tty", conflicts_with_all = ["wait", "logs", "detach"])]
+    pub attach: bool,
     /// Return once the agent has started (the default).
     #[arg(long, short, conflicts_with_all = ["wait", "logs"])]
     pub detach: bool,
@@ -248,6 +260,25 @@ pub struct RunArgs {
     /// The program and its arguments.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub command: Vec<OsString>,
+}
+
+/// The commands beside an agent, and what becomes of its output.
+#[derive(Debug, Args)]
+pub struct HookArgs {
+    /// A command that runs before each start, in the agent's place; the start fails with it. One
+    /// line of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub pre_start: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "pre_start")]
+    pub pre_start_timeout: Option<Duration>,
+    /// A command that runs after each end, with FERMATA_EXIT_CODE or FERMATA_EXIT_SIGNAL. One line
+    /// of shell words.
+    #[arg(long, value_name = "WORDS")]
+    pub post_stop: Option<String>,
+    /// How long it may take; one minute when left out.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "post_stop")]
+    pub post_stop_timeout: Option<Duration>,
 }
 
 /// Arguments of `pause`.
@@ -287,6 +318,46 @@ pub struct LogsArgs {
     /// variables are taken out of it otherwise.
     #[arg(long)]
     pub raw: bool,
+}
+
+/// The keys that leave an agent's terminal, unless others are named.
+pub const DETACH_KEYS: &str = "ctrl-\\";
+
+/// Arguments of `attach`.
+#[derive(Debug, Args)]
+pub struct AttachArgs {
+    /// The agent (project/agent), or a project with one agent.
+    pub target: Target,
+    /// Only watch.
+    #[arg(long, conflicts_with = "steal")]
+    pub read_only: bool,
+    /// Type even if somebody else does, who only watches from then on.
+    #[arg(long)]
+    pub steal: bool,
+    /// The keys that leave, pressed one after the other, for instance ctrl-p,ctrl-q.
+    #[arg(long, value_name = "KEYS", default_value = DETACH_KEYS)]
+    pub detach_keys: String,
+}
+
+/// Arguments of `send`.
+#[derive(Debug, Args)]
+pub struct SendArgs {
+    /// The agent (project/agent), or a project with one agent.
+    pub target: Target,
+    /// What to type, as it is; several words are joined by blanks.
+    pub text: Vec<String>,
+    /// Type what comes from stdin after it.
+    #[arg(long)]
+    pub stdin: bool,
+    /// Press these keys after it, for instance C-c,Enter.
+    #[arg(long, value_name = "KEYS")]
+    pub keys: Option<String>,
+    /// Press Enter at the end.
+    #[arg(long, short)]
+    pub enter: bool,
+    /// Type even if somebody is attached who types.
+    #[arg(long)]
+    pub anyway: bool,
 }
 
 /// Arguments of `events`.

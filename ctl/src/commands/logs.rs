@@ -90,6 +90,9 @@ impl Printer {
         if out.format() == Format::Json {
             return out.json(line);
         }
+        if !matches!(&line.stream[..], "stdout" | "stderr") {
+            return self.print_note(out, line);
+        }
         let to_stdout = line.stream == "stdout";
         let open = if to_stdout { &mut self.stdout_open } else { &mut self.stderr_open };
         let mut text = String::new();
@@ -97,9 +100,6 @@ impl Printer {
             let stamp = rfc3339_ns(line.at_ns);
             text.push_str(&Paint::Dim.apply(&stamp, out.color()));
             text.push(' ');
-        }
-        if line.stream == "gap" {
-            text.push_str("-- ");
         }
         text.push_str(&line.text);
         if !line.partial {
@@ -112,5 +112,13 @@ impl Printer {
         // In the order in which they came, as far as two streams allow.
         out.flush()?;
         io::stderr().write_all(text.as_bytes())
+    }
+
+    /// Fermata's own words stand on lines of their own, apart from the agent's output.
+    fn print_note(&mut self, out: &mut Output, line: &LogLine) -> io::Result<()> {
+        let stamp = if self.timestamps { rfc3339_ns(line.at_ns) + " " } else { String::new() };
+        let end_of_line = if std::mem::take(&mut self.stderr_open) { "\n" } else { "" };
+        out.flush()?;
+        io::stderr().write_all(format!("{end_of_line}{stamp}-- {}\n", line.text).as_bytes())
     }
 }

@@ -2,6 +2,7 @@
 
 mod agent_side;
 mod agents;
+mod attach;
 mod checkpoint;
 mod context;
 mod doctor;
@@ -14,6 +15,7 @@ mod project;
 mod protocol;
 mod question;
 mod run;
+mod send;
 mod status;
 mod task;
 
@@ -39,7 +41,9 @@ const MARGIN: Duration = Duration::from_secs(5);
 
 /// Runs a command.
 pub fn run(session: &mut Session, command: Command) -> Ended {
-    if let Some(time) = session.globals.timeout {
+    // `attach` refuses it; a thread that ends the program would leave the terminal as it is.
+    let lasts = matches!(command, Command::Attach(_));
+    if let Some(time) = session.globals.timeout.filter(|_| !lasts) {
         // These tell the daemon how long to wait, and know more about a wait that was in vain.
         let own_wait = match &command {
             Command::Wait { .. } => true,
@@ -63,6 +67,8 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Kill { target, signal } => agents::kill(session, target, signal),
         Command::Rm { target, with_checkpoints } => agents::remove(session, target, with_checkpoints),
         Command::Logs(args) => logs::logs(session, args),
+        Command::Attach(args) => attach::attach(session, &args),
+        Command::Send(args) => send::send(session, &args),
         Command::Wait { target, propagate } => agents::wait(session, &target, propagate),
         Command::Project(command) => project::run(session, command),
         Command::Op(command) => operation::run(session, command),

@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
 use fermata_protocol::project::ProjectShow;
+use fermata_protocol::supervision::{Hook, Supervision, TerminalSize};
 use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
@@ -17,13 +19,17 @@ use crate::cli::values::split_words;
 use crate::errors::Failure;
 use crate::output::time::millis;
 use crate::output::{Format, note};
+use crate::raw_terminal;
 use crate::session::Session;
 
 /// Runs `run`.
 pub fn run(session: &mut Session, args: RunArgs) -> Ended {
-    let (wait, follow) = (args.wait, args.logs);
+    let (wait, follow, attach) = (args.wait, args.logs, args.attach);
     let agent = start(session, args)?;
     let target = target_of(&agent);
+    if attach {
+        return super::attach::after_start(session, &target);
+    }
     if (wait || follow) && session.out.is_human() {
         note(&format!("{target} started"));
     }
@@ -59,13 +65,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         None => Some(canonical(&here)?).filter(|here| here.starts_with(&its)),
     };
     let resume_argv = match args.resume_command {
-        Some(line) => {
-            let words = split_words(&line).map_err(|e| Failure::usage(format!("--resume-command: {e}")))?;
-            if words.is_empty() {
-                return Err(Failure::usage("--resume-command is empty"));
-            }
-            Some(words)
-        }
+        Some(line) => Some(words_of("--resume-command", &line)?),
         None => Some(args.resume_args).filter(|words| !words.is_empty()),
     };
     let argv = args
@@ -88,9 +88,28 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         resume_argv,
         profile: args.profile,
         stop_grace_ms: args.stop_grace.map(millis),
-        supervision: Box::default(),
+        supervision: Box::new(Supervision {
+            pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
+            post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
+            terminal: args.tty.then(terminal_size),
+            ..Supervision::default()
+        }),
     };
     session.call(&params)
+}
+
+fn terminal_size() -> TerminalSize {
+    raw_terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 })
+}
+
+fn words_of(flag: &str, line: &str) -> Result<Vec<String>, Failure> {
+    let words = split_words(line).map_err(|e| Failure::usage(format!("{flag}: {e}")))?;
+    if words.is_empty() { Err(Failure::usage(format!("{flag} is empty"))) } else { Ok(words) }
+}
+
+fn hook(flag: &str, line: Option<String>, timeout: Option<Duration>) -> Result<Option<Hook>, Failure> {
+    let Some(line) = line else { return Ok(None) };
+    Ok(Some(Hook { argv: words_of(flag, &line)?, timeout_ms: timeout.map(millis) }))
 }
 
 /// Finds the workspace of a project: the one to send with the agent, needed for a new project

@@ -53,6 +53,7 @@ fn status_cell(out: &Output, agent: &AgentView) -> Cell {
         Some(exit) if agent.status.is_terminal() && !exit.is_success() => {
             Cell::painted(format!("{} ({exit})", agent.status), Paint::Bad)
         }
+        _ if agent.suspended_at.is_some() => Cell::painted(format!("{}, suspended", agent.status), Paint::Attention),
         _ => agent_status(agent.status),
     }
 }

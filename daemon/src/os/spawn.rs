@@ -6,15 +6,16 @@
 
 use std::ffi::{CString, OsStr};
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
-use nix::fcntl::OFlag;
-use nix::unistd::{ForkResult, Pid, chdir, pipe2};
+use nix::unistd::{ForkResult, Pid, chdir, getpid, tcsetpgrp};
 
 use super::limits::{self, Limit};
+use super::prelude::{self, Prelude};
 use super::signals;
 
 /// What happened when the child prepared itself.
@@ -35,10 +36,14 @@ pub enum Stage {
     Stdio = 6,
     /// Executing the program.
     Exec = 7,
+    /// Executing the program that runs before it.
+    ExecBefore = 8,
+    /// Becoming the foreground of the terminal.
+    Terminal = 9,
 }
 
 impl Stage {
-    fn from_byte(byte: u8) -> Self {
+    pub(super) fn from_byte(byte: u8) -> Self {
         match byte {
             2 => Self::Cgroup,
             3 => Self::ProcessGroup,
@@ -46,6 +51,8 @@ impl Stage {
             5 => Self::WorkingDirectory,
             6 => Self::Stdio,
             7 => Self::Exec,
+            8 => Self::ExecBefore,
+            9 => Self::Terminal,
             _ => Self::Fork,
         }
     }
@@ -59,6 +66,8 @@ impl Stage {
             Self::WorkingDirectory => "enter the working directory",
             Self::Stdio => "connect the standard streams",
             Self::Exec => "execute the program",
+            Self::ExecBefore => "execute the program that runs before it",
+            Self::Terminal => "become the foreground of the terminal",
         }
     }
 }
@@ -74,10 +83,6 @@ pub struct SpawnError {
     pub source: io::Error,
 }
 
-fn at(stage: Stage) -> impl Fn(Errno) -> SpawnError {
-    move |errno| SpawnError { stage, source: errno.into() }
-}
-
 /// A program to be started. `argv[0]` without a slash is looked up in the PATH of `env`, which is
 /// the agent's and not this process's.
 #[derive(Debug)]
@@ -88,6 +93,7 @@ pub struct Program {
     cwd: CString,
     umask: u32,
     limits: Vec<Limit>,
+    foreground: bool,
 }
 
 impl Program {
@@ -130,11 +136,21 @@ impl Program {
             cwd: c_string(cwd.as_bytes())?,
             umask,
             limits: limits.to_vec(),
+            foreground: false,
         })
     }
 
+    /// Makes the program the foreground of its stdin, which is then the controlling terminal of the
+    /// caller's session.
+    #[must_use]
+    pub fn in_foreground(mut self) -> Self {
+        self.foreground = true;
+        self
+    }
+
     /// Starts the program in a process group of its own and the caller's session, with the given
-    /// stdout and stderr, and stdin from nowhere. Returns once it executes.
+    /// stdout and stderr, and stdin from nowhere. Returns once it executes; or, where another
+    /// program runs first in its place, once that is to begin (see `prelude.rs`).
     ///
     /// The caller must have one thread. A child that did not come to its exec has been reaped.
     pub fn spawn(
@@ -143,35 +159,27 @@ impl Program {
         stdout: BorrowedFd<'_>,
         stderr: BorrowedFd<'_>,
         cgroup_procs: Option<&File>,
-    ) -> Result<Pid, SpawnError> {
-        let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC).map_err(at(Stage::Fork))?;
-        // Scripts without `#!` are run by the shell, as execvp(3) does.
-        let shell_argvs: Vec<Vec<CString>> = self
-            .candidates
-            .iter()
-            .map(|file| {
-                let mut argv = vec![c"/bin/sh".to_owned(), file.clone()];
-                argv.extend(self.argv.iter().skip(1).cloned());
-                argv
-            })
-            .collect();
-        let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
-            strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
-        };
-        let prepared = Prepared {
-            argv: pointers(&self.argv),
-            env: pointers(&self.env),
-            shell_argvs: shell_argvs.iter().map(|argv| pointers(argv)).collect(),
-            stdio: [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()],
-        };
+        before: Option<&Program>,
+    ) -> Result<(Pid, Option<Prelude>), SpawnError> {
+        let (report_in, report_out) = UnixStream::pair().map_err(|source| SpawnError { stage: Stage::Fork, source })?;
+        let stdio = [stdin.as_raw_fd(), stdout.as_raw_fd(), stderr.as_raw_fd()];
+        let before = before.map(|program| (program, program.strings_for_shell()));
+        let before = before.as_ref().map(|(program, shell)| (*program, program.prepared(shell, stdio)));
+        let shell_argvs = self.strings_for_shell();
+        let prepared = self.prepared(&shell_argvs, stdio);
         match fork_single_threaded().map_err(|source| SpawnError { stage: Stage::Fork, source })? {
             ForkResult::Child => {
-                let (stage, errno) = self.become_program(&prepared, cgroup_procs);
-                let mut message = [0u8; 5];
-                message[0] = stage as u8;
-                message[1..].copy_from_slice(&(errno as i32).to_le_bytes());
-                // If the parent is gone there is nobody to tell.
-                nix::unistd::write(&report_out, &message).ok();
+                // The child must see when the parent is gone.
+                drop(report_in);
+                let prepared_well = self.prepare(&prepared, cgroup_procs).and_then(|()| match &before {
+                    Some((program, its)) => prelude::play(&report_out, || program.exec(its)),
+                    None => Ok(()),
+                });
+                let (stage, errno) = match prepared_well {
+                    Ok(()) => (Stage::Exec, self.exec(&prepared)),
+                    Err(failure) => failure,
+                };
+                prelude::say(&report_out, stage as u8, errno as i32);
                 // SAFETY: _exit ends the process without running anything of the parent's.
                 unsafe { libc::_exit(127) }
             }
@@ -182,54 +190,85 @@ impl Program {
         }
     }
 
-    fn await_exec(&self, child: Pid, report: OwnedFd) -> Result<Pid, SpawnError> {
-        let mut message = Vec::new();
-        let read = File::from(report).read_to_end(&mut message);
-        if read.is_ok() && message.is_empty() {
-            return Ok(child);
-        }
-        // It is about to end; only an interruption can come between.
-        while nix::sys::wait::waitpid(child, None) == Err(Errno::EINTR) {}
-        read.map_err(|source| SpawnError { stage: Stage::Fork, source })?;
-        let stage = Stage::from_byte(message[0]);
-        let errno = match message.get(1..5).map(<[u8; 4]>::try_from) {
-            Some(Ok(bytes)) => i32::from_le_bytes(bytes),
-            _ => libc::EIO,
+    fn await_exec(&self, child: Pid, mut report: UnixStream) -> Result<(Pid, Option<Prelude>), SpawnError> {
+        let failed = |error| {
+            // It is about to end; only an interruption can come between.
+            while nix::sys::wait::waitpid(child, None) == Err(Errno::EINTR) {}
+            Err(error)
         };
-        Err(SpawnError { stage, source: io::Error::from_raw_os_error(errno) })
+        match prelude::listen(&mut report) {
+            Ok(None) => Ok((child, None)),
+            Ok(Some(message)) if message.begins() => match Prelude::new(report) {
+                Ok(prelude) => Ok((child, Some(prelude))),
+                Err(source) => failed(SpawnError { stage: Stage::Fork, source }),
+            },
+            Ok(Some(message)) => failed(message.into_error()),
+            Err(source) => failed(SpawnError { stage: Stage::Fork, source }),
+        }
     }
 
-    /// Runs in the child. Returns only when something failed.
-    fn become_program(&self, prepared: &Prepared, cgroup_procs: Option<&File>) -> (Stage, Errno) {
+    /// Scripts without `#!` are run by the shell, as execvp(3) does.
+    fn strings_for_shell(&self) -> Vec<Vec<CString>> {
+        let words = |file: &CString| {
+            let mut argv = vec![c"/bin/sh".to_owned(), file.clone()];
+            argv.extend(self.argv.iter().skip(1).cloned());
+            argv
+        };
+        self.candidates.iter().map(words).collect()
+    }
+
+    fn prepared(&self, shell_argvs: &[Vec<CString>], stdio: [i32; 3]) -> Prepared {
+        let pointers = |strings: &[CString]| -> Vec<*const libc::c_char> {
+            strings.iter().map(|s| s.as_ptr()).chain([std::ptr::null()]).collect()
+        };
+        Prepared {
+            argv: pointers(&self.argv),
+            env: pointers(&self.env),
+            shell_argvs: shell_argvs.iter().map(|argv| pointers(argv)).collect(),
+            stdio,
+        }
+    }
+
+    /// Runs in the child: everything up to the exec.
+    fn prepare(&self, prepared: &Prepared, cgroup_procs: Option<&File>) -> Result<(), (Stage, Errno)> {
         if let Some(procs) = cgroup_procs
             && let Err(errno) = nix::unistd::write(procs, b"0")
         {
-            return (Stage::Cgroup, errno);
+            return Err((Stage::Cgroup, errno));
         }
         if let Err(errno) = nix::unistd::setpgid(Pid::from_raw(0), Pid::from_raw(0)) {
-            return (Stage::ProcessGroup, errno);
+            return Err((Stage::ProcessGroup, errno));
+        }
+        // SAFETY: stdin is open for the whole call.
+        let stdin = unsafe { BorrowedFd::borrow_raw(prepared.stdio[0]) };
+        // A process of the background that does this is stopped by SIGTTOU unless it ignores that
+        // signal, as the caller does: hence before the signals are reset.
+        if self.foreground
+            && let Err(errno) = tcsetpgrp(stdin, getpid())
+        {
+            return Err((Stage::Terminal, errno));
         }
         signals::reset_all();
         // SAFETY: umask only sets a number and cannot fail.
         unsafe { libc::umask(self.umask & 0o777) };
         for limit in &self.limits {
             if let Err(errno) = limits::set_up_to_hard(limit) {
-                return (Stage::Limits, errno);
+                return Err((Stage::Limits, errno));
             }
         }
         if let Err(errno) = chdir(self.cwd.as_c_str()) {
-            return (Stage::WorkingDirectory, errno);
+            return Err((Stage::WorkingDirectory, errno));
         }
         for (target, &source) in prepared.stdio.iter().enumerate() {
             // SAFETY: the source is open for the whole call; the targets 0 to 2 are ours to replace.
             if unsafe { libc::dup2(source, target as i32) } < 0 {
-                return (Stage::Stdio, Errno::last());
+                return Err((Stage::Stdio, Errno::last()));
             }
         }
         // SAFETY: marks descriptors, touches no memory. Kernels before 5.11 refuse; there all of
         // ours are close-on-exec already, and the inherited ones were closed at the start.
         unsafe { libc::syscall(libc::SYS_close_range, 3, u32::MAX, libc::CLOSE_RANGE_CLOEXEC) };
-        (Stage::Exec, self.exec(prepared))
+        Ok(())
     }
 
     /// Tries the candidates in order, as execvp(3) does.

@@ -16,7 +16,7 @@ use super::ids::new_run;
 use crate::errors::chain;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
-use crate::shim::record::{ExitRecord, abandon};
+use crate::shim::record::{ExitRecord, abandon, read_cut_short};
 use crate::shim::wire::ShimEvent;
 use crate::steps::Site;
 use crate::steps::launch::processes_of;
@@ -40,6 +40,7 @@ pub(super) struct Watcher {
 impl Watcher {
     /// Passes on what the shim tells, until the run has ended or the daemon ends.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
+        self.ask_suspended(&link).await;
         loop {
             let event = tokio::select! {
                 event = events.recv() => event,
@@ -56,12 +57,16 @@ impl Watcher {
                         return;
                     }
                 }
-                Some(ShimEvent::Stopped { .. } | ShimEvent::Continued {}) => {}
+                Some(ShimEvent::Stopped { .. }) => self.tell_suspended(true).await,
+                Some(ShimEvent::Continued {}) => self.tell_suspended(false).await,
+                // For viewers, which have connections of their own.
+                Some(ShimEvent::Screen(_) | ShimEvent::Output { .. }) => {}
                 None => match self.link_again().await {
                     Some((again, more)) => {
                         drop(link);
                         link = again;
                         events = more;
+                        self.ask_suspended(&link).await;
                     }
                     None => return,
                 },
@@ -83,7 +88,26 @@ impl Watcher {
         Some((link, events))
     }
 
+    /// What happened while there was no link was told to nobody.
+    async fn ask_suspended(&self, link: &ShimLink) {
+        if let Some(held) = link.suspended() {
+            self.tell_suspended(held).await;
+        }
+    }
+
+    async fn tell_suspended(&self, held: bool) {
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), held };
+        self.send(command.into()).await;
+    }
+
     async fn tell_end(&self, record: &ExitRecord) {
+        if let Some(failure) = &record.post_stop_failure {
+            tracing::warn!(agent = %self.agent, run = %self.run, "{failure}");
+        }
+        if let Some(reason) = &record.start_failure {
+            let (agent, run) = (self.agent.clone(), self.run.clone());
+            return self.send(Command::Launched { agent, run, outcome: Err(reason.clone()) }.into()).await;
+        }
         // Used when the agent is being restarted.
         let (new, token) = new_run();
         let command = Command::RunEnded {
@@ -123,6 +147,10 @@ impl Watcher {
             }
         }
         let detail = end_lost(self.run_dir.clone(), self.boot_id.clone()).await;
+        if let Ok(Some(record)) = read_cut_short(&self.run_dir) {
+            self.tell_end(&record).await;
+            return None;
+        }
         let (agent, run) = (self.agent.clone(), self.run.clone());
         let lost = Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy };
         self.send(lost.into()).await;
@@ -136,8 +164,9 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
     match read_exit(&site.dirs().run(&agent, &run)) {
         Ok(Some(record)) => {
             let (new, token) = new_run();
-            let (exit, ended_at) = (exit_status(&record), UnixMillis(record.ended_at_ms));
-            let command = Command::RunEnded { agent, run, exit, ended_at, new, then: AfterEnd::ByPolicy };
+            let ended_at = UnixMillis(record.ended_at_ms);
+            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
+            let command = Command::RunEnded { agent, run, exit, ended_at, new, then };
             Outcome { tokens: vec![token], ..command.into() }
         }
         Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
@@ -194,8 +223,15 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
     };
+    let ended = |record: ExitRecord| {
+        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        Found { observed, link: None }
+    };
     if run.boot_id != boot_id {
-        return lost("the machine was restarted");
+        return match read_cut_short(&run_dir) {
+            Ok(Some(record)) => ended(record),
+            _ => lost("the machine was restarted"),
+        };
     }
     for _ in 0..3 {
         if !process::is_alive(run.shim).unwrap_or(false) {
@@ -210,6 +246,9 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
         return Found { observed, link: None };
     }
-    let detail = end_lost(run_dir, boot_id.to_owned()).await;
-    lost(&detail)
+    let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
+    match read_cut_short(&run_dir) {
+        Ok(Some(record)) => ended(record),
+        _ => lost(&detail),
+    }
 }

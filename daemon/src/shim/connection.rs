@@ -73,6 +73,11 @@ impl Connection {
         !self.outbox.is_empty()
     }
 
+    /// How many bytes wait for the peer.
+    pub fn waiting(&self) -> usize {
+        self.outbox.len()
+    }
+
     /// Reads what is there and takes the complete lines out of it. Bad ones are answered here.
     pub fn receive(&mut self) -> Vec<Incoming> {
         let mut chunk = [0u8; 8192];

@@ -21,11 +21,14 @@ use super::hold::{Hold, chain};
 use super::log::LogWriter;
 use super::raw::Raw;
 use super::record::{Mechanism, RunRecord};
-use super::spec::{LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
+use super::spec::{HookSpec, LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
 use super::supervise::{Parts, Supervisor};
+use super::terminal::Terminal;
 use crate::os::cgroup::{Freezer, Group};
 use crate::os::fsync::{Reserve, write_atomic};
+use crate::os::prelude::Prelude;
 use crate::os::process::{self, ProcessId};
+use crate::os::pty::{self, Pty};
 use crate::os::spawn::{self, Program, SpawnError, Stage};
 use crate::os::{clock, signals};
 
@@ -189,13 +192,15 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
         LogWriter::open(&logs, spec.log).map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?;
     let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
         .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+    let ended = spec.post_stop.is_some().then(|| Reserve::create(&spec.file(files::ENDED), 0o600));
+    let ended = ended.transpose().map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
     let listener = listen(&spec.socket)?;
     let started = start_agent(&spec);
     let undo_socket = |failure| {
         std::fs::remove_file(&spec.socket).ok();
         failure
     };
-    let Started { agent, freezer, stdout, stderr } = started.map_err(undo_socket)?;
+    let Started { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
         Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),
@@ -224,7 +229,8 @@ fn launch(spec: LaunchSpec) -> Result<(RunRecord, Box<Parts>), Failure> {
         crate::os::tree::kill_tree(shim.pid, Duration::from_secs(1)).ok();
         return Err(undo_socket(failure));
     }
-    let parts = Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr };
+    let parts =
+        Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, terminal, prelude };
     Ok((record, Box::new(parts)))
 }
 
@@ -284,9 +290,12 @@ fn detach(spec: &LaunchSpec) -> Result<(), Failure> {
     dup2_stderr(&own_log).map_err(failure("replace stderr"))
 }
 
+pub(super) fn open_null_file() -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).open("/dev/null")
+}
+
 fn open_null() -> Result<File, Failure> {
-    let path = Path::new("/dev/null");
-    OpenOptions::new().read(true).write(true).open(path).map_err(Failure::io(LaunchCode::SpawnFailed, "open", path))
+    open_null_file().map_err(Failure::io(LaunchCode::SpawnFailed, "open", Path::new("/dev/null")))
 }
 
 fn make_private_dir(path: &Path) -> io::Result<()> {
@@ -324,23 +333,61 @@ struct Started {
     agent: ProcessId,
     freezer: Freezer,
     stdout: OwnedFd,
-    stderr: OwnedFd,
+    stderr: Option<OwnedFd>,
+    terminal: Option<Terminal>,
+    prelude: Option<Prelude>,
 }
 
-fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
+/// Both sides of what the agent reads from and writes to.
+#[derive(Debug)]
+struct Streams {
+    stdout: OwnedFd,
+    stderr: Option<OwnedFd>,
+    terminal: Option<Terminal>,
+    theirs: [OwnedFd; 3],
+}
+
+/// Pipes and no input, or a terminal.
+fn streams(spec: &LaunchSpec) -> Result<Streams, Failure> {
+    let Some(size) = spec.terminal else {
+        let (stdout, agent_stdout) = agent_pipe()?;
+        let (stderr, agent_stderr) = agent_pipe()?;
+        let theirs = [open_null()?.into(), agent_stdout, agent_stderr];
+        return Ok(Streams { stdout, stderr: Some(stderr), terminal: None, theirs });
+    };
+    let failure = |error: io::Error| Failure {
+        code: LaunchCode::SpawnFailed,
+        message: format!("failed to open a terminal: {error}"),
+    };
+    let Pty { master, slave } = pty::open_controlling(size.rows, size.cols).map_err(failure)?;
+    let copy = || slave.try_clone().map_err(failure);
+    let theirs = [copy()?, copy()?, copy()?];
+    let terminal = Terminal::new(master.try_clone().map_err(failure)?, slave, size);
+    Ok(Streams { stdout: master, stderr: None, terminal: Some(terminal), theirs })
+}
+
+/// Prepares a program with the agent's environment, directory and limits.
+pub(super) fn program(spec: &LaunchSpec, argv: &[Raw], more: &[(Raw, Raw)]) -> io::Result<Program> {
     let mut env = spec.env.clone();
     env.retain(|(name, _)| name.as_bytes() != RUN_ID_VARIABLE.as_bytes());
     env.push((Raw::from(RUN_ID_VARIABLE), Raw::from(spec.run_id.as_str())));
-    let program = Program::new(&spec.argv, &env, spec.cwd.as_os_str(), spec.umask, &spec.rlimits)
-        .map_err(|error| Failure { code: LaunchCode::BadSpec, message: error.to_string() })?;
-    let (stdout, agent_stdout) = agent_pipe()?;
-    let (stderr, agent_stderr) = agent_pipe()?;
-    let null = open_null()?;
+    env.extend_from_slice(more);
+    Program::new(argv, &env, spec.cwd.as_os_str(), spec.umask, &spec.rlimits)
+}
+
+fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
+    let bad = |error: io::Error| Failure { code: LaunchCode::BadSpec, message: error.to_string() };
+    let program = program(spec, &spec.argv, &[]).map_err(bad)?;
+    let before = spec.pre_start.as_ref().map(|hook| self::program(spec, &hook.argv, &[])).transpose().map_err(bad)?;
+    let Streams { stdout, stderr, terminal, theirs: [stdin, agent_stdout, agent_stderr] } = streams(spec)?;
+    let program = if terminal.is_some() { program.in_foreground() } else { program };
     let mut freezer = match spec.mechanism {
         MechanismChoice::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
         MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
     };
-    let run = |procs: Option<&File>| program.spawn(null.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs);
+    let run = |procs: Option<&File>| {
+        program.spawn(stdin.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs, before.as_ref())
+    };
     let spawned = match member_file(&mut freezer) {
         None => run(None),
         Some(procs) => match run(Some(&procs)) {
@@ -354,7 +401,9 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
         },
     };
     match spawned {
-        Ok(pid) => Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr }),
+        Ok((pid, prelude)) => {
+            Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr, terminal, prelude })
+        }
         Err(error) => {
             if let Freezer::Cgroup(group) = &freezer {
                 group.remove(Duration::from_secs(1)).ok();
@@ -389,14 +438,20 @@ fn give_up_group(freezer: &mut Freezer, error: &dyn std::error::Error) {
 }
 
 /// A pipe whose reading end does not block; the agent's end is as everybody expects it.
-fn agent_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
-    let failure = |errno: nix::errno::Errno| Failure {
-        code: LaunchCode::SpawnFailed,
-        message: format!("failed to make a pipe: {errno}"),
-    };
-    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC).map_err(failure)?;
-    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(failure)?;
+pub(super) fn output_pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
+    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((ours, theirs))
+}
+
+fn agent_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
+    output_pipe()
+        .map_err(|errno| Failure { code: LaunchCode::SpawnFailed, message: format!("failed to make a pipe: {errno}") })
+}
+
+/// The sentence of [`explain`].
+pub(super) fn why_not_started(spec: &LaunchSpec, error: &SpawnError) -> String {
+    explain(spec, error).message
 }
 
 /// Turns an errno into what the person who typed the command needs to know.
@@ -429,7 +484,12 @@ fn explain(spec: &LaunchSpec, error: &SpawnError) -> Failure {
             (LaunchCode::CwdDenied, format!("the working directory {cwd} cannot be entered: {}", error.source))
         }
         (Stage::Limits, _) => (LaunchCode::LimitRefused, chain(error)),
-        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio, _) => {
+        (Stage::ExecBefore, _) => {
+            let line = spec.pre_start.as_ref().map(HookSpec::line).unwrap_or_default();
+            let message = format!("the pre-start command '{line}' cannot be executed: {}", error.source);
+            (LaunchCode::ProgramNotExecutable, message)
+        }
+        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio | Stage::Terminal, _) => {
             (LaunchCode::SpawnFailed, chain(error))
         }
     };

@@ -19,8 +19,11 @@ use tokio::task::JoinHandle;
 pub use super::launch::{LaunchError, Launched, launch};
 pub use super::lost::{LostTreeError, end_lost_tree};
 pub use super::record::{ExitRecord, RunRecord, read_exit, read_run};
+use fermata_protocol::terminal::Bytes;
+
 use super::wire::{
-    Call, FromShim, Frozen, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim, WIRE_VERSION,
+    Call, FromShim, Frozen, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim, Typed,
+    WIRE_VERSION,
 };
 use crate::os::process::ProcessId;
 
@@ -89,47 +92,18 @@ pub struct ShimLink {
     orders: mpsc::Sender<Order>,
     run_id: String,
     shim: ProcessId,
+    suspended: Option<bool>,
     task: JoinHandle<()>,
 }
 
 impl ShimLink {
     /// Connects and introduces itself. Events arrive at the returned channel until the link ends.
     pub async fn connect(socket: &Path) -> Result<(Self, mpsc::Receiver<ShimEvent>), LinkError> {
-        let connecting = Self::handshake(socket);
-        let (wire, run_id, shim) = match tokio::time::timeout(ANSWER_PATIENCE, connecting).await {
-            Ok(done) => done?,
-            Err(_) => {
-                let message = "it did not introduce itself in time".to_owned();
-                return Err(LinkError::Handshake { socket: socket.to_path_buf(), message });
-            }
-        };
+        let Greeted { wire, run_id, shim, suspended, .. } = greet(socket).await?;
         let (orders, orders_in) = mpsc::channel(REQUEST_QUEUE);
         let (events_out, events) = mpsc::channel(EVENT_QUEUE);
         let task = tokio::spawn(wire.run(orders_in, events_out));
-        Ok((Self { orders, run_id, shim, task }, events))
-    }
-
-    async fn handshake(socket: &Path) -> Result<(Wire, String, ProcessId), LinkError> {
-        let stream = UnixStream::connect(socket)
-            .await
-            .map_err(|source| LinkError::Connect { socket: socket.to_path_buf(), source })?;
-        let bad = |message: String| LinkError::Handshake { socket: socket.to_path_buf(), message };
-        let (reader, writer) = stream.into_split();
-        let mut wire = Wire { reader, writer, inbox: Vec::new() };
-        let hello = ToShim::Hello { version: WIRE_VERSION };
-        wire.write(&hello).await.map_err(|error| bad(error.to_string()))?;
-        match wire.next_line().await {
-            Ok(Some(FromShim::Hello { version: WIRE_VERSION, run_id, shim })) => Ok((wire, run_id, shim)),
-            Ok(Some(FromShim::Hello { version, .. })) => {
-                Err(bad(format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}")))
-            }
-            Ok(Some(FromShim::Refusal { message, .. })) => Err(bad(message)),
-            Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => {
-                Err(bad("it spoke before it introduced itself".to_owned()))
-            }
-            Ok(None) => Err(bad("it closed the connection".to_owned())),
-            Err(error) => Err(bad(error.to_string())),
-        }
+        Ok((Self { orders, run_id, shim, suspended, task }, events))
     }
 
     /// Which run this is, as the shim says: to be compared with the one that was expected.
@@ -140,6 +114,12 @@ impl ShimLink {
     /// Who answers.
     pub fn shim(&self) -> ProcessId {
         self.shim
+    }
+
+    /// Whether somebody else had stopped the main process when this link was made; none when the
+    /// shim does not say.
+    pub fn suspended(&self) -> Option<bool> {
+        self.suspended
     }
 
     /// Whether the link has ended.
@@ -207,6 +187,12 @@ impl ShimLink {
         self.order(Request::Kill {}).await
     }
 
+    /// Types into the agent's terminal; returns how many bytes were taken.
+    pub async fn type_in(&self, data: Vec<u8>) -> Result<u64, LinkError> {
+        let typed: Typed = self.ask(Request::Type { data: Bytes(data) }, Duration::ZERO).await?;
+        Ok(typed.bytes)
+    }
+
     async fn order(&self, request: Request) -> Result<(), LinkError> {
         self.ask::<serde_json::Value>(request, Duration::ZERO).await.map(|_| ())
     }
@@ -230,10 +216,60 @@ fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// The stream, with what was read of an incomplete line.
-struct Wire {
+/// A shim that has introduced itself.
+pub(super) struct Greeted {
+    pub wire: Wire,
+    pub run_id: String,
+    pub shim: ProcessId,
+    pub terminal: bool,
+    pub suspended: Option<bool>,
+}
+
+/// Connects to a shim and introduces the daemon.
+pub(super) async fn greet(socket: &Path) -> Result<Greeted, LinkError> {
+    match tokio::time::timeout(ANSWER_PATIENCE, handshake(socket)).await {
+        Ok(done) => done,
+        Err(_) => {
+            let message = "it did not introduce itself in time".to_owned();
+            Err(LinkError::Handshake { socket: socket.to_path_buf(), message })
+        }
+    }
+}
+
+async fn handshake(socket: &Path) -> Result<Greeted, LinkError> {
+    let stream = UnixStream::connect(socket)
+        .await
+        .map_err(|source| LinkError::Connect { socket: socket.to_path_buf(), source })?;
+    let bad = |message: String| LinkError::Handshake { socket: socket.to_path_buf(), message };
+    let (reader, writer) = stream.into_split();
+    let mut wire = Wire { lines: Lines { reader, inbox: Vec::new() }, writer };
+    let hello = ToShim::Hello { version: WIRE_VERSION };
+    write(&mut wire.writer, &hello).await.map_err(|error| bad(error.to_string()))?;
+    match wire.lines.next().await {
+        Ok(Some(FromShim::Hello { version: WIRE_VERSION, run_id, shim, terminal, suspended })) => {
+            Ok(Greeted { wire, run_id, shim, terminal, suspended })
+        }
+        Ok(Some(FromShim::Hello { version, .. })) => {
+            Err(bad(format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}")))
+        }
+        Ok(Some(FromShim::Refusal { message, .. })) => Err(bad(message)),
+        Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => {
+            Err(bad("it spoke before it introduced itself".to_owned()))
+        }
+        Ok(None) => Err(bad("it closed the connection".to_owned())),
+        Err(error) => Err(bad(error.to_string())),
+    }
+}
+
+/// The stream.
+pub(super) struct Wire {
+    pub lines: Lines,
+    pub writer: OwnedWriteHalf,
+}
+
+/// What comes in, with what was read of an incomplete line.
+pub(super) struct Lines {
     reader: OwnedReadHalf,
-    writer: OwnedWriteHalf,
     inbox: Vec<u8>,
 }
 
@@ -249,7 +285,7 @@ impl Wire {
         loop {
             let wake = tokio::select! {
                 order = orders.recv() => Wake::Order(order),
-                line = self.next_line() => Wake::Line(line),
+                line = self.lines.next() => Wake::Line(line),
             };
             match wake {
                 Wake::Order(None) => return,
@@ -260,7 +296,7 @@ impl Wire {
                     open.retain(|_, reply| !reply.is_closed());
                     open.insert(id, reply);
                     // Requests are small and the shim always reads: this does not wait.
-                    if self.write(&ToShim::Call(Call { id, request })).await.is_err() {
+                    if write(&mut self.writer, &ToShim::Call(Call { id, request })).await.is_err() {
                         return;
                     }
                 }
@@ -293,15 +329,18 @@ impl Wire {
             }
         }
     }
+}
 
-    async fn write(&mut self, line: &ToShim) -> io::Result<()> {
-        let mut bytes = serde_json::to_vec(line)?;
-        bytes.push(b'\n');
-        self.writer.write_all(&bytes).await
-    }
+/// Sends a line.
+pub(super) async fn write(writer: &mut OwnedWriteHalf, line: &ToShim) -> io::Result<()> {
+    let mut bytes = serde_json::to_vec(line)?;
+    bytes.push(b'\n');
+    writer.write_all(&bytes).await
+}
 
+impl Lines {
     /// Reads the next line; `None` at the end. Safe to cancel: what was read stays in the inbox.
-    async fn next_line(&mut self) -> io::Result<Option<FromShim>> {
+    pub async fn next(&mut self) -> io::Result<Option<FromShim>> {
         loop {
             if let Some(end) = self.inbox.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.inbox.drain(..=end).collect();

@@ -4,16 +4,26 @@
 //! logs/1.log  logs/2.log  …  logs/current.log        rotated by renaming current.log to <n>.log
 //! ```
 //!
+//! Few lines are written one by one, each with its time; what comes in bulk goes into blocks, as it
+//! was read (`log_line.rs` has the format). Nothing waits: what one read returned is in the file
+//! before the next one.
+//!
 //! The writer never blocks its caller for longer than a write to a file and never fails it: a full
 //! disk costs output, which is counted and reported by a `gap` line, but never the agent.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io::{self, IoSlice, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use super::log_line::{LogLine, MAX_PAYLOAD, Stamper, Stream};
+use memchr::{memchr, memchr_iter, memrchr};
+
+use super::log_line::{BLOCK_FRAME, BlockEnd, LogLine, MAX_BLOCK, MAX_PAYLOAD, Stamper, Stream};
 use super::spec::LogLimits;
+
+/// From so many bytes of whole lines on, a block is cheaper than single lines; below that, single
+/// lines are easier for people who look into the files.
+const MIN_BLOCK: usize = 8 * 1024;
 
 /// The file that is being written.
 pub const CURRENT: &str = "current.log";
@@ -35,14 +45,46 @@ pub fn rotated_numbers(dir: &Path) -> io::Result<Vec<u64>> {
     Ok(numbers)
 }
 
+/// Output that was lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Loss {
+    /// Bytes, newlines included.
+    pub bytes: u64,
+    /// Newlines.
+    pub lines: u64,
+    /// When the first of it was read, Unix nanoseconds.
+    pub since_ns: i64,
+}
+
+impl Loss {
+    /// Adds what was read at `at_ns`.
+    pub fn add(&mut self, bytes: u64, lines: u64, at_ns: i64) {
+        if self.bytes == 0 {
+            self.since_ns = at_ns;
+        }
+        self.bytes += bytes;
+        self.lines += lines;
+    }
+
+    /// The payload of a gap line.
+    pub fn sentence(&self, reason: &str) -> Vec<u8> {
+        let mut since = Vec::new();
+        Stamper::default().append_time(&mut since, self.since_ns);
+        let since = String::from_utf8_lossy(&since).into_owned();
+        format!("{} bytes ({} lines) of output since {since} were lost: {reason}", self.bytes, self.lines).into_bytes()
+    }
+}
+
 /// Writes an agent's output.
 #[derive(Debug)]
 pub struct LogWriter {
     dir: PathBuf,
     limits: LogLimits,
     file: File,
-    /// Bytes of complete lines in the current file.
+    /// Bytes of complete lines and blocks in the current file.
     size: u64,
+    /// The time of the first of them, Unix nanoseconds.
+    born_ns: i64,
     next_number: u64,
     stamper: Stamper,
     /// Complete lines that are not yet written.
@@ -50,8 +92,9 @@ pub struct LogWriter {
     /// The beginning of a line, by stream.
     stdout_pending: Vec<u8>,
     stderr_pending: Vec<u8>,
-    /// Payload bytes lost since the last gap line, and altogether.
-    unreported: u64,
+    /// What was lost since the last gap line.
+    unreported: Loss,
+    /// Bytes lost altogether.
     lost: u64,
 }
 
@@ -59,32 +102,39 @@ impl LogWriter {
     /// Opens (and creates) the current file in `dir`, which must exist.
     pub fn open(dir: &Path, limits: LogLimits) -> io::Result<Self> {
         let file = open_current(dir)?;
-        let size = file.metadata()?.len();
+        let meta = file.metadata()?;
         let next_number = rotated_numbers(dir)?.last().map_or(1, |last| last + 1);
         Ok(Self {
             dir: dir.to_path_buf(),
             limits,
             file,
-            size,
+            size: meta.len(),
+            born_ns: meta.mtime().saturating_mul(1_000_000_000),
             next_number,
             stamper: Stamper::default(),
             batch: Vec::new(),
             stdout_pending: Vec::new(),
             stderr_pending: Vec::new(),
-            unreported: 0,
+            unreported: Loss::default(),
             lost: 0,
         })
     }
 
-    /// Takes what was read from a stream; complete lines wait for [`LogWriter::flush`].
+    /// Takes what was read from a stream. Much at once is written at once; complete single lines
+    /// wait for [`LogWriter::flush`].
     pub fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) {
+        let rest = if chunk.len() >= MIN_BLOCK { self.push_blocks(stream, chunk, now_ns) } else { chunk };
+        self.push_lines(stream, rest, now_ns);
+    }
+
+    fn push_lines(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) {
         let mut pending = std::mem::take(self.pending(stream));
         let mut rest = chunk;
         while !rest.is_empty() {
             let room = MAX_PAYLOAD - pending.len();
             // A newline right behind a full payload still ends that line.
             let window = &rest[..rest.len().min(room + 1)];
-            match window.iter().position(|&b| b == b'\n') {
+            match memchr(b'\n', window) {
                 Some(end) if pending.is_empty() => {
                     self.append(stream, false, &rest[..end], now_ns);
                     rest = &rest[end + 1..];
@@ -111,6 +161,96 @@ impl LogWriter {
         *self.pending(stream) = pending;
     }
 
+    /// Writes the complete lines of a chunk as blocks, without copying them, as far as that pays;
+    /// returns the rest.
+    fn push_blocks<'a>(&mut self, stream: Stream, chunk: &'a [u8], now_ns: i64) -> &'a [u8] {
+        // Files as small as this are for tests of rotation, or for very patient readers.
+        if self.limits.max_bytes > 0 && self.limits.max_bytes < 4 * MIN_BLOCK as u64 {
+            return chunk;
+        }
+        let mut rest = chunk;
+        loop {
+            if self.is_old(now_ns) {
+                self.flush(now_ns);
+                self.rotate();
+            }
+            let pending = std::mem::take(self.pending(stream));
+            let plan = self.plan(stream, &pending, rest, now_ns);
+            if !plan.blocks.is_empty() {
+                self.flush(now_ns);
+                self.write_blocks(&plan.blocks, &pending, now_ns);
+                rest = plan.rest;
+            } else {
+                *self.pending(stream) = pending;
+            }
+            if !plan.wants_file || self.size == 0 {
+                return rest;
+            }
+            self.flush(now_ns);
+            if !self.rotate() {
+                return rest;
+            }
+        }
+    }
+
+    /// Cuts the beginning of a chunk into blocks that fit into this file.
+    fn plan<'a>(&mut self, stream: Stream, pending: &[u8], chunk: &'a [u8], now_ns: i64) -> Plan<'a> {
+        let mut room = match self.limits.max_bytes {
+            0 => usize::MAX,
+            max => usize::try_from(max.saturating_sub(self.size + self.batch.len() as u64)).unwrap_or(usize::MAX),
+        };
+        let mut plan = Plan { blocks: Vec::new(), rest: chunk, wants_file: false };
+        let mut head = pending.len();
+        while plan.rest.len() >= MIN_BLOCK {
+            let cut = |most: usize| {
+                let last = memrchr(b'\n', &plan.rest[..most.min(plan.rest.len())]);
+                last.map(|last| last + 1).filter(|&bytes| bytes >= MIN_BLOCK)
+            };
+            let Some(wished) = cut(MAX_BLOCK - head) else { break };
+            let most = room.saturating_sub(BLOCK_FRAME + head);
+            let Some(bytes) = (if wished <= most { Some(wished) } else { cut(most) }) else {
+                plan.wants_file = true;
+                break;
+            };
+            let (lines, rest) = plan.rest.split_at(bytes);
+            let mut header = Vec::with_capacity(BLOCK_FRAME);
+            self.stamper.append_block_header(&mut header, now_ns, stream, head + bytes);
+            let count = memchr_iter(b'\n', lines).count();
+            let mut end = Vec::with_capacity(BLOCK_FRAME);
+            BlockEnd { back: header.len() + head + bytes, lines: count }.append(&mut end);
+            room = room.saturating_sub(header.len() + head + bytes + end.len());
+            plan.blocks.push(Block { header, lines, end, count });
+            (plan.rest, head) = (rest, 0);
+        }
+        plan
+    }
+
+    /// Writes blocks, the first of which begins with the pending beginning of a line.
+    fn write_blocks(&mut self, blocks: &[Block<'_>], pending: &[u8], now_ns: i64) {
+        let gap = self.gap_line(now_ns);
+        let mut slices = vec![IoSlice::new(&gap)];
+        // Where each block ends, and what of the agent's is in it.
+        let mut ends = Vec::with_capacity(blocks.len());
+        let mut total = gap.len();
+        for (number, block) in blocks.iter().enumerate() {
+            let head = if number == 0 { pending } else { &[] };
+            slices.extend([&block.header, head, block.lines, &block.end].map(IoSlice::new));
+            let bytes = head.len() + block.lines.len();
+            total += block.header.len() + bytes + block.end.len();
+            ends.push((total, bytes as u64, block.count as u64));
+        }
+        if self.size == 0 {
+            self.born_ns = now_ns;
+        }
+        let written = write_counting(&mut self.file, &mut slices);
+        let whole = ends.iter().take_while(|(end, ..)| *end <= written);
+        let kept = whole.last().map_or(if written >= gap.len() { gap.len() } else { 0 }, |(end, ..)| *end);
+        self.settle(kept, written, gap.len());
+        for (_, bytes, lines) in ends.iter().filter(|(end, ..)| *end > kept) {
+            self.lose(*bytes, *lines, now_ns);
+        }
+    }
+
     /// Notes that a stream has ended: what came without a newline becomes a partial line.
     pub fn end(&mut self, stream: Stream, now_ns: i64) {
         let pending = std::mem::take(self.pending(stream));
@@ -119,53 +259,49 @@ impl LogWriter {
         }
     }
 
-    /// Payload bytes that were lost so far.
+    /// Writes a line of Fermata's own between what came before and what comes after.
+    pub fn say(&mut self, stream: Stream, text: &[u8], now_ns: i64) {
+        self.append(stream, false, text, now_ns);
+        self.flush(now_ns);
+    }
+
+    /// Bytes that were lost so far.
     pub fn lost(&self) -> u64 {
         self.lost
+    }
+
+    /// Counts what was lost before it came here.
+    pub fn count_lost(&mut self, bytes: u64) {
+        self.lost += bytes;
     }
 
     /// Writes all complete lines with one system call (a rotation needs more). Never fails: what
     /// cannot be written is dropped and counted.
     pub fn flush(&mut self, now_ns: i64) {
-        if self.batch.is_empty() {
-            return;
+        if !self.batch.is_empty() {
+            self.write_batch(now_ns);
         }
-        let mut data = Vec::new();
-        let gap = self.unreported;
-        if gap > 0 {
-            let text = format!("{gap} bytes of output were lost: the log could not be written");
-            self.stamper.append(&mut data, now_ns, Stream::Gap, false, text.as_bytes());
+    }
+
+    fn write_batch(&mut self, now_ns: i64) {
+        let (gap, mut data) = (self.gap_line(now_ns), std::mem::take(&mut self.batch));
+        if self.size == 0 {
+            self.born_ns = now_ns;
         }
-        let gap_line = data.len();
-        if gap_line == 0 {
-            std::mem::swap(&mut data, &mut self.batch);
-        } else {
-            data.append(&mut self.batch);
-        }
-        let written = write_all_counting(&mut self.file, &data);
-        let kept = if written == data.len() {
-            written
-        } else {
+        let written = write_counting(&mut self.file, &mut [IoSlice::new(&gap), IoSlice::new(&data)]);
+        let of_data = written.saturating_sub(gap.len());
+        let kept = match written {
+            _ if written < gap.len() => 0,
+            _ if of_data == data.len() => written,
             // A torn line would merge with the next one: cut it off.
-            data[..written].iter().rposition(|&b| b == b'\n').map_or(0, |end| end + 1)
+            _ => gap.len() + memrchr(b'\n', &data[..of_data]).map_or(0, |end| end + 1),
         };
-        self.size += kept as u64;
-        if kept < written && self.file.set_len(self.size).is_err() {
-            // Then at least let the torn line end; readers skip it.
-            self.batch.push(b'\n');
-        }
-        if kept >= gap_line && gap > 0 {
-            self.unreported = 0;
-        }
-        if kept < data.len() {
-            let dropped: u64 = data[kept..]
-                .split(|&b| b == b'\n')
-                .filter_map(LogLine::parse)
-                .filter(|line| line.stream != Stream::Gap)
-                .map(|line| line.bytes.len() as u64 + u64::from(!line.partial))
-                .sum();
-            self.unreported += dropped;
-            self.lost += dropped;
+        self.settle(kept, written, gap.len());
+        for line in data[kept.saturating_sub(gap.len())..].split(|&b| b == b'\n').filter_map(LogLine::parse) {
+            if line.stream.is_output() {
+                let newline = u64::from(!line.partial);
+                self.lose(line.bytes.len() as u64 + newline, newline, line.at_ns);
+            }
         }
         if self.batch.is_empty() {
             // Gives the buffer back, so that a steady agent does not allocate for ever.
@@ -174,11 +310,41 @@ impl LogWriter {
         }
     }
 
+    /// The line that tells of what was lost before, empty when nothing was.
+    fn gap_line(&mut self, now_ns: i64) -> Vec<u8> {
+        let mut line = Vec::new();
+        if self.unreported.bytes > 0 {
+            let text = self.unreported.sentence("the log could not be written");
+            self.stamper.append(&mut line, now_ns, Stream::Gap, false, &text);
+        }
+        line
+    }
+
+    /// Accounts for a write of which the first `kept` bytes are whole lines and blocks.
+    fn settle(&mut self, kept: usize, written: usize, gap: usize) {
+        self.size += kept as u64;
+        if kept < written && self.file.set_len(self.size).is_err() {
+            // Then at least let the torn line end; readers skip it.
+            self.batch.push(b'\n');
+        }
+        if kept >= gap {
+            self.unreported = Loss::default();
+        }
+    }
+
+    fn lose(&mut self, bytes: u64, lines: u64, at_ns: i64) {
+        self.unreported.add(bytes, lines, at_ns);
+        self.lost += bytes;
+    }
+
     /// Writes what is left and waits until the disk has it.
     pub fn finish(&mut self, now_ns: i64) {
         self.end(Stream::Stdout, now_ns);
         self.end(Stream::Stderr, now_ns);
         self.flush(now_ns);
+        if self.unreported.bytes > 0 {
+            self.write_batch(now_ns);
+        }
         // A failing disk has already cost what it costs, and the exit must still be recorded.
         self.file.sync_all().ok();
     }
@@ -186,11 +352,15 @@ impl LogWriter {
     fn pending(&mut self, stream: Stream) -> &mut Vec<u8> {
         match stream {
             Stream::Stderr => &mut self.stderr_pending,
-            Stream::Stdout | Stream::Gap => &mut self.stdout_pending,
+            Stream::Stdout | Stream::Gap | Stream::Note => &mut self.stdout_pending,
         }
     }
 
     fn append(&mut self, stream: Stream, partial: bool, payload: &[u8], now_ns: i64) {
+        if self.is_old(now_ns) {
+            self.flush(now_ns);
+            self.rotate();
+        }
         let start = self.batch.len();
         self.stamper.append(&mut self.batch, now_ns, stream, partial, payload);
         let full = self.limits.max_bytes > 0
@@ -204,12 +374,18 @@ impl LogWriter {
         }
     }
 
+    /// Says whether the current file began so long ago that a new one is due.
+    fn is_old(&self, now_ns: i64) -> bool {
+        let age_ms = u64::try_from(now_ns.saturating_sub(self.born_ns) / 1_000_000).unwrap_or(0);
+        self.limits.max_age_ms > 0 && self.size > 0 && age_ms >= self.limits.max_age_ms
+    }
+
     /// Begins a new file. When that is impossible the old one goes on, larger than it should be.
-    fn rotate(&mut self) {
+    fn rotate(&mut self) -> bool {
         let current = self.dir.join(CURRENT);
         let rotated = self.dir.join(rotated_name(self.next_number));
         if fs::rename(&current, &rotated).is_err() {
-            return;
+            return false;
         }
         match open_current(&self.dir) {
             Ok(file) => {
@@ -217,11 +393,13 @@ impl LogWriter {
                 self.size = 0;
                 self.next_number += 1;
                 self.prune();
+                true
             }
             Err(_) => {
                 // Readers follow the name: the file that is written must be the current one. If
                 // this fails too, they still find it under its number.
                 fs::rename(&rotated, &current).ok();
+                false
             }
         }
     }
@@ -240,13 +418,30 @@ impl LogWriter {
     }
 }
 
+/// What of a chunk goes into blocks of the current file.
+struct Plan<'a> {
+    blocks: Vec<Block<'a>>,
+    rest: &'a [u8],
+    /// More would go into blocks, but for the size of this file.
+    wants_file: bool,
+}
+
+/// Whole lines that are written as they came, between a header and an end.
+struct Block<'a> {
+    header: Vec<u8>,
+    lines: &'a [u8],
+    end: Vec<u8>,
+    /// How many lines.
+    count: usize,
+}
+
 fn open_current(dir: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(CURRENT))
 }
 
 /// Returns how many of the bytes come before a UTF-8 character that is not whole: readers show each
 /// part of a long line by itself, and must not be given half a character. Other bytes are cut anywhere.
-fn whole_characters(bytes: &[u8]) -> usize {
+pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     for (back, byte) in bytes.iter().rev().take(3).enumerate() {
         let width = match byte {
             0xf0..=0xf7 => 4,
@@ -261,12 +456,17 @@ fn whole_characters(bytes: &[u8]) -> usize {
 }
 
 /// Writes as much as possible and returns how much that was.
-fn write_all_counting(file: &mut impl Write, data: &[u8]) -> usize {
+fn write_counting(file: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> usize {
     let mut written = 0;
-    while written < data.len() {
-        match file.write(&data[written..]) {
+    // Empty ones in front would look like a disk that takes nothing.
+    IoSlice::advance_slices(&mut slices, 0);
+    while !slices.is_empty() {
+        match file.write_vectored(slices) {
             Ok(0) => break,
-            Ok(count) => written += count,
+            Ok(count) => {
+                written += count;
+                IoSlice::advance_slices(&mut slices, count);
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) => break,
         }
@@ -338,7 +538,7 @@ mod tests {
     #[test]
     fn rotation_keeps_the_newest_files_and_never_cuts_a_line() {
         let dir = tempfile::tempdir().unwrap();
-        let limits = LogLimits { max_bytes: 200, max_files: 2 };
+        let limits = LogLimits { max_bytes: 200, max_files: 2, max_age_ms: 0 };
         let mut log = LogWriter::open(dir.path(), limits).unwrap();
         for number in 0..40 {
             log.push(Stream::Stdout, format!("line {number}\n").as_bytes(), number);

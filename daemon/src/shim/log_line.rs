@@ -1,7 +1,16 @@
-//! One line of a log file: `<RFC 3339 UTC, 9 fraction digits> <stream> <F|P> <bytes>\n`.
+//! What a log file is made of: single lines, and blocks of many lines that came at once.
 //!
-//! F ends a line of the agent's, P does not: the line was longer than [`MAX_PAYLOAD`], or the
-//! stream ended without a newline. The payload is raw bytes without newline.
+//! ```text
+//! 2026-01-02T03:04:05.123456789Z stdout F the whole line          F ends a line of the agent's
+//! 2026-01-02T03:04:05.123456789Z stderr P as much of it as came   P does not
+//! 2026-01-02T03:04:05.123456789Z stdout B 65490                   so many raw bytes follow, whole
+//! …                                                               lines, the last newline included
+//! E 65532 812                                                     bytes of header and block, lines
+//! ```
+//!
+//! P stands where a line is longer than [`MAX_PAYLOAD`], and where a stream ended without a newline.
+//! A block costs some 60 bytes however many lines it has, a single line 40. Its end repeats its
+//! length, so that a file can be read from its end, and a block that was torn is recognised.
 
 /// Where a line came from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -12,6 +21,8 @@ pub enum Stream {
     Stderr,
     /// Fermata itself: output is missing here, and the payload says how much and why.
     Gap,
+    /// Fermata itself: what it does beside the agent, for instance that a hook begins.
+    Note,
 }
 
 impl Stream {
@@ -21,12 +32,34 @@ impl Stream {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Gap => "gap",
+            Self::Note => "note",
         }
+    }
+
+    fn from_word(word: &[u8]) -> Option<Self> {
+        match word {
+            b"stdout" => Some(Self::Stdout),
+            b"stderr" => Some(Self::Stderr),
+            b"gap" => Some(Self::Gap),
+            b"note" => Some(Self::Note),
+            _ => None,
+        }
+    }
+
+    /// Says whether it is the agent's output.
+    pub fn is_output(self) -> bool {
+        matches!(self, Self::Stdout | Self::Stderr)
     }
 }
 
 /// The longest payload of one line; longer lines of the agent's are cut into partial ones.
 pub const MAX_PAYLOAD: usize = 16 * 1024;
+
+/// The longest payload of a block, in bytes.
+pub const MAX_BLOCK: usize = 64 * 1024;
+
+/// What header and end of a block have at most, in bytes.
+pub const BLOCK_FRAME: usize = 80;
 
 /// One line of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +93,17 @@ impl Stamper {
         out.extend_from_slice(if partial { b" P " } else { b" F " });
         out.extend_from_slice(payload);
         out.push(b'\n');
+    }
+
+    /// Appends a time.
+    pub fn append_time(&mut self, out: &mut Vec<u8>, at_ns: i64) {
+        out.extend_from_slice(self.stamp(at_ns));
+    }
+
+    /// Appends the header of a block of so many bytes.
+    pub fn append_block_header(&mut self, out: &mut Vec<u8>, at_ns: i64, stream: Stream, bytes: usize) {
+        out.extend_from_slice(self.stamp(at_ns));
+        out.extend_from_slice(format!(" {} B {bytes}\n", stream.word()).as_bytes());
     }
 
     fn stamp(&mut self, at_ns: i64) -> &[u8] {
@@ -119,22 +163,74 @@ fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
 impl LogLine {
     /// Parses a line without its newline; `None` when it is none of ours.
     pub fn parse(line: &[u8]) -> Option<Self> {
-        let stamp = line.get(..STAMP_BYTES)?;
-        let at_ns = parse_stamp(stamp)?;
-        let rest = line.get(STAMP_BYTES..)?.strip_prefix(b" ")?;
-        let space = rest.iter().position(|&b| b == b' ')?;
-        let stream = match &rest[..space] {
-            b"stdout" => Stream::Stdout,
-            b"stderr" => Stream::Stderr,
-            b"gap" => Stream::Gap,
-            _ => return None,
-        };
-        let (partial, bytes) = match rest.get(space + 1..)? {
-            [b'F', b' ', bytes @ ..] => (false, bytes),
-            [b'P', b' ', bytes @ ..] => (true, bytes),
+        let (at_ns, stream, kind, bytes) = parse_head(line)?;
+        let partial = match kind {
+            b'F' => false,
+            b'P' => true,
             _ => return None,
         };
         Some(Self { at_ns, stream, partial, bytes: bytes.to_vec() })
+    }
+}
+
+/// The header of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockHeader {
+    /// When the shim read it, Unix nanoseconds.
+    pub at_ns: i64,
+    /// Where it came from.
+    pub stream: Stream,
+    /// The length of the payload.
+    pub bytes: usize,
+}
+
+impl BlockHeader {
+    /// Parses a line without its newline; `None` when it is no header of a block.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        let (at_ns, stream, kind, rest) = parse_head(line)?;
+        let bytes = parse_number(rest).filter(|&bytes| kind == b'B' && (1..=MAX_BLOCK).contains(&bytes))?;
+        Some(Self { at_ns, stream, bytes })
+    }
+}
+
+/// The end of a block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockEnd {
+    /// Bytes from the beginning of the header to the beginning of this end.
+    pub back: usize,
+    /// How many lines the block has.
+    pub lines: usize,
+}
+
+impl BlockEnd {
+    /// Appends the end.
+    pub fn append(self, out: &mut Vec<u8>) {
+        out.extend_from_slice(format!("E {} {}\n", self.back, self.lines).as_bytes());
+    }
+
+    /// Parses a line without its newline; `None` when it is no end of a block.
+    pub fn parse(line: &[u8]) -> Option<Self> {
+        let rest = line.strip_prefix(b"E ")?;
+        let space = rest.iter().position(|&b| b == b' ')?;
+        let (back, lines) = (parse_number(&rest[..space])?, parse_number(&rest[space + 1..])?);
+        (back <= MAX_BLOCK + BLOCK_FRAME).then_some(Self { back, lines })
+    }
+}
+
+fn parse_number(digits: &[u8]) -> Option<usize> {
+    let plain = (1..=9).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit);
+    plain.then(|| digits.iter().fold(0, |sum, digit| sum * 10 + usize::from(digit - b'0')))
+}
+
+/// Parses what all lines but the end of a block begin with: time, stream, kind; and returns the rest.
+fn parse_head(line: &[u8]) -> Option<(i64, Stream, u8, &[u8])> {
+    let at_ns = parse_stamp(line.get(..STAMP_BYTES)?)?;
+    let rest = line.get(STAMP_BYTES..)?.strip_prefix(b" ")?;
+    let space = rest.iter().take(8).position(|&b| b == b' ')?;
+    let stream = Stream::from_word(&rest[..space])?;
+    match rest.get(space + 1..)? {
+        [kind, b' ', bytes @ ..] => Some((at_ns, stream, *kind, bytes)),
+        _ => None,
     }
 }
 
@@ -168,6 +264,23 @@ mod tests {
             String::from_utf8(out).unwrap(),
             "2024-02-29T12:34:56.000000007Z stderr F leap day\n1970-01-01T00:00:00.000000000Z gap P \n"
         );
+    }
+
+    #[test]
+    fn a_block_has_a_header_and_an_end_that_no_line_looks_like() {
+        let mut out = Vec::new();
+        Stamper::default().append_block_header(&mut out, 7, Stream::Stdout, 12);
+        let header = BlockHeader { at_ns: 7, stream: Stream::Stdout, bytes: 12 };
+        assert_eq!(BlockHeader::parse(out.trim_ascii_end()), Some(header));
+        assert_eq!(LogLine::parse(out.trim_ascii_end()), None);
+        out.clear();
+        let end = BlockEnd { back: 9, lines: 3 };
+        end.append(&mut out);
+        assert_eq!(out, b"E 9 3\n");
+        assert_eq!(BlockEnd::parse(b"E 9 3"), Some(end));
+        for bad in ["E 9", "E 9 ", "E  3", "E 9 3 ", "E 99999999 3", "E +9 3", "F 9 3"] {
+            assert_eq!(BlockEnd::parse(bad.as_bytes()), None, "{bad}");
+        }
     }
 
     proptest::proptest! {

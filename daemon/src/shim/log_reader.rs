@@ -4,15 +4,18 @@
 //! anything: it holds the file open (so rotation cannot take it away) and looks for the successor
 //! by its number once the file has been rotated *and* read to its end.
 
+use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use memchr::{memchr, memrchr};
 use serde::{Deserialize, Serialize};
 
 use super::log::{CURRENT, rotated_name, rotated_numbers};
-use super::log_line::{LogLine, Stream};
+use super::log_entry::{Entry, Parsed};
+use super::log_line::{BLOCK_FRAME, BlockEnd, BlockHeader, LogLine, MAX_BLOCK, MAX_PAYLOAD, Stream};
 
 /// Where to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +41,8 @@ pub struct LogPosition {
     pub offset: u64,
 }
 
-/// The least that is read at once: more than the longest line.
-const CHUNK: usize = 64 * 1024;
+/// The least that is read at once: more than the longest line or block.
+const CHUNK: usize = MAX_BLOCK + 2 * MAX_PAYLOAD;
 
 #[derive(Debug)]
 struct OpenLog {
@@ -71,62 +74,172 @@ impl OpenLog {
         }
     }
 
-    /// Reads complete lines from the position on.
+    /// Reads complete lines and blocks from the position on.
     fn read(&mut self, max_bytes: usize, skipped: &mut u64) -> io::Result<Vec<LogLine>> {
         let mut chunk = vec![0; max_bytes.max(CHUNK)];
-        let mut filled = 0;
-        while filled < chunk.len() {
-            match self.file.read_at(&mut chunk[filled..], self.position.offset + filled as u64) {
-                Ok(0) => break,
-                Ok(count) => filled += count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
-        let full = filled == chunk.len();
-        chunk.truncate(filled);
-        let Some(end) = chunk.iter().rposition(|&b| b == b'\n') else {
-            if full {
-                // No line of ours is that long: step over it instead of waiting for its end.
-                *skipped += 1;
-                self.position.offset += filled as u64;
-                return self.read(max_bytes, skipped);
-            }
-            return Ok(Vec::new());
-        };
-        self.position.offset += end as u64 + 1;
         let mut lines = Vec::new();
-        for line in chunk[..end].split(|&b| b == b'\n') {
-            match LogLine::parse(line) {
-                Some(line) => lines.push(line),
-                None => *skipped += 1,
+        loop {
+            let filled = read_full_at(&self.file, &mut chunk, self.position.offset)?;
+            let mut at = 0;
+            while at < filled {
+                match Entry::parse(&chunk[at..filled]) {
+                    Parsed::Entry(entry, bytes) => {
+                        entry.append_to(&mut lines);
+                        at += bytes;
+                    }
+                    Parsed::Damaged(bytes) => {
+                        *skipped += 1;
+                        at += bytes;
+                    }
+                    Parsed::Incomplete => break,
+                }
+            }
+            if at == 0 && filled == chunk.len() {
+                // Nothing of ours is that long: step over it instead of waiting for its end.
+                *skipped += 1;
+                at = filled;
+            }
+            self.position.offset += at as u64;
+            if at == 0 || !lines.is_empty() {
+                return Ok(lines);
             }
         }
-        Ok(lines)
     }
 
-    /// Moves the position so that `wanted` lines follow it; returns how many are still wanted
-    /// from older files.
-    fn seek_from_end(&mut self, wanted: usize) -> io::Result<usize> {
-        let mut end = self.file.metadata()?.len();
-        let mut newlines = 0;
-        let mut block = vec![0; CHUNK];
-        while end > 0 {
-            let begin = end.saturating_sub(CHUNK as u64);
-            let part = &mut block[..usize::try_from(end - begin).unwrap_or(CHUNK)];
-            self.file.read_exact_at(part, begin)?;
-            for (place, _) in part.iter().enumerate().rev().filter(|(_, b)| **b == b'\n') {
-                if newlines == wanted {
-                    self.position.offset = begin + place as u64 + 1;
-                    return Ok(0);
-                }
-                newlines += 1;
-            }
-            end = begin;
-        }
-        self.position.offset = 0;
-        Ok(wanted - newlines)
+    /// Moves the position so that as few entries as possible, but at least `wanted` lines, follow
+    /// it. Returns how many lines are still wanted from older files, or how many too many follow.
+    fn seek_from_end(&mut self, wanted: usize) -> io::Result<FromEnd> {
+        let end = self.file.metadata()?.len();
+        let found = match self.back(end, wanted)? {
+            Some(found) => found,
+            // Its end is torn: only from the beginning is it sure what is a line.
+            None => self.forth(end, wanted)?,
+        };
+        self.position.offset = found.offset;
+        Ok(match found.lines.checked_sub(wanted) {
+            Some(surplus) => FromEnd::Reached { surplus },
+            None => FromEnd::Older { wanted: wanted - found.lines },
+        })
     }
+
+    /// Goes from the end of the file back; `None` where what is there was torn.
+    fn back(&self, end: u64, wanted: usize) -> io::Result<Option<Found>> {
+        let mut found = Found { offset: end, lines: 0 };
+        let mut window = Window::default();
+        while found.offset > 0 && found.lines < wanted {
+            let Some(line) = window.line_before(&self.file, found.offset)? else { return Ok(None) };
+            let bytes = line.len() as u64 + 1;
+            if LogLine::parse(line).is_some() {
+                found.lines += 1;
+                found.offset -= bytes;
+                continue;
+            }
+            let Some(block) = BlockEnd::parse(line) else { return Ok(None) };
+            let Some(begin) = (found.offset - bytes).checked_sub(block.back as u64) else { return Ok(None) };
+            let mut head = [0; BLOCK_FRAME];
+            let filled = read_full_at(&self.file, &mut head, begin)?;
+            let header = memchr(b'\n', &head[..filled])
+                .and_then(|end| Some((BlockHeader::parse(&head[..end])?, end)))
+                .filter(|(header, end)| end + 1 + header.bytes == block.back);
+            if header.is_none() {
+                return Ok(None);
+            }
+            found.lines += block.lines;
+            found.offset = begin;
+        }
+        Ok(Some(found))
+    }
+
+    /// Reads the whole file and remembers where the last entries begin.
+    fn forth(&self, end: u64, wanted: usize) -> io::Result<Found> {
+        let mut entries: VecDeque<(u64, usize)> = VecDeque::new();
+        let (mut offset, mut lines) = (0, 0);
+        let mut chunk = vec![0; CHUNK];
+        while offset < end {
+            let filled = read_full_at(&self.file, &mut chunk, offset)?;
+            let mut at = 0;
+            while at < filled {
+                match Entry::parse(&chunk[at..filled]) {
+                    Parsed::Entry(entry, bytes) => {
+                        entries.push_back((offset + at as u64, entry.lines()));
+                        lines += entry.lines();
+                        at += bytes;
+                    }
+                    Parsed::Damaged(bytes) => at += bytes,
+                    Parsed::Incomplete => break,
+                }
+                while entries.front().is_some_and(|(_, first)| lines - first >= wanted) {
+                    lines -= entries.pop_front().map_or(0, |(_, first)| first);
+                }
+            }
+            if at == 0 {
+                // What is torn at the very end, or longer than anything of ours.
+                at = filled.max(1);
+            }
+            offset += at as u64;
+        }
+        Ok(Found { offset: entries.front().map_or(offset, |(offset, _)| *offset), lines })
+    }
+}
+
+/// Where a search from the end has come.
+#[derive(Debug, Clone, Copy)]
+struct Found {
+    offset: u64,
+    lines: usize,
+}
+
+/// How far one file was enough.
+#[derive(Debug, Clone, Copy)]
+enum FromEnd {
+    /// There are enough lines, and so many too many, since blocks are not cut.
+    Reached { surplus: usize },
+    /// So many are still wanted from older files.
+    Older { wanted: usize },
+}
+
+/// A part of a file, for reading it backwards line by line.
+#[derive(Debug, Default)]
+struct Window {
+    begin: u64,
+    bytes: Vec<u8>,
+}
+
+impl Window {
+    /// Returns the line that ends, with its newline, right before `end`.
+    fn line_before(&mut self, file: &File, end: u64) -> io::Result<Option<&[u8]>> {
+        for _ in 0..2 {
+            let inside = end.checked_sub(self.begin).and_then(|inside| usize::try_from(inside).ok());
+            let range = match inside.filter(|&inside| inside > 0 && inside <= self.bytes.len()) {
+                Some(inside) if self.bytes[inside - 1] != b'\n' => return Ok(None),
+                Some(inside) => match memrchr(b'\n', &self.bytes[..inside - 1]) {
+                    Some(before) => Some(before + 1..inside - 1),
+                    None => (self.begin == 0).then_some(0..inside - 1),
+                },
+                None => None,
+            };
+            if let Some(range) = range {
+                return Ok(self.bytes.get(range));
+            }
+            self.begin = end.saturating_sub(CHUNK as u64);
+            self.bytes.resize(usize::try_from(end - self.begin).unwrap_or(CHUNK), 0);
+            file.read_exact_at(&mut self.bytes, self.begin)?;
+        }
+        Ok(None)
+    }
+}
+
+fn read_full_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match file.read_at(&mut buffer[filled..], offset + filled as u64) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
 }
 
 fn open_if_there(path: &Path) -> io::Result<Option<File>> {
@@ -143,13 +256,15 @@ pub struct LogReader {
     dir: PathBuf,
     at: Option<OpenLog>,
     since_ns: Option<i64>,
+    /// Lines to leave out, since a block is not begun in its middle.
+    surplus: usize,
     skipped: u64,
 }
 
 impl LogReader {
     /// Opens the logs in `dir`; fine when there are none yet.
     pub fn open(dir: &Path, start: Start) -> io::Result<Self> {
-        let mut reader = Self { dir: dir.to_path_buf(), at: None, since_ns: None, skipped: 0 };
+        let mut reader = Self { dir: dir.to_path_buf(), at: None, since_ns: None, surplus: 0, skipped: 0 };
         match start {
             Start::Begin => reader.at = reader.oldest_after(0)?,
             Start::FromEnd(lines) => reader.seek_from_end(lines)?,
@@ -187,6 +302,11 @@ impl LogReader {
                     }
                     None => return Ok(lines),
                 }
+            }
+            if self.surplus > 0 {
+                let surplus = self.surplus.min(lines.len());
+                lines.drain(..surplus);
+                self.surplus -= surplus;
             }
             if let Some(since_ns) = self.since_ns {
                 match lines.iter().position(|line| line.at_ns >= since_ns) {
@@ -277,13 +397,19 @@ impl LogReader {
             self.at = self.oldest_after(0)?;
             return Ok(());
         };
-        let mut wanted = log.seek_from_end(lines)?;
-        while wanted > 0 && log.position.number > 1 {
-            let Some(older) = OpenLog::numbered(&self.dir, log.position.number - 1)? else {
-                break;
-            };
-            log = older;
-            wanted = log.seek_from_end(wanted)?;
+        let mut wanted = lines;
+        loop {
+            match log.seek_from_end(wanted)? {
+                FromEnd::Reached { surplus } => {
+                    self.surplus = surplus;
+                    break;
+                }
+                FromEnd::Older { wanted: more } if log.position.number > 1 => {
+                    let Some(older) = OpenLog::numbered(&self.dir, log.position.number - 1)? else { break };
+                    (log, wanted) = (older, more);
+                }
+                FromEnd::Older { .. } => break,
+            }
         }
         self.at = Some(log);
         Ok(())
@@ -332,115 +458,5 @@ impl LogReader {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::log::LogWriter;
-    use super::super::spec::LogLimits;
-    use super::*;
-
-    fn text(lines: &[LogLine]) -> Vec<String> {
-        lines.iter().map(|line| String::from_utf8_lossy(&line.bytes).into_owned()).collect()
-    }
-
-    fn drain(reader: &mut LogReader) -> Vec<String> {
-        let mut all = Vec::new();
-        loop {
-            let batch = reader.next_batch(1).unwrap();
-            if batch.is_empty() {
-                return all;
-            }
-            all.extend(text(&batch));
-        }
-    }
-
-    fn write(log: &mut LogWriter, range: std::ops::Range<i64>) {
-        for number in range {
-            log.push(Stream::Stdout, format!("{number}\n").as_bytes(), number * 1_000_000);
-        }
-        log.flush(0);
-    }
-
-    fn numbers(range: std::ops::Range<i64>) -> Vec<String> {
-        range.map(|number| number.to_string()).collect()
-    }
-
-    #[test]
-    fn a_follower_sees_every_line_once_while_files_are_rotated() {
-        let dir = tempfile::tempdir().unwrap();
-        let limits = LogLimits { max_bytes: 300, max_files: 0 };
-        let mut log = LogWriter::open(dir.path(), limits).unwrap();
-        let mut reader = LogReader::open(dir.path(), Start::Begin).unwrap();
-        let mut seen = Vec::new();
-        for round in 0..50 {
-            write(&mut log, round * 7..(round + 1) * 7);
-            if round % 3 == 0 {
-                seen.extend(drain(&mut reader));
-            }
-        }
-        seen.extend(drain(&mut reader));
-        assert_eq!(seen, numbers(0..350));
-    }
-
-    #[test]
-    fn the_last_lines_are_found_across_files() {
-        let dir = tempfile::tempdir().unwrap();
-        let limits = LogLimits { max_bytes: 300, max_files: 0 };
-        let mut log = LogWriter::open(dir.path(), limits).unwrap();
-        write(&mut log, 0..100);
-        for wanted in [0, 1, 5, 6, 7, 50, 99, 100, 1000] {
-            let mut reader = LogReader::open(dir.path(), Start::FromEnd(wanted as usize)).unwrap();
-            assert_eq!(drain(&mut reader), numbers((100 - wanted).max(0)..100), "{wanted}");
-        }
-        let mut reader = LogReader::open(dir.path(), Start::FromEnd(0)).unwrap();
-        write(&mut log, 100..120);
-        assert_eq!(drain(&mut reader), numbers(100..120));
-    }
-
-    #[test]
-    fn since_skips_what_is_older() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(dir.path(), LogLimits { max_bytes: 300, max_files: 0 }).unwrap();
-        write(&mut log, 0..100);
-        let mut reader = LogReader::open(dir.path(), Start::Since(60)).unwrap();
-        assert_eq!(drain(&mut reader), numbers(60..100));
-    }
-
-    #[test]
-    fn a_position_survives_rotation_and_a_slow_reader_is_told_what_it_missed() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut log = LogWriter::open(dir.path(), LogLimits { max_bytes: 300, max_files: 2 }).unwrap();
-        write(&mut log, 0..3);
-        let mut reader = LogReader::open(dir.path(), Start::Begin).unwrap();
-        assert_eq!(drain(&mut reader), numbers(0..3));
-        let position = reader.position().unwrap();
-        write(&mut log, 3..12);
-        let mut later = LogReader::open(dir.path(), Start::At(position)).unwrap();
-        assert_eq!(drain(&mut later), numbers(3..12));
-        write(&mut log, 12..100);
-        let rest = drain(&mut later);
-        assert!(rest.iter().any(|line| line.contains("were removed")), "{rest:?}");
-        assert_eq!(rest.last().unwrap(), "99");
-    }
-
-    #[test]
-    fn a_line_that_is_being_written_is_not_shown_in_halves() {
-        use std::io::Write;
-        let dir = tempfile::tempdir().unwrap();
-        let mut file = File::create(dir.path().join(CURRENT)).unwrap();
-        file.write_all(b"2026-01-01T00:00:00.000000000Z stdout F hal").unwrap();
-        let mut reader = LogReader::open(dir.path(), Start::Begin).unwrap();
-        assert!(reader.next_batch(1).unwrap().is_empty());
-        file.write_all(b"ves\n").unwrap();
-        assert_eq!(drain(&mut reader), ["halves"]);
-    }
-
-    #[test]
-    fn a_folder_without_logs_is_an_empty_log_until_the_first_file_comes() {
-        let dir = tempfile::tempdir().unwrap();
-        let mut reader = LogReader::open(&dir.path().join("logs"), Start::FromEnd(3)).unwrap();
-        assert!(reader.next_batch(1).unwrap().is_empty());
-        fs::create_dir(dir.path().join("logs")).unwrap();
-        let mut log = LogWriter::open(&dir.path().join("logs"), LogLimits::default()).unwrap();
-        write(&mut log, 0..1);
-        assert_eq!(drain(&mut reader), ["0"]);
-    }
-}
+#[path = "log_tests.rs"]
+mod tests;

@@ -16,10 +16,12 @@
 
 pub mod connection;
 pub mod hold;
+pub mod intake;
 pub mod launch;
 pub mod launcher;
 pub mod link;
 pub mod log;
+pub mod log_entry;
 pub mod log_line;
 pub mod log_reader;
 pub mod lost;
@@ -27,4 +29,6 @@ pub mod raw;
 pub mod record;
 pub mod spec;
 pub mod supervise;
+pub mod terminal;
+pub mod viewing;
 pub mod wire;

@@ -63,6 +63,12 @@ pub struct ExitRecord {
     /// Payload bytes of output that a full disk cost.
     #[serde(default)]
     pub log_bytes_lost: u64,
+    /// Why the agent's program was never executed: what ran before it failed, for instance.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start_failure: Option<String>,
+    /// What went wrong with the command after its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_stop_failure: Option<String>,
 }
 
 /// Why a record could not be read.
@@ -109,6 +115,16 @@ pub fn abandon(run_dir: &Path) -> io::Result<()> {
 /// Reads how a run ended; `None` when it has not, or when its shim was lost.
 pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     read(&run_dir.join(files::EXIT))
+}
+
+/// Reads how a run ended whose shim was lost while a command ran after it; `None` when it was lost
+/// earlier, or never.
+pub fn read_cut_short(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
+    let record: Option<ExitRecord> = read(&run_dir.join(files::ENDED))?;
+    Ok(record.map(|record| {
+        let failure = "the post-stop command was cut short: the shim was killed".to_owned();
+        ExitRecord { post_stop_failure: Some(failure), ..record }
+    }))
 }
 
 fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, RecordError> {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use fermata_protocol::supervision::TerminalSize;
+
 use super::raw::{self, Raw};
 use crate::os::limits::Limit;
 
@@ -24,6 +26,8 @@ pub mod files {
     pub const RUN: &str = "run.json";
     /// How it ended.
     pub const EXIT: &str = "exit.json";
+    /// How it ended, while a command still runs after it; replaced by [`EXIT`].
+    pub const ENDED: &str = "ended.json";
     /// Written by a daemon that gives a launch up which has not come as far as [`RUN`]. Either the
     /// shim sees it after writing that, and ends; or the daemon sees what the shim has written.
     pub const ABANDONED: &str = "abandoned";
@@ -51,11 +55,34 @@ pub struct LogLimits {
     pub max_bytes: u64,
     /// So many rotated files are kept beside the current one; 0 for all.
     pub max_files: u32,
+    /// A file is rotated, when more is to be written to it, once its first line is so old,
+    /// milliseconds; 0 for never.
+    #[serde(default)]
+    pub max_age_ms: u64,
 }
 
 impl Default for LogLimits {
     fn default() -> Self {
-        Self { max_bytes: 16 * 1024 * 1024, max_files: 8 }
+        Self { max_bytes: 16 * 1024 * 1024, max_files: 8, max_age_ms: 0 }
+    }
+}
+
+/// A command beside the agent, with its environment, directory and limits.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HookSpec {
+    /// The program and its arguments.
+    pub argv: Vec<Raw>,
+    /// How long it may take, frozen time not counted, milliseconds.
+    pub timeout_ms: u64,
+}
+
+impl HookSpec {
+    /// The command for people: as far as it is text, and not more than fits into a sentence.
+    pub fn line(&self) -> String {
+        const MOST: usize = 120;
+        let words: Vec<_> = self.argv.iter().map(|word| word.as_ref().to_string_lossy()).collect();
+        let line = words.join(" ").replace('\n', " ");
+        if line.chars().count() <= MOST { line } else { line.chars().take(MOST).chain(['…']).collect() }
     }
 }
 
@@ -95,11 +122,20 @@ pub struct LaunchSpec {
     /// Whether control groups may be used.
     #[serde(default)]
     pub mechanism: MechanismChoice,
+    /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub terminal: Option<TerminalSize>,
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,
     /// How long a stop waits before it kills, unless the request says otherwise.
     pub stop_grace_ms: u64,
+    /// Runs in the agent's place before it; the start fails with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pre_start: Option<HookSpec>,
+    /// Runs when nothing of the agent's tree is left.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_stop: Option<HookSpec>,
 }
 
 impl LaunchSpec {

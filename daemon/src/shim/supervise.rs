@@ -5,13 +5,17 @@
 //!     │ kill ──────────────┼────────────────────────^ │
 //!     └────────────────────┴──────────────────────────┤ the main process ended
 //!                                                     v
-//!        Clearing (kill leftovers) ──> Draining (pipes) ──> Recording (exit.json) ──> end
+//!        Clearing (kill leftovers) ──> Draining (pipes) ──> [After] ──> Recording (exit.json) ──> end
 //! ```
+//!
+//! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
 
+mod hooks;
+mod output;
 mod requests;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
@@ -20,15 +24,18 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use serde_json::Value;
 
+use self::hooks::{AfterStop, Beginning, Flow};
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
+use super::intake::Intake;
 use super::log::LogWriter;
-use super::log_line::Stream;
 use super::record::ExitRecord;
 use super::spec::LaunchSpec;
+use super::terminal::Terminal;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
 use crate::os::fsync::Reserve;
+use crate::os::prelude::Prelude;
 use crate::os::process::{self, Change, ProcessId};
 use crate::os::tree::{KillWork, Progress};
 
@@ -43,8 +50,6 @@ const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
 /// How often to look again while killed processes vanish.
 const CLEAR_TICK: Duration = Duration::from_millis(2);
-/// How much is read from a pipe at once.
-const READ_BYTES: usize = 64 * 1024;
 
 /// How the main process ended.
 #[derive(Debug, Clone, Copy)]
@@ -62,6 +67,7 @@ enum Life {
     Killing { work: KillWork },
     Clearing { end: MainEnd, work: KillWork, until: Instant },
     Draining { end: MainEnd, leftovers: u64, until: Instant },
+    After(AfterStop),
     Recording { record: ExitRecord, next: Instant, until: Instant },
     Over { record: ExitRecord },
 }
@@ -70,8 +76,10 @@ enum Life {
 #[derive(Debug, Clone, Copy)]
 enum Source {
     Child,
+    Beginning,
     Stdout,
     Stderr,
+    Terminal,
     Listener,
     Freeze,
     Connection(ConnectionId),
@@ -86,11 +94,17 @@ pub struct Supervisor {
     hold: Hold,
     life: Life,
     log: LogWriter,
+    intake: Intake,
     reserve: Reserve,
+    /// For the exit of an agent after which a command runs.
+    ended: Option<Reserve>,
+    beginning: Option<Beginning>,
+    start_failure: Option<String>,
     children: SignalFd,
     listener: UnixListener,
     stdout: Option<File>,
     stderr: Option<File>,
+    terminal: Option<Terminal>,
     connections: Vec<Connection>,
     next_connection: u64,
     stopped_by_others: bool,
@@ -111,60 +125,96 @@ pub struct Parts {
     pub log: LogWriter,
     /// Where its exit will be recorded.
     pub reserve: Reserve,
+    /// Where its exit is noted while a command runs after it.
+    pub ended: Option<Reserve>,
     /// SIGCHLD.
     pub children: SignalFd,
     /// The socket, non-blocking.
     pub listener: UnixListener,
-    /// The reading ends of its pipes, non-blocking.
+    /// The reading end of its pipe, or of its terminal; non-blocking.
     pub stdout: OwnedFd,
-    /// See `stdout`.
-    pub stderr: OwnedFd,
+    /// The reading end of its other pipe; a terminal carries both.
+    pub stderr: Option<OwnedFd>,
+    /// Its terminal.
+    pub terminal: Option<Terminal>,
+    /// The command that runs in its place first.
+    pub prelude: Option<Prelude>,
 }
 
 impl Supervisor {
     /// Takes over.
     pub fn new(parts: Parts) -> Self {
-        let Parts { spec, shim, agent, hold, log, reserve, children, listener, stdout, stderr } = parts;
-        Self {
+        let Parts {
+            spec,
+            shim,
+            agent,
+            hold,
+            log,
+            reserve,
+            ended,
+            children,
+            listener,
+            stdout,
+            stderr,
+            terminal,
+            prelude,
+        } = parts;
+        let mut supervisor = Self {
             spec,
             shim,
             agent,
             hold,
             life: Life::Running,
             log,
+            intake: Intake::default(),
             reserve,
+            ended,
+            beginning: None,
+            start_failure: None,
             children,
             listener,
             stdout: Some(File::from(stdout)),
-            stderr: Some(File::from(stderr)),
+            stderr: stderr.map(File::from),
+            terminal,
             connections: Vec::new(),
             next_connection: 0,
             stopped_by_others: false,
+        };
+        if let Some(prelude) = prelude {
+            supervisor.begin(prelude);
         }
+        supervisor
     }
 
     /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
     pub fn run(mut self) {
-        let mut buffer = vec![0u8; READ_BYTES];
         loop {
             let ready = self.wait();
-            self.take_output(&ready, &mut buffer);
+            self.take_output(&ready);
             for source in ready {
                 match source {
                     Source::Child => self.reap(),
                     Source::Listener => self.accept(),
                     Source::Connection(id) => self.serve(id),
-                    // Read above; `tick` looks at the freeze.
-                    Source::Stdout | Source::Stderr | Source::Freeze => {}
+                    Source::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
+                    // Read above; `tick` looks at the freeze, `watch_beginning` at the start.
+                    Source::Stdout | Source::Stderr | Source::Freeze | Source::Beginning => {}
                 }
             }
             let now = Instant::now();
             let news = self.hold.tick(now);
             self.tell(news);
+            self.watch_beginning(now);
             self.go_on(now);
+            if let Some(terminal) = &mut self.terminal {
+                terminal.feed(&mut self.connections);
+            }
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
                 let event = FromShim::Event(ShimEvent::Exited(Box::new(record)));
+                if let Some(terminal) = &mut self.terminal {
+                    terminal.feed_last(&mut self.connections);
+                }
                 for mut connection in self.connections {
                     if connection.is_open() {
                         connection.send(&event);
@@ -186,6 +236,14 @@ impl Supervisor {
                 fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
                 sources.push(source);
             }
+        }
+        if let Some(fd) = self.beginning_fd() {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            sources.push(Source::Beginning);
+        }
+        if let Some(terminal) = self.terminal.as_ref().filter(|terminal| terminal.wants_write()) {
+            fds.push(PollFd::new(terminal.as_fd(), PollFlags::POLLOUT));
+            sources.push(Source::Terminal);
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         sources.push(Source::Listener);
@@ -213,10 +271,11 @@ impl Supervisor {
             Life::Stopping { kill_at } => Some(*kill_at),
             Life::Killing { .. } | Life::Clearing { .. } => Some(now + CLEAR_TICK),
             Life::Draining { until, .. } => Some(*until),
+            Life::After(stage) => Some(Self::after_due(stage, now)),
             Life::Recording { next, .. } => Some(*next),
             Life::Over { .. } => Some(now),
         };
-        match life.into_iter().chain(self.hold.next_tick(now)).min() {
+        match life.into_iter().chain(self.hold.next_tick(now)).chain(self.beginning_due(now)).min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 let left = at.saturating_duration_since(now);
@@ -225,17 +284,6 @@ impl Supervisor {
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             }
         }
-    }
-
-    fn take_output(&mut self, ready: &[Source], buffer: &mut [u8]) {
-        for source in ready {
-            match source {
-                Source::Stdout => read_pipe(&mut self.stdout, Stream::Stdout, &mut self.log, buffer),
-                Source::Stderr => read_pipe(&mut self.stderr, Stream::Stderr, &mut self.log, buffer),
-                Source::Child | Source::Listener | Source::Freeze | Source::Connection(_) => false,
-            };
-        }
-        self.log.flush(clock::unix_ns());
     }
 
     fn reap(&mut self) {
@@ -252,7 +300,8 @@ impl Supervisor {
             };
             let is_agent = pid == self.agent.pid && !self.has_ended();
             if !is_agent {
-                // An adopted orphan: reaping it was all there was to do.
+                // Or an adopted orphan: reaping it was all there was to do.
+                self.reaped_post_stop(pid, change, Instant::now());
                 continue;
             }
             match change {
@@ -277,12 +326,19 @@ impl Supervisor {
     fn has_ended(&self) -> bool {
         match self.life {
             Life::Running | Life::Stopping { .. } | Life::Killing { .. } => false,
-            Life::Clearing { .. } | Life::Draining { .. } | Life::Recording { .. } | Life::Over { .. } => true,
+            Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::After(_)
+            | Life::Recording { .. }
+            | Life::Over { .. } => true,
         }
     }
 
     fn agent_ended(&mut self, code: Option<i32>, signal: Option<i32>, core_dumped: bool) {
         let now = Instant::now();
+        // What it said before it ended: perhaps why it never became the agent.
+        self.watch_beginning(now);
+        self.beginning = None;
         let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
         let news = self.hold.abandon(true, now);
         self.tell(news);
@@ -292,6 +348,7 @@ impl Supervisor {
             | Life::Stopping { .. }
             | Life::Clearing { .. }
             | Life::Draining { .. }
+            | Life::After(_)
             | Life::Recording { .. }
             | Life::Over { .. } => self.kill_tree(),
         };
@@ -339,6 +396,7 @@ impl Supervisor {
                         return;
                     }
                     let leftovers = work.killed().iter().filter(|id| **id != self.agent).count() as u64;
+                    self.terminal.iter_mut().for_each(Terminal::hang_up);
                     Life::Draining { end, leftovers, until: now + DRAIN_PATIENCE }
                 }
                 Life::Draining { end, leftovers, until } => {
@@ -346,8 +404,8 @@ impl Supervisor {
                         self.life = Life::Draining { end, leftovers, until };
                         return;
                     }
-                    self.log.finish(clock::unix_ns());
-                    self.remove_group();
+                    // A slow disk can have taken up the time: nothing of the agent's stays behind.
+                    self.drain_output();
                     let record = ExitRecord {
                         run_id: self.spec.run_id.clone(),
                         code: end.code,
@@ -356,15 +414,24 @@ impl Supervisor {
                         ended_at_ms: end.at_ms,
                         leftovers_killed: leftovers,
                         log_bytes_lost: self.log.lost(),
+                        start_failure: self.start_failure.take(),
+                        post_stop_failure: None,
                     };
-                    Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+                    self.after(record, now)
                 }
+                Life::After(stage) => match self.go_on_after(stage, now) {
+                    Flow::On(life) => life,
+                    Flow::Wait(life) => {
+                        self.life = life;
+                        return;
+                    }
+                },
                 Life::Recording { record, next, until } => {
                     if now < next {
                         self.life = Life::Recording { record, next, until };
                         return;
                     }
-                    match self.record(&record) {
+                    match Self::record(&self.reserve, &record) {
                         Err(message) if now < until => {
                             eprintln!("fermata-shim: {message}");
                             self.life = Life::Recording { record, next: now + RECORD_RETRY, until };
@@ -382,9 +449,17 @@ impl Supervisor {
         }
     }
 
-    fn record(&self, record: &ExitRecord) -> Result<(), String> {
+    /// The last thing before the exit is recorded.
+    fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
+        self.log.finish(clock::unix_ns());
+        self.remove_group();
+        record.log_bytes_lost = self.log.lost();
+        Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+    }
+
+    fn record(reserve: &Reserve, record: &ExitRecord) -> Result<(), String> {
         let bytes = serde_json::to_vec(record).map_err(|error| chain(&error))?;
-        self.reserve.commit(&bytes).map_err(|error| chain(&error))
+        reserve.commit(&bytes).map_err(|error| chain(&error))
     }
 
     fn remove_group(&self) {
@@ -464,28 +539,6 @@ fn report(step: Result<Progress, crate::os::tree::TreeError>) -> Option<Progress
         Err(error) => {
             eprintln!("fermata-shim: {}", chain(&error));
             None
-        }
-    }
-}
-
-/// Reads once; at the end of the stream the pipe is closed. Returns whether anything came.
-fn read_pipe(pipe: &mut Option<File>, stream: Stream, log: &mut LogWriter, buffer: &mut [u8]) -> bool {
-    let Some(file) = pipe else { return false };
-    match file.read(buffer) {
-        Ok(0) => {
-            log.end(stream, clock::unix_ns());
-            *pipe = None;
-            false
-        }
-        Ok(count) => {
-            log.push(stream, &buffer[..count], clock::unix_ns());
-            true
-        }
-        Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => false,
-        Err(error) => {
-            eprintln!("fermata-shim: failed to read {}: {error}", stream.word());
-            *pipe = None;
-            false
         }
     }
 }

@@ -14,6 +14,9 @@
 
 use serde::{Deserialize, Serialize};
 
+use fermata_protocol::supervision::TerminalSize;
+use fermata_protocol::terminal::Bytes;
+
 use super::record::{ExitRecord, Mechanism};
 use crate::os::process::ProcessId;
 
@@ -89,6 +92,19 @@ pub enum Request {
     /// Kills the whole tree; a frozen one does not run once more. Answered when it has begun; the
     /// `exited` event follows.
     Kill {},
+    /// Makes this connection a viewer of the agent's terminal: `screen` and `output` events follow.
+    Watch {
+        /// Begin with the lines that have left the screen.
+        #[serde(default)]
+        scrollback: bool,
+    },
+    /// Types into the agent's terminal.
+    Type {
+        /// What is typed.
+        data: Bytes,
+    },
+    /// Gives the agent's terminal another size.
+    Resize(TerminalSize),
 }
 
 fn default_quiesce_lease_ms() -> u64 {
@@ -107,6 +123,13 @@ pub enum FromShim {
         run_id: String,
         /// Who answers.
         shim: ProcessId,
+        /// Whether the agent has a terminal. A shim that knows none says nothing.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        terminal: bool,
+        /// Whether somebody else, a Ctrl-Z for instance, has stopped the main process; none from a
+        /// shim that does not say.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        suspended: Option<bool>,
     },
     /// The result of a request.
     Reply {
@@ -156,6 +179,14 @@ pub enum RefusalCode {
     SignalFailed,
     /// The thaw did not work.
     ThawFailed,
+    /// The agent has no terminal.
+    NoTerminal,
+    /// The agent is frozen, or about to be: what is typed now would reach it by surprise later.
+    Held,
+    /// So many watch already.
+    TooManyViewers,
+    /// The terminal could not be resized.
+    ResizeFailed,
     /// A code of a newer shim.
     #[serde(other)]
     Other,
@@ -218,6 +249,20 @@ pub struct Quiesced {
     pub waited_ms: u64,
 }
 
+/// Answers `watch`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watching {
+    /// The size of the terminal.
+    pub size: TerminalSize,
+}
+
+/// Answers `type`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Typed {
+    /// How many bytes were taken; the rest finds no place, since the agent does not read.
+    pub bytes: u64,
+}
+
 /// Answers `freeze`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frozen {
@@ -244,6 +289,13 @@ pub enum ShimEvent {
     Continued {},
     /// Nobody renewed the lease: the shim has undone freeze and quiesce.
     LeaseExpired {},
+    /// To viewers: what was shown is void, and the output that follows draws everything anew.
+    Screen(TerminalSize),
+    /// To viewers: what the terminal shows.
+    Output {
+        /// The bytes.
+        data: Bytes,
+    },
 }
 
 #[cfg(test)]
@@ -282,6 +334,18 @@ mod tests {
             Request::Stop { grace_ms: None },
         );
         round_trip_call(r#"{"call":{"id":1,"method":"kill","params":{}}}"#, Request::Kill {});
+        round_trip_call(
+            r#"{"call":{"id":1,"method":"watch","params":{"scrollback":true}}}"#,
+            Request::Watch { scrollback: true },
+        );
+        round_trip_call(
+            r#"{"call":{"id":1,"method":"type","params":{"data":"bHM="}}}"#,
+            Request::Type { data: Bytes(b"ls".to_vec()) },
+        );
+        round_trip_call(
+            r#"{"call":{"id":1,"method":"resize","params":{"rows":24,"cols":80}}}"#,
+            Request::Resize(TerminalSize { rows: 24, cols: 80 }),
+        );
     }
 
     #[test]

@@ -17,6 +17,7 @@ use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use super::attach::check_size;
 use super::dispatch::wire;
 use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
@@ -112,7 +113,15 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
     if params.resume_argv.as_ref().is_some_and(|argv| argv.first().is_none_or(String::is_empty)) {
         return invalid("'resume_argv' names no program".into());
     }
-    let words = params.argv.iter().chain(params.resume_argv.iter().flatten()).chain(params.cwd.iter());
+    let hooks = [("pre_start", &params.supervision.pre_start), ("post_stop", &params.supervision.post_stop)];
+    for (field, hook) in hooks.iter().filter_map(|(field, hook)| Some((field, hook.as_ref()?))) {
+        if hook.argv.first().is_none_or(String::is_empty) {
+            return invalid(format!("'supervision.{field}' names no program"));
+        }
+    }
+    let hook_words = hooks.iter().filter_map(|(_, hook)| hook.as_ref()).flat_map(|hook| &hook.argv);
+    let words =
+        params.argv.iter().chain(params.resume_argv.iter().flatten()).chain(params.cwd.iter()).chain(hook_words);
     if words.clone().any(|word| word.contains('\0'))
         || params.env.iter().any(|(k, v)| k.contains('\0') || v.contains('\0'))
     {
@@ -128,6 +137,9 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
             Code::TooLarge,
             format!("arguments and environment have {bytes} bytes, more than {MAX_ARGUMENT_BYTES}"),
         ));
+    }
+    if let Some(size) = params.supervision.terminal {
+        check_size(size)?;
     }
     if params.cwd.as_ref().is_some_and(|cwd| !Path::new(cwd).is_absolute()) {
         return invalid("'cwd' is not an absolute path".into());
@@ -212,7 +224,7 @@ async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Resul
     }
 }
 
-fn shutting_down() -> Failure {
+pub(super) fn shutting_down() -> Failure {
     Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
 }
 
@@ -303,7 +315,7 @@ async fn send_signal(
 
 /// Remembers the key of a signal or kill before it is sent: it is no event, and leaves nothing in the
 /// store that the key could be kept with.
-async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
+pub(super) async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
     let Some(keyed) = keyed else { return Ok(()) };
     let (reply, now) = (reply.clone(), services::now());
     let write = move |c: &Connection| idempotency::remember(c, &keyed, None, Some(&reply), now);
@@ -470,7 +482,7 @@ fn one_agent(target: &Target) -> Result<&AgentName, Refusal> {
     })
 }
 
-fn not_found(target: &Target) -> Failure {
+pub(super) fn not_found(target: &Target) -> Failure {
     Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
         .hint(format!("fermatactl ps {}", target.project))
         .into()

@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use super::attach::Attachment;
 use super::{Daemon, dispatch};
 use crate::auth::{self, Peer};
 use crate::os::peer::{self, PeerCredentials};
@@ -50,6 +51,7 @@ struct State {
     under_way: BTreeMap<String, CancellationToken>,
     subscriptions: BTreeMap<u64, CancellationToken>,
     next_subscription: u64,
+    attachments: BTreeMap<u64, Arc<Attachment>>,
     channel: Option<ChannelGuard>,
 }
 
@@ -127,6 +129,22 @@ impl Connection {
         }
     }
 
+    /// Keeps an attachment under the number of its subscription.
+    pub fn keep_attachment(&self, id: u64, attachment: Arc<Attachment>) {
+        self.lock().attachments.insert(id, attachment);
+    }
+
+    /// Returns an attachment.
+    pub fn attachment(&self, id: u64) -> Option<Arc<Attachment>> {
+        self.lock().attachments.get(&id).cloned()
+    }
+
+    /// Ends an attachment with its subscription.
+    pub fn drop_attachment(&self, id: u64) -> bool {
+        let known = self.lock().attachments.remove(&id).is_some();
+        known && self.unsubscribe(id)
+    }
+
     fn begin(&self, id: &Value) -> Result<CancellationToken, Refusal> {
         let mut state = self.lock();
         if state.under_way.len() >= MAX_IN_FLIGHT {
@@ -182,6 +200,7 @@ pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daem
         under_way: BTreeMap::new(),
         subscriptions: BTreeMap::new(),
         next_subscription: 0,
+        attachments: BTreeMap::new(),
         channel: None,
     };
     let closed = services.stopping.child_token();

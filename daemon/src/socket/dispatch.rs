@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::connection::Connection;
-use super::{agents, checkpoints, context, events, logs, operations, plugins, projects, reports};
+use super::{agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports};
 use crate::auth;
 use crate::errors::Failure;
 use crate::project::Projects;
@@ -157,6 +157,11 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::ProjectResume(p) => operations::resume(connection, p, keyed).await,
         Call::AgentRun(p) => agents::run(all, p, keyed).await,
         Call::AgentList(p) => agents::list(all, p.project.as_ref()),
+        Call::AgentAttach(p) => attach::attach(connection, p).await,
+        Call::AgentInput(p) => attach::input(connection, p).await,
+        Call::AgentResize(p) => attach::resize(connection, &p).await,
+        Call::AgentDetach(p) => attach::detach(connection, &p),
+        Call::AgentSend(p) => attach::send(connection, p, keyed).await,
         Call::AgentStop(p) => agents::stop(all, &p, keyed).await,
         Call::AgentKill(p) => agents::kill(all, &p, keyed).await,
         Call::AgentRestart(p) => agents::restart(all, &p.target, keyed).await,

@@ -9,6 +9,7 @@
 //! A peer that does not read, sends garbage or goes away in the middle disturbs nobody else.
 
 mod agents;
+mod attach;
 mod checkpoints;
 mod connection;
 mod context;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 
 use fermata_protocol::UnixMillis;
 
+pub use attach::Terminals;
 pub use operations::resume_quietly;
 
 use crate::project::Projects;
@@ -37,6 +39,8 @@ pub struct Daemon {
     pub started_at: UnixMillis,
     /// Changes with every start.
     pub boot_epoch: String,
+    /// Who writes to agents' terminals.
+    pub terminals: Terminals,
     /// What recovery did.
     pub recovery: Vec<String>,
     /// How agents are frozen.

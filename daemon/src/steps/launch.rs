@@ -8,6 +8,7 @@ use fermata_core::agent::Agent;
 use fermata_core::command::ComesBack;
 use fermata_protocol::agent::RunProcesses;
 use fermata_protocol::pause::Mechanism;
+use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
@@ -21,7 +22,7 @@ use crate::shim::link::{ShimLink, end_lost_tree, launch, read_exit, read_run};
 use crate::shim::raw::Raw;
 use crate::shim::record;
 use crate::shim::record::RunRecord;
-use crate::shim::spec::{LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
 use crate::shim::wire::ShimEvent;
 
 /// How long the processes of a run that is to be ended may take to go.
@@ -129,9 +130,23 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
-        log: LogLimits { max_bytes: settings.agents.log_max_bytes, max_files: settings.agents.log_max_files },
+        terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
+        log: LogLimits {
+            max_bytes: settings.agents.log_max_bytes,
+            max_files: settings.agents.log_max_files,
+            max_age_ms: settings.agents.log_max_age_ms,
+        },
         stop_grace_ms: agent.map_or(settings.agents.stop_grace_ms, |agent| agent.spec.stop_grace_ms),
+        pre_start: agent.and_then(|agent| agent.spec.supervision.pre_start.as_ref()).map(hook),
+        post_stop: agent.and_then(|agent| agent.spec.supervision.post_stop.as_ref()).map(hook),
     })
+}
+
+fn hook(hook: &Hook) -> HookSpec {
+    HookSpec {
+        argv: hook.argv.iter().map(|word| Raw::from(word.as_str())).collect(),
+        timeout_ms: hook.timeout_ms.unwrap_or(Hook::DEFAULT_TIMEOUT_MS),
+    }
 }
 
 fn environment(
@@ -143,6 +158,12 @@ fn environment(
 ) -> Vec<(Raw, Raw)> {
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
+    }
+    if site.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
+        // The size is the terminal's to tell, and the caller's own may be another.
+        env.remove("LINES");
+        env.remove("COLUMNS");
+        env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
     }
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
     set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());

@@ -51,8 +51,11 @@ impl Bed {
             cgroup_parent: None,
             cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
             mechanism,
+            terminal: None,
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
+            pre_start: None,
+            post_stop: None,
         };
         Self { dir, spec }
     }

@@ -27,6 +27,9 @@ impl Event {
             Self::AgentInterrupted { .. } => "agent.interrupted",
             Self::AgentParked { .. } => "agent.parked",
             Self::AgentRemoved { .. } => "agent.removed",
+            Self::AgentSuspended { .. } => "agent.suspended",
+            Self::AgentContinued { .. } => "agent.continued",
+            Self::AgentTyped { .. } => "agent.typed",
             Self::AgentSessionFound { .. } => "agent.session_found",
             Self::AgentProgressed { .. } => "agent.progressed",
             Self::AgentUsed { .. } => "agent.used",
@@ -75,6 +78,9 @@ impl Event {
             | Self::AgentInterrupted { agent, .. }
             | Self::AgentParked { agent, .. }
             | Self::AgentRemoved { agent }
+            | Self::AgentSuspended { agent, .. }
+            | Self::AgentContinued { agent, .. }
+            | Self::AgentTyped { agent, .. }
             | Self::AgentSessionFound { agent, .. }
             | Self::AgentProgressed { agent, .. }
             | Self::AgentUsed { agent, .. }

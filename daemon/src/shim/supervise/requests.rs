@@ -9,7 +9,7 @@ use super::{Life, Supervisor, done};
 use crate::os::process;
 use crate::shim::connection::{ConnectionId, Incoming};
 use crate::shim::hold::{Answer, Caller, Refused, encode};
-use crate::shim::wire::{AgentState, Call, FromShim, RefusalCode, Request, Status, WIRE_VERSION};
+use crate::shim::wire::{AgentState, Call, FromShim, RefusalCode, Request, Status, Typed, WIRE_VERSION, Watching};
 
 impl Supervisor {
     pub(super) fn serve(&mut self, id: ConnectionId) {
@@ -20,8 +20,9 @@ impl Supervisor {
         for incoming in connection.receive() {
             match incoming {
                 Incoming::Hello => {
-                    let hello =
-                        FromShim::Hello { version: WIRE_VERSION, run_id: self.spec.run_id.clone(), shim: self.shim };
+                    let (run_id, terminal) = (self.spec.run_id.clone(), self.terminal.is_some());
+                    let (shim, suspended) = (self.shim, Some(self.stopped_by_others));
+                    let hello = FromShim::Hello { version: WIRE_VERSION, run_id, shim, terminal, suspended };
                     self.send(id, &hello);
                 }
                 Incoming::Call(call) => self.call(id, call),
@@ -35,6 +36,10 @@ impl Supervisor {
         let ended = !matches!(self.life, Life::Running);
         let answer = match call.request {
             Request::Status {} => self.status(now),
+            Request::Kill {} if matches!(self.life, Life::After(_)) => {
+                self.cut_post_stop_short(now);
+                done()
+            }
             // Ending is idempotent, and there is nothing left to thaw.
             Request::Stop { .. } | Request::Kill {} if self.has_ended() => done(),
             Request::Stop { grace_ms } => {
@@ -48,6 +53,9 @@ impl Supervisor {
                     self.life = Life::Killing { work: self.kill_tree() };
                 }
                 done()
+            }
+            Request::Watch { .. } | Request::Type { .. } | Request::Resize(_) => {
+                self.use_terminal(connection, call.request)
             }
             Request::Thaw {} if ended => done(),
             _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
@@ -96,6 +104,30 @@ impl Supervisor {
         })
     }
 
+    /// An agent that is being stopped may still ask whether to save: until its end it is watched and
+    /// typed to.
+    fn use_terminal(&mut self, connection: ConnectionId, request: Request) -> Answer {
+        let (ended, held) = (self.has_ended(), !self.hold.is_idle());
+        let Some(terminal) = &mut self.terminal else {
+            return Err(Refused::new(RefusalCode::NoTerminal, "the agent has no terminal"));
+        };
+        if ended {
+            return Err(Refused::new(RefusalCode::Ending, "the agent has ended"));
+        }
+        match request {
+            Request::Watch { scrollback } => {
+                terminal.watch(connection, scrollback)?;
+                encode(&Watching { size: terminal.size() })
+            }
+            Request::Type { .. } if held => {
+                Err(Refused::new(RefusalCode::Held, "the agent is frozen, or about to be, and takes no input"))
+            }
+            Request::Type { data } => encode(&Typed { bytes: terminal.take(&data.0) as u64 }),
+            Request::Resize(size) => terminal.resize(size).and_then(|()| done()),
+            _ => done(),
+        }
+    }
+
     fn stop(&mut self, grace: Duration, now: Instant) -> Answer {
         match &mut self.life {
             Life::Stopping { kill_at } => *kill_at = (*kill_at).min(now + grace),
@@ -117,6 +149,7 @@ impl Supervisor {
             Life::Killing { .. }
             | Life::Clearing { .. }
             | Life::Draining { .. }
+            | Life::After(_)
             | Life::Recording { .. }
             | Life::Over { .. } => {}
         }
