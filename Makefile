@@ -26,7 +26,7 @@ BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
 PLUGINS := exec
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap build release test test-agents test-systemd demo bench bench-scale lint deny install clean
+.PHONY: help bootstrap build release test test-agents test-systemd test-machine demo bench bench-scale lint deny install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,6 +48,9 @@ test-agents: build ## run a real agent (the Codex CLI) against a scripted model 
 
 test-systemd: build ## boot a real systemd in a container and run the system service in it
 	scripts/test-systemd
+
+test-machine: build ## boot a machine with every controller on cgroup v2 and test limits in it
+	scripts/test-machine
 
 demo: build ## see a pause, a crash, a restore and a resume in a throw-away daemon
 	scripts/demo
@@ -79,7 +82,7 @@ install: ## install under DESTDIR and PREFIX what `make release` has built
 	done
 	install -m 0644 systemd/fermata.sysusers $(DESTDIR)$(SYSUSERSDIR)/fermata.conf
 	install -m 0644 LICENSE LICENSE-APACHE LICENSE-MIT $(wildcard README.md CHANGELOG.md) $(DESTDIR)$(DOCDIR)
-	install -m 0644 -D systemd/drop-ins/fermatad.service.d/limits.conf $(DESTDIR)$(DOCDIR)/drop-ins/limits.conf
+	install -m 0644 -D -t $(DESTDIR)$(DOCDIR)/drop-ins systemd/drop-ins/fermatad.service.d/*.conf
 
 clean: ## remove everything that was built or downloaded
 	rm -rf $(TARGET_DIR) .tools

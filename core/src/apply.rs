@@ -12,6 +12,7 @@ use fermata_protocol::project::Phase;
 
 use self::agents::change;
 use crate::agent::{AgentState, Ended, Held};
+use crate::budget::waive_reached;
 use crate::project::{
     BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, Resting,
     RestoreRun, RestoreStage, ResumeRun,
@@ -47,6 +48,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
+        | Event::PauseWithheld { .. }
         | Event::AgentAdopted { .. }
         | Event::AgentTyped { .. }
         | Event::FlashSaved { .. }
@@ -151,12 +153,13 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
 
 fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
-        Event::PauseStarted { operation, checkpoint, mode, reason, grace_ms } => {
+        Event::PauseStarted { operation, checkpoint, mode, cause, reason, grace_ms } => {
             project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
             project.state = Arc::new(ProjectState::Pausing(Box::new(PauseRun {
                 operation: operation.clone(),
                 checkpoint: *checkpoint,
                 mode: *mode,
+                cause: *cause,
                 reason: reason.clone(),
                 grace_ms: *grace_ms,
                 started_at: at,
@@ -183,6 +186,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 since: result.paused_at,
                 mode: result.mode,
                 mechanism: result.mechanism,
+                cause: result.cause,
                 reason: checkpoint.pause_reason.clone(),
                 restored: None,
             })));
@@ -194,7 +198,10 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 settle(project);
             }
         }
-        Event::ResumeStarted { operation } => {
+        Event::ResumeStarted { operation, over_budget } => {
+            if *over_budget {
+                waive_reached(project);
+            }
             if let ProjectState::Paused(paused) = &*project.state {
                 project.state = Arc::new(ProjectState::Resuming(Box::new(ResumeRun {
                     operation: operation.clone(),

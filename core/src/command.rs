@@ -6,7 +6,7 @@ use fermata_protocol::agent::{AgentSpec, ExitStatus, Progress, RunProcesses, Usa
 use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{AgentResumed, Mechanism, PauseMode};
+use fermata_protocol::pause::{AgentResumed, Mechanism, PauseCause, PauseMode};
 use fermata_protocol::project::{Phase, ProjectConfig};
 use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, RunId, UnixMillis};
@@ -106,6 +106,8 @@ pub enum Command {
         run: RunId,
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        detail: Option<String>,
         /// When.
         ended_at: UnixMillis,
         /// The new run, should one follow.
@@ -222,10 +224,21 @@ pub enum Command {
         /// The items.
         ids: Vec<i64>,
     },
+    /// Tell that the project would have been paused automatically, and was not.
+    Withhold {
+        /// What would have brought it about.
+        cause: PauseCause,
+        /// What was the matter.
+        reason: String,
+        /// Why it was not paused.
+        because: String,
+    },
     /// Pause.
     Pause {
         /// The new operation.
         operation: OperationId,
+        /// Who or what brings it about.
+        cause: PauseCause,
         /// Why.
         reason: Option<String>,
         /// How.
@@ -260,6 +273,8 @@ pub enum Command {
         operation: OperationId,
         /// For each held agent that cannot or should not be thawed: the new run and why.
         respawn: BTreeMap<AgentName, Respawn>,
+        /// Whether it may go on although a budget is reached.
+        over_budget: bool,
     },
     /// The resume was carried out.
     Resumed {
@@ -427,6 +442,8 @@ pub enum Observed {
     Ended {
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        detail: Option<String>,
         /// When.
         at: UnixMillis,
     },
@@ -492,6 +509,8 @@ pub enum Effect {
         /// The run; a later one is left alone.
         run: RunId,
     },
+    /// Pause the project because a budget is reached; does nothing when none is any more.
+    PauseForBudget {},
     /// Run a step of a pause; answers with [`Command::PauseStepped`].
     PauseStep {
         /// The operation.

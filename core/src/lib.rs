@@ -13,12 +13,15 @@
 
 pub mod agent;
 pub mod apply;
+pub mod budget;
 pub mod clock;
 pub mod command;
 pub mod context;
 pub mod decide;
 pub mod dependency;
 pub mod due;
+pub mod load;
+pub mod pressure;
 pub mod project;
 pub mod redact;
 pub mod restart;

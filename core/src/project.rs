@@ -6,8 +6,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use fermata_protocol::agent::Usage;
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::pause::{Mechanism, PauseMode};
+use fermata_protocol::pause::{Mechanism, PauseCause, PauseMode};
 use fermata_protocol::project::{Phase, ProjectConfig, ProjectStatus, Source};
 use fermata_protocol::question::QuestionView;
 use fermata_protocol::task::TaskView;
@@ -80,6 +81,9 @@ pub struct PauseRun {
     pub checkpoint: CheckpointNumber,
     /// How the project will be held.
     pub mode: PauseMode,
+    /// Who or what brought it about.
+    #[serde(default)]
+    pub cause: PauseCause,
     /// Why.
     pub reason: Option<String>,
     /// How long agents have to come to a good place, milliseconds; the configured grace when none.
@@ -140,6 +144,9 @@ pub struct Paused {
     pub mode: PauseMode,
     /// What froze it.
     pub mechanism: Mechanism,
+    /// Who or what brought it about.
+    #[serde(default)]
+    pub cause: PauseCause,
     /// Why.
     pub reason: Option<String>,
     /// The checkpoint restored since: old files under a newer memory, so no thaw.
@@ -285,6 +292,9 @@ pub struct Counters {
     pub question: u64,
     /// The last checkpoint.
     pub checkpoint: CheckpointNumber,
+    /// What agents that were removed had used: a budget does not forget them.
+    #[serde(default)]
+    pub removed_usage: Usage,
 }
 
 impl Project {

@@ -7,6 +7,7 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::agent::{Agent, AgentState, Run};
+use crate::budget::spent;
 use crate::dependency;
 use crate::due::millis;
 use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
@@ -69,6 +70,7 @@ pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
         progress: agent.progress.clone(),
         session: agent.session.clone(),
         usage: agent.usage,
+        load: None,
     }
 }
 
@@ -91,6 +93,7 @@ fn pause(paused: &Paused) -> PauseView {
         paused_at: paused.since,
         mode: paused.mode,
         mechanism: paused.mechanism,
+        cause: paused.cause,
         reason: paused.reason.clone(),
         restored: paused.restored,
     }
@@ -120,6 +123,7 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         tasks_total: project.tasks.len() as u64,
         tasks_completed: project.tasks.values().filter(|t| t.status == TaskStatus::Completed).count() as u64,
         open_questions: project.questions.values().filter(|q| q.answer.is_none()).count() as u64,
+        usage: spent(project),
     }
 }
 

@@ -28,6 +28,14 @@ pub enum ConfigError {
         #[source]
         source: Box<toml::de::Error>,
     },
+    /// A value makes no sense, or not beside another one.
+    #[error("use {}: {why}", path.display())]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// Which value, and what is wrong with it.
+        why: String,
+    },
     /// No directory can be derived from the environment.
     #[error("find a {what} directory: neither ${first} nor $HOME is set")]
     NoHome {
@@ -205,6 +213,49 @@ impl Default for AgentSettings {
     }
 }
 
+/// How a project is held that is paused because memory is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnPressure {
+    /// Its processes are ended, which frees their memory.
+    #[default]
+    Park,
+    /// Its processes stay: of use only where they can be swapped out.
+    Freeze,
+}
+
+/// The section `[pressure]`: pauses that nobody asks for. Without a bound nothing is watched.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct PressureSettings {
+    /// At how many percent of `some avg10` of the kernel's memory pressure the project that uses the
+    /// most memory is paused.
+    pub memory_some_avg10: Option<f64>,
+    /// How it is held then.
+    pub memory_mode: OnPressure,
+    /// Below how many free bytes of a file system the projects that write there are paused.
+    pub disk_free_bytes: Option<u64>,
+    /// How long a pause for memory has to take effect before the next project is paused.
+    pub settle_ms: u64,
+    /// How long a project is left alone after an automatic pause.
+    pub apart_ms: u64,
+    /// How many automatic pauses there are in an hour at most; beyond that it is only told.
+    pub max_per_hour: u32,
+}
+
+impl Default for PressureSettings {
+    fn default() -> Self {
+        Self {
+            memory_some_avg10: None,
+            memory_mode: OnPressure::Park,
+            disk_free_bytes: None,
+            settle_ms: 15_000,
+            apart_ms: 10 * 60_000,
+            max_per_hour: 12,
+        }
+    }
+}
+
 /// The section `[context]`: weights of the item types, 0 to 1.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -231,6 +282,8 @@ pub struct Settings {
     pub agents: AgentSettings,
     /// The section `[context]`.
     pub context: ContextSettings,
+    /// The section `[pressure]`.
+    pub pressure: PressureSettings,
 }
 
 impl Default for Settings {
@@ -243,6 +296,7 @@ impl Default for Settings {
             pause: PauseSettings::default(),
             agents: AgentSettings::default(),
             context: ContextSettings::default(),
+            pressure: PressureSettings::default(),
         }
     }
 }
@@ -261,7 +315,26 @@ impl Settings {
             }
             Err(source) => return Err(ConfigError::Unreadable { path: path.clone(), source }),
         };
-        toml::from_str(&text).map_err(|source| ConfigError::Malformed { path: path.clone(), source: Box::new(source) })
+        let settings: Self = toml::from_str(&text)
+            .map_err(|source| ConfigError::Malformed { path: path.clone(), source: Box::new(source) })?;
+        settings.check().map_err(|why| ConfigError::Invalid { path: path.clone(), why })?;
+        Ok(settings)
+    }
+
+    /// Says what makes no sense although each value is of its kind.
+    fn check(&self) -> Result<(), String> {
+        let PressureSettings { memory_some_avg10, disk_free_bytes, .. } = self.pressure;
+        if let Some(percent) = memory_some_avg10.filter(|percent| !(*percent > 0.0 && *percent <= 100.0)) {
+            return Err(format!("pressure.memory_some_avg10 is {percent}, outside 0 to 100 (0 excluded)"));
+        }
+        let floor = self.pause.disk_floor_bytes;
+        match disk_free_bytes {
+            Some(bytes) if bytes <= floor => Err(format!(
+                "pressure.disk_free_bytes is {bytes}, not more than pause.disk_floor_bytes ({floor}): \
+                 the pause itself would be refused for want of room for its checkpoint"
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Names the sections in which two settings differ.
@@ -279,6 +352,7 @@ impl Settings {
         note("pause", self.pause != other.pause);
         note("agents", self.agents != other.agents);
         note("context", self.context != other.context);
+        note("pressure", self.pressure != other.pressure);
         names
     }
 }
@@ -292,6 +366,20 @@ mod tests {
         let error = toml::from_str::<Settings>("log = \"info\"\n[pause]\ngrase_ms = 3\n").expect_err("unknown key");
         let text = error.to_string();
         assert!(text.contains("line 3") && text.contains("grase_ms"), "{text}");
+    }
+
+    #[test]
+    fn pressure_bounds_that_could_never_work_are_refused() {
+        let check = |text: &str| toml::from_str::<Settings>(text).expect("of its kind").check();
+        for bad in ["memory_some_avg10 = 0.0", "memory_some_avg10 = 101.0", "memory_some_avg10 = nan"] {
+            assert!(
+                check(&format!("[pressure]\n{bad}\n")).is_err_and(|why| why.contains("memory_some_avg10")),
+                "{bad}"
+            );
+        }
+        let low = check("[pressure]\ndisk_free_bytes = 1024\n").expect_err("below the floor");
+        assert!(low.contains("pause.disk_floor_bytes"), "{low}");
+        assert_eq!(check("[pressure]\nmemory_some_avg10 = 40.0\ndisk_free_bytes = 1073741824\n"), Ok(()));
     }
 
     #[test]

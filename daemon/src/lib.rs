@@ -12,6 +12,8 @@ pub mod auth;
 
 pub mod recovery;
 
+pub mod guard;
+
 pub mod project;
 
 pub mod steps;
@@ -21,6 +23,8 @@ pub mod services;
 pub mod store;
 
 pub mod tokens;
+
+pub mod load;
 
 pub mod history;
 

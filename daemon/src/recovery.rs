@@ -110,9 +110,9 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<Comma
         }
         match seen {
             Observed::Alive(_) => None,
-            Observed::Ended { exit, at } => {
+            Observed::Ended { exit, detail, at } => {
                 let (new, _) = new_run();
-                Some(Command::RunEnded { agent, run, exit, ended_at: at, new, then: AfterEnd::Stay })
+                Some(Command::RunEnded { agent, run, exit, detail, ended_at: at, new, then: AfterEnd::Stay })
             }
             Observed::Lost { detail } => Some(Command::RunLost { agent, run, detail, then: AfterEnd::Stay }),
         }

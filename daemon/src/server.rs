@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use fermata_core::command::Command;
 use fermata_core::project::ProjectState;
-use fermata_protocol::pause::PauseMode;
+use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{OperationId, ProjectName};
 use thiserror::Error;
@@ -23,6 +23,7 @@ use tracing_subscriber::reload::Handle;
 
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
+use crate::guard;
 use crate::os::cgroup::Freezer;
 use crate::os::limits::Limit;
 use crate::os::lock::{LockError, StateLock};
@@ -169,12 +170,14 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     tracing::info!(socket = %paths.socket.display(), state = %paths.state.display(), "ready");
     notify(&[sd_notify::NotifyState::Ready]);
     let keeper = tokio::spawn(keep(Arc::clone(&services)));
+    let guard = tokio::spawn(guard::watch(Arc::clone(&projects)));
     tokio::select! {
         () = listener.run(&daemon) => {}
         () = serve_signals(signals, &daemon) => {}
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     keeper.abort();
+    guard.abort();
     listener.remove();
     end(&projects).await;
     Ok(())
@@ -323,7 +326,9 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
                 let (daemon, held) = (Arc::clone(daemon), Arc::clone(&held));
                 tasks.spawn(async move {
                     let mut held = held.lock().await;
-                    held.extend(pause_all(&daemon, PauseMode::Freeze, "SIGTSTP to the daemon").await);
+                    held.extend(
+                        pause_all(&daemon, PauseMode::Freeze, PauseCause::Signal, "SIGTSTP to the daemon").await,
+                    );
                 });
             }
             Signal::ResumeAll => {
@@ -338,7 +343,7 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
         }
     }
     if daemon.projects.services().settings().on_shutdown == OnShutdown::Park {
-        let parking = pause_all(daemon, PauseMode::Park, "the daemon was told to end");
+        let parking = pause_all(daemon, PauseMode::Park, PauseCause::Shutdown, "the daemon was told to end");
         if tokio::time::timeout(PARKING, parking).await.is_err() {
             tracing::warn!("not every project could be parked in time");
         }
@@ -347,13 +352,18 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
 }
 
 /// Pauses every active project side by side; returns those that are paused now by it.
-async fn pause_all(daemon: &Daemon, mode: PauseMode, reason: &str) -> Vec<(ProjectName, OperationId)> {
+async fn pause_all(
+    daemon: &Daemon,
+    mode: PauseMode,
+    cause: PauseCause,
+    reason: &str,
+) -> Vec<(ProjectName, OperationId)> {
     let active = daemon.projects.all().into_iter().filter(|h| h.look().state.status() == ProjectStatus::Active);
     let each = active.map(|handle| {
         let reason = Some(reason.to_owned());
         async move {
             let operation = new_operation();
-            let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms: None };
+            let command = Command::Pause { operation: operation.clone(), cause, reason, mode, grace_ms: None };
             let begin = Begin {
                 command,
                 operation: operation.clone(),

@@ -10,11 +10,12 @@ use fermata_protocol::context::ItemType;
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::{AgentName, OperationId, ProjectName, RunId, Target, UnixMillis};
 use serde::Serialize;
-use tokio::sync::{Semaphore, broadcast, mpsc, watch};
+use tokio::sync::{Notify, Semaphore, broadcast, mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Paths, Settings};
+use crate::load::Loads;
 use crate::os::clock;
 use crate::os::limits::Limit;
 use crate::plugins::Plugins;
@@ -62,6 +63,8 @@ pub struct Services {
     pub plugins: Plugins,
     /// The token counter.
     pub tokens: TokenCounter,
+    /// What agents use of the machine.
+    pub loads: Loads,
     /// Agents' open channels.
     pub channels: Channels,
     /// Operations' progress.
@@ -73,6 +76,8 @@ pub struct Services {
     pub heavy: Semaphore,
     /// Cancelled when the daemon ends.
     pub stopping: CancellationToken,
+    /// Told when the settings were read again.
+    pub reloaded: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
     settings: RwLock<Arc<Settings>>,
@@ -90,17 +95,20 @@ impl Services {
         profiles: Profiles,
         boot_id: String,
     ) -> Self {
+        let tracker = TaskTracker::new();
         Self {
             paths,
             programs,
             store,
             plugins,
             tokens: TokenCounter::default(),
+            loads: Loads::new(tracker.clone()),
             channels: Channels::default(),
             progress: broadcast::channel(256).0,
-            tracker: TaskTracker::new(),
+            tracker,
             heavy: Semaphore::new(HEAVY),
             stopping: CancellationToken::new(),
+            reloaded: Notify::new(),
             boot_id,
             settings: RwLock::new(Arc::new(settings)),
             profiles: RwLock::new(Arc::new(profiles)),
@@ -118,6 +126,7 @@ impl Services {
         let mut current = self.settings.write().unwrap_or_else(PoisonError::into_inner);
         let changed = current.differences(&settings);
         *current = Arc::new(settings);
+        self.reloaded.notify_one();
         changed
     }
 

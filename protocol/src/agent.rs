@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
+use crate::load::Load;
 use crate::pause::Mechanism;
 use crate::supervision::Supervision;
 
@@ -335,6 +336,9 @@ pub struct AgentView {
     pub session: Option<String>,
     /// Input and output tokens and cost that it reported.
     pub usage: Usage,
+    /// What its tree uses of the machine; a sample with its age, while it has processes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<Load>,
 }
 
 fn is_zero(number: &u32) -> bool {
@@ -358,7 +362,7 @@ pub struct Progress {
 }
 
 /// Tokens and money that an agent reported to have used, summed.
-#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Usage {
     /// Tokens sent to the model.
     pub input_tokens: u64,
@@ -366,6 +370,23 @@ pub struct Usage {
     pub output_tokens: u64,
     /// Cost in millionths of a US dollar.
     pub cost_micro_usd: u64,
+}
+
+impl Usage {
+    /// Returns both kinds of tokens together.
+    pub fn tokens(&self) -> u64 {
+        self.input_tokens.saturating_add(self.output_tokens)
+    }
+
+    /// Adds another one, without overflow.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            input_tokens: self.input_tokens.saturating_add(other.input_tokens),
+            output_tokens: self.output_tokens.saturating_add(other.output_tokens),
+            cost_micro_usd: self.cost_micro_usd.saturating_add(other.cost_micro_usd),
+        }
+    }
 }
 
 /// Parameters of `agent.logs`.

@@ -128,6 +128,10 @@ codes! {
     WorkspaceRefused = "workspace_refused", -32012;
     /// The state directory's file system has too little free space.
     DiskFull = "disk_full", -32015;
+    /// A budget is reached; the project goes on when it is raised or waived.
+    BudgetExceeded = "budget_exceeded", -32011;
+    /// Resources of an agent cannot be limited here; the data names the controllers that are missing.
+    LimitsUnavailable = "limits_unavailable", -32012;
     /// A value is too large.
     TooLarge = "too_large", -32016;
     /// The events before this cursor are gone; the data names the oldest cursor.

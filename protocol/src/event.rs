@@ -14,7 +14,7 @@ use crate::context::FlashSaveResult;
 use crate::error::ErrorObject;
 use crate::ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, UnixMillis};
 use crate::operation::OperationKind;
-use crate::pause::{PauseMode, PauseResult, ResumeResult};
+use crate::pause::{PauseCause, PauseMode, PauseResult, ResumeResult};
 use crate::project::{Phase, ProjectConfig, Source};
 use crate::question::QuestionView;
 use crate::task::TaskView;
@@ -222,6 +222,9 @@ pub enum Event {
         run: RunId,
         /// How.
         exit: ExitStatus,
+        /// What is known beyond that.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        detail: Option<String>,
         /// When.
         ended_at: UnixMillis,
     },
@@ -396,6 +399,9 @@ pub enum Event {
         checkpoint: CheckpointNumber,
         /// How the project will be held.
         mode: PauseMode,
+        /// Who or what brought it about.
+        #[serde(default, skip_serializing_if = "PauseCause::is_person")]
+        cause: PauseCause,
         /// Why.
         reason: Option<String>,
         /// How long agents with a channel have to acknowledge, milliseconds.
@@ -421,11 +427,24 @@ pub enum Event {
         /// What went wrong.
         error: ErrorObject,
     },
+    /// The project would have been paused automatically, and was not.
+    #[serde(rename = "pause.withheld")]
+    PauseWithheld {
+        /// What would have brought it about.
+        cause: PauseCause,
+        /// What was the matter.
+        reason: String,
+        /// Why it was not paused.
+        because: String,
+    },
     /// A resume began.
     #[serde(rename = "resume.started")]
     ResumeStarted {
         /// The operation.
         operation: OperationId,
+        /// Whether it goes on over its budget.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        over_budget: bool,
     },
     /// A project was resumed.
     #[serde(rename = "project.resumed")]

@@ -7,6 +7,7 @@
 #![warn(missing_docs)]
 
 pub mod agent;
+pub mod budget;
 pub mod checkpoint;
 pub mod client;
 pub mod codec;
@@ -15,6 +16,7 @@ pub mod daemon;
 pub mod error;
 pub mod event;
 pub mod ids;
+pub mod load;
 pub mod method;
 pub mod openrpc;
 pub mod operation;

@@ -31,6 +31,50 @@ impl PauseMode {
     }
 }
 
+/// Who or what brought a pause about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum PauseCause {
+    /// A person, or a program of theirs.
+    #[default]
+    Person,
+    /// An agent of the project.
+    Agent,
+    /// A signal to the daemon.
+    Signal,
+    /// The end of the daemon.
+    Shutdown,
+    /// Memory is short.
+    MemoryPressure,
+    /// A disk is nearly full.
+    DiskSpace,
+    /// The token budget is reached.
+    TokenBudget,
+    /// The cost budget is reached.
+    CostBudget,
+}
+
+impl PauseCause {
+    /// Returns the text of the wire.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Person => "person",
+            Self::Agent => "agent",
+            Self::Signal => "signal",
+            Self::Shutdown => "shutdown",
+            Self::MemoryPressure => "memory_pressure",
+            Self::DiskSpace => "disk_space",
+            Self::TokenBudget => "token_budget",
+            Self::CostBudget => "cost_budget",
+        }
+    }
+
+    /// Says whether it is a person, which is left out where it is stored or sent.
+    pub fn is_person(&self) -> bool {
+        *self == Self::Person
+    }
+}
+
 /// What stops a process tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -93,6 +137,9 @@ pub struct PauseResult {
     pub paused_at: UnixMillis,
     /// How the project is held.
     pub mode: PauseMode,
+    /// Who or what brought it about.
+    #[serde(default, skip_serializing_if = "PauseCause::is_person")]
+    pub cause: PauseCause,
     /// What froze the processes: `signals` when any agent had to be stopped by signals.
     pub mechanism: Mechanism,
     /// How many processes were frozen.
@@ -114,6 +161,9 @@ pub struct ProjectResume {
     /// Restore this checkpoint first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<CheckpointNumber>,
+    /// Let it go on although a budget is reached; that budget then bounds nothing until it is set anew.
+    #[serde(default)]
+    pub over_budget: bool,
 }
 
 /// How one agent came back.

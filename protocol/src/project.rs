@@ -3,12 +3,13 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::AgentView;
+use crate::agent::{AgentView, Usage};
+use crate::budget::Budget;
 use crate::checkpoint::CheckpointView;
 use crate::context::ContextSummary;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
-use crate::pause::{Mechanism, PauseMode};
+use crate::pause::{Mechanism, PauseCause, PauseMode};
 
 /// The status of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -120,6 +121,9 @@ pub struct ProjectConfig {
     pub token_limit: u64,
     /// At how many percent of the token limit a flash save is due.
     pub flash_save_at_percent: u8,
+    /// How much all of its agents together may spend before the project is paused.
+    #[serde(skip_serializing_if = "Budget::is_unset")]
+    pub budget: Budget,
 }
 
 impl Default for ProjectConfig {
@@ -131,6 +135,7 @@ impl Default for ProjectConfig {
             max_file_bytes: 512 << 20,
             token_limit: 180_000,
             flash_save_at_percent: 80,
+            budget: Budget::default(),
         }
     }
 }
@@ -219,6 +224,9 @@ pub struct PauseView {
     pub mode: PauseMode,
     /// What holds the processes.
     pub mechanism: Mechanism,
+    /// Who or what brought it about.
+    #[serde(default, skip_serializing_if = "PauseCause::is_person")]
+    pub cause: PauseCause,
     /// The reason that was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -260,6 +268,9 @@ pub struct ProjectView {
     pub tasks_completed: u64,
     /// How many questions wait for an answer.
     pub open_questions: u64,
+    /// What its agents have reported to have used, those included that were removed since.
+    #[serde(default)]
+    pub usage: Usage,
 }
 
 /// A project as `project.show` shows it.

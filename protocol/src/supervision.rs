@@ -5,6 +5,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::budget::Budget;
 use crate::ids::AgentName;
 
 /// How an agent is looked after. Everything has a default; an empty object is a plain process.
@@ -46,6 +47,9 @@ pub struct Supervision {
     /// What its whole tree may use.
     #[serde(skip_serializing_if = "is_default")]
     pub resources: Resources,
+    /// How much it may spend before its project is paused.
+    #[serde(skip_serializing_if = "is_default")]
+    pub budget: Budget,
     /// What becomes of output that comes faster than it can be kept.
     #[serde(skip_serializing_if = "is_default")]
     pub output: OutputPolicy,

@@ -315,7 +315,11 @@ fn crash_in_a_resume(failpoint: &str, mode: PauseMode) {
     let ticker = Ticker::start(&sandbox);
     let pid = the_agent(&sandbox).pid.expect("it runs");
     pause(&sandbox, mode).expect("pause");
-    let answer = sandbox.rpc().call(&fermata_protocol::pause::ProjectResume { project: web(), checkpoint: None });
+    let answer = sandbox.rpc().call(&fermata_protocol::pause::ProjectResume {
+        project: web(),
+        checkpoint: None,
+        over_budget: false,
+    });
     assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
     wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
     sandbox.forget_env(FAILPOINT);

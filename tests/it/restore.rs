@@ -281,7 +281,7 @@ fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     let pid = the_agent(&sandbox).pid.expect("it runs");
     pause(&sandbox, mode).expect("pause");
 
-    let resumed = done(&sandbox, &ProjectResume { project: web(), checkpoint: Some(first.id) });
+    let resumed = done(&sandbox, &ProjectResume { project: web(), checkpoint: Some(first.id), over_budget: false });
 
     assert_eq!(resumed.restored, Some(first.id));
     assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Respawned]);

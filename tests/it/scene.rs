@@ -153,7 +153,7 @@ pub fn pause_at_risk(sandbox: &Sandbox, mode: PauseMode) -> Result<PauseResult, 
 
 /// Resumes `web`.
 pub fn resume(sandbox: &Sandbox) -> Result<ResumeResult, Refusal> {
-    refusal(sandbox.rpc().call(&ProjectResume { project: web(), checkpoint: None }))
+    refusal(sandbox.rpc().call(&ProjectResume { project: web(), checkpoint: None, over_budget: false }))
 }
 
 /// Calls a method that must succeed.

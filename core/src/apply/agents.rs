@@ -140,7 +140,7 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 });
             }
         }),
-        Event::AgentExited { exit, ended_at, .. } => {
+        Event::AgentExited { exit, detail, ended_at, .. } => {
             let state = match project.agents.get(&name).map(|agent| &agent.state) {
                 Some(AgentState::Stopping(AfterStop::TimedOut)) => AgentState::TimedOut,
                 Some(AgentState::Stopping(AfterStop::NotReady)) => {
@@ -148,7 +148,7 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 }
                 Some(AgentState::Stopping(_)) => AgentState::Ended(Ended::Stopped),
                 _ if exit.is_success() => AgentState::Ended(Ended::ByItself),
-                _ => AgentState::Failed { detail: None },
+                _ => AgentState::Failed { detail: detail.clone() },
             };
             end(project, &name, RunEnd { exit: Some(*exit), at: *ended_at }, state);
         }
@@ -164,7 +164,9 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             }
         }),
         Event::AgentRemoved { .. } => {
-            project.agents.remove(&name);
+            if let Some(gone) = project.agents.remove(&name) {
+                project.counters.removed_usage = project.counters.removed_usage.plus(&gone.usage);
+            }
         }
         Event::AgentSessionFound { session, .. } => {
             change(project, &name, |agent| agent.session = Some(session.clone()));
@@ -179,11 +181,7 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             reported(project, &name, at);
         }
         Event::AgentUsed { usage, .. } => {
-            change(project, &name, |agent| {
-                agent.usage.input_tokens = agent.usage.input_tokens.saturating_add(usage.input_tokens);
-                agent.usage.output_tokens = agent.usage.output_tokens.saturating_add(usage.output_tokens);
-                agent.usage.cost_micro_usd = agent.usage.cost_micro_usd.saturating_add(usage.cost_micro_usd);
-            });
+            change(project, &name, |agent| agent.usage = agent.usage.plus(usage));
             reported(project, &name, at);
         }
         _ => {}

@@ -194,6 +194,7 @@ pub(super) fn launched(
 /// How a run has ended.
 pub(super) struct RunEnd {
     pub(super) exit: ExitStatus,
+    pub(super) detail: Option<String>,
     pub(super) ended_at: UnixMillis,
     pub(super) then: AfterEnd,
 }
@@ -213,26 +214,27 @@ pub(super) fn run_ended(
     if ends_by_parking(project, found) {
         return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
-    let RunEnd { exit, ended_at, then } = end;
-    let mut decision = Decision::events(vec![Event::AgentExited { agent: name.clone(), run, exit, ended_at }]);
+    let RunEnd { exit, detail, ended_at, then } = end;
+    let exited = Event::AgentExited { agent: name.clone(), run, exit, detail: detail.clone(), ended_at };
+    let mut decision = Decision::events(vec![exited]);
     if found.state == AgentState::Stopping(AfterStop::Restart) {
         let next = lifecycle::start_or_wait(project, name, &found.spec, new, StartCause::Restart);
         decision.events.extend(next.events);
         decision.effects.extend(next.effects);
     } else if then == AfterEnd::ByPolicy {
-        decision.events.extend(after_exit(found, exit, now));
+        decision.events.extend(after_exit(found, exit, detail, now));
     }
     decision
 }
 
 /// Returns what follows from an exit by itself, or by the end of its time.
-pub(super) fn after_exit(found: &Agent, exit: ExitStatus, now: UnixMillis) -> Option<Event> {
+pub(super) fn after_exit(found: &Agent, exit: ExitStatus, detail: Option<String>, now: UnixMillis) -> Option<Event> {
     let end = if exit.is_success() && found.state != AgentState::Stopping(AfterStop::NotReady) {
         End::Well
     } else {
         End::Badly
     };
-    lifecycle::after_end(found, end, &exit.to_string(), now)
+    lifecycle::after_end(found, end, &detail.unwrap_or_else(|| exit.to_string()), now)
 }
 
 /// Frozen in a project that is paused to be parked: the end is the pause's own work.

@@ -2,7 +2,7 @@
 
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::pause::PauseMode;
+use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::{Code, UnixMillis};
 
 use super::model::*;
@@ -35,14 +35,16 @@ fn ready(model: &mut Model, agent: u8) {
 
 fn pause(model: &mut Model, mode: PauseMode) {
     let operation = model.operation();
-    model.tell(Command::Pause { operation, reason: None, mode, grace_ms: None }).expect("it may pause");
+    model
+        .tell(Command::Pause { operation, cause: PauseCause::Person, reason: None, mode, grace_ms: None })
+        .expect("it may pause");
     model.settle();
     assert!(matches!(&*model.project.state, ProjectState::Paused(_)));
 }
 
 fn resume(model: &mut Model) {
     let (operation, respawn) = (model.operation(), model.respawns(false));
-    model.tell(Command::Resume { operation, respawn }).expect("it is paused");
+    model.tell(Command::Resume { operation, respawn, over_budget: false }).expect("it is paused");
     model.settle();
 }
 
@@ -251,7 +253,8 @@ fn with_recovery_switched_off_nothing_returns() {
     let new = model.new_run();
     let then = crate::command::AfterEnd::Stay;
     let exit = ExitStatus::Code(1);
-    let command = Command::RunEnded { agent: name(1), run, exit, ended_at: UnixMillis(model.clock), new, then };
+    let command =
+        Command::RunEnded { agent: name(1), run, exit, detail: None, ended_at: UnixMillis(model.clock), new, then };
     model.tell(command).expect("not refused");
     assert!(!model.pending.iter().any(|effect| matches!(effect, Effect::Launch { .. })));
     assert_eq!(status(&model, 1), AgentStatus::Failed);

@@ -9,6 +9,8 @@ mod reports;
 mod resume;
 
 #[cfg(test)]
+mod budget_test;
+#[cfg(test)]
 mod lifecycle_test;
 #[cfg(test)]
 mod model;
@@ -40,8 +42,8 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Restart { agent, new } => agents::restart(project, agent, new),
         Command::RemoveAgent { agent } => agents::remove(project, agent),
         Command::Launched { agent, run, outcome } => Ok(agents::launched(project, agent, run, outcome, now)),
-        Command::RunEnded { agent, run, exit, ended_at, new, then } => {
-            let end = agents::RunEnd { exit, ended_at, then };
+        Command::RunEnded { agent, run, exit, detail, ended_at, new, then } => {
+            let end = agents::RunEnd { exit, detail, ended_at, then };
             Ok(agents::run_ended(project, agent, run, end, new, now))
         }
         Command::RunLost { agent, run, detail, then } => Ok(agents::run_lost(project, agent, run, detail, then, now)),
@@ -62,15 +64,18 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::FlashSave { results } => reports::flash_save(project, results),
         Command::PinContext { id, pinned } => Ok(Decision::events(vec![Event::ContextPinned { id, pinned }])),
         Command::RecallContext { ids } => Ok(Decision::events(vec![Event::ContextRecalled { ids }])),
-        Command::Pause { operation, reason, mode, grace_ms } => {
-            pause::begin(project, operation, reason, mode, grace_ms)
+        Command::Withhold { cause, reason, because } => {
+            Ok(Decision::events(vec![Event::PauseWithheld { cause, reason, because }]))
+        }
+        Command::Pause { operation, cause, reason, mode, grace_ms } => {
+            pause::begin(project, operation, pause::Wanted { cause, reason, mode, grace_ms })
         }
         Command::PauseStepped { operation, step, took_ms, outcome } => {
             Ok(pause::stepped(project, operation, step, took_ms, outcome, now))
         }
         Command::Undone { operation } => Ok(pause::undone(project, operation)),
         Command::Cancel { operation } => pause::cancel(project, operation),
-        Command::Resume { operation, respawn } => resume::begin(project, operation, respawn),
+        Command::Resume { operation, respawn, over_budget } => resume::begin(project, operation, respawn, over_budget),
         Command::Resumed { operation, agents, steps_ms, warnings } => {
             Ok(resume::done(project, operation, agents, steps_ms, warnings, now))
         }

@@ -166,6 +166,7 @@ impl Model {
             agent,
             run,
             exit: ExitStatus::Code(code),
+            detail: None,
             ended_at: UnixMillis(self.clock),
             new,
             then: AfterEnd::ByPolicy,
@@ -305,7 +306,7 @@ impl Model {
             Effect::ForgetPlan { operation } => {
                 self.plans.remove(&operation);
             }
-            Effect::Forget { .. } => {}
+            Effect::Forget { .. } | Effect::PauseForBudget {} => {}
         }
     }
 
@@ -333,7 +334,9 @@ impl Model {
             let Some(run) = agent.run.as_ref() else { continue };
             let seen = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
                 (Some(_), _) => Observed::Alive(processes()),
-                (None, Some(code)) => Observed::Ended { exit: ExitStatus::Code(*code), at: UnixMillis(self.clock) },
+                (None, Some(code)) => {
+                    Observed::Ended { exit: ExitStatus::Code(*code), detail: None, at: UnixMillis(self.clock) }
+                }
                 (None, None) => Observed::Lost { detail: "gone".into() },
             };
             observed.insert(agent.name.clone(), seen);

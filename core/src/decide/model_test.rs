@@ -4,7 +4,7 @@
 use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::{Progress, Usage};
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::pause::PauseMode;
+use fermata_protocol::pause::{PauseCause, PauseMode};
 use proptest::prelude::*;
 
 use super::model::*;
@@ -101,12 +101,13 @@ impl Model {
             }
             Move::Pause(mode) => {
                 let operation = self.operation();
-                self.tell(Command::Pause { operation, reason: None, mode, grace_ms: None }).is_err()
+                let cause = PauseCause::default();
+                self.tell(Command::Pause { operation, cause, reason: None, mode, grace_ms: None }).is_err()
             }
             Move::Resume { stale } => {
                 let operation = self.operation();
                 let respawn = self.respawns(stale);
-                self.tell(Command::Resume { operation, respawn }).is_err()
+                self.tell(Command::Resume { operation, respawn, over_budget: false }).is_err()
             }
             Move::Checkpoint => {
                 let operation = self.operation();

@@ -2,7 +2,7 @@
 
 use fermata_protocol::event::Event;
 use fermata_protocol::operation::OperationKind;
-use fermata_protocol::pause::{PauseMode, PauseResult};
+use fermata_protocol::pause::{PauseCause, PauseMode, PauseResult};
 use fermata_protocol::{AgentName, Code, ErrorObject, OperationId, Refusal, UnixMillis};
 
 use super::refuse_while_moving;
@@ -12,13 +12,16 @@ use crate::command::{Decision, Effect, Sealed, StepReport};
 use crate::context::reduction_percentage;
 use crate::project::{Course, PauseRun, PauseStep, Project, ProjectState, Resting};
 
-pub(super) fn begin(
-    project: &Project,
-    operation: OperationId,
-    reason: Option<String>,
-    mode: PauseMode,
-    grace_ms: Option<u64>,
-) -> Result<Decision, Refusal> {
+/// The pause that is wanted.
+pub(super) struct Wanted {
+    pub(super) cause: PauseCause,
+    pub(super) reason: Option<String>,
+    pub(super) mode: PauseMode,
+    pub(super) grace_ms: Option<u64>,
+}
+
+pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -> Result<Decision, Refusal> {
+    let Wanted { cause, reason, mode, grace_ms } = wanted;
     if let ProjectState::Paused(paused) = &*project.state {
         return Err(Refusal::new(
             Code::AlreadyPaused,
@@ -55,6 +58,7 @@ pub(super) fn begin(
         operation: operation.clone(),
         checkpoint: project.counters.checkpoint + 1,
         mode,
+        cause,
         reason,
         grace_ms,
     };
@@ -116,6 +120,7 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
         warm_items_retained: saved.warm_items_retained,
         paused_at: now,
         mode: run.mode,
+        cause: run.cause,
         mechanism: sealed.mechanism,
         processes: sealed.processes,
         frozen_ms: sealed.frozen_ms,

@@ -87,9 +87,16 @@ fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>, n
         Some(Observed::Ended { .. } | Observed::Lost { .. }) if parking => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Ended { exit, at }) => {
-            let mut events = vec![Event::AgentExited { agent: agent_name, run: run_id, exit: *exit, ended_at: *at }];
-            events.extend(agents::after_exit(agent, *exit, now));
+        Some(Observed::Ended { exit, detail, at }) => {
+            let (exit, detail) = (*exit, detail.clone());
+            let mut events = vec![Event::AgentExited {
+                agent: agent_name,
+                run: run_id,
+                exit,
+                detail: detail.clone(),
+                ended_at: *at,
+            }];
+            events.extend(agents::after_exit(agent, exit, detail, now));
             events
         }
         // A held agent whose processes are gone with the machine is brought back by the resume,

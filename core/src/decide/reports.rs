@@ -9,8 +9,9 @@ use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 
 use super::{agent, phase_change};
-use crate::command::Decision;
-use crate::project::Project;
+use crate::budget;
+use crate::command::{Decision, Effect};
+use crate::project::{Project, ProjectState, Resting};
 
 /// The longest title of a task, text of a question or of a progress report, in bytes.
 pub const MAX_TEXT_BYTES: usize = 16 << 10;
@@ -62,7 +63,14 @@ pub(super) fn progress(
 
 pub(super) fn usage(project: &Project, name: AgentName, usage: Usage) -> Result<Decision, Refusal> {
     agent(project, &name)?;
-    Ok(Decision::events(vec![Event::AgentUsed { agent: name, usage }]))
+    let event = Event::AgentUsed { agent: name, usage };
+    let mut after = project.clone();
+    // The time of a report of usage is in no rule.
+    crate::apply(&mut after, &event, UnixMillis(0));
+    let active = *project.state == ProjectState::Resting(Resting::Active);
+    let due = active && budget::reached(&after).is_some();
+    let decision = Decision::events(vec![event]);
+    Ok(if due { decision.then(Effect::PauseForBudget {}) } else { decision })
 }
 
 pub(super) fn save_state(project: &Project, name: AgentName, bytes: u64) -> Result<Decision, Refusal> {

@@ -9,6 +9,7 @@ use fermata_protocol::{AgentName, Code, OperationId, Refusal, UnixMillis};
 use super::refuse_while_moving;
 use crate::agent::{Agent, AgentState, Held};
 use crate::apply::parks;
+use crate::budget::refuse_over_budget;
 use crate::command::{AgentRun, Decision, Effect, Respawn};
 use crate::project::{Paused, Project, ProjectState, ResumeRun};
 
@@ -16,6 +17,7 @@ pub(super) fn begin(
     project: &Project,
     operation: OperationId,
     respawn: BTreeMap<AgentName, Respawn>,
+    over_budget: bool,
 ) -> Result<Decision, Refusal> {
     let ProjectState::Paused(paused) = &*project.state else {
         refuse_while_moving(project)?;
@@ -26,6 +28,9 @@ pub(super) fn begin(
     };
     // A checkpoint beside it reads the workspace, which the agents are about to change.
     refuse_while_moving(project)?;
+    if !over_budget {
+        refuse_over_budget(project)?;
+    }
     // Prepared from an earlier look at the project: an agent may have been parked since.
     let unprepared = |agent: &Agent| match agent.state {
         AgentState::Held(held) => !respawn.contains_key(&agent.name) && (held == Held::Parked || parks(paused.mode)),
@@ -38,7 +43,7 @@ pub(super) fn begin(
         )
         .hint("try again"));
     }
-    let mut events = vec![Event::ResumeStarted { operation: operation.clone() }];
+    let mut events = vec![Event::ResumeStarted { operation: operation.clone(), over_budget }];
     let effect = bring_back(project, &operation, paused, Prepared { respawn, unstarted: &[] }, &mut events);
     Ok(Decision::events(events).then(effect))
 }

@@ -32,6 +32,8 @@ pub struct ConfigArgs {
     /// At how many percent of the token limit a flash save is due.
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
     pub flash_save_at: Option<u8>,
+    #[command(flatten)]
+    pub budget: super::resources::BudgetArgs,
 }
 
 /// `project …`

@@ -1,6 +1,7 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
 pub mod groups;
+pub mod resources;
 pub mod values;
 
 use std::ffi::OsString;
@@ -107,6 +108,9 @@ pub enum Command {
         /// Restore this checkpoint of the project first.
         #[arg(long, value_name = "N")]
         checkpoint: Option<CheckpointNumber>,
+        /// Let it go on although a budget is reached; that budget then bounds nothing until it is set anew.
+        #[arg(long)]
+        over_budget: bool,
     },
     /// Stop agents: SIGTERM, grace, SIGKILL to the whole tree.
     Stop {
@@ -242,6 +246,10 @@ pub struct RunArgs {
     pub stop_grace: Option<Duration>,
     #[command(flatten)]
     pub hooks: HookArgs,
+    #[command(flatten)]
+    pub resources: resources::ResourceArgs,
+    #[command(flatten)]
+    pub budget: resources::BudgetArgs,
     /// Give the agent a terminal, as large as this one (24 x 80 where there is none).
     #[arg(long, short)]
     pub tty: bool,

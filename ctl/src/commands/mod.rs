@@ -61,7 +61,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
         Command::Pause(args) => pause::pause(session, args),
-        Command::Resume { target, checkpoint } => pause::resume(session, target, checkpoint),
+        Command::Resume { target, checkpoint, over_budget } => pause::resume(session, target, checkpoint, over_budget),
         Command::Stop { target, grace } => agents::stop(session, target, grace),
         Command::Restart { target } => agents::restart(session, &target),
         Command::Kill { target, signal } => agents::kill(session, target, signal),

@@ -62,17 +62,20 @@ pub fn steps_text(steps: &BTreeMap<String, f64>) -> String {
 }
 
 /// Runs `resume`; exit code 1 when an agent could not be brought back.
-pub fn resume(session: &mut Session, target: Target, checkpoint: Option<CheckpointNumber>) -> Ended {
+pub fn resume(session: &mut Session, target: Target, checkpoint: Option<CheckpointNumber>, over_budget: bool) -> Ended {
     if target.agent.is_some() {
         if checkpoint.is_some() {
             return Err(Failure::usage("--checkpoint restores a whole project, and one agent is named")
                 .hint(format!("fermatactl checkpoint restore {} N", target.project)));
         }
+        if over_budget {
+            return Err(Failure::usage("--over-budget lets a whole project go on, and one agent is named"));
+        }
         return bring_back(session, target);
     }
     let project = target.project;
     let label = format!("resume {project}");
-    let params = ProjectResume { project, checkpoint };
+    let params = ProjectResume { project, checkpoint, over_budget };
     let result = session.call_long(&label, &params)?;
     let id = Some(result.operation_id.to_string());
     session.out.one(&result, id, resumed)?;

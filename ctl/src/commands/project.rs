@@ -79,6 +79,7 @@ impl ConfigArgs {
             && self.max_file_size.is_none()
             && self.token_limit.is_none()
             && self.flash_save_at.is_none()
+            && self.budget.is_empty()
     }
 }
 
@@ -107,6 +108,7 @@ fn changed(mut config: ProjectConfig, args: ConfigArgs) -> Option<ProjectConfig>
     if let Some(percent) = args.flash_save_at {
         config.flash_save_at_percent = percent;
     }
+    config.budget = args.budget.over(config.budget);
     Some(config)
 }
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fermata_protocol::agent::{AgentRun, AgentView, ResourceLimit};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::project::ProjectShow;
 use fermata_protocol::supervision::{Hook, Supervision, TerminalSize};
 use fermata_protocol::{Code, ProjectName};
@@ -92,6 +93,8 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
             pre_start: hook("--pre-start", args.hooks.pre_start, args.hooks.pre_start_timeout)?,
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
             terminal: args.tty.then(terminal_size),
+            resources: args.resources.into(),
+            budget: args.budget.over(Budget::default()),
             ..Supervision::default()
         }),
     };

@@ -3,13 +3,14 @@
 use std::io;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::agent::{AgentList, AgentView};
+use fermata_protocol::agent::{AgentList, AgentView, Usage};
+use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
 use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;
 
 use super::{Ended, target_of};
-use crate::output::time::{bytes, duration, number, until};
+use crate::output::time::{bytes, duration, now, number, until};
 use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
 use crate::session::Session;
 
@@ -17,12 +18,23 @@ use crate::session::Session;
 pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {
     let agents = session.call(&AgentList { project })?.agents;
     session.out.rows(&agents, "no agents", target_of, agent_table)?;
+    note_old_samples(session, &agents);
     Ok(0)
+}
+
+/// Says how old the samples of what agents use are, where they are not of now.
+fn note_old_samples(session: &Session, agents: &[AgentView]) {
+    const OLD_MS: i64 = 10_000;
+    let oldest = agents.iter().filter_map(|agent| Some(agent.load?.sampled_at)).min();
+    if let Some(oldest) = oldest.filter(|at| session.out.is_human() && now().since(*at) > OLD_MS) {
+        note(&format!("CPU and memory were sampled {}; newer samples are being taken", session.out.ago(oldest)));
+    }
 }
 
 /// The table of agents.
 pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
-    let mut table = Table::new(&["AGENT", "STATUS", ">PID", "SINCE", "PROGRESS", ">TOKENS", "COMMAND"]);
+    let headings = ["AGENT", "STATUS", ">PID", "SINCE", ">CPU", ">MEM", ">PROCS", "PROGRESS", ">TOKENS", "COMMAND"];
+    let mut table = Table::new(&headings);
     for agent in agents {
         let tokens = agent.usage.input_tokens + agent.usage.output_tokens;
         table.row([
@@ -30,6 +42,9 @@ pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
             status_cell(out, agent),
             agent.pid.map(|pid| pid.to_string()).unwrap_or_default().into(),
             since(out, agent).into(),
+            agent.load.and_then(|load| load.cpu_percent).map(|cpu| format!("{cpu:.0}%")).unwrap_or_default().into(),
+            agent.load.map(|load| bytes(load.memory_bytes)).unwrap_or_default().into(),
+            agent.load.map(|load| load.processes.to_string()).unwrap_or_default().into(),
             progress(agent).into(),
             if tokens == 0 { String::new() } else { number(tokens) }.into(),
             Cell::painted(agent.argv.join(" "), Paint::Dim),
@@ -155,6 +170,16 @@ pub fn show(session: &mut Session, project: ProjectName) -> Ended {
     Ok(0)
 }
 
+/// What was spent of a budget.
+fn budget(budget: &Budget, spent: &Usage) -> Option<String> {
+    let dollars = |micro: u64| format!("${:.2}", micro as f64 / 1e6);
+    let tokens = budget.tokens.map(|bound| format!("{} of {} tokens", number(spent.tokens()), number(bound)));
+    let cost = budget.cost_micro_usd.map(|bound| format!("{} of {}", dollars(spent.cost_micro_usd), dollars(bound)));
+    let waived = budget.waived.then(|| "waived until it is set anew".to_owned());
+    let parts: Vec<String> = tokens.into_iter().chain(cost).chain(waived).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
+}
+
 fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()> {
     let project = &detail.project;
     let described = Some(&project.description).filter(|d| !d.is_empty());
@@ -172,6 +197,8 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
             pause.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default()
         )
     });
+    let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
+    let budget = budget(&detail.config.budget, &project.usage);
     let restored = project.pause.as_ref().and_then(|pause| pause.restored);
     let operation = detail.operation.as_ref().map(|op| {
         let step = op.step.as_deref().unwrap_or("");
@@ -195,6 +222,8 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .add("workspace", &project.workspace)
         .maybe("source", source)
         .maybe("paused", pause)
+        .maybe("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
+        .maybe("budget", budget)
         .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
         .add("created", out.ago(project.created_at))
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))

@@ -1,10 +1,10 @@
 //! Control groups, version 2: freezing, thawing and killing a whole tree in one write.
 //!
-//! `cgroup.freeze` and `cgroup.kill` need no controller, so none is ever enabled here: controllers
-//! enabled below a service's own unit would break its restart.
+//! `cgroup.freeze` and `cgroup.kill` need no controller, so none is ever enabled here; what trees may
+//! use, and why that is another matter, is in `controllers`.
 //!
 //! ```text
-//! <mount>/<own group or fermata or a given parent>/fermata-<agent>     the agent and all it starts
+//! <mount>/<own group or fermata or a given parent>/fermata-<run>       the agent and all it starts
 //! ```
 
 use std::collections::HashSet;
@@ -65,6 +65,10 @@ fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
     move |source| CgroupError::Io { step, path, source }
 }
 
+/// The name of the daemon's own group where the group around it belongs to Fermata too: the daemon
+/// is then in nobody's way when controllers are enabled (systemd's `DelegateSubgroup=`).
+pub const DAEMON_GROUP: &str = "fermata-daemon";
+
 /// Where cgroup v2 is mounted, and where this process is in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hierarchy {
@@ -106,10 +110,29 @@ impl Hierarchy {
         })
     }
 
-    /// Where agents' groups go when nobody says otherwise: below the own group, or in a folder of
-    /// their own when the daemon runs in the root group.
+    /// Where agents' groups go when nobody says otherwise: below the own group, in a folder of
+    /// their own when the daemon runs in the root group, or beside the own group when that has the
+    /// name that says that the group around it is Fermata's ([`DAEMON_GROUP`]).
     pub fn default_parent(&self) -> PathBuf {
-        if self.own == self.mount { self.mount.join("fermata") } else { self.own.clone() }
+        match self.own.parent() {
+            _ if self.own == self.mount => self.mount.join("fermata"),
+            Some(around) if self.own.file_name().is_some_and(|name| name == DAEMON_GROUP) => around.to_path_buf(),
+            _ => self.own.clone(),
+        }
+    }
+
+    /// Returns the group below which agents' groups go, and makes it where it is missing.
+    pub fn parent_group(given: Option<&Path>) -> Result<PathBuf, CgroupError> {
+        let parent = match given {
+            Some(given) => given.to_path_buf(),
+            None => Self::find()?.default_parent(),
+        };
+        // After a reboot the group that somebody has configured is gone. Not elsewhere: a folder in
+        // a place that holds no groups is nobody's wish.
+        if parent.parent().is_some_and(|around| around.join("cgroup.procs").exists()) {
+            make_dir(&parent)?;
+        }
+        Ok(parent)
     }
 }
 
@@ -178,15 +201,7 @@ impl Group {
         if !single || name.starts_with('.') {
             return Err(CgroupError::BadPath { path: name.into() });
         }
-        let parent = match parent {
-            Some(parent) => parent.to_path_buf(),
-            None => {
-                let parent = Hierarchy::find()?.default_parent();
-                make_dir(&parent)?;
-                parent
-            }
-        };
-        let path = parent.join(name);
+        let path = Hierarchy::parent_group(parent)?.join(name);
         make_dir(&path)?;
         let group = Self { path };
         if group.populated().unwrap_or(false) {
@@ -207,6 +222,11 @@ impl Group {
         let events = path.join("cgroup.events");
         fs::metadata(&events).map_err(failed("find", &events))?;
         Ok(Self { path: path.to_path_buf() })
+    }
+
+    /// Uses a group that holds others.
+    pub(super) fn open_parent(path: &Path) -> Self {
+        Self { path: path.to_path_buf() }
     }
 
     /// Its directory.
@@ -301,7 +321,7 @@ impl Group {
         }
     }
 
-    fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
+    pub(super) fn write(&self, file: &str, value: &str) -> Result<(), CgroupError> {
         let path = self.path.join(file);
         open_for_write(&path).and_then(|mut file| file.write_all(value.as_bytes())).map_err(failed("write", &path))
     }
@@ -432,6 +452,9 @@ mod tests {
         let unified = b"30 23 0:27 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n";
         let found = Hierarchy::parse(unified, b"0::/user.slice/u.service\n").unwrap();
         assert_eq!(found.default_parent(), Path::new("/sys/fs/cgroup/user.slice/u.service"));
+
+        let found = Hierarchy::parse(unified, b"0::/system.slice/fermatad.service/fermata-daemon\n").unwrap();
+        assert_eq!(found.default_parent(), Path::new("/sys/fs/cgroup/system.slice/fermatad.service"));
 
         let part = b"30 23 0:27 /box /mnt/my\\040groups rw - cgroup2 cgroup2 rw\n";
         let found = Hierarchy::parse(part, b"0::/box/a\n").unwrap();

@@ -5,15 +5,18 @@
 
 pub mod cgroup;
 pub mod clock;
+pub mod controllers;
 pub mod fsync;
 pub mod limits;
 pub mod lock;
 pub mod memory;
 pub mod peer;
 pub mod prelude;
+pub mod pressure;
 pub mod process;
 pub mod pty;
 pub mod signals;
 pub mod socket_child;
 pub mod spawn;
 pub mod tree;
+pub mod usage;

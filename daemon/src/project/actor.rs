@@ -146,6 +146,16 @@ impl Actor {
         }
     }
 
+    /// Returns how others reach this actor.
+    pub(super) fn handle(&self) -> ProjectHandle {
+        ProjectHandle {
+            mailbox: self.mailbox.clone(),
+            state: self.published.subscribe(),
+            history: self.history.clone(),
+            services: Arc::clone(&self.services),
+        }
+    }
+
     /// Watches the shim of a run.
     pub(super) fn watch(
         &mut self,

@@ -46,6 +46,9 @@ impl Actor {
             Effect::Launch { agent, run, comes_back } => self.launch(agent, run, comes_back),
             Effect::Stop { agent, run, grace_ms } => self.stop(&agent, &run, Some(grace_ms)),
             Effect::Kill { agent, run } => self.stop(&agent, &run, None),
+            Effect::PauseForBudget {} => {
+                self.services.tracker.spawn(super::automatic::pause_for_budget(self.handle()));
+            }
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
             Effect::Undo { operation, checkpoint, runs } => self.undo(operation, checkpoint, runs),
             Effect::Hold { runs } => {

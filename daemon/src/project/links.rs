@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
 use crate::errors::chain;
+use crate::os::controllers::OutOfMemory;
 use crate::os::process;
 use crate::shim::link::{ShimLink, end_lost_tree, read_exit, read_run};
 use crate::shim::record::{ExitRecord, abandon, read_cut_short};
@@ -114,6 +115,7 @@ impl Watcher {
             agent: self.agent.clone(),
             run: self.run.clone(),
             exit: exit_status(record),
+            detail: exit_detail(record),
             ended_at: UnixMillis(record.ended_at_ms),
             new,
             then: AfterEnd::ByPolicy,
@@ -165,8 +167,8 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
         Ok(Some(record)) => {
             let (new, token) = new_run();
             let ended_at = UnixMillis(record.ended_at_ms);
-            let (exit, then) = (exit_status(&record), AfterEnd::ByPolicy);
-            let command = Command::RunEnded { agent, run, exit, ended_at, new, then };
+            let (exit, detail, then) = (exit_status(&record), exit_detail(&record), AfterEnd::ByPolicy);
+            let command = Command::RunEnded { agent, run, exit, detail, ended_at, new, then };
             Outcome { tokens: vec![token], ..command.into() }
         }
         Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
@@ -196,6 +198,21 @@ pub fn exit_status(record: &ExitRecord) -> ExitStatus {
     }
 }
 
+/// What a recorded exit says beyond the exit status.
+fn exit_detail(record: &ExitRecord) -> Option<String> {
+    let OutOfMemory { killed, at_limit } = record.out_of_memory;
+    match (killed, at_limit) {
+        (0, _) => None,
+        (_, 0) => Some("killed because the machine was out of memory".to_owned()),
+        _ => Some("killed for exceeding memory.max".to_owned()),
+    }
+}
+
+fn ended(record: &ExitRecord) -> Observed {
+    let at = UnixMillis(record.ended_at_ms);
+    Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }
+}
+
 /// What a new daemon found of a run, with the link when it is alive.
 pub struct Found {
     /// What recovery is told.
@@ -208,7 +225,7 @@ pub struct Found {
 pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     let lost = |detail: &str| Found { observed: Observed::Lost { detail: detail.to_owned() }, link: None };
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
+        let observed = ended(&record);
         return Found { observed, link: None };
     }
     let mut record = read_run(&run_dir);
@@ -223,13 +240,10 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
         Ok(None) => return lost("the daemon ended while it was being started"),
         Err(error) => return lost(&format!("its record cannot be read: {}", chain(&error))),
     };
-    let ended = |record: ExitRecord| {
-        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
-        Found { observed, link: None }
-    };
+    let found = |record: &ExitRecord| Found { observed: ended(record), link: None };
     if run.boot_id != boot_id {
         return match read_cut_short(&run_dir) {
-            Ok(Some(record)) => ended(record),
+            Ok(Some(record)) => found(&record),
             _ => lost("the machine was restarted"),
         };
     }
@@ -243,12 +257,11 @@ pub async fn observe(run_dir: PathBuf, boot_id: &str) -> Found {
     }
     // It may have ended between the two looks.
     if let Ok(Some(record)) = read_exit(&run_dir) {
-        let observed = Observed::Ended { exit: exit_status(&record), at: UnixMillis(record.ended_at_ms) };
-        return Found { observed, link: None };
+        return found(&record);
     }
     let detail = end_lost(run_dir.clone(), boot_id.to_owned()).await;
     match read_cut_short(&run_dir) {
-        Ok(Some(record)) => ended(record),
+        Ok(Some(record)) => found(&record),
         _ => lost(&detail),
     }
 }

@@ -10,6 +10,7 @@
 //! once whatever the actor is doing.
 
 mod actor;
+pub mod automatic;
 mod conclude;
 mod effects;
 mod follow_up;
@@ -17,6 +18,7 @@ mod handle;
 mod ids;
 mod links;
 mod registry;
+mod subjects;
 
 pub use actor::{Actor, Adopted};
 pub use follow_up::start;
@@ -24,3 +26,4 @@ pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{exit_status, observe};
 pub use registry::Projects;
+pub use subjects::subjects;

@@ -385,15 +385,18 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
         MechanismChoice::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
         MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
     };
+    set_tree_limits(spec, &freezer)?;
     let run = |procs: Option<&File>| {
         program.spawn(stdin.as_fd(), agent_stdout.as_fd(), agent_stderr.as_fd(), procs, before.as_ref())
     };
+    let limited = !spec.tree_limits.is_empty();
     let spawned = match member_file(&mut freezer) {
+        None if limited => return Err(unlimited(&freezer)),
         None => run(None),
         Some(procs) => match run(Some(&procs)) {
             // For instance a delegated subtree that may not be entered from here: only the
             // migration itself shows it. The agent is worth more than its group.
-            Err(error) if error.stage == Stage::Cgroup => {
+            Err(error) if error.stage == Stage::Cgroup && !limited => {
                 give_up_group(&mut freezer, &error);
                 run(None)
             }
@@ -411,6 +414,28 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
             Err(explain(spec, &error))
         }
     }
+}
+
+/// Limits the group before anybody is in it.
+fn set_tree_limits(spec: &LaunchSpec, freezer: &Freezer) -> Result<(), Failure> {
+    match freezer {
+        _ if spec.tree_limits.is_empty() => Ok(()),
+        Freezer::Signals { .. } => Err(unlimited(freezer)),
+        Freezer::Cgroup(group) => spec.tree_limits.set(group).map_err(|error| {
+            // An empty group that stays behind does no harm.
+            group.remove(Duration::from_millis(100)).ok();
+            Failure::new(LaunchCode::LimitRefused, &error)
+        }),
+    }
+}
+
+/// An agent that was to be limited does not run without its limits.
+fn unlimited(freezer: &Freezer) -> Failure {
+    let why = match freezer {
+        Freezer::Signals { why } => why.as_str(),
+        Freezer::Cgroup(_) => "its control group cannot be used",
+    };
+    Failure { code: LaunchCode::LimitRefused, message: format!("its resources cannot be limited: {why}") }
 }
 
 fn member_file(freezer: &mut Freezer) -> Option<File> {

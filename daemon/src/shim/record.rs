@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::raw;
 use super::spec::files;
+use crate::os::controllers::OutOfMemory;
 use crate::os::process::ProcessId;
 
 /// How a tree is frozen.
@@ -69,6 +70,9 @@ pub struct ExitRecord {
     /// What went wrong with the command after its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_stop_failure: Option<String>,
+    /// What the kernel has done to the tree for want of memory.
+    #[serde(default)]
+    pub out_of_memory: OutOfMemory,
 }
 
 /// Why a record could not be read.

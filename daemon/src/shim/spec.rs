@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use fermata_protocol::supervision::TerminalSize;
 
 use super::raw::{self, Raw};
+use crate::os::controllers::TreeLimits;
 use crate::os::limits::Limit;
 
 /// The version of [`LaunchSpec`]; a shim refuses any other.
@@ -125,6 +126,9 @@ pub struct LaunchSpec {
     /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<TerminalSize>,
+    /// What the whole tree may use; with any limit it is a control group or nothing.
+    #[serde(default)]
+    pub tree_limits: TreeLimits,
     /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,

@@ -34,6 +34,7 @@ use super::spec::LaunchSpec;
 use super::terminal::Terminal;
 use super::wire::{FromShim, ShimEvent};
 use crate::os::clock;
+use crate::os::controllers::OutOfMemory;
 use crate::os::fsync::Reserve;
 use crate::os::prelude::Prelude;
 use crate::os::process::{self, Change, ProcessId};
@@ -406,6 +407,7 @@ impl Supervisor {
                     }
                     // A slow disk can have taken up the time: nothing of the agent's stays behind.
                     self.drain_output();
+                    let out_of_memory = self.hold.group().map(OutOfMemory::of).unwrap_or_default();
                     let record = ExitRecord {
                         run_id: self.spec.run_id.clone(),
                         code: end.code,
@@ -416,6 +418,7 @@ impl Supervisor {
                         log_bytes_lost: self.log.lost(),
                         start_failure: self.start_failure.take(),
                         post_stop_failure: None,
+                        out_of_memory,
                     };
                     self.after(record, now)
                 }

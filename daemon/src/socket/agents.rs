@@ -19,11 +19,12 @@ use serde_json::{Value, json};
 
 use super::attach::check_size;
 use super::dispatch::wire;
+use super::loads;
 use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
 use crate::services;
-use crate::steps::blocking;
+use crate::steps::{blocking, limits};
 use crate::store::commit::Write;
 use crate::store::idempotency::{self, Keyed};
 use crate::store::{Connection, Durability};
@@ -36,6 +37,7 @@ const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
 pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Keyed>) -> Result<Value, Failure> {
     check(&params)?;
+    limits::prepare(projects.services(), &params.supervision.resources).await?;
     let handle = match projects.get(&params.project) {
         Ok(handle) => handle,
         Err(missing) => {
@@ -228,16 +230,17 @@ pub(super) fn shutting_down() -> Failure {
     Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
 }
 
-pub(super) fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
+pub(super) async fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
     let handles = match only {
         Some(name) => vec![projects.get(name)?],
         None => projects.all(),
     };
-    let agents = handles.iter().flat_map(|handle| {
-        let project = handle.look();
-        project.agents.values().map(|agent| shown(&project, agent)).collect::<Vec<_>>()
-    });
-    wire(&AgentListResult { agents: agents.collect() })
+    let found: Vec<_> = handles.iter().map(ProjectHandle::look).collect();
+    let found: Vec<&Project> = found.iter().map(|project| &**project).collect();
+    let views = found.iter().flat_map(|project| project.agents.values().map(|agent| shown(project, agent)));
+    let mut agents: Vec<AgentView> = views.collect();
+    loads::fill(projects.services(), &found, &mut agents).await;
+    wire(&AgentListResult { agents })
 }
 
 /// The agents that a command aims at and that have not ended.

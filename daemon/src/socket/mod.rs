@@ -16,6 +16,7 @@ mod context;
 mod dispatch;
 mod events;
 pub mod listener;
+mod loads;
 mod logs;
 mod operations;
 mod plugins;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use fermata_core::budget::refuse_over_budget;
 use fermata_core::command::{Command, Respawn};
 use fermata_core::project::ProjectState;
 use fermata_core::{Project, view};
@@ -12,7 +13,7 @@ use fermata_protocol::checkpoint::{
     Trigger,
 };
 use fermata_protocol::operation::{OperationList, OperationListResult, OperationView};
-use fermata_protocol::pause::{ProjectPause, ProjectResume};
+use fermata_protocol::pause::{PauseCause, ProjectPause, ProjectResume};
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
 use serde_json::{Value, json};
@@ -64,7 +65,8 @@ pub(super) async fn pause(
     let handle = connection.daemon.projects.get(&params.project)?;
     let operation = new_operation();
     let ProjectPause { reason, mode, grace_ms, .. } = params;
-    let command = Command::Pause { operation: operation.clone(), reason, mode, grace_ms };
+    let cause = if connection.peer().agent.is_some() { PauseCause::Agent } else { PauseCause::Person };
+    let command = Command::Pause { operation: operation.clone(), cause, reason, mode, grace_ms };
     // An agent that asks for its own pause is frozen before the answer could reach it, unless the
     // pause is refused; the connection is then still there.
     watched(connection, &handle, begin(command, operation, keyed)).await
@@ -76,6 +78,10 @@ pub(super) async fn resume(
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
     let handle = connection.daemon.projects.get(&params.project)?;
+    if !params.over_budget {
+        // Before anything is restored for a resume that would then be refused.
+        refuse_over_budget(&handle.look())?;
+    }
     if let Some(number) = params.checkpoint {
         if !matches!(&*handle.look().state, ProjectState::Paused(_)) {
             return Err(not_paused(&handle.look()));
@@ -84,7 +90,7 @@ pub(super) async fn resume(
     }
     let operation = new_operation();
     let (respawn, tokens) = respawns(&handle).await?;
-    let command = Command::Resume { operation: operation.clone(), respawn };
+    let command = Command::Resume { operation: operation.clone(), respawn, over_budget: params.over_budget };
     watched(connection, &handle, Begin { tokens, ..begin(command, operation, keyed) }).await
 }
 
@@ -95,7 +101,7 @@ pub(super) async fn resume(
 pub async fn resume_quietly(handle: &ProjectHandle) -> Result<Value, Failure> {
     let operation = new_operation();
     let (respawn, tokens) = respawns(handle).await?;
-    let command = Command::Resume { operation: operation.clone(), respawn };
+    let command = Command::Resume { operation: operation.clone(), respawn, over_budget: false };
     handle.begin(Begin { tokens, ..begin(command, operation, None) }).await
 }
 

@@ -7,6 +7,7 @@ use fermata_protocol::project::{ProjectCreate, ProjectDetail, ProjectListResult,
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
+use super::loads;
 use crate::errors::Failure;
 use crate::project::{Projects, Tell};
 use crate::services::now;
@@ -49,10 +50,12 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
         })
         .await
         .map_err(|e| Failure::fault("read the project", &e))?;
+    let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent, now())).collect();
+    loads::fill(projects.services(), &[&project], &mut agents).await;
     wire(&ProjectDetail {
         project: view::project(&project, now()),
         config: project.facts.config.clone(),
-        agents: project.agents.values().map(|agent| view::agent(&project, agent, now())).collect(),
+        agents,
         operation: view::operation(&project),
         last_checkpoint: last,
         checkpoints: count,

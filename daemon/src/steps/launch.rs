@@ -12,6 +12,7 @@ use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
+use super::limits::tree_limits;
 use super::{Site, blocking, session};
 use crate::config::Freezer;
 use crate::errors::{Failure, chain};
@@ -49,6 +50,11 @@ pub async fn run(
     comes_back: Option<ComesBack>,
 ) -> Result<Started, String> {
     end_older_runs(site, agent, run).await.map_err(|failure| failure.to_string())?;
+    if let Some(found) = site.project.agents.get(agent) {
+        // Once more: after a reboot nothing is enabled that was enabled when it was run first.
+        let resources = &found.spec.supervision.resources;
+        super::limits::prepare(&site.services, resources).await.map_err(|failure| failure.to_string())?;
+    }
     let spec = spec(site, agent, run, token, comes_back).await.map_err(|failure| failure.to_string())?;
     super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&site.services.programs.shim, &spec).await {
@@ -130,6 +136,7 @@ async fn spec(
             Freezer::Auto => MechanismChoice::Auto,
             Freezer::Signals => MechanismChoice::Signals,
         },
+        tree_limits: agent.map(|agent| tree_limits(&agent.spec.supervision.resources)).unwrap_or_default(),
         terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
         log: LogLimits {
             max_bytes: settings.agents.log_max_bytes,

@@ -16,6 +16,7 @@ pub mod flash_save;
 pub mod freeze;
 pub mod launch;
 pub mod leftovers;
+pub mod limits;
 pub mod quiesce;
 pub mod readiness;
 pub mod restore;

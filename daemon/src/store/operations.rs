@@ -40,7 +40,7 @@ fn project_one(
 ) -> Result<(), StoreError> {
     match event {
         Event::PauseStarted { operation, .. } => begin(connection, project, operation, OperationKind::Pause, at),
-        Event::ResumeStarted { operation } => begin(connection, project, operation, OperationKind::Resume, at),
+        Event::ResumeStarted { operation, .. } => begin(connection, project, operation, OperationKind::Resume, at),
         Event::CheckpointStarted { operation, .. } => {
             begin(connection, project, operation, OperationKind::Checkpoint, at)
         }

@@ -52,6 +52,7 @@ impl Bed {
             cgroup_name: format!("fermata-test-{}-{name}", std::process::id()),
             mechanism,
             terminal: None,
+            tree_limits: Default::default(),
             log: LogLimits::default(),
             stop_grace_ms: 5_000,
             pre_start: None,

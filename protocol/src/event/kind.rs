@@ -46,6 +46,7 @@ impl Event {
             Self::PauseStarted { .. } => "pause.started",
             Self::ProjectPaused { .. } => "project.paused",
             Self::PauseFailed { .. } => "pause.failed",
+            Self::PauseWithheld { .. } => "pause.withheld",
             Self::ResumeStarted { .. } => "resume.started",
             Self::ProjectResumed { .. } => "project.resumed",
             Self::CheckpointStarted { .. } => "checkpoint.started",
@@ -101,6 +102,7 @@ impl Event {
             | Self::PauseStarted { .. }
             | Self::ProjectPaused { .. }
             | Self::PauseFailed { .. }
+            | Self::PauseWithheld { .. }
             | Self::ResumeStarted { .. }
             | Self::ProjectResumed { .. }
             | Self::CheckpointStarted { .. }

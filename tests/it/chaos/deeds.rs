@@ -172,7 +172,9 @@ impl<'a> Hands<'a> {
             Deed::Pause(number, mode) => {
                 self.call(&ProjectPause { project: project(number), reason: None, mode, grace_ms: Some(50) })
             }
-            Deed::Resume(number) => self.call(&ProjectResume { project: project(number), checkpoint: None }),
+            Deed::Resume(number) => {
+                self.call(&ProjectResume { project: project(number), checkpoint: None, over_budget: false })
+            }
             Deed::Stop(member, grace_ms) => {
                 let target = self.will_end(member);
                 self.call(&AgentStop { target, grace_ms: Some(grace_ms) })

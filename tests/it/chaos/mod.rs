@@ -191,7 +191,7 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
 /// Resumes every project, and sees that everybody moves again.
 fn let_everybody_go_on(sandbox: &Sandbox, members: &[Member], books: &Books) {
     for number in 0..PROJECTS {
-        let resume = ProjectResume { project: project(number), checkpoint: None };
+        let resume = ProjectResume { project: project(number), checkpoint: None, over_budget: false };
         if let Err(refusal) = scene::refusal(sandbox.rpc().call(&resume)) {
             assert_eq!(refusal.code, Code::NotPaused, "p{number}: {refusal:?}");
         }

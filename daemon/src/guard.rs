@@ -1,0 +1,173 @@
+//! Looks after memory and disks, where the settings ask for it, and pauses projects before the
+//! machine suffers. What follows from what it sees is `fermata_core::pressure`'s decision.
+//!
+//! Nothing is read while no rule is set. The kernel could wake it by a trigger on its pressure file,
+//! but a look every two seconds costs one read, needs no privilege, and is needed anyway to see the
+//! end of the pressure.
+
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::Project;
+use fermata_core::pressure::{Candidate, Disk, History, Reading, Rules, Verdict, judge};
+use fermata_protocol::pause::{PauseCause, PauseMode};
+use fermata_protocol::project::ProjectStatus;
+
+use crate::config::{OnPressure, PressureSettings, Settings};
+use crate::os::pressure;
+use crate::project::{ProjectHandle, Projects, automatic, subjects};
+use crate::services::{Services, now};
+
+/// How often it looks.
+const PACE: Duration = Duration::from_secs(2);
+
+/// How long a look may take: a workspace may lie on a network drive that has gone away.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Says what of the settings cannot work on this machine.
+pub fn warnings(settings: &Settings) -> Vec<String> {
+    let mut found = Vec::new();
+    if settings.pressure.memory_some_avg10.is_some()
+        && let Err(error) = pressure::memory_some_avg10(settings.agents.cgroup_parent.as_deref())
+    {
+        found.push(format!(
+            "pressure.memory_some_avg10 is set, but memory pressure cannot be read, so that it pauses nothing: \
+             {error} ({}); boot with psi=1",
+            pressure::MACHINE
+        ));
+    }
+    if settings.pressure.memory_some_avg10.is_some() && settings.pressure.memory_mode == OnPressure::Freeze {
+        found.push("pressure.memory_mode is \"freeze\", which frees no memory unless there is swap".into());
+    }
+    found
+}
+
+fn rules(settings: &PressureSettings) -> Rules {
+    let ms = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
+    Rules {
+        memory_some_avg10: settings.memory_some_avg10,
+        disk_free_bytes: settings.disk_free_bytes,
+        settle_ms: ms(settings.settle_ms),
+        apart_ms: ms(settings.apart_ms),
+        max_per_hour: settings.max_per_hour as usize,
+    }
+}
+
+/// Looks until the daemon ends.
+pub async fn watch(projects: Arc<Projects>) {
+    let services = Arc::clone(projects.services());
+    // The daemon may have died between a report of usage and the pause that followed from it.
+    for handle in projects.all() {
+        services.tracker.spawn(automatic::pause_for_budget(handle));
+    }
+    let mut history = History::default();
+    for line in warnings(&services.settings()) {
+        tracing::warn!("{line}");
+    }
+    loop {
+        let rules = rules(&services.settings().pressure);
+        if rules.memory_some_avg10.is_none() && rules.disk_free_bytes.is_none() {
+            history = History::default();
+            services.reloaded.notified().await;
+        } else {
+            look(&projects, &rules, &mut history).await;
+            tokio::select! {
+                () = tokio::time::sleep(PACE) => continue,
+                () = services.reloaded.notified() => {}
+            }
+        }
+        for line in warnings(&services.settings()) {
+            tracing::warn!("{line}");
+        }
+    }
+}
+
+async fn look(projects: &Projects, rules: &Rules, history: &mut History) {
+    let services = projects.services();
+    let active: Vec<ProjectHandle> =
+        projects.all().into_iter().filter(|handle| handle.look().state.status() == ProjectStatus::Active).collect();
+    let found: Vec<Arc<Project>> = active.iter().map(ProjectHandle::look).collect();
+    let places: Vec<PathBuf> = found.iter().map(|project| PathBuf::from(&project.facts.workspace)).collect();
+    let (wanted, parent) = (*rules, services.settings().agents.cgroup_parent.clone());
+    let state = services.paths.state.clone();
+    let reading = tokio::task::spawn_blocking(move || read(&wanted, parent.as_deref(), &state, &places));
+    let Ok(Ok((reading, devices))) = tokio::time::timeout(PATIENCE, reading).await else {
+        tracing::warn!("memory and disks could not be looked at in time");
+        return;
+    };
+    // Their use is looked at only while something presses.
+    let candidates = if reading.presses(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
+    for verdict in judge(rules, &reading, &candidates, history, now()) {
+        if let Some(handle) = active.iter().find(|handle| handle.name() == verdict.project) {
+            carry_out(services, handle, verdict).await;
+        }
+    }
+}
+
+/// The device of each place, the state directory's included.
+struct Devices {
+    state: Option<u64>,
+    by_place: BTreeMap<PathBuf, u64>,
+}
+
+fn read(rules: &Rules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) -> (Reading, Devices) {
+    let memory_some_avg10 = rules.memory_some_avg10.and_then(|_| pressure::memory_some_avg10(parent).ok());
+    let mut devices = Devices { state: None, by_place: BTreeMap::new() };
+    let mut disks: BTreeMap<u64, Disk> = BTreeMap::new();
+    if rules.disk_free_bytes.is_some() {
+        let mut note = |place: &Path| {
+            // A workspace that is gone is the pause's business, not this one's.
+            let device = std::fs::metadata(place).ok()?.dev();
+            if let Entry::Vacant(new) = disks.entry(device) {
+                let stat = nix::sys::statvfs::statvfs(place).ok()?;
+                let free_bytes = stat.blocks_available().saturating_mul(stat.fragment_size());
+                new.insert(Disk { device, path: place.display().to_string(), free_bytes });
+            }
+            Some(device)
+        };
+        devices.state = note(state);
+        for place in places {
+            if let Some(device) = note(place) {
+                devices.by_place.insert(place.clone(), device);
+            }
+        }
+    }
+    (Reading { memory_some_avg10, disks: disks.into_values().collect() }, devices)
+}
+
+async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devices) -> Vec<Candidate> {
+    let all = found.iter().flat_map(|project| subjects(services, project)).collect();
+    let samples = services.loads.look_closely(all).await;
+    let of_project = |project: &Arc<Project>| {
+        let runs = project.agents.values().filter_map(|agent| agent.run.as_ref());
+        let (mut memory_bytes, mut written_bytes) = (0, 0);
+        for load in runs.filter_map(|run| samples.get(&run.id)) {
+            memory_bytes += load.memory_bytes;
+            written_bytes += load.io_written_bytes.unwrap_or(0);
+        }
+        // Logs and checkpoints of every project go to the state directory.
+        let own = devices.by_place.get(Path::new(&project.facts.workspace));
+        let devices: BTreeSet<u64> = own.into_iter().chain(&devices.state).copied().collect();
+        Candidate { project: project.name.clone(), memory_bytes, written_bytes, devices }
+    };
+    found.iter().map(of_project).collect()
+}
+
+async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: Verdict) {
+    let Verdict { cause, reason, withheld, .. } = verdict;
+    if let Some(because) = withheld {
+        return automatic::withhold(handle, cause, &reason, &because).await;
+    }
+    let mode = match (cause, services.settings().pressure.memory_mode) {
+        // Frozen processes keep their memory; only ending them gives it back.
+        (PauseCause::MemoryPressure, OnPressure::Park) => PauseMode::Park,
+        _ => PauseMode::Freeze,
+    };
+    if let Err(failure) = automatic::pause(handle, cause, &reason, mode).await {
+        automatic::withhold(handle, cause, &reason, &format!("the pause failed: {failure}")).await;
+    }
+}
