@@ -157,7 +157,7 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
         if books.was_continued(&project(number)) {
             // Whom a stray SIGCONT has woken in a tree that signals hold is not looked for here: the
             // pause is made anew.
-            let resume = ProjectResume { project: project(number), checkpoint: None };
+            let resume = ProjectResume { project: project(number), checkpoint: None, over_budget: false };
             let resumed = scene::refusal(sandbox.rpc().call(&resume));
             assert!(resumed.is_ok() || resumed.is_err_and(|refusal| refusal.code == Code::NotPaused));
         }
