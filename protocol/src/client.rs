@@ -7,14 +7,17 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 
 use crate::codec::LineBuffer;
 use crate::daemon::{Hello, HelloResult};
-use crate::error::Refusal;
+use crate::error::{ErrorObject, Refusal};
 use crate::method::Method;
-use crate::rpc::{Notification, Response};
+use crate::rpc::Notification;
 
 /// Replies may be longer than requests: a list of many rows is one line.
 const MAX_REPLY_BYTES: usize = 64 << 20;
@@ -97,8 +100,7 @@ impl Client {
         let Value::Object(params) = params else {
             return Err(ClientError::Garbled("parameters are not an object".into()));
         };
-        let value = self.call_raw(M::NAME, params, watch)?;
-        serde_json::from_value(value).map_err(|e| ClientError::Garbled(format!("result of {}: {e}", M::NAME)))
+        self.exchange(M::NAME, params, watch)
     }
 
     /// Calls a method by name.
@@ -109,8 +111,17 @@ impl Client {
         &mut self,
         method: &str,
         params: Map<String, Value>,
-        mut watch: impl FnMut(&Notification),
+        watch: impl FnMut(&Notification),
     ) -> Result<Value, ClientError> {
+        self.exchange(method, params, watch)
+    }
+
+    fn exchange<T: DeserializeOwned>(
+        &mut self,
+        method: &str,
+        params: Map<String, Value>,
+        mut watch: impl FnMut(&Notification),
+    ) -> Result<T, ClientError> {
         let id = self.send(method, &params)?;
         loop {
             match self.read_message()? {
@@ -122,7 +133,7 @@ impl Client {
                     if response.id.as_u64() != Some(id) && !response.id.is_null() {
                         continue;
                     }
-                    return outcome(response);
+                    return outcome(method, response);
                 }
             }
         }
@@ -161,7 +172,7 @@ impl Client {
         Ok(Some(match message {
             Message::Notification(notification) => Incoming::Notification(notification),
             Message::Response(response) => {
-                Incoming::Answer(response.id.as_u64().unwrap_or_default(), outcome(response))
+                Incoming::Answer(response.id.as_u64().unwrap_or_default(), outcome("a request", response))
             }
         }))
     }
@@ -223,11 +234,10 @@ impl Client {
         let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
         let Some(line) = line else { return Ok(None) };
         let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
-        let value: Value = serde_json::from_slice(&line).map_err(garbled)?;
-        if value.get("method").is_some() {
-            serde_json::from_value(value).map(|value| Some(Message::Notification(value))).map_err(garbled)
-        } else {
-            serde_json::from_value(value).map(|value| Some(Message::Response(value))).map_err(garbled)
+        let reply: Reply = serde_json::from_slice(&line).map_err(garbled)?;
+        match reply.method {
+            Some(_) => serde_json::from_slice(&line).map(|value| Some(Message::Notification(value))).map_err(garbled),
+            None => Ok(Some(Message::Response(reply))),
         }
     }
 
@@ -252,11 +262,24 @@ impl AsFd for Client {
     }
 }
 
-fn outcome(response: Response) -> Result<Value, ClientError> {
-    match (response.result, response.error) {
-        (_, Some(error)) => Err(ClientError::Refused(error.into())),
-        (result, None) => Ok(result.unwrap_or(Value::Null)),
+/// Understands a result once, from its text: a list of a thousand agents is too much to be made a tree
+/// of values first.
+fn outcome<T: DeserializeOwned>(method: &str, reply: Reply) -> Result<T, ClientError> {
+    if let Some(error) = reply.error {
+        return Err(ClientError::Refused(error.into()));
     }
+    let result = reply.result.as_deref().map_or("null", RawValue::get);
+    serde_json::from_str(result).map_err(|e| ClientError::Garbled(format!("result of {method}: {e}")))
+}
+
+/// A line of the daemon: the answer to a request, or, with a method, a notification.
+#[derive(Deserialize)]
+struct Reply {
+    method: Option<String>,
+    #[serde(default)]
+    id: Value,
+    result: Option<Box<RawValue>>,
+    error: Option<ErrorObject>,
 }
 
 /// What [`Client::try_receive`] finds.
@@ -269,6 +292,6 @@ pub enum Incoming {
 }
 
 enum Message {
-    Response(Response),
+    Response(Reply),
     Notification(Notification),
 }

@@ -29,6 +29,9 @@ pub enum Format {
     Ids,
 }
 
+/// How much is collected before it is written: a thousand rows in a few writes.
+const OUTPUT_BYTES: usize = 64 << 10;
+
 /// Writes results to stdout.
 #[derive(Debug)]
 pub struct Output {
@@ -60,7 +63,7 @@ impl Output {
             }
         };
         let width = if terminal { terminal_size::terminal_size().map(|(width, _)| usize::from(width.0)) } else { None };
-        Self { format, color, width, now: time::now(), stdout: BufWriter::new(io::stdout()) }
+        Self { format, color, width, now: time::now(), stdout: BufWriter::with_capacity(OUTPUT_BYTES, io::stdout()) }
     }
 
     /// Returns for whom the output is.

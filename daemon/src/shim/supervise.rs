@@ -219,7 +219,7 @@ impl Supervisor {
             }
             self.connections.retain(|connection| !connection.is_dead());
             if let Life::Over { record } = self.life {
-                let event = FromShim::Event(ShimEvent::Exited(record));
+                let event = FromShim::Event(ShimEvent::Exited(Box::new(record)));
                 if let Some(terminal) = &mut self.terminal {
                     terminal.feed_last(&mut self.connections);
                 }

@@ -123,7 +123,7 @@ impl Viewing {
                 Ok(Some(FromShim::Event(event))) => match event {
                     ShimEvent::Screen(size) => return Seen::Screen(size),
                     ShimEvent::Output { data } => return Seen::Output(data),
-                    ShimEvent::Exited(record) => return Seen::Exited(record),
+                    ShimEvent::Exited(record) => return Seen::Exited(*record),
                     // The daemon's own link tells the project.
                     ShimEvent::Stopped { .. }
                     | ShimEvent::Continued {}

@@ -296,7 +296,7 @@ pub struct Frozen {
 #[serde(rename_all = "snake_case")]
 pub enum ShimEvent {
     /// The agent has ended, nothing of its tree is left, and `exit.json` is on disk.
-    Exited(ExitRecord),
+    Exited(Box<ExitRecord>),
     /// Somebody else stopped the main process.
     Stopped {
         /// By which signal.

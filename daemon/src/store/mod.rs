@@ -250,7 +250,7 @@ fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
     if flags.contains(OpenFlags::SQLITE_OPEN_READ_WRITE) {
         // A thousand agents' reports go through this one all the time; the default of 2 MB thrashes.
         // Readers keep to it: there are several, and the kernel has the file's pages anyway.
-        connection.pragma_update(None, "cache_size", -8192).map_err(open)?;
+        connection.pragma_update(None, "cache_size", -4096).map_err(open)?;
         connection.pragma_update(None, "journal_mode", "wal").map_err(open)?;
         connection.pragma_update(None, "synchronous", "full").map_err(open)?;
     }

@@ -175,7 +175,7 @@ pub async fn next(events: &mut mpsc::Receiver<ShimEvent>) -> Option<ShimEvent> {
 pub async fn exited(events: &mut mpsc::Receiver<ShimEvent>) -> ExitRecord {
     loop {
         match next(events).await {
-            Some(ShimEvent::Exited(record)) => return record,
+            Some(ShimEvent::Exited(record)) => return *record,
             Some(_) => {}
             None => panic!("the link ended without an exit"),
         }

@@ -42,6 +42,7 @@ pub struct Books {
     socket: String,
     orders: Mutex<Vec<(Target, i64)>>,
     killed_shims: Mutex<BTreeSet<String>>,
+    continued: Mutex<BTreeSet<ProjectName>>,
 }
 
 impl Books {
@@ -51,7 +52,14 @@ impl Books {
         fs::create_dir(&ledger).expect("create the ledger");
         let socket = format!("FERMATA_SOCKET={}", sandbox.socket().display());
         let state = sandbox.state_dir();
-        Self { ledger, state, socket, orders: Mutex::default(), killed_shims: Mutex::default() }
+        Self {
+            ledger,
+            state,
+            socket,
+            orders: Mutex::default(),
+            killed_shims: Mutex::default(),
+            continued: Mutex::default(),
+        }
     }
 
     /// Returns the directory in which agents write their books.
@@ -67,6 +75,16 @@ impl Books {
     /// Notes that the shim of a run is about to be killed.
     pub fn killed_shim(&self, run: &RunId) {
         self.killed_shims.lock().expect("nobody fails while noting").insert(run.to_string());
+    }
+
+    /// Notes that somebody else than the daemon is about to continue a process of a project.
+    pub fn continues_in(&self, project: &ProjectName) {
+        self.continued.lock().expect("nobody fails while noting").insert(project.clone());
+    }
+
+    /// Says whether somebody else has continued a process of the project.
+    pub fn was_continued(&self, project: &ProjectName) -> bool {
+        self.continued.lock().expect("nobody fails while noting").contains(project)
     }
 
     /// Reads who runs; `None` while a launch has not come so far.

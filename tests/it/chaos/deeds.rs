@@ -232,6 +232,8 @@ impl<'a> Hands<'a> {
         let Some(&pid) = tree.get((some % tree.len().max(1) as u64) as usize) else { return Ok(()) };
         if signal == Signal::SIGKILL {
             self.books.ordered_end(target);
+        } else {
+            self.books.continues_in(&target.project);
         }
         send(pid, signal);
         Ok(())

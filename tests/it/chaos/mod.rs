@@ -154,6 +154,13 @@ fn settle(sandbox: &Sandbox, books: &Books) {
 /// Pauses every project, and sees that nobody moves: neither under this daemon nor under the next.
 fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
     for number in 0..PROJECTS {
+        if books.was_continued(&project(number)) {
+            // Whom a stray SIGCONT has woken in a tree that signals hold is not looked for here: the
+            // pause is made anew.
+            let resume = ProjectResume { project: project(number), checkpoint: None, over_budget: false };
+            let resumed = scene::refusal(sandbox.rpc().call(&resume));
+            assert!(resumed.is_ok() || resumed.is_err_and(|refusal| refusal.code == Code::NotPaused));
+        }
         let pause = ProjectPause { project: project(number), reason: None, mode: PauseMode::Freeze, grace_ms: None };
         let paused = look_for(PATIENCE, || match scene::refusal(sandbox.rpc().call(&pause)) {
             Ok(_) => Some(()),
@@ -170,7 +177,9 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
             let alive = books.members_alive(&project(number));
             let moving = || alive.iter().filter(|&&pid| process::is_alive(pid) && !scene::is_held(pid));
             // Those who die of what happened before need a moment.
-            wait_until(PATIENCE, &format!("everybody in p{number} to stand still"), || moving().next().is_none());
+            let still = look_for(PATIENCE, || moving().next().is_none().then_some(()));
+            let who = |pid: &i32| format!("{pid} {} {:?}", process::command_line(*pid), process::state(*pid));
+            assert!(still.is_some(), "in p{number} there move {:?}", moving().map(who).collect::<Vec<_>>());
         }
         let before = books.lines();
         let moved = look_for(STILL, || (books.lines() != before).then_some(()));
