@@ -12,7 +12,7 @@ pub mod auth;
 
 pub mod recovery;
 
-pub mod guard;
+pub mod pressure;
 
 pub mod project;
 

@@ -1,8 +1,8 @@
 //! What agents use: samples that are kept, and taken anew only while somebody looks.
 //!
-//! Whoever looks is not made to wait: they get what is known, after at most [`PATIENCE`], while a
+//! Whoever looks is not made to wait: they get what is known, after at most `PATIENCE`, while a
 //! blocking thread samples what is stale. So it costs nothing when nobody looks, and when somebody
-//! looks without end it costs [`SHARE`] of one core at most.
+//! looks without end it costs `SHARE` of one core at most.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;

@@ -23,12 +23,12 @@ use tracing_subscriber::reload::Handle;
 
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
-use crate::guard;
 use crate::os::cgroup::Freezer;
 use crate::os::limits::Limit;
 use crate::os::lock::{LockError, StateLock};
 use crate::os::{limits, memory, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
+use crate::pressure;
 use crate::profile::{ProfileError, Profiles};
 use crate::project::{Begin, Label, Projects, new_boot_epoch, new_operation};
 use crate::recovery;
@@ -170,14 +170,14 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     tracing::info!(socket = %paths.socket.display(), state = %paths.state.display(), "ready");
     notify(&[sd_notify::NotifyState::Ready]);
     let keeper = tokio::spawn(keep(Arc::clone(&services)));
-    let guard = tokio::spawn(guard::watch(Arc::clone(&projects)));
+    let watch = tokio::spawn(pressure::watch(Arc::clone(&projects)));
     tokio::select! {
         () = listener.run(&daemon) => {}
         () = serve_signals(signals, &daemon) => {}
     }
     notify(&[sd_notify::NotifyState::Stopping]);
     keeper.abort();
-    guard.abort();
+    watch.abort();
     listener.remove();
     end(&projects).await;
     Ok(())

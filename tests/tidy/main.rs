@@ -18,7 +18,7 @@ const ROOMS: &[&str] = &[
     "socket",
     "auth",
     "recovery",
-    "guard",
+    "pressure",
     "project",
     "steps",
     "services",
