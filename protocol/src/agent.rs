@@ -169,6 +169,9 @@ pub struct AgentList {
     /// Only the agents of this project.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
+    /// Go on after this agent: `next` of the reply before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<Target>,
 }
 
 /// Result of `agent.list`, `agent.stop` and `agent.kill`.
@@ -176,6 +179,9 @@ pub struct AgentList {
 pub struct AgentListResult {
     /// The agents, by project and name.
     pub agents: Vec<AgentView>,
+    /// Where the next call of `agent.list` goes on, when not all of them fit into one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub next: Option<Target>,
 }
 
 /// Parameters of `agent.stop`.

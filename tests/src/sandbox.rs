@@ -377,7 +377,7 @@ impl Sandbox {
     /// Returns all agents, by project and name.
     #[track_caller]
     pub fn agents(&self) -> Vec<AgentView> {
-        self.rpc().call(&AgentList::default()).expect("list the agents").agents
+        list_agents(&mut self.rpc()).expect("list the agents")
     }
 
     /// Gives a command this sandbox's directories and nothing of the machine's.
@@ -402,7 +402,7 @@ impl Sandbox {
     /// Kills every agent through the daemon and stops it; returns the pids that agents had.
     fn end_politely(&mut self) -> Result<Vec<i32>, String> {
         let mut client = connect(&self.socket).map_err(|e| e.to_string())?;
-        let agents = client.call(&AgentList::default()).map_err(|e| format!("list the agents: {e}"))?.agents;
+        let agents = list_agents(&mut client).map_err(|e| format!("list the agents: {e}"))?;
         // One that waits for its next start is called off too.
         for agent in agents.iter().filter(|agent| !agent.status.is_terminal()) {
             let target = Target { project: agent.project.clone(), agent: Some(agent.name.clone()) };
@@ -478,6 +478,19 @@ impl Drop for Sandbox {
             }
         } else {
             assert!(faults.is_empty(), "the sandbox did not end cleanly: {faults:#?}\n{}", self.log());
+        }
+    }
+}
+
+fn list_agents(client: &mut Client) -> Result<Vec<AgentView>, ClientError> {
+    let mut params = AgentList::default();
+    let mut agents = Vec::new();
+    loop {
+        let page = client.call(&params)?;
+        agents.extend(page.agents);
+        params.after = page.next;
+        if params.after.is_none() {
+            return Ok(agents);
         }
     }
 }

@@ -2,9 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use fermata_protocol::agent::{
-    AgentKill, AgentList, AgentRemove, AgentRestart, AgentStatus, AgentStop, AgentView, AgentWait,
-};
+use fermata_protocol::agent::{AgentKill, AgentRemove, AgentRestart, AgentStatus, AgentStop, AgentView, AgentWait};
 use fermata_protocol::project::ProjectRemove;
 use fermata_protocol::{Code, Target};
 
@@ -110,8 +108,7 @@ pub fn wait_for(session: &mut Session, target: &Target, timeout_ms: Option<u64>)
         Err(failure) => return Err(failure),
     };
     // An agent that waits for a person is worth another exit code: someone can end the wait.
-    let list = AgentList { project: Some(target.project.clone()) };
-    let agents = session.call(&list).map(|list| list.agents).unwrap_or_default();
+    let agents = super::all_agents(session, Some(&target.project)).unwrap_or_default();
     let asks = agents.iter().any(|agent| target_of(agent) == target && agent.status == AgentStatus::WaitingForInput);
     if !asks {
         return Err(failure);

@@ -4,7 +4,7 @@ use std::io;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
-use fermata_protocol::agent::{AgentList, ExitStatus};
+use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::client::{ClientError, Incoming};
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::terminal::{
@@ -396,8 +396,7 @@ impl View<'_> {
     }
 
     fn ended_meanwhile(&mut self, failure: Failure) -> Result<Option<End>, Failure> {
-        let list = AgentList { project: Some(self.target.project.clone()) };
-        let agents = self.session.call(&list)?.agents;
+        let agents = super::all_agents(self.session, Some(&self.target.project))?;
         match agents.iter().find(|agent| target_of(agent) == *self.target) {
             Some(agent) if agent.exit.is_some() || agents::exit_code(agent) == 0 => Ok(Some(End::Agent(agent.exit))),
             _ => Err(failure),

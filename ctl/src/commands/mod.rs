@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use fermata_protocol::agent::AgentList;
 use fermata_protocol::agent::AgentView;
-use fermata_protocol::{Code, Target};
+use fermata_protocol::{Code, ProjectName, Target};
 
 use crate::cli::Command;
 use crate::cli::groups::AgentCommand;
@@ -101,10 +101,23 @@ fn timeout_ms(session: &Session) -> Option<u64> {
     session.globals.timeout.map(millis)
 }
 
+/// Returns all agents, of one project or of all.
+fn all_agents(session: &mut Session, project: Option<&ProjectName>) -> Result<Vec<AgentView>, Failure> {
+    let mut params = AgentList { project: project.cloned(), after: None };
+    let mut agents = Vec::new();
+    loop {
+        let page = session.call(&params)?;
+        agents.extend(page.agents);
+        match page.next {
+            Some(next) => params.after = Some(next),
+            None => return Ok(agents),
+        }
+    }
+}
+
 /// Returns the agents that a target means; a project without agents is an error.
 fn agents_of(session: &mut Session, target: &Target) -> Result<Vec<AgentView>, Failure> {
-    let params = AgentList { project: Some(target.project.clone()) };
-    let mut agents = session.call(&params)?.agents;
+    let mut agents = all_agents(session, Some(&target.project))?;
     if let Some(name) = &target.agent {
         agents.retain(|agent| agent.name == *name);
     }

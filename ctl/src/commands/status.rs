@@ -3,7 +3,7 @@
 use std::io;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::agent::{AgentList, AgentView, Usage};
+use fermata_protocol::agent::{AgentView, Usage};
 use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
 use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
@@ -16,7 +16,7 @@ use crate::session::Session;
 
 /// Runs `ps`.
 pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {
-    let agents = session.call(&AgentList { project })?.agents;
+    let agents = super::all_agents(session, project.as_ref())?;
     session.out.rows(&agents, "no agents", target_of, agent_table)?;
     note_old_samples(session, &agents);
     Ok(0)

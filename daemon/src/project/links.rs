@@ -28,8 +28,9 @@ use crate::shim::wire::{FreezeBroken, ShimEvent};
 use crate::steps::Site;
 use crate::steps::launch::processes_of;
 
-/// How often to look whether somebody has stopped a shim. One small file is read.
-const LOOK: Duration = Duration::from_secs(10);
+/// How often to look, at most, whether somebody has stopped a shim. One small file is read, which with
+/// a thousand agents adds up: the pace is the patience with a shim that does not answer.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a shim that was given up on its old link may take to answer at a new one.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
@@ -56,7 +57,8 @@ enum Wake {
 impl Watcher {
     /// Passes on what the shim tells, until the run has ended or the daemon ends.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
-        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK, LOOK);
+        let pace = self.patience.max(LOOK);
+        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         self.ask_suspended(&link).await;
         loop {
@@ -268,6 +270,9 @@ pub fn exit_status(record: &ExitRecord) -> ExitStatus {
 
 /// What a recorded exit says beyond the exit status.
 fn exit_detail(record: &ExitRecord) -> Option<String> {
+    if let Some(reason) = &record.start_failure {
+        return Some(reason.clone());
+    }
     let OutOfMemory { killed, at_limit } = record.out_of_memory;
     match (killed, at_limit) {
         (0, _) => None,

@@ -9,7 +9,7 @@ use fermata_core::command::Command;
 use fermata_core::restart::Again;
 use fermata_core::view;
 use fermata_protocol::agent::{
-    AgentKill, AgentListResult, AgentRun, AgentSpec, AgentStatus, AgentStop, AgentView, AgentWait,
+    AgentKill, AgentList, AgentListResult, AgentRun, AgentSpec, AgentStatus, AgentStop, AgentView, AgentWait,
 };
 use fermata_protocol::project::ProjectCreate;
 use fermata_protocol::{AgentName, Code, ProjectName, Refusal, RunId, Target};
@@ -32,6 +32,9 @@ use crate::store::{Connection, Durability};
 
 /// How long a stop or kill waits for the end beyond the grace.
 const ENDING: Duration = Duration::from_secs(20);
+
+/// How much of a list goes into one reply; a line has at most [`fermata_protocol::MAX_LINE_BYTES`].
+const PAGE_BYTES: usize = 768 << 10;
 
 /// How many arguments, and how much environment, an agent may have in bytes; beyond that exec fails anyway.
 const MAX_ARGUMENT_BYTES: usize = 1 << 20;
@@ -231,17 +234,36 @@ pub(super) fn shutting_down() -> Failure {
     Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned()).into()
 }
 
-pub(super) async fn list(projects: &Projects, only: Option<&ProjectName>) -> Result<Value, Failure> {
-    let handles = match only {
+pub(super) async fn list(projects: &Projects, params: &AgentList) -> Result<Value, Failure> {
+    let handles = match &params.project {
         Some(name) => vec![projects.get(name)?],
         None => projects.all(),
     };
     let found: Vec<_> = handles.iter().map(ProjectHandle::look).collect();
     let found: Vec<&Project> = found.iter().map(|project| &**project).collect();
     let views = found.iter().flat_map(|project| project.agents.values().map(|agent| shown(project, agent)));
-    let mut agents: Vec<AgentView> = views.collect();
+    let after = params.after.as_ref().map(|after| (&after.project, after.agent.as_ref()));
+    let wanted = views.filter(|view| after.is_none_or(|after| (&view.project, Some(&view.name)) > after));
+    let mut agents: Vec<AgentView> = wanted.collect();
     loads::fill(projects.services(), &found, &mut agents).await;
-    wire(&AgentListResult { agents })
+    let next = cut(&mut agents, PAGE_BYTES);
+    wire(&AgentListResult { agents, next })
+}
+
+/// Leaves as many agents as fit into so many bytes, at least one; returns the last one when others
+/// are left out.
+fn cut(agents: &mut Vec<AgentView>, bytes: usize) -> Option<Target> {
+    let mut used = 0;
+    let fit = agents.iter().take_while(|agent| {
+        used += serde_json::to_vec(agent).map_or(0, |text| text.len() + 1);
+        used <= bytes
+    });
+    let count = fit.count().max(1);
+    if count >= agents.len() {
+        return None;
+    }
+    agents.truncate(count);
+    agents.last().map(|last| Target::agent(last.project.clone(), last.name.clone()))
 }
 
 /// The agents that a command aims at and that have not ended.
@@ -338,7 +360,7 @@ pub(super) async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &
 
 fn list_of(project: &Project, names: &[AgentName]) -> AgentListResult {
     let agents = names.iter().filter_map(|name| Some(shown(project, project.agents.get(name)?))).collect();
-    AgentListResult { agents }
+    AgentListResult { agents, next: None }
 }
 
 pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -458,7 +480,7 @@ async fn ended(handle: &ProjectHandle, names: &[AgentName], patience: Duration) 
             let agents: Vec<_> = names.iter().filter_map(|name| project.agents.get(name)).collect();
             if agents.iter().all(|agent| agent.is_terminal()) {
                 let views: Vec<AgentView> = agents.iter().map(|agent| shown(&project, agent)).collect();
-                return wire(&AgentListResult { agents: views });
+                return wire(&AgentListResult { agents: views, next: None });
             }
             if state.changed().await.is_err() {
                 return Err(shutting_down());

@@ -156,7 +156,7 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::ProjectPause(p) => operations::pause(connection, p, keyed).await,
         Call::ProjectResume(p) => operations::resume(connection, p, keyed).await,
         Call::AgentRun(p) => agents::run(all, p, keyed).await,
-        Call::AgentList(p) => agents::list(all, p.project.as_ref()).await,
+        Call::AgentList(p) => agents::list(all, &p).await,
         Call::AgentShow(p) => agent_detail::show(all, p).await,
         Call::AgentAttach(p) => attach::attach(connection, p).await,
         Call::AgentInput(p) => attach::input(connection, p).await,

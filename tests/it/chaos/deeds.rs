@@ -212,7 +212,7 @@ impl<'a> Hands<'a> {
     }
 
     fn kill_shim(&self, target: &Target) -> Result<(), ClientError> {
-        let list = AgentList { project: Some(target.project.clone()) };
+        let list = AgentList { project: Some(target.project.clone()), after: None };
         let agents = self.client()?.call(&list)?.agents;
         let found = agents.into_iter().find(|agent| Some(&agent.name) == target.agent.as_ref());
         let Some(run) = found.and_then(|agent| agent.run) else { return Ok(()) };
