@@ -19,6 +19,7 @@ use fermata_protocol::project::ProjectStatus;
 use tokio::task::JoinHandle;
 
 use crate::config::{OnPressure, PressureSettings, Settings};
+use crate::errors::Failure;
 use crate::os::pressure;
 use crate::project::{ProjectHandle, Projects, automatic, subjects};
 use crate::services::{Services, now};
@@ -140,7 +141,13 @@ async fn look(projects: &Projects, rules: &Rules, history: &mut History, reader:
     let candidates = if reading.presses(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
     for verdict in judge(rules, &reading, &candidates, history, now()) {
         if let Some(handle) = active.iter().find(|handle| handle.name() == verdict.project) {
-            carry_out(services, handle, verdict).await;
+            let Err(failure) = carry_out(services, handle, &verdict).await else { continue };
+            if history.not_made(rules, &verdict, now()) {
+                let because = format!("the pause failed and is tried again: {failure}");
+                automatic::withhold(handle, verdict.cause, &verdict.reason, &because).await;
+            } else {
+                tracing::warn!(project = %verdict.project, %failure, "not paused for it yet");
+            }
         }
     }
 }
@@ -194,19 +201,19 @@ async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devic
     found.iter().map(of_project).collect()
 }
 
-async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: Verdict) {
+/// Pauses a project or tells why not; fails when a pause that was wanted was not made.
+async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: &Verdict) -> Result<(), Failure> {
     let Verdict { cause, reason, withheld, .. } = verdict;
     if let Some(because) = withheld {
-        return automatic::withhold(handle, cause, &reason, &because).await;
+        automatic::withhold(handle, *cause, reason, because).await;
+        return Ok(());
     }
     let mode = match (cause, services.settings().pressure.memory_mode) {
         // Frozen processes keep their memory; only ending them gives it back.
         (PauseCause::MemoryPressure, OnPressure::Park) => PauseMode::Park,
         _ => PauseMode::Freeze,
     };
-    if let Err(failure) = automatic::pause(handle, cause, &reason, mode).await {
-        automatic::withhold(handle, cause, &reason, &format!("the pause failed: {failure}")).await;
-    }
+    automatic::pause(handle, *cause, reason, mode).await.map(drop)
 }
 
 #[cfg(test)]
