@@ -94,7 +94,9 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Restored { operation, phase, tasks, written, removed } => {
             Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
         }
-        Command::Recover { agents, respawn } => Ok(recover::recover(project, &agents, respawn, now)),
+        Command::Recover { agents, respawn, last_seen } => {
+            Ok(recover::recover(project, &agents, respawn, &last_seen, now))
+        }
     }
 }
 

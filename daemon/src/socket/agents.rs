@@ -395,9 +395,13 @@ async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<
     let mut state = handle.watch();
     loop {
         let project = state.borrow_and_update().clone();
-        let Some(run) = project.agents.get(name).and_then(|agent| agent.run.as_ref()) else {
+        let Some((agent, run)) = project.agents.get(name).and_then(|agent| Some((agent, agent.run.as_ref()?))) else {
             return Ok(Value::Null);
         };
+        if before == Some(&run.id) && agent.is_terminal() {
+            let message = format!("agent '{name}' of project '{}' has ended and was not started again", project.name);
+            return Err(Refusal::new(Code::AgentNotRunning, message).into());
+        }
         let waits = project.agents.get(name).is_some_and(|agent| matches!(agent.state, AgentState::Waiting(_)));
         if waits || before != Some(&run.id) {
             return started(handle, name, &run.id.clone()).await;
