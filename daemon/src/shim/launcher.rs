@@ -242,6 +242,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         failure
     };
     let Started { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
+    crate::failpoint::hit("shim.agent_started");
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
         Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),

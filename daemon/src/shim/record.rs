@@ -104,6 +104,14 @@ pub enum RecordError {
     },
 }
 
+impl RecordError {
+    /// Whether a later try may succeed: the file could not be read now. One that was read and is no
+    /// record stays so.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreadable { .. })
+    }
+}
+
 /// Reads who runs; `None` when the run never came so far.
 pub fn read_run(run_dir: &Path) -> Result<Option<RunRecord>, RecordError> {
     read(&run_dir.join(files::RUN))
