@@ -149,7 +149,11 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 started_at: at,
             }));
         }
-        Event::CheckpointCreated { .. } | Event::CheckpointFailed { .. } => project.checkpointing = None,
+        Event::CheckpointCreated { checkpoint, .. } => {
+            project.counters.context = checkpoint.id;
+            project.checkpointing = None;
+        }
+        Event::CheckpointFailed { .. } => project.checkpointing = None,
         Event::RestoreStarted { .. }
         | Event::RestorePlanned { .. }
         | Event::ProjectRestored { .. }
@@ -176,6 +180,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
             })));
         }
         Event::ProjectPaused { checkpoint, result, agents, .. } => {
+            project.counters.context = checkpoint.id;
             for name in agents {
                 change(project, name, |agent| {
                     if agent.state == AgentState::Running {
@@ -265,6 +270,8 @@ fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
             }
         }
         Event::ProjectRestored { checkpoint, phase, tasks, .. } => {
+            // The safety checkpoint holds what was given up.
+            project.counters.context = *checkpoint;
             Arc::make_mut(&mut project.facts).phase = *phase;
             project.tasks = tasks.iter().map(|task| (task.id, Arc::new(task.clone()))).collect();
             after_restore(project, Some(*checkpoint));

@@ -10,7 +10,7 @@ use fermata_protocol::budget::Budget;
 use fermata_protocol::pause::PauseCause;
 use fermata_protocol::{AgentName, Code, Refusal};
 
-use crate::project::Project;
+use crate::project::{Project, ProjectState, Resting};
 
 /// A budget that is reached.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +28,8 @@ pub fn spent(project: &Project) -> Usage {
     project.agents.values().fold(project.counters.removed_usage, |sum, agent| sum.plus(&agent.usage))
 }
 
-/// Finds a budget that is reached: the project's, then its agents'.
+/// Finds a budget that is reached: the project's, then its agents'. An agent that has ended spends
+/// nothing more, so that its own bounds nothing; what it has spent counts for the project.
 pub fn reached(project: &Project) -> Option<Reached> {
     let whole = || {
         let budget = &project.facts.config.budget;
@@ -42,7 +43,7 @@ pub fn reached(project: &Project) -> Option<Reached> {
         Some(Reached { agent: None, cause, reason })
     };
     let one = || {
-        project.agents.values().find_map(|agent| {
+        project.agents.values().filter(|agent| !agent.is_terminal()).find_map(|agent| {
             let budget = &agent.spec.supervision.budget;
             let cause = budget.reached(&agent.usage)?;
             let reason = sentence(&format!("agent '{}'", agent.name), budget, &agent.usage, cause);
@@ -50,6 +51,19 @@ pub fn reached(project: &Project) -> Option<Reached> {
         })
     };
     whole().or_else(one)
+}
+
+/// Says whether a pause is to be asked for, now that a project has become what it is `after`.
+pub fn asks_for_pause(before: &Project, after: &Project) -> bool {
+    match &*after.state {
+        ProjectState::Resting(Resting::Active) => reached(after).is_some(),
+        // What is under way may come back to an active project: a pause that is undone, a resume. Asked
+        // once, since each that asks waits for its end.
+        ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
+            reached(after).is_some() && reached(before).is_none()
+        }
+        ProjectState::Resting(_) | ProjectState::Paused(_) => false,
+    }
 }
 
 fn sentence(who: &str, budget: &Budget, spent: &Usage, cause: PauseCause) -> String {

@@ -372,6 +372,8 @@ pub enum Command {
         agents: BTreeMap<AgentName, Observed>,
         /// For each held agent of an unfinished resume: a new run, should it be needed.
         respawn: BTreeMap<AgentName, Respawn>,
+        /// When each was last known to run: downtime is no time of an agent.
+        last_seen: BTreeMap<AgentName, UnixMillis>,
     },
 }
 

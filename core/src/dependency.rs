@@ -10,8 +10,9 @@ use crate::project::Project;
 
 /// Returns the agents that the start of this one waits for now.
 pub fn waits_for(project: &Project, depends_on: &[Dependency]) -> Vec<AgentName> {
+    // One that is not there was removed since: nobody can wait for it.
     let open = |dependency: &&Dependency| {
-        project.agents.get(&dependency.agent).is_none_or(|agent| !has_come(agent, dependency.until))
+        project.agents.get(&dependency.agent).is_some_and(|agent| !has_come(agent, dependency.until))
     };
     depends_on.iter().filter(open).map(|dependency| dependency.agent.clone()).collect()
 }

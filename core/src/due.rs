@@ -50,7 +50,12 @@ pub fn due(project: &Project, now: UnixMillis) -> Vec<Due> {
             let name = agent.name.clone();
             match what {
                 What::Start => found.push(Due::Start(name)),
-                What::Ending(ending) => endings.push((name, ending)),
+                // Time that is up comes first, and ends it for good.
+                What::Ending(ending) => {
+                    if !endings.iter().any(|(known, _)| *known == name) {
+                        endings.push((name, ending));
+                    }
+                }
                 What::End => found.push(Due::End(name)),
                 What::Stale => found.push(Due::Stale(name)),
                 What::NotReady => found.push(Due::NotReady(name)),

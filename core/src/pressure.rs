@@ -10,6 +10,9 @@
 //! Two bounds keep it from flapping: a project that was paused so is left alone for a while, and
 //! there are only so many automatic pauses in an hour. Beyond them it is only told, once while the
 //! pressure lasts.
+//!
+//! A pause that could not be made is taken back ([`History::not_made`]): it bounds nothing, and is tried
+//! again, each time after twice as long.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -79,6 +82,8 @@ pub struct Verdict {
     pub reason: String,
     /// Whether it is paused, or why it is only told.
     pub withheld: Option<String>,
+    /// Which disk it is for; memory when none.
+    device: Option<u64>,
 }
 
 /// What has happened so far.
@@ -97,6 +102,36 @@ struct Episode {
     last: Option<UnixMillis>,
     /// Those that were paused or told about.
     seen: BTreeSet<ProjectName>,
+    /// Those whose pause could not be made: how often, and when they may be tried again.
+    failed: BTreeMap<ProjectName, (u32, UnixMillis)>,
+}
+
+impl Episode {
+    fn may_try(&self, project: &ProjectName, now: UnixMillis) -> bool {
+        self.failed.get(project).is_none_or(|(_, again_at)| now >= *again_at)
+    }
+}
+
+impl History {
+    /// Takes back a pause that could not be made, so that it is tried again; says whether it is the
+    /// project's first in this time of pressure, which is to be told.
+    pub fn not_made(&mut self, rules: &Rules, verdict: &Verdict, now: UnixMillis) -> bool {
+        if let Some(last) = self.pauses.iter().rposition(|(_, project)| *project == verdict.project) {
+            self.pauses.remove(last);
+        }
+        let episode = match verdict.device {
+            Some(device) => self.disks.entry(device).or_default(),
+            None => self.memory.get_or_insert_default(),
+        };
+        // Nothing was paused whose effect the next one would have to wait for.
+        episode.last = None;
+        episode.seen.remove(&verdict.project);
+        let (times, again_at) = episode.failed.entry(verdict.project.clone()).or_insert((0, now));
+        let wait = rules.settle_ms.saturating_mul(1_i64 << (*times).min(30)).min(rules.apart_ms.max(rules.settle_ms));
+        *times = times.saturating_add(1);
+        *again_at = UnixMillis(now.0.saturating_add(wait));
+        *times == 1
+    }
 }
 
 impl Reading {
@@ -149,7 +184,8 @@ fn judge_memory(
     let verdict = if episode.last.is_some_and(|last| now.since(last) < rules.settle_ms) {
         None
     } else {
-        let mut by_size: Vec<&Candidate> = candidates.iter().filter(|one| one.memory_bytes > 0).collect();
+        let mut by_size: Vec<&Candidate> =
+            candidates.iter().filter(|one| one.memory_bytes > 0 && episode.may_try(&one.project, now)).collect();
         by_size.sort_by_key(|one| std::cmp::Reverse(one.memory_bytes));
         let allowed = by_size.iter().find(|one| bounded(rules, history, &one.project, now).is_none());
         allowed.or(by_size.first()).and_then(|one| {
@@ -158,7 +194,7 @@ fn judge_memory(
                  and the project uses the most, {} MiB",
                 one.memory_bytes >> 20
             );
-            verdict(rules, history, &mut episode, one, (PauseCause::MemoryPressure, reason), now)
+            verdict(rules, history, &mut episode, one, (None, reason), now)
         })
     };
     history.memory = Some(episode);
@@ -188,13 +224,16 @@ fn judge_disks(
             if episode.seen.contains(&one.project) || verdicts.iter().any(|other| other.project == one.project) {
                 continue;
             }
+            if !episode.may_try(&one.project, now) {
+                continue;
+            }
             let reason = format!(
                 "the file system of {} has {} MiB free, less than {} MiB",
                 disk.path,
                 disk.free_bytes >> 20,
                 floor >> 20
             );
-            verdicts.extend(verdict(rules, history, &mut episode, one, (PauseCause::DiskSpace, reason), now));
+            verdicts.extend(verdict(rules, history, &mut episode, one, (Some(disk.device), reason), now));
         }
         history.disks.insert(disk.device, episode);
     }
@@ -206,7 +245,7 @@ fn verdict(
     history: &mut History,
     episode: &mut Episode,
     candidate: &Candidate,
-    (cause, reason): (PauseCause, String),
+    (device, reason): (Option<u64>, String),
     now: UnixMillis,
 ) -> Option<Verdict> {
     let project = candidate.project.clone();
@@ -220,7 +259,8 @@ fn verdict(
             history.pauses.push((now, project.clone()));
         }
     }
-    Some(Verdict { project, cause, reason, withheld })
+    let cause = if device.is_some() { PauseCause::DiskSpace } else { PauseCause::MemoryPressure };
+    Some(Verdict { project, cause, reason, withheld, device })
 }
 
 /// Why a project may not be paused automatically now.
@@ -358,6 +398,45 @@ mod tests {
                 (14, disk(2, 10), &["other"]),
             ],
         );
+    }
+
+    fn paused(rules: &Rules, history: &mut History, seconds: i64, reading: &Reading) -> Vec<Verdict> {
+        let verdicts = judge(rules, reading, &all(), history, UnixMillis(seconds * 1_000));
+        verdicts.into_iter().filter(|verdict| verdict.withheld.is_none()).collect()
+    }
+
+    #[test]
+    fn a_pause_for_memory_that_could_not_be_made_does_not_count() {
+        let rules = Rules { max_per_hour: 1, ..RULES };
+        let (mut history, pressed) = (History::default(), memory(50.0));
+        let mut attempt = |seconds: i64, fails: bool| {
+            let verdict = paused(&rules, &mut history, seconds, &pressed).pop()?;
+            let told = fails && history.not_made(&rules, &verdict, UnixMillis(seconds * 1_000));
+            Some((verdict.project.to_string(), told))
+        };
+        assert_eq!(attempt(0, true), Some(("large".into(), true)));
+        // The next one does not wait for an effect that cannot come.
+        assert_eq!(attempt(2, true), Some(("other".into(), true)));
+        assert_eq!(attempt(4, true), Some(("small".into(), true)));
+        assert_eq!(attempt(14, true), None);
+        assert_eq!(attempt(15, true), Some(("large".into(), false)), "told once");
+        assert_eq!(attempt(44, false), Some(("other".into(), false)), "after twice as long for large");
+        assert_eq!(attempt(60, false), None, "the one of this hour was made");
+    }
+
+    #[test]
+    fn a_pause_for_a_disk_that_could_not_be_made_is_tried_again_and_the_others_stand() {
+        let (mut history, low) = (History::default(), disk(1, 10));
+        let verdicts = paused(&RULES, &mut history, 0, &low);
+        assert_eq!(verdicts.len(), 2);
+        assert!(history.not_made(&RULES, &verdicts[0], UnixMillis(0)));
+        assert_eq!(paused(&RULES, &mut history, 14, &low), []);
+        let again = paused(&RULES, &mut history, 15, &low);
+        assert_eq!(again.iter().map(|v| &v.project).collect::<Vec<_>>(), [&verdicts[0].project]);
+        assert!(!history.not_made(&RULES, &again[0], UnixMillis(15_000)), "told once");
+        assert_eq!(paused(&RULES, &mut history, 44, &low), []);
+        assert_eq!(paused(&RULES, &mut history, 45, &low).len(), 1);
+        assert_eq!(paused(&RULES, &mut history, 500, &low), [], "it was made at last");
     }
 
     #[test]

@@ -295,6 +295,10 @@ pub struct Counters {
     pub question: u64,
     /// The last checkpoint.
     pub checkpoint: CheckpointNumber,
+    /// The checkpoint whose context an agent goes on with: the last one that was made on purpose, or
+    /// the one that was restored since; 0 for none.
+    #[serde(default)]
+    pub context: CheckpointNumber,
     /// What agents that were removed had used: a budget does not forget them.
     #[serde(default)]
     pub removed_usage: Usage,

@@ -1,12 +1,15 @@
 //! One command's conversation with the daemon: connect late, call, follow across a daemon's restart.
 
+use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
 use fermata_protocol::Code;
-use fermata_protocol::client::{Client, ClientError};
+use fermata_protocol::client::{Client, ClientError, Incoming};
 use fermata_protocol::daemon::HelloResult;
 use fermata_protocol::method::Method;
 use fermata_protocol::rpc::Notification;
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Map, Value};
 
 use crate::autostart;
@@ -27,6 +30,17 @@ const QUICK: Duration = Duration::from_secs(1);
 
 /// … and so many of them in a row did.
 const QUICK_ENDS: u32 = 3;
+
+/// What a wait for a notification has brought.
+#[derive(Debug)]
+pub enum Told {
+    /// A notification.
+    Notification(Notification),
+    /// None in time.
+    Nothing,
+    /// The daemon went away and came back; its subscriptions are lost.
+    CameBack,
+}
 
 /// What every command gets: flags, output, and the daemon once it is needed.
 #[derive(Debug)]
@@ -93,6 +107,36 @@ impl Session {
                 Ok(None)
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Like [`Self::next_notification`], for so long at most.
+    pub fn next_notification_within(&mut self, patience: Duration) -> Result<Told, Failure> {
+        let deadline = Instant::now() + patience;
+        let client = self.client()?;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if !client.has_whole_message() {
+                // One more than the whole milliseconds, so that it does not spin through the last one.
+                let timeout = PollTimeout::try_from(left.as_millis().saturating_add(1)).unwrap_or(PollTimeout::MAX);
+                match poll(&mut [PollFd::new(client.as_fd(), PollFlags::POLLIN)], timeout) {
+                    Ok(0) => return Ok(Told::Nothing),
+                    Ok(_) => {}
+                    Err(Errno::EINTR) => continue,
+                    Err(error) => return Err(Failure::io("wait for the daemon", &error.into())),
+                }
+            }
+            match client.try_receive() {
+                Ok(Some(Incoming::Notification(notification))) => return Ok(Told::Notification(notification)),
+                // A part of a message, or an answer that nobody waits for.
+                Ok(Some(Incoming::Answer(..)) | None) if left.is_zero() => return Ok(Told::Nothing),
+                Ok(Some(Incoming::Answer(..)) | None) => {}
+                Err(ClientError::Closed | ClientError::Broken(_)) => {
+                    self.reconnect()?;
+                    return Ok(Told::CameBack);
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 

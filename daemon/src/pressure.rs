@@ -16,8 +16,10 @@ use fermata_core::Project;
 use fermata_core::pressure::{Candidate, Disk, History, Reading, Rules, Verdict, judge};
 use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectStatus;
+use tokio::task::JoinHandle;
 
 use crate::config::{OnPressure, PressureSettings, Settings};
+use crate::errors::Failure;
 use crate::os::pressure;
 use crate::project::{ProjectHandle, Projects, automatic, subjects};
 use crate::services::{Services, now};
@@ -65,6 +67,7 @@ pub async fn watch(projects: Arc<Projects>) {
         services.tracker.spawn(automatic::pause_for_budget(handle));
     }
     let mut history = History::default();
+    let mut reader = Reader::default();
     for line in warnings(&services.settings()) {
         tracing::warn!("{line}");
     }
@@ -74,7 +77,7 @@ pub async fn watch(projects: Arc<Projects>) {
             history = History::default();
             services.reloaded.notified().await;
         } else {
-            look(&projects, &rules, &mut history).await;
+            look(&projects, &rules, &mut history, &mut reader).await;
             tokio::select! {
                 () = tokio::time::sleep(PACE) => continue,
                 () = services.reloaded.notified() => {}
@@ -86,7 +89,45 @@ pub async fn watch(projects: Arc<Projects>) {
     }
 }
 
-async fn look(projects: &Projects, rules: &Rules, history: &mut History) {
+/// Reads on a blocking thread, one read at a time: one that hangs costs one thread, not one for each
+/// look.
+struct Reader<T> {
+    late: Option<JoinHandle<T>>,
+}
+
+impl<T> Default for Reader<T> {
+    fn default() -> Self {
+        Self { late: None }
+    }
+}
+
+impl<T: Send + 'static> Reader<T> {
+    /// Reads, unless an earlier read still hangs; `None` when it does, or this one begins to.
+    async fn read(&mut self, patience: Duration, read: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+        if self.late.as_ref().is_some_and(|late| !late.is_finished()) {
+            return None;
+        }
+        if self.late.take().is_some() {
+            // What it has found is old.
+            tracing::info!("memory and disks can be looked at again");
+        }
+        let mut reading = tokio::task::spawn_blocking(read);
+        match tokio::time::timeout(patience, &mut reading).await {
+            Ok(Ok(found)) => Some(found),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "memory and disks could not be looked at");
+                None
+            }
+            Err(_) => {
+                tracing::warn!("memory and disks could not be looked at in time; nothing is paused for them meanwhile");
+                self.late = Some(reading);
+                None
+            }
+        }
+    }
+}
+
+async fn look(projects: &Projects, rules: &Rules, history: &mut History, reader: &mut Reader<(Reading, Devices)>) {
     let services = projects.services();
     let active: Vec<ProjectHandle> =
         projects.all().into_iter().filter(|handle| handle.look().state.status() == ProjectStatus::Active).collect();
@@ -94,16 +135,19 @@ async fn look(projects: &Projects, rules: &Rules, history: &mut History) {
     let places: Vec<PathBuf> = found.iter().map(|project| PathBuf::from(&project.facts.workspace)).collect();
     let (wanted, parent) = (*rules, services.settings().agents.cgroup_parent.clone());
     let state = services.paths.state.clone();
-    let reading = tokio::task::spawn_blocking(move || read(&wanted, parent.as_deref(), &state, &places));
-    let Ok(Ok((reading, devices))) = tokio::time::timeout(PATIENCE, reading).await else {
-        tracing::warn!("memory and disks could not be looked at in time");
-        return;
-    };
+    let reading = reader.read(PATIENCE, move || read(&wanted, parent.as_deref(), &state, &places)).await;
+    let Some((reading, devices)) = reading else { return };
     // Their use is looked at only while something presses.
     let candidates = if reading.presses(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
     for verdict in judge(rules, &reading, &candidates, history, now()) {
         if let Some(handle) = active.iter().find(|handle| handle.name() == verdict.project) {
-            carry_out(services, handle, verdict).await;
+            let Err(failure) = carry_out(services, handle, &verdict).await else { continue };
+            if history.not_made(rules, &verdict, now()) {
+                let because = format!("the pause failed and is tried again: {failure}");
+                automatic::withhold(handle, verdict.cause, &verdict.reason, &because).await;
+            } else {
+                tracing::warn!(project = %verdict.project, %failure, "not paused for it yet");
+            }
         }
     }
 }
@@ -157,17 +201,39 @@ async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devic
     found.iter().map(of_project).collect()
 }
 
-async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: Verdict) {
+/// Pauses a project or tells why not; fails when a pause that was wanted was not made.
+async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: &Verdict) -> Result<(), Failure> {
     let Verdict { cause, reason, withheld, .. } = verdict;
     if let Some(because) = withheld {
-        return automatic::withhold(handle, cause, &reason, &because).await;
+        automatic::withhold(handle, *cause, reason, because).await;
+        return Ok(());
     }
     let mode = match (cause, services.settings().pressure.memory_mode) {
         // Frozen processes keep their memory; only ending them gives it back.
         (PauseCause::MemoryPressure, OnPressure::Park) => PauseMode::Park,
         _ => PauseMode::Freeze,
     };
-    if let Err(failure) = automatic::pause(handle, cause, &reason, mode).await {
-        automatic::withhold(handle, cause, &reason, &format!("the pause failed: {failure}")).await;
+    automatic::pause(handle, *cause, reason, mode).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_read_that_hangs_is_not_joined_by_others() {
+        let mut reader = Reader::default();
+        let (release, released) = mpsc::channel::<()>();
+        let hung = move || released.recv().map_or(0, |()| 1);
+        assert_eq!(reader.read(Duration::ZERO, hung).await, None);
+        assert_eq!(reader.read(PATIENCE, || panic!("a second read was begun")).await, None);
+        release.send(()).expect("it still waits");
+        let late = reader.late.as_mut().expect("it is kept");
+        while !late.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(reader.read(PATIENCE, || 2).await, Some(2), "not what the late one has found");
     }
 }

@@ -8,13 +8,15 @@ use fermata_core::Project;
 use fermata_core::agent::{Agent, Run};
 use fermata_core::command::{AfterEnd, Command, Observed, Respawn};
 use fermata_protocol::agent::AgentStatus;
-use fermata_protocol::{AgentName, RunId};
+use fermata_protocol::{AgentName, RunId, UnixMillis};
 
 use crate::errors::Failure;
 use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe};
 use crate::services::Services;
+use crate::shim::log::CURRENT;
+use crate::shim::spec::files;
 use crate::steps::{Site, launch, leftovers, session, side_by_side};
-use crate::store::rows;
+use crate::store::{events, rows};
 
 /// Brings every stored project back to life; returns what a person should know.
 ///
@@ -26,10 +28,11 @@ use crate::store::rows;
 pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<String>, Failure> {
     let services = projects.services();
     let stored = services.store.read(rows::load_all).await.map_err(|e| Failure::fault("load the projects", &e))?;
+    let before = services.store.read(events::latest_at).await.map_err(|e| Failure::fault("read events", &e))?;
     let mut report = sweep_removed(services, &stored);
     let each = stored.into_iter().map(|project| {
         let projects = Arc::clone(projects);
-        async move { one(&projects, project, operations).await }
+        async move { one(&projects, project, operations, before).await }
     });
     report.extend(side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten());
     report.sort();
@@ -50,7 +53,7 @@ fn sweep_removed(services: &Services, stored: &[Project]) -> Vec<String> {
         .collect()
 }
 
-async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<String> {
+async fn one(projects: &Projects, project: Project, operations: bool, before: Option<UnixMillis>) -> Vec<String> {
     let services = projects.services();
     let name = project.name.clone();
     let (mut actor, handle) = Actor::new(Arc::clone(services), project);
@@ -86,19 +89,34 @@ async fn one(projects: &Projects, project: Project, operations: bool) -> Vec<Str
             report.push(format!("{name}: operation {operation} was under way and is brought to an end"));
         }
         let (respawn, tokens) = respawns(&site).await;
-        let command = Command::Recover { agents: observed, respawn };
+        let command = Command::Recover { agents: observed, respawn, last_seen: last_seen(&site, before) };
         if let Err(failure) = actor.recover(command, tokens).await {
             report.push(format!("{name}: {failure}; it is tried again"));
         }
     } else {
-        for command in ends(&site.project, observed) {
-            if let Err(failure) = actor.recover(command, Vec::new()).await {
+        for (command, tokens) in ends(&site.project, observed) {
+            if let Err(failure) = actor.recover(command, tokens).await {
                 report.push(format!("{name}: {failure}"));
             }
         }
     }
     projects.start(actor, handle);
     report
+}
+
+/// Says when each agent was last known to run: when it wrote to its log, or when any event was told,
+/// whichever was later. What ran then may have gone on for a while, but a machine that is off runs
+/// nothing.
+fn last_seen(site: &Site, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
+    let seen = |agent: &Arc<Agent>| {
+        let run = agent.run.as_ref()?;
+        let log = site.dirs().run(&agent.name, &run.id).join(files::LOGS).join(CURRENT);
+        let written = std::fs::metadata(log).and_then(|meta| meta.modified()).ok();
+        let written = written.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
+        let written = written.and_then(|at| i64::try_from(at.as_millis()).ok()).map(UnixMillis);
+        Some((agent.name.clone(), written.max(before)?.max(run.started_at)))
+    };
+    site.project.agents.values().filter_map(seen).collect()
 }
 
 type Look = (AgentName, RunId, Result<Option<Found>, Failure>);
@@ -131,7 +149,7 @@ fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
 
 /// What happened to agents that run no more, without anything that recovery would decide about it.
 /// Paused ones stay so: the resume brings them back.
-fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<Command> {
+fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<(Command, Vec<NewToken>)> {
     let ended = |(agent, seen): (AgentName, Observed)| {
         let known = project.agents.get(&agent)?;
         let run = known.run.as_ref()?.id.clone();
@@ -139,12 +157,19 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<Comma
             return None;
         }
         match seen {
+            // Its launch was reported to nobody.
+            Observed::Alive(processes) if known.status(false) == AgentStatus::Starting => {
+                Some((Command::Launched { agent, run, outcome: Ok(processes) }, Vec::new()))
+            }
             Observed::Alive(_) => None,
             Observed::Ended { exit, detail, at } => {
-                let (new, _) = new_run();
-                Some(Command::RunEnded { agent, run, exit, detail, ended_at: at, new, then: AfterEnd::Stay })
+                let (new, token) = new_run();
+                let then = AfterEnd::Stay;
+                Some((Command::RunEnded { agent, run, exit, detail, ended_at: at, new, then }, vec![token]))
             }
-            Observed::Lost { detail } => Some(Command::RunLost { agent, run, detail, then: AfterEnd::Stay }),
+            Observed::Lost { detail } => {
+                Some((Command::RunLost { agent, run, detail, then: AfterEnd::Stay }, Vec::new()))
+            }
         }
     };
     observed.into_iter().filter_map(ended).collect()

@@ -261,6 +261,9 @@ pub enum Event {
         run: RunId,
         /// What is known of it.
         detail: String,
+        /// When it was last known to run, where it was found to be gone only later.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        last_seen: Option<UnixMillis>,
     },
     /// The processes of a parked agent were ended; it stays paused.
     #[serde(rename = "agent.parked")]

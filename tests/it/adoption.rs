@@ -351,20 +351,3 @@ fn sixty_agents_are_adopted_side_by_side_and_miss_no_line_and_no_exit_code() {
 fn is_odd(name: &str) -> bool {
     name.trim_start_matches('a').parse::<u32>().expect("a number") % 2 == 1
 }
-
-#[test]
-#[ignore = "a figure and no verdict: cargo test --release -p fermata-tests --test it -- --ignored --nocapture five_hundred"]
-fn five_hundred_agents_are_ready_again_within() {
-    let mut sandbox = Sandbox::start();
-    let names: Vec<String> = (0..500).map(|number| format!("a{number}")).collect();
-    counting(&sandbox, &names);
-    for round in 0..3 {
-        sandbox.kill_daemon();
-        let start = std::time::Instant::now();
-        sandbox.start_daemon();
-        let greeted = start.elapsed();
-        let running = sandbox.agents().iter().filter(|agent| agent.status == AgentStatus::Running).count();
-        println!("round {round}: greets after {greeted:?}, {running} agents adopted after {:?}", start.elapsed());
-        assert_eq!(running, names.len());
-    }
-}

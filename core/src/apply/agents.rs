@@ -8,6 +8,7 @@ use fermata_protocol::{AgentName, RunId, UnixMillis};
 use super::{rest, settle};
 use crate::agent::{AfterStop, Agent, AgentState, Ended, Ending, Held, Run, RunEnd};
 use crate::clock::Clock;
+use crate::due::millis;
 use crate::project::{Project, ProjectState, Resting};
 use crate::restart::{Again, Row};
 
@@ -42,6 +43,9 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                     (StartCause::Resume, Some(run)) if agent.state != AgentState::TimedOut => run.clock.read(at),
                     _ => 0,
                 };
+                // Whoever starts it again although its time is over gives it new time.
+                let over = agent.spec.supervision.timeout_ms.is_some_and(|timeout| ran_ms >= millis(timeout));
+                let ran_ms = if over { 0 } else { ran_ms };
                 if !matches!(cause, StartCause::Policy | StartCause::Recovery) {
                     agent.row = Row::default();
                 }
@@ -102,13 +106,14 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             if let Some(run) = &mut agent.run {
                 run.stale_at = Some(at);
                 if *restart {
-                    run.ending = Some(Ending::Stale);
+                    run.ending.get_or_insert(Ending::Stale);
                 }
             }
         }),
         Event::AgentBackoff { until, start, cause, detail, .. } => {
             change(project, &name, |agent| {
                 let again = match agent.state {
+                    _ if *cause == StartCause::Restart => Again::Anew,
                     AgentState::Ended(Ended::ByItself) => Again::Anew,
                     _ => Again::GoesOn,
                 };
@@ -138,6 +143,8 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             if agent.is_alive() {
                 agent.state = AgentState::Stopping(match cause {
                     StopCause::Asked if *restart => AfterStop::Restart,
+                    // A kill of what does not end in its grace changes nothing about why it ends.
+                    StopCause::Asked if agent.state == AgentState::Stopping(AfterStop::TimedOut) => AfterStop::TimedOut,
                     StopCause::Asked => AfterStop::Stay,
                     StopCause::TimeUp => AfterStop::TimedOut,
                     StopCause::Stale => AfterStop::GoesOn,
@@ -157,8 +164,15 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             };
             end(project, &name, RunEnd { exit: Some(*exit), at: *ended_at }, state);
         }
-        Event::AgentInterrupted { detail, .. } => {
-            end(project, &name, RunEnd { exit: None, at }, AgentState::Interrupted { detail: detail.clone() });
+        Event::AgentInterrupted { detail, last_seen, .. } => {
+            let timed_out = matches!(
+                project.agents.get(&name).map(|agent| &agent.state),
+                Some(AgentState::Stopping(AfterStop::TimedOut))
+            );
+            // Its time was over, whatever has ended it in the end.
+            let state =
+                if timed_out { AgentState::TimedOut } else { AgentState::Interrupted { detail: detail.clone() } };
+            end(project, &name, RunEnd { exit: None, at: last_seen.map_or(at, |seen| seen.min(at)) }, state);
         }
         Event::AgentParked { .. } => change(project, &name, |agent| {
             agent.state = AgentState::Held(Held::Parked);
@@ -196,9 +210,15 @@ pub(super) fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
 /// Takes note that an agent has reported something: it is not stale.
 pub(super) fn reported(project: &mut Project, name: &AgentName, at: UnixMillis) {
     change(project, name, |agent| {
-        let goes = agent.is_alive() && !matches!(agent.state, AgentState::Held(_));
-        if let Some(run) = agent.run.as_mut().filter(|_| goes) {
-            run.silence = Some(Clock::started(at, 0));
+        let held = matches!(agent.state, AgentState::Held(_));
+        let alive = agent.is_alive();
+        if let Some(run) = agent.run.as_mut().filter(|_| alive) {
+            let mut silence = Clock::started(at, 0);
+            if held {
+                // Somebody answered its question: it begins to be silent when it goes on.
+                silence.stand_still(at);
+            }
+            run.silence = Some(silence);
             run.stale_at = None;
         }
     });

@@ -10,7 +10,7 @@ use super::{agent, lifecycle, refuse_while_moving};
 use crate::agent::{AfterStop, Agent, AgentState, Held};
 use crate::apply::parks;
 use crate::command::{AfterEnd, Decision, Effect, NewRun};
-use crate::project::{Course, PauseStep, Project, ProjectState};
+use crate::project::{Course, Project, ProjectState};
 use crate::restart::End;
 
 pub(super) fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
@@ -100,7 +100,6 @@ fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Opt
     if let Some(name) = let_go
         && let ProjectState::Pausing(run) = &*project.state
         && run.course == Course::Forward
-        && matches!(run.step, PauseStep::Freeze | PauseStep::PlanFlashSave | PauseStep::Checkpoint)
     {
         // It is thawed to hear its SIGTERM, and so it runs while the workspace is read.
         let error = Refusal::new(
@@ -135,6 +134,7 @@ fn parked_end(agent: &Agent) -> Event {
         agent: agent.name.clone(),
         run: run_id(agent),
         detail: "it was parked, and stopped before it was resumed".into(),
+        last_seen: None,
     }
 }
 
@@ -279,10 +279,18 @@ pub(super) fn run_lost(
         }
         Some(found) if is_current(project, &name, &run) && found.is_alive() => {
             let again = match then {
+                // The restart that a person asked for still comes.
+                _ if found.state == AgentState::Stopping(AfterStop::Restart) => Some(Event::AgentBackoff {
+                    agent: name.clone(),
+                    until: now,
+                    start: 1,
+                    cause: StartCause::Restart,
+                    detail: detail.clone(),
+                }),
                 AfterEnd::ByPolicy => lifecycle::after_end(found, End::Interrupted, &detail, now),
                 AfterEnd::Stay => None,
             };
-            let mut events = vec![Event::AgentInterrupted { agent: name, run, detail }];
+            let mut events = vec![Event::AgentInterrupted { agent: name, run, detail, last_seen: None }];
             events.extend(again);
             Decision::events(events)
         }

@@ -5,6 +5,7 @@ use fermata_protocol::agent::Usage;
 use fermata_protocol::budget::Budget;
 use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectConfig;
+use fermata_protocol::supervision::Supervision;
 
 use super::model::*;
 use crate::command::{Command, Effect};
@@ -64,4 +65,67 @@ fn a_budget_that_is_reached_pauses_and_a_resume_needs_more_of_it() {
     model.tell(set(&config)).expect("accepted");
     assert!(pauses(&mut model, 1, 1), "a budget that is set anew counts");
     assert_eq!(model.project.counters.removed_usage, usage(60));
+}
+
+fn two_agents(budgets: [Budget; 2]) -> Model {
+    let mut model = Model::new();
+    for (agent, budget) in [0, 1].into_iter().zip(budgets) {
+        let mut spec = spec(agent);
+        *spec.supervision = Supervision { budget, ..Supervision::default() };
+        let new = model.new_run();
+        model.tell(Command::Run { agent: name(agent), spec, new }).expect("it may run");
+        model.settle();
+    }
+    model
+}
+
+fn tokens(bound: u64) -> Budget {
+    Budget { tokens: Some(bound), ..Budget::default() }
+}
+
+fn asks_with(model: &mut Model, budget: Budget) -> bool {
+    model.tell(set(&ProjectConfig { budget, ..ProjectConfig::default() })).expect("accepted");
+    let asked = model.pending.contains(&Effect::PauseForBudget {});
+    model.settle();
+    asked
+}
+
+#[test]
+fn the_own_budget_of_an_agent_that_has_ended_pauses_nobody() {
+    let mut model = two_agents([tokens(10), Budget::default()]);
+    assert!(pauses(&mut model, 0, 10));
+    assert!(pauses(&mut model, 1, 1), "it is still not paused");
+    let run = model.run_of(&name(0)).expect("it runs");
+    model.end(&run, 0);
+    model.report_end(name(0), run);
+    model.settle();
+    assert!(!pauses(&mut model, 1, 1));
+    assert!(asks_with(&mut model, tokens(12)), "what it has spent counts for the project");
+}
+
+#[test]
+fn a_budget_below_what_is_spent_already_pauses_at_once() {
+    let mut model = two_agents([Budget::default(), Budget::default()]);
+    assert!(!pauses(&mut model, 0, 60));
+    assert!(!asks_with(&mut model, tokens(61)));
+    assert!(asks_with(&mut model, tokens(60)));
+}
+
+#[test]
+fn a_budget_that_is_reached_during_a_pause_is_asked_for_once() {
+    let mut model = two_agents([tokens(10), Budget::default()]);
+    let operation = model.operation();
+    let mode = PauseMode::Freeze;
+    let pause = Command::Pause { operation, cause: PauseCause::Person, reason: None, mode, grace_ms: None };
+    model.tell(pause).expect("it is active");
+    let ask = |model: &mut Model, tokens: u64| {
+        model.pending.retain(|effect| *effect != Effect::PauseForBudget {});
+        model.tell(Command::Use { agent: name(0), usage: usage(tokens) }).expect("accepted");
+        model.pending.contains(&Effect::PauseForBudget {})
+    };
+    assert!(!ask(&mut model, 9));
+    assert!(ask(&mut model, 1), "the pause may be undone yet");
+    assert!(!ask(&mut model, 1), "the one that asked waits");
+    model.settle();
+    assert!(!pauses(&mut model, 0, 1), "it is paused");
 }

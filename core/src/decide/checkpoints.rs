@@ -7,6 +7,7 @@ use fermata_protocol::task::TaskView;
 use fermata_protocol::{CheckpointNumber, Code, ErrorObject, OperationId, Refusal};
 
 use super::refuse_while_moving;
+use crate::agent::AgentState;
 use crate::command::{Decision, Effect};
 use crate::project::{Project, ProjectState, RestoreRun, RestoreStage};
 
@@ -43,7 +44,15 @@ pub(super) fn begin_restore(
 ) -> Result<Decision, Refusal> {
     refuse_while_moving(project)?;
     match &*project.state {
-        ProjectState::Paused(_) => {}
+        ProjectState::Paused(_) => {
+            if let Some(agent) = project.agents.values().find(|agent| matches!(agent.state, AgentState::Stopping(_))) {
+                return Err(Refusal::new(
+                    Code::OperationInProgress,
+                    format!("agent '{}' of project '{}' is just being stopped", agent.name, project.name),
+                )
+                .hint("try again in a moment"));
+            }
+        }
         _ => {
             if let Some(agent) = project.unfinished_agents().next() {
                 return Err(Refusal::new(

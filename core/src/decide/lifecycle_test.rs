@@ -259,3 +259,74 @@ fn with_recovery_switched_off_nothing_returns() {
     assert!(!model.pending.iter().any(|effect| matches!(effect, Effect::Launch { .. })));
     assert_eq!(status(&model, 1), AgentStatus::Failed);
 }
+
+#[test]
+fn downtime_is_no_time_of_an_agent() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    model.clock += 10_000;
+    let last_seen = [(name(1), UnixMillis(model.clock))].into();
+    model.world = World::default();
+    model.pending.clear();
+    model.clock += 8 * 3_600_000;
+    let observed = [(name(1), crate::command::Observed::Lost { detail: "gone".into() })].into();
+    let respawn = model.respawns(false);
+    model.tell(Command::Recover { agents: observed, respawn, last_seen }).expect("recovery is not refused");
+    model.settle();
+    let agent = &model.project.agents[&name(1)];
+    assert_eq!(agent.status(false), AgentStatus::Running);
+    let left = crate::view::agent(&model.project, agent, UnixMillis(model.clock)).time_left_ms;
+    assert!(left.is_some_and(|left| (39_000..=40_000).contains(&left)), "{left:?} of 50 s");
+}
+
+#[test]
+fn a_restart_whose_shim_dies_still_starts_the_agent() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    let new = model.new_run();
+    model.tell(Command::Restart { agent: name(0), new }).expect("it may be restarted");
+    model.pending.clear();
+    let lost = model.run_of(&name(0)).expect("it has a run");
+    model.world.alive.remove(&lost);
+    let then = crate::command::AfterEnd::ByPolicy;
+    model
+        .tell(Command::RunLost { agent: name(0), run: lost, detail: "its shim was killed".into(), then })
+        .expect("told");
+    model.settle();
+    assert_eq!((status(&model, 0), model.project.agents[&name(0)].runs), (AgentStatus::Running, 2));
+}
+
+#[test]
+fn a_kill_of_an_agent_whose_time_is_up_leaves_it_timed_out() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    ready(&mut model, 1);
+    model.clock += 50_000;
+    model.follow_up();
+    let at = model.pending.iter().position(|effect| matches!(effect, Effect::Checkpoint { .. })).expect("one");
+    let effect = model.pending.remove(at);
+    model.conclude(effect, true);
+    model.follow_up();
+    assert_eq!(status(&model, 1), AgentStatus::Stopping);
+    model.tell(Command::Kill { agent: Some(name(1)) }).expect("it may be killed");
+    model.settle();
+    assert_eq!(status(&model, 1), AgentStatus::TimedOut);
+}
+
+#[test]
+fn after_a_restore_agents_go_on_with_the_context_that_was_restored() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    for _ in 0..2 {
+        let operation = model.operation();
+        model.tell(Command::Checkpoint { operation, trigger: Trigger::Manual }).expect("it may");
+        model.settle();
+    }
+    assert_eq!(model.project.counters.context, 2);
+    exits(&mut model, 0, 1);
+    let operation = model.operation();
+    model.tell(Command::Restore { operation, checkpoint: 1 }).expect("nobody runs");
+    model.settle();
+    assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 3));
+}

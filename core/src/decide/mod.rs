@@ -22,7 +22,8 @@ use fermata_protocol::project::Phase;
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 
 use crate::agent::Agent;
-use crate::command::{Command, Decision};
+use crate::budget;
+use crate::command::{Command, Decision, Effect};
 use crate::project::{Project, ProjectState};
 
 /// Decides what a command leads to.
@@ -93,7 +94,9 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::Restored { operation, phase, tasks, written, removed } => {
             Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
         }
-        Command::Recover { agents, respawn } => Ok(recover::recover(project, &agents, respawn, now)),
+        Command::Recover { agents, respawn, last_seen } => {
+            Ok(recover::recover(project, &agents, respawn, &last_seen, now))
+        }
     }
 }
 
@@ -103,12 +106,21 @@ fn set(
     phase: Option<Phase>,
     config: Option<fermata_protocol::project::ProjectConfig>,
 ) -> Decision {
+    let asked = config.is_some();
     let mut events = Vec::new();
     if description.is_some() || config.is_some() {
         events.push(Event::ProjectChanged { description, config });
     }
+    let mut after = project.clone();
+    for event in &events {
+        // The time of a change is in no rule.
+        crate::apply(&mut after, event, UnixMillis(0));
+    }
+    // A budget below what is spent already need not wait for the next report of usage.
+    let due = asked && budget::asks_for_pause(project, &after);
     events.extend(phase_change(project, phase));
-    Decision::events(events)
+    let decision = Decision::events(events);
+    if due { decision.then(Effect::PauseForBudget {}) } else { decision }
 }
 
 fn phase_change(project: &Project, phase: Option<Phase>) -> Option<Event> {

@@ -342,7 +342,8 @@ impl Model {
             observed.insert(agent.name.clone(), seen);
         }
         let respawn = self.respawns(false);
-        self.tell(Command::Recover { agents: observed, respawn }).expect("recovery is not refused");
+        self.tell(Command::Recover { agents: observed, respawn, last_seen: BTreeMap::new() })
+            .expect("recovery is not refused");
         // The daemon carries this one out before it takes commands, so that it cannot come late
         // and thaw what a new pause has frozen.
         while let Some(at) = self.pending.iter().position(|e| matches!(e, Effect::Thaw { .. })) {

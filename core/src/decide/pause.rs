@@ -6,7 +6,7 @@ use fermata_protocol::pause::{PauseCause, PauseMode, PauseResult};
 use fermata_protocol::{AgentName, Code, ErrorObject, OperationId, Refusal, UnixMillis};
 
 use super::refuse_while_moving;
-use crate::agent::{AfterStop, AgentState};
+use crate::agent::AgentState;
 use crate::apply::parks;
 use crate::command::{Decision, Effect, Sealed, StepReport};
 use crate::context::reduction_percentage;
@@ -41,12 +41,16 @@ pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -
             .hint(format!("to save its state: fermatactl checkpoint create {}", project.name)));
         }
     }
-    // Processes that appear behind the freeze would run on in a paused project.
-    let appears = [AgentState::Starting, AgentState::Stopping(AfterStop::Restart)];
-    if let Some(agent) = project.agents.values().find(|agent| appears.contains(&agent.state)) {
+    // Processes that appear behind the freeze would run on in a paused project, and so would those
+    // that have a grace to end in, which a shim does not freeze.
+    let moving = |agent: &&std::sync::Arc<crate::agent::Agent>| {
+        matches!(agent.state, AgentState::Starting | AgentState::Stopping(_))
+    };
+    if let Some(agent) = project.agents.values().find(moving) {
+        let doing = if agent.state == AgentState::Starting { "started" } else { "stopped" };
         return Err(Refusal::new(
             Code::OperationInProgress,
-            format!("agent '{}' of project '{}' is just being started", agent.name, project.name),
+            format!("agent '{}' of project '{}' is just being {doing}", agent.name, project.name),
         )
         .hint("try again in a moment"));
     }
@@ -195,6 +199,18 @@ pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decisi
                 Ok(undo(project, run, error.into()))
             }
         };
+    }
+    if let Some(run) = project.checkpointing.as_ref().filter(|run| run.operation == operation) {
+        let held = matches!(&*project.state, ProjectState::Paused(_));
+        let runs = if held { Vec::new() } else { project.runs(project.alive_agents()) };
+        let error = Refusal::new(
+            Code::OperationCancelled,
+            format!("checkpoint {} of project '{}' was cancelled", run.checkpoint, project.name),
+        );
+        // Told first: a step that has just succeeded reports in vain, and what it made is discarded.
+        let failed = Event::CheckpointFailed { operation: operation.clone(), error: error.into() };
+        let undo = Effect::Undo { operation, checkpoint: run.checkpoint, runs };
+        return Ok(Decision::events(vec![failed]).then(undo));
     }
     if project.operation() == Some(&operation) {
         return Err(Refusal::new(

@@ -19,6 +19,7 @@ pub(super) fn recover(
     project: &Project,
     observed: &BTreeMap<AgentName, Observed>,
     mut respawn: BTreeMap<AgentName, Respawn>,
+    last_seen: &BTreeMap<AgentName, UnixMillis>,
     now: UnixMillis,
 ) -> Decision {
     let mut decision = Decision::default();
@@ -32,7 +33,7 @@ pub(super) fn recover(
             unstarted.push(agent.name.clone());
             continue;
         }
-        decision.events.extend(agent_events(project, agent, seen, now));
+        decision.events.extend(agent_events(project, agent, seen, last_seen.get(&agent.name).copied(), now));
         let AgentState::Stopping(after) = agent.state else { continue };
         match (seen, after) {
             (Some(Observed::Alive(_)), _) => decision.effects.push(Effect::Stop {
@@ -61,7 +62,13 @@ pub(super) fn recover(
     decision
 }
 
-fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>, now: UnixMillis) -> Vec<Event> {
+fn agent_events(
+    project: &Project,
+    agent: &Agent,
+    observed: Option<&Observed>,
+    last_seen: Option<UnixMillis>,
+    now: UnixMillis,
+) -> Vec<Event> {
     let Some(run) = agent.run.as_ref() else { return Vec::new() };
     let (agent_name, run_id) = (agent.name.clone(), run.id.clone());
     let parking = match &*project.state {
@@ -104,14 +111,20 @@ fn agent_events(project: &Project, agent: &Agent, observed: Option<&Observed>, n
         Some(Observed::Lost { .. }) if agent.state == AgentState::Held(Held::Frozen) => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Lost { detail }) => interrupted(agent, run_id, detail.clone(), now),
-        None => interrupted(agent, run_id, "nothing is left of its run".into(), now),
+        Some(Observed::Lost { detail }) => interrupted(agent, run_id, detail.clone(), last_seen, now),
+        None => interrupted(agent, run_id, "nothing is left of its run".into(), last_seen, now),
     }
 }
 
-fn interrupted(agent: &Agent, run: RunId, detail: String, now: UnixMillis) -> Vec<Event> {
+fn interrupted(
+    agent: &Agent,
+    run: RunId,
+    detail: String,
+    last_seen: Option<UnixMillis>,
+    now: UnixMillis,
+) -> Vec<Event> {
     let again = lifecycle::after_end(agent, End::Interrupted, &detail, now);
-    let mut events = vec![Event::AgentInterrupted { agent: agent.name.clone(), run, detail }];
+    let mut events = vec![Event::AgentInterrupted { agent: agent.name.clone(), run, detail, last_seen }];
     events.extend(again);
     events
 }

@@ -11,7 +11,7 @@ use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 use super::{agent, phase_change};
 use crate::budget;
 use crate::command::{Decision, Effect};
-use crate::project::{Project, ProjectState, Resting};
+use crate::project::Project;
 
 /// The longest title of a task, text of a question or of a progress report, in bytes.
 pub const MAX_TEXT_BYTES: usize = 16 << 10;
@@ -67,8 +67,7 @@ pub(super) fn usage(project: &Project, name: AgentName, usage: Usage) -> Result<
     let mut after = project.clone();
     // The time of a report of usage is in no rule.
     crate::apply(&mut after, &event, UnixMillis(0));
-    let active = *project.state == ProjectState::Resting(Resting::Active);
-    let due = active && budget::reached(&after).is_some();
+    let due = budget::asks_for_pause(project, &after);
     let decision = Decision::events(vec![event]);
     Ok(if due { decision.then(Effect::PauseForBudget {}) } else { decision })
 }

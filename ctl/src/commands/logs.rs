@@ -8,7 +8,7 @@ use fermata_protocol::{RunId, Target, UnixMillis};
 use super::{Ended, one_agent};
 use crate::cli::LogsArgs;
 use crate::errors::Failure;
-use crate::output::time::{parse_since, rfc3339_ns};
+use crate::output::time::{now, parse_since, rfc3339_ns};
 use crate::output::{Format, Output, Paint};
 use crate::session::Session;
 
@@ -19,8 +19,8 @@ const POLL_MS: u64 = 20_000;
 pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
     let since = match &args.since {
         Some(text) => {
-            let now = session.out.now();
-            Some(parse_since(text, now).map_err(|e| Failure::usage(format!("--since: {e}")))?)
+            let began = session.out.now();
+            Some(parse_since(text, began).map_err(|e| Failure::usage(format!("--since: {e}")))?)
         }
         None => None,
     };
@@ -77,14 +77,21 @@ fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(),
             printer.print(&mut session.out, line)?;
         }
         session.out.flush()?;
-        // An agent that writes faster than it is read must not turn this into a follow.
-        let present = session.out.now().0.saturating_mul(1_000_000);
-        let caught_up = batch.lines.last().is_none_or(|line| line.at_ns > present);
+        let (began, present) = (session.out.now(), now());
+        let caught_up = batch.lines.last().is_none_or(|line| is_new(line, began, present));
         if batch.end || (!reading.follow && caught_up) {
             return Ok(());
         }
         cursor = Some(batch.cursor);
     }
+}
+
+/// Says whether a line was written after the command began: an agent that writes faster than it is
+/// read must not turn this into a follow. A line of the future was written before the clock was set
+/// back, so that it is an old one, and more may follow it.
+fn is_new(line: &LogLine, began: UnixMillis, present: UnixMillis) -> bool {
+    let at_ms = line.at_ns.div_euclid(1_000_000);
+    began.0 < at_ms && at_ms <= present.0
 }
 
 /// Writes lines; knows whether the last one on a stream still goes on.
@@ -133,5 +140,22 @@ impl Printer {
         let end_of_line = if std::mem::take(&mut self.stderr_open) { "\n" } else { "" };
         out.flush()?;
         io::stderr().write_all(format!("{end_of_line}{stamp}-- {}\n", line.text).as_bytes())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_line_between_the_beginning_and_the_present_is_new() {
+        let at = |at_ms: i64| {
+            let line =
+                LogLine { at_ns: at_ms * 1_000_000, stream: "stdout".into(), text: String::new(), partial: false };
+            is_new(&line, UnixMillis(1_000), UnixMillis(1_200))
+        };
+        assert!(!at(999) && !at(1_000), "it was there");
+        assert!(at(1_001) && at(1_200));
+        assert!(!at(1_201) && !at(3_600_000), "the clock was set back since");
     }
 }

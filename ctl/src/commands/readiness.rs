@@ -1,6 +1,8 @@
-//! Waiting until agents are ready: looks once, then at each agent of which an event speaks.
+//! Waiting until agents are ready: looks once, then at each agent of which an event speaks,
+//! and at all that are left when nothing is told.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::declaration::{AgentDetail, AgentShow};
@@ -10,7 +12,13 @@ use fermata_protocol::{AgentName, Code, ProjectName, Target};
 use super::up::standing;
 use crate::errors::{Exit, Failure};
 use crate::output::note;
-use crate::session::Session;
+use crate::session::{Session, Told};
+
+/// How long nothing is told before all that are left are looked at again …
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// … which grows so far while nothing is told.
+const LOOK_AGAIN_AT_LAST: Duration = Duration::from_secs(8);
 
 /// How far an agent has come.
 enum Come {
@@ -70,7 +78,9 @@ fn follow(
     names: &[AgentName],
     left: &mut Left,
 ) -> Result<Option<bool>, Failure> {
-    let mut next: Vec<AgentName> = names.iter().filter(|name| left.contains_key(*name)).cloned().collect();
+    let all_of = |left: &Left| names.iter().filter(|name| left.contains_key(*name)).cloned().collect();
+    let mut next: Vec<AgentName> = all_of(left);
+    let mut patience = LOOK_AGAIN;
     loop {
         for name in next {
             match look(session, project, &name, left) {
@@ -85,7 +95,18 @@ fn follow(
         if left.is_empty() {
             return Ok(Some(true));
         }
-        let Some(notification) = session.next_notification()? else { return Ok(None) };
+        let notification = match session.next_notification_within(patience)? {
+            Told::Notification(notification) => notification,
+            // An event is told as soon as it is written, which may be before a look shows what it has
+            // changed. When it was the last one, nothing else would bring about another look.
+            Told::Nothing => {
+                next = all_of(left);
+                patience = (patience * 2).min(LOOK_AGAIN_AT_LAST);
+                continue;
+            }
+            Told::CameBack => return Ok(None),
+        };
+        patience = LOOK_AGAIN;
         let about = notification.params.pointer("/event/data/agent").and_then(|name| name.as_str()).unwrap_or_default();
         let concerns = |(name, waits): (&AgentName, &Vec<AgentName>)| {
             (name.as_str() == about || waits.iter().any(|other| other.as_str() == about)).then(|| name.clone())

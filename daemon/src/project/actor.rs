@@ -199,6 +199,7 @@ impl Actor {
 
     /// Finds out what has become of a run whose shim could not be connected to.
     fn look_for_end(&self, agent: AgentName, run: RunId) {
+        self.watch_readiness(&agent, &run);
         self.services.tracker.spawn(self.watcher(&agent, &run).look());
     }
 

@@ -16,7 +16,6 @@ use super::ids::{NewToken, new_operation, new_run};
 use crate::errors::Failure;
 use crate::services;
 use crate::steps::{Cancel, Site, session};
-use crate::store::checkpoints;
 
 /// How often things may fall due one after the other before others get their turn.
 const ROUNDS: u32 = 8;
@@ -37,8 +36,10 @@ impl Actor {
             return None;
         }
         for _ in 0..ROUNDS {
+            // One look at the clock for both: what is not due now is what the alarm is set to.
+            let now = services::now();
             let mut decided = false;
-            for what in due::due(&self.project, services::now()) {
+            for what in due::due(&self.project, now) {
                 let due = match what {
                     Due::Start(agent) => {
                         self.prepare(agent);
@@ -57,7 +58,6 @@ impl Actor {
                 }
             }
             if !decided {
-                let now = services::now();
                 let next = due::next(&self.project, now)?;
                 let wait = Duration::from_millis(u64::try_from(next.since(now)).unwrap_or(0));
                 return Some(Instant::now() + wait.min(LONGEST));
@@ -120,10 +120,7 @@ pub async fn start(site: &Site, agent: &Agent, again: Again) -> Prepared {
         Again::Anew => Start { new, argv: agent.spec.argv.clone(), session: None, checkpoint: None },
         Again::GoesOn => {
             let chosen = session::start_again(site, agent).await?;
-            let project = site.project.name.clone();
-            let latest = site.services.store.read(move |connection| checkpoints::latest(connection, &project)).await;
-            let checkpoint = latest.map_err(|e| Failure::fault("find the last checkpoint", &e))?;
-            let comes_back = ComesBack { checkpoint };
+            let comes_back = ComesBack { checkpoint: Some(site.project.counters.context).filter(|number| *number > 0) };
             Start { new, argv: chosen.argv, session: chosen.session, checkpoint: Some(comes_back) }
         }
     };

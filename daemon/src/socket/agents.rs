@@ -283,8 +283,8 @@ pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<
     let names = aimed(&project, params.target.agent.as_ref());
     let grace = params.grace_ms.unwrap_or_else(|| longest_grace(&project, &names));
     let command = Command::Stop { agent: params.target.agent.clone(), grace_ms: params.grace_ms };
-    tell_list(&handle, command, names.clone(), keyed).await?;
-    ended(&handle, &names, Duration::from_millis(grace) + ENDING).await
+    let told = tell_list(&handle, command, names, keyed).await?;
+    runs_ended(&handle, &told, Duration::from_millis(grace) + ENDING).await
 }
 
 pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -299,8 +299,9 @@ pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<
             if !names.is_empty() {
                 remember(projects, keyed, &wire(&list_of(&handle.look(), &names))?).await?;
             }
-            tell(&handle, Command::Kill { agent: params.target.agent.clone() }, None).await?;
-            ended(&handle, &names, ENDING).await
+            let command = Command::Kill { agent: params.target.agent.clone() };
+            let told = tell_list(&handle, command, names, None).await?;
+            runs_ended(&handle, &told, ENDING).await
         }
     }
 }
@@ -413,9 +414,13 @@ async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<
     let mut state = handle.watch();
     loop {
         let project = state.borrow_and_update().clone();
-        let Some(run) = project.agents.get(name).and_then(|agent| agent.run.as_ref()) else {
+        let Some((agent, run)) = project.agents.get(name).and_then(|agent| Some((agent, agent.run.as_ref()?))) else {
             return Ok(Value::Null);
         };
+        if before == Some(&run.id) && agent.is_terminal() {
+            let message = format!("agent '{name}' of project '{}' has ended and was not started again", project.name);
+            return Err(Refusal::new(Code::AgentNotRunning, message).into());
+        }
         let waits = project.agents.get(name).is_some_and(|agent| matches!(agent.state, AgentState::Waiting(_)));
         if waits || before != Some(&run.id) {
             return started(handle, name, &run.id.clone()).await;
@@ -445,10 +450,22 @@ pub(super) async fn finish_end(
     grace_ms: Option<u64>,
     reply: Value,
 ) -> Result<Value, Failure> {
-    let names: Vec<_> = from_memory::<AgentListResult>(&reply)?.agents.into_iter().map(|agent| agent.name).collect();
     let Ok(handle) = projects.get(project) else { return Ok(reply) };
+    let names: Vec<_> = from_memory::<AgentListResult>(&reply)?.agents.into_iter().map(|agent| agent.name).collect();
     let patience = Duration::from_millis(grace_ms.unwrap_or(longest_grace(&handle.look(), &names))) + ENDING;
-    ended(&handle, &names, patience).await
+    runs_ended(&handle, &reply, patience).await
+}
+
+/// Waits until the runs that a stop or kill was aimed at have ended. Somebody else may have started
+/// an agent again since: that run is not meant.
+async fn runs_ended(handle: &ProjectHandle, told: &Value, patience: Duration) -> Result<Value, Failure> {
+    let agents = from_memory::<AgentListResult>(told)?.agents;
+    let names: Vec<AgentName> = agents.iter().map(|agent| agent.name.clone()).collect();
+    let is_another = |agent: &Agent| {
+        let meant = agents.iter().find(|told| told.name == agent.name).and_then(|told| told.run.as_ref());
+        meant.is_some_and(|meant| agent.run.as_ref().is_some_and(|run| run.id != *meant))
+    };
+    ended(handle, &names, patience, is_another).await
 }
 
 fn from_memory<T: DeserializeOwned>(reply: &Value) -> Result<T, Failure> {
@@ -472,7 +489,7 @@ pub(super) async fn wait(projects: &Projects, params: &AgentWait) -> Result<Valu
         return Err(not_found(&params.target));
     }
     let names = [name.clone()];
-    let waiting = ended(&handle, &names, Duration::MAX);
+    let waiting = ended(&handle, &names, Duration::MAX, |_| false);
     let value = match params.timeout_ms {
         None => waiting.await?,
         Some(ms) => match tokio::time::timeout(Duration::from_millis(ms), waiting).await {
@@ -490,13 +507,18 @@ pub(super) async fn wait(projects: &Projects, params: &AgentWait) -> Result<Valu
 }
 
 /// Waits until agents have ended, and shows them.
-async fn ended(handle: &ProjectHandle, names: &[AgentName], patience: Duration) -> Result<Value, Failure> {
+async fn ended(
+    handle: &ProjectHandle,
+    names: &[AgentName],
+    patience: Duration,
+    is_over: impl Fn(&Agent) -> bool,
+) -> Result<Value, Failure> {
     let mut state = handle.watch();
     let all_ended = async {
         loop {
             let project = state.borrow_and_update().clone();
             let agents: Vec<_> = names.iter().filter_map(|name| project.agents.get(name)).collect();
-            if agents.iter().all(|agent| agent.is_terminal()) {
+            if agents.iter().all(|agent| agent.is_terminal() || is_over(agent)) {
                 let views: Vec<AgentView> = agents.iter().map(|agent| shown(&project, agent)).collect();
                 return wire(&AgentListResult { agents: views, next: None });
             }

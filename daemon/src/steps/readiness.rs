@@ -35,10 +35,11 @@ const TRY_WITHIN: Duration = Duration::from_secs(10);
 const BATCH_BYTES: usize = 256 << 10;
 
 /// Waits until a run is ready; returns whether it is. Ends without an answer when the run is no
-/// longer the agent's current one or nothing can be found out.
+/// longer the agent's current one or there is nothing to find out. What cannot be read now is tried
+/// again: nobody else would look.
 ///
 /// # Errors
-/// When the store or the log cannot be read.
+/// None at present: the signature leaves room for a look that is of no use to try again.
 pub async fn wait(
     site: &Site,
     mut state: watch::Receiver<Arc<Project>>,
@@ -50,8 +51,9 @@ pub async fn wait(
         None | Some(ReadyWhen::Reported) => return Ok(false),
         Some(when) => when.clone(),
     };
-    let env = session::environment(site, agent).await?;
     let cwd = PathBuf::from(&found.spec.cwd);
+    let mut env = None;
+    let mut told = false;
     let mut output = Output { dir: site.dirs().run(agent, run).join(files::LOGS), start: Start::Begin };
     loop {
         let (current, held) = {
@@ -69,19 +71,47 @@ pub async fn wait(
             }
             continue;
         }
-        let (is_ready, pace) = match &ready {
+        let (looked, pace) = match &ready {
             ReadyWhen::Reported => return Ok(false),
-            ReadyWhen::Output(wanted) => (output.holds(wanted).await?, LOOK),
-            ReadyWhen::Command(argv) => (succeeds(argv, &env, &cwd, &site.services.stopping).await, TRY),
+            ReadyWhen::Output(wanted) => (output.holds(wanted).await, LOOK),
+            ReadyWhen::Command(argv) => match known(&mut env, site, agent).await {
+                Ok(env) => (Ok(succeeds(argv, env, &cwd, &site.services.stopping).await), TRY),
+                Err(failure) => (Err(failure), TRY),
+            },
         };
-        if is_ready {
-            return Ok(true);
-        }
+        let pace = match looked {
+            Ok(true) => return Ok(true),
+            Ok(false) => {
+                told = false;
+                pace
+            }
+            Err(failure) => {
+                // Once, not twice a second.
+                if !std::mem::replace(&mut told, true) {
+                    let project = &site.project.name;
+                    tracing::error!(%project, %agent, %failure, "find out when it is ready; tried again");
+                }
+                TRY
+            }
+        };
         tokio::select! {
             () = tokio::time::sleep(pace) => {}
             () = site.services.stopping.cancelled() => return Ok(false),
         }
     }
+}
+
+/// The environment of a command, read once.
+async fn known<'a>(
+    env: &'a mut Option<BTreeMap<String, String>>,
+    site: &Site,
+    agent: &AgentName,
+) -> Result<&'a BTreeMap<String, String>, Failure> {
+    let read = match env.take() {
+        Some(read) => read,
+        None => session::environment(site, agent).await?,
+    };
+    Ok(env.insert(read))
 }
 
 /// The output of a run, read once.
@@ -119,7 +149,9 @@ fn look(
         Err(error) => return Err(error),
     };
     let lines = reader.next_batch(BATCH_BYTES)?;
-    let found = lines.iter().any(|line| memchr::memmem::find(&line.bytes, wanted).is_some());
+    // What Fermata itself notes in the log is no word of the agent's.
+    let mut output = lines.iter().filter(|line| line.stream.is_output());
+    let found = output.any(|line| memchr::memmem::find(&line.bytes, wanted).is_some());
     Ok((found, !lines.is_empty(), reader.position()))
 }
 
@@ -146,5 +178,26 @@ async fn succeeds(argv: &[String], env: &BTreeMap<String, String>, cwd: &Path, s
             drop(child.wait().await);
             false
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_words_of_the_agent_itself_count() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let stamp = "2026-01-02T03:04:05.123456789Z";
+        let mut log = format!("{stamp} note F it is listening\n{stamp} gap F listening was lost\n");
+        let holds = |log: &str| {
+            std::fs::write(dir.path().join(crate::shim::log::CURRENT), log).expect("write");
+            let (found, read, _) = look(dir.path(), Start::Begin, b"listening").expect("read");
+            assert!(read, "the lines are lines of a log");
+            found
+        };
+        assert!(!holds(&log));
+        log += &format!("{stamp} stderr F now listening\n");
+        assert!(holds(&log));
     }
 }

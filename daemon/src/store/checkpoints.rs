@@ -61,16 +61,6 @@ pub fn find(
     raw.map(view).transpose()
 }
 
-/// Finds the number of the newest checkpoint.
-///
-/// # Errors
-/// When the table cannot be read.
-pub fn latest(connection: &Connection, project: &ProjectName) -> Result<Option<CheckpointNumber>, StoreError> {
-    let sql = "SELECT max(id) FROM checkpoints WHERE project = ?1";
-    let number: Option<i64> = connection.query_row(sql, [project.as_str()], |row| row.get(0)).doing(READ)?;
-    Ok(number.map(|number| number as CheckpointNumber))
-}
-
 /// Lists checkpoints before a number, newest first.
 ///
 /// # Errors

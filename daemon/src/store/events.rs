@@ -3,7 +3,7 @@
 use fermata_protocol::event::{Event, RecordedEvent};
 use fermata_protocol::subscription::EventFilter;
 use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
-use rusqlite::{Connection, params};
+use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::rows::{json, text, word};
 use super::{Doing, StoreError};
@@ -140,6 +140,16 @@ pub fn read(
         });
     }
     Ok(Read::Page(Page { events, next, more: next.0 < newest }))
+}
+
+/// Returns when the last event was recorded.
+///
+/// # Errors
+/// When the table cannot be read.
+pub fn latest_at(connection: &Connection) -> Result<Option<UnixMillis>, StoreError> {
+    let sql = "SELECT at FROM events ORDER BY seq DESC LIMIT 1";
+    let at: Option<i64> = connection.query_row(sql, [], |row| row.get(0)).optional().doing("read events")?;
+    Ok(at.map(UnixMillis))
 }
 
 /// Returns the cursor before the oldest event that is left.

@@ -7,8 +7,10 @@ use std::sync::mpsc::{Receiver, sync_channel};
 
 use fermata_protocol::agent::{AgentKill, AgentList, AgentRestart, AgentStop};
 use fermata_protocol::client::{Client, ClientError};
+use fermata_protocol::event::Event;
 use fermata_protocol::method::Method;
 use fermata_protocol::pause::{PauseMode, ProjectPause, ProjectResume};
+use fermata_protocol::subscription::{EventFilter, EventsList};
 use fermata_protocol::{Code, Target};
 use fermata_tests::waiting::look_for;
 use fermata_tests::{Sandbox, process};
@@ -147,7 +149,7 @@ impl<'a> Hands<'a> {
                 Ok(()) => "done".to_owned(),
                 Err(ClientError::Refused(refusal)) => {
                     if is_fault(refusal.code) {
-                        let fault = format!("{deed:?}: {refusal:?}");
+                        let fault = format!("{deed:?}: {refusal:?}; before that: {}", self.history_of(deed));
                         self.faults.lock().expect("no hand fails while it tells").push(fault);
                     }
                     refusal.code.as_str().to_owned()
@@ -188,6 +190,26 @@ impl<'a> Hands<'a> {
                 self.call(&AgentRestart { target })
             }
         }
+    }
+
+    /// What the project of a deed told last, for the one who has to find out what went wrong.
+    fn history_of(&self, deed: Deed) -> String {
+        let (Deed::Stop(member, _) | Deed::Kill(member) | Deed::Restart(member)) = deed else { return String::new() };
+        let target = &self.members[member].target;
+        let filter = EventFilter { project: Some(target.project.clone()), kinds: Vec::new() };
+        let mut list = EventsList { cursor: None, filter, limit: Some(500) };
+        let mut told = Vec::new();
+        while let Ok(page) = self.client().and_then(|mut client| client.call(&list)) {
+            if page.events.is_empty() {
+                break;
+            }
+            let about = |event: &Event| event.agent().is_none_or(|agent| Some(agent) == target.agent.as_ref());
+            let lines = page.events.iter().filter(|recorded| about(&recorded.event));
+            told.extend(lines.map(|recorded| format!("{} {}", recorded.at.0, recorded.event.kind())));
+            list.cursor = Some(page.cursor);
+        }
+        let last = told.len().saturating_sub(30);
+        told[last..].join("; ")
     }
 
     fn will_end(&self, member: usize) -> Target {
