@@ -131,7 +131,8 @@ fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
             let ended = launch::end_older_runs(&site, &agent.name, &run.id).await;
             let seen = if agent.is_alive() {
                 let run_dir = site.dirs().run(&agent.name, &run.id);
-                let found = observe(run_dir, &site.services.boot_id, site.services.shim_patience()).await;
+                let found =
+                    observe(run_dir, run.processes, &site.services.boot_id, site.services.shim_patience()).await;
                 if let Err(failure) = ended {
                     // What lives is worth more than what is left of the past.
                     tracing::error!(project = %site.project.name, agent = %agent.name, %failure, "at the start");

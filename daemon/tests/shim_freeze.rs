@@ -187,6 +187,9 @@ async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: Mechanis
     assert_eq!(quiesced.outcome, QuiesceOutcome::AlreadyStopped);
     link.freeze(LONG).await.unwrap();
     bed.still(&THREE_FILES).await;
+    let refused = link.signal(libc::SIGCONT).await;
+    assert!(matches!(refused, Err(LinkError::Refused { code: RefusalCode::Held, .. })), "{refused:?}");
+    bed.still(&THREE_FILES).await;
     link.thaw().await.unwrap();
     bed.growing(&["far", "orphan"]).await;
     bed.still(&["near"]).await;

@@ -4,11 +4,12 @@ mod shim_bed;
 
 use fermata_daemon::os::process::{self, ProcessId};
 use fermata_daemon::shim::log_line::{LogLine, Stream};
-use fermata_daemon::shim::spec::{LogLimits, MechanismChoice};
+use fermata_daemon::shim::reach::{Reached, reach};
+use fermata_daemon::shim::spec::{LogLimits, MechanismChoice, files};
 use fermata_protocol::supervision::OutputPolicy;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
-use shim_bed::{Bed, exited, until};
+use shim_bed::{Bed, PATIENCE, exited, until};
 
 /// The greatest resident size that a process ever had, KiB (`VmHWM`, proc_pid_status(5)).
 fn peak_kib(id: ProcessId) -> u64 {
@@ -129,6 +130,27 @@ async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_
             assert_eq!(output(&lines).len(), "one\n".len() + 3893 + "three\n".len());
         }
     }
+}
+
+#[tokio::test]
+async fn a_shim_that_is_killed_while_it_waits_for_its_keeper_costs_no_exit_code() {
+    let mut bed = Bed::new(MechanismChoice::Auto, "echo one; while [ ! -e go ]; do sleep 0.01; done; exit 7");
+    bed.spec.output = OutputPolicy::Drop;
+    let (launched, _link, _events) = bed.launch().await;
+    until("a line", || bed.logs().len() == 1).await;
+    let keepers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
+    assert_eq!(keepers.len(), 1);
+    assert!(process::signal(keepers[0], libc::SIGSTOP).unwrap());
+    std::fs::write(bed.path("go"), "").unwrap();
+    until("the exit to be noted", || bed.spec.file(files::ENDED).exists()).await;
+    assert!(process::signal(launched.shim, libc::SIGKILL).unwrap());
+    until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
+    assert!(bed.exit().is_none(), "it waited");
+    let boot = process::boot_id().unwrap();
+    let Reached::Ended(exit) = reach(&bed.spec.run_dir, &boot, PATIENCE).await else { panic!("its exit is noted") };
+    assert_eq!((exit.code, exit.post_stop_failure), (Some(7), None));
+    process::signal(keepers[0], libc::SIGCONT).unwrap();
+    until("the keeper's end", || !process::is_alive(keepers[0]).unwrap()).await;
 }
 
 /// A file system of its own, unmounted at the end.

@@ -26,6 +26,7 @@ for_both_mechanisms!(
     the_output_that_a_killed_shim_had_not_read_is_kept,
     a_recycled_pid_in_the_record_is_never_signalled,
     a_shim_of_another_version_is_left_alone,
+    a_record_that_cannot_be_read_ends_nobody,
 );
 
 fn boot() -> String {
@@ -100,6 +101,27 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
     assert!(!process::is_alive(launched.shim).unwrap());
     assert_eq!(bed.living(), [] as [i32; 0]);
     link.closed().await;
+}
+
+async fn a_record_that_cannot_be_read_ends_nobody(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, TICKS);
+    let (launched, _link, _events) = bed.launch().await;
+    // A folder in its place: read(2) fails, also for root.
+    let exit = bed.spec.file(files::EXIT);
+    std::fs::create_dir(&exit).unwrap();
+    let Reached::Unknown(why) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is not known") };
+    assert!(why.contains(files::EXIT), "{why}");
+    std::fs::remove_dir(&exit).unwrap();
+    let (run, aside) = (bed.spec.file(files::RUN), bed.path("aside"));
+    std::fs::rename(&run, &aside).unwrap();
+    std::fs::create_dir(&run).unwrap();
+    let Reached::Unknown(why) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is not known") };
+    assert!(why.contains(files::RUN), "{why}");
+    assert!(process::is_alive(launched.shim).unwrap() && process::is_alive(launched.agent).unwrap());
+    std::fs::remove_dir(&run).unwrap();
+    std::fs::rename(&aside, &run).unwrap();
+    assert!(matches!(reach(&bed.spec.run_dir, &boot(), PATIENCE).await, Reached::Linked(_)));
+    bed.growing(&["near"]).await;
 }
 
 async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: MechanismChoice) {

@@ -225,6 +225,40 @@ fn a_launch_that_the_daemon_did_not_live_to_see_is_found() {
 }
 
 #[test]
+fn an_agent_whose_shim_was_killed_before_it_recorded_it_does_not_go_on() {
+    for config in MECHANISMS {
+        for down in [false, true] {
+            let point = "shim.agent_started=stop";
+            let mut sandbox = Sandbox::builder().config(config).env("FERMATA_FAILPOINT", point).start();
+            let workspace = web(&sandbox);
+            let place = ["run", "-p", "web", "-w", workspace.text(), "--cwd", workspace.text(), "-n", "a"];
+            let text = "setsid sh -c 'echo $$ > pid.child; exec sleep 1000' & echo $$ > pid; wait; echo on > went.on";
+            let script = ["--", "/bin/sh", "-c", text];
+            let pids = std::thread::scope(|scope| {
+                let started = scope.spawn(|| sandbox.ctl_output(&[&place[..], &script].concat()));
+                let pids = ["pid", "pid.child"].map(|file| wait_for_pid(&sandbox, file));
+                let shim = process::parent(pids[0]).expect("the agent has a parent");
+                wait_until(SOON, "the shim to stand", || process::state(shim) == Some('T'));
+                if down {
+                    kill_hard(sandbox.daemon_pid());
+                }
+                kill_hard(shim);
+                assert!(!started.join().expect("the command comes to an end").status.success());
+                pids
+            });
+            if down {
+                sandbox.kill_daemon();
+                sandbox.forget_env("FERMATA_FAILPOINT");
+                sandbox.start_daemon();
+            }
+            pids.into_iter().for_each(wait_for_end);
+            assert!(!workspace.has("went.on"), "the agent saw the death of its child and went on");
+            assert!(agent(&sandbox, "a").status.is_terminal());
+        }
+    }
+}
+
+#[test]
 fn a_shim_that_is_killed_while_its_agent_is_resumed_is_told_once_and_leaves_no_pid_behind() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");

@@ -12,7 +12,7 @@ use fermata_tests::{Sandbox, process};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::bed::{MECHANISMS, agent, run_agent, run_record, wait_for_end, wait_for_pid, wait_for_status, web};
+use crate::bed::{MECHANISMS, agent, failed, run_agent, run_record, wait_for_end, wait_for_pid, wait_for_status, web};
 use crate::scene::{self, Ticker};
 
 fn signal(pid: i32, signal: Signal) {
@@ -167,6 +167,21 @@ fn an_agent_under_a_shim_of_another_version_is_left_alone_and_status_says_why() 
     if let Ok(mut stream) = std::os::unix::net::UnixStream::connect(&path) {
         writeln!(stream, "end").expect("end the stand-in");
         refusing.join().expect("it ends");
+    }
+}
+
+#[test]
+fn a_frozen_agent_is_not_continued_by_a_signal() {
+    for config in MECHANISMS {
+        let sandbox = Sandbox::builder().config(config).start();
+        run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
+        wait_for_pid(&sandbox, "pid");
+        sandbox.ctl(&["pause", "web"]);
+        let told = failed(&sandbox.ctl_output(&["kill", "-s", "CONT", "web/a"]), 1);
+        assert!(told.contains("SIGCONT is not sent") && told.contains("fermatactl resume web"), "{told}");
+        assert_eq!(agent(&sandbox, "a").status, AgentStatus::Paused);
+        sandbox.ctl(&["resume", "web"]);
+        sandbox.ctl(&["kill", "-s", "CONT", "web/a"]);
     }
 }
 

@@ -195,13 +195,18 @@ pub struct Group {
 }
 
 impl Group {
-    /// Creates the group and checks that it can be frozen.
-    pub fn create(parent: Option<&Path>, name: &str) -> Result<Self, CgroupError> {
+    /// Where the group `name` below `parent` (or the default parent) is, or would be.
+    pub fn path_of(parent: Option<&Path>, name: &str) -> Result<PathBuf, CgroupError> {
         let single = Path::new(name).components().count() == 1 && !name.contains('/');
         if !single || name.starts_with('.') {
             return Err(CgroupError::BadPath { path: name.into() });
         }
-        let path = Hierarchy::parent_group(parent)?.join(name);
+        Ok(Hierarchy::parent_group(parent)?.join(name))
+    }
+
+    /// Creates the group and checks that it can be frozen.
+    pub fn create(parent: Option<&Path>, name: &str) -> Result<Self, CgroupError> {
+        let path = Self::path_of(parent, name)?;
         make_dir(&path)?;
         let group = Self { path };
         if group.populated().unwrap_or(false) {

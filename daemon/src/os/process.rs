@@ -304,7 +304,7 @@ pub fn descendants(root: i32, look: Look) -> io::Result<Vec<Stat>> {
 struct Walk {
     /// Parents before their children.
     found: Vec<Stat>,
-    /// Whether somebody who was listed was gone when it was looked at.
+    /// Whether somebody who was listed was gone, or another's child, when it was looked at.
     vanished: bool,
 }
 
@@ -345,11 +345,13 @@ fn walk(root: i32) -> io::Result<Option<Walk>> {
             any_file = true;
             for pid in text.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()) {
                 match stat(pid)? {
-                    Some(stat) => {
+                    Some(stat) if stat.ppid == parent => {
                         parents.push(pid);
                         found.push(stat);
                     }
-                    None => vanished = true,
+                    // Gone, or adopted by another meanwhile; or the pid is a stranger's by now, who
+                    // must not be taken for one of the tree.
+                    Some(_) | None => vanished = true,
                 }
             }
         }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fermata_core::command::{AfterEnd, Command, Observed};
-use fermata_protocol::agent::ExitStatus;
+use fermata_protocol::agent::{ExitStatus, RunProcesses};
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
@@ -18,10 +18,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
+use crate::errors::chain;
 use crate::os::controllers::OutOfMemory;
 use crate::os::death::Death;
 use crate::os::process::{self, RunState};
 use crate::shim::link::{LinkError, ShimLink, read_exit, read_run};
+use crate::shim::lost::end_unrecorded_run;
 use crate::shim::reach::{self, Linked, Reached};
 use crate::shim::record::{ExitRecord, abandon};
 use crate::shim::wire::{FreezeBroken, ShimEvent};
@@ -34,6 +36,12 @@ const LOOK: Duration = Duration::from_secs(1);
 
 /// How long a shim that was given up on its old link may take to answer at a new one.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
+
+/// How long to wait before what could not be seen is looked at again.
+const AGAIN: Duration = Duration::from_secs(5);
+
+/// How long the processes of a launch that nobody has recorded may take to go.
+const ENDING: Duration = Duration::from_secs(10);
 
 /// What a watcher of one run needs.
 pub(super) struct Watcher {
@@ -193,6 +201,7 @@ impl Watcher {
 
     /// Finds out why the link broke; returns a new one while the shim lives.
     async fn after_break(&self, patience: Duration) -> Option<Linked> {
+        let mut troubled = false;
         loop {
             let reached = tokio::select! {
                 reached = reach::reach(&self.run_dir, &self.boot_id, patience) => reached,
@@ -214,6 +223,13 @@ impl Watcher {
                     self.send(Command::Unreachable { agent, run, detail }.into()).await;
                     self.wait_for_death().await?;
                 }
+                Reached::Unknown(detail) => {
+                    // Told once: it is tried again until it is known.
+                    if !std::mem::replace(&mut troubled, true) {
+                        tracing::error!(%agent, detail, "what became of an agent cannot be seen now; it is tried again");
+                    }
+                    self.pause().await?;
+                }
             }
         }
     }
@@ -221,9 +237,18 @@ impl Watcher {
     /// Waits for the end of a shim that is of another version; `None` when the daemon ends first.
     async fn wait_for_death(&self) -> Option<()> {
         let shim = read_run(&self.run_dir).ok().flatten().map(|run| run.shim);
-        let Some(Ok(death)) = shim.map(Death::of) else { return Some(()) };
+        // Without a descriptor it is looked at again, in good time.
+        let Some(Ok(death)) = shim.map(Death::of) else { return self.pause().await };
         tokio::select! {
             () = death.wait() => Some(()),
+            () = self.stopping.cancelled() => None,
+        }
+    }
+
+    /// Lets some time go by; `None` when the daemon ends meanwhile.
+    async fn pause(&self) -> Option<()> {
+        tokio::select! {
+            () = tokio::time::sleep(AGAIN) => Some(()),
             () = self.stopping.cancelled() => None,
         }
     }
@@ -296,25 +321,37 @@ pub struct Found {
     pub unreachable: Option<String>,
 }
 
-/// Finds out what has become of a run while no daemon looked.
-pub async fn observe(run_dir: PathBuf, boot_id: &str, patience: Duration) -> Found {
+/// Finds out what has become of a run while no daemon looked. `known` are its processes as they were
+/// told last: what cannot be seen now is taken to be as it was.
+pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &str, patience: Duration) -> Found {
     let found = |observed| Found { observed, link: None, unreachable: None };
     if matches!((read_exit(&run_dir), read_run(&run_dir)), (Ok(None), Ok(None))) {
         if let Err(error) = abandon(&run_dir) {
             tracing::warn!(run_dir = %run_dir.display(), %error, "a launch may still be under way");
         }
         if matches!(read_run(&run_dir), Ok(None)) {
+            let dir = run_dir.clone();
+            match tokio::task::spawn_blocking(move || end_unrecorded_run(&dir, ENDING)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(run_dir = %run_dir.display(), error = chain(&error), "end a launch without a record");
+                }
+                // The runtime ends, or it has panicked, which was told.
+                Err(_) => {}
+            }
             return found(Observed::Lost { detail: "the daemon ended while it was being started".to_owned() });
         }
     }
-    let alive = |run_dir| match read_run(run_dir) {
-        Ok(Some(run)) => Observed::Alive(processes_of(&run)),
-        Ok(None) | Err(_) => Observed::Lost { detail: "its record is gone".to_owned() },
+    let alive = |run_dir| match (read_run(run_dir), known) {
+        (Ok(Some(run)), _) => Observed::Alive(processes_of(&run)),
+        (Err(_), Some(known)) => Observed::Alive(known),
+        (Ok(None), _) => Observed::Lost { detail: "its record is gone".to_owned() },
+        (Err(error), None) => Observed::Lost { detail: format!("its record cannot be read: {}", chain(&error)) },
     };
     match reach::reach(&run_dir, boot_id, patience).await {
         Reached::Ended(record) => found(ended(&record)),
         Reached::Lost { detail, .. } => found(Observed::Lost { detail }),
         Reached::Linked(linked) => Found { link: Some(*linked), ..found(alive(&run_dir)) },
-        Reached::Foreign(why) => Found { unreachable: Some(why), ..found(alive(&run_dir)) },
+        Reached::Foreign(why) | Reached::Unknown(why) => Found { unreachable: Some(why), ..found(alive(&run_dir)) },
     }
 }

@@ -233,7 +233,9 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
     };
     let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
         .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
-    let ended = spec.post_stop.is_some().then(|| Reserve::create(&spec.file(files::ENDED), 0o600));
+    // What comes between the agent's end and its record takes time with either of these.
+    let takes_time = spec.post_stop.is_some() || spec.output != OutputPolicy::Block;
+    let ended = takes_time.then(|| Reserve::create(&spec.file(files::ENDED), 0o600));
     let ended = ended.transpose().map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
     let listener = listen(&spec.socket)?;
     let started = start_agent(&spec);
@@ -242,6 +244,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         failure
     };
     let Started { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
+    crate::failpoint::hit("shim.agent_started");
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
         Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),
@@ -523,6 +526,12 @@ fn agent_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
         .map_err(|errno| Failure { code: LaunchCode::SpawnFailed, message: format!("failed to make a pipe: {errno}") })
 }
 
+/// Cuts a name to what fits into a sentence: the record of the exit has room for so much.
+fn cut(name: &str) -> String {
+    const MOST: usize = 200;
+    if name.chars().count() <= MOST { name.to_owned() } else { name.chars().take(MOST).chain(['…']).collect() }
+}
+
 /// The sentence of [`explain`].
 pub(super) fn why_not_started(spec: &LaunchSpec, error: &SpawnError) -> String {
     explain(spec, error).message
@@ -532,17 +541,17 @@ pub(super) fn why_not_started(spec: &LaunchSpec, error: &SpawnError) -> String {
 fn explain(spec: &LaunchSpec, error: &SpawnError) -> Failure {
     let kind = error.source.raw_os_error();
     let program = spec.argv.first().map(|name| Path::new(name.as_ref()).display().to_string());
-    let program = program.unwrap_or_default();
-    let cwd = spec.cwd.display();
+    let whole = program.unwrap_or_default();
+    let (program, cwd) = (cut(&whole), cut(&spec.cwd.display().to_string()));
     let (code, message) = match (error.stage, kind) {
         (Stage::Exec, Some(libc::ENOENT | libc::ENOTDIR)) => {
-            let path = spec.cwd.join(PathBuf::from(&program));
-            if program.contains('/') && path.exists() {
+            let path = spec.cwd.join(PathBuf::from(&whole));
+            if whole.contains('/') && path.exists() {
                 (
                     LaunchCode::InterpreterMissing,
                     format!("the interpreter (or loader) that {program} names was not found"),
                 )
-            } else if program.contains('/') {
+            } else if whole.contains('/') {
                 (LaunchCode::ProgramNotFound, format!("there is no program {program}"))
             } else {
                 (LaunchCode::ProgramNotFound, format!("there is no program {program} in the agent's PATH"))

@@ -20,8 +20,9 @@ use super::spec::LogLimits;
 
 /// The longest piece of output in one message, in bytes; less than any kernel's socket buffer.
 pub(super) const PIECE: usize = 64 * 1024;
-/// How long the keeper may take at the agent's end for what it has been given.
-const FINISH_PATIENCE: Duration = Duration::from_secs(30);
+/// How long the keeper may take at the agent's end for what it has been given. The shim answers nobody
+/// meanwhile: less than a daemon has patience with one that is silent (`shim_patience_ms`).
+const FINISH_PATIENCE: Duration = Duration::from_secs(10);
 
 /// What a message to the keeper is about; its first byte. A time follows, then the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -124,13 +125,14 @@ impl LogSink {
                 log.count_lost(kept.lost);
                 let text = "the process that wrote this log was killed; what it had not written yet is lost";
                 log.say(Stream::Gap, text.as_bytes(), now_ns);
-                if kept.unreported.bytes > 0 {
-                    log.say(Stream::Gap, &kept.unreported.sentence(TOO_FAST), now_ns);
-                }
                 for message in &kept.backlog {
                     // Made by this very process.
                     let Ok((kind, at_ns, rest)) = parse(message) else { continue };
                     apply(&mut log, kind, at_ns, rest);
+                }
+                // Lost behind what waits there, see `post`.
+                if kept.unreported.bytes > 0 {
+                    log.say(Stream::Gap, &kept.unreported.sentence(TOO_FAST), now_ns);
                 }
                 *self = Self::Direct(log);
             }
@@ -170,9 +172,11 @@ impl Kept {
         let kind = if stream == Stream::Stderr { Kind::Stderr } else { Kind::Stdout };
         let mut taken = 0;
         for piece in chunk.chunks(PIECE) {
-            self.report_loss(now_ns);
             self.send_backlog();
-            let sent = self.backlog.is_empty() && self.send(kind, now_ns, piece);
+            self.report_loss(now_ns);
+            // What comes behind a gap is written behind it.
+            let free = self.backlog.is_empty() && self.unreported.bytes == 0;
+            let sent = free && self.send(kind, now_ns, piece);
             if self.gone {
                 break;
             }
@@ -203,13 +207,22 @@ impl Kept {
 
     /// Sends something short, now or later.
     fn post(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
-        self.report_loss(now_ns);
         self.send_backlog();
-        if !(self.backlog.is_empty() && self.send(kind, now_ns, text)) {
-            let mut message = head(kind, now_ns).to_vec();
-            message.extend_from_slice(text);
-            self.backlog.push(message);
+        self.report_loss(now_ns);
+        if self.unreported.bytes > 0 {
+            // There may be no later time: the gap goes before the message.
+            let gap = std::mem::take(&mut self.unreported).sentence(TOO_FAST);
+            self.queue(Kind::Gap, now_ns, &gap);
         }
+        if !(self.backlog.is_empty() && self.send(kind, now_ns, text)) {
+            self.queue(kind, now_ns, text);
+        }
+    }
+
+    fn queue(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
+        let mut message = head(kind, now_ns).to_vec();
+        message.extend_from_slice(text);
+        self.backlog.push(message);
     }
 
     fn send_backlog(&mut self) {
@@ -320,4 +333,44 @@ pub(super) fn parse(message: &[u8]) -> io::Result<(Kind, i64, &[u8])> {
     let kind = Kind::from_byte(head[0]).ok_or_else(wrong)?;
     let at = head[1..].try_into().map_err(|_| wrong())?;
     Ok((kind, i64::from_le_bytes(at), rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::keeper;
+    use super::*;
+
+    fn receive(socket: &OwnedFd) -> Option<Kind> {
+        let mut buffer = vec![0; PIECE + 1024];
+        let count = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).ok()?;
+        Some(parse(&buffer[..count]).unwrap().0)
+    }
+
+    #[test]
+    fn a_gap_comes_before_what_follows_it_and_also_at_the_very_end() {
+        let (ours, theirs) = keeper::pair().unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let mut kept = Kept::new(ours, dir.path(), LogLimits::default());
+        let piece = vec![b'x'; PIECE];
+        while kept.lost == 0 {
+            kept.push(Stream::Stdout, &piece, 1);
+        }
+        // Nothing has room, and then only some of it has.
+        kept.post(Kind::Note, 2, b"a note");
+        kept.push(Stream::Stdout, b"lost too", 3);
+        let mut told = Vec::new();
+        told.extend(receive(&theirs));
+        kept.push(Stream::Stderr, b"this may fit", 4);
+        kept.post(Kind::Finish, 5, &[]);
+        while let Some(kind) = receive(&theirs) {
+            told.push(kind);
+            kept.send_backlog();
+        }
+        let rest: Vec<Kind> = told.into_iter().skip_while(|kind| *kind == Kind::Stdout).collect();
+        assert_eq!(rest[..2], [Kind::Gap, Kind::Note], "{rest:?}");
+        let written = rest.contains(&Kind::Stderr);
+        let end: &[Kind] = if written { &[Kind::Gap, Kind::Stderr, Kind::Finish] } else { &[Kind::Gap, Kind::Finish] };
+        assert_eq!(&rest[2..], end, "{rest:?}");
+        assert!(kept.backlog.is_empty() && kept.unreported.bytes == 0);
+    }
 }

@@ -9,6 +9,7 @@
 //!                                         └── not within the patience
 //!                                             ─► SIGKILL, end its tree ─► Lost
 //!  it speaks another version ── is left alone ──────────────────────────► Foreign
+//!  this daemon lacks what looking takes (descriptors, memory, leave) ───► Unknown
 //! ```
 //!
 //! Every signal goes through a pidfd whose identity was checked. An agent whose shim cannot be
@@ -23,7 +24,7 @@ use tokio::sync::mpsc;
 
 use super::link::{LinkError, ShimLink};
 use super::lost::{LostTreeError, end_lost_run};
-use super::record::{ExitRecord, RunRecord, read_cut_short, read_exit, read_run};
+use super::record::{ExitRecord, RecordError, RunRecord, read_cut_short, read_exit, read_run};
 use super::wire::ShimEvent;
 use crate::errors::chain;
 use crate::os::death::Death;
@@ -54,6 +55,9 @@ pub enum Reached {
     },
     /// It goes on under a shim that this daemon cannot speak to. Why, as a sentence.
     Foreign(String),
+    /// This daemon has troubles of its own (it is out of descriptors, a record cannot be read) and
+    /// cannot know: nothing was ended for that, and it is to be looked at again. Why, as a sentence.
+    Unknown(String),
 }
 
 /// Why a living shim was not reached.
@@ -61,6 +65,7 @@ enum Unreached {
     Dead,
     Silent { why: String, no_socket: bool },
     Foreign(String),
+    Unknown(String),
 }
 
 /// Finds out what has become of a run, and brings an end to one that nobody can reach within
@@ -69,20 +74,26 @@ pub async fn reach(run_dir: &Path, boot_id: &str, patience: Duration) -> Reached
     let run = match read_run(run_dir) {
         Ok(Some(run)) => run,
         Ok(None) => return lost("it was never started".to_owned()),
+        Err(error) if error.may_pass() => return Reached::Unknown(chain(&error)),
         Err(error) => return lost(format!("its record cannot be read: {}", chain(&error))),
     };
-    if let Some(ended) = ended(run_dir) {
-        return ended;
+    match ended(run_dir) {
+        Ok(Some(ended)) => return ended,
+        Ok(None) => {}
+        Err(why) => return Reached::Unknown(why),
     }
     if run.boot_id != boot_id {
-        if let Some(ended) = cut_short(run_dir) {
-            return ended;
+        match cut_short(run_dir) {
+            Ok(Some(ended)) => return ended,
+            Ok(None) => {}
+            Err(why) => return Reached::Unknown(why),
         }
         return lost("the machine was restarted".to_owned());
     }
     let why = match call(&run, patience).await {
         Ok(linked) => return Reached::Linked(Box::new(linked)),
         Err(Unreached::Foreign(why)) => return Reached::Foreign(why),
+        Err(Unreached::Unknown(why)) => return Reached::Unknown(why),
         Err(Unreached::Dead) => None,
         Err(Unreached::Silent { why, .. }) => Some(why),
     };
@@ -97,12 +108,13 @@ pub async fn reach(run_dir: &Path, boot_id: &str, patience: Duration) -> Reached
 pub async fn connect(run: &RunRecord, patience: Duration) -> Result<Linked, String> {
     call(run, patience).await.map_err(|unreached| match unreached {
         Unreached::Dead => "its shim is gone".to_owned(),
-        Unreached::Silent { why, .. } | Unreached::Foreign(why) => why,
+        Unreached::Silent { why, .. } | Unreached::Foreign(why) | Unreached::Unknown(why) => why,
     })
 }
 
 async fn call(run: &RunRecord, patience: Duration) -> Result<Linked, Unreached> {
-    let Ok(death) = Death::of(run.shim) else { return once(run).await };
+    let death =
+        Death::of(run.shim).map_err(|error| Unreached::Unknown(format!("failed to watch its shim: {error}")))?;
     let started = Instant::now();
     let (mut woken, mut asked) = (false, false);
     let mut pause = FIRST_PAUSE;
@@ -113,15 +125,15 @@ async fn call(run: &RunRecord, patience: Duration) -> Result<Linked, Unreached> 
         woken = woken || wake(run.shim);
         let left = patience.saturating_sub(started.elapsed());
         let tried = tokio::time::timeout(left.max(FIRST_PAUSE), once(run)).await;
-        let (why, no_socket) = match tried {
-            Ok(Err(Unreached::Silent { why, no_socket })) => (why, no_socket),
+        let unreached = match tried {
+            Ok(Err(unreached @ (Unreached::Silent { .. } | Unreached::Unknown(_)))) => unreached,
             Ok(other) => return other,
-            Err(_) => ("it takes connections and says nothing".to_owned(), false),
+            Err(_) => silent("it takes connections and says nothing".to_owned(), false),
         };
         if started.elapsed() >= patience {
-            return Err(Unreached::Silent { why, no_socket });
+            return Err(unreached);
         }
-        if !asked && no_socket {
+        if !asked && matches!(unreached, Unreached::Silent { no_socket: true, .. }) {
             asked = true;
             tracing::warn!(run = run.run_id, socket = %run.socket.display(), "a shim's socket is gone: it shall make it anew");
             // Older shims ignore it.
@@ -140,6 +152,9 @@ async fn once(run: &RunRecord) -> Result<Linked, Unreached> {
         Ok(linked) if linked.0.run_id() == run.run_id => Ok(linked),
         Ok(linked) => Err(silent(format!("at its socket answers run {}", linked.0.run_id()), true)),
         Err(error @ LinkError::Version { .. }) => Err(Unreached::Foreign(chain(&error))),
+        Err(LinkError::Connect { source, socket }) if is_own_trouble(&source) => {
+            Err(Unreached::Unknown(format!("failed to connect to {}: {source}", socket.display())))
+        }
         Err(error) => {
             // A file that refuses connections is one that nobody listens at: it has taken the place.
             let gone = matches!(&error, LinkError::Connect { source, .. }
@@ -147,6 +162,14 @@ async fn once(run: &RunRecord) -> Result<Linked, Unreached> {
             Err(silent(chain(&error), gone))
         }
     }
+}
+
+/// Whether an error of connect(2) is about this daemon and says nothing of the shim.
+fn is_own_trouble(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EMFILE | libc::ENFILE | libc::ENOMEM | libc::ENOBUFS | libc::EACCES | libc::EPERM)
+    )
 }
 
 fn silent(why: String, no_socket: bool) -> Unreached {
@@ -163,13 +186,25 @@ pub fn wake(shim: ProcessId) -> bool {
     stopped
 }
 
-fn ended(run_dir: &Path) -> Option<Reached> {
-    read_exit(run_dir).ok().flatten().map(Reached::Ended)
+fn ended(run_dir: &Path) -> Result<Option<Reached>, String> {
+    told(read_exit(run_dir))
 }
 
 /// The end of an agent whose shim was lost while a command ran after it.
-fn cut_short(run_dir: &Path) -> Option<Reached> {
-    read_cut_short(run_dir).ok().flatten().map(Reached::Ended)
+fn cut_short(run_dir: &Path) -> Result<Option<Reached>, String> {
+    told(read_cut_short(run_dir))
+}
+
+/// A record that is damaged tells as little as none; one that cannot be read now may tell everything.
+fn told(record: Result<Option<ExitRecord>, RecordError>) -> Result<Option<Reached>, String> {
+    match record {
+        Ok(record) => Ok(record.map(Reached::Ended)),
+        Err(error) if error.may_pass() => Err(chain(&error)),
+        Err(error) => {
+            tracing::warn!(error = chain(&error), "how a run ended is not known: its record is damaged");
+            Ok(None)
+        }
+    }
 }
 
 /// Ends a run for good: its shim, if it still lives, and then whatever is left of its tree. `why` it
@@ -183,17 +218,20 @@ pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option
         },
     };
     // A shim that is gone may just have recorded the exit.
-    if let Some(ended) = ended(run_dir) {
+    let before = ended(run_dir);
+    if let Ok(Some(ended)) = before {
         return ended;
     }
     let (dir, run, boot_id) = (run_dir.to_path_buf(), run.clone(), boot_id.to_owned());
     let work = move || end_lost_run(&dir, &run, &boot_id, ENDING);
     let worked = tokio::task::spawn_blocking(work).await;
-    if let (Some(ended), Ok(Ok(_))) = (cut_short(run_dir), &worked) {
-        return ended;
-    }
     match worked {
-        Ok(Ok(count)) => lost(format!("{how}; {count} processes of it were ended")),
+        // The next look finds its record, or that there is none.
+        Ok(Ok(count)) => match before.and_then(|_| cut_short(run_dir)) {
+            Ok(Some(ended)) => ended,
+            Ok(None) => lost(format!("{how}; {count} processes of it were ended")),
+            Err(why) => Reached::Unknown(why),
+        },
         Ok(Err(error)) => {
             let detail = format!("{how}, and its processes could not be ended: {}", chain(&error));
             Reached::Lost { detail, left: Some(error) }

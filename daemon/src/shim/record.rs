@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::raw;
-use super::spec::files;
+use super::spec::{LaunchSpec, files};
 use crate::os::controllers::OutOfMemory;
 use crate::os::process::ProcessId;
 
@@ -104,6 +104,14 @@ pub enum RecordError {
     },
 }
 
+impl RecordError {
+    /// Whether a later try may succeed: the file could not be read now. One that was read and is no
+    /// record stays so.
+    pub fn may_pass(&self) -> bool {
+        matches!(self, Self::Unreadable { .. })
+    }
+}
+
 /// Reads who runs; `None` when the run never came so far.
 pub fn read_run(run_dir: &Path) -> Result<Option<RunRecord>, RecordError> {
     read(&run_dir.join(files::RUN))
@@ -127,11 +135,16 @@ pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     read(&run_dir.join(files::EXIT))
 }
 
-/// Reads how a run ended whose shim was lost while a command ran after it; `None` when it was lost
-/// earlier, or never.
+/// Reads how a run ended whose shim was lost while a command ran after it, or while it waited for the
+/// keeper of its log; `None` when it was lost earlier, or never.
 pub fn read_cut_short(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     let record: Option<ExitRecord> = read(&run_dir.join(files::ENDED))?;
+    // A spec that cannot be understood is most likely of an older shim, which wrote this only then.
+    let had_command = LaunchSpec::read(run_dir).map_or(true, |spec| spec.post_stop.is_some());
     Ok(record.map(|record| {
+        if !had_command {
+            return record;
+        }
         let failure = "the post-stop command was cut short: the shim was killed".to_owned();
         ExitRecord { post_stop_failure: Some(failure), ..record }
     }))

@@ -11,6 +11,7 @@
 //! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
 
 mod hooks;
+mod killing;
 mod output;
 mod requests;
 
@@ -26,6 +27,7 @@ use nix::sys::signalfd::SignalFd;
 use serde_json::Value;
 
 use self::hooks::{AfterStop, Beginning, Flow};
+use self::killing::Killing;
 use super::connection::{Connection, ConnectionId};
 use super::hold::{Answer, Caller, Hold, News, Refused, chain};
 use super::intake::Intake;
@@ -50,8 +52,6 @@ const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
 /// How often and how long an exit that cannot be recorded is tried again.
 const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
-/// How often to look again while killed processes vanish.
-const CLEAR_TICK: Duration = Duration::from_millis(2);
 /// How long a group that is to be killed may take to stand still first.
 const KILL_FREEZE: Duration = Duration::from_millis(200);
 
@@ -68,8 +68,8 @@ struct MainEnd {
 enum Life {
     Running,
     Stopping { kill_at: Instant },
-    Killing { work: KillWork },
-    Clearing { end: MainEnd, work: KillWork, until: Instant },
+    Killing { work: Killing },
+    Clearing { end: MainEnd, work: Killing, until: Instant },
     Draining { end: MainEnd, leftovers: u64, until: Instant },
     After(AfterStop),
     Recording { record: ExitRecord, next: Instant, until: Instant },
@@ -100,7 +100,7 @@ pub struct Supervisor {
     log: LogSink,
     intake: Intake,
     reserve: Reserve,
-    /// For the exit of an agent after which a command runs.
+    /// For the exit of an agent after whose end there is more to do that takes time.
     ended: Option<Reserve>,
     beginning: Option<Beginning>,
     start_failure: Option<String>,
@@ -131,7 +131,7 @@ pub struct Parts {
     pub log: LogSink,
     /// Where its exit will be recorded.
     pub reserve: Reserve,
-    /// Where its exit is noted while a command runs after it.
+    /// Where its exit is noted while a command runs after it or its log is written.
     pub ended: Option<Reserve>,
     /// SIGCHLD and SIGHUP.
     pub children: SignalFd,
@@ -277,7 +277,7 @@ impl Supervisor {
         let life = match &self.life {
             Life::Running => None,
             Life::Stopping { kill_at } => Some(*kill_at),
-            Life::Killing { .. } | Life::Clearing { .. } => Some(now + CLEAR_TICK),
+            Life::Killing { work } | Life::Clearing { work, .. } => Some(now + work.tick(now)),
             Life::Draining { until, .. } => Some(*until),
             Life::After(stage) => Some(Self::after_due(stage, now)),
             Life::Recording { next, .. } => Some(*next),
@@ -385,7 +385,7 @@ impl Supervisor {
     }
 
     /// Begins to kill everything below. A frozen group stays frozen until all carry their SIGKILL.
-    fn kill_tree(&mut self) -> KillWork {
+    fn kill_tree(&mut self) -> Killing {
         let mut work = KillWork::new(self.shim.pid);
         if let Some(group) = self.hold.group() {
             for pid in group.procs().unwrap_or_default() {
@@ -402,7 +402,7 @@ impl Supervisor {
                 group.thaw().ok();
             }
         }
-        work
+        Killing::new(work, Instant::now())
     }
 
     /// Continues whatever part of the agent's end is under way.
@@ -416,12 +416,12 @@ impl Supervisor {
                 }
                 Life::Killing { mut work } => {
                     // The main process is below us: its end moves us on, in `reap`.
-                    report(work.step());
+                    work.step();
                     self.life = Life::Killing { work };
                     return;
                 }
                 Life::Clearing { end, mut work, until } => {
-                    let below = matches!(report(work.step()), Some(Progress::Done));
+                    let below = matches!(work.step(), Some(Progress::Done));
                     let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
                     if !(below && group) && now < until {
                         self.life = Life::Clearing { end, work, until };
@@ -485,6 +485,13 @@ impl Supervisor {
 
     /// The last thing before the exit is recorded.
     fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
+        // The keeper is waited for: a disk that takes nothing must not cost the exit code as well. Where
+        // a command has run it is noted already.
+        if self.spec.post_stop.is_none()
+            && let Some(Err(message)) = self.ended.as_ref().map(|reserve| Self::record(reserve, &record))
+        {
+            eprintln!("fermata-shim: {message}");
+        }
         self.log.finish(clock::unix_ns());
         self.remove_group();
         record.log_bytes_lost = self.log.lost();
@@ -574,14 +581,4 @@ fn file_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
 
 fn done() -> Answer {
     Ok(Value::Object(Default::default()))
-}
-
-fn report(step: Result<Progress, crate::os::tree::TreeError>) -> Option<Progress> {
-    match step {
-        Ok(progress) => Some(progress),
-        Err(error) => {
-            eprintln!("fermata-shim: {}", chain(&error));
-            None
-        }
-    }
 }

@@ -24,7 +24,8 @@ use crate::errors::Failure;
 use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
 use crate::services;
-use crate::shim::link::ShimLink;
+use crate::shim::link::{LinkError, ShimLink};
+use crate::shim::wire::RefusalCode;
 use crate::steps::{blocking, limits};
 use crate::store::commit::Write;
 use crate::store::idempotency::{self, Keyed};
@@ -327,6 +328,12 @@ async fn send_signal(
     if names.is_empty() {
         return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
     }
+    let held = |name: &&AgentName| project.agents.get(*name).is_some_and(|a| matches!(a.state, AgentState::Held(_)));
+    if number == Signal::SIGCONT
+        && let Some(name) = names.iter().find(held)
+    {
+        return Err(held_still(&target.project, name).into());
+    }
     let reply = wire(&list_of(&project, names))?;
     remember(projects, keyed, &reply).await?;
     for name in names {
@@ -337,9 +344,15 @@ async fn send_signal(
         if number == Signal::SIGCONT
             && let Some(run) = run
             && let Ok((link, _events)) = ShimLink::connect(&projects.services().shim_socket(&run.id)).await
-            && link.signal(number as i32).await.is_ok()
         {
-            continue;
+            match link.signal(number as i32).await {
+                Ok(()) => continue,
+                // A pause that has begun meanwhile.
+                Err(LinkError::Refused { code: RefusalCode::Held, .. }) => {
+                    return Err(held_still(&target.project, name).into());
+                }
+                Err(_) => {}
+            }
         }
         // By pid and start time: a recycled pid is never signalled.
         let id = ProcessId { pid: processes.pid, start_time_ticks: processes.start_ticks };
@@ -347,6 +360,11 @@ async fn send_signal(
             .map_err(|e| Failure::fault(&format!("send {} to agent '{name}'", number.as_str()), &e))?;
     }
     Ok(reply)
+}
+
+fn held_still(project: &ProjectName, agent: &AgentName) -> Refusal {
+    Refusal::new(Code::ProjectPaused, format!("agent {project}/{agent} is frozen, or about to be: SIGCONT is not sent"))
+        .hint(format!("fermatactl resume {project}"))
 }
 
 /// Remembers the key of a signal or kill before it is sent: it is no event, and leaves nothing in the

@@ -20,7 +20,9 @@ use crate::os::death::Death;
 use crate::os::limits::{Limit, LimitKind};
 use crate::os::process;
 use crate::shim::launch::LaunchError;
+use crate::shim::launcher::LaunchCode;
 use crate::shim::link::{ShimLink, launch, read_exit, read_run};
+use crate::shim::lost::end_unrecorded_run;
 use crate::shim::raw::Raw;
 use crate::shim::reach::{self, Reached};
 use crate::shim::record;
@@ -62,6 +64,10 @@ pub async fn run(
     super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&site.services.programs.shim, &spec).await {
         Ok(launched) => launched,
+        // It may have been killed when the agent was there and its record was not.
+        Err(LaunchError::Refused { code: LaunchCode::ShimDied, message }) => {
+            return Err(give_up(site, agent, &spec, message).await);
+        }
         // The shim's own sentence is the one for people.
         Err(LaunchError::Refused { message, .. }) => return Err(message),
         Err(other) => return Err(give_up(site, agent, &spec, chain(&other)).await),
@@ -292,7 +298,13 @@ pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failu
     }
     let record = match record {
         Ok(Some(record)) => record,
-        Ok(None) => return Ok(()),
+        Ok(None) => {
+            let dir = run_dir.to_path_buf();
+            let ended = blocking("end a launch without a record", move || {
+                end_unrecorded_run(&dir, ENDING).map_err(|e| Failure::fault("end an older launch", &e))
+            });
+            return ended.await.map(drop);
+        }
         Err(error) => return Err(Failure::fault("read an older run", &error)),
     };
     if record.boot_id != site.services.boot_id {

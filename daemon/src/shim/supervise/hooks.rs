@@ -14,11 +14,12 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::{CLEAR_PATIENCE, CLEAR_TICK, DRAIN_PATIENCE, Life, RECORD_PATIENCE, RECORD_RETRY, Supervisor, report};
+use super::killing::Killing;
+use super::{CLEAR_PATIENCE, DRAIN_PATIENCE, Life, RECORD_PATIENCE, RECORD_RETRY, Supervisor};
 use crate::os::clock;
 use crate::os::prelude::{Ending, Prelude, Step};
 use crate::os::process::{self, Change, ProcessId};
-use crate::os::tree::{KillWork, Progress};
+use crate::os::tree::Progress;
 use crate::shim::hold::chain;
 use crate::shim::launcher::{open_null_file, output_pipe, program, why_not_started};
 use crate::shim::log_line::Stream;
@@ -45,7 +46,7 @@ pub(super) enum AfterStop {
     /// The command runs.
     Running { record: ExitRecord, hook: ProcessId, until: Instant },
     /// What it left is killed.
-    Clearing { record: ExitRecord, work: KillWork, until: Instant },
+    Clearing { record: ExitRecord, work: Killing, until: Instant },
     /// Its last output is taken.
     Draining { record: ExitRecord, until: Instant },
 }
@@ -142,7 +143,7 @@ impl Supervisor {
 
     /// What comes when the tree is gone and its output taken.
     pub(super) fn after(&mut self, record: ExitRecord, now: Instant) -> Life {
-        match self.ended {
+        match self.spec.post_stop {
             Some(_) => Life::After(AfterStop::Noting { record, next: now, until: now + RECORD_PATIENCE }),
             None => self.finish(record, now),
         }
@@ -152,7 +153,7 @@ impl Supervisor {
         match stage {
             AfterStop::Noting { next, .. } => *next,
             AfterStop::Running { until, .. } | AfterStop::Draining { until, .. } => *until,
-            AfterStop::Clearing { .. } => now + CLEAR_TICK,
+            AfterStop::Clearing { work, .. } => now + work.tick(now),
         }
     }
 
@@ -180,7 +181,7 @@ impl Supervisor {
                 Flow::On(self.post_stop_is_over(record, Some(format!("did not end within {}", seconds(limit))), now))
             }
             AfterStop::Clearing { record, mut work, until } => {
-                let below = matches!(report(work.step()), Some(Progress::Done));
+                let below = matches!(work.step(), Some(Progress::Done));
                 let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
                 if !(below && group) && now < until {
                     return Flow::Wait(Life::After(AfterStop::Clearing { record, work, until }));

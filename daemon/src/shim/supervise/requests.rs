@@ -75,6 +75,10 @@ impl Supervisor {
                 self.tell(news);
                 answer
             }
+            Request::Signal { signal: libc::SIGCONT } if !self.hold.is_idle() => {
+                let message = "the agent is frozen, or about to be: resume it";
+                Err(Refused::new(RefusalCode::Held, message))
+            }
             // What Ctrl-Z stopped is the whole group. It is ours for as long as its leader, our
             // child, has not been reaped.
             Request::Signal { signal: libc::SIGCONT } => {
