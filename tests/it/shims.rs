@@ -216,6 +216,31 @@ fn a_resume_reaches_a_shim_whose_link_is_broken() {
     }
 }
 
+#[test]
+fn a_daemon_that_is_out_of_descriptors_ends_no_agent_for_that() {
+    let sandbox = Sandbox::start();
+    let script = "echo $$ > pid; while :; do echo x; sleep 0.01; done";
+    run_agent(&sandbox, "a", script);
+    let pid = wait_for_pid(&sandbox, "pid");
+    let (shim, socket) = (shim_pid(&sandbox, "a"), socket(&sandbox, "a"));
+    let limit = |soft: &str| {
+        let daemon = sandbox.daemon_pid().to_string();
+        let given =
+            std::process::Command::new("prlimit").args(["--pid", &daemon, &format!("--nofile={soft}:")]).status();
+        assert!(given.expect("run prlimit").success());
+    };
+    // Whatever the daemon has open stays so, and it gets nothing more.
+    limit("3");
+    push_out(socket.to_str().expect("text"));
+    wait_until(SOON, "the daemon to say that it cannot see", || sandbox.log().contains("cannot be seen now"));
+    assert!(process::is_alive(shim) && process::is_alive(pid));
+    limit("1024");
+    // Only through its shim can it be frozen, and the link is made anew when the trouble is over.
+    wait_until(SOON, "the agent to be reached again", || sandbox.ctl_output(&["pause", "web"]).status.success());
+    assert_eq!(agent(&sandbox, "a").pid, Some(pid));
+    assert!(process::is_alive(shim));
+}
+
 /// A shim has places for so many connections; whoever comes when all are taken pushes the oldest out.
 fn push_out(socket: &str) {
     let mut all = Vec::new();
