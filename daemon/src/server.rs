@@ -265,8 +265,16 @@ pub fn log_filter(text: &str) -> EnvFilter {
 /// Small work now and then: the watchdog, and memory that nobody uses.
 async fn keep(services: Arc<Services>) {
     let pace = sd_notify::watchdog_enabled().map_or(Duration::from_secs(30), |limit| limit / 3);
+    let mut beat = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
     loop {
-        tokio::time::sleep(pace).await;
+        tokio::select! {
+            _ = beat.tick() => {}
+            () = services.settled.notified() => {
+                // An operation with very many agents leaves megabytes that the next seconds do not need.
+                drop(tokio::task::spawn_blocking(memory::give_back).await);
+                continue;
+            }
+        }
         services.tokens.drop_if_idle();
         drop(tokio::task::spawn_blocking(memory::give_back).await);
         // A store that does not answer is a daemon that does nothing: systemd may start a new one.

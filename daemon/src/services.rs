@@ -79,6 +79,8 @@ pub struct Services {
     pub stopping: CancellationToken,
     /// Told when the settings were read again.
     pub reloaded: Notify,
+    /// Told when an operation has ended: what it needed can go.
+    pub settled: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
     settings: RwLock<Arc<Settings>>,
@@ -110,6 +112,7 @@ impl Services {
             heavy: Semaphore::new(HEAVY),
             stopping: CancellationToken::new(),
             reloaded: Notify::new(),
+            settled: Notify::new(),
             boot_id,
             settings: RwLock::new(Arc::new(settings)),
             profiles: RwLock::new(Arc::new(profiles)),

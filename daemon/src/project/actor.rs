@@ -486,6 +486,9 @@ impl Actor {
     }
 
     fn answer_waiters(&mut self, conclusions: &[Conclusion]) {
+        if !conclusions.is_empty() {
+            self.services.settled.notify_one();
+        }
         for conclusion in conclusions {
             for answer in self.waiters.remove(&conclusion.operation).unwrap_or_default() {
                 reply(answer, conclusion.answer());
