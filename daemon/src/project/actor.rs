@@ -184,15 +184,9 @@ impl Actor {
         let (site, state, mailbox) = (self.site(), self.published.subscribe(), self.mailbox.clone());
         let (agent, run) = (agent.clone(), run.clone());
         self.services.tracker.spawn(async move {
-            match readiness::wait(&site, state, &agent, &run).await {
-                Ok(true) => {
-                    let command = Command::Ready { agent, run: Some(run) };
-                    drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
-                }
-                Ok(false) => {}
-                Err(failure) => {
-                    tracing::error!(project = %site.project.name, %agent, %failure, "find out when it is ready");
-                }
+            if readiness::wait(&site, state, &agent, &run).await {
+                let command = Command::Ready { agent, run: Some(run) };
+                drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
             }
         });
     }

@@ -266,6 +266,35 @@ pub struct LogReader {
     skipped: u64,
 }
 
+/// What one reading of a log brought.
+#[derive(Debug, Default)]
+pub struct Batch {
+    /// The lines.
+    pub lines: Vec<LogLine>,
+    /// Where the next reading goes on; none before there is a log.
+    pub position: Option<LogPosition>,
+    /// How many damaged lines were stepped over.
+    pub skipped: u64,
+}
+
+/// Reads a log once, about `max_bytes` of it. A run that is just being started has no log yet, and
+/// nothing to read.
+///
+/// # Errors
+/// When the log cannot be read.
+pub fn read_once(dir: &Path, start: Start, max_bytes: usize) -> io::Result<Batch> {
+    let mut reader = match LogReader::open(dir, start) {
+        Ok(reader) => reader,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Batch::default()),
+        Err(error) => return Err(error),
+    };
+    match reader.next_batch(max_bytes) {
+        Ok(lines) => Ok(Batch { lines, position: reader.position(), skipped: reader.skipped() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Batch::default()),
+        Err(error) => Err(error),
+    }
+}
+
 impl LogReader {
     /// Opens the logs in `dir`; fine when there are none yet.
     pub fn open(dir: &Path, start: Start) -> io::Result<Self> {

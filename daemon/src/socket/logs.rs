@@ -15,7 +15,7 @@ use super::reports::secrets;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects};
 use crate::shim::log_line::Stream;
-use crate::shim::log_reader::{LogPosition, LogReader, Start};
+use crate::shim::log_reader::{Batch, LogPosition, Start, read_once};
 use crate::shim::spec::files;
 use crate::steps::blocking;
 
@@ -172,33 +172,23 @@ fn is_over(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> bool {
 
 async fn batch(dir: PathBuf, start: Start) -> Result<(Vec<LogLine>, Option<LogPosition>), Failure> {
     blocking("read the log", move || {
-        let read = || -> std::io::Result<_> {
-            let mut reader = LogReader::open(&dir, start)?;
-            let lines = reader.next_batch(BATCH_BYTES)?;
-            Ok((lines, reader.position(), reader.skipped()))
-        };
-        match read() {
-            Ok((lines, position, skipped)) => {
-                let mut shown: Vec<LogLine> = lines
-                    .into_iter()
-                    .map(|line| LogLine {
-                        at_ns: line.at_ns,
-                        stream: line.stream.word().to_owned(),
-                        text: String::from_utf8_lossy(&line.bytes).into_owned(),
-                        partial: line.partial,
-                    })
-                    .collect();
-                if skipped > 0 {
-                    let at_ns = shown.last().map_or(0, |line| line.at_ns);
-                    let text = format!("{skipped} damaged lines of the log were left out");
-                    shown.push(LogLine { at_ns, stream: Stream::Gap.word().to_owned(), text, partial: false });
-                }
-                Ok((shown, position))
-            }
-            // A run that is just being started has no log yet.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok((Vec::new(), None)),
-            Err(error) => Err(Failure::fault(&format!("read {}", dir.display()), &error)),
+        let Batch { lines, position, skipped } = read_once(&dir, start, BATCH_BYTES)
+            .map_err(|error| Failure::fault(&format!("read {}", dir.display()), &error))?;
+        let mut shown: Vec<LogLine> = lines
+            .into_iter()
+            .map(|line| LogLine {
+                at_ns: line.at_ns,
+                stream: line.stream.word().to_owned(),
+                text: String::from_utf8_lossy(&line.bytes).into_owned(),
+                partial: line.partial,
+            })
+            .collect();
+        if skipped > 0 {
+            let at_ns = shown.last().map_or(0, |line| line.at_ns);
+            let text = format!("{skipped} damaged lines of the log were left out");
+            shown.push(LogLine { at_ns, stream: Stream::Gap.word().to_owned(), text, partial: false });
         }
+        Ok((shown, position))
     })
     .await
 }

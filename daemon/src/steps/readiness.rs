@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Site, blocking, session};
 use crate::errors::Failure;
-use crate::shim::log_reader::{LogReader, Start};
+use crate::shim::log_reader::{Batch, LogPosition, Start, read_once};
 use crate::shim::spec::files;
 
 /// How often output is looked at.
@@ -37,18 +37,10 @@ const BATCH_BYTES: usize = 256 << 10;
 /// Waits until a run is ready; returns whether it is. Ends without an answer when the run is no
 /// longer the agent's current one or there is nothing to find out. What cannot be read now is tried
 /// again: nobody else would look.
-///
-/// # Errors
-/// None at present: the signature leaves room for a look that is of no use to try again.
-pub async fn wait(
-    site: &Site,
-    mut state: watch::Receiver<Arc<Project>>,
-    agent: &AgentName,
-    run: &RunId,
-) -> Result<bool, Failure> {
-    let Some(found) = site.project.agents.get(agent) else { return Ok(false) };
+pub async fn wait(site: &Site, mut state: watch::Receiver<Arc<Project>>, agent: &AgentName, run: &RunId) -> bool {
+    let Some(found) = site.project.agents.get(agent) else { return false };
     let ready = match found.spec.supervision.ready.as_ref().map(|ready| &ready.when) {
-        None | Some(ReadyWhen::Reported) => return Ok(false),
+        None | Some(ReadyWhen::Reported) => return false,
         Some(when) => when.clone(),
     };
     let cwd = PathBuf::from(&found.spec.cwd);
@@ -62,17 +54,17 @@ pub async fn wait(
             (current, !matches!(&*project.state, ProjectState::Resting(_)))
         };
         if !current || site.services.stopping.is_cancelled() {
-            return Ok(false);
+            return false;
         }
         // What is held changes nothing, and a command would time out on it.
         if held {
             if state.changed().await.is_err() {
-                return Ok(false);
+                return false;
             }
             continue;
         }
         let (looked, pace) = match &ready {
-            ReadyWhen::Reported => return Ok(false),
+            ReadyWhen::Reported => return false,
             ReadyWhen::Output(wanted) => (output.holds(wanted).await, LOOK),
             ReadyWhen::Command(argv) => match known(&mut env, site, agent).await {
                 Ok(env) => (Ok(succeeds(argv, env, &cwd, &site.services.stopping).await), TRY),
@@ -80,7 +72,7 @@ pub async fn wait(
             },
         };
         let pace = match looked {
-            Ok(true) => return Ok(true),
+            Ok(true) => return true,
             Ok(false) => {
                 told = false;
                 pace
@@ -96,7 +88,7 @@ pub async fn wait(
         };
         tokio::select! {
             () = tokio::time::sleep(pace) => {}
-            () = site.services.stopping.cancelled() => return Ok(false),
+            () = site.services.stopping.cancelled() => return false,
         }
     }
 }
@@ -137,22 +129,12 @@ impl Output {
     }
 }
 
-fn look(
-    dir: &Path,
-    start: Start,
-    wanted: &[u8],
-) -> std::io::Result<(bool, bool, Option<crate::shim::log_reader::LogPosition>)> {
-    let mut reader = match LogReader::open(dir, start) {
-        Ok(reader) => reader,
-        // A run that is just being started has no log yet.
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok((false, false, None)),
-        Err(error) => return Err(error),
-    };
-    let lines = reader.next_batch(BATCH_BYTES)?;
+fn look(dir: &Path, start: Start, wanted: &[u8]) -> std::io::Result<(bool, bool, Option<LogPosition>)> {
+    let Batch { lines, position, .. } = read_once(dir, start, BATCH_BYTES)?;
     // What Fermata itself notes in the log is no word of the agent's.
     let mut output = lines.iter().filter(|line| line.stream.is_output());
     let found = output.any(|line| memchr::memmem::find(&line.bytes, wanted).is_some());
-    Ok((found, !lines.is_empty(), reader.position()))
+    Ok((found, !lines.is_empty(), position))
 }
 
 /// Runs a command once; one that takes too long, or cannot be started, does not succeed.
