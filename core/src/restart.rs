@@ -82,10 +82,10 @@ pub fn verdict(spec: &AgentSpec, end: End, row: Row, now: UnixMillis, seed: &str
         | (End::Badly, RestartPolicy::No)
         | (End::Interrupted, _) => return Verdict::Stay,
     };
-    let row = next(restart, row, now);
-    if restart.limit > 0 && row.starts > restart.limit {
-        return Verdict::TooOften { starts: restart.limit };
-    }
+    let row = match one_more(restart, row, now) {
+        Ok(row) => row,
+        Err(too_often) => return too_often,
+    };
     // What went down with the machine is not at fault: its first return does not wait.
     let wait = match (end, row.starts) {
         (End::Interrupted, 1) => 0,
@@ -94,10 +94,25 @@ pub fn verdict(spec: &AgentSpec, end: End, row: Row, now: UnixMillis, seed: &str
     Verdict::Start { again, until: UnixMillis(now.0.saturating_add(wait)), start: row.starts }
 }
 
-/// Returns the row with one more start; a row that is older than its time begins anew.
-pub fn next(restart: &Restart, row: Row, now: UnixMillis) -> Row {
+/// Decides what becomes of an agent that was stopped because it was stale: it is started again
+/// whatever its policy, at once, but not more often than its restarts may be.
+pub fn after_stale(restart: &Restart, row: Row, now: UnixMillis) -> Verdict {
+    match one_more(restart, row, now) {
+        Ok(row) => Verdict::Start { again: Again::GoesOn, until: now, start: row.starts },
+        Err(too_often) => too_often,
+    }
+}
+
+/// Returns the row with one more start, or the verdict that this would be too many; a row that is
+/// older than its time begins anew.
+fn one_more(restart: &Restart, row: Row, now: UnixMillis) -> Result<Row, Verdict> {
     let over = now.since(row.since) > i64::try_from(restart.within_ms).unwrap_or(i64::MAX);
-    if row.starts == 0 || over { Row { starts: 1, since: now } } else { Row { starts: row.starts + 1, ..row } }
+    let row =
+        if row.starts == 0 || over { Row { starts: 1, since: now } } else { Row { starts: row.starts + 1, ..row } };
+    if restart.limit > 0 && row.starts > restart.limit {
+        return Err(Verdict::TooOften { starts: restart.limit });
+    }
+    Ok(row)
 }
 
 /// Says whether an agent that was interrupted is brought back.

@@ -211,7 +211,9 @@ pub(super) fn after_end(found: &Agent, end: End, detail: &str, now: UnixMillis) 
     let seed = found.run.as_ref().map_or_else(|| agent.as_str().to_owned(), |run| run.id.to_string());
     let verdict = match &found.state {
         AgentState::Stopping(AfterStop::Stay | AfterStop::Restart | AfterStop::TimedOut) => Verdict::Stay,
-        AgentState::Stopping(AfterStop::GoesOn) => after_stale(found, now),
+        AgentState::Stopping(AfterStop::GoesOn) => {
+            restart::after_stale(&found.spec.supervision.restart, found.row, now)
+        }
         AgentState::Stopping(AfterStop::NotReady)
         | AgentState::Waiting(_)
         | AgentState::Backoff { .. }
@@ -235,14 +237,4 @@ pub(super) fn after_end(found: &Agent, end: End, detail: &str, now: UnixMillis) 
             Some(Event::AgentGivenUp { agent, reason: Some(reason) })
         }
     }
-}
-
-/// A stale agent is started again whatever its restart policy, but not more often than that allows.
-fn after_stale(found: &Agent, now: UnixMillis) -> Verdict {
-    let restart = &found.spec.supervision.restart;
-    let row = restart::next(restart, found.row, now);
-    if restart.limit > 0 && row.starts > restart.limit {
-        return Verdict::TooOften { starts: restart.limit };
-    }
-    Verdict::Start { again: restart::Again::GoesOn, until: now, start: row.starts }
 }
