@@ -13,7 +13,8 @@
 //! x 0 0.000000000 0 too_large name           covered, but skipped: the reason
 //! ```
 //!
-//! Remarks on a file, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file.
+//! Remarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for a file
+//! with holes; `x:<name>=<value>`, both in hexadecimal, one per extended attribute (of a directory too).
 
 use std::fmt::Write as _;
 
@@ -71,9 +72,14 @@ pub(super) struct MetaLine {
     pub mtime: Time,
     /// Stored bytes.
     pub size: u64,
+    /// Extended attributes of the `user` namespace, of a file or directory.
+    pub xattrs: Xattrs,
     /// The name; empty for the directory itself.
     pub name: Vec<u8>,
 }
+
+/// Extended attributes: pairs of name and value, sorted by name.
+pub type Xattrs = Box<[(Box<[u8]>, Box<[u8]>)]>;
 
 /// The kinds of lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -86,6 +92,8 @@ pub(super) enum MetaKind {
         torn: bool,
         /// The inode, when it has several names.
         ino: Option<u64>,
+        /// Whether it has holes.
+        sparse: bool,
     },
     /// A symbolic link.
     Link,
@@ -105,17 +113,22 @@ pub(super) fn encode(lines: &mut [MetaLine]) -> String {
     lines.sort_by(|a, b| a.name.cmp(&b.name));
     let mut text = format!("{HEADER}\n");
     for line in lines {
-        let (letter, remark) = match &line.kind {
-            MetaKind::Itself => ('.', "-".to_owned()),
-            MetaKind::File { torn, ino } => {
-                let remarks = [torn.then(|| "torn".to_owned()), ino.map(|ino| format!("ino={ino}"))];
-                let remarks: Vec<String> = remarks.into_iter().flatten().collect();
-                ('f', if remarks.is_empty() { "-".to_owned() } else { remarks.join(",") })
+        let (letter, mut remarks) = match &line.kind {
+            MetaKind::Itself => ('.', Vec::new()),
+            MetaKind::File { torn, ino, sparse } => {
+                let remarks = [
+                    torn.then(|| "torn".to_owned()),
+                    ino.map(|ino| format!("ino={ino}")),
+                    sparse.then(|| "sparse".to_owned()),
+                ];
+                ('f', remarks.into_iter().flatten().collect())
             }
-            MetaKind::Link => ('l', "-".to_owned()),
-            MetaKind::Special(kind) => ('s', kind.clone()),
-            MetaKind::Skipped(reason) => ('x', word_of(*reason).to_owned()),
+            MetaKind::Link => ('l', Vec::new()),
+            MetaKind::Special(kind) => ('s', vec![kind.clone()]),
+            MetaKind::Skipped(reason) => ('x', vec![word_of(*reason).to_owned()]),
         };
+        remarks.extend(line.xattrs.iter().map(|(name, value)| format!("x:{}={}", to_hex(name), to_hex(value))));
+        let remark = if remarks.is_empty() { "-".to_owned() } else { remarks.join(",") };
         let Time { sec, nsec } = line.mtime;
         let (mode, size, name) = (line.mode, line.size, escape(&line.name));
         // Writing to a string cannot fail.
@@ -146,8 +159,9 @@ fn decode_line(line: &str) -> Option<MetaLine> {
     let kind = match letter {
         "." => MetaKind::Itself,
         "f" => {
+            let has = |wanted: &str| remark.split(',').any(|one| one == wanted);
             let ino = remark.split(',').find_map(|one| one.strip_prefix("ino="));
-            MetaKind::File { torn: remark.split(',').any(|one| one == "torn"), ino: ino.and_then(|n| n.parse().ok()) }
+            MetaKind::File { torn: has("torn"), ino: ino.and_then(|n| n.parse().ok()), sparse: has("sparse") }
         }
         "l" => MetaKind::Link,
         "s" => MetaKind::Special(remark.to_owned()),
@@ -156,7 +170,32 @@ fn decode_line(line: &str) -> Option<MetaLine> {
     };
     let named = kind != MetaKind::Itself;
     let good_name = if named { is_safe_name(&name) } else { name.is_empty() };
-    good_name.then_some(MetaLine { kind, mode: mode & 0o7777, mtime, size, name })
+    let xattrs = remark.split(',').filter_map(|one| one.strip_prefix("x:"));
+    let xattrs: Option<Xattrs> = xattrs
+        .map(|pair| {
+            let (name, value) = pair.split_once('=')?;
+            Some((from_hex(name)?, from_hex(value)?))
+        })
+        .collect();
+    let xattrs = xattrs?;
+    good_name.then_some(MetaLine { kind, mode: mode & 0o7777, mtime, size, xattrs, name })
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        // Writing to a string cannot fail.
+        let _always_ok = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn from_hex(text: &str) -> Option<Box<[u8]>> {
+    let digits = text.as_bytes();
+    let digit = |byte: u8| (byte as char).to_digit(16).map(|value| value as u8);
+    if !digits.len().is_multiple_of(2) {
+        return None;
+    }
+    digits.chunks(2).map(|pair| Some(digit(pair[0])? * 16 + digit(pair[1])?)).collect()
 }
 
 fn word_of(reason: SkipReason) -> &'static str {
@@ -180,12 +219,21 @@ mod tests {
     #[test]
     fn every_kind_of_line_is_read_back() {
         let mtime = Time { sec: -3, nsec: 5 };
-        let line = |kind, name: &[u8]| MetaLine { kind, mode: 0o4755, mtime, size: 12, name: name.to_vec() };
+        let line = |kind, name: &[u8]| {
+            let xattrs: Xattrs = match &kind {
+                MetaKind::File { torn: true, .. } | MetaKind::Itself => Box::new([
+                    ((*b"user.a").into(), (*b"").into()),
+                    ((*b"user.b,=\n").into(), (*b"\0 ,\xff").into()),
+                ]),
+                _ => Box::default(),
+            };
+            MetaLine { kind, mode: 0o4755, mtime, size: 12, xattrs, name: name.to_vec() }
+        };
         let mut lines = vec![
             line(MetaKind::Itself, b""),
             line(MetaKind::Skipped(SkipReason::TooLarge), b"big file %"),
-            line(MetaKind::File { torn: true, ino: Some(77) }, b"c\n\xff"),
-            line(MetaKind::File { torn: false, ino: None }, b"d"),
+            line(MetaKind::File { torn: true, ino: Some(77), sparse: true }, b"c\n\xff"),
+            line(MetaKind::File { torn: false, ino: None, sparse: false }, b"d"),
             line(MetaKind::Special("fifo".to_owned()), b"e"),
             line(MetaKind::Link, b"f"),
         ];

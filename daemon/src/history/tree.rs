@@ -126,7 +126,7 @@ pub(super) struct Trees {
 }
 
 fn line(kind: MetaKind, stat: &Stat, size: u64, name: &[u8]) -> MetaLine {
-    MetaLine { kind, mode: stat.permissions(), mtime: stat.mtime, size, name: name.to_vec() }
+    MetaLine { kind, mode: stat.permissions(), mtime: stat.mtime, size, xattrs: Box::default(), name: name.to_vec() }
 }
 
 /// Builds the trees of everything that a scan found and a reading stored.
@@ -162,7 +162,7 @@ pub(super) fn build(
             let ino = (file.stat.nlink > 1).then_some(file.stat.ino);
             let executable = file.stat.permissions() & 0o100 != 0;
             let mode = if executable { MODE_EXECUTABLE } else { MODE_FILE };
-            (mode, MetaKind::File { torn: file.torn, ino })
+            (mode, MetaKind::File { torn: file.torn, ino, sparse: false })
         };
         let dir = dirs.entry(parent.clone()).or_default();
         dir.meta.push(line(kind, &file.stat, file.size, name));
@@ -172,7 +172,7 @@ pub(super) fn build(
         if let Some((parent, name)) = skip.path.split() {
             let mtime = super::beneath::Time::default();
             let kind = MetaKind::Skipped(skip.reason);
-            let about = MetaLine { kind, mode: 0, mtime, size: 0, name: name.to_vec() };
+            let about = MetaLine { kind, mode: 0, mtime, size: 0, xattrs: Box::default(), name: name.to_vec() };
             dirs.entry(parent).or_default().meta.push(about);
         }
     }
