@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use fermata_core::redact::Secrets;
@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Paths, Settings};
+use crate::history::Watcher;
 use crate::load::Loads;
 use crate::os::clock;
 use crate::os::limits::Limit;
@@ -75,6 +76,8 @@ pub struct Services {
     /// How much work on snapshots runs at the same time: more would take every blocking thread from
     /// the queries that everybody else waits for.
     pub heavy: Semaphore,
+    /// One permit for what nobody waits for.
+    pub background: Semaphore,
     /// Cancelled when the daemon ends.
     pub stopping: CancellationToken,
     /// Told when the settings were read again.
@@ -83,6 +86,7 @@ pub struct Services {
     pub settled: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
+    watcher: OnceLock<Option<Arc<Watcher>>>,
     settings: RwLock<Arc<Settings>>,
     profiles: RwLock<Arc<Profiles>>,
 }
@@ -110,6 +114,8 @@ impl Services {
             progress: broadcast::channel(256).0,
             tracker,
             heavy: Semaphore::new(HEAVY),
+            background: Semaphore::new(1),
+            watcher: OnceLock::new(),
             stopping: CancellationToken::new(),
             reloaded: Notify::new(),
             settled: Notify::new(),
@@ -117,6 +123,18 @@ impl Services {
             settings: RwLock::new(Arc::new(settings)),
             profiles: RwLock::new(Arc::new(profiles)),
         }
+    }
+
+    /// Returns the watcher of all workspaces, started when it is first needed; none where the kernel gives none.
+    pub fn watcher(&self) -> Option<&Arc<Watcher>> {
+        let start = || match Watcher::start(&self.paths.state.join("watch")) {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "workspaces cannot be watched; each checkpoint compares all files' states");
+                None
+            }
+        };
+        self.watcher.get_or_init(start).as_ref()
     }
 
     /// Returns the settings as they are now.

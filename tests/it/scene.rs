@@ -1,6 +1,7 @@
 //! What the tests of pausing and restoring act on: a project `web` whose agent leaves a mark
 //! every few milliseconds, so that everybody can see whether it runs.
 
+use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -327,10 +328,21 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
         let mut refs: Vec<u64> = refs.lines().filter_map(|name| name.rsplit('/').next()?.parse().ok()).collect();
         refs.sort_unstable();
         assert_eq!(refs, numbers, "refs");
-        assert_eq!(names(dir.join("history/history.git/pending")), Vec::<String>::new(), "drafts of snapshots");
-        let mut packs = names(dir.join("history/history.git/objects/pack"));
-        packs.retain(|name| name.ends_with(".pack"));
-        assert!(packs.len() <= numbers.len(), "packs that no checkpoint needs: {packs:?} for {numbers:?}");
+        let pending = dir.join("history/history.git/pending");
+        // The daemon may be getting to know the workspace.
+        wait_until(SOON, "drafts of snapshots to go", || names(pending.clone()).is_empty());
+        let needed = Workspace::at(sandbox.path()).git(&[&bare, "rev-list", "--objects", "--all"]);
+        let needed: HashSet<&str> = needed.lines().filter_map(|line| line.split(' ').next()).collect();
+        let packs = dir.join("history/history.git/objects/pack");
+        for pack in names(packs.clone()).iter().filter(|name| name.ends_with(".pack")) {
+            let path = packs.join(pack);
+            let held = Workspace::at(sandbox.path()).git(&["verify-pack", "-v", &path.to_string_lossy()]);
+            let held = held.lines().filter_map(|line| line.split(' ').next());
+            assert!(
+                held.into_iter().any(|id| needed.contains(id)),
+                "{pack}, which no checkpoint needs, for {numbers:?}"
+            );
+        }
     }
     let plans: Vec<String> = names(dir).into_iter().filter(|name| name.starts_with("restore-")).collect();
     assert_eq!(plans, Vec::<String>::new(), "plans of restores");

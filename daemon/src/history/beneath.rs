@@ -49,6 +49,8 @@ pub struct Stat {
     pub ino: u64,
     /// Size in bytes.
     pub size: u64,
+    /// Space that it takes, in units of 512 bytes.
+    pub blocks: u64,
     /// Type and permission bits.
     pub mode: u32,
     /// Number of hard links.
@@ -98,6 +100,7 @@ impl From<FileStat> for Stat {
             dev: stat.st_dev as u64,
             ino: stat.st_ino as u64,
             size: stat.st_size as u64,
+            blocks: stat.st_blocks as u64,
             mode: stat.st_mode as u32,
             nlink: stat.st_nlink as u64,
             uid: stat.st_uid,
@@ -129,6 +132,12 @@ impl Root {
             Err(Errno::ENOSYS | Errno::EPERM) => Err(HistoryError::KernelTooOld { path: root.path }),
             Err(errno) => Err(HistoryError::io("open workspace", path)(errno)),
         }
+    }
+
+    /// Says whether the file system tells of every change: by inotify, and by the change time of a directory. One that
+    /// others write to over a network does not.
+    pub fn tells_of_changes(&self) -> bool {
+        tells_of_changes(&self.fd)
     }
 
     /// Returns where the workspace is, for messages only.
@@ -198,6 +207,25 @@ impl Root {
         let (dir, name) = self.open_parent(path)?;
         readlinkat(&dir, name)
     }
+}
+
+/// Says whether the file system of an open file tells of every change.
+pub fn tells_of_changes<Fd: AsFd>(fd: Fd) -> bool {
+    // Not all of these have a name in libc; the numbers are those of linux/magic.h.
+    const BCACHEFS: u64 = 0xca45_1a4e;
+    const F2FS: u64 = 0xf2f5_2010;
+    const ZFS: u64 = 0x2fc1_2fc1;
+    let local = [
+        nix::sys::statfs::EXT4_SUPER_MAGIC.0 as u64,
+        nix::sys::statfs::XFS_SUPER_MAGIC.0 as u64,
+        nix::sys::statfs::BTRFS_SUPER_MAGIC.0 as u64,
+        nix::sys::statfs::TMPFS_MAGIC.0 as u64,
+        nix::sys::statfs::OVERLAYFS_SUPER_MAGIC.0 as u64,
+        BCACHEFS,
+        F2FS,
+        ZFS,
+    ];
+    nix::sys::statfs::fstatfs(fd).is_ok_and(|found| local.contains(&(found.filesystem_type().0 as u64)))
 }
 
 /// Describes an open file.

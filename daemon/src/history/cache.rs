@@ -1,140 +1,164 @@
-//! The stat cache: what each file's content was, by the state in which it was read.
+//! Keeps the known picture of a workspace on the disk, so that a new daemon need not read every file again.
 //!
-//! It makes an unchanged tree cost no reading. It is only ever an acceleration: a cache that is missing, damaged, from
-//! another version or from a checkpoint that is gone is ignored and rebuilt. Files whose times are so fresh that a
-//! later write could leave them equal are never entered.
+//! It is only ever an acceleration: a file that is missing, damaged or from another version is ignored, and the next
+//! snapshot looks at everything. It may be older than the newest checkpoint: what has changed since shows in the
+//! files' states.
 //!
-//! The file: a line with the version, the checkpoint that it belongs to, then counted records of fixed fields in
-//! little-endian order, then the SHA-1 of everything before.
+//! The file: a line with the version; the commit that the picture belongs to; a counted JSON text with rules and what
+//! else is small; the directories, depth first, in fixed fields in little-endian order; the SHA-1 of all before.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
-use super::beneath::{Stat, Time};
+use super::beneath::Time;
+use super::meta::Xattrs;
 use super::names::RelPath;
 use super::oid::Oid;
+use super::picture::{Child, Dir, File, Node, Picture, Remarks, Seen, Source, total};
+use super::rules::Rules;
+use super::scan::SkipReason;
 
-const HEADER: &[u8] = b"fermata stat cache 1\n";
+const HEADER: &[u8] = b"fermata picture 1\n";
 
-/// Times may lag by one tick of a kernel with 100 Hz; twice that is on the safe side.
-const TICK_NS: i128 = 20_000_000;
+/// Directories deeper than any path can lead are not ours.
+const MAX_DEPTH: u32 = 4096;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    dev: u64,
-    ino: u64,
-    size: u64,
-    mode: u32,
-    mtime: Time,
-    ctime: Time,
+/// The kinds of special files, by their number in the cache.
+const SPECIAL: [&str; 5] = ["fifo", "socket", "character_device", "block_device", "unknown"];
+const REASONS: [SkipReason; 4] =
+    [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady];
+
+#[derive(Serialize, Deserialize)]
+struct Small {
+    rules: Rules,
+    sources: Vec<Source>,
+    index: Option<Seen>,
+    forced: BTreeSet<RelPath>,
+    notes: Vec<String>,
 }
 
-impl From<&Stat> for Seen {
-    fn from(stat: &Stat) -> Self {
-        Seen { dev: stat.dev, ino: stat.ino, size: stat.size, mode: stat.mode, mtime: stat.mtime, ctime: stat.ctime }
+/// Reads a picture; `None` when there is none that can be trusted.
+pub(super) fn load(path: &Path) -> Option<Picture> {
+    let bytes = fs::read(path).ok()?;
+    let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(20)?)?;
+    if <[u8; 20]>::from(Sha1::digest(body)) != checksum {
+        return None;
     }
+    let mut reader = Reader(body.strip_prefix(HEADER)?);
+    let commit = reader.oid()?;
+    let small: Small = serde_json::from_slice(reader.counted()?).ok()?;
+    let root = Arc::new(reader.dir(0)?);
+    reader.0.is_empty().then_some(Picture {
+        commit,
+        rules: small.rules,
+        sources: small.sources,
+        index: small.index,
+        forced: Arc::new(small.forced),
+        notes: small.notes,
+        root,
+    })
 }
 
-/// What was known after one checkpoint.
-#[derive(Debug, Default)]
-pub struct StatCache {
-    /// The checkpoint and its commit; every object named here belongs to it.
-    pub base: Option<(u64, Oid)>,
-    files: HashMap<RelPath, (Seen, Oid)>,
-    /// Trees and metadata that the checkpoint's commit reaches.
-    known: HashSet<Oid>,
+/// Writes a picture to a new file. It is not flushed: a torn one fails its checksum.
+pub(super) fn save(picture: &Picture, path: &Path) -> io::Result<()> {
+    let mut out = Writer(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
+    out.0.extend_from_slice(HEADER);
+    out.0.extend_from_slice(picture.commit.raw());
+    let small = Small {
+        rules: picture.rules.clone(),
+        sources: picture.sources.clone(),
+        index: picture.index,
+        forced: BTreeSet::clone(&picture.forced),
+        notes: picture.notes.clone(),
+    };
+    out.counted(&serde_json::to_vec(&small)?);
+    out.dir(&picture.root);
+    let checksum: [u8; 20] = Sha1::digest(&out.0).into();
+    out.0.extend_from_slice(&checksum);
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(&out.0)
 }
 
-impl StatCache {
-    /// Starts an empty cache.
-    pub fn new() -> Self {
-        Self::default()
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn counted(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.0.extend_from_slice(bytes);
     }
 
-    /// Returns the content of a file that is in the state in which it was read.
-    pub fn lookup(&self, path: &RelPath, stat: &Stat) -> Option<Oid> {
-        let (seen, oid) = self.files.get(path)?;
-        (*seen == Seen::from(stat)).then_some(*oid)
-    }
-
-    /// Enters a file, unless its times are too close to `started_ns`, the instant at which the snapshot began.
-    pub fn enter(&mut self, path: &RelPath, stat: &Stat, oid: Oid, started_ns: i128) {
-        let ns = |time: Time| i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
-        if ns(stat.mtime).max(ns(stat.ctime)) < started_ns - TICK_NS {
-            self.files.insert(path.clone(), (Seen::from(stat), oid));
+    fn seen(&mut self, seen: &Seen) {
+        [seen.dev, seen.ino, seen.size].iter().for_each(|n| self.0.extend_from_slice(&n.to_le_bytes()));
+        self.0.extend_from_slice(&seen.mode.to_le_bytes());
+        for time in [seen.mtime, seen.ctime] {
+            self.0.extend_from_slice(&time.sec.to_le_bytes());
+            self.0.extend_from_slice(&time.nsec.to_le_bytes());
         }
     }
 
-    /// Says whether the object belongs to the checkpoint of this cache.
-    pub fn knows(&self, oid: &Oid) -> bool {
-        self.known.contains(oid)
+    fn flags(&mut self, flags: &[bool]) {
+        self.0.push(flags.iter().rev().fold(0, |byte, flag| byte << 1 | u8::from(*flag)));
     }
 
-    /// Notes a tree or a piece of metadata.
-    pub fn note(&mut self, oid: Oid) {
-        self.known.insert(oid);
+    fn xattrs(&mut self, xattrs: &Xattrs) {
+        self.0.extend_from_slice(&(xattrs.len() as u32).to_le_bytes());
+        for (name, value) in xattrs {
+            self.counted(name);
+            self.counted(value);
+        }
     }
 
-    /// Reads a cache; `None` when there is none that can be trusted.
-    pub fn load(path: &Path) -> Option<StatCache> {
-        let bytes = fs::read(path).ok()?;
-        let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(20)?)?;
-        if <[u8; 20]>::from(Sha1::digest(body)) != checksum {
-            return None;
+    fn dir(&mut self, dir: &Dir) {
+        self.seen(&dir.seen);
+        let (listed, ignoring, filled) = (dir.unreadable.is_none(), dir.ignore_file.is_some(), dir.files.is_some());
+        self.flags(&[dir.covered, dir.settled, dir.nested, listed, ignoring, filled]);
+        self.xattrs(&dir.xattrs);
+        if let Some(why) = &dir.unreadable {
+            self.counted(why.as_bytes());
         }
-        let mut reader = Reader(body.strip_prefix(HEADER)?);
-        let base = (reader.u64()?, reader.oid()?);
-        let mut cache = StatCache { base: Some(base), ..StatCache::default() };
-        for _ in 0..reader.u64()? {
-            let length = reader.u32()? as usize;
-            let path = RelPath::new(reader.take(length)?).ok()?;
-            let seen = Seen {
-                dev: reader.u64()?,
-                ino: reader.u64()?,
-                size: reader.u64()?,
-                mode: reader.u32()?,
-                mtime: reader.time()?,
-                ctime: reader.time()?,
-            };
-            cache.files.insert(path, (seen, reader.oid()?));
+        dir.ignore_file.iter().for_each(|seen| self.seen(seen));
+        dir.files.iter().for_each(|oid| self.0.extend_from_slice(oid.raw()));
+        self.0.extend_from_slice(dir.meta.raw());
+        self.0.extend_from_slice(&(dir.children.len() as u32).to_le_bytes());
+        for child in &dir.children {
+            self.counted(&child.name);
+            self.node(&child.node);
         }
-        for _ in 0..reader.u64()? {
-            cache.known.insert(reader.oid()?);
-        }
-        reader.0.is_empty().then_some(cache)
     }
 
-    /// Writes the cache to a new file. It is not flushed: a torn one fails its checksum and is rebuilt.
-    pub fn save(&self, path: &Path) -> io::Result<()> {
-        let Some((number, commit)) = self.base else {
-            return Ok(());
-        };
-        let mut out = Vec::with_capacity(HEADER.len() + self.files.len() * 128);
-        out.extend_from_slice(HEADER);
-        out.extend_from_slice(&number.to_le_bytes());
-        out.extend_from_slice(commit.raw());
-        out.extend_from_slice(&(self.files.len() as u64).to_le_bytes());
-        for (path, (seen, oid)) in &self.files {
-            out.extend_from_slice(&(path.bytes().len() as u32).to_le_bytes());
-            out.extend_from_slice(path.bytes());
-            [seen.dev, seen.ino, seen.size].iter().for_each(|n| out.extend_from_slice(&n.to_le_bytes()));
-            out.extend_from_slice(&seen.mode.to_le_bytes());
-            for time in [seen.mtime, seen.ctime] {
-                out.extend_from_slice(&time.sec.to_le_bytes());
-                out.extend_from_slice(&time.nsec.to_le_bytes());
+    fn node(&mut self, node: &Node) {
+        match node {
+            Node::File(file) => {
+                self.0.push(0);
+                self.seen(&file.seen);
+                self.0.extend_from_slice(file.oid.raw());
+                self.0.extend_from_slice(&file.size.to_le_bytes());
+                let Remarks { torn, sparse, forced, linked, doubtful } = file.remarks;
+                self.flags(&[torn, sparse, forced, linked, doubtful]);
+                self.xattrs(&file.xattrs);
             }
-            out.extend_from_slice(oid.raw());
+            Node::Dir(dir) => {
+                self.0.push(1);
+                self.dir(dir);
+            }
+            Node::Special { seen, kind } => {
+                self.0.push(2);
+                self.seen(seen);
+                self.0.push(SPECIAL.iter().position(|known| known == kind).unwrap_or(SPECIAL.len() - 1) as u8);
+            }
+            Node::Skipped { reason, detail } => {
+                self.0.push(3);
+                self.0.push(REASONS.iter().position(|known| known == reason).unwrap_or(0) as u8);
+                self.counted(detail.as_bytes());
+            }
+            Node::Draft => self.0.push(4),
         }
-        out.extend_from_slice(&(self.known.len() as u64).to_le_bytes());
-        self.known.iter().for_each(|oid| out.extend_from_slice(oid.raw()));
-        let checksum: [u8; 20] = Sha1::digest(&out).into();
-        out.extend_from_slice(&checksum);
-        OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(&out)
     }
 }
 
@@ -147,6 +171,10 @@ impl<'a> Reader<'a> {
         Some(head)
     }
 
+    fn byte(&mut self) -> Option<u8> {
+        self.take(1)?.first().copied()
+    }
+
     fn u32(&mut self) -> Option<u32> {
         Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
     }
@@ -155,12 +183,81 @@ impl<'a> Reader<'a> {
         Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
     }
 
-    fn time(&mut self) -> Option<Time> {
-        Some(Time { sec: self.u64()? as i64, nsec: self.u32()? })
+    fn counted(&mut self) -> Option<&'a [u8]> {
+        let n = self.u32()? as usize;
+        self.take(n)
+    }
+
+    fn text(&mut self) -> Option<Box<str>> {
+        std::str::from_utf8(self.counted()?).ok().map(Into::into)
     }
 
     fn oid(&mut self) -> Option<Oid> {
         Some(Oid::from_raw(self.take(20)?.try_into().ok()?))
+    }
+
+    fn time(&mut self) -> Option<Time> {
+        let sec = self.u64()? as i64;
+        Some(Time { sec, nsec: self.u32()? })
+    }
+
+    fn seen(&mut self) -> Option<Seen> {
+        Some(Seen {
+            dev: self.u64()?,
+            ino: self.u64()?,
+            size: self.u64()?,
+            mode: self.u32()?,
+            mtime: self.time()?,
+            ctime: self.time()?,
+        })
+    }
+
+    fn flags<const N: usize>(&mut self) -> Option<[bool; N]> {
+        let byte = self.byte()?;
+        Some(std::array::from_fn(|n| byte >> n & 1 == 1))
+    }
+
+    fn xattrs(&mut self) -> Option<Xattrs> {
+        (0..self.u32()?).map(|_| Some((self.counted()?.into(), self.counted()?.into()))).collect()
+    }
+
+    fn dir(&mut self, depth: u32) -> Option<Dir> {
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        let seen = self.seen()?;
+        let [covered, settled, nested, listed, ignoring, filled] = self.flags()?;
+        let xattrs = self.xattrs()?;
+        let unreadable = if listed { None } else { Some(self.text()?) };
+        let ignore_file = if ignoring { Some(self.seen()?) } else { None };
+        let files = if filled { Some(self.oid()?) } else { None };
+        let meta = self.oid()?;
+        let children = (0..self.u32()?).map(|_| {
+            let name = self.counted()?.into();
+            Some(Child { name, node: self.node(depth)? })
+        });
+        let children: Box<[Child]> = children.collect::<Option<_>>()?;
+        let totals = total(&children);
+        Some(Dir { seen, xattrs, covered, settled, unreadable, ignore_file, nested, children, totals, files, meta })
+    }
+
+    fn node(&mut self, depth: u32) -> Option<Node> {
+        Some(match self.byte()? {
+            0 => {
+                let (seen, oid, size) = (self.seen()?, self.oid()?, self.u64()?);
+                let [torn, sparse, forced, linked, doubtful] = self.flags()?;
+                let remarks = Remarks { torn, sparse, forced, linked, doubtful };
+                Node::File(File { seen, oid, size, remarks, xattrs: self.xattrs()? })
+            }
+            1 => Node::Dir(Arc::new(self.dir(depth + 1)?)),
+            2 => Node::Special { seen: self.seen()?, kind: SPECIAL.get(self.byte()? as usize).copied()? },
+            3 => {
+                let reason = REASONS.get(self.byte()? as usize).copied()?;
+                Node::Skipped { reason, detail: self.text()? }
+            }
+            4 => Node::Draft,
+            _ => return None,
+        })
     }
 }
 
@@ -168,39 +265,66 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
-    fn stat(sec: i64) -> Stat {
+    fn seen(sec: i64) -> Seen {
         let time = Time { sec, nsec: 7 };
-        Stat { dev: 1, ino: 2, size: 3, mode: 0o100644, nlink: 1, uid: 0, gid: 0, mtime: time, ctime: time }
+        Seen { dev: 1, ino: 2, size: 3, mode: 0o100644, mtime: time, ctime: time }
+    }
+
+    fn picture() -> Picture {
+        let oid = Oid::from_raw([9; 20]);
+        let remarks = Remarks { sparse: true, linked: true, ..Remarks::default() };
+        let xattrs: Xattrs = Box::new([((*b"user.a").into(), (*b"\0").into())]);
+        let child = |name: &[u8], node| Child { name: name.into(), node };
+        let dir = |children: Box<[Child]>, unreadable: Option<&str>| Dir {
+            seen: seen(-5),
+            xattrs: xattrs.clone(),
+            covered: true,
+            settled: true,
+            unreadable: unreadable.map(Into::into),
+            ignore_file: Some(seen(1)),
+            nested: false,
+            totals: total(&children),
+            children,
+            files: Some(oid),
+            meta: oid,
+        };
+        let children = [
+            child(b"a\xff\n", Node::File(File { seen: seen(100), oid, size: 5, remarks, xattrs: xattrs.clone() })),
+            child(b"b", Node::Dir(Arc::new(dir(Box::default(), Some("closed"))))),
+            child(b"c", Node::Special { seen: seen(3), kind: "socket" }),
+            child(b"d", Node::Skipped { reason: SkipReason::Unsteady, detail: "it changed".into() }),
+            child(b"e", Node::Draft),
+        ];
+        Picture {
+            commit: oid,
+            rules: Rules::default(),
+            sources: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
+            index: Some(seen(9)),
+            forced: Arc::new([RelPath::new("x/y").unwrap()].into()),
+            notes: vec!["a note".to_owned()],
+            root: Arc::new(dir(children.into(), None)),
+        }
     }
 
     #[test]
-    fn a_saved_cache_is_read_back_and_a_damaged_one_is_ignored() {
+    fn a_saved_picture_is_read_back_and_a_damaged_one_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
-        let (file, oid) = (dir.path().join("cache"), Oid::from_raw([9; 20]));
-        let path = RelPath::new(&b"a/\xff\n"[..]).unwrap();
-        let mut cache = StatCache { base: Some((4, oid)), ..StatCache::default() };
-        cache.enter(&path, &stat(100), oid, 200_000_000_000);
-        cache.note(oid);
-        cache.save(&file).unwrap();
+        let file = dir.path().join("cache");
+        let picture = picture();
+        save(&picture, &file).unwrap();
+        let read = load(&file).unwrap();
+        assert_eq!(format!("{picture:?}"), format!("{read:?}"));
 
-        let read = StatCache::load(&file).unwrap();
-        assert_eq!(read.lookup(&path, &stat(100)), Some(oid));
-        assert_eq!(read.lookup(&path, &stat(101)), None);
-        assert!(read.knows(&oid));
-
-        let mut bytes = fs::read(&file).unwrap();
-        bytes[HEADER.len() + 3] ^= 1;
-        fs::write(dir.path().join("bad"), &bytes).unwrap();
-        assert!(StatCache::load(&dir.path().join("bad")).is_none());
-        fs::write(dir.path().join("short"), &bytes[..15]).unwrap();
-        assert!(StatCache::load(&dir.path().join("short")).is_none());
-    }
-
-    #[test]
-    fn a_file_as_young_as_the_snapshot_is_not_entered() {
-        let mut cache = StatCache::new();
-        let path = RelPath::new("a").unwrap();
-        cache.enter(&path, &stat(100), Oid::from_raw([9; 20]), 100_000_000_010);
-        assert_eq!(cache.lookup(&path, &stat(100)), None);
+        let bytes = fs::read(&file).unwrap();
+        for at in [0, HEADER.len() + 3, bytes.len() / 2, bytes.len() - 1] {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            fs::write(dir.path().join("bad"), &bad).unwrap();
+            assert!(load(&dir.path().join("bad")).is_none(), "byte {at}");
+        }
+        for length in [0, 15, bytes.len() / 2, bytes.len() - 1] {
+            fs::write(dir.path().join("short"), &bytes[..length]).unwrap();
+            assert!(load(&dir.path().join("short")).is_none(), "{length} bytes");
+        }
     }
 }

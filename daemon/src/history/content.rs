@@ -8,50 +8,26 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use nix::errno::Errno;
+use rayon::prelude::*;
 
 use super::beneath::{FileKind, Root, Stat, stat_fd};
-use super::cache::StatCache;
 use super::errors::{HistoryError, Result};
+use super::meta::Xattrs;
 use super::names::RelPath;
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack::{PackWriter, Packed, Streamed};
-use super::scan::{ScanEntry, SkipReason, Skipped};
+use super::scan::{SkipReason, Unread};
+use super::xattrs;
 use super::{OnProgress, Phase, Progress};
 
 /// Files up to this size are read into memory.
 const SMALL: u64 = 1024 * 1024;
 const ATTEMPTS: u32 = 4;
-
-/// A file or link with its content's id.
-#[derive(Clone, Debug)]
-pub(super) struct Hashed {
-    /// The path.
-    pub path: RelPath,
-    /// Its state when it was read.
-    pub stat: Stat,
-    /// The content.
-    pub oid: Oid,
-    /// How many bytes were stored.
-    pub size: u64,
-    /// Whether it changed at every attempt to read it.
-    pub torn: bool,
-}
-
-/// The outcome for all files.
-#[derive(Debug, Default)]
-pub(super) struct Hashing {
-    /// Files and links in the order of the scan.
-    pub files: Vec<Hashed>,
-    /// What could not be read.
-    pub skipped: Vec<Skipped>,
-    /// How many were known without reading.
-    pub unchanged: u64,
-}
 
 /// Where new blobs go.
 pub(super) struct BlobSink<'a> {
@@ -91,10 +67,6 @@ impl BlobSink<'_> {
 pub(super) struct Reading<'a> {
     /// The workspace.
     pub root: &'a Root,
-    /// What was known before.
-    pub cache: &'a StatCache,
-    /// Set when the cache's checkpoint is gone, so that each object must be looked up before it is relied on.
-    pub check_in: Option<&'a ObjectStore>,
     /// Where new blobs go; none to compute ids only.
     pub sink: Option<BlobSink<'a>>,
     /// A directory of ours for copies of files that do not hold still.
@@ -107,10 +79,30 @@ pub(super) struct Reading<'a> {
     pub cancel: &'a AtomicBool,
 }
 
-enum Outcome {
-    Stored { stat: Stat, oid: Oid, size: u64, torn: bool },
+/// What reading a file or link came to.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// Its content is known, and stored where there is a sink.
+    Stored(Content),
+    /// It could not be read.
     Skipped(SkipReason, String),
+    /// It is gone.
     Vanished,
+}
+
+/// The content of a file or link.
+#[derive(Debug)]
+pub(super) struct Content {
+    /// The state in which it was read.
+    pub stat: Stat,
+    /// The content.
+    pub oid: Oid,
+    /// How many bytes were stored.
+    pub size: u64,
+    /// Whether it changed at every attempt to read it.
+    pub torn: bool,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
 }
 
 /// What one attempt to read a file found.
@@ -120,88 +112,24 @@ enum Attempt {
 }
 
 impl Reading<'_> {
-    /// Reads all files and links of a scan.
-    pub fn read_all(&self, entries: &[ScanEntry]) -> Result<Hashing> {
-        let mut result = Hashing::default();
-        let mut unknown = Vec::new();
-        for entry in entries {
-            match entry.stat.kind() {
-                FileKind::Regular if entry.stat.size > self.max_file_bytes => {
-                    let detail = format!("{} bytes", entry.stat.size);
-                    result.skipped.push(Skipped { path: entry.path.clone(), reason: SkipReason::TooLarge, detail });
-                }
-                FileKind::Regular | FileKind::Symlink => match self.known(entry) {
-                    Some(oid) => {
-                        let (path, stat) = (entry.path.clone(), entry.stat);
-                        result.files.push(Hashed { path, stat, oid, size: stat.size, torn: false });
-                        result.unchanged += 1;
-                    }
-                    None => unknown.push(entry),
-                },
-                FileKind::Directory | FileKind::Special(_) => {}
+    /// Reads files and links, side by side, and notes in each what it came to.
+    pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
+        let (done, total) = (AtomicU64::new(0), unread.len() as u64);
+        unread.par_iter().try_for_each(|entry| {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
             }
-        }
-        for (entry, outcome) in self.read_parallel(&unknown)? {
-            let path = entry.path.clone();
-            match outcome {
-                Outcome::Stored { stat, oid, size, torn } => result.files.push(Hashed { path, stat, oid, size, torn }),
-                Outcome::Skipped(reason, detail) => result.skipped.push(Skipped { path, reason, detail }),
-                Outcome::Vanished => {}
+            let outcome = self.read_one(entry)?;
+            entry.outcome.get_or_init(|| outcome);
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            if done.is_multiple_of(256) || done == total {
+                (self.progress)(Progress { phase: Phase::Read, done, total });
             }
-        }
-        result.files.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        Ok(result)
+            Ok(())
+        })
     }
 
-    fn known(&self, entry: &ScanEntry) -> Option<Oid> {
-        let oid = self.cache.lookup(&entry.path, &entry.stat)?;
-        self.check_in.is_none_or(|store| store.contains(&oid)).then_some(oid)
-    }
-
-    fn read_parallel<'e>(&self, entries: &[&'e ScanEntry]) -> Result<Vec<(&'e ScanEntry, Outcome)>> {
-        let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(1, 8)).min(entries.len());
-        let (next, done) = (AtomicUsize::new(0), AtomicU64::new(0));
-        let failed: Mutex<Option<HistoryError>> = Mutex::new(None);
-        let stop = AtomicBool::new(false);
-        let work = || {
-            let mut outcomes = Vec::new();
-            while let Some(entry) = entries.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if self.cancel.load(Ordering::Relaxed) || stop.load(Ordering::Relaxed) {
-                    break;
-                }
-                match self.read_one(entry) {
-                    Ok(outcome) => outcomes.push((*entry, outcome)),
-                    Err(error) => {
-                        stop.store(true, Ordering::Relaxed);
-                        failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                    }
-                }
-                let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-                if done.is_multiple_of(256) || done == entries.len() as u64 {
-                    (self.progress)(Progress { phase: Phase::Read, done, total: entries.len() as u64 });
-                }
-            }
-            outcomes
-        };
-        let parts = std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-            workers.into_iter().map(|worker| worker.join()).collect::<Vec<_>>()
-        });
-        if let Some(error) = failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            return Err(error);
-        }
-        if self.cancel.load(Ordering::Relaxed) {
-            return Err(HistoryError::Cancelled);
-        }
-        let mut all = Vec::with_capacity(entries.len());
-        for part in parts {
-            let broken = |_| HistoryError::io("read", self.root.path())(io::Error::other("a reader broke"));
-            all.extend(part.map_err(broken)?);
-        }
-        Ok(all)
-    }
-
-    fn read_one(&self, entry: &ScanEntry) -> Result<Outcome> {
+    fn read_one(&self, entry: &Unread) -> Result<Outcome> {
         if entry.stat.kind() == FileKind::Symlink {
             return self.read_link(entry);
         }
@@ -213,7 +141,7 @@ impl Reading<'_> {
         Ok(Outcome::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
     }
 
-    fn read_link(&self, entry: &ScanEntry) -> Result<Outcome> {
+    fn read_link(&self, entry: &Unread) -> Result<Outcome> {
         let target = match self.root.read_link(&entry.path) {
             Ok(target) => target,
             Err(errno) => return Ok(refused(errno)),
@@ -224,7 +152,13 @@ impl Reading<'_> {
         }
         // The link could have been replaced since the walk; then the walk's state must not vouch for this target.
         let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
-        Ok(Outcome::Stored { stat: entry.stat, oid, size: target.len() as u64, torn })
+        Ok(Outcome::Stored(Content {
+            stat: entry.stat,
+            oid,
+            size: target.len() as u64,
+            torn,
+            xattrs: Xattrs::default(),
+        }))
     }
 
     fn try_file(&self, path: &RelPath, last: bool) -> Result<Attempt> {
@@ -267,7 +201,8 @@ impl Reading<'_> {
         if let Some(sink) = &self.sink {
             sink.put(oid, &content).map_err(HistoryError::io("store", self.spool))?;
         }
-        Ok(Attempt::Done(Outcome::Stored { stat: before, oid, size: content.len() as u64, torn: !steady }))
+        let (stat, size, torn) = (before, content.len() as u64, !steady);
+        Ok(done(&file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
     }
 
     fn try_large(&self, file: &mut File, before: Stat) -> Result<Attempt> {
@@ -284,7 +219,7 @@ impl Reading<'_> {
             Streamed::Stored | Streamed::Different => return Ok(Attempt::Changed),
         }
         let (stat, size, torn) = (before, read, false);
-        Ok(Attempt::Done(Outcome::Stored { stat, oid, size, torn }))
+        Ok(done(file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
     }
 
     fn store(&self, oid: Oid, size: u64, source: &mut File) -> Result<Streamed> {
@@ -323,8 +258,19 @@ impl Reading<'_> {
             Streamed::Unreadable(error) => return Err(failed(error)),
         }
         let (stat, torn) = (before, !steady);
-        Ok(Attempt::Done(Outcome::Stored { stat, oid, size: read, torn }))
+        Ok(done(&file, Content { stat, oid, size: read, torn, xattrs: Xattrs::default() }))
     }
+}
+
+/// Adds the attributes of a file that was read.
+fn done(file: &File, mut content: Content) -> Attempt {
+    Attempt::Done(match xattrs::read(file) {
+        Ok(found) => {
+            content.xattrs = found;
+            Outcome::Stored(content)
+        }
+        Err(errno) => Outcome::Skipped(SkipReason::Unreadable, format!("its attributes: {}", errno.desc())),
+    })
 }
 
 fn unreadable(error: &io::Error) -> Attempt {

@@ -4,14 +4,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::beneath::{FileKind, Time};
-use super::content::Hashing;
+use super::beneath::Time;
 use super::errors::{HistoryError, Result};
 use super::meta::{self, Manifest, MetaKind};
 use super::names::{RelPath, is_safe_name};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
-use super::scan::{Scan, SkipReason};
+use super::picture::{Dir, Node};
+use super::scan::SkipReason;
 use super::tree::{MODE_LINK, TreeEntry, decode_tree};
 
 /// What stands at a path.
@@ -78,29 +78,40 @@ impl Listing {
         false
     }
 
-    /// Lists what is in the workspace now.
-    pub fn of_workspace(scan: &Scan, hashing: &Hashing) -> Listing {
-        let mut listing = Listing { drafts: scan.drafts.clone(), ..Listing::default() };
-        for entry in &scan.entries {
-            let what = match entry.stat.kind() {
-                FileKind::Directory => What::Directory,
-                FileKind::Special(kind) => What::Special(kind.to_owned()),
-                FileKind::Regular | FileKind::Symlink => continue,
-            };
-            let item = Item { what, mode: entry.stat.permissions(), mtime: entry.stat.mtime, size: 0 };
-            listing.items.insert(entry.path.clone(), item);
-        }
-        for file in &hashing.files {
-            let link = file.stat.kind() == FileKind::Symlink;
-            let what = if link { What::Symlink(file.oid) } else { What::File(file.oid) };
-            let (mode, mtime, size) = (file.stat.permissions(), file.stat.mtime, file.size);
-            listing.items.insert(file.path.clone(), Item { what, mode, mtime, size });
-            listing.torn.extend(file.torn.then(|| file.path.clone()));
-        }
-        for skip in scan.skipped.iter().chain(&hashing.skipped) {
-            listing.skipped.insert(skip.path.clone(), skip.reason);
-        }
+    /// Lists what a look at the workspace has seen.
+    pub fn of_workspace(root: &Dir) -> Listing {
+        let mut listing = Listing::default();
+        listing.add_dir(&RelPath::root(), root);
         listing
+    }
+
+    fn add_dir(&mut self, path: &RelPath, dir: &Dir) {
+        if dir.is_bare() {
+            return;
+        }
+        let (mode, mtime) = (dir.seen.permissions(), dir.seen.mtime);
+        self.items.insert(path.clone(), Item { what: What::Directory, mode, mtime, size: 0 });
+        if dir.unreadable.is_some() {
+            self.skipped.insert(path.clone(), SkipReason::Unreadable);
+        }
+        for child in &dir.children {
+            let path = path.join(&child.name);
+            match &child.node {
+                Node::Dir(dir) => self.add_dir(&path, dir),
+                Node::File(file) => {
+                    let what = if file.is_link() { What::Symlink(file.oid) } else { What::File(file.oid) };
+                    let (mode, mtime, size) = (file.seen.permissions(), file.seen.mtime, file.size);
+                    self.torn.extend(file.remarks.torn.then(|| path.clone()));
+                    self.items.insert(path, Item { what, mode, mtime, size });
+                }
+                Node::Special { seen, kind } => {
+                    let what = What::Special((*kind).to_owned());
+                    self.items.insert(path, Item { what, mode: seen.permissions(), mtime: seen.mtime, size: 0 });
+                }
+                Node::Skipped { reason, .. } => drop(self.skipped.insert(path, *reason)),
+                Node::Draft => self.drafts.push(path),
+            }
+        }
     }
 
     /// Lists what a checkpoint holds.

@@ -221,10 +221,9 @@ mod tests {
         let mtime = Time { sec: -3, nsec: 5 };
         let line = |kind, name: &[u8]| {
             let xattrs: Xattrs = match &kind {
-                MetaKind::File { torn: true, .. } | MetaKind::Itself => Box::new([
-                    ((*b"user.a").into(), (*b"").into()),
-                    ((*b"user.b,=\n").into(), (*b"\0 ,\xff").into()),
-                ]),
+                MetaKind::File { torn: true, .. } | MetaKind::Itself => {
+                    Box::new([((*b"user.a").into(), (*b"").into()), ((*b"user.b,=\n").into(), (*b"\0 ,\xff").into())])
+                }
                 _ => Box::default(),
             };
             MetaLine { kind, mode: 0o4755, mtime, size: 12, xattrs, name: name.to_vec() }

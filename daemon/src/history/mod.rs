@@ -25,22 +25,29 @@ mod listing;
 mod meta;
 mod names;
 mod objects;
+mod observe;
 mod oid;
 mod pack;
+mod picture;
 mod plan;
 mod planner;
+mod prime;
 mod recheck;
 mod refs;
 mod restore;
 mod rules;
 mod scan;
 mod snapshot;
+mod standing;
 mod sweep;
 #[cfg(test)]
 mod tests;
+mod tracked;
 mod tree;
 mod user_repository;
 mod verify;
+mod watch;
+mod xattrs;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
@@ -55,22 +62,29 @@ pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use meta::{FORMAT, Manifest};
 pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
+pub use observe::Observed;
 pub use oid::{NotAnOid, Oid};
 pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+pub use prime::Primed;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
 pub use scan::{SkipReason, Skipped};
-pub use snapshot::{Snapshot, SnapshotRequest, Stats, Timings};
+pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
 pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
 pub use verify::{BadObject, VerifyReport};
+pub use watch::Watcher;
 
 use beneath::{Root, sync_dir};
-use cache::StatCache;
 use content::Reading;
 use listing::{CheckpointRoot, Listing};
 use objects::ObjectStore;
+use observe::Looking;
+use picture::Picture;
 use refs::Refs;
+use standing::Standings;
+use tree::ObjectSink;
+use watch::Watched;
 
 /// The part of a long action that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,18 +132,46 @@ pub struct History {
     writer: Mutex<()>,
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
-    cache: Mutex<Option<Arc<StatCache>>>,
+    known: Mutex<Known>,
+    /// One background look at a time.
+    priming: Mutex<()>,
+    standings: Standings,
+    watch: Option<Watched>,
+}
+
+/// What is known of the workspace.
+#[derive(Default)]
+struct Known {
+    /// The picture of the last look that was published.
+    picture: Option<Arc<Picture>>,
+    /// Whether all contents that it names are surely in the store.
+    trusted: bool,
+    /// Up to where it has dealt with the watcher's events.
+    epoch: Option<u64>,
+    /// How much has been learnt since it was written to the disk.
+    unsaved: u64,
+    /// Whether the disk was asked.
+    loaded: bool,
 }
 
 const CONFIG: &str = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n\tfilemode = true\n\
     \tlogallrefupdates = false\n\thooksPath = /dev/null\n[gc]\n\tauto = 0\n";
 
 impl History {
-    /// Opens the store in a directory, and creates it there when it is new.
+    /// Opens the store in a directory, and creates it there when it is new. Every snapshot compares the states of all
+    /// files.
     ///
     /// # Errors
     /// Fails when the directory cannot be created or read.
     pub fn open(dir: &Path) -> Result<History> {
+        Self::open_watched(dir, None)
+    }
+
+    /// Opens the store as [`History::open`] does; snapshots look only at what the watcher has heard of.
+    ///
+    /// # Errors
+    /// Fails when the directory cannot be created or read.
+    pub fn open_watched(dir: &Path, watcher: Option<&Arc<Watcher>>) -> Result<History> {
         let create = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
         create(dir).map_err(HistoryError::io("create", dir))?;
         // The store holds copies of the user's files, whatever the umask or an older version made of its directory.
@@ -148,7 +190,10 @@ impl History {
             repository,
             writer: Mutex::new(()),
             live: Live::default(),
-            cache: Mutex::new(None),
+            known: Mutex::default(),
+            priming: Mutex::default(),
+            standings: Standings::default(),
+            watch: watcher.map(Watcher::watch_project),
         })
     }
 
@@ -179,6 +224,12 @@ impl History {
     /// Fails when there is no such checkpoint.
     pub fn remove(&self, number: u64) -> Result<()> {
         let _writer = self.lock_writer();
+        if let Some(known) = self.known().0
+            && self.refs.find(number)? == Some(known.commit)
+        {
+            // What is known of the workspace relies on its objects.
+            self.refs.set_base(known.commit, &self.pending())?;
+        }
         self.refs.remove(number)
     }
 
@@ -219,19 +270,21 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Listing> {
-        let scan = scan::scan(root, root.path(), &self.dir, rules, cancel)?;
+        let started_ns = observe::nanos_now();
+        let none = Mapped::default();
+        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, cancel };
+        let look = self.look(&looking)?;
         let reading = Reading {
             root,
-            cache: &self.cache(),
-            check_in: None,
             sink: None,
             spool: &self.pending(),
             max_file_bytes: rules.max_file_bytes,
             progress,
             cancel,
         };
-        let hashing = reading.read_all(&scan.entries)?;
-        Ok(Listing::of_workspace(&scan, &hashing))
+        reading.read_all(&observe::unread_in(&look.found))?;
+        let dir = tree::seal(look.found, started_ns, &ObjectSink { store: &self.objects, pack: None })?;
+        Ok(Listing::of_workspace(&dir))
     }
 
     fn pending(&self) -> PathBuf {
@@ -239,13 +292,27 @@ impl History {
     }
 
     fn cache_path(&self) -> PathBuf {
-        self.dir.join("stat-cache")
+        self.dir.join("picture")
     }
 
-    /// Returns the stat cache, from the disk the first time.
-    fn cache(&self) -> Arc<StatCache> {
-        let mut cache = self.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(cache.get_or_insert_with(|| Arc::new(StatCache::load(&self.cache_path()).unwrap_or_default())))
+    fn lock_known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns what is known of the workspace, from the disk the first time, and whether all that it names is surely
+    /// in the store.
+    fn known(&self) -> (Option<Arc<Picture>>, bool) {
+        let mut known = self.lock_known();
+        if !known.loaded {
+            known.loaded = true;
+            known.picture = cache::load(&self.cache_path()).map(Arc::new);
+            let base = self.refs.base().ok().flatten();
+            known.trusted = known
+                .picture
+                .as_ref()
+                .is_some_and(|picture| Some(picture.commit) == base && self.objects.contains(&picture.commit));
+        }
+        (known.picture.clone(), known.trusted)
     }
 
     fn lock_writer(&self) -> MutexGuard<'_, ()> {

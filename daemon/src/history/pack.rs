@@ -16,7 +16,6 @@ use sha1::{Digest, Sha1};
 
 use super::beneath::sync_dir;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
-use crate::failpoint;
 
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
@@ -197,7 +196,6 @@ impl PackWriter {
         out.sync_all()?;
         std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
         sync_dir(&self.dir)?;
-        failpoint::check("history.pack.written")?;
         Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
     }
 }

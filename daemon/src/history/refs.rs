@@ -19,6 +19,7 @@ use super::oid::Oid;
 pub struct Refs {
     dir: PathBuf,
     packed: PathBuf,
+    base: PathBuf,
 }
 
 const PREFIX: &str = "refs/fermata/checkpoints/";
@@ -37,11 +38,35 @@ fn packed_number(line: &str) -> Option<u64> {
 impl Refs {
     /// Names the place of the refs below the bare repository.
     pub fn below(repository: &Path) -> Refs {
-        Refs { dir: repository.join("refs/fermata/checkpoints"), packed: repository.join("packed-refs") }
+        Refs {
+            dir: repository.join("refs/fermata/checkpoints"),
+            packed: repository.join("packed-refs"),
+            base: repository.join("refs/fermata/base"),
+        }
     }
 
     fn path(&self, number: u64) -> PathBuf {
         self.dir.join(number.to_string())
+    }
+
+    /// Returns the commit that the kept picture of the workspace belongs to; what it reaches stays, like a checkpoint's.
+    pub fn base(&self) -> Result<Option<Oid>> {
+        match fs::read_to_string(&self.base) {
+            Ok(text) => match text.trim_end().parse() {
+                Ok(oid) => Ok(Some(oid)),
+                // Torn by a power failure: it was never flushed, and only costs time.
+                Err(_) => Ok(None),
+            },
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(HistoryError::io("read", &self.base)(error)),
+        }
+    }
+
+    /// Names the commit of the kept picture; `aside` is a directory on the same file system for the draft.
+    pub fn set_base(&self, commit: Oid, aside: &Path) -> Result<()> {
+        let draft = aside.join("base");
+        fs::write(&draft, format!("{commit}\n")).map_err(HistoryError::io("write", &draft))?;
+        fs::rename(&draft, &self.base).map_err(HistoryError::io("write", &self.base))
     }
 
     /// Lists the numbers of all published checkpoints, ascending.

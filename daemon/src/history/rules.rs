@@ -5,7 +5,7 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ignore::gitignore::{Gitignore, GitignoreBuilder};
@@ -70,18 +70,6 @@ impl OwnPatterns {
     pub fn excludes(&self, path: &RelPath, is_dir: bool) -> bool {
         self.exclude.matched(path.as_path(), is_dir).is_ignore()
     }
-
-    /// Says whether a file is excluded by a pattern for itself or for a directory above it.
-    pub fn excludes_with_parents(&self, path: &RelPath) -> bool {
-        let mut above = path.parent();
-        while let Some(dir) = above {
-            if !dir.is_root() && self.excludes(&dir, true) {
-                return true;
-            }
-            above = dir.parent();
-        }
-        self.excludes(path, false)
-    }
 }
 
 /// The ignore files that count in one directory, the deepest first.
@@ -98,6 +86,26 @@ struct Level {
 }
 
 impl IgnoreChain {
+    /// Lists the files that count at the top of the workspace, beside the workspace's own `.gitignore`.
+    pub fn sources_above(workspace: &Path, repository: Option<&Location>) -> Vec<PathBuf> {
+        let Some(repository) = repository else {
+            return Vec::new();
+        };
+        let above = workspace.ancestors().skip(1).filter(|dir| dir.starts_with(&repository.top));
+        let mut files = vec![repository.common_dir.join("info/exclude")];
+        files.extend(above.map(|dir| dir.join(".gitignore")));
+        files
+    }
+
+    /// Says whether both are the very same rules.
+    pub fn is(&self, other: &IgnoreChain) -> bool {
+        match (&self.0, &other.0) {
+            (None, None) => true,
+            (Some(one), Some(other)) => Arc::ptr_eq(one, other),
+            (None, Some(_)) | (Some(_), None) => false,
+        }
+    }
+
     /// Gathers what counts at the top of the workspace, without the workspace's own `.gitignore`.
     pub fn above(workspace: &Path, repository: Option<&Location>, warnings: &mut Vec<String>) -> IgnoreChain {
         let Some(repository) = repository else {
@@ -121,15 +129,6 @@ impl IgnoreChain {
             }
         }
         chain
-    }
-
-    /// Starts anew at the top of a repository nested in the workspace, as git itself would.
-    pub fn nested(dir: &RelPath, full: &Path, warnings: &mut Vec<String>) -> IgnoreChain {
-        let text = Location::at(full, full).and_then(|found| read_small(&found.common_dir.join("info/exclude")));
-        match text {
-            Some(text) => IgnoreChain::default().below(dir, &text, warnings),
-            None => IgnoreChain::default(),
-        }
     }
 
     /// Adds the ignore file of a directory in the workspace.

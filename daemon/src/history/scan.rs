@@ -1,29 +1,42 @@
-//! Walks a workspace and lists what the rules cover, with one `lstat` each and without opening any file but
-//! `.gitignore`.
+//! Walks a workspace, whole or only where something may have changed, and sketches what is there now, without opening
+//! any file but `.gitignore`.
 //!
-//! The walk is our own, in parallel, from descriptors that cannot leave the workspace. `.git` (at every level, in any
-//! case) and the temporary names of a restore are never listed. Must not read contents: that is `content`'s work.
+//! ```text
+//! whole: open -> watch -> list -> lstat each -> decide -> below, side by side
+//!        a directory whose state is the known one needs no listing: its names are the known ones
+//! part:  from the root down to what events have named; everything else is the known directory itself
+//! ```
+//! The walk is our own, from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is never
+//! covered. Must not read contents: that is `content`'s work.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 
-use nix::dir::{Dir, Type};
+use nix::dir::{Dir as Listed, Type};
 use nix::errno::Errno;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::beneath::{FileKind, Root, Stat, stat_at};
+use super::beneath::{FileKind, Root, Stat, stat_at, stat_fd, tells_of_changes};
+use super::content::Outcome;
 use super::errors::{HistoryError, Result};
+use super::meta::Xattrs;
 use super::names::{RelPath, is_git, is_restore_draft};
-use super::rules::{IgnoreChain, OwnPatterns, Rules};
-use super::user_repository::{Location, UserRepository};
+use super::objects::ObjectStore;
+use super::picture::{Dir, Node, Seen};
+use super::rules::{OwnPatterns, Rules};
+use super::standing::{Standing, Standings};
+use super::tracked::Tracked;
+use super::watch::{Dirty, Watched};
+use super::xattrs;
 
 /// Up to so many covered files, it is worth looking whether the rules hide nearly everything.
 const FEW_FILES: u64 = 1_000;
-const MAX_IGNORE_FILE: u64 = 4 * 1024 * 1024;
 
 /// Why a path is not in a checkpoint although the rules cover it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,28 +63,69 @@ pub struct Skipped {
     pub detail: String,
 }
 
-/// One covered path.
-#[derive(Clone, Debug)]
-pub(super) struct ScanEntry {
-    /// The path; the workspace itself is there too.
+/// A directory as a walk found it.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Nothing in it or below it has changed.
+    Same(Arc<Dir>),
+    /// Something has, or may have.
+    New(Box<NewDir>),
+}
+
+/// A directory whose trees have yet to be made.
+#[derive(Debug)]
+pub(super) struct NewDir {
+    /// Its state.
+    pub seen: Seen,
+    /// Its extended attributes.
+    pub xattrs: Xattrs,
+    /// Whether the rules cover it.
+    pub covered: bool,
+    /// Whether its names are surely the same while its state is.
+    pub settled: bool,
+    /// Why it could not be listed.
+    pub unreadable: Option<Box<str>>,
+    /// The state of its `.gitignore`.
+    pub ignore_file: Option<Seen>,
+    /// Whether it is the top of a nested repository.
+    pub nested: bool,
+    /// What is in it and covered, sorted by name.
+    pub entries: Vec<Entry>,
+}
+
+/// One name in such a directory.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// The name.
+    pub name: Box<[u8]>,
+    /// What stands there.
+    pub what: What,
+}
+
+/// What stands at a name, as far as a walk can tell.
+#[derive(Debug)]
+pub(super) enum What {
+    /// All is known.
+    Known(Node),
+    /// A file or link whose content has to be read.
+    Unread(Box<Unread>),
+    /// A directory.
+    Below(Found),
+}
+
+/// A file or link whose content has to be read.
+#[derive(Debug)]
+pub(super) struct Unread {
+    /// The path.
     pub path: RelPath,
     /// Its state at the instant of the walk.
     pub stat: Stat,
-}
-
-/// What a walk found.
-#[derive(Debug, Default)]
-pub(super) struct Scan {
-    /// The covered paths in byte order, so that a directory precedes what is in it.
-    pub entries: Vec<ScanEntry>,
-    /// What could not even be looked at.
-    pub skipped: Vec<Skipped>,
-    /// What the user should know.
-    pub warnings: Vec<String>,
-    /// What restores that were given up have left behind.
-    pub drafts: Vec<RelPath>,
-    /// The user's repository.
-    pub repository: Option<UserRepository>,
+    /// Whether it is tracked although it is ignored.
+    pub forced: bool,
+    /// Whether an agent can write to it without its state telling.
+    pub mapped: bool,
+    /// What reading it came to.
+    pub outcome: OnceLock<Outcome>,
 }
 
 /// Refuses workspaces that must never be covered.
@@ -99,295 +153,445 @@ pub(super) fn check_workspace(workspace: &Path) -> Result<PathBuf> {
     Ok(real)
 }
 
-/// How the rules stand in one directory.
-#[derive(Clone)]
-enum Standing {
-    /// The ignore files decide.
-    Rules(IgnoreChain),
-    /// All of it is covered.
-    Everything,
-    /// The directory is ignored; only what `include` names is covered.
-    OnlyIncluded,
-}
-
-struct Task {
-    dir: RelPath,
-    standing: Standing,
-}
-
-struct Walk<'a> {
-    root: &'a Root,
-    real: &'a Path,
-    own: OwnPatterns,
-    use_gitignore: bool,
+/// Everything that a walk needs.
+pub(super) struct Walk<'a> {
+    /// The workspace.
+    pub root: &'a Root,
+    /// The device that it is on.
+    pub device: u64,
+    /// What is covered.
+    pub rules: &'a Rules,
+    /// The project's own patterns.
+    pub own: OwnPatterns,
+    /// How the ignore files stand.
+    pub standings: &'a Standings,
     /// The store itself, when it lies in the workspace.
-    hidden: Option<RelPath>,
-    cancel: &'a AtomicBool,
-    queue: Mutex<Queue>,
-    more: Condvar,
-    ignored: AtomicU64,
+    pub hidden: Option<RelPath>,
+    /// What is tracked although the rules leave it out, as far as it is known.
+    pub forced: &'a BTreeSet<RelPath>,
+    /// The whole index, when it is not known what of it the rules leave out.
+    pub tracked: Option<&'a Tracked>,
+    /// Watches every directory before it is listed.
+    pub watch: Option<&'a Watched>,
+    /// Files whose state does not vouch for their content.
+    pub mapped: &'a BTreeSet<RelPath>,
+    /// Set when the objects of the known picture may be gone: each content must be looked up before it is relied on.
+    pub check_in: Option<&'a ObjectStore>,
+    /// When the look began, in nanoseconds since 1970.
+    pub started_ns: i128,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+    /// How many names the rules left out.
+    pub ignored: AtomicU64,
+    /// Whether other rules were met than those of the known picture.
+    pub redecided: AtomicBool,
 }
 
-#[derive(Default)]
-struct Queue {
-    tasks: Vec<Task>,
-    /// Directories that are queued or being read.
-    open: usize,
+/// How far what is known of a directory may be relied on.
+#[derive(Clone, Copy)]
+struct Known<'k> {
+    dir: Option<&'k Arc<Dir>>,
+    /// Whether the rules have decided about its names as they would now.
+    decided: bool,
 }
 
-/// Walks a workspace.
-pub(super) fn scan(root: &Root, real: &Path, store: &Path, rules: &Rules, cancel: &AtomicBool) -> Result<Scan> {
-    let mut found = Scan::default();
-    let location = Location::find(real);
-    let standing = if rules.use_gitignore {
-        Standing::Rules(IgnoreChain::above(real, location.as_ref(), &mut found.warnings))
-    } else {
-        Standing::Everything
-    };
-    let hidden = std::fs::canonicalize(store).ok().and_then(|store| {
-        let below = store.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec();
-        RelPath::new(below).ok()
-    });
-    if hidden.is_some() {
-        found.warnings.push("the state directory lies in the workspace; it is not covered".to_owned());
-    }
-    let stat = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?;
-    found.entries.push(ScanEntry { path: RelPath::root(), stat });
+/// One directory that is being walked.
+struct Place<'p> {
+    path: &'p RelPath,
+    standing: Standing,
+    covered: bool,
+}
 
-    let walk = Walk {
-        root,
-        real,
-        own: OwnPatterns::compile(rules)?,
-        use_gitignore: rules.use_gitignore,
-        hidden,
-        cancel,
-        queue: Mutex::new(Queue { tasks: vec![Task { dir: RelPath::root(), standing }], open: 1 }),
-        more: Condvar::new(),
-        ignored: AtomicU64::new(0),
-    };
-    let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
-    let parts: Vec<Scan> = std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(|| walk.work())).collect();
-        workers.into_iter().filter_map(|worker| worker.join().ok()).collect()
-    });
-    if parts.len() < threads {
-        return Err(HistoryError::io("walk", real)(std::io::Error::other("a worker of the walk broke")));
-    }
-    if cancel.load(Ordering::Relaxed) {
-        return Err(HistoryError::Cancelled);
-    }
-    for part in parts {
-        found.entries.extend(part.entries);
-        found.skipped.extend(part.skipped);
-        found.warnings.extend(part.warnings);
-        found.drafts.extend(part.drafts);
-    }
-    found.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-
-    if let Some(location) = &location {
-        let mut repository = location.describe();
-        walk.add_tracked(location, &mut found, &mut repository);
-        found.repository = Some(repository);
-    }
-    walk.add_missing_parents(&mut found);
-    walk.warn_if_nearly_empty(&mut found);
-    found.skipped.sort_by(|a, b| a.path.cmp(&b.path));
-    Ok(found)
+/// What is to become of a name.
+enum Verdict {
+    Out,
+    Covered(Standing),
+    /// An ignored directory in which something may be covered.
+    Through,
+    Forced,
 }
 
 impl Walk<'_> {
-    fn work(&self) -> Scan {
-        let mut found = Scan::default();
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        loop {
-            if let Some(task) = queue.tasks.pop() {
-                drop(queue);
-                let children = self.read_dir(task, &mut found);
-                queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-                queue.open = queue.open + children.len() - 1;
-                queue.tasks.extend(children);
-                self.more.notify_all();
-            } else if queue.open == 0 {
-                return found;
-            } else {
-                queue = self.more.wait(queue).unwrap_or_else(PoisonError::into_inner);
+    /// Walks the whole workspace; directories that are known and unchanged are not listed again, where the rules are
+    /// what they were (`decided`).
+    pub fn whole(&self, known: Option<&Arc<Dir>>, top: Standing, decided: bool) -> Result<Found> {
+        let path = RelPath::root();
+        let place = Place { path: &path, standing: top, covered: true };
+        let found = self.whole_dir(&place, Known { dir: known, decided })?;
+        found.ok_or_else(|| self.vanished())
+    }
+
+    /// Looks again at what events have named.
+    pub fn part(&self, known: &Arc<Dir>, top: Standing, dirty: &Dirty) -> Result<Found> {
+        let path = RelPath::root();
+        let place = Place { path: &path, standing: top, covered: true };
+        let found = self.part_dir(&place, known, dirty)?;
+        found.ok_or_else(|| self.vanished())
+    }
+
+    fn vanished(&self) -> HistoryError {
+        HistoryError::io("list workspace", self.root.path())(std::io::Error::from(std::io::ErrorKind::NotFound))
+    }
+
+    fn check_cancel(&self) -> Result<()> {
+        if self.cancel.load(Ordering::Relaxed) { Err(HistoryError::Cancelled) } else { Ok(()) }
+    }
+
+    /// Opens a directory; `None` when it is gone or became something else, as its parent will show next time.
+    fn open(&self, path: &RelPath) -> Result<Option<std::result::Result<OwnedFd, Errno>>> {
+        match self.root.open_dir(path) {
+            Ok(fd) => Ok(Some(Ok(fd))),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+            // Our own trouble is no reason to leave out somebody's files.
+            Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => {
+                Err(HistoryError::io("open directory", &self.root.show(path))(errno))
             }
+            Err(errno) => Ok(Some(Err(errno))),
         }
     }
 
-    fn read_dir(&self, task: Task, found: &mut Scan) -> Vec<Task> {
-        let Task { dir, mut standing } = task;
-        if self.cancel.load(Ordering::Relaxed) {
-            return Vec::new();
-        }
-        let opened = self.root.open_dir(&dir).and_then(Dir::from_fd);
-        let mut handle = match opened {
-            Ok(handle) => handle,
-            // Removed or replaced since it was listed: its parent changes under us, the next checkpoint sees it.
-            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Vec::new(),
-            Err(errno) => {
-                found.skipped.push(unreadable(dir, errno));
-                return Vec::new();
-            }
+    fn whole_dir(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+        self.check_cancel()?;
+        let fd = match self.open(place.path)? {
+            None => return Ok(None),
+            Some(Ok(fd)) => fd,
+            Some(Err(errno)) => return self.closed_dir(place, errno),
         };
-        let mut names = Vec::new();
-        for entry in handle.iter() {
-            match entry {
-                Ok(entry) => names.push(entry.file_name().to_bytes().to_vec()),
+        if let Some(watch) = self.watch {
+            watch.add(fd.as_fd(), place.path);
+        }
+        let seen = self.seen_of(&fd, place.path)?;
+        // Another file system may be mounted here, one that tells nobody of what changes.
+        let elsewhere = seen.dev != self.device && !tells_of_changes(&fd);
+        if elsewhere && let Some(watch) = self.watch {
+            watch.distrust("a file system in the workspace does not tell of changes");
+        }
+        let same = known.dir.filter(|dir| {
+            known.decided
+                && !elsewhere
+                && dir.settled
+                && dir.seen == seen
+                && dir.covered == place.covered
+                && dir.unreadable.is_none()
+        });
+        if let Some(dir) = same {
+            let unchanged_rules = match dir.ignore_file {
+                Some(seen) => stat_at(&fd, OsStr::new(".gitignore")).is_ok_and(|now| Seen::from(&now) == seen),
+                None => true,
+            };
+            if unchanged_rules {
+                let names = dir.children.iter().map(|child| child.name.clone()).collect();
+                return self.list(place, fd, seen, known, Names::Covered(names), None);
+            }
+        }
+        let names = match read_names(&fd) {
+            Ok(names) => names,
+            Err(errno) => return self.closed_dir(place, errno),
+        };
+        self.list(place, fd, seen, known, Names::All(names), None)
+    }
+
+    fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
+        self.check_cancel()?;
+        let fd = match self.open(place.path)? {
+            None => return Ok(None),
+            Some(Ok(fd)) => fd,
+            Some(Err(errno)) => return self.closed_dir(place, errno),
+        };
+        let seen = self.seen_of(&fd, place.path)?;
+        let ignore_file = self.ignore_file(&fd);
+        let rules_changed = dirty.names.contains(&b".gitignore"[..]) && ignore_file != known.ignore_file;
+        let top_changed = dirty.names.contains(&b".git"[..]) && !place.path.is_root();
+        let other = dirty.anew || known.unreadable.is_some() || !seen.same_file(&known.seen);
+        if other || rules_changed || top_changed {
+            drop(fd);
+            return self.whole_dir(place, Known { dir: Some(known), decided: true });
+        }
+        let names = if dirty.all {
+            match read_names(&fd) {
+                Ok(names) => Names::All(names),
+                Err(errno) => return self.closed_dir(place, errno),
+            }
+        } else {
+            let mut names = dirty.names.clone();
+            names.extend(dirty.below.keys().cloned());
+            Names::Some(names)
+        };
+        self.list(place, fd, seen, Known { dir: Some(known), decided: true }, names, Some(dirty))
+    }
+
+    fn seen_of(&self, fd: &OwnedFd, path: &RelPath) -> Result<Seen> {
+        let stat = stat_fd(fd).map_err(HistoryError::io("look at", &self.root.show(path)))?;
+        Ok(Seen::from(&stat))
+    }
+
+    fn ignore_file(&self, fd: &OwnedFd) -> Option<Seen> {
+        let stat = stat_at(fd, OsStr::new(".gitignore")).ok()?;
+        // A link in this place is followed by nobody, not by git either.
+        let counts = stat.kind() == FileKind::Regular && self.rules.use_gitignore;
+        counts.then(|| Seen::from(&stat))
+    }
+
+    /// Sketches a directory that may not be listed.
+    fn closed_dir(&self, place: &Place<'_>, errno: Errno) -> Result<Option<Found>> {
+        if place.path.is_root() {
+            return Err(HistoryError::io("list workspace", self.root.path())(errno));
+        }
+        let stat = match self.root.stat_if_there(place.path) {
+            Ok(Some(stat)) if stat.kind() == FileKind::Directory => stat,
+            Ok(_) | Err(Errno::ELOOP) => return Ok(None),
+            Err(errno) => return Err(HistoryError::io("look at", &self.root.show(place.path))(errno)),
+        };
+        Ok(Some(Found::New(Box::new(NewDir {
+            seen: Seen::from(&stat),
+            xattrs: Xattrs::default(),
+            covered: place.covered,
+            settled: false,
+            unreadable: Some(errno.desc().into()),
+            ignore_file: None,
+            nested: false,
+            entries: Vec::new(),
+        }))))
+    }
+
+    fn list(
+        &self,
+        place: &Place<'_>,
+        fd: OwnedFd,
+        seen: Seen,
+        known: Known<'_>,
+        names: Names,
+        dirty: Option<&Dirty>,
+    ) -> Result<Option<Found>> {
+        let shown = || self.root.show(place.path);
+        let ignore_file = self.ignore_file(&fd);
+        let nested = !place.path.is_root()
+            && match &names {
+                Names::All(names) => names.contains(&b".git"[..]),
+                Names::Covered(_) | Names::Some(_) => known.dir.is_some_and(|dir| dir.nested),
+            };
+        // Other rules here are other rules below, too; and what is tracked may be ignored now that was not.
+        let same_rules = known.dir.is_none_or(|dir| (dir.ignore_file, dir.nested) == (ignore_file, nested));
+        if !same_rules {
+            self.redecided.store(true, Ordering::Relaxed);
+        }
+        let known = Known { decided: known.decided && same_rules, ..known };
+        let standing = self.standings.within(place.path, &place.standing, self.root, ignore_file, nested);
+        let same_state = known.dir.filter(|dir| dir.seen == seen);
+        let xattrs = match same_state {
+            Some(dir) => dir.xattrs.clone(),
+            None => xattrs::read(&fd).map_err(HistoryError::io("read the attributes of", &shown()))?,
+        };
+        let settled = seen.is_settled(self.started_ns);
+        let mut changed = same_state.is_none_or(|dir| {
+            dir.settled != settled
+                || (dir.ignore_file, dir.nested, dir.covered) != (ignore_file, nested, place.covered)
+                || dir.unreadable.is_some()
+        });
+
+        // Those that nobody has named stay as they are.
+        let mut entries: Vec<Entry> = Vec::new();
+        if let (Names::Some(names), Some(dir)) = (&names, known.dir) {
+            let kept = dir.children.iter().filter(|child| !names.contains(&child.name));
+            entries.extend(kept.map(|child| Entry { name: child.name.clone(), what: kept_node(&child.node) }));
+        }
+        let mut dirs: Vec<(Box<[u8]>, RelPath, Standing, bool)> = Vec::new();
+        for name in names.iter() {
+            if name.as_ref() == b"." || name.as_ref() == b".." || is_git(name) {
+                continue;
+            }
+            let path = place.path.join(name);
+            if self.hidden.as_ref() == Some(&path) {
+                continue;
+            }
+            let before = known.dir.and_then(|dir| dir.child(name));
+            if is_restore_draft(name) {
+                match stat_at(&fd, OsStr::from_bytes(name)) {
+                    Ok(_) => {
+                        changed |= before.is_none();
+                        entries.push(Entry { name: name.clone(), what: What::Known(Node::Draft) });
+                    }
+                    Err(_) => changed |= before.is_some(),
+                }
+                continue;
+            }
+            let stat = match stat_at(&fd, OsStr::from_bytes(name)) {
+                Ok(stat) => stat,
+                Err(Errno::ENOENT) => {
+                    changed |= before.is_some();
+                    continue;
+                }
                 Err(errno) => {
-                    found.skipped.push(unreadable(dir.clone(), errno));
-                    break;
+                    let (reason, detail) = (SkipReason::Unreadable, errno.desc().into());
+                    changed = true;
+                    entries.push(Entry { name: name.clone(), what: What::Known(Node::Skipped { reason, detail }) });
+                    continue;
                 }
-            }
-        }
-        if let Standing::Rules(chain) = &mut standing {
-            let has = |wanted: &[u8]| names.iter().any(|name| name == wanted);
-            if !dir.is_root() && has(b".git") {
-                *chain = IgnoreChain::nested(&dir, &self.real.join(dir.as_path()), &mut found.warnings);
-            }
-            if has(b".gitignore")
-                && let Some(text) = self.read_ignore_file(&dir.join(b".gitignore"))
-            {
-                *chain = chain.below(&dir, &text, &mut found.warnings);
-            }
-        }
-        let mut children = Vec::new();
-        for name in names {
-            let passed_over = name == b"." || name == b".." || is_git(&name);
-            let path = dir.join(&name);
-            if passed_over || self.hidden.as_ref() == Some(&path) {
+            };
+            let is_dir = stat.kind() == FileKind::Directory;
+            let verdict = match (&names, before) {
+                // What is decided stays decided.
+                (Names::Covered(_), Some(Node::File(file))) if !is_dir && !file.remarks.forced => {
+                    Verdict::Covered(Standing::Everything)
+                }
+                (Names::Covered(_), Some(Node::Dir(dir))) if is_dir && !self.own.has_includes() => {
+                    if dir.covered {
+                        Verdict::Covered(standing.clone())
+                    } else {
+                        Verdict::Through
+                    }
+                }
+                _ => self.verdict(&path, is_dir, &standing),
+            };
+            let (below, covered, forced) = match verdict {
+                Verdict::Out => {
+                    self.ignored.fetch_add(1, Ordering::Relaxed);
+                    changed |= before.is_some();
+                    continue;
+                }
+                Verdict::Covered(below) => (below, true, false),
+                Verdict::Through if is_dir => {
+                    self.ignored.fetch_add(1, Ordering::Relaxed);
+                    (Standing::OnlyIncluded, false, false)
+                }
+                Verdict::Through | Verdict::Forced => (Standing::OnlyIncluded, true, true),
+            };
+            if is_dir {
+                dirs.push((name.clone(), path, below, covered));
                 continue;
             }
-            if is_restore_draft(&name) {
-                found.drafts.push(path);
-                continue;
-            }
-            match stat_at(&handle, OsStr::from_bytes(&name)) {
-                Ok(stat) => self.decide(ScanEntry { path, stat }, &standing, found, &mut children),
-                Err(Errno::ENOENT) => {}
-                Err(errno) => found.skipped.push(unreadable(path, errno)),
-            }
+            let what = self.sketch(path, &stat, forced, before);
+            changed |= match (&what, before) {
+                (What::Known(Node::File(now)), Some(Node::File(before))) => now != before,
+                (What::Known(Node::Special { seen, .. }), Some(Node::Special { seen: before, .. })) => seen != before,
+                _ => true,
+            };
+            entries.push(Entry { name: name.clone(), what });
         }
-        children
+
+        drop(fd);
+        let walk_below =
+            |(name, path, standing, covered): &(Box<[u8]>, RelPath, Standing, bool)| -> Result<Option<Entry>> {
+                let place = Place { path, standing: standing.clone(), covered: *covered };
+                let before = match known.dir.and_then(|dir| dir.child(name)) {
+                    Some(Node::Dir(dir)) => Some(dir),
+                    _ => None,
+                };
+                let nothing = Dirty::default();
+                let found = match (dirty, before) {
+                    (Some(dirty), Some(dir)) => {
+                        self.part_dir(&place, dir, dirty.below.get(name).unwrap_or(&nothing))?
+                    }
+                    _ => self.whole_dir(&place, Known { dir: before, decided: known.decided })?,
+                };
+                Ok(found.map(|found| Entry { name: name.clone(), what: What::Below(found) }))
+            };
+        let below: Vec<Option<Entry>> = match dirs.len() {
+            0 => Vec::new(),
+            1 => vec![walk_below(&dirs[0])?],
+            _ => dirs.par_iter().map(walk_below).collect::<Result<_>>()?,
+        };
+        for ((name, ..), entry) in dirs.iter().zip(below) {
+            let before = known.dir.and_then(|dir| dir.child(name));
+            changed |= match (&entry, before) {
+                (Some(Entry { what: What::Below(Found::Same(_)), .. }), Some(Node::Dir(_))) | (None, None) => false,
+                (Some(_), _) | (None, Some(_)) => true,
+            };
+            entries.extend(entry);
+        }
+        // What an earlier picture's trees consist of may be gone, where it is not relied on.
+        if let (false, Some(dir), None) = (changed, known.dir, self.check_in) {
+            return Ok(Some(Found::Same(Arc::clone(dir))));
+        }
+        entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        Ok(Some(Found::New(Box::new(NewDir {
+            seen,
+            xattrs,
+            covered: place.covered,
+            settled,
+            unreadable: None,
+            ignore_file,
+            nested,
+            entries,
+        }))))
     }
 
-    fn decide(&self, entry: ScanEntry, standing: &Standing, found: &mut Scan, children: &mut Vec<Task>) {
-        let is_dir = entry.stat.kind() == FileKind::Directory;
-        let ignored = || {
-            self.ignored.fetch_add(1, Ordering::Relaxed);
-        };
-        if self.own.excludes(&entry.path, is_dir) {
-            return ignored();
-        }
-        let below = match standing {
-            Standing::Everything => Standing::Everything,
-            Standing::Rules(chain) if !chain.ignores(&entry.path, is_dir) => Standing::Rules(chain.clone()),
-            Standing::Rules(_) | Standing::OnlyIncluded if self.own.includes(&entry.path, is_dir) => {
-                Standing::Everything
+    /// Sketches what is no directory.
+    fn sketch(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> What {
+        let seen = Seen::from(stat);
+        match stat.kind() {
+            FileKind::Special(kind) => What::Known(Node::Special { seen, kind }),
+            FileKind::Regular if stat.size > self.rules.max_file_bytes => {
+                let detail = format!("{} bytes", stat.size).into();
+                What::Known(Node::Skipped { reason: SkipReason::TooLarge, detail })
             }
+            FileKind::Regular | FileKind::Symlink | FileKind::Directory => {
+                if let Some(Node::File(file)) = before
+                    && file.seen == seen
+                    && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(&path))
+                    && self.check_in.is_none_or(|store| store.contains(&file.oid))
+                {
+                    let mut file = file.clone();
+                    file.remarks.forced = forced;
+                    return What::Known(Node::File(file));
+                }
+                let mapped = self.mapped.contains(&path);
+                What::Unread(Box::new(Unread { path, stat: *stat, forced, mapped, outcome: OnceLock::new() }))
+            }
+        }
+    }
+
+    fn verdict(&self, path: &RelPath, is_dir: bool, standing: &Standing) -> Verdict {
+        if self.own.excludes(path, is_dir) {
+            return Verdict::Out;
+        }
+        match standing {
+            Standing::Everything => Verdict::Covered(Standing::Everything),
+            Standing::Rules(chain) if !chain.ignores(path, is_dir) => Verdict::Covered(standing.clone()),
             Standing::Rules(_) | Standing::OnlyIncluded => {
-                ignored();
-                if is_dir && self.own.has_includes() {
-                    children.push(Task { dir: entry.path, standing: Standing::OnlyIncluded });
-                }
-                return;
-            }
-        };
-        if is_dir {
-            children.push(Task { dir: entry.path.clone(), standing: below });
-        }
-        found.entries.push(entry);
-    }
-
-    fn read_ignore_file(&self, path: &RelPath) -> Option<Vec<u8>> {
-        use std::io::Read;
-        let stat = self.root.stat(path).ok()?;
-        if stat.kind() != FileKind::Regular || stat.size > MAX_IGNORE_FILE {
-            return None;
-        }
-        let file = self.root.open_file(path).ok()?;
-        let mut text = Vec::new();
-        file.take(MAX_IGNORE_FILE).read_to_end(&mut text).ok()?;
-        Some(text)
-    }
-
-    /// Adds what is tracked although it is ignored.
-    fn add_tracked(&self, location: &Location, found: &mut Scan, repository: &mut UserRepository) {
-        let tracked = match location.tracked() {
-            Ok(tracked) => tracked,
-            Err(error) => {
-                let text = format!("the index cannot be read, files both tracked and ignored are not covered: {error}");
-                return found.warnings.push(text);
-            }
-        };
-        let mut extra = Vec::new();
-        let mut unstaged = false;
-        for file in tracked {
-            let known = found.entries.binary_search_by(|entry| entry.path.cmp(&file.path));
-            let stat = match known {
-                Ok(at) => Some(found.entries[at].stat),
-                Err(_) => self.root.stat(&file.path).ok(),
-            };
-            let stat = stat.filter(|stat| matches!(stat.kind(), FileKind::Regular | FileKind::Symlink));
-            unstaged |= stat.is_none_or(|stat| stat.size as u32 != file.size || stat.mtime != file.mtime);
-            let Some(stat) = stat.filter(|_| known.is_err()) else {
-                continue;
-            };
-            let forbidden = file.path.bytes().split(|b| *b == b'/').any(is_git);
-            let hidden = self.hidden.as_ref().is_some_and(|hidden| file.path.is_within(hidden));
-            if self.use_gitignore && !forbidden && !hidden && !self.own.excludes_with_parents(&file.path) {
-                extra.push(ScanEntry { path: file.path, stat });
-            }
-        }
-        repository.unstaged = Some(unstaged);
-        if !extra.is_empty() {
-            found.entries.extend(extra);
-            found.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-            found.entries.dedup_by(|a, b| a.path == b.path);
-        }
-    }
-
-    /// Adds the directories above covered files that are ignored themselves.
-    fn add_missing_parents(&self, found: &mut Scan) {
-        let known: HashSet<&RelPath> = found.entries.iter().map(|entry| &entry.path).collect();
-        let mut missing = HashSet::new();
-        for entry in &found.entries {
-            let mut above = entry.path.parent();
-            while let Some(dir) = above {
-                above = dir.parent();
-                if known.contains(&dir) || !missing.insert(dir) {
-                    break;
+                if self.own.includes(path, is_dir) {
+                    Verdict::Covered(Standing::Everything)
+                } else if is_dir && (self.own.has_includes() || self.forces_below(path)) {
+                    Verdict::Through
+                } else if !is_dir && self.forces(path) {
+                    Verdict::Forced
+                } else {
+                    Verdict::Out
                 }
             }
         }
-        let stats = missing.into_iter().filter_map(|path| Some(ScanEntry { stat: self.root.stat(&path).ok()?, path }));
-        let added: Vec<_> = stats.collect();
-        if !added.is_empty() {
-            found.entries.extend(added);
-            found.entries.sort_unstable_by(|a, b| a.path.cmp(&b.path));
-        }
     }
 
-    fn warn_if_nearly_empty(&self, found: &mut Scan) {
-        let covered = found.entries.iter().filter(|entry| entry.stat.kind() != FileKind::Directory).count() as u64;
+    fn forces(&self, path: &RelPath) -> bool {
+        self.rules.use_gitignore
+            && (self.forced.contains(path) || self.tracked.is_some_and(|tracked| tracked.has(path)))
+    }
+
+    fn forces_below(&self, path: &RelPath) -> bool {
+        let next = path.join(b"");
+        let below = || self.forced.range(next.clone()..).next().is_some_and(|forced| forced.is_within(path));
+        self.rules.use_gitignore && (below() || self.tracked.is_some_and(|tracked| tracked.has_below(path)))
+    }
+
+    /// Warns when the rules hide nearly everything.
+    pub fn warn_if_nearly_empty(&self, covered: u64) -> Option<String> {
         if covered >= FEW_FILES || self.ignored.load(Ordering::Relaxed) == 0 {
-            return;
+            return None;
         }
         let limit = (covered * 100).max(100) + 1;
         let there = self.count_files(limit);
-        if (covered == 0 && there > 0) || (there > 100 && there > covered * 100) {
-            let more = if there >= limit { "or more " } else { "" };
-            found.warnings.push(format!(
-                "the rules exclude nearly the whole workspace: {covered} of {there} {more}files are covered"
-            ));
-        }
+        let nearly = (covered == 0 && there > 0) || (there > 100 && there > covered * 100);
+        let more = if there >= limit { "or more " } else { "" };
+        nearly.then(|| {
+            format!("the rules exclude nearly the whole workspace: {covered} of {there} {more}files are covered")
+        })
     }
 
     fn count_files(&self, limit: u64) -> u64 {
         let mut dirs = vec![RelPath::root()];
         let mut count = 0;
         while let Some(dir) = dirs.pop() {
-            let Ok(mut handle) = self.root.open_dir(&dir).and_then(Dir::from_fd) else {
+            let Ok(mut handle) = self.root.open_dir(&dir).and_then(Listed::from_fd) else {
                 continue;
             };
             for entry in handle.iter().filter_map(std::result::Result::ok) {
@@ -409,6 +613,34 @@ impl Walk<'_> {
     }
 }
 
-fn unreadable(path: RelPath, errno: Errno) -> Skipped {
-    Skipped { path, reason: SkipReason::Unreadable, detail: errno.desc().to_owned() }
+/// The names of a directory that a walk looks at.
+enum Names {
+    /// All that are there.
+    All(BTreeSet<Box<[u8]>>),
+    /// The covered ones that are known; the directory has not changed.
+    Covered(BTreeSet<Box<[u8]>>),
+    /// Those that events have named.
+    Some(BTreeSet<Box<[u8]>>),
+}
+
+impl Names {
+    fn iter(&self) -> impl Iterator<Item = &Box<[u8]>> {
+        match self {
+            Names::All(names) | Names::Covered(names) | Names::Some(names) => names.iter(),
+        }
+    }
+}
+
+fn kept_node(node: &Node) -> What {
+    match node {
+        Node::Dir(dir) => What::Below(Found::Same(Arc::clone(dir))),
+        Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => What::Known(node.clone()),
+    }
+}
+
+fn read_names(fd: &OwnedFd) -> nix::Result<BTreeSet<Box<[u8]>>> {
+    // The listing closes the descriptor that it is given.
+    let copy = fd.try_clone().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+    let mut handle = Listed::from_fd(copy)?;
+    handle.iter().map(|entry| entry.map(|entry| entry.file_name().to_bytes().into())).collect()
 }

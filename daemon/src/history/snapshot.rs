@@ -3,28 +3,32 @@
 //! A snapshot is a pack in a directory of its own below `pending/`. Publishing moves it among the others and then
 //! creates the ref: only then does the checkpoint exist, and only then may others rely on its objects.
 
+use std::collections::{BTreeSet, HashSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::beneath::{FileKind, Root, sync_dir};
-use super::cache::StatCache;
-use super::content::{BlobSink, Hashing, Reading};
+use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::meta::{FORMAT, Manifest};
 use super::names::{RelPath, escape};
+use super::observe::{Forced, Look, Observed};
 use super::oid::{ObjectKind, Oid};
-use super::pack::PackWriter;
+use super::picture::{Node, Picture};
 use super::rules::Rules;
-use super::scan::{Scan, SkipReason, Skipped, check_workspace, scan};
-use super::tree::{ObjectSink, build, build_root};
+use super::scan::{Skipped, check_workspace};
+use super::tree::{ObjectSink, Trees, build_root, seal};
 use super::user_repository::UserRepository;
 use super::{History, Live, OnProgress, Phase, Progress};
 use crate::failpoint;
+
+/// A look at everything is worth keeping on the disk at once; of smaller ones, as many as this.
+pub(super) const WHOLE_LOOK: u64 = 50;
 
 /// What to take a snapshot of.
 #[derive(Clone, Debug)]
@@ -39,6 +43,24 @@ pub struct SnapshotRequest {
     pub parent: Option<u64>,
     /// What it covers.
     pub rules: Rules,
+    /// Files that somebody can write to through a mapping, which shows in no state of theirs.
+    pub mapped: Mapped,
+}
+
+impl SnapshotRequest {
+    /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
+    fn is_checkpoint(&self) -> bool {
+        self.number > 0
+    }
+}
+
+/// Files of the workspace that somebody can write to through memory.
+#[derive(Clone, Debug, Default)]
+pub struct Mapped {
+    /// By path.
+    pub paths: BTreeSet<RelPath>,
+    /// By device and inode, where the path is not one of the workspace.
+    pub files: HashSet<(u64, u64)>,
 }
 
 /// Counts of a snapshot.
@@ -94,13 +116,29 @@ pub struct Snapshot {
     pub took: Timings,
     pack: String,
     draft: Draft,
-    cache: Arc<StatCache>,
+    picture: Arc<Picture>,
+    epoch: Option<u64>,
+    /// Whether everything was looked at.
+    pub(super) whole: bool,
+}
+
+impl Snapshot {
+    /// Says whether the store holds all of this under the commit of a picture that is known.
+    pub(super) fn shows_the_same(&self, known: &Picture) -> bool {
+        (known.root.files, known.root.meta) == (self.picture.root.files, self.picture.root.meta)
+    }
+
+    /// Puts that picture's commit in the place of its own.
+    pub(super) fn stands_for(&mut self, known: &Picture) {
+        Arc::make_mut(&mut self.picture).commit = known.commit;
+    }
 }
 
 /// The directory of a snapshot that is not published; it goes when its owner does.
 #[derive(Debug)]
-struct Draft {
-    dir: PathBuf,
+pub(super) struct Draft {
+    /// The directory.
+    pub dir: PathBuf,
     name: String,
     live: Live,
 }
@@ -119,11 +157,10 @@ impl Drop for Draft {
 static DRAFTS: AtomicU64 = AtomicU64::new(0);
 
 impl History {
-    /// Takes a snapshot. It is durable when this returns, and visible after [`History::publish`].
+    /// Takes a snapshot: looks and completes in one go.
     ///
     /// # Errors
-    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be written. A
-    /// file that cannot be read is no error: it is skipped and reported.
+    /// As for [`History::observe`] and [`History::complete`].
     pub fn snapshot(
         &self,
         request: &SnapshotRequest,
@@ -131,52 +168,64 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Snapshot> {
-        let real = check_workspace(&request.workspace)?;
-        let started_ns = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128);
-        let before = self.cache();
-        let trust_before = self.is_current(&before)?;
-        let draft = self.start_draft(request.number)?;
+        self.complete(self.observe(request, progress, cancel)?, now_ms, progress, cancel)
+    }
+
+    /// Makes a snapshot of what was observed. It is durable when this returns, and visible after [`History::publish`].
+    ///
+    /// # Errors
+    /// Fails when cancelled, or when the store cannot be written.
+    pub fn complete(
+        &self,
+        observed: Observed,
+        now_ms: i64,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Snapshot> {
+        let Observed { request, look, pack, draft, read, started_ns, mut took } = observed;
+        let Look { found, epoch, whole, sources, index, forced, notes, complaints, repository } = look;
         let dir = draft.dir.clone();
-        let pack = PackWriter::create(&dir).map_err(HistoryError::io("start a pack in", &dir))?;
-        let pack = Mutex::new(pack);
-        let mut took = Timings::default();
-
-        progress(Progress { phase: Phase::Scan, done: 0, total: 0 });
-        let clock = Instant::now();
-        let root = Root::open(&real)?;
-        let mut scan = scan(&root, &real, &self.dir, &request.rules, cancel)?;
-        took.scan_us = micros(clock);
-
-        let clock = Instant::now();
-        let reading = Reading {
-            root: &root,
-            cache: &before,
-            check_in: (!trust_before).then_some(&self.objects),
-            sink: Some(BlobSink { store: &self.objects, pack: &pack }),
-            spool: &dir,
-            max_file_bytes: request.rules.max_file_bytes,
-            progress,
-            cancel,
-        };
-        let hashing = reading.read_all(&scan.entries)?;
-        took.read_us = micros(clock);
+        let real = check_workspace(&request.workspace)?;
 
         progress(Progress { phase: Phase::Trees, done: 0, total: 0 });
         let clock = Instant::now();
-        let mut now = StatCache::new();
-        for file in hashing.files.iter().filter(|file| !file.torn) {
-            now.enter(&file.path, &file.stat, file.oid, started_ns);
-        }
-        let mut unstored = std::mem::take(&mut scan.skipped);
-        unstored.extend(hashing.skipped.iter().cloned());
-        let mut sink = ObjectSink { before: &before, now: &mut now, store: &self.objects, pack: &pack, trust_before };
-        let trees = build(&scan.entries, &hashing.files, &unstored, &mut sink)?;
-        let skipped = with_special(unstored, &scan);
-        let manifest = manifest(request, &real, now_ms, trees.files, &scan, &hashing, &skipped);
+        let sink = ObjectSink { store: &self.objects, pack: Some(&pack) };
+        let root = seal(found, started_ns, &sink)?;
+        let files = match root.files {
+            Some(files) => files,
+            None => sink.put(ObjectKind::Tree, &[])?,
+        };
+        let forced = match forced {
+            Forced::These(paths) => paths,
+            Forced::Follow(tracked) => Arc::new(tracked.left_out_of(&root).cloned().collect()),
+        };
+        let mut picture = Picture { commit: files, rules: request.rules.clone(), sources, index, forced, notes, root };
+        let root = &picture.root;
+        let manifest = Manifest {
+            format: FORMAT,
+            number: request.number,
+            parent: request.parent,
+            taken_ms: now_ms,
+            workspace: escape(real.as_os_str().as_bytes()),
+            rules: request.rules.clone(),
+            files,
+            stats: Stats {
+                files: root.totals.files,
+                bytes: root.totals.bytes,
+                unchanged: root.totals.files.saturating_sub(read),
+                ..Stats::default()
+            },
+            skipped: picture.skipped(),
+            torn: picture.torn(),
+            warnings: complaints.into_iter().chain(picture.notes.iter().cloned()).collect(),
+            user_repository: repository,
+        };
         let text = serde_json::to_vec_pretty(&manifest)
             .map_err(|error| HistoryError::io("describe", &real)(std::io::Error::other(error)))?;
-        let tree = build_root(&trees, &text, &mut sink)?;
+        let trees = Trees { files, meta: root.meta };
+        let tree = build_root(&trees, &text, &sink)?;
         let commit = sink.put(ObjectKind::Commit, commit_text(&tree, &request.message, now_ms).as_bytes())?;
+        picture.commit = commit;
         took.trees_us = micros(clock);
 
         if cancel.load(Ordering::Relaxed) {
@@ -187,23 +236,25 @@ impl History {
         let pack = pack.into_inner().unwrap_or_else(PoisonError::into_inner);
         let pack = pack.finish().map_err(HistoryError::io("complete a pack in", &dir))?;
         sync_dir(&self.pending()).map_err(HistoryError::io("flush", &dir))?;
+        let written = if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" };
+        failpoint::check(written).map_err(HistoryError::io("complete a pack in", &dir))?;
         took.pack_us = micros(clock);
-
-        now.base = Some((request.number, commit));
         Ok(Snapshot {
             number: request.number,
             commit,
-            files: trees.files,
+            files,
             meta: trees.meta,
             stats: Stats { new_objects: pack.objects, new_bytes: pack.bytes, ..manifest.stats },
-            skipped,
+            skipped: manifest.skipped,
             torn: manifest.torn,
             warnings: manifest.warnings,
             user_repository: manifest.user_repository,
             took,
             pack: pack.name,
             draft,
-            cache: Arc::new(now),
+            picture: Arc::new(picture),
+            epoch,
+            whole,
         })
     }
 
@@ -221,6 +272,34 @@ impl History {
         if self.refs.find(number)?.is_some() {
             return Err(HistoryError::NumberTaken { number });
         }
+        let from = self.pending().join(&snapshot.draft.name);
+        self.move_pack(snapshot)?;
+        failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
+        self.refs.create(number, snapshot.commit, &from)?;
+        failpoint::hit("history.ref.created");
+
+        self.has_published(snapshot);
+        Ok(())
+    }
+
+    /// Makes a snapshot the known picture without making it a checkpoint, so that the next one only costs what has
+    /// changed since.
+    ///
+    /// # Errors
+    /// Fails when the snapshot was discarded, or when the store cannot be written.
+    pub(super) fn publish_base(&self, snapshot: &Snapshot) -> Result<()> {
+        let _writer = self.lock_writer();
+        if !self.live().contains(&snapshot.draft.name) {
+            return Err(HistoryError::SnapshotGone { number: snapshot.number });
+        }
+        self.move_pack(snapshot)?;
+        self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.draft.name))?;
+        self.has_published(snapshot);
+        Ok(())
+    }
+
+    /// Moves a snapshot's pack among the published ones; repeatable.
+    fn move_pack(&self, snapshot: &Snapshot) -> Result<()> {
         let (from, to) = (self.pending().join(&snapshot.draft.name), self.objects.pack_dir());
         // The index comes last: a pack counts from the instant that it has one.
         for end in ["pack", "idx"] {
@@ -230,23 +309,42 @@ impl History {
             if source.exists() || !target.exists() {
                 fs::rename(&source, &target).map_err(HistoryError::io("move a pack to", &target))?;
             }
-            failpoint::check("history.pack.moved").map_err(HistoryError::io("move a pack to", &target))?;
+            let moved = if snapshot.number > 0 { "history.pack.moved" } else { "history.prime.moved" };
+            failpoint::check(moved).map_err(HistoryError::io("move a pack to", &target))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         self.objects.refresh()?;
-        failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
-        self.refs.create(number, snapshot.commit, &from)?;
-        failpoint::hit("history.ref.created");
+        Ok(())
+    }
 
-        // From here the checkpoint exists; what follows only makes the next one fast and the place tidy.
-        if let Err(error) = self.keep_cache(snapshot, &from) {
-            tracing::warn!(%error, number, "the stat cache could not be written; the next checkpoint reads all files");
-        }
+    /// Takes note of a publication. What fails here only costs the next snapshot time, or the place its tidiness.
+    fn has_published(&self, snapshot: &Snapshot) {
+        self.adopt(snapshot);
+        let from = self.pending().join(&snapshot.draft.name);
         if let Err(error) = fs::remove_dir_all(&from) {
             tracing::warn!(%error, dir = %from.display(), "a draft stays until the next sweep");
         }
         self.live().remove(&snapshot.draft.name);
-        Ok(())
+    }
+
+    /// Makes a snapshot's picture the known one, unless a later one is.
+    pub(super) fn adopt(&self, snapshot: &Snapshot) {
+        let mut known = self.lock_known();
+        if known.epoch > snapshot.epoch {
+            return;
+        }
+        known.epoch = snapshot.epoch;
+        known.picture = Some(Arc::clone(&snapshot.picture));
+        known.trusted = true;
+        known.unsaved += if snapshot.whole { WHOLE_LOOK } else { 1 };
+        drop(known);
+        let picture = &snapshot.picture;
+        let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
+        if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
+            watch.settle(epoch);
+            watch.retain(is_dir);
+        }
+        self.standings.retain(is_dir);
     }
 
     /// Forgets a snapshot that was not published, as dropping it does.
@@ -256,22 +354,8 @@ impl History {
         drop(snapshot);
     }
 
-    fn keep_cache(&self, snapshot: &Snapshot, aside: &Path) -> std::io::Result<()> {
-        *self.cache.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::clone(&snapshot.cache));
-        let draft = aside.join("stat-cache");
-        snapshot.cache.save(&draft)?;
-        fs::rename(draft, self.cache_path())
-    }
-
-    /// Says whether the checkpoint that a cache belongs to still exists, so that its objects do.
-    fn is_current(&self, cache: &StatCache) -> Result<bool> {
-        match cache.base {
-            Some((number, commit)) => Ok(self.refs.find(number)? == Some(commit)),
-            None => Ok(false),
-        }
-    }
-
-    fn start_draft(&self, number: u64) -> Result<Draft> {
+    /// Makes a directory for a snapshot to be.
+    pub(super) fn start_draft(&self, number: u64) -> Result<Draft> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
         let dir = self.pending().join(&name);
@@ -286,52 +370,9 @@ impl History {
     }
 }
 
-fn micros(clock: Instant) -> u64 {
+/// Returns the microseconds since an instant.
+pub(super) fn micros(clock: Instant) -> u64 {
     clock.elapsed().as_micros() as u64
-}
-
-/// Adds the special files to the report of what is not stored.
-fn with_special(mut skipped: Vec<Skipped>, scan: &Scan) -> Vec<Skipped> {
-    for entry in &scan.entries {
-        if let FileKind::Special(kind) = entry.stat.kind() {
-            let (path, reason) = (entry.path.clone(), SkipReason::Special);
-            skipped.push(Skipped { path, reason, detail: kind.to_owned() });
-        }
-    }
-    skipped.sort_by(|a, b| a.path.cmp(&b.path));
-    skipped
-}
-
-fn manifest(
-    request: &SnapshotRequest,
-    real: &Path,
-    now_ms: i64,
-    files: Oid,
-    scan: &Scan,
-    hashing: &Hashing,
-    skipped: &[Skipped],
-) -> Manifest {
-    use std::os::unix::ffi::OsStrExt;
-    let stats = Stats {
-        files: hashing.files.len() as u64,
-        bytes: hashing.files.iter().map(|file| file.size).sum(),
-        unchanged: hashing.unchanged,
-        ..Stats::default()
-    };
-    Manifest {
-        format: FORMAT,
-        number: request.number,
-        parent: request.parent,
-        taken_ms: now_ms,
-        workspace: escape(real.as_os_str().as_bytes()),
-        rules: request.rules.clone(),
-        files,
-        stats,
-        skipped: skipped.to_vec(),
-        torn: hashing.files.iter().filter(|file| file.torn).map(|file| file.path.clone()).collect(),
-        warnings: scan.warnings.clone(),
-        user_repository: scan.repository.clone(),
-    }
 }
 
 fn commit_text(tree: &Oid, message: &str, now_ms: i64) -> String {

@@ -54,6 +54,8 @@ impl History {
         for number in self.refs.list()? {
             commits.insert(self.refs.get(number)?);
         }
+        commits.extend(self.refs.base()?);
+        commits.extend(self.known().0.map(|picture| picture.commit));
         let packs = self.objects.contents();
         let suspects: Vec<_> = packs.iter().filter(|(_, ids)| !ids.iter().any(|id| commits.contains(id))).collect();
         if !suspects.is_empty() {

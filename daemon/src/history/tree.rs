@@ -4,19 +4,19 @@
 //! that neither the previous checkpoint nor the store has are written. A directory without covered files is in the
 //! metadata alone.
 
-use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use super::beneath::{FileKind, Stat};
-use super::cache::StatCache;
-use super::content::Hashed;
+use rayon::prelude::*;
+
+use super::beneath::{FileKind, Time};
+use super::content::{Content, Outcome};
 use super::errors::{HistoryError, Result};
-use super::meta::{self, MetaKind, MetaLine};
-use super::names::RelPath;
+use super::meta::{self, MetaKind, MetaLine, Xattrs};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::pack::{PackWriter, Packed};
-use super::scan::{ScanEntry, Skipped};
+use super::picture::{Child, Dir, File, Node, Remarks, Seen, total};
+use super::scan::{Found, SkipReason, Unread, What};
 
 /// The mode of a subtree in a git tree.
 pub(super) const MODE_TREE: u32 = 0o040_000;
@@ -80,41 +80,27 @@ pub(super) fn decode_tree(oid: &Oid, bytes: &[u8]) -> Result<Vec<TreeEntry>> {
 
 /// Where trees, metadata and the commit go.
 pub(super) struct ObjectSink<'a> {
-    /// What the previous checkpoint knew.
-    pub before: &'a StatCache,
-    /// What this checkpoint knows.
-    pub now: &'a mut StatCache,
     /// The published objects.
     pub store: &'a ObjectStore,
-    /// The pack of this checkpoint.
-    pub pack: &'a Mutex<PackWriter>,
-    /// Whether what `before` knows is still in the store.
-    pub trust_before: bool,
+    /// The pack of this checkpoint; none to compute ids only.
+    pub pack: Option<&'a Mutex<PackWriter>>,
 }
 
 impl ObjectSink<'_> {
     /// Stores an object unless it is there already.
-    pub fn put(&mut self, kind: ObjectKind, content: &[u8]) -> Result<Oid> {
+    pub fn put(&self, kind: ObjectKind, content: &[u8]) -> Result<Oid> {
         let oid = Oid::of(kind, content);
-        self.now.note(oid);
-        let old = (self.trust_before && self.before.knows(&oid)) || self.store.contains(&oid);
-        if !old {
-            let mut pack = self.pack.lock().unwrap_or_else(PoisonError::into_inner);
-            if !pack.holds(&oid) {
-                let dir = self.store.pack_dir();
-                let packed = Packed::new(oid, kind, content).map_err(HistoryError::io("compress for", &dir))?;
-                pack.append(&packed).map_err(HistoryError::io("write a pack for", &dir))?;
-            }
+        let Some(pack) = self.pack else { return Ok(oid) };
+        let pack = || pack.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.store.contains(&oid) || pack().holds(&oid) {
+            return Ok(oid);
         }
+        let dir = self.store.pack_dir();
+        // Compressed outside the lock: this is where the time goes.
+        let packed = Packed::new(oid, kind, content).map_err(HistoryError::io("compress for", &dir))?;
+        pack().append(&packed).map_err(HistoryError::io("write a pack for", &dir))?;
         Ok(oid)
     }
-}
-
-#[derive(Default)]
-struct Directory {
-    files: Vec<TreeEntry>,
-    meta: Vec<MetaLine>,
-    meta_below: Vec<TreeEntry>,
 }
 
 /// The two trees of a workspace.
@@ -125,85 +111,122 @@ pub(super) struct Trees {
     pub meta: Oid,
 }
 
-fn line(kind: MetaKind, stat: &Stat, size: u64, name: &[u8]) -> MetaLine {
-    MetaLine { kind, mode: stat.permissions(), mtime: stat.mtime, size, xattrs: Box::default(), name: name.to_vec() }
+/// Makes the trees of a directory that a walk has sketched and a reading completed, and of all below it.
+pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Result<Arc<Dir>> {
+    let new = match found {
+        Found::Same(dir) => return Ok(dir),
+        Found::New(new) => *new,
+    };
+    let children: Vec<Option<Child>> = new
+        .entries
+        .into_par_iter()
+        .map(|entry| {
+            let node = match entry.what {
+                What::Known(node) => Some(node),
+                What::Below(found) => Some(Node::Dir(seal(found, started_ns, sink)?)),
+                What::Unread(unread) => read_node(*unread, started_ns),
+            };
+            Ok(node.map(|node| Child { name: entry.name, node }))
+        })
+        .collect::<Result<_>>()?;
+    let children: Box<[Child]> = children.into_iter().flatten().collect();
+    let mut shape = Shape::default();
+    let (mode, mtime, xattrs) = (new.seen.permissions(), new.seen.mtime, new.xattrs.clone());
+    shape.lines.push(MetaLine { kind: MetaKind::Itself, mode, mtime, size: 0, xattrs, name: Vec::new() });
+    children.iter().for_each(|child| shape.add(child));
+    let text = meta::encode(&mut shape.lines);
+    let blob = sink.put(ObjectKind::Blob, text.as_bytes())?;
+    shape.meta.push(TreeEntry { name: b"entries".to_vec(), mode: MODE_FILE, oid: blob });
+    let meta = sink.put(ObjectKind::Tree, &encode_tree(&mut shape.meta))?;
+    let files = match shape.files.is_empty() {
+        true => None,
+        false => Some(sink.put(ObjectKind::Tree, &encode_tree(&mut shape.files))?),
+    };
+    Ok(Arc::new(Dir {
+        seen: new.seen,
+        xattrs: new.xattrs,
+        covered: new.covered,
+        settled: new.settled,
+        unreadable: new.unreadable,
+        ignore_file: new.ignore_file,
+        nested: new.nested,
+        totals: total(&children),
+        children,
+        files,
+        meta,
+    }))
 }
 
-/// Builds the trees of everything that a scan found and a reading stored.
-pub(super) fn build(
-    entries: &[ScanEntry],
-    files: &[Hashed],
-    skipped: &[Skipped],
-    sink: &mut ObjectSink<'_>,
-) -> Result<Trees> {
-    let mut dirs: BTreeMap<RelPath, Directory> = BTreeMap::new();
-    for entry in entries {
-        match entry.stat.kind() {
-            FileKind::Directory => {
-                let dir = dirs.entry(entry.path.clone()).or_default();
-                dir.meta.push(line(MetaKind::Itself, &entry.stat, 0, b""));
-            }
-            FileKind::Special(kind) => {
-                if let Some((parent, name)) = entry.path.split() {
-                    let special = line(MetaKind::Special(kind.to_owned()), &entry.stat, 0, name);
-                    dirs.entry(parent).or_default().meta.push(special);
-                }
-            }
-            FileKind::Regular | FileKind::Symlink => {}
+fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
+    match unread.outcome.into_inner() {
+        Some(Outcome::Stored(Content { stat, oid, size, torn, xattrs })) => {
+            let seen = Seen::from(&stat);
+            let remarks = Remarks {
+                torn,
+                sparse: stat.kind() == FileKind::Regular && stat.blocks.saturating_mul(512) < stat.size,
+                forced: unread.forced,
+                linked: stat.kind() == FileKind::Regular && stat.nlink > 1,
+                doubtful: unread.mapped || !seen.is_settled(started_ns),
+            };
+            Some(Node::File(File { seen, oid, size, remarks, xattrs }))
         }
+        Some(Outcome::Skipped(reason, detail)) => Some(Node::Skipped { reason, detail: detail.into() }),
+        Some(Outcome::Vanished) | None => None,
     }
-    for file in files {
-        let Some((parent, name)) = file.path.split() else {
-            continue;
-        };
-        let (mode, kind) = if file.stat.kind() == FileKind::Symlink {
-            (MODE_LINK, MetaKind::Link)
-        } else {
-            let ino = (file.stat.nlink > 1).then_some(file.stat.ino);
-            let executable = file.stat.permissions() & 0o100 != 0;
-            let mode = if executable { MODE_EXECUTABLE } else { MODE_FILE };
-            (mode, MetaKind::File { torn: file.torn, ino, sparse: false })
-        };
-        let dir = dirs.entry(parent.clone()).or_default();
-        dir.meta.push(line(kind, &file.stat, file.size, name));
-        dir.files.push(TreeEntry { name: name.to_vec(), mode, oid: file.oid });
-    }
-    for skip in skipped {
-        if let Some((parent, name)) = skip.path.split() {
-            let mtime = super::beneath::Time::default();
-            let kind = MetaKind::Skipped(skip.reason);
-            let about = MetaLine { kind, mode: 0, mtime, size: 0, xattrs: Box::default(), name: name.to_vec() };
-            dirs.entry(parent).or_default().meta.push(about);
+}
+
+/// What a directory's objects are made of.
+#[derive(Default)]
+struct Shape {
+    files: Vec<TreeEntry>,
+    lines: Vec<MetaLine>,
+    meta: Vec<TreeEntry>,
+}
+
+impl Shape {
+    fn add(&mut self, child: &Child) {
+        let name = child.name.to_vec();
+        match &child.node {
+            Node::File(file) => {
+                let permissions = file.seen.permissions();
+                let (mode, kind) = if file.is_link() {
+                    (MODE_LINK, MetaKind::Link)
+                } else {
+                    let Remarks { torn, sparse, linked, .. } = file.remarks;
+                    let mode = if permissions & 0o100 != 0 { MODE_EXECUTABLE } else { MODE_FILE };
+                    (mode, MetaKind::File { torn, ino: linked.then_some(file.seen.ino), sparse })
+                };
+                self.line(kind, permissions, file.seen.mtime, file.size, file.xattrs.clone(), name.clone());
+                self.files.push(TreeEntry { name, mode, oid: file.oid });
+            }
+            Node::Dir(dir) if dir.is_bare() => {}
+            Node::Dir(dir) => {
+                if dir.unreadable.is_some() {
+                    self.skipped(SkipReason::Unreadable, name.clone());
+                }
+                self.meta.push(TreeEntry { name: [b"d.", &name[..]].concat(), mode: MODE_TREE, oid: dir.meta });
+                self.files.extend(dir.files.map(|oid| TreeEntry { name, mode: MODE_TREE, oid }));
+            }
+            Node::Special { seen, kind } => {
+                let kind = MetaKind::Special((*kind).to_owned());
+                self.line(kind, seen.permissions(), seen.mtime, 0, Xattrs::default(), name);
+            }
+            Node::Skipped { reason, .. } => self.skipped(*reason, name),
+            Node::Draft => {}
         }
     }
 
-    // Children sort behind their parents: from the end, each directory comes after all that is in it.
-    while let Some((path, mut dir)) = dirs.pop_last() {
-        let text = meta::encode(&mut dir.meta);
-        let blob = sink.put(ObjectKind::Blob, text.as_bytes())?;
-        dir.meta_below.push(TreeEntry { name: b"entries".to_vec(), mode: MODE_FILE, oid: blob });
-        let meta = sink.put(ObjectKind::Tree, &encode_tree(&mut dir.meta_below))?;
-        let Some((parent, name)) = path.split() else {
-            let files = sink.put(ObjectKind::Tree, &encode_tree(&mut dir.files))?;
-            return Ok(Trees { files, meta });
-        };
-        let above = dirs.entry(parent).or_default();
-        above.meta_below.push(TreeEntry { name: [b"d.", name].concat(), mode: MODE_TREE, oid: meta });
-        if !dir.files.is_empty() {
-            let files = sink.put(ObjectKind::Tree, &encode_tree(&mut dir.files))?;
-            above.files.push(TreeEntry { name: name.to_vec(), mode: MODE_TREE, oid: files });
-        }
+    fn skipped(&mut self, reason: SkipReason, name: Vec<u8>) {
+        self.line(MetaKind::Skipped(reason), 0, Time::default(), 0, Xattrs::default(), name);
     }
-    // The loop ends at the workspace itself, which every scan contains; an empty scan has empty trees.
-    let files = sink.put(ObjectKind::Tree, &[])?;
-    let blob = sink.put(ObjectKind::Blob, meta::encode(&mut []).as_bytes())?;
-    let mut only = [TreeEntry { name: b"entries".to_vec(), mode: MODE_FILE, oid: blob }];
-    let meta = sink.put(ObjectKind::Tree, &encode_tree(&mut only))?;
-    Ok(Trees { files, meta })
+
+    fn line(&mut self, kind: MetaKind, mode: u32, mtime: Time, size: u64, xattrs: Xattrs, name: Vec<u8>) {
+        self.lines.push(MetaLine { kind, mode, mtime, size, xattrs, name });
+    }
 }
 
 /// Builds the root tree of a checkpoint.
-pub(super) fn build_root(trees: &Trees, manifest: &[u8], sink: &mut ObjectSink<'_>) -> Result<Oid> {
+pub(super) fn build_root(trees: &Trees, manifest: &[u8], sink: &ObjectSink<'_>) -> Result<Oid> {
     let manifest = sink.put(ObjectKind::Blob, manifest)?;
     let mut root = [
         TreeEntry { name: b"files".to_vec(), mode: MODE_TREE, oid: trees.files },

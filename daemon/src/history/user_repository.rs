@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::beneath::Time;
 use super::names::RelPath;
 
 /// The bit of an index entry whose file a sparse checkout leaves out.
@@ -33,9 +32,6 @@ pub struct UserRepository {
     pub head: Option<String>,
     /// What is in progress: `rebase`, `merge`, `cherry_pick`, `revert` or `bisect`.
     pub in_progress: Option<String>,
-    /// Whether a tracked file's times or size differ from the index, which nearly always means an unstaged change;
-    /// none when the index could not be read.
-    pub unstaged: Option<bool>,
 }
 
 /// Where a repository keeps its parts.
@@ -50,17 +46,6 @@ pub struct Location {
     /// The workspace below the top; the root when they are the same.
     pub prefix: RelPath,
     linked: bool,
-}
-
-/// One line of the user's index.
-#[derive(Clone, Debug)]
-pub struct Tracked {
-    /// The path below the workspace.
-    pub path: RelPath,
-    /// The size that the index remembers, modulo 2^32.
-    pub size: u32,
-    /// The time of change that the index remembers.
-    pub mtime: Time,
 }
 
 impl Location {
@@ -117,7 +102,6 @@ impl Location {
             head_ref,
             head: commit,
             in_progress: in_progress.map(|(_, name)| (*name).to_owned()),
-            unstaged: None,
         }
     }
 
@@ -138,30 +122,33 @@ impl Location {
         })
     }
 
-    /// Lists the tracked files below the workspace; submodules are left out.
+    /// Returns where the index is.
+    pub fn index(&self) -> PathBuf {
+        self.git_dir.join("index")
+    }
+
+    /// Lists the tracked files below the workspace; submodules, and what a sparse checkout leaves out, are not among
+    /// them.
     ///
     /// # Errors
     /// Fails when there is an index that the library cannot read (split, SHA-256), with its message.
-    pub fn tracked(&self) -> Result<Vec<Tracked>, String> {
-        let path = self.git_dir.join("index");
+    pub fn tracked(&self) -> Result<Vec<RelPath>, String> {
+        let path = self.index();
         if !fs::metadata(&path).is_ok_and(|meta| meta.is_file()) {
             return Ok(Vec::new());
         }
         let index = git2::Index::open(&path).map_err(|error| error.message().to_owned())?;
         let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
         let below = |entry: git2::IndexEntry| {
-            let path = RelPath::new(entry.path).ok()?;
-            // Left out by a sparse checkout: its absence is no change.
-            if entry.flags_extended & SKIP_WORKTREE != 0 {
-                return None;
-            }
             let is_file = matches!(entry.mode & 0o170000, 0o100000 | 0o120000);
-            if !is_file || !path.is_within(&self.prefix) || path.bytes().len() <= start {
+            if !is_file || entry.flags_extended & SKIP_WORKTREE != 0 {
                 return None;
             }
-            let mtime = Time { sec: i64::from(entry.mtime.seconds()), nsec: entry.mtime.nanoseconds() };
-            let path = RelPath::new(&path.bytes()[start..]).ok()?;
-            Some(Tracked { path, size: entry.file_size, mtime })
+            let path = RelPath::new(entry.path).ok()?;
+            if !path.is_within(&self.prefix) || path.bytes().len() <= start {
+                return None;
+            }
+            RelPath::new(&path.bytes()[start..]).ok()
         };
         Ok(index.iter().filter_map(below).collect())
     }

@@ -10,6 +10,7 @@ pub mod death;
 pub mod fsync;
 pub mod limits;
 pub mod lock;
+pub mod mappings;
 pub mod memory;
 pub mod peer;
 pub mod prelude;

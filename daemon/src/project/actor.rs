@@ -10,6 +10,7 @@ use fermata_core::project::{Course, ProjectState};
 use fermata_core::redact::Secrets;
 use fermata_core::{Project, apply, decide, transition};
 use fermata_protocol::event::Event;
+use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -25,7 +26,7 @@ use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::reach::Linked;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site, readiness};
+use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness};
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};
@@ -211,6 +212,17 @@ impl Actor {
 
     /// Takes messages until the project is removed or the daemon ends.
     pub async fn run(mut self) {
+        match self.project.state.status() {
+            ProjectStatus::Stopped | ProjectStatus::Completed => {}
+            ProjectStatus::Init
+            | ProjectStatus::Planning
+            | ProjectStatus::Active
+            | ProjectStatus::Pausing
+            | ProjectStatus::Paused
+            | ProjectStatus::Resuming
+            | ProjectStatus::Restoring
+            | ProjectStatus::Failed => prime::in_background(self.site()),
+        }
         let mut alarm = self.follow_up().await;
         loop {
             let woken = tokio::select! {

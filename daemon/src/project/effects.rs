@@ -19,7 +19,7 @@ use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, quiesce, restore, resume, validate};
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, validate};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -269,6 +269,7 @@ impl Actor {
             trigger,
             reason: None,
             frozen: false,
+            runs: runs.clone(),
         };
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
@@ -398,6 +399,7 @@ async fn run_pause_step(
         PauseStep::Validate => {
             *work = PauseWork::default();
             validate::run(site).await?;
+            prime::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
             let request = quiesce::Request {
@@ -421,6 +423,7 @@ async fn run_pause_step(
                 trigger: Trigger::Pause,
                 reason: run.reason.clone(),
                 frozen: true,
+                runs: runs.clone(),
             };
             let made = pause_checkpoint(site, &order, &mut work, &runs).await;
             return made.map_err(|failure| match &work.renewer {
@@ -467,6 +470,7 @@ async fn pause_checkpoint(
 async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
     validate::run(site).await?;
+    prime::run(site, Some(&order.operation)).await?;
     let by_signals = |(agent, _): &AgentRun| {
         let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
         processes.is_some_and(|p| p.mechanism == fermata_protocol::pause::Mechanism::Signals)

@@ -16,6 +16,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use fermata_core::command::AgentRun;
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, Trigger};
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
@@ -25,7 +26,7 @@ use sha2::{Digest as _, Sha256};
 use super::flash_save::Plans;
 use super::{Site, blocking, ms_since, session};
 use crate::errors::Failure;
-use crate::history::{Snapshot, SnapshotRequest};
+use crate::history::{Observed, Snapshot, SnapshotRequest};
 use crate::os::fsync::write_atomic;
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::profile::Session;
@@ -58,6 +59,8 @@ pub struct Order {
     pub reason: Option<String>,
     /// Whether the agents stand still meanwhile.
     pub frozen: bool,
+    /// The runs that may be writing to the workspace.
+    pub runs: Vec<AgentRun>,
 }
 
 /// A checkpoint that is complete on disk and lacks only its row.
@@ -73,13 +76,13 @@ pub struct Made {
 
 /// What is read while the agents stand still.
 pub struct Captured {
-    snapshot: Snapshot,
+    observed: Observed,
+    taken_at: UnixMillis,
     sessions: Vec<(AgentName, Session)>,
     parts: Vec<ManifestPart>,
     item_count: u64,
     context_tokens: u64,
     parts_ms: BTreeMap<String, f64>,
-    warnings: Vec<String>,
 }
 
 /// Reads workspace, database, context and transcripts into the partial checkpoint: the part for
@@ -99,34 +102,28 @@ pub async fn capture(site: &Site, order: &Order, plans: &Plans, now: UnixMillis)
             .map_err(|e| Failure::fault(&format!("create {}", created.display()), &e))
     })
     .await?;
-    let (snapshot, database, sessions) = tokio::join!(
-        workspace(site, order, now),
-        database(site, order, plans, now, &partial),
-        transcripts(site, &partial)
-    );
+    let (observed, database, sessions) =
+        tokio::join!(workspace(site, order), database(site, order, plans, now, &partial), transcripts(site, &partial));
     // All three have ended before any error is looked at, so that an undo finds nobody at work.
-    let (snapshot, snapshot_ms) = snapshot?;
+    let (observed, workspace_ms) = observed?;
     let (database, database_ms) = database?;
     let (sessions, mut parts) = sessions?;
     parts.extend(database.parts);
-    let mut warnings = snapshot.warnings.clone();
-    if !snapshot.torn.is_empty() {
-        warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
-    }
-    let parts_ms = [("snapshot".to_owned(), snapshot_ms), ("database".to_owned(), database_ms)].into();
+    let parts_ms = [("workspace".to_owned(), workspace_ms), ("database".to_owned(), database_ms)].into();
     super::failpoint("checkpoint.captured")?;
     Ok(Captured {
-        snapshot,
+        observed,
+        taken_at: now,
         sessions,
         parts,
         item_count: database.item_count,
         context_tokens: database.tokens,
         parts_ms,
-        warnings,
     })
 }
 
-async fn workspace(site: &Site, order: &Order, now: UnixMillis) -> Result<(Snapshot, f64), Failure> {
+/// Looks at the workspace and reads what has changed.
+async fn workspace(site: &Site, order: &Order) -> Result<(Observed, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
@@ -134,16 +131,25 @@ async fn workspace(site: &Site, order: &Order, now: UnixMillis) -> Result<(Snaps
         message: format!("{} {} of {}\n", order.trigger.as_str(), order.number, site.project.name),
         parent: order.number.checked_sub(1).filter(|n| *n > 0),
         rules: site.rules(),
+        mapped: super::prime::mapped(site, &order.runs).await?,
     };
-    let snapshot = site
+    let observed = site
         .with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
             let mut request = request;
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.snapshot(&request, now.0, progress, cancel)
+            history.observe(&request, progress, cancel)
         })
         .await?;
-    Ok((snapshot, ms_since(start)))
+    Ok((observed, ms_since(start)))
+}
+
+/// Makes a snapshot of what was read: agents need not stand still for it.
+async fn complete(site: &Site, order: &Order, observed: Observed, taken_at: UnixMillis) -> Result<Snapshot, Failure> {
+    site.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
+        history.complete(observed, taken_at.0, progress, cancel)
+    })
+    .await
 }
 
 struct DatabasePart {
@@ -233,7 +239,14 @@ async fn transcripts(site: &Site, partial: &Path) -> Result<Transcripts, Failure
 /// When anything cannot be written. A plugin's failure is a warning.
 pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
     let start = Instant::now();
-    let Captured { snapshot, sessions, mut parts, item_count, context_tokens, mut parts_ms, mut warnings } = captured;
+    let Captured { observed, taken_at, sessions, mut parts, item_count, context_tokens, mut parts_ms } = captured;
+    let snapshot = complete(site, order, observed, taken_at).await?;
+    parts_ms.insert("snapshot".to_owned(), ms_since(start));
+    let mut warnings = snapshot.warnings.clone();
+    if !snapshot.torn.is_empty() {
+        warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
+    }
+    let start = Instant::now();
     let dirs = site.dirs();
     let (partial, place) = (dirs.partial_checkpoint(order.number), dirs.checkpoint(order.number));
     parts.extend(artifacts(site, order, &partial, &mut warnings).await?);

@@ -17,6 +17,7 @@ pub mod freeze;
 pub mod launch;
 pub mod leftovers;
 pub mod limits;
+pub mod prime;
 pub mod quiesce;
 pub mod readiness;
 pub mod restore;
@@ -102,13 +103,13 @@ impl Site {
         work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
     ) -> Result<T, Failure> {
         let _permit = self.services.heavy.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
-        let cell = self.history.clone();
+        let (cell, services) = (self.history.clone(), Arc::clone(&self.services));
         let dir = self.dirs().history();
         let flag = Arc::clone(&self.cancel.flag);
         let notes = self.services.progress.clone();
         let operation = operation.cloned();
         blocking(doing, move || {
-            let history = cell.open(&dir).map_err(|e| history_failure("open the history", &e))?;
+            let history = cell.open(&dir, services.watcher()).map_err(|e| history_failure("open the history", &e))?;
             let tell = move |progress: history::Progress| {
                 if let Some(operation) = &operation {
                     // Nobody may be listening.
@@ -182,12 +183,16 @@ impl HistoryCell {
     ///
     /// # Errors
     /// When it cannot be opened.
-    pub fn open(&self, dir: &std::path::Path) -> Result<Arc<History>, HistoryError> {
+    pub fn open(
+        &self,
+        dir: &std::path::Path,
+        watcher: Option<&Arc<history::Watcher>>,
+    ) -> Result<Arc<History>, HistoryError> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(history) = &*opened {
             return Ok(Arc::clone(history));
         }
-        let history = Arc::new(History::open(dir)?);
+        let history = Arc::new(History::open_watched(dir, watcher)?);
         *opened = Some(Arc::clone(&history));
         Ok(history)
     }

@@ -50,6 +50,7 @@ pub async fn plan(
         trigger: Trigger::Safety,
         reason: None,
         frozen: false,
+        runs: Vec::new(),
     };
     let now = crate::services::now();
     let captured = checkpoint::capture(site, &order, &Vec::new(), now).await?;

@@ -151,7 +151,7 @@ fn linked_worktrees_and_rebases_are_recorded() {
     let user = snapshot.user_repository.clone().unwrap();
     assert!(user.linked);
     assert_eq!((user.branch.as_deref(), user.head.as_ref()), (Some("side"), Some(&head)));
-    assert_eq!((user.unstaged, user.in_progress), (Some(false), None));
+    assert_eq!(user.in_progress, None);
     sandbox.history.publish(&snapshot).unwrap();
     assert_eq!(sandbox.covered(1), ["a", "b"]);
 
@@ -160,7 +160,7 @@ fn linked_worktrees_and_rebases_are_recorded() {
     sandbox.write("a", "changed");
     let user = sandbox.checkpoint(2).user_repository.unwrap();
     assert_eq!((user.branch, user.head), (None, Some(head)));
-    assert_eq!((user.unstaged, user.in_progress.as_deref()), (Some(true), Some("rebase")));
+    assert_eq!(user.in_progress.as_deref(), Some("rebase"));
 }
 
 #[test]

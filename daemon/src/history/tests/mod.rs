@@ -5,6 +5,7 @@ mod random;
 mod restoring;
 mod safety;
 mod store;
+mod watching;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -36,7 +37,8 @@ impl Sandbox {
     pub fn new() -> Sandbox {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("work")).unwrap();
-        let history = History::open(&dir.path().join("state")).unwrap();
+        let watcher = Watcher::start(&dir.path().join("cookies")).unwrap();
+        let history = History::open_watched(&dir.path().join("state"), Some(&watcher)).unwrap();
         Sandbox { dir, history, rules: Rules::default() }
     }
 
@@ -69,6 +71,7 @@ impl Sandbox {
             message: format!("checkpoint {number}"),
             parent: None,
             rules: self.rules.clone(),
+            mapped: Mapped::default(),
         }
     }
 

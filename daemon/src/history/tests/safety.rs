@@ -144,7 +144,14 @@ fn killed_publication_body() {
     let history = History::open(&state).unwrap();
     let workspace = state.parent().unwrap().join("work");
     let rules = Rules::default();
-    let request = SnapshotRequest { workspace, number: 2, message: String::new(), parent: Some(1), rules };
+    let request = SnapshotRequest {
+        workspace,
+        number: 2,
+        message: String::new(),
+        parent: Some(1),
+        rules,
+        mapped: Mapped::default(),
+    };
     let snapshot = history.snapshot(&request, 7, &quiet, &NEVER).unwrap();
     history.publish(&snapshot).unwrap();
 }

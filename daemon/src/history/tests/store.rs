@@ -53,13 +53,14 @@ fn an_unchanged_tree_writes_no_blob_and_reads_no_file() {
     // Manifest, root tree and commit.
     assert_eq!(second.stats.new_objects, 3);
 
-    // The same after a restart, from the cache on the disk.
+    // The same after a restart, from the picture on the disk.
+    sandbox.history.keep().unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let third = again.snapshot(&sandbox.request(3), 5, &quiet, &NEVER).unwrap();
     assert_eq!((third.stats.unchanged, third.stats.new_objects), (20, 3));
 
-    // And without a cache everything is read, but nothing is written.
-    fs::write(sandbox.outside("state").join("stat-cache"), "nonsense").unwrap();
+    // And without it everything is read, but nothing is written.
+    fs::write(sandbox.outside("state").join("picture"), "nonsense").unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let fourth = again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap();
     assert_eq!((fourth.stats.unchanged, fourth.stats.new_objects), (0, 3));
@@ -82,16 +83,42 @@ fn a_change_within_the_same_tick_is_seen() {
 }
 
 #[test]
-fn a_cache_whose_checkpoint_is_gone_does_not_vouch_for_objects() {
+fn what_is_known_of_the_workspace_keeps_its_objects() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "only in the first");
     sandbox.let_files_age();
     sandbox.checkpoint(1);
+    sandbox.history.keep().unwrap();
     sandbox.history.remove(1).unwrap();
-    let swept = sandbox.history.sweep().unwrap();
-    assert_eq!(swept.packs, 1);
-    sandbox.checkpoint(2);
-    assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+    assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    assert_eq!(again.sweep().unwrap().packs, 0);
+    let second = again.snapshot(&sandbox.request(2), 5, &quiet, &NEVER).unwrap();
+    assert_eq!((second.stats.unchanged, second.stats.new_objects), (1, 3));
+    again.publish(&second).unwrap();
+    assert_eq!(again.verify(2, &quiet, &NEVER).unwrap().bad, []);
+}
+
+#[test]
+fn a_picture_whose_commit_is_gone_does_not_vouch_for_objects() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "only in the first");
+    sandbox.write("b/c", "this too");
+    sandbox.let_files_age();
+    sandbox.checkpoint(1);
+    sandbox.history.keep().unwrap();
+    sandbox.history.remove(1).unwrap();
+    fs::remove_file(sandbox.history.repository().join("refs/fermata/base")).unwrap();
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    assert_eq!(again.list().unwrap(), [0u64; 0]);
+    // Somebody has cleared the store behind our back.
+    for entry in fs::read_dir(again.repository().join("objects/pack")).unwrap() {
+        fs::remove_file(entry.unwrap().path()).unwrap();
+    }
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    let second = again.snapshot(&sandbox.request(2), 5, &quiet, &NEVER).unwrap();
+    again.publish(&second).unwrap();
+    assert_eq!(again.verify(2, &quiet, &NEVER).unwrap().bad, []);
 }
 
 #[test]

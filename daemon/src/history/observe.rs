@@ -1,0 +1,313 @@
+//! Looks at a workspace: the part of a snapshot for which agents have to stand still.
+//!
+//! ```text
+//! take what the watcher knows ─► part of the known picture ─┐
+//!        it knows nothing     ─► the whole workspace       ─┴─► read what is not known ─► Observed
+//! ```
+//! Decides how much has to be looked at and gathers what that needs: rules, the user's index, suspects, other names of
+//! linked files. What is read goes into the pack of the snapshot to be; making trees and flushing is `snapshot`'s work.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use super::beneath::{FileKind, Root};
+use super::content::{BlobSink, Reading};
+use super::errors::{HistoryError, Result};
+use super::names::RelPath;
+use super::pack::PackWriter;
+use super::picture::{Picture, Seen, Source};
+use super::rules::{IgnoreChain, OwnPatterns, Rules};
+use super::scan::{Found, Unread, Walk, What, check_workspace};
+use super::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
+use super::standing::{Standing, with_state};
+use super::tracked::Tracked;
+use super::user_repository::{Location, UserRepository};
+use super::watch::Dirty;
+use super::{History, OnProgress, Phase, Progress};
+
+/// What a look needs to know.
+pub(super) struct Looking<'a> {
+    /// The workspace, opened.
+    pub root: &'a Root,
+    /// What is covered.
+    pub rules: &'a Rules,
+    /// Files that agents have mapped writable.
+    pub mapped: &'a Mapped,
+    /// When the look began, in nanoseconds since 1970.
+    pub started_ns: i128,
+    /// Whether what is not known will be stored, so that it must not rely on what may be gone.
+    pub stores: bool,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+}
+
+/// What a look found.
+pub(super) struct Look {
+    /// The workspace.
+    pub found: Found,
+    /// Up to where the watcher's events are dealt with.
+    pub epoch: Option<u64>,
+    /// Whether everything was looked at.
+    pub whole: bool,
+    /// The files outside the tree that decided, too.
+    pub sources: Vec<Source>,
+    /// The state of the user's index.
+    pub index: Option<Seen>,
+    /// What the rules leave out although it is tracked; not known yet where the whole index was at hand.
+    pub forced: Forced,
+    /// What the user should know, beside what is wrong with ignore files.
+    pub notes: Vec<String>,
+    /// What is wrong with ignore files.
+    pub complaints: Vec<String>,
+    /// The user's repository.
+    pub repository: Option<UserRepository>,
+}
+
+/// What is known of tracked files that the rules leave out.
+pub(super) enum Forced {
+    /// All of them.
+    These(Arc<BTreeSet<RelPath>>),
+    /// They follow from the index and the finished picture.
+    Follow(Tracked),
+}
+
+/// A workspace as it stood at one instant, read but not yet stored as a checkpoint.
+pub struct Observed {
+    pub(super) request: SnapshotRequest,
+    pub(super) look: Look,
+    pub(super) pack: Mutex<PackWriter>,
+    pub(super) draft: Draft,
+    pub(super) read: u64,
+    pub(super) started_ns: i128,
+    pub(super) took: Timings,
+}
+
+impl History {
+    /// Looks at the workspace and reads what is not known. When this returns, agents may go on.
+    ///
+    /// # Errors
+    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be written. A
+    /// file that cannot be read is no error: it is skipped and reported.
+    pub fn observe(
+        &self,
+        request: &SnapshotRequest,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Observed> {
+        let real = check_workspace(&request.workspace)?;
+        let draft = self.start_draft(request.number)?;
+        let dir = draft.dir.clone();
+        let pack = Mutex::new(PackWriter::create(&dir).map_err(HistoryError::io("start a pack in", &dir))?);
+        let started_ns = nanos_now();
+        let mut took = Timings::default();
+
+        progress(Progress { phase: Phase::Scan, done: 0, total: 0 });
+        let clock = Instant::now();
+        let root = Root::open(&real)?;
+        let (rules, mapped) = (&request.rules, &request.mapped);
+        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, cancel };
+        let look = self.look(&looking)?;
+        took.scan_us = micros(clock);
+
+        let clock = Instant::now();
+        let unread = unread_in(&look.found);
+        let reading = Reading {
+            root: &root,
+            sink: Some(BlobSink { store: &self.objects, pack: &pack }),
+            spool: &dir,
+            max_file_bytes: rules.max_file_bytes,
+            progress,
+            cancel,
+        };
+        reading.read_all(&unread)?;
+        took.read_us = micros(clock);
+        let read = unread.len() as u64;
+        Ok(Observed { request: request.clone(), look, pack, draft, read, started_ns, took })
+    }
+
+    /// Walks as much of the workspace as has to be looked at.
+    pub(super) fn look(&self, looking: &Looking<'_>) -> Result<Look> {
+        let Looking { root, rules, .. } = looking;
+        let real = root.path();
+        let (before, trusted) = self.known();
+        let tells = root.tells_of_changes();
+        let watch = self.watch.as_ref().filter(|_| tells);
+        let taken = watch.map(|watch| watch.take());
+        let location = Location::find(real);
+        let chain = match rules.use_gitignore {
+            true => Standing::Rules(self.standings.above(real, location.as_ref())),
+            false => Standing::Everything,
+        };
+        let as_before = before.as_ref().filter(|before| {
+            before.rules == **rules && sources_hold(&before.sources, real, location.as_ref(), rules.use_gitignore)
+        });
+        let index = location.as_ref().and_then(|location| with_state(location.index()).1);
+        let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
+
+        // What is tracked though ignored: known, or to be found out anew.
+        let mut dirty = Dirty::default();
+        let mut forced_changed = false;
+        let mut forced = match as_before {
+            Some(before) if before.index == index => Forced::These(Arc::clone(&before.forced)),
+            Some(before) => {
+                let tracked = Tracked::of(location.as_ref(), &mut notes);
+                let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
+                for path in now.symmetric_difference(&before.forced) {
+                    dirty.mark(path);
+                    // What leads to it may be ignored, and so unknown.
+                    let mut above = path.parent();
+                    while let Some(dir) = above.filter(|dir| !dir.is_root()) {
+                        dirty.mark(&dir);
+                        above = dir.parent();
+                    }
+                    forced_changed = true;
+                }
+                Forced::These(Arc::new(now))
+            }
+            None => {
+                notes.clear();
+                Forced::Follow(Tracked::of(location.as_ref(), &mut notes))
+            }
+        };
+        let hidden = self.place_in(real);
+        let mut mapped = looking.mapped.paths.clone();
+        if let (Some(before), false) = (&before, looking.mapped.files.is_empty()) {
+            mapped.extend(before.names_of(&looking.mapped.files));
+        }
+        let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
+        let epoch = taken.as_ref().map(|taken| taken.epoch);
+        let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
+        let partly = match (as_before.filter(|_| trusted), events) {
+            (Some(before), Ok(events)) => {
+                dirty.merge(events);
+                before.suspects().iter().chain(&mapped).for_each(|path| dirty.mark(path));
+                Some((before, dirty))
+            }
+            (_, events) => {
+                tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
+                None
+            }
+        };
+        let whole = partly.is_none();
+        let none = BTreeSet::new();
+        let found = loop {
+            let (forced_paths, tracked) = match &forced {
+                Forced::These(paths) => (&**paths, None),
+                Forced::Follow(tracked) => (&none, Some(tracked)),
+            };
+            let walk = Walk {
+                root,
+                device,
+                rules,
+                own: OwnPatterns::compile(rules)?,
+                standings: &self.standings,
+                hidden: hidden.clone(),
+                forced: forced_paths,
+                tracked,
+                watch,
+                mapped: &mapped,
+                check_in: (looking.stores && !trusted).then_some(&self.objects),
+                started_ns: looking.started_ns,
+                cancel: looking.cancel,
+                ignored: AtomicU64::new(0),
+                redecided: AtomicBool::new(false),
+            };
+            let found = match &partly {
+                Some((before, dirty)) => part(&walk, before, chain.clone(), dirty.clone())?,
+                None => {
+                    let decided = as_before.is_some() && !forced_changed && tells;
+                    walk.whole(before.as_ref().map(|before| &before.root), chain.clone(), decided)?
+                }
+            };
+            // What was covered anyway may be ignored now: then it counts whether it is tracked.
+            if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
+                forced = Forced::Follow(Tracked::of(location.as_ref(), &mut notes));
+                continue;
+            }
+            if as_before.is_none() {
+                notes.extend(walk.warn_if_nearly_empty(count_files(&found)));
+            }
+            break found;
+        };
+        if as_before.is_none() && hidden.is_some() {
+            notes.push("the state directory lies in the workspace; it is not covered".to_owned());
+        }
+        let (sources, complaints) = self.standings.sources();
+        let repository = location.as_ref().map(Location::describe);
+        Ok(Look { found, epoch, whole, sources, index, forced, notes, complaints, repository })
+    }
+
+    /// Says where the store lies in the workspace, if it does.
+    fn place_in(&self, real: &Path) -> Option<RelPath> {
+        use std::os::unix::ffi::OsStrExt;
+        let store = std::fs::canonicalize(&self.dir).ok()?;
+        RelPath::new(store.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
+    }
+}
+
+/// Looks again at what is dirty, and then at the other names of files that have become linked.
+fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> Result<Found> {
+    let mut asked = HashSet::new();
+    loop {
+        let found = walk.part(&before.root, top.clone(), &dirty)?;
+        let linked: HashSet<(u64, u64)> = unread_in(&found)
+            .iter()
+            .filter(|unread| unread.stat.kind() == FileKind::Regular && unread.stat.nlink > 1)
+            .map(|unread| (unread.stat.dev, unread.stat.ino))
+            .filter(|file| !asked.contains(file))
+            .collect();
+        if linked.is_empty() {
+            return Ok(found);
+        }
+        before.names_of(&linked).iter().for_each(|path| dirty.mark(path));
+        asked.extend(linked);
+    }
+}
+
+/// Says whether the files outside the tree that decided are what they were.
+fn sources_hold(known: &[Source], real: &Path, location: Option<&Location>, use_gitignore: bool) -> bool {
+    let above = if use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
+    above.len() <= known.len()
+        && above.iter().zip(known).all(|(path, (known, _))| path == known)
+        && known.iter().all(|source| with_state(source.0.clone()) == *source)
+}
+
+/// Lists what has to be read, in the order of the tree.
+pub(super) fn unread_in(found: &Found) -> Vec<&Unread> {
+    fn gather<'f>(found: &'f Found, unread: &mut Vec<&'f Unread>) {
+        if let Found::New(dir) = found {
+            for entry in &dir.entries {
+                match &entry.what {
+                    What::Unread(entry) => unread.push(entry),
+                    What::Below(found) => gather(found, unread),
+                    What::Known(_) => {}
+                }
+            }
+        }
+    }
+    let mut unread = Vec::new();
+    gather(found, &mut unread);
+    unread
+}
+
+fn count_files(found: &Found) -> u64 {
+    match found {
+        Found::Same(dir) => dir.totals.files + dir.totals.skipped,
+        Found::New(dir) => dir
+            .entries
+            .iter()
+            .map(|entry| match &entry.what {
+                What::Known(_) | What::Unread(_) => 1,
+                What::Below(found) => count_files(found),
+            })
+            .sum(),
+    }
+}
+
+/// Returns the time of the system's clock in nanoseconds since 1970.
+pub(super) fn nanos_now() -> i128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128)
+}

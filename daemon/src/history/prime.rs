@@ -1,0 +1,110 @@
+//! Gets to know a workspace before a checkpoint needs it, and keeps what is known over a restart.
+//!
+//! The first look at a large workspace reads every file. It is taken in the background when a project starts, and again
+//! where the watcher has lost track, always before agents are made to stand still. Nothing here makes a checkpoint.
+
+use std::sync::TryLockError;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::errors::{HistoryError, Result};
+use super::snapshot::{SnapshotRequest, WHOLE_LOOK};
+use super::{History, OnProgress, cache};
+
+/// How often whoever waits for another's look asks whether it is over, or whether to give up.
+const TURN: Duration = Duration::from_millis(2);
+
+/// What priming did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Primed {
+    /// The workspace was known well enough.
+    Already,
+    /// It was looked at.
+    Looked {
+        /// Files and links that were read.
+        read: u64,
+        /// Files and links in all.
+        files: u64,
+    },
+}
+
+impl History {
+    /// Looks at the workspace, unless the watcher knows of every change since the last look. Not a checkpoint.
+    ///
+    /// # Errors
+    /// As for [`History::snapshot`].
+    pub fn prime(
+        &self,
+        request: &SnapshotRequest,
+        now_ms: i64,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Primed> {
+        // Two at once would both read everything.
+        let _one = loop {
+            match self.priming.try_lock() {
+                Ok(one) => break one,
+                Err(TryLockError::Poisoned(one)) => break one.into_inner(),
+                Err(TryLockError::WouldBlock) if cancel.load(Ordering::Relaxed) => return Err(HistoryError::Cancelled),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(TURN),
+            }
+        };
+        if self.is_primed(request) {
+            return Ok(Primed::Already);
+        }
+        let observed = self.observe(request, progress, cancel)?;
+        let read = observed.read;
+        let mut snapshot = self.complete(observed, now_ms, progress, cancel)?;
+        match self.known() {
+            // The store has all of it under another commit: this one would only be in the way.
+            (Some(known), true) if snapshot.shows_the_same(&known) => {
+                snapshot.stands_for(&known);
+                self.adopt(&snapshot);
+            }
+            _ => self.publish_base(&snapshot)?,
+        }
+        if self.watch.is_none() || !self.is_primed(request) {
+            tracing::info!(
+                workspace = %request.workspace.display(),
+                "changes are not watched here; each checkpoint compares all files' states"
+            );
+        }
+        if let Err(error) = self.keep() {
+            tracing::warn!(%error, "what is known of the workspace could not be kept");
+        }
+        Ok(Primed::Looked { read, files: snapshot.stats.files })
+    }
+
+    fn is_primed(&self, request: &SnapshotRequest) -> bool {
+        let (picture, trusted) = self.known();
+        let same_rules = picture.is_some_and(|picture| picture.rules == request.rules);
+        // Without a watcher, every look compares all states: there is nothing more to know beforehand.
+        trusted && same_rules && self.watch.as_ref().is_none_or(|watch| watch.is_complete())
+    }
+
+    /// Writes the known picture to the disk, where enough has been learnt since the last time.
+    ///
+    /// # Errors
+    /// Fails when the store cannot be written; then the next daemon reads more files than it needs.
+    pub fn keep(&self) -> Result<()> {
+        let (picture, unsaved) = {
+            let mut known = self.lock_known();
+            if known.unsaved < WHOLE_LOOK || !known.trusted {
+                return Ok(());
+            }
+            let Some(picture) = known.picture.clone() else { return Ok(()) };
+            (picture, std::mem::take(&mut known.unsaved))
+        };
+        let write = || -> Result<()> {
+            let draft = self.start_draft(0)?;
+            let file = draft.dir.join("picture");
+            cache::save(&picture, &file).map_err(HistoryError::io("write", &file))?;
+            let _writer = self.lock_writer();
+            // The picture's objects stay for as long as the base names its commit.
+            self.refs.set_base(picture.commit, &draft.dir)?;
+            let place = self.cache_path();
+            std::fs::rename(&file, &place).map_err(HistoryError::io("write", &place))
+        };
+        write().inspect_err(|_| self.lock_known().unsaved += unsaved)
+    }
+}

@@ -1,0 +1,153 @@
+//! How the ignore rules stand in a directory, remembered from one walk to the next.
+//!
+//! Compiling patterns costs more than looking at the files that they are about, so that the rules of a directory are
+//! kept for as long as its `.gitignore` and everything above it are what they were.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use super::beneath::{FileKind, Root};
+use super::names::RelPath;
+use super::picture::{Seen, Source};
+use super::rules::IgnoreChain;
+use super::user_repository::{Location, read_small};
+
+const MAX_IGNORE_FILE: u64 = 4 * 1024 * 1024;
+
+/// How the rules stand in one directory.
+#[derive(Clone)]
+pub(super) enum Standing {
+    /// The ignore files decide.
+    Rules(IgnoreChain),
+    /// All of it is covered.
+    Everything,
+    /// The directory is ignored; only what `include` names, or what is tracked, is covered.
+    OnlyIncluded,
+}
+
+struct Compiled {
+    /// The state of the directory's ignore file.
+    ignore_file: Option<Seen>,
+    /// What the chain was built on.
+    up: IgnoreChain,
+    chain: IgnoreChain,
+    warnings: Vec<String>,
+    source: Option<Source>,
+}
+
+/// The rules of the directories that have some of their own.
+#[derive(Default)]
+pub(super) struct Standings {
+    above: Mutex<Option<Above>>,
+    compiled: Mutex<HashMap<RelPath, Compiled>>,
+}
+
+#[derive(Clone)]
+struct Above {
+    sources: Vec<Source>,
+    chain: IgnoreChain,
+    warnings: Vec<String>,
+}
+
+impl Standings {
+    /// Returns what counts at the top of the workspace, without the workspace's own `.gitignore`.
+    pub fn above(&self, workspace: &Path, location: Option<&Location>) -> IgnoreChain {
+        let sources: Vec<Source> =
+            IgnoreChain::sources_above(workspace, location).into_iter().map(with_state).collect();
+        let mut above = self.above.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = &*above
+            && known.sources == sources
+        {
+            return known.chain.clone();
+        }
+        let mut warnings = Vec::new();
+        let chain = IgnoreChain::above(workspace, location, &mut warnings);
+        *above = Some(Above { sources, chain: chain.clone(), warnings });
+        chain
+    }
+
+    /// Returns how the rules stand inside a directory, given how they stand where it lies.
+    pub fn within(
+        &self,
+        dir: &RelPath,
+        outside: &Standing,
+        root: &Root,
+        ignore_file: Option<Seen>,
+        nested: bool,
+    ) -> Standing {
+        let Standing::Rules(up) = outside else {
+            return outside.clone();
+        };
+        if ignore_file.is_none() && !nested {
+            return outside.clone();
+        }
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = compiled.get(dir)
+            && known.ignore_file == ignore_file
+            && known.source.is_some() == nested
+            && known.up.is(up)
+        {
+            return Standing::Rules(known.chain.clone());
+        }
+        drop(compiled);
+        let (mut chain, mut warnings, mut source) = (up.clone(), Vec::new(), None);
+        if nested {
+            // A repository of its own: what stands above it does not count, as for git itself.
+            let full = root.show(dir);
+            let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
+            let exclude = exclude.unwrap_or_else(|| full.join(".git/info/exclude"));
+            source = Some(with_state(exclude.clone()));
+            chain = match read_small(&exclude) {
+                Some(text) => IgnoreChain::default().below(dir, &text, &mut warnings),
+                None => IgnoreChain::default(),
+            };
+        }
+        if ignore_file.is_some()
+            && let Some(text) = read_ignore_file(root, &dir.join(b".gitignore"))
+        {
+            chain = chain.below(dir, &text, &mut warnings);
+        }
+        compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = Compiled { ignore_file, up: up.clone(), chain: chain.clone(), warnings, source };
+        compiled.insert(dir.clone(), entry);
+        Standing::Rules(chain)
+    }
+
+    /// Lists the files outside the covered tree that decided, and what the user should know of all.
+    pub fn sources(&self) -> (Vec<Source>, Vec<String>) {
+        let above = self.above.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (mut sources, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
+        let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut by_path: Vec<_> = compiled.iter().collect();
+        by_path.sort_by_key(|(path, _)| *path);
+        for (_, entry) in by_path {
+            sources.extend(entry.source.clone());
+            warnings.extend(entry.warnings.iter().cloned());
+        }
+        (sources, warnings)
+    }
+
+    /// Forgets the rules of directories that `keep` does not know any more.
+    pub fn retain(&self, keep: impl Fn(&RelPath) -> bool) {
+        self.compiled.lock().unwrap_or_else(PoisonError::into_inner).retain(|path, _| keep(path));
+    }
+}
+
+/// Adds the state of a file.
+pub(super) fn with_state(path: std::path::PathBuf) -> Source {
+    let state = nix::sys::stat::lstat(&path).ok().map(|stat| Seen::from(&super::beneath::Stat::from(stat)));
+    (path, state)
+}
+
+fn read_ignore_file(root: &Root, path: &RelPath) -> Option<Vec<u8>> {
+    use std::io::Read;
+    let stat = root.stat(path).ok()?;
+    if stat.kind() != FileKind::Regular || stat.size > MAX_IGNORE_FILE {
+        return None;
+    }
+    let file = root.open_file(path).ok()?;
+    let mut text = Vec::new();
+    file.take(MAX_IGNORE_FILE).read_to_end(&mut text).ok()?;
+    Some(text)
+}

@@ -1,0 +1,254 @@
+//! What a watched store sees must be what somebody sees who looks at everything for the first time.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io::Write;
+
+use proptest::prelude::*;
+
+use super::*;
+
+/// Compares the next snapshot of the watched store with one of a store that knows nothing.
+fn agrees(sandbox: &Sandbox, number: u64) {
+    let state = tempfile::tempdir().unwrap();
+    let fresh = History::open(state.path()).unwrap();
+    let watched = sandbox.checkpoint(number);
+    let seen = fresh.snapshot(&sandbox.request(number), 5, &quiet, &NEVER).unwrap();
+    if (watched.files, watched.meta) != (seen.files, seen.meta) {
+        fresh.publish(&seen).unwrap();
+        let (ours, theirs) = (sandbox.history.listing_of(number).unwrap(), fresh.listing_of(number).unwrap());
+        let mut text = format!("round {number}\n");
+        for path in ours.items.keys().chain(theirs.items.keys()) {
+            let (a, b) = (ours.items.get(path), theirs.items.get(path));
+            if a != b {
+                text.push_str(&format!("{path}: watched {a:?}, there is {b:?}\n"));
+            }
+        }
+        panic!("{text}skipped {:?} and {:?}", ours.skipped, theirs.skipped);
+    }
+    assert_eq!(watched.skipped, seen.skipped);
+    assert_eq!(sandbox.history.verify(number, &quiet, &NEVER).unwrap().bad, []);
+}
+
+/// Says whether the last snapshot looked only where events had called it.
+fn looked_at_a_part(snapshot: &Snapshot) -> bool {
+    !snapshot.whole
+}
+
+const NAMES: [&str; 10] = ["a", "b", "c", "d.o", "e.log", ".gitignore", "f g", "keep.log", "n\nl", "z"];
+
+fn path_from(words: &mut impl Iterator<Item = u32>) -> String {
+    let depth = words.next().unwrap_or(0) % 4;
+    let mut name = || NAMES[words.next().unwrap_or(0) as usize % NAMES.len()];
+    let dirs = ["a", "b", "c", "z"];
+    let mut parts: Vec<String> = (0..depth).map(|_| format!("d{}", dirs[name().len() % 4])).collect();
+    parts.push(name().to_owned());
+    parts.join("/")
+}
+
+/// Does something to the workspace; what cannot be done is left.
+fn change(sandbox: &Sandbox, words: &mut impl Iterator<Item = u32>) {
+    let path = sandbox.at(path_from(words));
+    let other = sandbox.at(path_from(words));
+    let kind = words.next().unwrap_or(0) % 20;
+    // Opening a FIFO would wait for its other end.
+    for path in [&path, &other] {
+        if fs::symlink_metadata(path).is_ok_and(|meta| std::os::unix::fs::FileTypeExt::is_fifo(&meta.file_type())) {
+            fs::remove_file(path).unwrap();
+        }
+    }
+    let parent = |path: &Path| drop(fs::create_dir_all(path.parent().unwrap()));
+    let result = match kind {
+        0..=4 => {
+            parent(&path);
+            let patterns = ["*.o\n", "*.log\n!keep.log\n", "dd/\n", "/a\n", "", "d*/c\n"];
+            let text = if path.ends_with(".gitignore") { patterns[kind as usize] } else { "content" };
+            fs::write(&path, format!("{text}{}", if text == "content" { kind } else { 0 }))
+        }
+        5 => OpenOptions::new().append(true).open(&path).and_then(|mut file| file.write_all(b"more")),
+        6 => fs::remove_file(&path),
+        7 => fs::remove_dir_all(&path),
+        8 | 9 => {
+            parent(&other);
+            fs::rename(&path, &other)
+        }
+        10 => {
+            // A whole directory, out of sight and back under another name.
+            let (dir, aside) = (path.parent().unwrap(), sandbox.outside("aside"));
+            if dir == sandbox.path() {
+                Ok(())
+            } else {
+                fs::rename(dir, &aside).and_then(|()| fs::rename(&aside, &other))
+            }
+        }
+        11 => {
+            parent(&other);
+            fs::hard_link(&path, &other)
+        }
+        12 => {
+            parent(&path);
+            std::os::unix::fs::symlink("../somewhere", &path)
+        }
+        13 => fs::set_permissions(&path, Permissions::from_mode([0o600, 0o755, 0o4711][path.as_os_str().len() % 3])),
+        14 => File::open(&path).and_then(|file| file.set_modified(std::time::UNIX_EPOCH)),
+        15 => {
+            parent(&path);
+            fs::create_dir(&path)
+        }
+        16 => {
+            let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+            nix::unistd::mkfifo(&*name, nix::sys::stat::Mode::S_IRUSR).map_err(Into::into)
+        }
+        17 => File::open(&path).and_then(|file| {
+            rustix::fs::fsetxattr(&file, "user.note", b"value", rustix::fs::XattrFlags::empty()).map_err(Into::into)
+        }),
+        18 => {
+            sandbox.git(&["add", "-f", "--ignore-errors", "."]);
+            Ok(())
+        }
+        _ => {
+            // Gone and there again before anybody looks.
+            fs::remove_dir_all(&path).and_then(|()| fs::create_dir(&path)).and_then(|()| fs::write(path.join("x"), "x"))
+        }
+    };
+    drop(result);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 200, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_watched_workspace_is_seen_as_it_is(rounds in prop::collection::vec(prop::collection::vec(any::<u32>(), 8..120), 2..7)) {
+        let sandbox = Sandbox::new();
+        sandbox.git(&["init", "-q"]);
+        for (number, words) in rounds.into_iter().enumerate() {
+            let mut words = words.into_iter().peekable();
+            while words.peek().is_some() {
+                change(&sandbox, &mut words);
+            }
+            agrees(&sandbox, number as u64 + 1);
+        }
+    }
+}
+
+#[test]
+fn only_what_has_changed_is_looked_at() {
+    let sandbox = Sandbox::new();
+    for n in 0..50 {
+        sandbox.write(format!("dir{}/below/file{n}", n % 5), format!("content {n}"));
+    }
+    sandbox.let_files_age();
+    assert!(!looked_at_a_part(&sandbox.checkpoint(1)));
+    sandbox.write("dir3/below/file3", "changed");
+    let second = sandbox.checkpoint(2);
+    assert!(looked_at_a_part(&second));
+    assert_eq!(second.stats.files - second.stats.unchanged, 1);
+    // A blob and what is said of it; two trees of each of three directories; the manifest, the root tree, the commit.
+    assert_eq!(second.stats.new_objects, 2 + 3 * 2 + 3);
+    agrees(&sandbox, 3);
+}
+
+#[test]
+fn a_snapshot_that_is_discarded_forgets_no_change() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a/b", "1");
+    sandbox.checkpoint(1);
+    sandbox.write("a/b", "2");
+    sandbox.write("c", "3");
+    sandbox.history.discard(sandbox.take(2));
+    drop(sandbox.take(2));
+    agrees(&sandbox, 2);
+}
+
+#[test]
+fn more_events_than_the_queue_holds_lose_nothing() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a/b", "1");
+    sandbox.checkpoint(1);
+    let limit: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
+    // While a look holds the table, the reader cannot keep up.
+    sandbox.history.watch.as_ref().unwrap().hold_up(|| {
+        for n in 0..limit / 2 + 10 {
+            sandbox.write(format!("a/{}", n % 7), "x");
+            fs::remove_file(sandbox.at(format!("a/{}", n % 7))).unwrap();
+        }
+        sandbox.write("z/late", "not seen by the queue");
+    });
+    let second = sandbox.checkpoint(2);
+    assert!(!looked_at_a_part(&second), "the queue has overflowed");
+    agrees(&sandbox, 3);
+    assert!(sandbox.covered(3).contains(&"z/late".to_owned()));
+}
+
+#[test]
+fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
+    let sandbox = Sandbox::new();
+    sandbox.write("data", [0u8; 4096]);
+    sandbox.write("other", "o");
+    sandbox.let_files_age();
+    sandbox.checkpoint(1);
+    let file = OpenOptions::new().read(true).write(true).open(sandbox.at("data")).unwrap();
+    let before = file.metadata().unwrap();
+    nix::sys::uio::pwrite(&file, b"quietly", 0).unwrap();
+    // As a mapping leaves it: the content is new, the times are not; the change time alone cannot be set back.
+    file.set_modified(before.modified().unwrap()).unwrap();
+    sandbox.let_files_age();
+    let mut request = sandbox.request(2);
+    request.mapped.paths.insert(rel("data"));
+    let second = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
+    assert_eq!(second.stats.files - second.stats.unchanged, 1);
+    sandbox.history.publish(&second).unwrap();
+    // One snapshot more reads it again, mapped or not.
+    let third = sandbox.checkpoint(3);
+    assert_eq!(third.stats.files - third.stats.unchanged, 1);
+    let fourth = sandbox.checkpoint(4);
+    assert_eq!(fourth.stats.files - fourth.stats.unchanged, 0);
+}
+
+#[test]
+fn two_projects_in_one_another_see_the_same() {
+    let outer = Sandbox::new();
+    outer.write("inner/a", "1");
+    outer.write("b", "2");
+    let watcher = Watcher::start(&outer.outside("cookies-of-both")).unwrap();
+    let one = History::open_watched(&outer.outside("one"), Some(&watcher)).unwrap();
+    let two = History::open_watched(&outer.outside("two"), Some(&watcher)).unwrap();
+    let mut inner = outer.request(1);
+    inner.workspace = outer.at("inner");
+    let take = |history: &History, request: &SnapshotRequest, number| {
+        let request = SnapshotRequest { number, ..request.clone() };
+        let snapshot = history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
+        history.publish(&snapshot).unwrap();
+        snapshot
+    };
+    let request = outer.request(1);
+    let (first, _) = (take(&one, &request, 1), take(&two, &inner, 1));
+    outer.write("inner/a", "changed");
+    let (both, alone) = (take(&one, &request, 2), take(&two, &inner, 2));
+    assert!(looked_at_a_part(&both) && looked_at_a_part(&alone));
+    assert_ne!(both.files, first.files);
+    drop(two);
+    outer.write("inner/a", "changed again");
+    assert_ne!(take(&one, &request, 3).files, both.files);
+}
+
+#[test]
+fn a_primed_workspace_costs_only_what_changes_later() {
+    let sandbox = Sandbox::new();
+    for n in 0..30 {
+        sandbox.write(format!("d{}/f{n}", n % 4), format!("content {n}"));
+    }
+    sandbox.let_files_age();
+    let prime = |history: &History| history.prime(&sandbox.request(0), 5, &quiet, &NEVER).unwrap();
+    assert_eq!(prime(&sandbox.history), Primed::Looked { read: 30, files: 30 });
+    assert_eq!(prime(&sandbox.history), Primed::Already);
+    assert_eq!(sandbox.history.list().unwrap(), [0u64; 0]);
+    assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
+    let first = sandbox.checkpoint(1);
+    assert_eq!((first.stats.unchanged, first.stats.new_objects), (30, 3));
+    // A new daemon looks at all states once, and reads nothing.
+    let watcher = Watcher::start(&sandbox.outside("cookies-again")).unwrap();
+    let again = History::open_watched(&sandbox.outside("state"), Some(&watcher)).unwrap();
+    assert_eq!(prime(&again), Primed::Looked { read: 0, files: 30 });
+    assert_eq!(again.verify(1, &quiet, &NEVER).unwrap().bad, []);
+}

@@ -1,0 +1,109 @@
+//! Gets to know a workspace while its agents run, so that they stand still only for what changes later.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::{Path, PathBuf};
+
+use fermata_core::command::AgentRun;
+use fermata_protocol::OperationId;
+
+use super::{Cancel, Site, blocking};
+use crate::errors::Failure;
+use crate::history::{Mapped, Primed, RelPath, SnapshotRequest};
+use crate::os::{mappings, process};
+
+/// Describes a snapshot that becomes no checkpoint.
+fn request(site: &Site) -> SnapshotRequest {
+    SnapshotRequest {
+        workspace: PathBuf::from(&site.project.facts.workspace),
+        number: 0,
+        message: format!("what is known of {}\n", site.project.name),
+        parent: None,
+        rules: site.rules(),
+        mapped: Mapped::default(),
+    }
+}
+
+/// Makes sure that the workspace is known, before anybody is made to stand still for it.
+///
+/// # Errors
+/// When the workspace cannot be read or the store not be written.
+pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Failure> {
+    let (request, now) = (request(site), crate::services::now());
+    let primed = site
+        .with_history(operation, "look at the workspace", move |history, progress, cancel| {
+            history.prime(&request, now.0, progress, cancel)
+        })
+        .await?;
+    if let Primed::Looked { read, files } = primed {
+        tracing::debug!(project = %site.project.name, read, files, "the workspace is known");
+    }
+    Ok(())
+}
+
+/// The same in the background; what goes wrong will be told by the operation that needs it.
+pub fn in_background(mut site: Site) {
+    let (services, cancel) = (std::sync::Arc::clone(&site.services), Cancel::default());
+    site.cancel = cancel.clone();
+    services.tracker.clone().spawn(async move {
+        let stopping = services.stopping.clone();
+        let look = async {
+            // One project after the other: this is nobody's hurry.
+            let _turn = services.background.acquire().await;
+            if stopping.is_cancelled() {
+                return;
+            }
+            if let Err(failure) = run(&site, None).await {
+                tracing::debug!(project = %site.project.name, %failure, "the workspace is not known yet");
+            }
+        };
+        tokio::pin!(look);
+        tokio::select! {
+            () = &mut look => return,
+            () = stopping.cancelled() => cancel.cancel(),
+        }
+        // The blocking part ends soon.
+        look.await;
+    });
+}
+
+/// Finds the files of the workspace that agents can write to through memory.
+///
+/// # Errors
+/// When it cannot be found out.
+pub async fn mapped(site: &Site, runs: &[AgentRun]) -> Result<Mapped, Failure> {
+    let shims: Vec<i32> = runs
+        .iter()
+        .filter_map(|(agent, _)| site.project.agents.get(agent)?.run.as_ref()?.processes.as_ref())
+        .map(|processes| processes.shim_pid)
+        .collect();
+    if shims.is_empty() {
+        return Ok(Mapped::default());
+    }
+    let workspace = PathBuf::from(&site.project.facts.workspace);
+    blocking("look at what agents have mapped", move || {
+        let workspace = workspace.canonicalize().unwrap_or(workspace);
+        let mut mapped = Mapped { paths: BTreeSet::new(), files: HashSet::new() };
+        for shim in shims {
+            let failed = |e| Failure::fault("list the agents' processes", &e);
+            for stat in process::descendants(shim, process::Look::Quick).map_err(failed)? {
+                match mappings::writable_shared(stat.id.pid) {
+                    Ok(found) => found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace)),
+                    Err(error) => tracing::debug!(pid = stat.id.pid, %error, "its mappings are not told"),
+                }
+            }
+        }
+        Ok(mapped)
+    })
+    .await
+}
+
+fn note(mapped: &mut Mapped, mapping: mappings::Mapping, workspace: &Path) {
+    use std::os::unix::ffi::OsStrExt;
+    let below =
+        mapping.path.strip_prefix(workspace).ok().and_then(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
+    match below {
+        Some(path) => drop(mapped.paths.insert(path)),
+        // In a container the same file has another path.
+        None => drop(mapped.files.insert((mapping.dev, mapping.ino))),
+    }
+}
