@@ -235,7 +235,6 @@ impl History {
         let clock = Instant::now();
         let pack = pack.into_inner().unwrap_or_else(PoisonError::into_inner);
         let pack = pack.finish().map_err(HistoryError::io("complete a pack in", &dir))?;
-        sync_dir(&self.pending()).map_err(HistoryError::io("flush", &dir))?;
         let written = if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" };
         failpoint::check(written).map_err(HistoryError::io("complete a pack in", &dir))?;
         took.pack_us = micros(clock);
@@ -342,9 +341,14 @@ impl History {
         let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
         if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
             watch.settle(epoch);
-            watch.retain(is_dir);
+            // The kernel gives up the watches of removed directories by itself; the others cost little meanwhile.
+            if snapshot.whole {
+                watch.retain(is_dir);
+            }
         }
-        self.standings.retain(is_dir);
+        if snapshot.whole {
+            self.standings.retain(is_dir);
+        }
     }
 
     /// Forgets a snapshot that was not published, as dropping it does.
