@@ -363,7 +363,11 @@ impl History {
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(HistoryError::io("clear", &dir))?;
         }
-        self.live().insert(name.clone());
+        {
+            // Packs are removed under this lock and only while nobody is entered.
+            let _writer = self.lock_writer();
+            self.live().insert(name.clone());
+        }
         let draft = Draft { dir, name, live: Live::clone(&self.live) };
         fs::create_dir(&draft.dir).map_err(HistoryError::io("create", &draft.dir))?;
         Ok(draft)
