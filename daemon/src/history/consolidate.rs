@@ -43,12 +43,14 @@ const SPARE: u64 = 64 << 20;
 pub(super) const DRAFT: &str = "consolidation";
 
 /// How much is consolidated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
-    /// What has become worth it since the last time; often nothing.
+    /// Packs with much that nobody needs any more, and whatever they join.
+    Waste,
+    /// The same and all fresh packs, once there are many of these.
     Due,
-    /// Fresh packs and whatever they join, even if they are few; and packs with much that nobody needs.
-    Some,
+    /// The same and all fresh packs, even if they are few.
+    Fresh,
     /// All packs into one: the smallest result, for the price of reading and writing everything.
     Everything,
 }
@@ -317,7 +319,7 @@ fn choose(candidates: Vec<Candidate>, reach: &Reach, extent: Extent) -> Result<V
     let mut others = Vec::new();
     let all = candidates.len();
     for one in candidates {
-        if one.fresh || waste(&one, reach)? > one.bytes / WASTE {
+        if (one.fresh && extent != Extent::Waste) || waste(&one, reach)? > one.bytes / WASTE {
             chosen.push(one);
         } else {
             others.push(one);
@@ -326,8 +328,8 @@ fn choose(candidates: Vec<Candidate>, reach: &Reach, extent: Extent) -> Result<V
     match extent {
         Extent::Everything if all == 1 => {}
         Extent::Everything => chosen.append(&mut others),
-        Extent::Due | Extent::Some if chosen.is_empty() => {}
-        Extent::Due | Extent::Some => {
+        Extent::Waste | Extent::Due | Extent::Fresh if chosen.is_empty() => {}
+        Extent::Waste | Extent::Due | Extent::Fresh => {
             let mut bytes: u64 = chosen.iter().map(|one| one.bytes).sum();
             others.sort_by_key(|one| one.bytes);
             for one in others.into_iter() {

@@ -299,6 +299,11 @@ impl History {
         Ok(Listing::of_workspace(&dir))
     }
 
+    /// Gives back the memory that only makes reading faster, once a piece of work is done.
+    pub fn rest(&self) {
+        self.objects.rest();
+    }
+
     fn pending(&self) -> PathBuf {
         self.repository.join("pending")
     }

@@ -23,6 +23,7 @@ pub mod readiness;
 pub mod restore;
 pub mod resume;
 pub mod session;
+pub mod upkeep;
 pub mod validate;
 
 use std::collections::BTreeMap;
@@ -116,7 +117,9 @@ impl Site {
                     drop(notes.send(note(operation, progress)));
                 }
             };
-            work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e))
+            let done = work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e));
+            history.rest();
+            done
         })
         .await
     }
@@ -176,6 +179,7 @@ pub async fn blocking<T: Send + 'static>(
 #[derive(Clone, Default)]
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
+    upkeep: upkeep::Upkeep,
 }
 
 impl HistoryCell {

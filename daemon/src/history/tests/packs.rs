@@ -70,7 +70,7 @@ fn many_packs_become_one_and_every_checkpoint_stays_what_it_was() {
     assert!(done.bytes_after * 5 < done.bytes_before * 2, "{done:?}");
     assert_eq!(packs(&sandbox.history).len(), 1);
     assert!(!sandbox.history.wants_consolidation());
-    assert_eq!(consolidate(&sandbox.history, Extent::Some), None);
+    assert_eq!(consolidate(&sandbox.history, Extent::Fresh), None);
 
     for history in [&sandbox.history, &History::open(&sandbox.outside("state")).unwrap()] {
         all_is_good(history);
@@ -87,7 +87,7 @@ fn many_packs_become_one_and_every_checkpoint_stays_what_it_was() {
 #[test]
 fn git_reads_what_was_consolidated_and_finds_chains_short() {
     let sandbox = with_rounds(150);
-    consolidate(&sandbox.history, Extent::Some).unwrap();
+    consolidate(&sandbox.history, Extent::Fresh).unwrap();
     let repository = sandbox.history.repository();
     git_in(repository, &["fsck", "--strict", "--full", "--no-dangling"]);
     for pack in packs(&sandbox.history) {
@@ -109,14 +109,14 @@ fn a_consolidation_costs_what_is_new_not_what_is_there() {
     sandbox.checkpoint(1);
     sandbox.write("small", "2");
     sandbox.checkpoint(2);
-    consolidate(&sandbox.history, Extent::Some).unwrap();
+    consolidate(&sandbox.history, Extent::Fresh).unwrap();
     let base = packs(&sandbox.history);
     for n in 3..10 {
         sandbox.write("small", format!("{n}"));
         sandbox.checkpoint(n);
     }
     assert_eq!(consolidate(&sandbox.history, Extent::Due), None);
-    let done = consolidate(&sandbox.history, Extent::Some).unwrap();
+    let done = consolidate(&sandbox.history, Extent::Fresh).unwrap();
     assert_eq!(done.packs, 7);
     assert!(packs(&sandbox.history).contains(&base[0]));
     assert_eq!(packs(&sandbox.history).len(), 2);
@@ -130,11 +130,11 @@ fn a_consolidation_costs_what_is_new_not_what_is_there() {
 #[test]
 fn what_no_checkpoint_needs_any_more_is_dropped_even_where_others_were_deltas_to_it() {
     let sandbox = with_rounds(40);
-    consolidate(&sandbox.history, Extent::Some).unwrap();
+    consolidate(&sandbox.history, Extent::Fresh).unwrap();
     let before = sandbox.history.pack_stats().unwrap().bytes;
     let listing = sandbox.history.listing_of(40).unwrap().items;
     (1..40).filter(|n| n % 9 != 0).for_each(|n| sandbox.history.remove(n).unwrap());
-    let done = consolidate(&sandbox.history, Extent::Some).unwrap();
+    let done = consolidate(&sandbox.history, Extent::Waste).unwrap();
     assert_eq!(done.packs, 1);
     assert!(sandbox.history.pack_stats().unwrap().bytes < before);
     all_is_good(&sandbox.history);
@@ -142,7 +142,7 @@ fn what_no_checkpoint_needs_any_more_is_dropped_even_where_others_were_deltas_to
     git_in(sandbox.history.repository(), &["fsck", "--strict", "--full", "--no-dangling"]);
 
     sandbox.history.list().unwrap().into_iter().for_each(|n| sandbox.history.remove(n).unwrap());
-    consolidate(&sandbox.history, Extent::Some).unwrap();
+    consolidate(&sandbox.history, Extent::Fresh).unwrap();
     assert_eq!(packs(&sandbox.history), [] as [PathBuf; 0]);
 }
 
@@ -225,7 +225,7 @@ fn a_flipped_bit_anywhere_in_a_pack_or_an_index_is_noticed() {
         sandbox.write("b", [round as u8; 90]);
         sandbox.checkpoint(round);
     }
-    consolidate(&sandbox.history, Extent::Some).unwrap();
+    consolidate(&sandbox.history, Extent::Fresh).unwrap();
     let pack = packs(&sandbox.history).remove(0);
     for path in [pack.clone(), pack.with_extension("idx")] {
         for at in 0..fs::metadata(&path).unwrap().len() {
@@ -313,7 +313,7 @@ fn snapshots_removals_sweeps_and_consolidations_side_by_side_harm_no_checkpoint(
         scope.spawn(move || {
             let mut done = 0;
             while !stop.load(Ordering::Relaxed) {
-                let extent = if done % 3 == 0 { Extent::Everything } else { Extent::Some };
+                let extent = if done % 3 == 0 { Extent::Everything } else { Extent::Fresh };
                 done += u64::from(consolidate(history, extent).is_some());
             }
             assert!(done > 2, "only {done} consolidations came through");
@@ -353,7 +353,7 @@ proptest! {
         let mut wanted = BTreeMap::new();
         for (act, file, size) in acts {
             match act {
-                0 => drop(consolidate(&sandbox.history, Extent::Some)),
+                0 => drop(consolidate(&sandbox.history, Extent::Fresh)),
                 1 => drop(consolidate(&sandbox.history, Extent::Everything)),
                 2 if wanted.len() > 2 => {
                     let number = *wanted.keys().nth(file % wanted.len()).unwrap();
