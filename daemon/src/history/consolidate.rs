@@ -23,7 +23,7 @@ use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::pack_reader::PackReader;
 use super::reach::{Reach, Roots};
-use super::repack::Repack;
+use super::repack::{Manner, Repack};
 use super::sweep::remove;
 use super::{History, Oid, OnProgress};
 use crate::failpoint;
@@ -141,7 +141,8 @@ impl History {
         let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
         let old = Old { names, walked: roots.names(), reach: &reach };
         let readers = packs.into_iter().map(|one| one.reader).collect();
-        let plan = Repack::plan(&reach, readers, |oid| self.objects.contains_outside(oid, &old.names))?;
+        let plan =
+            Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
         let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
         if plan.objects() == 0 {
             return Ok(self.swap(None, &old, cancel)?.then_some(report));
@@ -266,15 +267,7 @@ impl History {
         }
         let (from, to) = (self.pending().join(DRAFT), self.objects.pack_dir());
         if let Some(new) = new {
-            // The index comes last: a pack counts from the instant that it has one.
-            for end in ["pack", "idx"] {
-                let target = to.join(format!("{new}.{end}"));
-                fs::rename(from.join(format!("{new}.{end}")), &target)
-                    .map_err(HistoryError::io("move a pack to", &target))?;
-                failpoint::check("history.consolidation.moved").map_err(HistoryError::io("move a pack to", &target))?;
-            }
-            sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
-            self.objects.refresh()?;
+            self.install(&from, new, "history.consolidation.moved")?;
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
         for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {

@@ -18,6 +18,7 @@
 //! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
 
 mod beneath;
+mod bundle;
 mod cache;
 mod consolidate;
 mod content;
@@ -66,6 +67,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use beneath::Time;
+pub use bundle::{Exported, Incoming};
 pub use consolidate::{Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};

@@ -71,6 +71,15 @@ enum Way {
     Anew,
 }
 
+/// How much is done for a small result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Manner {
+    /// Entries are copied as they are, except where that is impossible.
+    Hurry,
+    /// What was compressed in haste is compressed anew, versions as deltas.
+    Patience,
+}
+
 /// The packs that become one, and what is planned for their entries.
 pub(super) struct Repack<'a> {
     reach: &'a Reach,
@@ -89,15 +98,22 @@ impl<'a> Repack<'a> {
     ///
     /// # Errors
     /// Fails when a pack is damaged.
-    pub fn plan(reach: &'a Reach, packs: Vec<PackReader>, elsewhere: impl Fn(&Oid) -> bool) -> Result<Repack<'a>> {
-        let fresh = packs.iter().map(PackReader::is_fresh).collect();
+    pub fn plan(
+        reach: &'a Reach,
+        packs: Vec<PackReader>,
+        manner: Manner,
+        elsewhere: impl Fn(&Oid) -> bool,
+    ) -> Result<Repack<'a>> {
+        let fresh = packs.iter().map(|pack| manner == Manner::Patience && pack.is_fresh()).collect();
         let (items, by_node, counts) = (Vec::new(), HashMap::new(), Counts::default());
         let mut repack = Repack { reach, packs, fresh, items, by_node, remembered: Remembered::default(), counts };
         for pack in 0..repack.packs.len() {
             repack.gather(pack, &elsewhere).map_err(HistoryError::io("read pack", name(&repack.packs[pack])))?;
         }
         repack.keep_deltas().map_err(HistoryError::io("read packs of", Path::new("history.git")))?;
-        repack.choose_bases();
+        if manner == Manner::Patience {
+            repack.choose_bases();
+        }
         Ok(repack)
     }
 

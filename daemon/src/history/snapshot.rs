@@ -354,7 +354,7 @@ impl History {
         drop(snapshot);
     }
 
-    /// Makes a directory for a snapshot to be.
+    /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
     pub(super) fn start_draft(&self, number: u64) -> Result<Draft> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());

@@ -41,7 +41,7 @@ pub struct VerifyReport {
 
 /// What a verification of several checkpoints knows already, so that what they share is read once.
 #[derive(Default)]
-struct Known {
+pub(super) struct Known {
     /// Trees below which everything is good.
     trees: HashSet<Oid>,
     /// Objects that are good by themselves.
@@ -123,7 +123,7 @@ impl History {
         }
         // Whole objects can still fail to describe each other.
         if report.bad.is_empty() {
-            match self.check_described(&commit, known) {
+            match check_described(&self.objects, &commit, known) {
                 Ok(()) => known.trees.extend(trees),
                 Err(error) => {
                     report.bad.push(BadObject { oid: commit, path: String::new(), problem: error.to_string() })
@@ -176,22 +176,22 @@ impl History {
             Err(error) => Err(format!("{name}: {error}")),
         }
     }
+}
 
-    /// Checks that manifest and metadata can be read and that each file has its line of metadata.
-    fn check_described(&self, commit: &Oid, known: &mut Known) -> Result<()> {
-        let root = CheckpointRoot::read(&self.objects, commit)?;
-        root.manifest(&self.objects)?;
-        let mut read = Vec::new();
-        let mut open: Vec<Open> = vec![(RelPath::root(), Some(root.files), root.meta)];
-        while let Some((path, files, meta)) = open.pop() {
-            if !known.described.contains(&(files, meta)) {
-                read_directory(&self.objects, &path, files, meta, &mut Listing::default(), &mut open)?;
-                read.push((files, meta));
-            }
+/// Checks that manifest and metadata of a commit can be read and that each file has its line of metadata.
+pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known) -> Result<()> {
+    let root = CheckpointRoot::read(store, commit)?;
+    root.manifest(store)?;
+    let mut read = Vec::new();
+    let mut open: Vec<Open> = vec![(RelPath::root(), Some(root.files), root.meta)];
+    while let Some((path, files, meta)) = open.pop() {
+        if !known.described.contains(&(files, meta)) {
+            read_directory(store, &path, files, meta, &mut Listing::default(), &mut open)?;
+            read.push((files, meta));
         }
-        known.described.extend(read);
-        Ok(())
     }
+    known.described.extend(read);
+    Ok(())
 }
 
 /// Streams an object, compares kind, size and hash, and returns its size.

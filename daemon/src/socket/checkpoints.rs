@@ -44,7 +44,8 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
     wire(&CheckpointListResult { checkpoints })
 }
 
-async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
+/// Finds the row of a checkpoint.
+pub(super) async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
     let name = handle.name();
     let shown = name.clone();
     let found = handle
