@@ -24,6 +24,8 @@ pub(super) struct Node {
     pub before: Option<u32>,
     /// How many versions there were before.
     pub version: u32,
+    /// What its first name ends with, as a number: files of one kind resemble each other.
+    pub likeness: u64,
 }
 
 /// Everything that was reached.
@@ -49,14 +51,14 @@ impl Reach {
         &self.nodes
     }
 
-    fn enter(&mut self, oid: Oid, kind: ObjectKind, before: Option<Oid>) -> bool {
+    fn enter(&mut self, oid: Oid, kind: ObjectKind, before: Option<Oid>, name: &[u8]) -> bool {
         if self.needs(&oid) {
             return false;
         }
         let before = before.and_then(|oid| self.number(&oid)).filter(|n| self.nodes[*n as usize].kind == kind);
         let version = before.map_or(0, |n| self.nodes[n as usize].version + 1);
         self.numbers.insert(oid, self.nodes.len() as u32);
-        self.nodes.push(Node { oid, kind, before, version });
+        self.nodes.push(Node { oid, kind, before, version, likeness: likeness(name) });
         true
     }
 
@@ -69,7 +71,8 @@ impl Reach {
         let mut before = None;
         for commit in &roots.commits {
             let tree = root_tree_of(store, commit)?;
-            if !walk.is_known(commit) && walk.reach.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit))
+            if !walk.is_known(commit)
+                && walk.reach.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit), b"")
             {
                 walk.tree(tree, before.map(|(_, tree)| tree))?;
             }
@@ -81,6 +84,12 @@ impl Reach {
         }
         Ok(walk.reach)
     }
+}
+
+/// Makes a number of a name whose highest bits come from its last bytes, so that sorting by it brings the same names
+/// together, and beside them those with the same ending.
+fn likeness(name: &[u8]) -> u64 {
+    name.iter().fold(0, |number: u64, byte| (number >> 8) | (u64::from(*byte) << 56))
 }
 
 /// What must stay.
@@ -131,7 +140,7 @@ impl Walk<'_> {
     fn tree(&mut self, tree: Oid, before: Option<Oid>) -> Result<()> {
         let mut open = vec![(tree, before)];
         while let Some((tree, before)) = open.pop() {
-            if self.is_known(&tree) || !self.reach.enter(tree, ObjectKind::Tree, before) {
+            if self.is_known(&tree) || !self.reach.enter(tree, ObjectKind::Tree, before, b"") {
                 continue;
             }
             if self.cancel.load(Ordering::Relaxed) {
@@ -147,7 +156,7 @@ impl Walk<'_> {
                 if entry.is_tree() {
                     open.push((entry.oid, before));
                 } else if !self.is_known(&entry.oid) {
-                    self.reach.enter(entry.oid, ObjectKind::Blob, before);
+                    self.reach.enter(entry.oid, ObjectKind::Blob, before, &entry.name);
                 }
             }
         }

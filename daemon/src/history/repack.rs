@@ -34,6 +34,10 @@ pub(super) const MAX_DEPTH: u32 = 50;
 const STRIDE: u32 = 16;
 /// Larger objects are copied as they are: they must not stand in memory.
 const LARGE: u64 = 8 << 20;
+/// Larger files are not compared with others that are only named alike.
+const LARGEST_LIKENESS: u64 = 512 << 10;
+/// Deltas to files that are only named alike form no longer chains, so that a first version is read fast.
+const LIKENESS_DEPTH: u32 = 6;
 /// Smaller objects gain nothing from a base.
 const SMALLEST_DELTA: u64 = 48;
 /// Up to this size an object is always compressed anew, so that packs of snapshots and of this room can be told apart.
@@ -113,6 +117,7 @@ impl<'a> Repack<'a> {
         repack.keep_deltas().map_err(HistoryError::io("read packs of", Path::new("history.git")))?;
         if manner == Manner::Patience {
             repack.choose_bases();
+            repack.choose_likenesses();
         }
         Ok(repack)
     }
@@ -215,6 +220,46 @@ impl<'a> Repack<'a> {
                 self.items[n as usize].way = Way::Anew;
             }
         }
+    }
+
+    /// Tries files without an earlier version against one that is named alike and a little larger. The order is git's.
+    fn choose_likenesses(&mut self) {
+        let nodes = self.reach.nodes();
+        let lone = |n: &u32| {
+            let item = &self.items[*n as usize];
+            let sizes = SMALLEST_DELTA * 2..LARGEST_LIKENESS;
+            self.fresh[item.pack]
+                && item.kind == ObjectKind::Blob
+                && item.base.is_none()
+                && sizes.contains(&item.head.size)
+        };
+        let mut order: Vec<u32> = (0..self.items.len() as u32).filter(lone).collect();
+        let key = |n: &u32| {
+            let item = &self.items[*n as usize];
+            (nodes[item.node as usize].likeness, std::cmp::Reverse(item.head.size), item.node)
+        };
+        order.sort_unstable_by_key(key);
+        for pair in 1..order.len() {
+            let (base, n) = (order[pair - 1], order[pair]);
+            let (larger, smaller) = (self.items[base as usize].head.size, self.items[n as usize].head.size);
+            if smaller <= larger
+                && larger / 4 <= smaller
+                && self.depth(base) < LIKENESS_DEPTH
+                && self.can_be_base(base, n)
+            {
+                self.set_base(n, base);
+            }
+        }
+    }
+
+    fn depth(&self, n: u32) -> u32 {
+        let mut depth = 0;
+        let mut at = n;
+        while let Some(base) = self.items[at as usize].base {
+            depth += 1;
+            at = base;
+        }
+        depth
     }
 
     /// Lists bases for a version, the best first: the one before it, except that every 16th refers to the one 16 before,

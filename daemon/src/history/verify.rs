@@ -1,7 +1,7 @@
 //! Checks that a checkpoint is whole: each object is there, inflates, and has the hash that names it, and the packs and
 //! indexes that hold them are what they were when they were written, to the last byte.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -62,18 +62,15 @@ impl History {
     }
 
     /// Verifies several checkpoints, and reads what they share once. A report counts what no earlier one has counted.
-    ///
-    /// # Errors
-    /// As for [`History::verify`].
+    /// Each has its own result, as of [`History::verify`].
     pub fn verify_all(
         &self,
         numbers: &[u64],
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
-    ) -> Result<Vec<(u64, VerifyReport)>> {
+    ) -> BTreeMap<u64, Result<VerifyReport>> {
         let mut known = Known::default();
-        let one = |number: &u64| Ok((*number, self.verify_one(*number, &mut known, progress, cancel)?));
-        numbers.iter().map(one).collect()
+        numbers.iter().map(|number| (*number, self.verify_one(*number, &mut known, progress, cancel))).collect()
     }
 
     fn verify_one(
