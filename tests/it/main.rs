@@ -32,6 +32,7 @@ mod send;
 mod shims;
 mod signals;
 mod stop;
+mod transfer;
 mod up;
 mod usage;
 mod wait;

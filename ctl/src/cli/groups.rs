@@ -175,6 +175,30 @@ pub enum CheckpointCommand {
         /// The checkpoint; all of them when left out.
         checkpoint: Option<CheckpointNumber>,
     },
+    /// Write a checkpoint to one file, which another machine can import.
+    Export {
+        /// The project.
+        project: ProjectName,
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// The file; it must not exist.
+        file: PathBuf,
+    },
+    /// Make a checkpoint of a file that was exported, under a new number.
+    Import {
+        /// The project.
+        project: ProjectName,
+        /// The file.
+        file: PathBuf,
+    },
+    /// Write the history's many packs as one; done by itself when it is worth it.
+    Consolidate {
+        /// The project.
+        project: ProjectName,
+        /// Write everything anew, for the smallest result.
+        #[arg(long)]
+        everything: bool,
+    },
     /// Keep a checkpoint whatever the retention says.
     Pin {
         /// The project.

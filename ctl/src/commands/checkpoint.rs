@@ -7,10 +7,12 @@ use fermata_protocol::checkpoint::{
     CheckpointDiffResult, CheckpointList, CheckpointPin, CheckpointRestore, CheckpointRestoreResult, CheckpointShow,
     CheckpointVerify, CheckpointView, VerifiedCheckpoint,
 };
+use fermata_protocol::transfer::{CheckpointConsolidate, CheckpointExport};
 use fermata_protocol::{CheckpointNumber, ProjectName};
 
 use super::Ended;
 use super::pause::{frozen, steps_text};
+use super::transfer;
 use crate::cli::groups::CheckpointCommand;
 use crate::errors::Failure;
 use crate::output::time::{bytes, dollars, local, number};
@@ -53,6 +55,17 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
         CheckpointCommand::Verify { project, checkpoint } => {
             let params = CheckpointVerify { project, checkpoint };
             return verify(session, &params);
+        }
+        CheckpointCommand::Export { project, checkpoint, file } => {
+            transfer::export(session, &CheckpointExport { project, checkpoint }, &file)?;
+        }
+        CheckpointCommand::Import { project, file } => {
+            let result = transfer::import(session, project, &file)?;
+            let id = result.checkpoint_id.to_string();
+            session.out.one(&result, Some(id), created)?;
+        }
+        CheckpointCommand::Consolidate { project, everything } => {
+            transfer::consolidate(session, &CheckpointConsolidate { project, everything })?;
         }
         CheckpointCommand::Pin { project, checkpoint } => pin(session, project, checkpoint, true)?,
         CheckpointCommand::Unpin { project, checkpoint } => pin(session, project, checkpoint, false)?,

@@ -21,6 +21,7 @@ mod run;
 mod send;
 mod status;
 mod task;
+mod transfer;
 mod up;
 
 pub use run::{canonical, environment};

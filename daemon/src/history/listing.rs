@@ -169,9 +169,11 @@ pub(super) fn root_tree_of(store: &ObjectStore, commit: &Oid) -> Result<Oid> {
     tree.ok_or_else(|| HistoryError::DamagedObject { oid: *commit, problem: "it names no tree".to_owned() })
 }
 
-type Open = (RelPath, Option<Oid>, Oid);
+/// A directory that is still to be read: its path, the tree of its files, the tree of its metadata.
+pub(super) type Open = (RelPath, Option<Oid>, Oid);
 
-fn read_directory(
+/// Reads one directory of a checkpoint into a listing, and adds those below to `open`.
+pub(super) fn read_directory(
     store: &ObjectStore,
     path: &RelPath,
     files: Option<Oid>,

@@ -3,6 +3,7 @@
 //! ```text
 //! snapshot: scan -> content -> tree -> pack (in pending/)          nothing is visible yet
 //! publish:  pack -> objects/pack, then the ref                     the checkpoint exists
+//! later:    many packs -> one, with deltas (consolidate)           what is read stays the same
 //! restore:  plan (persisted by the caller) -> apply -> recheck     rolls forward after a crash
 //! ```
 //!
@@ -17,8 +18,11 @@
 //! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
 
 mod beneath;
+mod bundle;
 mod cache;
+mod consolidate;
 mod content;
+mod delta;
 mod diff;
 mod errors;
 mod listing;
@@ -28,12 +32,17 @@ mod objects;
 mod observe;
 mod oid;
 mod pack;
+mod pack_entry;
+mod pack_index;
+mod pack_reader;
 mod picture;
 mod plan;
 mod planner;
 mod prime;
+mod reach;
 mod recheck;
 mod refs;
+mod repack;
 mod restore;
 mod rules;
 mod scan;
@@ -58,6 +67,8 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use beneath::Time;
+pub use bundle::{Exported, Incoming};
+pub use consolidate::{Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use meta::{FORMAT, Manifest};
@@ -133,6 +144,8 @@ pub struct History {
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
     known: Mutex<Known>,
+    /// Held by whoever consolidates packs.
+    consolidating: Mutex<()>,
     /// One background look at a time.
     priming: Mutex<()>,
     standings: Standings,
@@ -191,6 +204,7 @@ impl History {
             writer: Mutex::new(()),
             live: Live::default(),
             known: Mutex::default(),
+            consolidating: Mutex::default(),
             priming: Mutex::default(),
             standings: Standings::default(),
             watch: watcher.map(Watcher::watch_project),
@@ -285,6 +299,11 @@ impl History {
         reading.read_all(&observe::unread_in(&look.found))?;
         let dir = tree::seal(look.found, started_ns, &ObjectSink { store: &self.objects, pack: None })?;
         Ok(Listing::of_workspace(&dir))
+    }
+
+    /// Gives back the memory that only makes reading faster, once a piece of work is done.
+    pub fn rest(&self) {
+        self.objects.rest();
     }
 
     fn pending(&self) -> PathBuf {

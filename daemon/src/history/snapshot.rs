@@ -358,7 +358,7 @@ impl History {
         drop(snapshot);
     }
 
-    /// Makes a directory for a snapshot to be.
+    /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
     pub(super) fn start_draft(&self, number: u64) -> Result<Draft> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
@@ -367,7 +367,11 @@ impl History {
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(HistoryError::io("clear", &dir))?;
         }
-        self.live().insert(name.clone());
+        {
+            // Packs are removed under this lock and only while nobody is entered.
+            let _writer = self.lock_writer();
+            self.live().insert(name.clone());
+        }
         let draft = Draft { dir, name, live: Live::clone(&self.live) };
         fs::create_dir(&draft.dir).map_err(HistoryError::io("create", &draft.dir))?;
         Ok(draft)

@@ -22,11 +22,12 @@ use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell,
 use super::ids::NewToken;
 use super::links::Watcher;
 use crate::errors::Failure;
+use crate::history::Extent;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::reach::Linked;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness};
+use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness, upkeep};
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};
@@ -473,6 +474,7 @@ impl Actor {
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
+        self.look_after_packs(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
@@ -511,6 +513,19 @@ impl Actor {
                 members.insert("at".into(), json!(at));
             }
             self.services.plugins.notify(&Arc::new(value));
+        }
+    }
+
+    /// Has packs consolidated after a checkpoint, and never while the project pauses.
+    fn look_after_packs(&self, events: &[Event]) {
+        for event in events {
+            match event {
+                Event::PauseStarted { .. } | Event::ProjectRemoved {} => upkeep::hold_off(&self.site()),
+                Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::RestorePlanned { .. } => {
+                    upkeep::wish(&self.site(), Extent::Due);
+                }
+                _ => {}
+            }
         }
     }
 

@@ -19,7 +19,7 @@ use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, validate};
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transfer, validate};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -273,7 +273,11 @@ impl Actor {
         };
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
-            let outcome = match live_checkpoint(&site, order, &runs).await {
+            let making = match label.import {
+                Some(file) => transfer::import(&site, &order, file).await.map(|made| (made, 0.0)),
+                None => live_checkpoint(&site, order, &runs).await,
+            };
+            let outcome = match making {
                 Ok((made, frozen_ms)) => {
                     let result = CheckpointCreateResult {
                         operation_id: operation.clone(),

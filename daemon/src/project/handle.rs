@@ -14,6 +14,7 @@ use crate::errors::Failure;
 use crate::services::Services;
 use crate::shim::link::ShimLink;
 use crate::steps::launch::Started;
+use crate::steps::transfer::Held;
 use crate::steps::{Cancel, HistoryCell, Site};
 use crate::store::commit::{Write, Written};
 use crate::store::idempotency::Keyed;
@@ -59,6 +60,8 @@ pub struct Label {
     pub name: Option<String>,
     /// Its description.
     pub description: String,
+    /// The file that it is made of, where it is imported instead of made.
+    pub import: Option<Held>,
 }
 
 /// What a step, a shim or recovery reports.

@@ -44,7 +44,8 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
     wire(&CheckpointListResult { checkpoints })
 }
 
-async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
+/// Finds the row of a checkpoint.
+pub(super) async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
     let name = handle.name();
     let shown = name.clone();
     let found = handle
@@ -139,18 +140,30 @@ pub(super) async fn verify(projects: &Projects, params: &CheckpointVerify) -> Re
             list.map_err(|e| Failure::fault("list checkpoints", &e))?
         }
     };
-    let mut verified = Vec::new();
+    let (site, mut verified) = (handle.site(), Vec::new());
+    // Together, since checkpoints share nearly everything.
+    let numbers: Vec<CheckpointNumber> = views.iter().map(|view| view.id).collect();
+    let mut snapshots = site
+        .with_history(None, "verify the snapshots", move |h, progress, cancel| {
+            Ok(h.verify_all(&numbers, progress, cancel))
+        })
+        .await?;
     for view in views {
-        let problems = verify_one(&handle.site(), view.clone()).await?;
+        let mut problems = verify_files(&site, view.clone()).await?;
+        match snapshots.remove(&view.id) {
+            Some(Ok(report)) => problems.extend(report.bad.iter().map(|bad| format!("workspace: {bad:?}"))),
+            Some(Err(error)) => problems.push(format!("workspace: {}", chain(&error))),
+            None => problems.push("workspace: it was not verified".to_owned()),
+        }
         verified.push(VerifiedCheckpoint { checkpoint_id: view.id, good: problems.is_empty(), problems });
     }
     wire(&CheckpointVerifyResult { checkpoints: verified })
 }
 
-async fn verify_one(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
+async fn verify_files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
     let number = view.id;
     let (dir, project) = (site.dirs().checkpoint(number), site.project.name.clone());
-    let mut problems = blocking("verify the files", move || {
+    blocking("verify the files", move || {
         let mut problems = Vec::new();
         match std::fs::read(dir.join(MANIFEST)) {
             Err(error) => problems.push(format!("manifest: {error}")),
@@ -169,15 +182,7 @@ async fn verify_one(site: &Site, view: CheckpointView) -> Result<Vec<String>, Fa
         }
         Ok(problems)
     })
-    .await?;
-    match site
-        .with_history(None, "verify the snapshot", move |h, progress, cancel| h.verify(number, progress, cancel))
-        .await
-    {
-        Ok(report) => problems.extend(report.bad.iter().map(|bad| format!("workspace: {bad:?}"))),
-        Err(failure) => problems.push(format!("workspace: {failure}")),
-    }
-    Ok(problems)
+    .await
 }
 
 fn changed_parts(dir: &Path, manifest: &Manifest) -> Vec<String> {

@@ -23,6 +23,7 @@ mod operations;
 mod plugins;
 mod projects;
 mod reports;
+mod transfers;
 
 use std::sync::Arc;
 

@@ -33,7 +33,11 @@ use crate::store::{checkpoints, operations};
 const MAX_ROWS: u32 = 1000;
 
 /// Begins an operation and tells its progress to this connection until it has ended.
-async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Begin) -> Result<Value, Failure> {
+pub(super) async fn watched(
+    connection: &Arc<Connection>,
+    handle: &ProjectHandle,
+    begin: Begin,
+) -> Result<Value, Failure> {
     let operation = begin.operation.clone();
     let mut notes = connection.daemon.projects.services().progress.subscribe();
     let ending = handle.begin(begin);
@@ -53,7 +57,8 @@ async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Be
     }
 }
 
-fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
+/// Puts a command together that has no label and begins no run.
+pub(super) fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
     Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed }
 }
 
@@ -153,7 +158,7 @@ pub(super) async fn checkpoint(
     }
     let operation = new_operation();
     let command = Command::Checkpoint { operation: operation.clone(), trigger: Trigger::Manual };
-    let label = Label { name: params.name, description: params.description };
+    let label = Label { name: params.name, description: params.description, import: None };
     watched(connection, &handle, Begin { label, ..begin(command, operation, keyed) }).await
 }
 

@@ -355,7 +355,8 @@ async fn artifacts(
     Ok(parts)
 }
 
-async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
+/// Writes a manifest and returns its SHA-256.
+pub(super) async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
     let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
     let path = partial.join(MANIFEST);
     blocking("write the manifest", move || {
@@ -365,7 +366,13 @@ async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, F
     .await
 }
 
-async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
+async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
+    place(site, partial, to).await?;
+    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+}
+
+/// Gives a checkpoint's directory, which is complete, its place.
+pub(super) async fn place(site: &Site, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
     let parent = site.dirs().checkpoints();
     blocking("give the checkpoint its place", move || {
         let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
@@ -373,8 +380,7 @@ async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, place: PathB
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(failed)
     })
     .await?;
-    super::failpoint("checkpoint.placed")?;
-    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+    super::failpoint("checkpoint.placed")
 }
 
 fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
@@ -399,7 +405,7 @@ fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u
 }
 
 /// Describes a file of a checkpoint.
-fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
+pub(super) fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
     let file = directory.join(path);
     let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
     Ok(ManifestPart { kind: kind.into(), path: path.into(), bytes, sha256 })

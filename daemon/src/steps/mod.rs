@@ -5,12 +5,14 @@
 //!   pause:       validate -> quiesce -> freeze -> plan_flash_save -> checkpoint     undo: thaw, discard
 //!   checkpoint:  freeze (a blip) -> checkpoint -> thaw                              undo: thaw, discard
 //!   restore:     safety checkpoint -> plan on disk | apply                          rolls forward
+//!   import:      unpack -> check -> place                                           undo: discard
 //!   resume:      thaw | end what is left, launch                                    rolls forward
 //! ```
 //!
 //! A step knows the state that it was started with and changes none: what follows from its report
 //! is `fermata_core`'s decision.
 
+pub mod bundle;
 pub mod checkpoint;
 pub mod flash_save;
 pub mod freeze;
@@ -23,6 +25,8 @@ pub mod readiness;
 pub mod restore;
 pub mod resume;
 pub mod session;
+pub mod transfer;
+pub mod upkeep;
 pub mod validate;
 
 use std::collections::BTreeMap;
@@ -116,7 +120,9 @@ impl Site {
                     drop(notes.send(note(operation, progress)));
                 }
             };
-            work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e))
+            let done = work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e));
+            history.rest();
+            done
         })
         .await
     }
@@ -141,6 +147,15 @@ fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
     }
 }
 
+/// Makes the note of work that is counted in bytes.
+fn note_bytes(operation: OperationId, step: &str, done: u64, total: u64) -> ProgressNote {
+    ProgressNote { operation_id: operation, step: step.to_owned(), done, total, unit: "bytes" }
+}
+
+fn cancelled_by_request() -> Failure {
+    Refusal::new(Code::OperationCancelled, "the operation was cancelled").into()
+}
+
 /// Turns an error of the history into a refusal where a person can do something about it.
 fn history_failure(doing: &str, error: &HistoryError) -> Failure {
     match error {
@@ -153,7 +168,7 @@ fn history_failure(doing: &str, error: &HistoryError) -> Failure {
         HistoryError::Unrestorable { .. } => Refusal::new(Code::CheckpointDamaged, crate::errors::chain(error))
             .hint("fermatactl checkpoint verify tells which checkpoints are good")
             .into(),
-        HistoryError::Cancelled => Refusal::new(Code::OperationCancelled, "the operation was cancelled").into(),
+        HistoryError::Cancelled => cancelled_by_request(),
         _ => Failure::fault(doing, error),
     }
 }
@@ -176,6 +191,7 @@ pub async fn blocking<T: Send + 'static>(
 #[derive(Clone, Default)]
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
+    upkeep: upkeep::Upkeep,
 }
 
 impl HistoryCell {

@@ -78,6 +78,23 @@ pub fn save(database: &Path, project: &ProjectName, to: &Path) -> Result<Saved, 
     Ok(Saved { items, states, item_count })
 }
 
+/// Makes a backup that of another project: whoever imports it may call it otherwise.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn rename(file: &Path, from: &ProjectName, to: &ProjectName) -> Result<(), StoreError> {
+    const RENAME: &str = "rename the project of a backup";
+    // Not as the daemon's own database: a log beside it would not leave with it, and its schema comes from elsewhere.
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(file, flags).doing(RENAME)?;
+    connection.execute_batch("PRAGMA trusted_schema = off; PRAGMA journal_mode = memory; BEGIN").doing(RENAME)?;
+    for (table, column) in TABLES {
+        let sql = format!("UPDATE {table} SET {column} = ?1 WHERE {column} = ?2");
+        connection.execute(&sql, [to.as_str(), from.as_str()]).doing(RENAME)?;
+    }
+    connection.execute_batch("COMMIT").doing(RENAME)
+}
+
 fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {
     let sql: String = connection
         .query_row("SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = ?1", [table], |row| row.get(0))
@@ -194,7 +211,8 @@ pub fn put_rows(connection: &Connection, project: &ProjectName, rows: &RestoredR
     let mut insert = connection
         .prepare_cached(
             "INSERT INTO context_items (id, project, agent, type, tokens, score, tier, pinned, archived, \
-             access_count, created_at) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+             access_count, created_at) VALUES (\
+             (SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM context_items WHERE id = ?1)), ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
         )
         .doing(RESTORE)?;
     let mut body = connection.prepare_cached("INSERT INTO context_bodies (id, text) VALUES (?1, ?2)").doing(RESTORE)?;
@@ -216,8 +234,10 @@ pub fn put_rows(connection: &Connection, project: &ProjectName, rows: &RestoredR
                 row.created_at
             ])
             .doing(RESTORE)?;
-        body.execute(rusqlite::params![row.id, row.text]).doing(RESTORE)?;
-        index.execute(rusqlite::params![row.id, row.text]).doing(RESTORE)?;
+        // An imported checkpoint may name an id that another project has here; then the item gets a new one.
+        let id = connection.last_insert_rowid();
+        body.execute(rusqlite::params![id, row.text]).doing(RESTORE)?;
+        index.execute(rusqlite::params![id, row.text]).doing(RESTORE)?;
     }
     let mut state = connection
         .prepare_cached("INSERT INTO agent_states (project, agent, state, saved_at) VALUES (?1, ?2, ?3, ?4)")
