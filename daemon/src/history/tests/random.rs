@@ -117,7 +117,7 @@ fn perform(root: &Path, act: &Act) {
             if is_file(&from) {
                 let path = make_room(root, path);
                 // Making room may have taken the file away.
-                if is_file(&from) && path != from {
+                if is_file(&from) && !from.starts_with(&path) {
                     clear(&path);
                     fs::hard_link(from, path).unwrap();
                 }
