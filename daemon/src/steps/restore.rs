@@ -17,7 +17,7 @@ use super::checkpoint::{self, Made, Order};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
 use crate::history::{
-    Change, Conflict, Diff, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest, Time, unescape,
+    Change, Conflict, Diff, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest, Time, unescape,
 };
 use crate::os::fsync::write_atomic;
 use crate::store::backup::{self, RestoredRows};
@@ -185,7 +185,7 @@ impl Applied {
             removed: report.removed,
             paths: shown(plan),
             left_alone: left_alone(plan),
-            undo: Some(undo(&site.project.name, safety, plan.paths.as_deref())),
+            undo: Some(undo(&site.project.name, safety, plan)),
             steps_ms: [("prepare".to_owned(), self.prepare_ms), ("apply".to_owned(), self.apply_ms)].into(),
             warnings,
         }
@@ -260,11 +260,23 @@ fn summary(what: &str, count: usize, each: impl Iterator<Item = String>) -> Opti
 }
 
 /// The command that brings back what was there before.
-fn undo(project: &ProjectName, safety: CheckpointNumber, paths: Option<&[RelPath]>) -> String {
+fn undo(project: &ProjectName, safety: CheckpointNumber, plan: &RestorePlan) -> String {
+    let is_made = |dir: &RelPath| {
+        plan.operations.iter().any(|step| matches!(step, Operation::MakeDirectory { path } if path == dir))
+    };
     let mut command = format!("fermatactl checkpoint restore {project} {safety}");
-    for (n, path) in paths.unwrap_or_default().iter().enumerate() {
-        command.push_str(if n == 0 { " --paths " } else { " " });
-        command.push_str(&shell_word(path));
+    let mut named = Vec::new();
+    for path in plan.paths.iter().flatten() {
+        // Directories that were made above a path go again.
+        let mut path = path.clone();
+        while let Some(dir) = path.parent().filter(|dir| is_made(dir)) {
+            path = dir;
+        }
+        if !named.contains(&path) {
+            command.push_str(if named.is_empty() { " --paths " } else { " " });
+            command.push_str(&shell_word(&path));
+            named.push(path);
+        }
     }
     command
 }
