@@ -260,6 +260,22 @@ impl Default for PressureSettings {
     }
 }
 
+/// The section `[restore]`: how long a restore that cannot go on is tried again before it is given up half way.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestoreSettings {
+    /// For whatever reason.
+    pub patience_ms: u64,
+    /// While a disk is full: somebody may make room.
+    pub full_disk_patience_ms: u64,
+}
+
+impl Default for RestoreSettings {
+    fn default() -> Self {
+        Self { patience_ms: 30_000, full_disk_patience_ms: 15 * 60_000 }
+    }
+}
+
 /// The section `[context]`: weights of the item types, 0 to 1.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -288,6 +304,8 @@ pub struct Settings {
     pub context: ContextSettings,
     /// The section `[pressure]`.
     pub pressure: PressureSettings,
+    /// The section `[restore]`.
+    pub restore: RestoreSettings,
 }
 
 impl Default for Settings {
@@ -301,6 +319,7 @@ impl Default for Settings {
             agents: AgentSettings::default(),
             context: ContextSettings::default(),
             pressure: PressureSettings::default(),
+            restore: RestoreSettings::default(),
         }
     }
 }
@@ -357,6 +376,7 @@ impl Settings {
         note("agents", self.agents != other.agents);
         note("context", self.context != other.context);
         note("pressure", self.pressure != other.pressure);
+        note("restore", self.restore != other.restore);
         names
     }
 }

@@ -82,6 +82,8 @@ codes! {
     LaunchFailed = "launch_failed", -32012;
     /// No such checkpoint.
     CheckpointNotFound = "checkpoint_not_found", -32010;
+    /// Neither the checkpoint nor the workspace has the path.
+    PathNotFound = "path_not_found", -32010;
     /// The checkpoint exists but is damaged.
     CheckpointDamaged = "checkpoint_damaged", -32013;
     /// A file is no exported checkpoint, is damaged, or newer than this program.

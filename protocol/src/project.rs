@@ -7,6 +7,7 @@ use crate::agent::{AgentView, Usage};
 use crate::budget::Budget;
 use crate::checkpoint::CheckpointView;
 use crate::context::ContextSummary;
+use crate::error::ErrorObject;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseCause, PauseMode};
@@ -238,6 +239,22 @@ pub struct PauseView {
     pub warnings: Vec<String>,
 }
 
+/// A restore that was given up half way: the files are neither the old nor the new ones, and nothing is started in
+/// them until a restore has succeeded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BrokenView {
+    /// The operation.
+    pub operation_id: OperationId,
+    /// The checkpoint that was to be restored.
+    pub checkpoint_id: CheckpointNumber,
+    /// The checkpoint of what was there before.
+    pub safety_checkpoint_id: CheckpointNumber,
+    /// When it was given up.
+    pub at: UnixMillis,
+    /// Why.
+    pub error: ErrorObject,
+}
+
 /// A project as `project.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ProjectView {
@@ -261,6 +278,9 @@ pub struct ProjectView {
     /// The current pause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause: Option<PauseView>,
+    /// A restore that was given up half way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<BrokenView>,
     /// How many agents it has.
     pub agents: u64,
     /// How many of them run (frozen ones included).

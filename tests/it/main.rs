@@ -24,6 +24,8 @@ mod ps;
 mod reboot;
 mod restart;
 mod restore;
+mod restore_broken;
+mod restore_parts;
 mod rm;
 mod roles;
 mod run;

@@ -70,7 +70,7 @@ fn a_checkpoint_is_restored_on_another_machine() {
     assert_eq!(made["checkpoint_id"], 1);
     assert_eq!(made["checkpoint"]["name"], "the good one");
     all_verify(&there);
-    done(&there, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    done(&there, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(other.read("README.md"), "# As exported\n");
     assert_eq!(fs::read_link(other.path().join("link")).expect("the link"), Path::new("nowhere"));
     assert!(other.path().join("empty").is_dir());
@@ -99,7 +99,7 @@ fn an_import_into_the_same_daemon_gets_a_new_number_also_in_a_project_of_another
     let made = sandbox.ctl_json(&["checkpoint", "import", "other", path(&again), "--json"]);
     assert!(made["warnings"].to_string().contains("'web'"), "{made}");
     // Its context items have ids that belong to the first project here.
-    done(&sandbox, &CheckpointRestore { project: project("other"), checkpoint: 1, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: project("other"), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(other.read("README.md"), "# Later\n");
     all_verify(&sandbox);
     let detail = done(&sandbox, &CheckpointShow { project: project("other"), checkpoint: 1 });
@@ -282,7 +282,7 @@ fn consolidated_checkpoints_are_what_they_were() {
     let nothing = sandbox.ctl(&["checkpoint", "consolidate", "web", "--everything"]);
     assert!(nothing.contains("nothing to do"), "{nothing}");
     all_verify(&sandbox);
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false, paths: Vec::new() });
     assert!(workspace.read("README.md").ends_with("round 1\n"));
 }
 

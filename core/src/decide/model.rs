@@ -14,10 +14,15 @@ use fermata_protocol::supervision::{
 use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
 
 use crate::agent::{AgentState, Held};
-use crate::command::{AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Sealed, Start, StepReport};
+use crate::command::{
+    AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Rewound, Sealed, Start, StepReport,
+};
 use crate::due::Due;
 use crate::project::{PauseStep, Project, ProjectState};
 use crate::{apply, decide, transition};
+
+/// How long a restore may fail before it is given up, milliseconds.
+pub(super) const PATIENCE_MS: u64 = 3;
 
 /// What the kernel and the shims know.
 #[derive(Debug, Default)]
@@ -258,6 +263,10 @@ impl Model {
                 }
             }
             Effect::Resume { operation, thaw, respawn, .. } => {
+                if let ProjectState::Resuming(run) = &*self.project.state {
+                    let older = run.paused.restored.is_some();
+                    assert!(!older || thaw.is_empty(), "thawed over files that were restored: {thaw:?}");
+                }
                 let mut agents = Vec::new();
                 for (agent, run) in thaw {
                     let there = self.world.alive.contains_key(&run);
@@ -288,18 +297,13 @@ impl Model {
                 let outcome = if well { Ok(Box::new(self.view(safety, &operation))) } else { Err(refusal()) };
                 self.tell(Command::RestorePlanned { operation, outcome }).expect("not refused");
             }
-            Effect::ApplyRestore { ref operation, .. } => {
-                assert!(self.plans.contains(operation), "a restore has lost its plan");
-                if !well {
-                    self.pending.push(effect);
-                    return;
-                }
-                let command = Command::Restored {
-                    operation: operation.clone(),
-                    phase: Phase::Active,
-                    tasks: Vec::new(),
-                    written: 1,
-                    removed: 0,
+            Effect::ApplyRestore { operation, .. } => {
+                assert!(self.plans.contains(&operation), "a restore has lost its plan");
+                let command = if well {
+                    let rows = Some(Rewound { phase: Phase::Active, tasks: Vec::new() });
+                    Command::Restored { operation, rows, written: 1, removed: 0 }
+                } else {
+                    Command::RestoreFailing { operation, error: refusal(), patience_ms: PATIENCE_MS }
                 };
                 self.tell(command).expect("not refused");
             }

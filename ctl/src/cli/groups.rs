@@ -151,7 +151,7 @@ pub enum CheckpointCommand {
         from: CheckpointNumber,
         /// The newer point; the workspace when left out.
         to: Option<CheckpointNumber>,
-        /// Show which paths differ and by how much (the default).
+        /// Show which paths differ and by how much, and the sums.
         #[arg(long, conflicts_with = "patch")]
         stat: bool,
         /// Show the text of the changes.
@@ -167,6 +167,9 @@ pub enum CheckpointCommand {
         /// Only show what would change.
         #[arg(long)]
         dry_run: bool,
+        /// Restore only these files and directories, and neither tasks nor context; paths inside the workspace.
+        #[arg(long, value_name = "PATH", num_args = 1..)]
+        paths: Vec<std::ffi::OsString>,
     },
     /// Rehash every part of one checkpoint or of all.
     Verify {

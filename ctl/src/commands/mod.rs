@@ -17,6 +17,7 @@ mod project;
 mod protocol;
 mod question;
 mod readiness;
+mod restore;
 mod run;
 mod send;
 mod status;

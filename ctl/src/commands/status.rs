@@ -200,6 +200,12 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
     let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
     let budget = budget(&detail.config.budget, &project.usage);
     let restored = project.pause.as_ref().and_then(|pause| pause.restored);
+    let broken = project.broken.as_ref().map(|broken| {
+        format!(
+            "{}; fermatactl checkpoint restore {} {} brings back what was there",
+            broken.error.message, project.name, broken.safety_checkpoint_id
+        )
+    });
     let operation = detail.operation.as_ref().map(|op| {
         let step = op.step.as_deref().unwrap_or("");
         format!("{} {} {} {step}", op.id, op.kind.as_str(), op.state.as_str())
@@ -224,6 +230,7 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .maybe("paused", pause)
         .maybe("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
         .maybe("budget", budget)
+        .maybe("broken", broken)
         .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
         .add("created", out.ago(project.created_at))
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))

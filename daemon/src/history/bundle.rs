@@ -17,7 +17,7 @@ use super::oid::Oid;
 use super::pack_entry::bad;
 use super::pack_index::PackIndex;
 use super::pack_reader::PackReader;
-use super::reach::{Reach, Roots};
+use super::reach::Reach;
 use super::repack::{Manner, Repack, rehash};
 use super::snapshot::Draft;
 use super::verify::{Known, check_described};
@@ -62,8 +62,7 @@ impl History {
     pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
         let draft = self.start_draft(number)?;
         let commit = self.refs.get(number)?;
-        let roots = Roots { commits: vec![commit], pictures: Vec::new() };
-        let reach = Reach::of(&self.objects, &roots, None, cancel)?;
+        let reach = Reach::of(&self.objects, &[commit], None, cancel)?;
         let indexes = self.objects.indexes();
         let open = |index| self.objects.reader(index);
         let packs = indexes.iter().filter(|index| index.ids().any(|oid| reach.needs(&oid)));
@@ -112,8 +111,7 @@ impl History {
         let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?;
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let store = ObjectStore::open(&objects)?;
-        let roots = Roots { commits: vec![commit], pictures: Vec::new() };
-        let reach = Reach::of(&store, &roots, None, cancel)?;
+        let reach = Reach::of(&store, &[commit], None, cancel)?;
         let remembered = super::pack_reader::Remembered::default();
         let total = reach.nodes().len() as u64;
         for (done, node) in reach.nodes().iter().enumerate() {

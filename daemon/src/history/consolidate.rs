@@ -22,7 +22,7 @@ use std::sync::atomic::AtomicBool;
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::pack_reader::PackReader;
-use super::reach::{Reach, Roots};
+use super::reach::Reach;
 use super::repack::{Manner, Repack};
 use super::sweep::remove;
 use super::{History, Oid, OnProgress};
@@ -139,7 +139,7 @@ impl History {
         }
         let names: HashSet<String> = packs.iter().map(|one| one.reader.index.name.clone()).collect();
         let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
-        let old = Old { names, walked: roots.names(), reach: &reach };
+        let old = Old { names, walked: roots.iter().copied().collect(), reach: &reach };
         let readers = packs.into_iter().map(|one| one.reader).collect();
         let plan =
             Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
@@ -223,7 +223,7 @@ impl History {
 
     /// Lists what must stay: published checkpoints, and the commits of what is known of the workspace, on the disk and
     /// in memory, on which the next snapshot builds.
-    pub(super) fn roots(&self) -> Result<Roots> {
+    pub(super) fn roots(&self) -> Result<Vec<Oid>> {
         let mut commits = Vec::new();
         for number in self.refs.list()? {
             // A checkpoint may be removed between being listed and being asked for.
@@ -232,7 +232,7 @@ impl History {
         let known = self.known().0.map(|picture| picture.commit);
         // A store that was damaged or cleared may have lost them; then they are not trusted either.
         commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.contains(commit)));
-        Ok(Roots { commits, pictures: self.roots_in_use() })
+        Ok(commits)
     }
 
     fn candidates(&self) -> Result<Vec<Candidate>> {
@@ -285,7 +285,8 @@ impl History {
 
     /// Says whether everything that is needed by now either was walked or lies in a pack that stays.
     fn allows(&self, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
-        let roots = self.roots()?.without(&old.walked);
+        let mut roots = self.roots()?;
+        roots.retain(|commit| !old.walked.contains(commit));
         if roots.is_empty() {
             return Ok(true);
         }

@@ -17,6 +17,7 @@
 //! - A snapshot relies only on published packs and its own; another unpublished snapshot's objects do not count.
 //! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
 
+mod attributes;
 mod beneath;
 mod bundle;
 mod cache;
@@ -24,7 +25,10 @@ mod consolidate;
 mod content;
 mod delta;
 mod diff;
+mod draft;
 mod errors;
+mod heads;
+mod links;
 mod listing;
 mod meta;
 mod names;
@@ -56,6 +60,7 @@ mod tree;
 mod user_repository;
 mod verify;
 mod watch;
+mod whole;
 mod xattrs;
 
 use std::collections::HashSet;
@@ -72,10 +77,10 @@ pub use consolidate::{Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use meta::{FORMAT, Manifest};
-pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
+pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft, unescape};
 pub use observe::Observed;
 pub use oid::{NotAnOid, Oid};
-pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
 pub use prime::Primed;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
@@ -85,6 +90,7 @@ pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
 pub use verify::{BadObject, VerifyReport};
 pub use watch::Watcher;
+pub use whole::WholeCheck;
 
 use beneath::{Root, sync_dir};
 use content::Reading;

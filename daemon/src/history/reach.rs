@@ -4,7 +4,7 @@
 //! which is the natural base of a delta. A subtree that was seen is not entered again, so that a walk costs one
 //! checkpoint and the changes of all others. Reads trees and commits only; that a blob is there is not checked.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::errors::{HistoryError, Result};
@@ -62,14 +62,14 @@ impl Reach {
         true
     }
 
-    /// Walks from everything that must stay, past what is `known` already.
+    /// Walks from commits, past what is `known` already.
     ///
     /// # Errors
     /// Fails when a tree cannot be read, or when cancelled.
-    pub fn of(store: &ObjectStore, roots: &Roots, known: Option<&Reach>, cancel: &AtomicBool) -> Result<Reach> {
+    pub fn of(store: &ObjectStore, commits: &[Oid], known: Option<&Reach>, cancel: &AtomicBool) -> Result<Reach> {
         let mut walk = Walk { reach: Reach::default(), store, known, cancel };
         let mut before = None;
-        for commit in &roots.commits {
+        for commit in commits {
             let tree = root_tree_of(store, commit)?;
             if !walk.is_known(commit)
                 && walk.reach.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit), b"")
@@ -77,10 +77,6 @@ impl Reach {
                 walk.tree(tree, before.map(|(_, tree)| tree))?;
             }
             before = Some((*commit, tree));
-        }
-        for (files, meta) in &roots.pictures {
-            walk.tree(*files, None)?;
-            walk.tree(*meta, None)?;
         }
         Ok(walk.reach)
     }
@@ -90,35 +86,6 @@ impl Reach {
 /// together, and beside them those with the same ending.
 fn likeness(name: &[u8]) -> u64 {
     name.iter().fold(0, |number: u64, byte| (number >> 8) | (u64::from(*byte) << 56))
-}
-
-/// What must stay.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Roots {
-    /// Published checkpoints, by number.
-    pub commits: Vec<Oid>,
-    /// Trees of files and metadata that the next snapshot builds on.
-    pub pictures: Vec<(Oid, Oid)>,
-}
-
-impl Roots {
-    /// Lists the commits and trees.
-    pub fn names(&self) -> HashSet<Oid> {
-        let pictures = self.pictures.iter().flat_map(|(files, meta)| [*files, *meta]);
-        self.commits.iter().copied().chain(pictures).collect()
-    }
-
-    /// Leaves out what was walked from already.
-    pub fn without(mut self, walked: &HashSet<Oid>) -> Roots {
-        self.commits.retain(|commit| !walked.contains(commit));
-        self.pictures.retain(|(files, meta)| !walked.contains(files) || !walked.contains(meta));
-        self
-    }
-
-    /// Says whether there is nothing to walk from.
-    pub fn is_empty(&self) -> bool {
-        self.commits.is_empty() && self.pictures.is_empty()
-    }
 }
 
 struct Walk<'a> {

@@ -14,7 +14,7 @@ use super::consolidate::DRAFT;
 use super::errors::{HistoryError, Result};
 use super::oid::Oid;
 use super::pack_index::PackIndex;
-use super::reach::{Reach, Roots};
+use super::reach::Reach;
 
 /// What a sweep cleared away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,7 +61,7 @@ impl History {
         self.objects.refresh()?;
         let dir = self.objects.pack_dir();
         let roots = self.roots()?;
-        let commits: HashSet<&Oid> = roots.commits.iter().collect();
+        let commits: HashSet<&Oid> = roots.iter().collect();
         let mut packs = self.objects.indexes();
         if !doubles {
             packs.retain(|pack| !pack.ids().any(|id| commits.contains(&id)));
@@ -85,7 +85,7 @@ impl History {
         &self,
         mut suspects: Vec<Arc<PackIndex>>,
         doubles: bool,
-        roots: &Roots,
+        roots: &[Oid],
         report: &mut SweepReport,
     ) -> Result<()> {
         let reach = match Reach::of(&self.objects, roots, None, &AtomicBool::new(false)) {

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde::{Deserialize, Serialize};
 
 use super::errors::{HistoryError, Result};
-use super::listing::{CheckpointRoot, Listing, Open, read_directory, root_tree_of};
+use super::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack_index::PackIndex;
@@ -47,7 +47,7 @@ pub(super) struct Known {
     /// Objects that are good by themselves.
     objects: HashSet<Oid>,
     /// Pairs of trees of files and metadata that describe each other, with all below them.
-    described: HashSet<(Option<Oid>, Oid)>,
+    described: HashSet<Directory>,
     /// The packs that were checked, and what is wrong with them.
     packs: HashMap<String, Option<String>>,
 }
@@ -180,11 +180,12 @@ pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Kno
     let root = CheckpointRoot::read(store, commit)?;
     root.manifest(store)?;
     let mut read = Vec::new();
-    let mut open: Vec<Open> = vec![(RelPath::root(), Some(root.files), root.meta)];
-    while let Some((path, files, meta)) = open.pop() {
-        if !known.described.contains(&(files, meta)) {
-            read_directory(store, &path, files, meta, &mut Listing::default(), &mut open)?;
-            read.push((files, meta));
+    let mut open = vec![(RelPath::root(), root.top())];
+    while let Some((path, directory)) = open.pop() {
+        if !known.described.contains(&directory) {
+            let below = directory.read(store, &path, &mut Listing::default())?;
+            open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
+            read.push(directory);
         }
     }
     known.described.extend(read);

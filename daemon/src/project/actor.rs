@@ -38,6 +38,9 @@ const MAILBOX: usize = 256;
 /// How many operations may wait for a checkpoint that is being made.
 const DEFERRED: usize = 16;
 
+/// After so many tries whoever waits for a restore is told that it goes on without them, should a disk be full.
+const PATIENT_TRIES: u32 = 5;
+
 /// How long a report that could not be persisted waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -476,8 +479,10 @@ impl Actor {
         self.tell_plugins(&decision.events, now.0);
         self.look_after_packs(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
+        let decision_events = decision.events;
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
+        self.tell_of_trouble(&decision_events);
         Ok(Carried { reply: written.reply, removed })
     }
 
@@ -500,6 +505,21 @@ impl Actor {
         for conclusion in conclusions {
             for answer in self.waiters.remove(&conclusion.operation).unwrap_or_default() {
                 reply(answer, conclusion.answer());
+            }
+        }
+    }
+
+    /// Whoever waits for a restore that a full disk keeps from going on is not kept waiting for as long as it may take.
+    fn tell_of_trouble(&mut self, events: &[Event]) {
+        for event in events {
+            let Event::RestoreRetried { operation, tries: PATIENT_TRIES, error, .. } = event else { continue };
+            if error.data.code != Code::DiskFull {
+                continue;
+            }
+            let refusal = Refusal::new(Code::DiskFull, error.message.clone())
+                .hint(format!("make room: the restore goes on by itself; fermatactl op show {operation}"));
+            for answer in self.waiters.remove(operation).unwrap_or_default() {
+                reply(answer, Err(refusal.clone().into()));
             }
         }
     }
@@ -539,6 +559,7 @@ impl Actor {
                 Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
                 Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
                 Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
+                Event::RestoreGivenUp { .. } => crate::failpoint::hit("restore.given_up"),
                 _ => {}
             }
         }
@@ -563,6 +584,7 @@ fn hit_before(events: &[Event]) -> Result<(), Failure> {
             Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
             Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
             Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
+            Event::RestoreGivenUp { .. } => crate::steps::failpoint("restore.give_up")?,
             _ => {}
         }
     }
@@ -593,6 +615,8 @@ fn durability(events: &[Event]) -> Durability {
                 | Event::AgentProgressed { .. }
                 | Event::AgentAdopted { .. }
                 | Event::AgentUnreachable { .. }
+                | Event::RestoreRetried { .. }
+                | Event::RestoreChecked { .. }
         )
     });
     if cheap { Durability::Process } else { Durability::Power }

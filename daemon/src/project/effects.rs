@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use fermata_core::command::{AgentRun, ComesBack, Command, Effect, Sealed, StepReport};
 use fermata_core::project::{PauseStep, ProjectState};
-use fermata_protocol::checkpoint::{CheckpointCreateResult, CheckpointRestoreResult, Trigger};
+use fermata_protocol::checkpoint::{CheckpointCreateResult, Trigger};
 use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
@@ -27,9 +27,6 @@ const PARKING: Duration = Duration::from_secs(10);
 
 /// The longest pause between two tries of something that has to succeed.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
-
-/// After so many tries whoever waits for a restore is told that it goes on without them.
-const PATIENT_TRIES: u32 = 3;
 
 /// What the steps of one pause hand on to each other.
 #[derive(Default)]
@@ -71,9 +68,11 @@ impl Actor {
             Effect::Checkpoint { operation, checkpoint, trigger, runs } => {
                 self.checkpoint(operation, checkpoint, trigger, runs);
             }
-            Effect::PlanRestore { operation, checkpoint, safety } => self.plan_restore(operation, checkpoint, safety),
-            Effect::ApplyRestore { operation, checkpoint, safety } => {
-                self.apply_restore(operation, checkpoint, safety);
+            Effect::PlanRestore { operation, checkpoint, safety, paths } => {
+                self.plan_restore(operation, checkpoint, safety, paths);
+            }
+            Effect::ApplyRestore { operation, checkpoint, safety, after_ms } => {
+                self.apply_restore(operation, checkpoint, safety, Duration::from_millis(after_ms));
             }
             Effect::ForgetPlan { operation } => restore::forget(&self.site(), &operation),
             Effect::Forget { agent } => self.forget(&agent),
@@ -300,78 +299,6 @@ impl Actor {
             drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
         };
         self.step = Some(self.services.tracker.spawn(task));
-    }
-
-    fn plan_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
-        let task = async move {
-            let outcome = match restore::plan(&site, &operation, number, safety).await {
-                Ok(made) => {
-                    let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
-                    let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
-                    Outcome { command, writes, reply: None, tokens: Vec::new() }
-                }
-                Err(failure) => {
-                    discard(&site, safety).await;
-                    let outcome = Err(failure.into_error(Code::RestoreFailed));
-                    Command::RestorePlanned { operation, outcome }.into()
-                }
-            };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
-        };
-        self.step = Some(self.services.tracker.spawn(task));
-    }
-
-    fn apply_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
-        let (mut site, mailbox) = (self.site(), self.mailbox.clone());
-        // From here on the restore only rolls forward.
-        site.cancel = Default::default();
-        let waiters = self.waiters.remove(&operation).unwrap_or_default();
-        self.services.tracker.spawn(async move {
-            let mut waiters = waiters;
-            let mut tries = 0;
-            let applied = loop {
-                match restore::apply(&site, &operation, number).await {
-                    Ok(applied) => break applied,
-                    Err(failure) => {
-                        tries += 1;
-                        tracing::error!(project = %site.project.name, %failure, tries, "a restore goes on");
-                        if tries == PATIENT_TRIES {
-                            for answer in waiters.drain(..) {
-                                drop(answer.send(Err(failure.clone())));
-                            }
-                        }
-                        if site.services.stopping.is_cancelled() {
-                            return;
-                        }
-                        tokio::time::sleep(backoff(tries)).await;
-                    }
-                }
-            };
-            let reply = CheckpointRestoreResult {
-                operation_id: Some(operation.clone()),
-                checkpoint_id: number,
-                safety_checkpoint_id: Some(safety),
-                changes: applied.changes,
-                written: applied.written,
-                removed: applied.removed,
-                steps_ms: [("prepare".to_owned(), applied.prepare_ms), ("apply".to_owned(), applied.apply_ms)].into(),
-                warnings: applied.warnings,
-            };
-            let command = Command::Restored {
-                operation: operation.clone(),
-                phase: applied.phase,
-                tasks: applied.tasks,
-                written: applied.written,
-                removed: applied.removed,
-            };
-            for answer in waiters {
-                drop(mailbox.send(Message::Await(operation.clone(), answer)).await);
-            }
-            let writes = vec![Write::RestoreRows(applied.rows)];
-            let outcome = Outcome { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
-        });
     }
 
     fn forget(&mut self, agent: &AgentName) {

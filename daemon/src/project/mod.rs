@@ -18,6 +18,7 @@ mod handle;
 mod ids;
 mod links;
 mod registry;
+mod restoring;
 mod subjects;
 
 pub use actor::{Actor, Adopted};

@@ -165,6 +165,12 @@ fn history_failure(doing: &str, error: &HistoryError) -> Failure {
         HistoryError::NoSuchCheckpoint { number } => {
             Refusal::new(Code::CheckpointNotFound, format!("there is no checkpoint {number}")).into()
         }
+        HistoryError::NoSuchPath { path, number } => {
+            let text = format!("neither checkpoint {number} nor the workspace has the path '{path}'");
+            Refusal::new(Code::PathNotFound, text)
+                .hint("paths are those inside the workspace; fermatactl checkpoint diff shows what differs")
+                .into()
+        }
         HistoryError::Unrestorable { .. } => Refusal::new(Code::CheckpointDamaged, crate::errors::chain(error))
             .hint("fermatactl checkpoint verify tells which checkpoints are good")
             .into(),

@@ -105,11 +105,12 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
     const DOING: &str = "consolidate the history";
     super::failpoint("upkeep.consolidate")?;
     let (cell, dir, flag) = (site.history.clone(), site.dirs().history(), Arc::clone(&site.cancel.flag));
+    let services = Arc::clone(&site.services);
     let (answer, mut answered) = oneshot::channel();
     let work = move || {
         crate::os::priority::stand_back();
         let start = Instant::now();
-        let done = cell.open(&dir).and_then(|history| {
+        let done = cell.open(&dir, services.watcher()).and_then(|history| {
             // A look that costs nothing comes first.
             if extent == Extent::Due && !history.wants_consolidation() {
                 return Ok(None);

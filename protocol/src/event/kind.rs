@@ -57,6 +57,9 @@ impl Event {
             Self::CheckpointPinned { .. } => "checkpoint.pinned",
             Self::RestoreStarted { .. } => "restore.started",
             Self::RestorePlanned { .. } => "restore.planned",
+            Self::RestoreRetried { .. } => "restore.retried",
+            Self::RestoreGivenUp { .. } => "restore.given_up",
+            Self::RestoreChecked { .. } => "restore.checked",
             Self::ProjectRestored { .. } => "project.restored",
             Self::RestoreFailed { .. } => "restore.failed",
         }
@@ -115,6 +118,9 @@ impl Event {
             | Self::CheckpointPinned { .. }
             | Self::RestoreStarted { .. }
             | Self::RestorePlanned { .. }
+            | Self::RestoreRetried { .. }
+            | Self::RestoreGivenUp { .. }
+            | Self::RestoreChecked { .. }
             | Self::ProjectRestored { .. }
             | Self::RestoreFailed { .. } => None,
         }
