@@ -9,6 +9,8 @@ mod reports;
 mod resume;
 
 #[cfg(test)]
+mod automatic_test;
+#[cfg(test)]
 mod budget_test;
 #[cfg(test)]
 mod lifecycle_test;
