@@ -3,6 +3,7 @@
 mod adoption;
 mod agent_side;
 mod attach;
+mod automatic;
 mod autostart;
 mod bed;
 mod budget;
