@@ -126,9 +126,11 @@ fn deadlines(project: &Project, looked: &Looked) -> [Option<(UnixMillis, Trigger
 /// a part of its own, up to a sixteenth of the interval.
 fn spread(project: &Project, every: i64) -> i64 {
     // FNV-1a: the same in every daemon.
-    let hash = project.name.as_str().bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    });
+    let hash = project
+        .name
+        .as_str()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
     let sixteenth = every.unsigned_abs() / 16;
     if sixteenth == 0 { 0 } else { millis(hash % sixteenth) }
 }

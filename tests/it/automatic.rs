@@ -74,8 +74,13 @@ fn nothing_happens(sandbox: &Sandbox) {
 }
 
 fn units(sandbox: &Sandbox, units_done: u64) {
-    let progress =
-        AgentProgress { target: Some(worker()), percent: None, message: None, units_done: Some(units_done), phase: None };
+    let progress = AgentProgress {
+        target: Some(worker()),
+        percent: None,
+        message: None,
+        units_done: Some(units_done),
+        phase: None,
+    };
     done(sandbox, &progress);
 }
 
@@ -164,7 +169,10 @@ fn paused_time_does_not_count() {
     nothing_happens(&sandbox);
     resume(&sandbox).expect("resume");
     let made = wait_for_checkpoints(&sandbox, 3);
-    assert_eq!(made.iter().map(|view| view.trigger).collect::<Vec<_>>(), [Trigger::Auto, Trigger::Pause, Trigger::Auto]);
+    assert_eq!(
+        made.iter().map(|view| view.trigger).collect::<Vec<_>>(),
+        [Trigger::Auto, Trigger::Pause, Trigger::Auto]
+    );
     ticker.runs(SOON);
 }
 

@@ -25,7 +25,7 @@ pub use actor::{Actor, Adopted};
 pub use follow_up::start;
 pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
-pub use look::before_shutdown;
 pub use links::{Found, exit_status, observe};
+pub use look::before_shutdown;
 pub use registry::Projects;
 pub use subjects::subjects;

@@ -12,6 +12,8 @@
 //! is `fermata_core`'s decision.
 
 pub mod checkpoint;
+pub mod context_file;
+pub mod database;
 pub mod flash_save;
 pub mod freeze;
 pub mod launch;

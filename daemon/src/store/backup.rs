@@ -1,104 +1,18 @@
-//! The database part of a checkpoint: this project's rows in a file of their own, and back.
+//! The database part of a checkpoint, on its way back: opens, checks and restores what
+//! [`super::pinned`] has written.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use fermata_protocol::context::ContextItem;
+use fermata_protocol::ProjectName;
 use fermata_protocol::project::Phase;
 use fermata_protocol::task::TaskView;
-use fermata_protocol::{AgentName, ProjectName};
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _};
-use serde_json::Value;
 
-use super::rows::{json, load_tasks, word};
+use super::rows::{load_tasks, word};
 use super::{Doing, StoreError, connect, context, migrations};
 
-/// What a checkpoint keeps of the database, `(table, column that names the project)`. Events, usage,
-/// operations, checkpoints and environments are not in it: a restore must not rewind them.
-const TABLES: &[(&str, &str)] = &[
-    ("projects", "name"),
-    ("agents", "project"),
-    ("agent_states", "project"),
-    ("tasks", "project"),
-    ("questions", "project"),
-    ("context_items", "project"),
-];
-
-const BACKUP: &str = "back up the project's rows";
 const RESTORE: &str = "restore the project's rows";
-
-/// Everything that one read transaction saw.
-pub struct Saved {
-    /// The unarchived context items, whole.
-    pub items: Vec<ContextItem>,
-    /// Each agent's own blob.
-    pub states: Vec<(AgentName, Value)>,
-    /// How many context items there were, archived ones included.
-    pub item_count: u64,
-}
-
-/// Copies the project's rows into a new database file, and reads the context, in ONE read
-/// transaction; then syncs the file.
-///
-/// # Errors
-/// When a row cannot be read or the file cannot be written.
-pub fn save(database: &Path, project: &ProjectName, to: &Path) -> Result<Saved, StoreError> {
-    // A connection of its own, with the right to create: the attached file inherits its flags.
-    let connection = connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-    connection.execute("ATTACH ?1 AS backup", [to.to_string_lossy()]).doing(BACKUP)?;
-    // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end.
-    connection
-        .execute_batch("PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; BEGIN")
-        .doing(BACKUP)?;
-    for (table, column) in TABLES {
-        copy_schema(&connection, table)?;
-        let sql = format!("INSERT INTO backup.{table} SELECT * FROM main.{table} WHERE {column} = ?1");
-        connection.execute(&sql, [project.as_str()]).doing(BACKUP)?;
-    }
-    copy_schema(&connection, "context_bodies")?;
-    connection
-        .execute(
-            "INSERT INTO backup.context_bodies SELECT b.* FROM main.context_bodies b \
-             JOIN main.context_items i USING (id) WHERE i.project = ?1",
-            [project.as_str()],
-        )
-        .doing(BACKUP)?;
-    let items = context::unarchived(&connection, project)?;
-    let states = read_states(&connection, project)?;
-    let item_count = connection
-        .query_row("SELECT count(*) FROM main.context_items WHERE project = ?1", [project.as_str()], |row| {
-            row.get::<_, i64>(0)
-        })
-        .doing(BACKUP)?
-        .unsigned_abs();
-    connection.execute_batch(&format!("PRAGMA backup.user_version = {}", migrations::NEWEST)).doing(BACKUP)?;
-    connection.execute_batch("COMMIT; DETACH backup").doing(BACKUP)?;
-    let synced = std::fs::File::open(to).and_then(|file| file.sync_all());
-    synced.map_err(|source| StoreError::File { what: "sync", path: to.to_owned(), source })?;
-    Ok(Saved { items, states, item_count })
-}
-
-fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {
-    let sql: String = connection
-        .query_row("SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = ?1", [table], |row| row.get(0))
-        .doing(BACKUP)?;
-    // The stored text begins with `CREATE TABLE <name>`; only the schema's name is put in front.
-    let sql = sql.replacen(&format!("CREATE TABLE {table}"), &format!("CREATE TABLE backup.{table}"), 1);
-    connection.execute_batch(&sql).doing(BACKUP)
-}
-
-fn read_states(connection: &Connection, project: &ProjectName) -> Result<Vec<(AgentName, Value)>, StoreError> {
-    let mut statement =
-        connection.prepare("SELECT agent, state FROM main.agent_states WHERE project = ?1").doing(BACKUP)?;
-    let rows = statement
-        .query_map([project.as_str()], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
-        .doing(BACKUP)?;
-    rows.map(|row| {
-        let (agent, state) = row.doing(BACKUP)?;
-        Ok((word(&agent)?, json(&state)?))
-    })
-    .collect()
-}
 
 /// What a backup says of the project, for the event that restores it.
 pub struct Backed {
