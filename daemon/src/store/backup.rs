@@ -1,6 +1,7 @@
 //! The database part of a checkpoint, on its way back: opens, checks and restores what
 //! [`super::pinned`] has written.
 
+use std::cmp::Ordering;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -27,8 +28,7 @@ pub struct Backed {
 /// # Errors
 /// When the file is missing, damaged, or not of this project.
 pub fn open(file: &Path, project: &ProjectName) -> Result<Backed, StoreError> {
-    let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    check_version(&connection, file)?;
+    let connection = read(file)?;
     let phase: String = connection
         .query_row("SELECT phase FROM projects WHERE name = ?1", [project.as_str()], |row| row.get(0))
         .doing(RESTORE)?;
@@ -42,25 +42,28 @@ pub fn open(file: &Path, project: &ProjectName) -> Result<Backed, StoreError> {
 /// When the file cannot be opened at all.
 pub fn check(file: &Path, project: &ProjectName) -> Result<Option<String>, StoreError> {
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    check_version(&connection, file)?;
+    // Of the file, before anything is read from it.
     let verdict: String = connection.query_row("PRAGMA quick_check", [], |row| row.get(0)).doing("check the backup")?;
     if verdict != "ok" {
         return Ok(Some(verdict));
     }
-    let found = connection
+    let found = read(file)?
         .query_row("SELECT 1 FROM projects WHERE name = ?1", [project.as_str()], |_| Ok(()))
         .optional()
         .doing("check the backup")?;
     Ok(found.is_none().then(|| format!("it has no row of project '{project}'")))
 }
 
-fn check_version(connection: &Connection, file: &Path) -> Result<(), StoreError> {
+/// Opens a backup to read it. One of an older schema is migrated first, as a copy in memory: the file
+/// itself stays as it was made, and its hash with it.
+fn read(file: &Path) -> Result<Connection, StoreError> {
+    let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).doing(RESTORE)?;
-    // There is one schema so far; a second one brings the migration of older backups with it.
-    if found > migrations::NEWEST {
-        return Err(StoreError::TooNew { path: file.to_owned(), found, known: migrations::NEWEST });
+    match found.cmp(&migrations::NEWEST) {
+        Ordering::Equal => Ok(connection),
+        Ordering::Less => migrations::migrated_copy(file, found),
+        Ordering::Greater => Err(StoreError::TooNew { path: file.to_owned(), found, known: migrations::NEWEST }),
     }
-    Ok(())
 }
 
 /// Reads the rows that a restore puts back into memory, to be written by [`put_rows`].
@@ -74,7 +77,7 @@ pub struct RestoredRows {
 /// # Errors
 /// When the file cannot be read.
 pub fn read_rows(file: &Path, project: &ProjectName) -> Result<RestoredRows, StoreError> {
-    let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+    let connection = read(file)?;
     let sql = format!(
         "SELECT {} FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1",
         context::columns("b.text")
