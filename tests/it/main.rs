@@ -9,6 +9,7 @@ mod bed;
 mod budget;
 mod chaos;
 mod checkpoint;
+mod context_snapshot;
 mod down;
 mod hooks;
 mod kill;

@@ -150,7 +150,7 @@ pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failur
     let plans = flash_save::plan(&site, None, crate::services::now()).await?;
     let pinned = begin(&site, &partial).await?;
     let (project, archived) = (Arc::clone(&site.project), archived_by(&plans));
-    blocking("draft the database part", move || {
+    let draft = blocking("draft the database part", move || {
         let mut draft = write(pinned, &project, archived, &partial)?;
         std::thread::scope(|scope| {
             let (copied, file) = (&mut draft.copied, &mut draft.context);
@@ -160,7 +160,9 @@ pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failur
         })?;
         Ok(draft)
     })
-    .await
+    .await?;
+    super::failpoint("checkpoint.drafted")?;
+    Ok(draft)
 }
 
 /// Makes the directory of a checkpoint that is being made.
