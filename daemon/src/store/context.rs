@@ -75,7 +75,7 @@ pub fn scored(
     let mut statement = connection
         .prepare_cached(
             "SELECT agent, id, type, created_at, access_count, tokens, pinned, tier, score FROM context_items \
-             WHERE project = ?1 AND (?2 IS NULL OR agent = ?2) AND archived = 0 ORDER BY agent, id",
+             WHERE project = ?1 AND (?2 IS NULL OR agent = ?2) AND archived = 0 ORDER BY agent, archived, id",
         )
         .doing(READ)?;
     let mut rows = statement.query(params![project.as_str(), agent.map(AgentName::as_str)]).doing(READ)?;
@@ -195,9 +195,10 @@ pub fn each_unarchived(
 ) -> Result<(), StoreError> {
     let sql = format!(
         "SELECT {} FROM context_items i CROSS JOIN context_bodies b USING (id) \
-         WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.agent, i.id",
+         WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.agent, i.archived, i.id",
         columns("b.text")
     );
+    // In the order of the index, so that no text is sorted.
     let mut statement = connection.prepare(&sql).doing(READ)?;
     let mut rows = statement.query([project.as_str()]).doing(READ)?;
     let mut known: Option<AgentName> = None;

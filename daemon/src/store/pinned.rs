@@ -85,7 +85,7 @@ pub fn begin(database: &Path, project: &ProjectName, to: &Path) -> Result<Pinned
     connection
         .execute_batch(
             "PRAGMA backup.page_size = 16384; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
-             PRAGMA backup.cache_size = -8192",
+             PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384",
         )
         .doing(BACKUP)?;
     pin(&connection)?;
@@ -117,7 +117,7 @@ impl Pinned {
         copy_schema(&connection, "context_items")?;
         copy_schema(&connection, "context_bodies")?;
         for sql in [
-            "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1 ORDER BY id",
+            "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1",
             "INSERT INTO backup.context_bodies SELECT b.* FROM backup.context_items i \
              CROSS JOIN main.context_bodies b USING (id) WHERE i.project = ?1",
         ] {
