@@ -17,6 +17,7 @@ use crate::project::{
     BeforeRestore, BrokenRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState,
     Resting, RestoreRun, RestoreStage, ResumeRun, Trouble, Whole,
 };
+use crate::since;
 
 /// Makes the project of its first event.
 ///
@@ -45,6 +46,12 @@ pub fn create(name: &fermata_protocol::ProjectName, event: &Event, at: UnixMilli
 
 /// Folds one event, recorded at `at`, into the state.
 pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
+    let noticed = since::notice(project, event);
+    fold(project, event, at);
+    since::settle(project, noticed, at);
+}
+
+fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
@@ -147,6 +154,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 checkpoint: *checkpoint,
                 trigger: *trigger,
                 started_at: at,
+                tally: project.counters.since.tally,
             }));
         }
         Event::CheckpointCreated { checkpoint, .. } => {
@@ -177,6 +185,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 grace_ms: *grace_ms,
                 started_at: at,
                 before: resting(project),
+                tally: project.counters.since.tally,
                 step: PauseStep::Validate,
                 steps_ms: Default::default(),
                 course: Course::Forward,
@@ -268,6 +277,7 @@ fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
                 checkpoint: *checkpoint,
                 safety: *safety,
                 started_at: at,
+                tally: project.counters.since.tally,
                 stage: RestoreStage::Preparing,
                 paths: paths.clone(),
                 trouble: None,

@@ -27,6 +27,7 @@ pub mod redact;
 pub mod restart;
 pub mod resume_command;
 pub mod score;
+pub mod since;
 pub mod transition;
 pub mod view;
 

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, AgentState, Held};
 use crate::command::AgentRun;
+use crate::since::{Since, Tally};
 
 /// The steps of a pause, in order. Committing is no step of its own: it is the transaction that
 /// follows the last one.
@@ -92,6 +93,9 @@ pub struct PauseRun {
     pub started_at: UnixMillis,
     /// The status to return to when it is undone.
     pub before: Resting,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
     /// The step under way.
     pub step: PauseStep,
     /// How long each concluded step took, milliseconds.
@@ -191,6 +195,9 @@ pub struct RestoreRun {
     pub safety: CheckpointNumber,
     /// When it began.
     pub started_at: UnixMillis,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
     /// How far it has come.
     pub stage: RestoreStage,
     /// Only these paths are restored, and no rows; everything when there are none.
@@ -275,6 +282,9 @@ pub struct CheckpointRun {
     pub trigger: Trigger,
     /// When it began.
     pub started_at: UnixMillis,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
 }
 
 /// Where a project stands.
@@ -365,6 +375,9 @@ pub struct Counters {
     /// What agents that were removed had used: a budget does not forget them.
     #[serde(default)]
     pub removed_usage: Usage,
+    /// What has come together since the newest checkpoint.
+    #[serde(default)]
+    pub since: Since,
 }
 
 impl Project {

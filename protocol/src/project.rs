@@ -125,6 +125,41 @@ pub struct ProjectConfig {
     /// How much all of its agents together may spend before the project is paused.
     #[serde(skip_serializing_if = "Budget::is_unset")]
     pub budget: Budget,
+    /// When checkpoints are made by themselves.
+    #[serde(skip_serializing_if = "AutomaticCheckpoints::is_default")]
+    pub automatic: AutomaticCheckpoints,
+}
+
+/// When checkpoints are made by themselves: only while agents run, and none where nothing has
+/// changed since the newest checkpoint. What is left out has its default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AutomaticCheckpoints {
+    /// After so many units of progress since the newest checkpoint; 0 for never. A unit is what agents
+    /// count in `units_done`, and a task that is completed.
+    pub every_units: u64,
+    /// After the agents have run for so long since the newest checkpoint, milliseconds; 0 for never.
+    pub every_ms: u64,
+    /// When the phase of the work has changed.
+    pub on_phase_change: bool,
+    /// Before the daemon ends and leaves the agents running.
+    pub before_shutdown: bool,
+}
+
+impl Default for AutomaticCheckpoints {
+    fn default() -> Self {
+        Self { every_units: 10, every_ms: 120_000, on_phase_change: true, before_shutdown: true }
+    }
+}
+
+impl AutomaticCheckpoints {
+    /// No checkpoint is made by itself.
+    pub const NEVER: Self = Self { every_units: 0, every_ms: 0, on_phase_change: false, before_shutdown: false };
+
+    /// Says whether nothing of it was changed.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Default for ProjectConfig {
@@ -137,6 +172,7 @@ impl Default for ProjectConfig {
             token_limit: 180_000,
             flash_save_at_percent: 80,
             budget: Budget::default(),
+            automatic: AutomaticCheckpoints::default(),
         }
     }
 }

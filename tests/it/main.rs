@@ -3,11 +3,13 @@
 mod adoption;
 mod agent_side;
 mod attach;
+mod automatic;
 mod autostart;
 mod bed;
 mod budget;
 mod chaos;
 mod checkpoint;
+mod context_snapshot;
 mod down;
 mod hooks;
 mod kill;

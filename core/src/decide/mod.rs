@@ -10,6 +10,8 @@ mod restore;
 mod resume;
 
 #[cfg(test)]
+mod automatic_test;
+#[cfg(test)]
 mod budget_test;
 #[cfg(test)]
 mod lifecycle_test;

@@ -19,6 +19,7 @@ use crate::command::{
 };
 use crate::due::Due;
 use crate::project::{PauseStep, Project, ProjectState};
+use crate::since::{self, Looked};
 use crate::{apply, decide, transition};
 
 /// How long a restore may fail before it is given up, milliseconds.
@@ -47,6 +48,14 @@ pub(super) struct Model {
     pub(super) plans: BTreeSet<OperationId>,
     /// Every run that ever had processes.
     pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
+    /// What a daemon remembers of its looks.
+    pub(super) looked: Looked,
+    /// How often it looked.
+    pub(super) looks: u64,
+    /// Whether the workspace differs from the newest checkpoint.
+    pub(super) dirty: bool,
+    /// Every checkpoint that was begun outside a pause: its trigger, and whether an agent ran.
+    pub(super) begun: Vec<(Trigger, bool)>,
 }
 
 pub(super) fn name(index: u8) -> AgentName {
@@ -75,6 +84,10 @@ impl Model {
             checkpoints: BTreeSet::new(),
             plans: BTreeSet::new(),
             launched: BTreeMap::new(),
+            looked: Looked::default(),
+            looks: 0,
+            dirty: false,
+            begun: Vec::new(),
         }
     }
 
@@ -99,7 +112,7 @@ impl Model {
     pub(super) fn follow_up(&mut self) {
         for _ in 0..20 {
             let due = crate::due::due(&self.project, UnixMillis(self.clock + 1));
-            if due.is_empty() {
+            if due.is_empty() && !self.look() {
                 return;
             }
             for due in due {
@@ -113,6 +126,21 @@ impl Model {
         panic!("things fall due for ever");
     }
 
+    /// Makes the checkpoint that is due by itself, unless nothing has changed; says whether it did.
+    fn look(&mut self) -> bool {
+        let now = UnixMillis(self.clock + 1);
+        let Some(trigger) = since::due(&self.project, &self.looked, now) else { return false };
+        self.looks += 1;
+        if !self.dirty && !self.project.counters.since.has_changed() {
+            self.looked = Looked::at(&self.project, now);
+            assert_eq!(since::due(&self.project, &self.looked, now), None, "a look counts for the interval");
+            return false;
+        }
+        let operation = self.operation();
+        self.tell(Command::Checkpoint { operation, trigger }).expect("what is due is not refused");
+        true
+    }
+
     pub(super) fn tell(&mut self, command: Command) -> Result<(), Refusal> {
         self.clock += 1;
         let decision = decide(&self.project, command, UnixMillis(self.clock))?;
@@ -121,6 +149,9 @@ impl Model {
             apply(&mut self.project, event, UnixMillis(self.clock));
             let after = self.project.state.status();
             assert!(transition::is_allowed(before, after), "{before} -> {after} by {}", event.kind());
+            if let Event::CheckpointStarted { trigger, .. } = event {
+                self.begun.push((*trigger, self.project.running_agents().next().is_some()));
+            }
             let number = match event {
                 Event::PauseStarted { checkpoint, .. } | Event::CheckpointStarted { checkpoint, .. } => *checkpoint,
                 Event::RestoreStarted { safety, .. } => *safety,
@@ -288,6 +319,7 @@ impl Model {
                 self.tell(command).expect("not refused");
             }
             Effect::Checkpoint { operation, checkpoint, .. } => {
+                self.dirty &= !well;
                 let outcome =
                     if well { Ok((Box::new(self.view(checkpoint, &operation)), 1.0)) } else { Err(refusal()) };
                 self.tell(Command::Checkpointed { operation, outcome }).expect("not refused");
@@ -326,6 +358,7 @@ impl Model {
 
     pub(super) fn recover(&mut self) {
         self.pending.clear();
+        self.looked = Looked::default();
         // The daemon's rule: what is left of older runs is ended before anything else.
         for (agent, runs) in self.launched.clone() {
             let current = self.run_of(&agent);

@@ -35,6 +35,8 @@ enum Move {
     /// A restore fails until it is given up.
     FailRestore,
     Cancel,
+    /// Somebody writes into the workspace.
+    Touch,
     /// An effect under way concludes, well or not.
     Conclude {
         which: u8,
@@ -64,6 +66,7 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => prop::bool::weighted(0.7).prop_map(|whole| Move::Restore { whole }),
         2 => Just(Move::FailRestore),
         1 => Just(Move::Cancel),
+        2 => Just(Move::Touch),
         20 => (any::<u8>(), prop::bool::weighted(0.85)).prop_map(|(which, well)| Move::Conclude { which, well }),
         2 => ((0u8..3), (0i32..2)).prop_map(|(agent, code)| Move::Exit(agent, code)),
         2 => Just(Move::Crash),
@@ -95,7 +98,7 @@ impl Model {
                 let progress = Progress {
                     percent: Some(10.0),
                     message: None,
-                    units_done: None,
+                    units_done: Some(self.ids),
                     reported_at: UnixMillis(self.clock),
                 };
                 self.tell(Command::Progress { agent: name(agent), progress, phase: None }).is_err()
@@ -142,6 +145,10 @@ impl Model {
                 Some(operation) => self.tell(Command::Cancel { operation }).is_err(),
                 None => false,
             },
+            Move::Touch => {
+                self.dirty = true;
+                false
+            }
             Move::Conclude { which, well } => {
                 if !self.pending.is_empty() {
                     let effect = self.pending.remove(usize::from(which) % self.pending.len());
@@ -204,6 +211,19 @@ impl Model {
         }
     }
 
+    fn invariant_nothing_is_saved_by_itself_in_an_idle_project(&self) {
+        for (trigger, ran) in &self.begun {
+            let by_itself = matches!(trigger, Trigger::Auto | Trigger::PhaseTransition);
+            assert!(*ran || !by_itself, "{trigger:?} although nobody ran");
+        }
+    }
+
+    fn invariant_what_is_saved_is_never_more_than_there_was(&self) {
+        let since = &self.project.counters.since;
+        assert!(since.saved.units <= since.tally.units && since.saved.changes <= since.tally.changes, "{since:?}");
+        assert!(since.checkpoint <= self.project.counters.checkpoint, "{since:?}");
+    }
+
     fn invariant_the_kernel_agrees_with_the_state(&self) {
         // No process of an older run is left behind.
         for run in self.world.alive.keys() {
@@ -240,6 +260,8 @@ proptest! {
         model.invariant_the_kernel_agrees_with_the_state();
         model.invariant_a_broken_project_is_mended_by_a_restore();
         model.invariant_the_kernel_agrees_with_the_state();
+        model.invariant_nothing_is_saved_by_itself_in_an_idle_project();
+        model.invariant_what_is_saved_is_never_more_than_there_was();
     }
 }
 

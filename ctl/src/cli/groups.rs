@@ -34,6 +34,8 @@ pub struct ConfigArgs {
     pub flash_save_at: Option<u8>,
     #[command(flatten)]
     pub budget: super::resources::BudgetArgs,
+    #[command(flatten)]
+    pub automatic: super::automatic::AutomaticArgs,
 }
 
 /// `project …`

@@ -6,7 +6,7 @@ use fermata_protocol::ProjectName;
 use fermata_protocol::agent::{AgentView, Usage};
 use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
-use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
+use fermata_protocol::project::{AutomaticCheckpoints, ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;
 
 use super::{Ended, target_of};
@@ -170,6 +170,19 @@ pub fn show(session: &mut Session, project: ProjectName) -> Ended {
     Ok(0)
 }
 
+/// When checkpoints are made by themselves.
+fn automatic(config: &AutomaticCheckpoints) -> String {
+    let AutomaticCheckpoints { every_units, every_ms, on_phase_change, before_shutdown } = *config;
+    let when = [
+        (every_ms > 0).then(|| format!("after {} of running", duration(every_ms as f64))),
+        (every_units > 0).then(|| format!("after {} units of progress", number(every_units))),
+        on_phase_change.then(|| "on a new phase".to_owned()),
+        before_shutdown.then(|| "before the daemon ends".to_owned()),
+    ];
+    let when: Vec<String> = when.into_iter().flatten().collect();
+    if when.is_empty() { "never".into() } else { when.join(", ") }
+}
+
 /// What was spent of a budget.
 fn budget(budget: &Budget, spent: &Usage) -> Option<String> {
     let dollars = |micro: u64| format!("${:.2}", micro as f64 / 1e6);
@@ -237,6 +250,7 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .maybe("operation", operation)
         .maybe("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
         .add("checkpoints", format!("{}{}", detail.checkpoints, last.unwrap_or_default()))
+        .add("saved by itself", automatic(&detail.config.automatic))
         .maybe(
             "context",
             (context.items > 0).then(|| {

@@ -57,6 +57,7 @@ mod sweep;
 mod tests;
 mod tracked;
 mod tree;
+mod unchanged;
 mod user_repository;
 mod verify;
 mod watch;

@@ -21,6 +21,7 @@ use super::effects::{PauseWork, discard};
 use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 use super::ids::NewToken;
 use super::links::Watcher;
+use super::look::Looks;
 use crate::errors::Failure;
 use crate::history::Extent;
 use crate::services::{self, Services};
@@ -70,6 +71,8 @@ pub struct Actor {
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
+    /// The looks for what automatic checkpoints would save.
+    pub(super) looks: Looks,
     inbox: mpsc::Receiver<Message>,
     published: watch::Sender<Arc<Project>>,
     deferred: VecDeque<(Box<Begin>, Answer)>,
@@ -111,6 +114,7 @@ impl Actor {
             label: Label::default(),
             waiters: BTreeMap::new(),
             preparing: BTreeSet::new(),
+            looks: Looks::default(),
             inbox,
             published,
             deferred: VecDeque::new(),
@@ -242,6 +246,9 @@ impl Actor {
             if !go_on {
                 break;
             }
+            if self.project.checkpointing.is_none() {
+                self.looks.end_turn();
+            }
             while self.project.checkpointing.is_none()
                 && let Some((begin, answer)) = self.deferred.pop_front()
             {
@@ -303,6 +310,7 @@ impl Actor {
                 }
             }
             Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
+            Message::Looked(found) => self.looked(*found).await,
             Message::Thawed { agent, run } => self.hold_again(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
@@ -324,6 +332,7 @@ impl Actor {
     /// other operations are short and come to their own end, or are rolled forward by the next daemon.
     async fn leave(&mut self, done: oneshot::Sender<()>) {
         self.leaving = Some(done);
+        self.looks.give_way();
         let operation = match &*self.project.state {
             ProjectState::Pausing(run) if run.course == Course::Forward => run.operation.clone(),
             _ => return,
@@ -344,6 +353,7 @@ impl Actor {
             return;
         }
         let Begin { command, operation, label, tokens, keyed } = *begin;
+        self.looks.give_way();
         self.keep_tokens(tokens);
         let (cancel, old_label) = (Cancel::default(), std::mem::replace(&mut self.label, label));
         let old_cancel = std::mem::replace(&mut self.cancel, cancel);

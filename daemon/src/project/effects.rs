@@ -10,12 +10,14 @@ use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::actor::Actor;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
+use crate::steps::database::{self, Draft};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
@@ -35,8 +37,47 @@ pub struct PauseWork {
     renewer: Option<Renewer>,
     /// Until when the pause may be committed: then the lease of the last proof is over.
     pub(super) proven_until: Option<Instant>,
+    draft: Drafting,
     plans: Plans,
     warnings: Vec<String>,
+}
+
+/// The database part, written before anybody is frozen.
+#[derive(Default)]
+enum Drafting {
+    /// There is none.
+    #[default]
+    No,
+    /// It is being written.
+    Writing(JoinHandle<Result<Draft, Failure>>),
+    /// It is written.
+    Written(Box<Draft>),
+}
+
+impl Drafting {
+    /// Waits until nobody writes any more; whoever gives up waiting may do so again. A draft that could not
+    /// be made is only missed: what is wrong is told when all is written anew.
+    async fn settle(&mut self) {
+        let Self::Writing(task) = self else { return };
+        *self = match task.await {
+            Ok(Ok(draft)) => Self::Written(Box::new(draft)),
+            Ok(Err(failure)) => {
+                tracing::warn!(%failure, "no draft of the database part");
+                Self::No
+            }
+            // Its panic is in the log.
+            Err(_) => Self::No,
+        };
+    }
+
+    /// Waits for the draft and takes it.
+    async fn take(&mut self) -> Option<Draft> {
+        self.settle().await;
+        match std::mem::take(self) {
+            Self::Written(draft) => Some(*draft),
+            Self::No | Self::Writing(_) => None,
+        }
+    }
 }
 
 impl Actor {
@@ -165,14 +206,18 @@ impl Actor {
                 // It has reported, or its report is ignored; a panic in it is in the log.
                 drop(step.await);
             }
-            *work.lock().await = PauseWork::default();
+            let mut left = work.lock().await;
+            *left = PauseWork { draft: std::mem::take(&mut left.draft), ..PauseWork::default() };
+            drop(left);
             // The undo must not be ended by the cancellation that brought it about.
             site.cancel = Default::default();
             retry("undo", &site, |site| {
-                let runs = runs.clone();
+                let (runs, work) = (runs.clone(), Arc::clone(&work));
                 async move {
                     crate::steps::failpoint("undo.thaw")?;
                     freeze::thaw(&site, &runs).await?;
+                    // Nobody may write into what is discarded.
+                    drop(work.lock().await.draft.take().await);
                     crate::steps::failpoint("undo.discard")?;
                     leftovers::discard(&site, number).await
                 }
@@ -328,8 +373,12 @@ async fn run_pause_step(
     let runs = site.project.runs(site.project.running_agents());
     match step {
         PauseStep::Validate => {
+            drop(work.draft.take().await);
             *work = PauseWork::default();
             validate::run(site).await?;
+            // Beside the look at the workspace and the wait for the agents.
+            let draft = site.services.tracker.spawn(database::draft(site.clone(), run.checkpoint));
+            work.draft = Drafting::Writing(draft);
             prime::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
@@ -339,12 +388,17 @@ async fn run_pause_step(
                 operation: operation.to_string(),
             };
             work.warnings = quiesce::run(site, &runs, &request).await?;
+            // Nobody is frozen for a draft.
+            work.draft.settle().await;
         }
         PauseStep::Freeze => {
             work.frozen = Some(freeze::run(site, &runs).await?);
             work.renewer = Some(Renewer::start(site, runs));
         }
-        PauseStep::PlanFlashSave => work.plans = flash_save::plan(site, None, crate::services::now()).await?,
+        PauseStep::PlanFlashSave => {
+            crate::steps::failpoint("pause.plan_flash_save")?;
+            work.plans = flash_save::plan(site, None, crate::services::now()).await?;
+        }
         PauseStep::Checkpoint => {
             let order = Order {
                 operation: operation.clone(),
@@ -374,7 +428,8 @@ async fn pause_checkpoint(
 ) -> Result<Stepped, Failure> {
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
-    let captured = checkpoint::capture(site, order, &plans, now).await?;
+    let draft = work.draft.take().await;
+    let captured = checkpoint::capture(site, order, &plans, now, draft).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;
@@ -426,7 +481,7 @@ async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Re
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, None).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -443,7 +498,7 @@ async fn capture_frozen(
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now).await?;
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, None).await?;
     freeze::renew(site, runs).await?;
     Ok(captured)
 }

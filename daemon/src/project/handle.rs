@@ -10,6 +10,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::follow_up::Prepared;
 use super::ids::NewToken;
+use super::look::Found;
 use crate::errors::Failure;
 use crate::services::Services;
 use crate::shim::link::ShimLink;
@@ -117,6 +118,8 @@ pub enum Message {
         /// The link.
         link: Arc<ShimLink>,
     },
+    /// A look for what an automatic checkpoint would save is over.
+    Looked(Box<Found>),
     /// A freeze has ended by itself.
     Thawed {
         /// The agent.

@@ -14,6 +14,8 @@
 
 pub mod bundle;
 pub mod checkpoint;
+pub mod context_file;
+pub mod database;
 pub mod flash_save;
 pub mod freeze;
 pub mod launch;
