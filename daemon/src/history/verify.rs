@@ -159,6 +159,10 @@ impl History {
         Ok(bytes)
     }
 
+    fn is_gone(&self, pack: &str) -> bool {
+        self.objects.refresh().is_ok() && !self.objects.has_pack(pack)
+    }
+
     /// Compares a pack and its index, both as they are on the disk now, with their checksums.
     fn check_pack(&self, name: &str, cancel: &AtomicBool) -> Result<(), String> {
         let dir = self.objects.pack_dir();
@@ -169,7 +173,7 @@ impl History {
         match checked {
             Ok(()) => Ok(()),
             // Consolidated since; its objects were found, there or in the pack that replaces it.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound && !self.objects.has_pack(name) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.is_gone(name) => Ok(()),
             Err(error) => Err(format!("{name}: {error}")),
         }
     }
