@@ -9,13 +9,13 @@
 //! The walk is our own, from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is never
 //! covered. Must not read contents: that is `content`'s work.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::dir::{Dir as Listed, Type};
 use nix::errno::Errno;
@@ -183,6 +183,8 @@ pub(super) struct Walk<'a> {
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
     pub ignored: AtomicU64,
+    /// Files with several names that were left out under one of them, by device and inode.
+    pub linked_out: Mutex<HashSet<(u64, u64)>>,
     /// Whether other rules were met than those of the known picture.
     pub redecided: AtomicBool,
 }
@@ -446,6 +448,11 @@ impl Walk<'_> {
             let (below, covered, forced) = match verdict {
                 Verdict::Out => {
                     self.ignored.fetch_add(1, Ordering::Relaxed);
+                    // It may be another name of a file that is covered.
+                    if stat.kind() == FileKind::Regular && stat.nlink > 1 {
+                        let mut linked = self.linked_out.lock().unwrap_or_else(PoisonError::into_inner);
+                        linked.insert((stat.dev, stat.ino));
+                    }
                     changed |= before.is_some();
                     continue;
                 }

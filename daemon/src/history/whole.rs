@@ -111,7 +111,8 @@ fn is_older(root: &Root, path: &RelPath, ended: Time) -> bool {
     let mut at = Some(path.clone());
     while let Some(path) = at {
         match root.stat_if_there(&path) {
-            Ok(Some(stat)) => return stat.ctime <= ended,
+            // The files' clock may lag behind the one that `ended` was read from.
+            Ok(Some(stat)) => return super::picture::Seen::from(&stat).is_settled(ended.nanos()),
             Ok(None) => at = path.parent(),
             Err(_) => return false,
         }
