@@ -10,14 +10,14 @@ use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use super::actor::Actor;
+use super::drafting::Drafting;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
-use crate::steps::database::{self, Draft};
+use crate::steps::database;
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
@@ -40,44 +40,6 @@ pub struct PauseWork {
     draft: Drafting,
     plans: Plans,
     warnings: Vec<String>,
-}
-
-/// The database part, written before anybody is frozen.
-#[derive(Default)]
-enum Drafting {
-    /// There is none.
-    #[default]
-    No,
-    /// It is being written.
-    Writing(JoinHandle<Result<Draft, Failure>>),
-    /// It is written.
-    Written(Box<Draft>),
-}
-
-impl Drafting {
-    /// Waits until nobody writes any more; whoever gives up waiting may do so again. A draft that could not
-    /// be made is only missed: what is wrong is told when all is written anew.
-    async fn settle(&mut self) {
-        let Self::Writing(task) = self else { return };
-        *self = match task.await {
-            Ok(Ok(draft)) => Self::Written(Box::new(draft)),
-            Ok(Err(failure)) => {
-                tracing::warn!(%failure, "no draft of the database part");
-                Self::No
-            }
-            // Its panic is in the log.
-            Err(_) => Self::No,
-        };
-    }
-
-    /// Waits for the draft and takes it.
-    async fn take(&mut self) -> Option<Draft> {
-        self.settle().await;
-        match std::mem::take(self) {
-            Self::Written(draft) => Some(*draft),
-            Self::No | Self::Writing(_) => None,
-        }
-    }
 }
 
 impl Actor {
