@@ -23,7 +23,7 @@ use super::rules::Rules;
 use super::scan::{SkipReason, Skipped};
 
 /// Times may lag by one tick of a kernel with 100 Hz; twice that is on the safe side.
-const TICK_NS: i128 = 20_000_000;
+pub const TICK_NS: i128 = 20_000_000;
 
 /// The state of a file by which an unchanged one is recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

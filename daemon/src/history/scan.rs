@@ -38,6 +38,9 @@ use super::xattrs;
 /// Up to so many covered files, it is worth looking whether the rules hide nearly everything.
 const FEW_FILES: u64 = 1_000;
 
+/// From so many directories or files on, it is worth waking other threads for a part of the workspace.
+pub(super) const MANY: usize = 16;
+
 /// Why a path is not in a checkpoint although the rules cover it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -493,10 +496,10 @@ impl Walk<'_> {
                 };
                 Ok(found.map(|found| Entry { name: name.clone(), what: What::Below(found) }))
             };
-        let below: Vec<Option<Entry>> = match dirs.len() {
-            0 => Vec::new(),
-            1 => vec![walk_below(&dirs[0])?],
-            _ => dirs.par_iter().map(walk_below).collect::<Result<_>>()?,
+        let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
+            dirs.par_iter().map(walk_below).collect::<Result<_>>()?
+        } else {
+            dirs.iter().map(walk_below).collect::<Result<_>>()?
         };
         for ((name, ..), entry) in dirs.iter().zip(below) {
             let before = known.dir.and_then(|dir| dir.child(name));

@@ -16,7 +16,7 @@ use super::drafting::Drafting;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
 use crate::errors::Failure;
-use crate::steps::checkpoint::{self, Order};
+use crate::steps::checkpoint::{self, Order, Rows};
 use crate::steps::database;
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
@@ -391,7 +391,7 @@ async fn pause_checkpoint(
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
     let draft = work.draft.take().await;
-    let captured = checkpoint::capture(site, order, &plans, now, draft).await?;
+    let captured = checkpoint::capture(site, order, &plans, now, Rows::Now(draft)).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;
@@ -443,7 +443,7 @@ async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Re
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now, None).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -460,7 +460,7 @@ async fn capture_frozen(
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now, None).await?;
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, Rows::Later).await?;
     freeze::renew(site, runs).await?;
     Ok(captured)
 }
