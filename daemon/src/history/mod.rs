@@ -23,6 +23,7 @@ mod bundle;
 mod cache;
 mod consolidate;
 mod content;
+mod deflate;
 mod delta;
 mod diff;
 mod draft;

@@ -14,6 +14,7 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use sha1::{Digest, Sha1};
 
+use super::deflate::{Effort, deflate};
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack_entry::{Stored, bad, encode_head};
 use super::pack_index::{self, Line};
@@ -36,10 +37,8 @@ impl Packed {
     /// # Errors
     /// Only memory can fail here.
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
-        let head = encode_head(Stored::Whole(kind), content.len() as u64);
-        let mut encoder = ZlibEncoder::new(head, Compression::fast());
-        encoder.write_all(content)?;
-        let bytes = encoder.finish()?;
+        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+        deflate(content, Effort::Fast, &mut bytes)?;
         Ok(Packed { oid, crc: crc_of(&bytes), bytes })
     }
 }

@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use flate2::bufread::ZlibDecoder;
 use sha1::{Digest, Sha1};
 
+use super::deflate;
 use super::oid::ObjectKind;
 use super::pack_entry::{Head, MAX_HEAD, Stored, bad, decode_head};
 use super::pack_index::PackIndex;
@@ -127,13 +128,8 @@ impl PackReader {
     }
 
     fn inflate_all(&self, at: u64, head: &Head) -> io::Result<Vec<u8>> {
-        let mut content = Vec::with_capacity(head.size.min(64 << 20) as usize);
-        self.inflate(at, head).read_to_end(&mut content)?;
-        if content.len() as u64 == head.size {
-            Ok(content)
-        } else {
-            Err(bad(format!("{} bytes were promised, {} came out", head.size, content.len())))
-        }
+        let start = at + head.length as u64;
+        deflate::inflate(head.size, |buffer, at| read_some_at(&self.file, buffer, start + at))
     }
 
     /// Returns where the base of an entry begins, `None` when it needs none.

@@ -10,14 +10,12 @@
 //! The pack stands on its own: a delta's base is always in it, as git wants it. Changes nothing of what exists.
 
 use std::collections::HashMap;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use flate2::Compression;
-use flate2::write::ZlibEncoder;
-
+use super::deflate::{Effort, deflate};
 use super::delta;
 use super::errors::{HistoryError, Result};
 use super::oid::{ObjectHasher, ObjectKind, Oid};
@@ -377,13 +375,13 @@ impl<'a> Repack<'a> {
         if let Some(base) = item.base {
             let from = self.content(base)?;
             if let Some(delta) = delta::encode(&from, &content, content.len() / 2 + 32) {
-                best = Some(Anew { base: Some(self.oid(base)), size: delta.len() as u64, zlib: deflate(&delta)? });
+                best = Some(Anew { base: Some(self.oid(base)), size: delta.len() as u64, zlib: compressed(&delta)? });
             }
         }
         // A delta far smaller than the object compressed in haste will not be beaten by compressing with patience.
         let clear = best.as_ref().is_some_and(|best| (best.zlib.len() as u64) < item.length / 3);
         if !clear && (!whole_now || self.fresh[item.pack]) {
-            let whole = Anew { base: None, size: content.len() as u64, zlib: deflate(&content)? };
+            let whole = Anew { base: None, size: content.len() as u64, zlib: compressed(&content)? };
             if best.as_ref().is_none_or(|best| best.zlib.len() + 4 >= whole.zlib.len()) {
                 best = Some(whole);
             }
@@ -437,10 +435,10 @@ fn name(reader: &PackReader) -> &Path {
     Path::new(&reader.index.name)
 }
 
-fn deflate(content: &[u8]) -> io::Result<Vec<u8>> {
-    let mut encoder = ZlibEncoder::new(Vec::with_capacity(content.len() / 2 + 32), Compression::default());
-    encoder.write_all(content)?;
-    encoder.finish()
+fn compressed(content: &[u8]) -> io::Result<Vec<u8>> {
+    let mut zlib = Vec::new();
+    deflate(content, Effort::Thorough, &mut zlib)?;
+    Ok(zlib)
 }
 
 /// Compares the object at a place of a pack with its name; whole ones are not held in memory.
