@@ -42,6 +42,9 @@ const TURN: Duration = Duration::from_millis(2);
 /// Free space that is left to others, in bytes.
 const SPARE: u64 = 64 << 20;
 
+/// So many removed checkpoints are worth a look for what nobody needs any more.
+const REMOVED: u64 = 8;
+
 /// The directory of the pack that is being written, below `pending/`. Whatever is in it after a crash may be half of a
 /// swap.
 pub(super) const DRAFT: &str = "consolidation";
@@ -106,9 +109,16 @@ impl History {
         })
     }
 
-    /// Says whether there are so many packs that [`History::consolidate`] should be called.
-    pub fn wants_consolidation(&self) -> bool {
-        self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all))
+    /// Says what of [`History::consolidate`] has become worth it: many packs have come, or checkpoints were removed.
+    /// Costs next to nothing.
+    pub fn due(&self) -> Option<Extent> {
+        if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all)) {
+            Some(Extent::Due)
+        } else if self.removed.load(Ordering::Relaxed) >= REMOVED {
+            Some(Extent::Waste)
+        } else {
+            None
+        }
     }
 
     /// Writes small packs as one and drops what nobody needs; `None` when there is nothing to do, or when something
@@ -135,8 +145,11 @@ impl History {
         if extent == Extent::Due && !is_due(&candidates) {
             return Ok(None);
         }
+        let removed = self.removed.load(Ordering::Relaxed);
         let roots = self.roots()?;
         let reach = Reach::of(&self.objects, &roots, None, cancel)?;
+        // Whatever comes of it, what was removed until now has been looked for.
+        self.removed.fetch_sub(removed, Ordering::Relaxed);
         let packs = choose(candidates, &reach, extent)?;
         if packs.is_empty() {
             return Ok(None);

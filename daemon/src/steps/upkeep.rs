@@ -129,10 +129,8 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
         let start = Instant::now();
         let done = cell.open(&dir, services.watcher()).and_then(|history| {
             // A look that costs nothing comes first.
-            if extent == Extent::Due && !history.wants_consolidation() {
-                return Ok(None);
-            }
-            history.consolidate(extent, &|_| {}, &flag)
+            let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
+            extent.map_or(Ok(None), |extent| history.consolidate(extent, &|_| {}, &flag))
         });
         // Nobody listens any more when the daemon is about to end.
         drop(answer.send((done, start.elapsed())));

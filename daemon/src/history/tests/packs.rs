@@ -63,13 +63,13 @@ fn many_packs_become_one_and_every_checkpoint_stays_what_it_was() {
     let before: Vec<_> = (1..=60).map(|n| sandbox.history.listing_of(n).unwrap().items).collect();
     let fresh = sandbox.history.pack_stats().unwrap();
     assert_eq!((fresh.packs, fresh.fresh), (60, 60));
-    assert!(sandbox.history.wants_consolidation());
+    assert_eq!(sandbox.history.due(), Some(Extent::Due));
     let done = consolidate(&sandbox.history, Extent::Due).unwrap();
     assert_eq!(done.packs, 60);
     assert!(done.deltas > 500, "{done:?}");
     assert!(done.bytes_after * 5 < done.bytes_before * 2, "{done:?}");
     assert_eq!(packs(&sandbox.history).len(), 1);
-    assert!(!sandbox.history.wants_consolidation());
+    assert_eq!(sandbox.history.due(), None);
     assert_eq!(consolidate(&sandbox.history, Extent::Fresh), None);
 
     for history in [&sandbox.history, &History::open(&sandbox.outside("state")).unwrap()] {
@@ -134,7 +134,9 @@ fn what_no_checkpoint_needs_any_more_is_dropped_even_where_others_were_deltas_to
     let before = sandbox.history.pack_stats().unwrap().bytes;
     let listing = sandbox.history.listing_of(40).unwrap().items;
     (1..40).filter(|n| n % 9 != 0).for_each(|n| sandbox.history.remove(n).unwrap());
+    assert_eq!(sandbox.history.due(), Some(Extent::Waste));
     let done = consolidate(&sandbox.history, Extent::Waste).unwrap();
+    assert_eq!(sandbox.history.due(), None);
     assert_eq!(done.packs, 1);
     assert!(sandbox.history.pack_stats().unwrap().bytes < before);
     all_is_good(&sandbox.history);
@@ -425,9 +427,9 @@ fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
         sandbox.git(&["add", "-A"]);
         sandbox.git(&["commit", "-qm", &format!("checkpoint {round}")]);
         // As the daemon does it.
-        if sandbox.history.wants_consolidation() {
+        if let Some(extent) = sandbox.history.due() {
             let start = std::time::Instant::now();
-            consolidate(&sandbox.history, Extent::Due);
+            consolidate(&sandbox.history, extent);
             longest = longest.max(start.elapsed());
         }
     }
