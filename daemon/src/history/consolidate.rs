@@ -17,7 +17,8 @@ use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::sync::TryLockError;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
@@ -35,8 +36,14 @@ const WASTE: u64 = 4;
 /// So many fresh packs are worth a consolidation.
 const MANY: usize = 32;
 
+/// How long a finished pack waits for an instant without a snapshot under way, and how often it looks for one.
+const PATIENCE: Duration = Duration::from_secs(10);
+const TURN: Duration = Duration::from_millis(2);
 /// Free space that is left to others, in bytes.
 const SPARE: u64 = 64 << 20;
+
+/// So many removed checkpoints are worth a look for what nobody needs any more.
+const REMOVED: u64 = 8;
 
 /// The directory of the pack that is being written, below `pending/`. Whatever is in it after a crash may be half of a
 /// swap.
@@ -102,9 +109,16 @@ impl History {
         })
     }
 
-    /// Says whether there are so many packs that [`History::consolidate`] should be called.
-    pub fn wants_consolidation(&self) -> bool {
-        self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all))
+    /// Says what of [`History::consolidate`] has become worth it: many packs have come, or checkpoints were removed.
+    /// Costs next to nothing.
+    pub fn due(&self) -> Option<Extent> {
+        if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all)) {
+            Some(Extent::Due)
+        } else if self.removed.load(Ordering::Relaxed) >= REMOVED {
+            Some(Extent::Waste)
+        } else {
+            None
+        }
     }
 
     /// Writes small packs as one and drops what nobody needs; `None` when there is nothing to do, or when something
@@ -131,8 +145,11 @@ impl History {
         if extent == Extent::Due && !is_due(&candidates) {
             return Ok(None);
         }
+        let removed = self.removed.load(Ordering::Relaxed);
         let roots = self.roots()?;
         let reach = Reach::of(&self.objects, &roots, None, cancel)?;
+        // Whatever comes of it, what was removed until now has been looked for.
+        self.removed.fetch_sub(removed, Ordering::Relaxed);
         let packs = choose(candidates, &reach, extent)?;
         if packs.is_empty() {
             return Ok(None);
@@ -144,8 +161,12 @@ impl History {
         let plan =
             Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
         let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
+        let draft = self.pending().join(DRAFT);
         if plan.objects() == 0 {
-            return Ok(self.swap(None, &old, cancel)?.then_some(report));
+            fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
+            let swapped = self.swap(None, &old, cancel)?;
+            self.remove_draft()?;
+            return Ok(swapped.then_some(report));
         }
         self.check_space(bytes_before)?;
         let done = self.write_and_swap(plan, &old, report, progress, cancel);
@@ -253,13 +274,25 @@ impl History {
         Ok(found)
     }
 
-    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now.
+    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now. Waits for its turn between
+    /// snapshots, within bounds.
     fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
-        let _writer = self.lock_writer();
-        if !self.live().is_empty() {
-            tracing::debug!("a snapshot is under way; packs are consolidated another time");
-            return Ok(false);
-        }
+        let start = Instant::now();
+        let _writer = loop {
+            let writer = self.lock_writer();
+            if self.live().is_empty() {
+                break writer;
+            }
+            drop(writer);
+            if cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
+            }
+            if start.elapsed() > PATIENCE {
+                tracing::debug!("snapshots are under way; packs are consolidated another time");
+                return Ok(false);
+            }
+            std::thread::sleep(TURN);
+        };
         self.objects.refresh()?;
         if !self.allows(old, cancel)? {
             tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
@@ -271,11 +304,18 @@ impl History {
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
         for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {
-            // Without its index a pack does not count.
-            for end in ["idx", "pack"] {
-                remove(&to.join(format!("{name}.{end}")))?;
-                failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
+            // Without its index a pack does not count. The pack itself goes with the draft: to free a large file takes
+            // longer than anybody should wait for this lock.
+            remove(&to.join(format!("{name}.idx")))?;
+            failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
+            let pack = to.join(format!("{name}.pack"));
+            match fs::rename(&pack, from.join(format!("{name}.gone"))) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(HistoryError::io("put aside", &pack)(error));
+                }
+                _ => {}
             }
+            failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         self.objects.refresh()?;

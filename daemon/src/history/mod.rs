@@ -70,7 +70,7 @@ use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use beneath::Time;
@@ -154,6 +154,8 @@ pub struct History {
     known: Mutex<Known>,
     /// Held by whoever consolidates packs.
     consolidating: Mutex<()>,
+    /// Checkpoints that were removed since somebody looked for what nobody needs any more.
+    removed: AtomicU64,
     /// One background look at a time.
     priming: Mutex<()>,
     standings: Standings,
@@ -213,6 +215,7 @@ impl History {
             live: Live::default(),
             known: Mutex::default(),
             consolidating: Mutex::default(),
+            removed: AtomicU64::new(0),
             priming: Mutex::default(),
             standings: Standings::default(),
             watch: watcher.map(Watcher::watch_project),
@@ -252,7 +255,9 @@ impl History {
             // What is known of the workspace relies on its objects.
             self.refs.set_base(known.commit, &self.pending())?;
         }
-        self.refs.remove(number)
+        self.refs.remove(number)?;
+        self.removed.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Reads what a checkpoint says about itself.

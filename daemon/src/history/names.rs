@@ -141,7 +141,7 @@ pub fn escape(bytes: &[u8]) -> String {
     text
 }
 
-/// Reads what [`escape`] wrote; `None` when it cannot have written it.
+/// Reads what `escape` wrote; `None` when it cannot have written it.
 pub fn unescape(text: &str) -> Option<Vec<u8>> {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.bytes();

@@ -23,7 +23,6 @@ use super::ids::NewToken;
 use super::links::Watcher;
 use super::look::Looks;
 use crate::errors::Failure;
-use crate::history::Extent;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::reach::Linked;
@@ -487,7 +486,7 @@ impl Actor {
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
-        self.look_after_packs(&decision.events);
+        upkeep::follow(&self.site(), &decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
         let decision_events = decision.events;
         self.start_all(decision.effects).await;
@@ -543,19 +542,6 @@ impl Actor {
                 members.insert("at".into(), json!(at));
             }
             self.services.plugins.notify(&Arc::new(value));
-        }
-    }
-
-    /// Has packs consolidated after a checkpoint, and never while the project pauses.
-    fn look_after_packs(&self, events: &[Event]) {
-        for event in events {
-            match event {
-                Event::PauseStarted { .. } | Event::ProjectRemoved {} => upkeep::hold_off(&self.site()),
-                Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::RestorePlanned { .. } => {
-                    upkeep::wish(&self.site(), Extent::Due);
-                }
-                _ => {}
-            }
         }
     }
 

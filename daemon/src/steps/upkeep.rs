@@ -7,6 +7,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use fermata_protocol::event::Event;
 use tokio::sync::oneshot;
 
 use super::{Cancel, Site, history_failure};
@@ -42,6 +43,19 @@ impl Upkeep {
             state.running = None;
         }
         wanted
+    }
+}
+
+/// Wishes for what the events of a project make worth it: a consolidation after a checkpoint, and none while it pauses.
+pub fn follow(site: &Site, events: &[Event]) {
+    for event in events {
+        match event {
+            Event::PauseStarted { .. } | Event::ProjectRemoved {} => hold_off(site),
+            Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::RestorePlanned { .. } => {
+                wish(site, Extent::Due);
+            }
+            _ => {}
+        }
     }
 }
 
@@ -86,7 +100,10 @@ async fn run(site: Site) {
         if let Err(failure) = done
             && !site.cancel.is_cancelled()
         {
-            let first = upkeep.lock().failed.replace(Instant::now() + AFTER_FAILURE).is_none();
+            let mut state = upkeep.lock();
+            state.wanted = None;
+            let first = state.failed.replace(Instant::now() + AFTER_FAILURE).is_none();
+            drop(state);
             if first {
                 tracing::warn!(
                     project = %site.project.name, %failure,
@@ -112,10 +129,8 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
         let start = Instant::now();
         let done = cell.open(&dir, services.watcher()).and_then(|history| {
             // A look that costs nothing comes first.
-            if extent == Extent::Due && !history.wants_consolidation() {
-                return Ok(None);
-            }
-            history.consolidate(extent, &|_| {}, &flag)
+            let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
+            extent.map_or(Ok(None), |extent| history.consolidate(extent, &|_| {}, &flag))
         });
         // Nobody listens any more when the daemon is about to end.
         drop(answer.send((done, start.elapsed())));
