@@ -115,7 +115,7 @@ pub struct CheckpointView {
     pub context_snapshot: String,
     /// SHA-256 of the manifest, in hexadecimal.
     pub manifest_sha256: String,
-    /// Bytes that it added to the disk.
+    /// Bytes that it added to the disk: its own files, and the contents that no checkpoint before it held.
     pub size_bytes: u64,
     /// Whether retention must leave it alone.
     pub pinned: bool,
@@ -174,6 +174,9 @@ pub struct CheckpointList {
 pub struct CheckpointListResult {
     /// The checkpoints, newest first.
     pub checkpoints: Vec<CheckpointView>,
+    /// Bytes that all checkpoints of the project take on disk, those of other pages included.
+    #[serde(default)]
+    pub disk_bytes: u64,
 }
 
 /// Parameters of `checkpoint.show`.

@@ -10,6 +10,7 @@ use crate::context::ContextSummary;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseCause, PauseMode};
+use crate::retention::Retention;
 
 /// The status of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -124,6 +125,9 @@ pub struct ProjectConfig {
     /// How much all of its agents together may spend before the project is paused.
     #[serde(skip_serializing_if = "Budget::is_unset")]
     pub budget: Budget,
+    /// Which checkpoints are kept, where that differs from the daemon's settings.
+    #[serde(skip_serializing_if = "Retention::is_unset")]
+    pub retention: Retention,
 }
 
 impl Default for ProjectConfig {
@@ -136,6 +140,7 @@ impl Default for ProjectConfig {
             token_limit: 180_000,
             flash_save_at_percent: 80,
             budget: Budget::default(),
+            retention: Retention::default(),
         }
     }
 }
@@ -274,6 +279,9 @@ pub struct ProjectView {
     /// What its agents have reported to have used, those included that were removed since.
     #[serde(default)]
     pub usage: Usage,
+    /// Bytes that all of its checkpoints take on disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
 }
 
 /// A project as `project.show` shows it.

@@ -24,6 +24,7 @@ mod ps;
 mod reboot;
 mod restart;
 mod restore;
+mod retention;
 mod rm;
 mod roles;
 mod run;

@@ -89,6 +89,7 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::PinCheckpoint { checkpoint, pinned } => {
             Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
         }
+        Command::RemoveCheckpoints { removals } => Ok(checkpoints::remove(project, removals)),
         Command::Restore { operation, checkpoint } => checkpoints::begin_restore(project, operation, checkpoint),
         Command::RestorePlanned { operation, outcome } => Ok(checkpoints::restore_planned(project, operation, outcome)),
         Command::Restored { operation, phase, tasks, written, removed } => {

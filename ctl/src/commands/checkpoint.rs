@@ -7,14 +7,15 @@ use fermata_protocol::checkpoint::{
     CheckpointDiffResult, CheckpointList, CheckpointPin, CheckpointRestore, CheckpointRestoreResult, CheckpointShow,
     CheckpointVerify, CheckpointView, VerifiedCheckpoint,
 };
+use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove, CheckpointRemoveResult, RemovalReason};
 use fermata_protocol::{CheckpointNumber, ProjectName};
 
 use super::Ended;
 use super::pause::{frozen, steps_text};
 use crate::cli::groups::CheckpointCommand;
 use crate::errors::Failure;
-use crate::output::time::{bytes, dollars, local, number};
-use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean};
+use crate::output::time::{bytes, dollars, local, millis, number};
+use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean, note};
 use crate::session::Session;
 
 /// How many checkpoints are asked for at once.
@@ -30,9 +31,12 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             session.out.one(&result, Some(id), created)?;
         }
         CheckpointCommand::Ls { project, limit } => {
-            let checkpoints = list(session, &project, limit)?;
+            let (checkpoints, disk_bytes) = list(session, &project, limit)?;
             let id = |checkpoint: &CheckpointView| checkpoint.id;
             session.out.rows(&checkpoints, "no checkpoints", id, table)?;
+            if session.out.is_human() && !checkpoints.is_empty() {
+                note(&format!("all checkpoints of {project} take {} on disk", bytes(disk_bytes)));
+            }
         }
         CheckpointCommand::Show { project, checkpoint } => {
             let detail = session.call(&CheckpointShow { project, checkpoint })?;
@@ -50,7 +54,17 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             let id = result.safety_checkpoint_id.map(|n| n.to_string());
             session.out.one(&result, id, |out, result| restored(out, result, &project, dry_run))?;
         }
-        CheckpointCommand::Verify { project, checkpoint } => {
+        CheckpointCommand::Rm { project, checkpoints } => {
+            let result = session.call_long("remove", &CheckpointRemove { project, checkpoints })?;
+            removed(session, &result, false)?;
+        }
+        CheckpointCommand::Prune { project, keep, older_than, max_bytes, dry_run } => {
+            let older_than_ms = older_than.map(millis);
+            let params = CheckpointPrune { project, keep, older_than_ms, max_bytes, dry_run };
+            let result = session.call_long("prune", &params)?;
+            removed(session, &result, dry_run)?;
+        }
+        CheckpointCommand::Verify { project, checkpoint, all: _ } => {
             let params = CheckpointVerify { project, checkpoint };
             return verify(session, &params);
         }
@@ -60,8 +74,13 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
     Ok(0)
 }
 
-/// Asks page after page, newest first.
-fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Result<Vec<CheckpointView>, Failure> {
+/// Asks page after page, newest first; returns with them what all of the project's take on disk.
+fn list(
+    session: &mut Session,
+    project: &ProjectName,
+    limit: Option<u32>,
+) -> Result<(Vec<CheckpointView>, u64), Failure> {
+    let mut disk_bytes = 0;
     let wanted = limit.map_or(usize::MAX, |n| n as usize);
     let mut all: Vec<CheckpointView> = Vec::new();
     while all.len() < wanted {
@@ -71,6 +90,7 @@ fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Res
             limit: Some(limit.map_or(PAGE, |n| n.min(PAGE))),
         })?;
         let count = page.checkpoints.len();
+        disk_bytes = page.disk_bytes;
         all.extend(page.checkpoints);
         // A daemon may give fewer than were asked for; only an empty page is the end for sure.
         if count == 0 {
@@ -78,7 +98,7 @@ fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Res
         }
     }
     all.truncate(wanted);
-    Ok(all)
+    Ok((all, disk_bytes))
 }
 
 fn table(out: &Output, checkpoints: &[CheckpointView]) -> Table {
@@ -132,7 +152,7 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
         .maybe("last task", metadata.last_task_done.as_ref())
         .maybe("agents", filled(&metadata.active_agents.join(", ")))
         .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
-        .add("on disk", bytes(checkpoint.size_bytes))
+        .add("added", format!("{} to the disk", bytes(checkpoint.size_bytes)))
         .add("context", format!("{} items, {} tokens", number(metadata.context_items), number(metadata.context_tokens)))
         .maybe("cost so far", (metadata.cost_micro_usd > 0).then(|| dollars(metadata.cost_micro_usd)))
         .maybe("repository", metadata.repository.as_ref().map(|r| r.to_string()))
@@ -218,6 +238,47 @@ fn restored(
         .maybe("operation", result.operation_id.as_ref().map(|id| id.as_str()));
     out.facts(&facts)?;
     out.warnings(&result.warnings)
+}
+
+fn removed(session: &mut Session, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), Failure> {
+    let out = &mut session.out;
+    match out.format() {
+        Format::Json => out.json(result)?,
+        Format::Ids => {
+            for one in &result.removed {
+                out.line(one.checkpoint_id)?;
+            }
+        }
+        Format::Human => {
+            if !result.removed.is_empty() {
+                let mut table = Table::new(&[">N", "TRIGGER", "BECAUSE", ">SIZE"]);
+                for one in &result.removed {
+                    let because = match one.reason {
+                        RemovalReason::Asked => "you asked for it",
+                        RemovalReason::Count => "there are newer ones",
+                        RemovalReason::Thinned => "a newer one stands for it",
+                        RemovalReason::Age => "its time is over",
+                        RemovalReason::Quota => "the quota",
+                        RemovalReason::DiskFloor => "the disk is full",
+                    };
+                    table.row([
+                        one.checkpoint_id.to_string().into(),
+                        one.trigger.as_str().into(),
+                        because.into(),
+                        bytes(one.size_bytes).into(),
+                    ]);
+                }
+                out.table(&table)?;
+            }
+            let word = if dry_run { "would be removed" } else { "removed" };
+            let disk = result.disk_bytes.map(|disk| {
+                let what = if dry_run { "they take" } else { "what is left takes" };
+                format!("; {what} {} on disk", bytes(disk))
+            });
+            note(&format!("{} {word}, {} kept{}", result.removed.len(), result.kept, disk.unwrap_or_default()));
+        }
+    }
+    Ok(())
 }
 
 /// Exit code 1 when anything is damaged.

@@ -80,6 +80,7 @@ impl ConfigArgs {
             && self.token_limit.is_none()
             && self.flash_save_at.is_none()
             && self.budget.is_empty()
+            && self.retention.is_empty()
     }
 }
 
@@ -109,6 +110,7 @@ fn changed(mut config: ProjectConfig, args: ConfigArgs) -> Option<ProjectConfig>
         config.flash_save_at_percent = percent;
     }
     config.budget = args.budget.over(config.budget);
+    config.retention = args.retention.over(config.retention);
     Some(config)
 }
 

@@ -63,6 +63,8 @@ pub struct Actor {
     pub(super) cancel: Cancel,
     pub(super) work: Arc<tokio::sync::Mutex<PauseWork>>,
     pub(super) label: Label,
+    /// What is left of removed checkpoints is being removed.
+    pub(super) discarding: Option<JoinHandle<()>>,
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
@@ -105,6 +107,7 @@ impl Actor {
             cancel: Cancel::default(),
             work: Arc::default(),
             label: Label::default(),
+            discarding: None,
             waiters: BTreeMap::new(),
             preparing: BTreeSet::new(),
             inbox,
@@ -259,10 +262,7 @@ impl Actor {
     async fn take(&mut self, message: Message) -> bool {
         match message {
             Message::Tell(tell, answer) => {
-                let Tell { command, writes, tokens, keyed, view } = *tell;
-                self.keep_tokens(tokens);
-                let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
-                let done = self.carry(command, extras).await;
+                let done = self.told(*tell).await;
                 let removed = matches!(&done, Ok(Carried { removed: true, .. }));
                 reply(answer, done.map(|carried| carried.reply.unwrap_or(Value::Null)));
                 return !removed;
@@ -277,6 +277,7 @@ impl Actor {
                     reply(answer, Err(refusal.into()));
                 }
             }
+            Message::Retain(retain, answer) => self.retain(*retain, answer).await,
             Message::Outcome(outcome) => self.outcome(*outcome).await,
             Message::Started { agent, run, outcome } => {
                 let outcome = match outcome {
@@ -357,6 +358,14 @@ impl Actor {
     /// Says whether the actor is on its way to its end.
     pub(super) fn leaving(&self) -> bool {
         self.leaving.is_some()
+    }
+
+    /// Carries out a command that is done with one transaction.
+    pub(super) async fn told(&mut self, tell: Tell) -> Result<Carried, Failure> {
+        let Tell { command, writes, tokens, keyed, view } = tell;
+        self.keep_tokens(tokens);
+        let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
+        self.carry(command, extras).await
     }
 
     /// Carries out a command that nobody waits for.
@@ -473,6 +482,7 @@ impl Actor {
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
+        self.look_after_checkpoints(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
@@ -522,6 +532,7 @@ impl Actor {
                 Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
                 Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
                 Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
+                Event::CheckpointRemoved { .. } => crate::failpoint::hit("retention.committed"),
                 Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
                 Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
                 _ => {}
@@ -546,6 +557,7 @@ fn hit_before(events: &[Event]) -> Result<(), Failure> {
             Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
             Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
             Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
+            Event::CheckpointRemoved { .. } => crate::steps::failpoint("retention.commit")?,
             Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
             Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
             _ => {}
@@ -555,7 +567,7 @@ fn hit_before(events: &[Event]) -> Result<(), Failure> {
 }
 
 /// What carrying a command out brought about.
-struct Carried {
+pub(super) struct Carried {
     reply: Option<Value>,
     removed: bool,
 }

@@ -14,12 +14,13 @@ use tokio::sync::mpsc;
 use super::actor::Actor;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
+use super::retain::make_room;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, validate};
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -71,6 +72,7 @@ impl Actor {
             Effect::Checkpoint { operation, checkpoint, trigger, runs } => {
                 self.checkpoint(operation, checkpoint, trigger, runs);
             }
+            Effect::DiscardCheckpoints { checkpoints } => self.discard_checkpoints(checkpoints),
             Effect::PlanRestore { operation, checkpoint, safety } => self.plan_restore(operation, checkpoint, safety),
             Effect::ApplyRestore { operation, checkpoint, safety } => {
                 self.apply_restore(operation, checkpoint, safety);
@@ -132,7 +134,7 @@ impl Actor {
             let start = Instant::now();
             // Only waiting is cut short. Work on a blocking thread ends by its own flag, so that the
             // undo, which waits for this task, finds nobody at work.
-            let stepping = run_pause_step(&site, &operation, step, &work);
+            let stepping = run_pause_step(&site, &mailbox, &operation, step, &work);
             let done = if step == PauseStep::Quiesce {
                 tokio::select! {
                     done = stepping => done,
@@ -273,7 +275,7 @@ impl Actor {
         };
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
-            let outcome = match live_checkpoint(&site, order, &runs).await {
+            let outcome = match live_checkpoint(&site, &mailbox, order, &runs).await {
                 Ok((made, frozen_ms)) => {
                     let result = CheckpointCreateResult {
                         operation_id: operation.clone(),
@@ -301,7 +303,11 @@ impl Actor {
     fn plan_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
-            let outcome = match restore::plan(&site, &operation, number, safety).await {
+            let planned = match make_room(&site, &mailbox).await {
+                Ok(()) => restore::plan(&site, &operation, number, safety).await,
+                Err(failure) => Err(failure),
+            };
+            let outcome = match planned {
                 Ok(made) => {
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
@@ -387,6 +393,7 @@ type Stepped = (StepReport, Vec<Write>);
 
 async fn run_pause_step(
     site: &Site,
+    mailbox: &mpsc::Sender<Message>,
     operation: &OperationId,
     step: PauseStep,
     work: &tokio::sync::Mutex<PauseWork>,
@@ -398,7 +405,7 @@ async fn run_pause_step(
     match step {
         PauseStep::Validate => {
             *work = PauseWork::default();
-            validate::run(site).await?;
+            make_room(site, mailbox).await?;
             prime::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
@@ -467,9 +474,14 @@ async fn pause_checkpoint(
 
 /// A checkpoint beside running agents: they stand still while workspace and database are read,
 /// where that can be done without waking their system calls.
-async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Result<(checkpoint::Made, f64), Failure> {
+async fn live_checkpoint(
+    site: &Site,
+    mailbox: &mpsc::Sender<Message>,
+    mut order: Order,
+    runs: &[AgentRun],
+) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
-    validate::run(site).await?;
+    make_room(site, mailbox).await?;
     prime::run(site, Some(&order.operation)).await?;
     let by_signals = |(agent, _): &AgentRun| {
         let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
@@ -540,7 +552,7 @@ pub(super) async fn discard(site: &Site, number: CheckpointNumber) {
 }
 
 /// Does something until it has worked or the daemon ends.
-async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
+pub(super) async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
 where
     F: Future<Output = Result<(), Failure>>,
 {

@@ -18,6 +18,7 @@ mod handle;
 mod ids;
 mod links;
 mod registry;
+mod retain;
 mod subjects;
 
 pub use actor::{Actor, Adopted};
@@ -26,4 +27,5 @@ pub use handle::{Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{Found, exit_status, observe};
 pub use registry::Projects;
+pub use retain::Retain;
 pub use subjects::subjects;

@@ -33,7 +33,8 @@ const MAX_PATCHED_FILE: u64 = 1 << 20;
 const MAX_PATCH: usize = 8 << 20;
 
 pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<Value, Failure> {
-    let name = projects.get(&params.project)?.name();
+    let handle = projects.get(&params.project)?;
+    let name = handle.name();
     let limit = params.limit.unwrap_or(200).min(MAX_ROWS);
     let checkpoints = projects
         .services()
@@ -41,7 +42,7 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
         .read(move |c| checkpoints::list(c, &name, params.before, limit))
         .await
         .map_err(|e| Failure::fault("list checkpoints", &e))?;
-    wire(&CheckpointListResult { checkpoints })
+    wire(&CheckpointListResult { checkpoints, disk_bytes: handle.disk_bytes() })
 }
 
 async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {

@@ -11,7 +11,9 @@ use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::connection::Connection;
-use super::{agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports};
+use super::{
+    agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports, retention,
+};
 use crate::auth;
 use crate::errors::Failure;
 use crate::project::Projects;
@@ -196,6 +198,8 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::CheckpointDiff(p) => checkpoints::diff(all, &p).await,
         Call::CheckpointRestore(p) => operations::restore(connection, p, keyed).await,
         Call::CheckpointVerify(p) => checkpoints::verify(all, &p).await,
+        Call::CheckpointRemove(p) => retention::remove(all, p, keyed).await,
+        Call::CheckpointPrune(p) => retention::prune(all, &p, keyed).await,
         Call::CheckpointPin(p) => checkpoints::pin(all, &p, keyed).await,
         Call::OperationList(p) => operations::list(connection, p).await,
         Call::OperationShow(p) => operations::show(connection, &p.operation_id).await,

@@ -23,6 +23,7 @@ mod operations;
 mod plugins;
 mod projects;
 mod reports;
+mod retention;
 
 use std::sync::Arc;
 
