@@ -35,4 +35,5 @@ mod signals;
 mod stop;
 mod up;
 mod usage;
+mod verify;
 mod wait;

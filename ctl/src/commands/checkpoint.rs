@@ -175,11 +175,31 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
         out.line("")?;
         let mut skipped = Table::new(&["LEFT OUT", "BECAUSE"]);
         for path in &detail.skipped {
-            skipped.row([Cell::from(&path.path), Cell::from(&path.reason)]);
+            let detail = path.detail.as_ref().map(|detail| format!(" ({detail})"));
+            let because = format!("{}{}", path.reason.replace('_', " "), detail.unwrap_or_default());
+            skipped.row([Cell::from(&path.path), because.into()]);
         }
         out.table(&skipped)?;
+        more(out, detail.skipped.len(), detail.skipped_total)?;
+    }
+    if !detail.torn.is_empty() {
+        out.line("")?;
+        let mut torn = Table::new(&["CHANGED WHILE IT WAS READ"]);
+        for path in &detail.torn {
+            torn.row([Cell::from(path)]);
+        }
+        out.table(&torn)?;
+        more(out, detail.torn.len(), detail.torn_total)?;
     }
     out.warnings(&metadata.warnings)
+}
+
+/// Says how many rows are not shown.
+fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
+    match total.saturating_sub(shown as u64) {
+        0 => Ok(()),
+        left => out.line(format_args!("and {} more", number(left))),
+    }
 }
 
 fn diff(session: &mut Session, result: &CheckpointDiffResult) -> Result<(), Failure> {

@@ -35,8 +35,16 @@ const MAX_ROWS: u32 = 1000;
 /// Begins an operation and tells its progress to this connection until it has ended.
 async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Begin) -> Result<Value, Failure> {
     let operation = begin.operation.clone();
+    with_progress(connection, &operation, handle.begin(begin)).await
+}
+
+/// Tells the progress that is made under an operation's id to this connection until the work has ended.
+pub(super) async fn with_progress<T>(
+    connection: &Arc<Connection>,
+    operation: &OperationId,
+    ending: impl Future<Output = T>,
+) -> T {
     let mut notes = connection.daemon.projects.services().progress.subscribe();
-    let ending = handle.begin(begin);
     tokio::pin!(ending);
     loop {
         let note = tokio::select! {
@@ -44,7 +52,7 @@ async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Be
             note = notes.recv() => note,
         };
         match note {
-            Ok(note) if note.operation_id == operation => {
+            Ok(note) if note.operation_id == *operation => {
                 connection.send(&Notification::new("$/progress", json!(note))).await;
             }
             Ok(_) | Err(RecvError::Lagged(_)) => {}
