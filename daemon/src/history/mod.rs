@@ -21,6 +21,7 @@ mod cache;
 mod content;
 mod diff;
 mod errors;
+mod ignore_file;
 mod listing;
 mod meta;
 mod names;
@@ -47,6 +48,7 @@ mod tree;
 mod user_repository;
 mod verify;
 mod watch;
+mod wildcard;
 mod xattrs;
 
 use std::collections::HashSet;

@@ -1,6 +1,7 @@
 //! Tests of the checkpoint store with real files and, where they compare with git, the real git.
 
 mod coverage;
+mod ignoring;
 mod random;
 mod restoring;
 mod safety;
