@@ -14,9 +14,10 @@ use self::agents::change;
 use crate::agent::{AgentState, Ended, Held};
 use crate::budget::waive_reached;
 use crate::project::{
-    BeforeRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState, Resting,
-    RestoreRun, RestoreStage, ResumeRun,
+    BeforeRestore, BrokenRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState,
+    Resting, RestoreRun, RestoreStage, ResumeRun, Trouble, Whole,
 };
+use crate::since;
 
 /// Makes the project of its first event.
 ///
@@ -45,6 +46,12 @@ pub fn create(name: &fermata_protocol::ProjectName, event: &Event, at: UnixMilli
 
 /// Folds one event, recorded at `at`, into the state.
 pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
+    let noticed = since::notice(project, event);
+    fold(project, event, at);
+    since::settle(project, noticed, at);
+}
+
+fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
         | Event::ProjectRemoved {}
@@ -148,6 +155,7 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
                 checkpoint: *checkpoint,
                 trigger: *trigger,
                 started_at: at,
+                tally: project.counters.since.tally,
             }));
         }
         Event::CheckpointCreated { checkpoint, .. } => {
@@ -155,10 +163,13 @@ pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
             project.checkpointing = None;
         }
         Event::CheckpointFailed { .. } => project.checkpointing = None,
+        Event::RestoreChecked { .. } => {}
         Event::RestoreStarted { .. }
         | Event::RestorePlanned { .. }
+        | Event::RestoreRetried { .. }
         | Event::ProjectRestored { .. }
-        | Event::RestoreFailed { .. } => apply_restore(project, event, at),
+        | Event::RestoreFailed { .. }
+        | Event::RestoreGivenUp { .. } => apply_restore(project, event, at),
     }
 }
 
@@ -175,6 +186,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 grace_ms: *grace_ms,
                 started_at: at,
                 before: resting(project),
+                tally: project.counters.since.tally,
                 step: PauseStep::Validate,
                 steps_ms: Default::default(),
                 course: Course::Forward,
@@ -201,6 +213,7 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 cause: result.cause,
                 reason: checkpoint.pause_reason.clone(),
                 restored: None,
+                context: None,
                 breaks: Default::default(),
             })));
         }
@@ -250,18 +263,25 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
 
 fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
-        Event::RestoreStarted { operation, checkpoint, safety } => {
+        Event::RestoreStarted { operation, checkpoint, safety, paths } => {
             project.counters.checkpoint = project.counters.checkpoint.max(*safety);
             let before = match &*project.state {
                 ProjectState::Paused(paused) => BeforeRestore::Paused((**paused).clone()),
-                _ => BeforeRestore::Resting(resting(project)),
+                ProjectState::Broken(broken) => BeforeRestore::Broken(broken.clone()),
+                ProjectState::Resting(_)
+                | ProjectState::Pausing(_)
+                | ProjectState::Resuming(_)
+                | ProjectState::Restoring(_) => BeforeRestore::Resting(resting(project)),
             };
             project.state = Arc::new(ProjectState::Restoring(Box::new(RestoreRun {
                 operation: operation.clone(),
                 checkpoint: *checkpoint,
                 safety: *safety,
                 started_at: at,
+                tally: project.counters.since.tally,
                 stage: RestoreStage::Preparing,
+                paths: paths.clone(),
+                trouble: None,
                 before,
             })));
         }
@@ -270,37 +290,68 @@ fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
                 run.stage = RestoreStage::Applying;
             }
         }
-        Event::ProjectRestored { checkpoint, phase, tasks, .. } => {
-            // The safety checkpoint holds what was given up.
-            project.counters.context = *checkpoint;
-            Arc::make_mut(&mut project.facts).phase = *phase;
-            project.tasks = tasks.iter().map(|task| (task.id, Arc::new(task.clone()))).collect();
-            after_restore(project, Some(*checkpoint));
+        Event::RestoreRetried { tries, error, .. } => {
+            if let ProjectState::Restoring(run) = Arc::make_mut(&mut project.state) {
+                let since = run.trouble.as_ref().map_or(at, |trouble| trouble.since);
+                run.trouble = Some(Box::new(Trouble { tries: *tries, since, error: error.clone() }));
+            }
         }
-        Event::RestoreFailed { .. } => after_restore(project, None),
+        Event::ProjectRestored { checkpoint, phase, tasks, .. } => {
+            let ProjectState::Restoring(run) = &*project.state else { return };
+            let (whole, before) = (run.paths.is_empty(), run.before.clone());
+            if whole {
+                // The safety checkpoint holds what was given up.
+                project.counters.context = *checkpoint;
+                Arc::make_mut(&mut project.facts).phase = *phase;
+                project.tasks = tasks.iter().map(|task| (task.id, Arc::new(task.clone()))).collect();
+            }
+            project.state = Arc::new(match before {
+                // Some paths do not make the rest whole.
+                BeforeRestore::Broken(broken) if !whole => ProjectState::Broken(broken),
+                before => match before.whole() {
+                    Whole::Resting(resting) => ProjectState::Resting(resting),
+                    Whole::Paused(mut paused) => {
+                        paused.restored = Some(*checkpoint);
+                        paused.context = if whole { Some(*checkpoint) } else { paused.context };
+                        ProjectState::Paused(Box::new(paused))
+                    }
+                },
+            });
+        }
+        Event::RestoreFailed { .. } => {
+            let ProjectState::Restoring(run) = &*project.state else { return };
+            project.state = Arc::new(match run.before.clone() {
+                BeforeRestore::Resting(resting) => ProjectState::Resting(resting),
+                BeforeRestore::Paused(paused) => ProjectState::Paused(Box::new(paused)),
+                BeforeRestore::Broken(broken) => ProjectState::Broken(broken),
+            });
+        }
+        Event::RestoreGivenUp { operation, checkpoint, safety, error } => {
+            let ProjectState::Restoring(run) = &*project.state else { return };
+            project.state = Arc::new(ProjectState::Broken(Box::new(BrokenRestore {
+                operation: operation.clone(),
+                checkpoint: *checkpoint,
+                safety: *safety,
+                at,
+                error: error.clone(),
+                before: run.before.clone().whole(),
+            })));
+        }
         _ => {}
     }
-}
-
-fn after_restore(project: &mut Project, restored: Option<u64>) {
-    let ProjectState::Restoring(run) = &*project.state else { return };
-    let next = match run.before.clone() {
-        BeforeRestore::Resting(before) => ProjectState::Resting(before),
-        BeforeRestore::Paused(mut paused) => {
-            paused.restored = restored.or(paused.restored);
-            ProjectState::Paused(Box::new(paused))
-        }
-    };
-    project.state = Arc::new(next);
 }
 
 fn resting(project: &Project) -> Resting {
     match &*project.state {
         ProjectState::Resting(resting) => *resting,
         ProjectState::Pausing(run) => run.before,
-        ProjectState::Restoring(run) => match &run.before {
-            BeforeRestore::Resting(resting) => *resting,
-            BeforeRestore::Paused(_) => Resting::Active,
+        ProjectState::Restoring(run) => match run.before.clone().whole() {
+            Whole::Resting(resting) => resting,
+            Whole::Paused(_) => Resting::Active,
+        },
+        ProjectState::Broken(broken) => match &broken.before {
+            Whole::Resting(resting) => *resting,
+            Whole::Paused(_) => Resting::Active,
         },
         ProjectState::Paused(_) | ProjectState::Resuming(_) => Resting::Active,
     }

@@ -62,7 +62,7 @@ pub fn asks_for_pause(before: &Project, after: &Project) -> bool {
         ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
             reached(after).is_some() && reached(before).is_none()
         }
-        ProjectState::Resting(_) | ProjectState::Paused(_) => false,
+        ProjectState::Resting(_) | ProjectState::Paused(_) | ProjectState::Broken(_) => false,
     }
 }
 

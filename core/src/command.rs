@@ -351,6 +351,8 @@ pub enum Command {
         operation: OperationId,
         /// The checkpoint.
         checkpoint: CheckpointNumber,
+        /// Only these paths, and no rows; everything when there are none.
+        paths: Vec<String>,
     },
     /// The safety checkpoint was made and the plan is on disk, or that failed.
     RestorePlanned {
@@ -359,14 +361,34 @@ pub enum Command {
         /// The safety checkpoint, or why there is none.
         outcome: Result<Box<CheckpointView>, ErrorObject>,
     },
+    /// The plan could not be carried out this time.
+    RestoreFailing {
+        /// The operation.
+        operation: OperationId,
+        /// What went wrong.
+        error: ErrorObject,
+        /// How long it may go on failing before it is given up, milliseconds.
+        patience_ms: u64,
+    },
+    /// The whole workspace was compared with the checkpoint that was restored.
+    RestoreChecked {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// How many paths were compared.
+        paths: u64,
+        /// How many are not as they should be.
+        differing: u64,
+        /// Some of them, each with what is different.
+        examples: Vec<String>,
+    },
     /// The plan was carried out.
     Restored {
         /// The operation.
         operation: OperationId,
-        /// The phase at the checkpoint.
-        phase: Phase,
-        /// The tasks at the checkpoint.
-        tasks: Vec<TaskView>,
+        /// What the rows say at the checkpoint; none when only some paths were restored.
+        rows: Option<Rewound>,
         /// How many paths were written.
         written: u64,
         /// How many were removed.
@@ -433,6 +455,15 @@ pub struct Respawn {
     pub instead_of_thaw: Option<String>,
     /// The tool's own session that it goes on with.
     pub session: Option<String>,
+}
+
+/// What the rows of a checkpoint say of the project itself.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rewound {
+    /// The phase.
+    pub phase: Phase,
+    /// The tasks.
+    pub tasks: Vec<TaskView>,
 }
 
 /// What a step of a pause led to.

@@ -27,7 +27,13 @@ pub struct ScoredItem {
     pub pinned: bool,
     /// Its tier when it was scored last.
     pub tier: Tier,
+    /// Its score then.
+    pub score: f64,
 }
+
+/// A score that has moved by less since it was stored is left as it is: age moves every score of ten
+/// thousand items in every minute, and nobody can see it.
+pub const SCORE_GRAIN: f64 = 0.001;
 
 /// When tokens make a flash save due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +67,8 @@ pub struct PlannedItem {
     pub tier: Tier,
     /// Whether the flash save archives it.
     pub archive: bool,
+    /// Whether anything of this is new.
+    pub changed: bool,
 }
 
 /// What a flash save of one agent will do.
@@ -82,7 +90,9 @@ pub fn plan_flash_save(items: &[ScoredItem], weights: &Weights, limit: TokenLimi
         .map(|item| {
             let score = score(weights, item.kind, item.created_at, item.access_count, now);
             let tier = tier(score, item.pinned);
-            PlannedItem { id: item.id, score, tier, archive: tier == Tier::Cold }
+            let archive = tier == Tier::Cold;
+            let changed = archive || tier != item.tier || (score - item.score).abs() >= SCORE_GRAIN;
+            PlannedItem { id: item.id, score, tier, archive, changed }
         })
         .collect();
     let tokens_before: u64 = items.iter().map(|item| item.tokens).sum();
@@ -95,7 +105,7 @@ pub fn plan_flash_save(items: &[ScoredItem], weights: &Weights, limit: TokenLimi
             if tokens_after <= limit.target() {
                 break;
             }
-            planned[index].archive = true;
+            (planned[index].archive, planned[index].changed) = (true, true);
             tokens_after -= items[index].tokens;
         }
     }
@@ -145,6 +155,7 @@ mod tests {
             tokens,
             pinned: false,
             tier: Tier::Warm,
+            score: 0.5,
         }
     }
 
@@ -171,6 +182,19 @@ mod tests {
         assert!(!LIMIT.is_due(plan.result.tokens_after));
         let below: Vec<_> = (0..79).map(|i| item(i, ItemType::Code, 0, 10)).collect();
         assert_eq!(plan_flash_save(&below, &Weights::default(), LIMIT, NOW).result.items_archived, 0);
+    }
+
+    #[test]
+    fn what_has_not_moved_need_not_be_written() {
+        let plan = |items: &[ScoredItem], now| plan_flash_save(items, &Weights::default(), LIMIT, now);
+        let mut one = item(1, ItemType::Code, 0, 1);
+        let first = plan(&[one.clone()], NOW).items[0];
+        assert!(first.changed, "its stored score is another one");
+        (one.score, one.tier) = (first.score, first.tier);
+        assert!(!plan(&[one.clone()], UnixMillis(NOW.0 + 60_000)).items[0].changed, "a minute is nothing");
+        assert!(plan(&[one.clone()], UnixMillis(NOW.0 + DAY / 24)).items[0].changed, "an hour is");
+        one.pinned = true;
+        assert!(plan(&[one], NOW).items[0].changed, "so is another tier");
     }
 
     proptest! {

@@ -28,6 +28,7 @@ pub mod restart;
 pub mod resume_command;
 pub mod retention;
 pub mod score;
+pub mod since;
 pub mod transition;
 pub mod view;
 

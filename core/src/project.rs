@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::agent::{Agent, AgentState, Held};
 use crate::command::AgentRun;
+use crate::since::{Since, Tally};
 
 /// The steps of a pause, in order. Committing is no step of its own: it is the transaction that
 /// follows the last one.
@@ -92,6 +93,9 @@ pub struct PauseRun {
     pub started_at: UnixMillis,
     /// The status to return to when it is undone.
     pub before: Resting,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
     /// The step under way.
     pub step: PauseStep,
     /// How long each concluded step took, milliseconds.
@@ -151,6 +155,9 @@ pub struct Paused {
     pub reason: Option<String>,
     /// The checkpoint restored since: old files under a newer memory, so no thaw.
     pub restored: Option<CheckpointNumber>,
+    /// The checkpoint whose context was restored since; that of the pause counts when none was, or only files were.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context: Option<CheckpointNumber>,
     /// How often an agent ran in this pause although nobody had let it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub breaks: BTreeMap<AgentName, u64>,
@@ -188,10 +195,30 @@ pub struct RestoreRun {
     pub safety: CheckpointNumber,
     /// When it began.
     pub started_at: UnixMillis,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
     /// How far it has come.
     pub stage: RestoreStage,
+    /// Only these paths are restored, and no rows; everything when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<String>,
+    /// What keeps it from coming to its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<Box<Trouble>>,
     /// What the project returns to.
     pub before: BeforeRestore,
+}
+
+/// Why a restore has not come to its end yet.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Trouble {
+    /// How often it failed.
+    pub tries: u32,
+    /// Since when it fails.
+    pub since: UnixMillis,
+    /// How it failed the last time.
+    pub error: ErrorObject,
 }
 
 /// What a project was when a restore began.
@@ -202,6 +229,46 @@ pub enum BeforeRestore {
     Paused(Paused),
     /// At rest, without running agents.
     Resting(Resting),
+    /// Left half restored by an earlier one.
+    Broken(Box<BrokenRestore>),
+}
+
+impl BeforeRestore {
+    /// Returns what the project was when its files were whole.
+    pub fn whole(self) -> Whole {
+        match self {
+            Self::Paused(paused) => Whole::Paused(paused),
+            Self::Resting(resting) => Whole::Resting(resting),
+            Self::Broken(broken) => broken.before,
+        }
+    }
+}
+
+/// What a project with whole files is while nothing moves it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Whole {
+    /// Paused.
+    Paused(Paused),
+    /// At rest.
+    Resting(Resting),
+}
+
+/// A restore that was given up half way: the files are neither the old nor the new ones.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BrokenRestore {
+    /// The operation.
+    pub operation: OperationId,
+    /// The checkpoint that was to be restored.
+    pub checkpoint: CheckpointNumber,
+    /// The checkpoint of what was there before.
+    pub safety: CheckpointNumber,
+    /// When it was given up.
+    pub at: UnixMillis,
+    /// Why.
+    pub error: ErrorObject,
+    /// What the project returns to once a restore has succeeded.
+    pub before: Whole,
 }
 
 /// A checkpoint outside a pause, under way beside whatever the project is doing.
@@ -215,6 +282,9 @@ pub struct CheckpointRun {
     pub trigger: Trigger,
     /// When it began.
     pub started_at: UnixMillis,
+    /// What had come together when it began.
+    #[serde(default)]
+    pub tally: Tally,
 }
 
 /// Where a project stands.
@@ -231,6 +301,8 @@ pub enum ProjectState {
     Resuming(Box<ResumeRun>),
     /// A restore is under way.
     Restoring(Box<RestoreRun>),
+    /// A restore was given up half way; only another restore leads out.
+    Broken(Box<BrokenRestore>),
 }
 
 impl ProjectState {
@@ -242,6 +314,7 @@ impl ProjectState {
             Self::Paused(_) => ProjectStatus::Paused,
             Self::Resuming(_) => ProjectStatus::Resuming,
             Self::Restoring(_) => ProjectStatus::Restoring,
+            Self::Broken(_) => ProjectStatus::Failed,
         }
     }
 }
@@ -302,6 +375,9 @@ pub struct Counters {
     /// What agents that were removed had used: a budget does not forget them.
     #[serde(default)]
     pub removed_usage: Usage,
+    /// What has come together since the newest checkpoint.
+    #[serde(default)]
+    pub since: Since,
 }
 
 impl Project {
@@ -349,8 +425,24 @@ impl Project {
             ProjectState::Pausing(run) => Some(&run.operation),
             ProjectState::Resuming(run) => Some(&run.operation),
             ProjectState::Restoring(run) => Some(&run.operation),
-            ProjectState::Resting(_) | ProjectState::Paused(_) => self.checkpointing.as_ref().map(|run| &run.operation),
+            ProjectState::Resting(_) | ProjectState::Paused(_) | ProjectState::Broken(_) => {
+                self.checkpointing.as_ref().map(|run| &run.operation)
+            }
         }
+    }
+
+    /// Says whether agents with processes stand still for as long as the state lasts, and must not be thawed by what
+    /// goes on beside it.
+    pub fn is_held(&self) -> bool {
+        match &*self.state {
+            ProjectState::Paused(_) | ProjectState::Restoring(_) | ProjectState::Broken(_) => true,
+            ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Resuming(_) => false,
+        }
+    }
+
+    /// Returns the runs that are frozen.
+    pub fn frozen_runs(&self) -> Vec<AgentRun> {
+        self.runs(self.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)))
     }
 
     /// Returns how long the project has been paused in all, milliseconds, the current pause included.
@@ -359,7 +451,10 @@ impl Project {
             + match &*self.state {
                 ProjectState::Paused(paused) => now.since(paused.since),
                 ProjectState::Resuming(run) => now.since(run.paused.since),
-                ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Restoring(_) => 0,
+                ProjectState::Resting(_)
+                | ProjectState::Pausing(_)
+                | ProjectState::Restoring(_)
+                | ProjectState::Broken(_) => 0,
             }
     }
 }

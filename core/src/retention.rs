@@ -22,7 +22,7 @@ use fermata_protocol::retention::{RemovalReason, Retention};
 use fermata_protocol::{CheckpointNumber, Code, Refusal, UnixMillis};
 use serde::Deserialize;
 
-use crate::project::{BeforeRestore, Paused, Project, ProjectState};
+use crate::project::{BeforeRestore, Paused, Project, ProjectState, Whole};
 
 const MINUTE_MS: u64 = 60_000;
 const HOUR_MS: u64 = 60 * MINUTE_MS;
@@ -159,11 +159,20 @@ pub fn in_use(project: &Project) -> BTreeSet<CheckpointNumber> {
             used.insert(run.checkpoint);
         }
         ProjectState::Restoring(run) => {
-            match &run.before {
-                BeforeRestore::Paused(paused) => pause(paused),
-                BeforeRestore::Resting(_) => {}
+            if let Whole::Paused(paused) = run.before.clone().whole() {
+                pause(&paused);
+            }
+            // What an earlier restore left half done can only be mended from what it was made of.
+            if let BeforeRestore::Broken(broken) = &run.before {
+                used.extend([broken.checkpoint, broken.safety]);
             }
             used.extend([run.checkpoint, run.safety]);
+        }
+        ProjectState::Broken(broken) => {
+            if let Whole::Paused(paused) = &broken.before {
+                pause(paused);
+            }
+            used.extend([broken.checkpoint, broken.safety]);
         }
     }
     used.extend(project.checkpointing.as_ref().map(|run| run.checkpoint));
@@ -221,6 +230,10 @@ fn refuse_removal(
         ProjectState::Paused(paused) if paused.checkpoint == number || paused.restored == Some(number) => {
             protected("is what the project is paused with".into(), format!("fermatactl resume {name}"))
         }
+        ProjectState::Broken(broken) if broken.checkpoint == number || broken.safety == number => protected(
+            "is needed to mend a restore that was given up".into(),
+            format!("fermatactl checkpoint restore {name} {}", broken.safety),
+        ),
         _ if project.counters.context == number => protected(
             "is the one whose context agents go on with when they are started again".into(),
             format!("make a newer one first: fermatactl checkpoint create {name}"),

@@ -2,7 +2,7 @@
 
 use fermata_protocol::agent::AgentView;
 use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
-use fermata_protocol::project::{PauseView, ProjectView};
+use fermata_protocol::project::{BrokenView, PauseView, ProjectView};
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, UnixMillis};
 
@@ -109,7 +109,23 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
     let current = match &*project.state {
         ProjectState::Paused(paused) => Some(&**paused),
         ProjectState::Resuming(run) => Some(&run.paused),
-        ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Restoring(_) => None,
+        ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Restoring(_) | ProjectState::Broken(_) => {
+            None
+        }
+    };
+    let broken = match &*project.state {
+        ProjectState::Broken(broken) => Some(BrokenView {
+            operation_id: broken.operation.clone(),
+            checkpoint_id: broken.checkpoint,
+            safety_checkpoint_id: broken.safety,
+            at: broken.at,
+            error: broken.error.clone(),
+        }),
+        ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Paused(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_) => None,
     };
     let elapsed = current.map_or(0, |paused| now.since(paused.since));
     ProjectView {
@@ -122,6 +138,7 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         created_at: facts.created_at,
         total_paused_ms: project.paused_ms(now) - elapsed,
         pause: current.map(pause),
+        broken,
         agents: project.agents.len() as u64,
         agents_running: project.alive_agents().count() as u64,
         tasks_total: project.tasks.len() as u64,
@@ -168,9 +185,10 @@ pub fn operation(project: &Project) -> Option<OperationView> {
                 }
                 .to_owned(),
             );
+            view.error = run.trouble.as_ref().map(|trouble| trouble.error.clone());
             Some(view)
         }
-        ProjectState::Resting(_) | ProjectState::Paused(_) => {
+        ProjectState::Resting(_) | ProjectState::Paused(_) | ProjectState::Broken(_) => {
             project.checkpointing.as_ref().map(|run| running(&run.operation, OperationKind::Checkpoint, run.started_at))
         }
     }

@@ -260,6 +260,22 @@ impl Default for PressureSettings {
     }
 }
 
+/// The section `[restore]`: how long a restore that cannot go on is tried again before it is given up half way.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RestoreSettings {
+    /// For whatever reason.
+    pub patience_ms: u64,
+    /// While a disk is full: somebody may make room.
+    pub full_disk_patience_ms: u64,
+}
+
+impl Default for RestoreSettings {
+    fn default() -> Self {
+        Self { patience_ms: 30_000, full_disk_patience_ms: 15 * 60_000 }
+    }
+}
+
 /// The section `[context]`: weights of the item types, 0 to 1.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -290,6 +306,8 @@ pub struct Settings {
     pub pressure: PressureSettings,
     /// The section `[retention]`: which checkpoints are kept, unless a project says otherwise.
     pub retention: fermata_core::retention::Policy,
+    /// The section `[restore]`.
+    pub restore: RestoreSettings,
 }
 
 impl Default for Settings {
@@ -304,6 +322,7 @@ impl Default for Settings {
             context: ContextSettings::default(),
             pressure: PressureSettings::default(),
             retention: fermata_core::retention::Policy::default(),
+            restore: RestoreSettings::default(),
         }
     }
 }
@@ -361,6 +380,7 @@ impl Settings {
         note("context", self.context != other.context);
         note("pressure", self.pressure != other.pressure);
         note("retention", self.retention != other.retention);
+        note("restore", self.restore != other.restore);
         names
     }
 }

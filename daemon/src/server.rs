@@ -3,7 +3,7 @@
 //! ```text
 //!   lock ─► settings ─► store ─► plugins ─► recovery ─► listen ─► READY
 //!   SIGHUP reload · SIGTSTP pause all · SIGCONT resume those · SIGUSR1 status to the log
-//!   SIGTERM/SIGINT: undo pauses, leave or park the agents, join every task, close the store
+//!   SIGTERM/SIGINT: save and leave, or park the agents, undo pauses, join every task, close the store
 //! ```
 
 use std::os::unix::fs::DirBuilderExt as _;
@@ -30,7 +30,7 @@ use crate::os::{limits, memory, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
 use crate::pressure;
 use crate::profile::{ProfileError, Profiles};
-use crate::project::{Begin, Label, Projects, new_boot_epoch, new_operation};
+use crate::project::{Begin, Label, Projects, before_shutdown, new_boot_epoch, new_operation};
 use crate::recovery;
 use crate::services::{self, Programs, Services};
 use crate::socket::listener::{BindError, Listener};
@@ -42,6 +42,9 @@ pub const ALREADY_RUNNING: i32 = 75;
 
 /// How long the end waits for what is under way.
 const LEAVING: Duration = Duration::from_secs(20);
+
+/// How long the last checkpoints may take, when agents are left running.
+const SAVING: Duration = Duration::from_secs(30);
 
 /// How long the last pauses may take, when agents are parked at the end.
 const PARKING: Duration = Duration::from_secs(60);
@@ -350,10 +353,17 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
             Signal::End => break,
         }
     }
-    if daemon.projects.services().settings().on_shutdown == OnShutdown::Park {
-        let parking = pause_all(daemon, PauseMode::Park, PauseCause::Shutdown, "the daemon was told to end");
-        if tokio::time::timeout(PARKING, parking).await.is_err() {
-            tracing::warn!("not every project could be parked in time");
+    match daemon.projects.services().settings().on_shutdown {
+        OnShutdown::Park => {
+            let parking = pause_all(daemon, PauseMode::Park, PauseCause::Shutdown, "the daemon was told to end");
+            if tokio::time::timeout(PARKING, parking).await.is_err() {
+                tracing::warn!("not every project could be parked in time");
+            }
+        }
+        OnShutdown::Leave => {
+            if tokio::time::timeout(SAVING, save_all(daemon)).await.is_err() {
+                tracing::warn!("not every project could be saved in time; the agents run on all the same");
+            }
         }
     }
     tasks.shutdown().await;
@@ -390,6 +400,16 @@ async fn pause_all(
         }
     });
     crate::steps::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
+}
+
+/// Saves every project whose agents run, where anything has changed: the machine may be about to go down.
+async fn save_all(daemon: &Daemon) {
+    let each = daemon.projects.all().into_iter().map(|handle| async move {
+        if let Err(failure) = before_shutdown(&handle).await {
+            tracing::error!(project = %handle.name(), %failure, "not saved before the end");
+        }
+    });
+    drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
 }
 
 /// Resumes the projects that these pauses still hold: one that was resumed and paused again since is

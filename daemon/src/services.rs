@@ -28,6 +28,9 @@ use crate::tokens::TokenCounter;
 /// How many snapshots, comparisons and verifications run at the same time.
 const HEAVY: usize = 8;
 
+/// How many automatic checkpoints are made at the same time.
+const AUTOMATIC: usize = 2;
+
 /// The programs that the daemon starts.
 #[derive(Debug, Clone)]
 pub struct Programs {
@@ -78,6 +81,9 @@ pub struct Services {
     pub heavy: Semaphore,
     /// One permit for what nobody waits for.
     pub background: Semaphore,
+    /// Whose turn it is to make a checkpoint that nobody waits for: those of many projects come one
+    /// after the other, and leave room for what people ask for.
+    pub automatic: Arc<Semaphore>,
     /// Cancelled when the daemon ends.
     pub stopping: CancellationToken,
     /// Told when the settings were read again.
@@ -116,6 +122,7 @@ impl Services {
             heavy: Semaphore::new(HEAVY),
             background: Semaphore::new(1),
             watcher: OnceLock::new(),
+            automatic: Arc::new(Semaphore::new(AUTOMATIC)),
             stopping: CancellationToken::new(),
             reloaded: Notify::new(),
             settled: Notify::new(),

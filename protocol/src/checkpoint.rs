@@ -281,12 +281,14 @@ pub enum ChangeKind {
     TypeChanged,
     /// Only its mode changed.
     ModeChanged,
+    /// Only its extended attributes changed.
+    AttributesChanged,
 }
 
 /// A path that differs between two points.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ChangedPath {
-    /// The path inside the workspace; bytes that are no UTF-8 are replaced.
+    /// The path inside the workspace, with control characters, `%` and bytes that are not UTF-8 as `%XX`.
     pub path: String,
     /// What happened.
     pub change: ChangeKind,
@@ -319,7 +321,23 @@ pub struct CheckpointRestore {
     /// Only shows what would change.
     #[serde(default)]
     pub dry_run: bool,
+    /// Restores only these files and directories, and neither tasks nor context: paths inside the workspace, with
+    /// control characters, `%` and bytes that are not UTF-8 as `%XX`. Everything when there are none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<String>,
 }
+
+/// A path that a restore leaves as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LeftPath {
+    /// The path inside the workspace.
+    pub path: String,
+    /// Why.
+    pub reason: String,
+}
+
+/// The most paths that one restore takes.
+pub const MAX_RESTORE_PATHS: usize = 1_000;
 
 /// Result of `checkpoint.restore`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -338,6 +356,15 @@ pub struct CheckpointRestoreResult {
     pub written: u64,
     /// How many paths were removed.
     pub removed: u64,
+    /// The paths that were asked for, when not everything was.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paths: Vec<String>,
+    /// What stays as it is although the checkpoint has something else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_alone: Vec<LeftPath>,
+    /// The command that undoes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub undo: Option<String>,
     /// How long each step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
     /// What a person should know.

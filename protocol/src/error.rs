@@ -82,8 +82,12 @@ codes! {
     LaunchFailed = "launch_failed", -32012;
     /// No such checkpoint.
     CheckpointNotFound = "checkpoint_not_found", -32010;
+    /// Neither the checkpoint nor the workspace has the path.
+    PathNotFound = "path_not_found", -32010;
     /// The checkpoint exists but is damaged.
     CheckpointDamaged = "checkpoint_damaged", -32013;
+    /// A file is no exported checkpoint, is damaged, or newer than this program.
+    BundleRefused = "bundle_refused", -32013;
     /// The checkpoint may not be removed.
     CheckpointProtected = "checkpoint_protected", -32011;
     /// No such task.

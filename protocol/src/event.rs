@@ -537,6 +537,9 @@ pub enum Event {
         checkpoint: CheckpointNumber,
         /// The number of the checkpoint of what is there now.
         safety: CheckpointNumber,
+        /// Only these paths are restored, and no rows; everything when there are none.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        paths: Vec<String>,
     },
     /// The safety checkpoint was made and the plan written down: from here on the restore only rolls forward.
     #[serde(rename = "restore.planned")]
@@ -545,6 +548,46 @@ pub enum Event {
         operation: OperationId,
         /// The safety checkpoint.
         safety: CheckpointView,
+    },
+    /// A restore could not be carried out and is tried again.
+    #[serde(rename = "restore.retried")]
+    RestoreRetried {
+        /// The operation.
+        operation: OperationId,
+        /// How often it has failed.
+        tries: u32,
+        /// What went wrong.
+        error: ErrorObject,
+        /// When the next try begins, milliseconds from now.
+        again_in_ms: u64,
+    },
+    /// A restore failed for too long and was given up half way: nothing is started in its project until a restore has
+    /// succeeded.
+    #[serde(rename = "restore.given_up")]
+    RestoreGivenUp {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint that was to be restored.
+        checkpoint: CheckpointNumber,
+        /// The checkpoint of what was there before.
+        safety: CheckpointNumber,
+        /// What went wrong.
+        error: ErrorObject,
+    },
+    /// After a restore the whole workspace was compared with the checkpoint.
+    #[serde(rename = "restore.checked")]
+    RestoreChecked {
+        /// The operation.
+        operation: OperationId,
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// How many paths were compared.
+        paths: u64,
+        /// How many are not as the checkpoint has them.
+        differing: u64,
+        /// Some of them, each with what is different.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        examples: Vec<String>,
     },
     /// A checkpoint was restored.
     #[serde(rename = "project.restored")]

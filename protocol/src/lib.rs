@@ -31,6 +31,7 @@ pub mod subscription;
 pub mod supervision;
 pub mod task;
 pub mod terminal;
+pub mod transfer;
 
 pub use error::{Code, ErrorObject, Refusal};
 pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};

@@ -23,6 +23,7 @@ use crate::rpc::shorten;
 use crate::subscription::*;
 use crate::task::*;
 use crate::terminal::*;
+use crate::transfer::*;
 
 /// A method, seen from its parameters: what [`crate::client::Client::call`] needs to know.
 pub trait Method: Serialize + DeserializeOwned {
@@ -157,6 +158,11 @@ methods! {
     CheckpointRemove => "checkpoint.remove", CheckpointRemoveResult, Operator, true, "Removes checkpoints.";
     CheckpointPrune => "checkpoint.prune", CheckpointRemoveResult, Operator, true, "Removes the checkpoints that the retention, or given bounds, no longer keep.";
     CheckpointPin => "checkpoint.pin", CheckpointView, Operator, true, "Pins or unpins a checkpoint.";
+    CheckpointExport => "checkpoint.export", CheckpointExportResult, Operator, false, "Makes one file of a checkpoint, to be read with checkpoint.download.";
+    CheckpointDownload => "checkpoint.download", CheckpointDownloadResult, Operator, false, "Reads a piece of the file that checkpoint.export has made on this connection.";
+    CheckpointUpload => "checkpoint.upload", CheckpointUploadResult, Operator, false, "Sends a piece of a file for checkpoint.import on this connection.";
+    CheckpointImport => "checkpoint.import", CheckpointCreateResult, Operator, true, "Makes a checkpoint of the file that was sent with checkpoint.upload.";
+    CheckpointConsolidate => "checkpoint.consolidate", CheckpointConsolidateResult, Operator, true, "Writes many packs of a project's history as one.";
     OperationList => "operation.list", OperationListResult, Reader, false, "Lists operations.";
     OperationShow => "operation.show", OperationView, Reader, false, "Shows an operation.";
     OperationCancel => "operation.cancel", OperationView, Operator, true, "Cancels an operation and undoes it.";

@@ -7,6 +7,7 @@ use crate::agent::{AgentView, Usage};
 use crate::budget::Budget;
 use crate::checkpoint::CheckpointView;
 use crate::context::ContextSummary;
+use crate::error::ErrorObject;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseCause, PauseMode};
@@ -128,6 +129,41 @@ pub struct ProjectConfig {
     /// Which checkpoints are kept, where that differs from the daemon's settings.
     #[serde(skip_serializing_if = "Retention::is_unset")]
     pub retention: Retention,
+    /// When checkpoints are made by themselves.
+    #[serde(skip_serializing_if = "AutomaticCheckpoints::is_default")]
+    pub automatic: AutomaticCheckpoints,
+}
+
+/// When checkpoints are made by themselves: only while agents run, and none where nothing has
+/// changed since the newest checkpoint. What is left out has its default.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AutomaticCheckpoints {
+    /// After so many units of progress since the newest checkpoint; 0 for never. A unit is what agents
+    /// count in `units_done`, and a task that is completed.
+    pub every_units: u64,
+    /// After the agents have run for so long since the newest checkpoint, milliseconds; 0 for never.
+    pub every_ms: u64,
+    /// When the phase of the work has changed.
+    pub on_phase_change: bool,
+    /// Before the daemon ends and leaves the agents running.
+    pub before_shutdown: bool,
+}
+
+impl Default for AutomaticCheckpoints {
+    fn default() -> Self {
+        Self { every_units: 10, every_ms: 120_000, on_phase_change: true, before_shutdown: true }
+    }
+}
+
+impl AutomaticCheckpoints {
+    /// No checkpoint is made by itself.
+    pub const NEVER: Self = Self { every_units: 0, every_ms: 0, on_phase_change: false, before_shutdown: false };
+
+    /// Says whether nothing of it was changed.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Default for ProjectConfig {
@@ -141,6 +177,7 @@ impl Default for ProjectConfig {
             flash_save_at_percent: 80,
             budget: Budget::default(),
             retention: Retention::default(),
+            automatic: AutomaticCheckpoints::default(),
         }
     }
 }
@@ -243,6 +280,22 @@ pub struct PauseView {
     pub warnings: Vec<String>,
 }
 
+/// A restore that was given up half way: the files are neither the old nor the new ones, and nothing is started in
+/// them until a restore has succeeded.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct BrokenView {
+    /// The operation.
+    pub operation_id: OperationId,
+    /// The checkpoint that was to be restored.
+    pub checkpoint_id: CheckpointNumber,
+    /// The checkpoint of what was there before.
+    pub safety_checkpoint_id: CheckpointNumber,
+    /// When it was given up.
+    pub at: UnixMillis,
+    /// Why.
+    pub error: ErrorObject,
+}
+
 /// A project as `project.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ProjectView {
@@ -266,6 +319,9 @@ pub struct ProjectView {
     /// The current pause.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pause: Option<PauseView>,
+    /// A restore that was given up half way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<BrokenView>,
     /// How many agents it has.
     pub agents: u64,
     /// How many of them run (frozen ones included).

@@ -45,7 +45,7 @@ fn the_users_repository_is_never_touched() {
     assert_eq!(fingerprint(&git), before, "after 20 checkpoints");
     done(&sandbox, &AgentStop { target: Target::project(web()), grace_ms: Some(0) });
     wait_until(SOON, "the agent to end", || the_agent(&sandbox).status.is_terminal());
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 15, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 15, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("src/lib.rs"), "//! Round 14.\n");
     assert_eq!(fingerprint(&git), before, "after a restore");
     assert!(!workspace.has("ran"));
@@ -62,7 +62,7 @@ fn a_project_without_git_has_checkpoints_too() {
     assert_eq!(first.metadata.repository, None);
     assert!(!workspace.has(".git"));
     workspace.write("README.md", "# Later\n");
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("README.md"), "# A project\n");
     assert!(!workspace.has(".git"));
     only_these_are_left(&sandbox, &[1, 2]);
@@ -75,7 +75,7 @@ fn an_empty_workspace_can_be_saved_and_restored() {
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
     checkpoint(&sandbox);
     workspace.write("a/b.txt", "new\n");
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert!(!workspace.has("a"));
     all_verify(&sandbox);
 }
@@ -236,7 +236,8 @@ fn a_restore_for_which_there_is_no_room_goes_on_when_there_is() {
     workspace.remove("large.bin").write("small.txt", "changed\n").write("new.txt", "new\n");
     let ballast = disk.fill(1 << 20);
 
-    let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    let refusal =
+        refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert!(refusal.message.contains("No space left"), "{refusal:?}");
     assert_eq!(status(&sandbox).as_str(), "restoring");
     fs::remove_file(&ballast).expect("free the disk");
@@ -321,7 +322,7 @@ fn what_a_checkpoint_skips_is_told() {
     let skipped: Vec<&str> = shown.skipped.iter().map(|one| one.path.as_str()).collect();
     assert!(skipped.contains(&"large.bin"), "{skipped:?}");
     workspace.write("nested/file.txt", "changed\n");
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("nested/file.txt"), "covered\n");
     // What a checkpoint does not hold, a restore does not remove.
     assert!(workspace.has("large.bin") && workspace.has("ignored/big.bin") && workspace.has("nested/.git/HEAD"));

@@ -22,7 +22,7 @@ use crate::scene::*;
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 
 fn restore(sandbox: &Sandbox, number: u64) -> CheckpointRestoreResult {
-    done(sandbox, &CheckpointRestore { project: web(), checkpoint: number, dry_run: false })
+    done(sandbox, &CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() })
 }
 
 /// Starts an agent and stops it again: what it knows stays.
@@ -192,7 +192,10 @@ fn a_restore_under_running_agents_is_refused() {
     let ticker = Ticker::start(&sandbox);
     let first = checkpoint(&sandbox);
     sandbox.workspace("web").write("README.md", "# Later\n");
-    let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false });
+    let refusal = refused(
+        &sandbox,
+        &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() },
+    );
     assert_eq!(refusal.code, Code::AgentsRunning, "{refusal:?}");
     assert!(refusal.hint.as_deref().is_some_and(|hint| hint.contains("--checkpoint 1")), "{refusal:?}");
     assert_eq!(sandbox.workspace("web").read("README.md"), "# Later\n");
@@ -204,7 +207,8 @@ fn a_checkpoint_that_does_not_exist_is_not_restored() {
     let sandbox = Sandbox::start();
     at_rest(&sandbox);
     for dry_run in [false, true] {
-        let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 7, dry_run });
+        let refusal =
+            refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: 7, dry_run, paths: Vec::new() });
         assert_eq!(refusal.code, Code::CheckpointNotFound);
     }
     only_these_are_left(&sandbox, &[]);
@@ -220,7 +224,8 @@ fn a_dry_run_tells_what_a_restore_does_and_changes_nothing() {
     let look = || (workspace.fingerprint(), fingerprint(&project_dir(&sandbox)), sandbox.ctl(&["events", "--json"]));
     let before = look();
 
-    let dry = done(&sandbox, &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: true });
+    let dry =
+        done(&sandbox, &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: true, paths: Vec::new() });
     assert_eq!((&dry.operation_id, dry.safety_checkpoint_id), (&None, None));
     assert_eq!(look(), before);
     let wet = restore(&sandbox, first.id);
@@ -236,7 +241,10 @@ fn a_damaged_checkpoint_is_refused_before_anything_is_touched() {
     workspace.write("README.md", "# Later\n");
     let backup = project_dir(&sandbox).join("checkpoints/1/database.sqlite");
     fs::write(&backup, "no database at all, but long enough to be looked at").expect("damage the backup");
-    let refusal = refused(&sandbox, &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false });
+    let refusal = refused(
+        &sandbox,
+        &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() },
+    );
     assert_eq!(refusal.code, Code::CheckpointDamaged, "{refusal:?}");
     assert_eq!(workspace.read("README.md"), "# Later\n");
     assert_eq!(status(&sandbox), ProjectStatus::Stopped);
@@ -339,7 +347,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
     }
     let later = (files(&workspace), known(&sandbox, &web(), &worker()));
 
-    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false };
+    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() };
     let answer = sandbox.rpc().call(&restore);
     assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
     wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
@@ -370,7 +378,12 @@ fn crash(failpoint: &str, paused: bool, after: After) {
         // The safety checkpoint still undoes it.
         done(
             &sandbox,
-            &CheckpointRestore { project: web(), checkpoint: *numbers.last().expect("one"), dry_run: false },
+            &CheckpointRestore {
+                project: web(),
+                checkpoint: *numbers.last().expect("one"),
+                dry_run: false,
+                paths: Vec::new(),
+            },
         );
         assert_eq!((files(&workspace), known(&sandbox, &web(), &worker())), later);
     }
@@ -428,7 +441,7 @@ fn error(failpoint: &str, after: After) {
     workspace.write("README.md", "# Later\n").write("new/deep/file.txt", "new\n");
     learn(&sandbox, &worker(), "pears");
     let later = (files(&workspace), known(&sandbox, &web(), &worker()));
-    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false };
+    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() };
     match after {
         After::Unchanged => {
             assert_eq!(refused(&sandbox, &restore).code, Code::RestoreFailed);
@@ -468,7 +481,7 @@ fn a_workspace_that_is_gone_comes_back_once_its_directory_is_there() {
     let before = files(&workspace);
     let first = checkpoint(&sandbox);
     fs::remove_dir_all(workspace.path()).expect("lose the workspace");
-    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false };
+    let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() };
     let refusal = refused(&sandbox, &restore);
     assert_eq!(refusal.code, Code::WorkspaceRefused, "{refusal:?}");
     assert_eq!(status(&sandbox), ProjectStatus::Stopped);

@@ -80,12 +80,12 @@ fn what_is_removed_is_gone_and_the_others_are_whole() {
             Code::CheckpointNotFound
         );
         assert_eq!(refused(&sandbox, &remove(&[number])).code, Code::CheckpointNotFound);
-        let restore = CheckpointRestore { project: web(), checkpoint: number, dry_run: false };
+        let restore = CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() };
         assert_eq!(refused(&sandbox, &restore).code, Code::CheckpointNotFound);
     }
     assert_eq!(checkpoint(&sandbox).id, 5, "no number is given twice");
     sandbox.crash_and_restart();
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("last.txt"), "2\n");
     assert!(workspace.has("file-1.txt") && !workspace.has("file-3.txt"));
     only_these_are_left(&sandbox, &[2, 4, 5, 6]);
@@ -96,7 +96,7 @@ fn what_is_removed_is_gone_and_the_others_are_whole() {
 fn the_last_number_is_not_given_again_either() {
     let mut sandbox = Sandbox::start();
     with_checkpoints(&sandbox, 3);
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false, paths: Vec::new() });
     // 4 is the safety checkpoint, and agents go on with the context of 2.
     done(&sandbox, &remove(&[4]));
     sandbox.crash_and_restart();
@@ -209,7 +209,7 @@ fn crash(failpoint: &str, numbers: &[u64]) {
     only_these_are_left(&sandbox, numbers);
     all_verify(&sandbox);
     assert_eq!(checkpoint(&sandbox).id, 6);
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 3, dry_run: false });
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 3, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("last.txt"), "3\n");
     all_verify(&sandbox);
 }

@@ -107,8 +107,11 @@ pub enum Effect {
         checkpoint: CheckpointNumber,
         /// The safety checkpoint's number.
         safety: CheckpointNumber,
+        /// Only these paths, and no rows; everything when there are none.
+        paths: Vec<String>,
     },
-    /// Carry out the plan; answers with [`super::Command::Restored`] and is retried until it succeeds.
+    /// Carry out the plan; answers with [`super::Command::Restored`], and with
+    /// [`super::Command::RestoreFailing`] where that cannot be done now.
     ApplyRestore {
         /// The operation.
         operation: OperationId,
@@ -116,6 +119,8 @@ pub enum Effect {
         checkpoint: CheckpointNumber,
         /// The safety checkpoint's number.
         safety: CheckpointNumber,
+        /// How long to wait before, milliseconds.
+        after_ms: u64,
     },
     /// Delete the plan of a restore that has ended; not before: until then it is what carries the
     /// restore over a crash.

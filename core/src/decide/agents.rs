@@ -21,6 +21,7 @@ pub(super) fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
             Err(Refusal::new(Code::ProjectPaused, format!("project '{}' is paused", project.name))
                 .hint(format!("fermatactl resume {}", project.name)))
         }
+        ProjectState::Broken(broken) => Err(super::restore::broken(project, broken)),
         ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
             refuse_while_moving(project)
         }
@@ -121,7 +122,7 @@ fn stopping(agent: &AgentName, restart: bool) -> Event {
 /// Says whether files were, or are being, restored under processes that are frozen.
 fn files_are_older(project: &Project) -> bool {
     match &*project.state {
-        ProjectState::Restoring(_) => true,
+        ProjectState::Restoring(_) | ProjectState::Broken(_) => true,
         ProjectState::Paused(paused) => paused.restored.is_some(),
         ProjectState::Resuming(run) => run.paused.restored.is_some(),
         ProjectState::Resting(_) | ProjectState::Pausing(_) => false,
@@ -254,10 +255,11 @@ pub(super) fn after_exit(found: &Agent, exit: ExitStatus, detail: Option<String>
     lifecycle::after_end(found, end, &detail.unwrap_or_else(|| exit.to_string()), now)
 }
 
-/// Frozen in a project that is paused to be parked: the end is the pause's own work.
-fn ends_by_parking(project: &Project, agent: &Agent) -> bool {
+/// Frozen in a project that is paused to be parked, or whose restore was given up: the end is our own work.
+pub(super) fn ends_by_parking(project: &Project, agent: &Agent) -> bool {
     match &*project.state {
         ProjectState::Paused(paused) => agent.state == AgentState::Held(Held::Frozen) && parks(paused.mode),
+        ProjectState::Broken(_) => agent.state == AgentState::Held(Held::Frozen),
         ProjectState::Resting(_)
         | ProjectState::Pausing(_)
         | ProjectState::Resuming(_)

@@ -1,15 +1,12 @@
-//! Checkpoints outside a pause, and restores.
+//! Checkpoints outside a pause.
 
 use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::event::Event;
-use fermata_protocol::project::Phase;
-use fermata_protocol::task::TaskView;
-use fermata_protocol::{CheckpointNumber, Code, ErrorObject, OperationId, Refusal};
+use fermata_protocol::{ErrorObject, OperationId, Refusal};
 
 use super::refuse_while_moving;
-use crate::agent::AgentState;
 use crate::command::{Decision, Effect};
-use crate::project::{Project, ProjectState, RestoreRun, RestoreStage};
+use crate::project::Project;
 use crate::retention::{self, Removal};
 
 pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger) -> Result<Decision, Refusal> {
@@ -53,93 +50,4 @@ pub(super) fn remove(project: &Project, removals: Vec<Removal>) -> Decision {
         size_bytes: removal.point.bytes,
     });
     Decision::events(events.collect()).then(Effect::DiscardCheckpoints { checkpoints })
-}
-
-pub(super) fn begin_restore(
-    project: &Project,
-    operation: OperationId,
-    checkpoint: CheckpointNumber,
-) -> Result<Decision, Refusal> {
-    refuse_while_moving(project)?;
-    match &*project.state {
-        ProjectState::Paused(_) => {
-            if let Some(agent) = project.agents.values().find(|agent| matches!(agent.state, AgentState::Stopping(_))) {
-                return Err(Refusal::new(
-                    Code::OperationInProgress,
-                    format!("agent '{}' of project '{}' is just being stopped", agent.name, project.name),
-                )
-                .hint("try again in a moment"));
-            }
-        }
-        _ => {
-            if let Some(agent) = project.unfinished_agents().next() {
-                return Err(Refusal::new(
-                    Code::AgentsRunning,
-                    format!(
-                        "agent '{}' of project '{}' is {} and would write into the restored files",
-                        agent.name,
-                        project.name,
-                        agent.status(false)
-                    ),
-                )
-                .hint(format!(
-                    "fermatactl pause {0} && fermatactl resume {0} --checkpoint {checkpoint}",
-                    project.name
-                )));
-            }
-        }
-    }
-    let safety = project.counters.checkpoint + 1;
-    let event = Event::RestoreStarted { operation: operation.clone(), checkpoint, safety };
-    Ok(Decision::events(vec![event]).then(Effect::PlanRestore { operation, checkpoint, safety }))
-}
-
-/// Finds the restore with that id.
-fn run<'a>(project: &'a Project, operation: &OperationId, stage: RestoreStage) -> Option<&'a RestoreRun> {
-    match &*project.state {
-        ProjectState::Restoring(run) if run.operation == *operation && run.stage == stage => Some(run),
-        _ => None,
-    }
-}
-
-pub(super) fn restore_planned(
-    project: &Project,
-    operation: OperationId,
-    outcome: Result<Box<CheckpointView>, ErrorObject>,
-) -> Decision {
-    let Some(run) = run(project, &operation, RestoreStage::Preparing) else { return Decision::default() };
-    match outcome {
-        Ok(safety) => {
-            let effect = apply_effect(run);
-            Decision::events(vec![Event::RestorePlanned { operation, safety: *safety }]).then(effect)
-        }
-        Err(error) => Decision::events(vec![Event::RestoreFailed { operation: operation.clone(), error }])
-            .then(Effect::ForgetPlan { operation }),
-    }
-}
-
-/// Carries out the plan; recovery asks for it too.
-pub(super) fn apply_effect(run: &RestoreRun) -> Effect {
-    Effect::ApplyRestore { operation: run.operation.clone(), checkpoint: run.checkpoint, safety: run.safety }
-}
-
-pub(super) fn restored(
-    project: &Project,
-    operation: OperationId,
-    phase: Phase,
-    tasks: Vec<TaskView>,
-    written: u64,
-    removed: u64,
-) -> Decision {
-    let Some(run) = run(project, &operation, RestoreStage::Applying) else { return Decision::default() };
-    let restored = Event::ProjectRestored {
-        operation: operation.clone(),
-        checkpoint: run.checkpoint,
-        safety: run.safety,
-        phase,
-        tasks,
-        written,
-        removed,
-    };
-    Decision::events(vec![restored]).then(Effect::ForgetPlan { operation })
 }

@@ -326,7 +326,7 @@ fn after_a_restore_agents_go_on_with_the_context_that_was_restored() {
     assert_eq!(model.project.counters.context, 2);
     exits(&mut model, 0, 1);
     let operation = model.operation();
-    model.tell(Command::Restore { operation, checkpoint: 1 }).expect("nobody runs");
+    model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("nobody runs");
     model.settle();
     assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 3));
 }

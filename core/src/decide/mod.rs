@@ -6,8 +6,11 @@ mod lifecycle;
 mod pause;
 mod recover;
 mod reports;
+mod restore;
 mod resume;
 
+#[cfg(test)]
+mod automatic_test;
 #[cfg(test)]
 mod budget_test;
 #[cfg(test)]
@@ -90,10 +93,16 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
             Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
         }
         Command::RemoveCheckpoints { removals } => Ok(checkpoints::remove(project, removals)),
-        Command::Restore { operation, checkpoint } => checkpoints::begin_restore(project, operation, checkpoint),
-        Command::RestorePlanned { operation, outcome } => Ok(checkpoints::restore_planned(project, operation, outcome)),
-        Command::Restored { operation, phase, tasks, written, removed } => {
-            Ok(checkpoints::restored(project, operation, phase, tasks, written, removed))
+        Command::Restore { operation, checkpoint, paths } => restore::begin(project, operation, checkpoint, paths),
+        Command::RestorePlanned { operation, outcome } => Ok(restore::planned(project, operation, outcome)),
+        Command::RestoreFailing { operation, error, patience_ms } => {
+            Ok(restore::failing(project, operation, error, patience_ms, now))
+        }
+        Command::Restored { operation, rows, written, removed } => {
+            Ok(restore::restored(project, operation, rows, written, removed))
+        }
+        Command::RestoreChecked { operation, checkpoint, paths, differing, examples } => {
+            Ok(Decision::events(vec![Event::RestoreChecked { operation, checkpoint, paths, differing, examples }]))
         }
         Command::Recover { agents, respawn, last_seen } => {
             Ok(recover::recover(project, &agents, respawn, &last_seen, now))
@@ -162,7 +171,7 @@ fn refuse_while_moving(project: &Project) -> Result<(), Refusal> {
         ProjectState::Pausing(run) => (Code::PauseInProgress, "a pause", &run.operation),
         ProjectState::Resuming(run) => (Code::ResumeInProgress, "a resume", &run.operation),
         ProjectState::Restoring(run) => (Code::RestoreInProgress, "a restore", &run.operation),
-        ProjectState::Resting(_) | ProjectState::Paused(_) => match &project.checkpointing {
+        ProjectState::Resting(_) | ProjectState::Paused(_) | ProjectState::Broken(_) => match &project.checkpointing {
             Some(run) => (Code::OperationInProgress, "a checkpoint", &run.operation),
             None => return Ok(()),
         },

@@ -14,10 +14,16 @@ use fermata_protocol::supervision::{
 use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
 
 use crate::agent::{AgentState, Held};
-use crate::command::{AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Sealed, Start, StepReport};
+use crate::command::{
+    AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Rewound, Sealed, Start, StepReport,
+};
 use crate::due::Due;
 use crate::project::{PauseStep, Project, ProjectState};
+use crate::since::{self, Looked};
 use crate::{apply, decide, transition};
+
+/// How long a restore may fail before it is given up, milliseconds.
+pub(super) const PATIENCE_MS: u64 = 3;
 
 /// What the kernel and the shims know.
 #[derive(Debug, Default)]
@@ -42,6 +48,14 @@ pub(super) struct Model {
     pub(super) plans: BTreeSet<OperationId>,
     /// Every run that ever had processes.
     pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
+    /// What a daemon remembers of its looks.
+    pub(super) looked: Looked,
+    /// How often it looked.
+    pub(super) looks: u64,
+    /// Whether the workspace differs from the newest checkpoint.
+    pub(super) dirty: bool,
+    /// Every checkpoint that was begun outside a pause: its trigger, and whether an agent ran.
+    pub(super) begun: Vec<(Trigger, bool)>,
 }
 
 pub(super) fn name(index: u8) -> AgentName {
@@ -70,6 +84,10 @@ impl Model {
             checkpoints: BTreeSet::new(),
             plans: BTreeSet::new(),
             launched: BTreeMap::new(),
+            looked: Looked::default(),
+            looks: 0,
+            dirty: false,
+            begun: Vec::new(),
         }
     }
 
@@ -94,7 +112,7 @@ impl Model {
     pub(super) fn follow_up(&mut self) {
         for _ in 0..20 {
             let due = crate::due::due(&self.project, UnixMillis(self.clock + 1));
-            if due.is_empty() {
+            if due.is_empty() && !self.look() {
                 return;
             }
             for due in due {
@@ -108,6 +126,21 @@ impl Model {
         panic!("things fall due for ever");
     }
 
+    /// Makes the checkpoint that is due by itself, unless nothing has changed; says whether it did.
+    fn look(&mut self) -> bool {
+        let now = UnixMillis(self.clock + 1);
+        let Some(trigger) = since::due(&self.project, &self.looked, now) else { return false };
+        self.looks += 1;
+        if !self.dirty && !self.project.counters.since.has_changed() {
+            self.looked = Looked::at(&self.project, now);
+            assert_eq!(since::due(&self.project, &self.looked, now), None, "a look counts for the interval");
+            return false;
+        }
+        let operation = self.operation();
+        self.tell(Command::Checkpoint { operation, trigger }).expect("what is due is not refused");
+        true
+    }
+
     pub(super) fn tell(&mut self, command: Command) -> Result<(), Refusal> {
         self.clock += 1;
         let decision = decide(&self.project, command, UnixMillis(self.clock))?;
@@ -116,6 +149,9 @@ impl Model {
             apply(&mut self.project, event, UnixMillis(self.clock));
             let after = self.project.state.status();
             assert!(transition::is_allowed(before, after), "{before} -> {after} by {}", event.kind());
+            if let Event::CheckpointStarted { trigger, .. } = event {
+                self.begun.push((*trigger, self.project.running_agents().next().is_some()));
+            }
             let number = match event {
                 Event::PauseStarted { checkpoint, .. } | Event::CheckpointStarted { checkpoint, .. } => *checkpoint,
                 Event::RestoreStarted { safety, .. } => *safety,
@@ -258,6 +294,10 @@ impl Model {
                 }
             }
             Effect::Resume { operation, thaw, respawn, .. } => {
+                if let ProjectState::Resuming(run) = &*self.project.state {
+                    let older = run.paused.restored.is_some();
+                    assert!(!older || thaw.is_empty(), "thawed over files that were restored: {thaw:?}");
+                }
                 let mut agents = Vec::new();
                 for (agent, run) in thaw {
                     let there = self.world.alive.contains_key(&run);
@@ -279,6 +319,7 @@ impl Model {
                 self.tell(command).expect("not refused");
             }
             Effect::Checkpoint { operation, checkpoint, .. } => {
+                self.dirty &= !well;
                 let outcome =
                     if well { Ok((Box::new(self.view(checkpoint, &operation)), 1.0)) } else { Err(refusal()) };
                 self.tell(Command::Checkpointed { operation, outcome }).expect("not refused");
@@ -288,18 +329,13 @@ impl Model {
                 let outcome = if well { Ok(Box::new(self.view(safety, &operation))) } else { Err(refusal()) };
                 self.tell(Command::RestorePlanned { operation, outcome }).expect("not refused");
             }
-            Effect::ApplyRestore { ref operation, .. } => {
-                assert!(self.plans.contains(operation), "a restore has lost its plan");
-                if !well {
-                    self.pending.push(effect);
-                    return;
-                }
-                let command = Command::Restored {
-                    operation: operation.clone(),
-                    phase: Phase::Active,
-                    tasks: Vec::new(),
-                    written: 1,
-                    removed: 0,
+            Effect::ApplyRestore { operation, .. } => {
+                assert!(self.plans.contains(&operation), "a restore has lost its plan");
+                let command = if well {
+                    let rows = Some(Rewound { phase: Phase::Active, tasks: Vec::new() });
+                    Command::Restored { operation, rows, written: 1, removed: 0 }
+                } else {
+                    Command::RestoreFailing { operation, error: refusal(), patience_ms: PATIENCE_MS }
                 };
                 self.tell(command).expect("not refused");
             }
@@ -322,6 +358,7 @@ impl Model {
 
     pub(super) fn recover(&mut self) {
         self.pending.clear();
+        self.looked = Looked::default();
         // The daemon's rule: what is left of older runs is ended before anything else.
         for (agent, runs) in self.launched.clone() {
             let current = self.run_of(&agent);

@@ -9,8 +9,8 @@ use proptest::prelude::*;
 
 use super::model::*;
 use crate::agent::{AgentState, Held};
-use crate::command::Command;
-use crate::project::ProjectState;
+use crate::command::{Command, Effect};
+use crate::project::{ProjectState, Whole};
 
 /// What someone, or the world, does next.
 #[derive(Debug, Clone)]
@@ -29,8 +29,14 @@ enum Move {
         stale: bool,
     },
     Checkpoint,
-    Restore,
+    Restore {
+        whole: bool,
+    },
+    /// A restore fails until it is given up.
+    FailRestore,
     Cancel,
+    /// Somebody writes into the workspace.
+    Touch,
     /// An effect under way concludes, well or not.
     Conclude {
         which: u8,
@@ -57,8 +63,10 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => (0u8..3).prop_map(Move::Report),
         1 => (0u8..3).prop_map(Move::BringBack),
         2 => Just(Move::Checkpoint),
-        2 => Just(Move::Restore),
+        2 => prop::bool::weighted(0.7).prop_map(|whole| Move::Restore { whole }),
+        2 => Just(Move::FailRestore),
         1 => Just(Move::Cancel),
+        2 => Just(Move::Touch),
         20 => (any::<u8>(), prop::bool::weighted(0.85)).prop_map(|(which, well)| Move::Conclude { which, well }),
         2 => ((0u8..3), (0i32..2)).prop_map(|(agent, code)| Move::Exit(agent, code)),
         2 => Just(Move::Crash),
@@ -67,6 +75,12 @@ fn moves() -> impl Strategy<Value = Move> {
 }
 
 impl Model {
+    /// Concludes the effect that came first.
+    fn conclude_next(&mut self, well: bool) {
+        let effect = self.pending.remove(0);
+        self.conclude(effect, well);
+    }
+
     fn make(&mut self, what: Move) {
         // A refusal is a fine answer; what matters is that it changes nothing.
         let before = self.project.clone();
@@ -84,7 +98,7 @@ impl Model {
                 let progress = Progress {
                     percent: Some(10.0),
                     message: None,
-                    units_done: None,
+                    units_done: Some(self.ids),
                     reported_at: UnixMillis(self.clock),
                 };
                 self.tell(Command::Progress { agent: name(agent), progress, phase: None }).is_err()
@@ -113,14 +127,28 @@ impl Model {
                 let operation = self.operation();
                 self.tell(Command::Checkpoint { operation, trigger: Trigger::Manual }).is_err()
             }
-            Move::Restore => {
+            Move::Restore { whole } => {
                 let operation = self.operation();
-                self.tell(Command::Restore { operation, checkpoint: 1 }).is_err()
+                let paths = if whole { Vec::new() } else { vec!["src".to_owned()] };
+                self.tell(Command::Restore { operation, checkpoint: 1, paths }).is_err()
+            }
+            Move::FailRestore => {
+                for _ in 0..10 {
+                    let found = self.pending.iter().position(|e| matches!(e, Effect::ApplyRestore { .. }));
+                    let Some(at) = found else { break };
+                    let effect = self.pending.remove(at);
+                    self.conclude(effect, false);
+                }
+                false
             }
             Move::Cancel => match self.project.operation().cloned() {
                 Some(operation) => self.tell(Command::Cancel { operation }).is_err(),
                 None => false,
             },
+            Move::Touch => {
+                self.dirty = true;
+                false
+            }
             Move::Conclude { which, well } => {
                 if !self.pending.is_empty() {
                     let effect = self.pending.remove(usize::from(which) % self.pending.len());
@@ -162,8 +190,38 @@ impl Model {
                 panic!("left between: {:?}", self.project.state)
             }
             ProjectState::Resting(_) | ProjectState::Paused(_) => {}
+            ProjectState::Broken(_) => {
+                assert!(self.world.alive.is_empty(), "processes stand over half restored files");
+            }
         }
         assert!(self.project.checkpointing.is_none(), "a checkpoint was left unfinished");
+    }
+
+    /// Whatever was given up, the next restore leads out of it.
+    fn invariant_a_broken_project_is_mended_by_a_restore(&mut self) {
+        let ProjectState::Broken(broken) = &*self.project.state else { return };
+        let was_paused = matches!(broken.before, Whole::Paused(_));
+        let operation = self.operation();
+        self.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("a later restore begins");
+        self.settle();
+        match &*self.project.state {
+            ProjectState::Paused(paused) => assert!(was_paused && paused.restored == Some(1)),
+            ProjectState::Resting(_) => assert!(!was_paused),
+            other => panic!("still not whole: {other:?}"),
+        }
+    }
+
+    fn invariant_nothing_is_saved_by_itself_in_an_idle_project(&self) {
+        for (trigger, ran) in &self.begun {
+            let by_itself = matches!(trigger, Trigger::Auto | Trigger::PhaseTransition);
+            assert!(*ran || !by_itself, "{trigger:?} although nobody ran");
+        }
+    }
+
+    fn invariant_what_is_saved_is_never_more_than_there_was(&self) {
+        let since = &self.project.counters.since;
+        assert!(since.saved.units <= since.tally.units && since.saved.changes <= since.tally.changes, "{since:?}");
+        assert!(since.checkpoint <= self.project.counters.checkpoint, "{since:?}");
     }
 
     fn invariant_the_kernel_agrees_with_the_state(&self) {
@@ -200,6 +258,10 @@ proptest! {
         model.settle();
         model.invariant_nothing_is_left_between();
         model.invariant_the_kernel_agrees_with_the_state();
+        model.invariant_a_broken_project_is_mended_by_a_restore();
+        model.invariant_the_kernel_agrees_with_the_state();
+        model.invariant_nothing_is_saved_by_itself_in_an_idle_project();
+        model.invariant_what_is_saved_is_never_more_than_there_was();
     }
 }
 
@@ -213,4 +275,43 @@ fn usage_adds_up_without_overflow() {
     }
     let agent = &model.project.agents[&name(0)];
     assert_eq!((agent.usage.input_tokens, agent.usage.output_tokens), (u64::MAX, 4));
+}
+
+#[test]
+fn a_restore_that_always_fails_is_given_up_and_leaves_nobody_frozen() {
+    let mut model = Model::new();
+    model.make(Move::Run(0));
+    model.settle();
+    model.make(Move::Pause(PauseMode::Freeze));
+    model.settle();
+    model.make(Move::Restore { whole: true });
+    model.conclude_next(true);
+    let mut tries = 0;
+    while let ProjectState::Restoring(run) = &*model.project.state {
+        assert!(tries < 100, "never given up: {run:?}");
+        tries += 1;
+        model.conclude_next(false);
+    }
+    assert!(tries >= 6, "given up after {tries} tries");
+    let ProjectState::Broken(broken) = &*model.project.state else { panic!("{:?}", model.project.state) };
+    assert_eq!((broken.checkpoint, broken.safety), (1, 2));
+    assert!(broken.error.data.hint.as_deref().is_some_and(|hint| hint.contains("checkpoint restore p 2")));
+    model.settle();
+    assert!(model.world.alive.is_empty(), "the frozen agent is ended");
+    for refused in [
+        Command::Run { agent: name(1), spec: spec(0), new: model.new_run() },
+        Command::Resume { operation: model.operation(), respawn: model.respawns(false), over_budget: false },
+    ] {
+        let refusal = model.tell(refused).expect_err("nothing starts over half restored files");
+        assert_eq!(refusal.code, fermata_protocol::Code::RestoreFailed);
+    }
+    // The daemon ends: the next one finds it so.
+    model.recover();
+    model.settle();
+    model.invariant_a_broken_project_is_mended_by_a_restore();
+    let (operation, respawn) = (model.operation(), model.respawns(false));
+    model.tell(Command::Resume { operation, respawn, over_budget: false }).expect("it goes on");
+    model.settle();
+    model.invariant_the_kernel_agrees_with_the_state();
+    assert_eq!(model.world.alive.len(), 1);
 }

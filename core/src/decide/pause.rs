@@ -31,6 +31,9 @@ pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -
         .details(serde_json::json!({ "checkpoint_id": paused.checkpoint, "operation_id": paused.operation })));
     }
     refuse_while_moving(project)?;
+    if let ProjectState::Broken(broken) = &*project.state {
+        return Err(super::restore::broken(project, broken));
+    }
     match &*project.state {
         ProjectState::Resting(Resting::Active) if project.unfinished_agents().next().is_some() => {}
         _ => {
@@ -201,8 +204,7 @@ pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decisi
         };
     }
     if let Some(run) = project.checkpointing.as_ref().filter(|run| run.operation == operation) {
-        let held = matches!(&*project.state, ProjectState::Paused(_));
-        let runs = if held { Vec::new() } else { project.runs(project.alive_agents()) };
+        let runs = if project.is_held() { Vec::new() } else { project.runs(project.alive_agents()) };
         let error = Refusal::new(
             Code::OperationCancelled,
             format!("checkpoint {} of project '{}' was cancelled", run.checkpoint, project.name),

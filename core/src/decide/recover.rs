@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use fermata_protocol::event::{Event, StartCause};
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agents, checkpoints, lifecycle, pause, resume};
+use super::{agents, lifecycle, pause, restore, resume};
 use crate::agent::{AfterStop, Agent, AgentState, Held};
 use crate::apply::parks;
 use crate::command::{Decision, Effect, Observed, Respawn};
@@ -71,13 +71,7 @@ fn agent_events(
 ) -> Vec<Event> {
     let Some(run) = agent.run.as_ref() else { return Vec::new() };
     let (agent_name, run_id) = (agent.name.clone(), run.id.clone());
-    let parking = match &*project.state {
-        ProjectState::Paused(paused) => agent.state == AgentState::Held(Held::Frozen) && parks(paused.mode),
-        ProjectState::Resting(_)
-        | ProjectState::Pausing(_)
-        | ProjectState::Resuming(_)
-        | ProjectState::Restoring(_) => false,
-    };
+    let parking = agents::ends_by_parking(project, agent);
     match observed {
         Some(Observed::Alive(processes)) => {
             let mut events = Vec::new();
@@ -147,7 +141,7 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
             decision.effects.push(pause::undo_effect(next, run));
         }
         ProjectState::Paused(paused) => {
-            let frozen = next.runs(next.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)));
+            let frozen = next.frozen_runs();
             if !frozen.is_empty() {
                 decision.effects.push(Effect::Hold { runs: frozen.clone() });
                 if parks(paused.mode) {
@@ -170,15 +164,21 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
                 decision.events.push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
                 decision.effects.push(Effect::ForgetPlan { operation: run.operation.clone() });
             }
-            RestoreStage::Applying => decision.effects.push(checkpoints::apply_effect(run)),
+            RestoreStage::Applying => decision.effects.push(restore::apply_effect(run, 0)),
         },
+        ProjectState::Broken(_) => {
+            let frozen = next.frozen_runs();
+            if !frozen.is_empty() {
+                decision.effects.push(Effect::Park { runs: frozen });
+            }
+        }
         ProjectState::Resting(_) => {}
     }
     if let Some(run) = &next.checkpointing {
         decision.effects.push(Effect::Undo {
             operation: run.operation.clone(),
             checkpoint: run.checkpoint,
-            runs: if held(next) { Vec::new() } else { alive() },
+            runs: if next.is_held() { Vec::new() } else { alive() },
         });
     } else if let ProjectState::Resting(_) = &*next.state {
         // A blip that nobody concluded must not outlive the daemon that made it.
@@ -186,12 +186,5 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
         if !runs.is_empty() {
             decision.effects.push(Effect::Thaw { runs });
         }
-    }
-}
-
-fn held(project: &Project) -> bool {
-    match &*project.state {
-        ProjectState::Paused(_) | ProjectState::Restoring(_) => true,
-        ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Resuming(_) => false,
     }
 }

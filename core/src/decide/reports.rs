@@ -54,7 +54,9 @@ pub(super) fn progress(
         (Some(before), Progress { percent: None, message: None, units_done: None, reported_at }) => {
             Progress { reported_at: *reported_at, ..before.clone() }
         }
-        _ => progress,
+        // Units are counted on from the last count, which must not be lost by a report without one.
+        (Some(before), _) => Progress { units_done: progress.units_done.or(before.units_done), ..progress },
+        (None, _) => progress,
     };
     let mut events = vec![Event::AgentProgressed { agent: name, progress }];
     events.extend(phase_change(project, phase));

@@ -21,6 +21,9 @@ pub(super) fn begin(
 ) -> Result<Decision, Refusal> {
     let ProjectState::Paused(paused) = &*project.state else {
         refuse_while_moving(project)?;
+        if let ProjectState::Broken(broken) = &*project.state {
+            return Err(super::restore::broken(project, broken));
+        }
         return Err(Refusal::new(
             Code::NotPaused,
             format!("project '{}' is {}, not paused", project.name, project.state.status()),
@@ -93,7 +96,7 @@ pub(super) fn bring_back(
         operation: operation.clone(),
         thaw,
         respawn: start,
-        checkpoint: paused.restored.unwrap_or(paused.checkpoint),
+        checkpoint: paused.context.unwrap_or(paused.checkpoint),
     }
 }
 

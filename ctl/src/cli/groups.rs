@@ -36,6 +36,8 @@ pub struct ConfigArgs {
     pub budget: super::resources::BudgetArgs,
     #[command(flatten)]
     pub retention: super::resources::RetentionArgs,
+    #[command(flatten)]
+    pub automatic: super::automatic::AutomaticArgs,
 }
 
 /// `project …`
@@ -153,7 +155,7 @@ pub enum CheckpointCommand {
         from: CheckpointNumber,
         /// The newer point; the workspace when left out.
         to: Option<CheckpointNumber>,
-        /// Show which paths differ and by how much (the default).
+        /// Show which paths differ and by how much, and the sums.
         #[arg(long, conflicts_with = "patch")]
         stat: bool,
         /// Show the text of the changes.
@@ -169,6 +171,9 @@ pub enum CheckpointCommand {
         /// Only show what would change.
         #[arg(long)]
         dry_run: bool,
+        /// Restore only these files and directories, and neither tasks nor context; paths inside the workspace.
+        #[arg(long, value_name = "PATH", num_args = 1..)]
+        paths: Vec<std::ffi::OsString>,
     },
     /// Rehash every part of one checkpoint or of all; exit code 1 when one is damaged.
     Verify {
@@ -206,6 +211,30 @@ pub enum CheckpointCommand {
         /// Only show what would go.
         #[arg(long)]
         dry_run: bool,
+    },
+    /// Write a checkpoint to one file, which another machine can import.
+    Export {
+        /// The project.
+        project: ProjectName,
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// The file; it must not exist.
+        file: PathBuf,
+    },
+    /// Make a checkpoint of a file that was exported, under a new number.
+    Import {
+        /// The project.
+        project: ProjectName,
+        /// The file.
+        file: PathBuf,
+    },
+    /// Write the history's many packs as one; done by itself when it is worth it.
+    Consolidate {
+        /// The project.
+        project: ProjectName,
+        /// Write everything anew, for the smallest result.
+        #[arg(long)]
+        everything: bool,
     },
     /// Keep a checkpoint whatever the retention says.
     Pin {

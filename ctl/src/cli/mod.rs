@@ -1,5 +1,6 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
+pub mod automatic;
 pub mod groups;
 pub mod resources;
 pub mod supervision;

@@ -3,15 +3,16 @@
 use std::io;
 
 use fermata_protocol::checkpoint::{
-    ChangeKind, ChangedPath, CheckpointCreate, CheckpointCreateResult, CheckpointDetail, CheckpointDiff,
-    CheckpointDiffResult, CheckpointList, CheckpointPin, CheckpointRestore, CheckpointRestoreResult, CheckpointShow,
-    CheckpointVerify, CheckpointView, VerifiedCheckpoint,
+    ChangedPath, CheckpointCreate, CheckpointCreateResult, CheckpointDetail, CheckpointDiff, CheckpointDiffResult,
+    CheckpointList, CheckpointPin, CheckpointRestore, CheckpointShow, CheckpointVerify, CheckpointView,
+    VerifiedCheckpoint,
 };
 use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove, CheckpointRemoveResult, RemovalReason};
+use fermata_protocol::transfer::{CheckpointConsolidate, CheckpointExport};
 use fermata_protocol::{CheckpointNumber, ProjectName};
 
-use super::Ended;
-use super::pause::{frozen, steps_text};
+use super::pause::frozen;
+use super::{Ended, restore, transfer};
 use crate::cli::groups::CheckpointCommand;
 use crate::errors::Failure;
 use crate::output::time::{bytes, dollars, local, millis, number};
@@ -43,16 +44,17 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             let id = detail.checkpoint.id.to_string();
             session.out.one(&detail, Some(id), shown)?;
         }
-        CheckpointCommand::Diff { project, from, to, stat: _, patch } => {
+        CheckpointCommand::Diff { project, from, to, stat, patch } => {
             let params = CheckpointDiff { project, from, to, patch };
             let result = session.call_long("diff", &params)?;
-            diff(session, &result)?;
+            diff(session, &result, stat)?;
         }
-        CheckpointCommand::Restore { project, checkpoint, dry_run } => {
-            let params = CheckpointRestore { project: project.clone(), checkpoint, dry_run };
+        CheckpointCommand::Restore { project, checkpoint, dry_run, paths } => {
+            let paths = restore::inside_workspace(session, &project, &paths)?;
+            let params = CheckpointRestore { project: project.clone(), checkpoint, dry_run, paths };
             let result = session.call_long(&format!("restore {project}"), &params)?;
             let id = result.safety_checkpoint_id.map(|n| n.to_string());
-            session.out.one(&result, id, |out, result| restored(out, result, &project, dry_run))?;
+            session.out.one(&result, id, |out, result| restore::shown(out, result, dry_run))?;
         }
         CheckpointCommand::Rm { project, checkpoints } => {
             let result = session.call_long("remove", &CheckpointRemove { project, checkpoints })?;
@@ -67,6 +69,17 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
         CheckpointCommand::Verify { project, checkpoint, all: _ } => {
             let params = CheckpointVerify { project, checkpoint };
             return verify(session, &params);
+        }
+        CheckpointCommand::Export { project, checkpoint, file } => {
+            transfer::export(session, &CheckpointExport { project, checkpoint }, &file)?;
+        }
+        CheckpointCommand::Import { project, file } => {
+            let result = transfer::import(session, project, &file)?;
+            let id = result.checkpoint_id.to_string();
+            session.out.one(&result, Some(id), created)?;
+        }
+        CheckpointCommand::Consolidate { project, everything } => {
+            transfer::consolidate(session, &CheckpointConsolidate { project, everything })?;
         }
         CheckpointCommand::Pin { project, checkpoint } => pin(session, project, checkpoint, true)?,
         CheckpointCommand::Unpin { project, checkpoint } => pin(session, project, checkpoint, false)?,
@@ -202,7 +215,7 @@ fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
     }
 }
 
-fn diff(session: &mut Session, result: &CheckpointDiffResult) -> Result<(), Failure> {
+fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Result<(), Failure> {
     let out = &mut session.out;
     match (&result.patch, out.format()) {
         // A patch is data: other programs read it as it is.
@@ -210,54 +223,14 @@ fn diff(session: &mut Session, result: &CheckpointDiffResult) -> Result<(), Fail
         (Some(_), Format::Json) => out.json(result)?,
         (Some(_), Format::Ids) | (None, _) => {
             let path = |change: &ChangedPath| clean(&change.path);
-            out.rows(&result.changes, "no differences", path, |_, changes| change_table(changes))?;
+            out.rows(&result.changes, "no differences", path, |_, changes| restore::change_table(changes))?;
+            if stat && out.format() == Format::Human && !result.changes.is_empty() {
+                out.line("")?;
+                out.line(restore::sums(&result.changes))?;
+            }
         }
     }
     Ok(())
-}
-
-fn change_table(changes: &[ChangedPath]) -> Table {
-    let mut table = Table::new(&["CHANGE", ">BEFORE", ">AFTER", "PATH"]);
-    let size = |size: Option<u64>| size.map(bytes).unwrap_or_default();
-    for change in changes {
-        let (word, paint) = match change.change {
-            ChangeKind::Added => ("added", Paint::Good),
-            ChangeKind::Removed => ("removed", Paint::Bad),
-            ChangeKind::Modified => ("modified", Paint::Attention),
-            ChangeKind::TypeChanged => ("type changed", Paint::Attention),
-            ChangeKind::ModeChanged => ("mode changed", Paint::Attention),
-        };
-        table.row([
-            Cell::painted(word, paint),
-            size(change.old_bytes).into(),
-            size(change.new_bytes).into(),
-            Cell::from(&change.path),
-        ]);
-    }
-    table
-}
-
-fn restored(
-    out: &mut Output,
-    result: &CheckpointRestoreResult,
-    project: &ProjectName,
-    dry_run: bool,
-) -> io::Result<()> {
-    if !result.changes.is_empty() {
-        out.table(&change_table(&result.changes))?;
-        out.line("")?;
-    }
-    let label = if dry_run { "would restore" } else { "restored" };
-    let undo = result.safety_checkpoint_id.map(|n| format!("fermatactl checkpoint restore {project} {n}"));
-    let steps = Some(steps_text(&result.steps_ms)).filter(|s| !s.is_empty());
-    let facts = Facts::default()
-        .add(label, format!("checkpoint {}", result.checkpoint_id))
-        .add("paths", format!("{} written, {} removed", result.written, result.removed))
-        .maybe("steps", steps)
-        .maybe("undo with", undo)
-        .maybe("operation", result.operation_id.as_ref().map(|id| id.as_str()));
-    out.facts(&facts)?;
-    out.warnings(&result.warnings)
 }
 
 fn removed(session: &mut Session, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), Failure> {

@@ -17,10 +17,12 @@ mod project;
 mod protocol;
 mod question;
 mod readiness;
+mod restore;
 mod run;
 mod send;
 mod status;
 mod task;
+mod transfer;
 mod up;
 
 pub use run::{canonical, environment};

@@ -81,6 +81,7 @@ impl ConfigArgs {
             && self.flash_save_at.is_none()
             && self.budget.is_empty()
             && self.retention.is_empty()
+            && self.automatic.is_empty()
     }
 }
 
@@ -111,6 +112,7 @@ fn changed(mut config: ProjectConfig, args: ConfigArgs) -> Option<ProjectConfig>
     }
     config.budget = args.budget.over(config.budget);
     config.retention = args.retention.over(config.retention);
+    config.automatic = args.automatic.over(config.automatic);
     Some(config)
 }
 

@@ -6,7 +6,7 @@ use fermata_protocol::ProjectName;
 use fermata_protocol::agent::{AgentView, Usage};
 use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
-use fermata_protocol::project::{ProjectDetail, ProjectList, ProjectShow, ProjectView};
+use fermata_protocol::project::{AutomaticCheckpoints, ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;
 
 use super::{Ended, target_of};
@@ -171,6 +171,19 @@ pub fn show(session: &mut Session, project: ProjectName) -> Ended {
     Ok(0)
 }
 
+/// When checkpoints are made by themselves.
+fn automatic(config: &AutomaticCheckpoints) -> String {
+    let AutomaticCheckpoints { every_units, every_ms, on_phase_change, before_shutdown } = *config;
+    let when = [
+        (every_ms > 0).then(|| format!("after {} of running", duration(every_ms as f64))),
+        (every_units > 0).then(|| format!("after {} units of progress", number(every_units))),
+        on_phase_change.then(|| "on a new phase".to_owned()),
+        before_shutdown.then(|| "before the daemon ends".to_owned()),
+    ];
+    let when: Vec<String> = when.into_iter().flatten().collect();
+    if when.is_empty() { "never".into() } else { when.join(", ") }
+}
+
 /// What was spent of a budget.
 fn budget(budget: &Budget, spent: &Usage) -> Option<String> {
     let dollars = |micro: u64| format!("${:.2}", micro as f64 / 1e6);
@@ -201,6 +214,12 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
     let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
     let budget = budget(&detail.config.budget, &project.usage);
     let restored = project.pause.as_ref().and_then(|pause| pause.restored);
+    let broken = project.broken.as_ref().map(|broken| {
+        format!(
+            "{}; fermatactl checkpoint restore {} {} brings back what was there",
+            broken.error.message, project.name, broken.safety_checkpoint_id
+        )
+    });
     let operation = detail.operation.as_ref().map(|op| {
         let step = op.step.as_deref().unwrap_or("");
         format!("{} {} {} {step}", op.id, op.kind.as_str(), op.state.as_str())
@@ -225,6 +244,7 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .maybe("paused", pause)
         .maybe("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
         .maybe("budget", budget)
+        .maybe("broken", broken)
         .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
         .add("created", out.ago(project.created_at))
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
@@ -239,6 +259,7 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
                 last.unwrap_or_default()
             ),
         )
+        .add("saved by itself", automatic(&detail.config.automatic))
         .maybe(
             "context",
             (context.items > 0).then(|| {

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::beneath::{FileKind, Root};
 use super::errors::{HistoryError, Result};
-use super::listing::{Item, Listing, What};
+use super::listing::{CheckpointRoot, Item, Listing, What};
 use super::names::RelPath;
 use super::oid::{ObjectKind, Oid};
 use super::rules::Rules;
@@ -40,6 +40,8 @@ pub enum Change {
     TypeChanged,
     /// Only its permission bits differ.
     ModeChanged,
+    /// Only its extended attributes differ.
+    AttributesChanged,
 }
 
 /// What stands at a path.
@@ -101,7 +103,13 @@ impl History {
     /// # Errors
     /// Fails when a checkpoint does not exist or is damaged, or when a workspace cannot be read.
     pub fn diff(&self, from: &Point, to: &Point, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Diff> {
-        let (old, new) = (self.listing_at(from, progress, cancel)?, self.listing_at(to, progress, cancel)?);
+        let (old, new) = match (from, to) {
+            (Point::Checkpoint(from), Point::Checkpoint(to)) => {
+                let root = |number: &u64| CheckpointRoot::read(&self.objects, &self.refs.get(*number)?);
+                Listing::of_both(&self.objects, &root(from)?, &root(to)?, None)?
+            }
+            _ => (self.listing_at(from, progress, cancel)?, self.listing_at(to, progress, cancel)?),
+        };
         Ok(compare(&old, &new))
     }
 
@@ -164,7 +172,7 @@ impl History {
     /// Finds the blob of a path by walking down one tree per name.
     fn blob_at(&self, number: u64, path: &RelPath) -> Result<Option<Oid>> {
         let commit = self.refs.get(number)?;
-        let mut at = super::listing::CheckpointRoot::read(&self.objects, &commit)?.files;
+        let mut at = CheckpointRoot::read(&self.objects, &commit)?.files;
         let mut names = path.bytes().split(|b| *b == b'/').peekable();
         while let Some(name) = names.next() {
             let entries = super::tree::decode_tree(&at, &self.objects.read(&at, ObjectKind::Tree)?)?;
@@ -200,6 +208,7 @@ pub(super) fn compare(old: &Listing, new: &Listing) -> Diff {
             (Some(before), Some(after)) if kind_of(before) != kind_of(after) => Change::TypeChanged,
             (Some(before), Some(after)) if !before.same_content(after) => Change::Modified,
             (Some(before), Some(after)) if before.mode != after.mode => Change::ModeChanged,
+            (Some(before), Some(after)) if before.xattrs != after.xattrs => Change::AttributesChanged,
             (Some(_), Some(_)) | (None, None) => continue,
             (Some(before), None) if before.what == What::Directory && full_old.contains(path) => {
                 continue;

@@ -71,6 +71,14 @@ pub enum HistoryError {
         /// The path, escaped.
         path: String,
     },
+    /// Neither the checkpoint nor the workspace has the path.
+    #[error("find {path}: neither checkpoint {number} nor the workspace has it")]
+    NoSuchPath {
+        /// The path, escaped.
+        path: String,
+        /// The checkpoint.
+        number: u64,
+    },
     /// The kernel has no `openat2`.
     #[error("open files beneath {path}: the kernel is older than 5.6 or forbids openat2")]
     KernelTooOld {

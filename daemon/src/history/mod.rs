@@ -3,6 +3,7 @@
 //! ```text
 //! snapshot: scan -> content -> tree -> pack (in pending/)          nothing is visible yet
 //! publish:  pack -> objects/pack, then the ref                     the checkpoint exists
+//! later:    many packs -> one, with deltas (consolidate)           what is read stays the same
 //! restore:  plan (persisted by the caller) -> apply -> recheck     rolls forward after a crash
 //! ```
 //!
@@ -16,12 +17,19 @@
 //! - A snapshot relies only on published packs and its own; another unpublished snapshot's objects do not count.
 //! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
 
+mod attributes;
 mod beneath;
+mod bundle;
 mod cache;
+mod consolidate;
 mod content;
+mod delta;
 mod diff;
+mod draft;
 mod errors;
+mod heads;
 mod ignore_file;
+mod links;
 mod listing;
 mod meta;
 mod names;
@@ -29,12 +37,17 @@ mod objects;
 mod observe;
 mod oid;
 mod pack;
+mod pack_entry;
+mod pack_index;
+mod pack_reader;
 mod picture;
 mod plan;
 mod planner;
 mod prime;
+mod reach;
 mod recheck;
 mod refs;
+mod repack;
 mod restore;
 mod rules;
 mod scan;
@@ -45,9 +58,11 @@ mod sweep;
 mod tests;
 mod tracked;
 mod tree;
+mod unchanged;
 mod user_repository;
 mod verify;
 mod watch;
+mod whole;
 mod wildcard;
 mod xattrs;
 
@@ -60,13 +75,15 @@ use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use beneath::Time;
+pub use bundle::{Exported, Incoming};
+pub use consolidate::{Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use meta::{FORMAT, Manifest};
-pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
+pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft, unescape};
 pub use observe::Observed;
 pub use oid::{NotAnOid, Oid};
-pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
 pub use prime::Primed;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
@@ -76,6 +93,7 @@ pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
 pub use verify::{BadObject, VerifyReport};
 pub use watch::Watcher;
+pub use whole::WholeCheck;
 
 use beneath::{Root, sync_dir};
 use content::Reading;
@@ -135,6 +153,8 @@ pub struct History {
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
     known: Mutex<Known>,
+    /// Held by whoever consolidates packs.
+    consolidating: Mutex<()>,
     /// One background look at a time.
     priming: Mutex<()>,
     standings: Standings,
@@ -193,6 +213,7 @@ impl History {
             writer: Mutex::new(()),
             live: Live::default(),
             known: Mutex::default(),
+            consolidating: Mutex::default(),
             priming: Mutex::default(),
             standings: Standings::default(),
             watch: watcher.map(Watcher::watch_project),
@@ -287,6 +308,11 @@ impl History {
         reading.read_all(&observe::unread_in(&look.found))?;
         let dir = tree::seal(look.found, started_ns, &ObjectSink { store: &self.objects, pack: None })?;
         Ok(Listing::of_workspace(&dir))
+    }
+
+    /// Gives back the memory that only makes reading faster, once a piece of work is done.
+    pub fn rest(&self) {
+        self.objects.rest();
     }
 
     fn pending(&self) -> PathBuf {

@@ -2,9 +2,9 @@
 //!
 //! Layout of a pack (git's version 2): `PACK`, version, number of objects, then per object a length header and its
 //! content as one zlib stream, then the SHA-1 of all that. The index holds the sorted ids with checksums and offsets.
-//! Nothing here knows what the objects mean, and no delta is ever written: consolidation is another room's work.
+//! Nothing here knows what the objects mean or which is a good base for which: consolidation is another room's work.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -16,6 +16,9 @@ use sha1::{Digest, Sha1};
 
 use super::beneath::sync_dir;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
+use super::pack_entry::{Stored, bad, encode_head};
+use super::pack_index::{self, Line};
+use super::pack_reader::PackReader;
 
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
@@ -34,7 +37,7 @@ impl Packed {
     /// # Errors
     /// Only memory can fail here.
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
-        let head = entry_header(kind, content.len() as u64);
+        let head = encode_head(Stored::Whole(kind), content.len() as u64);
         let mut encoder = ZlibEncoder::new(head, Compression::fast());
         encoder.write_all(content)?;
         let bytes = encoder.finish()?;
@@ -64,12 +67,6 @@ pub enum Streamed {
     Unreadable(io::Error),
 }
 
-struct Line {
-    oid: Oid,
-    crc: u32,
-    offset: u64,
-}
-
 /// A pack that is being written.
 pub struct PackWriter {
     dir: PathBuf,
@@ -77,7 +74,7 @@ pub struct PackWriter {
     file: BufWriter<File>,
     length: u64,
     lines: Vec<Line>,
-    seen: HashSet<Oid>,
+    seen: HashMap<Oid, u64>,
 }
 
 impl PackWriter {
@@ -89,21 +86,99 @@ impl PackWriter {
         file.write_all(SIGNATURE)?;
         // The number of objects, filled in at the end.
         file.write_all(&[0; 4])?;
-        Ok(PackWriter { dir: dir.to_owned(), path, file, length: 12, lines: Vec::new(), seen: HashSet::new() })
+        Ok(PackWriter { dir: dir.to_owned(), path, file, length: 12, lines: Vec::new(), seen: HashMap::new() })
     }
 
     /// Says whether the object is already in this pack.
     pub fn holds(&self, oid: &Oid) -> bool {
-        self.seen.contains(oid)
+        self.seen.contains_key(oid)
     }
 
     /// Appends an object, unless the pack has it.
     pub fn append(&mut self, packed: &Packed) -> io::Result<()> {
-        if self.seen.insert(packed.oid) {
+        if !self.holds(&packed.oid) {
             self.file.write_all(&packed.bytes)?;
-            self.lines.push(Line { oid: packed.oid, crc: packed.crc, offset: self.length });
-            self.length += packed.bytes.len() as u64;
+            self.enter(packed.oid, packed.crc, packed.bytes.len() as u64);
         }
+        Ok(())
+    }
+
+    fn enter(&mut self, oid: Oid, crc: u32, length: u64) {
+        self.seen.insert(oid, self.length);
+        self.lines.push(Line { oid, crc, offset: self.length });
+        self.length += length;
+    }
+
+    /// Says how an object is stored that is whole, or a delta to one that the pack holds already.
+    fn stored(&self, kind: ObjectKind, base: Option<&Oid>) -> io::Result<Stored> {
+        let Some(base) = base else { return Ok(Stored::Whole(kind)) };
+        let at = self.seen.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
+        Ok(Stored::Behind(self.length - at))
+    }
+
+    /// Appends an object, or its delta to a base that the pack holds already, compressed by the caller; `size` is that
+    /// of what was compressed.
+    pub(super) fn append_deflated(
+        &mut self,
+        oid: Oid,
+        kind: ObjectKind,
+        base: Option<&Oid>,
+        size: u64,
+        zlib: &[u8],
+    ) -> io::Result<()> {
+        let head = encode_head(self.stored(kind, base)?, size);
+        let mut crc = flate2::Crc::new();
+        crc.update(&head);
+        crc.update(zlib);
+        self.file.write_all(&head)?;
+        self.file.write_all(zlib)?;
+        self.enter(oid, crc.sum(), (head.len() + zlib.len()) as u64);
+        Ok(())
+    }
+
+    /// Appends an entry of another pack without inflating it: `length` bytes at `at`, which must have the checksum `crc`.
+    ///
+    /// # Errors
+    /// Fails when the other pack is damaged there; then this pack is of no use.
+    pub(super) fn append_copy(
+        &mut self,
+        oid: Oid,
+        kind: ObjectKind,
+        base: Option<&Oid>,
+        from: &PackReader,
+        (at, length, expected): (u64, u64, u32),
+    ) -> io::Result<()> {
+        let head = from.head(at)?;
+        let old_head = head.length;
+        let new_head = encode_head(self.stored(kind, base)?, head.size);
+        let (mut old, mut new) = (flate2::Crc::new(), flate2::Crc::new());
+        let mut buffer = vec![0; COPY_BUFFER.min(length as usize)];
+        let first = buffer.len();
+        if first <= old_head {
+            return Err(bad(format!("the entry of {oid} has no content")));
+        }
+        from.bytes_at(&mut buffer, at)?;
+        old.update(&buffer);
+        new.update(&new_head);
+        new.update(&buffer[old_head..]);
+        self.file.write_all(&new_head)?;
+        self.file.write_all(&buffer[old_head..])?;
+        let mut done = first as u64;
+        while done < length {
+            let n = buffer.len().min((length - done) as usize);
+            from.bytes_at(&mut buffer[..n], at + done)?;
+            old.update(&buffer[..n]);
+            new.update(&buffer[..n]);
+            self.file.write_all(&buffer[..n])?;
+            done += n as u64;
+        }
+        if old.sum() != expected {
+            return Err(bad(format!(
+                "the entry of {oid} in {} has another checksum than its index says",
+                from.index.name
+            )));
+        }
+        self.enter(oid, new.sum(), new_head.len() as u64 + length - old_head as u64);
         Ok(())
     }
 
@@ -124,7 +199,7 @@ impl PackWriter {
         let start = self.length;
         let mut sink =
             ZlibEncoder::new(Counted { inner: &mut self.file, crc: flate2::Crc::new(), count: 0 }, Compression::fast());
-        sink.get_mut().write_all(&entry_header(kind, size))?;
+        sink.get_mut().write_all(&encode_head(Stored::Whole(kind), size))?;
         let mut hasher = ObjectHasher::new(kind, size);
         let mut buffer = vec![0; COPY_BUFFER];
         let mut total = 0;
@@ -152,9 +227,7 @@ impl PackWriter {
             self.rewind(start)?;
             return Ok(Streamed::Different);
         }
-        self.seen.insert(oid);
-        self.lines.push(Line { oid, crc, offset: start });
-        self.length += count;
+        self.enter(oid, crc, count);
         Ok(Streamed::Stored)
     }
 
@@ -189,7 +262,7 @@ impl PackWriter {
         file.sync_all()?;
 
         let name = format!("pack-{}", Oid::from_raw(checksum));
-        let index = index_bytes(&mut self.lines, &checksum);
+        let index = pack_index::encode(&mut self.lines, &checksum);
         let index_path = self.dir.join(format!("{name}.idx"));
         let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
         out.write_all(&index)?;
@@ -224,53 +297,4 @@ fn crc_of(bytes: &[u8]) -> u32 {
     let mut crc = flate2::Crc::new();
     crc.update(bytes);
     crc.sum()
-}
-
-/// Encodes type and size: four bits of the size beside the type, then seven per byte, low bits first.
-fn entry_header(kind: ObjectKind, size: u64) -> Vec<u8> {
-    let kind = match kind {
-        ObjectKind::Commit => 1,
-        ObjectKind::Tree => 2,
-        ObjectKind::Blob => 3,
-    };
-    let mut bytes = vec![(kind << 4) | (size & 0x0f) as u8];
-    let mut rest = size >> 4;
-    while rest > 0 {
-        if let Some(last) = bytes.last_mut() {
-            *last |= 0x80;
-        }
-        bytes.push((rest & 0x7f) as u8);
-        rest >>= 7;
-    }
-    bytes
-}
-
-fn index_bytes(lines: &mut [Line], pack_checksum: &[u8; 20]) -> Vec<u8> {
-    lines.sort_unstable_by_key(|line| line.oid);
-    let mut index = Vec::with_capacity(8 + 1024 + lines.len() * 28 + 40);
-    index.extend_from_slice(b"\xfftOc\0\0\0\x02");
-    let mut below = 0;
-    for first in 0..=255u8 {
-        below += lines[below..].iter().take_while(|line| line.oid.raw()[0] == first).count();
-        index.extend_from_slice(&(below as u32).to_be_bytes());
-    }
-    lines.iter().for_each(|line| index.extend_from_slice(line.oid.raw()));
-    lines.iter().for_each(|line| index.extend_from_slice(&line.crc.to_be_bytes()));
-    let mut large = Vec::new();
-    for line in lines.iter() {
-        // Offsets of 2 GiB and more go to a table of their own, marked by the highest bit.
-        let short = match u32::try_from(line.offset) {
-            Ok(offset) if offset < 0x8000_0000 => offset,
-            _ => {
-                large.push(line.offset);
-                0x8000_0000 | (large.len() - 1) as u32
-            }
-        };
-        index.extend_from_slice(&short.to_be_bytes());
-    }
-    large.iter().for_each(|offset| index.extend_from_slice(&offset.to_be_bytes()));
-    index.extend_from_slice(pack_checksum);
-    let checksum: [u8; 20] = Sha1::digest(&index).into();
-    index.extend_from_slice(&checksum);
-    index
 }

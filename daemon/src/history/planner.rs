@@ -5,18 +5,24 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use nix::dir::Dir;
 use nix::errno::Errno;
 
 use super::beneath::{FileKind, Root};
+use super::diff::compare;
 use super::errors::{HistoryError, Result};
-use super::listing::{Item, Listing, What};
+use super::heads;
+use super::links::{self, Fate, Links};
+use super::listing::{CheckpointRoot, Item, Known, Listing, What};
 use super::names::{PLAN_ID_DIGITS, RelPath, escape, is_git, is_restore_draft};
+use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
-use super::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, RestorePlan, RestoreRequest};
+use super::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
 use super::scan::check_workspace;
+use super::user_repository::Location;
 use super::{History, OnProgress};
 
 impl History {
@@ -29,55 +35,118 @@ impl History {
         request: &RestoreRequest<'_>,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
-    ) -> Result<RestorePlan> {
+    ) -> Result<Planned> {
         let real = check_workspace(request.workspace)?;
         let root = Root::open(&real)?;
-        let target = self.listing_of(request.number)?;
-        let safety = self.listing_of(request.safety)?;
-        let now = self.workspace_listing(&root, request.rules, progress, cancel)?;
+        let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(request.number)?)?;
+        let manifest = wanted.manifest(&self.objects)?;
+        let mut drafts = Vec::new();
+        let (target, now) = match request.safety {
+            Some(safety) => {
+                let there = CheckpointRoot::read(&self.objects, &self.refs.get(safety)?)?;
+                let (target, now) = Listing::of_both(&self.objects, &wanted, &there, request.paths)?;
+                drafts = drafts_in(&root, &now);
+                if links::differ(&target, &now) {
+                    // The other names may be where nothing else differs.
+                    (self.listing_of(request.number)?, self.listing_of(safety)?)
+                } else {
+                    (target, now)
+                }
+            }
+            None => (self.listing_of(request.number)?, self.workspace_listing(&root, request.rules, progress, cancel)?),
+        };
+        let is_selected = |path: &RelPath| is_selected(request.paths, path);
+        let names_of = |path: &RelPath| root.stat(path).ok().map(|stat| stat.nlink);
         let mut planner = Planner {
             root: &root,
             target: &target,
-            safety: &safety,
             now: &now,
             paths: request.paths,
+            links: Links::decide(&target, &now, is_selected, names_of),
             steps: Steps::default(),
             made: BTreeSet::new(),
             cleared: BTreeSet::new(),
             blocked: BTreeMap::new(),
             special: 0,
+            unlinked: 0,
         };
         planner.write_all()?;
         planner.remove_rest();
         planner.set_directories();
+        planner.report_uncovered(&self.objects, &wanted)?;
+        let there = Location::find(&real).map(|location| location.describe());
         let mut warnings: Vec<String> = Vec::new();
-        if !target.torn.is_empty() {
-            warnings.push(format!("{} files changed while the checkpoint was taken", target.torn.len()));
+        warnings.extend(heads::moved(manifest.user_repository.as_ref(), there.as_ref()));
+        let torn = manifest.torn.iter().filter(|path| is_selected(path)).count();
+        if torn > 0 {
+            warnings.push(format!("{torn} files changed while the checkpoint was taken"));
         }
         if planner.special > 0 {
             warnings.push(format!("{} special files are not made again", planner.special));
         }
-        let is_linked =
-            |step: &&Operation| matches!(step, Operation::WriteFile { path, .. } if target.linked.contains(path));
-        let linked = planner.steps.write.iter().filter(is_linked).count();
-        if linked > 0 {
-            warnings.push(format!("{linked} hard-linked files are written as files of their own"));
+        if planner.unlinked > 0 {
+            warnings.push(format!(
+                "{} files had other names outside of what the checkpoint covers; they are files of their own now",
+                planner.unlinked
+            ));
         }
         let conflicts = planner.blocked.iter();
         let conflicts = conflicts.map(|(path, reason)| Conflict { path: path.clone(), reason: *reason }).collect();
         let operations = planner.steps.in_order();
-        let text = format!("{} {} {} {operations:?}", request.number, request.safety, real.display());
-        Ok(RestorePlan {
+        let text = format!("{} {:?} {} {operations:?}", request.number, request.safety, real.display());
+        let plan = RestorePlan {
             id: Oid::of(ObjectKind::Blob, text.as_bytes()).to_string()[..PLAN_ID_DIGITS].to_owned(),
             number: request.number,
             safety: request.safety,
+            paths: request.paths.map(<[RelPath]>::to_vec),
             workspace: escape(real.as_os_str().as_bytes()),
             operations,
-            drafts: now.drafts.clone(),
+            drafts,
             conflicts,
             warnings,
-        })
+        };
+        let mut diff = compare(&now, &target);
+        diff.entries.retain(|entry| is_selected(&entry.path));
+        Ok(Planned { plan, diff })
     }
+
+    /// Refuses paths that neither the checkpoint nor the workspace has, and those that are never restored.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint, when it is damaged, and when a path is refused.
+    pub fn check_paths(&self, number: u64, workspace: &Path, paths: &[RelPath]) -> Result<()> {
+        let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?;
+        let root = Root::open(&check_workspace(workspace)?)?;
+        for path in paths {
+            if !path.is_restorable() {
+                return Err(HistoryError::UnsafePath { path: path.to_string() });
+            }
+            let there = || root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if wanted.top().knows(&self.objects, path)?.is_none() && !there() {
+                return Err(HistoryError::NoSuchPath { path: path.to_string(), number });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
+    paths.is_none_or(|paths| paths.iter().any(|chosen| path.is_within(chosen)))
+}
+
+/// Finds what restores that were given up have left behind: in directories that differ, since a draft changes its
+/// directory.
+fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
+    let mut drafts = Vec::new();
+    for (path, _) in now.items.iter().filter(|(_, item)| item.what == What::Directory) {
+        let Ok(mut dir) = root.open_dir(path).and_then(Dir::from_fd) else {
+            continue;
+        };
+        let names = dir.iter().filter_map(std::result::Result::ok);
+        let names = names.filter(|entry| is_restore_draft(entry.file_name().to_bytes()));
+        drafts.extend(names.map(|entry| path.join(entry.file_name().to_bytes())));
+    }
+    drafts
 }
 
 #[derive(Default)]
@@ -85,6 +154,8 @@ struct Steps {
     /// What is in the way of another kind of thing, with the deepest last.
     clear: BTreeMap<RelPath, Operation>,
     write: Vec<Operation>,
+    /// Further names of files, once those are there.
+    link: Vec<Operation>,
     remove: BTreeMap<RelPath, Operation>,
     attributes: BTreeMap<RelPath, Operation>,
 }
@@ -95,16 +166,17 @@ impl Steps {
         let remove = self.remove.into_values().rev();
         // A directory's time changes with what is made in it: children first, and all after the removals.
         let attributes = self.attributes.into_values().rev();
-        clear.chain(self.write).chain(remove).chain(attributes).collect()
+        clear.chain(self.write).chain(self.link).chain(remove).chain(attributes).collect()
     }
 }
 
 struct Planner<'a> {
     root: &'a Root,
     target: &'a Listing,
-    safety: &'a Listing,
+    /// What is there: as the safety checkpoint has it.
     now: &'a Listing,
     paths: Option<&'a [RelPath]>,
+    links: Links,
     steps: Steps,
     /// Directories that the plan makes.
     made: BTreeSet<RelPath>,
@@ -112,11 +184,12 @@ struct Planner<'a> {
     cleared: BTreeSet<RelPath>,
     blocked: BTreeMap<RelPath, ConflictReason>,
     special: u64,
+    unlinked: u64,
 }
 
 impl Planner<'_> {
     fn is_selected(&self, path: &RelPath) -> bool {
-        self.paths.is_none_or(|paths| paths.iter().any(|chosen| path.is_within(chosen)))
+        is_selected(self.paths, path)
     }
 
     fn is_below(set: &BTreeSet<RelPath>, path: &RelPath) -> bool {
@@ -139,16 +212,6 @@ impl Planner<'_> {
             at = path.parent();
         }
         false
-    }
-
-    /// Returns what may be replaced, when the safety checkpoint holds it.
-    fn held(&self, path: &RelPath, item: &Item) -> Option<Held> {
-        let same = self.safety.items.get(path).is_some_and(|safe| safe.same_content(item));
-        match item.what {
-            What::File(oid) if same => Some(Held { kind: HeldKind::File, oid }),
-            What::Symlink(oid) if same => Some(Held { kind: HeldKind::Symlink, oid }),
-            _ => None,
-        }
     }
 
     fn write_all(&mut self) -> Result<()> {
@@ -178,10 +241,9 @@ impl Planner<'_> {
             (_, What::Special(_)) => Ok(Err(ConflictReason::Special)),
             (What::Directory, What::Directory) => Ok(Ok(())),
             (What::Directory, What::File(_) | What::Symlink(_)) => {
-                let Some(holds) = self.held(path, current) else {
-                    return Ok(Err(ConflictReason::NotInSafety));
-                };
-                self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
+                if let Some(holds) = held(current) {
+                    self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
+                }
                 self.cleared.insert(path.clone());
                 self.write_new(path, item)
             }
@@ -192,22 +254,32 @@ impl Planner<'_> {
                 self.write_new(path, item)
             }
             (What::File(_) | What::Symlink(_), What::File(_) | What::Symlink(_)) => {
-                if item.same_content(current) {
-                    let link = matches!(item.what, What::Symlink(_));
-                    if item.mtime != current.mtime || (!link && item.mode != current.mode) {
-                        let mode = (!link).then_some(item.mode);
-                        let (path, mtime) = (path.clone(), item.mtime);
-                        self.steps.write.push(Operation::SetAttributes { path, mode, mtime });
-                    }
-                    return Ok(Ok(()));
-                }
-                match self.held(path, current) {
-                    Some(held) => self.push_write(path, item, Some(held)),
-                    None => return Ok(Err(ConflictReason::NotInSafety)),
+                let separate = matches!(self.links.fate(path), Some(Fate::Alone | Fate::LinkedTo(_)));
+                let holes = current.sparse || !item.sparse;
+                if item.same_content(current) && !separate && holes {
+                    self.set_file(path, item, current);
+                } else {
+                    self.push_write(path, item, held(current));
                 }
                 Ok(Ok(()))
             }
         }
+    }
+
+    /// Sets what differs of a file or link whose content is right.
+    fn set_file(&mut self, path: &RelPath, item: &Item, current: &Item) {
+        let link = matches!(item.what, What::Symlink(_));
+        let same = if link { item.mtime == current.mtime } else { item.same_attributes(current) };
+        if same {
+            return;
+        }
+        let names = match self.links.fate(path) {
+            Some(Fate::Kept { names }) => *names,
+            Some(Fate::Alone | Fate::LinkedTo(_)) | None => 1,
+        };
+        let xattrs = (item.xattrs != current.xattrs).then(|| item.xattrs.clone());
+        let (path, mode, mtime) = (path.clone(), (!link).then_some(item.mode), item.mtime);
+        self.steps.write.push(Operation::SetAttributes { path, mode, mtime, xattrs, names });
     }
 
     /// Writes where nothing covered stands.
@@ -281,15 +353,26 @@ impl Planner<'_> {
     }
 
     fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<Held>) {
-        let (path, mode, mtime) = (path.clone(), item.mode, item.mtime);
+        let (mode, mtime) = (item.mode, item.mtime);
         match item.what {
-            What::File(oid) => self.steps.write.push(Operation::WriteFile { path, oid, mode, mtime, replaces }),
-            What::Symlink(oid) => self.steps.write.push(Operation::WriteLink { path, oid, mtime, replaces }),
+            What::File(oid) => {
+                let linked_to = match self.links.fate(path) {
+                    Some(Fate::LinkedTo(leader)) => Some(leader.clone()),
+                    Some(Fate::Alone | Fate::Kept { .. }) | None => None,
+                };
+                self.unlinked += u64::from(self.links.is_lone(path));
+                let steps = if linked_to.is_some() { &mut self.steps.link } else { &mut self.steps.write };
+                let (path, xattrs, sparse) = (path.clone(), item.xattrs.clone(), item.sparse);
+                steps.push(Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to });
+            }
+            What::Symlink(oid) => {
+                self.steps.write.push(Operation::WriteLink { path: path.clone(), oid, mtime, replaces });
+            }
             What::Directory | What::Special(_) => {}
         }
     }
 
-    /// Frees the place of a directory for a file, when all that is in it is covered and held by the safety checkpoint.
+    /// Frees the place of a directory for a file, when all that is in it is held by the safety checkpoint.
     fn clear_directory(&mut self, path: &RelPath) -> std::result::Result<(), ConflictReason> {
         let mut steps = vec![Operation::RemoveDirectory { path: path.clone() }];
         let mut dirs = vec![path.clone()];
@@ -318,7 +401,7 @@ impl Planner<'_> {
                     }
                     What::Special(_) => return Err(ConflictReason::Special),
                     What::File(_) | What::Symlink(_) => {
-                        let holds = self.held(&below, item).ok_or(ConflictReason::NotInSafety)?;
+                        let holds = held(item).ok_or(ConflictReason::Special)?;
                         steps.push(Operation::RemoveFile { path: below, holds });
                     }
                 }
@@ -347,15 +430,12 @@ impl Planner<'_> {
                 }
                 // It cannot be brought back, and it holds nothing.
                 What::Special(_) => {}
-                What::File(_) | What::Symlink(_) => match self.held(path, item) {
-                    Some(holds) => {
+                What::File(_) | What::Symlink(_) => {
+                    if let Some(holds) = held(item) {
                         let step = Operation::RemoveFile { path: path.clone(), holds };
                         self.steps.remove.insert(path.clone(), step);
                     }
-                    None => {
-                        self.blocked.insert(path.clone(), ConflictReason::NotInSafety);
-                    }
-                },
+                }
             }
         }
     }
@@ -363,7 +443,7 @@ impl Planner<'_> {
     /// Sets the attributes of directories that differ, or that the plan touches.
     fn set_directories(&mut self) {
         let steps = &self.steps;
-        let all = steps.clear.values().chain(&steps.write).chain(steps.remove.values());
+        let all = steps.clear.values().chain(&steps.write).chain(&steps.link).chain(steps.remove.values());
         let touched: BTreeSet<RelPath> = all.filter_map(|step| step.path().parent()).collect();
         for (path, item) in &self.target.items {
             if item.what != What::Directory || self.is_blocked(path) {
@@ -372,13 +452,41 @@ impl Planner<'_> {
             let current = self.now.items.get(path).filter(|current| current.what == What::Directory);
             let made = self.made.contains(path);
             let selected = self.is_selected(path);
-            let differs = current.is_none_or(|now| (now.mode, now.mtime) != (item.mode, item.mtime));
+            let differs = current.is_none_or(|now| !now.same_attributes(item));
             // What was not asked for keeps its attributes, and an ignored directory is not ours to change.
             if made || (selected && current.is_some() && (differs || touched.contains(path))) {
+                let xattrs = current.map_or(&[][..], |now| &now.xattrs);
+                let xattrs = (*item.xattrs != *xattrs).then(|| item.xattrs.clone());
                 let (mode, mtime) = (Some(item.mode), item.mtime);
-                let step = Operation::SetAttributes { path: path.clone(), mode, mtime };
+                let step = Operation::SetAttributes { path: path.clone(), mode, mtime, xattrs, names: u64::MAX };
                 self.steps.attributes.insert(path.clone(), step);
             }
         }
+    }
+
+    /// Tells of paths that were asked for by name although the checkpoint, or this moment, does not cover them.
+    fn report_uncovered(&mut self, store: &ObjectStore, wanted: &CheckpointRoot) -> Result<()> {
+        for path in self.paths.unwrap_or_default() {
+            let listed = |listing: &Listing| listing.items.keys().any(|one| one.is_within(path));
+            let covered = match wanted.top().knows(store, path)? {
+                Some(Known::Stored) => true,
+                Some(Known::LeftOut) => false,
+                None => listed(self.now),
+            };
+            let there = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if !covered && there() {
+                self.blocked.insert(path.clone(), ConflictReason::NotCovered);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns what may be replaced, since the safety checkpoint holds it.
+fn held(item: &Item) -> Option<Held> {
+    match item.what {
+        What::File(oid) => Some(Held { kind: HeldKind::File, oid }),
+        What::Symlink(oid) => Some(Held { kind: HeldKind::Symlink, oid }),
+        What::Directory | What::Special(_) => None,
     }
 }

@@ -6,28 +6,26 @@
 //!
 //! Each step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A file is
 //! written under a temporary name, flushed and renamed; nothing is opened through a link; what is not what the plan
-//! expects is left alone and reported. Must not decide anything: that is the plan's work.
+//! expects is left alone and reported. Must not decide anything: that is the plan's work. Writing files is `draft`'s,
+//! setting what needs no writing is `attributes`'.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::Path;
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
-use nix::sys::stat::{FchmodatFlags, Mode, UtimensatFlags, fchmod, fchmodat, futimens, mkdirat, utimensat};
-use nix::sys::time::TimeSpec;
-use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, fsync, geteuid, symlinkat, unlinkat};
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use serde::{Deserialize, Serialize};
 
-use super::beneath::{FileKind, Root, Stat, Time, stat_at, stat_fd};
+use super::beneath::{FileKind, Root, stat_at, stat_fd};
+use super::draft::{FileWish, unlink_if_there};
 use super::errors::{HistoryError, Result};
-use super::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft, unescape};
-use super::oid::{ObjectHasher, ObjectKind, Oid};
-use super::plan::{Conflict, Held, HeldKind, Operation, RestorePlan};
+use super::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
+use super::oid::ObjectKind;
+use super::plan::{Conflict, Held, Operation, RestorePlan, workspace_of};
 use super::recheck::{Standing, recheck, standing};
 use super::scan::check_workspace;
 use super::verify::{BadObject, check_object};
@@ -58,6 +56,12 @@ pub struct RestoreReport {
     pub conflicts: Vec<Conflict>,
     /// Paths that are not what they should be.
     pub mismatches: Vec<Mismatch>,
+    /// Paths whose extended attributes the file system does not keep.
+    pub without_xattrs: BTreeSet<RelPath>,
+    /// Names that could not be linked, and are files of their own.
+    pub unlinked: BTreeSet<RelPath>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
 }
 
 impl History {
@@ -71,10 +75,9 @@ impl History {
             return Err(HistoryError::UnsafePath { path: step.path().to_string() });
         }
         self.check_objects(plan, progress)?;
-        let workspace = unescape(&plan.workspace).map(OsString::from_vec);
-        let workspace = workspace.ok_or_else(|| HistoryError::UnsafePath { path: plan.workspace.clone() })?;
-        let real = check_workspace(Path::new(&workspace))?;
-        if real != Path::new(&workspace) {
+        let workspace = workspace_of(plan)?;
+        let real = check_workspace(&workspace)?;
+        if real != workspace {
             let reason = "a link stands on the way to it since the plan was made";
             return Err(HistoryError::WorkspaceRefused { path: real, reason });
         }
@@ -86,25 +89,20 @@ impl History {
             touched: BTreeSet::new(),
             looked_at: BTreeSet::new(),
             opened: BTreeMap::new(),
+            without_xattrs: BTreeSet::new(),
+            unlinked: BTreeSet::new(),
             report: RestoreReport { conflicts: plan.conflicts.clone(), ..RestoreReport::default() },
         };
-        for path in &plan.drafts {
-            applying.remove_draft(path)?;
+        if let Err(error) = applying.apply_all(plan, progress) {
+            // It may be given up: then nothing of it stays. What fails here is cleared by the next try.
+            applying.clear_up(plan);
+            return Err(error);
         }
-        let total = plan.operations.len() as u64;
-        for (done, step) in plan.operations.iter().enumerate() {
-            applying.apply(step)?;
-            failpoint::check("history.restore.step").map_err(HistoryError::io("restore", root.path()))?;
-            progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
-        }
-        applying.close_again(plan)?;
-        applying.flush()?;
         failpoint::check("history.restore.flushed").map_err(HistoryError::io("restore", root.path()))?;
-        progress(Progress { phase: Phase::Recheck, done: 0, total });
-        let mut report = applying.report;
-        report.mismatches.extend(recheck(&root, plan, &report.kept));
-        report.mismatches.sort_by(|a, b| a.path.cmp(&b.path));
-        report.mismatches.dedup_by(|a, b| a.path == b.path);
+        progress(Progress { phase: Phase::Recheck, done: 0, total: plan.operations.len() as u64 });
+        let Applying { mut report, without_xattrs, unlinked, .. } = applying;
+        (report.without_xattrs, report.unlinked) = (without_xattrs, unlinked);
+        recheck(&root, plan, &mut report);
         Ok(report)
     }
 
@@ -135,21 +133,54 @@ fn temporary_name(plan: &RestorePlan) -> Result<OsString> {
     Ok(OsString::from_vec([RESTORE_PREFIX, plan.id.as_bytes()].concat()))
 }
 
-struct Applying<'a> {
-    history: &'a History,
-    root: &'a Root,
-    temporary: OsString,
+/// A restore that is under way.
+pub(super) struct Applying<'a> {
+    /// Where the contents are.
+    pub history: &'a History,
+    /// The workspace.
+    pub root: &'a Root,
+    /// The name of the draft.
+    pub temporary: OsString,
     /// Directories whose names changed.
     touched: BTreeSet<RelPath>,
     /// Directories that were looked at for being closed to their owner.
-    looked_at: BTreeSet<RelPath>,
+    pub looked_at: BTreeSet<RelPath>,
     /// Those that were opened for the time being, with the mode that they had.
-    opened: BTreeMap<RelPath, u32>,
-    report: RestoreReport,
+    pub opened: BTreeMap<RelPath, u32>,
+    /// Paths whose extended attributes the file system does not keep.
+    pub without_xattrs: BTreeSet<RelPath>,
+    /// Names that could not be linked.
+    pub unlinked: BTreeSet<RelPath>,
+    /// What was done.
+    pub report: RestoreReport,
 }
 
 impl Applying<'_> {
-    fn failed<E: Into<io::Error>>(
+    fn apply_all(&mut self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<()> {
+        for path in &plan.drafts {
+            self.remove_draft(path)?;
+        }
+        let total = plan.operations.len() as u64;
+        for (done, step) in plan.operations.iter().enumerate() {
+            self.apply(step)?;
+            failpoint::check("history.restore.step").map_err(HistoryError::io("restore", self.root.path()))?;
+            progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
+        }
+        self.close_again(plan)?;
+        self.flush()
+    }
+
+    /// Removes the draft and closes what was opened, as far as that can be done.
+    fn clear_up(&mut self, plan: &RestorePlan) {
+        let dirs: BTreeSet<RelPath> = plan.operations.iter().filter_map(|step| step.path().parent()).collect();
+        let cleared = dirs.iter().try_for_each(|dir| self.clear_drafts_in(dir));
+        if let Err(error) = cleared.and_then(|()| self.close_again(plan)) {
+            tracing::warn!(%error, "a restore that failed leaves something behind until the next try");
+        }
+    }
+
+    /// Makes the closure that dresses a system error.
+    pub(super) fn failed<E: Into<io::Error>>(
         &self,
         action: &'static str,
         path: &RelPath,
@@ -157,11 +188,13 @@ impl Applying<'_> {
         HistoryError::io(action, &self.root.show(path))
     }
 
-    fn mismatch(&mut self, path: &RelPath, problem: impl Into<String>) {
+    /// Reports a path that is not as it should be.
+    pub(super) fn mismatch(&mut self, path: &RelPath, problem: impl Into<String>) {
         self.report.mismatches.push(Mismatch { path: path.clone(), problem: problem.into() });
     }
 
-    fn touch(&mut self, path: &RelPath) {
+    /// Notes that a name in the path's directory changed.
+    pub(super) fn touch(&mut self, path: &RelPath) {
         self.touched.extend(path.parent());
     }
 
@@ -171,22 +204,24 @@ impl Applying<'_> {
         }
         match step {
             Operation::MakeDirectory { path } => self.make_directory(path),
-            Operation::WriteFile { path, oid, mode, mtime, replaces } => {
-                let wanted = Held { kind: HeldKind::File, oid: *oid };
-                self.write(path, wanted, Some(*mode), *mtime, replaces.as_ref())
+            Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to } => {
+                let (oid, mode, mtime, sparse) = (*oid, *mode, *mtime, *sparse);
+                let wish = FileWish { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
+                self.write_file(path, &wish, replaces.as_ref())
             }
             Operation::WriteLink { path, oid, mtime, replaces } => {
-                let wanted = Held { kind: HeldKind::Symlink, oid: *oid };
-                self.write(path, wanted, None, *mtime, replaces.as_ref())
+                self.write_link(path, *oid, *mtime, replaces.as_ref())
             }
             Operation::RemoveFile { path, holds } => self.remove_file(path, holds),
             Operation::RemoveDirectory { path } => self.remove_directory(path),
-            Operation::SetAttributes { path, mode, mtime } => self.set_attributes(path, *mode, *mtime),
+            Operation::SetAttributes { path, mode, mtime, xattrs, names } => {
+                self.set_attributes(path, *mode, *mtime, xattrs.as_ref(), *names)
+            }
         }
     }
 
     /// Opens the directory of a path; `None`, with a report, when there is none that can be entered without a link.
-    fn parent<'p>(&mut self, path: &'p RelPath) -> Result<Option<(OwnedFd, &'p OsStr)>> {
+    pub(super) fn parent<'p>(&mut self, path: &'p RelPath) -> Result<Option<(OwnedFd, &'p OsStr)>> {
         match self.root.open_parent(path) {
             Ok(opened) => Ok(Some(opened)),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
@@ -214,111 +249,6 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("make directory", path)(errno)),
         }
         Ok(())
-    }
-
-    fn write(
-        &mut self,
-        path: &RelPath,
-        wanted: Held,
-        mode: Option<u32>,
-        mtime: Time,
-        replaces: Option<&Held>,
-    ) -> Result<()> {
-        let Some((dir, name)) = self.parent(path)? else {
-            return Ok(());
-        };
-        let temporary = self.temporary.clone();
-        unlink_if_there(&dir, &temporary).map_err(self.failed("clear the draft of", path))?;
-        match standing(&dir, name).map_err(self.failed("look at", path))? {
-            Standing::Content(held) if held == wanted => {
-                self.report.already_right += 1;
-                return self.set_attributes(path, mode, mtime);
-            }
-            Standing::Content(held) if Some(&held) == replaces => {}
-            Standing::Nothing => {}
-            Standing::Content(_) => {
-                self.mismatch(path, "it has changed since the plan was made");
-                return Ok(());
-            }
-            Standing::Directory | Standing::Other => {
-                self.mismatch(path, "something else stands where a file must go");
-                return Ok(());
-            }
-        }
-        // The owner stays who it was; a new file belongs to the owner of its directory, not to the daemon's user.
-        let owner = stat_at(&dir, name).or_else(|_| stat_fd(&dir));
-        let owner = owner.map_err(self.failed("look at the directory of", path))?;
-        match mode {
-            Some(mode) => self.draft_file(&dir, &temporary, path, wanted.oid, mode, mtime, &owner)?,
-            None => self.draft_link(&dir, &temporary, path, wanted.oid, mtime, &owner)?,
-        }
-        failpoint::check("history.restore.drafted").map_err(self.failed("write", path))?;
-        renameat(&dir, &*temporary, &dir, name).map_err(self.failed("put in place", path))?;
-        self.report.written += 1;
-        self.touch(path);
-        Ok(())
-    }
-
-    #[allow(clippy::too_many_arguments)]
-    fn draft_file(
-        &self,
-        dir: &OwnedFd,
-        temporary: &OsStr,
-        path: &RelPath,
-        oid: Oid,
-        mode: u32,
-        mtime: Time,
-        owner: &Stat,
-    ) -> Result<()> {
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(dir, temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-        let mut file = File::from(fd.map_err(self.failed("draft", path))?);
-        let mut object = self.history.objects.open_object(&oid)?;
-        let mut hasher = ObjectHasher::new(ObjectKind::Blob, object.size);
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            let n = object.read(&mut buffer).map_err(self.failed("read the content of", path))?;
-            if n == 0 {
-                break;
-            }
-            hasher.update(&buffer[..n]);
-            file.write_all(&buffer[..n]).map_err(self.failed("write", path))?;
-        }
-        if hasher.finish() != oid {
-            return Err(HistoryError::DamagedObject { oid, problem: "its content has another hash".to_owned() });
-        }
-        if geteuid().is_root() {
-            fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
-                .map_err(self.failed("give away", path))?;
-        }
-        // After the change of owner, which takes set-id bits away.
-        fchmod(&file, Mode::from_bits_truncate(mode)).map_err(self.failed("set the mode of", path))?;
-        futimens(&file, &TimeSpec::UTIME_OMIT, &time_spec(mtime)).map_err(self.failed("set the time of", path))?;
-        file.sync_all().map_err(self.failed("flush", path))
-    }
-
-    fn draft_link(
-        &self,
-        dir: &OwnedFd,
-        temporary: &OsStr,
-        path: &RelPath,
-        oid: Oid,
-        mtime: Time,
-        owner: &Stat,
-    ) -> Result<()> {
-        let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
-        symlinkat(OsStr::from_bytes(&target), dir, temporary).map_err(self.failed("make link", path))?;
-        self.give_name(dir, temporary, owner).map_err(self.failed("give away", path))?;
-        utimensat(dir, temporary, &TimeSpec::UTIME_OMIT, &time_spec(mtime), UtimensatFlags::NoFollowSymlink)
-            .map_err(self.failed("set the time of", path))
-    }
-
-    fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &Stat) -> nix::Result<()> {
-        if !geteuid().is_root() {
-            return Ok(());
-        }
-        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
-        fchownat(dir, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
     }
 
     fn remove_file(&mut self, path: &RelPath, holds: &Held) -> Result<()> {
@@ -382,76 +312,6 @@ impl Applying<'_> {
         }
     }
 
-    /// Lets the owner write into the directory of a path, as a daemon without privileges must for read-only ones.
-    fn open_up(&mut self, path: &RelPath) -> Result<()> {
-        let Some(dir) = path.parent() else {
-            return Ok(());
-        };
-        if geteuid().is_root() || !self.looked_at.insert(dir.clone()) {
-            return Ok(());
-        }
-        // What cannot be looked at is reported by the step itself.
-        let Ok(stat) = self.root.stat(&dir) else {
-            return Ok(());
-        };
-        let closed = stat.kind() == FileKind::Directory && stat.permissions() & 0o300 != 0o300;
-        if closed && stat.uid == geteuid().as_raw() {
-            self.set_mode(&dir, stat.permissions() | 0o700)?;
-            self.opened.insert(dir, stat.permissions());
-        }
-        Ok(())
-    }
-
-    /// Closes what was opened, except where the plan itself has set a mode.
-    fn close_again(&mut self, plan: &RestorePlan) -> Result<()> {
-        for step in &plan.operations {
-            if let Operation::SetAttributes { path, .. } = step {
-                self.opened.remove(path);
-            }
-        }
-        for (path, mode) in std::mem::take(&mut self.opened) {
-            if self.root.stat(&path).is_ok_and(|stat| stat.kind() == FileKind::Directory) {
-                self.set_mode(&path, mode)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Sets the permission bits of a file or directory, without following a link.
-    fn set_mode(&self, path: &RelPath, mode: u32) -> Result<()> {
-        let mode = Mode::from_bits_truncate(mode);
-        let set = match self.root.open_parent(path) {
-            Ok((dir, name)) => fchmodat(&dir, name, mode, FchmodatFlags::NoFollowSymlink),
-            Err(Errno::EINVAL) if path.is_root() => self.root.open_dir(path).and_then(|dir| fchmod(&dir, mode)),
-            Err(errno) => Err(errno),
-        };
-        set.map_err(self.failed("set the mode of", path))
-    }
-
-    fn set_attributes(&mut self, path: &RelPath, mode: Option<u32>, mtime: Time) -> Result<()> {
-        let time = time_spec(mtime);
-        if path.is_root() {
-            let dir = self.root.open_dir(path).map_err(self.failed("open", path))?;
-            if let Some(mode) = mode {
-                self.set_mode(path, mode)?;
-            }
-            return futimens(&dir, &TimeSpec::UTIME_OMIT, &time).map_err(self.failed("set the time of", path));
-        }
-        let Some((dir, name)) = self.parent(path)? else {
-            return Ok(());
-        };
-        match (stat_at(&dir, name).map(|stat| stat.kind()), mode) {
-            (Ok(FileKind::Regular | FileKind::Directory), Some(mode)) => self.set_mode(path, mode)?,
-            (Ok(FileKind::Symlink), None) => {}
-            _ => {
-                self.mismatch(path, "it is not what it was when the plan was made");
-                return Ok(());
-            }
-        }
-        utimensat(&dir, name, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)
-            .map_err(self.failed("set the time of", path))
-    }
-
     fn flush(&mut self) -> Result<()> {
         for path in &self.touched {
             match self.root.open_dir(path) {
@@ -462,15 +322,4 @@ impl Applying<'_> {
         }
         Ok(())
     }
-}
-
-fn unlink_if_there(dir: &OwnedFd, name: &OsStr) -> nix::Result<()> {
-    match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
-        Err(Errno::ENOENT) => Ok(()),
-        result => result,
-    }
-}
-
-fn time_spec(time: Time) -> TimeSpec {
-    TimeSpec::new(time.sec, i64::from(time.nsec))
 }

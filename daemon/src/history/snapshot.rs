@@ -235,7 +235,6 @@ impl History {
         let clock = Instant::now();
         let pack = pack.into_inner().unwrap_or_else(PoisonError::into_inner);
         let pack = pack.finish().map_err(HistoryError::io("complete a pack in", &dir))?;
-        sync_dir(&self.pending()).map_err(HistoryError::io("flush", &dir))?;
         let written = if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" };
         failpoint::check(written).map_err(HistoryError::io("complete a pack in", &dir))?;
         took.pack_us = micros(clock);
@@ -342,9 +341,14 @@ impl History {
         let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
         if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
             watch.settle(epoch);
-            watch.retain(is_dir);
+            // The kernel gives up the watches of removed directories by itself; the others cost little meanwhile.
+            if snapshot.whole {
+                watch.retain(is_dir);
+            }
         }
-        self.standings.retain(is_dir);
+        if snapshot.whole {
+            self.standings.retain(is_dir);
+        }
     }
 
     /// Forgets a snapshot that was not published, as dropping it does.
@@ -354,7 +358,7 @@ impl History {
         drop(snapshot);
     }
 
-    /// Makes a directory for a snapshot to be.
+    /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
     pub(super) fn start_draft(&self, number: u64) -> Result<Draft> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
@@ -363,7 +367,11 @@ impl History {
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(HistoryError::io("clear", &dir))?;
         }
-        self.live().insert(name.clone());
+        {
+            // Packs are removed under this lock and only while nobody is entered.
+            let _writer = self.lock_writer();
+            self.live().insert(name.clone());
+        }
         let draft = Draft { dir, name, live: Live::clone(&self.live) };
         fs::create_dir(&draft.dir).map_err(HistoryError::io("create", &draft.dir))?;
         Ok(draft)

@@ -1,18 +1,20 @@
 //! Clears away what a crash left behind: drafts, and packs that no checkpoint needs.
 //!
 //! Everything here errs on the side of keeping: a pack goes only when every published checkpoint was read completely
-//! and none of them reaches any of its objects.
+//! and none of them reaches any of its objects, or when other packs hold all of those too.
 
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use super::History;
+use super::consolidate::DRAFT;
 use super::errors::{HistoryError, Result};
-use super::listing::root_tree_of;
-use super::objects::ObjectStore;
-use super::oid::{ObjectKind, Oid};
-use super::tree::{TreeEntry, decode_tree};
+use super::oid::Oid;
+use super::pack_index::PackIndex;
+use super::reach::Reach;
 
 /// What a sweep cleared away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,7 +36,7 @@ impl History {
         let _writer = self.lock_writer();
         let mut report = SweepReport::default();
         let live = self.live().clone();
-        for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name)) {
+        for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name) && name != DRAFT) {
             let path = self.pending().join(&name);
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             removed.map_err(HistoryError::io("remove", &path))?;
@@ -42,34 +44,30 @@ impl History {
         }
         // A snapshot under way relies on published packs, of which one could be about to go.
         if live.is_empty() {
-            self.sweep_packs(&mut report)?;
+            // Who holds this lock is at work in the draft; after a crash nobody does.
+            let left_behind = self.consolidating.try_lock().ok().filter(|_| self.pending().join(DRAFT).exists());
+            self.sweep_packs(&mut report, left_behind.is_some() && self.swap_has_begun())?;
+            if left_behind.is_some() {
+                self.remove_draft()?;
+                report.drafts += 1;
+            }
         }
         Ok(report)
     }
 
-    fn sweep_packs(&self, report: &mut SweepReport) -> Result<()> {
+    /// Removes packs that nobody needs; if `doubles`, also those of which other packs hold everything that is needed.
+    /// The caller holds the writer's lock and knows that no snapshot is under way.
+    pub(super) fn sweep_packs(&self, report: &mut SweepReport, doubles: bool) -> Result<()> {
         self.objects.refresh()?;
         let dir = self.objects.pack_dir();
-        let mut commits = HashSet::new();
-        for number in self.refs.list()? {
-            commits.insert(self.refs.get(number)?);
+        let roots = self.roots()?;
+        let commits: HashSet<&Oid> = roots.iter().collect();
+        let mut packs = self.objects.indexes();
+        if !doubles {
+            packs.retain(|pack| !pack.ids().any(|id| commits.contains(&id)));
         }
-        commits.extend(self.refs.base()?);
-        commits.extend(self.known().0.map(|picture| picture.commit));
-        let packs = self.objects.contents();
-        let suspects: Vec<_> = packs.iter().filter(|(_, ids)| !ids.iter().any(|id| commits.contains(id))).collect();
-        if !suspects.is_empty() {
-            match reachable(&self.objects, &commits) {
-                Ok(needed) => {
-                    for (name, _) in suspects.iter().filter(|(_, ids)| !ids.iter().any(|id| needed.contains(id))) {
-                        // The index goes first: without it the pack does not count.
-                        remove(&dir.join(format!("{name}.idx")))?;
-                        report.bytes += remove(&dir.join(format!("{name}.pack")))?;
-                        report.packs += 1;
-                    }
-                }
-                Err(error) => tracing::warn!(%error, "a checkpoint is damaged; no pack is removed"),
-            }
+        if !packs.is_empty() {
+            self.sweep_suspects(packs, doubles, &roots, report)?;
         }
         let names = list(&dir)?;
         let known: HashSet<&String> = names.iter().collect();
@@ -82,6 +80,39 @@ impl History {
         }
         self.objects.refresh()
     }
+
+    fn sweep_suspects(
+        &self,
+        mut suspects: Vec<Arc<PackIndex>>,
+        doubles: bool,
+        roots: &[Oid],
+        report: &mut SweepReport,
+    ) -> Result<()> {
+        let reach = match Reach::of(&self.objects, roots, None, &AtomicBool::new(false)) {
+            Ok(reach) => reach,
+            Err(error) => {
+                tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
+                return Ok(());
+            }
+        };
+        let dir = self.objects.pack_dir();
+        // The small ones first: they are those that a larger one has replaced.
+        suspects.sort_by_key(|pack| pack.count());
+        let mut gone = HashSet::new();
+        for pack in suspects {
+            gone.insert(pack.name.clone());
+            let needed = |id: &Oid| reach.needs(id) && !(doubles && self.objects.contains_outside(id, &gone));
+            if pack.ids().any(|id| needed(&id)) {
+                gone.remove(&pack.name);
+                continue;
+            }
+            // The index goes first: without it the pack does not count.
+            remove(&dir.join(format!("{}.idx", pack.name)))?;
+            report.bytes += remove(&dir.join(format!("{}.pack", pack.name)))?;
+            report.packs += 1;
+        }
+        Ok(())
+    }
 }
 
 fn list(dir: &Path) -> Result<Vec<String>> {
@@ -90,36 +121,11 @@ fn list(dir: &Path) -> Result<Vec<String>> {
     names.collect::<std::io::Result<_>>().map_err(HistoryError::io("list", dir))
 }
 
-fn remove(path: &Path) -> Result<u64> {
+/// Removes a file that may be gone already, and returns its size.
+pub(super) fn remove(path: &Path) -> Result<u64> {
     let size = fs::metadata(path).map_or(0, |meta| meta.len());
     match fs::remove_file(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HistoryError::io("remove", path)(error)),
         _ => Ok(size),
     }
-}
-
-/// Collects every object that the commits reach.
-fn reachable(store: &ObjectStore, commits: &HashSet<Oid>) -> Result<HashSet<Oid>> {
-    let mut seen = HashSet::new();
-    let mut trees = Vec::new();
-    for commit in commits {
-        seen.insert(*commit);
-        trees.push(root_tree_of(store, commit)?);
-    }
-    while let Some(tree) = trees.pop() {
-        if !seen.insert(tree) {
-            continue;
-        }
-        for TreeEntry { mode: _, name: _, oid } in leaves_and_trees(store, &tree, &mut trees)? {
-            seen.insert(oid);
-        }
-    }
-    Ok(seen)
-}
-
-fn leaves_and_trees(store: &ObjectStore, tree: &Oid, trees: &mut Vec<Oid>) -> Result<Vec<TreeEntry>> {
-    let entries = decode_tree(tree, &store.read(tree, ObjectKind::Tree)?)?;
-    let (below, leaves): (Vec<_>, Vec<_>) = entries.into_iter().partition(TreeEntry::is_tree);
-    trees.extend(below.into_iter().map(|entry| entry.oid));
-    Ok(leaves)
 }

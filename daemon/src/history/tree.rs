@@ -16,7 +16,7 @@ use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::pack::{PackWriter, Packed};
 use super::picture::{Child, Dir, File, Node, Remarks, Seen, total};
-use super::scan::{Found, SkipReason, Unread, What};
+use super::scan::{Entry, Found, SkipReason, Unread, What};
 
 /// The mode of a subtree in a git tree.
 pub(super) const MODE_TREE: u32 = 0o040_000;
@@ -117,18 +117,21 @@ pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Res
         Found::Same(dir) => return Ok(dir),
         Found::New(new) => *new,
     };
-    let children: Vec<Option<Child>> = new
-        .entries
-        .into_par_iter()
-        .map(|entry| {
-            let node = match entry.what {
-                What::Known(node) => Some(node),
-                What::Below(found) => Some(Node::Dir(seal(found, started_ns, sink)?)),
-                What::Unread(unread) => read_node(*unread, started_ns),
-            };
-            Ok(node.map(|node| Child { name: entry.name, node }))
-        })
-        .collect::<Result<_>>()?;
+    let child = |entry: Entry| -> Result<Option<Child>> {
+        let node = match entry.what {
+            What::Known(node) => Some(node),
+            What::Below(found) => Some(Node::Dir(seal(found, started_ns, sink)?)),
+            What::Unread(unread) => read_node(*unread, started_ns),
+        };
+        Ok(node.map(|node| Child { name: entry.name, node }))
+    };
+    let below = new.entries.iter().filter(|entry| matches!(entry.what, What::Below(Found::New(_)))).count();
+    let children: Vec<Option<Child>> = if below > 1 {
+        new.entries.into_par_iter().map(child).collect::<Result<_>>()?
+    } else {
+        // Waking other threads takes longer than one directory does.
+        new.entries.into_iter().map(child).collect::<Result<_>>()?
+    };
     let children: Box<[Child]> = children.into_iter().flatten().collect();
     let mut shape = Shape::default();
     let (mode, mtime, xattrs) = (new.seen.permissions(), new.seen.mtime, new.xattrs.clone());

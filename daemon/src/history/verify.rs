@@ -1,17 +1,21 @@
-//! Checks that a checkpoint is whole: each object is there, inflates, and has the hash that names it.
+//! Checks that a checkpoint is whole: each object is there, inflates, and has the hash that names it, and the packs and
+//! indexes that hold them are what they were when they were written, to the last byte.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
 use super::errors::{HistoryError, Result};
-use super::listing::{CheckpointRoot, Listing, root_tree_of};
+use super::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
+use super::pack_index::PackIndex;
+use super::pack_reader::PackReader;
 use super::tree::decode_tree;
-use super::{History, OnProgress, Phase, Progress};
+use super::{History, OnProgress, Phase, Progress, RelPath};
 
 /// An object that is missing or damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,52 +39,115 @@ pub struct VerifyReport {
     pub bad: Vec<BadObject>,
 }
 
+/// What a verification of several checkpoints knows already, so that what they share is read once.
+#[derive(Default)]
+pub(super) struct Known {
+    /// Trees below which everything is good.
+    trees: HashSet<Oid>,
+    /// Objects that are good by themselves.
+    objects: HashSet<Oid>,
+    /// Pairs of trees of files and metadata that describe each other, with all below them.
+    described: HashSet<Directory>,
+    /// The packs that were checked, and what is wrong with them.
+    packs: HashMap<String, Option<String>>,
+}
+
 impl History {
-    /// Reads every object of a checkpoint.
+    /// Reads every object of a checkpoint, and compares the packs that hold them with their checksums.
     ///
     /// # Errors
     /// Fails when there is no such checkpoint or when cancelled; damage is reported, not an error.
     pub fn verify(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<VerifyReport> {
+        self.verify_one(number, &mut Known::default(), progress, cancel)
+    }
+
+    /// Verifies several checkpoints, and reads what they share once. A report counts what no earlier one has counted.
+    /// Each has its own result, as of [`History::verify`]; `begins` is told how many are done before each.
+    pub fn verify_all(
+        &self,
+        numbers: &[u64],
+        begins: &dyn Fn(usize),
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> BTreeMap<u64, Result<VerifyReport>> {
+        let mut known = Known::default();
+        let mut one = |(done, number): (usize, &u64)| {
+            begins(done);
+            (*number, self.verify_one(*number, &mut known, progress, cancel))
+        };
+        numbers.iter().enumerate().map(&mut one).collect()
+    }
+
+    fn verify_one(
+        &self,
+        number: u64,
+        known: &mut Known,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<VerifyReport> {
         let commit = self.refs.get(number)?;
         let mut report = VerifyReport::default();
         let mut seen = HashSet::new();
+        let mut trees = Vec::new();
+        let mut packs = HashSet::new();
         let mut open = vec![(commit, ObjectKind::Commit, String::new())];
         while let Some((oid, kind, path)) = open.pop() {
-            if !seen.insert(oid) {
+            if known.trees.contains(&oid) || !seen.insert(oid) {
                 continue;
             }
             if cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
             }
-            report.objects += 1;
-            if report.objects.is_multiple_of(256) {
-                progress(Progress { phase: Phase::Verify, done: report.objects, total: 0 });
+            packs.extend(self.objects.pack_of(&oid));
+            match self.check_and_open(&oid, kind, &path, known, &mut open) {
+                Ok(None) => {}
+                Ok(Some(bytes)) => {
+                    report.bytes += bytes;
+                    report.objects += 1;
+                    if report.objects.is_multiple_of(256) {
+                        progress(Progress { phase: Phase::Verify, done: report.objects, total: 0 });
+                    }
+                }
+                Err(error) => {
+                    report.objects += 1;
+                    report.bad.push(BadObject { oid, path, problem: error.to_string() });
+                }
             }
-            match self.check_and_open(&oid, kind, &path, &mut open) {
-                Ok(bytes) => report.bytes += bytes,
-                Err(error) => report.bad.push(BadObject { oid, path, problem: error.to_string() }),
+            trees.extend((kind == ObjectKind::Tree).then_some(oid));
+        }
+        // An object that is damaged has told of its pack already.
+        let packs = if report.bad.is_empty() { packs } else { HashSet::new() };
+        for pack in packs {
+            let checked = known.packs.entry(pack).or_insert_with_key(|pack| self.check_pack(pack, cancel).err());
+            if let Some(problem) = checked {
+                report.bad.push(BadObject { oid: commit, path: String::new(), problem: problem.clone() });
             }
         }
         // Whole objects can still fail to describe each other.
         if report.bad.is_empty() {
-            let described = CheckpointRoot::read(&self.objects, &commit)
-                .and_then(|root| root.manifest(&self.objects))
-                .and_then(|_| Listing::of_checkpoint(&self.objects, &commit));
-            if let Err(error) = described {
-                report.bad.push(BadObject { oid: commit, path: String::new(), problem: error.to_string() });
+            match check_described(&self.objects, &commit, known) {
+                Ok(()) => known.trees.extend(trees),
+                Err(error) => {
+                    report.bad.push(BadObject { oid: commit, path: String::new(), problem: error.to_string() })
+                }
             }
         }
         Ok(report)
     }
 
+    /// Checks an object, unless that was done, and adds what it refers to; returns its size if it was checked now.
     fn check_and_open(
         &self,
         oid: &Oid,
         kind: ObjectKind,
         path: &str,
+        known: &mut Known,
         open: &mut Vec<(Oid, ObjectKind, String)>,
-    ) -> Result<u64> {
-        let bytes = check_object(&self.objects, oid, kind)?;
+    ) -> Result<Option<u64>> {
+        let bytes = match known.objects.contains(oid) {
+            true => None,
+            false => Some(check_object(&self.objects, oid, kind)?),
+        };
         match kind {
             ObjectKind::Commit => open.push((root_tree_of(&self.objects, oid)?, ObjectKind::Tree, String::new())),
             ObjectKind::Tree => {
@@ -93,8 +160,45 @@ impl History {
             }
             ObjectKind::Blob => {}
         }
+        known.objects.insert(*oid);
         Ok(bytes)
     }
+
+    fn is_gone(&self, pack: &str) -> bool {
+        self.objects.refresh().is_ok() && !self.objects.has_pack(pack)
+    }
+
+    /// Compares a pack and its index, both as they are on the disk now, with their checksums.
+    fn check_pack(&self, name: &str, cancel: &AtomicBool) -> Result<(), String> {
+        let dir = self.objects.pack_dir();
+        let index = PackIndex::load(&dir, name).map(Arc::new);
+        let checked = index
+            .and_then(|index| PackReader::open(&dir, index))
+            .and_then(|pack| pack.check(|| cancel.load(Ordering::Relaxed)));
+        match checked {
+            Ok(()) => Ok(()),
+            // Consolidated since; its objects were found, there or in the pack that replaces it.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.is_gone(name) => Ok(()),
+            Err(error) => Err(format!("{name}: {error}")),
+        }
+    }
+}
+
+/// Checks that manifest and metadata of a commit can be read and that each file has its line of metadata.
+pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known) -> Result<()> {
+    let root = CheckpointRoot::read(store, commit)?;
+    root.manifest(store)?;
+    let mut read = Vec::new();
+    let mut open = vec![(RelPath::root(), root.top())];
+    while let Some((path, directory)) = open.pop() {
+        if !known.described.contains(&directory) {
+            let below = directory.read(store, &path, &mut Listing::default())?;
+            open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
+            read.push(directory);
+        }
+    }
+    known.described.extend(read);
+    Ok(())
 }
 
 /// Streams an object, compares kind, size and hash, and returns its size.

@@ -1,12 +1,12 @@
 //! Extended attributes of the `user` namespace: what people and tools attach to files.
 //!
-//! The other namespaces belong to the system (capabilities, labels, ACLs) and are neither read nor set.
+//! The other namespaces belong to the system (capabilities, labels, ACLs) and are neither read nor touched.
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
 
 use nix::errno::Errno;
-use rustix::fs::{fgetxattr, flistxattr};
+use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 
 use super::meta::Xattrs;
 
@@ -41,6 +41,39 @@ pub(super) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
     Ok(found.into())
 }
 
+/// What became of a wish for attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// They are as wished.
+    Set,
+    /// The file system has none, or not enough room for these.
+    NotKept,
+}
+
+/// Sets the attributes of an open file or directory to exactly these.
+pub(super) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<Outcome> {
+    let there = read(&fd)?;
+    for (name, _) in there.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
+        match fremovexattr(&fd, &name[..]) {
+            Ok(()) | Err(rustix::io::Errno::NODATA) => {}
+            Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
+        }
+    }
+    let mut outcome = Outcome::Set;
+    for pair in wanted.iter().filter(|pair| !there.contains(pair)) {
+        match fsetxattr(&fd, &pair.0[..], &pair.1, XattrFlags::empty()).map_err(|e| Errno::from_raw(e.raw_os_error())) {
+            Ok(()) => {}
+            // Another file system than the one that they came from. Too little room means the inode's, not the
+            // disk's: that would have failed for the content already.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::ERANGE | Errno::EPERM) => {
+                outcome = Outcome::NotKept;
+            }
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(outcome)
+}
+
 fn is_unsupported(errno: rustix::io::Errno) -> bool {
     errno == rustix::io::Errno::OPNOTSUPP || errno == rustix::io::Errno::NOTSUP || errno == rustix::io::Errno::NOSYS
 }
@@ -55,5 +88,35 @@ fn whole(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Resul
             Ok(room)
         }
         Err(errno) => Err(Errno::from_raw(errno.raw_os_error())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(pairs: &[(&str, &[u8])]) -> Xattrs {
+        pairs.iter().map(|(name, value)| (Box::from(name.as_bytes()), Box::from(*value))).collect()
+    }
+
+    #[test]
+    fn attributes_are_set_changed_and_removed() {
+        // Not every temporary directory has them.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let file = std::fs::File::create(dir.path().join("a")).unwrap();
+        let long = vec![7; 2_000];
+        let wanted = list(&[("user.a", b"1"), ("user.b.ä", b""), ("user.long", &long)]);
+        if set(&file, &wanted).unwrap() == Outcome::NotKept {
+            return;
+        }
+        assert_eq!(read(&file).unwrap(), wanted);
+        let wanted = list(&[("user.a", b"2"), ("user.c", b"\0\xff")]);
+        assert_eq!(set(&file, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(read(&file).unwrap(), wanted);
+        let dir = std::fs::File::open(dir.path()).unwrap();
+        assert_eq!(set(&dir, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(read(&dir).unwrap(), wanted);
+        assert_eq!(set(&dir, &list(&[])).unwrap(), Outcome::Set);
+        assert_eq!(read(&dir).unwrap(), list(&[]));
     }
 }

@@ -15,6 +15,7 @@ pub mod memory;
 pub mod peer;
 pub mod prelude;
 pub mod pressure;
+pub mod priority;
 pub mod process;
 pub mod pty;
 pub mod signals;

@@ -20,7 +20,9 @@ use super::conclude::{Conclusion, conclusions};
 use super::effects::{PauseWork, discard};
 use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 use super::ids::NewToken;
+use super::instants;
 use super::links::Watcher;
+use super::look::Looks;
 use crate::errors::Failure;
 use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
@@ -36,6 +38,9 @@ const MAILBOX: usize = 256;
 
 /// How many operations may wait for a checkpoint that is being made.
 const DEFERRED: usize = 16;
+
+/// After so many tries whoever waits for a restore is told that it goes on without them, should a disk be full.
+const PATIENT_TRIES: u32 = 5;
 
 /// How long a report that could not be persisted waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -68,6 +73,8 @@ pub struct Actor {
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
+    /// The looks for what automatic checkpoints would save.
+    pub(super) looks: Looks,
     inbox: mpsc::Receiver<Message>,
     published: watch::Sender<Arc<Project>>,
     deferred: VecDeque<(Box<Begin>, Answer)>,
@@ -110,6 +117,7 @@ impl Actor {
             discarding: None,
             waiters: BTreeMap::new(),
             preparing: BTreeSet::new(),
+            looks: Looks::default(),
             inbox,
             published,
             deferred: VecDeque::new(),
@@ -241,6 +249,9 @@ impl Actor {
             if !go_on {
                 break;
             }
+            if self.project.checkpointing.is_none() {
+                self.looks.end_turn();
+            }
             while self.project.checkpointing.is_none()
                 && let Some((begin, answer)) = self.deferred.pop_front()
             {
@@ -300,6 +311,7 @@ impl Actor {
                 }
             }
             Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
+            Message::Looked(found) => self.looked(*found).await,
             Message::Thawed { agent, run } => self.hold_again(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
@@ -321,6 +333,7 @@ impl Actor {
     /// other operations are short and come to their own end, or are rolled forward by the next daemon.
     async fn leave(&mut self, done: oneshot::Sender<()>) {
         self.leaving = Some(done);
+        self.looks.give_way();
         let operation = match &*self.project.state {
             ProjectState::Pausing(run) if run.course == Course::Forward => run.operation.clone(),
             _ => return,
@@ -341,6 +354,7 @@ impl Actor {
             return;
         }
         let Begin { command, operation, label, tokens, keyed } = *begin;
+        self.looks.give_way();
         self.keep_tokens(tokens);
         let (cancel, old_label) = (Cancel::default(), std::mem::replace(&mut self.label, label));
         let old_cancel = std::mem::replace(&mut self.cancel, cancel);
@@ -447,7 +461,7 @@ impl Actor {
         }
         let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
         let next = Arc::new(next);
-        hit_before(&decision.events)?;
+        instants::before(&decision.events)?;
         let only_before = match decision.events.iter().any(|event| matches!(event, Event::ProjectPaused { .. })) {
             true => self.work.lock().await.proven_until,
             false => None,
@@ -478,14 +492,16 @@ impl Actor {
             .into(),
             error => Failure::fault("save the change", &error),
         })?;
-        self.hit_after(&decision.events);
+        instants::after(&decision.events);
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
         self.look_after_checkpoints(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
+        let decision_events = decision.events;
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
+        self.tell_of_trouble(&decision_events);
         Ok(Carried { reply: written.reply, removed })
     }
 
@@ -512,6 +528,21 @@ impl Actor {
         }
     }
 
+    /// Whoever waits for a restore that a full disk keeps from going on is not kept waiting for as long as it may take.
+    fn tell_of_trouble(&mut self, events: &[Event]) {
+        for event in events {
+            let Event::RestoreRetried { operation, tries: PATIENT_TRIES, error, .. } = event else { continue };
+            if error.data.code != Code::DiskFull {
+                continue;
+            }
+            let refusal = Refusal::new(Code::DiskFull, error.message.clone())
+                .hint(format!("make room: the restore goes on by itself; fermatactl op show {operation}"));
+            for answer in self.waiters.remove(operation).unwrap_or_default() {
+                reply(answer, Err(refusal.clone().into()));
+            }
+        }
+    }
+
     fn tell_plugins(&self, events: &[Event], at: i64) {
         for event in events {
             let mut value = json!(event);
@@ -523,22 +554,6 @@ impl Actor {
             self.services.plugins.notify(&Arc::new(value));
         }
     }
-
-    fn hit_after(&self, events: &[Event]) {
-        for event in events {
-            match event {
-                Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
-                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
-                Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
-                Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
-                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
-                Event::CheckpointRemoved { .. } => crate::failpoint::hit("retention.committed"),
-                Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
-                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
-                _ => {}
-            }
-        }
-    }
 }
 
 /// Sleeps until the alarm, for ever where there is none.
@@ -547,23 +562,6 @@ async fn sleep_until(alarm: Option<tokio::time::Instant>) {
         Some(at) => tokio::time::sleep_until(at).await,
         None => std::future::pending().await,
     }
-}
-
-/// Failpoints before a commit; an armed `error` is a commit that cannot be written.
-fn hit_before(events: &[Event]) -> Result<(), Failure> {
-    for event in events {
-        match event {
-            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
-            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
-            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
-            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
-            Event::CheckpointRemoved { .. } => crate::steps::failpoint("retention.commit")?,
-            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
-            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 /// What carrying a command out brought about.
@@ -590,6 +588,8 @@ fn durability(events: &[Event]) -> Durability {
                 | Event::AgentProgressed { .. }
                 | Event::AgentAdopted { .. }
                 | Event::AgentUnreachable { .. }
+                | Event::RestoreRetried { .. }
+                | Event::RestoreChecked { .. }
         )
     });
     if cheap { Durability::Process } else { Durability::Power }

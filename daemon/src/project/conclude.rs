@@ -44,7 +44,8 @@ fn conclusion(event: &Event, reply: Option<&Value>) -> Option<Conclusion> {
         ),
         Event::PauseFailed { operation, error }
         | Event::CheckpointFailed { operation, error }
-        | Event::RestoreFailed { operation, error } => {
+        | Event::RestoreFailed { operation, error }
+        | Event::RestoreGivenUp { operation, error, .. } => {
             Some(Conclusion { operation: operation.clone(), result: Err(error.clone()) })
         }
         _ => None,

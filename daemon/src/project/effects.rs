@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 
 use fermata_core::command::{AgentRun, ComesBack, Command, Effect, Sealed, StepReport};
 use fermata_core::project::{PauseStep, ProjectState};
-use fermata_protocol::checkpoint::{CheckpointCreateResult, CheckpointRestoreResult, Trigger};
+use fermata_protocol::checkpoint::{CheckpointCreateResult, Trigger};
 use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
 use super::actor::Actor;
 use super::handle::{Message, Outcome};
@@ -17,10 +18,11 @@ use super::links::end_of;
 use super::retain::make_room;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order};
+use crate::steps::database::{self, Draft};
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume};
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transfer};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -29,9 +31,6 @@ const PARKING: Duration = Duration::from_secs(10);
 /// The longest pause between two tries of something that has to succeed.
 const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
-/// After so many tries whoever waits for a restore is told that it goes on without them.
-const PATIENT_TRIES: u32 = 3;
-
 /// What the steps of one pause hand on to each other.
 #[derive(Default)]
 pub struct PauseWork {
@@ -39,8 +38,47 @@ pub struct PauseWork {
     renewer: Option<Renewer>,
     /// Until when the pause may be committed: then the lease of the last proof is over.
     pub(super) proven_until: Option<Instant>,
+    draft: Drafting,
     plans: Plans,
     warnings: Vec<String>,
+}
+
+/// The database part, written before anybody is frozen.
+#[derive(Default)]
+enum Drafting {
+    /// There is none.
+    #[default]
+    No,
+    /// It is being written.
+    Writing(JoinHandle<Result<Draft, Failure>>),
+    /// It is written.
+    Written(Box<Draft>),
+}
+
+impl Drafting {
+    /// Waits until nobody writes any more; whoever gives up waiting may do so again. A draft that could not
+    /// be made is only missed: what is wrong is told when all is written anew.
+    async fn settle(&mut self) {
+        let Self::Writing(task) = self else { return };
+        *self = match task.await {
+            Ok(Ok(draft)) => Self::Written(Box::new(draft)),
+            Ok(Err(failure)) => {
+                tracing::warn!(%failure, "no draft of the database part");
+                Self::No
+            }
+            // Its panic is in the log.
+            Err(_) => Self::No,
+        };
+    }
+
+    /// Waits for the draft and takes it.
+    async fn take(&mut self) -> Option<Draft> {
+        self.settle().await;
+        match std::mem::take(self) {
+            Self::Written(draft) => Some(*draft),
+            Self::No | Self::Writing(_) => None,
+        }
+    }
 }
 
 impl Actor {
@@ -73,9 +111,11 @@ impl Actor {
                 self.checkpoint(operation, checkpoint, trigger, runs);
             }
             Effect::DiscardCheckpoints { checkpoints } => self.discard_checkpoints(checkpoints),
-            Effect::PlanRestore { operation, checkpoint, safety } => self.plan_restore(operation, checkpoint, safety),
-            Effect::ApplyRestore { operation, checkpoint, safety } => {
-                self.apply_restore(operation, checkpoint, safety);
+            Effect::PlanRestore { operation, checkpoint, safety, paths } => {
+                self.plan_restore(operation, checkpoint, safety, paths);
+            }
+            Effect::ApplyRestore { operation, checkpoint, safety, after_ms } => {
+                self.apply_restore(operation, checkpoint, safety, Duration::from_millis(after_ms));
             }
             Effect::ForgetPlan { operation } => restore::forget(&self.site(), &operation),
             Effect::Forget { agent } => self.forget(&agent),
@@ -168,14 +208,18 @@ impl Actor {
                 // It has reported, or its report is ignored; a panic in it is in the log.
                 drop(step.await);
             }
-            *work.lock().await = PauseWork::default();
+            let mut left = work.lock().await;
+            *left = PauseWork { draft: std::mem::take(&mut left.draft), ..PauseWork::default() };
+            drop(left);
             // The undo must not be ended by the cancellation that brought it about.
             site.cancel = Default::default();
             retry("undo", &site, |site| {
-                let runs = runs.clone();
+                let (runs, work) = (runs.clone(), Arc::clone(&work));
                 async move {
                     crate::steps::failpoint("undo.thaw")?;
                     freeze::thaw(&site, &runs).await?;
+                    // Nobody may write into what is discarded.
+                    drop(work.lock().await.draft.take().await);
                     crate::steps::failpoint("undo.discard")?;
                     leftovers::discard(&site, number).await
                 }
@@ -275,7 +319,11 @@ impl Actor {
         };
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
-            let outcome = match live_checkpoint(&site, &mailbox, order, &runs).await {
+            let making = match label.import {
+                Some(file) => transfer::import(&site, &order, file).await.map(|made| (made, 0.0)),
+                None => live_checkpoint(&site, &mailbox, order, &runs).await,
+            };
+            let outcome = match making {
                 Ok((made, frozen_ms)) => {
                     let result = CheckpointCreateResult {
                         operation_id: operation.clone(),
@@ -298,82 +346,6 @@ impl Actor {
             drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
         };
         self.step = Some(self.services.tracker.spawn(task));
-    }
-
-    fn plan_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
-        let task = async move {
-            let planned = match make_room(&site, &mailbox).await {
-                Ok(()) => restore::plan(&site, &operation, number, safety).await,
-                Err(failure) => Err(failure),
-            };
-            let outcome = match planned {
-                Ok(made) => {
-                    let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
-                    let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
-                    Outcome { command, writes, reply: None, tokens: Vec::new() }
-                }
-                Err(failure) => {
-                    discard(&site, safety).await;
-                    let outcome = Err(failure.into_error(Code::RestoreFailed));
-                    Command::RestorePlanned { operation, outcome }.into()
-                }
-            };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
-        };
-        self.step = Some(self.services.tracker.spawn(task));
-    }
-
-    fn apply_restore(&mut self, operation: OperationId, number: CheckpointNumber, safety: CheckpointNumber) {
-        let (mut site, mailbox) = (self.site(), self.mailbox.clone());
-        // From here on the restore only rolls forward.
-        site.cancel = Default::default();
-        let waiters = self.waiters.remove(&operation).unwrap_or_default();
-        self.services.tracker.spawn(async move {
-            let mut waiters = waiters;
-            let mut tries = 0;
-            let applied = loop {
-                match restore::apply(&site, &operation, number).await {
-                    Ok(applied) => break applied,
-                    Err(failure) => {
-                        tries += 1;
-                        tracing::error!(project = %site.project.name, %failure, tries, "a restore goes on");
-                        if tries == PATIENT_TRIES {
-                            for answer in waiters.drain(..) {
-                                drop(answer.send(Err(failure.clone())));
-                            }
-                        }
-                        if site.services.stopping.is_cancelled() {
-                            return;
-                        }
-                        tokio::time::sleep(backoff(tries)).await;
-                    }
-                }
-            };
-            let reply = CheckpointRestoreResult {
-                operation_id: Some(operation.clone()),
-                checkpoint_id: number,
-                safety_checkpoint_id: Some(safety),
-                changes: applied.changes,
-                written: applied.written,
-                removed: applied.removed,
-                steps_ms: [("prepare".to_owned(), applied.prepare_ms), ("apply".to_owned(), applied.apply_ms)].into(),
-                warnings: applied.warnings,
-            };
-            let command = Command::Restored {
-                operation: operation.clone(),
-                phase: applied.phase,
-                tasks: applied.tasks,
-                written: applied.written,
-                removed: applied.removed,
-            };
-            for answer in waiters {
-                drop(mailbox.send(Message::Await(operation.clone(), answer)).await);
-            }
-            let writes = vec![Write::RestoreRows(applied.rows)];
-            let outcome = Outcome { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
-        });
     }
 
     fn forget(&mut self, agent: &AgentName) {
@@ -404,8 +376,12 @@ async fn run_pause_step(
     let runs = site.project.runs(site.project.running_agents());
     match step {
         PauseStep::Validate => {
+            drop(work.draft.take().await);
             *work = PauseWork::default();
             make_room(site, mailbox).await?;
+            // Beside the look at the workspace and the wait for the agents.
+            let draft = site.services.tracker.spawn(database::draft(site.clone(), run.checkpoint));
+            work.draft = Drafting::Writing(draft);
             prime::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
@@ -415,12 +391,17 @@ async fn run_pause_step(
                 operation: operation.to_string(),
             };
             work.warnings = quiesce::run(site, &runs, &request).await?;
+            // Nobody is frozen for a draft.
+            work.draft.settle().await;
         }
         PauseStep::Freeze => {
             work.frozen = Some(freeze::run(site, &runs).await?);
             work.renewer = Some(Renewer::start(site, runs));
         }
-        PauseStep::PlanFlashSave => work.plans = flash_save::plan(site, None, crate::services::now()).await?,
+        PauseStep::PlanFlashSave => {
+            crate::steps::failpoint("pause.plan_flash_save")?;
+            work.plans = flash_save::plan(site, None, crate::services::now()).await?;
+        }
         PauseStep::Checkpoint => {
             let order = Order {
                 operation: operation.clone(),
@@ -450,7 +431,8 @@ async fn pause_checkpoint(
 ) -> Result<Stepped, Failure> {
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
-    let captured = checkpoint::capture(site, order, &plans, now).await?;
+    let draft = work.draft.take().await;
+    let captured = checkpoint::capture(site, order, &plans, now, draft).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;
@@ -507,7 +489,7 @@ async fn live_checkpoint(
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, None).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -524,7 +506,7 @@ async fn capture_frozen(
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now).await?;
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, None).await?;
     freeze::renew(site, runs).await?;
     Ok(captured)
 }

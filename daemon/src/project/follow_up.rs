@@ -58,7 +58,7 @@ impl Actor {
                 }
             }
             if !decided {
-                let next = due::next(&self.project, now)?;
+                let next = [due::next(&self.project, now), self.look_if_due(now)].into_iter().flatten().min()?;
                 let wait = Duration::from_millis(u64::try_from(next.since(now)).unwrap_or(0));
                 return Some(Instant::now() + wait.min(LONGEST));
             }

@@ -10,11 +10,13 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::follow_up::Prepared;
 use super::ids::NewToken;
+use super::look::Found;
 use super::retain::Retain;
 use crate::errors::Failure;
 use crate::services::Services;
 use crate::shim::link::ShimLink;
 use crate::steps::launch::Started;
+use crate::steps::transfer::Held;
 use crate::steps::{Cancel, HistoryCell, Site};
 use crate::store::commit::{Write, Written};
 use crate::store::idempotency::Keyed;
@@ -60,6 +62,8 @@ pub struct Label {
     pub name: Option<String>,
     /// Its description.
     pub description: String,
+    /// The file that it is made of, where it is imported instead of made.
+    pub import: Option<Held>,
 }
 
 /// What a step, a shim or recovery reports.
@@ -117,6 +121,8 @@ pub enum Message {
         /// The link.
         link: Arc<ShimLink>,
     },
+    /// A look for what an automatic checkpoint would save is over.
+    Looked(Box<Found>),
     /// A freeze has ended by itself.
     Thawed {
         /// The agent.

@@ -21,7 +21,8 @@ use super::actor::Actor;
 use super::effects::retry;
 use super::handle::{Answer, Message, ProjectHandle, Tell};
 use crate::errors::Failure;
-use crate::steps::{Site, storage, validate};
+use crate::history::Extent;
+use crate::steps::{Site, storage, upkeep, validate};
 use crate::store::checkpoints;
 use crate::store::idempotency::Keyed;
 
@@ -126,8 +127,17 @@ impl Actor {
         }));
     }
 
-    /// Has what a new checkpoint takes measured, and lets go what is kept no longer.
+    /// Has packs joined, measures what a new checkpoint takes, and lets go what is kept no longer.
     pub(super) fn look_after_checkpoints(&self, events: &[Event]) {
+        for event in events {
+            match event {
+                Event::PauseStarted { .. } | Event::ProjectRemoved {} => upkeep::hold_off(&self.site()),
+                Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::RestorePlanned { .. } => {
+                    upkeep::wish(&self.site(), Extent::Due);
+                }
+                _ => {}
+            }
+        }
         let made = events.iter().any(|event| {
             matches!(
                 event,
@@ -181,6 +191,14 @@ pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> R
         }
         shortage = match validate::look(site).await? {
             None => return Ok(()),
+            // What was removed may lie in packs that others need as well.
+            Some(_) if removed => {
+                upkeep::consolidate(site, Extent::Waste).await?;
+                match validate::look(site).await? {
+                    None => return Ok(()),
+                    Some(shortage) => shortage,
+                }
+            }
             Some(shortage) => shortage,
         };
         tracing::info!(project = %site.project.name, bytes = shortage.bytes, "more room is needed for a checkpoint");

@@ -183,7 +183,11 @@ fn not_running(target: &Target, agent: &Agent) -> Refusal {
 fn standing(project: &Project, agent: &AgentName) -> Standing {
     match &*project.state {
         ProjectState::Resting(_) => {}
-        ProjectState::Pausing(_) | ProjectState::Paused(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
+        ProjectState::Pausing(_)
+        | ProjectState::Paused(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_)
+        | ProjectState::Broken(_) => {
             return Standing::Held;
         }
     }

@@ -46,6 +46,7 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
     wire(&CheckpointListResult { checkpoints, disk_bytes: handle.disk_bytes() })
 }
 
+/// Finds the row of a checkpoint.
 pub(super) async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
     let name = handle.name();
     let shown = name.clone();

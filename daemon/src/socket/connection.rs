@@ -17,6 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::attach::Attachment;
+use super::transfers::Transfers;
 use super::{Daemon, dispatch};
 use crate::auth::{self, Peer};
 use crate::os::peer::{self, PeerCredentials};
@@ -42,6 +43,8 @@ pub(super) struct Connection {
     pub daemon: Arc<Daemon>,
     out: mpsc::Sender<Vec<u8>>,
     state: Mutex<State>,
+    /// The files that come and go over it.
+    pub transfers: Transfers,
     /// Cancelled when the connection ends.
     pub closed: CancellationToken,
 }
@@ -204,8 +207,13 @@ pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daem
         channel: None,
     };
     let closed = services.stopping.child_token();
-    let connection =
-        Arc::new(Connection { daemon: Arc::clone(daemon), out, state: Mutex::new(state), closed: closed.clone() });
+    let connection = Arc::new(Connection {
+        daemon: Arc::clone(daemon),
+        out,
+        state: Mutex::new(state),
+        transfers: Transfers::default(),
+        closed: closed.clone(),
+    });
     let writing = services.tracker.spawn(write(writer, lines, closed.clone(), services.stopping.clone()));
     read(reader, &connection).await;
     closed.cancel();

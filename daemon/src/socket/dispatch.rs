@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use super::connection::Connection;
 use super::{
     agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports,
-    retention, verify,
+    retention, transfers, verify,
 };
 use crate::auth;
 use crate::errors::Failure;
@@ -202,6 +202,11 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::CheckpointRemove(p) => retention::remove(all, p, keyed).await,
         Call::CheckpointPrune(p) => retention::prune(all, &p, keyed).await,
         Call::CheckpointPin(p) => checkpoints::pin(all, &p, keyed).await,
+        Call::CheckpointExport(p) => transfers::export(connection, p).await,
+        Call::CheckpointDownload(p) => transfers::download(connection, p).await,
+        Call::CheckpointUpload(p) => transfers::upload(connection, p).await,
+        Call::CheckpointImport(p) => transfers::import(connection, p, keyed).await,
+        Call::CheckpointConsolidate(p) => transfers::consolidate(all, p).await,
         Call::OperationList(p) => operations::list(connection, p).await,
         Call::OperationShow(p) => operations::show(connection, &p.operation_id).await,
         Call::OperationCancel(p) => operations::cancel(connection, &p.operation_id, keyed).await,

@@ -24,6 +24,7 @@ mod plugins;
 mod projects;
 mod reports;
 mod retention;
+mod transfers;
 mod verify;
 
 use std::sync::Arc;

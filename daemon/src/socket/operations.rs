@@ -9,8 +9,7 @@ use fermata_core::project::ProjectState;
 use fermata_core::{Project, view};
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::checkpoint::{
-    CheckpointCreate, CheckpointRestore, CheckpointRestoreResult, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME,
-    Trigger,
+    CheckpointCreate, CheckpointRestore, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME, Trigger,
 };
 use fermata_protocol::operation::{OperationList, OperationListResult, OperationView};
 use fermata_protocol::pause::{PauseCause, ProjectPause, ProjectResume};
@@ -33,7 +32,11 @@ use crate::store::{checkpoints, operations};
 const MAX_ROWS: u32 = 1000;
 
 /// Begins an operation and tells its progress to this connection until it has ended.
-async fn watched(connection: &Arc<Connection>, handle: &ProjectHandle, begin: Begin) -> Result<Value, Failure> {
+pub(super) async fn watched(
+    connection: &Arc<Connection>,
+    handle: &ProjectHandle,
+    begin: Begin,
+) -> Result<Value, Failure> {
     let operation = begin.operation.clone();
     with_progress(connection, &operation, handle.begin(begin)).await
 }
@@ -61,7 +64,8 @@ pub(super) async fn with_progress<T>(
     }
 }
 
-fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
+/// Puts a command together that has no label and begins no run.
+pub(super) fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
     Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed }
 }
 
@@ -94,7 +98,8 @@ pub(super) async fn resume(
         if !matches!(&*handle.look().state, ProjectState::Paused(_)) {
             return Err(not_paused(&handle.look()));
         }
-        restored(connection, &handle, number, None).await?;
+        exists(connection, &handle, number).await?;
+        restored(connection, &handle, number, Vec::new(), None).await?;
     }
     let operation = new_operation();
     let (respawn, tokens) = respawns(&handle).await?;
@@ -161,7 +166,7 @@ pub(super) async fn checkpoint(
     }
     let operation = new_operation();
     let command = Command::Checkpoint { operation: operation.clone(), trigger: Trigger::Manual };
-    let label = Label { name: params.name, description: params.description };
+    let label = Label { name: params.name, description: params.description, import: None };
     watched(connection, &handle, Begin { label, ..begin(command, operation, keyed) }).await
 }
 
@@ -171,34 +176,27 @@ pub(super) async fn restore(
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
     let handle = connection.daemon.projects.get(&params.project)?;
-    if params.dry_run {
-        exists(connection, &handle, params.checkpoint).await?;
-        let mut diff = restoring::diff(&handle.site(), params.checkpoint, None).await?;
-        // What a restore would do is the difference the other way round.
-        restoring::reverse(&mut diff);
-        return wire(&CheckpointRestoreResult {
-            operation_id: None,
-            checkpoint_id: params.checkpoint,
-            safety_checkpoint_id: None,
-            changes: restoring::changed_paths(&diff),
-            written: 0,
-            removed: 0,
-            steps_ms: BTreeMap::new(),
-            warnings: Vec::new(),
-        });
+    let paths = restoring::parse_paths(&params.paths)?;
+    exists(connection, &handle, params.checkpoint).await?;
+    if let Some(paths) = &paths {
+        restoring::check_paths(&handle.site(), params.checkpoint, paths.clone()).await?;
     }
-    restored(connection, &handle, params.checkpoint, keyed).await
+    if params.dry_run {
+        return wire(&restoring::preview(&handle.site(), params.checkpoint, paths).await?);
+    }
+    let paths = paths.into_iter().flatten().map(|path| path.to_string()).collect();
+    restored(connection, &handle, params.checkpoint, paths, keyed).await
 }
 
 async fn restored(
     connection: &Arc<Connection>,
     handle: &ProjectHandle,
     number: CheckpointNumber,
+    paths: Vec<String>,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
-    exists(connection, handle, number).await?;
     let operation = new_operation();
-    let command = Command::Restore { operation: operation.clone(), checkpoint: number };
+    let command = Command::Restore { operation: operation.clone(), checkpoint: number, paths };
     watched(connection, handle, begin(command, operation, keyed)).await
 }
 

@@ -1,12 +1,14 @@
 //! The handler of `checkpoint.verify`: reads every part of checkpoints again and compares hashes.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use fermata_protocol::checkpoint::{
     CheckpointVerify, CheckpointVerifyResult, CheckpointView, Manifest, VerifiedCheckpoint,
 };
-use fermata_protocol::{Code, OperationId};
+use fermata_protocol::{CheckpointNumber, Code, OperationId};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
@@ -15,6 +17,7 @@ use super::connection::Connection;
 use super::dispatch::wire;
 use super::operations::with_progress;
 use crate::errors::{Failure, chain};
+use crate::history::HistoryError;
 use crate::project::{ProjectHandle, new_operation};
 use crate::services::ProgressNote;
 use crate::steps::checkpoint::{DATABASE, MANIFEST, hash_file, hex};
@@ -53,20 +56,16 @@ async fn verify(
             list.map_err(|e| Failure::fault("list checkpoints", &e))?
         }
     };
-    let total = views.len() as u64;
-    // One checkpoint counts its objects, several are counted themselves.
-    let counted = (total == 1).then_some(operation);
+    // Together, since checkpoints share nearly everything.
+    let mut snapshots = snapshots(&site, &views, operation).await?;
     let mut verified = Vec::new();
-    for (done, view) in views.into_iter().enumerate() {
+    for view in views {
         let number = view.id;
-        if counted.is_none() {
-            let step = format!("checkpoint {number}");
-            let operation_id = operation.clone();
-            let note = ProgressNote { operation_id, step, done: done as u64, total, unit: "checkpoints" };
-            // Nobody may be listening.
-            drop(site.services.progress.send(note));
+        let mut problems = files(&site, view.clone()).await?;
+        match snapshots.remove(&number) {
+            Some(found) => problems.extend(found),
+            None => problems.push("workspace: it was not verified".to_owned()),
         }
-        let problems = verify_one(&site, view, counted).await?;
         if !problems.is_empty() && params.checkpoint.is_none() && is_gone(handle, number).await? {
             // The retention has removed it meanwhile: its parts are not missing, they are no more.
             continue;
@@ -84,14 +83,58 @@ async fn is_gone(handle: &ProjectHandle, number: u64) -> Result<bool, Failure> {
     }
 }
 
-async fn verify_one(
+/// Returns the problems of each snapshot.
+async fn snapshots(
     site: &Site,
-    view: CheckpointView,
-    operation: Option<&OperationId>,
-) -> Result<Vec<String>, Failure> {
-    let (number, named) = (view.id, view.git_commit.clone());
-    let (dir, project) = (site.dirs().checkpoint(number), site.project.name.clone());
-    let mut problems = blocking("verify the files", move || {
+    views: &[CheckpointView],
+    operation: &OperationId,
+) -> Result<BTreeMap<CheckpointNumber, Vec<String>>, Failure> {
+    let named: Vec<(CheckpointNumber, String)> = views.iter().map(|view| (view.id, view.git_commit.clone())).collect();
+    let (notes, operation_id) = (site.services.progress.clone(), operation.clone());
+    // One checkpoint counts its objects, several are counted themselves.
+    let counted = (named.len() == 1).then_some(operation);
+    site.with_history(counted, "verify the snapshots", move |history, progress, cancel| {
+        let numbers: Vec<CheckpointNumber> = named.iter().map(|(number, _)| *number).collect();
+        let total = numbers.len() as u64;
+        let begins = |done: usize| {
+            if total > 1 {
+                let (operation_id, step) = (operation_id.clone(), format!("checkpoint {}", numbers[done]));
+                // Nobody may be listening.
+                drop(notes.send(ProgressNote { operation_id, step, done: done as u64, total, unit: "checkpoints" }));
+            }
+        };
+        let mut reports = history.verify_all(&numbers, &begins, progress, cancel);
+        if cancel.load(Ordering::Relaxed) {
+            return Err(HistoryError::Cancelled);
+        }
+        let each = named.into_iter().map(|(number, named)| {
+            let mut problems = Vec::new();
+            match history.commit_of(number) {
+                Ok(commit) if commit.to_string() != named => {
+                    problems.push(format!("workspace: its snapshot is {commit}, not {named}"));
+                }
+                // What is the matter is in the report as well.
+                Ok(_) | Err(_) => {}
+            }
+            match reports.remove(&number) {
+                Some(Ok(report)) => problems.extend(report.bad.iter().map(|bad| {
+                    let place = if bad.path.is_empty() { String::new() } else { format!("{}: ", bad.path) };
+                    format!("workspace: {place}object {}: {}", bad.oid, bad.problem)
+                })),
+                Some(Err(error)) => problems.push(format!("workspace: {}", chain(&error))),
+                None => problems.push("workspace: it was not verified".to_owned()),
+            }
+            (number, problems)
+        });
+        Ok(each.collect())
+    })
+    .await
+}
+
+/// Returns the problems of a checkpoint's files.
+async fn files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
+    let (dir, project) = (site.dirs().checkpoint(view.id), site.project.name.clone());
+    blocking("verify the files", move || {
         let mut problems = Vec::new();
         match std::fs::read(dir.join(MANIFEST)) {
             Err(error) => problems.push(format!("manifest: {error}")),
@@ -110,27 +153,7 @@ async fn verify_one(
         }
         Ok(problems)
     })
-    .await?;
-    let found = site
-        .with_history(operation, "verify the snapshot", move |history, progress, cancel| {
-            let commit = history.commit_of(number)?.to_string();
-            Ok((commit, history.verify(number, progress, cancel)?))
-        })
-        .await;
-    match found {
-        Ok((commit, report)) => {
-            if commit != named {
-                problems.push(format!("workspace: its snapshot is {commit}, not {named}"));
-            }
-            let place = |path: &str| if path.is_empty() { String::new() } else { format!("{path}: ") };
-            let bad = report.bad.iter();
-            problems
-                .extend(bad.map(|bad| format!("workspace: {}object {}: {}", place(&bad.path), bad.oid, bad.problem)));
-        }
-        Err(Failure::Refused(refusal)) if refusal.code == Code::OperationCancelled => return Err(refusal.into()),
-        Err(failure) => problems.push(format!("workspace: {failure}")),
-    }
-    Ok(problems)
+    .await
 }
 
 /// Compares every file with the manifest, and the snapshot that it names with the row's.

@@ -20,9 +20,9 @@ use fermata_core::command::AgentRun;
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, Trigger};
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
-use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
+use super::database::{self, Draft};
 use super::flash_save::Plans;
 use super::{Site, blocking, ms_since, session};
 use crate::errors::Failure;
@@ -30,7 +30,6 @@ use crate::history::{Observed, Snapshot, SnapshotRequest};
 use crate::os::fsync::write_atomic;
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::profile::Session;
-use crate::store::{StoreError, backup};
 
 /// The version of a checkpoint's files.
 pub const FORMAT: u32 = 1;
@@ -86,24 +85,25 @@ pub struct Captured {
 }
 
 /// Reads workspace, database, context and transcripts into the partial checkpoint: the part for
-/// which agents have to stand still.
+/// which agents have to stand still. `draft` is what was written of the database before they did.
 ///
 /// # Errors
 /// When any of it cannot be read or written.
-pub async fn capture(site: &Site, order: &Order, plans: &Plans, now: UnixMillis) -> Result<Captured, Failure> {
+pub async fn capture(
+    site: &Site,
+    order: &Order,
+    plans: &Plans,
+    now: UnixMillis,
+    draft: Option<Draft>,
+) -> Result<Captured, Failure> {
     super::failpoint("checkpoint.begin")?;
     let partial = site.dirs().partial_checkpoint(order.number);
-    let created = partial.clone();
-    blocking("create the checkpoint's directory", move || {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&created)
-            .map_err(|e| Failure::fault(&format!("create {}", created.display()), &e))
-    })
-    .await?;
-    let (observed, database, sessions) =
-        tokio::join!(workspace(site, order), database(site, order, plans, now, &partial), transcripts(site, &partial));
+    database::create(&partial).await?;
+    let (observed, database, sessions) = tokio::join!(
+        workspace(site, order),
+        database::save(site, order, plans, now, &partial, draft),
+        transcripts(site, &partial)
+    );
     // All three have ended before any error is looked at, so that an undo finds nobody at work.
     let (observed, workspace_ms) = observed?;
     let (database, database_ms) = database?;
@@ -150,56 +150,6 @@ async fn complete(site: &Site, order: &Order, observed: Observed, taken_at: Unix
         history.complete(observed, taken_at.0, progress, cancel)
     })
     .await
-}
-
-struct DatabasePart {
-    parts: Vec<ManifestPart>,
-    item_count: u64,
-    tokens: u64,
-}
-
-async fn database(
-    site: &Site,
-    order: &Order,
-    plans: &Plans,
-    now: UnixMillis,
-    partial: &Path,
-) -> Result<(DatabasePart, f64), Failure> {
-    let start = Instant::now();
-    let (source, project, partial) = (site.services.store.path().to_owned(), site.project.clone(), partial.to_owned());
-    let archived: std::collections::HashSet<i64> =
-        plans.iter().flat_map(|(_, plan)| plan.items.iter().filter(|item| item.archive).map(|item| item.id)).collect();
-    let number = order.number;
-    let part = blocking("save the database", move || {
-        let fault = |doing: &str, error: &(dyn std::error::Error + 'static)| Failure::fault(doing, error);
-        let file = partial.join(DATABASE);
-        let saved = backup::save(&source, &project.name, &file)
-            .map_err(|e: StoreError| fault("back up the project's rows", &e))?;
-        let mut agents = serde_json::Map::new();
-        let mut tokens = 0;
-        for name in project.agents.keys() {
-            let state = saved.states.iter().find(|(agent, _)| agent == name).map_or(Value::Null, |(_, s)| s.clone());
-            let items: Vec<_> =
-                saved.items.iter().filter(|item| item.agent == *name && !archived.contains(&item.id)).collect();
-            tokens += items.iter().map(|item| item.tokens).sum::<u64>();
-            agents.insert(name.to_string(), json!({ "state": state, "items": items }));
-        }
-        let document = json!({
-            "format": FORMAT,
-            "project": project.name,
-            "checkpoint": number,
-            "created_at": now,
-            "phase": project.facts.phase,
-            "agents": agents,
-        });
-        let path = partial.join(CONTEXT);
-        write_atomic(&path, document.to_string().as_bytes(), 0o600)
-            .map_err(|e| fault("write the context snapshot", &e))?;
-        let parts = vec![part("database", &partial, DATABASE)?, part("context", &partial, CONTEXT)?];
-        Ok(DatabasePart { parts, item_count: saved.item_count, tokens })
-    })
-    .await?;
-    Ok((part, ms_since(start)))
 }
 
 type Transcripts = (Vec<(AgentName, Session)>, Vec<ManifestPart>);
@@ -355,7 +305,8 @@ async fn artifacts(
     Ok(parts)
 }
 
-async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
+/// Writes a manifest and returns its SHA-256.
+pub(super) async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
     let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
     let path = partial.join(MANIFEST);
     blocking("write the manifest", move || {
@@ -365,7 +316,13 @@ async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, F
     .await
 }
 
-async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
+async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
+    place(site, partial, to).await?;
+    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+}
+
+/// Gives a checkpoint's directory, which is complete, its place.
+pub(super) async fn place(site: &Site, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
     let parent = site.dirs().checkpoints();
     blocking("give the checkpoint its place", move || {
         let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
@@ -373,8 +330,7 @@ async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, place: PathB
         File::open(&parent).and_then(|dir| dir.sync_all()).map_err(failed)
     })
     .await?;
-    super::failpoint("checkpoint.placed")?;
-    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+    super::failpoint("checkpoint.placed")
 }
 
 fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
@@ -399,7 +355,10 @@ fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u
 }
 
 /// Describes a file of a checkpoint.
-fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
+///
+/// # Errors
+/// When it cannot be read.
+pub fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
     let file = directory.join(path);
     let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
     Ok(ManifestPart { kind: kind.into(), path: path.into(), bytes, sha256 })

@@ -16,7 +16,6 @@ pub type Plans = Vec<(AgentName, FlashSavePlan)>;
 /// # Errors
 /// When the store cannot be read.
 pub async fn plan(site: &Site, agent: Option<AgentName>, now: UnixMillis) -> Result<Plans, Failure> {
-    super::failpoint("pause.plan_flash_save")?;
     let name = site.project.name.clone();
     let weights = site.services.weights();
     let config = &site.project.facts.config;

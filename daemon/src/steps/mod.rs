@@ -5,13 +5,17 @@
 //!   pause:       validate -> quiesce -> freeze -> plan_flash_save -> checkpoint     undo: thaw, discard
 //!   checkpoint:  freeze (a blip) -> checkpoint -> thaw                              undo: thaw, discard
 //!   restore:     safety checkpoint -> plan on disk | apply                          rolls forward
+//!   import:      unpack -> check -> place                                           undo: discard
 //!   resume:      thaw | end what is left, launch                                    rolls forward
 //! ```
 //!
 //! A step knows the state that it was started with and changes none: what follows from its report
 //! is `fermata_core`'s decision.
 
+pub mod bundle;
 pub mod checkpoint;
+pub mod context_file;
+pub mod database;
 pub mod flash_save;
 pub mod freeze;
 pub mod launch;
@@ -24,6 +28,8 @@ pub mod restore;
 pub mod resume;
 pub mod session;
 pub mod storage;
+pub mod transfer;
+pub mod upkeep;
 pub mod validate;
 
 use std::collections::BTreeMap;
@@ -123,7 +129,9 @@ impl Site {
                     drop(notes.send(note(operation, progress)));
                 }
             };
-            work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e))
+            let done = work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e));
+            history.rest();
+            done
         })
         .await
     }
@@ -148,6 +156,15 @@ fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
     }
 }
 
+/// Makes the note of work that is counted in bytes.
+fn note_bytes(operation: OperationId, step: &str, done: u64, total: u64) -> ProgressNote {
+    ProgressNote { operation_id: operation, step: step.to_owned(), done, total, unit: "bytes" }
+}
+
+fn cancelled_by_request() -> Failure {
+    Refusal::new(Code::OperationCancelled, "the operation was cancelled").into()
+}
+
 /// Turns an error of the history into a refusal where a person can do something about it.
 fn history_failure(doing: &str, error: &HistoryError) -> Failure {
     match error {
@@ -157,10 +174,16 @@ fn history_failure(doing: &str, error: &HistoryError) -> Failure {
         HistoryError::NoSuchCheckpoint { number } => {
             Refusal::new(Code::CheckpointNotFound, format!("there is no checkpoint {number}")).into()
         }
+        HistoryError::NoSuchPath { path, number } => {
+            let text = format!("neither checkpoint {number} nor the workspace has the path '{path}'");
+            Refusal::new(Code::PathNotFound, text)
+                .hint("paths are those inside the workspace; fermatactl checkpoint diff shows what differs")
+                .into()
+        }
         HistoryError::Unrestorable { .. } => Refusal::new(Code::CheckpointDamaged, crate::errors::chain(error))
             .hint("fermatactl checkpoint verify tells which checkpoints are good")
             .into(),
-        HistoryError::Cancelled => Refusal::new(Code::OperationCancelled, "the operation was cancelled").into(),
+        HistoryError::Cancelled => cancelled_by_request(),
         _ => Failure::fault(doing, error),
     }
 }
@@ -184,6 +207,7 @@ pub async fn blocking<T: Send + 'static>(
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
+    upkeep: upkeep::Upkeep,
 }
 
 impl HistoryCell {

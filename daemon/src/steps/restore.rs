@@ -6,16 +6,20 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use fermata_protocol::checkpoint::{ChangeKind, ChangedPath, Trigger};
-use fermata_protocol::project::Phase;
-use fermata_protocol::task::TaskView;
-use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
+use fermata_core::command::Rewound;
+use fermata_protocol::checkpoint::{
+    ChangeKind, ChangedPath, CheckpointRestoreResult, LeftPath, MAX_RESTORE_PATHS, Trigger,
+};
+use fermata_protocol::{CheckpointNumber, Code, OperationId, ProjectName, Refusal};
 use serde::{Deserialize, Serialize};
 
 use super::checkpoint::{self, Made, Order};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::history::{Change, Diff, Point, RestorePlan, RestoreRequest};
+use crate::history::{
+    Change, Conflict, Diff, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest, Time,
+    unescape,
+};
 use crate::os::fsync::write_atomic;
 use crate::store::backup::{self, RestoredRows};
 
@@ -25,7 +29,6 @@ struct PlanFile {
     plan: RestorePlan,
     changes: Vec<ChangedPath>,
     prepare_ms: f64,
-    warnings: Vec<String>,
 }
 
 /// Takes the safety checkpoint and writes the plan.
@@ -37,11 +40,15 @@ pub async fn plan(
     operation: &OperationId,
     number: CheckpointNumber,
     safety: CheckpointNumber,
+    paths: &[String],
 ) -> Result<Made, Failure> {
     let start = Instant::now();
     super::failpoint("restore.begin")?;
+    let paths = parse_paths(paths)?;
     super::validate::run(site).await?;
-    check_parts(site, number).await?;
+    if paths.is_none() {
+        check_parts(site, number).await?;
+    }
     let order = Order {
         operation: operation.clone(),
         number: safety,
@@ -53,22 +60,18 @@ pub async fn plan(
         runs: Vec::new(),
     };
     let now = crate::services::now();
-    let captured = checkpoint::capture(site, &order, &Vec::new(), now).await?;
+    let captured = checkpoint::capture(site, &order, &Vec::new(), now, None).await?;
     let made = checkpoint::seal(site, &order, captured, now).await?;
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let (plan, diff) = site
+    let planned = site
         .with_history(Some(operation), "plan the restore", move |history, progress, cancel| {
-            let request = RestoreRequest { number, safety, workspace: &workspace, rules: &rules, paths: None };
-            let plan = history.plan_restore(&request, progress, cancel)?;
-            let diff = history.diff(&Point::Checkpoint(safety), &Point::Checkpoint(number), progress, cancel)?;
-            Ok((plan, diff))
+            let (safety, paths) = (Some(safety), paths.as_deref());
+            let request = RestoreRequest { number, safety, workspace: &workspace, rules: &rules, paths };
+            history.plan_restore(&request, progress, cancel)
         })
         .await?;
-    let mut warnings = plan.warnings.clone();
-    for conflict in &plan.conflicts {
-        warnings.push(format!("{} stays as it is: {:?}", conflict.path, conflict.reason));
-    }
-    let file = PlanFile { plan, changes: changed_paths(&diff), prepare_ms: ms_since(start), warnings };
+    let Planned { plan, diff } = planned;
+    let file = PlanFile { plan, changes: changed_paths(&diff), prepare_ms: ms_since(start) };
     let path = site.dirs().restore_plan(operation);
     blocking("write the plan", move || {
         let bytes = serde_json::to_vec(&file).map_err(|e| Failure::fault("encode the plan", &e))?;
@@ -97,26 +100,23 @@ async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failur
     .await
 }
 
-/// What a restore that was carried out leads to.
+/// A restore that was carried out.
 pub struct Applied {
-    /// The phase at the checkpoint.
-    pub phase: Phase,
-    /// The tasks at the checkpoint.
-    pub tasks: Vec<TaskView>,
-    /// The rows to put back.
-    pub rows: Arc<RestoredRows>,
-    /// How many paths were written.
-    pub written: u64,
-    /// How many were removed.
-    pub removed: u64,
-    /// What changed.
-    pub changes: Vec<ChangedPath>,
-    /// What a person should know.
-    pub warnings: Vec<String>,
-    /// How long the plan took, milliseconds.
-    pub prepare_ms: f64,
-    /// How long carrying it out took, milliseconds.
-    pub apply_ms: f64,
+    /// What the rows say of the project, and the rows to put back; none where only some paths were restored.
+    pub rows: Option<(Rewound, Arc<RestoredRows>)>,
+    /// What was done to the workspace.
+    pub done: Done,
+    changes: Vec<ChangedPath>,
+    /// How long the plan took, and how long carrying it out, milliseconds.
+    prepare_ms: f64,
+    apply_ms: f64,
+}
+
+/// What was done to a workspace, and when it was done.
+pub struct Done {
+    plan: RestorePlan,
+    report: RestoreReport,
+    ended: Time,
 }
 
 /// Carries out the plan, from the start or again.
@@ -133,33 +133,254 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
             .map_err(|e| Failure::fault(&format!("understand {}", path.display()), &e))
     })
     .await?;
-    let PlanFile { plan, changes, prepare_ms, mut warnings } = file;
-    let report = site
+    let PlanFile { plan, changes, prepare_ms } = file;
+    let (plan, report) = site
         .with_history(Some(operation), "restore the workspace", move |history, progress, _| {
-            history.apply_restore(&plan, progress)
+            let report = history.apply_restore(&plan, progress)?;
+            Ok((plan, report))
         })
         .await?;
     super::failpoint("restore.applied")?;
-    for mismatch in &report.mismatches {
-        warnings.push(format!("{mismatch:?} is not as it should be"));
-    }
+    let ns = crate::os::clock::unix_ns();
+    let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };
+    let rows = if plan.paths.is_none() { Some(read_rows(site, number).await?) } else { None };
+    let done = Done { plan, report, ended };
+    Ok(Applied { rows, done, changes, prepare_ms, apply_ms: ms_since(start) })
+}
+
+async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(Rewound, Arc<RestoredRows>), Failure> {
     let (file, project) = (site.dirs().checkpoint(number).join(checkpoint::DATABASE), site.project.name.clone());
-    let (backed, rows) = blocking("read the backup", move || {
+    blocking("read the backup", move || {
         let failed = |e| Failure::fault("read the backup", &e);
-        Ok((backup::open(&file, &project).map_err(failed)?, backup::read_rows(&file, &project).map_err(failed)?))
+        let backed = backup::open(&file, &project).map_err(failed)?;
+        let rows = backup::read_rows(&file, &project).map_err(failed)?;
+        Ok((Rewound { phase: backed.phase, tasks: backed.tasks }, Arc::new(rows)))
     })
-    .await?;
-    Ok(Applied {
-        phase: backed.phase,
-        tasks: backed.tasks,
-        rows: Arc::new(rows),
-        written: report.written,
-        removed: report.removed,
-        changes,
-        warnings,
-        prepare_ms,
-        apply_ms: ms_since(start),
+    .await
+}
+
+impl Applied {
+    /// Returns the answer to whoever asked for the restore.
+    pub fn reply(
+        &self,
+        site: &Site,
+        operation: &OperationId,
+        number: CheckpointNumber,
+        safety: CheckpointNumber,
+    ) -> CheckpointRestoreResult {
+        let Done { plan, report, .. } = &self.done;
+        let mut warnings = plan_warnings(plan);
+        warnings.extend(report.warnings.iter().cloned());
+        if !report.kept.is_empty() {
+            let count = report.kept.len();
+            warnings.push(format!("{count} directories stay, since files that checkpoints do not cover are in them"));
+        }
+        let problems = report.mismatches.iter().map(|one| format!("{}: {}", one.path, one.problem));
+        warnings.extend(summary("not as they should be", report.mismatches.len(), problems));
+        CheckpointRestoreResult {
+            operation_id: Some(operation.clone()),
+            checkpoint_id: number,
+            safety_checkpoint_id: Some(safety),
+            changes: self.changes.clone(),
+            written: report.written,
+            removed: report.removed,
+            paths: shown(plan),
+            left_alone: left_alone(plan),
+            undo: Some(undo(&site.project.name, safety, plan)),
+            steps_ms: [("prepare".to_owned(), self.prepare_ms), ("apply".to_owned(), self.apply_ms)].into(),
+            warnings,
+        }
+    }
+}
+
+/// Tells what a restore would do, and does nothing.
+///
+/// # Errors
+/// When the checkpoint or the workspace cannot be read.
+pub async fn preview(
+    site: &Site,
+    number: CheckpointNumber,
+    paths: Option<Vec<RelPath>>,
+) -> Result<CheckpointRestoreResult, Failure> {
+    let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
+    let planned = site
+        .with_history(None, "plan the restore", move |history, progress, cancel| {
+            let paths = paths.as_deref();
+            let request = RestoreRequest { number, safety: None, workspace: &workspace, rules: &rules, paths };
+            history.plan_restore(&request, progress, cancel)
+        })
+        .await?;
+    let Planned { plan, diff } = planned;
+    let (written, removed) = plan.counts();
+    Ok(CheckpointRestoreResult {
+        operation_id: None,
+        checkpoint_id: number,
+        safety_checkpoint_id: None,
+        changes: changed_paths(&diff),
+        written,
+        removed,
+        paths: shown(&plan),
+        left_alone: left_alone(&plan),
+        undo: None,
+        steps_ms: Default::default(),
+        warnings: plan_warnings(&plan),
     })
+}
+
+fn shown(plan: &RestorePlan) -> Vec<String> {
+    plan.paths.iter().flatten().map(RelPath::to_string).collect()
+}
+
+fn left_alone(plan: &RestorePlan) -> Vec<LeftPath> {
+    let one = |conflict: &Conflict| LeftPath {
+        path: conflict.path.to_string(),
+        reason: conflict.reason.in_words().to_owned(),
+    };
+    plan.conflicts.iter().map(one).collect()
+}
+
+fn plan_warnings(plan: &RestorePlan) -> Vec<String> {
+    let mut warnings = plan.warnings.clone();
+    let reasons = plan.conflicts.iter().map(|one| format!("{}: {}", one.path, one.reason.in_words()));
+    warnings.extend(summary("left as they are", plan.conflicts.len(), reasons));
+    if plan.paths.is_some() {
+        warnings.push("files alone: tasks, context, agents' states and the phase stay as they are".to_owned());
+    }
+    warnings
+}
+
+/// The most paths that one warning names.
+const NAMED: usize = 5;
+
+/// Names the first of many in one line; nothing when there are none.
+fn summary(what: &str, count: usize, each: impl Iterator<Item = String>) -> Option<String> {
+    let named: Vec<String> = each.take(NAMED).collect();
+    let more = if count > named.len() { format!(" and {} more", count - named.len()) } else { String::new() };
+    let paths = if count == 1 { "path is" } else { "paths are" };
+    (count > 0).then(|| format!("{count} {paths} {what}: {}{more}", named.join("; ")))
+}
+
+/// The command that brings back what was there before.
+fn undo(project: &ProjectName, safety: CheckpointNumber, plan: &RestorePlan) -> String {
+    let is_made = |dir: &RelPath| {
+        plan.operations.iter().any(|step| matches!(step, Operation::MakeDirectory { path } if path == dir))
+    };
+    let mut command = format!("fermatactl checkpoint restore {project} {safety}");
+    let mut named = Vec::new();
+    for path in plan.paths.iter().flatten() {
+        // Directories that were made above a path go again.
+        let mut path = path.clone();
+        while let Some(dir) = path.parent().filter(|dir| is_made(dir)) {
+            path = dir;
+        }
+        if !named.contains(&path) {
+            command.push_str(if named.is_empty() { " --paths " } else { " " });
+            command.push_str(&shell_word(&path));
+            named.push(path);
+        }
+    }
+    command
+}
+
+fn shell_word(path: &RelPath) -> String {
+    let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+@:,".contains(byte);
+    match std::str::from_utf8(path.bytes()) {
+        Ok("") => ".".to_owned(),
+        Ok(text) if text.bytes().all(|byte| plain(&byte)) && !text.starts_with('-') => text.to_owned(),
+        Ok(text) if !text.contains(char::is_control) && !text.starts_with('-') => {
+            format!("'{}'", text.replace('\'', r"'\''"))
+        }
+        // Anything else, byte by byte.
+        _ => {
+            let bytes: String = path.bytes().iter().map(|byte| format!("\\x{byte:02x}")).collect();
+            format!("$'./{bytes}'")
+        }
+    }
+}
+
+/// Reads the paths of a request; `None` when there are none, which means everything.
+///
+/// # Errors
+/// Refuses what is no path inside a workspace, and a `.git`.
+pub fn parse_paths(paths: &[String]) -> Result<Option<Vec<RelPath>>, Failure> {
+    let parse = |text: &String| -> Result<RelPath, Failure> {
+        let refuse = |why: &str| {
+            Failure::from(
+                Refusal::new(Code::InvalidParams, format!("the path '{text}' {why}"))
+                    .hint("paths are those inside the workspace, for instance src/main.rs"),
+            )
+        };
+        let bytes = if text == "." { Some(Vec::new()) } else { unescape(text) };
+        let path = bytes.and_then(|bytes| RelPath::new(bytes).ok()).ok_or_else(|| refuse("leads nowhere"))?;
+        if path.is_restorable() { Ok(path) } else { Err(refuse("is in a repository's own directory")) }
+    };
+    if paths.len() > MAX_RESTORE_PATHS {
+        let text = format!("{} paths are more than {MAX_RESTORE_PATHS}", paths.len());
+        return Err(Refusal::new(Code::TooLarge, text).hint("name the directories that they are in").into());
+    }
+    let paths = paths.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
+    Ok(Some(paths).filter(|paths| !paths.is_empty()))
+}
+
+/// Refuses paths that neither the checkpoint nor the workspace has.
+///
+/// # Errors
+/// When there is such a path, or when the checkpoint cannot be read.
+pub async fn check_paths(site: &Site, number: CheckpointNumber, paths: Vec<RelPath>) -> Result<(), Failure> {
+    let workspace = PathBuf::from(&site.project.facts.workspace);
+    site.with_history(None, "find the paths", move |history, _, _| history.check_paths(number, &workspace, &paths))
+        .await
+}
+
+/// What a full check found.
+pub struct Checked {
+    /// How many paths were compared.
+    pub paths: u64,
+    /// How many are not as the checkpoint has them.
+    pub differing: u64,
+    /// Some of them, each with what is different.
+    pub examples: Vec<String>,
+}
+
+/// The most paths that a full check names.
+const EXAMPLES: usize = 20;
+
+/// Compares the whole workspace with the checkpoint that was restored, until somebody else works in it; `None` when it
+/// could not be done.
+pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
+    let rules = site.rules();
+    let checking = site.with_history(None, "look through the restored workspace", move |history, progress, cancel| {
+        history.check_restored(&done.plan, &done.report, &rules, done.ended, progress, cancel)
+    });
+    tokio::pin!(checking);
+    let checked = tokio::select! {
+        checked = &mut checking => checked,
+        () = moved_on => {
+            site.cancel.cancel();
+            checking.await
+        }
+        () = site.services.stopping.cancelled() => {
+            site.cancel.cancel();
+            checking.await
+        }
+    };
+    match checked {
+        Ok(check) => {
+            for one in &check.mismatches {
+                tracing::error!(project = %site.project.name, path = %one.path, problem = one.problem, "not restored");
+            }
+            let examples = check.mismatches.iter().take(EXAMPLES);
+            Some(Checked {
+                paths: check.paths,
+                differing: check.mismatches.len() as u64,
+                examples: examples.map(|one| format!("{}: {}", one.path, one.problem)).collect(),
+            })
+        }
+        Err(failure) => {
+            tracing::info!(project = %site.project.name, %failure, "the restored workspace was not looked through");
+            None
+        }
+    }
 }
 
 /// Forgets the plan of a restore that has ended.
@@ -187,31 +408,19 @@ pub async fn diff(site: &Site, from: CheckpointNumber, to: Option<CheckpointNumb
     .await
 }
 
-/// Turns a difference round: what leads from the later point back to the earlier one.
-pub fn reverse(diff: &mut Diff) {
-    for entry in &mut diff.entries {
-        std::mem::swap(&mut entry.old_size, &mut entry.new_size);
-        std::mem::swap(&mut entry.old_mode, &mut entry.new_mode);
-        entry.change = match entry.change {
-            Change::Added => Change::Removed,
-            Change::Removed => Change::Added,
-            same @ (Change::Modified | Change::TypeChanged | Change::ModeChanged) => same,
-        };
-    }
-}
-
 /// Shows a difference on the wire.
 pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
     diff.entries
         .iter()
         .map(|entry| ChangedPath {
-            path: String::from_utf8_lossy(entry.path.bytes()).into_owned(),
+            path: entry.path.to_string(),
             change: match entry.change {
                 Change::Added => ChangeKind::Added,
                 Change::Removed => ChangeKind::Removed,
                 Change::Modified => ChangeKind::Modified,
                 Change::TypeChanged => ChangeKind::TypeChanged,
                 Change::ModeChanged => ChangeKind::ModeChanged,
+                Change::AttributesChanged => ChangeKind::AttributesChanged,
             },
             old_bytes: entry.old_size,
             new_bytes: entry.new_size,

@@ -11,8 +11,9 @@ use std::sync::atomic::Ordering;
 
 use fermata_protocol::CheckpointNumber;
 
-use super::{Site, blocking, leftovers};
+use super::{Site, blocking, leftovers, upkeep};
 use crate::errors::Failure;
+use crate::history::Extent;
 
 /// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
 const BLOCK: u64 = 512;
@@ -65,5 +66,7 @@ fn bytes_below(mut open: Vec<PathBuf>) -> io::Result<u64> {
 /// When something cannot be removed; it may be tried again, and the next start sweeps it.
 pub async fn discard(site: &Site, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
     leftovers::remove_rowless(site, numbers).await?;
+    // Packs in which others have contents stay; what nobody needs in them goes with time.
+    upkeep::wish(site, Extent::Waste);
     measure(site).await.map(drop)
 }

@@ -74,40 +74,64 @@ pub fn scored(
 ) -> Result<BTreeMap<AgentName, Vec<ScoredItem>>, StoreError> {
     let mut statement = connection
         .prepare_cached(
-            "SELECT agent, id, type, created_at, access_count, tokens, pinned, tier FROM context_items \
-             WHERE project = ?1 AND (?2 IS NULL OR agent = ?2) AND archived = 0 ORDER BY agent, id",
+            "SELECT agent, id, type, created_at, access_count, tokens, pinned, tier, score FROM context_items \
+             WHERE project = ?1 AND (?2 IS NULL OR agent = ?2) AND archived = 0 ORDER BY agent, archived, id",
         )
         .doing(READ)?;
     let mut rows = statement.query(params![project.as_str(), agent.map(AgentName::as_str)]).doing(READ)?;
     let mut found: BTreeMap<AgentName, Vec<ScoredItem>> = BTreeMap::new();
+    let mut items: Option<(AgentName, Vec<ScoredItem>)> = None;
     while let Some(row) = rows.next().doing(READ)? {
-        let agent: AgentName = word(row.get_ref(0).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?;
+        let text = |column| row.get_ref(column).and_then(|value| Ok(value.as_str()?)).doing(READ);
         let item = ScoredItem {
             id: row.get(1).doing(READ)?,
-            kind: word(row.get_ref(2).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?,
+            kind: kind(text(2)?)?,
             created_at: UnixMillis(row.get(3).doing(READ)?),
             access_count: row.get::<_, i64>(4).doing(READ)?.unsigned_abs(),
             tokens: row.get::<_, i64>(5).doing(READ)?.unsigned_abs(),
             pinned: row.get(6).doing(READ)?,
-            tier: word(row.get_ref(7).and_then(|v| Ok(v.as_str()?)).doing(READ)?)?,
+            tier: tier(text(7)?)?,
+            score: row.get(8).doing(READ)?,
         };
-        found.entry(agent).or_default().push(item);
+        // One agent after the other.
+        let agent = text(0)?;
+        match &mut items {
+            Some((name, items)) if name.as_str() == agent => items.push(item),
+            _ => {
+                let next = (word(agent)?, vec![item]);
+                found.extend(items.replace(next));
+            }
+        }
     }
+    found.extend(items);
     Ok(found)
 }
 
-/// Applies a planned flash save: scores, tiers, and the archived flag; nothing is deleted.
+/// Reads a type; a pause reads ten thousand of them.
+fn kind(text: &str) -> Result<ItemType, StoreError> {
+    ItemType::ALL.into_iter().find(|kind| kind.as_str() == text).map_or_else(|| word(text), Ok)
+}
+
+fn tier(text: &str) -> Result<Tier, StoreError> {
+    [Tier::Hot, Tier::Warm, Tier::Cold].into_iter().find(|tier| tier.as_str() == text).map_or_else(|| word(text), Ok)
+}
+
+/// Applies a planned flash save: scores, tiers, and the archived flag; nothing is deleted, and rows
+/// that stay as they are are not written.
 ///
 /// # Errors
 /// When a row cannot be written.
 pub fn apply_plan(connection: &Connection, plan: &FlashSavePlan) -> Result<(), StoreError> {
-    let mut statement = connection
-        .prepare_cached("UPDATE context_items SET score = ?2, tier = ?3, archived = archived OR ?4 WHERE id = ?1")
-        .doing("apply the flash save")?;
-    for item in &plan.items {
-        statement
-            .execute(params![item.id, item.score, item.tier.as_str(), item.archive])
-            .doing("apply the flash save")?;
+    const APPLY: &str = "apply the flash save";
+    let mut score =
+        connection.prepare_cached("UPDATE context_items SET score = ?2, tier = ?3 WHERE id = ?1").doing(APPLY)?;
+    // Apart: this one has an index to change as well.
+    let mut archive = connection
+        .prepare_cached("UPDATE context_items SET score = ?2, tier = ?3, archived = 1 WHERE id = ?1")
+        .doing(APPLY)?;
+    for item in plan.items.iter().filter(|item| item.changed) {
+        let statement = if item.archive { &mut archive } else { &mut score };
+        statement.execute(params![item.id, item.score, item.tier.as_str()]).doing(APPLY)?;
     }
     Ok(())
 }
@@ -159,19 +183,47 @@ pub fn list(
     rows.map(|row| item(row.doing(READ)?)).collect()
 }
 
-/// Reads whole items that are handed back to agents: the unarchived ones, oldest first.
+/// Reads the whole items that are handed back to agents, the unarchived ones, one by one: by agent,
+/// then oldest first.
 ///
 /// # Errors
 /// When a row cannot be read.
-pub fn unarchived(connection: &Connection, project: &ProjectName) -> Result<Vec<ContextItem>, StoreError> {
+pub fn each_unarchived(
+    connection: &Connection,
+    project: &ProjectName,
+    mut each: impl FnMut(ContextItem),
+) -> Result<(), StoreError> {
     let sql = format!(
-        "SELECT {} FROM context_items i JOIN context_bodies b USING (id) \
-         WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.id",
+        "SELECT {} FROM context_items i CROSS JOIN context_bodies b USING (id) \
+         WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.agent, i.archived, i.id",
         columns("b.text")
     );
-    let mut statement = connection.prepare_cached(&sql).doing(READ)?;
-    let rows = statement.query_map([project.as_str()], raw).doing(READ)?;
-    rows.map(|row| item(row.doing(READ)?)).collect()
+    // In the order of the index, so that no text is sorted.
+    let mut statement = connection.prepare(&sql).doing(READ)?;
+    let mut rows = statement.query([project.as_str()]).doing(READ)?;
+    let mut known: Option<AgentName> = None;
+    while let Some(row) = rows.next().doing(READ)? {
+        let text = |column| row.get_ref(column).and_then(|value| Ok(value.as_str()?)).doing(READ);
+        let agent = match known.take() {
+            Some(agent) if agent.as_str() == text(1)? => agent,
+            _ => word(text(1)?)?,
+        };
+        known = Some(agent.clone());
+        each(ContextItem {
+            id: row.get(0).doing(READ)?,
+            agent,
+            kind: kind(text(2)?)?,
+            tokens: row.get::<_, i64>(3).doing(READ)?.unsigned_abs(),
+            score: row.get(4).doing(READ)?,
+            tier: tier(text(5)?)?,
+            pinned: row.get(6).doing(READ)?,
+            archived: row.get(7).doing(READ)?,
+            access_count: row.get::<_, i64>(8).doing(READ)?.unsigned_abs(),
+            created_at: UnixMillis(row.get(9).doing(READ)?),
+            text: row.get(10).doing(READ)?,
+        });
+    }
+    Ok(())
 }
 
 /// Finds an item, whole.
@@ -335,10 +387,10 @@ fn item(raw: Raw) -> Result<ContextItem, StoreError> {
     Ok(ContextItem {
         id: raw.id,
         agent: word(&raw.agent)?,
-        kind: word(&raw.kind)?,
+        kind: kind(&raw.kind)?,
         tokens: raw.tokens.unsigned_abs(),
         score: raw.score,
-        tier: word(&raw.tier)?,
+        tier: tier(&raw.tier)?,
         pinned: raw.pinned,
         archived: raw.archived,
         access_count: raw.access_count.unsigned_abs(),

@@ -22,7 +22,12 @@ pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), St
     if found > 0 && found < NEWEST {
         back_up(connection, path, found)?;
     }
-    for (index, (name, sql)) in MIGRATIONS.iter().enumerate().skip(found as usize) {
+    run(connection, path, MIGRATIONS, found)
+}
+
+/// Runs those of the migrations that lead beyond a version.
+fn run(connection: &mut Connection, path: &Path, migrations: &[(&str, &str)], found: u32) -> Result<(), StoreError> {
+    for (index, (name, sql)) in migrations.iter().enumerate().skip(found as usize) {
         let version = index as u32 + 1;
         tracing::info!(migration = name, "migrating the database");
         let failed = |source| StoreError::Migrate { path: path.to_owned(), version, source };
@@ -32,6 +37,33 @@ pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), St
         transaction.commit().map_err(failed)?;
     }
     Ok(())
+}
+
+/// Makes a copy of a checkpoint's backup, which has schema `found`, at the newest schema; in memory.
+pub(super) fn migrated_copy(file: &Path, found: u32) -> Result<Connection, StoreError> {
+    migrated_copy_by(file, MIGRATIONS, found)
+}
+
+/// A backup has some of the tables only, and migrations may touch any: they run on a whole, empty
+/// database, and the rows come in at the version that they are of.
+fn migrated_copy_by(file: &Path, migrations: &[(&str, &str)], found: u32) -> Result<Connection, StoreError> {
+    const COPY: &str = "migrate an older backup";
+    let mut connection = Connection::open_in_memory().doing(COPY)?;
+    // The order of the tables is not that of their references.
+    connection.pragma_update(None, "foreign_keys", false).doing(COPY)?;
+    run(&mut connection, file, &migrations[..migrations.len().min(found as usize)], 0)?;
+    connection.execute("ATTACH ?1 AS old", [file.to_string_lossy()]).doing(COPY)?;
+    let tables: Vec<String> = connection
+        .prepare("SELECT name FROM old.sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%'")
+        .and_then(|mut statement| statement.query_map([], |row| row.get(0))?.collect())
+        .doing(COPY)?;
+    for table in tables {
+        let sql = format!("INSERT INTO main.\"{table}\" SELECT * FROM old.\"{table}\"");
+        connection.execute(&sql, []).doing(COPY)?;
+    }
+    connection.execute_batch("DETACH old").doing(COPY)?;
+    run(&mut connection, file, migrations, found)?;
+    Ok(connection)
 }
 
 fn back_up(connection: &Connection, path: &Path, version: u32) -> Result<(), StoreError> {
@@ -48,4 +80,39 @@ fn back_up(connection: &Connection, path: &Path, version: u32) -> Result<(), Sto
     }
     connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()]).map_err(failed)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backup_of_an_older_schema_is_read_as_one_of_the_newest_and_stays_as_it_is() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let file = dir.path().join("old.sqlite");
+        let old = Connection::open(&file).expect("opened");
+        // As a backup is: some tables, without indices.
+        old.execute_batch(
+            "CREATE TABLE tasks (project TEXT NOT NULL, id INTEGER NOT NULL, agent TEXT, title TEXT NOT NULL, \
+             status TEXT NOT NULL, percent REAL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, \
+             PRIMARY KEY (project, id)) STRICT, WITHOUT ROWID; \
+             INSERT INTO tasks VALUES ('web', 1, NULL, 'write it', 'pending', NULL, 1, 2); PRAGMA user_version = 1",
+        )
+        .expect("made");
+        drop(old);
+        let before = std::fs::read(&file).expect("read");
+        let later = [
+            MIGRATIONS[0],
+            (
+                "0002_later",
+                "ALTER TABLE tasks ADD COLUMN note TEXT NOT NULL DEFAULT 'none'; CREATE INDEX e ON events (at)",
+            ),
+        ];
+        let copy = migrated_copy_by(&file, &later, 1).expect("migrated");
+        let row = copy.query_row("SELECT title, note FROM tasks", [], |row| Ok((row.get(0)?, row.get(1)?)));
+        assert_eq!(row, Ok(("write it".to_owned(), "none".to_owned())));
+        let version: u32 = copy.pragma_query_value(None, "user_version", |row| row.get(0)).expect("read");
+        assert_eq!(version, 2);
+        assert_eq!(std::fs::read(&file).expect("read"), before);
+    }
 }

@@ -19,6 +19,7 @@ pub mod events;
 pub mod idempotency;
 mod migrations;
 pub mod operations;
+pub mod pinned;
 pub mod rows;
 mod writer;
 

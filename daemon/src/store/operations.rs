@@ -91,7 +91,20 @@ fn project_one(
         }
         Event::PauseFailed { operation, error }
         | Event::CheckpointFailed { operation, error }
-        | Event::RestoreFailed { operation, error } => fail(connection, operation, error, at),
+        | Event::RestoreFailed { operation, error }
+        | Event::RestoreGivenUp { operation, error, .. } => fail(connection, operation, error, at),
+        Event::RestoreRetried { operation, error, .. } => {
+            let sql = "UPDATE operations SET error = ?2 WHERE id = ?1";
+            connection.execute(sql, params![operation.as_str(), text(error)?]).doing(WRITE)?;
+            Ok(())
+        }
+        Event::RestoreChecked { operation, paths, differing, examples, .. } => {
+            let check = json!({ "paths": paths, "differing": differing, "examples": examples });
+            let sql = "UPDATE operations SET result = json_set(result, '$.check', json(?2)) \
+                       WHERE id = ?1 AND result IS NOT NULL";
+            connection.execute(sql, params![operation.as_str(), text(&check)?]).doing(WRITE)?;
+            Ok(())
+        }
         _ => Ok(()),
     }
 }

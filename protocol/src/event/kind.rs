@@ -58,6 +58,9 @@ impl Event {
             Self::CheckpointRemoved { .. } => "checkpoint.removed",
             Self::RestoreStarted { .. } => "restore.started",
             Self::RestorePlanned { .. } => "restore.planned",
+            Self::RestoreRetried { .. } => "restore.retried",
+            Self::RestoreGivenUp { .. } => "restore.given_up",
+            Self::RestoreChecked { .. } => "restore.checked",
             Self::ProjectRestored { .. } => "project.restored",
             Self::RestoreFailed { .. } => "restore.failed",
         }
@@ -117,6 +120,9 @@ impl Event {
             | Self::CheckpointRemoved { .. }
             | Self::RestoreStarted { .. }
             | Self::RestorePlanned { .. }
+            | Self::RestoreRetried { .. }
+            | Self::RestoreGivenUp { .. }
+            | Self::RestoreChecked { .. }
             | Self::ProjectRestored { .. }
             | Self::RestoreFailed { .. } => None,
         }

@@ -1,8 +1,11 @@
 //! Tests of the checkpoint store with real files and, where they compare with git, the real git.
 
 mod coverage;
+mod exact;
 mod ignoring;
+mod packs;
 mod random;
+mod repositories;
 mod restoring;
 mod safety;
 mod store;
@@ -86,12 +89,18 @@ impl Sandbox {
         snapshot
     }
 
-    pub fn plan(&self, number: u64, safety: u64, paths: Option<&[RelPath]>) -> RestorePlan {
+    pub fn planned(&self, number: u64, safety: Option<u64>, paths: Option<&[RelPath]>) -> Planned {
         let workspace = self.path();
         let request = RestoreRequest { number, safety, workspace: &workspace, rules: &self.rules, paths };
-        let plan = self.history.plan_restore(&request, &quiet, &NEVER).unwrap();
-        // A plan lives in the database between being made and being applied.
-        serde_json::from_str(&serde_json::to_string(&plan).unwrap()).unwrap()
+        self.history.plan_restore(&request, &quiet, &NEVER).unwrap()
+    }
+
+    pub fn plan(&self, number: u64, safety: u64, paths: Option<&[RelPath]>) -> RestorePlan {
+        let plan = self.planned(number, Some(safety), paths).plan;
+        // A plan lies on the disk between being made and being applied.
+        let read: RestorePlan = serde_json::from_str(&serde_json::to_string(&plan).unwrap()).unwrap();
+        assert_eq!(read, plan);
+        read
     }
 
     pub fn restore(&self, number: u64, safety: u64) -> RestoreReport {
@@ -172,6 +181,44 @@ pub(super) fn picture(dir: &Path) -> Picture {
         (name, (meta.mode(), meta.mtime(), meta.mtime_nsec(), content))
     };
     walk(dir).into_iter().map(one).collect()
+}
+
+/// What a picture leaves out: extended attributes, the other names of a file, and whether it has holes.
+pub(super) type Finer = BTreeMap<String, (Vec<(Vec<u8>, Vec<u8>)>, Vec<String>, bool)>;
+
+/// Describes what a picture leaves out.
+pub(super) fn finer(dir: &Path) -> Finer {
+    let shown = |path: &Path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
+    let mut names: BTreeMap<(u64, u64), Vec<String>> = BTreeMap::new();
+    let paths: Vec<_> = walk(dir).into_iter().map(|path| (fs::symlink_metadata(&path).unwrap(), path)).collect();
+    for (meta, path) in paths.iter().filter(|(meta, _)| meta.is_file()) {
+        names.entry((meta.dev(), meta.ino())).or_default().push(shown(path));
+    }
+    let one = |(meta, path): &(fs::Metadata, PathBuf)| {
+        let attributes = if meta.is_file() || meta.is_dir() {
+            let pairs = super::xattrs::read(fs::File::open(path).unwrap()).unwrap();
+            pairs.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
+        } else {
+            Vec::new()
+        };
+        let linked = names.get(&(meta.dev(), meta.ino())).filter(|_| meta.is_file()).cloned().unwrap_or_default();
+        (shown(path), (attributes, linked, meta.is_file() && meta.blocks() * 512 < meta.size()))
+    };
+    paths.iter().map(one).collect()
+}
+
+/// Sets an extended attribute, or removes it.
+pub(super) fn set_xattr(path: &Path, name: &str, value: Option<&[u8]>) {
+    match value {
+        Some(value) => rustix::fs::setxattr(path, name, value, rustix::fs::XattrFlags::empty()).unwrap(),
+        None => rustix::fs::removexattr(path, name).unwrap(),
+    }
+}
+
+/// Sets the time of the last change, nanoseconds since 1970.
+pub(super) fn set_mtime(path: &Path, ns: u64) {
+    let time = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(ns);
+    fs::File::open(path).unwrap().set_modified(time).unwrap();
 }
 
 /// The picture of a workspace without `.git`.

@@ -60,6 +60,51 @@ fn a_link_planted_in_the_middle_is_not_followed() {
 }
 
 #[test]
+fn a_directory_that_is_swapped_for_a_link_while_a_restore_runs_leads_nowhere() {
+    let sandbox = Sandbox::new();
+    let outside = sandbox.outside("outside");
+    for n in 0..60 {
+        sandbox.write(format!("dir/sub/f{n}"), format!("old {n}"));
+        let path = outside.join(format!("sub/f{n}"));
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, format!("newer {n}")).unwrap();
+    }
+    fs::write(outside.join("sub/extra"), "x").unwrap();
+    sandbox.checkpoint(1);
+    for n in 0..60 {
+        sandbox.write(format!("dir/sub/f{n}"), format!("newer {n}"));
+    }
+    sandbox.write("dir/sub/extra", "x");
+    set_mode(&sandbox.at("dir/sub/f3"), 0o600);
+    sandbox.checkpoint(2);
+    let before = (picture(&outside), finer(&outside));
+    let (real, aside) = (sandbox.at("dir"), sandbox.at("aside"));
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::rename(&real, &aside).unwrap();
+                symlink(&outside, &real).unwrap();
+                std::thread::yield_now();
+                fs::remove_file(&real).unwrap();
+                fs::rename(&aside, &real).unwrap();
+            }
+        });
+        for round in 0..15 {
+            let (from, to) = if round % 2 == 0 { (1, 2) } else { (2, 1) };
+            let planned = sandbox.planned(from, Some(to), None);
+            // It fails, or reports what it could not do: both are fine.
+            drop(sandbox.history.apply_restore(&planned.plan, &quiet));
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!((picture(&outside), finer(&outside)), before);
+    // And once it is quiet again, all is done.
+    sandbox.restore_cleanly(1, 3);
+    assert_eq!(fs::read(sandbox.at("dir/sub/f7")).unwrap(), b"old 7");
+}
+
+#[test]
 fn a_plan_with_an_unsafe_path_is_refused_as_a_whole() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "1");

@@ -1,0 +1,144 @@
+//! What `checkpoint restore` and `checkpoint diff` share: paths, and how changes are shown.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Component, Path};
+
+use fermata_protocol::ProjectName;
+use fermata_protocol::checkpoint::{ChangeKind, ChangedPath, CheckpointRestoreResult};
+use fermata_protocol::project::ProjectShow;
+
+use super::pause::steps_text;
+use crate::errors::Failure;
+use crate::output::time::bytes;
+use crate::output::{Cell, Facts, Output, Paint, Table};
+use crate::session::Session;
+
+/// Turns what was typed into paths inside the workspace: those that begin with `/` are looked for in it, the others are
+/// relative to it.
+pub(super) fn inside_workspace(
+    session: &mut Session,
+    project: &ProjectName,
+    typed: &[OsString],
+) -> Result<Vec<String>, Failure> {
+    let mut workspace = None;
+    if typed.iter().any(|path| Path::new(path).is_absolute()) {
+        workspace = Some(session.call(&ProjectShow { project: project.clone() })?.project.workspace);
+    }
+    typed.iter().map(|path| inside(workspace.as_deref(), path).map_err(Failure::usage)).collect()
+}
+
+fn inside(workspace: Option<&str>, typed: &OsStr) -> Result<String, String> {
+    let shown = typed.display();
+    let path = match workspace.filter(|_| Path::new(typed).is_absolute()) {
+        Some(workspace) => Path::new(typed)
+            .strip_prefix(workspace)
+            .map_err(|_| format!("the path {shown} is not in the workspace {workspace}"))?,
+        None => Path::new(typed),
+    };
+    let mut names: Vec<&OsStr> = Vec::new();
+    for component in path.components() {
+        match component {
+            Component::Normal(name) => names.push(name),
+            Component::CurDir => {}
+            Component::ParentDir if names.pop().is_some() => {}
+            Component::ParentDir | Component::RootDir | Component::Prefix(_) => {
+                return Err(format!("the path {shown} leads out of the workspace; paths are relative to it"));
+            }
+        }
+    }
+    if names.is_empty() {
+        return Ok(".".to_owned());
+    }
+    let names: Vec<String> = names.into_iter().map(|name| escaped(name.as_bytes())).collect();
+    Ok(names.join("/"))
+}
+
+/// Writes bytes as the protocol does: control characters, `%` and what is not UTF-8 as `%XX`.
+fn escaped(bytes: &[u8]) -> String {
+    let mut text = String::new();
+    let hex = |text: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| text.push_str(&format!("%{byte:02X}")));
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            if c.is_control() || c == '%' {
+                hex(&mut text, c.encode_utf8(&mut [0; 4]).as_bytes());
+            } else {
+                text.push(c);
+            }
+        }
+        hex(&mut text, chunk.invalid());
+    }
+    text
+}
+
+pub(super) fn change_table(changes: &[ChangedPath]) -> Table {
+    let mut table = Table::new(&["CHANGE", ">BEFORE", ">AFTER", "PATH"]);
+    let size = |size: Option<u64>| size.map(bytes).unwrap_or_default();
+    for change in changes {
+        let (word, paint) = match change.change {
+            ChangeKind::Added => ("added", Paint::Good),
+            ChangeKind::Removed => ("removed", Paint::Bad),
+            ChangeKind::Modified => ("modified", Paint::Attention),
+            ChangeKind::TypeChanged => ("type changed", Paint::Attention),
+            ChangeKind::ModeChanged => ("mode changed", Paint::Attention),
+            ChangeKind::AttributesChanged => ("attributes changed", Paint::Attention),
+        };
+        table.row([
+            Cell::painted(word, paint),
+            size(change.old_bytes).into(),
+            size(change.new_bytes).into(),
+            Cell::from(&change.path),
+        ]);
+    }
+    table
+}
+
+/// Adds up what changed.
+pub(super) fn sums(changes: &[ChangedPath]) -> String {
+    let count = |kind: fn(ChangeKind) -> bool| changes.iter().filter(|change| kind(change.change)).count();
+    let added = count(|kind| kind == ChangeKind::Added);
+    let removed = count(|kind| kind == ChangeKind::Removed);
+    let before: u64 = changes.iter().filter_map(|change| change.old_bytes).sum();
+    let after: u64 = changes.iter().filter_map(|change| change.new_bytes).sum();
+    let changed = changes.len() - added - removed;
+    format!("{changed} changed, {added} added, {removed} removed; {} before, {} after", bytes(before), bytes(after))
+}
+
+pub(super) fn shown(out: &mut Output, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
+    if !result.changes.is_empty() {
+        out.table(&change_table(&result.changes))?;
+        out.line("")?;
+    }
+    let (label, counts) = if dry_run {
+        ("would restore", format!("{} would be written, {} removed", result.written, result.removed))
+    } else {
+        ("restored", format!("{} written, {} removed", result.written, result.removed))
+    };
+    let what = if result.paths.is_empty() { String::new() } else { format!(", only {}", result.paths.join(", ")) };
+    let steps = Some(steps_text(&result.steps_ms)).filter(|s| !s.is_empty());
+    let facts = Facts::default()
+        .add(label, format!("checkpoint {}{what}", result.checkpoint_id))
+        .add("paths", counts)
+        .maybe("steps", steps)
+        .maybe("undo with", result.undo.as_ref())
+        .maybe("operation", result.operation_id.as_ref().map(|id| id.as_str()));
+    out.facts(&facts)?;
+    out.warnings(&result.warnings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::ffi::OsStringExt as _;
+
+    #[test]
+    fn paths_are_made_relative_to_the_workspace_and_keep_every_byte() {
+        let inside = |workspace, typed: &[u8]| inside(workspace, &OsString::from_vec(typed.to_vec()));
+        assert_eq!(inside(None, b"./src/../a%b\xff").unwrap(), "a%25b%FF");
+        assert_eq!(inside(Some("/w"), b"/w/src/main.rs").unwrap(), "src/main.rs");
+        assert_eq!(inside(Some("/w"), b"/w").unwrap(), ".");
+        assert!(inside(Some("/w"), b"/wide/x").is_err());
+        assert!(inside(None, b"a/../../x").is_err());
+    }
+}

@@ -1,0 +1,353 @@
+//! Makes one pack of many, so that finding an object stays fast and versions cost what differs between them.
+//!
+//! ```text
+//! choose  fresh packs, and consolidated ones that are small beside what joins them      no lock
+//! write   the new pack, in pending/, flushed and read back                              no lock, slow
+//! swap    move it among the others, then remove those that it replaces                  writer lock, an instant
+//! ```
+//!
+//! A pack is written again only when what is merged into it is a good part of its size, so that an object is copied a
+//! few times in its life, however many checkpoints come. What no checkpoint needs is left out.
+//!
+//! The lease: a snapshot under way relies on what it found in published packs. It announces itself under the writer
+//! lock; the swap happens under that lock and only while no snapshot is announced. What was published while the pack was
+//! written is walked before anything goes; if it needs something that would, nothing happens and the next try sees it.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::sync::TryLockError;
+use std::sync::atomic::AtomicBool;
+
+use super::beneath::sync_dir;
+use super::errors::{HistoryError, Result};
+use super::pack_reader::PackReader;
+use super::reach::Reach;
+use super::repack::{Manner, Repack};
+use super::sweep::remove;
+use super::{History, Oid, OnProgress};
+use crate::failpoint;
+
+/// A consolidated pack is written again when what joins it has at least a quarter of its size.
+const GROWTH: u64 = 4;
+/// A pack of which this part (one in so many bytes) is not needed is written again, too.
+const WASTE: u64 = 4;
+/// So many fresh packs are worth a consolidation.
+const MANY: usize = 32;
+
+/// Free space that is left to others, in bytes.
+const SPARE: u64 = 64 << 20;
+
+/// The directory of the pack that is being written, below `pending/`. Whatever is in it after a crash may be half of a
+/// swap.
+pub(super) const DRAFT: &str = "consolidation";
+
+/// How much is consolidated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Extent {
+    /// Packs with much that nobody needs any more, and whatever they join.
+    Waste,
+    /// The same and all fresh packs, once there are many of these.
+    Due,
+    /// The same and all fresh packs, even if they are few.
+    Fresh,
+    /// All packs into one: the smallest result, for the price of reading and writing everything.
+    Everything,
+}
+
+/// What came of a consolidation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Consolidated {
+    /// Packs that were there and are gone.
+    pub packs: u64,
+    /// Their bytes.
+    pub bytes_before: u64,
+    /// The bytes of the pack that replaces them.
+    pub bytes_after: u64,
+    /// Objects in it.
+    pub objects: u64,
+    /// How many of them are stored as a difference to another version.
+    pub deltas: u64,
+}
+
+/// How the packs of a store lie on the disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackStats {
+    /// All packs.
+    pub packs: u64,
+    /// Those that are as a snapshot wrote them.
+    pub fresh: u64,
+    /// Bytes of all packs and their indexes.
+    pub bytes: u64,
+}
+
+struct Candidate {
+    reader: PackReader,
+    bytes: u64,
+    fresh: bool,
+}
+
+impl History {
+    /// Counts the packs.
+    ///
+    /// # Errors
+    /// Fails when they cannot be looked at.
+    pub fn pack_stats(&self) -> Result<PackStats> {
+        let candidates = self.candidates()?;
+        let index = |one: &Candidate| one.reader.index.size();
+        Ok(PackStats {
+            packs: candidates.len() as u64,
+            fresh: candidates.iter().filter(|one| one.fresh).count() as u64,
+            bytes: candidates.iter().map(|one| one.bytes + index(one)).sum(),
+        })
+    }
+
+    /// Says whether there are so many packs that [`History::consolidate`] should be called.
+    pub fn wants_consolidation(&self) -> bool {
+        self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all))
+    }
+
+    /// Writes small packs as one and drops what nobody needs; `None` when there is nothing to do, or when something
+    /// that was published meanwhile, or a snapshot under way, does not allow it now.
+    ///
+    /// # Errors
+    /// Fails when an object is damaged, when the disk is too full, or when cancelled; then everything is as it was.
+    pub fn consolidate(
+        &self,
+        extent: Extent,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Option<Consolidated>> {
+        let _one_at_a_time = match self.consolidating.try_lock() {
+            Ok(lock) => lock,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(None),
+        };
+        if !self.clear_draft()? {
+            return Ok(None);
+        }
+        self.objects.refresh()?;
+        let candidates = self.candidates()?;
+        if extent == Extent::Due && !is_due(&candidates) {
+            return Ok(None);
+        }
+        let roots = self.roots()?;
+        let reach = Reach::of(&self.objects, &roots, None, cancel)?;
+        let packs = choose(candidates, &reach, extent)?;
+        if packs.is_empty() {
+            return Ok(None);
+        }
+        let names: HashSet<String> = packs.iter().map(|one| one.reader.index.name.clone()).collect();
+        let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
+        let old = Old { names, walked: roots.iter().copied().collect(), reach: &reach };
+        let readers = packs.into_iter().map(|one| one.reader).collect();
+        let plan =
+            Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
+        let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
+        if plan.objects() == 0 {
+            return Ok(self.swap(None, &old, cancel)?.then_some(report));
+        }
+        self.check_space(bytes_before)?;
+        let done = self.write_and_swap(plan, &old, report, progress, cancel);
+        self.objects.rest();
+        if done.is_ok() || !self.swap_has_begun() {
+            self.remove_draft()?;
+        }
+        done
+    }
+
+    fn write_and_swap(
+        &self,
+        plan: Repack<'_>,
+        old: &Old<'_>,
+        mut report: Consolidated,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Option<Consolidated>> {
+        let draft = self.pending().join(DRAFT);
+        fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
+        let (finished, counts) = plan.write(&draft, progress, cancel)?;
+        sync_dir(&self.pending()).map_err(HistoryError::io("flush", &draft))?;
+        failpoint::check("history.consolidation.written").map_err(HistoryError::io("write", &draft))?;
+        let index = draft.join(format!("{}.idx", finished.name));
+        report.objects = finished.objects;
+        report.deltas = counts.deltas;
+        report.bytes_after = finished.bytes + fs::metadata(index).map_or(0, |meta| meta.len());
+        Ok(self.swap(Some(&finished.name), old, cancel)?.then_some(report))
+    }
+
+    /// Clears away what an earlier consolidation has left; `false` when that has to wait for a snapshot.
+    fn clear_draft(&self) -> Result<bool> {
+        if !self.pending().join(DRAFT).exists() {
+            return Ok(true);
+        }
+        if self.swap_has_begun() {
+            let _writer = self.lock_writer();
+            if !self.live().is_empty() {
+                return Ok(false);
+            }
+            self.sweep_packs(&mut super::SweepReport::default(), true)?;
+        }
+        self.remove_draft().map(|()| true)
+    }
+
+    /// Says whether the draft of a consolidation has given its pack away, so that old and new may stand side by side.
+    pub(super) fn swap_has_begun(&self) -> bool {
+        match fs::read_dir(self.pending().join(DRAFT)) {
+            Ok(entries) => !entries.flatten().any(|one| one.file_name().to_string_lossy().ends_with(".pack")),
+            Err(_) => false,
+        }
+    }
+
+    pub(super) fn remove_draft(&self) -> Result<()> {
+        let draft = self.pending().join(DRAFT);
+        match fs::remove_dir_all(&draft) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(HistoryError::io("remove", &draft)(error))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses to fill the disk: the new pack is never larger than those that it replaces.
+    fn check_space(&self, bytes: u64) -> Result<()> {
+        let disk = nix::sys::statvfs::statvfs(&self.repository)
+            .map_err(HistoryError::io("look at the disk of", &self.repository))?;
+        let free = disk.blocks_available() as u64 * disk.fragment_size() as u64;
+        if free < bytes + SPARE {
+            let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(HistoryError::io("find space to consolidate packs in", &self.repository)(full));
+        }
+        Ok(())
+    }
+
+    /// Lists what must stay: published checkpoints, and the commits of what is known of the workspace, on the disk and
+    /// in memory, on which the next snapshot builds.
+    pub(super) fn roots(&self) -> Result<Vec<Oid>> {
+        let mut commits = Vec::new();
+        for number in self.refs.list()? {
+            // A checkpoint may be removed between being listed and being asked for.
+            commits.extend(self.refs.find(number)?);
+        }
+        let known = self.known().0.map(|picture| picture.commit);
+        // A store that was damaged or cleared may have lost them; then they are not trusted either.
+        commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.contains(commit)));
+        Ok(commits)
+    }
+
+    fn candidates(&self) -> Result<Vec<Candidate>> {
+        let mut found = Vec::new();
+        for index in self.objects.indexes() {
+            let name = index.name.clone();
+            let one = self.objects.reader(&index).and_then(|reader| {
+                let bytes = reader.length()?;
+                Ok(Candidate { bytes, fresh: reader.is_fresh(), reader })
+            });
+            match one {
+                Ok(one) => found.push(one),
+                // A sweep has removed it since.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(HistoryError::io("open pack", Path::new(&name))(error)),
+            }
+        }
+        Ok(found)
+    }
+
+    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now.
+    fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
+        let _writer = self.lock_writer();
+        if !self.live().is_empty() {
+            tracing::debug!("a snapshot is under way; packs are consolidated another time");
+            return Ok(false);
+        }
+        self.objects.refresh()?;
+        if !self.allows(old, cancel)? {
+            tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
+            return Ok(false);
+        }
+        let (from, to) = (self.pending().join(DRAFT), self.objects.pack_dir());
+        if let Some(new) = new {
+            self.install(&from, new, "history.consolidation.moved")?;
+        }
+        failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
+        for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {
+            // Without its index a pack does not count.
+            for end in ["idx", "pack"] {
+                remove(&to.join(format!("{name}.{end}")))?;
+                failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
+            }
+        }
+        sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
+        self.objects.refresh()?;
+        failpoint::hit("history.consolidation.swapped");
+        Ok(true)
+    }
+
+    /// Says whether everything that is needed by now either was walked or lies in a pack that stays.
+    fn allows(&self, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
+        let mut roots = self.roots()?;
+        roots.retain(|commit| !old.walked.contains(commit));
+        if roots.is_empty() {
+            return Ok(true);
+        }
+        let since = Reach::of(&self.objects, &roots, Some(old.reach), cancel)?;
+        let goes = |oid: &Oid| self.objects.contains(oid) && !self.objects.contains_outside(oid, &old.names);
+        Ok(!since.nodes().iter().any(|node| goes(&node.oid)))
+    }
+}
+
+/// The packs that are to be replaced, and what was known to be needed when they were chosen.
+struct Old<'a> {
+    names: HashSet<String>,
+    walked: HashSet<Oid>,
+    reach: &'a Reach,
+}
+
+fn is_due(candidates: &[Candidate]) -> bool {
+    candidates.iter().filter(|one| one.fresh).count() >= MANY
+}
+
+/// Chooses the packs that become one.
+fn choose(candidates: Vec<Candidate>, reach: &Reach, extent: Extent) -> Result<Vec<Candidate>> {
+    let mut chosen = Vec::new();
+    let mut others = Vec::new();
+    let all = candidates.len();
+    for one in candidates {
+        if (one.fresh && extent != Extent::Waste) || waste(&one, reach)? > one.bytes / WASTE {
+            chosen.push(one);
+        } else {
+            others.push(one);
+        }
+    }
+    match extent {
+        Extent::Everything if all == 1 => {}
+        Extent::Everything => chosen.append(&mut others),
+        Extent::Waste | Extent::Due | Extent::Fresh if chosen.is_empty() => {}
+        Extent::Waste | Extent::Due | Extent::Fresh => {
+            let mut bytes: u64 = chosen.iter().map(|one| one.bytes).sum();
+            others.sort_by_key(|one| one.bytes);
+            for one in others.into_iter() {
+                if one.bytes > bytes.saturating_mul(GROWTH) {
+                    break;
+                }
+                bytes += one.bytes;
+                chosen.push(one);
+            }
+        }
+    }
+    // What is good already comes first: of an object that several packs hold, its entry is taken.
+    chosen.sort_by_key(|one| one.fresh);
+    Ok(chosen)
+}
+
+/// Returns how many bytes of a pack nobody needs.
+fn waste(one: &Candidate, reach: &Reach) -> Result<u64> {
+    let name = Path::new(&one.reader.index.name);
+    let layout = one.reader.index.layout().map_err(HistoryError::io("read the index of", name))?;
+    let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([one.bytes]);
+    let unneeded = layout
+        .iter()
+        .zip(ends)
+        .filter(|((_, n), _)| !one.reader.index.oid(*n as usize).is_some_and(|oid| reach.needs(&oid)));
+    Ok(unneeded.map(|((at, _), end)| end.saturating_sub(*at)).sum())
+}

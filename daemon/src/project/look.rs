@@ -1,0 +1,178 @@
+//! Checkpoints that nobody asks for: looks whether anything has changed, and begins one where it has.
+//!
+//! ```text
+//!   due ─► a turn ─► look, beside the actor and the agents ─┬─ changed ───► a checkpoint, in the same turn
+//!          (few at once)                                    └─ unchanged ─► nothing is written
+//! ```
+//! The look comes before the operation: where nothing has changed no row is written, no number taken,
+//! and nobody stands still. It gives way to whatever a person begins.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use fermata_core::command::Command;
+use fermata_core::since::{self, Looked};
+use fermata_protocol::checkpoint::Trigger;
+use fermata_protocol::{CheckpointNumber, UnixMillis};
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::actor::Actor;
+use super::handle::{Begin, Label, Message, ProjectHandle};
+use super::ids::new_operation;
+use crate::errors::Failure;
+use crate::services;
+use crate::steps::{Cancel, Site, prime};
+
+/// When to look again where a checkpoint could not even be begun.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// What the actor knows of its looks.
+#[derive(Default)]
+pub(super) struct Looks {
+    /// The last one that found nothing changed.
+    looked: Looked,
+    /// How the one that is under way is cut short.
+    under_way: Option<Cancel>,
+    /// The turn of the checkpoint that followed from one.
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+/// What a look found.
+pub struct Found {
+    /// Whether anything has changed; none when the look was cut short, or is no longer due.
+    changed: Option<bool>,
+    /// What it has seen.
+    looked: Looked,
+    /// The turn in which a checkpoint may be made.
+    turn: Option<OwnedSemaphorePermit>,
+}
+
+impl Looks {
+    /// Cuts a look short: something more important begins.
+    pub(super) fn give_way(&self) {
+        if let Some(cancel) = &self.under_way {
+            cancel.cancel();
+        }
+    }
+
+    /// Gives the turn back when the checkpoint has ended.
+    pub(super) fn end_turn(&mut self) {
+        self.turn = None;
+    }
+}
+
+impl Actor {
+    /// Begins to look where a checkpoint is due by itself; returns when one will be due next.
+    pub(super) fn look_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
+        let due = since::due(&self.project, &self.looks.looked, now).is_some();
+        if due && self.looks.under_way.is_none() {
+            let cancel = Cancel::default();
+            self.looks.under_way = Some(cancel.clone());
+            let (handle, mailbox, looked) = (self.handle(), self.mailbox.clone(), self.looks.looked);
+            self.services.tracker.spawn(async move {
+                let found = look_in_turn(&handle, cancel, looked).await;
+                drop(mailbox.send(Message::Looked(Box::new(found))).await);
+            });
+        }
+        since::next(&self.project, &self.looks.looked, now)
+    }
+
+    /// Takes what a look found.
+    pub(super) async fn looked(&mut self, found: Found) {
+        self.looks.under_way = None;
+        let Found { changed: Some(changed), looked, turn } = found else { return };
+        if self.leaving() {
+            return;
+        }
+        if !changed {
+            self.looks.looked = looked;
+            return;
+        }
+        let Some(trigger) = since::due(&self.project, &self.looks.looked, services::now()) else { return };
+        // Nobody has named or cancelled this one.
+        self.label = Label::default();
+        self.cancel = Cancel::default();
+        match self.carry_due(Command::Checkpoint { operation: new_operation(), trigger }).await {
+            Ok(()) => self.looks.turn = turn,
+            Err(failure) => {
+                tracing::error!(project = %self.project.name, %failure, "an automatic checkpoint is tried again");
+                self.looks.under_way = Some(Cancel::default());
+                let (mailbox, looked) = (self.mailbox.clone(), self.looks.looked);
+                self.services.tracker.spawn(async move {
+                    tokio::time::sleep(RETRY).await;
+                    let found = Found { changed: None, looked, turn: None };
+                    drop(mailbox.send(Message::Looked(Box::new(found))).await);
+                });
+            }
+        }
+    }
+}
+
+/// Waits for a turn, then looks.
+async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: Looked) -> Found {
+    let cut_short = Found { changed: None, looked, turn: None };
+    let turn = tokio::select! {
+        turn = Arc::clone(&handle.services.automatic).acquire_owned() => turn.ok(),
+        () = cancel.cancelled() => None,
+        () = handle.services.stopping.cancelled() => None,
+    };
+    if turn.is_none() {
+        return cut_short;
+    }
+    // The wait may have been long.
+    let site = Site { cancel: cancel.clone(), ..handle.site() };
+    let now = services::now();
+    if since::due(&site.project, &looked, now).is_none() {
+        return cut_short;
+    }
+    let changed = has_changed(&site).await;
+    if cancel.is_cancelled() {
+        return cut_short;
+    }
+    Found { changed: Some(changed), looked: Looked::at(&site.project, now), turn }
+}
+
+/// Says whether anything differs from the newest checkpoint. A look that fails counts as a change: the
+/// checkpoint then fails of the same, and that is told.
+async fn has_changed(site: &Site) -> bool {
+    let since = site.project.counters.since;
+    if since.has_changed() {
+        return true;
+    }
+    match is_unchanged(site, since.checkpoint).await {
+        Ok(unchanged) => !unchanged,
+        Err(failure) => {
+            tracing::warn!(project = %site.project.name, %failure, "a look for changes failed");
+            true
+        }
+    }
+}
+
+async fn is_unchanged(site: &Site, newest: CheckpointNumber) -> Result<bool, Failure> {
+    let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
+    let mapped = prime::mapped(site, &site.project.runs(site.project.running_agents())).await?;
+    site.with_history(None, "look for changes", move |history, progress, cancel| {
+        history.is_unchanged(&workspace, &rules, mapped, newest, progress, cancel)
+    })
+    .await
+}
+
+/// Makes the last checkpoint of a project whose agents go on while the daemon does not; none where
+/// nothing has changed.
+///
+/// # Errors
+/// When the checkpoint fails.
+pub async fn before_shutdown(handle: &ProjectHandle) -> Result<(), Failure> {
+    if !since::due_before_shutdown(&handle.look()) {
+        return Ok(());
+    }
+    let Ok(_turn) = handle.services.automatic.acquire().await else { return Ok(()) };
+    if !since::due_before_shutdown(&handle.look()) || !has_changed(&handle.site()).await {
+        return Ok(());
+    }
+    let operation = new_operation();
+    let command = Command::Checkpoint { operation: operation.clone(), trigger: Trigger::Shutdown };
+    let begin = Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed: None };
+    handle.begin(begin).await.map(drop)
+}

@@ -1,0 +1,248 @@
+//! The database part of a checkpoint: the project's rows, and the context snapshot, both from one
+//! read transaction, written side by side.
+//!
+//! A pause writes them before it freezes anybody, while the agents come to a good place: a *draft*.
+//! Once they stand still, what is small is written anew, and the rest is taken as it is if nothing of
+//! it has changed since; that is known exactly (see [`crate::store::pinned`]). Else all is written anew.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::time::Instant;
+
+use fermata_core::Project;
+use fermata_protocol::checkpoint::ManifestPart;
+use fermata_protocol::context::ContextItem;
+use fermata_protocol::{AgentName, CheckpointNumber, UnixMillis};
+
+use super::checkpoint::{CONTEXT, DATABASE, Order, part};
+use super::context_file::{ContextFile, Piece};
+use super::flash_save::{self, Plans};
+use super::{Site, blocking, ms_since};
+use crate::errors::Failure;
+use crate::store::StoreError;
+use crate::store::pinned::{self, Copied, Pinned, Told};
+
+/// How many items are handed to the writer of the context at once.
+const BATCH: usize = 64;
+
+/// The database part, written.
+pub struct DatabasePart {
+    /// Its files.
+    pub parts: Vec<ManifestPart>,
+    /// How many context items there are, archived ones included.
+    pub item_count: u64,
+    /// Tokens of the unarchived ones.
+    pub tokens: u64,
+}
+
+/// Both files, complete but for what is known last.
+pub struct Draft {
+    copied: Copied,
+    context: ContextFile,
+    agents: Vec<AgentName>,
+    archived: HashSet<i64>,
+}
+
+fn fault(doing: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
+    Failure::fault(doing, error)
+}
+
+fn rows(error: StoreError) -> Failure {
+    fault("back up the project's rows", &error)
+}
+
+fn context(error: io::Error) -> Failure {
+    fault("write the context snapshot", &error)
+}
+
+fn archived_by(plans: &Plans) -> HashSet<i64> {
+    plans.iter().flat_map(|(_, plan)| plan.items.iter().filter(|item| item.archive).map(|item| item.id)).collect()
+}
+
+/// Pins the instant that the rows are copied from. What is written to the database afterwards is not in the copy.
+///
+/// # Errors
+/// When the database cannot be read.
+pub async fn begin(site: &Site, partial: &Path) -> Result<Pinned, Failure> {
+    let (source, project, partial) =
+        (site.services.store.path().to_owned(), site.project.name.clone(), partial.to_owned());
+    blocking("begin to save the database", move || {
+        // What a draft that was not used has left.
+        for name in [DATABASE, CONTEXT] {
+            match fs::remove_file(partial.join(name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(fault("remove a draft", &error));
+                }
+                Ok(()) | Err(_) => {}
+            }
+        }
+        pinned::begin(&source, &project, &partial.join(DATABASE)).map_err(rows)
+    })
+    .await
+}
+
+/// Copies the pinned rows and writes the context snapshot.
+///
+/// # Errors
+/// When a row cannot be read, or a file cannot be written.
+pub async fn copy(
+    site: &Site,
+    pinned: Pinned,
+    order: &Order,
+    plans: &Plans,
+    now: UnixMillis,
+    partial: &Path,
+) -> Result<DatabasePart, Failure> {
+    let (project, partial, archived) = (Arc::clone(&site.project), partial.to_owned(), archived_by(plans));
+    let number = order.number;
+    blocking("save the database", move || {
+        write(pinned, &project, archived, &partial)?.finish(&project, number, now, &partial)
+    })
+    .await
+}
+
+/// Saves the database part, from the draft where it still holds. Returns it with the milliseconds that it took.
+///
+/// # Errors
+/// When a row cannot be read, or a file cannot be written.
+pub async fn save(
+    site: &Site,
+    order: &Order,
+    plans: &Plans,
+    now: UnixMillis,
+    partial: &Path,
+    draft: Option<Draft>,
+) -> Result<(DatabasePart, f64), Failure> {
+    let start = Instant::now();
+    if let Some(mut draft) = draft {
+        let (project, partial, archived) = (Arc::clone(&site.project), partial.to_owned(), archived_by(plans));
+        let number = order.number;
+        let saved = blocking("save the database", move || {
+            let same = draft.archived == archived && project.agents.keys().eq(&draft.agents);
+            if !same || !draft.copied.refresh().map_err(rows)? {
+                return Ok(None);
+            }
+            draft.finish(&project, number, now, &partial).map(Some)
+        });
+        if let Some(saved) = saved.await? {
+            return Ok((saved, ms_since(start)));
+        }
+    }
+    let pinned = begin(site, partial).await?;
+    let saved = copy(site, pinned, order, plans, now, partial).await?;
+    Ok((saved, ms_since(start)))
+}
+
+/// Writes both files as they are now, and hands them to the disk, so that little is left to be done
+/// while the agents stand still.
+///
+/// # Errors
+/// When a row cannot be read, or a file cannot be written; nothing depends on it.
+pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failure> {
+    super::failpoint("checkpoint.draft")?;
+    let partial = site.dirs().partial_checkpoint(number);
+    create(&partial).await?;
+    let plans = flash_save::plan(&site, None, crate::services::now()).await?;
+    let pinned = begin(&site, &partial).await?;
+    let (project, archived) = (Arc::clone(&site.project), archived_by(&plans));
+    let draft = blocking("draft the database part", move || {
+        let mut draft = write(pinned, &project, archived, &partial)?;
+        std::thread::scope(|scope| {
+            let (copied, file) = (&mut draft.copied, &mut draft.context);
+            let rows_synced = scope.spawn(move || copied.sync().map_err(rows));
+            let file_synced = file.sync().map_err(context);
+            join(rows_synced).and(file_synced)
+        })?;
+        Ok(draft)
+    })
+    .await?;
+    super::failpoint("checkpoint.drafted")?;
+    Ok(draft)
+}
+
+/// Makes the directory of a checkpoint that is being made.
+///
+/// # Errors
+/// When it cannot be made.
+pub async fn create(partial: &Path) -> Result<(), Failure> {
+    let partial: PathBuf = partial.to_owned();
+    blocking("create the checkpoint's directory", move || {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&partial)
+            .map_err(|e| Failure::fault(&format!("create {}", partial.display()), &e))
+    })
+    .await
+}
+
+/// Copies the rows; beside it another thread writes what the agents know as it is read.
+fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Path) -> Result<Draft, Failure> {
+    let agents: Vec<AgentName> = project.agents.keys().cloned().collect();
+    // A few batches: a writer that is behind must not let the whole context pile up.
+    let (sender, pieces) = mpsc::sync_channel(16);
+    std::thread::scope(|scope| {
+        let (path, agents_there, left_out) = (partial.join(CONTEXT), &agents, &archived);
+        let writing = scope.spawn(move || ContextFile::write(&path, agents_there, left_out, &pieces).map_err(context));
+        let mut batch: Vec<ContextItem> = Vec::with_capacity(BATCH);
+        let mut sender = Some(sender);
+        let copied = pinned.copy(|told| {
+            let Some(open) = &sender else { return };
+            // A writer that has failed takes nothing more; its own error is the one that is told.
+            let send = |piece: Piece| drop(open.send(piece));
+            match told {
+                Told::States(states) => send(Piece::States(states.clone())),
+                Told::Item(item) => {
+                    batch.push(item);
+                    if batch.len() >= BATCH {
+                        send(Piece::Items(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))));
+                    }
+                }
+                Told::All => {
+                    send(Piece::Items(std::mem::take(&mut batch)));
+                    // The writer comes to its end beside the copy of the rows.
+                    sender = None;
+                }
+            }
+        });
+        drop(sender);
+        let context = join(writing)?;
+        Ok((copied.map_err(rows)?, context))
+    })
+    .map(|(copied, context)| Draft { copied, context, agents, archived })
+}
+
+fn join<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, Failure>>) -> Result<T, Failure> {
+    let panicked = || Failure::fault("save the database", &io::Error::other("the thread panicked"));
+    thread.join().unwrap_or_else(|_| Err(panicked()))
+}
+
+impl Draft {
+    /// Completes and syncs both files, side by side.
+    fn finish(
+        self,
+        project: &Project,
+        number: CheckpointNumber,
+        now: UnixMillis,
+        partial: &Path,
+    ) -> Result<DatabasePart, Failure> {
+        let Self { copied, context: file, .. } = self;
+        let (item_count, tokens) = (copied.item_count, file.tokens);
+        std::thread::scope(|scope| {
+            let rows_part = scope.spawn(|| {
+                copied.finish().map_err(rows)?;
+                part("database", partial, DATABASE)
+            });
+            let finished = file.finish(&project.name, number, now, project.facts.phase).map_err(context);
+            let rows_part = join(rows_part);
+            let (bytes, sha256) = finished?;
+            let context_part = ManifestPart { kind: "context".into(), path: CONTEXT.into(), bytes, sha256 };
+            Ok(DatabasePart { parts: vec![rows_part?, context_part], item_count, tokens })
+        })
+    }
+}

@@ -1,0 +1,321 @@
+//! Checkpoints that nobody asks for: what brings them about, what they cost, and when there are none.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use fermata_protocol::agent::AgentProgress;
+use fermata_protocol::checkpoint::{CheckpointList, CheckpointView, Trigger};
+use fermata_protocol::context::{ContextPut, ItemType, NewItem};
+use fermata_protocol::event::Event;
+use fermata_protocol::pause::PauseMode;
+use fermata_protocol::project::{AutomaticCheckpoints, Phase, ProjectConfig, ProjectCreate, ProjectSet};
+use fermata_protocol::subscription::EventsList;
+use fermata_protocol::task::{TaskPut, TaskStatus};
+use fermata_protocol::{Code, ProjectName};
+use fermata_tests::waiting::{SOON, look_for, wait_until};
+use fermata_tests::{Sandbox, process};
+use serde_json::json;
+
+use crate::scene::*;
+
+const FAILPOINT: &str = "FERMATA_FAILPOINT";
+
+/// As often as can be: a second apart.
+const OFTEN: AutomaticCheckpoints = AutomaticCheckpoints { every_ms: 1_000, ..AutomaticCheckpoints::NEVER };
+
+/// Longer than several intervals and looks take.
+const LONG: Duration = Duration::from_millis(3_500);
+
+/// Creates a project with a furnished workspace whose checkpoints are made so.
+fn project_with(sandbox: &Sandbox, name: &str, automatic: AutomaticCheckpoints) {
+    let create = ProjectCreate {
+        name: project(name),
+        workspace: furnished(sandbox, name).text().into(),
+        description: String::new(),
+        source: None,
+        config: Some(ProjectConfig { automatic, ..ProjectConfig::default() }),
+    };
+    done(sandbox, &create);
+}
+
+/// Starts `web/worker` in such a project.
+fn at_work(sandbox: &Sandbox, automatic: AutomaticCheckpoints) -> Ticker {
+    project_with(sandbox, "web", automatic);
+    Ticker::start(sandbox)
+}
+
+fn views(sandbox: &Sandbox, name: ProjectName) -> Vec<CheckpointView> {
+    let mut views = done(sandbox, &CheckpointList { project: name, before: None, limit: None }).checkpoints;
+    views.reverse();
+    views
+}
+
+/// Waits until `web` has so many checkpoints, and returns them, oldest first.
+#[track_caller]
+fn wait_for_checkpoints(sandbox: &Sandbox, count: usize) -> Vec<CheckpointView> {
+    wait_until(SOON, &format!("{count} checkpoints"), || views(sandbox, web()).len() >= count);
+    let found = views(sandbox, web());
+    assert_eq!(found.len(), count, "{:?}", found.iter().map(|view| view.trigger).collect::<Vec<_>>());
+    found
+}
+
+fn events(sandbox: &Sandbox) -> Vec<Event> {
+    let list = EventsList { cursor: None, filter: Default::default(), limit: Some(1_000) };
+    done(sandbox, &list).events.into_iter().map(|recorded| recorded.event).collect()
+}
+
+/// Sees that nothing at all is told or written for a while.
+#[track_caller]
+fn nothing_happens(sandbox: &Sandbox) {
+    let (told, tried) = (events(sandbox).len(), operations(sandbox).len());
+    let more = look_for(LONG, || (events(sandbox).len() != told).then(|| events(sandbox)));
+    assert!(more.is_none(), "{:?}", more.map(|events| events[told..].to_vec()));
+    assert_eq!(operations(sandbox).len(), tried);
+}
+
+fn units(sandbox: &Sandbox, units_done: u64) {
+    let progress = AgentProgress {
+        target: Some(worker()),
+        percent: None,
+        message: None,
+        units_done: Some(units_done),
+        phase: None,
+    };
+    done(sandbox, &progress);
+}
+
+#[test]
+fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
+    let sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, OFTEN);
+    let first = wait_for_checkpoints(&sandbox, 1);
+    assert_eq!((first[0].trigger, first[0].name.as_str()), (Trigger::Auto, "auto 1"));
+    nothing_happens(&sandbox);
+    is_untouched(&sandbox, &ticker, &[1]);
+    sandbox.workspace("web").write("src/lib.rs", "//! Changed.\n");
+    wait_for_checkpoints(&sandbox, 2);
+    // What lies beside the workspace counts as well.
+    let items = vec![NewItem { kind: ItemType::Code, text: "fn main() {}".into(), pinned: false }];
+    done(&sandbox, &ContextPut { target: Some(worker()), items });
+    let third = wait_for_checkpoints(&sandbox, 3);
+    assert_eq!(third[2].metadata.context_items, 1);
+    // A mode is a change, a file that is read is none.
+    sandbox.workspace("web").read("README.md");
+    nothing_happens(&sandbox);
+    is_untouched(&sandbox, &ticker, &[1, 2, 3]);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn units_of_progress_make_one_and_so_do_completed_tasks() {
+    let mut sandbox = Sandbox::start();
+    at_work(&sandbox, AutomaticCheckpoints { every_units: 10, ..AutomaticCheckpoints::NEVER });
+    units(&sandbox, 9);
+    nothing_happens(&sandbox);
+    // What was counted survives the daemon.
+    sandbox.crash_and_restart();
+    units(&sandbox, 10);
+    assert_eq!(wait_for_checkpoints(&sandbox, 1)[0].trigger, Trigger::Auto);
+    for n in 0..10 {
+        let put = TaskPut {
+            target: Some(worker()),
+            id: None,
+            title: Some(format!("task {n}")),
+            status: Some(TaskStatus::Completed),
+            percent: None,
+        };
+        done(&sandbox, &put);
+    }
+    assert_eq!(wait_for_checkpoints(&sandbox, 2)[1].metadata.tasks_done, 10);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_new_phase_makes_one_and_an_idle_project_none() {
+    let sandbox = Sandbox::start();
+    at_work(&sandbox, AutomaticCheckpoints::default());
+    let phase = |phase| ProjectSet { project: web(), description: None, phase: Some(phase), config: None };
+    done(&sandbox, &phase(Phase::Review));
+    let made = wait_for_checkpoints(&sandbox, 1);
+    assert_eq!((made[0].trigger, made[0].metadata.phase), (Trigger::PhaseTransition, Phase::Review));
+    sandbox.ctl(&["kill", "web"]);
+    wait_until(SOON, "the agent to end", || show(&sandbox).project.agents_running == 0);
+    done(&sandbox, &phase(Phase::Complete));
+    nothing_happens(&sandbox);
+    only_these_are_left(&sandbox, &[1]);
+}
+
+#[test]
+fn where_only_signals_can_stop_an_agent_it_runs_on() {
+    let sandbox = Sandbox::builder().config(BY_SIGNALS).start();
+    let ticker = at_work(&sandbox, OFTEN);
+    let made = wait_for_checkpoints(&sandbox, 1);
+    assert!(made[0].metadata.parts_ms.contains_key("snapshot"), "{made:?}");
+    let created = events(&sandbox).into_iter().find_map(|event| match event {
+        Event::CheckpointCreated { frozen_ms, .. } => Some(frozen_ms),
+        _ => None,
+    });
+    assert_eq!(created, Some(0.0), "nobody stood still");
+    is_untouched(&sandbox, &ticker, &[1]);
+}
+
+#[test]
+fn paused_time_does_not_count() {
+    let sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, OFTEN);
+    wait_for_checkpoints(&sandbox, 1);
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    sandbox.workspace("web").write("README.md", "# Changed while it is paused\n");
+    nothing_happens(&sandbox);
+    resume(&sandbox).expect("resume");
+    let made = wait_for_checkpoints(&sandbox, 3);
+    assert_eq!(
+        made.iter().map(|view| view.trigger).collect::<Vec<_>>(),
+        [Trigger::Auto, Trigger::Pause, Trigger::Auto]
+    );
+    ticker.runs(SOON);
+}
+
+#[test]
+fn one_that_fails_is_told_once_and_tried_again_later() {
+    let sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, OFTEN);
+    wait_for_checkpoints(&sandbox, 1);
+    let (workspace, aside) = (sandbox.workspace("web").path().to_owned(), sandbox.path().join("aside"));
+    std::fs::rename(&workspace, &aside).expect("take the workspace away");
+    let failed = || -> Vec<Code> {
+        let codes = events(&sandbox).into_iter().filter_map(|event| match event {
+            Event::CheckpointFailed { error, .. } => Some(error.data.code),
+            _ => None,
+        });
+        codes.collect()
+    };
+    wait_until(SOON, "a failure to be told", || !failed().is_empty());
+    assert_eq!(failed()[0], Code::WorkspaceRefused);
+    // After 2 s, then 4 s: no storm.
+    assert!(look_for(LONG, || (failed().len() > 2).then_some(())).is_none(), "{:?}", failed());
+    std::fs::rename(&aside, &workspace).expect("bring the workspace back");
+    std::fs::write(workspace.join("new.txt"), "new\n").expect("write");
+    wait_until(SOON, "the next try", || views(&sandbox, web()).len() == 2);
+    assert!(the_agent(&sandbox).pid.is_some_and(|pid| !is_held(pid)));
+    ticker.runs(SOON);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_daemon_that_dies_in_one_leaves_nothing_and_the_next_makes_it() {
+    for failpoint in ["pause.frozen", "checkpoint.captured", "checkpoint.sealed", "checkpoint.commit"] {
+        let mut sandbox = Sandbox::builder()
+            .config("[pause]\nlease_ms = 1000\n")
+            .env(FAILPOINT, &format!("{failpoint}=abort"))
+            .start();
+        project_with(&sandbox, "web", OFTEN);
+        let ticker = Ticker::start(&sandbox);
+        wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+        ticker.runs(SOON);
+        sandbox.forget_env(FAILPOINT);
+        sandbox.crash_and_restart();
+        wait_until(SOON, "the checkpoint", || !views(&sandbox, web()).is_empty());
+        let made = views(&sandbox, web());
+        assert_eq!(made[0].trigger, Trigger::Auto, "{failpoint}");
+        settled(&sandbox);
+        is_untouched(&sandbox, &ticker, &[made[0].id]);
+        all_verify(&sandbox);
+    }
+}
+
+#[test]
+fn a_look_leaves_nothing_behind_when_the_daemon_dies_in_it() {
+    let mut sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, OFTEN);
+    wait_for_checkpoints(&sandbox, 1);
+    // What the last daemon has seen is forgotten: the next looks at once.
+    sandbox.give_env(FAILPOINT, "history.pack.written=abort");
+    sandbox.restart_to_its_death();
+    ticker.runs(SOON);
+    sandbox.forget_env(FAILPOINT);
+    sandbox.start_daemon();
+    settled(&sandbox);
+    nothing_happens(&sandbox);
+    is_untouched(&sandbox, &ticker, &[1]);
+}
+
+#[test]
+fn the_daemon_saves_what_has_changed_before_it_ends_and_leaves_the_agents() {
+    let mut sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, AutomaticCheckpoints { before_shutdown: true, ..AutomaticCheckpoints::NEVER });
+    for _ in 0..2 {
+        assert!(sandbox.stop_daemon().success());
+        ticker.runs(SOON);
+        sandbox.start_daemon();
+        assert_eq!(wait_for_checkpoints(&sandbox, 1)[0].trigger, Trigger::Shutdown, "the second time nothing changed");
+    }
+    sandbox.workspace("web").write("README.md", "# Changed\n");
+    assert!(sandbox.stop_daemon().success());
+    sandbox.start_daemon();
+    wait_for_checkpoints(&sandbox, 2);
+    is_untouched(&sandbox, &ticker, &[1, 2]);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_pause_does_not_wait_for_looks() {
+    let sandbox = Sandbox::start();
+    let ticker = at_work(&sandbox, OFTEN);
+    for n in 0..10 {
+        sandbox.workspace("web").write("README.md", format!("# {n}\n"));
+        pause(&sandbox, PauseMode::Freeze).expect("pause");
+        ticker.stands_still();
+        assert!(resume(&sandbox).expect("resume").success);
+        ticker.runs(SOON);
+    }
+    all_verify(&sandbox);
+}
+
+#[test]
+fn those_of_many_projects_come_a_few_at_once() {
+    let sandbox = Sandbox::start();
+    let names: Vec<String> = (0..12).map(|n| format!("p{n}")).collect();
+    for name in &names {
+        project_with(&sandbox, name, OFTEN);
+        Ticker::running(&sandbox, name, "worker", TICK);
+    }
+    wait_until(SOON, "every project to have one", || {
+        names.iter().all(|name| !views(&sandbox, project(name)).is_empty())
+    });
+    let (mut now, mut most) = (0_i32, 0);
+    for event in events(&sandbox) {
+        match event {
+            Event::CheckpointStarted { .. } => now += 1,
+            Event::CheckpointCreated { .. } | Event::CheckpointFailed { .. } => now -= 1,
+            _ => {}
+        }
+        most = most.max(now);
+    }
+    assert!((1..=2).contains(&most), "{most} at once");
+}
+
+#[test]
+fn the_command_line_and_the_declaration_set_them() {
+    let sandbox = Sandbox::start();
+    let workspace = furnished(&sandbox, "web");
+    sandbox.ctl(&["project", "create", "web", "-w", workspace.text(), "--checkpoint-every", "5m"]);
+    sandbox.ctl(&["project", "set", "web", "--checkpoint-units", "0", "--checkpoint-on-phase", "false"]);
+    let set = show(&sandbox).config.automatic;
+    assert_eq!(
+        set,
+        AutomaticCheckpoints { every_units: 0, every_ms: 300_000, on_phase_change: false, before_shutdown: true }
+    );
+    let shown = sandbox.ctl(&["status", "web"]);
+    assert!(shown.contains("of running, before the daemon ends"), "{shown}");
+    workspace.write(
+        "fermata.toml",
+        "[project]\nname = \"web\"\n[project.config]\nautomatic = { every_ms = \"30s\", every_units = 5 }\n\
+         [agents.worker]\ncommand = \"sleep 1000\"\n",
+    );
+    let file: PathBuf = workspace.path().join("fermata.toml");
+    sandbox.ctl(&["up", "--file", file.to_str().expect("a temporary path is ASCII")]);
+    let shown = sandbox.ctl_json(&["project", "show", "web"]);
+    assert_eq!(shown["config"]["automatic"]["every_ms"], json!(30_000), "{shown}");
+    assert_eq!(show(&sandbox).config.automatic.every_units, 5);
+}

@@ -1,0 +1,132 @@
+//! Restores that cannot come to their end: they are given up, nobody is thawed over half restored files, and a later
+//! restore leads out.
+
+use std::fs;
+use std::time::Duration;
+
+use fermata_protocol::agent::AgentStatus;
+use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointRestoreResult};
+use fermata_protocol::operation::OperationState;
+use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::project::ProjectStatus;
+use fermata_protocol::{Code, Refusal};
+use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::{Sandbox, Workspace, process};
+use nix::sys::signal::Signal;
+
+use crate::scene::*;
+
+const FAILPOINT: &str = "FERMATA_FAILPOINT";
+
+/// Little patience.
+const IMPATIENT: &str = "[restore]\npatience_ms = 200\nfull_disk_patience_ms = 200\n";
+
+/// Longer than the least number of tries takes.
+const GIVEN_UP: Duration = Duration::from_secs(30);
+
+fn restore_of(number: u64) -> CheckpointRestore {
+    CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() }
+}
+
+/// Restores a checkpoint whose workspace goes away once the plan is there.
+fn fails(sandbox: &Sandbox, workspace: &Workspace, number: u64) -> Refusal {
+    let aside = workspace.path().with_extension("aside");
+    let answer = std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| refusal(sandbox.rpc().call(&restore_of(number))));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        fs::rename(workspace.path(), &aside).expect("take the workspace away");
+        sandbox.signal_daemon(Signal::SIGCONT);
+        wait_until(GIVEN_UP, "the restore to be given up", || show(sandbox).project.broken.is_some());
+        restoring.join().expect("an answer")
+    });
+    fs::rename(&aside, workspace.path()).expect("put the workspace back");
+    answer.expect_err("it cannot be restored")
+}
+
+#[test]
+fn a_restore_without_a_workspace_is_given_up_and_names_the_way_out() {
+    let mut sandbox = Sandbox::builder().config(IMPATIENT).env(FAILPOINT, "restore.apply=stop").start();
+    let ticker = Ticker::start(&sandbox);
+    let workspace = sandbox.workspace("web");
+    let first = checkpoint(&sandbox);
+    workspace.write("README.md", "# Later\n");
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    let paused = pause(&sandbox, PauseMode::Freeze).expect("pause");
+    let answer = fails(&sandbox, &workspace, first.id);
+    assert_eq!(answer.code, Code::RestoreFailed, "{answer:?}");
+    let way_out = "fermatactl checkpoint restore web 3";
+    assert!(answer.hint.as_deref().is_some_and(|hint| hint.contains(way_out)), "{answer:?}");
+
+    let shown = show(&sandbox).project;
+    let broken = shown.broken.expect("it says so");
+    assert_eq!((shown.status, broken.checkpoint_id, broken.safety_checkpoint_id), (ProjectStatus::Failed, 1, 3));
+    assert!(sandbox.ctl(&["status", "web"]).contains(way_out), "a person is told too");
+    let operation = operations(&sandbox).into_iter().find(|one| one.id == broken.operation_id).expect("kept");
+    assert_eq!(
+        (operation.state, operation.error.map(|e| e.data.code)),
+        (OperationState::Failed, Some(Code::RestoreFailed))
+    );
+    let kinds = sandbox.ctl(&["events", "--project", "web", "--json"]);
+    assert!(kinds.contains("restore.retried") && kinds.contains("restore.given_up"), "{kinds}");
+
+    // The frozen agent was ended, and nothing is started or resumed.
+    wait_until(SOON, "the frozen agent to end", || !process::is_alive(pid));
+    ticker.stands_still();
+    assert_eq!(resume(&sandbox).expect_err("not over half restored files").code, Code::RestoreFailed);
+    assert_eq!(pause(&sandbox, PauseMode::Freeze).expect_err("nothing runs").code, Code::RestoreFailed);
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    assert_eq!(settled(&sandbox).project.status, ProjectStatus::Failed);
+    assert_eq!(the_agent(&sandbox).status, AgentStatus::Paused);
+    ticker.stands_still();
+    // What is there can still be saved.
+    done(&sandbox, &CheckpointCreate { project: Some(web()), name: None, description: String::new() });
+
+    // The safety checkpoint brings back what was there, and the agent begins anew.
+    let restored: CheckpointRestoreResult = done(&sandbox, &restore_of(3));
+    assert_eq!(workspace.read("README.md"), "# Later\n");
+    assert_eq!(status(&sandbox), ProjectStatus::Paused);
+    assert!(show(&sandbox).project.broken.is_none());
+    let again = resume(&sandbox).expect("resume");
+    assert_eq!(again.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Respawned]);
+    ticker.runs(SOON);
+    only_these_are_left(&sandbox, &[1, paused.checkpoint_id, 3, 4, restored.safety_checkpoint_id.expect("one")]);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint() {
+    let sandbox = Sandbox::builder()
+        .config(IMPATIENT)
+        .env(FAILPOINT, "history.restore.step@2=error,restore.apply@2=stop")
+        .start();
+    let workspace = furnished(&sandbox, "web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    for name in ["a", "b", "c", "d"] {
+        workspace.write(name, "old");
+    }
+    let first = checkpoint(&sandbox);
+    for name in ["a", "b", "c", "d"] {
+        workspace.write(name, "newer");
+    }
+    let later = workspace.fingerprint();
+    let answer = fails(&sandbox, &workspace, first.id);
+    assert_eq!(answer.code, Code::RestoreFailed, "{answer:?}");
+    assert_ne!(workspace.fingerprint(), later, "it got some way");
+    // No draft stays, and no plan.
+    let left = |dir: &std::path::Path, text: &str| {
+        fs::read_dir(dir).expect("list").flatten().any(|entry| entry.file_name().to_string_lossy().contains(text))
+    };
+    assert!(!left(workspace.path(), ".fermata-restore-"));
+    wait_until(SOON, "the plan to be gone", || !left(&project_dir(&sandbox), "restore-"));
+    let run = sandbox.ctl_output(&["run", "--project", "web", "--", "true"]);
+    assert!(!run.status.success(), "{run:?}");
+    // Some paths do not make it whole.
+    let part = CheckpointRestore { paths: vec!["a".to_owned()], ..restore_of(2) };
+    done(&sandbox, &part);
+    assert!(show(&sandbox).project.broken.is_some());
+    done(&sandbox, &restore_of(2));
+    assert!(show(&sandbox).project.broken.is_none());
+    assert_eq!(workspace.fingerprint(), later);
+    assert_eq!(status(&sandbox), ProjectStatus::Init);
+}
