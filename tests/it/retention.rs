@@ -285,7 +285,7 @@ fn what_the_checkpoints_take_is_shown_as_it_is_on_disk() {
     sandbox.crash_and_restart();
     is_true(&sandbox);
     let status = sandbox.ctl(&["status"]);
-    assert!(status.contains("DISK") && status.contains("MiB"), "{status}");
+    assert!(status.contains("DISK") && status.contains("KiB"), "{status}");
 }
 
 #[test]
