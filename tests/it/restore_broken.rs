@@ -130,3 +130,45 @@ fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint(
     assert_eq!(workspace.fingerprint(), later);
     assert_eq!(status(&sandbox), ProjectStatus::Init);
 }
+
+/// The daemon dies while it gives a restore up; the next one comes to the same end.
+fn dies_while_giving_up(point: &str) {
+    let failpoints = format!("restore.apply=stop,{point}=abort");
+    let mut sandbox = Sandbox::builder().config(IMPATIENT).env(FAILPOINT, &failpoints).start();
+    let ticker = Ticker::start(&sandbox);
+    let workspace = sandbox.workspace("web");
+    let first = checkpoint(&sandbox);
+    workspace.write("README.md", "# Later\n");
+    let pid = the_agent(&sandbox).pid.expect("it runs");
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    let aside = workspace.path().with_extension("aside");
+    std::thread::scope(|scope| {
+        let restoring = scope.spawn(|| sandbox.rpc().call(&restore_of(first.id)).is_err());
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        fs::rename(workspace.path(), &aside).expect("take the workspace away");
+        sandbox.signal_daemon(Signal::SIGCONT);
+        assert!(restoring.join().expect("an end"), "the daemon was to die");
+    });
+    wait_until(GIVEN_UP, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
+    ticker.stands_still();
+    sandbox.forget_env(FAILPOINT);
+    sandbox.crash_and_restart();
+    wait_until(GIVEN_UP, "the restore to be given up", || show(&sandbox).project.broken.is_some());
+    wait_until(SOON, "the frozen agent to end", || !process::is_alive(pid));
+    fs::rename(&aside, workspace.path()).expect("put the workspace back");
+    done(&sandbox, &restore_of(3));
+    assert_eq!((status(&sandbox), workspace.read("README.md")), (ProjectStatus::Paused, "# Later\n".to_owned()));
+    assert_eq!(resume(&sandbox).expect("resume").agents[0].rung, Rung::Respawned);
+    ticker.runs(SOON);
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_daemon_that_dies_before_it_has_written_down_that_it_gives_up_gives_up_again() {
+    dies_while_giving_up("restore.give_up");
+}
+
+#[test]
+fn a_daemon_that_dies_right_after_that_leaves_nobody_frozen() {
+    dies_while_giving_up("restore.given_up");
+}

@@ -27,6 +27,13 @@ pub struct Time {
     pub nsec: u32,
 }
 
+impl Time {
+    /// Returns the nanoseconds since 1970.
+    pub fn nanos(self) -> i128 {
+        i128::from(self.sec) * 1_000_000_000 + i128::from(self.nsec)
+    }
+}
+
 /// What a file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {

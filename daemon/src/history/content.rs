@@ -21,7 +21,7 @@ use super::names::RelPath;
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack::{PackWriter, Packed, Streamed};
-use super::scan::{SkipReason, Unread};
+use super::scan::{MANY, SkipReason, Unread};
 use super::xattrs;
 use super::{OnProgress, Phase, Progress};
 
@@ -115,7 +115,7 @@ impl Reading<'_> {
     /// Reads files and links, side by side, and notes in each what it came to.
     pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
         let (done, total) = (AtomicU64::new(0), unread.len() as u64);
-        unread.par_iter().try_for_each(|entry| {
+        let read = |entry: &&Unread| {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
             }
@@ -126,7 +126,8 @@ impl Reading<'_> {
                 (self.progress)(Progress { phase: Phase::Read, done, total });
             }
             Ok(())
-        })
+        };
+        if unread.len() > MANY { unread.par_iter().try_for_each(read) } else { unread.iter().try_for_each(read) }
     }
 
     fn read_one(&self, entry: &Unread) -> Result<Outcome> {

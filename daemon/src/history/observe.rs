@@ -10,7 +10,7 @@
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::beneath::{FileKind, Root};
@@ -213,6 +213,7 @@ impl History {
                 started_ns: looking.started_ns,
                 cancel: looking.cancel,
                 ignored: AtomicU64::new(0),
+                linked_out: Mutex::default(),
                 redecided: AtomicBool::new(false),
             };
             let found = match &partly {
@@ -257,6 +258,7 @@ fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> R
             .iter()
             .filter(|unread| unread.stat.kind() == FileKind::Regular && unread.stat.nlink > 1)
             .map(|unread| (unread.stat.dev, unread.stat.ino))
+            .chain(walk.linked_out.lock().unwrap_or_else(PoisonError::into_inner).iter().copied())
             .filter(|file| !asked.contains(file))
             .collect();
         if linked.is_empty() {

@@ -14,7 +14,6 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use sha1::{Digest, Sha1};
 
-use super::beneath::sync_dir;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack_entry::{Stored, bad, encode_head};
 use super::pack_index::{self, Line};
@@ -259,16 +258,16 @@ impl PackWriter {
         let checksum: [u8; 20] = hasher.finalize().into();
         file.seek(SeekFrom::End(0))?;
         file.write_all(&checksum)?;
-        file.sync_all()?;
 
         let name = format!("pack-{}", Oid::from_raw(checksum));
         let index = pack_index::encode(&mut self.lines, &checksum);
         let index_path = self.dir.join(format!("{name}.idx"));
         let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
         out.write_all(&index)?;
-        out.sync_all()?;
+        // Side by side: a disk flushes both in the time of one. Their names are made durable where they will stay.
+        let (pack, index) = rayon::join(|| file.sync_all(), || out.sync_all());
+        pack.and(index)?;
         std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
-        sync_dir(&self.dir)?;
         Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
     }
 }

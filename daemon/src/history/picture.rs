@@ -23,7 +23,7 @@ use super::rules::Rules;
 use super::scan::{SkipReason, Skipped};
 
 /// Times may lag by one tick of a kernel with 100 Hz; twice that is on the safe side.
-const TICK_NS: i128 = 20_000_000;
+pub const TICK_NS: i128 = 20_000_000;
 
 /// The state of a file by which an unchanged one is recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,8 +57,7 @@ impl Seen {
     /// Says whether a later change must show in the times: whether they are older than `started_ns`, the instant at
     /// which the look began, by more than the grain of the clock.
     pub fn is_settled(&self, started_ns: i128) -> bool {
-        let ns = |time: Time| i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
-        ns(self.mtime).max(ns(self.ctime)) < started_ns - TICK_NS
+        self.mtime.nanos().max(self.ctime.nanos()) < started_ns - TICK_NS
     }
 
     /// Says whether both are of the same file, whatever has happened to it.

@@ -9,13 +9,13 @@
 //! The walk is our own, from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is never
 //! covered. Must not read contents: that is `content`'s work.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use nix::dir::{Dir as Listed, Type};
 use nix::errno::Errno;
@@ -37,6 +37,9 @@ use super::xattrs;
 
 /// Up to so many covered files, it is worth looking whether the rules hide nearly everything.
 const FEW_FILES: u64 = 1_000;
+
+/// From so many directories or files on, it is worth waking other threads for a part of the workspace.
+pub(super) const MANY: usize = 16;
 
 /// Why a path is not in a checkpoint although the rules cover it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -183,6 +186,8 @@ pub(super) struct Walk<'a> {
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
     pub ignored: AtomicU64,
+    /// Files with several names that were left out under one of them, by device and inode.
+    pub linked_out: Mutex<HashSet<(u64, u64)>>,
     /// Whether other rules were met than those of the known picture.
     pub redecided: AtomicBool,
 }
@@ -446,6 +451,11 @@ impl Walk<'_> {
             let (below, covered, forced) = match verdict {
                 Verdict::Out => {
                     self.ignored.fetch_add(1, Ordering::Relaxed);
+                    // It may be another name of a file that is covered.
+                    if stat.kind() == FileKind::Regular && stat.nlink > 1 {
+                        let mut linked = self.linked_out.lock().unwrap_or_else(PoisonError::into_inner);
+                        linked.insert((stat.dev, stat.ino));
+                    }
                     changed |= before.is_some();
                     continue;
                 }
@@ -486,10 +496,10 @@ impl Walk<'_> {
                 };
                 Ok(found.map(|found| Entry { name: name.clone(), what: What::Below(found) }))
             };
-        let below: Vec<Option<Entry>> = match dirs.len() {
-            0 => Vec::new(),
-            1 => vec![walk_below(&dirs[0])?],
-            _ => dirs.par_iter().map(walk_below).collect::<Result<_>>()?,
+        let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
+            dirs.par_iter().map(walk_below).collect::<Result<_>>()?
+        } else {
+            dirs.iter().map(walk_below).collect::<Result<_>>()?
         };
         for ((name, ..), entry) in dirs.iter().zip(below) {
             let before = known.dir.and_then(|dir| dir.child(name));

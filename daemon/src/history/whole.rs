@@ -10,6 +10,7 @@ use super::beneath::{Root, Time};
 use super::errors::Result;
 use super::listing::{Item, What};
 use super::names::RelPath;
+use super::picture::TICK_NS;
 use super::plan::RestorePlan;
 use super::recheck::Times;
 use super::restore::{Mismatch, RestoreReport};
@@ -111,7 +112,8 @@ fn is_older(root: &Root, path: &RelPath, ended: Time) -> bool {
     let mut at = Some(path.clone());
     while let Some(path) = at {
         match root.stat_if_there(&path) {
-            Ok(Some(stat)) => return stat.ctime <= ended,
+            // The files' clock may lag behind the one that `ended` was read from.
+            Ok(Some(stat)) => return stat.ctime.nanos() < ended.nanos() - TICK_NS,
             Ok(None) => at = path.parent(),
             Err(_) => return false,
         }

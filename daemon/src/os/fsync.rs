@@ -51,7 +51,11 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableW
     sync_parent(path).map_err(at("sync the directory"))
 }
 
-fn write_new(temp: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
+/// Writes a file, or overwrites it, and syncs its content; its name is made durable by whoever syncs the directory.
+///
+/// # Errors
+/// When it cannot be created, written or synced.
+pub fn write_new(temp: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(temp)?;
     set_mode(&file, mode)?;
     file.write_all(bytes)?;

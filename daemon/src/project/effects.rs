@@ -10,15 +10,15 @@ use fermata_protocol::pause::{AgentResumed, Rung};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use super::actor::Actor;
+use super::drafting::Drafting;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
 use super::retain::make_room;
 use crate::errors::Failure;
-use crate::steps::checkpoint::{self, Order};
-use crate::steps::database::{self, Draft};
+use crate::steps::checkpoint::{self, Order, Rows};
+use crate::steps::database;
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
@@ -41,44 +41,6 @@ pub struct PauseWork {
     draft: Drafting,
     plans: Plans,
     warnings: Vec<String>,
-}
-
-/// The database part, written before anybody is frozen.
-#[derive(Default)]
-enum Drafting {
-    /// There is none.
-    #[default]
-    No,
-    /// It is being written.
-    Writing(JoinHandle<Result<Draft, Failure>>),
-    /// It is written.
-    Written(Box<Draft>),
-}
-
-impl Drafting {
-    /// Waits until nobody writes any more; whoever gives up waiting may do so again. A draft that could not
-    /// be made is only missed: what is wrong is told when all is written anew.
-    async fn settle(&mut self) {
-        let Self::Writing(task) = self else { return };
-        *self = match task.await {
-            Ok(Ok(draft)) => Self::Written(Box::new(draft)),
-            Ok(Err(failure)) => {
-                tracing::warn!(%failure, "no draft of the database part");
-                Self::No
-            }
-            // Its panic is in the log.
-            Err(_) => Self::No,
-        };
-    }
-
-    /// Waits for the draft and takes it.
-    async fn take(&mut self) -> Option<Draft> {
-        self.settle().await;
-        match std::mem::take(self) {
-            Self::Written(draft) => Some(*draft),
-            Self::No | Self::Writing(_) => None,
-        }
-    }
 }
 
 impl Actor {
@@ -432,7 +394,7 @@ async fn pause_checkpoint(
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
     let draft = work.draft.take().await;
-    let captured = checkpoint::capture(site, order, &plans, now, draft).await?;
+    let captured = checkpoint::capture(site, order, &plans, now, Rows::Now(draft)).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;
@@ -489,7 +451,7 @@ async fn live_checkpoint(
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now, None).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -506,7 +468,7 @@ async fn capture_frozen(
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now, None).await?;
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, Rows::Later).await?;
     freeze::renew(site, runs).await?;
     Ok(captured)
 }

@@ -12,6 +12,7 @@
 mod actor;
 pub mod automatic;
 mod conclude;
+mod drafting;
 mod effects;
 mod follow_up;
 mod handle;

@@ -22,14 +22,15 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
-use super::database::{self, Draft};
+use super::database::{self, DatabasePart, Draft};
 use super::flash_save::Plans;
 use super::{Site, blocking, ms_since, session};
 use crate::errors::Failure;
 use crate::history::{Observed, Snapshot, SnapshotRequest};
-use crate::os::fsync::write_atomic;
+use crate::os::fsync::write_new;
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::profile::Session;
+use crate::store::pinned::Pinned;
 
 /// The version of a checkpoint's files.
 pub const FORMAT: u32 = 1;
@@ -78,14 +79,26 @@ pub struct Captured {
     observed: Observed,
     taken_at: UnixMillis,
     sessions: Vec<(AgentName, Session)>,
-    parts: Vec<ManifestPart>,
-    item_count: u64,
-    context_tokens: u64,
+    transcripts: Vec<PathBuf>,
+    rows: Taken,
     parts_ms: BTreeMap<String, f64>,
 }
 
+/// When the database part is written.
+pub enum Rows {
+    /// While the agents stand still: from the draft, as far as it holds.
+    Now(Option<Draft>),
+    /// Once they run again: only its instant is pinned.
+    Later,
+}
+
+enum Taken {
+    Written(DatabasePart, f64),
+    Pinned(Pinned),
+}
+
 /// Reads workspace, database, context and transcripts into the partial checkpoint: the part for
-/// which agents have to stand still. `draft` is what was written of the database before they did.
+/// which agents have to stand still.
 ///
 /// # Errors
 /// When any of it cannot be read or written.
@@ -94,32 +107,45 @@ pub async fn capture(
     order: &Order,
     plans: &Plans,
     now: UnixMillis,
-    draft: Option<Draft>,
+    rows: Rows,
 ) -> Result<Captured, Failure> {
     super::failpoint("checkpoint.begin")?;
     let partial = site.dirs().partial_checkpoint(order.number);
     database::create(&partial).await?;
-    let (observed, database, sessions) = tokio::join!(
-        workspace(site, order),
-        database::save(site, order, plans, now, &partial, draft),
-        transcripts(site, &partial)
-    );
+    let database = async {
+        match rows {
+            Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft)
+                .await
+                .map(|(part, ms)| Taken::Written(part, ms)),
+            Rows::Later => database::begin(site, &partial).await.map(Taken::Pinned),
+        }
+    };
+    let (observed, rows, sessions) = tokio::join!(workspace(site, order), database, transcripts(site, &partial));
     // All three have ended before any error is looked at, so that an undo finds nobody at work.
     let (observed, workspace_ms) = observed?;
-    let (database, database_ms) = database?;
-    let (sessions, mut parts) = sessions?;
-    parts.extend(database.parts);
-    let parts_ms = [("workspace".to_owned(), workspace_ms), ("database".to_owned(), database_ms)].into();
+    let rows = rows?;
+    let (sessions, transcripts) = sessions?;
+    let parts_ms = [("workspace".to_owned(), workspace_ms)].into();
     super::failpoint("checkpoint.captured")?;
-    Ok(Captured {
-        observed,
-        taken_at: now,
-        sessions,
-        parts,
-        item_count: database.item_count,
-        context_tokens: database.tokens,
-        parts_ms,
-    })
+    Ok(Captured { observed, taken_at: now, sessions, transcripts, rows, parts_ms })
+}
+
+/// Completes the database part, where that was not done while the agents stood still.
+async fn written(
+    site: &Site,
+    order: &Order,
+    rows: Taken,
+    taken_at: UnixMillis,
+    partial: &Path,
+) -> Result<(DatabasePart, f64), Failure> {
+    match rows {
+        Taken::Written(part, ms) => Ok((part, ms)),
+        Taken::Pinned(pinned) => {
+            let start = Instant::now();
+            let part = database::copy(site, pinned, order, &Vec::new(), taken_at, partial).await?;
+            Ok((part, ms_since(start)))
+        }
+    }
 }
 
 /// Looks at the workspace and reads what has changed.
@@ -152,34 +178,48 @@ async fn complete(site: &Site, order: &Order, observed: Observed, taken_at: Unix
     .await
 }
 
-type Transcripts = (Vec<(AgentName, Session)>, Vec<ManifestPart>);
+type Transcripts = (Vec<(AgentName, Session)>, Vec<PathBuf>);
 
 /// Copies the tools' transcripts; vendors purge theirs.
 async fn transcripts(site: &Site, partial: &Path) -> Result<Transcripts, Failure> {
     let agents: Vec<AgentName> = site.project.agents.keys().cloned().collect();
     let sessions = session::find(site, &agents).await?;
     let (partial, found) = (partial.to_owned(), sessions.clone());
-    let parts = blocking("copy transcripts", move || {
-        let mut parts = Vec::new();
+    let copied = blocking("copy transcripts", move || {
+        let mut copied = Vec::new();
         for (agent, session) in &found {
             let Some(relative) = session::transcript_path(agent, session) else { continue };
             let to = partial.join(&relative);
             let copy = || -> io::Result<()> {
                 fs::DirBuilder::new().recursive(true).mode(0o700).create(to.parent().unwrap_or(&partial))?;
-                fs::copy(&session.file, &to)?;
-                File::open(&to)?.sync_all()
+                fs::copy(&session.file, &to).map(drop)
             };
             match copy() {
-                Ok(()) => parts.push(part("transcript", &partial, &relative.to_string_lossy())?),
+                Ok(()) => copied.push(relative),
                 // A session that its tool has just removed is no reason to have no checkpoint.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Failure::fault(&format!("copy {}", session.file.display()), &error)),
             }
         }
-        Ok(parts)
+        Ok(copied)
     })
     .await?;
-    Ok((sessions, parts))
+    Ok((sessions, copied))
+}
+
+/// Makes the copied transcripts durable and describes them.
+async fn described(transcripts: Vec<PathBuf>, partial: &Path) -> Result<Vec<ManifestPart>, Failure> {
+    let partial = partial.to_owned();
+    blocking("describe transcripts", move || {
+        let one = |relative: &PathBuf| {
+            let place = partial.join(relative);
+            let synced = File::open(&place).and_then(|file| file.sync_all());
+            synced.map_err(|e| Failure::fault(&format!("sync {}", place.display()), &e))?;
+            part("transcript", &partial, &relative.to_string_lossy())
+        };
+        transcripts.iter().map(one).collect()
+    })
+    .await
 }
 
 /// Adds plugin artifacts and the manifest, and gives the checkpoint its place; only the row is
@@ -189,16 +229,25 @@ async fn transcripts(site: &Site, partial: &Path) -> Result<Transcripts, Failure
 /// When anything cannot be written. A plugin's failure is a warning.
 pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
     let start = Instant::now();
-    let Captured { observed, taken_at, sessions, mut parts, item_count, context_tokens, mut parts_ms } = captured;
-    let snapshot = complete(site, order, observed, taken_at).await?;
+    let Captured { observed, taken_at, sessions, transcripts, rows, mut parts_ms } = captured;
+    let partial = site.dirs().partial_checkpoint(order.number);
+    let (snapshot, database, transcripts) = tokio::join!(
+        complete(site, order, observed, taken_at),
+        written(site, order, rows, taken_at, &partial),
+        described(transcripts, &partial)
+    );
+    let (snapshot, (database, database_ms)) = (snapshot?, database?);
     parts_ms.insert("snapshot".to_owned(), ms_since(start));
+    parts_ms.insert("database".to_owned(), database_ms);
+    let mut parts = transcripts?;
+    parts.extend(database.parts);
     let mut warnings = snapshot.warnings.clone();
     if !snapshot.torn.is_empty() {
         warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
     }
     let start = Instant::now();
     let dirs = site.dirs();
-    let (partial, place) = (dirs.partial_checkpoint(order.number), dirs.checkpoint(order.number));
+    let place = dirs.checkpoint(order.number);
     parts.extend(artifacts(site, order, &partial, &mut warnings).await?);
     parts_ms.insert("plugins".to_owned(), ms_since(start));
     let commit = snapshot.commit.to_string();
@@ -218,7 +267,7 @@ pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMilli
         created_at: now,
         parts,
     };
-    let mut metadata = metadata(site, &snapshot, item_count, context_tokens);
+    let mut metadata = metadata(site, &snapshot, database.item_count, database.tokens);
     let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
     let size_bytes = files_bytes + snapshot.stats.new_bytes;
     let seal_start = Instant::now();
@@ -310,15 +359,18 @@ pub(super) async fn write_manifest(manifest: &Manifest, partial: &Path) -> Resul
     let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
     let path = partial.join(MANIFEST);
     blocking("write the manifest", move || {
-        write_atomic(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the manifest", &e))?;
+        // The directory is nobody's checkpoint yet: nothing has to be replaced.
+        write_new(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the manifest", &e))?;
         Ok(hex(&Sha256::digest(&bytes)))
     })
     .await
 }
 
 async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
-    place(site, partial, to).await?;
-    site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot)).await
+    // Neither means anything without the row.
+    let published = site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot));
+    let (placed, published) = tokio::join!(place(site, partial, to), published);
+    placed.and(published)
 }
 
 /// Gives a checkpoint's directory, which is complete, its place.
@@ -326,8 +378,10 @@ pub(super) async fn place(site: &Site, partial: PathBuf, place: PathBuf) -> Resu
     let parent = site.dirs().checkpoints();
     blocking("give the checkpoint its place", move || {
         let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
+        let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed);
+        sync(&partial)?;
         fs::rename(&partial, &place).map_err(failed)?;
-        File::open(&parent).and_then(|dir| dir.sync_all()).map_err(failed)
+        sync(&parent)
     })
     .await?;
     super::failpoint("checkpoint.placed")

@@ -60,7 +60,7 @@ pub async fn plan(
         runs: Vec::new(),
     };
     let now = crate::services::now();
-    let captured = checkpoint::capture(site, &order, &Vec::new(), now, None).await?;
+    let captured = checkpoint::capture(site, &order, &Vec::new(), now, checkpoint::Rows::Later).await?;
     let made = checkpoint::seal(site, &order, captured, now).await?;
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
     let planned = site
