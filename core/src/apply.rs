@@ -60,7 +60,8 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::FlashSaved { .. }
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
-        | Event::CheckpointPinned { .. } => {}
+        | Event::CheckpointPinned { .. }
+        | Event::CheckpointRemoved { .. } => {}
         Event::AgentStateSaved { agent, .. } | Event::ContextAdded { agent, .. } => {
             agents::reported(project, agent, at);
         }

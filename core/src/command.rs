@@ -15,6 +15,7 @@ use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, Ru
 
 use crate::due::Due;
 use crate::project::PauseStep;
+use crate::retention::Removal;
 
 pub use self::effect::{AgentRun, Effect};
 
@@ -338,6 +339,11 @@ pub enum Command {
         checkpoint: CheckpointNumber,
         /// Which of it.
         pinned: bool,
+    },
+    /// Remove checkpoints; the rows go in the same transaction.
+    RemoveCheckpoints {
+        /// Which, and why.
+        removals: Vec<Removal>,
     },
     /// Restore a checkpoint that exists.
     Restore {

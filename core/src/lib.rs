@@ -26,6 +26,7 @@ pub mod project;
 pub mod redact;
 pub mod restart;
 pub mod resume_command;
+pub mod retention;
 pub mod score;
 pub mod since;
 pub mod transition;

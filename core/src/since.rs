@@ -202,6 +202,7 @@ pub(crate) fn notice(project: &Project, event: &Event) -> Noticed {
             });
         }
         Event::ProjectCreated { .. }
+        | Event::CheckpointRemoved { .. }
         | Event::ProjectRemoved {}
         | Event::AgentCreated { .. }
         | Event::AgentStarting { .. }

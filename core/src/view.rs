@@ -145,6 +145,8 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         tasks_completed: project.tasks.values().filter(|t| t.status == TaskStatus::Completed).count() as u64,
         open_questions: project.questions.values().filter(|q| q.answer.is_none()).count() as u64,
         usage: spent(project),
+        // Only who looks at the disk knows.
+        disk_bytes: None,
     }
 }
 

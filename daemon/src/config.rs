@@ -304,6 +304,8 @@ pub struct Settings {
     pub context: ContextSettings,
     /// The section `[pressure]`.
     pub pressure: PressureSettings,
+    /// The section `[retention]`: which checkpoints are kept, unless a project says otherwise.
+    pub retention: fermata_core::retention::Policy,
     /// The section `[restore]`.
     pub restore: RestoreSettings,
 }
@@ -319,6 +321,7 @@ impl Default for Settings {
             agents: AgentSettings::default(),
             context: ContextSettings::default(),
             pressure: PressureSettings::default(),
+            retention: fermata_core::retention::Policy::default(),
             restore: RestoreSettings::default(),
         }
     }
@@ -376,6 +379,7 @@ impl Settings {
         note("agents", self.agents != other.agents);
         note("context", self.context != other.context);
         note("pressure", self.pressure != other.pressure);
+        note("retention", self.retention != other.retention);
         note("restore", self.restore != other.restore);
         names
     }

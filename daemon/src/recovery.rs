@@ -15,7 +15,7 @@ use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe
 use crate::services::Services;
 use crate::shim::log::CURRENT;
 use crate::shim::spec::files;
-use crate::steps::{Site, launch, leftovers, session, side_by_side};
+use crate::steps::{Site, launch, leftovers, session, side_by_side, storage};
 use crate::store::{events, rows};
 
 /// Brings every stored project back to life; returns what a person should know.
@@ -63,6 +63,9 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
         report.push(format!("{name}: {failure}"));
     }
     leftovers::sweep_aside(&site.dirs().agents());
+    if let Err(failure) = storage::measure(&site).await {
+        report.push(format!("{name}: {failure}"));
+    }
     let mut observed = BTreeMap::new();
     let mut adopted = Vec::new();
     for (agent, run, seen) in side_by_side(looks(&site)).await {

@@ -115,7 +115,7 @@ pub struct CheckpointView {
     pub context_snapshot: String,
     /// SHA-256 of the manifest, in hexadecimal.
     pub manifest_sha256: String,
-    /// Bytes that it added to the disk.
+    /// Bytes that it added to the disk: its own files, and the contents that no checkpoint before it held.
     pub size_bytes: u64,
     /// Whether retention must leave it alone.
     pub pinned: bool,
@@ -174,6 +174,9 @@ pub struct CheckpointList {
 pub struct CheckpointListResult {
     /// The checkpoints, newest first.
     pub checkpoints: Vec<CheckpointView>,
+    /// Bytes that all checkpoints of the project take on disk, those of other pages included.
+    #[serde(default)]
+    pub disk_bytes: u64,
 }
 
 /// Parameters of `checkpoint.show`.
@@ -191,8 +194,12 @@ pub struct CheckpointShow {
 pub struct SkippedPath {
     /// The path inside the workspace; bytes that are no UTF-8 are replaced.
     pub path: String,
-    /// Why.
+    /// Why: `too_large`, `unreadable`, `special` (a socket, FIFO or device) or `unsteady` (it became something
+    /// else whenever it was to be read).
     pub reason: String,
+    /// What the system said, or the size, or the kind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
 }
 
 /// One part of a checkpoint, as its manifest names it.
@@ -230,8 +237,18 @@ pub struct CheckpointDetail {
     pub checkpoint: CheckpointView,
     /// Its manifest.
     pub manifest: Manifest,
-    /// What the snapshot left out although no rule excludes it.
+    /// What the snapshot left out although no rule excludes it; the first so many by path.
     pub skipped: Vec<SkippedPath>,
+    /// How many there are in all.
+    #[serde(default)]
+    pub skipped_total: u64,
+    /// Files that changed whenever they were read: what is saved of them may be of several moments.
+    /// The first so many by path.
+    #[serde(default)]
+    pub torn: Vec<String>,
+    /// How many there are in all.
+    #[serde(default)]
+    pub torn_total: u64,
 }
 
 /// Parameters of `checkpoint.diff`.

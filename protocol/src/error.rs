@@ -134,6 +134,8 @@ codes! {
     WorkspaceRefused = "workspace_refused", -32012;
     /// The state directory's file system has too little free space.
     DiskFull = "disk_full", -32015;
+    /// The checkpoints of the project take as much of the disk as they may.
+    QuotaExceeded = "quota_exceeded", -32015;
     /// A budget is reached; the project goes on when it is raised or waived.
     BudgetExceeded = "budget_exceeded", -32011;
     /// Resources of an agent cannot be limited here; the data names the controllers that are missing.

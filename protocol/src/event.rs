@@ -17,6 +17,7 @@ use crate::operation::OperationKind;
 use crate::pause::{PauseCause, PauseMode, PauseResult, ResumeResult};
 use crate::project::{Phase, ProjectConfig, Source};
 use crate::question::QuestionView;
+use crate::retention::RemovalReason;
 use crate::task::TaskView;
 
 /// Why a run of an agent began.
@@ -514,6 +515,18 @@ pub enum Event {
         checkpoint: CheckpointNumber,
         /// Whether retention must leave it alone.
         pinned: bool,
+    },
+    /// A checkpoint was removed.
+    #[serde(rename = "checkpoint.removed")]
+    CheckpointRemoved {
+        /// The checkpoint.
+        checkpoint: CheckpointNumber,
+        /// What had made it.
+        trigger: Trigger,
+        /// Why it was removed.
+        reason: RemovalReason,
+        /// Bytes that it had added to the disk.
+        size_bytes: u64,
     },
     /// A restore began.
     #[serde(rename = "restore.started")]

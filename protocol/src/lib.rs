@@ -25,6 +25,7 @@ pub mod pause;
 pub mod plugin;
 pub mod project;
 pub mod question;
+pub mod retention;
 pub mod rpc;
 pub mod subscription;
 pub mod supervision;

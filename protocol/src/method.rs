@@ -18,6 +18,7 @@ use crate::pause::*;
 use crate::plugin::*;
 use crate::project::*;
 use crate::question::*;
+use crate::retention::*;
 use crate::rpc::shorten;
 use crate::subscription::*;
 use crate::task::*;
@@ -154,6 +155,8 @@ methods! {
     CheckpointDiff => "checkpoint.diff", CheckpointDiffResult, Operator, false, "Compares a checkpoint with another or with the workspace.";
     CheckpointRestore => "checkpoint.restore", CheckpointRestoreResult, Operator, true, "Restores a checkpoint after taking a safety checkpoint.";
     CheckpointVerify => "checkpoint.verify", CheckpointVerifyResult, Operator, false, "Rehashes every part of checkpoints.";
+    CheckpointRemove => "checkpoint.remove", CheckpointRemoveResult, Operator, true, "Removes checkpoints.";
+    CheckpointPrune => "checkpoint.prune", CheckpointRemoveResult, Operator, true, "Removes the checkpoints that the retention, or given bounds, no longer keep.";
     CheckpointPin => "checkpoint.pin", CheckpointView, Operator, true, "Pins or unpins a checkpoint.";
     CheckpointExport => "checkpoint.export", CheckpointExportResult, Operator, false, "Makes one file of a checkpoint, to be read with checkpoint.download.";
     CheckpointDownload => "checkpoint.download", CheckpointDownloadResult, Operator, false, "Reads a piece of the file that checkpoint.export has made on this connection.";

@@ -11,6 +11,7 @@ use crate::error::ErrorObject;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseCause, PauseMode};
+use crate::retention::Retention;
 
 /// The status of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -125,6 +126,9 @@ pub struct ProjectConfig {
     /// How much all of its agents together may spend before the project is paused.
     #[serde(skip_serializing_if = "Budget::is_unset")]
     pub budget: Budget,
+    /// Which checkpoints are kept, where that differs from the daemon's settings.
+    #[serde(skip_serializing_if = "Retention::is_unset")]
+    pub retention: Retention,
     /// When checkpoints are made by themselves.
     #[serde(skip_serializing_if = "AutomaticCheckpoints::is_default")]
     pub automatic: AutomaticCheckpoints,
@@ -172,6 +176,7 @@ impl Default for ProjectConfig {
             token_limit: 180_000,
             flash_save_at_percent: 80,
             budget: Budget::default(),
+            retention: Retention::default(),
             automatic: AutomaticCheckpoints::default(),
         }
     }
@@ -330,6 +335,9 @@ pub struct ProjectView {
     /// What its agents have reported to have used, those included that were removed since.
     #[serde(default)]
     pub usage: Usage,
+    /// Bytes that all of its checkpoints take on disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_bytes: Option<u64>,
 }
 
 /// A project as `project.show` shows it.

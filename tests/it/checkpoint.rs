@@ -45,8 +45,8 @@ fn the_users_repository_is_never_touched() {
     assert_eq!(fingerprint(&git), before, "after 20 checkpoints");
     done(&sandbox, &AgentStop { target: Target::project(web()), grace_ms: Some(0) });
     wait_until(SOON, "the agent to end", || the_agent(&sandbox).status.is_terminal());
-    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 3, dry_run: false, paths: Vec::new() });
-    assert_eq!(workspace.read("src/lib.rs"), "//! Round 2.\n");
+    done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 15, dry_run: false, paths: Vec::new() });
+    assert_eq!(workspace.read("src/lib.rs"), "//! Round 14.\n");
     assert_eq!(fingerprint(&git), before, "after a restore");
     assert!(!workspace.has("ran"));
     all_verify(&sandbox);
@@ -192,25 +192,25 @@ fn a_daemon_that_dies_after_a_blip_leaves_nothing_or_a_whole_checkpoint() {
 }
 
 /// A small file system of its own, gone at the end.
-struct SmallDisk {
+pub struct SmallDisk {
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl SmallDisk {
-    fn mount(size: &str) -> Self {
+    pub fn mount(size: &str) -> Self {
         let dir = tempfile::tempdir().expect("a directory to mount on");
         let options = format!("size={size},mode=0700");
         mount(Some("tmpfs"), dir.path(), Some("tmpfs"), MsFlags::empty(), Some(options.as_str())).expect("mount");
         Self { path: dir.path().to_owned(), _dir: dir }
     }
 
-    fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Fills it, all but so many bytes.
-    fn fill(&self, leave: usize) -> PathBuf {
+    pub fn fill(&self, leave: usize) -> PathBuf {
         let ballast = self.path.join("ballast");
         let free = nix::sys::statvfs::statvfs(&self.path).expect("look for free space");
         let bytes = usize::try_from(free.blocks_available() * free.fragment_size()).expect("it is small");

@@ -94,6 +94,11 @@ pub enum Effect {
         /// The runs to freeze meanwhile.
         runs: Vec<AgentRun>,
     },
+    /// Remove what is left of checkpoints whose rows are gone; a start sweeps what a crash leaves of it.
+    DiscardCheckpoints {
+        /// Their numbers.
+        checkpoints: Vec<CheckpointNumber>,
+    },
     /// Make the safety checkpoint and write the plan; answers with [`super::Command::RestorePlanned`].
     PlanRestore {
         /// The operation.

@@ -7,6 +7,7 @@ use fermata_protocol::{ErrorObject, OperationId, Refusal};
 use super::refuse_while_moving;
 use crate::command::{Decision, Effect};
 use crate::project::Project;
+use crate::retention::{self, Removal};
 
 pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger) -> Result<Decision, Refusal> {
     refuse_while_moving(project)?;
@@ -32,4 +33,21 @@ pub(super) fn done(
         Ok((checkpoint, frozen_ms)) => Event::CheckpointCreated { operation, checkpoint: *checkpoint, frozen_ms },
         Err(error) => Event::CheckpointFailed { operation, error },
     }])
+}
+
+/// Removes what [`retention::choose`] has chosen of the same state.
+pub(super) fn remove(project: &Project, removals: Vec<Removal>) -> Decision {
+    let in_use = retention::in_use(project);
+    let going: Vec<Removal> = removals.into_iter().filter(|r| !in_use.contains(&r.point.number)).collect();
+    if going.is_empty() {
+        return Decision::default();
+    }
+    let checkpoints = going.iter().map(|removal| removal.point.number).collect();
+    let events = going.into_iter().map(|removal| Event::CheckpointRemoved {
+        checkpoint: removal.point.number,
+        trigger: removal.point.trigger,
+        reason: removal.reason,
+        size_bytes: removal.point.bytes,
+    });
+    Decision::events(events.collect()).then(Effect::DiscardCheckpoints { checkpoints })
 }

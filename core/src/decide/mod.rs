@@ -92,6 +92,7 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
         Command::PinCheckpoint { checkpoint, pinned } => {
             Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
         }
+        Command::RemoveCheckpoints { removals } => Ok(checkpoints::remove(project, removals)),
         Command::Restore { operation, checkpoint, paths } => restore::begin(project, operation, checkpoint, paths),
         Command::RestorePlanned { operation, outcome } => Ok(restore::planned(project, operation, outcome)),
         Command::RestoreFailing { operation, error, patience_ms } => {

@@ -342,7 +342,7 @@ impl Model {
             Effect::ForgetPlan { operation } => {
                 self.plans.remove(&operation);
             }
-            Effect::Forget { .. } | Effect::PauseForBudget {} => {}
+            Effect::Forget { .. } | Effect::PauseForBudget {} | Effect::DiscardCheckpoints { .. } => {}
         }
     }
 

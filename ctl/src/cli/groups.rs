@@ -9,7 +9,7 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{CheckpointNumber, OperationId, ProjectName, Target};
 
 use super::values::{ITEM_TYPES, Numbered, PHASES, TASK_STATUSES, TIERS, word};
-use crate::output::time::parse_bytes;
+use crate::output::time::{parse_bytes, parse_duration};
 
 /// What of the workspace a checkpoint covers, and when context is saved.
 #[derive(Debug, Args, Default)]
@@ -34,6 +34,8 @@ pub struct ConfigArgs {
     pub flash_save_at: Option<u8>,
     #[command(flatten)]
     pub budget: super::resources::BudgetArgs,
+    #[command(flatten)]
+    pub retention: super::resources::RetentionArgs,
     #[command(flatten)]
     pub automatic: super::automatic::AutomaticArgs,
 }
@@ -173,12 +175,42 @@ pub enum CheckpointCommand {
         #[arg(long, value_name = "PATH", num_args = 1..)]
         paths: Vec<std::ffi::OsString>,
     },
-    /// Rehash every part of one checkpoint or of all.
+    /// Rehash every part of one checkpoint or of all; exit code 1 when one is damaged.
     Verify {
         /// The project.
         project: ProjectName,
         /// The checkpoint; all of them when left out.
         checkpoint: Option<CheckpointNumber>,
+        /// All of them, which is what leaving the checkpoint out means as well.
+        #[arg(long, conflicts_with = "checkpoint")]
+        all: bool,
+    },
+    /// Remove checkpoints; where one of them may not be removed, none is.
+    Rm {
+        /// The project.
+        project: ProjectName,
+        /// The checkpoints.
+        #[arg(required = true, value_name = "CHECKPOINT")]
+        checkpoints: Vec<CheckpointNumber>,
+    },
+    /// Remove what the project's retention no longer keeps, or what all the given bounds let go, the oldest first.
+    ///
+    /// Pinned checkpoints, those in use and the newest of all always stay.
+    Prune {
+        /// The project.
+        project: ProjectName,
+        /// The newest so many stay, whatever made them.
+        #[arg(long, value_name = "N")]
+        keep: Option<u64>,
+        /// Those younger than this stay, for instance 12h or 7d.
+        #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+        older_than: Option<std::time::Duration>,
+        /// No more go once the project's checkpoints take at most this, for instance 2G.
+        #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+        max_bytes: Option<u64>,
+        /// Only show what would go.
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Write a checkpoint to one file, which another machine can import.
     Export {

@@ -166,7 +166,7 @@ pub enum Command {
     },
     /// Create, change and remove projects.
     #[command(subcommand)]
-    Project(ProjectCommand),
+    Project(Box<ProjectCommand>),
     /// Look at operations and cancel them.
     #[command(subcommand)]
     Op(OperationCommand),

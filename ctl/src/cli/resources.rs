@@ -1,10 +1,11 @@
-//! What an agent may use, as flags: resources of its tree, and its budget.
+//! What an agent may use, as flags: resources of its tree, its budget, and room for its checkpoints.
 
 use clap::Args;
 use fermata_protocol::budget::Budget;
+use fermata_protocol::retention::Retention;
 use fermata_protocol::supervision::Resources;
 
-use crate::output::time::parse_bytes;
+use crate::output::time::{millis, parse_bytes, parse_duration};
 
 /// What an agent's tree may use.
 #[derive(Debug, Args, Default)]
@@ -29,6 +30,46 @@ pub struct BudgetArgs {
     /// US dollars that may be spent before the project is paused, for instance 12.50; `none` for no bound.
     #[arg(long, value_name = "DOLLARS", value_parser = parse_dollars)]
     pub cost_budget: Option<Bound>,
+}
+
+/// Which checkpoints of a project are kept, where that differs from the daemon's settings.
+#[derive(Debug, Args, Default, Clone, Copy)]
+pub struct RetentionArgs {
+    /// Keep the newest N manual checkpoints; 0 for all.
+    #[arg(long, value_name = "N")]
+    pub keep_manual: Option<u64>,
+    /// Keep the newest N checkpoints of pauses; 0 for all.
+    #[arg(long, value_name = "N")]
+    pub keep_pause: Option<u64>,
+    /// Keep the newest N checkpoints before timeouts, and of shutdowns; 0 for all.
+    #[arg(long, value_name = "N")]
+    pub keep_ends: Option<u64>,
+    /// Keep safety checkpoints of restores for so long, for instance 7d; 0s for ever.
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    pub keep_safety: Option<std::time::Duration>,
+    /// What all checkpoints of the project may take on disk, for instance 5G; 0 for no bound.
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub max_checkpoint_bytes: Option<u64>,
+}
+
+impl RetentionArgs {
+    /// Says whether nothing was given.
+    pub fn is_empty(&self) -> bool {
+        self.over(Retention::default()).is_unset()
+    }
+
+    /// Lays what was given over settings.
+    #[must_use]
+    pub fn over(self, before: Retention) -> Retention {
+        Retention {
+            keep_manual: self.keep_manual.or(before.keep_manual),
+            keep_pause: self.keep_pause.or(before.keep_pause),
+            keep_ends: self.keep_ends.or(before.keep_ends),
+            keep_safety_ms: self.keep_safety.map(millis).or(before.keep_safety_ms),
+            max_bytes: self.max_checkpoint_bytes.or(before.max_bytes),
+            ..before
+        }
+    }
 }
 
 /// A bound, or none.

@@ -7,6 +7,7 @@ use fermata_protocol::checkpoint::{
     CheckpointList, CheckpointPin, CheckpointRestore, CheckpointShow, CheckpointVerify, CheckpointView,
     VerifiedCheckpoint,
 };
+use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove, CheckpointRemoveResult, RemovalReason};
 use fermata_protocol::transfer::{CheckpointConsolidate, CheckpointExport};
 use fermata_protocol::{CheckpointNumber, ProjectName};
 
@@ -14,8 +15,8 @@ use super::pause::frozen;
 use super::{Ended, restore, transfer};
 use crate::cli::groups::CheckpointCommand;
 use crate::errors::Failure;
-use crate::output::time::{bytes, dollars, local, number};
-use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean};
+use crate::output::time::{bytes, dollars, local, millis, number};
+use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean, note};
 use crate::session::Session;
 
 /// How many checkpoints are asked for at once.
@@ -31,9 +32,12 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             session.out.one(&result, Some(id), created)?;
         }
         CheckpointCommand::Ls { project, limit } => {
-            let checkpoints = list(session, &project, limit)?;
+            let (checkpoints, disk_bytes) = list(session, &project, limit)?;
             let id = |checkpoint: &CheckpointView| checkpoint.id;
             session.out.rows(&checkpoints, "no checkpoints", id, table)?;
+            if session.out.is_human() && !checkpoints.is_empty() {
+                note(&format!("all checkpoints of {project} take {} on disk", bytes(disk_bytes)));
+            }
         }
         CheckpointCommand::Show { project, checkpoint } => {
             let detail = session.call(&CheckpointShow { project, checkpoint })?;
@@ -52,7 +56,17 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             let id = result.safety_checkpoint_id.map(|n| n.to_string());
             session.out.one(&result, id, |out, result| restore::shown(out, result, dry_run))?;
         }
-        CheckpointCommand::Verify { project, checkpoint } => {
+        CheckpointCommand::Rm { project, checkpoints } => {
+            let result = session.call_long("remove", &CheckpointRemove { project, checkpoints })?;
+            removed(session, &result, false)?;
+        }
+        CheckpointCommand::Prune { project, keep, older_than, max_bytes, dry_run } => {
+            let older_than_ms = older_than.map(millis);
+            let params = CheckpointPrune { project, keep, older_than_ms, max_bytes, dry_run };
+            let result = session.call_long("prune", &params)?;
+            removed(session, &result, dry_run)?;
+        }
+        CheckpointCommand::Verify { project, checkpoint, all: _ } => {
             let params = CheckpointVerify { project, checkpoint };
             return verify(session, &params);
         }
@@ -73,8 +87,13 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
     Ok(0)
 }
 
-/// Asks page after page, newest first.
-fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Result<Vec<CheckpointView>, Failure> {
+/// Asks page after page, newest first; returns with them what all of the project's take on disk.
+fn list(
+    session: &mut Session,
+    project: &ProjectName,
+    limit: Option<u32>,
+) -> Result<(Vec<CheckpointView>, u64), Failure> {
+    let mut disk_bytes = 0;
     let wanted = limit.map_or(usize::MAX, |n| n as usize);
     let mut all: Vec<CheckpointView> = Vec::new();
     while all.len() < wanted {
@@ -84,6 +103,7 @@ fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Res
             limit: Some(limit.map_or(PAGE, |n| n.min(PAGE))),
         })?;
         let count = page.checkpoints.len();
+        disk_bytes = page.disk_bytes;
         all.extend(page.checkpoints);
         // A daemon may give fewer than were asked for; only an empty page is the end for sure.
         if count == 0 {
@@ -91,7 +111,7 @@ fn list(session: &mut Session, project: &ProjectName, limit: Option<u32>) -> Res
         }
     }
     all.truncate(wanted);
-    Ok(all)
+    Ok((all, disk_bytes))
 }
 
 fn table(out: &Output, checkpoints: &[CheckpointView]) -> Table {
@@ -145,7 +165,7 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
         .maybe("last task", metadata.last_task_done.as_ref())
         .maybe("agents", filled(&metadata.active_agents.join(", ")))
         .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
-        .add("on disk", bytes(checkpoint.size_bytes))
+        .add("added", format!("{} to the disk", bytes(checkpoint.size_bytes)))
         .add("context", format!("{} items, {} tokens", number(metadata.context_items), number(metadata.context_tokens)))
         .maybe("cost so far", (metadata.cost_micro_usd > 0).then(|| dollars(metadata.cost_micro_usd)))
         .maybe("repository", metadata.repository.as_ref().map(|r| r.to_string()))
@@ -168,11 +188,31 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
         out.line("")?;
         let mut skipped = Table::new(&["LEFT OUT", "BECAUSE"]);
         for path in &detail.skipped {
-            skipped.row([Cell::from(&path.path), Cell::from(&path.reason)]);
+            let detail = path.detail.as_ref().map(|detail| format!(" ({detail})"));
+            let because = format!("{}{}", path.reason.replace('_', " "), detail.unwrap_or_default());
+            skipped.row([Cell::from(&path.path), because.into()]);
         }
         out.table(&skipped)?;
+        more(out, detail.skipped.len(), detail.skipped_total)?;
+    }
+    if !detail.torn.is_empty() {
+        out.line("")?;
+        let mut torn = Table::new(&["CHANGED WHILE IT WAS READ"]);
+        for path in &detail.torn {
+            torn.row([Cell::from(path)]);
+        }
+        out.table(&torn)?;
+        more(out, detail.torn.len(), detail.torn_total)?;
     }
     out.warnings(&metadata.warnings)
+}
+
+/// Says how many rows are not shown.
+fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
+    match total.saturating_sub(shown as u64) {
+        0 => Ok(()),
+        left => out.line(format_args!("and {} more", number(left))),
+    }
 }
 
 fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Result<(), Failure> {
@@ -188,6 +228,47 @@ fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Res
                 out.line("")?;
                 out.line(restore::sums(&result.changes))?;
             }
+        }
+    }
+    Ok(())
+}
+
+fn removed(session: &mut Session, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), Failure> {
+    let out = &mut session.out;
+    match out.format() {
+        Format::Json => out.json(result)?,
+        Format::Ids => {
+            for one in &result.removed {
+                out.line(one.checkpoint_id)?;
+            }
+        }
+        Format::Human => {
+            if !result.removed.is_empty() {
+                let mut table = Table::new(&[">N", "TRIGGER", "BECAUSE", ">SIZE"]);
+                for one in &result.removed {
+                    let because = match one.reason {
+                        RemovalReason::Asked => "you asked for it",
+                        RemovalReason::Count => "there are newer ones",
+                        RemovalReason::Thinned => "a newer one stands for it",
+                        RemovalReason::Age => "its time is over",
+                        RemovalReason::Quota => "the quota",
+                        RemovalReason::DiskFloor => "the disk is full",
+                    };
+                    table.row([
+                        one.checkpoint_id.to_string().into(),
+                        one.trigger.as_str().into(),
+                        because.into(),
+                        bytes(one.size_bytes).into(),
+                    ]);
+                }
+                out.table(&table)?;
+            }
+            let word = if dry_run { "would be removed" } else { "removed" };
+            let disk = result.disk_bytes.map(|disk| {
+                let what = if dry_run { "they take" } else { "what is left takes" };
+                format!("; {what} {} on disk", bytes(disk))
+            });
+            note(&format!("{} {word}, {} kept{}", result.removed.len(), result.kept, disk.unwrap_or_default()));
         }
     }
     Ok(())

@@ -80,7 +80,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Attach(args) => attach::attach(session, &args),
         Command::Send(args) => send::send(session, &args),
         Command::Wait { target, propagate } => agents::wait(session, &target, propagate),
-        Command::Project(command) => project::run(session, command),
+        Command::Project(command) => project::run(session, *command),
         Command::Op(command) => operation::run(session, command),
         Command::Checkpoint(command) => checkpoint::run(session, command),
         Command::Context(command) => context::run(session, command),

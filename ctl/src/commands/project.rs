@@ -80,6 +80,7 @@ impl ConfigArgs {
             && self.token_limit.is_none()
             && self.flash_save_at.is_none()
             && self.budget.is_empty()
+            && self.retention.is_empty()
             && self.automatic.is_empty()
     }
 }
@@ -110,6 +111,7 @@ fn changed(mut config: ProjectConfig, args: ConfigArgs) -> Option<ProjectConfig>
         config.flash_save_at_percent = percent;
     }
     config.budget = args.budget.over(config.budget);
+    config.retention = args.retention.over(config.retention);
     config.automatic = args.automatic.over(config.automatic);
     Some(config)
 }

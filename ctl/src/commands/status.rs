@@ -131,7 +131,7 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
 /// The table of projects.
 pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
     let mut table =
-        Table::new(&["PROJECT", "STATUS", "PHASE", ">AGENTS", ">TASKS", ">QUESTIONS", "SINCE", "WORKSPACE"]);
+        Table::new(&["PROJECT", "STATUS", "PHASE", ">AGENTS", ">TASKS", ">QUESTIONS", ">DISK", "SINCE", "WORKSPACE"]);
     for project in projects {
         let questions = match project.open_questions {
             0 => Cell::from(""),
@@ -148,6 +148,7 @@ pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
             format!("{}/{}", project.agents_running, project.agents).into(),
             tasks(project).into(),
             questions,
+            project.disk_bytes.map(bytes).unwrap_or_default().into(),
             since.into(),
             Cell::painted(&project.workspace, Paint::Dim),
         ]);
@@ -249,7 +250,15 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
         .maybe("operation", operation)
         .maybe("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
-        .add("checkpoints", format!("{}{}", detail.checkpoints, last.unwrap_or_default()))
+        .add(
+            "checkpoints",
+            format!(
+                "{}{}{}",
+                detail.checkpoints,
+                project.disk_bytes.map(|disk| format!(", {} on disk", bytes(disk))).unwrap_or_default(),
+                last.unwrap_or_default()
+            ),
+        )
         .add("saved by itself", automatic(&detail.config.automatic))
         .maybe(
             "context",

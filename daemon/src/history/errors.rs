@@ -22,13 +22,10 @@ pub enum HistoryError {
         reason: &'static str,
     },
     /// A rule is not a valid pattern.
-    #[error("read the rule {pattern:?}")]
+    #[error("read the rule {pattern:?}: a bracket without its end, an unknown class, or a backslash at the end")]
     BadRule {
         /// The pattern as given.
         pattern: String,
-        /// What is wrong with it.
-        #[source]
-        source: ignore::Error,
     },
     /// There is no such checkpoint.
     #[error("find checkpoint {number}")]

@@ -29,6 +29,7 @@ mod diff;
 mod draft;
 mod errors;
 mod heads;
+mod ignore_file;
 mod links;
 mod listing;
 mod meta;
@@ -63,6 +64,7 @@ mod user_repository;
 mod verify;
 mod watch;
 mod whole;
+mod wildcard;
 mod xattrs;
 
 use std::collections::HashSet;

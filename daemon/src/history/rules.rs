@@ -3,15 +3,14 @@
 //! The patterns are git's; the order is git's too: the deepest `.gitignore` speaks first, `info/exclude` last. Nobody's
 //! global excludes count. Files are only read here, by the walk that asks.
 
-use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use ignore::gitignore::{Gitignore, GitignoreBuilder};
 use serde::{Deserialize, Serialize};
 
 use super::errors::{HistoryError, Result};
+use super::ignore_file::IgnoreFile;
 use super::names::RelPath;
 use super::user_repository::{Location, read_small};
 
@@ -37,20 +36,19 @@ impl Default for Rules {
 
 /// The project's own patterns, compiled.
 pub(super) struct OwnPatterns {
-    include: Option<Gitignore>,
-    exclude: Gitignore,
+    include: Option<IgnoreFile>,
+    exclude: IgnoreFile,
 }
 
 impl OwnPatterns {
     /// Compiles the patterns.
     pub fn compile(rules: &Rules) -> Result<OwnPatterns> {
-        let compile = |patterns: &[String]| -> Result<Gitignore> {
-            let mut builder = GitignoreBuilder::new("");
-            for pattern in patterns {
-                let bad = |source| HistoryError::BadRule { pattern: pattern.clone(), source };
-                builder.add_line(None, pattern).map_err(bad)?;
+        let compile = |patterns: &[String]| -> Result<IgnoreFile> {
+            let useless = |pattern: &&String| IgnoreFile::parse(pattern.as_bytes()).1 > 0;
+            match patterns.iter().find(useless) {
+                Some(pattern) => Err(HistoryError::BadRule { pattern: pattern.clone() }),
+                None => Ok(IgnoreFile::parse(patterns.join("\n").as_bytes()).0),
             }
-            builder.build().map_err(|source| HistoryError::BadRule { pattern: patterns.join(" "), source })
         };
         let include = if rules.include.is_empty() { None } else { Some(compile(&rules.include)?) };
         Ok(OwnPatterns { include, exclude: compile(&rules.exclude)? })
@@ -63,12 +61,12 @@ impl OwnPatterns {
 
     /// Says whether the path itself is included; the walk asks about each directory on the way.
     pub fn includes(&self, path: &RelPath, is_dir: bool) -> bool {
-        self.include.as_ref().is_some_and(|patterns| patterns.matched(path.as_path(), is_dir).is_ignore())
+        self.include.as_ref().is_some_and(|patterns| patterns.says(path.bytes(), is_dir) == Some(true))
     }
 
     /// Says whether the path itself is excluded; the walk asks about each directory on the way.
     pub fn excludes(&self, path: &RelPath, is_dir: bool) -> bool {
-        self.exclude.matched(path.as_path(), is_dir).is_ignore()
+        self.exclude.says(path.bytes(), is_dir) == Some(true)
     }
 }
 
@@ -77,7 +75,7 @@ impl OwnPatterns {
 pub(super) struct IgnoreChain(Option<Arc<Level>>);
 
 struct Level {
-    patterns: Gitignore,
+    patterns: IgnoreFile,
     /// How many bytes of a workspace path lie above this file's directory.
     strip: usize,
     /// For a file above the workspace: the way from its directory to the workspace, with a slash at the end.
@@ -138,25 +136,13 @@ impl IgnoreChain {
     }
 
     fn push(self, text: &[u8], strip: usize, prepend: Vec<u8>, name: &str, warnings: &mut Vec<String>) -> IgnoreChain {
-        let mut builder = GitignoreBuilder::new("");
-        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
-        for line in text.split(|b| *b == b'\n') {
-            let line = line.strip_suffix(b"\r").unwrap_or(line);
-            let added = match std::str::from_utf8(line) {
-                Ok(line) => builder.add_line(None, line).is_ok(),
-                Err(_) => false,
-            };
-            if !added {
-                warnings.push(format!("{name}: a pattern is not understood and has no effect"));
-            }
+        let (patterns, useless) = IgnoreFile::parse(text);
+        if useless > 0 {
+            warnings.push(format!("{name}: a pattern is not understood and has no effect"));
         }
-        match builder.build() {
-            Ok(patterns) if patterns.is_empty() => self,
-            Ok(patterns) => IgnoreChain(Some(Arc::new(Level { patterns, strip, prepend, up: self }))),
-            Err(error) => {
-                warnings.push(format!("{name}: {error}"));
-                self
-            }
+        match patterns.is_empty() {
+            true => self,
+            false => IgnoreChain(Some(Arc::new(Level { patterns, strip, prepend, up: self }))),
         }
     }
 
@@ -165,14 +151,12 @@ impl IgnoreChain {
         let mut next = &self.0;
         while let Some(level) = next {
             let below = path.bytes().get(level.strip..).unwrap_or_default();
-            let matched = if level.prepend.is_empty() {
-                level.patterns.matched(OsStr::from_bytes(below), is_dir)
-            } else {
-                let full = [&level.prepend[..], below].concat();
-                level.patterns.matched(OsStr::from_bytes(&full), is_dir)
+            let said = match level.prepend.is_empty() {
+                true => level.patterns.says(below, is_dir),
+                false => level.patterns.says(&[&level.prepend[..], below].concat(), is_dir),
             };
-            if !matched.is_none() {
-                return matched.is_ignore();
+            if let Some(ignored) = said {
+                return ignored;
             }
             next = &level.up.0;
         }

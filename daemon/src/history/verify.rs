@@ -62,15 +62,20 @@ impl History {
     }
 
     /// Verifies several checkpoints, and reads what they share once. A report counts what no earlier one has counted.
-    /// Each has its own result, as of [`History::verify`].
+    /// Each has its own result, as of [`History::verify`]; `begins` is told how many are done before each.
     pub fn verify_all(
         &self,
         numbers: &[u64],
+        begins: &dyn Fn(usize),
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> BTreeMap<u64, Result<VerifyReport>> {
         let mut known = Known::default();
-        numbers.iter().map(|number| (*number, self.verify_one(*number, &mut known, progress, cancel))).collect()
+        let mut one = |(done, number): (usize, &u64)| {
+            begins(done);
+            (*number, self.verify_one(*number, &mut known, progress, cancel))
+        };
+        numbers.iter().enumerate().map(&mut one).collect()
     }
 
     fn verify_one(

@@ -20,6 +20,7 @@ use super::conclude::{Conclusion, conclusions};
 use super::effects::{PauseWork, discard};
 use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 use super::ids::NewToken;
+use super::instants;
 use super::links::Watcher;
 use super::look::Looks;
 use crate::errors::Failure;
@@ -27,7 +28,7 @@ use crate::services::{self, Services};
 use crate::shim::link::ShimLink;
 use crate::shim::reach::Linked;
 use crate::shim::wire::ShimEvent;
-use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness, upkeep};
+use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness};
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};
@@ -67,6 +68,8 @@ pub struct Actor {
     pub(super) cancel: Cancel,
     pub(super) work: Arc<tokio::sync::Mutex<PauseWork>>,
     pub(super) label: Label,
+    /// What is left of removed checkpoints is being removed.
+    pub(super) discarding: Option<JoinHandle<()>>,
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
@@ -111,6 +114,7 @@ impl Actor {
             cancel: Cancel::default(),
             work: Arc::default(),
             label: Label::default(),
+            discarding: None,
             waiters: BTreeMap::new(),
             preparing: BTreeSet::new(),
             looks: Looks::default(),
@@ -269,10 +273,7 @@ impl Actor {
     async fn take(&mut self, message: Message) -> bool {
         match message {
             Message::Tell(tell, answer) => {
-                let Tell { command, writes, tokens, keyed, view } = *tell;
-                self.keep_tokens(tokens);
-                let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
-                let done = self.carry(command, extras).await;
+                let done = self.told(*tell).await;
                 let removed = matches!(&done, Ok(Carried { removed: true, .. }));
                 reply(answer, done.map(|carried| carried.reply.unwrap_or(Value::Null)));
                 return !removed;
@@ -287,6 +288,7 @@ impl Actor {
                     reply(answer, Err(refusal.into()));
                 }
             }
+            Message::Retain(retain, answer) => self.retain(*retain, answer).await,
             Message::Outcome(outcome) => self.outcome(*outcome).await,
             Message::Started { agent, run, outcome } => {
                 let outcome = match outcome {
@@ -372,6 +374,14 @@ impl Actor {
         self.leaving.is_some()
     }
 
+    /// Carries out a command that is done with one transaction.
+    pub(super) async fn told(&mut self, tell: Tell) -> Result<Carried, Failure> {
+        let Tell { command, writes, tokens, keyed, view } = tell;
+        self.keep_tokens(tokens);
+        let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
+        self.carry(command, extras).await
+    }
+
     /// Carries out a command that nobody waits for.
     pub(super) async fn carry_due(&mut self, command: Command) -> Result<(), Failure> {
         self.carry(command, Extras::default()).await.map(drop)
@@ -451,7 +461,7 @@ impl Actor {
         }
         let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
         let next = Arc::new(next);
-        hit_before(&decision.events)?;
+        instants::before(&decision.events)?;
         let only_before = match decision.events.iter().any(|event| matches!(event, Event::ProjectPaused { .. })) {
             true => self.work.lock().await.proven_until,
             false => None,
@@ -482,11 +492,11 @@ impl Actor {
             .into(),
             error => Failure::fault("save the change", &error),
         })?;
-        self.hit_after(&decision.events);
+        instants::after(&decision.events);
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
-        upkeep::follow(&self.site(), &decision.events);
+        self.look_after_checkpoints(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
         let decision_events = decision.events;
         self.start_all(decision.effects).await;
@@ -544,22 +554,6 @@ impl Actor {
             self.services.plugins.notify(&Arc::new(value));
         }
     }
-
-    fn hit_after(&self, events: &[Event]) {
-        for event in events {
-            match event {
-                Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
-                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
-                Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
-                Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
-                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
-                Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
-                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
-                Event::RestoreGivenUp { .. } => crate::failpoint::hit("restore.given_up"),
-                _ => {}
-            }
-        }
-    }
 }
 
 /// Sleeps until the alarm, for ever where there is none.
@@ -570,25 +564,8 @@ async fn sleep_until(alarm: Option<tokio::time::Instant>) {
     }
 }
 
-/// Failpoints before a commit; an armed `error` is a commit that cannot be written.
-fn hit_before(events: &[Event]) -> Result<(), Failure> {
-    for event in events {
-        match event {
-            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
-            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
-            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
-            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
-            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
-            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
-            Event::RestoreGivenUp { .. } => crate::steps::failpoint("restore.give_up")?,
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
 /// What carrying a command out brought about.
-struct Carried {
+pub(super) struct Carried {
     reply: Option<Value>,
     removed: bool,
 }

@@ -15,13 +15,14 @@ use super::actor::Actor;
 use super::drafting::Drafting;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
+use super::retain::make_room;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order, Rows};
 use crate::steps::database;
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transfer, validate};
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transfer};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -71,6 +72,7 @@ impl Actor {
             Effect::Checkpoint { operation, checkpoint, trigger, runs } => {
                 self.checkpoint(operation, checkpoint, trigger, runs);
             }
+            Effect::DiscardCheckpoints { checkpoints } => self.discard_checkpoints(checkpoints),
             Effect::PlanRestore { operation, checkpoint, safety, paths } => {
                 self.plan_restore(operation, checkpoint, safety, paths);
             }
@@ -134,7 +136,7 @@ impl Actor {
             let start = Instant::now();
             // Only waiting is cut short. Work on a blocking thread ends by its own flag, so that the
             // undo, which waits for this task, finds nobody at work.
-            let stepping = run_pause_step(&site, &operation, step, &work);
+            let stepping = run_pause_step(&site, &mailbox, &operation, step, &work);
             let done = if step == PauseStep::Quiesce {
                 tokio::select! {
                     done = stepping => done,
@@ -281,7 +283,7 @@ impl Actor {
         let task = async move {
             let making = match label.import {
                 Some(file) => transfer::import(&site, &order, file).await.map(|made| (made, 0.0)),
-                None => live_checkpoint(&site, order, &runs).await,
+                None => live_checkpoint(&site, &mailbox, order, &runs).await,
             };
             let outcome = match making {
                 Ok((made, frozen_ms)) => {
@@ -325,6 +327,7 @@ type Stepped = (StepReport, Vec<Write>);
 
 async fn run_pause_step(
     site: &Site,
+    mailbox: &mpsc::Sender<Message>,
     operation: &OperationId,
     step: PauseStep,
     work: &tokio::sync::Mutex<PauseWork>,
@@ -337,7 +340,7 @@ async fn run_pause_step(
         PauseStep::Validate => {
             drop(work.draft.take().await);
             *work = PauseWork::default();
-            validate::run(site).await?;
+            make_room(site, mailbox).await?;
             // Beside the look at the workspace and the wait for the agents.
             let draft = site.services.tracker.spawn(database::draft(site.clone(), run.checkpoint));
             work.draft = Drafting::Writing(draft);
@@ -415,9 +418,14 @@ async fn pause_checkpoint(
 
 /// A checkpoint beside running agents: they stand still while workspace and database are read,
 /// where that can be done without waking their system calls.
-async fn live_checkpoint(site: &Site, mut order: Order, runs: &[AgentRun]) -> Result<(checkpoint::Made, f64), Failure> {
+async fn live_checkpoint(
+    site: &Site,
+    mailbox: &mpsc::Sender<Message>,
+    mut order: Order,
+    runs: &[AgentRun],
+) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
-    validate::run(site).await?;
+    make_room(site, mailbox).await?;
     prime::run(site, Some(&order.operation)).await?;
     let by_signals = |(agent, _): &AgentRun| {
         let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
@@ -488,7 +496,7 @@ pub(super) async fn discard(site: &Site, number: CheckpointNumber) {
 }
 
 /// Does something until it has worked or the daemon ends.
-async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
+pub(super) async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
 where
     F: Future<Output = Result<(), Failure>>,
 {

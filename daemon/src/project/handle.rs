@@ -11,6 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::follow_up::Prepared;
 use super::ids::NewToken;
 use super::look::Found;
+use super::retain::Retain;
 use crate::errors::Failure;
 use crate::services::Services;
 use crate::shim::link::ShimLink;
@@ -91,6 +92,8 @@ pub enum Message {
     Begin(Box<Begin>, Answer),
     /// Waits for the end of an operation that is under way.
     Await(OperationId, Answer),
+    /// A wish to remove checkpoints.
+    Retain(Box<Retain>, Answer),
     /// A report.
     Outcome(Box<Outcome>),
     /// A launch was carried out.
@@ -200,7 +203,7 @@ impl ProjectHandle {
         }
     }
 
-    async fn ask(&self, message: impl FnOnce(Answer) -> Message) -> Result<Value, Failure> {
+    pub(super) async fn ask(&self, message: impl FnOnce(Answer) -> Message) -> Result<Value, Failure> {
         let gone = || {
             Failure::from(Refusal::new(
                 Code::ShuttingDown,

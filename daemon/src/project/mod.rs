@@ -17,10 +17,12 @@ mod effects;
 mod follow_up;
 mod handle;
 mod ids;
+mod instants;
 mod links;
 mod look;
 mod registry;
 mod restoring;
+mod retain;
 mod subjects;
 
 pub use actor::{Actor, Adopted};
@@ -30,4 +32,5 @@ pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{Found, exit_status, observe};
 pub use look::before_shutdown;
 pub use registry::Projects;
+pub use retain::Retain;
 pub use subjects::subjects;

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use super::actor::Actor;
 use super::effects::discard;
 use super::handle::{Message, Outcome};
+use super::retain::make_room;
 use crate::steps::restore;
 use crate::store::commit::Write;
 
@@ -27,7 +28,11 @@ impl Actor {
     ) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let task = async move {
-            let outcome = match restore::plan(&site, &operation, number, safety, &paths).await {
+            let planned = match make_room(&site, &mailbox).await {
+                Ok(()) => restore::plan(&site, &operation, number, safety, &paths).await,
+                Err(failure) => Err(failure),
+            };
+            let outcome = match planned {
                 Ok(made) => {
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };

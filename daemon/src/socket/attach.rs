@@ -45,6 +45,9 @@ const TYPING: Duration = Duration::from_secs(5);
 /// How often the rest is tried again.
 const PACE: Duration = Duration::from_millis(20);
 
+/// How long the end of a run that a viewer has seen may take to be in the project's state.
+const RECORDING: Duration = Duration::from_secs(5);
+
 /// One connection that looks at a terminal.
 pub struct Attachment {
     /// Unique among all attachments of this daemon.
@@ -310,6 +313,7 @@ impl Show {
                     self.tell("$/attach.output", &AttachOutput { attachment: self.id, data }).await
                 }
                 News::Seen(Seen::Exited(record)) => {
+                    self.until_recorded(&mut project).await;
                     let end = AttachEnd { attachment: self.id, exit: Some(exit_of(&record)) };
                     self.tell("$/attach.end", &end).await;
                     false
@@ -341,6 +345,23 @@ impl Show {
         }
         self.connection.daemon.terminals.leave(&self.attachment);
         self.connection.drop_attachment(self.id);
+    }
+
+    /// Waits until the project knows of the end, which its own link to the shim tells it: whoever is told of it here
+    /// and looks there finds it.
+    async fn until_recorded(&self, project: &mut watch::Receiver<Arc<Project>>) {
+        let ended = project.wait_for(|project| {
+            project
+                .agents
+                .get(&self.agent)
+                .is_none_or(|agent| !agent.is_alive() || agent.current_run() != Some(&self.attachment.run))
+        });
+        let recorded = async { ended.await.is_ok() };
+        tokio::select! {
+            // A project that is removed, or whose database cannot be written, keeps nobody waiting.
+            _ = tokio::time::timeout(RECORDING, recorded) => {}
+            () = self.token.cancelled() => {}
+        }
     }
 
     async fn notice(&self, notice: Notice) -> bool {

@@ -6,25 +6,26 @@ use std::sync::atomic::AtomicBool;
 use fermata_core::command::Command;
 use fermata_protocol::checkpoint::{
     CheckpointDetail, CheckpointDiff, CheckpointDiffResult, CheckpointList, CheckpointListResult, CheckpointPin,
-    CheckpointShow, CheckpointVerify, CheckpointVerifyResult, CheckpointView, Manifest, SkippedPath,
-    VerifiedCheckpoint,
+    CheckpointShow, CheckpointView, Manifest, SkippedPath,
 };
 use fermata_protocol::{CheckpointNumber, Code, Refusal};
 use serde_json::{Value, json};
-use sha2::{Digest as _, Sha256};
 
 use super::dispatch::wire;
-use crate::errors::{Failure, chain};
-use crate::history::{Point, TextDiff};
+use crate::errors::Failure;
+use crate::history::{Point, RelPath, SkipReason, TextDiff};
 use crate::project::{ProjectHandle, Projects, Tell};
-use crate::steps::checkpoint::{DATABASE, MANIFEST, hash_file, hex};
+use crate::steps::checkpoint::MANIFEST;
 use crate::steps::{Site, blocking, restore};
+use crate::store::checkpoints;
 use crate::store::commit::Write;
 use crate::store::idempotency::Keyed;
-use crate::store::{backup, checkpoints};
 
 /// How many rows one list shows at most.
 const MAX_ROWS: u32 = 1000;
+
+/// How many skipped or torn paths are shown at most; a line of the protocol has its limit.
+const MAX_PATHS: usize = 500;
 
 /// Larger files have no text in a patch.
 const MAX_PATCHED_FILE: u64 = 1 << 20;
@@ -33,7 +34,8 @@ const MAX_PATCHED_FILE: u64 = 1 << 20;
 const MAX_PATCH: usize = 8 << 20;
 
 pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<Value, Failure> {
-    let name = projects.get(&params.project)?.name();
+    let handle = projects.get(&params.project)?;
+    let name = handle.name();
     let limit = params.limit.unwrap_or(200).min(MAX_ROWS);
     let checkpoints = projects
         .services()
@@ -41,7 +43,7 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
         .read(move |c| checkpoints::list(c, &name, params.before, limit))
         .await
         .map_err(|e| Failure::fault("list checkpoints", &e))?;
-    wire(&CheckpointListResult { checkpoints })
+    wire(&CheckpointListResult { checkpoints, disk_bytes: handle.disk_bytes() })
 }
 
 /// Finds the row of a checkpoint.
@@ -76,15 +78,30 @@ pub(super) async fn show(projects: &Projects, params: &CheckpointShow) -> Result
         serde_json::from_slice::<Manifest>(&bytes).map_err(|e| damaged(format!("makes no sense: {e}")))
     })
     .await?;
-    let skipped = site.with_history(None, "read what was skipped", move |h, _, _| h.skipped(number)).await?;
-    let skipped = skipped.into_iter().map(|one| SkippedPath {
-        path: String::from_utf8_lossy(one.path.bytes()).into_owned(),
-        reason: serde_json::to_value(one.reason)
-            .ok()
-            .map(|reason| reason.as_str().map_or_else(|| reason.to_string(), str::to_owned))
-            .unwrap_or_default(),
+    let snapshot = site.with_history(None, "read what was skipped", move |h, _, _| h.manifest(number)).await?;
+    let (skipped_total, torn_total) = (snapshot.skipped.len() as u64, snapshot.torn.len() as u64);
+    let skipped = snapshot.skipped.into_iter().take(MAX_PATHS).map(|one| SkippedPath {
+        path: text_of(&one.path),
+        reason: reason(one.reason).to_owned(),
+        detail: Some(one.detail).filter(|detail| !detail.is_empty()),
     });
-    wire(&CheckpointDetail { checkpoint, manifest, skipped: skipped.collect() })
+    let torn = snapshot.torn.iter().take(MAX_PATHS).map(text_of).collect();
+    wire(&CheckpointDetail { checkpoint, manifest, skipped: skipped.collect(), skipped_total, torn, torn_total })
+}
+
+/// Writes a path; bytes that are no UTF-8 are replaced.
+fn text_of(path: &RelPath) -> String {
+    String::from_utf8_lossy(path.bytes()).into_owned()
+}
+
+/// Says why a path was left out.
+fn reason(reason: SkipReason) -> &'static str {
+    match reason {
+        SkipReason::TooLarge => "too_large",
+        SkipReason::Unreadable => "unreadable",
+        SkipReason::Special => "special",
+        SkipReason::Unsteady => "unsteady",
+    }
 }
 
 pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result<Value, Failure> {
@@ -127,73 +144,6 @@ fn points(site: &Site, params: &CheckpointDiff) -> (Point, Point) {
         None => Point::Workspace(Path::new(&site.project.facts.workspace).to_owned(), site.rules()),
     };
     (Point::Checkpoint(params.from), to)
-}
-
-pub(super) async fn verify(projects: &Projects, params: &CheckpointVerify) -> Result<Value, Failure> {
-    let handle = projects.get(&params.project)?;
-    let name = handle.name();
-    let views = match params.checkpoint {
-        Some(number) => vec![find(&handle, number).await?],
-        None => {
-            let store = &projects.services().store;
-            let list = store.read(move |c| checkpoints::list(c, &name, None, u32::MAX)).await;
-            list.map_err(|e| Failure::fault("list checkpoints", &e))?
-        }
-    };
-    let (site, mut verified) = (handle.site(), Vec::new());
-    // Together, since checkpoints share nearly everything.
-    let numbers: Vec<CheckpointNumber> = views.iter().map(|view| view.id).collect();
-    let mut snapshots = site
-        .with_history(None, "verify the snapshots", move |h, progress, cancel| {
-            Ok(h.verify_all(&numbers, progress, cancel))
-        })
-        .await?;
-    for view in views {
-        let mut problems = verify_files(&site, view.clone()).await?;
-        match snapshots.remove(&view.id) {
-            Some(Ok(report)) => problems.extend(report.bad.iter().map(|bad| format!("workspace: {bad:?}"))),
-            Some(Err(error)) => problems.push(format!("workspace: {}", chain(&error))),
-            None => problems.push("workspace: it was not verified".to_owned()),
-        }
-        verified.push(VerifiedCheckpoint { checkpoint_id: view.id, good: problems.is_empty(), problems });
-    }
-    wire(&CheckpointVerifyResult { checkpoints: verified })
-}
-
-async fn verify_files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
-    let number = view.id;
-    let (dir, project) = (site.dirs().checkpoint(number), site.project.name.clone());
-    blocking("verify the files", move || {
-        let mut problems = Vec::new();
-        match std::fs::read(dir.join(MANIFEST)) {
-            Err(error) => problems.push(format!("manifest: {error}")),
-            Ok(bytes) if hex(&Sha256::digest(&bytes)) != view.manifest_sha256 => {
-                problems.push("manifest: its bytes have changed".to_owned());
-            }
-            Ok(bytes) => match serde_json::from_slice::<Manifest>(&bytes) {
-                Err(error) => problems.push(format!("manifest: {error}")),
-                Ok(manifest) => problems.extend(changed_parts(&dir, &manifest)),
-            },
-        }
-        match backup::check(&dir.join(DATABASE), &project) {
-            Ok(None) => {}
-            Ok(Some(problem)) => problems.push(format!("database: {problem}")),
-            Err(error) => problems.push(format!("database: {}", chain(&error))),
-        }
-        Ok(problems)
-    })
-    .await
-}
-
-fn changed_parts(dir: &Path, manifest: &Manifest) -> Vec<String> {
-    let files = manifest.parts.iter().filter(|part| part.kind != "workspace");
-    files
-        .filter_map(|part| match hash_file(&dir.join(&part.path)) {
-            Ok((_, hash)) if hash == part.sha256 => None,
-            Ok(_) => Some(format!("{}: {} has changed", part.kind, part.path)),
-            Err(error) => Some(format!("{}: {}: {error}", part.kind, part.path)),
-        })
-        .collect()
 }
 
 pub(super) async fn pin(projects: &Projects, params: &CheckpointPin, keyed: Option<Keyed>) -> Result<Value, Failure> {

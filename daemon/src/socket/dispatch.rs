@@ -12,7 +12,8 @@ use sha2::{Digest as _, Sha256};
 
 use super::connection::Connection;
 use super::{
-    agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports, transfers,
+    agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports,
+    retention, transfers, verify,
 };
 use crate::auth;
 use crate::errors::Failure;
@@ -197,7 +198,9 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::CheckpointShow(p) => checkpoints::show(all, &p).await,
         Call::CheckpointDiff(p) => checkpoints::diff(all, &p).await,
         Call::CheckpointRestore(p) => operations::restore(connection, p, keyed).await,
-        Call::CheckpointVerify(p) => checkpoints::verify(all, &p).await,
+        Call::CheckpointVerify(p) => verify::run(connection, &p).await,
+        Call::CheckpointRemove(p) => retention::remove(all, p, keyed).await,
+        Call::CheckpointPrune(p) => retention::prune(all, &p, keyed).await,
         Call::CheckpointPin(p) => checkpoints::pin(all, &p, keyed).await,
         Call::CheckpointExport(p) => transfers::export(connection, p).await,
         Call::CheckpointDownload(p) => transfers::download(connection, p).await,

@@ -23,7 +23,9 @@ mod operations;
 mod plugins;
 mod projects;
 mod reports;
+mod retention;
 mod transfers;
+mod verify;
 
 use std::sync::Arc;
 

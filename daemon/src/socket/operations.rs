@@ -38,8 +38,16 @@ pub(super) async fn watched(
     begin: Begin,
 ) -> Result<Value, Failure> {
     let operation = begin.operation.clone();
+    with_progress(connection, &operation, handle.begin(begin)).await
+}
+
+/// Tells the progress that is made under an operation's id to this connection until the work has ended.
+pub(super) async fn with_progress<T>(
+    connection: &Arc<Connection>,
+    operation: &OperationId,
+    ending: impl Future<Output = T>,
+) -> T {
     let mut notes = connection.daemon.projects.services().progress.subscribe();
-    let ending = handle.begin(begin);
     tokio::pin!(ending);
     loop {
         let note = tokio::select! {
@@ -47,7 +55,7 @@ pub(super) async fn watched(
             note = notes.recv() => note,
         };
         match note {
-            Ok(note) if note.operation_id == operation => {
+            Ok(note) if note.operation_id == *operation => {
                 connection.send(&Notification::new("$/progress", json!(note))).await;
             }
             Ok(_) | Err(RecvError::Lagged(_)) => {}

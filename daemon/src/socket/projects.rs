@@ -3,13 +3,13 @@
 use fermata_core::command::Command;
 use fermata_core::view;
 use fermata_protocol::ProjectName;
-use fermata_protocol::project::{ProjectCreate, ProjectDetail, ProjectListResult, ProjectSet};
+use fermata_protocol::project::{ProjectCreate, ProjectDetail, ProjectListResult, ProjectSet, ProjectView};
 use serde_json::{Value, json};
 
 use super::dispatch::wire;
 use super::loads;
 use crate::errors::Failure;
-use crate::project::{Projects, Tell};
+use crate::project::{ProjectHandle, Projects, Tell};
 use crate::services::now;
 use crate::store::idempotency::Keyed;
 use crate::store::{checkpoints, context};
@@ -34,12 +34,17 @@ pub(super) async fn set(projects: &Projects, params: ProjectSet, keyed: Option<K
 
 pub(super) fn list(projects: &Projects) -> Result<Value, Failure> {
     let now = now();
-    let views = projects.all().iter().map(|handle| view::project(&handle.look(), now)).collect();
+    let shown = |handle: &ProjectHandle| ProjectView {
+        disk_bytes: Some(handle.disk_bytes()),
+        ..view::project(&handle.look(), now)
+    };
+    let views = projects.all().iter().map(shown).collect();
     wire(&ProjectListResult { projects: views })
 }
 
 pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Value, Failure> {
-    let project = projects.get(name)?.look();
+    let handle = projects.get(name)?;
+    let project = handle.look();
     let name = name.clone();
     let (context, count, last) = projects
         .services()
@@ -53,7 +58,7 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
     let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent, now())).collect();
     loads::fill(projects.services(), &[&project], &mut agents).await;
     wire(&ProjectDetail {
-        project: view::project(&project, now()),
+        project: ProjectView { disk_bytes: Some(handle.disk_bytes()), ..view::project(&project, now()) },
         config: project.facts.config.clone(),
         agents,
         operation: view::operation(&project),

@@ -39,6 +39,35 @@ pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failur
     .await
 }
 
+/// Removes what is left of checkpoints whose rows are gone: their directories, their refs, and the packs that
+/// no other checkpoint needs.
+///
+/// # Errors
+/// When something cannot be removed; it may be tried again.
+pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
+    let known = rows(site).await?;
+    let going: Vec<CheckpointNumber> = numbers.iter().copied().filter(|number| !known.contains(number)).collect();
+    let (dirs, numbers) = (site.dirs(), going.clone());
+    blocking("remove checkpoints", move || {
+        for path in numbers.into_iter().map(|number| dirs.checkpoint(number)) {
+            remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+            super::failpoint("retention.directory")?;
+        }
+        Ok(())
+    })
+    .await?;
+    site.with_history(None, "remove snapshots", move |history, _, _| {
+        let published = history.list()?;
+        for number in going.into_iter().filter(|number| published.contains(number)) {
+            history.remove(number)?;
+            crate::failpoint::hit("retention.ref");
+        }
+        history.sweep().map(drop)
+    })
+    .await?;
+    super::failpoint("retention.swept")
+}
+
 /// Removes what earlier crashes have left of any checkpoint, and plans of restores that have ended.
 /// Only while nothing of that is being made.
 ///

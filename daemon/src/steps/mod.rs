@@ -27,16 +27,18 @@ pub mod readiness;
 pub mod restore;
 pub mod resume;
 pub mod session;
+pub mod storage;
 pub mod transfer;
 pub mod upkeep;
 pub mod validate;
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use fermata_core::Project;
+use fermata_core::retention::Policy;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -85,6 +87,11 @@ impl Site {
             max_file_bytes: config.max_file_bytes,
             use_gitignore: config.use_gitignore,
         }
+    }
+
+    /// Returns which checkpoints of the project are kept.
+    pub fn retention(&self) -> Policy {
+        self.services.settings().retention.with(&self.project.facts.config.retention)
     }
 
     /// Returns the links of these runs; runs whose processes are gone have none.
@@ -199,6 +206,7 @@ pub async fn blocking<T: Send + 'static>(
 #[derive(Clone, Default)]
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
+    used_bytes: Arc<AtomicU64>,
     upkeep: upkeep::Upkeep,
 }
 
@@ -219,6 +227,11 @@ impl HistoryCell {
         let history = Arc::new(History::open_watched(dir, watcher)?);
         *opened = Some(Arc::clone(&history));
         Ok(history)
+    }
+
+    /// Returns what the project's checkpoints took on disk when they were measured last, bytes.
+    pub fn used_bytes(&self) -> u64 {
+        self.used_bytes.load(Ordering::Relaxed)
     }
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use fermata_core::command::AgentRun;
 use fermata_protocol::OperationId;
 
-use super::{Cancel, Site, blocking};
+use super::{Cancel, Site, blocking, storage};
 use crate::errors::Failure;
 use crate::history::{Mapped, Primed, RelPath, SnapshotRequest};
 use crate::os::{mappings, process};
@@ -52,7 +52,12 @@ pub fn in_background(mut site: Site) {
             if stopping.is_cancelled() {
                 return;
             }
-            if let Err(failure) = run(&site, None).await {
+            let known = match run(&site, None).await {
+                // What is known already takes room on the disk.
+                Ok(()) => storage::measure(&site).await.map(drop),
+                Err(failure) => Err(failure),
+            };
+            if let Err(failure) = known {
                 tracing::debug!(project = %site.project.name, %failure, "the workspace is not known yet");
             }
         };

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use fermata_protocol::event::Event;
 use tokio::sync::oneshot;
 
-use super::{Cancel, Site, history_failure};
+use super::{Cancel, Site, history_failure, storage};
 use crate::errors::Failure;
 use crate::history::{Consolidated, Extent};
 
@@ -150,6 +150,7 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
         let took_ms = took.as_millis() as u64;
         let project = &site.project.name;
         tracing::info!(%project, packs, bytes_before, bytes_after, objects, deltas, took_ms, "packs were consolidated");
+        storage::measure(site).await?;
         // What it needed can go.
         site.services.settled.notify_one();
     }

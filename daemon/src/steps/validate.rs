@@ -2,25 +2,75 @@
 
 use std::path::Path;
 
+use fermata_protocol::retention::RemovalReason;
 use fermata_protocol::{Code, Refusal};
+use serde_json::json;
 
-use super::{Site, blocking};
+use super::{Site, blocking, storage};
 use crate::errors::Failure;
 
-/// Checks that the workspace can be read and that the state directory has room.
+/// Why there is no room for a checkpoint.
+#[derive(Debug)]
+pub struct Shortage {
+    /// How many bytes have to go.
+    pub bytes: u64,
+    /// What there is no room in.
+    pub reason: RemovalReason,
+    /// What is said when nothing can go.
+    pub refusal: Refusal,
+}
+
+/// Checks that the workspace can be read and that there is room.
 ///
 /// # Errors
 /// A refusal that says what is missing.
 pub async fn run(site: &Site) -> Result<(), Failure> {
     super::failpoint("pause.validate")?;
+    match look(site).await? {
+        None => Ok(()),
+        Some(shortage) => Err(shortage.refusal.into()),
+    }
+}
+
+/// Checks the workspace, and looks for room; returns what is short.
+///
+/// # Errors
+/// A refusal of the workspace.
+pub async fn look(site: &Site) -> Result<Option<Shortage>, Failure> {
     let workspace = site.project.facts.workspace.clone();
     let state = site.services.paths.state.clone();
     let floor = site.services.settings().pause.disk_floor_bytes;
-    blocking("check the workspace", move || {
+    let short = blocking("check the workspace", move || {
         workspace_is_usable(Path::new(&workspace))?;
-        has_room(&state, floor)
+        room(&state, floor)
     })
-    .await
+    .await?;
+    match (short, site.retention().quota()) {
+        (None, Some(quota)) => Ok(over_quota(site, storage::measure(site).await?, quota)),
+        (short, _) => Ok(short),
+    }
+}
+
+fn over_quota(site: &Site, used: u64, quota: u64) -> Option<Shortage> {
+    (used >= quota).then(|| Shortage {
+        bytes: used - quota + 1,
+        reason: RemovalReason::Quota,
+        refusal: Refusal::new(
+            Code::QuotaExceeded,
+            format!(
+                "the checkpoints of project '{0}' take {1} MiB, of {2} MiB that they may, and none of them may go",
+                site.project.name,
+                used.div_ceil(1 << 20),
+                quota >> 20
+            ),
+        )
+        .hint(format!(
+            "unpin or remove checkpoints (fermatactl checkpoint ls {0}), or raise the quota: \
+             fermatactl project set {0} --max-checkpoint-bytes SIZE",
+            site.project.name
+        ))
+        .details(json!({ "used_bytes": used, "max_bytes": quota })),
+    })
 }
 
 /// Refuses a workspace that is missing, unreadable, or no directory of its own.
@@ -72,16 +122,15 @@ pub fn lies_apart(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Refuses when the file system of the state directory is nearly full.
-///
-/// # Errors
-/// `disk_full`.
-pub fn has_room(state: &Path, floor: u64) -> Result<(), Failure> {
+/// Says what is short when the file system of the state directory is nearly full.
+fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
     let stat = nix::sys::statvfs::statvfs(state)
         .map_err(|errno| Failure::fault("look for free space", &std::io::Error::from(errno)))?;
     let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-    if free < floor {
-        return Err(Refusal::new(
+    Ok((free < floor).then(|| Shortage {
+        bytes: floor - free,
+        reason: RemovalReason::DiskFloor,
+        refusal: Refusal::new(
             Code::DiskFull,
             format!(
                 "the file system of {} has {} MiB free, less than the {} MiB that checkpoints must leave",
@@ -90,8 +139,6 @@ pub fn has_room(state: &Path, floor: u64) -> Result<(), Failure> {
                 floor >> 20
             ),
         )
-        .hint("free some space, or lower pause.disk_floor_bytes in fermata.toml")
-        .into());
-    }
-    Ok(())
+        .hint("free some space, or lower pause.disk_floor_bytes in fermata.toml"),
+    }))
 }

@@ -1,6 +1,7 @@
 //! The checkpoint table. A checkpoint exists when its row does; files and refs without a row are
 //! leftovers of a crash.
 
+use fermata_core::retention::Point;
 use fermata_protocol::checkpoint::CheckpointView;
 use fermata_protocol::{CheckpointNumber, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
@@ -101,6 +102,41 @@ pub fn numbers(connection: &Connection, project: &ProjectName) -> Result<Vec<Che
     let mut statement = connection.prepare("SELECT id FROM checkpoints WHERE project = ?1 ORDER BY id").doing(READ)?;
     let rows = statement.query_map([project.as_str()], |row| row.get::<_, i64>(0)).doing(READ)?;
     rows.map(|row| row.map(i64::unsigned_abs).doing(READ)).collect()
+}
+
+/// Returns what retention needs to know of every checkpoint, the oldest first.
+///
+/// # Errors
+/// When a row cannot be read.
+pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<Point>, StoreError> {
+    let sql = "SELECT id, trigger, created_at, pinned, size_bytes FROM checkpoints WHERE project = ?1 ORDER BY id";
+    let mut statement = connection.prepare_cached(sql).doing(READ)?;
+    let columns = |row: &Row<'_>| -> rusqlite::Result<(i64, String, i64, bool, i64)> {
+        Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+    };
+    let rows = statement.query_map([project.as_str()], columns).doing(READ)?;
+    rows.map(|row| {
+        let (number, trigger, created_at, pinned, bytes) = row.doing(READ)?;
+        Ok(Point {
+            number: number.unsigned_abs(),
+            trigger: word(&trigger)?,
+            created_at: UnixMillis(created_at),
+            pinned,
+            bytes: bytes.unsigned_abs(),
+        })
+    })
+    .collect()
+}
+
+/// Removes a checkpoint's row: from here on it does not exist.
+///
+/// # Errors
+/// When the row cannot be removed.
+pub fn remove(connection: &Connection, project: &ProjectName, id: CheckpointNumber) -> Result<(), StoreError> {
+    connection
+        .execute("DELETE FROM checkpoints WHERE project = ?1 AND id = ?2", params![project.as_str(), id as i64])
+        .doing("remove the checkpoint")?;
+    Ok(())
 }
 
 /// Pins or unpins a checkpoint.

@@ -106,8 +106,10 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
         apply(connection, project, write, *now, &mut written)?;
     }
     for event in &commit.events {
-        if let Event::AgentUsed { agent, usage } = event {
-            record_usage(connection, project, agent, usage, *now)?;
+        match event {
+            Event::AgentUsed { agent, usage } => record_usage(connection, project, agent, usage, *now)?,
+            Event::CheckpointRemoved { checkpoint, .. } => checkpoints::remove(connection, project, *checkpoint)?,
+            _ => {}
         }
     }
     if !commit.events.is_empty() {

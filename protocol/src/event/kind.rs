@@ -55,6 +55,7 @@ impl Event {
             Self::CheckpointCreated { .. } => "checkpoint.created",
             Self::CheckpointFailed { .. } => "checkpoint.failed",
             Self::CheckpointPinned { .. } => "checkpoint.pinned",
+            Self::CheckpointRemoved { .. } => "checkpoint.removed",
             Self::RestoreStarted { .. } => "restore.started",
             Self::RestorePlanned { .. } => "restore.planned",
             Self::RestoreRetried { .. } => "restore.retried",
@@ -116,6 +117,7 @@ impl Event {
             | Self::CheckpointCreated { .. }
             | Self::CheckpointFailed { .. }
             | Self::CheckpointPinned { .. }
+            | Self::CheckpointRemoved { .. }
             | Self::RestoreStarted { .. }
             | Self::RestorePlanned { .. }
             | Self::RestoreRetried { .. }

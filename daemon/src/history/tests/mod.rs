@@ -2,6 +2,7 @@
 
 mod coverage;
 mod exact;
+mod ignoring;
 mod packs;
 mod random;
 mod repositories;

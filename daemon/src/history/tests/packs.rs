@@ -22,7 +22,7 @@ fn packs(history: &History) -> Vec<PathBuf> {
 
 #[track_caller]
 fn all_is_good(history: &History) {
-    for (number, report) in history.verify_all(&history.list().unwrap(), &quiet, &NEVER) {
+    for (number, report) in history.verify_all(&history.list().unwrap(), &|_| {}, &quiet, &NEVER) {
         assert_eq!(report.unwrap().bad, [], "checkpoint {number}");
     }
 }

@@ -1,0 +1,44 @@
+//! The instants just before and just after a commit, named after what is committed: failpoints for tests.
+
+use fermata_protocol::event::Event;
+
+use crate::errors::Failure;
+
+/// Passes the failpoints after a commit.
+pub(super) fn after(events: &[Event]) {
+    for event in events {
+        match event {
+            Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
+            Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
+            Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
+            Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
+            Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
+            Event::CheckpointRemoved { .. } => crate::failpoint::hit("retention.committed"),
+            Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
+            Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
+            Event::RestoreGivenUp { .. } => crate::failpoint::hit("restore.given_up"),
+            _ => {}
+        }
+    }
+}
+
+/// Passes the failpoints before a commit; an armed `error` is a commit that cannot be written.
+///
+/// # Errors
+/// When one is armed with `error`.
+pub(super) fn before(events: &[Event]) -> Result<(), Failure> {
+    for event in events {
+        match event {
+            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
+            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
+            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
+            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
+            Event::CheckpointRemoved { .. } => crate::steps::failpoint("retention.commit")?,
+            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
+            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
+            Event::RestoreGivenUp { .. } => crate::steps::failpoint("restore.give_up")?,
+            _ => {}
+        }
+    }
+    Ok(())
+}

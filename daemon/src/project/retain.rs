@@ -1,0 +1,198 @@
+//! Removing checkpoints: the rows in one transaction of the actor, then, beside it, what is left of them.
+//!
+//! ```text
+//!   choose (rows as they are now) -> one transaction: rows and events -> directories, refs, packs -> measure
+//! ```
+//! A crash before the transaction leaves whole checkpoints, one after it leaves files without a row, which
+//! the next start sweeps. The actor reads the rows itself: nobody else changes them, so that nothing can be
+//! pinned or restored between the choice and the transaction.
+
+use std::time::Duration;
+
+use fermata_core::command::Command;
+use fermata_core::retention::{self, Ask, Point, Removal};
+use fermata_protocol::CheckpointNumber;
+use fermata_protocol::event::Event;
+use fermata_protocol::retention::{CheckpointRemoveResult, RemovalReason, RemovedCheckpoint};
+use serde_json::{Value, json};
+use tokio::sync::{mpsc, oneshot};
+
+use super::actor::Actor;
+use super::effects::retry;
+use super::handle::{Answer, Message, ProjectHandle, Tell};
+use crate::errors::Failure;
+use crate::steps::{Site, storage, upkeep, validate};
+use crate::store::checkpoints;
+use crate::store::idempotency::Keyed;
+
+/// How long whoever asks for a removal waits for the room to be given back; it goes on without them.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A wish to remove checkpoints.
+pub struct Retain {
+    /// Which.
+    pub ask: Ask,
+    /// The caller's idempotency key.
+    pub keyed: Option<Keyed>,
+}
+
+impl ProjectHandle {
+    /// Removes checkpoints and waits until their room is given back.
+    ///
+    /// # Errors
+    /// A refusal or a fault; then none was removed.
+    pub async fn retain(&self, retain: Retain) -> Result<Value, Failure> {
+        self.ask(|answer| Message::Retain(Box::new(retain), answer)).await
+    }
+
+    /// Says what would be removed now.
+    ///
+    /// # Errors
+    /// A refusal, or when the rows cannot be read.
+    pub async fn would_remove(&self, ask: &Ask) -> Result<CheckpointRemoveResult, Failure> {
+        let site = self.site();
+        let points = points(&site).await?;
+        let going = choose(&site, &points, ask)?;
+        Ok(CheckpointRemoveResult { disk_bytes: Some(self.disk_bytes()), ..result(&points, &going) })
+    }
+
+    /// Returns what all checkpoints of the project take on disk, bytes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.history.used_bytes()
+    }
+}
+
+async fn points(site: &Site) -> Result<Vec<Point>, Failure> {
+    let name = site.project.name.clone();
+    let read = site.services.store.read(move |c| checkpoints::points(c, &name)).await;
+    read.map_err(|e| Failure::fault("list checkpoints", &e))
+}
+
+fn choose(site: &Site, points: &[Point], ask: &Ask) -> Result<Vec<Removal>, Failure> {
+    let used = site.history.used_bytes();
+    Ok(retention::choose(&site.project, points, ask, used, crate::services::now())?)
+}
+
+fn result(points: &[Point], going: &[Removal]) -> CheckpointRemoveResult {
+    let removed = going.iter().map(|removal| RemovedCheckpoint {
+        checkpoint_id: removal.point.number,
+        trigger: removal.point.trigger,
+        reason: removal.reason,
+        size_bytes: removal.point.bytes,
+    });
+    CheckpointRemoveResult { removed: removed.collect(), kept: (points.len() - going.len()) as u64, disk_bytes: None }
+}
+
+impl Actor {
+    /// Removes checkpoints; the answer comes when their room is given back.
+    pub(super) async fn retain(&mut self, retain: Retain, answer: Answer) {
+        let removed = self.remove_rows(retain).await;
+        let discarding = self.discarding.take();
+        let history = self.history.clone();
+        self.services.tracker.spawn(async move {
+            let Ok(mut reply) = removed else { return drop(answer.send(removed)) };
+            if let Some(task) = discarding {
+                // One that takes longer, or fails and is tried again, is in the log.
+                drop(tokio::time::timeout(PATIENCE, task).await);
+            }
+            reply["disk_bytes"] = json!(history.used_bytes());
+            // Whoever no longer waits has lost interest, not the fact.
+            drop(answer.send(Ok(reply)));
+        });
+    }
+
+    async fn remove_rows(&mut self, retain: Retain) -> Result<Value, Failure> {
+        let Retain { ask, keyed } = retain;
+        let site = self.site();
+        let points = points(&site).await?;
+        let removals = choose(&site, &points, &ask)?;
+        let reply = json!(result(&points, &removals));
+        let command = Command::RemoveCheckpoints { removals };
+        let remembered = reply.clone();
+        let view = Box::new(move |_: &fermata_core::Project, _: &crate::store::commit::Written| remembered);
+        self.told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await?;
+        Ok(reply)
+    }
+
+    /// Removes what is left of checkpoints, again and again until it has worked.
+    pub(super) fn discard_checkpoints(&mut self, checkpoints: Vec<CheckpointNumber>) {
+        let site = self.site();
+        self.discarding = Some(self.services.tracker.spawn(async move {
+            retry("remove what is left of checkpoints", &site, |site| {
+                let checkpoints = checkpoints.clone();
+                async move { storage::discard(&site, &checkpoints).await }
+            })
+            .await;
+        }));
+    }
+
+    /// Has packs joined, measures what a new checkpoint takes, and lets go what is kept no longer.
+    pub(super) fn look_after_checkpoints(&self, events: &[Event]) {
+        upkeep::follow(&self.site(), events);
+        let made = events.iter().any(|event| {
+            matches!(
+                event,
+                Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::ProjectRestored { .. }
+            )
+        });
+        if !made {
+            return;
+        }
+        let (site, handle) = (self.site(), self.handle());
+        self.services.tracker.spawn(async move {
+            if let Err(failure) = storage::measure(&site).await {
+                tracing::warn!(project = %site.project.name, %failure, "what the checkpoints take is not known");
+            }
+            let retain = Retain { ask: Ask::Policy(site.retention()), keyed: None };
+            match handle.retain(retain).await {
+                Ok(_) => {}
+                // The project was removed, or the daemon ends: the next checkpoint asks again.
+                Err(Failure::Refused(refusal)) => tracing::debug!(project = %handle.name(), %refusal, "not now"),
+                Err(failure) => tracing::warn!(project = %handle.name(), %failure, "old checkpoints stay for now"),
+            }
+        });
+    }
+}
+
+/// Checks that a checkpoint can be made. Where there is no room for it, what the retention no longer keeps goes
+/// first, then the oldest that nobody needs.
+///
+/// # Errors
+/// A refusal that says what is missing.
+pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> Result<(), Failure> {
+    crate::steps::failpoint("pause.validate")?;
+    let Some(mut shortage) = validate::look(site).await? else { return Ok(()) };
+    // By a quota the policy's answer is the oldest as well; a disk is not the project's alone.
+    let mut ask = match shortage.reason {
+        RemovalReason::DiskFloor => Ask::Policy(site.retention()),
+        _ => Ask::Room { bytes: shortage.bytes, reason: shortage.reason },
+    };
+    loop {
+        let by_policy = matches!(ask, Ask::Policy(_));
+        let (answer, answered) = oneshot::channel();
+        let retain = Box::new(Retain { ask, keyed: None });
+        // An actor that is gone removes nothing.
+        drop(mailbox.send(Message::Retain(retain, answer)).await);
+        let removed = match answered.await {
+            Ok(reply) => reply?["removed"].as_array().is_some_and(|removed| !removed.is_empty()),
+            Err(_) => false,
+        };
+        if !removed && !by_policy {
+            return Err(shortage.refusal.into());
+        }
+        shortage = match validate::look(site).await? {
+            None => return Ok(()),
+            // What was removed may lie in packs that others need as well.
+            Some(_) if removed => {
+                upkeep::consolidate(site, Extent::Waste).await?;
+                match validate::look(site).await? {
+                    None => return Ok(()),
+                    Some(shortage) => shortage,
+                }
+            }
+            Some(shortage) => shortage,
+        };
+        tracing::info!(project = %site.project.name, bytes = shortage.bytes, "more room is needed for a checkpoint");
+        ask = Ask::Room { bytes: shortage.bytes, reason: shortage.reason };
+    }
+}

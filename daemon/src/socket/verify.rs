@@ -1,0 +1,176 @@
+//! The handler of `checkpoint.verify`: reads every part of checkpoints again and compares hashes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use fermata_protocol::checkpoint::{
+    CheckpointVerify, CheckpointVerifyResult, CheckpointView, Manifest, VerifiedCheckpoint,
+};
+use fermata_protocol::{CheckpointNumber, Code, OperationId};
+use serde_json::Value;
+use sha2::{Digest as _, Sha256};
+
+use super::checkpoints::find;
+use super::connection::Connection;
+use super::dispatch::wire;
+use super::operations::with_progress;
+use crate::errors::{Failure, chain};
+use crate::history::HistoryError;
+use crate::project::{ProjectHandle, new_operation};
+use crate::services::ProgressNote;
+use crate::steps::checkpoint::{DATABASE, MANIFEST, hash_file, hex};
+use crate::steps::{Cancel, Site, blocking};
+use crate::store::{backup, checkpoints};
+
+/// Ends the work when whoever asked for it no longer waits.
+struct Asked(Cancel);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.0.cancel();
+    }
+}
+
+pub(super) async fn run(connection: &Arc<Connection>, params: &CheckpointVerify) -> Result<Value, Failure> {
+    let handle = connection.daemon.projects.get(&params.project)?;
+    // No operation of the project's: it only reads. The id is what its progress is told under.
+    let operation = new_operation();
+    let verified = with_progress(connection, &operation, verify(&handle, params, &operation)).await?;
+    wire(&CheckpointVerifyResult { checkpoints: verified })
+}
+
+async fn verify(
+    handle: &ProjectHandle,
+    params: &CheckpointVerify,
+    operation: &OperationId,
+) -> Result<Vec<VerifiedCheckpoint>, Failure> {
+    let site = handle.site();
+    let _asked = Asked(site.cancel.clone());
+    let views = match params.checkpoint {
+        Some(number) => vec![find(handle, number).await?],
+        None => {
+            let name = handle.name();
+            let list = site.services.store.read(move |c| checkpoints::list(c, &name, None, u32::MAX)).await;
+            list.map_err(|e| Failure::fault("list checkpoints", &e))?
+        }
+    };
+    // Together, since checkpoints share nearly everything.
+    let mut snapshots = snapshots(&site, &views, operation).await?;
+    let mut verified = Vec::new();
+    for view in views {
+        let number = view.id;
+        let mut problems = files(&site, view.clone()).await?;
+        match snapshots.remove(&number) {
+            Some(found) => problems.extend(found),
+            None => problems.push("workspace: it was not verified".to_owned()),
+        }
+        if !problems.is_empty() && params.checkpoint.is_none() && is_gone(handle, number).await? {
+            // The retention has removed it meanwhile: its parts are not missing, they are no more.
+            continue;
+        }
+        verified.push(VerifiedCheckpoint { checkpoint_id: number, good: problems.is_empty(), problems });
+    }
+    Ok(verified)
+}
+
+async fn is_gone(handle: &ProjectHandle, number: u64) -> Result<bool, Failure> {
+    match find(handle, number).await {
+        Ok(_) => Ok(false),
+        Err(Failure::Refused(refusal)) if refusal.code == Code::CheckpointNotFound => Ok(true),
+        Err(failure) => Err(failure),
+    }
+}
+
+/// Returns the problems of each snapshot.
+async fn snapshots(
+    site: &Site,
+    views: &[CheckpointView],
+    operation: &OperationId,
+) -> Result<BTreeMap<CheckpointNumber, Vec<String>>, Failure> {
+    let named: Vec<(CheckpointNumber, String)> = views.iter().map(|view| (view.id, view.git_commit.clone())).collect();
+    let (notes, operation_id) = (site.services.progress.clone(), operation.clone());
+    // One checkpoint counts its objects, several are counted themselves.
+    let counted = (named.len() == 1).then_some(operation);
+    site.with_history(counted, "verify the snapshots", move |history, progress, cancel| {
+        let numbers: Vec<CheckpointNumber> = named.iter().map(|(number, _)| *number).collect();
+        let total = numbers.len() as u64;
+        let begins = |done: usize| {
+            if total > 1 {
+                let (operation_id, step) = (operation_id.clone(), format!("checkpoint {}", numbers[done]));
+                // Nobody may be listening.
+                drop(notes.send(ProgressNote { operation_id, step, done: done as u64, total, unit: "checkpoints" }));
+            }
+        };
+        let mut reports = history.verify_all(&numbers, &begins, progress, cancel);
+        if cancel.load(Ordering::Relaxed) {
+            return Err(HistoryError::Cancelled);
+        }
+        let each = named.into_iter().map(|(number, named)| {
+            let mut problems = Vec::new();
+            match history.commit_of(number) {
+                Ok(commit) if commit.to_string() != named => {
+                    problems.push(format!("workspace: its snapshot is {commit}, not {named}"));
+                }
+                // What is the matter is in the report as well.
+                Ok(_) | Err(_) => {}
+            }
+            match reports.remove(&number) {
+                Some(Ok(report)) => problems.extend(report.bad.iter().map(|bad| {
+                    let place = if bad.path.is_empty() { String::new() } else { format!("{}: ", bad.path) };
+                    format!("workspace: {place}object {}: {}", bad.oid, bad.problem)
+                })),
+                Some(Err(error)) => problems.push(format!("workspace: {}", chain(&error))),
+                None => problems.push("workspace: it was not verified".to_owned()),
+            }
+            (number, problems)
+        });
+        Ok(each.collect())
+    })
+    .await
+}
+
+/// Returns the problems of a checkpoint's files.
+async fn files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
+    let (dir, project) = (site.dirs().checkpoint(view.id), site.project.name.clone());
+    blocking("verify the files", move || {
+        let mut problems = Vec::new();
+        match std::fs::read(dir.join(MANIFEST)) {
+            Err(error) => problems.push(format!("manifest: {error}")),
+            Ok(bytes) if hex(&Sha256::digest(&bytes)) != view.manifest_sha256 => {
+                problems.push("manifest: its bytes have changed".to_owned());
+            }
+            Ok(bytes) => match serde_json::from_slice::<Manifest>(&bytes) {
+                Err(error) => problems.push(format!("manifest: {error}")),
+                Ok(manifest) => problems.extend(changed_parts(&dir, &view, &manifest)),
+            },
+        }
+        match backup::check(&dir.join(DATABASE), &project) {
+            Ok(None) => {}
+            Ok(Some(problem)) => problems.push(format!("database: {problem}")),
+            Err(error) => problems.push(format!("database: {}", chain(&error))),
+        }
+        Ok(problems)
+    })
+    .await
+}
+
+/// Compares every file with the manifest, and the snapshot that it names with the row's.
+fn changed_parts(dir: &Path, view: &CheckpointView, manifest: &Manifest) -> Vec<String> {
+    let mut problems = Vec::new();
+    for part in &manifest.parts {
+        if part.kind == "workspace" {
+            if part.path != view.git_commit {
+                problems.push(format!("manifest: it names the snapshot {}, not {}", part.path, view.git_commit));
+            }
+            continue;
+        }
+        match hash_file(&dir.join(&part.path)) {
+            Ok((_, hash)) if hash == part.sha256 => {}
+            Ok(_) => problems.push(format!("{}: {} has changed", part.kind, part.path)),
+            Err(error) => problems.push(format!("{}: {}: {error}", part.kind, part.path)),
+        }
+    }
+    problems
+}
