@@ -21,6 +21,7 @@ use super::actor::Actor;
 use super::effects::retry;
 use super::handle::{Answer, Message, ProjectHandle, Tell};
 use crate::errors::Failure;
+use crate::history::Extent;
 use crate::steps::{Site, storage, upkeep, validate};
 use crate::store::checkpoints;
 use crate::store::idempotency::Keyed;
