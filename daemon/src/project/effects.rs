@@ -394,7 +394,7 @@ async fn pause_checkpoint(
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
     let draft = work.draft.take().await;
-    let captured = checkpoint::capture(site, order, &plans, now, Rows::Now(draft)).await?;
+    let captured = checkpoint::capture(site, order, &plans, now, Rows::Now(draft.map(Box::new))).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;

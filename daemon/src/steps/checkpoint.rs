@@ -87,7 +87,7 @@ pub struct Captured {
 /// When the database part is written.
 pub enum Rows {
     /// While the agents stand still: from the draft, as far as it holds.
-    Now(Option<Draft>),
+    Now(Option<Box<Draft>>),
     /// Once they run again: only its instant is pinned.
     Later,
 }
@@ -114,7 +114,7 @@ pub async fn capture(
     database::create(&partial).await?;
     let database = async {
         match rows {
-            Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft)
+            Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft.map(|draft| *draft))
                 .await
                 .map(|(part, ms)| Taken::Written(part, ms)),
             Rows::Later => database::begin(site, &partial).await.map(Taken::Pinned),
