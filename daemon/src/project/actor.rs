@@ -18,6 +18,7 @@ use tokio::task::JoinHandle;
 
 use super::conclude::{Conclusion, conclusions};
 use super::effects::{PauseWork, discard};
+use super::failpoints;
 use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
 use super::ids::NewToken;
 use super::links::Watcher;
@@ -37,9 +38,6 @@ const MAILBOX: usize = 256;
 
 /// How many operations may wait for a checkpoint that is being made.
 const DEFERRED: usize = 16;
-
-/// After so many tries whoever waits for a restore is told that it goes on without them, should a disk be full.
-const PATIENT_TRIES: u32 = 5;
 
 /// How long a report that could not be persisted waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
@@ -451,7 +449,7 @@ impl Actor {
         }
         let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
         let next = Arc::new(next);
-        hit_before(&decision.events)?;
+        failpoints::hit_before(&decision.events)?;
         let only_before = match decision.events.iter().any(|event| matches!(event, Event::ProjectPaused { .. })) {
             true => self.work.lock().await.proven_until,
             false => None,
@@ -482,7 +480,7 @@ impl Actor {
             .into(),
             error => Failure::fault("save the change", &error),
         })?;
-        self.hit_after(&decision.events);
+        failpoints::hit_after(&decision.events);
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
@@ -518,21 +516,6 @@ impl Actor {
         }
     }
 
-    /// Whoever waits for a restore that a full disk keeps from going on is not kept waiting for as long as it may take.
-    fn tell_of_trouble(&mut self, events: &[Event]) {
-        for event in events {
-            let Event::RestoreRetried { operation, tries: PATIENT_TRIES, error, .. } = event else { continue };
-            if error.data.code != Code::DiskFull {
-                continue;
-            }
-            let refusal = Refusal::new(Code::DiskFull, error.message.clone())
-                .hint(format!("make room: the restore goes on by itself; fermatactl op show {operation}"));
-            for answer in self.waiters.remove(operation).unwrap_or_default() {
-                reply(answer, Err(refusal.clone().into()));
-            }
-        }
-    }
-
     fn tell_plugins(&self, events: &[Event], at: i64) {
         for event in events {
             let mut value = json!(event);
@@ -542,22 +525,6 @@ impl Actor {
                 members.insert("at".into(), json!(at));
             }
             self.services.plugins.notify(&Arc::new(value));
-        }
-    }
-
-    fn hit_after(&self, events: &[Event]) {
-        for event in events {
-            match event {
-                Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
-                Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
-                Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
-                Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
-                Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
-                Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
-                Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
-                Event::RestoreGivenUp { .. } => crate::failpoint::hit("restore.given_up"),
-                _ => {}
-            }
         }
     }
 }
@@ -570,30 +537,13 @@ async fn sleep_until(alarm: Option<tokio::time::Instant>) {
     }
 }
 
-/// Failpoints before a commit; an armed `error` is a commit that cannot be written.
-fn hit_before(events: &[Event]) -> Result<(), Failure> {
-    for event in events {
-        match event {
-            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
-            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
-            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
-            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
-            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
-            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
-            Event::RestoreGivenUp { .. } => crate::steps::failpoint("restore.give_up")?,
-            _ => {}
-        }
-    }
-    Ok(())
-}
-
 /// What carrying a command out brought about.
 struct Carried {
     reply: Option<Value>,
     removed: bool,
 }
 
-fn reply(answer: Answer, result: Result<Value, Failure>) {
+pub(super) fn reply(answer: Answer, result: Result<Value, Failure>) {
     // A caller that no longer waits has lost interest, not the fact.
     drop(answer.send(result));
 }

@@ -14,6 +14,7 @@ pub mod automatic;
 mod conclude;
 mod drafting;
 mod effects;
+mod failpoints;
 mod follow_up;
 mod handle;
 mod ids;
