@@ -39,9 +39,6 @@ const MAILBOX: usize = 256;
 /// How many operations may wait for a checkpoint that is being made.
 const DEFERRED: usize = 16;
 
-/// After so many tries whoever waits for a restore is told that it goes on without them, should a disk be full.
-const PATIENT_TRIES: u32 = 5;
-
 /// How long a report that could not be persisted waits before it is tried again.
 const RETRY: Duration = Duration::from_millis(500);
 
@@ -528,21 +525,6 @@ impl Actor {
         }
     }
 
-    /// Whoever waits for a restore that a full disk keeps from going on is not kept waiting for as long as it may take.
-    fn tell_of_trouble(&mut self, events: &[Event]) {
-        for event in events {
-            let Event::RestoreRetried { operation, tries: PATIENT_TRIES, error, .. } = event else { continue };
-            if error.data.code != Code::DiskFull {
-                continue;
-            }
-            let refusal = Refusal::new(Code::DiskFull, error.message.clone())
-                .hint(format!("make room: the restore goes on by itself; fermatactl op show {operation}"));
-            for answer in self.waiters.remove(operation).unwrap_or_default() {
-                reply(answer, Err(refusal.clone().into()));
-            }
-        }
-    }
-
     fn tell_plugins(&self, events: &[Event], at: i64) {
         for event in events {
             let mut value = json!(event);
@@ -570,7 +552,7 @@ pub(super) struct Carried {
     removed: bool,
 }
 
-fn reply(answer: Answer, result: Result<Value, Failure>) {
+pub(super) fn reply(answer: Answer, result: Result<Value, Failure>) {
     // A caller that no longer waits has lost interest, not the fact.
     drop(answer.send(result));
 }

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use fermata_core::Project;
 use fermata_core::command::Command;
-use fermata_protocol::{CheckpointNumber, Code, OperationId};
+use fermata_protocol::event::Event;
+use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::actor::Actor;
+use super::actor::{Actor, reply};
 use super::effects::discard;
 use super::handle::{Message, Outcome};
 use super::retain::make_room;
@@ -102,6 +103,26 @@ impl Actor {
                 drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
             }
         });
+    }
+}
+
+/// After so many tries whoever waits for a restore is told that it goes on without them, should a disk be full.
+const PATIENT_TRIES: u32 = 5;
+
+impl Actor {
+    /// Whoever waits for a restore that a full disk keeps from going on is not kept waiting for as long as it may take.
+    pub(super) fn tell_of_trouble(&mut self, events: &[Event]) {
+        for event in events {
+            let Event::RestoreRetried { operation, tries: PATIENT_TRIES, error, .. } = event else { continue };
+            if error.data.code != Code::DiskFull {
+                continue;
+            }
+            let refusal = Refusal::new(Code::DiskFull, error.message.clone())
+                .hint(format!("make room: the restore goes on by itself; fermatactl op show {operation}"));
+            for answer in self.waiters.remove(operation).unwrap_or_default() {
+                reply(answer, Err(refusal.clone().into()));
+            }
+        }
     }
 }
 
