@@ -12,6 +12,7 @@ use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{Code, Refusal};
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, Workspace, process};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
 
 use crate::scene::*;
@@ -171,4 +172,72 @@ fn a_daemon_that_dies_before_it_has_written_down_that_it_gives_up_gives_up_again
 #[test]
 fn a_daemon_that_dies_right_after_that_leaves_nobody_frozen() {
     dies_while_giving_up("restore.given_up");
+}
+
+/// A small file system as a workspace; none without privileges.
+struct Small(std::path::PathBuf);
+
+impl Small {
+    fn mount(at: &std::path::Path) -> Option<Self> {
+        fs::create_dir_all(at).expect("create the mount point");
+        mount(Some("none"), at, Some("tmpfs"), MsFlags::empty(), Some("size=12m,mode=0755")).ok()?;
+        Some(Self(at.to_owned()))
+    }
+
+    fn remount(&self, flags: MsFlags) {
+        mount(None::<&str>, &self.0, None::<&str>, MsFlags::MS_REMOUNT | flags, None::<&str>).expect("remount");
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).expect("unmount");
+    }
+}
+
+fn has_draft(workspace: &Workspace) -> bool {
+    let names = fs::read_dir(workspace.path()).expect("list").flatten().map(|entry| entry.file_name());
+    names.into_iter().any(|name| name.to_string_lossy().starts_with(".fermata-restore-"))
+}
+
+#[test]
+fn a_restore_that_a_full_disk_holds_up_goes_on_once_there_is_room() {
+    let config = "[restore]\npatience_ms = 200\n[pause]\ndisk_floor_bytes = 65536\n";
+    let sandbox = Sandbox::builder().config(config).start();
+    let path = sandbox.workspace("web").path().to_owned();
+    let Some(_small) = Small::mount(&path) else { return };
+    let workspace = furnished(&sandbox, "web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    workspace.write(".gitignore", "*.o\n").write("large", vec![b'l'; 5 << 20]).write("zz", "old");
+    let first = checkpoint(&sandbox);
+    workspace.remove("large").write("zz", "newer").write("fill.o", vec![b'f'; 10 << 20]);
+    let answer = refused(&sandbox, &restore_of(first.id));
+    assert_eq!(answer.code, Code::DiskFull, "{answer:?}");
+    assert!(answer.hint.as_deref().is_some_and(|hint| hint.contains("goes on by itself")), "{answer:?}");
+    assert_eq!(status(&sandbox), ProjectStatus::Restoring);
+    workspace.remove("fill.o");
+    wait_until(GIVEN_UP, "the restore to go on", || status(&sandbox) == ProjectStatus::Init);
+    assert_eq!((workspace.read("large").len(), workspace.read("zz")), (5 << 20, "old".to_owned()));
+    assert!(!has_draft(&workspace));
+    assert_eq!(operations(&sandbox)[0].state, OperationState::Succeeded);
+}
+
+#[test]
+fn a_restore_onto_a_read_only_file_system_is_given_up_and_works_later() {
+    let sandbox = Sandbox::builder().config(IMPATIENT).start();
+    let path = sandbox.workspace("web").path().to_owned();
+    let Some(small) = Small::mount(&path) else { return };
+    let workspace = furnished(&sandbox, "web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    let first = checkpoint(&sandbox);
+    workspace.write("README.md", "# Later\n").write("new", "new");
+    small.remount(MsFlags::MS_RDONLY);
+    let answer = refused(&sandbox, &restore_of(first.id));
+    assert_eq!(answer.code, Code::RestoreFailed, "{answer:?}");
+    assert!(show(&sandbox).project.broken.is_some());
+    small.remount(MsFlags::empty());
+    assert!(!has_draft(&workspace));
+    done(&sandbox, &restore_of(first.id));
+    assert_eq!((workspace.read("README.md"), workspace.has("new")), ("# A project\n".to_owned(), false));
+    assert!(show(&sandbox).project.broken.is_none());
 }
