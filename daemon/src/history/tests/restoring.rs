@@ -210,6 +210,9 @@ fn unprivileged_scenario() {
     sandbox.write("ro/sub/file", "1");
     sandbox.write("ro/other", "1");
     sandbox.write("ro/gone/deep", "1");
+    sandbox.write("ro/marked", "1");
+    set_xattr(&sandbox.at("ro/marked"), "user.mark", Some(b"first"));
+    set_mode(&sandbox.at("ro/marked"), 0o444);
     sandbox.write("secret", "1");
     sandbox.write("closed/inner", "1");
     let open = |mode: u32| ["ro/sub", "ro"].iter().for_each(|dir| set_mode(&sandbox.at(dir), mode));
@@ -220,9 +223,12 @@ fn unprivileged_scenario() {
     let skipped: Vec<_> = snapshot.skipped.iter().map(|skip| (skip.path.to_string(), skip.reason)).collect();
     let expected = [("closed", SkipReason::Unreadable), ("secret", SkipReason::Unreadable)];
     assert_eq!(skipped, expected.map(|(path, reason)| (path.to_owned(), reason)));
-    let before = picture(&sandbox.at("ro"));
+    let before = (picture(&sandbox.at("ro")), finer(&sandbox.at("ro")));
 
     ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
+    set_mode(&sandbox.at("ro/marked"), 0o644);
+    set_xattr(&sandbox.at("ro/marked"), "user.mark", Some(b"second"));
+    set_mode(&sandbox.at("ro/marked"), 0o444);
     sandbox.write("ro/sub/file", "22");
     sandbox.write("ro/new/file", "22");
     fs::remove_file(sandbox.at("ro/other")).unwrap();
@@ -231,7 +237,7 @@ fn unprivileged_scenario() {
     open(0o555);
     let report = sandbox.restore(1, 2);
     assert_eq!((report.mismatches, report.conflicts), (vec![], vec![]));
-    assert_eq!(picture(&sandbox.at("ro")), before);
+    assert_eq!((picture(&sandbox.at("ro")), finer(&sandbox.at("ro"))), before);
 
     // Only some paths: the directory above them keeps its mode.
     ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
