@@ -46,9 +46,6 @@ pub async fn plan(
     super::failpoint("restore.begin")?;
     let paths = parse_paths(paths)?;
     super::validate::run(site).await?;
-    if paths.is_none() {
-        check_parts(site, number).await?;
-    }
     let order = Order {
         operation: operation.clone(),
         number: safety,
@@ -60,7 +57,13 @@ pub async fn plan(
         runs: Vec::new(),
     };
     let now = crate::services::now();
-    let captured = checkpoint::capture(site, &order, &Vec::new(), now, checkpoint::Rows::Later).await?;
+    let checking = async { if paths.is_none() { check_parts(site, number).await } else { Ok(()) } };
+    let nothing_planned = Vec::new();
+    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later);
+    // Both have ended before any error is looked at, so that nobody is at work when the checkpoint is discarded.
+    let (checked, captured) = tokio::join!(checking, capturing);
+    checked?;
+    let captured = captured?;
     let made = checkpoint::seal(site, &order, captured, now).await?;
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
     let planned = site
@@ -82,7 +85,7 @@ pub async fn plan(
     Ok(made)
 }
 
-/// Refuses a checkpoint whose database part cannot be restored, before anything is done.
+/// Refuses a checkpoint whose database part cannot be restored, before anything in the workspace is changed.
 async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failure> {
     let (file, project) = (site.dirs().checkpoint(number).join(checkpoint::DATABASE), site.project.name.clone());
     blocking("check the checkpoint", move || {
@@ -134,16 +137,18 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     })
     .await?;
     let PlanFile { plan, changes, prepare_ms } = file;
-    let (plan, report) = site
-        .with_history(Some(operation), "restore the workspace", move |history, progress, _| {
-            let report = history.apply_restore(&plan, progress)?;
-            Ok((plan, report))
-        })
-        .await?;
+    let whole = plan.paths.is_none();
+    let restoring = site.with_history(Some(operation), "restore the workspace", move |history, progress, _| {
+        let report = history.apply_restore(&plan, progress)?;
+        Ok((plan, report))
+    });
+    let reading = async { if whole { read_rows(site, number).await.map(Some) } else { Ok(None) } };
+    let (restored, rows) = tokio::join!(restoring, reading);
+    let (plan, report) = restored?;
     super::failpoint("restore.applied")?;
+    let rows = rows?;
     let ns = crate::os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };
-    let rows = if plan.paths.is_none() { Some(read_rows(site, number).await?) } else { None };
     let done = Done { plan, report, ended };
     Ok(Applied { rows, done, changes, prepare_ms, apply_ms: ms_since(start) })
 }
