@@ -76,7 +76,9 @@ fn run(arguments: &Arguments) -> Result<(), StartError> {
     let log = start_log(&settings);
     let skip = std::env::var_os("FERMATA_SKIP_RECOVERY").is_some_and(|value| value != "0" && !value.is_empty());
     let options = Options { paths, recover: !arguments.no_recover && !skip };
+    // A workspace may be as deep as a path is long, and work follows it down; only what is used takes memory.
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .thread_stack_size(32 << 20)
         .worker_threads(2)
         // Queries, snapshots, token counts: more at once would only wait for the disk.
         .max_blocking_threads(32)

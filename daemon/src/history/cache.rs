@@ -18,14 +18,14 @@ use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use super::beneath::Time;
+use super::found::SkipReason;
 use super::meta::Xattrs;
 use super::names::RelPath;
 use super::oid::Oid;
 use super::picture::{Child, Dir, File, Node, Picture, Remarks, Seen, Source, total};
 use super::rules::Rules;
-use super::scan::SkipReason;
 
-const HEADER: &[u8] = b"fermata picture 1\n";
+const HEADER: &[u8] = b"fermata picture 2\n";
 
 /// Directories deeper than any path can lead are not ours.
 const MAX_DEPTH: u32 = 4096;
@@ -38,7 +38,9 @@ const REASONS: [SkipReason; 4] =
 #[derive(Serialize, Deserialize)]
 struct Small {
     rules: Rules,
-    sources: Vec<Source>,
+    above: Vec<Source>,
+    nested: Vec<Source>,
+    mounts: Vec<String>,
     index: Option<Seen>,
     forced: BTreeSet<RelPath>,
     notes: Vec<String>,
@@ -58,7 +60,9 @@ pub(super) fn load(path: &Path) -> Option<Picture> {
     reader.0.is_empty().then_some(Picture {
         commit,
         rules: small.rules,
-        sources: small.sources,
+        above: small.above,
+        nested: small.nested,
+        mounts: small.mounts,
         index: small.index,
         forced: Arc::new(small.forced),
         notes: small.notes,
@@ -73,7 +77,9 @@ pub(super) fn save(picture: &Picture, path: &Path) -> io::Result<()> {
     out.0.extend_from_slice(picture.commit.raw());
     let small = Small {
         rules: picture.rules.clone(),
-        sources: picture.sources.clone(),
+        above: picture.above.clone(),
+        nested: picture.nested.clone(),
+        mounts: picture.mounts.clone(),
         index: picture.index,
         forced: BTreeSet::clone(&picture.forced),
         notes: picture.notes.clone(),
@@ -117,7 +123,7 @@ impl Writer {
     fn dir(&mut self, dir: &Dir) {
         self.seen(&dir.seen);
         let (listed, ignoring, filled) = (dir.unreadable.is_none(), dir.ignore_file.is_some(), dir.files.is_some());
-        self.flags(&[dir.covered, dir.settled, dir.nested, listed, ignoring, filled]);
+        self.flags(&[dir.covered, dir.settled, dir.nested, listed, ignoring, filled, dir.ignore_settled]);
         self.xattrs(&dir.xattrs);
         if let Some(why) = &dir.unreadable {
             self.counted(why.as_bytes());
@@ -226,7 +232,7 @@ impl<'a> Reader<'a> {
             return None;
         }
         let seen = self.seen()?;
-        let [covered, settled, nested, listed, ignoring, filled] = self.flags()?;
+        let [covered, settled, nested, listed, ignoring, filled, ignore_settled] = self.flags()?;
         let xattrs = self.xattrs()?;
         let unreadable = if listed { None } else { Some(self.text()?) };
         let ignore_file = if ignoring { Some(self.seen()?) } else { None };
@@ -238,7 +244,20 @@ impl<'a> Reader<'a> {
         });
         let children: Box<[Child]> = children.collect::<Option<_>>()?;
         let totals = total(&children);
-        Some(Dir { seen, xattrs, covered, settled, unreadable, ignore_file, nested, children, totals, files, meta })
+        Some(Dir {
+            seen,
+            xattrs,
+            covered,
+            settled,
+            unreadable,
+            ignore_file,
+            ignore_settled,
+            nested,
+            children,
+            totals,
+            files,
+            meta,
+        })
     }
 
     fn node(&mut self, depth: u32) -> Option<Node> {
@@ -282,6 +301,7 @@ mod tests {
             settled: true,
             unreadable: unreadable.map(Into::into),
             ignore_file: Some(seen(1)),
+            ignore_settled: true,
             nested: false,
             totals: total(&children),
             children,
@@ -298,7 +318,9 @@ mod tests {
         Picture {
             commit: oid,
             rules: Rules::default(),
-            sources: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
+            above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
+            nested: vec![("/c".into(), None)],
+            mounts: vec!["/d ext4".to_owned()],
             index: Some(seen(9)),
             forced: Arc::new([RelPath::new("x/y").unwrap()].into()),
             notes: vec!["a note".to_owned()],

@@ -16,12 +16,13 @@ use rayon::prelude::*;
 
 use super::beneath::{FileKind, Root, Stat, stat_fd};
 use super::errors::{HistoryError, Result};
+use super::found::{SkipReason, Unread};
 use super::meta::Xattrs;
 use super::names::RelPath;
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack::{PackWriter, Packed, Streamed};
-use super::scan::{MANY, SkipReason, Unread};
+use super::scan::{MANY, is_our_shortage};
 use super::xattrs;
 use super::{OnProgress, Phase, Progress};
 
@@ -145,6 +146,9 @@ impl Reading<'_> {
     fn read_link(&self, entry: &Unread) -> Result<Outcome> {
         let target = match self.root.read_link(&entry.path) {
             Ok(target) => target,
+            Err(errno) if is_our_shortage(errno) => {
+                return Err(HistoryError::io("read", &self.root.show(&entry.path))(errno));
+            }
             Err(errno) => return Ok(refused(errno)),
         };
         let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
@@ -165,6 +169,9 @@ impl Reading<'_> {
     fn try_file(&self, path: &RelPath, last: bool) -> Result<Attempt> {
         let mut file = match self.root.open_file(path) {
             Ok(file) => file,
+            Err(errno) if is_our_shortage(errno) => {
+                return Err(HistoryError::io("open", &self.root.show(path))(errno));
+            }
             Err(errno) => return Ok(Attempt::Done(refused(errno))),
         };
         let before = match stat_fd(&file) {

@@ -6,12 +6,12 @@ use std::collections::BTreeMap;
 
 use super::beneath::Time;
 use super::errors::{HistoryError, Result};
+use super::found::SkipReason;
 use super::meta::{self, Manifest, MetaKind, MetaLine, Xattrs};
 use super::names::{RelPath, is_safe_name};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::picture::{Dir, Node, Seen};
-use super::scan::SkipReason;
 use super::tree::{MODE_LINK, TreeEntry, decode_tree};
 
 /// What stands at a path.

@@ -21,9 +21,9 @@ use std::fmt::Write as _;
 use serde::{Deserialize, Serialize};
 
 use super::beneath::Time;
+use super::found::{SkipReason, Skipped};
 use super::names::{escape, is_safe_name, unescape};
 use super::rules::Rules;
-use super::scan::{SkipReason, Skipped};
 use super::snapshot::Stats;
 use super::user_repository::UserRepository;
 use super::{RelPath, oid::Oid};

@@ -28,6 +28,7 @@ mod delta;
 mod diff;
 mod draft;
 mod errors;
+mod found;
 mod heads;
 mod ignore_file;
 mod links;
@@ -44,6 +45,7 @@ mod pack_reader;
 mod picture;
 mod plan;
 mod planner;
+mod pool;
 mod prime;
 mod reach;
 mod recheck;
@@ -61,6 +63,7 @@ mod tracked;
 mod tree;
 mod unchanged;
 mod user_repository;
+mod verdict;
 mod verify;
 mod watch;
 mod whole;
@@ -80,6 +83,7 @@ pub use bundle::{Exported, Incoming};
 pub use consolidate::{Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
+pub use found::{SkipReason, Skipped};
 pub use meta::{FORMAT, Manifest};
 pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft, unescape};
 pub use observe::Observed;
@@ -88,7 +92,6 @@ pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, Res
 pub use prime::Primed;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
-pub use scan::{SkipReason, Skipped};
 pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
 pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
@@ -102,6 +105,7 @@ use listing::{CheckpointRoot, Listing};
 use objects::ObjectStore;
 use observe::Looking;
 use picture::Picture;
+use pool::Hurry;
 use refs::Refs;
 use standing::Standings;
 use tree::ObjectSink;
@@ -161,6 +165,8 @@ pub struct History {
     /// One background look at a time.
     priming: Mutex<()>,
     standings: Standings,
+    /// The workspace that was checked last, with its real path.
+    checked: Mutex<Option<(PathBuf, PathBuf)>>,
     watch: Option<Watched>,
 }
 
@@ -220,7 +226,8 @@ impl History {
             removed: AtomicU64::new(0),
             priming: Mutex::default(),
             standings: Standings::default(),
-            watch: watcher.map(Watcher::watch_project),
+            checked: Mutex::default(),
+            watch: watcher.map(|watcher| watcher.watch_project(dir.display().to_string())),
         })
     }
 
@@ -302,7 +309,7 @@ impl History {
         let started_ns = observe::nanos_now();
         let none = Mapped::default();
         let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, cancel };
-        let look = self.look(&looking)?;
+        let look = pool::on(Hurry::Background, || self.look(&looking))?;
         let reading = Reading {
             root,
             sink: None,
@@ -311,14 +318,29 @@ impl History {
             progress,
             cancel,
         };
-        reading.read_all(&observe::unread_in(&look.found))?;
-        let dir = tree::seal(look.found, started_ns, &ObjectSink { store: &self.objects, pack: None })?;
+        pool::on(Hurry::Background, || reading.read_all(&observe::unread_in(&look.found)))?;
+        let sink = ObjectSink { store: &self.objects, pack: None };
+        let dir = pool::on(Hurry::Background, || tree::seal(look.found, started_ns, &sink))?;
         Ok(Listing::of_workspace(&dir))
     }
 
     /// Gives back the memory that only makes reading faster, once a piece of work is done.
     pub fn rest(&self) {
         self.objects.rest();
+    }
+
+    /// Refuses workspaces that must never be covered; asks about accounts and homes once only, which may take long.
+    fn checked_workspace(&self, workspace: &Path) -> Result<PathBuf> {
+        let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, real)) = &*checked
+            && known == workspace
+            && fs::canonicalize(workspace).is_ok_and(|now| now == *real && now.is_dir())
+        {
+            return Ok(real.clone());
+        }
+        let real = scan::check_workspace(workspace)?;
+        *checked = Some((workspace.to_owned(), real.clone()));
+        Ok(real)
     }
 
     fn pending(&self) -> PathBuf {

@@ -14,13 +14,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use super::beneath::{FileKind, Root};
-use super::content::{BlobSink, Reading};
+use super::content::{BlobSink, Outcome, Reading};
 use super::errors::{HistoryError, Result};
+use super::found::{Found, Unread, What};
 use super::names::RelPath;
 use super::pack::PackWriter;
-use super::picture::{Picture, Seen, Source};
+use super::picture::{Node, Picture, Seen, Source};
+use super::pool;
 use super::rules::{IgnoreChain, OwnPatterns, Rules};
-use super::scan::{Found, Unread, Walk, What, check_workspace};
+use super::scan::Walk;
 use super::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
 use super::standing::{Standing, with_state};
 use super::tracked::Tracked;
@@ -52,8 +54,12 @@ pub(super) struct Look {
     pub epoch: Option<u64>,
     /// Whether everything was looked at.
     pub whole: bool,
-    /// The files outside the tree that decided, too.
-    pub sources: Vec<Source>,
+    /// The files above the workspace that decided, too.
+    pub above: Vec<Source>,
+    /// The files of nested repositories that decided, too.
+    pub nested: Vec<Source>,
+    /// What is mounted below the workspace.
+    pub mounts: Vec<String>,
     /// The state of the user's index.
     pub index: Option<Seen>,
     /// What the rules leave out although it is tracked; not known yet where the whole index was at hand.
@@ -97,7 +103,7 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Observed> {
-        let real = check_workspace(&request.workspace)?;
+        let real = self.checked_workspace(&request.workspace)?;
         let draft = self.start_draft(request.number)?;
         let dir = draft.dir.clone();
         let pack = Mutex::new(PackWriter::create(&dir).map_err(HistoryError::io("start a pack in", &dir))?);
@@ -109,7 +115,8 @@ impl History {
         let root = Root::open(&real)?;
         let (rules, mapped) = (&request.rules, &request.mapped);
         let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, cancel };
-        let look = self.look(&looking)?;
+        let hurry = request.hurry();
+        let look = pool::on(hurry, || self.look(&looking))?;
         took.scan_us = micros(clock);
 
         let clock = Instant::now();
@@ -122,7 +129,8 @@ impl History {
             progress,
             cancel,
         };
-        reading.read_all(&unread)?;
+        pool::on(hurry, || reading.read_all(&unread))?;
+        self.come_back_to(&unread);
         took.read_us = micros(clock);
         let read = unread.len() as u64;
         Ok(Observed { request: request.clone(), look, pack, draft, read, started_ns, took })
@@ -132,19 +140,26 @@ impl History {
     pub(super) fn look(&self, looking: &Looking<'_>) -> Result<Look> {
         let Looking { root, rules, .. } = looking;
         let real = root.path();
-        let (before, trusted) = self.known();
         let tells = root.tells_of_changes();
         let watch = self.watch.as_ref().filter(|_| tells);
+        if let (Some(watch), false) = (&self.watch, tells) {
+            watch.distrust("the file system does not tell of changes");
+        }
+        // The events first: what a look publishes in between is missing from neither then.
         let taken = watch.map(|watch| watch.take());
+        let (before, trusted) = self.known();
+        let mounts = mounts_below(real);
         let location = Location::find(real);
         let chain = match rules.use_gitignore {
             true => Standing::Rules(self.standings.above(real, location.as_ref())),
             false => Standing::Everything,
         };
         let as_before = before.as_ref().filter(|before| {
-            before.rules == **rules && sources_hold(&before.sources, real, location.as_ref(), rules.use_gitignore)
+            before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
         });
+        // A state that a later change may leave as it is vouches for nothing.
         let index = location.as_ref().and_then(|location| with_state(location.index()).1);
+        let vouches = index.is_none_or(|seen| seen.is_settled(looking.started_ns));
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
         // What is tracked though ignored: known, or to be found out anew.
@@ -173,17 +188,15 @@ impl History {
             }
         };
         let hidden = self.place_in(real);
-        let mut mapped = looking.mapped.paths.clone();
-        if let (Some(before), false) = (&before, looking.mapped.files.is_empty()) {
-            mapped.extend(before.names_of(&looking.mapped.files));
-        }
+        let mapped = mapped_paths(looking.mapped, before.as_deref());
         let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
         let epoch = taken.as_ref().map(|taken| taken.epoch);
         let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
         let partly = match (as_before.filter(|_| trusted), events) {
             (Some(before), Ok(events)) => {
                 dirty.merge(events);
-                before.suspects().iter().chain(&mapped).for_each(|path| dirty.mark(path));
+                before.suspects().iter().for_each(|path| dirty.mark(path));
+                mapped.iter().for_each(|path| dirty.mark_written(path));
                 Some((before, dirty))
             }
             (_, events) => {
@@ -193,6 +206,7 @@ impl History {
         };
         let whole = partly.is_none();
         let none = BTreeSet::new();
+        let mut complaints;
         let found = loop {
             let (forced_paths, tracked) = match &forced {
                 Forced::These(paths) => (&**paths, None),
@@ -214,6 +228,7 @@ impl History {
                 cancel: looking.cancel,
                 ignored: AtomicU64::new(0),
                 linked_out: Mutex::default(),
+                warnings: Mutex::default(),
                 redecided: AtomicBool::new(false),
             };
             let found = match &partly {
@@ -231,14 +246,39 @@ impl History {
             if as_before.is_none() {
                 notes.extend(walk.warn_if_nearly_empty(count_files(&found)));
             }
+            complaints = walk.warnings.into_inner().unwrap_or_else(PoisonError::into_inner);
             break found;
         };
         if as_before.is_none() && hidden.is_some() {
             notes.push("the state directory lies in the workspace; it is not covered".to_owned());
         }
-        let (sources, complaints) = self.standings.sources();
+        if looking.mapped.untold > 0 {
+            let processes = looking.mapped.untold;
+            complaints.push(format!("what {processes} processes write to files through memory is not known"));
+        }
+        self.standings.retain(|path| holds_dir(&found, path));
+        let (above, nested, of_rules) = self.standings.sources();
+        complaints.extend(of_rules);
         let repository = location.as_ref().map(Location::describe);
-        Ok(Look { found, epoch, whole, sources, index, forced, notes, complaints, repository })
+        let index = index.filter(|_| vouches);
+        Ok(Look { found, epoch, whole, above, nested, mounts, index, forced, notes, complaints, repository })
+    }
+
+    /// Says whether what decides about a workspace, apart from what the watcher tells, is as it was when it was looked
+    /// at last.
+    pub(super) fn is_as_before(&self, workspace: &Path, before: &Picture) -> bool {
+        let location = Location::find(workspace);
+        let index = location.as_ref().and_then(|location| with_state(location.index()).1);
+        before.index == index
+            && before.mounts == mounts_below(workspace)
+            && rules_hold(before, workspace, location.as_ref())
+    }
+
+    /// Has the next look come back to what vanished while it was read: it may be back without a trace.
+    fn come_back_to(&self, unread: &[&Unread]) {
+        let Some(watch) = &self.watch else { return };
+        let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(Outcome::Vanished));
+        unread.iter().filter(vanished).for_each(|unread| watch.note(&unread.path));
     }
 
     /// Says where the store lies in the workspace, if it does.
@@ -254,27 +294,83 @@ fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> R
     let mut asked = HashSet::new();
     loop {
         let found = walk.part(&before.root, top.clone(), &dirty)?;
-        let linked: HashSet<(u64, u64)> = unread_in(&found)
+        let linked: HashSet<u64> = unread_in(&found)
             .iter()
             .filter(|unread| unread.stat.kind() == FileKind::Regular && unread.stat.nlink > 1)
-            .map(|unread| (unread.stat.dev, unread.stat.ino))
+            .map(|unread| unread.stat.ino)
             .chain(walk.linked_out.lock().unwrap_or_else(PoisonError::into_inner).iter().copied())
             .filter(|file| !asked.contains(file))
             .collect();
         if linked.is_empty() {
             return Ok(found);
         }
-        before.names_of(&linked).iter().for_each(|path| dirty.mark(path));
+        // What was written under one name is in the others, whatever their state says.
+        before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }
 }
 
 /// Says whether the files outside the tree that decided are what they were.
-fn sources_hold(known: &[Source], real: &Path, location: Option<&Location>, use_gitignore: bool) -> bool {
-    let above = if use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
-    above.len() <= known.len()
-        && above.iter().zip(known).all(|(path, (known, _))| path == known)
-        && known.iter().all(|source| with_state(source.0.clone()) == *source)
+fn rules_hold(before: &Picture, real: &Path, location: Option<&Location>) -> bool {
+    let above = if before.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
+    above.into_iter().map(with_state).eq(before.above.iter().cloned())
+        && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
+}
+
+/// Lists what is mounted below a directory, from the kernel's own table (proc_pid_mountinfo(5)): mounting raises no
+/// event.
+fn mounts_below(real: &Path) -> Vec<String> {
+    use std::os::unix::ffi::OsStrExt;
+    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    // Blanks in a path are written as `\\040`; then its line is only found by what precedes the first.
+    let plain = |byte: &u8| !matches!(byte, b' ' | b'\t' | b'\n' | b'\\');
+    let below: Vec<u8> = real.as_os_str().as_bytes().iter().copied().take_while(plain).collect();
+    let whole = below.len() == real.as_os_str().len();
+    let lines = table.split(|byte| *byte == b'\n').filter(|line| {
+        let place = line.split(|byte| *byte == b' ').nth(4).unwrap_or_default();
+        let rest = place.strip_prefix(&below[..]);
+        rest.is_some_and(|rest| if whole { rest.first() == Some(&b'/') } else { !rest.is_empty() })
+    });
+    lines.map(|line| String::from_utf8_lossy(line).into_owned()).collect()
+}
+
+/// Lists the paths under which files that are mapped writable are known, all names of linked ones included.
+fn mapped_paths(mapped: &Mapped, before: Option<&Picture>) -> BTreeSet<RelPath> {
+    let mut paths: BTreeSet<RelPath> = mapped.paths.keys().cloned().collect();
+    let Some(before) = before else { return paths };
+    let mut inodes = mapped.inodes.clone();
+    for (path, inode) in &mapped.paths {
+        // By another name, or behind another one's: in a container, or since it was renamed.
+        let alone =
+            matches!(before.root.find(path), Some(Node::File(file)) if file.seen.ino == *inode && !file.remarks.linked);
+        if !alone {
+            inodes.insert(*inode);
+        }
+    }
+    if !inodes.is_empty() {
+        paths.extend(before.names_of(&inodes));
+    }
+    paths
+}
+
+/// Says whether a directory is part of what was found.
+fn holds_dir(found: &Found, path: &RelPath) -> bool {
+    let mut at = found;
+    let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
+    while let Found::New(dir) = at {
+        let Some(name) = names.next() else { return true };
+        let entry = dir.entries.binary_search_by(|entry| (*entry.name).cmp(name)).ok().map(|at| &dir.entries[at]);
+        match entry.map(|entry| &entry.what) {
+            Some(What::Below(below)) => at = below,
+            _ => return false,
+        }
+    }
+    let Found::Same(dir) = at else { return false };
+    let rest: Vec<&[u8]> = names.collect();
+    if rest.is_empty() {
+        return true;
+    }
+    RelPath::new(rest.join(&b'/')).is_ok_and(|rest| matches!(dir.find(&rest), Some(Node::Dir(_))))
 }
 
 /// Lists what has to be read, in the order of the tree.

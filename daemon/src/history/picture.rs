@@ -16,11 +16,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::beneath::{Stat, Time};
+use super::found::{SkipReason, Skipped};
 use super::meta::Xattrs;
 use super::names::RelPath;
 use super::oid::Oid;
 use super::rules::Rules;
-use super::scan::{SkipReason, Skipped};
 
 /// Times may lag by one tick of a kernel with 100 Hz; twice that is on the safe side.
 pub const TICK_NS: i128 = 20_000_000;
@@ -54,10 +54,10 @@ impl Seen {
         self.mode & 0o7777
     }
 
-    /// Says whether a later change must show in the times: whether they are older than `started_ns`, the instant at
-    /// which the look began, by more than the grain of the clock.
+    /// Says whether a later change must show in the times: whether the time of change, which nobody can set, is older
+    /// than `started_ns`, the instant at which the look began, by more than the grain of the clock.
     pub fn is_settled(&self, started_ns: i128) -> bool {
-        self.mtime.nanos().max(self.ctime.nanos()) < started_ns - TICK_NS
+        self.ctime.nanos() < started_ns - TICK_NS
     }
 
     /// Says whether both are of the same file, whatever has happened to it.
@@ -187,6 +187,8 @@ pub struct Dir {
     pub unreadable: Option<Box<str>>,
     /// The state of its `.gitignore`.
     pub ignore_file: Option<Seen>,
+    /// Whether that state vouches for what it said.
+    pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
     pub nested: bool,
     /// What is in it and covered, sorted by name.
@@ -197,6 +199,22 @@ pub struct Dir {
     pub files: Option<Oid>,
     /// Its metadata tree.
     pub meta: Oid,
+}
+
+impl Drop for Dir {
+    /// Frees what nobody shares level by level: a tree may be deeper than a stack.
+    fn drop(&mut self) {
+        let mut open = vec![std::mem::take(&mut self.children)];
+        while let Some(children) = open.pop() {
+            for child in children {
+                if let Node::Dir(dir) = child.node
+                    && let Some(mut dir) = Arc::into_inner(dir)
+                {
+                    open.push(std::mem::take(&mut dir.children));
+                }
+            }
+        }
+    }
 }
 
 impl Dir {
@@ -285,8 +303,12 @@ pub struct Picture {
     pub commit: Oid,
     /// The rules that it was seen through.
     pub rules: Rules,
-    /// The files outside the tree that decided, too.
-    pub sources: Vec<Source>,
+    /// The files above the workspace that decided, too.
+    pub above: Vec<Source>,
+    /// The files of nested repositories that decided, too.
+    pub nested: Vec<Source>,
+    /// What is mounted below the workspace.
+    pub mounts: Vec<String>,
     /// The state of the user's index.
     pub index: Option<Seen>,
     /// What the index tracks and the rules, or its absence, leave out.
@@ -342,12 +364,12 @@ impl Picture {
         found
     }
 
-    /// Finds all names of these files, by device and inode. The other names of a file are not told of a new link, nor of
-    /// what is written through it.
-    pub fn names_of(&self, files: &HashSet<(u64, u64)>) -> Vec<RelPath> {
+    /// Finds all names of these files, by inode. The other names of a file are not told of a new link, nor of what is
+    /// written through it.
+    pub fn names_of(&self, inodes: &HashSet<u64>) -> Vec<RelPath> {
         let mut found = Vec::new();
         self.root.walk(&RelPath::root(), &|_| true, &mut |path, node| {
-            if matches!(node, Node::File(file) if files.contains(&(file.seen.dev, file.seen.ino))) {
+            if matches!(node, Node::File(file) if inodes.contains(&file.seen.ino)) {
                 found.push(path.clone());
             }
         });

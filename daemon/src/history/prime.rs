@@ -11,6 +11,9 @@ use super::errors::{HistoryError, Result};
 use super::snapshot::{SnapshotRequest, WHOLE_LOOK};
 use super::{History, OnProgress, cache};
 
+/// Up to so many changed names, agents stand still no longer than they would for one.
+const FEW_NAMES: usize = 200;
+
 /// How often whoever waits for another's look asks whether it is over, or whether to give up.
 const TURN: Duration = Duration::from_millis(2);
 
@@ -63,12 +66,6 @@ impl History {
             }
             _ => self.publish_base(&snapshot)?,
         }
-        if self.watch.is_none() || !self.is_primed(request) {
-            tracing::info!(
-                workspace = %request.workspace.display(),
-                "changes are not watched here; each checkpoint compares all files' states"
-            );
-        }
         if let Err(error) = self.keep() {
             tracing::warn!(%error, "what is known of the workspace could not be kept");
         }
@@ -77,9 +74,10 @@ impl History {
 
     fn is_primed(&self, request: &SnapshotRequest) -> bool {
         let (picture, trusted) = self.known();
-        let same_rules = picture.is_some_and(|picture| picture.rules == request.rules);
+        let Ok(real) = self.checked_workspace(&request.workspace) else { return false };
+        let same = picture.is_some_and(|known| known.rules == request.rules && self.is_as_before(&real, &known));
         // Without a watcher, every look compares all states: there is nothing more to know beforehand.
-        trusted && same_rules && self.watch.as_ref().is_none_or(|watch| watch.is_complete())
+        trusted && same && self.watch.as_ref().is_none_or(|watch| watch.is_complete(FEW_NAMES))
     }
 
     /// Writes the known picture to the disk, where enough has been learnt since the last time.

@@ -17,14 +17,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use nix::dir::{Dir as Listed, Type};
+use nix::dir::Dir as Listed;
 use nix::errno::Errno;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
 use super::beneath::{FileKind, Root, Stat, stat_at, stat_fd, tells_of_changes};
-use super::content::Outcome;
 use super::errors::{HistoryError, Result};
+use super::found::{Entry, Found, NewDir, SkipReason, Unread, What};
 use super::meta::Xattrs;
 use super::names::{RelPath, is_git, is_restore_draft};
 use super::objects::ObjectStore;
@@ -32,104 +31,15 @@ use super::picture::{Dir, Node, Seen};
 use super::rules::{OwnPatterns, Rules};
 use super::standing::{Standing, Standings};
 use super::tracked::Tracked;
+use super::verdict::Verdict;
 use super::watch::{Dirty, Watched};
 use super::xattrs;
 
-/// Up to so many covered files, it is worth looking whether the rules hide nearly everything.
-const FEW_FILES: u64 = 1_000;
+/// The system opens no longer paths (`PATH_MAX`).
+const MAX_PATH: usize = 4096;
 
 /// From so many directories or files on, it is worth waking other threads for a part of the workspace.
 pub(super) const MANY: usize = 16;
-
-/// Why a path is not in a checkpoint although the rules cover it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum SkipReason {
-    /// Larger than the rules allow.
-    TooLarge,
-    /// It may not be opened, or reading it failed.
-    Unreadable,
-    /// A FIFO, socket or device; its kind and mode are recorded.
-    Special,
-    /// It became something else at every attempt to read it.
-    Unsteady,
-}
-
-/// A path that is covered but not stored.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Skipped {
-    /// The path.
-    pub path: RelPath,
-    /// Why.
-    pub reason: SkipReason,
-    /// What the system said, or the size.
-    pub detail: String,
-}
-
-/// A directory as a walk found it.
-#[derive(Debug)]
-pub(super) enum Found {
-    /// Nothing in it or below it has changed.
-    Same(Arc<Dir>),
-    /// Something has, or may have.
-    New(Box<NewDir>),
-}
-
-/// A directory whose trees have yet to be made.
-#[derive(Debug)]
-pub(super) struct NewDir {
-    /// Its state.
-    pub seen: Seen,
-    /// Its extended attributes.
-    pub xattrs: Xattrs,
-    /// Whether the rules cover it.
-    pub covered: bool,
-    /// Whether its names are surely the same while its state is.
-    pub settled: bool,
-    /// Why it could not be listed.
-    pub unreadable: Option<Box<str>>,
-    /// The state of its `.gitignore`.
-    pub ignore_file: Option<Seen>,
-    /// Whether it is the top of a nested repository.
-    pub nested: bool,
-    /// What is in it and covered, sorted by name.
-    pub entries: Vec<Entry>,
-}
-
-/// One name in such a directory.
-#[derive(Debug)]
-pub(super) struct Entry {
-    /// The name.
-    pub name: Box<[u8]>,
-    /// What stands there.
-    pub what: What,
-}
-
-/// What stands at a name, as far as a walk can tell.
-#[derive(Debug)]
-pub(super) enum What {
-    /// All is known.
-    Known(Node),
-    /// A file or link whose content has to be read.
-    Unread(Box<Unread>),
-    /// A directory.
-    Below(Found),
-}
-
-/// A file or link whose content has to be read.
-#[derive(Debug)]
-pub(super) struct Unread {
-    /// The path.
-    pub path: RelPath,
-    /// Its state at the instant of the walk.
-    pub stat: Stat,
-    /// Whether it is tracked although it is ignored.
-    pub forced: bool,
-    /// Whether an agent can write to it without its state telling.
-    pub mapped: bool,
-    /// What reading it came to.
-    pub outcome: OnceLock<Outcome>,
-}
 
 /// Refuses workspaces that must never be covered.
 pub(super) fn check_workspace(workspace: &Path) -> Result<PathBuf> {
@@ -186,8 +96,10 @@ pub(super) struct Walk<'a> {
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
     pub ignored: AtomicU64,
-    /// Files with several names that were left out under one of them, by device and inode.
-    pub linked_out: Mutex<HashSet<(u64, u64)>>,
+    /// Files with several names that were left out under one of them, by inode.
+    pub linked_out: Mutex<HashSet<u64>>,
+    /// What the user should know of this look.
+    pub warnings: Mutex<Vec<String>>,
     /// Whether other rules were met than those of the known picture.
     pub redecided: AtomicBool,
 }
@@ -205,15 +117,6 @@ struct Place<'p> {
     path: &'p RelPath,
     standing: Standing,
     covered: bool,
-}
-
-/// What is to become of a name.
-enum Verdict {
-    Out,
-    Covered(Standing),
-    /// An ignored directory in which something may be covered.
-    Through,
-    Forced,
 }
 
 impl Walk<'_> {
@@ -238,6 +141,17 @@ impl Walk<'_> {
         HistoryError::io("list workspace", self.root.path())(std::io::Error::from(std::io::ErrorKind::NotFound))
     }
 
+    /// Has the next look come back to a path, whatever it finds by then.
+    fn look_again(&self, path: &RelPath) {
+        if let Some(watch) = self.watch {
+            watch.note(path);
+        }
+    }
+
+    fn warn(&self, text: String) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+    }
+
     fn check_cancel(&self) -> Result<()> {
         if self.cancel.load(Ordering::Relaxed) { Err(HistoryError::Cancelled) } else { Ok(()) }
     }
@@ -248,7 +162,7 @@ impl Walk<'_> {
             Ok(fd) => Ok(Some(Ok(fd))),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
             // Our own trouble is no reason to leave out somebody's files.
-            Err(errno @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)) => {
+            Err(errno) if is_our_shortage(errno) => {
                 Err(HistoryError::io("open directory", &self.root.show(path))(errno))
             }
             Err(errno) => Ok(Some(Err(errno))),
@@ -281,7 +195,10 @@ impl Walk<'_> {
         });
         if let Some(dir) = same {
             let unchanged_rules = match dir.ignore_file {
-                Some(seen) => stat_at(&fd, OsStr::new(".gitignore")).is_ok_and(|now| Seen::from(&now) == seen),
+                Some(seen) => {
+                    let now = stat_at(&fd, OsStr::new(".gitignore"));
+                    dir.ignore_settled && now.is_ok_and(|now| Seen::from(&now) == seen)
+                }
                 None => true,
             };
             if unchanged_rules {
@@ -305,7 +222,8 @@ impl Walk<'_> {
         };
         let seen = self.seen_of(&fd, place.path)?;
         let ignore_file = self.ignore_file(&fd);
-        let rules_changed = dirty.names.contains(&b".gitignore"[..]) && ignore_file != known.ignore_file;
+        let unsure = known.ignore_file.is_some() && !known.ignore_settled;
+        let rules_changed = dirty.names.contains(&b".gitignore"[..]) || ignore_file != known.ignore_file || unsure;
         let top_changed = dirty.names.contains(&b".git"[..]) && !place.path.is_root();
         let other = dirty.anew || known.unreadable.is_some() || !seen.same_file(&known.seen);
         if other || rules_changed || top_changed {
@@ -354,6 +272,7 @@ impl Walk<'_> {
             settled: false,
             unreadable: Some(errno.desc().into()),
             ignore_file: None,
+            ignore_settled: false,
             nested: false,
             entries: Vec::new(),
         }))))
@@ -368,7 +287,6 @@ impl Walk<'_> {
         names: Names,
         dirty: Option<&Dirty>,
     ) -> Result<Option<Found>> {
-        let shown = || self.root.show(place.path);
         let ignore_file = self.ignore_file(&fd);
         let nested = !place.path.is_root()
             && match &names {
@@ -376,21 +294,29 @@ impl Walk<'_> {
                 Names::Covered(_) | Names::Some(_) => known.dir.is_some_and(|dir| dir.nested),
             };
         // Other rules here are other rules below, too; and what is tracked may be ignored now that was not.
-        let same_rules = known.dir.is_none_or(|dir| (dir.ignore_file, dir.nested) == (ignore_file, nested));
+        let ignore_settled = ignore_file.is_none_or(|seen| seen.is_settled(self.started_ns));
+        let same_rules = known.dir.is_none_or(|dir| {
+            (dir.ignore_file, dir.nested) == (ignore_file, nested) && (dir.ignore_settled || ignore_file.is_none())
+        });
         if !same_rules {
             self.redecided.store(true, Ordering::Relaxed);
         }
         let known = Known { decided: known.decided && same_rules, ..known };
-        let standing = self.standings.within(place.path, &place.standing, self.root, ignore_file, nested);
+        let standing =
+            self.standings.within(place.path, &place.standing, self.root, ignore_file, nested, self.started_ns);
         let same_state = known.dir.filter(|dir| dir.seen == seen);
         let xattrs = match same_state {
             Some(dir) => dir.xattrs.clone(),
-            None => xattrs::read(&fd).map_err(HistoryError::io("read the attributes of", &shown()))?,
+            None => xattrs::read(&fd).unwrap_or_else(|errno| {
+                self.warn(format!("the extended attributes of {} cannot be read: {}", place.path, errno.desc()));
+                Xattrs::default()
+            }),
         };
-        let settled = seen.is_settled(self.started_ns);
+        let mut settled = seen.is_settled(self.started_ns);
         let mut changed = same_state.is_none_or(|dir| {
             dir.settled != settled
                 || (dir.ignore_file, dir.nested, dir.covered) != (ignore_file, nested, place.covered)
+                || dir.ignore_settled != ignore_settled
                 || dir.unreadable.is_some()
         });
 
@@ -410,6 +336,12 @@ impl Walk<'_> {
                 continue;
             }
             let before = known.dir.and_then(|dir| dir.child(name));
+            if path.bytes().len() >= MAX_PATH {
+                let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
+                changed |= !matches!(before, Some(Node::Skipped { .. }));
+                entries.push(Entry { name: name.clone(), what: What::Known(Node::Skipped { reason, detail }) });
+                continue;
+            }
             if is_restore_draft(name) {
                 match stat_at(&fd, OsStr::from_bytes(name)) {
                     Ok(_) => {
@@ -425,6 +357,9 @@ impl Walk<'_> {
                 Err(Errno::ENOENT) => {
                     changed |= before.is_some();
                     continue;
+                }
+                Err(errno) if is_our_shortage(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(&path))(errno));
                 }
                 Err(errno) => {
                     let (reason, detail) = (SkipReason::Unreadable, errno.desc().into());
@@ -454,7 +389,7 @@ impl Walk<'_> {
                     // It may be another name of a file that is covered.
                     if stat.kind() == FileKind::Regular && stat.nlink > 1 {
                         let mut linked = self.linked_out.lock().unwrap_or_else(PoisonError::into_inner);
-                        linked.insert((stat.dev, stat.ino));
+                        linked.insert(stat.ino);
                     }
                     changed |= before.is_some();
                     continue;
@@ -470,7 +405,8 @@ impl Walk<'_> {
                 dirs.push((name.clone(), path, below, covered));
                 continue;
             }
-            let what = self.sketch(path, &stat, forced, before);
+            let written = dirty.is_some_and(|dirty| dirty.written.contains(name));
+            let what = self.sketch(path, &stat, forced, before.filter(|_| !written));
             changed |= match (&what, before) {
                 (What::Known(Node::File(now)), Some(Node::File(before))) => now != before,
                 (What::Known(Node::Special { seen, .. }), Some(Node::Special { seen: before, .. })) => seen != before,
@@ -501,7 +437,12 @@ impl Walk<'_> {
         } else {
             dirs.iter().map(walk_below).collect::<Result<_>>()?
         };
-        for ((name, ..), entry) in dirs.iter().zip(below) {
+        for ((name, path, ..), entry) in dirs.iter().zip(below) {
+            if entry.is_none() {
+                // It was there a moment ago; whoever moves it about may bring it back without a trace.
+                settled = false;
+                self.look_again(path);
+            }
             let before = known.dir.and_then(|dir| dir.child(name));
             changed |= match (&entry, before) {
                 (Some(Entry { what: What::Below(Found::Same(_)), .. }), Some(Node::Dir(_))) | (None, None) => false,
@@ -521,6 +462,7 @@ impl Walk<'_> {
             settled,
             unreadable: None,
             ignore_file,
+            ignore_settled,
             nested,
             entries,
         }))))
@@ -550,77 +492,6 @@ impl Walk<'_> {
             }
         }
     }
-
-    fn verdict(&self, path: &RelPath, is_dir: bool, standing: &Standing) -> Verdict {
-        if self.own.excludes(path, is_dir) {
-            return Verdict::Out;
-        }
-        match standing {
-            Standing::Everything => Verdict::Covered(Standing::Everything),
-            Standing::Rules(chain) if !chain.ignores(path, is_dir) => Verdict::Covered(standing.clone()),
-            Standing::Rules(_) | Standing::OnlyIncluded => {
-                if self.own.includes(path, is_dir) {
-                    Verdict::Covered(Standing::Everything)
-                } else if is_dir && (self.own.has_includes() || self.forces_below(path)) {
-                    Verdict::Through
-                } else if !is_dir && self.forces(path) {
-                    Verdict::Forced
-                } else {
-                    Verdict::Out
-                }
-            }
-        }
-    }
-
-    fn forces(&self, path: &RelPath) -> bool {
-        self.rules.use_gitignore
-            && (self.forced.contains(path) || self.tracked.is_some_and(|tracked| tracked.has(path)))
-    }
-
-    fn forces_below(&self, path: &RelPath) -> bool {
-        let next = path.join(b"");
-        let below = || self.forced.range(next.clone()..).next().is_some_and(|forced| forced.is_within(path));
-        self.rules.use_gitignore && (below() || self.tracked.is_some_and(|tracked| tracked.has_below(path)))
-    }
-
-    /// Warns when the rules hide nearly everything.
-    pub fn warn_if_nearly_empty(&self, covered: u64) -> Option<String> {
-        if covered >= FEW_FILES || self.ignored.load(Ordering::Relaxed) == 0 {
-            return None;
-        }
-        let limit = (covered * 100).max(100) + 1;
-        let there = self.count_files(limit);
-        let nearly = (covered == 0 && there > 0) || (there > 100 && there > covered * 100);
-        let more = if there >= limit { "or more " } else { "" };
-        nearly.then(|| {
-            format!("the rules exclude nearly the whole workspace: {covered} of {there} {more}files are covered")
-        })
-    }
-
-    fn count_files(&self, limit: u64) -> u64 {
-        let mut dirs = vec![RelPath::root()];
-        let mut count = 0;
-        while let Some(dir) = dirs.pop() {
-            let Ok(mut handle) = self.root.open_dir(&dir).and_then(Listed::from_fd) else {
-                continue;
-            };
-            for entry in handle.iter().filter_map(std::result::Result::ok) {
-                let name = entry.file_name().to_bytes();
-                if name == b"." || name == b".." || is_git(name) {
-                    continue;
-                }
-                if entry.file_type() == Some(Type::Directory) {
-                    dirs.push(dir.join(name));
-                } else {
-                    count += 1;
-                }
-                if count >= limit || self.cancel.load(Ordering::Relaxed) {
-                    return count;
-                }
-            }
-        }
-        count
-    }
 }
 
 /// The names of a directory that a walk looks at.
@@ -639,6 +510,11 @@ impl Names {
             Names::All(names) | Names::Covered(names) | Names::Some(names) => names.iter(),
         }
     }
+}
+
+/// Says whether an error speaks of this process, not of the file: then it is no reason to leave the file out.
+pub(super) fn is_our_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
 }
 
 fn kept_node(node: &Node) -> What {

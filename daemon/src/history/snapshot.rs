@@ -3,7 +3,7 @@
 //! A snapshot is a pack in a directory of its own below `pending/`. Publishing moves it among the others and then
 //! creates the ref: only then does the checkpoint exist, and only then may others rely on its objects.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -15,13 +15,14 @@ use serde::{Deserialize, Serialize};
 
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
+use super::found::Skipped;
 use super::meta::{FORMAT, Manifest};
 use super::names::{RelPath, escape};
 use super::observe::{Forced, Look, Observed};
 use super::oid::{ObjectKind, Oid};
 use super::picture::{Node, Picture};
+use super::pool::{self, Hurry};
 use super::rules::Rules;
-use super::scan::{Skipped, check_workspace};
 use super::tree::{ObjectSink, Trees, build_root, seal};
 use super::user_repository::UserRepository;
 use super::{History, Live, OnProgress, Phase, Progress};
@@ -48,6 +49,11 @@ pub struct SnapshotRequest {
 }
 
 impl SnapshotRequest {
+    /// Says who waits for it.
+    pub(super) fn hurry(&self) -> Hurry {
+        if self.is_checkpoint() { Hurry::Urgent } else { Hurry::Background }
+    }
+
     /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
     fn is_checkpoint(&self) -> bool {
         self.number > 0
@@ -57,10 +63,12 @@ impl SnapshotRequest {
 /// Files of the workspace that somebody can write to through memory.
 #[derive(Clone, Debug, Default)]
 pub struct Mapped {
-    /// By path.
-    pub paths: BTreeSet<RelPath>,
-    /// By device and inode, where the path is not one of the workspace.
-    pub files: HashSet<(u64, u64)>,
+    /// By path, with the inode.
+    pub paths: BTreeMap<RelPath, u64>,
+    /// By inode, where the path is not one of the workspace.
+    pub inodes: HashSet<u64>,
+    /// Processes whose mappings are not told.
+    pub untold: u64,
 }
 
 /// Counts of a snapshot.
@@ -183,14 +191,14 @@ impl History {
         cancel: &AtomicBool,
     ) -> Result<Snapshot> {
         let Observed { request, look, pack, draft, read, started_ns, mut took } = observed;
-        let Look { found, epoch, whole, sources, index, forced, notes, complaints, repository } = look;
+        let Look { found, epoch, whole, above, nested, mounts, index, forced, notes, complaints, repository } = look;
         let dir = draft.dir.clone();
-        let real = check_workspace(&request.workspace)?;
+        let real = self.checked_workspace(&request.workspace)?;
 
         progress(Progress { phase: Phase::Trees, done: 0, total: 0 });
         let clock = Instant::now();
         let sink = ObjectSink { store: &self.objects, pack: Some(&pack) };
-        let root = seal(found, started_ns, &sink)?;
+        let root = pool::on(request.hurry(), || seal(found, started_ns, &sink))?;
         let files = match root.files {
             Some(files) => files,
             None => sink.put(ObjectKind::Tree, &[])?,
@@ -199,7 +207,8 @@ impl History {
             Forced::These(paths) => paths,
             Forced::Follow(tracked) => Arc::new(tracked.left_out_of(&root).cloned().collect()),
         };
-        let mut picture = Picture { commit: files, rules: request.rules.clone(), sources, index, forced, notes, root };
+        let rules = request.rules.clone();
+        let mut picture = Picture { commit: files, rules, above, nested, mounts, index, forced, notes, root };
         let root = &picture.root;
         let manifest = Manifest {
             format: FORMAT,
@@ -336,14 +345,14 @@ impl History {
         known.picture = Some(Arc::clone(&snapshot.picture));
         known.trusted = true;
         known.unsaved += if snapshot.whole { WHOLE_LOOK } else { 1 };
-        drop(known);
+        // Under the same lock: a later look's watches and events must not be taken for this one's.
         let picture = &snapshot.picture;
         let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
         if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
             watch.settle(epoch);
             // The kernel gives up the watches of removed directories by itself; the others cost little meanwhile.
             if snapshot.whole {
-                watch.retain(is_dir);
+                watch.retain(epoch, is_dir);
             }
         }
         if snapshot.whole {

@@ -29,6 +29,8 @@ pub(super) enum Standing {
 struct Compiled {
     /// The state of the directory's ignore file.
     ignore_file: Option<Seen>,
+    /// Whether the states vouch for what the files said.
+    settled: bool,
     /// What the chain was built on.
     up: IgnoreChain,
     chain: IgnoreChain,
@@ -75,6 +77,7 @@ impl Standings {
         root: &Root,
         ignore_file: Option<Seen>,
         nested: bool,
+        started_ns: i128,
     ) -> Standing {
         let Standing::Rules(up) = outside else {
             return outside.clone();
@@ -82,50 +85,62 @@ impl Standings {
         if ignore_file.is_none() && !nested {
             return outside.clone();
         }
-        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let source = nested.then(|| {
+            let full = root.show(dir);
+            let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
+            with_state(exclude.unwrap_or_else(|| full.join(".git/info/exclude")))
+        });
+        let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = compiled.get(dir)
-            && known.ignore_file == ignore_file
-            && known.source.is_some() == nested
+            && (known.ignore_file, known.settled) == (ignore_file, true)
+            && known.source == source
             && known.up.is(up)
         {
             return Standing::Rules(known.chain.clone());
         }
         drop(compiled);
-        let (mut chain, mut warnings, mut source) = (up.clone(), Vec::new(), None);
-        if nested {
+        let (mut chain, mut warnings) = (up.clone(), Vec::new());
+        if let Some((exclude, _)) = &source {
             // A repository of its own: what stands above it does not count, as for git itself.
-            let full = root.show(dir);
-            let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
-            let exclude = exclude.unwrap_or_else(|| full.join(".git/info/exclude"));
-            source = Some(with_state(exclude.clone()));
-            chain = match read_small(&exclude) {
+            chain = match read_small(exclude) {
                 Some(text) => IgnoreChain::default().below(dir, &text, &mut warnings),
                 None => IgnoreChain::default(),
             };
         }
-        if ignore_file.is_some()
-            && let Some(text) = read_ignore_file(root, &dir.join(b".gitignore"))
-        {
-            chain = chain.below(dir, &text, &mut warnings);
+        let mut settled = [ignore_file, source.as_ref().and_then(|(_, seen)| *seen)]
+            .iter()
+            .flatten()
+            .all(|seen| seen.is_settled(started_ns));
+        if ignore_file.is_some() {
+            let path = dir.join(b".gitignore");
+            match read_ignore_file(root, &path) {
+                Ok(text) => chain = chain.below(dir, &text, &mut warnings),
+                Err(why) => {
+                    settled = false;
+                    warnings.push(format!("{path} has no effect: {why}"));
+                }
+            }
         }
-        compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = Compiled { ignore_file, up: up.clone(), chain: chain.clone(), warnings, source };
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = Compiled { ignore_file, settled, up: up.clone(), chain: chain.clone(), warnings, source };
         compiled.insert(dir.clone(), entry);
         Standing::Rules(chain)
     }
 
-    /// Lists the files outside the covered tree that decided, and what the user should know of all.
-    pub fn sources(&self) -> (Vec<Source>, Vec<String>) {
+    /// Lists the files above the workspace and those of nested repositories that decided, and what the user should know
+    /// of all.
+    pub fn sources(&self) -> (Vec<Source>, Vec<Source>, Vec<String>) {
         let above = self.above.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let (mut sources, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
+        let (above, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let mut by_path: Vec<_> = compiled.iter().collect();
         by_path.sort_by_key(|(path, _)| *path);
+        let mut nested = Vec::new();
         for (_, entry) in by_path {
-            sources.extend(entry.source.clone());
+            nested.extend(entry.source.clone());
             warnings.extend(entry.warnings.iter().cloned());
         }
-        (sources, warnings)
+        (above, nested, warnings)
     }
 
     /// Forgets the rules of directories that `keep` does not know any more.
@@ -140,14 +155,14 @@ pub(super) fn with_state(path: std::path::PathBuf) -> Source {
     (path, state)
 }
 
-fn read_ignore_file(root: &Root, path: &RelPath) -> Option<Vec<u8>> {
+fn read_ignore_file(root: &Root, path: &RelPath) -> Result<Vec<u8>, String> {
     use std::io::Read;
-    let stat = root.stat(path).ok()?;
+    let stat = root.stat(path).map_err(|errno| errno.desc().to_owned())?;
     if stat.kind() != FileKind::Regular || stat.size > MAX_IGNORE_FILE {
-        return None;
+        return Err(format!("it has {} bytes", stat.size));
     }
-    let file = root.open_file(path).ok()?;
+    let file = root.open_file(path).map_err(|errno| errno.desc().to_owned())?;
     let mut text = Vec::new();
-    file.take(MAX_IGNORE_FILE).read_to_end(&mut text).ok()?;
-    Some(text)
+    file.take(MAX_IGNORE_FILE).read_to_end(&mut text).map_err(|error| error.to_string())?;
+    Ok(text)
 }

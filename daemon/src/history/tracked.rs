@@ -47,8 +47,9 @@ impl Tracked {
     pub fn left_out_of(&self, root: &Dir) -> impl Iterator<Item = &RelPath> {
         self.paths.iter().filter(move |path| match root.find(path) {
             Some(Node::File(file)) => file.remarks.forced,
-            Some(Node::Skipped { .. } | Node::Special { .. } | Node::Dir(_)) => false,
-            Some(Node::Draft) | None => true,
+            Some(Node::Special { .. } | Node::Dir(_)) => false,
+            // Once it can be stored, that it is tracked may be all that speaks for it.
+            Some(Node::Skipped { .. } | Node::Draft) | None => true,
         })
     }
 }

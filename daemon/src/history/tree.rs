@@ -11,12 +11,12 @@ use rayon::prelude::*;
 use super::beneath::{FileKind, Time};
 use super::content::{Content, Outcome};
 use super::errors::{HistoryError, Result};
+use super::found::{Entry, Found, SkipReason, Unread, What};
 use super::meta::{self, MetaKind, MetaLine, Xattrs};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::pack::{PackWriter, Packed};
 use super::picture::{Child, Dir, File, Node, Remarks, Seen, total};
-use super::scan::{Entry, Found, SkipReason, Unread, What};
 
 /// The mode of a subtree in a git tree.
 pub(super) const MODE_TREE: u32 = 0o040_000;
@@ -132,6 +132,7 @@ pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Res
         // Waking other threads takes longer than one directory does.
         new.entries.into_iter().map(child).collect::<Result<_>>()?
     };
+    let vanished = children.iter().any(Option::is_none);
     let children: Box<[Child]> = children.into_iter().flatten().collect();
     let mut shape = Shape::default();
     let (mode, mtime, xattrs) = (new.seen.permissions(), new.seen.mtime, new.xattrs.clone());
@@ -149,7 +150,9 @@ pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Res
         seen: new.seen,
         xattrs: new.xattrs,
         covered: new.covered,
-        settled: new.settled,
+        // What was listed and is not there any more may come back without a trace.
+        settled: new.settled && !vanished,
+        ignore_settled: new.ignore_settled,
         unreadable: new.unreadable,
         ignore_file: new.ignore_file,
         nested: new.nested,

@@ -12,7 +12,7 @@
 //! to it, the bucket is *lost*: the next look is at everything. Watches directories by descriptor, so that no link can
 //! lead a watch elsewhere.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -47,6 +47,8 @@ const MANY_NAMES: usize = 100_000;
 pub(super) struct Dirty {
     /// Names that may have changed, come or gone.
     pub names: BTreeSet<Box<[u8]>>,
+    /// Those that somebody has written to, or may have through a mapping: their state does not vouch for them.
+    pub written: BTreeSet<Box<[u8]>>,
     /// All names.
     pub all: bool,
     /// The directory is another one than before, and nobody watches it.
@@ -72,9 +74,23 @@ impl Dirty {
         }
     }
 
+    /// Marks a path whose state does not vouch for its content.
+    pub fn mark_written(&mut self, path: &RelPath) {
+        self.mark(path);
+        if let Some((parent, name)) = path.split() {
+            self.at(&parent).written.insert(name.into());
+        }
+    }
+
+    /// Counts the marked names.
+    fn count(&self) -> usize {
+        self.names.len() + self.below.values().map(Dirty::count).sum::<usize>()
+    }
+
     /// Takes in what another look would have to look at.
     pub fn merge(&mut self, other: Dirty) {
         self.names.extend(other.names);
+        self.written.extend(other.written);
         self.all |= other.all;
         self.anew |= other.anew;
         for (name, below) in other.below {
@@ -89,13 +105,25 @@ struct Bucket {
     dirty: Dirty,
     names: usize,
     /// Why not everything is in it.
-    lost: Option<&'static str>,
+    lost: Option<Lost>,
+}
+
+/// Why not all changes are known.
+#[derive(Clone, Copy, Debug)]
+struct Lost {
+    /// In words.
+    why: &'static str,
+    /// Whether it will be so after the next look, too.
+    lasting: bool,
 }
 
 #[derive(Debug, Default)]
 struct Watches {
-    by_path: BTreeMap<RelPath, WatchDescriptor>,
+    /// With the epoch in which each was added.
+    by_path: BTreeMap<RelPath, (WatchDescriptor, u64)>,
     buckets: VecDeque<Bucket>,
+    /// Whether somebody was told that not everything can be watched.
+    told: bool,
 }
 
 impl Watches {
@@ -104,8 +132,12 @@ impl Watches {
     }
 
     fn lose(&mut self, why: &'static str) {
+        self.lose_as(Lost { why, lasting: false });
+    }
+
+    fn lose_as(&mut self, lost: Lost) {
         if let Some(bucket) = self.current() {
-            bucket.lost.get_or_insert(why);
+            bucket.lost.get_or_insert(lost);
             bucket.dirty = Dirty::default();
         }
     }
@@ -116,8 +148,8 @@ struct Table {
     /// A directory may belong to several projects, or stand at several places.
     by_watch: HashMap<WatchDescriptor, Vec<(u64, RelPath)>>,
     projects: HashMap<u64, Watches>,
-    /// The cookie that was seen last.
-    cookie: u64,
+    /// The cookies that were seen and not yet asked for.
+    cookies: HashSet<u64>,
     next_project: u64,
 }
 
@@ -173,13 +205,14 @@ impl Watcher {
     }
 
     /// Takes in a project, of which nothing is known yet.
-    pub(super) fn watch_project(self: &Arc<Self>) -> Watched {
+    pub(super) fn watch_project(self: &Arc<Self>, name: String) -> Watched {
         let mut table = self.queue.table();
         table.next_project += 1;
         let project = table.next_project;
-        let nothing_known = Bucket { lost: Some("nothing was watched before"), ..Bucket::default() };
+        let nothing_known =
+            Bucket { lost: Some(Lost { why: "nothing was watched before", lasting: false }), ..Bucket::default() };
         table.projects.insert(project, Watches { buckets: [nothing_known].into(), ..Watches::default() });
-        Watched { watcher: Arc::clone(self), project }
+        Watched { watcher: Arc::clone(self), project, name }
     }
 }
 
@@ -215,15 +248,16 @@ impl Queue {
         }
         if event.wd == self.cookie_watch {
             use std::os::unix::ffi::OsStrExt;
-            let number = event.name.and_then(|name| std::str::from_utf8(name.as_bytes()).ok()?.parse().ok());
-            table.cookie = table.cookie.max(number.unwrap_or(0));
+            let number: Option<u64> =
+                event.name.and_then(|name| std::str::from_utf8(name.as_bytes()).ok()?.parse().ok());
+            table.cookies.extend(number);
             return;
         }
         let gone = event.mask.contains(AddWatchFlags::IN_IGNORED);
         let places = if gone { table.by_watch.remove(&event.wd) } else { table.by_watch.get(&event.wd).cloned() };
         for (project, path) in places.unwrap_or_default() {
             let Some(watches) = table.projects.get_mut(&project) else { continue };
-            if gone && watches.by_path.get(&path) == Some(&event.wd) {
+            if gone && watches.by_path.get(&path).is_some_and(|(watch, _)| *watch == event.wd) {
                 watches.by_path.remove(&path);
             }
             let unmounted = event.mask.contains(AddWatchFlags::IN_UNMOUNT);
@@ -242,9 +276,25 @@ impl Queue {
             if let Some(name) = &event.name {
                 use std::os::unix::ffi::OsStrExt;
                 bucket.names += usize::from(dir.names.insert(name.as_bytes().into()));
+                if event.mask.intersects(AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CLOSE_WRITE) {
+                    dir.written.insert(name.as_bytes().into());
+                }
                 if bucket.names > MANY_NAMES {
                     watches.lose("very much has changed");
                 }
+            }
+        }
+    }
+
+    /// Takes a path from a watch, and gives the watch up with the last.
+    fn forget(&self, table: &mut Table, project: u64, watch: WatchDescriptor, path: &RelPath) {
+        let Some(places) = table.by_watch.get_mut(&watch) else { return };
+        places.retain(|(owner, known)| *owner != project || known != path);
+        if places.is_empty() {
+            table.by_watch.remove(&watch);
+            // It may be gone already, with its directory.
+            if let Err(errno) = self.inotify.rm_watch(watch) {
+                tracing::trace!(%path, %errno, "a watch was gone before it was given up");
             }
         }
     }
@@ -286,6 +336,8 @@ pub(super) struct Taken {
 pub(super) struct Watched {
     watcher: Arc<Watcher>,
     project: u64,
+    /// For messages.
+    name: String,
 }
 
 impl Watched {
@@ -298,33 +350,32 @@ impl Watched {
         let Some(watches) = table.projects.get_mut(&self.project) else { return };
         match added {
             Ok(watch) => {
-                let before = watches.by_path.insert(path.clone(), watch);
+                let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
+                let before = watches.by_path.insert(path.clone(), (watch, epoch)).map(|(watch, _)| watch);
+                if before.is_some_and(|before| before != watch)
+                    && let Some(bucket) = watches.current()
+                {
+                    // Two looks saw different directories here: whichever comes last, the next one decides.
+                    bucket.dirty.at(path).anew = true;
+                }
                 let places = table.by_watch.entry(watch).or_default();
                 if !places.iter().any(|(project, known)| *project == self.project && known == path) {
                     places.push((self.project, path.clone()));
                 }
                 if let Some(before) = before.filter(|before| *before != watch) {
-                    self.forget(&mut table, before, path);
+                    self.watcher.queue.forget(&mut table, self.project, before, path);
                 }
             }
             Err(Errno::ENOSPC) => {
-                watches.lose("there are more directories than may be watched (fs.inotify.max_user_watches)")
+                const WHY: &str = "there are more directories than may be watched (fs.inotify.max_user_watches)";
+                if !std::mem::replace(&mut watches.told, true) {
+                    tracing::warn!(store = %self.name, "{WHY}; checkpoints compare all files' states");
+                }
+                watches.lose_as(Lost { why: WHY, lasting: true });
             }
             Err(errno) => {
                 tracing::debug!(%path, %errno, "a directory cannot be watched");
-                watches.lose("a directory could not be watched");
-            }
-        }
-    }
-
-    fn forget(&self, table: &mut Table, watch: WatchDescriptor, path: &RelPath) {
-        let Some(places) = table.by_watch.get_mut(&watch) else { return };
-        places.retain(|(project, known)| *project != self.project || known != path);
-        if places.is_empty() {
-            table.by_watch.remove(&watch);
-            // It may be gone already, with its directory.
-            if let Err(errno) = self.watcher.queue.inotify.rm_watch(watch) {
-                tracing::trace!(%path, %errno, "a watch was gone before it was given up");
+                watches.lose_as(Lost { why: "a directory could not be watched", lasting: true });
             }
         }
     }
@@ -337,7 +388,7 @@ impl Watched {
             fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
         let mut table = self.watcher.queue.table();
         self.watcher.queue.drain(&mut table);
-        let seen = table.cookie >= cookie;
+        let seen = table.cookies.remove(&cookie);
         let Some(watches) = table.projects.get_mut(&self.project) else {
             return Taken { epoch: 0, dirty: Err("the project is not watched") };
         };
@@ -347,17 +398,36 @@ impl Watched {
         } else if !seen {
             watches.lose("the cookie did not come");
         }
+        // One bucket from now on for all that is not settled: nobody may ever publish a look.
         let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
-        let mut dirty = Ok(Dirty::default());
-        for bucket in &watches.buckets {
-            match (&mut dirty, bucket.lost) {
-                (Err(_), _) => {}
-                (Ok(_), Some(why)) => dirty = Err(why),
-                (Ok(all), None) => all.merge(bucket.dirty.clone()),
-            }
+        let mut all = Bucket { epoch, ..Bucket::default() };
+        for bucket in std::mem::take(&mut watches.buckets) {
+            all.lost = all.lost.or(bucket.lost);
+            all.dirty.merge(bucket.dirty);
         }
+        all.names = all.dirty.count();
+        if all.names > MANY_NAMES {
+            all.lost.get_or_insert(Lost { why: "very much has changed", lasting: false });
+        }
+        if all.lost.is_some() {
+            all.dirty = Dirty::default();
+        }
+        let dirty = match all.lost {
+            Some(lost) => Err(lost.why),
+            None => Ok(all.dirty.clone()),
+        };
+        watches.buckets.push_back(all);
         watches.buckets.push_back(Bucket { epoch: epoch + 1, ..Bucket::default() });
         Taken { epoch, dirty }
+    }
+
+    /// Has the next look come back to a path.
+    pub fn note(&self, path: &RelPath) {
+        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project)
+            && let Some(bucket) = watches.current()
+        {
+            bucket.dirty.mark_written(path);
+        }
     }
 
     /// Drops what a look has dealt with that has become the known picture.
@@ -367,21 +437,28 @@ impl Watched {
         }
     }
 
-    /// Says that what is known is not to be relied on.
+    /// Says that not everything can be known here.
     pub fn distrust(&self, why: &'static str) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
-            watches.lose(why);
+            watches.lose_as(Lost { why, lasting: true });
         }
     }
 
-    /// Gives up the watches of directories that `keep` does not know any more.
-    pub fn retain(&self, keep: impl Fn(&RelPath) -> bool) {
+    /// Gives up the watches of directories that `keep` does not know any more; later looks than the one of `epoch` may
+    /// have added others.
+    pub fn retain(&self, epoch: u64, keep: impl Fn(&RelPath) -> bool) {
         let mut table = self.watcher.queue.table();
         let Some(watches) = table.projects.get_mut(&self.project) else { return };
-        let gone: Vec<_> =
-            watches.by_path.iter().filter(|(path, _)| !keep(path)).map(|(p, w)| (p.clone(), *w)).collect();
-        watches.by_path.retain(|path, _| keep(path));
-        gone.iter().for_each(|(path, watch)| self.forget(&mut table, *watch, path));
+        // A look adds its watches after its own bucket has ended.
+        let gone = |path: &RelPath, added: u64| added <= epoch.saturating_add(1) && !keep(path);
+        let all = watches.by_path.iter().filter(|(path, (_, added))| gone(path, *added));
+        let lost: Vec<_> = all.map(|(path, (watch, _))| (path.clone(), *watch)).collect();
+        lost.iter().for_each(|(path, _)| {
+            watches.by_path.remove(path);
+        });
+        for (path, watch) in &lost {
+            self.watcher.queue.forget(&mut table, self.project, *watch, path);
+        }
     }
 
     /// Keeps the reader from the queue while something is done.
@@ -391,16 +468,19 @@ impl Watched {
         meanwhile();
     }
 
-    /// Says whether every change since the last look is known.
-    pub fn is_complete(&self) -> bool {
+    /// Says whether the changes since the last look are known and no more than `few`, or cannot be known anyway.
+    pub fn is_complete(&self, few: usize) -> bool {
         let table = self.watcher.queue.table();
-        table.projects.get(&self.project).is_some_and(|watches| watches.buckets.iter().all(|b| b.lost.is_none()))
+        table.projects.get(&self.project).is_some_and(|watches| {
+            let known = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
+            known && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
+        })
     }
 }
 
 impl Drop for Watched {
     fn drop(&mut self) {
-        self.retain(|_| false);
+        self.retain(u64::MAX, |_| false);
         self.watcher.queue.table().projects.remove(&self.project);
     }
 }

@@ -1,6 +1,5 @@
 //! Gets to know a workspace while its agents run, so that they stand still only for what changes later.
 
-use std::collections::{BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 
 use fermata_core::command::AgentRun;
@@ -12,14 +11,14 @@ use crate::history::{Mapped, Primed, RelPath, SnapshotRequest};
 use crate::os::{mappings, process};
 
 /// Describes a snapshot that becomes no checkpoint.
-fn request(site: &Site) -> SnapshotRequest {
+fn request(site: &Site, mapped: Mapped) -> SnapshotRequest {
     SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
         number: 0,
         message: format!("what is known of {}\n", site.project.name),
         parent: None,
         rules: site.rules(),
-        mapped: Mapped::default(),
+        mapped,
     }
 }
 
@@ -28,7 +27,8 @@ fn request(site: &Site) -> SnapshotRequest {
 /// # Errors
 /// When the workspace cannot be read or the store not be written.
 pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Failure> {
-    let (request, now) = (request(site), crate::services::now());
+    let runs = site.project.runs(site.project.running_agents());
+    let (request, now) = (request(site, mapped(site, &runs).await?), crate::services::now());
     let primed = site
         .with_history(operation, "look at the workspace", move |history, progress, cancel| {
             history.prime(&request, now.0, progress, cancel)
@@ -87,13 +87,16 @@ pub async fn mapped(site: &Site, runs: &[AgentRun]) -> Result<Mapped, Failure> {
     let workspace = PathBuf::from(&site.project.facts.workspace);
     blocking("look at what agents have mapped", move || {
         let workspace = workspace.canonicalize().unwrap_or(workspace);
-        let mut mapped = Mapped { paths: BTreeSet::new(), files: HashSet::new() };
+        let mut mapped = Mapped::default();
         for shim in shims {
             let failed = |e| Failure::fault("list the agents' processes", &e);
             for stat in process::descendants(shim, process::Look::Quick).map_err(failed)? {
                 match mappings::writable_shared(stat.id.pid) {
                     Ok(found) => found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace)),
-                    Err(error) => tracing::debug!(pid = stat.id.pid, %error, "its mappings are not told"),
+                    Err(error) => {
+                        tracing::debug!(pid = stat.id.pid, %error, "its mappings are not told");
+                        mapped.untold += 1;
+                    }
                 }
             }
         }
@@ -107,8 +110,8 @@ fn note(mapped: &mut Mapped, mapping: mappings::Mapping, workspace: &Path) {
     let below =
         mapping.path.strip_prefix(workspace).ok().and_then(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
     match below {
-        Some(path) => drop(mapped.paths.insert(path)),
+        Some(path) => drop(mapped.paths.insert(path, mapping.ino)),
         // In a container the same file has another path.
-        None => drop(mapped.files.insert((mapping.dev, mapping.ino))),
+        None => drop(mapped.inodes.insert(mapping.ino)),
     }
 }

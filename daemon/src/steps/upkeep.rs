@@ -128,6 +128,9 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
         crate::os::priority::stand_back();
         let start = Instant::now();
         let done = cell.open(&dir, services.watcher()).and_then(|history| {
+            if let Err(error) = history.keep() {
+                tracing::warn!(%error, "what is known of the workspace could not be kept");
+            }
             // A look that costs nothing comes first.
             let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
             extent.map_or(Ok(None), |extent| history.consolidate(extent, &|_| {}, &flag))

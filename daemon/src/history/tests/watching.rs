@@ -194,7 +194,7 @@ fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
     file.set_modified(before.modified().unwrap()).unwrap();
     sandbox.let_files_age();
     let mut request = sandbox.request(2);
-    request.mapped.paths.insert(rel("data"));
+    request.mapped.paths.insert(rel("data"), before.ino());
     let second = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
     assert_eq!(second.stats.files - second.stats.unchanged, 1);
     sandbox.history.publish(&second).unwrap();
@@ -251,4 +251,109 @@ fn a_primed_workspace_costs_only_what_changes_later() {
     let again = History::open_watched(&sandbox.outside("state"), Some(&watcher)).unwrap();
     assert_eq!(prime(&again), Primed::Looked { read: 0, files: 30 });
     assert_eq!(again.verify(1, &quiet, &NEVER).unwrap().bad, []);
+}
+
+#[test]
+fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
+    let sandbox = Sandbox::new();
+    // From inside, deeper than any path from outside can be.
+    let mut dir =
+        nix::fcntl::open(&sandbox.path(), nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::empty()).unwrap();
+    for level in 0..2_200 {
+        nix::sys::stat::mkdirat(&dir, "d", nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let flags = nix::fcntl::OFlag::O_DIRECTORY;
+        dir = nix::fcntl::openat(&dir, "d", flags, nix::sys::stat::Mode::empty()).unwrap();
+        if level % 500 == 0 {
+            drop(nix::fcntl::openat(&dir, "f", nix::fcntl::OFlag::O_CREAT, nix::sys::stat::Mode::S_IRWXU).unwrap());
+        }
+    }
+    let first = sandbox.checkpoint(1);
+    assert_eq!(first.skipped.len(), 1, "{:?}", first.skipped.first().map(|skipped| &skipped.detail));
+    assert_eq!(first.stats.files, 5);
+    agrees(&sandbox, 2);
+    sandbox.write("d/d/new", "x");
+    agrees(&sandbox, 3);
+    sandbox.history.keep().unwrap();
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    // All but the one that was too fresh to be vouched for.
+    assert_eq!(again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap().stats.unchanged, 5);
+    // The standard library cannot remove it either.
+    let removed = Command::new("rm").arg("-rf").arg(sandbox.at("d")).status().unwrap();
+    assert!(removed.success());
+}
+
+#[test]
+fn what_is_out_of_sight_while_it_is_read_is_not_forgotten() {
+    let sandbox = Sandbox::new();
+    for n in 0..200 {
+        sandbox.write(format!("g/d{}/f{n}", n % 9), format!("content {n}"));
+    }
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                fs::rename(sandbox.at("g"), sandbox.at("h")).unwrap();
+                fs::rename(sandbox.at("h"), sandbox.at("g")).unwrap();
+            }
+        });
+        for _ in 0..20 {
+            sandbox.history.prime(&SnapshotRequest { number: 0, ..sandbox.request(1) }, 5, &quiet, &NEVER).unwrap();
+        }
+        stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    sandbox.let_files_age();
+    agrees(&sandbox, 1);
+}
+
+#[test]
+fn rules_of_nested_repositories_and_those_above_the_workspace_count_as_they_are_now() {
+    let sandbox = Sandbox::new();
+    sandbox.git(&["init", "-q"]);
+    sandbox.write("inner/a.o", "1");
+    sandbox.write("inner/b.tmp", "2");
+    git_in(&sandbox.at("inner"), &["init", "-q"]);
+    agrees(&sandbox, 1);
+    sandbox.let_files_age();
+    agrees(&sandbox, 2);
+    fs::write(sandbox.at("inner/.git/info/exclude"), "*.o\n").unwrap();
+    agrees(&sandbox, 3);
+    assert!(!sandbox.covered(3).contains(&"inner/a.o".to_owned()));
+    sandbox.let_files_age();
+    agrees(&sandbox, 4);
+    sandbox.write("z", "only this");
+    assert!(looked_at_a_part(&sandbox.checkpoint(5)), "rules that hold cost no look at everything");
+    fs::write(sandbox.at(".git/info/exclude"), "z\n").unwrap();
+    agrees(&sandbox, 6);
+    fs::remove_dir_all(sandbox.at("inner/.git")).unwrap();
+    agrees(&sandbox, 7);
+    assert!(sandbox.covered(7).contains(&"inner/a.o".to_owned()));
+}
+
+#[test]
+fn what_is_tracked_and_ignored_is_covered_as_soon_as_it_can_be() {
+    let mut sandbox = Sandbox::new();
+    sandbox.rules.max_file_bytes = 100;
+    sandbox.git(&["init", "-q"]);
+    sandbox.write(".gitignore", "*.bin\n");
+    sandbox.write("big.bin", [7; 200]);
+    sandbox.git(&["add", "-f", "big.bin"]);
+    for number in 1..4 {
+        agrees(&sandbox, number);
+        assert_eq!(sandbox.history.skipped(number).unwrap().len(), 1);
+        sandbox.let_files_age();
+    }
+    sandbox.write("big.bin", [7; 50]);
+    agrees(&sandbox, 4);
+    assert!(sandbox.covered(4).contains(&"big.bin".to_owned()));
+}
+
+#[test]
+fn times_in_the_future_do_not_make_files_be_read_again() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    let later = std::time::SystemTime::now() + std::time::Duration::from_secs(86_400);
+    File::open(sandbox.at("a")).unwrap().set_modified(later).unwrap();
+    sandbox.let_files_age();
+    sandbox.checkpoint(1);
+    assert_eq!(sandbox.checkpoint(2).stats.unchanged, 1);
 }

@@ -1,0 +1,105 @@
+//! What a walk has found: directories that are the known ones, and sketches of those that are not.
+//!
+//! Data only: `scan` makes it, `content` reads what is unread in it, `tree` makes directories of it.
+
+use std::sync::{Arc, OnceLock};
+
+use serde::{Deserialize, Serialize};
+
+use super::beneath::Stat;
+use super::content::Outcome;
+use super::meta::Xattrs;
+use super::names::RelPath;
+use super::picture::{Dir, Node, Seen};
+
+/// Why a path is not in a checkpoint although the rules cover it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SkipReason {
+    /// Larger than the rules allow.
+    TooLarge,
+    /// It may not be opened, or reading it failed.
+    Unreadable,
+    /// A FIFO, socket or device; its kind and mode are recorded.
+    Special,
+    /// It became something else at every attempt to read it.
+    Unsteady,
+}
+
+/// A path that is covered but not stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// The path.
+    pub path: RelPath,
+    /// Why.
+    pub reason: SkipReason,
+    /// What the system said, or the size.
+    pub detail: String,
+}
+
+/// A directory as a walk found it.
+#[derive(Debug)]
+pub(super) enum Found {
+    /// Nothing in it or below it has changed.
+    Same(Arc<Dir>),
+    /// Something has, or may have.
+    New(Box<NewDir>),
+}
+
+/// A directory whose trees have yet to be made.
+#[derive(Debug)]
+pub(super) struct NewDir {
+    /// Its state.
+    pub seen: Seen,
+    /// Its extended attributes.
+    pub xattrs: Xattrs,
+    /// Whether the rules cover it.
+    pub covered: bool,
+    /// Whether its names are surely the same while its state is.
+    pub settled: bool,
+    /// Why it could not be listed.
+    pub unreadable: Option<Box<str>>,
+    /// The state of its `.gitignore`.
+    pub ignore_file: Option<Seen>,
+    /// Whether that state vouches for what it said.
+    pub ignore_settled: bool,
+    /// Whether it is the top of a nested repository.
+    pub nested: bool,
+    /// What is in it and covered, sorted by name.
+    pub entries: Vec<Entry>,
+}
+
+/// One name in such a directory.
+#[derive(Debug)]
+pub(super) struct Entry {
+    /// The name.
+    pub name: Box<[u8]>,
+    /// What stands there.
+    pub what: What,
+}
+
+/// What stands at a name, as far as a walk can tell.
+#[derive(Debug)]
+pub(super) enum What {
+    /// All is known.
+    Known(Node),
+    /// A file or link whose content has to be read.
+    Unread(Box<Unread>),
+    /// A directory.
+    Below(Found),
+}
+
+/// A file or link whose content has to be read.
+#[derive(Debug)]
+pub(super) struct Unread {
+    /// The path.
+    pub path: RelPath,
+    /// Its state at the instant of the walk.
+    pub stat: Stat,
+    /// Whether it is tracked although it is ignored.
+    pub forced: bool,
+    /// Whether an agent can write to it without its state telling.
+    pub mapped: bool,
+    /// What reading it came to.
+    pub outcome: OnceLock<Outcome>,
+}
