@@ -26,7 +26,7 @@ BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
 PLUGINS := exec
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap build release test test-agents test-systemd test-machine demo bench bench-scale lint deny install clean
+.PHONY: help bootstrap build release test test-agents test-systemd test-machine demo bench bench-checkpoints bench-scale lint deny install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -57,6 +57,10 @@ demo: build ## see a pause, a crash, a restore and a resume in a throw-away daem
 
 bench: release ## compare with pueue and supervisord (where installed) and with plain files
 	CARGO="$(CARGO)" scripts/bench
+
+bench-checkpoints: release ## measure checkpoints and restores of 78,000 files beside git, and a pause with 10,000 context items
+	scripts/bench-checkpoints --get-tree
+	scripts/bench-pause
 
 bench-scale: release ## measure a thousand agents: memory, idle work, ps, a pause, a restart
 	scripts/bench-scale

@@ -276,6 +276,20 @@ impl Default for RestoreSettings {
     }
 }
 
+/// The section `[checkpoints]`: how workspaces are looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct CheckpointSettings {
+    /// Whether directories are watched, so that a checkpoint looks only where something has changed; read at the start.
+    pub watch: bool,
+}
+
+impl Default for CheckpointSettings {
+    fn default() -> Self {
+        Self { watch: true }
+    }
+}
+
 /// The section `[context]`: weights of the item types, 0 to 1.
 #[derive(Debug, Clone, PartialEq, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -308,6 +322,8 @@ pub struct Settings {
     pub retention: fermata_core::retention::Policy,
     /// The section `[restore]`.
     pub restore: RestoreSettings,
+    /// The section `[checkpoints]`.
+    pub checkpoints: CheckpointSettings,
 }
 
 impl Default for Settings {
@@ -323,6 +339,7 @@ impl Default for Settings {
             pressure: PressureSettings::default(),
             retention: fermata_core::retention::Policy::default(),
             restore: RestoreSettings::default(),
+            checkpoints: CheckpointSettings::default(),
         }
     }
 }
@@ -381,6 +398,7 @@ impl Settings {
         note("pressure", self.pressure != other.pressure);
         note("retention", self.retention != other.retention);
         note("restore", self.restore != other.restore);
+        note("checkpoints", self.checkpoints != other.checkpoints);
         names
     }
 }

@@ -134,6 +134,9 @@ impl Services {
 
     /// Returns the watcher of all workspaces, started when it is first needed; none where the kernel gives none.
     pub fn watcher(&self) -> Option<&Arc<Watcher>> {
+        if !self.settings().checkpoints.watch {
+            return None;
+        }
         let start = || match Watcher::start(&self.paths.state.join("watch")) {
             Ok(watcher) => Some(watcher),
             Err(error) => {
