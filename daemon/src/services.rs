@@ -79,6 +79,8 @@ pub struct Services {
     /// How much work on snapshots runs at the same time: more would take every blocking thread from
     /// the queries that everybody else waits for.
     pub heavy: Semaphore,
+    /// The same for looks at workspaces whose agents stand still.
+    pub urgent: Semaphore,
     /// One permit for what nobody waits for.
     pub background: Semaphore,
     /// Whose turn it is to make a checkpoint that nobody waits for: those of many projects come one
@@ -120,6 +122,7 @@ impl Services {
             progress: broadcast::channel(256).0,
             tracker,
             heavy: Semaphore::new(HEAVY),
+            urgent: Semaphore::new(HEAVY),
             background: Semaphore::new(1),
             watcher: OnceLock::new(),
             automatic: Arc::new(Semaphore::new(AUTOMATIC)),

@@ -160,7 +160,7 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Observed, f64), Failur
         mapped: super::prime::mapped(site, &order.runs).await?,
     };
     let observed = site
-        .with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
+        .with_history_at_once(&order.operation, "save the workspace", move |history, progress, cancel| {
             let mut request = request;
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);

@@ -115,7 +115,30 @@ impl Site {
         doing: &'static str,
         work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
     ) -> Result<T, Failure> {
-        let _permit = self.services.heavy.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
+        self.history_work(&self.services.heavy, operation, doing, work).await
+    }
+
+    /// The same while agents stand still: it does not queue behind what takes long.
+    ///
+    /// # Errors
+    /// The work's own error.
+    pub async fn with_history_at_once<T: Send + 'static>(
+        &self,
+        operation: &OperationId,
+        doing: &'static str,
+        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        self.history_work(&self.services.urgent, Some(operation), doing, work).await
+    }
+
+    async fn history_work<T: Send + 'static>(
+        &self,
+        permits: &tokio::sync::Semaphore,
+        operation: Option<&OperationId>,
+        doing: &'static str,
+        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let _permit = permits.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
         let (cell, services) = (self.history.clone(), Arc::clone(&self.services));
         let dir = self.dirs().history();
         let flag = Arc::clone(&self.cancel.flag);
