@@ -149,7 +149,12 @@ impl History {
         }
         let removed = self.removed.load(Ordering::Relaxed);
         let roots = self.roots()?;
-        let reach = Reach::of(&self.objects, &roots, &[], cancel)?;
+        let reach = match Reach::of(&self.objects, &roots, &[], cancel) {
+            Ok(reach) => reach,
+            // Removed and swept while it was walked; the next try does not see it.
+            Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => return Ok(None),
+            Err(error) => return Err(error),
+        };
         // Whatever comes of it, what was removed until now has been looked for.
         self.removed.fetch_sub(removed, Ordering::Relaxed);
         let mendable = self.objects.mendable(|oid| reach.needs(oid));
@@ -258,6 +263,12 @@ impl History {
         Ok(commits)
     }
 
+    /// Says whether any of these need not stay any more.
+    fn have_gone(&self, roots: &[Oid]) -> Result<bool> {
+        let now: HashSet<Oid> = self.roots()?.into_iter().collect();
+        Ok(roots.iter().any(|commit| !now.contains(commit)))
+    }
+
     fn candidates(&self) -> Result<Vec<Candidate>> {
         let mut found = Vec::new();
         for index in self.objects.indexes() {
@@ -281,7 +292,12 @@ impl History {
     fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
         let start = Instant::now();
         // What was published meanwhile is walked before anybody has to wait for it.
-        let ahead = old.ahead(self.roots()?, &self.objects, cancel)?;
+        let ahead = match old.ahead(self.roots()?, &self.objects, cancel) {
+            Ok(ahead) => ahead,
+            Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
+            // One of them was removed and swept, or is damaged: under the lock it shows which.
+            Err(_) => Ahead::default(),
+        };
         let _writer = loop {
             let writer = self.lock_writer();
             if self.live().is_empty() {

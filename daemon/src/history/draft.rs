@@ -233,8 +233,7 @@ impl Applying<'_> {
         if !unchanged && self.may_write(place, path)?.is_none() {
             return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path));
         }
-        renameat(&place.dir, &*place.temporary, &place.dir, &*place.name)
-            .map_err(self.failed("put in place", path))?;
+        renameat(&place.dir, &*place.temporary, &place.dir, &*place.name).map_err(self.failed("put in place", path))?;
         self.report.written += 1;
         self.touch(path);
         Ok(())

@@ -130,8 +130,7 @@ pub async fn capture(
             Rows::Later => database::begin(site, &partial).await.map(Taken::Pinned),
         }
     };
-    let (observed, rows, opened) =
-        tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
+    let (observed, rows, opened) = tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
     // All three have ended before any error is looked at, so that an undo finds nobody at work.
     let (observed, workspace_ms) = observed?;
     let others = rows.and_then(|rows| {

@@ -109,13 +109,7 @@ impl Known {
     }
 
     fn run<'a>(&'a self, pids: &'a [i32]) -> RunOf<'a> {
-        RunOf {
-            env: &self.env,
-            cwd: &self.cwd,
-            since_ms: self.since_ms,
-            pids,
-            known: self.session.as_deref(),
-        }
+        RunOf { env: &self.env, cwd: &self.cwd, since_ms: self.since_ms, pids, known: self.session.as_deref() }
     }
 }
 

@@ -114,7 +114,9 @@ pub(super) async fn copy(opened: Opened, partial: &Path) -> Result<Copied, Failu
                 .map_err(|error| Failure::fault(&format!("copy {}", source.display()), &error))?;
             if part.bytes < wanted {
                 let (there, source) = (part.bytes, source.display());
-                copied.warnings.push(format!("{source} shrank while it was copied: {there} of {wanted} bytes are kept"));
+                copied
+                    .warnings
+                    .push(format!("{source} shrank while it was copied: {there} of {wanted} bytes are kept"));
             }
             copied.parts.push(part);
         }
