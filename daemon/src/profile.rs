@@ -6,6 +6,9 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use fermata_core::resume_command::ResumeTemplate;
@@ -159,13 +162,10 @@ impl SessionFiles {
     /// Finds the session of a run: the file that its processes have open, else the one known
     /// before, else the newest one that names the run's working directory.
     pub fn find(&self, run: RunOf<'_>) -> Option<Session> {
-        let directory = expand(&self.directory, run.env)?;
-        // A process's descriptors show resolved paths.
-        let directory = directory.canonicalize().ok()?;
-        let open = run.pids.iter().flat_map(|pid| open_files(*pid)).find_map(|file| self.at(&directory, file));
-        if open.is_some() {
-            return open;
+        if let Some(open) = self.held_open(run) {
+            return Some(open);
         }
+        let directory = self.directory_of(run)?;
         let mut files = Vec::new();
         self.collect(&directory, &mut files);
         if let Some(known) = run.known
@@ -177,6 +177,18 @@ impl SessionFiles {
         files.sort();
         let file = files.into_iter().rev().map(|(_, file)| file).find(|file| names_directory(file, run.cwd))?;
         self.at(&directory, file)
+    }
+
+    /// Finds the session whose file the run's processes have open. Looks at nothing but them, however many sessions
+    /// there are.
+    pub fn held_open(&self, run: RunOf<'_>) -> Option<Session> {
+        let directory = self.directory_of(run)?;
+        run.pids.iter().flat_map(|pid| open_files(*pid)).find_map(|file| self.at(&directory, file))
+    }
+
+    fn directory_of(&self, run: RunOf<'_>) -> Option<PathBuf> {
+        // A process's descriptors show resolved paths.
+        expand(&self.directory, run.env)?.canonicalize().ok()
     }
 
     fn at(&self, directory: &Path, file: PathBuf) -> Option<Session> {
@@ -226,13 +238,32 @@ fn modified_ms(entry: &std::fs::DirEntry) -> Option<i64> {
 /// The regular files that a process has open.
 fn open_files(pid: i32) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()).filter(|p| p.is_absolute()).collect()
+    // The link leads to the open file itself, whatever its name has become: a FIFO is told from a file without opening it.
+    let regular = entries.flatten().map(|entry| entry.path()).filter(|fd| fd.metadata().is_ok_and(|of| of.is_file()));
+    regular.filter_map(|fd| std::fs::read_link(fd).ok()).filter(|path| path.is_absolute()).collect()
+}
+
+/// Opens a session file for reading, and says how many bytes it has now; `None` when the name is not, or no longer, a
+/// regular file's. Never waits: not for the other end of a FIFO, not for a device.
+///
+/// # Errors
+/// When it cannot be opened or looked at.
+pub fn open_session(file: &Path) -> io::Result<Option<(File, u64)>> {
+    let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
+    let open = match OpenOptions::new().read(true).custom_flags(flags).open(file) {
+        Ok(open) => open,
+        // A link, or a socket.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => return Ok(None),
+        Err(error) => return Err(error),
+    };
+    let meta = open.metadata()?;
+    Ok(meta.is_file().then_some((open, meta.len())))
 }
 
 /// Says whether the beginning of a session file names the directory as a JSON string.
 fn names_directory(file: &Path, directory: &str) -> bool {
     use std::io::Read as _;
-    let Ok(open) = std::fs::File::open(file) else { return false };
+    let Ok(Some((open, _))) = open_session(file) else { return false };
     let mut head = Vec::new();
     if open.take(HEAD_BYTES as u64).read_to_end(&mut head).is_err() {
         return false;
@@ -311,5 +342,31 @@ mod tests {
         let open = std::fs::File::open(dir.path().join(format!("rollout-2026-{}.jsonl", id(3)))).expect("opened");
         assert_eq!(files.find(RunOf { pids: &[own], ..run }).map(|s| s.id), Some(id(3)));
         drop(open);
+    }
+
+    #[test]
+    fn a_fifo_with_the_name_of_a_session_is_none_and_nobody_waits_for_it() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let fifo = dir.path().join("a.jsonl");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
+        let held = OpenOptions::new().read(true).write(true).open(&fifo).expect("opened");
+        let files = SessionFiles {
+            directory: dir.path().to_string_lossy().into_owned(),
+            prefix: String::new(),
+            suffix: ".jsonl".into(),
+            id_length: None,
+        };
+        let own = [std::process::id() as i32];
+        let nothing = BTreeMap::new();
+        let run = RunOf { env: &nothing, cwd: "/w", since_ms: 0, pids: &own, known: Some("a") };
+        assert_eq!(files.find(run), None);
+        drop(held);
+        // Nobody has its other end open now.
+        assert!(open_session(&fifo).expect("looked at").is_none());
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("b.jsonl")).expect("made");
+        assert!(open_session(&dir.path().join("b.jsonl")).expect("looked at").is_none());
+        let file = dir.path().join("c.jsonl");
+        std::fs::write(&file, "12345").expect("written");
+        assert_eq!(open_session(&file).expect("looked at").expect("a file").1, 5);
     }
 }

@@ -62,16 +62,16 @@ impl History {
     pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
         let draft = self.start_draft(number)?;
         let commit = self.refs.get(number)?;
-        let reach = Reach::of(&self.objects, &[commit], None, cancel)?;
+        let reach = Reach::of(&self.objects, &[commit], &[], cancel)?;
         let indexes = self.objects.indexes();
         let open = |index| self.objects.reader(index);
         let packs = indexes.iter().filter(|index| index.ids().any(|oid| reach.needs(&oid)));
         let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
         let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
-        let plan = Repack::plan(&reach, packs, Manner::Hurry, |_| false)?;
+        let plan = Repack::plan(&reach, packs, Manner::Hurry, |pack, oid| self.objects.is_replaced(pack, oid))?;
         // Somebody may have run git in the store and left objects outside of packs.
         if plan.objects() != reach.nodes().len() {
-            let packed = |oid: &Oid| self.objects.contains(oid);
+            let packed = |oid: &Oid| self.objects.has(oid);
             let missing = reach.nodes().iter().find(|node| !packed(&node.oid));
             return Err(HistoryError::MissingObject { oid: missing.map_or(commit, |node| node.oid) });
         }
@@ -111,7 +111,7 @@ impl History {
         let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?;
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let store = ObjectStore::open(&objects)?;
-        let reach = Reach::of(&store, &[commit], None, cancel)?;
+        let reach = Reach::of(&store, &[commit], &[], cancel)?;
         let remembered = super::pack_reader::Remembered::default();
         let total = reach.nodes().len() as u64;
         for (done, node) in reach.nodes().iter().enumerate() {

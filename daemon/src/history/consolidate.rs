@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
+use super::objects::ObjectStore;
 use super::pack_reader::PackReader;
 use super::reach::Reach;
 use super::repack::{Manner, Repack};
@@ -109,12 +110,13 @@ impl History {
         })
     }
 
-    /// Says what of [`History::consolidate`] has become worth it: many packs have come, or checkpoints were removed.
+    /// Says what of [`History::consolidate`] has become worth it: many packs have come, checkpoints were removed, or
+    /// what was damaged has good copies.
     /// Costs next to nothing.
     pub fn due(&self) -> Option<Extent> {
         if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all)) {
             Some(Extent::Due)
-        } else if self.removed.load(Ordering::Relaxed) >= REMOVED {
+        } else if self.removed.load(Ordering::Relaxed) >= REMOVED || !self.objects.mendable(|_| true).is_empty() {
             Some(Extent::Waste)
         } else {
             None
@@ -147,10 +149,16 @@ impl History {
         }
         let removed = self.removed.load(Ordering::Relaxed);
         let roots = self.roots()?;
-        let reach = Reach::of(&self.objects, &roots, None, cancel)?;
+        let reach = match Reach::of(&self.objects, &roots, &[], cancel) {
+            Ok(reach) => reach,
+            // Removed and swept while it was walked; the next try does not see it.
+            Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => return Ok(None),
+            Err(error) => return Err(error),
+        };
         // Whatever comes of it, what was removed until now has been looked for.
         self.removed.fetch_sub(removed, Ordering::Relaxed);
-        let packs = choose(candidates, &reach, extent)?;
+        let mendable = self.objects.mendable(|oid| reach.needs(oid));
+        let packs = choose(candidates, &reach, &mendable, extent)?;
         if packs.is_empty() {
             return Ok(None);
         }
@@ -158,8 +166,9 @@ impl History {
         let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
         let old = Old { names, walked: roots.iter().copied().collect(), reach: &reach };
         let readers = packs.into_iter().map(|one| one.reader).collect();
-        let plan =
-            Repack::plan(&reach, readers, Manner::Patience, |oid| self.objects.contains_outside(oid, &old.names))?;
+        let plan = Repack::plan(&reach, readers, Manner::Patience, |pack, oid| {
+            self.objects.contains_outside(oid, &old.names) || self.objects.is_replaced(pack, oid)
+        })?;
         let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
         let draft = self.pending().join(DRAFT);
         if plan.objects() == 0 {
@@ -203,11 +212,9 @@ impl History {
             return Ok(true);
         }
         if self.swap_has_begun() {
-            let _writer = self.lock_writer();
-            if !self.live().is_empty() {
+            if !self.sweep_packs(&mut super::SweepReport::default(), true)? {
                 return Ok(false);
             }
-            self.sweep_packs(&mut super::SweepReport::default(), true)?;
         }
         self.remove_draft().map(|()| true)
     }
@@ -252,8 +259,14 @@ impl History {
         }
         let known = self.known().0.map(|picture| picture.commit);
         // A store that was damaged or cleared may have lost them; then they are not trusted either.
-        commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.contains(commit)));
+        commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.has(commit)));
         Ok(commits)
+    }
+
+    /// Says whether any of these need not stay any more.
+    fn have_gone(&self, roots: &[Oid]) -> Result<bool> {
+        let now: HashSet<Oid> = self.roots()?.into_iter().collect();
+        Ok(roots.iter().any(|commit| !now.contains(commit)))
     }
 
     fn candidates(&self) -> Result<Vec<Candidate>> {
@@ -278,6 +291,13 @@ impl History {
     /// snapshots, within bounds.
     fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
         let start = Instant::now();
+        // What was published meanwhile is walked before anybody has to wait for it.
+        let ahead = match old.ahead(self.roots()?, &self.objects, cancel) {
+            Ok(ahead) => ahead,
+            Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
+            // One of them was removed and swept, or is damaged: under the lock it shows which.
+            Err(_) => Ahead::default(),
+        };
         let _writer = loop {
             let writer = self.lock_writer();
             if self.live().is_empty() {
@@ -294,7 +314,7 @@ impl History {
             std::thread::sleep(TURN);
         };
         self.objects.refresh()?;
-        if !self.allows(old, cancel)? {
+        if !self.allows(old, &ahead, cancel)? {
             tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
             return Ok(false);
         }
@@ -323,24 +343,40 @@ impl History {
         Ok(true)
     }
 
-    /// Says whether everything that is needed by now either was walked or lies in a pack that stays.
-    fn allows(&self, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
+    /// Says whether everything that is needed by now either was walked or lies in a pack that stays. The caller holds the
+    /// writer's lock and knows that no snapshot is under way.
+    pub(super) fn allows(&self, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
         let mut roots = self.roots()?;
-        roots.retain(|commit| !old.walked.contains(commit));
-        if roots.is_empty() {
-            return Ok(true);
-        }
-        let since = Reach::of(&self.objects, &roots, Some(old.reach), cancel)?;
-        let goes = |oid: &Oid| self.objects.contains(oid) && !self.objects.contains_outside(oid, &old.names);
-        Ok(!since.nodes().iter().any(|node| goes(&node.oid)))
+        roots.retain(|commit| !old.walked.contains(commit) && !ahead.walked.contains(commit));
+        let since = Reach::of(&self.objects, &roots, &[old.reach, &ahead.reach], cancel)?;
+        let goes = |oid: &Oid| self.objects.has(oid) && !self.objects.contains_outside(oid, &old.names);
+        Ok(!ahead.reach.nodes().iter().chain(since.nodes()).any(|node| goes(&node.oid)))
     }
 }
 
-/// The packs that are to be replaced, and what was known to be needed when they were chosen.
-struct Old<'a> {
-    names: HashSet<String>,
+/// The packs that are to go, and what was known to be needed when they were chosen.
+pub(super) struct Old<'a> {
+    /// Their names.
+    pub names: HashSet<String>,
+    /// The commits that were known.
+    pub walked: HashSet<Oid>,
+    /// What these need.
+    pub reach: &'a Reach,
+}
+
+/// What became known to be needed after packs were chosen.
+#[derive(Default)]
+pub(super) struct Ahead {
     walked: HashSet<Oid>,
-    reach: &'a Reach,
+    reach: Reach,
+}
+
+impl Old<'_> {
+    fn ahead(&self, mut roots: Vec<Oid>, objects: &ObjectStore, cancel: &AtomicBool) -> Result<Ahead> {
+        roots.retain(|commit| !self.walked.contains(commit));
+        let reach = Reach::of(objects, &roots, &[self.reach], cancel)?;
+        Ok(Ahead { walked: roots.into_iter().collect(), reach })
+    }
 }
 
 fn is_due(candidates: &[Candidate]) -> bool {
@@ -348,12 +384,18 @@ fn is_due(candidates: &[Candidate]) -> bool {
 }
 
 /// Chooses the packs that become one.
-fn choose(candidates: Vec<Candidate>, reach: &Reach, extent: Extent) -> Result<Vec<Candidate>> {
+fn choose(
+    candidates: Vec<Candidate>,
+    reach: &Reach,
+    mendable: &HashSet<String>,
+    extent: Extent,
+) -> Result<Vec<Candidate>> {
     let mut chosen = Vec::new();
     let mut others = Vec::new();
     let all = candidates.len();
     for one in candidates {
-        if (one.fresh && extent != Extent::Waste) || waste(&one, reach)? > one.bytes / WASTE {
+        let is_due = (one.fresh && extent != Extent::Waste) || mendable.contains(&one.reader.index.name);
+        if is_due || waste(&one, reach)? > one.bytes / WASTE {
             chosen.push(one);
         } else {
             others.push(one);

@@ -26,6 +26,7 @@ mod content;
 mod deflate;
 mod delta;
 mod diff;
+mod distrust;
 mod draft;
 mod errors;
 mod found;
@@ -183,6 +184,8 @@ struct Known {
     unsaved: u64,
     /// Whether the disk was asked.
     loaded: bool,
+    /// Snapshots that may rely on objects that were found damaged since they began.
+    misled: HashSet<String>,
 }
 
 const CONFIG: &str = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n\tfilemode = true\n\
@@ -324,6 +327,19 @@ impl History {
         Ok(Listing::of_workspace(&dir))
     }
 
+    /// Takes note of objects that are missing or damaged: writers write them again, and readers prefer other copies. The
+    /// next snapshot compares all files, since what is known of the workspace does not vouch for its objects any more.
+    pub fn distrust(&self, ids: &[Oid]) {
+        if ids.is_empty() {
+            return;
+        }
+        self.objects.distrust(ids);
+        let live = self.live().clone();
+        let mut known = self.lock_known();
+        known.trusted = false;
+        known.misled.extend(live);
+    }
+
     /// Gives back the memory that only makes reading faster, once a piece of work is done.
     pub fn rest(&self) {
         self.objects.rest();
@@ -358,6 +374,7 @@ impl History {
     /// Returns what is known of the workspace, from the disk the first time, and whether all that it names is surely
     /// in the store.
     fn known(&self) -> (Option<Arc<Picture>>, bool) {
+        let live = self.live().clone();
         let mut known = self.lock_known();
         if !known.loaded {
             known.loaded = true;
@@ -366,7 +383,13 @@ impl History {
             known.trusted = known
                 .picture
                 .as_ref()
-                .is_some_and(|picture| Some(picture.commit) == base && self.objects.contains(&picture.commit));
+                .is_some_and(|picture| Some(picture.commit) == base && self.objects.contains(&picture.commit))
+                && self.objects.is_sound();
+        }
+        if !known.misled.is_empty() {
+            // One of them may have been published since, and thought that it could vouch for everything.
+            known.trusted = false;
+            known.misled.retain(|name| live.contains(name));
         }
         (known.picture.clone(), known.trusted)
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Begins the temporary names that a restore makes; the id of its plan follows.
+/// Begins the temporary names that a restore makes; the id of its plan and a number follow.
 pub const RESTORE_PREFIX: &[u8] = b".fermata-restore-";
 
 /// How many hexadecimal digits the id of a plan has.
@@ -111,7 +111,12 @@ pub fn is_safe_name(name: &[u8]) -> bool {
 
 /// Says whether a name is that of a restore's unfinished file, which is never covered.
 pub fn is_restore_draft(name: &[u8]) -> bool {
-    name.strip_prefix(RESTORE_PREFIX).is_some_and(is_plan_id)
+    let Some((id, number)) = name.strip_prefix(RESTORE_PREFIX).and_then(|rest| rest.split_at_checked(PLAN_ID_DIGITS))
+    else {
+        return false;
+    };
+    let is_number = |digits: &[u8]| (1..=2).contains(&digits.len()) && digits.iter().all(u8::is_ascii_digit);
+    is_plan_id(id) && (number.is_empty() || number.strip_prefix(b"-").is_some_and(is_number))
 }
 
 /// Says whether bytes are the id of a plan.

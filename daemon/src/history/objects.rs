@@ -8,8 +8,9 @@
 use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
+use super::distrust::Distrusted;
 use super::errors::{HistoryError, Result};
 use super::oid::{ObjectKind, Oid};
 use super::pack_entry::Stored;
@@ -26,6 +27,8 @@ pub struct ObjectStore {
     packs: RwLock<Vec<Arc<PackIndex>>>,
     open: Mutex<VecDeque<PackReader>>,
     remembered: Remembered,
+    /// Locked after `packs`, where both are.
+    distrusted: RwLock<Distrusted>,
 }
 
 /// An object whose content is read as a stream.
@@ -60,6 +63,7 @@ impl ObjectStore {
             packs: RwLock::new(Vec::new()),
             open: Mutex::new(VecDeque::new()),
             remembered: Remembered::default(),
+            distrusted: RwLock::new(Distrusted::load(objects.parent().unwrap_or(objects))),
         };
         store.refresh()?;
         Ok(store)
@@ -108,14 +112,70 @@ impl ObjectStore {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
-        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        packs.iter().find_map(|pack| pack.find(oid).map(|offset| (Arc::clone(pack), offset)))
+    fn distrusted(&self) -> RwLockReadGuard<'_, Distrusted> {
+        self.distrusted.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says whether a published pack holds the object.
+    /// Finds an object; a damaged copy only where there is no other.
+    fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let distrusted = self.distrusted();
+        let mut copies = packs.iter().filter_map(|pack| pack.find(oid).map(|offset| (pack, offset)));
+        let first = copies.next()?;
+        let good = |(pack, _): &(&Arc<PackIndex>, u64)| !distrusted.is_bad(oid, &pack.name);
+        let (pack, offset) = if good(&first) { first } else { copies.find(good).unwrap_or(first) };
+        Some((Arc::clone(pack), offset))
+    }
+
+    /// Says whether a published pack holds a copy of the object that is not known to be damaged, so that nobody needs to
+    /// write another.
     pub fn contains(&self, oid: &Oid) -> bool {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let distrusted = self.distrusted();
+        packs.iter().any(|pack| pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name))
+    }
+
+    /// Says whether a published pack holds any copy of the object, be it a damaged one.
+    pub(super) fn has(&self, oid: &Oid) -> bool {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.position(oid).is_some())
+    }
+
+    /// Notes that these objects cannot be read from where they are found now.
+    pub(super) fn distrust(&self, ids: &[Oid]) {
+        let found: Vec<_> = ids.iter().filter_map(|oid| Some((*oid, self.pack_of(oid)?))).collect();
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let mut distrusted = self.distrusted.write().unwrap_or_else(PoisonError::into_inner);
+        distrusted.retain(|name| packs.iter().any(|pack| pack.name == name));
+        found.into_iter().for_each(|(oid, pack)| distrusted.add(oid, pack));
+        if let Err(error) = distrusted.save() {
+            tracing::warn!(%error, "which objects are damaged is forgotten with the daemon's end");
+        }
+    }
+
+    /// Says whether every object has a copy that is not known to be damaged.
+    pub(super) fn is_sound(&self) -> bool {
+        let bad: Vec<Oid> = self.distrusted().all().map(|(oid, _)| *oid).collect();
+        bad.iter().all(|oid| self.contains(oid) || !self.has(oid))
+    }
+
+    /// Says whether the copy of an object in a pack is damaged and another one is not.
+    pub(super) fn is_replaced(&self, pack: &str, oid: &Oid) -> bool {
+        // Bound to a name, since the lock must not be held for the look-up.
+        let bad = self.distrusted().is_bad(oid, pack);
+        bad && self.contains(oid)
+    }
+
+    /// Lists the packs with damaged copies, without those where one that is `needed` has no other.
+    pub(super) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
+        if self.distrusted().is_empty() {
+            return HashSet::new();
+        }
+        let bad: Vec<(Oid, String)> = self.distrusted().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
+        let (good, lost): (Vec<_>, Vec<_>) = bad.into_iter().partition(|(oid, _)| self.contains(oid) || !needed(oid));
+        let mut packs: HashSet<String> = good.into_iter().map(|(_, pack)| pack).collect();
+        packs.retain(|name| self.has_pack(name));
+        packs.retain(|name| lost.iter().all(|(_, pack)| pack != name));
+        packs
     }
 
     /// Returns the name of the pack in which an object is found.
@@ -128,10 +188,13 @@ impl ObjectStore {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.name == name)
     }
 
-    /// Says whether a pack other than these holds the object.
+    /// Says whether a pack other than these holds the object, in a copy that is not known to be damaged.
     pub(super) fn contains_outside(&self, oid: &Oid, without: &HashSet<String>) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        packs.iter().any(|pack| !without.contains(&pack.name) && pack.position(oid).is_some())
+        let distrusted = self.distrusted();
+        packs.iter().any(|pack| {
+            !without.contains(&pack.name) && pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name)
+        })
     }
 
     /// Opens the pack of an index, or returns it from among those that are open.

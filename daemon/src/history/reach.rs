@@ -66,7 +66,7 @@ impl Reach {
     ///
     /// # Errors
     /// Fails when a tree cannot be read, or when cancelled.
-    pub fn of(store: &ObjectStore, commits: &[Oid], known: Option<&Reach>, cancel: &AtomicBool) -> Result<Reach> {
+    pub fn of(store: &ObjectStore, commits: &[Oid], known: &[&Reach], cancel: &AtomicBool) -> Result<Reach> {
         let mut walk = Walk { reach: Reach::default(), store, known, cancel };
         let mut before = None;
         for commit in commits {
@@ -91,13 +91,13 @@ fn likeness(name: &[u8]) -> u64 {
 struct Walk<'a> {
     reach: Reach,
     store: &'a ObjectStore,
-    known: Option<&'a Reach>,
+    known: &'a [&'a Reach],
     cancel: &'a AtomicBool,
 }
 
 impl Walk<'_> {
     fn is_known(&self, oid: &Oid) -> bool {
-        self.known.is_some_and(|known| known.needs(oid))
+        self.known.iter().any(|known| known.needs(oid))
     }
 
     fn read(&self, tree: &Oid) -> Result<Vec<TreeEntry>> {

@@ -96,7 +96,7 @@ pub(super) struct Repack<'a> {
 
 impl<'a> Repack<'a> {
     /// Gathers what is needed of the packs and chooses how each entry is to be stored. `elsewhere` says of an object
-    /// that it stays in another pack.
+    /// in a pack that it is taken from another one, or stays there.
     ///
     /// # Errors
     /// Fails when a pack is damaged.
@@ -104,7 +104,7 @@ impl<'a> Repack<'a> {
         reach: &'a Reach,
         packs: Vec<PackReader>,
         manner: Manner,
-        elsewhere: impl Fn(&Oid) -> bool,
+        elsewhere: impl Fn(&str, &Oid) -> bool,
     ) -> Result<Repack<'a>> {
         let fresh = packs.iter().map(|pack| manner == Manner::Patience && pack.is_fresh()).collect();
         let (items, by_node, counts) = (Vec::new(), HashMap::new(), Counts::default());
@@ -125,14 +125,14 @@ impl<'a> Repack<'a> {
         self.items.len()
     }
 
-    fn gather(&mut self, pack: usize, elsewhere: impl Fn(&Oid) -> bool) -> io::Result<()> {
+    fn gather(&mut self, pack: usize, elsewhere: impl Fn(&str, &Oid) -> bool) -> io::Result<()> {
         let reader = self.packs[pack].clone();
         let layout = reader.index.layout()?;
         let end = reader.length()?.saturating_sub(20);
         let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([end]);
         for ((at, n), end) in layout.iter().copied().zip(ends) {
             let Some(oid) = reader.index.oid(n as usize) else { continue };
-            let node = self.reach.number(&oid).filter(|_| !elsewhere(&oid));
+            let node = self.reach.number(&oid).filter(|_| !elsewhere(&reader.index.name, &oid));
             let Some(node) = node.filter(|node| !self.by_node.contains_key(node)) else {
                 self.counts.dropped += 1;
                 continue;

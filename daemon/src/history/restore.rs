@@ -5,9 +5,9 @@
 //! ```
 //!
 //! Each step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A file is
-//! written under a temporary name, flushed and renamed; nothing is opened through a link; what is not what the plan
-//! expects is left alone and reported. Must not decide anything: that is the plan's work. Writing files is `draft`'s,
-//! setting what needs no writing is `attributes`'.
+//! written under a temporary name, flushed and renamed, a few of them side by side; nothing is opened through a link;
+//! what is not what the plan expects is left alone and reported. Must not decide anything: that is the plan's work.
+//! Writing files is `draft`'s, setting what needs no writing is `attributes`'.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -15,13 +15,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
+use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use serde::{Deserialize, Serialize};
 
 use super::beneath::{FileKind, Root, stat_at, stat_fd};
-use super::draft::{FileWish, unlink_if_there};
+use super::draft::{DRAFTS, Drafted, FileWish, side_by_side, unlink_if_there};
 use super::errors::{HistoryError, Result};
 use super::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
 use super::oid::ObjectKind;
@@ -86,6 +87,7 @@ impl History {
             history: self,
             root: &root,
             temporary: temporary_name(plan)?,
+            drafted: Drafted::default(),
             touched: BTreeSet::new(),
             looked_at: BTreeSet::new(),
             opened: BTreeMap::new(),
@@ -121,11 +123,15 @@ impl History {
             }
             progress(Progress { phase: Phase::Verify, done: done as u64 + 1, total });
         }
-        if bad.is_empty() { Ok(()) } else { Err(HistoryError::Unrestorable { bad }) }
+        if bad.is_empty() {
+            return Ok(());
+        }
+        self.distrust(&bad.iter().map(|bad| bad.oid).collect::<Vec<_>>());
+        Err(HistoryError::Unrestorable { bad })
     }
 }
 
-/// One name per plan suffices, since one file is written at a time; the next run finds it again and removes it.
+/// What the names of a plan's drafts begin with. The next run gives each path the same name, and removes what it finds.
 fn temporary_name(plan: &RestorePlan) -> Result<OsString> {
     if !is_plan_id(plan.id.as_bytes()) {
         return Err(HistoryError::UnsafePath { path: plan.id.clone() });
@@ -139,8 +145,10 @@ pub(super) struct Applying<'a> {
     pub history: &'a History,
     /// The workspace.
     pub root: &'a Root,
-    /// The name of the draft.
-    pub temporary: OsString,
+    /// What the drafts' names begin with.
+    temporary: OsString,
+    /// Files that are written and not in place yet.
+    pub drafted: Drafted,
     /// Directories whose names changed.
     touched: BTreeSet<RelPath>,
     /// Directories that were looked at for being closed to their owner.
@@ -162,10 +170,15 @@ impl Applying<'_> {
         }
         let total = plan.operations.len() as u64;
         for (done, step) in plan.operations.iter().enumerate() {
-            self.apply(step)?;
+            // A name is used again only when its draft is in place.
+            if done.is_multiple_of(DRAFTS) || self.drafted.is_full() || !goes_beside_drafts(step) {
+                self.put_all_in_place()?;
+            }
+            self.apply(step, &self.draft_name_of(done))?;
             failpoint::check("history.restore.step").map_err(HistoryError::io("restore", self.root.path()))?;
             progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
         }
+        self.put_all_in_place()?;
         self.close_again(plan)?;
         self.flush()
     }
@@ -198,7 +211,12 @@ impl Applying<'_> {
         self.touched.extend(path.parent());
     }
 
-    fn apply(&mut self, step: &Operation) -> Result<()> {
+    fn draft_name_of(&self, step: usize) -> OsString {
+        let number = format!("-{}", step % DRAFTS);
+        OsString::from_vec([self.temporary.as_bytes(), number.as_bytes()].concat())
+    }
+
+    fn apply(&mut self, step: &Operation, temporary: &OsStr) -> Result<()> {
         if !matches!(step, Operation::SetAttributes { .. }) {
             self.open_up(step.path())?;
         }
@@ -207,10 +225,10 @@ impl Applying<'_> {
             Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to } => {
                 let (oid, mode, mtime, sparse) = (*oid, *mode, *mtime, *sparse);
                 let wish = FileWish { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
-                self.write_file(path, &wish, replaces.as_ref())
+                self.write_file(path, &wish, replaces.as_ref(), temporary)
             }
             Operation::WriteLink { path, oid, mtime, replaces } => {
-                self.write_link(path, *oid, *mtime, replaces.as_ref())
+                self.write_link(path, *oid, *mtime, replaces.as_ref(), temporary)
             }
             Operation::RemoveFile { path, holds } => self.remove_file(path, holds),
             Operation::RemoveDirectory { path } => self.remove_directory(path),
@@ -304,22 +322,35 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Removes this plan's own draft, should a crash have left one in a directory that is to go.
+    /// Removes this plan's own drafts from a directory, should a crash or a failure have left any.
     fn clear_drafts_in(&self, path: &RelPath) -> Result<()> {
-        match self.root.open_dir(path) {
-            Ok(dir) => unlink_if_there(&dir, &self.temporary).map_err(self.failed("clear drafts in", path)),
-            Err(_) => Ok(()),
-        }
+        let Ok(mut dir) = self.root.open_dir(path).and_then(Dir::from_fd) else {
+            return Ok(());
+        };
+        let is_own = |name: &[u8]| is_restore_draft(name) && name.starts_with(self.temporary.as_bytes());
+        let names = dir.iter().filter_map(std::result::Result::ok).map(|entry| entry.file_name().to_owned());
+        let own: Vec<_> = names.filter(|name| is_own(name.to_bytes())).collect();
+        own.iter()
+            .try_for_each(|name| unlink_if_there(&dir, OsStr::from_bytes(name.to_bytes())))
+            .map_err(self.failed("clear drafts in", path))
     }
 
-    fn flush(&mut self) -> Result<()> {
-        for path in &self.touched {
-            match self.root.open_dir(path) {
-                Ok(dir) => fsync(&dir).map_err(self.failed("flush", path))?,
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {}
-                Err(errno) => return Err(self.failed("flush", path)(errno)),
-            }
-        }
-        Ok(())
+    fn flush(&self) -> Result<()> {
+        let touched: Vec<&RelPath> = self.touched.iter().collect();
+        side_by_side(&touched, |path| match self.root.open_dir(path) {
+            Ok(dir) => fsync(&dir).map_err(self.failed("flush", path)),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
+            Err(errno) => Err(self.failed("flush", path)(errno)),
+        })
+    }
+}
+
+/// Says whether a step may be done while others' drafts wait to be put in place. Another name of a file needs that file
+/// in its place.
+fn goes_beside_drafts(step: &Operation) -> bool {
+    match step {
+        Operation::MakeDirectory { .. } | Operation::WriteLink { .. } => true,
+        Operation::WriteFile { linked_to, .. } => linked_to.is_none(),
+        Operation::RemoveFile { .. } | Operation::RemoveDirectory { .. } | Operation::SetAttributes { .. } => false,
     }
 }

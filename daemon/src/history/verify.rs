@@ -50,15 +50,21 @@ pub(super) struct Known {
     described: HashSet<Directory>,
     /// The packs that were checked, and what is wrong with them.
     packs: HashMap<String, Option<String>>,
+    /// Objects that cannot be read.
+    unreadable: Vec<Oid>,
 }
 
 impl History {
-    /// Reads every object of a checkpoint, and compares the packs that hold them with their checksums.
+    /// Reads every object of a checkpoint, and compares the packs that hold them with their checksums. What is damaged is
+    /// distrusted: the next snapshot writes it again, if the workspace still has it.
     ///
     /// # Errors
     /// Fails when there is no such checkpoint or when cancelled; damage is reported, not an error.
     pub fn verify(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<VerifyReport> {
-        self.verify_one(number, &mut Known::default(), progress, cancel)
+        let mut known = Known::default();
+        let report = self.verify_one(number, &mut known, progress, cancel);
+        self.distrust(&known.unreadable);
+        report
     }
 
     /// Verifies several checkpoints, and reads what they share once. A report counts what no earlier one has counted.
@@ -75,7 +81,9 @@ impl History {
             begins(done);
             (*number, self.verify_one(*number, &mut known, progress, cancel))
         };
-        numbers.iter().enumerate().map(&mut one).collect()
+        let reports = numbers.iter().enumerate().map(&mut one).collect();
+        self.distrust(&known.unreadable);
+        reports
     }
 
     fn verify_one(
@@ -90,6 +98,7 @@ impl History {
         let mut seen = HashSet::new();
         let mut trees = Vec::new();
         let mut packs = HashSet::new();
+        let mut unreadable = Vec::new();
         let mut open = vec![(commit, ObjectKind::Commit, String::new())];
         while let Some((oid, kind, path)) = open.pop() {
             if known.trees.contains(&oid) || !seen.insert(oid) {
@@ -110,10 +119,15 @@ impl History {
                 }
                 Err(error) => {
                     report.objects += 1;
+                    unreadable.push(oid);
                     report.bad.push(BadObject { oid, path, problem: error.to_string() });
                 }
             }
             trees.extend((kind == ObjectKind::Tree).then_some(oid));
+        }
+        // What was removed meanwhile is no more, not damaged.
+        if self.refs.find(number)? == Some(commit) {
+            known.unreadable.append(&mut unreadable);
         }
         // An object that is damaged has told of its pack already.
         let packs = if report.bad.is_empty() { packs } else { HashSet::new() };

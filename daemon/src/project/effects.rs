@@ -22,7 +22,8 @@ use crate::steps::database;
 use crate::steps::flash_save::{self, Plans};
 use crate::steps::freeze::{self, Frozen, Renewer};
 use crate::steps::launch;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transfer};
+use crate::steps::session::Scouted;
+use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transcripts, transfer};
 use crate::store::commit::Write;
 
 /// How long a parked agent's processes may take to end.
@@ -39,6 +40,8 @@ pub struct PauseWork {
     /// Until when the pause may be committed: then the lease of the last proof is over.
     pub(super) proven_until: Option<Instant>,
     draft: Drafting,
+    /// The agents' sessions, looked for before anybody was frozen.
+    scouted: Option<Scouted>,
     plans: Plans,
     warnings: Vec<String>,
 }
@@ -357,6 +360,7 @@ async fn run_pause_step(
             work.draft.settle().await;
         }
         PauseStep::Freeze => {
+            work.scouted = Some(transcripts::scout(site).await?);
             work.frozen = Some(freeze::run(site, &runs).await?);
             work.renewer = Some(Renewer::start(site, runs));
         }
@@ -394,7 +398,8 @@ async fn pause_checkpoint(
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
     let draft = work.draft.take().await;
-    let captured = checkpoint::capture(site, order, &plans, now, Rows::Now(draft.map(Box::new))).await?;
+    let (rows, scouted) = (Rows::Now(draft.map(Box::new)), work.scouted.take());
+    let captured = checkpoint::capture(site, order, &plans, now, rows, scouted).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
     work.proven_until = freeze::renew(site, runs).await?;
@@ -436,10 +441,14 @@ async fn live_checkpoint(
     order.frozen = blip && !runs.is_empty();
     let mut frozen_ms = 0.0;
     let captured = if order.frozen {
+        let scouted = transcripts::scout(site).await?;
         let frozen = freeze::run(site, runs).await;
         let renewer = Renewer::start(site, runs.to_vec());
         let captured = match &frozen {
-            Ok(_) => capture_frozen(site, &order, runs, now).await.map_err(|failure| renewer.cause(failure)),
+            Ok(_) => {
+                let captured = capture_frozen(site, &order, runs, now, scouted).await;
+                captured.map_err(|failure| renewer.cause(failure))
+            }
             Err(failure) => Err(failure.clone()),
         };
         drop(renewer);
@@ -451,7 +460,7 @@ async fn live_checkpoint(
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later, None).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -467,10 +476,16 @@ async fn capture_frozen(
     order: &Order,
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
+    scouted: Scouted,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now, Rows::Later).await?;
-    freeze::renew(site, runs).await?;
-    Ok(captured)
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, Rows::Later, Some(scouted)).await?;
+    match freeze::renew(site, runs).await {
+        Ok(_) => Ok(captured),
+        Err(failure) => {
+            captured.discard().await;
+            Err(failure)
+        }
+    }
 }
 
 async fn respawn_one(

@@ -14,6 +14,7 @@ use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use fermata_core::command::AgentRun;
@@ -22,14 +23,16 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
+use super::aside::Aside;
 use super::database::{self, DatabasePart, Draft};
 use super::flash_save::Plans;
-use super::{Site, blocking, ms_since, session};
+use super::session::Scouted;
+use super::transcripts::{self, Copied, Opened};
+use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::history::{Observed, Snapshot, SnapshotRequest};
+use crate::history::{HistoryError, Observed, Snapshot, SnapshotRequest};
 use crate::os::fsync::write_new;
 use crate::plugins::{AgentProcess, SaveRequest};
-use crate::profile::Session;
 use crate::store::pinned::Pinned;
 
 /// The version of a checkpoint's files.
@@ -76,12 +79,18 @@ pub struct Made {
 
 /// What is read while the agents stand still.
 pub struct Captured {
-    observed: Observed,
+    observed: Aside<Observed>,
     taken_at: UnixMillis,
-    sessions: Vec<(AgentName, Session)>,
-    transcripts: Vec<PathBuf>,
+    transcripts: Opened,
     rows: Taken,
     parts_ms: BTreeMap<String, f64>,
+}
+
+impl Captured {
+    /// Gives it up, and waits until nothing of it is left in the store.
+    pub async fn discard(self) {
+        self.observed.gone().await;
+    }
 }
 
 /// When the database part is written.
@@ -97,8 +106,8 @@ enum Taken {
     Pinned(Pinned),
 }
 
-/// Reads workspace, database, context and transcripts into the partial checkpoint: the part for
-/// which agents have to stand still.
+/// Reads workspace, database and context into the partial checkpoint and opens the transcripts of what was scouted: the
+/// part for which agents have to stand still.
 ///
 /// # Errors
 /// When any of it cannot be read or written.
@@ -108,6 +117,7 @@ pub async fn capture(
     plans: &Plans,
     now: UnixMillis,
     rows: Rows,
+    scouted: Option<Scouted>,
 ) -> Result<Captured, Failure> {
     super::failpoint("checkpoint.begin")?;
     let partial = site.dirs().partial_checkpoint(order.number);
@@ -120,14 +130,24 @@ pub async fn capture(
             Rows::Later => database::begin(site, &partial).await.map(Taken::Pinned),
         }
     };
-    let (observed, rows, sessions) = tokio::join!(workspace(site, order), database, transcripts(site, &partial));
+    let (observed, rows, opened) = tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
     // All three have ended before any error is looked at, so that an undo finds nobody at work.
     let (observed, workspace_ms) = observed?;
-    let rows = rows?;
-    let (sessions, transcripts) = sessions?;
-    let parts_ms = [("workspace".to_owned(), workspace_ms)].into();
-    super::failpoint("checkpoint.captured")?;
-    Ok(Captured { observed, taken_at: now, sessions, transcripts, rows, parts_ms })
+    let others = rows.and_then(|rows| {
+        let opened = opened?;
+        super::failpoint("checkpoint.captured")?;
+        Ok((rows, opened))
+    });
+    match others {
+        Ok((rows, transcripts)) => {
+            let parts_ms = [("workspace".to_owned(), workspace_ms)].into();
+            Ok(Captured { observed, taken_at: now, transcripts, rows, parts_ms })
+        }
+        Err(failure) => {
+            observed.gone().await;
+            Err(failure)
+        }
+    }
 }
 
 /// Completes the database part, where that was not done while the agents stood still.
@@ -149,7 +169,7 @@ async fn written(
 }
 
 /// Looks at the workspace and reads what has changed.
-async fn workspace(site: &Site, order: &Order) -> Result<(Observed, f64), Failure> {
+async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
@@ -164,84 +184,79 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Observed, f64), Failur
             let mut request = request;
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.observe(&request, progress, cancel)
+            history.observe(&request, progress, cancel).map(Aside::new)
         })
         .await?;
     Ok((observed, ms_since(start)))
 }
 
 /// Makes a snapshot of what was read: agents need not stand still for it.
-async fn complete(site: &Site, order: &Order, observed: Observed, taken_at: UnixMillis) -> Result<Snapshot, Failure> {
+async fn complete(
+    site: &Site,
+    order: &Order,
+    observed: Aside<Observed>,
+    taken_at: UnixMillis,
+) -> Result<Aside<Snapshot>, Failure> {
     site.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
-        history.complete(observed, taken_at.0, progress, cancel)
+        // Nobody else has it.
+        let observed = observed.take().ok_or(HistoryError::Cancelled)?;
+        history.complete(observed, taken_at.0, progress, cancel).map(Aside::new)
     })
     .await
 }
 
-type Transcripts = (Vec<(AgentName, Session)>, Vec<PathBuf>);
-
-/// Copies the tools' transcripts; vendors purge theirs.
-async fn transcripts(site: &Site, partial: &Path) -> Result<Transcripts, Failure> {
-    let agents: Vec<AgentName> = site.project.agents.keys().cloned().collect();
-    let sessions = session::find(site, &agents).await?;
-    let (partial, found) = (partial.to_owned(), sessions.clone());
-    let copied = blocking("copy transcripts", move || {
-        let mut copied = Vec::new();
-        for (agent, session) in &found {
-            let Some(relative) = session::transcript_path(agent, session) else { continue };
-            let to = partial.join(&relative);
-            let copy = || -> io::Result<()> {
-                fs::DirBuilder::new().recursive(true).mode(0o700).create(to.parent().unwrap_or(&partial))?;
-                fs::copy(&session.file, &to).map(drop)
-            };
-            match copy() {
-                Ok(()) => copied.push(relative),
-                // A session that its tool has just removed is no reason to have no checkpoint.
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Failure::fault(&format!("copy {}", session.file.display()), &error)),
-            }
-        }
-        Ok(copied)
-    })
-    .await?;
-    Ok((sessions, copied))
+/// What a checkpoint has beside its snapshot, complete.
+struct Beside {
+    database: DatabasePart,
+    transcripts: Copied,
+    parts_ms: BTreeMap<String, f64>,
 }
 
-/// Makes the copied transcripts durable and describes them.
-async fn described(transcripts: Vec<PathBuf>, partial: &Path) -> Result<Vec<ManifestPart>, Failure> {
-    let partial = partial.to_owned();
-    blocking("describe transcripts", move || {
-        let one = |relative: &PathBuf| {
-            let place = partial.join(relative);
-            let synced = File::open(&place).and_then(|file| file.sync_all());
-            synced.map_err(|e| Failure::fault(&format!("sync {}", place.display()), &e))?;
-            part("transcript", &partial, &relative.to_string_lossy())
-        };
-        transcripts.iter().map(one).collect()
-    })
-    .await
-}
-
-/// Adds plugin artifacts and the manifest, and gives the checkpoint its place; only the row is
+/// Copies the transcripts, adds plugin artifacts and the manifest, and gives the checkpoint its place; only the row is
 /// missing then.
 ///
 /// # Errors
 /// When anything cannot be written. A plugin's failure is a warning.
 pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
     let start = Instant::now();
-    let Captured { observed, taken_at, sessions, transcripts, rows, mut parts_ms } = captured;
+    let Captured { observed, taken_at, transcripts, rows, mut parts_ms } = captured;
     let partial = site.dirs().partial_checkpoint(order.number);
     let (snapshot, database, transcripts) = tokio::join!(
         complete(site, order, observed, taken_at),
         written(site, order, rows, taken_at, &partial),
-        described(transcripts, &partial)
+        transcripts::copy(transcripts, &partial)
     );
-    let (snapshot, (database, database_ms)) = (snapshot?, database?);
+    let snapshot = snapshot?;
     parts_ms.insert("snapshot".to_owned(), ms_since(start));
-    parts_ms.insert("database".to_owned(), database_ms);
-    let mut parts = transcripts?;
+    let finished = async {
+        let (database, database_ms) = database?;
+        parts_ms.insert("database".to_owned(), database_ms);
+        let beside = Beside { database, transcripts: transcripts?, parts_ms };
+        finish(site, order, &snapshot, beside, partial, now).await
+    };
+    match finished.await {
+        Ok(made) => Ok(made),
+        Err(failure) => {
+            // The undo finds nothing of it.
+            snapshot.gone().await;
+            Err(failure)
+        }
+    }
+}
+
+async fn finish(
+    site: &Site,
+    order: &Order,
+    snapshot: &Aside<Snapshot>,
+    beside: Beside,
+    partial: PathBuf,
+    now: UnixMillis,
+) -> Result<Made, Failure> {
+    let Beside { database, transcripts, mut parts_ms } = beside;
+    let Copied { sessions, mut parts, warnings: about_transcripts } = transcripts;
     parts.extend(database.parts);
     let mut warnings = snapshot.warnings.clone();
+    warnings.extend(about_transcripts);
     if !snapshot.torn.is_empty() {
         warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
     }
@@ -267,12 +282,12 @@ pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMilli
         created_at: now,
         parts,
     };
-    let mut metadata = metadata(site, &snapshot, database.item_count, database.tokens);
+    let mut metadata = metadata(site, snapshot, database.item_count, database.tokens);
     let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
     let size_bytes = files_bytes + snapshot.stats.new_bytes;
     let seal_start = Instant::now();
     let manifest_sha256 = write_manifest(&manifest, &partial).await?;
-    publish(site, snapshot, partial, place.clone()).await?;
+    publish(site, snapshot.share(), partial, place.clone()).await?;
     parts_ms.insert("seal".to_owned(), ms_since(seal_start));
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
@@ -366,7 +381,7 @@ pub(super) async fn write_manifest(manifest: &Manifest, partial: &Path) -> Resul
     .await
 }
 
-async fn publish(site: &Site, snapshot: Snapshot, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
+async fn publish(site: &Site, snapshot: Arc<Snapshot>, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
     // Neither means anything without the row.
     let published = site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot));
     let (placed, published) = tokio::join!(place(site, partial, to), published);

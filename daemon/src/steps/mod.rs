@@ -12,6 +12,7 @@
 //! A step knows the state that it was started with and changes none: what follows from its report
 //! is `fermata_core`'s decision.
 
+mod aside;
 pub mod bundle;
 pub mod checkpoint;
 pub mod context_file;
@@ -28,6 +29,7 @@ pub mod restore;
 pub mod resume;
 pub mod session;
 pub mod storage;
+pub mod transcripts;
 pub mod transfer;
 pub mod upkeep;
 pub mod validate;

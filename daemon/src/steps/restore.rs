@@ -59,11 +59,18 @@ pub async fn plan(
     let now = crate::services::now();
     let checking = async { if paths.is_none() { check_parts(site, number).await } else { Ok(()) } };
     let nothing_planned = Vec::new();
-    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later);
+    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later, None);
     // Both have ended before any error is looked at, so that nobody is at work when the checkpoint is discarded.
     let (checked, captured) = tokio::join!(checking, capturing);
-    checked?;
-    let captured = captured?;
+    let captured = match (checked, captured) {
+        (Ok(()), captured) => captured?,
+        (Err(failure), captured) => {
+            if let Ok(captured) = captured {
+                captured.discard().await;
+            }
+            return Err(failure);
+        }
+    };
     let made = checkpoint::seal(site, &order, captured, now).await?;
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
     let planned = site

@@ -1,7 +1,6 @@
 //! Finds the tools' own sessions, for their transcripts and for starting them again.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 
 use fermata_core::agent::Agent;
 use fermata_protocol::AgentName;
@@ -23,11 +22,32 @@ struct Known {
     session: Option<String>,
 }
 
+/// What was found of agents' sessions, and what it takes to see whether that still holds.
+pub struct Scouted(Vec<(Known, Option<Session>)>);
+
+impl Scouted {
+    /// Returns the sessions as they are now, by agent: those that agents have open, else those that were found. Walks
+    /// through no directory, so that agents may stand still for it.
+    pub fn now(self) -> Vec<(AgentName, Session)> {
+        let one = |(known, found): (Known, Option<Session>)| Some((known.agent.clone(), held_open(&known).or(found)?));
+        self.0.into_iter().filter_map(one).collect()
+    }
+}
+
 /// Finds the sessions of these agents, by agent. Agents without profile or session are left out.
 ///
 /// # Errors
 /// When the store cannot be read.
 pub async fn find(site: &Site, agents: &[AgentName]) -> Result<Vec<(AgentName, Session)>, Failure> {
+    let Scouted(found) = scout(site, agents).await?;
+    Ok(found.into_iter().filter_map(|(known, session)| Some((known.agent, session?))).collect())
+}
+
+/// Looks for the sessions of these agents. What takes long is done here: agents need not stand still for it.
+///
+/// # Errors
+/// When the store cannot be read.
+pub async fn scout(site: &Site, agents: &[AgentName]) -> Result<Scouted, Failure> {
     let profiles = site.services.profiles();
     let mut known = Vec::new();
     for name in agents {
@@ -45,10 +65,14 @@ pub async fn find(site: &Site, agents: &[AgentName]) -> Result<Vec<(AgentName, S
         });
     }
     if known.is_empty() {
-        return Ok(Vec::new());
+        return Ok(Scouted(Vec::new()));
     }
     blocking("find sessions", move || {
-        Ok(known.iter().filter_map(|k| Some((k.agent.clone(), session_of(k)?))).collect())
+        let one = |known: Known| {
+            let session = session_of(&known);
+            (known, session)
+        };
+        Ok(Scouted(known.into_iter().map(one).collect()))
     })
     .await
 }
@@ -71,18 +95,22 @@ fn main_process(agent: &Agent) -> Option<i32> {
 }
 
 fn session_of(known: &Known) -> Option<Session> {
-    let mut pids: Vec<i32> = known.pid.into_iter().collect();
-    if let Some(pid) = known.pid {
-        let below = process::descendants(pid, Look::Quick).unwrap_or_default();
-        pids.extend(below.iter().map(|stat| stat.id.pid));
+    known.profile.session.as_ref()?.find(known.run(&known.pids()))
+}
+
+fn held_open(known: &Known) -> Option<Session> {
+    known.profile.session.as_ref()?.held_open(known.run(&known.pids()))
+}
+
+impl Known {
+    fn pids(&self) -> Vec<i32> {
+        let below = self.pid.map(|pid| process::descendants(pid, Look::Quick).unwrap_or_default()).unwrap_or_default();
+        self.pid.into_iter().chain(below.iter().map(|stat| stat.id.pid)).collect()
     }
-    known.profile.session.as_ref()?.find(RunOf {
-        env: &known.env,
-        cwd: &known.cwd,
-        since_ms: known.since_ms,
-        pids: &pids,
-        known: known.session.as_deref(),
-    })
+
+    fn run<'a>(&'a self, pids: &'a [i32]) -> RunOf<'a> {
+        RunOf { env: &self.env, cwd: &self.cwd, since_ms: self.since_ms, pids, known: self.session.as_deref() }
+    }
 }
 
 /// How an agent can be started again.
@@ -116,9 +144,4 @@ pub async fn start_again(site: &Site, agent: &Agent) -> Result<Again, Failure> {
         }
     }
     Ok(Again { argv: agent.spec.argv.clone(), goes_on: false, session: None })
-}
-
-/// Returns the file of a transcript inside a checkpoint's directory.
-pub fn transcript_path(agent: &AgentName, session: &Session) -> Option<PathBuf> {
-    Some(PathBuf::from("transcripts").join(agent.as_str()).join(session.file.file_name()?))
 }

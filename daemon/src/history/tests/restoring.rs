@@ -288,3 +288,41 @@ fn without_privileges_read_only_directories_are_restored_and_unreadable_ones_ski
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stdout).contains("1 passed"));
 }
+
+#[test]
+fn more_files_than_are_drafted_at_once_are_restored_and_leave_no_draft() {
+    let sandbox = Sandbox::new();
+    let write = |round: &str| {
+        (0..100).for_each(|n| sandbox.write(format!("d{}/f{n}", n % 7), format!("{round} {n}")));
+    };
+    write("first");
+    symlink("f1", sandbox.at("d1/link")).unwrap();
+    fs::hard_link(sandbox.at("d0/f0"), sandbox.at("d1/other-name")).unwrap();
+    sandbox.checkpoint(1);
+    let before = picture(&sandbox.path());
+    write("another");
+    fs::remove_file(sandbox.at("d1/link")).unwrap();
+    fs::remove_file(sandbox.at("d1/other-name")).unwrap();
+    sandbox.restore_cleanly(1, 2);
+    assert_eq!(picture(&sandbox.path()), before);
+}
+
+#[test]
+fn what_somebody_writes_while_other_files_are_drafted_is_kept_and_reported() {
+    let sandbox = Sandbox::new();
+    ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "1"));
+    sandbox.checkpoint(1);
+    ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "22"));
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, None);
+    let meddle = |progress: Progress| {
+        if progress.phase == Phase::Apply && progress.done == 2 {
+            sandbox.write("a", "mine");
+        }
+    };
+    let report = sandbox.history.apply_restore(&plan, &meddle).unwrap();
+    assert_eq!(report.mismatches.iter().map(|one| one.path.to_string()).collect::<Vec<_>>(), ["a"]);
+    let read = |name: &str| fs::read_to_string(sandbox.at(name)).unwrap();
+    assert_eq!((read("a"), read("b"), read("c")), ("mine".to_owned(), "1".to_owned(), "1".to_owned()));
+    assert_eq!(fs::read_dir(sandbox.path()).unwrap().count(), 3);
+}

@@ -298,3 +298,88 @@ fn a_git_gc_in_the_store_loses_no_checkpoint() {
     }
     git_in(repository, &["fsck", "--strict", "--no-dangling"]);
 }
+
+/// Text that does not compress.
+fn noise(length: usize) -> Vec<u8> {
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state as u8
+    };
+    (0..length).map(|_| next()).collect()
+}
+
+fn damage_only_pack(history: &History) {
+    let pack = walk(&history.repository().join("objects/pack")).into_iter();
+    let pack = pack.filter(|path| path.extension().is_some_and(|end| end == "pack")).next_back().unwrap();
+    set_mode(&pack, 0o600);
+    let file = fs::OpenOptions::new().write(true).open(pack).unwrap();
+    file.write_all_at(b"!!!!", 5_000).unwrap();
+}
+
+#[test]
+fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
+    for restarts in [false, true] {
+        let sandbox = Sandbox::new();
+        sandbox.write("a", noise(10_000));
+        sandbox.write("dir/b", "small");
+        sandbox.let_files_age();
+        sandbox.checkpoint(1);
+        sandbox.history.keep().unwrap();
+        damage_only_pack(&sandbox.history);
+        // A snapshot that began before the damage was found may rely on what is damaged.
+        let misled = sandbox.take(2);
+        let bad = sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad;
+        assert_eq!(bad.iter().map(|bad| bad.path.as_str()).collect::<Vec<_>>(), ["files/a"]);
+        sandbox.history.publish(&misled).unwrap();
+
+        let again = restarts.then(|| History::open(&sandbox.outside("state")).unwrap());
+        let history = again.as_ref().unwrap_or(&sandbox.history);
+        let healing = history.snapshot(&sandbox.request(3), 5, &quiet, &NEVER).unwrap();
+        // The blob, and manifest, root tree and commit as always.
+        assert_eq!(healing.stats.new_objects, 4);
+        history.publish(&healing).unwrap();
+        // The next one finds it healed.
+        let next = history.snapshot(&sandbox.request(4), 6, &quiet, &NEVER).unwrap();
+        assert_eq!(next.stats.new_objects, 3);
+        history.publish(&next).unwrap();
+        let content = history.plan_restore(
+            &RestoreRequest {
+                number: 1,
+                safety: Some(4),
+                workspace: &sandbox.path(),
+                rules: &sandbox.rules,
+                paths: None,
+            },
+            &quiet,
+            &NEVER,
+        );
+        content.unwrap();
+
+        // The pack is still damaged, until it is written anew without that copy.
+        assert_eq!(history.due(), Some(Extent::Waste));
+        assert!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap().is_some());
+        for number in 1..=4 {
+            assert_eq!(history.verify(number, &quiet, &NEVER).unwrap().bad, [], "checkpoint {number}");
+        }
+        assert_eq!(history.due(), None);
+        git_in(history.repository(), &["fsck", "--strict", "--no-dangling"]);
+    }
+}
+
+#[test]
+fn what_the_workspace_no_longer_has_stays_damaged_and_keeps_its_pack() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", noise(10_000));
+    sandbox.checkpoint(1);
+    damage_only_pack(&sandbox.history);
+    sandbox.write("a", "another one");
+    assert!(!sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad.is_empty());
+    sandbox.checkpoint(2);
+    assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
+    assert_eq!(sandbox.history.due(), None);
+    assert!(!sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad.is_empty());
+    assert_eq!(sandbox.history.sweep().unwrap(), SweepReport::default());
+}
