@@ -15,6 +15,7 @@ use super::errors::{HistoryError, Result};
 use super::oid::Oid;
 use super::pack_index::PackIndex;
 use super::reach::Reach;
+use crate::failpoint;
 
 /// What a sweep cleared away.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -41,6 +42,7 @@ impl History {
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             removed.map_err(HistoryError::io("remove", &path))?;
             report.drafts += 1;
+            failpoint::hit("history.sweep.draft");
         }
         // A snapshot under way relies on published packs, of which one could be about to go.
         if live.is_empty() {
@@ -108,6 +110,7 @@ impl History {
             }
             // The index goes first: without it the pack does not count.
             remove(&dir.join(format!("{}.idx", pack.name)))?;
+            failpoint::hit("history.sweep.index");
             report.bytes += remove(&dir.join(format!("{}.pack", pack.name)))?;
             report.packs += 1;
         }
