@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read as _;
+use std::path::Path;
 
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore};
 use fermata_protocol::client::ClientError;
@@ -406,4 +407,69 @@ fn a_disk_that_turns_read_only_in_the_middle_of_a_checkpoint_costs_only_that_one
     for failpoint in ["checkpoint.begin", "checkpoint.captured", "history.pack.written", "history.pack.moved"] {
         turns_read_only_at(failpoint);
     }
+}
+
+/// Stops the daemon in the middle of a call, turns a directory read-only, and lets it go on; returns the answer, once
+/// that directory can be written to again.
+fn meanwhile_read_only<M: Method + Sync>(
+    sandbox: &Sandbox,
+    params: &M,
+    directory: &Path,
+    until: impl FnOnce(),
+) -> Result<M::Result, Refusal>
+where
+    M::Result: Send,
+{
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| ask(sandbox, params));
+        wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
+        let read_only = ReadOnly::at(directory);
+        sandbox.signal_daemon(Signal::SIGCONT);
+        until();
+        drop(read_only);
+        asked.join().expect("an answer")
+    })
+}
+
+#[test]
+fn a_consolidation_whose_disk_turns_read_only_replaces_all_or_nothing() {
+    for failpoint in ["history.consolidation.written", "history.consolidation.moved", "history.consolidation.removed@3"]
+    {
+        let sandbox = Sandbox::builder().env(FAILPOINT, &format!("{failpoint}=stop")).start();
+        let workspace = at_rest(&sandbox);
+        for round in 0..4 {
+            workspace.write("README.md", format!("round {round}\n"));
+            checkpoint(&sandbox);
+        }
+        let consolidate = CheckpointConsolidate { project: web(), everything: true };
+        let told = || {
+            all_verify(&sandbox);
+        };
+        let answer = meanwhile_read_only(&sandbox, &consolidate, &sandbox.state_dir().join("projects"), told);
+        tells_of_read_only(&answer.expect_err("nothing could be written"), failpoint);
+        all_verify(&sandbox);
+        workspace.write("README.md", "round 5\n");
+        let made = checkpoint(&sandbox).id;
+        done(&sandbox, &consolidate);
+        all_verify(&sandbox);
+        only_these_are_left(&sandbox, &(1..=made).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_restore_into_a_workspace_that_turns_read_only_goes_on_when_it_can_be_written() {
+    // Later the workspace is open already, and a cover over it is not seen any more.
+    let sandbox = Sandbox::builder().env(FAILPOINT, "restore.apply=stop").start();
+    let workspace = at_rest(&sandbox);
+    let was = files(&workspace);
+    workspace.write("README.md", "# Later\n").write("new/file.txt", "new\n").remove("src/lib.rs");
+    let tried = || {
+        let retried = || sandbox.ctl(&["events", "--project", "web", "--json"]).contains("restore.retried");
+        wait_until(SOON, "a try to be told", retried);
+    };
+    let answer = meanwhile_read_only(&sandbox, &restore_of(1), workspace.path(), tried);
+    answer.expect("it goes on by itself");
+    assert_eq!(files(&workspace), was);
+    only_these_are_left(&sandbox, &[1, 2]);
+    all_verify(&sandbox);
 }
