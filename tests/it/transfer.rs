@@ -311,6 +311,7 @@ fn a_consolidation_that_fails_changes_nothing_and_is_told_once() {
     let sandbox = Sandbox::builder().env(FAILPOINT, "history.consolidation.written=error").start();
     let workspace = furnished(&sandbox, "web");
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    sandbox.ctl(&["project", "set", "web", "--keep-manual", "100"]);
     let told = || sandbox.log().matches("could not be consolidated").count();
     for round in 0..33 {
         workspace.write("README.md", format!("round {round}\n"));

@@ -5,11 +5,13 @@
 //! and looks at processes, files and cgroups from outside.
 
 pub mod cgroup;
+pub mod disk;
 pub mod process;
 pub mod sandbox;
 pub mod waiting;
 pub mod workspace;
 
+pub use disk::{Disk, ReadOnly};
 pub use sandbox::{Sandbox, SandboxBuilder};
 pub use waiting::{wait_for, wait_until};
 pub use workspace::{Fingerprint, Workspace};

@@ -28,6 +28,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use crate::cgroup::Group;
+use crate::disk::{Disk, Medium};
 use crate::process;
 use crate::waiting::{SOON, look_for, wait_until};
 use crate::workspace::Workspace;
@@ -44,6 +45,7 @@ pub struct SandboxBuilder {
     config: String,
     env: Vec<(String, String)>,
     machine: bool,
+    disk: Medium,
 }
 
 impl SandboxBuilder {
@@ -66,6 +68,18 @@ impl SandboxBuilder {
         self
     }
 
+    /// Puts the state directory on a file system of its own of this size, for instance `24m`, that can run full.
+    pub fn small_disk(mut self, size: &str) -> Self {
+        self.disk = Medium::Small(size.into());
+        self
+    }
+
+    /// Puts the state directory on a file system of its own that [`Disk::lose_power`] can lose what was not flushed of.
+    pub fn disk_of_its_own(mut self) -> Self {
+        self.disk = Medium::File;
+        self
+    }
+
     /// Makes the directories without starting the daemon.
     ///
     /// # Panics
@@ -79,10 +93,12 @@ impl SandboxBuilder {
         let socket = path.join("r/fermata.sock");
         assert!(socket.as_os_str().len() < 60, "{} is too long for the sockets of shims", socket.display());
         fs::write(path.join("fermata.toml"), &self.config).expect("write fermata.toml");
+        let disk = self.disk.mount(&path.join("state"));
         let name = path.file_name().and_then(OsStr::to_str).expect("a temporary name is ASCII");
         let group = Group::create(&format!("fermata-test-{name}"));
         Sandbox {
             path,
+            disk,
             _dir: dir,
             socket,
             env: self.env,
@@ -105,6 +121,8 @@ impl SandboxBuilder {
 #[derive(Debug)]
 pub struct Sandbox {
     path: PathBuf,
+    // Before the directory that it is mounted in.
+    disk: Option<Disk>,
     _dir: tempfile::TempDir,
     socket: PathBuf,
     env: Vec<(String, String)>,
@@ -133,6 +151,12 @@ impl Sandbox {
     /// Returns the state directory.
     pub fn state_dir(&self) -> PathBuf {
         self.path.join("state")
+    }
+
+    /// Returns the file system of the state directory, which must have one of its own.
+    #[track_caller]
+    pub fn disk(&self) -> &Disk {
+        self.disk.as_ref().expect("built with a disk")
     }
 
     /// Returns the plugin directory.
@@ -183,6 +207,15 @@ impl Sandbox {
     #[track_caller]
     pub fn restart_to_its_death(&mut self) -> ExitStatus {
         self.kill_daemon();
+        self.start_to_its_death()
+    }
+
+    /// Starts a daemon that is to die, and waits for that.
+    ///
+    /// # Panics
+    /// When it lives.
+    #[track_caller]
+    pub fn start_to_its_death(&mut self) -> ExitStatus {
         self.daemon = Some(self.spawn_daemon());
         self.wait_for_daemon()
     }
@@ -230,6 +263,16 @@ impl Sandbox {
         if let Some(group) = &self.group {
             wait_until(SOON, "every process of the machine to end", || group.processes().is_empty());
         }
+    }
+
+    /// Lets a machine of its own lose its power: nothing runs on, and nothing stays that was not flushed.
+    ///
+    /// # Panics
+    /// When the sandbox has no machine or no disk of its own.
+    #[track_caller]
+    pub fn lose_power(&mut self) {
+        self.power_off();
+        self.disk.as_mut().expect("built with a disk of its own").lose_power();
     }
 
     /// Returns the daemon's process id.

@@ -289,3 +289,70 @@ fn migrations_are_numbered_without_gap() {
     }
     no_faults(faults, "migrations are named NNNN_name.sql");
 }
+
+/// Returns the literals of a call's arguments, whose opening parenthesis has just passed.
+fn literals_of(arguments: &str) -> Vec<&str> {
+    let mut depth = 1;
+    let mut found = Vec::new();
+    let mut rest = arguments;
+    while let Some(at) = rest.find(['(', ')', '"']) {
+        let (mark, after) = (&rest[at..=at], &rest[at + 1..]);
+        rest = after;
+        match mark {
+            "(" => depth += 1,
+            ")" => depth -= 1,
+            _ => {
+                let end = after.find('"').unwrap_or(after.len());
+                found.push(&after[..end]);
+                rest = after.get(end + 1..).unwrap_or_default();
+            }
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    found
+}
+
+#[test]
+fn every_failpoint_is_armed_by_a_test() {
+    let all = sources();
+    let is_test = |path: &str| path.starts_with("tests/") || path.contains("tests");
+    let mut armed = String::new();
+    for source in &all {
+        let tests = if is_test(&source.path) { 0 } else { without_tests(&source.text).len() };
+        // What the rule itself says arms nothing.
+        if source.path != "tests/tidy/main.rs" {
+            armed.push_str(&source.text[tests..]);
+        }
+    }
+    let is_armed = |name: &str| {
+        armed
+            .match_indices(name)
+            .any(|(at, _)| armed[..at].ends_with(['"', ',']) && armed[at + name.len()..].starts_with(['"', '=', '@']))
+    };
+    let mut faults = Vec::new();
+    let mut names = 0;
+    let daemon = |path: &str| path.starts_with("daemon/src/") && !is_test(path) && path != "daemon/src/failpoint.rs";
+    for source in all.iter().filter(|source| daemon(&source.path)) {
+        let text = without_tests(&source.text);
+        for call in ["failpoint(", "failpoint::hit(", "failpoint::check("] {
+            for (at, _) in text.match_indices(call) {
+                let (before, after) = (&text[..at], &text[at + call.len()..]);
+                if before.ends_with("fn ") || after.starts_with("name)") {
+                    continue;
+                }
+                let line = before.lines().count();
+                let literals = literals_of(after);
+                if literals.is_empty() {
+                    faults.push(format!("{}:{line} names no failpoint at the place itself", source.path));
+                }
+                names += literals.len();
+                let unarmed = literals.into_iter().filter(|name| !is_armed(name));
+                faults.extend(unarmed.map(|name| format!("{}:{line} {name}", source.path)));
+            }
+        }
+    }
+    assert!(names > 40, "the rule looks into the wrong place: {names} failpoints");
+    no_faults(faults, "an instant at which no test lets the daemon die or fail is not known to be safe");
+}

@@ -22,6 +22,7 @@ use super::repack::{Manner, Repack, rehash};
 use super::snapshot::Draft;
 use super::verify::{Known, check_described};
 use super::{History, OnProgress, Phase, Progress};
+use crate::failpoint;
 
 /// A checkpoint's objects as one pack; the files go when this does.
 #[derive(Debug)]
@@ -139,21 +140,21 @@ impl History {
         }
         let from = incoming.draft.dir.join("objects/pack");
         let name = settle(incoming).map_err(HistoryError::io("read the pack in", &from))?;
-        self.install(&from, &name, "history.import.moved")?;
+        self.install(&from, &name, || failpoint::check("history.import.moved"))?;
         self.refs.create(number, commit, &incoming.draft.dir)?;
-        crate::failpoint::hit("history.import.published");
+        failpoint::hit("history.import.published");
         Ok(())
     }
 
-    /// Moves a pack that is complete and flushed among the others.
-    pub(super) fn install(&self, from: &Path, name: &str, failpoint: &str) -> Result<()> {
+    /// Moves a pack that is complete and flushed among the others; after each of its two files `moved` is passed.
+    pub(super) fn install(&self, from: &Path, name: &str, moved: impl Fn() -> io::Result<()>) -> Result<()> {
         let to = self.objects.pack_dir();
         // The index comes last: a pack counts from the instant that it has one.
         for end in ["pack", "idx"] {
             let target = to.join(format!("{name}.{end}"));
             fs::rename(from.join(format!("{name}.{end}")), &target)
                 .map_err(HistoryError::io("move a pack to", &target))?;
-            crate::failpoint::check(failpoint).map_err(HistoryError::io("move a pack to", &target))?;
+            moved().map_err(HistoryError::io("move a pack to", &target))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         self.objects.refresh()

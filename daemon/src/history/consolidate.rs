@@ -320,7 +320,7 @@ impl History {
         }
         let (from, to) = (self.pending().join(DRAFT), self.objects.pack_dir());
         if let Some(new) = new {
-            self.install(&from, new, "history.consolidation.moved")?;
+            self.install(&from, new, || failpoint::check("history.consolidation.moved"))?;
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
         for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {

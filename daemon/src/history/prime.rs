@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::errors::{HistoryError, Result};
 use super::snapshot::{SnapshotRequest, WHOLE_LOOK};
 use super::{History, OnProgress, cache};
+use crate::failpoint;
 
 /// Up to so many changed names, agents stand still no longer than they would for one.
 const FEW_NAMES: usize = 200;
@@ -97,11 +98,15 @@ impl History {
             let draft = self.start_draft(0)?;
             let file = draft.dir.join("picture");
             cache::save(&picture, &file).map_err(HistoryError::io("write", &file))?;
+            failpoint::check("history.picture.written").map_err(HistoryError::io("write", &file))?;
             let _writer = self.lock_writer();
             // The picture's objects stay for as long as the base names its commit.
             self.refs.set_base(picture.commit, &draft.dir)?;
             let place = self.cache_path();
-            std::fs::rename(&file, &place).map_err(HistoryError::io("write", &place))
+            failpoint::check("history.picture.based").map_err(HistoryError::io("write", &place))?;
+            std::fs::rename(&file, &place).map_err(HistoryError::io("write", &place))?;
+            failpoint::hit("history.picture.placed");
+            Ok(())
         };
         write().inspect_err(|_| self.lock_known().unsaved += unsaved)
     }

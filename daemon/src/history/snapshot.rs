@@ -244,8 +244,8 @@ impl History {
         let clock = Instant::now();
         let pack = pack.into_inner().unwrap_or_else(PoisonError::into_inner);
         let pack = pack.finish().map_err(HistoryError::io("complete a pack in", &dir))?;
-        let written = if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" };
-        failpoint::check(written).map_err(HistoryError::io("complete a pack in", &dir))?;
+        failpoint::check(if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" })
+            .map_err(HistoryError::io("complete a pack in", &dir))?;
         took.pack_us = micros(clock);
         Ok(Snapshot {
             number: request.number,
@@ -302,6 +302,7 @@ impl History {
         }
         self.move_pack(snapshot)?;
         self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.draft.name))?;
+        failpoint::hit("history.prime.based");
         self.has_published(snapshot);
         Ok(())
     }
@@ -317,8 +318,8 @@ impl History {
             if source.exists() || !target.exists() {
                 fs::rename(&source, &target).map_err(HistoryError::io("move a pack to", &target))?;
             }
-            let moved = if snapshot.number > 0 { "history.pack.moved" } else { "history.prime.moved" };
-            failpoint::check(moved).map_err(HistoryError::io("move a pack to", &target))?;
+            failpoint::check(if snapshot.number > 0 { "history.pack.moved" } else { "history.prime.moved" })
+                .map_err(HistoryError::io("move a pack to", &target))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         self.objects.refresh()?;

@@ -43,6 +43,7 @@ impl History {
         if swept && left_behind.is_some() {
             self.remove_draft()?;
             report.drafts += 1;
+            failpoint::hit("history.sweep.draft");
         }
         Ok(report)
     }
@@ -141,6 +142,7 @@ impl History {
         for name in old.names.iter().filter(|name| self.objects.has_pack(name)) {
             // The index goes first: without it the pack does not count.
             remove(&dir.join(format!("{name}.idx")))?;
+            failpoint::hit("history.sweep.index");
             self.put_aside(name, gone, report)?;
         }
         let names = list(&dir)?;

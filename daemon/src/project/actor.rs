@@ -68,6 +68,8 @@ pub struct Actor {
     /// What is left of removed checkpoints is being removed.
     pub(super) discarding: Option<JoinHandle<()>>,
     pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
+    /// How many reports in a row could not be persisted.
+    pub(super) unwritten: u32,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
     /// The looks for what automatic checkpoints would save.
@@ -113,6 +115,7 @@ impl Actor {
             label: Label::default(),
             discarding: None,
             waiters: BTreeMap::new(),
+            unwritten: 0,
             preparing: BTreeSet::new(),
             looks: Looks::default(),
             inbox,
@@ -309,6 +312,7 @@ impl Actor {
             }
             Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
             Message::Looked(found) => self.looked(*found).await,
+            Message::Stuck(failure) => self.tell_waiters(&failure),
             Message::Thawed { agent, run } => self.hold_again(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
@@ -390,7 +394,11 @@ impl Actor {
         self.keep_tokens(tokens.clone());
         let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
         let extras = Extras { writes, reply, ..Extras::default() };
-        let Err(failure) = self.carry(command, extras).await else { return };
+        let Err(failure) = self.carry(command, extras).await else {
+            self.unwritten = 0;
+            return;
+        };
+        self.is_stuck(&failure);
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
         // The commit of a pause that cannot be written is a pause that failed. Its undo discards the
         // checkpoint; the others' has no row either, and nobody else would.
@@ -419,7 +427,7 @@ impl Actor {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
             if let Some(number) = in_vain {
-                discard(&site, number).await;
+                discard(&site, number, &mailbox).await;
             }
             tokio::time::sleep(RETRY).await;
             drop(mailbox.send(Message::Outcome(Box::new(again))).await);

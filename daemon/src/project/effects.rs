@@ -16,6 +16,7 @@ use super::drafting::Drafting;
 use super::handle::{Message, Outcome};
 use super::links::end_of;
 use super::retain::make_room;
+use super::stuck::PATIENT_TRIES;
 use crate::errors::Failure;
 use crate::steps::checkpoint::{self, Order, Rows};
 use crate::steps::database;
@@ -178,7 +179,7 @@ impl Actor {
             drop(left);
             // The undo must not be ended by the cancellation that brought it about.
             site.cancel = Default::default();
-            retry("undo", &site, |site| {
+            retry("undo", &site, Some(&mailbox), |site| {
                 let (runs, work) = (runs.clone(), Arc::clone(&work));
                 async move {
                     crate::steps::failpoint("undo.thaw")?;
@@ -304,7 +305,7 @@ impl Actor {
                 }
                 Err(failure) => {
                     let error = failure.into_error(Code::CheckpointFailed);
-                    discard(&site, number).await;
+                    discard(&site, number, &mailbox).await;
                     Command::Checkpointed { operation, outcome: Err(error) }.into()
                 }
             };
@@ -452,7 +453,7 @@ async fn live_checkpoint(
             Err(failure) => Err(failure.clone()),
         };
         drop(renewer);
-        retry("thaw after a checkpoint", site, |site| {
+        retry("thaw after a checkpoint", site, None, |site| {
             let runs = runs.to_vec();
             async move { freeze::thaw(&site, &runs).await }
         })
@@ -506,19 +507,30 @@ async fn respawn_one(
 }
 
 /// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.
-pub(super) async fn discard(site: &Site, number: CheckpointNumber) {
-    retry("discard the checkpoint", site, |site| async move { leftovers::discard(&site, number).await }).await;
+pub(super) async fn discard(site: &Site, number: CheckpointNumber, mailbox: &mpsc::Sender<Message>) {
+    let attempt = |site| async move { leftovers::discard(&site, number).await };
+    retry("discard the checkpoint", site, Some(mailbox), attempt).await;
 }
 
-/// Does something until it has worked or the daemon ends.
-pub(super) async fn retry<F>(what: &str, site: &Site, mut attempt: impl FnMut(Site) -> F)
-where
+/// Does something until it has worked or the daemon ends; whoever waits for it at the actor of that mailbox is told when
+/// that takes long.
+pub(super) async fn retry<F>(
+    what: &str,
+    site: &Site,
+    mailbox: Option<&mpsc::Sender<Message>>,
+    mut attempt: impl FnMut(Site) -> F,
+) where
     F: Future<Output = Result<(), Failure>>,
 {
     let mut tries = 0;
     while let Err(failure) = attempt(site.clone()).await {
         tries += 1;
         tracing::error!(project = %site.project.name, %failure, tries, "{what}: trying again");
+        if tries >= PATIENT_TRIES
+            && let Some(mailbox) = mailbox
+        {
+            drop(mailbox.send(Message::Stuck(Box::new(failure))).await);
+        }
         if site.services.stopping.is_cancelled() {
             return;
         }

@@ -123,6 +123,8 @@ pub enum Message {
     },
     /// A look for what an automatic checkpoint would save is over.
     Looked(Box<Found>),
+    /// What an operation needs to end cannot be done for now.
+    Stuck(Box<Failure>),
     /// A freeze has ended by itself.
     Thawed {
         /// The agent.

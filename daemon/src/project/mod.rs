@@ -23,6 +23,7 @@ mod look;
 mod registry;
 mod restoring;
 mod retain;
+mod stuck;
 mod subjects;
 
 pub use actor::{Actor, Adopted};

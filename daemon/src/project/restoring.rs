@@ -40,7 +40,7 @@ impl Actor {
                     Outcome { command, writes, reply: None, tokens: Vec::new() }
                 }
                 Err(failure) => {
-                    discard(&site, safety).await;
+                    discard(&site, safety, &mailbox).await;
                     let outcome = Err(failure.into_error(Code::RestoreFailed));
                     Command::RestorePlanned { operation, outcome }.into()
                 }

@@ -119,7 +119,7 @@ impl Actor {
     pub(super) fn discard_checkpoints(&mut self, checkpoints: Vec<CheckpointNumber>) {
         let site = self.site();
         self.discarding = Some(self.services.tracker.spawn(async move {
-            retry("remove what is left of checkpoints", &site, |site| {
+            retry("remove what is left of checkpoints", &site, None, |site| {
                 let checkpoints = checkpoints.clone();
                 async move { storage::discard(&site, &checkpoints).await }
             })

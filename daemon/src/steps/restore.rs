@@ -360,6 +360,7 @@ const EXAMPLES: usize = 20;
 /// Compares the whole workspace with the checkpoint that was restored, until somebody else works in it; `None` when it
 /// could not be done.
 pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
+    crate::failpoint::hit("restore.check");
     let rules = site.rules();
     let checking = site.with_history(None, "look through the restored workspace", move |history, progress, cancel| {
         history.check_restored(&done.plan, &done.report, &rules, done.ended, progress, cancel)
@@ -376,6 +377,7 @@ pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) 
             checking.await
         }
     };
+    crate::failpoint::hit("restore.checked");
     match checked {
         Ok(check) => {
             for one in &check.mismatches {

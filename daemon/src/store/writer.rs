@@ -157,7 +157,10 @@ fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -
 
 fn commit(connection: &Connection) -> Result<(), String> {
     connection.execute_batch("COMMIT").map_err(|error| {
-        if let Err(rollback) = connection.execute_batch("ROLLBACK") {
+        // Where the disk is full, SQLite has done so itself.
+        if !connection.is_autocommit()
+            && let Err(rollback) = connection.execute_batch("ROLLBACK")
+        {
             tracing::error!(error = %rollback, "roll back after a failed commit");
         }
         error.to_string()
