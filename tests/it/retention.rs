@@ -241,6 +241,19 @@ fn a_removal_that_cannot_be_written_or_carried_out_is_refused_or_tried_again() {
     all_verify(&sandbox);
 }
 
+#[test]
+fn a_checkpoint_that_failed_is_reported_even_where_its_packs_cannot_be_swept() {
+    let points = "checkpoint.commit=error,history.sweep.walked=error";
+    let sandbox = Sandbox::builder().env(FAILPOINT, points).start();
+    let workspace = sandbox.workspace("web");
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    workspace.write("a.txt", "something\n");
+    assert_ne!(sandbox.ctl_output(&["checkpoint", "create", "web"]).status.code(), Some(0));
+    only_these_are_left(&sandbox, &[]);
+    checkpoint(&sandbox);
+    all_verify(&sandbox);
+}
+
 /// What a directory and everything below it takes.
 fn disk_usage(path: &Path) -> u64 {
     let below = fs::read_dir(path).into_iter().flatten().flatten();

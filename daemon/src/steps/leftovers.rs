@@ -33,8 +33,12 @@ pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failur
         if history.list()?.contains(&number) {
             history.remove(number)?;
         }
-        // Its pack may have its place already, and a disk that is full wants it back now.
-        history.sweep().map(drop)
+        // Its pack may have its place already, and a disk that is full wants it back now. Whoever asked for the
+        // checkpoint is told only after this, so that a pack that cannot go is left to the next sweep.
+        if let Err(error) = history.sweep() {
+            tracing::warn!(checkpoint = number, %error, "what is left of the snapshot stays until the next sweep");
+        }
+        Ok(())
     })
     .await
 }
