@@ -158,8 +158,10 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
                 tally: project.counters.since.tally,
             }));
         }
-        Event::CheckpointCreated { checkpoint, .. } => {
-            project.counters.context = checkpoint.id;
+        Event::CheckpointCreated { checkpoint, imported, .. } => {
+            if !imported {
+                project.counters.context = checkpoint.id;
+            }
             project.checkpointing = None;
         }
         Event::CheckpointFailed { .. } => project.checkpointing = None,

@@ -332,6 +332,8 @@ pub enum Command {
         operation: OperationId,
         /// The checkpoint and how long agents stood still in milliseconds, or why there is none.
         outcome: Result<(Box<CheckpointView>, f64), ErrorObject>,
+        /// Whether it came from a file.
+        imported: bool,
     },
     /// Pin or unpin a checkpoint that exists.
     PinCheckpoint {

@@ -182,6 +182,8 @@ pub(crate) fn notice(project: &Project, event: &Event) -> Noticed {
         | Event::FlashSaved { .. }
         | Event::ProjectChanged { .. }
         | Event::ProjectRestored { .. } => count.changes = 1,
+        // An imported one saves nothing of what was done here.
+        Event::CheckpointCreated { imported: true, .. } => {}
         Event::CheckpointCreated { checkpoint, .. } => {
             noticed.saved = project.checkpointing.as_ref().map(|run| (checkpoint.id, run.tally));
         }

@@ -464,6 +464,9 @@ pub enum Event {
         checkpoint: CheckpointView,
         /// How long the agents stood still, milliseconds.
         frozen_ms: f64,
+        /// Whether it came from a file: then it says nothing about the project as it is.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        imported: bool,
     },
     /// A checkpoint could not be made.
     #[serde(rename = "checkpoint.failed")]

@@ -25,12 +25,15 @@ pub(super) fn done(
     project: &Project,
     operation: OperationId,
     outcome: Result<(Box<CheckpointView>, f64), ErrorObject>,
+    imported: bool,
 ) -> Decision {
     if project.checkpointing.as_ref().is_none_or(|run| run.operation != operation) {
         return Decision::default();
     }
     Decision::events(vec![match outcome {
-        Ok((checkpoint, frozen_ms)) => Event::CheckpointCreated { operation, checkpoint: *checkpoint, frozen_ms },
+        Ok((checkpoint, frozen_ms)) => {
+            Event::CheckpointCreated { operation, checkpoint: *checkpoint, frozen_ms, imported }
+        }
         Err(error) => Event::CheckpointFailed { operation, error },
     }])
 }

@@ -330,3 +330,24 @@ fn after_a_restore_agents_go_on_with_the_context_that_was_restored() {
     model.settle();
     assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 3));
 }
+
+#[test]
+fn an_imported_checkpoint_is_neither_what_agents_go_on_with_nor_a_saving() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    let make = |model: &mut Model| {
+        let operation = model.operation();
+        model.tell(Command::Checkpoint { operation, trigger: Trigger::Manual }).expect("it may");
+        model.settle();
+    };
+    make(&mut model);
+    let saved = model.project.counters.since.clone();
+    model.imports = true;
+    make(&mut model);
+    assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 2));
+    assert_eq!(model.project.counters.since, saved);
+    assert!(model.project.checkpointing.is_none());
+    model.imports = false;
+    make(&mut model);
+    assert_eq!(model.project.counters.context, 3);
+}

@@ -88,7 +88,9 @@ pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<De
             Ok(resume::done(project, operation, agents, steps_ms, warnings, now))
         }
         Command::Checkpoint { operation, trigger } => checkpoints::begin(project, operation, trigger),
-        Command::Checkpointed { operation, outcome } => Ok(checkpoints::done(project, operation, outcome)),
+        Command::Checkpointed { operation, outcome, imported } => {
+            Ok(checkpoints::done(project, operation, outcome, imported))
+        }
         Command::PinCheckpoint { checkpoint, pinned } => {
             Ok(Decision::events(vec![Event::CheckpointPinned { checkpoint, pinned }]))
         }

@@ -54,6 +54,8 @@ pub(super) struct Model {
     pub(super) looks: u64,
     /// Whether the workspace differs from the newest checkpoint.
     pub(super) dirty: bool,
+    /// Whether checkpoints come from files.
+    pub(super) imports: bool,
     /// Every checkpoint that was begun outside a pause: its trigger, and whether an agent ran.
     pub(super) begun: Vec<(Trigger, bool)>,
 }
@@ -87,6 +89,7 @@ impl Model {
             looked: Looked::default(),
             looks: 0,
             dirty: false,
+            imports: false,
             begun: Vec::new(),
         }
     }
@@ -322,7 +325,7 @@ impl Model {
                 self.dirty &= !well;
                 let outcome =
                     if well { Ok((Box::new(self.view(checkpoint, &operation)), 1.0)) } else { Err(refusal()) };
-                self.tell(Command::Checkpointed { operation, outcome }).expect("not refused");
+                self.tell(Command::Checkpointed { operation, outcome, imported: self.imports }).expect("not refused");
             }
             Effect::PlanRestore { operation, safety, .. } => {
                 self.plans.insert(operation.clone());

@@ -408,10 +408,10 @@ impl Actor {
                 let error = failure.into_error(Code::PauseFailed);
                 Command::PauseStepped { operation, step, took_ms, outcome: Err(error) }.into()
             }
-            Command::Checkpointed { operation, outcome: Ok((made, _)) } => {
+            Command::Checkpointed { operation, outcome: Ok((made, _)), imported } => {
                 in_vain = Some(made.id);
                 let error = failure.into_error(Code::CheckpointFailed);
-                Command::Checkpointed { operation, outcome: Err(error) }.into()
+                Command::Checkpointed { operation, outcome: Err(error), imported }.into()
             }
             Command::RestorePlanned { operation, outcome: Ok(made) } => {
                 in_vain = Some(made.id);

@@ -273,6 +273,7 @@ impl Actor {
 
     fn checkpoint(&mut self, operation: OperationId, number: CheckpointNumber, trigger: Trigger, runs: Vec<AgentRun>) {
         let label = std::mem::take(&mut self.label);
+        let imported = label.import.is_some();
         let order = Order {
             operation: operation.clone(),
             number,
@@ -300,13 +301,14 @@ impl Actor {
                         warnings: made.warnings,
                     };
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
-                    let command = Command::Checkpointed { operation, outcome: Ok((Box::new(made.view), frozen_ms)) };
+                    let outcome = Ok((Box::new(made.view), frozen_ms));
+                    let command = Command::Checkpointed { operation, outcome, imported };
                     Outcome { command, writes, reply: Some(json!(result)), tokens: Vec::new() }
                 }
                 Err(failure) => {
                     let error = failure.into_error(Code::CheckpointFailed);
                     discard(&site, number, &mailbox).await;
-                    Command::Checkpointed { operation, outcome: Err(error) }.into()
+                    Command::Checkpointed { operation, outcome: Err(error), imported }.into()
                 }
             };
             drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);

@@ -66,7 +66,7 @@ fn project_one(
             let value = serde_json::to_value(result).doing(WRITE)?;
             succeed(connection, &result.operation_id, &value, Some(&result.steps_ms), at)
         }
-        Event::CheckpointCreated { operation, checkpoint, frozen_ms } => {
+        Event::CheckpointCreated { operation, checkpoint, frozen_ms, imported: _ } => {
             let brief = || json!({ "checkpoint_id": checkpoint.id, "frozen_ms": frozen_ms });
             let value = result.cloned().unwrap_or_else(brief);
             succeed(connection, operation, &value, Some(&checkpoint.metadata.parts_ms), at)
