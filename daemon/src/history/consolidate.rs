@@ -53,6 +53,8 @@ pub(super) const DRAFT: &str = "consolidation";
 /// How much is consolidated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
+    /// Packs with anything that nobody needs any more, and no others: somebody waits for the room.
+    Room,
     /// Packs with much that nobody needs any more, and whatever they join.
     Waste,
     /// The same and all fresh packs, once there are many of these.
@@ -76,6 +78,19 @@ pub struct Consolidated {
     pub objects: u64,
     /// How many of them are stored as a difference to another version.
     pub deltas: u64,
+    /// Bytes in the other packs that nobody needs.
+    pub wasted: u64,
+}
+
+/// What came of a try to consolidate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attempt {
+    /// Packs were replaced.
+    Done(Consolidated),
+    /// There is nothing to do; so many bytes in the packs are needed by nobody, if that was looked for.
+    Nothing(Option<u64>),
+    /// Somebody else consolidates, or a snapshot does not allow it now: what there is to do is not known.
+    Busy,
 }
 
 /// How the packs of a store lie on the disk.
@@ -123,44 +138,53 @@ impl History {
         }
     }
 
-    /// Writes small packs as one and drops what nobody needs; `None` when there is nothing to do, or when something
-    /// that was published meanwhile, or a snapshot under way, does not allow it now.
+    /// Writes small packs as one and drops what nobody needs.
     ///
     /// # Errors
     /// Fails when an object is damaged, when the disk is too full, or when cancelled; then everything is as it was.
-    pub fn consolidate(
-        &self,
-        extent: Extent,
-        progress: OnProgress<'_>,
-        cancel: &AtomicBool,
-    ) -> Result<Option<Consolidated>> {
+    pub fn consolidate(&self, extent: Extent, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Attempt> {
         let _one_at_a_time = match self.consolidating.try_lock() {
             Ok(lock) => lock,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Ok(None),
+            Err(TryLockError::WouldBlock) => return Ok(Attempt::Busy),
         };
         if !self.clear_draft()? {
-            return Ok(None);
+            return Ok(Attempt::Busy);
         }
         self.objects.refresh()?;
         let candidates = self.candidates()?;
         if extent == Extent::Due && !is_due(&candidates) {
-            return Ok(None);
+            return Ok(Attempt::Nothing(None));
         }
         let removed = self.removed.load(Ordering::Relaxed);
+        let attempt = self.consolidate_these(candidates, extent, progress, cancel)?;
+        if attempt != Attempt::Busy {
+            // What was removed until then has been looked for.
+            self.removed.fetch_sub(removed, Ordering::Relaxed);
+        }
+        Ok(attempt)
+    }
+
+    fn consolidate_these(
+        &self,
+        candidates: Vec<Candidate>,
+        extent: Extent,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Attempt> {
         let roots = self.roots()?;
         let reach = match Reach::of(&self.objects, &roots, &[], cancel) {
             Ok(reach) => reach,
             // Removed and swept while it was walked; the next try does not see it.
-            Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => return Ok(None),
+            Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => {
+                return Ok(Attempt::Busy);
+            }
             Err(error) => return Err(error),
         };
-        // Whatever comes of it, what was removed until now has been looked for.
-        self.removed.fetch_sub(removed, Ordering::Relaxed);
         let mendable = self.objects.mendable(|oid| reach.needs(oid));
-        let packs = choose(candidates, &reach, &mendable, extent)?;
+        let (packs, wasted) = choose(candidates, &reach, &mendable, extent)?;
         if packs.is_empty() {
-            return Ok(None);
+            return Ok(Attempt::Nothing(Some(wasted)));
         }
         let names: HashSet<String> = packs.iter().map(|one| one.reader.index.name.clone()).collect();
         let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
@@ -169,13 +193,13 @@ impl History {
         let plan = Repack::plan(&reach, readers, Manner::Patience, |pack, oid| {
             self.objects.contains_outside(oid, &old.names) || self.objects.is_replaced(pack, oid)
         })?;
-        let report = Consolidated { packs: old.names.len() as u64, bytes_before, ..Consolidated::default() };
+        let report = Consolidated { packs: old.names.len() as u64, bytes_before, wasted, ..Consolidated::default() };
         let draft = self.pending().join(DRAFT);
         if plan.objects() == 0 {
             fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
             let swapped = self.swap(None, &old, cancel)?;
             self.remove_draft()?;
-            return Ok(swapped.then_some(report));
+            return Ok(if swapped { Attempt::Done(report) } else { Attempt::Busy });
         }
         self.check_space(bytes_before)?;
         let done = self.write_and_swap(plan, &old, report, progress, cancel);
@@ -193,7 +217,7 @@ impl History {
         mut report: Consolidated,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
-    ) -> Result<Option<Consolidated>> {
+    ) -> Result<Attempt> {
         let draft = self.pending().join(DRAFT);
         fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
         let (finished, counts) = plan.write(&draft, progress, cancel)?;
@@ -203,7 +227,8 @@ impl History {
         report.objects = finished.objects;
         report.deltas = counts.deltas;
         report.bytes_after = finished.bytes + fs::metadata(index).map_or(0, |meta| meta.len());
-        Ok(self.swap(Some(&finished.name), old, cancel)?.then_some(report))
+        let swapped = self.swap(Some(&finished.name), old, cancel)?;
+        Ok(if swapped { Attempt::Done(report) } else { Attempt::Busy })
     }
 
     /// Clears away what an earlier consolidation has left; `false` when that has to wait for a snapshot.
@@ -313,8 +338,19 @@ impl History {
             }
             std::thread::sleep(TURN);
         };
+        let swapped = self.swap_now(new, old, &ahead, cancel);
+        // Also where it failed half-way: whoever comes next must not rely on what is gone.
         self.objects.refresh()?;
-        if !self.allows(old, &ahead, cancel)? {
+        if matches!(swapped, Ok(true)) {
+            failpoint::hit("history.consolidation.swapped");
+        }
+        swapped
+    }
+
+    /// The same, for whoever holds the writer's lock.
+    fn swap_now(&self, new: Option<&str>, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
+        self.objects.refresh()?;
+        if !self.allows(old, ahead, cancel)? {
             tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
             return Ok(false);
         }
@@ -338,8 +374,6 @@ impl History {
             failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
-        self.objects.refresh()?;
-        failpoint::hit("history.consolidation.swapped");
         Ok(true)
     }
 
@@ -383,43 +417,51 @@ fn is_due(candidates: &[Candidate]) -> bool {
     candidates.iter().filter(|one| one.fresh).count() >= MANY
 }
 
-/// Chooses the packs that become one.
+/// Chooses the packs that become one, and says how many bytes nobody needs in the others.
 fn choose(
     candidates: Vec<Candidate>,
     reach: &Reach,
     mendable: &HashSet<String>,
     extent: Extent,
-) -> Result<Vec<Candidate>> {
+) -> Result<(Vec<Candidate>, u64)> {
     let mut chosen = Vec::new();
     let mut others = Vec::new();
     let all = candidates.len();
     for one in candidates {
-        let is_due = (one.fresh && extent != Extent::Waste) || mendable.contains(&one.reader.index.name);
-        if is_due || waste(&one, reach)? > one.bytes / WASTE {
+        let joins = match extent {
+            Extent::Room | Extent::Waste => false,
+            Extent::Due | Extent::Fresh | Extent::Everything => one.fresh,
+        };
+        let tolerable = if extent == Extent::Room { 0 } else { one.bytes / WASTE };
+        let wasted = waste(&one, reach)?;
+        if joins || wasted > tolerable || mendable.contains(&one.reader.index.name) {
             chosen.push(one);
         } else {
-            others.push(one);
+            others.push((one, wasted));
         }
     }
     match extent {
         Extent::Everything if all == 1 => {}
-        Extent::Everything => chosen.append(&mut others),
+        Extent::Everything => chosen.extend(others.drain(..).map(|(one, _)| one)),
+        Extent::Room => {}
         Extent::Waste | Extent::Due | Extent::Fresh if chosen.is_empty() => {}
         Extent::Waste | Extent::Due | Extent::Fresh => {
             let mut bytes: u64 = chosen.iter().map(|one| one.bytes).sum();
-            others.sort_by_key(|one| one.bytes);
-            for one in others.into_iter() {
+            others.sort_by_key(|(one, _)| one.bytes);
+            let mut joining = 0;
+            for (one, _) in &others {
                 if one.bytes > bytes.saturating_mul(GROWTH) {
                     break;
                 }
                 bytes += one.bytes;
-                chosen.push(one);
+                joining += 1;
             }
+            chosen.extend(others.drain(..joining).map(|(one, _)| one));
         }
     }
     // What is good already comes first: of an object that several packs hold, its entry is taken.
     chosen.sort_by_key(|one| one.fresh);
-    Ok(chosen)
+    Ok((chosen, others.iter().map(|(_, wasted)| wasted).sum()))
 }
 
 /// Returns how many bytes of a pack nobody needs.

@@ -81,7 +81,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 pub use beneath::Time;
 pub use bundle::{Exported, Incoming};
-pub use consolidate::{Consolidated, Extent, PackStats};
+pub use consolidate::{Attempt, Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use found::{SkipReason, Skipped};

@@ -9,6 +9,7 @@ use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::SystemTime;
 
 use super::distrust::Distrusted;
 use super::errors::{HistoryError, Result};
@@ -24,6 +25,8 @@ const PATIENCE: usize = 4;
 /// The packs of one store.
 pub struct ObjectStore {
     objects: PathBuf,
+    /// The time of the directory of packs when it was listed last; held while it is.
+    listed: Mutex<Option<SystemTime>>,
     packs: RwLock<Vec<Arc<PackIndex>>>,
     open: Mutex<VecDeque<PackReader>>,
     remembered: Remembered,
@@ -60,6 +63,7 @@ impl ObjectStore {
     pub fn open(objects: &Path) -> Result<ObjectStore> {
         let store = ObjectStore {
             objects: objects.to_owned(),
+            listed: Mutex::default(),
             packs: RwLock::new(Vec::new()),
             open: Mutex::new(VecDeque::new()),
             remembered: Remembered::default(),
@@ -76,6 +80,26 @@ impl ObjectStore {
 
     /// Looks again which packs there are.
     pub fn refresh(&self) -> Result<()> {
+        // One after the other: what was listed earlier must not replace what was listed later.
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        *listed = None;
+        let time = self.changed();
+        self.list()?;
+        *listed = time;
+        Ok(())
+    }
+
+    /// The same, if the directory has changed since; otherwise one system call.
+    pub(super) fn refresh_if_changed(&self) -> Result<()> {
+        let listed = *self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        if listed.is_some() && listed == self.changed() { Ok(()) } else { self.refresh() }
+    }
+
+    fn changed(&self) -> Option<SystemTime> {
+        std::fs::metadata(self.pack_dir()).and_then(|meta| meta.modified()).ok()
+    }
+
+    fn list(&self) -> Result<()> {
         let dir = self.pack_dir();
         let mut names = Vec::new();
         for entry in std::fs::read_dir(&dir).map_err(HistoryError::io("list", &dir))? {

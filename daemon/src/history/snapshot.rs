@@ -380,6 +380,7 @@ impl History {
         {
             // Packs are removed under this lock and only while nobody is entered.
             let _writer = self.lock_writer();
+            self.objects.refresh_if_changed()?;
             self.live().insert(name.clone());
         }
         let draft = Draft { dir, name, live: Live::clone(&self.live) };

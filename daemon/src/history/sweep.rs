@@ -124,12 +124,20 @@ impl History {
     /// Takes the names of packs away, unless somebody has come to need them since they were chosen; the files that are
     /// left are added to `gone`.
     fn remove_packs(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
-        let dir = self.objects.pack_dir();
         let _writer = self.lock_writer();
         // A snapshot under way relies on published packs, of which one could be about to go.
         if !self.live().is_empty() {
             return Ok(false);
         }
+        let removed = self.remove_packs_now(old, gone, report);
+        // Also where it failed half-way: whoever comes next must not rely on what is gone.
+        self.objects.refresh()?;
+        removed
+    }
+
+    /// The same, for whoever holds the writer's lock and knows that no snapshot is under way.
+    fn remove_packs_now(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
+        let dir = self.objects.pack_dir();
         self.objects.refresh()?;
         match self.allows(old, &Ahead::default(), &AtomicBool::new(false)) {
             Ok(true) => {}
@@ -152,7 +160,6 @@ impl History {
                 self.put_aside(name, gone, report)?;
             }
         }
-        self.objects.refresh()?;
         Ok(true)
     }
 

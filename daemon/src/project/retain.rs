@@ -21,7 +21,6 @@ use super::actor::Actor;
 use super::effects::retry;
 use super::handle::{Answer, Message, ProjectHandle, Tell};
 use crate::errors::Failure;
-use crate::history::Extent;
 use crate::steps::{Site, storage, upkeep, validate};
 use crate::store::checkpoints;
 use crate::store::idempotency::Keyed;
@@ -70,7 +69,7 @@ async fn points(site: &Site) -> Result<Vec<Point>, Failure> {
 }
 
 fn choose(site: &Site, points: &[Point], ask: &Ask) -> Result<Vec<Removal>, Failure> {
-    let used = site.history.used_bytes();
+    let used = site.history.needed_bytes();
     Ok(retention::choose(&site.project, points, ask, used, crate::services::now())?)
 }
 
@@ -108,11 +107,19 @@ impl Actor {
         let points = points(&site).await?;
         let removals = choose(&site, &points, &ask)?;
         let reply = json!(result(&points, &removals));
+        // Before they go: what is removed is taken to come back, until it is known what has.
+        let bytes = removals.iter().map(|removal| removal.point.bytes).sum();
+        site.history.unreclaimed(bytes);
         let command = Command::RemoveCheckpoints { removals };
         let remembered = reply.clone();
         let view = Box::new(move |_: &fermata_core::Project, _: &crate::store::commit::Written| remembered);
-        self.told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await?;
-        Ok(reply)
+        match self.told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await {
+            Ok(_) => Ok(reply),
+            Err(failure) => {
+                site.history.reclaimed(bytes);
+                Err(failure)
+            }
+        }
     }
 
     /// Removes what is left of checkpoints, again and again until it has worked.
@@ -183,16 +190,26 @@ pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> R
         }
         shortage = match validate::look(site).await? {
             None => return Ok(()),
-            // What was removed may lie in packs that others need as well.
-            Some(_) if removed => {
-                upkeep::consolidate(site, Extent::Waste).await?;
-                match validate::look(site).await? {
-                    None => return Ok(()),
-                    Some(shortage) => shortage,
-                }
-            }
             Some(shortage) => shortage,
         };
+        if removed {
+            // What was removed may lie in packs that others need as well.
+            match upkeep::reclaim(site).await {
+                Ok(true) => match validate::look(site).await? {
+                    None => return Ok(()),
+                    Some(still) => shortage = still,
+                },
+                // To remove more before it shows what that has freed could cost all of them.
+                Ok(false) => return Err(shortage.refusal.into()),
+                Err(failure) if site.cancel.is_cancelled() => return Err(failure),
+                Err(failure) => {
+                    tracing::warn!(project = %site.project.name, %failure, "room could not be given back");
+                    if !by_policy {
+                        return Err(shortage.refusal.into());
+                    }
+                }
+            }
+        }
         tracing::info!(project = %site.project.name, bytes = shortage.bytes, "more room is needed for a checkpoint");
         ask = Ask::Room { bytes: shortage.bytes, reason: shortage.reason };
     }

@@ -26,7 +26,7 @@ use super::connection::Connection;
 use super::dispatch::wire;
 use super::operations::{begin, watched};
 use crate::errors::Failure;
-use crate::history::Extent;
+use crate::history::{Attempt, Consolidated, Extent};
 use crate::project::{Begin, Label, Projects, new_operation};
 use crate::steps::checkpoint::hex;
 use crate::steps::transfer::{self, Held};
@@ -157,7 +157,10 @@ pub(super) async fn consolidate(all: &Projects, params: CheckpointConsolidate) -
     let doing = "consolidate the history";
     let permit = site.services.background.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
     let extent = if params.everything { Extent::Everything } else { Extent::Fresh };
-    let done = upkeep::consolidate(&site, extent).await?.unwrap_or_default();
+    let done = match upkeep::consolidate(&site, extent).await? {
+        Attempt::Done(done) => done,
+        Attempt::Nothing(_) | Attempt::Busy => Consolidated::default(),
+    };
     drop(permit);
     let stats = site.with_history(None, doing, |history, _, _| history.pack_stats()).await?;
     wire(&CheckpointConsolidateResult {

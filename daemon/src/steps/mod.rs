@@ -232,6 +232,8 @@ pub async fn blocking<T: Send + 'static>(
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
+    /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
+    unreclaimed: Arc<AtomicU64>,
     upkeep: upkeep::Upkeep,
 }
 
@@ -257,6 +259,35 @@ impl HistoryCell {
     /// Returns what the project's checkpoints took on disk when they were measured last, bytes.
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes.load(Ordering::Relaxed)
+    }
+
+    /// Returns what they take without what is to be given back, bytes.
+    pub fn needed_bytes(&self) -> u64 {
+        self.used_bytes().saturating_sub(self.unreclaimed_bytes())
+    }
+
+    fn unreclaimed_bytes(&self) -> u64 {
+        self.unreclaimed.load(Ordering::Relaxed)
+    }
+
+    /// Notes that checkpoints go which had added so many bytes.
+    pub fn unreclaimed(&self, bytes: u64) {
+        self.unreclaimed.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Notes that so many bytes of these are given back, or stay after all.
+    pub fn reclaimed(&self, bytes: u64) {
+        self.change_unreclaimed(|now| now.saturating_sub(bytes));
+    }
+
+    /// Notes what nobody needs as it was counted, in the place of what was taken for it before.
+    fn counted(&self, before: u64, bytes: u64) {
+        self.change_unreclaimed(|now| now.saturating_sub(before).saturating_add(bytes));
+    }
+
+    fn change_unreclaimed(&self, change: impl Fn(u64) -> u64) {
+        let changed = self.unreclaimed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(change(now)));
+        debug_assert!(changed.is_ok(), "there is always a value");
     }
 }
 

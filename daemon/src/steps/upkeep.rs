@@ -4,6 +4,7 @@
 //! thread that stands back, one project at a time, and ends at once when the project pauses. Nobody waits for it, and
 //! whatever it did not come to is done at the next wish. Decides nothing about checkpoints.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,14 @@ use tokio::sync::oneshot;
 
 use super::{Cancel, Site, history_failure, storage};
 use crate::errors::Failure;
-use crate::history::{Consolidated, Extent};
+use crate::history::{Attempt, Consolidated, Extent};
 
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
 const AFTER_FAILURE: Duration = Duration::from_secs(600);
+
+/// How long whoever needs room waits for others who consolidate, and how often it asks.
+const PATIENCE: Duration = Duration::from_secs(60);
+const TURN: Duration = Duration::from_millis(20);
 
 /// The upkeep of one project; clones are the same.
 #[derive(Clone, Default)]
@@ -23,7 +28,9 @@ pub struct Upkeep(Arc<Mutex<State>>);
 
 #[derive(Default)]
 struct State {
-    wanted: Option<Extent>,
+    wanted: BTreeSet<Extent>,
+    /// What the run that is under way does.
+    current: Option<Extent>,
     /// Ends the run that is under way.
     running: Option<Cancel>,
     /// Until when nothing is tried, after a failure that was told.
@@ -35,14 +42,36 @@ impl Upkeep {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the wish, if there is one; otherwise the run is over.
-    fn next(&self) -> Option<Extent> {
+    /// Takes the largest wish, if there is one; otherwise, or when it is told to end, the run is over.
+    fn next(&self, cancel: &Cancel) -> Option<Extent> {
         let mut state = self.lock();
-        let wanted = state.wanted.take();
-        if wanted.is_none() {
+        if cancel.is_cancelled() {
+            return None;
+        }
+        state.current = state.wanted.pop_last();
+        if state.current.is_none() {
             state.running = None;
         }
-        wanted
+        state.current
+    }
+
+    /// Ends the run that is under way; what it did becomes a wish again.
+    fn hold_off(&self) {
+        let mut state = self.lock();
+        let current = state.current.take();
+        state.wanted.extend(current);
+        if let Some(cancel) = state.running.take() {
+            cancel.cancel();
+        }
+    }
+
+    /// Ends a run that found somebody else at work; its wish waits for the next one.
+    fn put_off(&self, extent: Extent, cancel: &Cancel) {
+        let mut state = self.lock();
+        if !cancel.is_cancelled() {
+            state.wanted.insert(extent);
+            (state.current, state.running) = (None, None);
+        }
     }
 }
 
@@ -51,9 +80,10 @@ pub fn follow(site: &Site, events: &[Event]) {
     for event in events {
         match event {
             Event::PauseStarted { .. } | Event::ProjectRemoved {} => hold_off(site),
-            Event::CheckpointCreated { .. } | Event::ProjectPaused { .. } | Event::RestorePlanned { .. } => {
-                wish(site, Extent::Due);
-            }
+            Event::CheckpointCreated { .. }
+            | Event::ProjectPaused { .. }
+            | Event::PauseFailed { .. }
+            | Event::RestorePlanned { .. } => wish(site, Extent::Due),
             _ => {}
         }
     }
@@ -66,7 +96,7 @@ pub fn wish(site: &Site, extent: Extent) {
     if state.failed.is_some_and(|until| now < until) || site.services.stopping.is_cancelled() {
         return;
     }
-    state.wanted = state.wanted.max(Some(extent));
+    state.wanted.insert(extent);
     if state.running.is_none() {
         let cancel = Cancel::default();
         state.running = Some(cancel.clone());
@@ -74,21 +104,15 @@ pub fn wish(site: &Site, extent: Extent) {
     }
 }
 
-/// Ends what is under way: the project pauses, and nothing else shall use the disk. The wish is forgotten; the
-/// checkpoint of the pause brings the next one.
+/// Ends what is under way: the project pauses, and nothing else shall use the disk. What was wished for waits for the
+/// next wish, which the end of the pause brings.
 pub fn hold_off(site: &Site) {
-    let mut state = site.history.upkeep.lock();
-    state.wanted = None;
-    if let Some(cancel) = state.running.take() {
-        cancel.cancel();
-    }
+    site.history.upkeep.hold_off();
 }
 
 async fn run(site: Site) {
     let upkeep = site.history.upkeep.clone();
-    while !site.cancel.is_cancelled()
-        && let Some(extent) = upkeep.next()
-    {
+    while let Some(extent) = upkeep.next(&site.cancel) {
         let done = tokio::select! {
             permit = site.services.background.acquire() => match permit {
                 Ok(_permit) => consolidate(&site, extent).await,
@@ -97,11 +121,14 @@ async fn run(site: Site) {
             () = site.cancel.cancelled() => return,
             () = site.services.stopping.cancelled() => return,
         };
+        if let Ok(Attempt::Busy) = done {
+            return upkeep.put_off(extent, &site.cancel);
+        }
         if let Err(failure) = done
             && !site.cancel.is_cancelled()
         {
             let mut state = upkeep.lock();
-            state.wanted = None;
+            state.wanted.clear();
             let first = state.failed.replace(Instant::now() + AFTER_FAILURE).is_none();
             drop(state);
             if first {
@@ -114,15 +141,33 @@ async fn run(site: Site) {
     }
 }
 
+/// Gives back what nobody needs any more, down to the last of it, since somebody waits for the room; `false` when others
+/// were at work for too long. What the upkeep does is ended.
+///
+/// # Errors
+/// As for [`consolidate`].
+pub async fn reclaim(site: &Site) -> Result<bool, Failure> {
+    let start = Instant::now();
+    hold_off(site);
+    while consolidate(site, Extent::Room).await? == Attempt::Busy {
+        if start.elapsed() > PATIENCE || site.cancel.is_cancelled() {
+            return Ok(false);
+        }
+        tokio::time::sleep(TURN).await;
+    }
+    Ok(true)
+}
+
 /// Consolidates on a thread of its own; ends early with the daemon.
 ///
 /// # Errors
 /// When the history cannot be opened, when an object is damaged, or when the disk is full.
-pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolidated>, Failure> {
+pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure> {
     const DOING: &str = "consolidate the history";
     super::failpoint("upkeep.consolidate")?;
     let (cell, dir, flag) = (site.history.clone(), site.dirs().history(), Arc::clone(&site.cancel.flag));
     let services = Arc::clone(&site.services);
+    let removed = site.history.unreclaimed_bytes();
     let (answer, mut answered) = oneshot::channel();
     let work = move || {
         crate::os::priority::stand_back();
@@ -133,7 +178,7 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
             }
             // A look that costs nothing comes first.
             let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
-            extent.map_or(Ok(None), |extent| history.consolidate(extent, &|_| {}, &flag))
+            extent.map_or(Ok(Attempt::Nothing(None)), |extent| history.consolidate(extent, &|_| {}, &flag))
         });
         // Nobody listens any more when the daemon is about to end.
         drop(answer.send((done, start.elapsed())));
@@ -149,7 +194,13 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
     let (done, took) = answered.map_err(|e| Failure::fault(DOING, &e))?;
     let done = done.map_err(|e| history_failure(DOING, &e))?;
     site.history.upkeep.lock().failed = None;
-    if let Some(Consolidated { packs, bytes_before, bytes_after, objects, deltas }) = done {
+    match done {
+        Attempt::Done(Consolidated { wasted, .. }) | Attempt::Nothing(Some(wasted)) => {
+            site.history.counted(removed, wasted);
+        }
+        Attempt::Nothing(None) | Attempt::Busy => {}
+    }
+    if let Attempt::Done(Consolidated { packs, bytes_before, bytes_after, objects, deltas, wasted: _ }) = done {
         let took_ms = took.as_millis() as u64;
         let project = &site.project.name;
         tracing::info!(%project, packs, bytes_before, bytes_after, objects, deltas, took_ms, "packs were consolidated");
@@ -158,4 +209,40 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Option<Consolida
         site.services.settled.notify_one();
     }
     Ok(done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn with_wishes(wanted: &[Extent]) -> (Upkeep, Cancel) {
+        let (upkeep, cancel) = (Upkeep::default(), Cancel::default());
+        upkeep.lock().wanted.extend(wanted);
+        upkeep.lock().running = Some(cancel.clone());
+        (upkeep, cancel)
+    }
+
+    #[test]
+    fn what_a_pause_interrupts_is_still_wished_for_afterwards() {
+        let (upkeep, cancel) = with_wishes(&[Extent::Waste, Extent::Due]);
+        assert_eq!(upkeep.next(&cancel), Some(Extent::Due));
+        upkeep.hold_off();
+        assert!(cancel.is_cancelled());
+        assert_eq!(upkeep.next(&cancel), None, "the run ends and takes no wish with it");
+        let next = Cancel::default();
+        assert_eq!(upkeep.next(&next), Some(Extent::Due));
+        assert_eq!(upkeep.next(&next), Some(Extent::Waste), "a look that costs nothing is no substitute");
+        assert_eq!(upkeep.next(&next), None);
+        upkeep.hold_off();
+        assert_eq!(upkeep.next(&next), None, "what was done is not done again");
+    }
+
+    #[test]
+    fn a_run_that_finds_others_at_work_ends_and_leaves_its_wish() {
+        let (upkeep, cancel) = with_wishes(&[Extent::Waste]);
+        assert_eq!(upkeep.next(&cancel), Some(Extent::Waste));
+        upkeep.put_off(Extent::Waste, &cancel);
+        assert!(upkeep.lock().running.is_none(), "the next wish starts a run");
+        assert_eq!(upkeep.next(&Cancel::default()), Some(Extent::Waste));
+    }
 }

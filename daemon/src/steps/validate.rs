@@ -46,7 +46,11 @@ pub async fn look(site: &Site) -> Result<Option<Shortage>, Failure> {
     })
     .await?;
     match (short, site.retention().quota()) {
-        (None, Some(quota)) => Ok(over_quota(site, storage::measure(site).await?, quota)),
+        (None, Some(quota)) => {
+            storage::measure(site).await?;
+            // What is about to be given back is no reason to let more checkpoints go.
+            Ok(over_quota(site, site.history.needed_bytes(), quota))
+        }
         (short, _) => Ok(short),
     }
 }

@@ -10,7 +10,10 @@ use proptest::prelude::*;
 use super::*;
 
 fn consolidate(history: &History, extent: Extent) -> Option<Consolidated> {
-    history.consolidate(extent, &quiet, &NEVER).unwrap()
+    match history.consolidate(extent, &quiet, &NEVER).unwrap() {
+        Attempt::Done(done) => Some(done),
+        Attempt::Nothing(_) | Attempt::Busy => None,
+    }
 }
 
 fn packs(history: &History) -> Vec<PathBuf> {
@@ -185,7 +188,7 @@ fn what_is_published_while_packs_are_written_keeps_what_it_needs() {
         }
     };
     let done = sandbox.history.consolidate(Extent::Everything, &meddle, &NEVER).unwrap();
-    assert_eq!(done, None);
+    assert_eq!(done, Attempt::Busy);
     assert!(once.load(Ordering::Relaxed));
     all_is_good(&sandbox.history);
     assert!(!sandbox.history.repository().join("pending/consolidation").exists());
@@ -460,4 +463,90 @@ fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
     all_is_good(&sandbox.history);
     println!("all verified in {:?}", start.elapsed());
     assert!(ratio(ours.bytes) <= 1.5, "{:.2}", ratio(ours.bytes));
+}
+
+#[test]
+fn whoever_waits_for_room_gets_back_what_little_a_large_pack_wastes() {
+    let sandbox = with_rounds(12);
+    let history = &sandbox.history;
+    let noise = (0..10_000_u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23) ^ n * n * n) as u8);
+    sandbox.write("noise", noise.collect::<Vec<_>>());
+    sandbox.checkpoint(13);
+    fs::remove_file(sandbox.at("noise")).unwrap();
+    sandbox.checkpoint(14);
+    consolidate(history, Extent::Everything).unwrap();
+    history.remove(13).unwrap();
+    let Attempt::Nothing(Some(wasted)) = history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap() else {
+        panic!("so little is not worth it");
+    };
+    assert!(wasted > 0);
+    let done = consolidate(history, Extent::Room).unwrap();
+    assert!(done.bytes_after < done.bytes_before && done.wasted == 0, "{done:?}");
+    assert_eq!(history.consolidate(Extent::Room, &quiet, &NEVER).unwrap(), Attempt::Nothing(Some(0)));
+    all_is_good(history);
+}
+
+#[test]
+fn removals_are_looked_for_until_a_consolidation_has_dealt_with_them() {
+    let sandbox = with_rounds(12);
+    let history = &sandbox.history;
+    consolidate(history, Extent::Everything).unwrap();
+    (1..=8).for_each(|number| history.remove(number).unwrap());
+    assert_eq!(history.due(), Some(Extent::Waste));
+    assert!(history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true)).is_err());
+    assert_eq!(history.due(), Some(Extent::Waste), "it was cancelled");
+    let other = history.consolidating.lock().unwrap();
+    assert_eq!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Busy);
+    drop(other);
+    assert_eq!(history.due(), Some(Extent::Waste), "somebody else was at work");
+    assert_ne!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Busy);
+    assert_eq!(history.due(), None);
+}
+
+fn known_packs(history: &History) -> Vec<String> {
+    let mut known: Vec<_> = history.objects.indexes().iter().map(|index| index.name.clone()).collect();
+    known.sort();
+    known
+}
+
+fn packs_with_index(history: &History) -> Vec<String> {
+    let all = fs::read_dir(history.objects.pack_dir()).unwrap().map(|entry| entry.unwrap().file_name());
+    let names = all.filter_map(|name| Some(name.to_str()?.strip_suffix(".idx")?.to_owned()));
+    let mut names: Vec<_> = names.collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
+    let sandbox = with_rounds(5);
+    let history = &sandbox.history;
+    let old = known_packs(history);
+    let stubborn = |progress: Progress| {
+        if progress.phase == Phase::Verify {
+            // A directory stands where an old pack is to be put aside.
+            old.iter().for_each(|name| {
+                fs::create_dir_all(history.pending().join(format!("consolidation/{name}.gone/x"))).unwrap();
+            });
+        }
+    };
+    assert!(history.consolidate(Extent::Everything, &stubborn, &NEVER).is_err());
+    assert_eq!(known_packs(history).len(), 5, "one is new and one has gone");
+    assert_eq!(known_packs(history), packs_with_index(history));
+    sandbox.checkpoint(6);
+    consolidate(history, Extent::Everything);
+    all_is_good(history);
+}
+
+#[test]
+fn a_new_draft_sees_that_an_index_has_gone() {
+    let sandbox = with_rounds(2);
+    let history = &sandbox.history;
+    // The clock of the file system has to tick in between.
+    std::thread::sleep(Duration::from_millis(20));
+    let gone = packs(history).remove(0).with_extension("idx");
+    fs::rename(&gone, sandbox.outside("index")).unwrap();
+    assert_eq!(known_packs(history).len(), 2);
+    drop(history.start_draft(9).unwrap());
+    assert_eq!(known_packs(history), packs_with_index(history));
 }
