@@ -250,6 +250,12 @@ fn unprivileged_scenario() {
     assert_eq!(fs::read(sandbox.at("ro/sub/file")).unwrap(), b"1");
     assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
 
+    // Also where a run that was killed has left it open.
+    set_mode(&sandbox.at("ro/sub"), 0o755);
+    let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    assert_eq!(report.mismatches, []);
+    assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
+
     // So that the sandbox can vanish.
     ["ro", "ro/sub", "closed"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
 }
