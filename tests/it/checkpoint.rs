@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use fermata_protocol::Code;
 use fermata_protocol::Target;
-use fermata_protocol::agent::AgentStop;
+use fermata_protocol::agent::{AgentRun, AgentStop};
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
 use fermata_protocol::operation::OperationState;
 use fermata_protocol::pause::{PauseMode, ProjectPause};
@@ -49,6 +49,40 @@ fn the_users_repository_is_never_touched() {
     assert_eq!(workspace.read("src/lib.rs"), "//! Round 14.\n");
     assert_eq!(fingerprint(&git), before, "after a restore");
     assert!(!workspace.has("ran"));
+    all_verify(&sandbox);
+}
+
+#[test]
+fn a_session_that_is_a_fifo_holds_up_nobody() {
+    let sandbox = Sandbox::start();
+    let workspace = furnished(&sandbox, "web");
+    let (home, marks) = (sandbox.path().join("claude"), sandbox.path().join("marks"));
+    fs::create_dir_all(home.join("projects/x")).expect("created");
+    let session = "F=\"$CLAUDE_CONFIG_DIR/projects/x/0.jsonl\"; mkfifo \"$F\"; exec 3<>\"$F\"";
+    let env = [
+        ("PATH", std::env::var("PATH").unwrap_or_default()),
+        ("MARKS", marks.to_string_lossy().into_owned()),
+        ("CLAUDE_CONFIG_DIR", home.to_string_lossy().into_owned()),
+    ];
+    let run = AgentRun {
+        project: web(),
+        workspace: Some(workspace.text().into()),
+        name: Some(agent("worker")),
+        argv: ["/bin/sh", "-c", &format!("{session}; {TICK}")].map(String::from).to_vec(),
+        env: env.map(|(name, value)| (name.to_owned(), value)).into(),
+        cwd: None,
+        umask: None,
+        limits: Default::default(),
+        resume_argv: None,
+        profile: Some("claude".to_owned()),
+        stop_grace_ms: Some(0),
+        supervision: Default::default(),
+    };
+    sandbox.rpc().call(&run).expect("start the agent");
+    wait_until(SOON, "the agent's marks", || fs::metadata(&marks).is_ok_and(|meta| meta.len() > 1));
+    assert_eq!(checkpoint(&sandbox).metadata.warnings, Vec::<String>::new());
+    pause(&sandbox, PauseMode::Freeze).expect("pause");
+    resume(&sandbox).expect("resume");
     all_verify(&sandbox);
 }
 

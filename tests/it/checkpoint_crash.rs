@@ -220,6 +220,11 @@ fn a_start_that_dies_after_it_has_removed_a_draft_is_finished_by_the_next() {
 }
 
 #[test]
+fn a_start_that_dies_when_it_knows_what_nobody_needs_is_finished_by_the_next() {
+    dies_in_the_sweep_after("history.ref.before", "history.sweep.walked");
+}
+
+#[test]
 fn a_start_that_dies_between_the_two_files_of_a_pack_is_finished_by_the_next() {
     dies_in_the_sweep_after("history.ref.before", "history.sweep.index");
 }

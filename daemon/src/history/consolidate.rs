@@ -211,10 +211,8 @@ impl History {
         if !self.pending().join(DRAFT).exists() {
             return Ok(true);
         }
-        if self.swap_has_begun() {
-            if !self.sweep_packs(&mut super::SweepReport::default(), true)? {
-                return Ok(false);
-            }
+        if self.swap_has_begun() && !self.sweep_packs(&mut super::SweepReport::default(), true)? {
+            return Ok(false);
         }
         self.remove_draft().map(|()| true)
     }

@@ -94,6 +94,11 @@ struct Draft {
 }
 
 impl Drafted {
+    /// Says whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
     /// Says whether it is time to put them in place.
     pub fn is_full(&self) -> bool {
         self.bytes >= DRAFTED_BYTES

@@ -117,6 +117,12 @@ impl HistoryError {
         move |source| HistoryError::Io { action, path, source: source.into() }
     }
 
+    /// Says whether there was no room on the disk.
+    pub(super) fn is_disk_full(&self) -> bool {
+        let full = |kind| matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
+        matches!(self, HistoryError::Io { source, .. } if full(source.kind()))
+    }
+
     /// Makes the closure that dresses an error of the git library, for `map_err`.
     pub(super) fn git(action: &'static str) -> impl FnOnce(git2::Error) -> Self {
         move |source| HistoryError::Git { action, source }

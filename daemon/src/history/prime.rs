@@ -86,16 +86,17 @@ impl History {
     /// # Errors
     /// Fails when the store cannot be written; then the next daemon reads more files than it needs.
     pub fn keep(&self) -> Result<()> {
+        if self.lock_known().unsaved < WHOLE_LOOK {
+            return Ok(());
+        }
+        // The draft first: while it lasts, nothing goes that the picture relies on.
+        let draft = self.start_draft(0)?;
         let (picture, unsaved) = {
             let mut known = self.lock_known();
-            if known.unsaved < WHOLE_LOOK || !known.trusted {
-                return Ok(());
-            }
-            let Some(picture) = known.picture.clone() else { return Ok(()) };
+            let Some(picture) = known.picture.clone().filter(|_| known.trusted) else { return Ok(()) };
             (picture, std::mem::take(&mut known.unsaved))
         };
         let write = || -> Result<()> {
-            let draft = self.start_draft(0)?;
             let file = draft.dir.join("picture");
             cache::save(&picture, &file).map_err(HistoryError::io("write", &file))?;
             failpoint::check("history.picture.written").map_err(HistoryError::io("write", &file))?;

@@ -174,7 +174,15 @@ impl Applying<'_> {
             if done.is_multiple_of(DRAFTS) || self.drafted.is_full() || !goes_beside_drafts(step) {
                 self.put_all_in_place()?;
             }
-            self.apply(step, &self.draft_name_of(done))?;
+            let name = self.draft_name_of(done);
+            match self.apply(step, &name) {
+                // What gets its name sets free what it replaces.
+                Err(error) if error.is_disk_full() && !self.drafted.is_empty() => {
+                    self.put_all_in_place()?;
+                    self.apply(step, &name)?;
+                }
+                result => result?,
+            }
             failpoint::check("history.restore.step").map_err(HistoryError::io("restore", self.root.path()))?;
             progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
         }

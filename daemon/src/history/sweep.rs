@@ -43,7 +43,6 @@ impl History {
         if swept && left_behind.is_some() {
             self.remove_draft()?;
             report.drafts += 1;
-            failpoint::hit("history.sweep.draft");
         }
         Ok(report)
     }
@@ -54,7 +53,10 @@ impl History {
         for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name) && name != DRAFT) {
             let path = self.pending().join(&name);
             match if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) } {
-                Ok(()) => report.drafts += 1,
+                Ok(()) => {
+                    report.drafts += 1;
+                    failpoint::hit("history.sweep.draft");
+                }
                 // Another sweep was faster.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(HistoryError::io("remove", &path)(error)),

@@ -312,8 +312,8 @@ fn noise(length: usize) -> Vec<u8> {
 }
 
 fn damage_only_pack(history: &History) {
-    let pack = walk(&history.repository().join("objects/pack")).into_iter();
-    let pack = pack.filter(|path| path.extension().is_some_and(|end| end == "pack")).next_back().unwrap();
+    let mut files = walk(&history.repository().join("objects/pack")).into_iter();
+    let pack = files.rfind(|path| path.extension().is_some_and(|end| end == "pack")).unwrap();
     set_mode(&pack, 0o600);
     let file = fs::OpenOptions::new().write(true).open(pack).unwrap();
     file.write_all_at(b"!!!!", 5_000).unwrap();
