@@ -187,7 +187,12 @@ fn a_file_whose_checksum_is_right_and_whose_parts_are_wrong_is_refused() {
     let traversal = with_header(&header.replace("\"context.json\",\"bytes\"", "\"../../x.json\",\"bytes\""));
     let renamed = with_header(&header.replace("\"context.json\",\"bytes\"", "\"contexts.json\",\"bytes\""));
     assert_ne!(traversal, good);
-    for (what, bytes) in [("damaged", seal(damaged)), ("traversal", traversal), ("renamed", renamed)] {
+    let long = format!("\"description\":\"{}\"", "x".repeat(501));
+    let (from, end_of_text) = (header.find("\"description\":\"").expect("a description"), "\",\"trigger\"");
+    let until = from + header[from..].find(end_of_text).expect("what follows it") + 1;
+    let wordy = with_header(&format!("{}{long}{}", &header[..from], &header[until..]));
+    let all = [("damaged", seal(damaged)), ("traversal", traversal), ("renamed", renamed), ("wordy", wordy)];
+    for (what, bytes) in all {
         let refusal = import(&there, &bytes).expect_err(what);
         assert_eq!(refusal.code, Code::BundleRefused, "{what}: {refusal:?}");
     }

@@ -29,22 +29,28 @@ impl Applying<'_> {
         let Ok(stat) = self.root.stat(&dir) else {
             return Ok(());
         };
-        let closed = stat.kind() == FileKind::Directory && stat.permissions() & 0o300 != 0o300;
+        let closed = stat.kind() == FileKind::Directory && is_closed(&stat);
         if closed && stat.uid == geteuid().as_raw() {
-            self.set_mode(&dir, stat.permissions() | 0o700)?;
+            self.set_mode(&dir, opened(stat.permissions()))?;
             self.opened.insert(dir, stat.permissions());
         }
         Ok(())
     }
 
-    /// Closes what was opened, except where the plan itself has set a mode.
+    /// Closes what was opened, also by a run before this one, except where the plan itself has set a mode.
     pub(super) fn close_again(&mut self, plan: &RestorePlan) -> Result<()> {
         for step in &plan.operations {
             if let Operation::SetAttributes { path, .. } = step {
                 self.opened.remove(path);
             }
         }
-        for (path, mode) in std::mem::take(&mut self.opened) {
+        let mut closing = std::mem::take(&mut self.opened);
+        for (path, mode) in plan.closed.iter().filter(|_| !geteuid().is_root()) {
+            if !closing.contains_key(path) && self.root.stat(path).is_ok_and(|it| it.permissions() == opened(*mode)) {
+                closing.insert(path.clone(), *mode);
+            }
+        }
+        for (path, mode) in closing {
             if self.root.stat(&path).is_ok_and(|stat| stat.kind() == FileKind::Directory) {
                 self.set_mode(&path, mode)?;
             }
@@ -126,6 +132,16 @@ impl Applying<'_> {
         }
         Ok(())
     }
+}
+
+/// Says whether the owner of a directory cannot change what is in it.
+pub(super) fn is_closed(stat: &Stat) -> bool {
+    stat.permissions() & 0o300 != 0o300
+}
+
+/// Returns the mode that a closed directory has while it is open.
+fn opened(mode: u32) -> u32 {
+    mode | 0o700
 }
 
 /// Turns a time into the system's own form.

@@ -20,6 +20,7 @@ use super::pack_reader::PackReader;
 use super::reach::Reach;
 use super::repack::{Manner, Repack, rehash};
 use super::snapshot::Draft;
+use super::stranger::{MAX_IN_MEMORY, check_stranger};
 use super::verify::{Known, check_described};
 use super::{History, OnProgress, Phase, Progress};
 use crate::failpoint;
@@ -109,10 +110,15 @@ impl History {
         let name = settle(incoming).map_err(HistoryError::io("read the pack in", &dir))?;
         let failed = |error: io::Error| HistoryError::io("check the pack in", &dir)(error);
         let index = PackIndex::load(&dir, &name).map_err(failed)?;
-        let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?;
+        let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?.limited(MAX_IN_MEMORY);
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
-        let store = ObjectStore::open(&objects)?;
+        let store = ObjectStore::open(&objects)?.limited(MAX_IN_MEMORY);
         let reach = Reach::of(&store, &[commit], &[], cancel)?;
+        // Nothing else is hashed below, and so nothing else may be in the index: the store would believe it.
+        if pack.index.count() != reach.nodes().len() {
+            return Err(failed(bad("it holds objects that the checkpoint does not need".to_owned())));
+        }
+        pack.check_entries(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let remembered = super::pack_reader::Remembered::default();
         let total = reach.nodes().len() as u64;
         for (done, node) in reach.nodes().iter().enumerate() {
@@ -125,7 +131,8 @@ impl History {
                 progress(Progress { phase: Phase::Verify, done: done as u64, total });
             }
         }
-        check_described(&store, &commit, &mut Known::default())
+        check_stranger(&store, &commit, cancel)?;
+        check_described(&store, &commit, &mut Known::default(), cancel)
     }
 
     /// Makes what was received, and checked, the checkpoint that it was received for.
@@ -149,11 +156,15 @@ impl History {
     /// Moves a pack that is complete and flushed among the others; after each of its two files `moved` is passed.
     pub(super) fn install(&self, from: &Path, name: &str, moved: impl Fn() -> io::Result<()>) -> Result<()> {
         let to = self.objects.pack_dir();
+        // Equal names are equal packs. An index that is good stays: it was made here.
+        let stays = PackIndex::load(&to, name).is_ok_and(|index| index.check().is_ok());
         // The index comes last: a pack counts from the instant that it has one.
         for end in ["pack", "idx"] {
             let target = to.join(format!("{name}.{end}"));
-            fs::rename(from.join(format!("{name}.{end}")), &target)
-                .map_err(HistoryError::io("move a pack to", &target))?;
+            if !(stays && end == "idx") {
+                fs::rename(from.join(format!("{name}.{end}")), &target)
+                    .map_err(HistoryError::io("move a pack to", &target))?;
+            }
             moved().map_err(HistoryError::io("move a pack to", &target))?;
         }
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;

@@ -230,6 +230,13 @@ fn put_size(out: &mut Vec<u8>, mut size: usize) {
     out.push(size as u8);
 }
 
+/// Returns how many bytes the object has that a delta describes, as the delta says.
+pub(super) fn target_size(delta: &[u8]) -> Result<u64, BadDelta> {
+    let mut ops = Ops(delta);
+    ops.size()?;
+    ops.size()
+}
+
 /// Makes the object that a delta describes.
 pub(super) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, BadDelta> {
     let mut ops = Ops(delta);

@@ -16,7 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
-use nix::fcntl::{AtFlags, OFlag, openat, renameat};
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
 use nix::sys::stat::{Mode, UtimensatFlags, fchmod, fstatat, futimens, utimensat};
 use nix::sys::time::TimeSpec;
 use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, geteuid, linkat, symlinkat, unlinkat};
@@ -28,7 +28,7 @@ use super::meta::Xattrs;
 use super::names::RelPath;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::plan::{Held, HeldKind};
-use super::recheck::{Standing, standing};
+use super::recheck::{Standing, TRIES, same, standing};
 use super::restore::Applying;
 use super::xattrs::{self, Outcome};
 use crate::failpoint;
@@ -229,19 +229,29 @@ impl Applying<'_> {
 
     fn put_in_place(&mut self, place: &Place, path: &RelPath) -> Result<()> {
         failpoint::check("history.restore.drafted").map_err(self.failed("write", path))?;
-        let unchanged = match (&place.seen, place.look()) {
-            (Some(seen), Some(now)) => seen.same_content(&now),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        };
-        // Somebody was at work there while others were drafted.
-        if !unchanged && self.may_write(place, path)?.is_none() {
-            return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path));
+        let mut seen = place.seen;
+        for _ in 0..TRIES {
+            let now = place.look();
+            if same(seen, now) {
+                match rename_over(place, now.is_none()) {
+                    Ok(()) => {
+                        self.report.written += 1;
+                        self.touch(path);
+                        return Ok(());
+                    }
+                    // Made in this very instant.
+                    Err(Errno::EEXIST) if now.is_none() => continue,
+                    Err(errno) => return Err(self.failed("put in place", path)(errno)),
+                }
+            }
+            // Somebody was at work there while others were drafted: it may go on while this looks.
+            if self.may_write(place, path)?.is_none() {
+                return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path));
+            }
+            seen = now;
         }
-        renameat(&place.dir, &*place.temporary, &place.dir, &*place.name).map_err(self.failed("put in place", path))?;
-        self.report.written += 1;
-        self.touch(path);
-        Ok(())
+        self.mismatch(path, "somebody keeps changing it, and it is kept");
+        unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))
     }
 
     /// The owner stays who it was; a new file belongs to the owner of its directory, not to the daemon's user.
@@ -330,6 +340,19 @@ impl Applying<'_> {
         let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
         fchownat(dir, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
     }
+}
+
+/// Gives a draft its name; where nothing stood, nothing is replaced.
+fn rename_over(place: &Place, nothing_stood: bool) -> nix::Result<()> {
+    if nothing_stood {
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        match renameat2(&place.dir, &*place.temporary, &place.dir, &*place.name, flags) {
+            // A file system that cannot promise it.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {}
+            result => return result,
+        }
+    }
+    renameat(&place.dir, &*place.temporary, &place.dir, &*place.name)
 }
 
 /// Reads until the buffer is full or the source has ended.

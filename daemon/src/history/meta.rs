@@ -26,6 +26,7 @@ use super::names::{escape, is_safe_name, unescape};
 use super::rules::Rules;
 use super::snapshot::Stats;
 use super::user_repository::UserRepository;
+use super::xattrs;
 use super::{RelPath, oid::Oid};
 
 /// The version of the layout, raised when an older program could not read it.
@@ -174,11 +175,20 @@ fn decode_line(line: &str) -> Option<MetaLine> {
     let xattrs: Option<Xattrs> = xattrs
         .map(|pair| {
             let (name, value) = pair.split_once('=')?;
-            Some((from_hex(name)?, from_hex(value)?))
+            let (name, value) = (from_hex(name)?, from_hex(value)?);
+            // Whoever wrote this may be a stranger: other namespaces give rights away.
+            (xattrs::is_ours(&name) && value.len() <= xattrs::MAX_VALUE).then_some((name, value))
         })
         .collect();
     let xattrs = xattrs?;
-    good_name.then_some(MetaLine { kind, mode: mode & 0o7777, mtime, size, xattrs, name })
+    (good_name && mtime.nsec < 1_000_000_000).then_some(MetaLine {
+        kind,
+        mode: mode & 0o7777,
+        mtime,
+        size,
+        xattrs,
+        name,
+    })
 }
 
 fn to_hex(bytes: &[u8]) -> String {
@@ -240,5 +250,23 @@ mod tests {
         assert_eq!(decode(text.as_bytes()).unwrap(), lines);
         assert!(decode(b"fermata-meta 2\n").is_err());
         assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - ..\n").is_err());
+    }
+
+    #[test]
+    fn what_no_system_takes_and_what_gives_rights_away_is_refused() {
+        let with = |time: &str, name: &[u8], value: &[u8]| {
+            let text = format!("fermata-meta 1\nf 644 {time} 1 x:{}={} a\n", to_hex(name), to_hex(value));
+            decode(text.as_bytes()).is_ok()
+        };
+        assert!(with("0.999999999", b"user.a", b"1"));
+        assert!(!with("0.1000000000", b"user.a", b"1"));
+        for name in [&b"security.capability"[..], b"trusted.a", b"system.posix_acl_access", b"user.", b"user.a\0b", b""]
+        {
+            assert!(!with("0.0", name, b"1"), "{name:?}");
+        }
+        assert!(!with("0.0", &[b"user.", &[b'a'; 251][..]].concat(), b"1"));
+        assert!(
+            with("0.0", b"user.a", &[0; xattrs::MAX_VALUE]) && !with("0.0", b"user.a", &[0; xattrs::MAX_VALUE + 1])
+        );
     }
 }

@@ -57,6 +57,7 @@ mod rules;
 mod scan;
 mod snapshot;
 mod standing;
+mod stranger;
 mod sweep;
 #[cfg(test)]
 mod tests;

@@ -30,6 +30,8 @@ pub struct ObjectStore {
     packs: RwLock<Vec<Arc<PackIndex>>>,
     open: Mutex<VecDeque<PackReader>>,
     remembered: Remembered,
+    /// The most that an object may come to in memory, bytes.
+    limit: u64,
     /// Locked after `packs`, where both are.
     distrusted: RwLock<Distrusted>,
 }
@@ -67,10 +69,17 @@ impl ObjectStore {
             packs: RwLock::new(Vec::new()),
             open: Mutex::new(VecDeque::new()),
             remembered: Remembered::default(),
+            limit: u64::MAX,
             distrusted: RwLock::new(Distrusted::load(objects.parent().unwrap_or(objects))),
         };
         store.refresh()?;
         Ok(store)
+    }
+
+    /// Puts no object together in memory that comes to more bytes, and reads packs alone: for what is not yet trusted.
+    #[must_use]
+    pub(super) fn limited(self, limit: u64) -> ObjectStore {
+        ObjectStore { limit, ..self }
     }
 
     /// Returns where the packs lie.
@@ -227,7 +236,7 @@ impl ObjectStore {
         if let Some(reader) = open.iter().find(|reader| reader.index.serial == index.serial) {
             return Ok(reader.clone());
         }
-        let reader = PackReader::open(&self.pack_dir(), Arc::clone(index))?;
+        let reader = PackReader::open(&self.pack_dir(), Arc::clone(index))?.limited(self.limit);
         if open.len() >= OPEN_PACKS {
             open.pop_front();
         }
@@ -276,7 +285,7 @@ impl ObjectStore {
 
     fn through_library(&self, oid: &Oid) -> Result<ObjectReader> {
         let missing = HistoryError::MissingObject { oid: *oid };
-        let Some(path) = self.objects.to_str() else {
+        let Some(path) = self.objects.to_str().filter(|_| self.limit == u64::MAX) else {
             return Err(missing);
         };
         let read = || -> std::result::Result<Option<(git2::ObjectType, Vec<u8>)>, git2::Error> {

@@ -13,10 +13,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use flate2::bufread::ZlibDecoder;
 use sha1::{Digest, Sha1};
 
-use super::deflate;
 use super::oid::ObjectKind;
 use super::pack_entry::{Head, MAX_HEAD, Stored, bad, decode_head};
 use super::pack_index::PackIndex;
+use super::{deflate, delta};
 
 /// Chains of foreign packs may be longer than ours; a longer one than this is damage.
 const MAX_CHAIN: usize = 4096;
@@ -81,6 +81,8 @@ pub(super) struct PackReader {
     /// Its index.
     pub index: Arc<PackIndex>,
     file: Arc<File>,
+    /// The most that an object may come to in memory, bytes.
+    limit: u64,
 }
 
 impl PackReader {
@@ -90,7 +92,18 @@ impl PackReader {
     /// Fails when it cannot be opened.
     pub fn open(dir: &Path, index: Arc<PackIndex>) -> io::Result<PackReader> {
         let file = Arc::new(File::open(dir.join(format!("{}.pack", index.name)))?);
-        Ok(PackReader { index, file })
+        Ok(PackReader { index, file, limit: u64::MAX })
+    }
+
+    /// Puts no object together in memory that comes to more bytes.
+    #[must_use]
+    pub fn limited(self, limit: u64) -> PackReader {
+        PackReader { limit, ..self }
+    }
+
+    fn fits(&self, size: u64) -> io::Result<()> {
+        let limit = self.limit;
+        if size <= limit { Ok(()) } else { Err(bad(format!("{size} bytes are more than the {limit} that are read"))) }
     }
 
     /// Returns the size of the pack.
@@ -128,6 +141,7 @@ impl PackReader {
     }
 
     fn inflate_all(&self, at: u64, head: &Head) -> io::Result<Vec<u8>> {
+        self.fits(head.size)?;
         let start = at + head.length as u64;
         deflate::inflate(head.size, |buffer, at| read_some_at(&self.file, buffer, start + at))
     }
@@ -181,8 +195,9 @@ impl PackReader {
             }
         };
         for (at, head) in deltas.into_iter().rev() {
-            let delta = self.inflate_all(at, &head)?;
-            content = super::delta::apply(&content, &delta).map_err(|error| bad(error.to_string()))?.into();
+            let steps = self.inflate_all(at, &head)?;
+            self.fits(delta::target_size(&steps).map_err(|error| bad(error.to_string()))?)?;
+            content = delta::apply(&content, &steps).map_err(|error| bad(error.to_string()))?.into();
             remembered.put((self.index.serial, at), &(kind, Arc::clone(&content)));
         }
         Ok((kind, content))
@@ -218,6 +233,33 @@ impl PackReader {
         } else {
             Err(bad("the pack has another checksum than it says".to_owned()))
         }
+    }
+
+    /// Compares every entry with the checksum that the index has of it; stops early, without an error, when cancelled.
+    ///
+    /// # Errors
+    /// Fails when the pack cannot be read, or names what differs.
+    pub fn check_entries(&self, cancelled: impl Fn() -> bool) -> io::Result<()> {
+        let length = self.length()?.saturating_sub(20);
+        let layout = self.index.layout()?;
+        let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([length]);
+        let mut buffer = vec![0; 64 * 1024];
+        for ((start, n), end) in layout.iter().zip(ends) {
+            if cancelled() {
+                break;
+            }
+            let (mut at, mut crc) = (*start, flate2::Crc::new());
+            while at < end {
+                let n = buffer.len().min((end - at) as usize);
+                self.bytes_at(&mut buffer[..n], at)?;
+                crc.update(&buffer[..n]);
+                at += n as u64;
+            }
+            if *start < 12 || *start >= end || crc.sum() != self.index.crc(*n as usize) {
+                return Err(bad(format!("the pack index says something else of the entry at {start}")));
+            }
+        }
+        Ok(())
     }
 
     /// Says whether the pack is as a snapshot wrote it: compressed in haste, without deltas.

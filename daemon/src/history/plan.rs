@@ -215,6 +215,10 @@ pub struct RestorePlan {
     pub operations: Vec<Operation>,
     /// Unfinished files of earlier restores that were given up, removed first.
     pub drafts: Vec<RelPath>,
+    /// Directories that are closed to their owner, with their modes, and that no step gives another mode: opened for the
+    /// time of the restore, by whichever run of it, they are closed at the end.
+    #[serde(default)]
+    pub closed: Vec<(RelPath, u32)>,
     /// What stays as it is.
     pub conflicts: Vec<Conflict>,
     /// What the user should know.

@@ -11,6 +11,7 @@ use std::sync::atomic::AtomicBool;
 use nix::dir::Dir;
 use nix::errno::Errno;
 
+use super::attributes::is_closed;
 use super::beneath::{FileKind, Root};
 use super::diff::compare;
 use super::errors::{HistoryError, Result};
@@ -94,6 +95,7 @@ impl History {
         let conflicts = conflicts.map(|(path, reason)| Conflict { path: path.clone(), reason: *reason }).collect();
         let operations = planner.steps.in_order();
         let text = format!("{} {:?} {} {operations:?}", request.number, request.safety, real.display());
+        let closed = closed_dirs(&root, &operations, &drafts);
         let plan = RestorePlan {
             id: Oid::of(ObjectKind::Blob, text.as_bytes()).to_string()[..PLAN_ID_DIGITS].to_owned(),
             number: request.number,
@@ -102,6 +104,7 @@ impl History {
             workspace: escape(real.as_os_str().as_bytes()),
             operations,
             drafts,
+            closed,
             conflicts,
             warnings,
         };
@@ -147,6 +150,19 @@ fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
         drafts.extend(names.map(|entry| path.join(entry.file_name().to_bytes())));
     }
     drafts
+}
+
+/// Finds the directories that a restore without privileges opens, and for which it sets no mode.
+fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec<(RelPath, u32)> {
+    let sets_mode = |step: &&Operation| matches!(step, Operation::SetAttributes { .. });
+    let set: BTreeSet<&RelPath> = operations.iter().filter(sets_mode).map(Operation::path).collect();
+    let changed = operations.iter().filter(|step| !sets_mode(step)).map(Operation::path).chain(drafts);
+    let dirs: BTreeSet<RelPath> = changed.filter_map(RelPath::parent).filter(|dir| !set.contains(dir)).collect();
+    let closed = |dir: RelPath| {
+        let stat = root.stat(&dir).ok().filter(|stat| stat.kind() == FileKind::Directory && is_closed(stat))?;
+        Some((dir, stat.permissions()))
+    };
+    dirs.into_iter().filter_map(closed).collect()
 }
 
 #[derive(Default)]

@@ -193,6 +193,31 @@ fn recheck_kind(root: &Root, path: &RelPath, wanted: &Standing) -> Option<String
     }
 }
 
+/// How often something that changes meanwhile is looked at again.
+pub(super) const TRIES: usize = 8;
+
+/// Says whether what stands at a name can be taken as unchanged between two looks.
+pub(super) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
+    match (before, now) {
+        (Some(before), Some(now)) => before.same_content(&now),
+        (None, None) => true,
+        (Some(_), None) | (None, Some(_)) => false,
+    }
+}
+
+/// Looks what stands at a name, once it has stood still for as long as that took; `None` when it never does. Whoever
+/// removes it does so at once.
+pub(super) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<Standing>> {
+    for _ in 0..TRIES {
+        let before = stat_at(&dir, name).ok();
+        let found = standing(&dir, name)?;
+        if same(before, stat_at(&dir, name).ok()) {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
 /// Looks what stands at a name and, for a file or link, hashes it.
 pub(super) fn standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Standing> {
     let stat = match stat_at(&dir, name) {

@@ -27,7 +27,7 @@ use super::errors::{HistoryError, Result};
 use super::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
 use super::oid::ObjectKind;
 use super::plan::{Conflict, Held, Operation, RestorePlan, workspace_of};
-use super::recheck::{Standing, recheck, standing};
+use super::recheck::{Standing, recheck, steadily_standing};
 use super::scan::check_workspace;
 use super::verify::{BadObject, check_object};
 use super::{History, OnProgress, Phase, Progress};
@@ -284,16 +284,17 @@ impl Applying<'_> {
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
-        match standing(&dir, name).map_err(self.failed("look at", path))? {
-            Standing::Content(held) if held == *holds => {
+        match steadily_standing(&dir, name).map_err(self.failed("look at", path))? {
+            Some(Standing::Content(held)) if held == *holds => {
                 unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
                 self.report.removed += 1;
                 self.touch(path);
             }
-            Standing::Nothing | Standing::Directory => {}
-            Standing::Content(_) | Standing::Other => {
+            Some(Standing::Nothing | Standing::Directory) => {}
+            Some(Standing::Content(_) | Standing::Other) => {
                 self.mismatch(path, "it has changed since the plan was made, and is kept");
             }
+            None => self.mismatch(path, "somebody keeps changing it, and it is kept"),
         }
         Ok(())
     }

@@ -139,8 +139,9 @@ impl History {
         }
         // Whole objects can still fail to describe each other.
         if report.bad.is_empty() {
-            match check_described(&self.objects, &commit, known) {
+            match check_described(&self.objects, &commit, known, cancel) {
                 Ok(()) => known.trees.extend(trees),
+                Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
                 Err(error) => {
                     report.bad.push(BadObject { oid: commit, path: String::new(), problem: error.to_string() })
                 }
@@ -199,17 +200,24 @@ impl History {
 }
 
 /// Checks that manifest and metadata of a commit can be read and that each file has its line of metadata.
-pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known) -> Result<()> {
+///
+/// # Errors
+/// Fails with what is damaged, or when cancelled.
+pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known, cancel: &AtomicBool) -> Result<()> {
     let root = CheckpointRoot::read(store, commit)?;
     root.manifest(store)?;
-    let mut read = Vec::new();
+    let mut read = HashSet::new();
     let mut open = vec![(RelPath::root(), root.top())];
     while let Some((path, directory)) = open.pop() {
-        if !known.described.contains(&directory) {
-            let below = directory.read(store, &path, &mut Listing::default())?;
-            open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
-            read.push(directory);
+        // Equal directories are read once, however many paths lead to them.
+        if known.described.contains(&directory) || !read.insert(directory) {
+            continue;
         }
+        if cancel.load(Ordering::Relaxed) {
+            return Err(HistoryError::Cancelled);
+        }
+        let below = directory.read(store, &path, &mut Listing::default())?;
+        open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
     }
     known.described.extend(read);
     Ok(())

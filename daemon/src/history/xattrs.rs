@@ -11,6 +11,15 @@ use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 use super::meta::Xattrs;
 
 const PREFIX: &[u8] = b"user.";
+/// The kernel's limit for a name, bytes.
+const MAX_NAME: usize = 255;
+/// The kernel's limit for a value, bytes.
+pub(super) const MAX_VALUE: usize = 64 * 1024;
+
+/// Says whether a name is one that is kept here, and that the kernel takes.
+pub(super) fn is_ours(name: &[u8]) -> bool {
+    name.starts_with(PREFIX) && (PREFIX.len() + 1..=MAX_NAME).contains(&name.len()) && !name.contains(&0)
+}
 
 /// Reads the attributes of an open file or directory, sorted by name; none where the file system has none.
 pub(super) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {

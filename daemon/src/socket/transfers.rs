@@ -30,7 +30,7 @@ use crate::history::{Attempt, Consolidated, Extent};
 use crate::project::{Begin, Label, Projects, new_operation};
 use crate::steps::checkpoint::hex;
 use crate::steps::transfer::{self, Held};
-use crate::steps::{Cancel, Site, blocking, upkeep};
+use crate::steps::{Cancel, Site, blocking, upkeep, validate};
 use crate::store::idempotency::Keyed;
 
 /// The files of one connection.
@@ -101,7 +101,8 @@ pub(super) async fn upload(connection: &Arc<Connection>, params: CheckpointUploa
     }
     // Taken out while it is written: pieces that are sent side by side have no order.
     let before = lock(&connection.transfers.sent).take();
-    let state = connection.daemon.projects.services().paths.state.clone();
+    let services = connection.daemon.projects.services();
+    let (state, floor) = (services.paths.state.clone(), services.settings().pause.disk_floor_bytes);
     let sent = blocking("keep the file", move || {
         let failed = |e: io::Error| Failure::fault("keep the file that is being sent", &e);
         let mut sent = match before {
@@ -114,6 +115,7 @@ pub(super) async fn upload(connection: &Arc<Connection>, params: CheckpointUploa
                 return Err(Refusal::new(Code::InvalidParams, message).hint("begin again at offset 0").into());
             }
         };
+        validate::leaves_room(&state, floor, data.len() as u64)?;
         sent.file.write_all(&data).map_err(failed)?;
         sent.hash.update(&data);
         sent.bytes += data.len() as u64;

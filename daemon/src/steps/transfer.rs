@@ -14,13 +14,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use fermata_protocol::checkpoint::{CheckpointView, Manifest, ManifestPart};
+use fermata_protocol::checkpoint::{
+    CheckpointView, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME, Manifest, ManifestPart,
+};
 use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::{Value, json};
 
 use super::bundle::{self, Bundle, INDEX, PACK, Part};
 use super::checkpoint::{CONTEXT, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, write_manifest};
-use super::{Site, blocking, ms_since, note_bytes};
+use super::{Site, blocking, ms_since, note_bytes, validate};
 use crate::errors::Failure;
 use crate::history::{Incoming, Oid};
 use crate::os::fsync::write_atomic;
@@ -43,6 +45,7 @@ pub struct Held {
 /// When any part is missing or damaged, or the disk is full.
 pub async fn export(site: &Site, view: CheckpointView, operation: &OperationId) -> Result<Held, Failure> {
     let number = view.id;
+    has_room(site, view.size_bytes).await?;
     let exported = site
         .with_history(Some(operation), "export the workspace", move |h, progress, cancel| {
             h.export(number, progress, cancel)
@@ -110,12 +113,14 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
     let start = Instant::now();
     super::failpoint("import.begin")?;
     let number = order.number;
+    // What is unpacked takes as much again.
+    has_room(site, held.bytes).await?;
     let incoming = site.with_history(None, "receive the workspace", move |h, _, _| h.receive(number)).await?;
     let partial = site.dirs().partial_checkpoint(number);
     let (bundle, incoming) = unpack(site, order, held, incoming, partial.clone()).await?;
     super::failpoint("import.unpacked")?;
     let header = bundle.header;
-    let from = header.checkpoint;
+    let from = bounded(header.checkpoint)?;
     let manifest = check(&partial, &header.parts, &from)?;
     let commit: Oid = from.git_commit.parse().map_err(|_| refuse("its header names no commit"))?;
     let incoming = site
@@ -162,6 +167,49 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
     };
     super::failpoint("import.sealed")?;
     Ok(Made { view, sessions: Vec::new(), warnings })
+}
+
+async fn has_room(site: &Site, bytes: u64) -> Result<(), Failure> {
+    let (state, floor) = (site.services.paths.state.clone(), site.services.settings().pause.disk_floor_bytes);
+    blocking("look for free space", move || validate::leaves_room(&state, floor, bytes)).await
+}
+
+/// The most that the metadata of a row from elsewhere come to, bytes of JSON.
+const MAX_METADATA: usize = 256 << 10;
+
+/// Refuses a row that could not have been made here, and takes what would steer a terminal out of its texts.
+fn bounded(from: CheckpointView) -> Result<CheckpointView, Failure> {
+    let limits =
+        [("name", &from.name, MAX_CHECKPOINT_NAME), ("description", &from.description, MAX_CHECKPOINT_DESCRIPTION)];
+    if let Some((what, _, limit)) = limits.iter().find(|(_, text, limit)| text.chars().count() > *limit) {
+        return Err(refuse(format!("its {what} has more than {limit} characters")));
+    }
+    let metadata = serde_json::to_value(&from.metadata).map_err(|e| Failure::fault("read the metadata", &e))?;
+    let reason = from.pause_reason.as_ref().map_or(0, String::len);
+    if metadata.to_string().len() + reason > MAX_METADATA {
+        return Err(refuse(format!("its metadata are more than {MAX_METADATA} bytes")));
+    }
+    Ok(CheckpointView {
+        name: plain(&from.name),
+        description: plain(&from.description),
+        pause_reason: from.pause_reason.as_deref().map(plain),
+        metadata: serde_json::from_value(plain_value(metadata)).map_err(|e| Failure::fault("read the metadata", &e))?,
+        ..from
+    })
+}
+
+/// Replaces control characters, line breaks apart.
+fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() && c != '\n' { ' ' } else { c }).collect()
+}
+
+fn plain_value(value: Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(plain(&text)),
+        Value::Array(all) => all.into_iter().map(plain_value).collect(),
+        Value::Object(all) => all.into_iter().map(|(name, value)| (plain(&name), plain_value(value))).collect(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => value,
+    }
 }
 
 /// Writes the parts of a file to their places, each compared with its hash.

@@ -126,6 +126,17 @@ pub fn lies_apart(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Refuses to write so many bytes where less than the floor would be left free.
+///
+/// # Errors
+/// `disk_full`.
+pub fn leaves_room(state: &Path, floor: u64, bytes: u64) -> Result<(), Failure> {
+    match room(state, floor.saturating_add(bytes))? {
+        None => Ok(()),
+        Some(shortage) => Err(shortage.refusal.into()),
+    }
+}
+
 /// Says what is short when the file system of the state directory is nearly full.
 fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
     let stat = nix::sys::statvfs::statvfs(state)

@@ -9,6 +9,7 @@ mod repositories;
 mod restoring;
 mod safety;
 mod store;
+mod strangers;
 mod watching;
 
 use std::collections::BTreeMap;

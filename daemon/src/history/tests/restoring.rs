@@ -250,6 +250,12 @@ fn unprivileged_scenario() {
     assert_eq!(fs::read(sandbox.at("ro/sub/file")).unwrap(), b"1");
     assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
 
+    // Also where a run that was killed has left it open.
+    set_mode(&sandbox.at("ro/sub"), 0o755);
+    let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
+    assert_eq!(report.mismatches, []);
+    assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
+
     // So that the sandbox can vanish.
     ["ro", "ro/sub", "closed"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
 }
@@ -317,6 +323,27 @@ fn what_somebody_writes_while_other_files_are_drafted_is_kept_and_reported() {
     let plan = sandbox.plan(1, 2, None);
     let meddle = |progress: Progress| {
         if progress.phase == Phase::Apply && progress.done == 2 {
+            sandbox.write("a", "mine");
+        }
+    };
+    let report = sandbox.history.apply_restore(&plan, &meddle).unwrap();
+    assert_eq!(report.mismatches.iter().map(|one| one.path.to_string()).collect::<Vec<_>>(), ["a"]);
+    let read = |name: &str| fs::read_to_string(sandbox.at(name)).unwrap();
+    assert_eq!((read("a"), read("b"), read("c")), ("mine".to_owned(), "1".to_owned(), "1".to_owned()));
+    assert_eq!(fs::read_dir(sandbox.path()).unwrap().count(), 3);
+}
+
+#[test]
+fn what_somebody_makes_where_nothing_stood_while_files_are_drafted_is_kept_and_reported() {
+    let sandbox = Sandbox::new();
+    ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "1"));
+    sandbox.checkpoint(1);
+    ["a", "b"].iter().for_each(|name| fs::remove_file(sandbox.at(name)).unwrap());
+    sandbox.write("c", "22");
+    sandbox.checkpoint(2);
+    let plan = sandbox.plan(1, 2, None);
+    let meddle = |progress: Progress| {
+        if progress.phase == Phase::Apply && progress.done == 3 {
             sandbox.write("a", "mine");
         }
     };
