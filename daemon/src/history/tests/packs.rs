@@ -469,7 +469,7 @@ fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
 fn whoever_waits_for_room_gets_back_what_little_a_large_pack_wastes() {
     let sandbox = with_rounds(12);
     let history = &sandbox.history;
-    let noise = (0..10_000_u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23) ^ n * n * n) as u8);
+    let noise = (0..10_000_u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23) ^ (n * n * n)) as u8);
     sandbox.write("noise", noise.collect::<Vec<_>>());
     sandbox.checkpoint(13);
     fs::remove_file(sandbox.at("noise")).unwrap();
