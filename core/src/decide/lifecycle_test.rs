@@ -341,7 +341,7 @@ fn an_imported_checkpoint_is_neither_what_agents_go_on_with_nor_a_saving() {
         model.settle();
     };
     make(&mut model);
-    let saved = model.project.counters.since.clone();
+    let saved = model.project.counters.since;
     model.imports = true;
     make(&mut model);
     assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 2));
