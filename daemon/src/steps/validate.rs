@@ -137,6 +137,15 @@ pub fn leaves_room(state: &Path, floor: u64, bytes: u64) -> Result<(), Failure> 
     }
 }
 
+/// Writes a size so that two that differ look different.
+fn in_words(bytes: u64) -> String {
+    match bytes {
+        0..0x2800 => format!("{bytes} bytes"),
+        0x2800..0xa0_0000 => format!("{} KiB", bytes >> 10),
+        _ => format!("{} MiB", bytes >> 20),
+    }
+}
+
 /// Says what is short when the file system of the state directory is nearly full.
 fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
     let stat = nix::sys::statvfs::statvfs(state)
@@ -148,10 +157,10 @@ fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
         refusal: Refusal::new(
             Code::DiskFull,
             format!(
-                "the file system of {} has {} MiB free, less than the {} MiB that checkpoints must leave",
+                "the file system of {} has {} free, less than the {} that checkpoints must leave",
                 state.display(),
-                free >> 20,
-                floor >> 20
+                in_words(free),
+                in_words(floor)
             ),
         )
         .hint("free some space, or lower pause.disk_floor_bytes in fermata.toml"),
