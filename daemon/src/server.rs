@@ -7,7 +7,7 @@
 //! ```
 
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -48,6 +48,9 @@ const SAVING: Duration = Duration::from_secs(30);
 
 /// How long the last pauses may take, when agents are parked at the end.
 const PARKING: Duration = Duration::from_secs(60);
+
+/// How long the lock of the state directory may be somebody else's before this daemon is told to be the second.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the daemon could not start.
 #[derive(Debug, Error)]
@@ -134,7 +137,7 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     let paths = options.paths.clone();
     prepare_directories(&paths)?;
     let holder = format!("fermatad, pid {}", std::process::id());
-    let lock = StateLock::acquire(&paths.state.join("lock"), &holder).map_err(|error| match error {
+    let lock = take_lock(&paths.state.join("lock"), &holder).await.map_err(|error| match error {
         LockError::Held { holder, .. } => StartError::AlreadyRunning { path: paths.state.clone(), holder },
         other => StartError::Lock(other),
     })?;
@@ -213,6 +216,20 @@ async fn open_services(
     let config = PluginConfig::new(paths.plugins.clone(), paths.plugin_settings.clone(), host, paths.state.clone());
     let plugins = Plugins::start(config).await?;
     Ok(Arc::new(Services::new(paths.clone(), programs, store, plugins, settings, profiles, boot_id)))
+}
+
+/// Takes the lock of the state directory. A daemon that was killed may keep it for an instant after it is gone for
+/// everybody else: the kernel closes its files, watches among them, with the last of its threads.
+async fn take_lock(path: &Path, holder: &str) -> Result<StateLock, LockError> {
+    let until = tokio::time::Instant::now() + LOCK_PATIENCE;
+    loop {
+        match StateLock::acquire(path, holder) {
+            Err(LockError::Held { .. }) if tokio::time::Instant::now() < until => {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            taken => return taken,
+        }
+    }
 }
 
 /// Finds a program beside this one, else in the PATH.
