@@ -219,12 +219,13 @@ async fn open_services(
 }
 
 /// Takes the lock of the state directory. A daemon that was killed may keep it for an instant after it is gone for
-/// everybody else: the kernel closes its files, watches among them, with the last of its threads.
+/// everybody else: the kernel closes its files, watches among them, with the last of its threads. One that lives is
+/// never waited for: who lost a race for the start would take over when the winner is stopped.
 async fn take_lock(path: &Path, holder: &str) -> Result<StateLock, LockError> {
     let until = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
         match StateLock::acquire(path, holder) {
-            Err(LockError::Held { .. }) if tokio::time::Instant::now() < until => {
+            Err(LockError::Held { passing: true, .. }) if tokio::time::Instant::now() < until => {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             taken => return taken,

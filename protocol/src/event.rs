@@ -5,6 +5,7 @@
 
 mod cause;
 mod kind;
+mod recorded;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -13,7 +14,7 @@ use crate::agent::{AgentSpec, ExitStatus, Progress, RunProcesses, Usage};
 use crate::checkpoint::{CheckpointView, Trigger};
 use crate::context::FlashSaveResult;
 use crate::error::ErrorObject;
-use crate::ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, UnixMillis};
+use crate::ids::{AgentName, CheckpointNumber, OperationId, RunId, UnixMillis};
 use crate::operation::OperationKind;
 use crate::pause::{PauseCause, PauseMode, PauseResult, ResumeResult};
 use crate::project::{Phase, ProjectConfig, Source};
@@ -22,6 +23,7 @@ use crate::retention::RemovalReason;
 use crate::task::TaskView;
 
 pub use self::cause::{StartCause, StopCause};
+pub use self::recorded::RecordedEvent;
 
 /// What happened.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -583,20 +585,6 @@ pub enum Event {
         /// What went wrong.
         error: ErrorObject,
     },
-}
-
-/// An event with its place in the order of all events.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-pub struct RecordedEvent {
-    /// Where a subscriber goes on after this event.
-    pub cursor: String,
-    /// When it was recorded.
-    pub at: UnixMillis,
-    /// The project.
-    pub project: ProjectName,
-    /// What happened.
-    #[serde(flatten)]
-    pub event: Event,
 }
 
 #[cfg(test)]

@@ -67,7 +67,27 @@ fn commands_at_the_same_time_share_one_daemon() {
         })
         .collect();
     assert!(pids.iter().all(|pid| *pid == pids[0]), "{pids:?}");
-    end(&sandbox);
+    let winner = pids[0].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a pid");
+    assert!(daemons_of(&sandbox).contains(&winner), "the look sees the winner");
+    assert_eq!(end(&sandbox), winner);
+    // Who lost the race ends, and does not take over from a winner that is stopped.
+    wait_until(SOON, "the other daemons to give up", || daemons_of(&sandbox).is_empty());
+    failed(&sandbox.ctl_output(&["ps"]), 4);
+}
+
+/// The daemons of this sandbox that live. Agents inherit its environment, so the program's name counts too.
+fn daemons_of(sandbox: &Sandbox) -> Vec<i32> {
+    let state = format!("FERMATA_STATE_DIR={}", sandbox.state_dir().display());
+    let has = |pid: i32, file: &str, words: &[u8]| {
+        std::fs::read(format!("/proc/{pid}/{file}"))
+            .is_ok_and(|text| text.split(|byte| *byte == 0).any(|word| word == words))
+    };
+    let entries = std::fs::read_dir("/proc").expect("list /proc");
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<i32>().ok())
+        .filter(|pid| has(*pid, "environ", state.as_bytes()))
+        .filter(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "fermatad"))
+        .collect()
 }
 
 #[test]

@@ -1,7 +1,8 @@
 //! The lock that makes sure that one state directory has one daemon.
 //!
-//! An flock, so the kernel releases it with its holder, however that ends. The file's text is only
-//! for people: it says who holds the lock.
+//! An flock, so the kernel releases it with its holder, however that ends. The file's first line is
+//! for people: it says who holds the lock. The second says it to programs: boot, pid and start time.
+//! By it a holder that lives is told from one that is gone and whose files the kernel has yet to close.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -10,6 +11,11 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
+
+use super::process::{self, ProcessId};
+
+/// What a holder is called that has not said its name.
+const NOBODY: &str = "an unnamed process";
 
 /// Why the lock could not be taken.
 #[derive(Debug, thiserror::Error)]
@@ -21,6 +27,8 @@ pub enum LockError {
         path: PathBuf,
         /// What its holder wrote about itself.
         holder: String,
+        /// Whether it is worth trying again at once: the file names a process that is gone, or nobody yet.
+        passing: bool,
     },
     /// The file could not be used.
     #[error("use the lock file {}", path.display())]
@@ -57,17 +65,17 @@ impl StateLock {
             Err((mut file, Errno::EWOULDBLOCK)) => {
                 let mut text = String::new();
                 // The text is a courtesy: without it the refusal still stands.
-                let holder = match file.read_to_string(&mut text) {
-                    Ok(_) if !text.trim().is_empty() => text.trim().to_owned(),
-                    _ => "an unnamed process".to_owned(),
-                };
-                return Err(LockError::Held { path: path.to_path_buf(), holder });
+                if file.read_to_string(&mut text).is_err() {
+                    NOBODY.clone_into(&mut text);
+                }
+                return Err(held(path, &text));
             }
             Err((_, errno)) => return Err(io_error(errno.into())),
         };
+        let text = format!("{holder}\n{}\n", own_identity().map_err(io_error)?);
         file.set_len(0).map_err(io_error)?;
         file.rewind().map_err(io_error)?;
-        writeln!(file, "{holder}").map_err(io_error)?;
+        file.write_all(text.as_bytes()).map_err(io_error)?;
         Ok(Self { _file: file, path: path.to_path_buf() })
     }
 
@@ -77,20 +85,69 @@ impl StateLock {
     }
 }
 
+/// What the second line says of this process.
+fn own_identity() -> io::Result<String> {
+    let id = process::identify(std::process::id().cast_signed())?
+        .ok_or_else(|| io::Error::other("this process has no entry in /proc"))?;
+    Ok(format!("{} {} {}", process::boot_id()?, id.pid, id.start_time_ticks))
+}
+
+fn held(path: &Path, text: &str) -> LockError {
+    let mut lines = text.lines();
+    let name = lines.next().map(str::trim).filter(|name| !name.is_empty());
+    let passing = name.is_none() || lines.next().is_some_and(|line| is_gone(line).unwrap_or(false));
+    let holder = name.unwrap_or(NOBODY).to_owned();
+    LockError::Held { path: path.to_path_buf(), holder, passing }
+}
+
+/// Whether a second line names a process that is no more; `None` where it cannot be told.
+fn is_gone(line: &str) -> Option<bool> {
+    let mut words = line.split_whitespace();
+    let boot = words.next()?;
+    let id = ProcessId { pid: words.next()?.parse().ok()?, start_time_ticks: words.next()?.parse().ok()? };
+    let this_boot = process::boot_id().ok()?;
+    Some(boot != this_boot || !process::is_alive(id).ok()?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Takes a lock that someone has: who that is, and whether it is worth trying again.
+    fn refusal(path: &Path) -> (String, bool) {
+        match StateLock::acquire(path, "other") {
+            Err(LockError::Held { holder, passing, .. }) => (holder, passing),
+            other => panic!("expected a refusal, got {other:?}"),
+        }
+    }
 
     #[test]
     fn a_second_holder_is_refused_and_told_who_has_it_until_the_first_lets_go() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let first = StateLock::acquire(&path, "fermatad, pid 1").unwrap();
-        match StateLock::acquire(&path, "other") {
-            Err(LockError::Held { holder, .. }) => assert_eq!(holder, "fermatad, pid 1"),
-            other => panic!("expected a refusal, got {other:?}"),
-        }
+        assert_eq!(refusal(&path), ("fermatad, pid 1".to_owned(), false));
         drop(first);
         assert_eq!(StateLock::acquire(&path, "other").unwrap().path(), path);
+    }
+
+    #[test]
+    fn a_lock_whose_holder_is_gone_or_has_not_said_its_name_is_worth_another_try() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("lock");
+        let _first = StateLock::acquire(&path, "fermatad").unwrap();
+        let own = own_identity().unwrap();
+        let (boot, process) = own.split_once(' ').unwrap();
+        for (text, passing) in [
+            (String::new(), true),
+            (format!("old\n{own}\n"), false),
+            (format!("old\n{boot} {} 1\n", std::process::id()), true),
+            (format!("old\nanother-boot {process}\n"), true),
+            ("old\n".to_owned(), false),
+            ("old\nnonsense\n".to_owned(), false),
+        ] {
+            std::fs::write(&path, &text).unwrap();
+            assert_eq!(refusal(&path).1, passing, "{text:?}");
+        }
     }
 }
