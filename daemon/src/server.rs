@@ -52,6 +52,10 @@ const PARKING: Duration = Duration::from_secs(60);
 /// How long the lock of the state directory may be somebody else's before this daemon is told to be the second.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
+/// How long after an operation memory is given back. An operation with very many agents leaves megabytes that the next
+/// seconds do not need; but finding them takes longer than a small checkpoint, which must not wait for that.
+const TRIM_AFTER: Duration = Duration::from_secs(3);
+
 /// Why the daemon could not start.
 #[derive(Debug, Error)]
 pub enum StartError {
@@ -283,15 +287,26 @@ pub fn log_filter(text: &str) -> EnvFilter {
     EnvFilter::try_new(text).unwrap_or_else(|_| EnvFilter::new("info"))
 }
 
+async fn sleep_until(at: Option<tokio::time::Instant>) {
+    if let Some(at) = at {
+        tokio::time::sleep_until(at).await;
+    }
+}
+
 /// Small work now and then: the watchdog, and memory that nobody uses.
 async fn keep(services: Arc<Services>) {
     let pace = sd_notify::watchdog_enabled().map_or(Duration::from_secs(30), |limit| limit / 3);
     let mut beat = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
+    let mut trim_at = None;
     loop {
         tokio::select! {
             _ = beat.tick() => {}
             () = services.settled.notified() => {
-                // An operation with very many agents leaves megabytes that the next seconds do not need.
+                trim_at.get_or_insert_with(|| tokio::time::Instant::now() + TRIM_AFTER);
+                continue;
+            }
+            () = sleep_until(trim_at), if trim_at.is_some() => {
+                trim_at = None;
                 drop(tokio::task::spawn_blocking(memory::give_back).await);
                 continue;
             }

@@ -4,6 +4,7 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use fermata_protocol::agent::{AgentRun, AgentView};
@@ -339,7 +340,13 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
             let needed: HashSet<&str> = needed.lines().filter_map(|line| line.split(' ').next()).collect();
             let is_needed = |pack: &String| {
                 let path = packs.join(pack);
-                let held = Workspace::at(sandbox.path()).git(&["verify-pack", "-v", &path.to_string_lossy()]);
+                let held = Command::new("git").args(["verify-pack", "-v"]).arg(&path).output().expect("run git");
+                if !path.exists() {
+                    // It went while it was looked at.
+                    return true;
+                }
+                assert!(held.status.success(), "{held:?}");
+                let held = String::from_utf8_lossy(&held.stdout);
                 let mut objects = held.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
                 // A look that a later one has replaced goes with the next start or consolidation.
                 let is_look = |id: &str| {

@@ -148,7 +148,9 @@ impl History {
         let from = incoming.draft.dir.join("objects/pack");
         let name = settle(incoming).map_err(HistoryError::io("read the pack in", &from))?;
         self.install(&from, &name, || failpoint::check("history.import.moved"))?;
-        self.refs.create(number, commit, &incoming.draft.dir)?;
+        let draft = self.refs.draft(commit, &incoming.draft.dir)?;
+        draft.sync_all().map_err(HistoryError::io("flush a ref in", &incoming.draft.dir))?;
+        self.refs.create(number, &incoming.draft.dir, None)?;
         failpoint::hit("history.import.published");
         Ok(())
     }

@@ -240,9 +240,9 @@ impl<'a> Reader<'a> {
         let meta = self.oid()?;
         let children = (0..self.u32()?).map(|_| {
             let name = self.counted()?.into();
-            Some(Child { name, node: self.node(depth)? })
+            Some(Arc::new(Child { name, node: self.node(depth)? }))
         });
-        let children: Box<[Child]> = children.collect::<Option<_>>()?;
+        let children: Box<[Arc<Child>]> = children.collect::<Option<_>>()?;
         let totals = total(&children);
         Some(Dir {
             seen,
@@ -293,8 +293,8 @@ mod tests {
         let oid = Oid::from_raw([9; 20]);
         let remarks = Remarks { sparse: true, linked: true, ..Remarks::default() };
         let xattrs: Xattrs = Box::new([((*b"user.a").into(), (*b"\0").into())]);
-        let child = |name: &[u8], node| Child { name: name.into(), node };
-        let dir = |children: Box<[Child]>, unreadable: Option<&str>| Dir {
+        let child = |name: &[u8], node| Arc::new(Child { name: name.into(), node });
+        let dir = |children: Box<[Arc<Child>]>, unreadable: Option<&str>| Dir {
             seen: seen(-5),
             xattrs: xattrs.clone(),
             covered: true,

@@ -15,6 +15,30 @@ pub(super) enum Effort {
     Thorough,
 }
 
+/// Appends content as one zlib stream that only wraps it (RFC 1950, and stored blocks of RFC 1951): for what hardly gets
+/// smaller, as trees, half of which are hashes.
+pub(super) fn store(content: &[u8], out: &mut Vec<u8>) {
+    /// What a block can hold: its length has 16 bits.
+    const BLOCK: usize = 65_535;
+    out.reserve(content.len() + content.len() / BLOCK * 5 + 11);
+    // Method 8, window of 32 KiB, fastest; the two bytes are a multiple of 31.
+    out.extend_from_slice(&[0x78, 0x01]);
+    let mut rest = content;
+    loop {
+        let (block, more) = rest.split_at(rest.len().min(BLOCK));
+        let length = block.len() as u16;
+        out.push(u8::from(more.is_empty()));
+        out.extend_from_slice(&length.to_le_bytes());
+        out.extend_from_slice(&(!length).to_le_bytes());
+        out.extend_from_slice(block);
+        if more.is_empty() {
+            break;
+        }
+        rest = more;
+    }
+    out.extend_from_slice(&zlib_rs::adler32::adler32(1, content).to_be_bytes());
+}
+
 thread_local! {
     static FAST: RefCell<Option<Compress>> = const { RefCell::new(None) };
     static THOROUGH: RefCell<Option<Compress>> = const { RefCell::new(None) };
@@ -32,9 +56,12 @@ pub(super) fn deflate(content: &[u8], effort: Effort, out: &mut Vec<u8>) -> io::
     kept.with_borrow_mut(|kept| {
         let state = kept.get_or_insert_with(|| Compress::new(level, true));
         state.reset();
+        // A third is what most text comes to.
+        out.reserve(content.len() / 3 + 64);
         loop {
-            // A third is what most text comes to; what is left over goes back with the buffer.
-            out.reserve(content.len() / 3 + 64);
+            if out.len() == out.capacity() {
+                out.reserve(content.len() / 2 + 64);
+            }
             let rest = &content[state.total_in() as usize..];
             match state.compress_vec(rest, out, FlushCompress::Finish).map_err(io::Error::other)? {
                 Status::StreamEnd => return Ok(()),
@@ -106,6 +133,22 @@ mod tests {
 
     use super::*;
 
+    fn inflated(zlib: &[u8]) -> Vec<u8> {
+        let mut back = Vec::new();
+        flate2::read::ZlibDecoder::new(zlib).read_to_end(&mut back).unwrap();
+        back
+    }
+
+    #[test]
+    fn what_is_only_wrapped_comes_out_again() {
+        for length in [0, 1, 1000, 65_534, 65_535, 65_536, 131_070, 300_000] {
+            let content: Vec<u8> = (0..length).map(|n| (n * 7 / 3) as u8).collect();
+            let mut out = b"head".to_vec();
+            store(&content, &mut out);
+            assert!(inflated(&out[4..]) == content, "{length}");
+        }
+    }
+
     #[test]
     fn whatever_is_compressed_comes_out_again() {
         let mut noise = vec![0u8; 300_000];
@@ -114,9 +157,7 @@ mod tests {
             for effort in [Effort::Fast, Effort::Thorough] {
                 let mut out = b"head".to_vec();
                 deflate(content, effort, &mut out).unwrap();
-                let mut back = Vec::new();
-                flate2::read::ZlibDecoder::new(&out[4..]).read_to_end(&mut back).unwrap();
-                assert!(back == content);
+                assert!(inflated(&out[4..]) == content);
                 let read_at = |buffer: &mut [u8], at: u64| (&out[(4 + at as usize).min(out.len())..]).read(buffer);
                 assert!(inflate(content.len() as u64, read_at).unwrap() == content);
                 assert!(inflate(content.len() as u64 + 1, read_at).is_err());

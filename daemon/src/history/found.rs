@@ -10,7 +10,7 @@ use super::beneath::Stat;
 use super::content::Outcome;
 use super::meta::Xattrs;
 use super::names::RelPath;
-use super::picture::{Dir, Node, Seen};
+use super::picture::{Child, Dir, Node, Seen};
 
 /// Why a path is not in a checkpoint although the rules cover it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,11 +71,21 @@ pub(super) struct NewDir {
 
 /// One name in such a directory.
 #[derive(Debug)]
-pub(super) struct Entry {
-    /// The name.
-    pub name: Box<[u8]>,
-    /// What stands there.
-    pub what: What,
+pub(super) enum Entry {
+    /// It is what it was.
+    Kept(Arc<Child>),
+    /// This stands there now.
+    Anew(Box<[u8]>, What),
+}
+
+impl Entry {
+    /// Returns the name.
+    pub fn name(&self) -> &[u8] {
+        match self {
+            Entry::Kept(child) => &child.name,
+            Entry::Anew(name, _) => name,
+        }
+    }
 }
 
 /// What stands at a name, as far as a walk can tell.

@@ -261,13 +261,13 @@ impl Directory {
                 let (mut ino, mut sparse) = (None, false);
                 let what = match &line.kind {
                     MetaKind::Itself => What::Directory,
-                    MetaKind::Special(kind) => What::Special(kind.clone()),
+                    MetaKind::Special(kind) => What::Special(kind.to_string()),
                     MetaKind::Skipped(reason) => {
                         listing.skipped.insert(at, *reason);
                         continue;
                     }
                     MetaKind::File { .. } | MetaKind::Link => {
-                        let stored = files.get(&line.name).filter(|entry| !entry.is_tree());
+                        let stored = files.get(&*line.name).filter(|entry| !entry.is_tree());
                         let stored =
                             stored.ok_or_else(|| damaged(self.meta, "it describes a file that is not stored"))?;
                         described += 1;
@@ -279,7 +279,9 @@ impl Directory {
                     }
                 };
                 let MetaLine { mode, mtime, size, xattrs, .. } = line;
-                listing.items.insert(at, Item { what, mode, mtime, size, xattrs, ino, sparse });
+                listing
+                    .items
+                    .insert(at, Item { what, mode, mtime, size, xattrs: xattrs.into_owned().into(), ino, sparse });
             }
         }
         if described != files.len() {

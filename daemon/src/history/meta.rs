@@ -16,13 +16,16 @@
 //! Remarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for a file
 //! with holes; `x:<name>=<value>`, both in hexadecimal, one per extended attribute (of a directory too).
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::beneath::Time;
+use super::errors::HistoryError;
 use super::found::{SkipReason, Skipped};
-use super::names::{escape, is_safe_name, unescape};
+use super::names::{escape_into, is_safe_name, unescape};
 use super::rules::Rules;
 use super::snapshot::Stats;
 use super::user_repository::UserRepository;
@@ -62,11 +65,19 @@ pub struct Manifest {
     pub user_repository: Option<UserRepository>,
 }
 
+impl Manifest {
+    /// Returns it as it is stored.
+    pub fn text(&self) -> Result<Vec<u8>, HistoryError> {
+        let failed = HistoryError::io("describe", Path::new(&self.workspace));
+        serde_json::to_vec_pretty(self).map_err(|error| failed(std::io::Error::other(error)))
+    }
+}
+
 /// One line about an entry of a directory.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct MetaLine {
+pub(super) struct MetaLine<'a> {
     /// What it is about.
-    pub kind: MetaKind,
+    pub kind: MetaKind<'a>,
     /// Permission bits.
     pub mode: u32,
     /// Last change.
@@ -74,17 +85,20 @@ pub(super) struct MetaLine {
     /// Stored bytes.
     pub size: u64,
     /// Extended attributes of the `user` namespace, of a file or directory.
-    pub xattrs: Xattrs,
+    pub xattrs: Cow<'a, [Xattr]>,
     /// The name; empty for the directory itself.
-    pub name: Vec<u8>,
+    pub name: Cow<'a, [u8]>,
 }
 
-/// Extended attributes: pairs of name and value, sorted by name.
-pub type Xattrs = Box<[(Box<[u8]>, Box<[u8]>)]>;
+/// Name and value of an extended attribute.
+pub type Xattr = (Box<[u8]>, Box<[u8]>);
+
+/// Extended attributes, sorted by name.
+pub type Xattrs = Box<[Xattr]>;
 
 /// The kinds of lines.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum MetaKind {
+pub(super) enum MetaKind<'a> {
     /// The directory itself.
     Itself,
     /// A file.
@@ -99,7 +113,7 @@ pub(super) enum MetaKind {
     /// A symbolic link.
     Link,
     /// A special file of this kind.
-    Special(String),
+    Special(Cow<'a, str>),
     /// A path that was skipped.
     Skipped(SkipReason),
 }
@@ -109,37 +123,64 @@ pub(super) enum MetaKind {
 #[error("line {0} of the metadata is not understood")]
 pub(super) struct BadMeta(usize);
 
-/// Writes the metadata of one directory; the lines are put in the order of their names.
-pub(super) fn encode(lines: &mut [MetaLine]) -> String {
-    lines.sort_by(|a, b| a.name.cmp(&b.name));
-    let mut text = format!("{HEADER}\n");
-    for line in lines {
-        let (letter, mut remarks) = match &line.kind {
-            MetaKind::Itself => ('.', Vec::new()),
-            MetaKind::File { torn, ino, sparse } => {
-                let remarks = [
-                    torn.then(|| "torn".to_owned()),
-                    ino.map(|ino| format!("ino={ino}")),
-                    sparse.then(|| "sparse".to_owned()),
-                ];
-                ('f', remarks.into_iter().flatten().collect())
-            }
-            MetaKind::Link => ('l', Vec::new()),
-            MetaKind::Special(kind) => ('s', vec![kind.clone()]),
-            MetaKind::Skipped(reason) => ('x', vec![word_of(*reason).to_owned()]),
-        };
-        remarks.extend(line.xattrs.iter().map(|(name, value)| format!("x:{}={}", to_hex(name), to_hex(value))));
-        let remark = if remarks.is_empty() { "-".to_owned() } else { remarks.join(",") };
-        let Time { sec, nsec } = line.mtime;
-        let (mode, size, name) = (line.mode, line.size, escape(&line.name));
-        // Writing to a string cannot fail.
-        let _always_ok = writeln!(text, "{letter} {mode:o} {sec}.{nsec:09} {size} {remark} {name}");
-    }
+/// Writes the metadata of one directory, at most so many lines; they come in the order of their names, the directory's
+/// own first.
+pub(super) fn encode<'a>(most: usize, lines: impl IntoIterator<Item = MetaLine<'a>>) -> String {
+    // A line of a file with a name of ordinary length and without remarks.
+    let mut text = String::with_capacity(HEADER.len() + 1 + most * 64);
+    text.push_str(HEADER);
+    text.push('\n');
+    lines.into_iter().for_each(|line| encode_line(&line, &mut text));
     text
 }
 
+fn encode_line(line: &MetaLine<'_>, text: &mut String) {
+    text.push(match &line.kind {
+        MetaKind::Itself => '.',
+        MetaKind::File { .. } => 'f',
+        MetaKind::Link => 'l',
+        MetaKind::Special(_) => 's',
+        MetaKind::Skipped(_) => 'x',
+    });
+    let Time { sec, nsec } = line.mtime;
+    // Writing to a string cannot fail.
+    let _always_ok = write!(text, " {:o} {sec}.{nsec:09} {} ", line.mode, line.size);
+    let before = text.len();
+    let mut remark = |remark: std::fmt::Arguments<'_>| {
+        if text.len() > before {
+            text.push(',');
+        }
+        let _always_ok = text.write_fmt(remark);
+    };
+    match &line.kind {
+        MetaKind::Itself | MetaKind::Link => {}
+        MetaKind::File { torn, ino, sparse } => {
+            if *torn {
+                remark(format_args!("torn"));
+            }
+            if let Some(ino) = ino {
+                remark(format_args!("ino={ino}"));
+            }
+            if *sparse {
+                remark(format_args!("sparse"));
+            }
+        }
+        MetaKind::Special(kind) => remark(format_args!("{kind}")),
+        MetaKind::Skipped(reason) => remark(format_args!("{}", word_of(*reason))),
+    }
+    for (name, value) in &*line.xattrs {
+        remark(format_args!("x:{}={}", to_hex(name), to_hex(value)));
+    }
+    if text.len() == before {
+        text.push('-');
+    }
+    text.push(' ');
+    escape_into(&line.name, text);
+    text.push('\n');
+}
+
 /// Reads the metadata of one directory.
-pub(super) fn decode(bytes: &[u8]) -> Result<Vec<MetaLine>, BadMeta> {
+pub(super) fn decode(bytes: &[u8]) -> Result<Vec<MetaLine<'static>>, BadMeta> {
     let text = std::str::from_utf8(bytes).map_err(|_| BadMeta(0))?;
     let mut lines = text.strip_suffix('\n').unwrap_or(text).split('\n').enumerate();
     if lines.next().map(|(_, line)| line) != Some(HEADER) {
@@ -148,7 +189,7 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Vec<MetaLine>, BadMeta> {
     lines.map(|(n, line)| decode_line(line).ok_or(BadMeta(n + 1))).collect()
 }
 
-fn decode_line(line: &str) -> Option<MetaLine> {
+fn decode_line(line: &str) -> Option<MetaLine<'static>> {
     let mut fields = line.splitn(6, ' ');
     let letter = fields.next()?;
     let mode = u32::from_str_radix(fields.next()?, 8).ok()?;
@@ -165,7 +206,7 @@ fn decode_line(line: &str) -> Option<MetaLine> {
             MetaKind::File { torn: has("torn"), ino: ino.and_then(|n| n.parse().ok()), sparse: has("sparse") }
         }
         "l" => MetaKind::Link,
-        "s" => MetaKind::Special(remark.to_owned()),
+        "s" => MetaKind::Special(remark.to_owned().into()),
         "x" => MetaKind::Skipped(reason_of(remark)?),
         _ => return None,
     };
@@ -180,7 +221,7 @@ fn decode_line(line: &str) -> Option<MetaLine> {
             (xattrs::is_ours(&name) && value.len() <= xattrs::MAX_VALUE).then_some((name, value))
         })
         .collect();
-    let xattrs = xattrs?;
+    let (xattrs, name) = (xattrs?.into_vec().into(), name.into());
     (good_name && mtime.nsec < 1_000_000_000).then_some(MetaLine {
         kind,
         mode: mode & 0o7777,
@@ -230,23 +271,23 @@ mod tests {
     fn every_kind_of_line_is_read_back() {
         let mtime = Time { sec: -3, nsec: 5 };
         let line = |kind, name: &[u8]| {
-            let xattrs: Xattrs = match &kind {
+            let xattrs: Vec<Xattr> = match &kind {
                 MetaKind::File { torn: true, .. } | MetaKind::Itself => {
-                    Box::new([((*b"user.a").into(), (*b"").into()), ((*b"user.b,=\n").into(), (*b"\0 ,\xff").into())])
+                    vec![((*b"user.a").into(), (*b"").into()), ((*b"user.b,=\n").into(), (*b"\0 ,\xff").into())]
                 }
-                _ => Box::default(),
+                _ => Vec::new(),
             };
-            MetaLine { kind, mode: 0o4755, mtime, size: 12, xattrs, name: name.to_vec() }
+            MetaLine { kind, mode: 0o4755, mtime, size: 12, xattrs: xattrs.into(), name: name.to_vec().into() }
         };
-        let mut lines = vec![
+        let lines = vec![
             line(MetaKind::Itself, b""),
             line(MetaKind::Skipped(SkipReason::TooLarge), b"big file %"),
             line(MetaKind::File { torn: true, ino: Some(77), sparse: true }, b"c\n\xff"),
             line(MetaKind::File { torn: false, ino: None, sparse: false }, b"d"),
-            line(MetaKind::Special("fifo".to_owned()), b"e"),
+            line(MetaKind::Special("fifo".into()), b"e"),
             line(MetaKind::Link, b"f"),
         ];
-        let text = encode(&mut lines);
+        let text = encode(lines.len(), lines.clone());
         assert_eq!(decode(text.as_bytes()).unwrap(), lines);
         assert!(decode(b"fermata-meta 2\n").is_err());
         assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - ..\n").is_err());

@@ -132,18 +132,28 @@ pub fn is_git(name: &[u8]) -> bool {
 /// Writes bytes as text without losing any.
 pub fn escape(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
+    escape_into(bytes, &mut text);
+    text
+}
+
+/// Appends what [`escape`] returns.
+pub fn escape_into(bytes: &[u8], text: &mut String) {
     let hex = |text: &mut String, bytes: &[u8]| bytes.iter().for_each(|b| text.push_str(&format!("%{b:02X}")));
     for chunk in bytes.utf8_chunks() {
+        if !chunk.valid().bytes().any(|byte| byte < b' ' || byte == b'%' || byte > b'~') {
+            text.push_str(chunk.valid());
+            hex(text, chunk.invalid());
+            continue;
+        }
         for c in chunk.valid().chars() {
             if c.is_control() || c == '%' {
-                hex(&mut text, c.encode_utf8(&mut [0; 4]).as_bytes());
+                hex(text, c.encode_utf8(&mut [0; 4]).as_bytes());
             } else {
                 text.push(c);
             }
         }
-        hex(&mut text, chunk.invalid());
+        hex(text, chunk.invalid());
     }
-    text
 }
 
 /// Reads what `escape` wrote; `None` when it cannot have written it.

@@ -16,10 +16,10 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use super::beneath::{FileKind, Root};
 use super::content::{BlobSink, Outcome, Reading};
 use super::errors::{HistoryError, Result};
-use super::found::{Found, Unread, What};
+use super::found::{Entry, Found, Unread, What};
 use super::names::RelPath;
 use super::pack::PackWriter;
-use super::picture::{Node, Picture, Seen, Source};
+use super::picture::{Child, Node, Picture, Seen, Source};
 use super::pool;
 use super::rules::{IgnoreChain, OwnPatterns, Rules};
 use super::scan::Walk;
@@ -256,7 +256,7 @@ impl History {
             let processes = looking.mapped.untold;
             complaints.push(format!("what {processes} processes write to files through memory is not known"));
         }
-        self.standings.retain(|path| holds_dir(&found, path));
+        self.standings.retain_telling(|path| holds_dir(&found, path));
         let (above, nested, of_rules) = self.standings.sources();
         complaints.extend(of_rules);
         let repository = location.as_ref().map(Location::describe);
@@ -359,18 +359,28 @@ fn holds_dir(found: &Found, path: &RelPath) -> bool {
     let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
     while let Found::New(dir) = at {
         let Some(name) = names.next() else { return true };
-        let entry = dir.entries.binary_search_by(|entry| (*entry.name).cmp(name)).ok().map(|at| &dir.entries[at]);
-        match entry.map(|entry| &entry.what) {
-            Some(What::Below(below)) => at = below,
+        match dir.entries.binary_search_by(|entry| entry.name().cmp(name)).ok().map(|at| &dir.entries[at]) {
+            Some(Entry::Anew(_, What::Below(below))) => at = below,
+            Some(Entry::Kept(child)) => return holds_dir_in(child, names),
             _ => return false,
         }
     }
     let Found::Same(dir) = at else { return false };
-    let rest: Vec<&[u8]> = names.collect();
-    if rest.is_empty() {
-        return true;
+    match names.next() {
+        None => true,
+        Some(name) => dir.child(name).is_some_and(|child| holds_dir_in(child, names)),
     }
-    RelPath::new(rest.join(&b'/')).is_ok_and(|rest| matches!(dir.find(&rest), Some(Node::Dir(_))))
+}
+
+/// Says whether a child, and what follows below it, are directories.
+fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> bool {
+    let mut node = &child.node;
+    for name in names {
+        let Node::Dir(dir) = node else { return false };
+        let Some(child) = dir.child(name) else { return false };
+        node = &child.node;
+    }
+    matches!(node, Node::Dir(_))
 }
 
 /// Lists what has to be read, in the order of the tree.
@@ -378,10 +388,10 @@ pub(super) fn unread_in(found: &Found) -> Vec<&Unread> {
     fn gather<'f>(found: &'f Found, unread: &mut Vec<&'f Unread>) {
         if let Found::New(dir) = found {
             for entry in &dir.entries {
-                match &entry.what {
-                    What::Unread(entry) => unread.push(entry),
-                    What::Below(found) => gather(found, unread),
-                    What::Known(_) => {}
+                match entry {
+                    Entry::Anew(_, What::Unread(entry)) => unread.push(entry),
+                    Entry::Anew(_, What::Below(found)) => gather(found, unread),
+                    Entry::Anew(_, What::Known(_)) | Entry::Kept(_) => {}
                 }
             }
         }
@@ -397,9 +407,13 @@ fn count_files(found: &Found) -> u64 {
         Found::New(dir) => dir
             .entries
             .iter()
-            .map(|entry| match &entry.what {
-                What::Known(_) | What::Unread(_) => 1,
-                What::Below(found) => count_files(found),
+            .map(|entry| match entry {
+                Entry::Anew(_, What::Known(_) | What::Unread(_)) => 1,
+                Entry::Anew(_, What::Below(found)) => count_files(found),
+                Entry::Kept(child) => match &child.node {
+                    Node::Dir(dir) => dir.totals.files + dir.totals.skipped,
+                    Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => 1,
+                },
             })
             .sum(),
     }

@@ -14,11 +14,12 @@ use flate2::Compression;
 use flate2::write::ZlibEncoder;
 use sha1::{Digest, Sha1};
 
-use super::deflate::{Effort, deflate};
+use super::deflate::{Effort, deflate, store};
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack_entry::{Stored, bad, encode_head};
 use super::pack_index::{self, Line};
 use super::pack_reader::PackReader;
+use crate::os::fsync::sync_together;
 
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
@@ -32,13 +33,16 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Compresses an object.
+    /// Compresses an object, where that is worth it while somebody waits; a consolidation compresses the rest.
     ///
     /// # Errors
     /// Only memory can fail here.
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
         let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
-        deflate(content, Effort::Fast, &mut bytes)?;
+        match kind {
+            ObjectKind::Tree => store(content, &mut bytes),
+            ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
+        }
         Ok(Packed { oid, crc: crc_of(&bytes), bytes })
     }
 }
@@ -85,6 +89,11 @@ impl PackWriter {
         // The number of objects, filled in at the end.
         file.write_all(&[0; 4])?;
         Ok(PackWriter { dir: dir.to_owned(), path, file, length: 12, lines: Vec::new(), seen: HashMap::new() })
+    }
+
+    /// Says whether nothing was appended yet.
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
     }
 
     /// Says whether the object is already in this pack.
@@ -235,8 +244,8 @@ impl PackWriter {
         self.file.seek(SeekFrom::Start(to)).map(drop)
     }
 
-    /// Completes pack and index and makes both durable.
-    pub fn finish(mut self) -> io::Result<FinishedPack> {
+    /// Completes pack and index and makes both durable, and another file with them.
+    pub fn finish(mut self, beside: Option<&File>) -> io::Result<FinishedPack> {
         self.file.flush()?;
         let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         let count = u32::try_from(self.lines.len()).map_err(|_| io::Error::other("too many objects for one pack"))?;
@@ -263,9 +272,9 @@ impl PackWriter {
         let index_path = self.dir.join(format!("{name}.idx"));
         let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
         out.write_all(&index)?;
-        // Side by side: a disk flushes both in the time of one. Their names are made durable where they will stay.
-        let (pack, index) = rayon::join(|| file.sync_all(), || out.sync_all());
-        pack.and(index)?;
+        // Their names are made durable where they will stay.
+        let all: Vec<&File> = [&file, &out].into_iter().chain(beside).collect();
+        sync_together(&all)?;
         std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
         Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
     }

@@ -135,8 +135,8 @@ pub enum Node {
     Draft,
 }
 
-/// One name in a directory.
-#[derive(Clone, Debug)]
+/// One name in a directory; shared with the pictures before, as long as nothing has changed.
+#[derive(Debug)]
 pub struct Child {
     /// The name.
     pub name: Box<[u8]>,
@@ -192,7 +192,7 @@ pub struct Dir {
     /// Whether it is the top of a nested repository.
     pub nested: bool,
     /// What is in it and covered, sorted by name.
-    pub children: Box<[Child]>,
+    pub children: Box<[Arc<Child>]>,
     /// Counts.
     pub totals: Totals,
     /// The tree of its files; none when there are none.
@@ -207,7 +207,7 @@ impl Drop for Dir {
         let mut open = vec![std::mem::take(&mut self.children)];
         while let Some(children) = open.pop() {
             for child in children {
-                if let Node::Dir(dir) = child.node
+                if let Some(Child { node: Node::Dir(dir), .. }) = Arc::into_inner(child)
                     && let Some(mut dir) = Arc::into_inner(dir)
                 {
                     open.push(std::mem::take(&mut dir.children));
@@ -219,9 +219,9 @@ impl Drop for Dir {
 
 impl Dir {
     /// Finds a name.
-    pub fn child(&self, name: &[u8]) -> Option<&Node> {
+    pub fn child(&self, name: &[u8]) -> Option<&Arc<Child>> {
         let at = self.children.binary_search_by(|child| (*child.name).cmp(name)).ok()?;
-        Some(&self.children[at].node)
+        Some(&self.children[at])
     }
 
     /// Finds what stands at a path below.
@@ -229,7 +229,7 @@ impl Dir {
         let mut dir = self;
         let mut names = path.bytes().split(|b| *b == b'/').peekable();
         while let Some(name) = names.next() {
-            let node = dir.child(name)?;
+            let node = &dir.child(name)?.node;
             match node {
                 _ if names.peek().is_none() => return Some(node),
                 Node::Dir(below) => dir = below,
@@ -264,7 +264,7 @@ impl Dir {
 }
 
 /// Counts what the children of a directory come to.
-pub fn total(children: &[Child]) -> Totals {
+pub fn total(children: &[Arc<Child>]) -> Totals {
     let mut totals = Totals::default();
     for child in children {
         match &child.node {

@@ -73,7 +73,8 @@ impl History {
         Ok(Primed::Looked { read, files: snapshot.stats.files })
     }
 
-    fn is_primed(&self, request: &SnapshotRequest) -> bool {
+    /// Says whether [`History::prime`] would have nothing to do.
+    pub fn is_primed(&self, request: &SnapshotRequest) -> bool {
         let (picture, trusted) = self.known();
         let Ok(real) = self.checked_workspace(&request.workspace) else { return false };
         let same = picture.is_some_and(|known| known.rules == request.rules && self.is_as_before(&real, &known));

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::oid::Oid;
+use crate::os::fsync::sync_together;
 
 /// The refs of one store.
 #[derive(Debug)]
@@ -21,6 +22,9 @@ pub struct Refs {
     packed: PathBuf,
     base: PathBuf,
 }
+
+/// The file in which a ref is written before it has a name.
+const DRAFT: &str = "ref";
 
 const PREFIX: &str = "refs/fermata/checkpoints/";
 
@@ -113,21 +117,32 @@ impl Refs {
         self.find(number)?.ok_or(HistoryError::NoSuchCheckpoint { number })
     }
 
-    /// Gives a free number to a commit, durably; `aside` is a directory on the same file system for the draft.
-    pub fn create(&self, number: u64, commit: Oid, aside: &Path) -> Result<()> {
-        let (draft, path) = (aside.join("ref"), self.path(number));
-        let write = || -> io::Result<()> {
+    /// Writes what a ref is to say, in a directory on the same file system; the caller syncs it.
+    pub fn draft(&self, commit: Oid, aside: &Path) -> Result<fs::File> {
+        let draft = aside.join(DRAFT);
+        let write = || -> io::Result<fs::File> {
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
             writeln!(file, "{commit}")?;
-            file.sync_all()
+            Ok(file)
         };
-        write().map_err(HistoryError::io("write", &draft))?;
+        write().map_err(HistoryError::io("write", &draft))
+    }
+
+    /// Gives a free number to the commit of a draft that is synced, and makes that durable together with what was
+    /// changed in the directory `also`.
+    pub fn create(&self, number: u64, aside: &Path, also: Option<&Path>) -> Result<()> {
+        let (draft, path) = (aside.join(DRAFT), self.path(number));
         fs::create_dir_all(&self.dir).map_err(HistoryError::io("create", &self.dir))?;
         fs::hard_link(&draft, &path).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => HistoryError::NumberTaken { number },
             _ => HistoryError::io("create", &path)(error),
         })?;
-        sync_dir(&self.dir).map_err(|error| {
+        let flush = || {
+            let dirs = [Some(&*self.dir), also].into_iter().flatten().map(fs::File::open);
+            let dirs: Vec<fs::File> = dirs.collect::<io::Result<_>>()?;
+            sync_together(&dirs.iter().collect::<Vec<_>>())
+        };
+        flush().map_err(|error| {
             // Whoever is told that it failed must not find it afterwards.
             if let Err(error) = fs::remove_file(&path) {
                 tracing::warn!(%error, number, "a ref that could not be flushed stays");

@@ -27,7 +27,7 @@ use super::found::{Entry, Found, NewDir, SkipReason, Unread, What};
 use super::meta::Xattrs;
 use super::names::{RelPath, is_git, is_restore_draft};
 use super::objects::ObjectStore;
-use super::picture::{Dir, Node, Seen};
+use super::picture::{Dir, File, Node, Seen};
 use super::rules::{OwnPatterns, Rules};
 use super::standing::{Standing, Standings};
 use super::tracked::Tracked;
@@ -324,7 +324,7 @@ impl Walk<'_> {
         let mut entries: Vec<Entry> = Vec::new();
         if let (Names::Some(names), Some(dir)) = (&names, known.dir) {
             let kept = dir.children.iter().filter(|child| !names.contains(&child.name));
-            entries.extend(kept.map(|child| Entry { name: child.name.clone(), what: kept_node(&child.node) }));
+            entries.extend(kept.cloned().map(Entry::Kept));
         }
         let mut dirs: Vec<(Box<[u8]>, RelPath, Standing, bool)> = Vec::new();
         for name in names.iter() {
@@ -335,18 +335,19 @@ impl Walk<'_> {
             if self.hidden.as_ref() == Some(&path) {
                 continue;
             }
-            let before = known.dir.and_then(|dir| dir.child(name));
+            let known_child = known.dir.and_then(|dir| dir.child(name));
+            let before = known_child.map(|child| &child.node);
             if path.bytes().len() >= MAX_PATH {
                 let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
                 changed |= !matches!(before, Some(Node::Skipped { .. }));
-                entries.push(Entry { name: name.clone(), what: What::Known(Node::Skipped { reason, detail }) });
+                entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
                 continue;
             }
             if is_restore_draft(name) {
                 match stat_at(&fd, OsStr::from_bytes(name)) {
                     Ok(_) => {
                         changed |= before.is_none();
-                        entries.push(Entry { name: name.clone(), what: What::Known(Node::Draft) });
+                        entries.push(Entry::Anew(name.clone(), What::Known(Node::Draft)));
                     }
                     Err(_) => changed |= before.is_some(),
                 }
@@ -364,7 +365,7 @@ impl Walk<'_> {
                 Err(errno) => {
                     let (reason, detail) = (SkipReason::Unreadable, errno.desc().into());
                     changed = true;
-                    entries.push(Entry { name: name.clone(), what: What::Known(Node::Skipped { reason, detail }) });
+                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
                     continue;
                 }
             };
@@ -406,20 +407,20 @@ impl Walk<'_> {
                 continue;
             }
             let written = dirty.is_some_and(|dirty| dirty.written.contains(name));
-            let what = self.sketch(path, &stat, forced, before.filter(|_| !written));
-            changed |= match (&what, before) {
-                (What::Known(Node::File(now)), Some(Node::File(before))) => now != before,
-                (What::Known(Node::Special { seen, .. }), Some(Node::Special { seen: before, .. })) => seen != before,
-                _ => true,
+            let entry = match known_child.filter(|child| !written && self.is_kept(&path, &stat, forced, &child.node)) {
+                Some(child) => Entry::Kept(Arc::clone(child)),
+                None => Entry::Anew(name.clone(), self.sketch(path, &stat, forced, before.filter(|_| !written))),
             };
-            entries.push(Entry { name: name.clone(), what });
+            changed |= matches!(entry, Entry::Anew(..));
+            entries.push(entry);
         }
 
         drop(fd);
         let walk_below =
             |(name, path, standing, covered): &(Box<[u8]>, RelPath, Standing, bool)| -> Result<Option<Entry>> {
                 let place = Place { path, standing: standing.clone(), covered: *covered };
-                let before = match known.dir.and_then(|dir| dir.child(name)) {
+                let known_child = known.dir.and_then(|dir| dir.child(name));
+                let before = match known_child.map(|child| &child.node) {
                     Some(Node::Dir(dir)) => Some(dir),
                     _ => None,
                 };
@@ -430,7 +431,12 @@ impl Walk<'_> {
                     }
                     _ => self.whole_dir(&place, Known { dir: before, decided: known.decided })?,
                 };
-                Ok(found.map(|found| Entry { name: name.clone(), what: What::Below(found) }))
+                Ok(found.map(|found| match (&found, before, known_child) {
+                    (Found::Same(same), Some(before), Some(child)) if Arc::ptr_eq(same, before) => {
+                        Entry::Kept(Arc::clone(child))
+                    }
+                    _ => Entry::Anew(name.clone(), What::Below(found)),
+                }))
             };
         let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
             dirs.par_iter().map(walk_below).collect::<Result<_>>()?
@@ -445,7 +451,7 @@ impl Walk<'_> {
             }
             let before = known.dir.and_then(|dir| dir.child(name));
             changed |= match (&entry, before) {
-                (Some(Entry { what: What::Below(Found::Same(_)), .. }), Some(Node::Dir(_))) | (None, None) => false,
+                (Some(Entry::Kept(_)), Some(_)) | (None, None) => false,
                 (Some(_), _) | (None, Some(_)) => true,
             };
             entries.extend(entry);
@@ -454,7 +460,7 @@ impl Walk<'_> {
         if let (false, Some(dir), None) = (changed, known.dir, self.check_in) {
             return Ok(Some(Found::Same(Arc::clone(dir))));
         }
-        entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+        entries.sort_by(|a, b| a.name().cmp(b.name()));
         Ok(Some(Found::New(Box::new(NewDir {
             seen,
             xattrs,
@@ -468,6 +474,27 @@ impl Walk<'_> {
         }))))
     }
 
+    /// Says whether what is no directory is what it was, in every respect.
+    fn is_kept(&self, path: &RelPath, stat: &Stat, forced: bool, before: &Node) -> bool {
+        match before {
+            Node::File(file) => {
+                let too_large = stat.kind() == FileKind::Regular && stat.size > self.rules.max_file_bytes;
+                !too_large && file.remarks.forced == forced && self.vouches(path, stat, file)
+            }
+            Node::Special { seen, kind } => {
+                *seen == Seen::from(stat) && matches!(stat.kind(), FileKind::Special(now) if now == *kind)
+            }
+            Node::Dir(_) | Node::Skipped { .. } | Node::Draft => false,
+        }
+    }
+
+    /// Says whether the state of a file vouches for its having the content that is known.
+    fn vouches(&self, path: &RelPath, stat: &Stat, file: &File) -> bool {
+        file.seen == Seen::from(stat)
+            && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(path))
+            && self.check_in.is_none_or(|store| store.contains(&file.oid))
+    }
+
     /// Sketches what is no directory.
     fn sketch(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> What {
         let seen = Seen::from(stat);
@@ -479,9 +506,7 @@ impl Walk<'_> {
             }
             FileKind::Regular | FileKind::Symlink | FileKind::Directory => {
                 if let Some(Node::File(file)) = before
-                    && file.seen == seen
-                    && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(&path))
-                    && self.check_in.is_none_or(|store| store.contains(&file.oid))
+                    && self.vouches(&path, stat, file)
                 {
                     let mut file = file.clone();
                     file.remarks.forced = forced;
@@ -515,13 +540,6 @@ impl Names {
 /// Says whether an error speaks of this process, not of the file: then it is no reason to leave the file out.
 pub(super) fn is_our_shortage(errno: Errno) -> bool {
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
-}
-
-fn kept_node(node: &Node) -> What {
-    match node {
-        Node::Dir(dir) => What::Below(Found::Same(Arc::clone(dir))),
-        Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => What::Known(node.clone()),
-    }
 }
 
 fn read_names(fd: &OwnedFd) -> nix::Result<BTreeSet<Box<[u8]>>> {

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::found::Skipped;
+use super::listing::CheckpointRoot;
 use super::meta::{FORMAT, Manifest};
 use super::names::{RelPath, escape};
 use super::observe::{Forced, Look, Observed};
@@ -122,7 +123,8 @@ pub struct Snapshot {
     pub user_repository: Option<UserRepository>,
     /// How long each part took.
     pub took: Timings,
-    pack: String,
+    /// None where an earlier checkpoint has all of it.
+    pack: Option<String>,
     draft: Draft,
     picture: Arc<Picture>,
     epoch: Option<u64>,
@@ -229,11 +231,16 @@ impl History {
             warnings: complaints.into_iter().chain(picture.notes.iter().cloned()).collect(),
             user_repository: repository,
         };
-        let text = serde_json::to_vec_pretty(&manifest)
-            .map_err(|error| HistoryError::io("describe", &real)(std::io::Error::other(error)))?;
         let trees = Trees { files, meta: root.meta };
-        let tree = build_root(&trees, &text, &sink)?;
-        let commit = sink.put(ObjectKind::Commit, commit_text(&tree, &request.message, now_ms).as_bytes())?;
+        let is_new = !pack.lock().unwrap_or_else(PoisonError::into_inner).is_empty();
+        let same = if is_new { None } else { self.same_as_before(&manifest, &trees)? };
+        let commit = match same {
+            Some(commit) => commit,
+            None => {
+                let tree = build_root(&trees, &manifest.text()?, &sink)?;
+                sink.put(ObjectKind::Commit, commit_text(&tree, &request.message, now_ms).as_bytes())?
+            }
+        };
         picture.commit = commit;
         took.trees_us = micros(clock);
 
@@ -243,7 +250,12 @@ impl History {
         progress(Progress { phase: Phase::Pack, done: 0, total: 0 });
         let clock = Instant::now();
         let pack = pack.into_inner().unwrap_or_else(PoisonError::into_inner);
-        let pack = pack.finish().map_err(HistoryError::io("complete a pack in", &dir))?;
+        let failed = HistoryError::io("complete a pack in", &dir);
+        let named = if request.is_checkpoint() { Some(self.refs.draft(commit, &dir)?) } else { None };
+        let pack = match (same, &named) {
+            (Some(_), Some(named)) => named.sync_all().map(|()| None).map_err(failed)?,
+            (_, named) => Some(pack.finish(named.as_ref()).map_err(failed)?),
+        };
         failpoint::check(if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" })
             .map_err(HistoryError::io("complete a pack in", &dir))?;
         took.pack_us = micros(clock);
@@ -252,18 +264,40 @@ impl History {
             commit,
             files,
             meta: trees.meta,
-            stats: Stats { new_objects: pack.objects, new_bytes: pack.bytes, ..manifest.stats },
+            stats: Stats {
+                new_objects: pack.as_ref().map_or(0, |pack| pack.objects),
+                new_bytes: pack.as_ref().map_or(0, |pack| pack.bytes),
+                ..manifest.stats
+            },
             skipped: manifest.skipped,
             torn: manifest.torn,
             warnings: manifest.warnings,
             user_repository: manifest.user_repository,
             took,
-            pack: pack.name,
+            pack: pack.map(|pack| pack.name),
             draft,
             picture: Arc::new(picture),
             epoch,
             whole,
         })
+    }
+
+    /// Returns the commit of the checkpoint before, where that says the same but for number and time: a checkpoint of a
+    /// workspace in which nothing has changed is another name for it.
+    fn same_as_before(&self, now: &Manifest, trees: &Trees) -> Result<Option<Oid>> {
+        let Some(commit) = now.parent.map(|parent| self.refs.find(parent)).transpose()?.flatten() else {
+            return Ok(None);
+        };
+        // Whatever cannot be read is written anew.
+        let Ok(root) = CheckpointRoot::read(&self.objects, &commit) else { return Ok(None) };
+        if (root.files, root.meta) != (trees.files, trees.meta) {
+            return Ok(None);
+        }
+        let Ok(then) = root.manifest(&self.objects) else { return Ok(None) };
+        let stats = Stats { unchanged: now.stats.unchanged, ..then.stats };
+        let Manifest { number, parent, taken_ms, .. } = *now;
+        let then = Manifest { number, parent, taken_ms, stats, ..then };
+        Ok((then.text()? == now.text()?).then_some(commit))
     }
 
     /// Makes a snapshot the checkpoint that it was taken for.
@@ -283,7 +317,9 @@ impl History {
         let from = self.pending().join(&snapshot.draft.name);
         self.move_pack(snapshot)?;
         failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
-        self.refs.create(number, snapshot.commit, &from)?;
+        // The names of ref and pack become durable together: before the checkpoint's row is, nobody relies on either.
+        let also = snapshot.pack.as_ref().map(|_| self.objects.pack_dir());
+        self.refs.create(number, &from, also.as_deref())?;
         failpoint::hit("history.ref.created");
 
         self.has_published(snapshot);
@@ -301,18 +337,21 @@ impl History {
             return Err(HistoryError::SnapshotGone { number: snapshot.number });
         }
         self.move_pack(snapshot)?;
+        let packs = self.objects.pack_dir();
+        sync_dir(&packs).map_err(HistoryError::io("flush", &packs))?;
         self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.draft.name))?;
         failpoint::hit("history.prime.based");
         self.has_published(snapshot);
         Ok(())
     }
 
-    /// Moves a snapshot's pack among the published ones; repeatable.
+    /// Moves a snapshot's pack among the published ones; repeatable. The caller flushes their directory.
     fn move_pack(&self, snapshot: &Snapshot) -> Result<()> {
+        let Some(pack) = &snapshot.pack else { return Ok(()) };
         let (from, to) = (self.pending().join(&snapshot.draft.name), self.objects.pack_dir());
         // The index comes last: a pack counts from the instant that it has one.
         for end in ["pack", "idx"] {
-            let name = format!("{}.{end}", snapshot.pack);
+            let name = format!("{pack}.{end}");
             let (source, target) = (from.join(&name), to.join(&name));
             // A publication that failed half way has moved the first already.
             if source.exists() || !target.exists() {
@@ -321,9 +360,7 @@ impl History {
             failpoint::check(if snapshot.number > 0 { "history.pack.moved" } else { "history.prime.moved" })
                 .map_err(HistoryError::io("move a pack to", &target))?;
         }
-        sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
-        self.objects.refresh()?;
-        Ok(())
+        self.objects.refresh()
     }
 
     /// Takes note of a publication. What fails here only costs the next snapshot time, or the place its tidiness.

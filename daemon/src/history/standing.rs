@@ -38,6 +38,13 @@ struct Compiled {
     source: Option<Source>,
 }
 
+impl Compiled {
+    /// Says whether there is more to tell of it than its rules.
+    fn tells(&self) -> bool {
+        self.source.is_some() || !self.warnings.is_empty()
+    }
+}
+
 /// The rules of the directories that have some of their own.
 #[derive(Default)]
 pub(super) struct Standings {
@@ -133,7 +140,7 @@ impl Standings {
         let above = self.above.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (above, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut by_path: Vec<_> = compiled.iter().collect();
+        let mut by_path: Vec<_> = compiled.iter().filter(|(_, entry)| entry.tells()).collect();
         by_path.sort_by_key(|(path, _)| *path);
         let mut nested = Vec::new();
         for (_, entry) in by_path {
@@ -146,6 +153,12 @@ impl Standings {
     /// Forgets the rules of directories that `keep` does not know any more.
     pub fn retain(&self, keep: impl Fn(&RelPath) -> bool) {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).retain(|path, _| keep(path));
+    }
+
+    /// The same for those only of which [`Standings::sources`] tells; the others cost no more than their room.
+    pub fn retain_telling(&self, keep: impl Fn(&RelPath) -> bool) {
+        let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
+        compiled.retain(|path, entry| !entry.tells() || keep(path));
     }
 }
 

@@ -4,6 +4,9 @@
 //! that neither the previous checkpoint nor the store has are written. A directory without covered files is in the
 //! metadata alone.
 
+use std::borrow::Cow;
+use std::cmp::Ordering;
+use std::iter;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::prelude::*;
@@ -12,7 +15,7 @@ use super::beneath::{FileKind, Time};
 use super::content::{Content, Outcome};
 use super::errors::{HistoryError, Result};
 use super::found::{Entry, Found, SkipReason, Unread, What};
-use super::meta::{self, MetaKind, MetaLine, Xattrs};
+use super::meta::{self, MetaKind, MetaLine};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::pack::{PackWriter, Packed};
@@ -44,18 +47,53 @@ impl TreeEntry {
 }
 
 /// Serialises a tree in git's order, in which a directory sorts as if its name ended with a slash.
-pub(super) fn encode_tree(entries: &mut [TreeEntry]) -> Vec<u8> {
-    let key = |entry: &TreeEntry| {
-        let slash: &[u8] = if entry.is_tree() { b"/" } else { b"" };
-        [&entry.name[..], slash].concat()
-    };
-    entries.sort_by_cached_key(key);
-    let mut bytes = Vec::with_capacity(entries.len() * 40);
-    for entry in entries {
-        bytes.extend_from_slice(format!("{:o} ", entry.mode).as_bytes());
-        bytes.extend_from_slice(&entry.name);
-        bytes.push(0);
-        bytes.extend_from_slice(entry.oid.raw());
+pub(super) fn encode_tree(entries: &[TreeEntry]) -> Vec<u8> {
+    encode(
+        entries
+            .iter()
+            .map(|entry| Line { prefix: b"", name: &entry.name, mode: entry.mode, oid: &entry.oid })
+            .collect(),
+    )
+}
+
+/// A line of a tree that is being made.
+struct Line<'a> {
+    /// What comes before the name.
+    prefix: &'static [u8],
+    name: &'a [u8],
+    mode: u32,
+    oid: &'a Oid,
+}
+
+impl Line<'_> {
+    /// Compares as git does: a directory sorts as if its name ended with a slash.
+    fn compare(&self, other: &Line<'_>) -> Ordering {
+        let slash = |line: &Line<'_>| (line.mode == MODE_TREE).then_some(b'/');
+        if self.prefix != other.prefix {
+            let key = |line: &Line<'_>| [line.prefix, line.name].concat();
+            return (key(self), slash(self)).cmp(&(key(other), slash(other)));
+        }
+        let common = self.name.len().min(other.name.len());
+        let next = |line: &Line<'_>| line.name.get(common).copied().or(slash(line));
+        self.name[..common].cmp(&other.name[..common]).then_with(|| next(self).cmp(&next(other)))
+    }
+}
+
+fn encode(mut lines: Vec<Line<'_>>) -> Vec<u8> {
+    // They come in the order of their names, so that there is next to nothing to sort.
+    lines.sort_by(Line::compare);
+    let size = |line: &Line<'_>| 28 + line.prefix.len() + line.name.len();
+    let mut bytes = Vec::with_capacity(lines.iter().map(size).sum());
+    for line in lines {
+        let mode: &[u8] = match line.mode {
+            MODE_TREE => b"40000 ",
+            MODE_LINK => b"120000 ",
+            MODE_EXECUTABLE => b"100755 ",
+            _ => b"100644 ",
+        };
+        for part in [mode, line.prefix, line.name, b"\0", line.oid.raw()] {
+            bytes.extend_from_slice(part);
+        }
     }
     bytes
 }
@@ -117,35 +155,45 @@ pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Res
         Found::Same(dir) => return Ok(dir),
         Found::New(new) => *new,
     };
-    let child = |entry: Entry| -> Result<Option<Child>> {
-        let node = match entry.what {
+    let child = |entry: Entry| -> Result<Option<Arc<Child>>> {
+        let (name, what) = match entry {
+            Entry::Kept(child) => return Ok(Some(child)),
+            Entry::Anew(name, what) => (name, what),
+        };
+        let node = match what {
             What::Known(node) => Some(node),
             What::Below(found) => Some(Node::Dir(seal(found, started_ns, sink)?)),
             What::Unread(unread) => read_node(*unread, started_ns),
         };
-        Ok(node.map(|node| Child { name: entry.name, node }))
+        Ok(node.map(|node| Arc::new(Child { name, node })))
     };
-    let below = new.entries.iter().filter(|entry| matches!(entry.what, What::Below(Found::New(_)))).count();
-    let children: Vec<Option<Child>> = if below > 1 {
+    let below = new.entries.iter().filter(|entry| matches!(entry, Entry::Anew(_, What::Below(Found::New(_))))).count();
+    let children: Vec<Option<Arc<Child>>> = if below > 1 {
         new.entries.into_par_iter().map(child).collect::<Result<_>>()?
     } else {
         // Waking other threads takes longer than one directory does.
         new.entries.into_iter().map(child).collect::<Result<_>>()?
     };
     let vanished = children.iter().any(Option::is_none);
-    let children: Box<[Child]> = children.into_iter().flatten().collect();
-    let mut shape = Shape::default();
-    let (mode, mtime, xattrs) = (new.seen.permissions(), new.seen.mtime, new.xattrs.clone());
-    shape.lines.push(MetaLine { kind: MetaKind::Itself, mode, mtime, size: 0, xattrs, name: Vec::new() });
-    children.iter().for_each(|child| shape.add(child));
-    let text = meta::encode(&mut shape.lines);
-    let blob = sink.put(ObjectKind::Blob, text.as_bytes())?;
-    shape.meta.push(TreeEntry { name: b"entries".to_vec(), mode: MODE_FILE, oid: blob });
-    let meta = sink.put(ObjectKind::Tree, &encode_tree(&mut shape.meta))?;
-    let files = match shape.files.is_empty() {
-        true => None,
-        false => Some(sink.put(ObjectKind::Tree, &encode_tree(&mut shape.files))?),
-    };
+    let children: Box<[Arc<Child>]> = children.into_iter().flatten().collect();
+    let (mode, mtime) = (new.seen.permissions(), new.seen.mtime);
+    let xattrs = Cow::Borrowed(&*new.xattrs);
+    let itself = MetaLine { kind: MetaKind::Itself, mode, mtime, size: 0, xattrs, name: Cow::default() };
+    let lines = iter::once(itself).chain(children.iter().filter_map(|child| meta_line(child)));
+    let text = meta::encode(children.len() + 1, lines);
+    let entries = sink.put(ObjectKind::Blob, text.as_bytes())?;
+    let entries = Line { prefix: b"", name: b"entries", mode: MODE_FILE, oid: &entries };
+    let mut below: Vec<Line<'_>> = Vec::with_capacity(children.len() + 1);
+    below.extend(children.iter().filter_map(|child| match &child.node {
+        Node::Dir(dir) if dir.is_bare() => None,
+        Node::Dir(dir) => Some(Line { prefix: b"d.", name: &child.name, mode: MODE_TREE, oid: &dir.meta }),
+        Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => None,
+    }));
+    below.push(entries);
+    let meta = sink.put(ObjectKind::Tree, &encode(below))?;
+    let mut files: Vec<Line<'_>> = Vec::with_capacity(children.len());
+    files.extend(children.iter().filter_map(|child| file_line(child)));
+    let files = if files.is_empty() { None } else { Some(sink.put(ObjectKind::Tree, &encode(files))?) };
     Ok(Arc::new(Dir {
         seen: new.seen,
         xattrs: new.xattrs,
@@ -181,63 +229,53 @@ fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
     }
 }
 
-/// What a directory's objects are made of.
-#[derive(Default)]
-struct Shape {
-    files: Vec<TreeEntry>,
-    lines: Vec<MetaLine>,
-    meta: Vec<TreeEntry>,
+/// What a directory's metadata says of a child; nothing of a directory that could be read: it says that itself.
+fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
+    let name = Cow::Borrowed(&*child.name);
+    let skipped = |reason, name| {
+        let kind = MetaKind::Skipped(reason);
+        Some(MetaLine { kind, mode: 0, mtime: Time::default(), size: 0, xattrs: Cow::default(), name })
+    };
+    match &child.node {
+        Node::File(file) => {
+            let Remarks { torn, sparse, linked, .. } = file.remarks;
+            let kind = match file.is_link() {
+                true => MetaKind::Link,
+                false => MetaKind::File { torn, ino: linked.then_some(file.seen.ino), sparse },
+            };
+            let (mode, mtime, xattrs) = (file.seen.permissions(), file.seen.mtime, Cow::Borrowed(&*file.xattrs));
+            Some(MetaLine { kind, mode, mtime, size: file.size, xattrs, name })
+        }
+        Node::Dir(dir) if dir.unreadable.is_some() && !dir.is_bare() => skipped(SkipReason::Unreadable, name),
+        Node::Special { seen, kind } => {
+            let kind = MetaKind::Special(Cow::Borrowed(*kind));
+            let (mode, mtime) = (seen.permissions(), seen.mtime);
+            Some(MetaLine { kind, mode, mtime, size: 0, xattrs: Cow::default(), name })
+        }
+        Node::Skipped { reason, .. } => skipped(*reason, name),
+        Node::Dir(_) | Node::Draft => None,
+    }
 }
 
-impl Shape {
-    fn add(&mut self, child: &Child) {
-        let name = child.name.to_vec();
-        match &child.node {
-            Node::File(file) => {
-                let permissions = file.seen.permissions();
-                let (mode, kind) = if file.is_link() {
-                    (MODE_LINK, MetaKind::Link)
-                } else {
-                    let Remarks { torn, sparse, linked, .. } = file.remarks;
-                    let mode = if permissions & 0o100 != 0 { MODE_EXECUTABLE } else { MODE_FILE };
-                    (mode, MetaKind::File { torn, ino: linked.then_some(file.seen.ino), sparse })
-                };
-                self.line(kind, permissions, file.seen.mtime, file.size, file.xattrs.clone(), name.clone());
-                self.files.push(TreeEntry { name, mode, oid: file.oid });
-            }
-            Node::Dir(dir) if dir.is_bare() => {}
-            Node::Dir(dir) => {
-                if dir.unreadable.is_some() {
-                    self.skipped(SkipReason::Unreadable, name.clone());
-                }
-                self.meta.push(TreeEntry { name: [b"d.", &name[..]].concat(), mode: MODE_TREE, oid: dir.meta });
-                self.files.extend(dir.files.map(|oid| TreeEntry { name, mode: MODE_TREE, oid }));
-            }
-            Node::Special { seen, kind } => {
-                let kind = MetaKind::Special((*kind).to_owned());
-                self.line(kind, seen.permissions(), seen.mtime, 0, Xattrs::default(), name);
-            }
-            Node::Skipped { reason, .. } => self.skipped(*reason, name),
-            Node::Draft => {}
-        }
-    }
-
-    fn skipped(&mut self, reason: SkipReason, name: Vec<u8>) {
-        self.line(MetaKind::Skipped(reason), 0, Time::default(), 0, Xattrs::default(), name);
-    }
-
-    fn line(&mut self, kind: MetaKind, mode: u32, mtime: Time, size: u64, xattrs: Xattrs, name: Vec<u8>) {
-        self.lines.push(MetaLine { kind, mode, mtime, size, xattrs, name });
-    }
+/// What a directory's tree says of a child.
+fn file_line(child: &Child) -> Option<Line<'_>> {
+    let (mode, oid) = match &child.node {
+        Node::File(file) if file.is_link() => (MODE_LINK, &file.oid),
+        Node::File(file) if file.seen.permissions() & 0o100 != 0 => (MODE_EXECUTABLE, &file.oid),
+        Node::File(file) => (MODE_FILE, &file.oid),
+        Node::Dir(dir) if !dir.is_bare() => (MODE_TREE, dir.files.as_ref()?),
+        Node::Dir(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => return None,
+    };
+    Some(Line { prefix: b"", name: &child.name, mode, oid })
 }
 
 /// Builds the root tree of a checkpoint.
 pub(super) fn build_root(trees: &Trees, manifest: &[u8], sink: &ObjectSink<'_>) -> Result<Oid> {
     let manifest = sink.put(ObjectKind::Blob, manifest)?;
-    let mut root = [
+    let root = [
         TreeEntry { name: b"files".to_vec(), mode: MODE_TREE, oid: trees.files },
         TreeEntry { name: b"meta".to_vec(), mode: MODE_TREE, oid: trees.meta },
         TreeEntry { name: b"manifest".to_vec(), mode: MODE_FILE, oid: manifest },
     ];
-    sink.put(ObjectKind::Tree, &encode_tree(&mut root))
+    sink.put(ObjectKind::Tree, &encode_tree(&root))
 }

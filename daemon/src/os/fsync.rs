@@ -56,10 +56,32 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableW
 /// # Errors
 /// When it cannot be created, written or synced.
 pub fn write_new(temp: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(temp)?;
+    write_unsynced(temp, bytes, mode)?.sync_all()
+}
+
+/// Writes a file, or overwrites it; whoever needs it syncs it.
+///
+/// # Errors
+/// When it cannot be created or written.
+pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> {
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
     set_mode(&file, mode)?;
     file.write_all(bytes)?;
-    file.sync_all()
+    Ok(file)
+}
+
+/// Syncs files and directories side by side: a disk flushes all of them in the time of one.
+///
+/// # Errors
+/// The first that cannot be synced; the others are synced all the same.
+pub fn sync_together(files: &[&File]) -> io::Result<()> {
+    let Some((last, others)) = files.split_last() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = others.iter().map(|file| scope.spawn(|| file.sync_all())).collect();
+        let last = last.sync_all();
+        let others = others.into_iter().map(|one| one.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))));
+        others.fold(last, |so_far, one| so_far.and(one))
+    })
 }
 
 fn set_mode(file: &File, mode: u32) -> io::Result<()> {

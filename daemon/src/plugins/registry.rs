@@ -180,6 +180,11 @@ impl Plugins {
         Err(Failure::new("crashed", format!("{}; {ending}", chain(&error))))
     }
 
+    /// Says whether any plugin may have artifacts for a checkpoint.
+    pub fn may_save(&self) -> bool {
+        self.snapshot().iter().any(|plugin| plugin.may_offer(Kind::Checkpoint))
+    }
+
     /// Asks every checkpoint plugin for its artifacts, all at once, each within its own deadline.
     ///
     /// `request.directory` must exist; each plugin gets a new directory of its own inside, which

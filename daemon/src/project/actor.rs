@@ -501,11 +501,12 @@ impl Actor {
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
         self.tell_plugins(&decision.events, now.0);
-        self.look_after_checkpoints(&decision.events);
         let conclusions = conclusions(&decision.events, reply.as_ref());
         let decision_events = decision.events;
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
+        // Whoever waits does not wait for this.
+        self.look_after_checkpoints(&decision_events);
         self.tell_of_trouble(&decision_events);
         Ok(Carried { reply: written.reply, removed })
     }

@@ -26,6 +26,7 @@ use crate::steps::launch;
 use crate::steps::session::Scouted;
 use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transcripts, transfer};
 use crate::store::commit::Write;
+use crate::store::pinned::Prepared;
 
 /// How long a parked agent's processes may take to end.
 const PARKING: Duration = Duration::from_secs(10);
@@ -434,7 +435,10 @@ async fn live_checkpoint(
 ) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
     make_room(site, mailbox).await?;
-    prime::run(site, Some(&order.operation)).await?;
+    let partial = site.dirs().partial_checkpoint(order.number);
+    // What can be done before anybody stands still.
+    let (primed, prepared) = tokio::join!(prime::run(site, Some(&order.operation)), database::open(site, &partial));
+    let prepared = primed.and(prepared)?;
     let by_signals = |(agent, _): &AgentRun| {
         let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
         processes.is_some_and(|p| p.mechanism == fermata_protocol::pause::Mechanism::Signals)
@@ -449,7 +453,7 @@ async fn live_checkpoint(
         let renewer = Renewer::start(site, runs.to_vec());
         let captured = match &frozen {
             Ok(_) => {
-                let captured = capture_frozen(site, &order, runs, now, scouted).await;
+                let captured = capture_frozen(site, &order, runs, now, prepared, scouted).await;
                 captured.map_err(|failure| renewer.cause(failure))
             }
             Err(failure) => Err(failure.clone()),
@@ -463,7 +467,7 @@ async fn live_checkpoint(
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later, None).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later(Some(prepared)), None).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -479,9 +483,11 @@ async fn capture_frozen(
     order: &Order,
     runs: &[AgentRun],
     now: fermata_protocol::UnixMillis,
+    prepared: Prepared,
     scouted: Scouted,
 ) -> Result<checkpoint::Captured, Failure> {
-    let captured = checkpoint::capture(site, order, &Vec::new(), now, Rows::Later, Some(scouted)).await?;
+    let rows = Rows::Later(Some(prepared));
+    let captured = checkpoint::capture(site, order, &Vec::new(), now, rows, Some(scouted)).await?;
     match freeze::renew(site, runs).await {
         Ok(_) => Ok(captured),
         Err(failure) => {

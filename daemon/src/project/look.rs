@@ -22,7 +22,7 @@ use super::handle::{Begin, Label, Message, ProjectHandle};
 use super::ids::new_operation;
 use crate::errors::Failure;
 use crate::services;
-use crate::steps::{Cancel, Site, prime};
+use crate::steps::{Cancel, Site, blocking, prime};
 
 /// When to look again where a checkpoint could not even be begun.
 const RETRY: Duration = Duration::from_secs(1);
@@ -151,7 +151,8 @@ async fn has_changed(site: &Site) -> bool {
 
 async fn is_unchanged(site: &Site, newest: CheckpointNumber) -> Result<bool, Failure> {
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let mapped = prime::mapped(site, &site.project.runs(site.project.running_agents())).await?;
+    let mapped = prime::mapped(site, &site.project.runs(site.project.running_agents()));
+    let mapped = blocking("look at what agents have mapped", mapped).await?;
     site.with_history(None, "look for changes", move |history, progress, cancel| {
         history.is_unchanged(&workspace, &rules, mapped, newest, progress, cancel)
     })

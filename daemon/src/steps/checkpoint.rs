@@ -30,10 +30,10 @@ use super::session::Scouted;
 use super::transcripts::{self, Copied, Opened};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::history::{HistoryError, Observed, Snapshot, SnapshotRequest};
-use crate::os::fsync::write_new;
+use crate::history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
+use crate::os::fsync::{sync_together, write_unsynced};
 use crate::plugins::{AgentProcess, SaveRequest};
-use crate::store::pinned::Pinned;
+use crate::store::pinned::{Pinned, Prepared};
 
 /// The version of a checkpoint's files.
 pub const FORMAT: u32 = 1;
@@ -97,8 +97,8 @@ impl Captured {
 pub enum Rows {
     /// While the agents stand still: from the draft, as far as it holds.
     Now(Option<Box<Draft>>),
-    /// Once they run again: only its instant is pinned.
-    Later,
+    /// Once they run again: only its instant is pinned. Its file may be there already.
+    Later(Option<Prepared>),
 }
 
 enum Taken {
@@ -121,13 +121,12 @@ pub async fn capture(
 ) -> Result<Captured, Failure> {
     super::failpoint("checkpoint.begin")?;
     let partial = site.dirs().partial_checkpoint(order.number);
-    database::create(&partial).await?;
     let database = async {
         match rows {
             Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft.map(|draft| *draft))
                 .await
                 .map(|(part, ms)| Taken::Written(part, ms)),
-            Rows::Later => database::begin(site, &partial).await.map(Taken::Pinned),
+            Rows::Later(opened) => database::begin(site, &partial, opened).await.map(Taken::Pinned),
         }
     };
     let (observed, rows, opened) = tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
@@ -177,16 +176,21 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64),
         message: format!("{} {} of {}\n", order.trigger.as_str(), order.number, site.project.name),
         parent: order.number.checked_sub(1).filter(|n| *n > 0),
         rules: site.rules(),
-        mapped: super::prime::mapped(site, &order.runs).await?,
+        mapped: Mapped::default(),
     };
+    let mapped = super::prime::mapped(site, &order.runs);
     let observed = site
         .with_history_at_once(&order.operation, "save the workspace", move |history, progress, cancel| {
             let mut request = request;
+            request.mapped = match mapped() {
+                Ok(mapped) => mapped,
+                Err(failure) => return Ok(Err(failure)),
+            };
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.observe(&request, progress, cancel).map(Aside::new)
+            history.observe(&request, progress, cancel).map(Aside::new).map(Ok)
         })
-        .await?;
+        .await??;
     Ok((observed, ms_since(start)))
 }
 
@@ -286,8 +290,7 @@ async fn finish(
     let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
     let size_bytes = files_bytes + snapshot.stats.new_bytes;
     let seal_start = Instant::now();
-    let manifest_sha256 = write_manifest(&manifest, &partial).await?;
-    publish(site, snapshot.share(), partial, place.clone()).await?;
+    let manifest_sha256 = publish(site, snapshot.share(), &manifest, partial, place.clone()).await?;
     parts_ms.insert("seal".to_owned(), ms_since(seal_start));
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
@@ -321,6 +324,9 @@ async fn artifacts(
     partial: &Path,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<ManifestPart>, Failure> {
+    if !site.services.plugins.may_save() {
+        return Ok(Vec::new());
+    }
     let directory = partial.join("plugins");
     let create = directory.clone();
     blocking("create the plugins' directory", move || {
@@ -369,37 +375,44 @@ async fn artifacts(
     Ok(parts)
 }
 
-/// Writes a manifest and returns its SHA-256.
-pub(super) async fn write_manifest(manifest: &Manifest, partial: &Path) -> Result<String, Failure> {
-    let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
-    let path = partial.join(MANIFEST);
-    blocking("write the manifest", move || {
-        // The directory is nobody's checkpoint yet: nothing has to be replaced.
-        write_new(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the manifest", &e))?;
-        Ok(hex(&Sha256::digest(&bytes)))
-    })
-    .await
-}
-
-async fn publish(site: &Site, snapshot: Arc<Snapshot>, partial: PathBuf, to: PathBuf) -> Result<(), Failure> {
+/// Publishes a snapshot, and gives what is beside it its place. Returns the SHA-256 of the manifest.
+async fn publish(
+    site: &Site,
+    snapshot: Arc<Snapshot>,
+    manifest: &Manifest,
+    partial: PathBuf,
+    to: PathBuf,
+) -> Result<String, Failure> {
     // Neither means anything without the row.
     let published = site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot));
-    let (placed, published) = tokio::join!(place(site, partial, to), published);
-    placed.and(published)
+    let (placed, published) = tokio::join!(place(site, manifest, partial, to), published);
+    placed.and_then(|sha256| published.map(|()| sha256))
 }
 
-/// Gives a checkpoint's directory, which is complete, its place.
-pub(super) async fn place(site: &Site, partial: PathBuf, place: PathBuf) -> Result<(), Failure> {
+/// Writes the manifest into a checkpoint's directory, of which nothing else is missing, and gives that its place.
+/// Returns the SHA-256 of the manifest.
+pub(super) async fn place(
+    site: &Site,
+    manifest: &Manifest,
+    partial: PathBuf,
+    place: PathBuf,
+) -> Result<String, Failure> {
     let parent = site.dirs().checkpoints();
-    blocking("give the checkpoint its place", move || {
+    let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
+    let sha256 = blocking("give the checkpoint its place", move || {
+        // The directory is nobody's checkpoint yet: nothing has to be replaced.
+        let manifest = write_unsynced(&partial.join(MANIFEST), &bytes, 0o600)
+            .map_err(|e| Failure::fault("write the manifest", &e))?;
         let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
-        let sync = |dir: &Path| File::open(dir).and_then(|dir| dir.sync_all()).map_err(failed);
-        sync(&partial)?;
         fs::rename(&partial, &place).map_err(failed)?;
-        sync(&parent)
+        // Before the row is there, nobody relies on any of them.
+        let dirs = (File::open(&place).map_err(failed)?, File::open(&parent).map_err(failed)?);
+        sync_together(&[&manifest, &dirs.0, &dirs.1]).map_err(failed)?;
+        Ok(hex(&Sha256::digest(&bytes)))
     })
     .await?;
-    super::failpoint("checkpoint.placed")
+    super::failpoint("checkpoint.placed")?;
+    Ok(sha256)
 }
 
 fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {

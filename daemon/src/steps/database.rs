@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::Instant;
@@ -17,7 +17,7 @@ use std::time::Instant;
 use fermata_core::Project;
 use fermata_protocol::checkpoint::ManifestPart;
 use fermata_protocol::context::ContextItem;
-use fermata_protocol::{AgentName, CheckpointNumber, UnixMillis};
+use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 
 use super::checkpoint::{CONTEXT, DATABASE, Order, part};
 use super::context_file::{ContextFile, Piece};
@@ -25,7 +25,7 @@ use super::flash_save::{self, Plans};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
 use crate::store::StoreError;
-use crate::store::pinned::{self, Copied, Pinned, Told};
+use crate::store::pinned::{self, Copied, Pinned, Prepared, Told};
 
 /// How many items are handed to the writer of the context at once.
 const BATCH: usize = 64;
@@ -64,24 +64,42 @@ fn archived_by(plans: &Plans) -> HashSet<i64> {
     plans.iter().flat_map(|(_, plan)| plan.items.iter().filter(|item| item.archive).map(|item| item.id)).collect()
 }
 
+/// Makes the directory of a checkpoint that is being made, and in it the file that rows will be copied to.
+///
+/// # Errors
+/// When either cannot be made.
+pub async fn open(site: &Site, partial: &Path) -> Result<Prepared, Failure> {
+    let (source, project, partial) =
+        (site.services.store.path().to_owned(), site.project.name.clone(), partial.to_owned());
+    blocking("begin to save the database", move || make(&source, &project, &partial)).await
+}
+
+fn make(source: &Path, project: &ProjectName, partial: &Path) -> Result<Prepared, Failure> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(partial)
+        .map_err(|e| fault(&format!("create {}", partial.display()), &e))?;
+    // What a draft that was not used has left.
+    for name in [DATABASE, CONTEXT] {
+        match fs::remove_file(partial.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fault("remove a draft", &error)),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    pinned::open(source, project, &partial.join(DATABASE)).map_err(rows)
+}
+
 /// Pins the instant that the rows are copied from. What is written to the database afterwards is not in the copy.
 ///
 /// # Errors
-/// When the database cannot be read.
-pub async fn begin(site: &Site, partial: &Path) -> Result<Pinned, Failure> {
+/// When the database cannot be read, or the file cannot be made where it is not `opened` yet.
+pub async fn begin(site: &Site, partial: &Path, opened: Option<Prepared>) -> Result<Pinned, Failure> {
     let (source, project, partial) =
         (site.services.store.path().to_owned(), site.project.name.clone(), partial.to_owned());
     blocking("begin to save the database", move || {
-        // What a draft that was not used has left.
-        for name in [DATABASE, CONTEXT] {
-            match fs::remove_file(partial.join(name)) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(fault("remove a draft", &error));
-                }
-                Ok(()) | Err(_) => {}
-            }
-        }
-        pinned::begin(&source, &project, &partial.join(DATABASE)).map_err(rows)
+        let opened = opened.map_or_else(|| make(&source, &project, &partial), Ok)?;
+        opened.pin().map_err(rows)
     })
     .await
 }
@@ -133,7 +151,7 @@ pub async fn save(
             return Ok((saved, ms_since(start)));
         }
     }
-    let pinned = begin(site, partial).await?;
+    let pinned = begin(site, partial, None).await?;
     let saved = copy(site, pinned, order, plans, now, partial).await?;
     Ok((saved, ms_since(start)))
 }
@@ -146,9 +164,8 @@ pub async fn save(
 pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failure> {
     super::failpoint("checkpoint.draft")?;
     let partial = site.dirs().partial_checkpoint(number);
-    create(&partial).await?;
     let plans = flash_save::plan(&site, None, crate::services::now()).await?;
-    let pinned = begin(&site, &partial).await?;
+    let pinned = begin(&site, &partial, None).await?;
     let (project, archived) = (Arc::clone(&site.project), archived_by(&plans));
     let draft = blocking("draft the database part", move || {
         let mut draft = write(pinned, &project, archived, &partial)?;
@@ -165,30 +182,16 @@ pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failur
     Ok(draft)
 }
 
-/// Makes the directory of a checkpoint that is being made.
-///
-/// # Errors
-/// When it cannot be made.
-pub async fn create(partial: &Path) -> Result<(), Failure> {
-    let partial: PathBuf = partial.to_owned();
-    blocking("create the checkpoint's directory", move || {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&partial)
-            .map_err(|e| Failure::fault(&format!("create {}", partial.display()), &e))
-    })
-    .await
-}
-
-/// Copies the rows; beside it another thread writes what the agents know as it is read.
+/// Copies the rows; beside it another thread writes what the agents know as it is read, where that is much.
 fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Path) -> Result<Draft, Failure> {
     let agents: Vec<AgentName> = project.agents.keys().cloned().collect();
     // A few batches: a writer that is behind must not let the whole context pile up.
     let (sender, pieces) = mpsc::sync_channel(16);
     std::thread::scope(|scope| {
         let (path, agents_there, left_out) = (partial.join(CONTEXT), &agents, &archived);
-        let writing = scope.spawn(move || ContextFile::write(&path, agents_there, left_out, &pieces).map_err(context));
+        let write = move || ContextFile::write(&path, agents_there, left_out, &pieces).map_err(context);
+        // A few pieces wait in the channel until the rows are copied.
+        let writing = if pinned.few { Err(write) } else { Ok(scope.spawn(write)) };
         let mut batch: Vec<ContextItem> = Vec::with_capacity(BATCH);
         let mut sender = Some(sender);
         let copied = pinned.copy(|told| {
@@ -211,7 +214,10 @@ fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Pa
             }
         });
         drop(sender);
-        let context = join(writing)?;
+        let context = match writing {
+            Ok(thread) => join(thread)?,
+            Err(write) => write()?,
+        };
         Ok((copied.map_err(rows)?, context))
     })
     .map(|(copied, context)| Draft { copied, context, agents, archived })

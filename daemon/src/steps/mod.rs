@@ -232,6 +232,7 @@ pub async fn blocking<T: Send + 'static>(
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
+    sizes: Arc<Mutex<storage::Sizes>>,
     /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
     unreclaimed: Arc<AtomicU64>,
     upkeep: upkeep::Upkeep,

@@ -5,20 +5,20 @@ use std::path::{Path, PathBuf};
 use fermata_core::command::AgentRun;
 use fermata_protocol::OperationId;
 
-use super::{Cancel, Site, blocking, storage};
+use super::{Cancel, Site, storage};
 use crate::errors::Failure;
 use crate::history::{Mapped, Primed, RelPath, SnapshotRequest};
 use crate::os::{mappings, process};
 
 /// Describes a snapshot that becomes no checkpoint.
-fn request(site: &Site, mapped: Mapped) -> SnapshotRequest {
+fn request(site: &Site) -> SnapshotRequest {
     SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
         number: 0,
         message: format!("what is known of {}\n", site.project.name),
         parent: None,
         rules: site.rules(),
-        mapped,
+        mapped: Mapped::default(),
     }
 }
 
@@ -28,12 +28,20 @@ fn request(site: &Site, mapped: Mapped) -> SnapshotRequest {
 /// When the workspace cannot be read or the store not be written.
 pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Failure> {
     let runs = site.project.runs(site.project.running_agents());
-    let (request, now) = (request(site, mapped(site, &runs).await?), crate::services::now());
+    let (mut request, now) = (request(site), crate::services::now());
+    let mapped = mapped(site, &runs);
     let primed = site
         .with_history(operation, "look at the workspace", move |history, progress, cancel| {
-            history.prime(&request, now.0, progress, cancel)
+            if history.is_primed(&request) {
+                return Ok(Ok(Primed::Already));
+            }
+            request.mapped = match mapped() {
+                Ok(mapped) => mapped,
+                Err(failure) => return Ok(Err(failure)),
+            };
+            history.prime(&request, now.0, progress, cancel).map(Ok)
         })
-        .await?;
+        .await??;
     if let Primed::Looked { read, files } = primed {
         tracing::debug!(project = %site.project.name, read, files, "the workspace is known");
     }
@@ -71,21 +79,19 @@ pub fn in_background(mut site: Site) {
     });
 }
 
-/// Finds the files of the workspace that agents can write to through memory.
-///
-/// # Errors
-/// When it cannot be found out.
-pub async fn mapped(site: &Site, runs: &[AgentRun]) -> Result<Mapped, Failure> {
+/// Returns what finds the files of the workspace that agents can write to through memory. It blocks, and fails when
+/// that cannot be found out.
+pub fn mapped(site: &Site, runs: &[AgentRun]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
     let shims: Vec<i32> = runs
         .iter()
         .filter_map(|(agent, _)| site.project.agents.get(agent)?.run.as_ref()?.processes.as_ref())
         .map(|processes| processes.shim_pid)
         .collect();
-    if shims.is_empty() {
-        return Ok(Mapped::default());
-    }
     let workspace = PathBuf::from(&site.project.facts.workspace);
-    blocking("look at what agents have mapped", move || {
+    move || {
+        if shims.is_empty() {
+            return Ok(Mapped::default());
+        }
         let workspace = workspace.canonicalize().unwrap_or(workspace);
         let mut mapped = Mapped::default();
         for shim in shims {
@@ -101,8 +107,7 @@ pub async fn mapped(site: &Site, runs: &[AgentRun]) -> Result<Mapped, Failure> {
             }
         }
         Ok(mapped)
-    })
-    .await
+    }
 }
 
 fn note(mapped: &mut Mapped, mapping: mappings::Mapping, workspace: &Path) {

@@ -59,7 +59,7 @@ pub async fn plan(
     let now = crate::services::now();
     let checking = async { if paths.is_none() { check_parts(site, number).await } else { Ok(()) } };
     let nothing_planned = Vec::new();
-    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later, None);
+    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later(None), None);
     // Both have ended before any error is looked at, so that nobody is at work when the checkpoint is discarded.
     let (checked, captured) = tokio::join!(checking, capturing);
     let captured = match (checked, captured) {

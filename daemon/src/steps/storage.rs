@@ -1,12 +1,15 @@
 //! What the checkpoints of a project take on disk, and giving it back.
 //!
 //! It is measured whenever it may have changed (a start, a checkpoint, a removal, packs that were joined) and
-//! kept in memory, so that looking at it costs nothing. The database knows nothing of it.
+//! kept in memory, so that looking at it costs nothing. The database knows nothing of it. Measuring lists names; the size
+//! of what never changes under its name is asked for once.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 
 use fermata_protocol::CheckpointNumber;
@@ -22,6 +25,12 @@ const BLOCK: u64 = 512;
 /// of a checkpoint frees any of them.
 const DRAFTS: &str = "history.git/pending";
 
+/// Where published packs lie, below the history.
+const PACKS: &str = "history.git/objects/pack";
+
+/// Where the names of the checkpoints lie, below the history.
+const REFS: &str = "history.git/refs/fermata/checkpoints";
+
 /// Measures what all checkpoints of the project take on disk, as the file system counts it, and remembers it.
 /// Whoever changes the store of snapshots calls this afterwards.
 ///
@@ -29,41 +38,103 @@ const DRAFTS: &str = "history.git/pending";
 /// When a directory cannot be listed.
 pub async fn measure(site: &Site) -> Result<u64, Failure> {
     let (dirs, cell) = (site.dirs(), site.history.clone());
-    let places = vec![dirs.checkpoints(), dirs.history()];
-    let drafts = dirs.history().join(DRAFTS);
+    let history = dirs.history();
+    let drafts = history.join(DRAFTS);
+    let places = vec![dirs.checkpoints(), history.clone()];
+    let constant = [dirs.checkpoints(), history.join(PACKS), history.join(REFS)];
     blocking("measure the checkpoints", move || {
-        let bytes = bytes_below(places, &drafts).map_err(|e| Failure::fault("measure the checkpoints", &e))?;
+        // One at a time: what is counted last is what is kept.
+        let mut sizes = cell.sizes.lock().unwrap_or_else(PoisonError::into_inner);
+        let failed = |e: io::Error| Failure::fault("measure the checkpoints", &e);
+        let counted = Count { without: &drafts, constant: &constant, before: &sizes, now: Sizes::new() };
+        let (bytes, now) = counted.below(places).map_err(failed)?;
+        *sizes = now;
         cell.used_bytes.store(bytes, Ordering::Relaxed);
         Ok(bytes)
     })
     .await
 }
 
-/// Adds up what everything in directories takes, `without` one of them. What goes meanwhile takes nothing.
-fn bytes_below(mut open: Vec<PathBuf>, without: &Path) -> io::Result<u64> {
-    let mut bytes = 0;
+/// What things take that do not change under their name, bytes.
+pub(super) type Sizes = HashMap<PathBuf, u64>;
+
+/// A measurement.
+struct Count<'a> {
+    /// A directory that does not count.
+    without: &'a Path,
+    /// The directories in which whatever has its final name has its final content: numbers, packs, refs.
+    constant: &'a [PathBuf],
+    before: &'a Sizes,
+    now: Sizes,
+}
+
+impl Count<'_> {
+    /// Adds up what everything in directories takes; returns it with what need not be asked for again.
+    fn below(mut self, places: Vec<PathBuf>) -> io::Result<(u64, Sizes)> {
+        let mut bytes = 0;
+        let mut open = places;
+        while let Some(dir) = open.pop() {
+            if !self.constant.contains(&dir) {
+                bytes += bytes_in(&dir, |below| open.extend((below != self.without).then_some(below)))?;
+                continue;
+            }
+            for entry in entries_of(&dir)? {
+                let path = entry?.path();
+                let size = match self.before.get(&path) {
+                    Some(known) => *known,
+                    None => bytes_of(&path)?,
+                };
+                // What is being made has another kind of name, and grows.
+                if path.extension().is_none_or(|end| end != "partial") {
+                    self.now.insert(path, size);
+                }
+                bytes += size;
+            }
+        }
+        Ok((bytes, self.now))
+    }
+}
+
+/// Adds up what something takes with all that is below it. What goes meanwhile takes nothing.
+fn bytes_of(path: &Path) -> io::Result<u64> {
+    let meta = match fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        meta => meta?,
+    };
+    let mut bytes = meta.blocks() * BLOCK;
+    let mut open = if meta.is_dir() { vec![path.to_owned()] } else { Vec::new() };
     while let Some(dir) = open.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            entries => entries?,
-        };
-        for entry in entries {
-            let entry = entry?;
-            match entry.metadata() {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-                Ok(meta) => {
-                    bytes += meta.blocks() * BLOCK;
-                    if meta.is_dir() && entry.path() != without {
-                        open.push(entry.path());
-                    }
+        bytes += bytes_in(&dir, |below| open.push(below))?;
+    }
+    Ok(bytes)
+}
+
+fn entries_of(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>> + use<>> {
+    let entries = match fs::read_dir(dir) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        entries => Some(entries?),
+    };
+    Ok(entries.into_iter().flatten())
+}
+
+/// Adds up what is directly in a directory, and names the directories among it.
+fn bytes_in(dir: &Path, mut found: impl FnMut(PathBuf)) -> io::Result<u64> {
+    let mut bytes = 0;
+    for entry in entries_of(dir)? {
+        let entry = entry?;
+        match entry.metadata() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+            Ok(meta) => {
+                bytes += meta.blocks() * BLOCK;
+                if meta.is_dir() {
+                    found(entry.path());
                 }
             }
         }
     }
     Ok(bytes)
 }
-
 /// Removes the files and snapshots of checkpoints that have no row any more, and gives the room back that
 /// nobody else needs.
 ///
@@ -83,19 +154,68 @@ pub async fn discard(site: &Site, numbers: &[CheckpointNumber]) -> Result<(), Fa
 mod tests {
     use super::*;
 
+    /// A store of snapshots, and what is known of it.
+    struct Bed {
+        dir: tempfile::TempDir,
+        sizes: Sizes,
+    }
+
+    impl Bed {
+        fn new() -> Bed {
+            let dir = tempfile::tempdir().unwrap();
+            for below in [DRAFTS, PACKS, REFS, "checkpoints"] {
+                fs::create_dir_all(dir.path().join(below)).unwrap();
+            }
+            Bed { dir, sizes: Sizes::new() }
+        }
+
+        fn path(&self, path: &str) -> PathBuf {
+            self.dir.path().join(path)
+        }
+
+        fn write(&self, path: &str, mib: usize) {
+            fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
+            fs::write(self.path(path), vec![1; mib << 20]).unwrap();
+        }
+
+        /// How many whole MiB there are.
+        fn measured(&mut self) -> u64 {
+            let constant = [self.path("checkpoints"), self.path(PACKS), self.path(REFS)];
+            let without = self.path(DRAFTS);
+            let count = Count { without: &without, constant: &constant, before: &self.sizes, now: Sizes::new() };
+            let (bytes, sizes) = count.below(vec![self.path("checkpoints"), self.path("history.git")]).unwrap();
+            self.sizes = sizes;
+            bytes >> 20
+        }
+    }
+
     #[test]
     fn drafts_do_not_count_as_checkpoints() {
-        let dir = tempfile::tempdir().unwrap();
-        let drafts = dir.path().join(DRAFTS);
-        let pack = dir.path().join("history.git/objects/pack");
-        fs::create_dir_all(drafts.join("consolidation")).unwrap();
-        fs::create_dir_all(&pack).unwrap();
-        let measured = || bytes_below(vec![dir.path().to_owned()], &drafts).unwrap();
-        let empty = measured();
-        fs::write(drafts.join("consolidation/pack-1.pack"), vec![1; 1 << 20]).unwrap();
-        fs::write(drafts.join("pack-2.gone"), vec![1; 1 << 20]).unwrap();
-        assert!(measured() < empty + (1 << 18));
-        fs::write(pack.join("pack-3.pack"), vec![1; 1 << 20]).unwrap();
-        assert!(measured() >= empty + (1 << 20));
+        let mut bed = Bed::new();
+        assert_eq!(bed.measured(), 0);
+        bed.write(&format!("{DRAFTS}/consolidation/pack-1.pack"), 1);
+        bed.write(&format!("{DRAFTS}/pack-2.gone"), 1);
+        assert_eq!(bed.measured(), 0);
+        bed.write(&format!("{PACKS}/pack-3.pack"), 1);
+        assert_eq!(bed.measured(), 1);
+    }
+
+    #[test]
+    fn what_comes_grows_and_goes_is_seen_and_what_cannot_change_is_remembered() {
+        let mut bed = Bed::new();
+        bed.write("checkpoints/7.partial/database.sqlite", 1);
+        bed.write("history.git/picture", 1);
+        assert_eq!(bed.measured(), 2);
+        bed.write("checkpoints/7.partial/transcripts/a", 2);
+        bed.write("history.git/picture", 3);
+        assert_eq!(bed.measured(), 6);
+        fs::rename(bed.path("checkpoints/7.partial"), bed.path("checkpoints/7")).unwrap();
+        bed.write(&format!("{PACKS}/pack-1.pack"), 2);
+        assert_eq!(bed.measured(), 8);
+        assert_eq!(bed.sizes.len(), 2, "{:?}", bed.sizes);
+        assert_eq!(bed.measured(), 8);
+        fs::remove_dir_all(bed.path("checkpoints/7")).unwrap();
+        assert_eq!(bed.measured(), 5);
+        assert_eq!(bed.sizes.len(), 1);
     }
 }

@@ -21,7 +21,7 @@ use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::{Value, json};
 
 use super::bundle::{self, Bundle, INDEX, PACK, Part};
-use super::checkpoint::{CONTEXT, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, write_manifest};
+use super::checkpoint::{CONTEXT, DATABASE, FORMAT, MANIFEST, Made, Order, part, place};
 use super::{Site, blocking, ms_since, note_bytes, validate};
 use crate::errors::Failure;
 use crate::history::{Incoming, Oid};
@@ -136,9 +136,8 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
     let manifest = adapt(site, order, &partial, manifest).await?;
     let packed: u64 = header.parts.iter().filter(|p| p.name == PACK || p.name == INDEX).map(|p| p.bytes).sum();
     let size_bytes = packed + files(&manifest).map(|part| part.bytes).sum::<u64>();
-    let manifest_sha256 = write_manifest(&manifest, &partial).await?;
     let placed = site.dirs().checkpoint(number);
-    place(site, partial, placed.clone()).await?;
+    let manifest_sha256 = place(site, &manifest, partial, placed.clone()).await?;
     site.with_history(None, "publish the snapshot", move |h, _, _| h.publish_received(&incoming, commit)).await?;
     let mut warnings = Vec::new();
     if from.project != site.project.name {

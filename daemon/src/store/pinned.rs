@@ -1,7 +1,8 @@
 //! Copies a project's rows into a database file of their own: the database part of a checkpoint.
 //!
 //! ```text
-//!   begin ─► one read transaction: what follows sees this instant, whatever is written meanwhile
+//!   open ──► the file, with its tables: nobody need stand still for that
+//!   pin ───► one read transaction: what follows sees this instant, whatever is written meanwhile
 //!   copy ──► the rows into the file, the context to whoever writes it out
 //!   refresh ► later, in a second transaction: the small tables anew, if the context is still the same
 //!   finish ─► synced
@@ -28,22 +29,38 @@ pub(super) const SMALL: &[(&str, &str)] = &[
     ("questions", "project"),
 ];
 
+/// What it keeps of the context.
+const CONTEXT: &[(&str, &str)] = &[("context_items", "project"), ("context_bodies", "id")];
+
 /// The events that change neither context items nor their bodies. Whatever else is told of a project,
 /// the context is taken to have changed.
 const HARMLESS: &str = "'operation.stepped', 'pause.started', 'agent.progressed', 'agent.used', 'agent.adopted', \
      'agent.session_found', 'agent.suspended', 'agent.continued', 'task.changed', \
      'question.asked', 'question.answered'";
 
+/// Up to so many context items a copy has small pages: each of its tables takes one at least, in every checkpoint.
+const FEW_ITEMS: i64 = 100;
+
+/// The sizes of a copy's pages, bytes: for few items, and for many.
+const PAGES: [u32; 2] = [1024, 16384];
+
 const BACKUP: &str = "back up the project's rows";
 
 /// Agents' own blobs, as JSON text.
 pub type States = Vec<(AgentName, String)>;
 
-/// A read transaction on one instant of the database, and the file that its rows go to.
-pub struct Pinned {
+/// A connection to the database, and the file that rows are to go to, with its tables.
+pub struct Prepared {
     connection: Connection,
     project: ProjectName,
     to: PathBuf,
+}
+
+/// The same with a read transaction on one instant of the database.
+pub struct Pinned {
+    opened: Prepared,
+    /// Whether there are so few context items that nothing is gained by more threads than one.
+    pub few: bool,
 }
 
 /// What is told of the context while it is copied, in this order.
@@ -73,23 +90,32 @@ struct AsOf {
     accesses: i64,
 }
 
-/// Begins a copy: from here on it sees what the database holds now.
+/// Makes the file of a copy; nothing is copied yet.
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be made.
-pub fn begin(database: &Path, project: &ProjectName, to: &Path) -> Result<Pinned, StoreError> {
+pub fn open(database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
     // A connection of its own, with the right to create: the attached file inherits its flags.
     let connection = connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
     connection.execute("ATTACH ?1 AS backup", [to.to_string_lossy()]).doing(BACKUP)?;
+    let page = PAGES[usize::from(!are_few(&connection, project)?)];
     // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end.
-    connection
-        .execute_batch(
-            "PRAGMA backup.page_size = 16384; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
-             PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384",
-        )
-        .doing(BACKUP)?;
-    pin(&connection)?;
-    Ok(Pinned { connection, project: project.clone(), to: to.to_owned() })
+    let settings = format!(
+        "PRAGMA backup.page_size = {page}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
+         PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384; BEGIN"
+    );
+    connection.execute_batch(&settings).doing(BACKUP)?;
+    for (table, _) in SMALL.iter().chain(CONTEXT) {
+        copy_schema(&connection, table)?;
+    }
+    let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
+    connection.execute_batch(&version).doing(BACKUP)?;
+    Ok(Prepared { connection, project: project.clone(), to: to.to_owned() })
+}
+
+fn are_few(connection: &Connection, project: &ProjectName) -> Result<bool, StoreError> {
+    let sql = "SELECT count(*) <= ?2 FROM (SELECT 1 FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
+    connection.query_row(sql, rusqlite::params![project.as_str(), FEW_ITEMS], |row| row.get(0)).doing(BACKUP)
 }
 
 /// A plain BEGIN takes nothing yet: the first read does.
@@ -98,24 +124,31 @@ fn pin(connection: &Connection) -> Result<(), StoreError> {
     connection.query_row("SELECT count(*) FROM main.meta", [], |_| Ok(())).doing(BACKUP)
 }
 
+impl Prepared {
+    /// Begins the copy: from here on it sees what the database holds now.
+    ///
+    /// # Errors
+    /// When the database cannot be read.
+    pub fn pin(self) -> Result<Pinned, StoreError> {
+        pin(&self.connection)?;
+        let few = are_few(&self.connection, &self.project)?;
+        Ok(Pinned { opened: self, few })
+    }
+}
+
 impl Pinned {
     /// Copies everything, and tells what the context is before it does.
     ///
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
     pub fn copy(self, mut tell: impl FnMut(Told)) -> Result<Copied, StoreError> {
-        let Self { connection, project, to } = self;
+        let Prepared { connection, project, to } = self.opened;
         let states = read_states(&connection, &project)?;
         tell(Told::States(&states));
         // Read first: whoever writes them out works beside the copy then.
         context::each_unarchived(&connection, &project, |item| tell(Told::Item(item)))?;
         tell(Told::All);
-        for (table, _) in SMALL {
-            copy_schema(&connection, table)?;
-        }
         copy_small(&connection, &project)?;
-        copy_schema(&connection, "context_items")?;
-        copy_schema(&connection, "context_bodies")?;
         for sql in [
             "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1",
             "INSERT INTO backup.context_bodies SELECT b.* FROM backup.context_items i \
@@ -128,8 +161,7 @@ impl Pinned {
             .query_row("SELECT count(*) FROM backup.context_items", [], |row| row.get::<_, i64>(0))
             .doing(BACKUP)?
             .unsigned_abs();
-        let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
-        connection.execute_batch(&version).doing(BACKUP)?;
+        connection.execute_batch("COMMIT").doing(BACKUP)?;
         Ok(Copied { connection, project, to, as_of, item_count })
     }
 }
@@ -283,7 +315,8 @@ mod tests {
         }
 
         fn begin(&self) -> Pinned {
-            begin(&self.dir.path().join("live.sqlite"), &project("web"), &self.file()).expect("pinned")
+            let opened = open(&self.dir.path().join("live.sqlite"), &project("web"), &self.file()).expect("opened");
+            opened.pin().expect("pinned")
         }
 
         fn texts(&self, name: &str) -> Vec<String> {

@@ -67,6 +67,41 @@ fn an_unchanged_tree_writes_no_blob_and_reads_no_file() {
 }
 
 #[test]
+fn a_checkpoint_of_what_is_the_same_is_another_name_for_the_one_before() {
+    let sandbox = Sandbox::new();
+    git_in(&sandbox.path(), &["init", "-q"]);
+    sandbox.write("dir/file", "content");
+    sandbox.let_files_age();
+    let after = |parent| SnapshotRequest { parent: Some(parent), ..sandbox.request(parent + 1) };
+    let take = |request: &SnapshotRequest| {
+        let taken = sandbox.history.snapshot(request, 1_700_000_000_000, &quiet, &NEVER).unwrap();
+        sandbox.history.publish(&taken).unwrap();
+        taken
+    };
+    let first = sandbox.checkpoint(1);
+    let packs = sandbox.history.pack_stats().unwrap().packs;
+    let second = take(&after(1));
+    assert_eq!((second.commit, second.stats.new_objects, second.stats.new_bytes), (first.commit, 0, 0));
+    assert_eq!(sandbox.history.pack_stats().unwrap().packs, packs, "it has no pack of its own");
+    assert_eq!(fs::read_dir(sandbox.outside("state/history.git/pending")).unwrap().count(), 0);
+
+    // What a restore warns about is part of it.
+    git_in(&sandbox.path(), &["symbolic-ref", "HEAD", "refs/heads/other"]);
+    let third = take(&after(2));
+    assert_ne!(third.commit, first.commit);
+    sandbox.write("dir/file", "changed");
+    take(&after(3));
+
+    // Each name stands for itself.
+    sandbox.history.remove(1).unwrap();
+    for number in 2..=4 {
+        sandbox.history.verify(number, &quiet, &NEVER).unwrap();
+    }
+    sandbox.restore(2, 9);
+    assert_eq!(fs::read(sandbox.at("dir/file")).unwrap(), b"content");
+}
+
+#[test]
 fn a_change_within_the_same_tick_is_seen() {
     let sandbox = Sandbox::new();
     for round in 1..20 {
