@@ -24,8 +24,8 @@ use super::context_file::{ContextFile, Piece};
 use super::flash_save::{self, Plans};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::store::StoreError;
 use crate::store::pinned::{self, Copied, Pinned, Prepared, Told};
+use crate::store::{Store, StoreError};
 
 /// How many items are handed to the writer of the context at once.
 const BATCH: usize = 64;
@@ -69,12 +69,11 @@ fn archived_by(plans: &Plans) -> HashSet<i64> {
 /// # Errors
 /// When either cannot be made.
 pub async fn open(site: &Site, partial: &Path) -> Result<Prepared, Failure> {
-    let (source, project, partial) =
-        (site.services.store.path().to_owned(), site.project.name.clone(), partial.to_owned());
-    blocking("begin to save the database", move || make(&source, &project, &partial)).await
+    let (store, project, partial) = (site.services.store.clone(), site.project.name.clone(), partial.to_owned());
+    blocking("begin to save the database", move || make(&store, &project, &partial)).await
 }
 
-fn make(source: &Path, project: &ProjectName, partial: &Path) -> Result<Prepared, Failure> {
+fn make(store: &Store, project: &ProjectName, partial: &Path) -> Result<Prepared, Failure> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -87,19 +86,18 @@ fn make(source: &Path, project: &ProjectName, partial: &Path) -> Result<Prepared
             Ok(()) | Err(_) => {}
         }
     }
-    pinned::open(source, project, &partial.join(DATABASE)).map_err(rows)
+    pinned::open(&store.spare(), store.path(), project, &partial.join(DATABASE)).map_err(rows)
 }
 
 /// Pins the instant that the rows are copied from. What is written to the database afterwards is not in the copy.
 ///
 /// # Errors
-/// When the database cannot be read, or the file cannot be made where it is not `opened` yet.
-pub async fn begin(site: &Site, partial: &Path, opened: Option<Prepared>) -> Result<Pinned, Failure> {
-    let (source, project, partial) =
-        (site.services.store.path().to_owned(), site.project.name.clone(), partial.to_owned());
+/// When the database cannot be read, or the file cannot be made where it is not `prepared` yet.
+pub async fn begin(site: &Site, partial: &Path, prepared: Option<Prepared>) -> Result<Pinned, Failure> {
+    let (store, project, partial) = (site.services.store.clone(), site.project.name.clone(), partial.to_owned());
     blocking("begin to save the database", move || {
-        let opened = opened.map_or_else(|| make(&source, &project, &partial), Ok)?;
-        opened.pin().map_err(rows)
+        let prepared = prepared.map_or_else(|| make(&store, &project, &partial), Ok)?;
+        prepared.pin().map_err(rows)
     })
     .await
 }

@@ -155,6 +155,7 @@ struct Inner {
     readers: Mutex<Vec<Connection>>,
     permits: Semaphore,
     wake: watch::Receiver<i64>,
+    spare: Arc<pinned::Spare>,
 }
 
 impl Store {
@@ -175,6 +176,7 @@ impl Store {
         let writer = Writer::start(connection, wake_sender);
         let inner = Inner {
             path: path.to_owned(),
+            spare: Arc::default(),
             id,
             writer,
             readers: Mutex::new(Vec::new()),
@@ -187,6 +189,11 @@ impl Store {
     /// Returns the id of this database.
     pub fn id(&self) -> &str {
         &self.inner.id
+    }
+
+    /// Returns the connection that is kept for copies of a project's rows.
+    pub fn spare(&self) -> Arc<pinned::Spare> {
+        Arc::clone(&self.inner.spare)
     }
 
     /// Returns the database's file.

@@ -10,6 +10,7 @@
 //! The transaction only reads the live database, so nobody waits for it.
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, ProjectName};
@@ -49,16 +50,35 @@ const BACKUP: &str = "back up the project's rows";
 /// Agents' own blobs, as JSON text.
 pub type States = Vec<(AgentName, String)>;
 
+/// A connection to the database that the last copy was made with: opening one takes as long as a small copy.
+#[derive(Default)]
+pub struct Spare(Mutex<Option<Connection>>);
+
+impl Spare {
+    fn take(&self) -> Option<Connection> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Keeps a connection that is attached to nothing.
+    fn keep(&self, connection: Connection) {
+        // What it has read of a large context is nobody's need any more.
+        if connection.execute_batch("PRAGMA shrink_memory").is_ok() {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        }
+    }
+}
+
 /// A connection to the database, and the file that rows are to go to, with its tables.
 pub struct Prepared {
     connection: Connection,
+    spare: Arc<Spare>,
     project: ProjectName,
     to: PathBuf,
 }
 
 /// The same with a read transaction on one instant of the database.
 pub struct Pinned {
-    opened: Prepared,
+    prepared: Prepared,
     /// Whether there are so few context items that nothing is gained by more threads than one.
     pub few: bool,
 }
@@ -76,6 +96,7 @@ pub enum Told<'a> {
 /// A copy that is complete, and not yet synced.
 pub struct Copied {
     connection: Connection,
+    spare: Arc<Spare>,
     project: ProjectName,
     to: PathBuf,
     as_of: AsOf,
@@ -94,9 +115,12 @@ struct AsOf {
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be made.
-pub fn open(database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
-    // A connection of its own, with the right to create: the attached file inherits its flags.
-    let connection = connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
+    let connection = match spare.take() {
+        Some(connection) => connection,
+        // One of its own, with the right to create: the attached file inherits its flags.
+        None => connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?,
+    };
     connection.execute("ATTACH ?1 AS backup", [to.to_string_lossy()]).doing(BACKUP)?;
     let page = PAGES[usize::from(!are_few(&connection, project)?)];
     // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end.
@@ -110,7 +134,7 @@ pub fn open(database: &Path, project: &ProjectName, to: &Path) -> Result<Prepare
     }
     let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
     connection.execute_batch(&version).doing(BACKUP)?;
-    Ok(Prepared { connection, project: project.clone(), to: to.to_owned() })
+    Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned() })
 }
 
 fn are_few(connection: &Connection, project: &ProjectName) -> Result<bool, StoreError> {
@@ -132,7 +156,7 @@ impl Prepared {
     pub fn pin(self) -> Result<Pinned, StoreError> {
         pin(&self.connection)?;
         let few = are_few(&self.connection, &self.project)?;
-        Ok(Pinned { opened: self, few })
+        Ok(Pinned { prepared: self, few })
     }
 }
 
@@ -142,7 +166,7 @@ impl Pinned {
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
     pub fn copy(self, mut tell: impl FnMut(Told)) -> Result<Copied, StoreError> {
-        let Prepared { connection, project, to } = self.opened;
+        let Prepared { connection, spare, project, to } = self.prepared;
         let states = read_states(&connection, &project)?;
         tell(Told::States(&states));
         // Read first: whoever writes them out works beside the copy then.
@@ -162,7 +186,7 @@ impl Pinned {
             .doing(BACKUP)?
             .unsigned_abs();
         connection.execute_batch("COMMIT").doing(BACKUP)?;
-        Ok(Copied { connection, project, to, as_of, item_count })
+        Ok(Copied { connection, spare, project, to, as_of, item_count })
     }
 }
 
@@ -210,7 +234,9 @@ impl Copied {
     /// When it cannot be synced.
     pub fn finish(self) -> Result<(), StoreError> {
         self.connection.execute_batch("DETACH backup").doing(BACKUP)?;
-        self.sync()
+        self.sync()?;
+        self.spare.keep(self.connection);
+        Ok(())
     }
 }
 
@@ -263,6 +289,7 @@ mod tests {
     struct Bed {
         dir: tempfile::TempDir,
         live: Connection,
+        spare: Arc<Spare>,
     }
 
     fn project(name: &str) -> ProjectName {
@@ -281,7 +308,7 @@ mod tests {
             let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
             let mut live = connect(&path, flags).expect("opened");
             migrations::migrate(&mut live, &path).expect("migrated");
-            let bed = Self { dir, live };
+            let bed = Self { dir, live, spare: Arc::default() };
             for name in ["web", "other"] {
                 let sql = "INSERT INTO projects VALUES (?1, '', NULL, NULL, NULL, '/w', 'active', 'review', '{}', '{}', \
                            NULL, '{}', 0, 0, 0)";
@@ -315,8 +342,9 @@ mod tests {
         }
 
         fn begin(&self) -> Pinned {
-            let opened = open(&self.dir.path().join("live.sqlite"), &project("web"), &self.file()).expect("opened");
-            opened.pin().expect("pinned")
+            let live = self.dir.path().join("live.sqlite");
+            let prepared = open(&self.spare, &live, &project("web"), &self.file()).expect("opened");
+            prepared.pin().expect("pinned")
         }
 
         fn texts(&self, name: &str) -> Vec<String> {
