@@ -147,6 +147,7 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         usage: spent(project),
         // Only who looks at the disk knows.
         disk_bytes: None,
+        look: None,
     }
 }
 

@@ -3,6 +3,7 @@
 //! Paths are fixed at the start. What a reload may change is in [`Settings`].
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Deserialize;
 use thiserror::Error;
@@ -282,11 +283,21 @@ impl Default for RestoreSettings {
 pub struct CheckpointSettings {
     /// Whether directories are watched, so that a checkpoint looks only where something has changed; read at the start.
     pub watch: bool,
+    /// How long after everything was looked at it is looked at again, before the next checkpoint, milliseconds: some
+    /// writes are told to nobody. 0 for never.
+    pub whole_look_ms: u64,
+}
+
+impl CheckpointSettings {
+    /// Returns how long after a look at everything another one is due.
+    pub fn whole_after(&self) -> Option<Duration> {
+        (self.whole_look_ms > 0).then(|| Duration::from_millis(self.whole_look_ms))
+    }
 }
 
 impl Default for CheckpointSettings {
     fn default() -> Self {
-        Self { watch: true }
+        Self { watch: true, whole_look_ms: 60 * 60_000 }
     }
 }
 

@@ -296,6 +296,19 @@ pub struct BrokenView {
     pub error: ErrorObject,
 }
 
+/// How far a look at a workspace has come that is taken while agents run, for instance the first one.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LookView {
+    /// The part that is under way: `scan`, `read`, `trees`, `pack`.
+    pub step: String,
+    /// How much of it is done.
+    pub done: u64,
+    /// How much there is; 0 when that is not known.
+    pub total: u64,
+    /// What is counted: `files`, `objects`, `paths`.
+    pub unit: String,
+}
+
 /// A project as `project.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ProjectView {
@@ -338,6 +351,9 @@ pub struct ProjectView {
     /// Bytes that all of its checkpoints take on disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
+    /// A look at the workspace that is under way.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub look: Option<LookView>,
 }
 
 /// A project as `project.show` shows it.

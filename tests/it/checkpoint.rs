@@ -9,7 +9,7 @@ use fermata_protocol::agent::{AgentRun, AgentStop};
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
 use fermata_protocol::operation::OperationState;
 use fermata_protocol::pause::{PauseMode, ProjectPause};
-use fermata_tests::waiting::{SOON, wait_until};
+use fermata_tests::waiting::{SOON, look_for, wait_until};
 use fermata_tests::workspace::fingerprint;
 use fermata_tests::{Sandbox, process};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -378,4 +378,27 @@ fn a_blip_that_ends_early_is_no_checkpoint_of_a_standing_project() {
     let refusal = refusal(answer).expect_err("the agent ran meanwhile");
     assert!(refusal.message.contains("did not stay frozen"), "{refusal:?}");
     is_untouched(&sandbox, &ticker, &[]);
+}
+
+#[test]
+fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
+    let sandbox = Sandbox::start();
+    let workspace = sandbox.workspace("web");
+    let noise = noise(256 << 10);
+    for n in 0..300_u32 {
+        workspace.write(&format!("f{n}"), [&noise[..], &n.to_le_bytes()].concat());
+    }
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    let (look, text) = look_for(SOON, || {
+        let look = show(&sandbox).project.look.filter(|look| look.step == "read" && look.done > 0)?;
+        Some((look, sandbox.ctl(&["project", "show", "web"])))
+    })
+    .expect("files that are being read");
+    assert!(look.total >= 300 && look.unit == "files", "{look:?}");
+    // It may have ended by the time that the text was made.
+    let line = text.lines().find(|line| line.contains("looking at the workspace"));
+    assert!(line.is_none_or(|line| line.contains(" of ") || line.contains("pack")), "{text}");
+    wait_until(SOON, "the look to end", || show(&sandbox).project.look.is_none());
+    let made = checkpoint(&sandbox);
+    assert!(made.size_bytes < 1 << 20, "the background has stored it: {made:?}");
 }

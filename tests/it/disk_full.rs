@@ -2,8 +2,7 @@
 //! why not, agents run on, nothing stays half done, and with room it works again.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Read as _;
+use std::fs;
 use std::path::Path;
 
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore};
@@ -32,12 +31,6 @@ const SPARED: u64 = 64 << 20;
 
 /// More than any operation here needs.
 const ENOUGH: u64 = 3 << 20;
-
-fn noise(bytes: usize) -> Vec<u8> {
-    let mut noise = vec![0_u8; bytes];
-    File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut noise)).expect("read urandom");
-    noise
-}
 
 fn bed(size: &str) -> Sandbox {
     Sandbox::builder()
@@ -411,12 +404,12 @@ fn a_disk_that_turns_read_only_in_the_middle_of_a_checkpoint_costs_only_that_one
 }
 
 /// Stops the daemon in the middle of a call, turns a directory read-only, and lets it go on; returns the answer, once
-/// that directory can be written to again.
+/// that directory can be written to again. `until`, which is told whether there is an answer already, says when.
 fn meanwhile_read_only<M: Method + Sync>(
     sandbox: &Sandbox,
     params: &M,
     directory: &Path,
-    until: impl FnOnce(),
+    until: impl FnOnce(&dyn Fn() -> bool),
 ) -> Result<M::Result, Refusal>
 where
     M::Result: Send,
@@ -426,7 +419,7 @@ where
         wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
         let read_only = ReadOnly::at(directory);
         sandbox.signal_daemon(Signal::SIGCONT);
-        until();
+        until(&|| asked.is_finished());
         drop(read_only);
         asked.join().expect("an answer")
     })
@@ -443,11 +436,13 @@ fn a_consolidation_whose_disk_turns_read_only_replaces_all_or_nothing() {
             checkpoint(&sandbox);
         }
         let consolidate = CheckpointConsolidate { project: web(), everything: true };
-        let told = || {
+        let told = |answered: &dyn Fn() -> bool| {
             all_verify(&sandbox);
+            // It stands back behind everything else that runs here.
+            wait_until(SOON, "the consolidation to fail", answered);
         };
         let answer = meanwhile_read_only(&sandbox, &consolidate, &sandbox.state_dir().join("projects"), told);
-        tells_of_read_only(&answer.expect_err("nothing could be written"), failpoint);
+        tells_of_read_only(&answer.expect_err(&format!("nothing could be written at {failpoint}")), failpoint);
         all_verify(&sandbox);
         workspace.write("README.md", "round 5\n");
         let made = checkpoint(&sandbox).id;
@@ -464,7 +459,7 @@ fn a_restore_into_a_workspace_that_turns_read_only_goes_on_when_it_can_be_writte
     let workspace = at_rest(&sandbox);
     let was = files(&workspace);
     workspace.write("README.md", "# Later\n").write("new/file.txt", "new\n").remove("src/lib.rs");
-    let tried = || {
+    let tried = |_: &dyn Fn() -> bool| {
         let retried = || sandbox.ctl(&["events", "--project", "web", "--json"]).contains("restore.retried");
         wait_until(SOON, "a try to be told", retried);
     };

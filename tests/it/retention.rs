@@ -265,13 +265,6 @@ fn disk_usage(path: &Path) -> u64 {
         .sum()
 }
 
-fn noise(bytes: usize) -> Vec<u8> {
-    let mut noise = vec![0_u8; bytes];
-    let mut random = fs::File::open("/dev/urandom").expect("open urandom");
-    std::io::Read::read_exact(&mut random, &mut noise).expect("read urandom");
-    noise
-}
-
 #[test]
 fn what_the_checkpoints_take_is_shown_as_it_is_on_disk() {
     let mut sandbox = Sandbox::start();

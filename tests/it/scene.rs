@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io::Read as _;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -190,6 +191,13 @@ pub fn refusal<T>(result: Result<T, ClientError>) -> Result<T, Refusal> {
 #[track_caller]
 pub fn show(sandbox: &Sandbox) -> ProjectDetail {
     done(sandbox, &ProjectShow { project: web() })
+}
+
+/// Makes bytes that nothing makes smaller.
+pub fn noise(bytes: usize) -> Vec<u8> {
+    let mut noise = vec![0_u8; bytes];
+    fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut noise)).expect("read urandom");
+    noise
 }
 
 /// Returns the status of `web`.

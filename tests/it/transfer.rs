@@ -84,6 +84,22 @@ fn a_checkpoint_is_restored_on_another_machine() {
 }
 
 #[test]
+fn a_file_that_would_break_the_quota_is_refused() {
+    let here = Sandbox::start();
+    let (_workspace, file) = exported(&here);
+    let (there, _other) = elsewhere();
+    there.ctl(&["project", "set", "web", "--max-checkpoint-bytes", "4KiB"]);
+    let bytes = fs::read(&file).expect("the file");
+    let refusal = import(&there, &bytes).expect_err("there is no room");
+    assert_eq!(refusal.code, Code::QuotaExceeded);
+    assert!(refusal.hint.as_deref().is_some_and(|hint| hint.contains("--max-checkpoint-bytes")), "{refusal:?}");
+    only_these_are_left(&there, &[]);
+    there.ctl(&["project", "set", "web", "--max-checkpoint-bytes", "0"]);
+    import(&there, &bytes).expect("without a quota");
+    all_verify(&there);
+}
+
+#[test]
 fn an_import_into_the_same_daemon_gets_a_new_number_also_in_a_project_of_another_name() {
     let sandbox = Sandbox::start();
     let (_workspace, file) = exported(&sandbox);

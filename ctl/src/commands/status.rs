@@ -6,7 +6,7 @@ use fermata_protocol::ProjectName;
 use fermata_protocol::agent::{AgentView, Usage};
 use fermata_protocol::budget::Budget;
 use fermata_protocol::daemon::DaemonStatus;
-use fermata_protocol::project::{AutomaticCheckpoints, ProjectDetail, ProjectList, ProjectShow, ProjectView};
+use fermata_protocol::project::{AutomaticCheckpoints, LookView, ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;
 
 use super::{Ended, target_of};
@@ -156,6 +156,15 @@ pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
     table
 }
 
+/// How far a look at the workspace has come.
+fn look(look: &LookView) -> String {
+    let LookView { step, done, total, unit } = look;
+    match total {
+        0 => step.clone(),
+        _ => format!("{step}, {} of {} {unit}", number(*done), number(*total)),
+    }
+}
+
 fn tasks(project: &ProjectView) -> String {
     match project.tasks_total {
         0 => String::new(),
@@ -249,6 +258,7 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
         .add("created", out.ago(project.created_at))
         .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
         .maybe("operation", operation)
+        .maybe("looking at the workspace", project.look.as_ref().map(look))
         .maybe("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
         .add(
             "checkpoints",

@@ -10,6 +10,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use nix::errno::Errno;
 use rayon::prelude::*;
@@ -29,6 +30,9 @@ use super::{OnProgress, Phase, Progress};
 /// Files up to this size are read into memory.
 const SMALL: u64 = 1024 * 1024;
 const ATTEMPTS: u32 = 4;
+
+/// How often progress is told, milliseconds.
+const TOLD_EVERY_MS: u64 = 50;
 
 /// Where new blobs go.
 pub(super) struct BlobSink<'a> {
@@ -116,6 +120,8 @@ impl Reading<'_> {
     /// Reads files and links, side by side, and notes in each what it came to.
     pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
         let (done, total) = (AtomicU64::new(0), unread.len() as u64);
+        let (clock, told_at) = (Instant::now(), AtomicU64::new(0));
+        (self.progress)(Progress { phase: Phase::Read, done: 0, total });
         let read = |entry: &&Unread| {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
@@ -123,7 +129,11 @@ impl Reading<'_> {
             let outcome = self.read_one(entry)?;
             entry.outcome.get_or_init(|| outcome);
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-            if done.is_multiple_of(256) || done == total {
+            let (now, before) = (clock.elapsed().as_millis() as u64, told_at.load(Ordering::Relaxed));
+            // Whoever comes first tells for all.
+            let due = now >= before + TOLD_EVERY_MS
+                && told_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+            if due || done == total {
                 (self.progress)(Progress { phase: Phase::Read, done, total });
             }
             Ok(())

@@ -79,6 +79,7 @@ use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 pub use beneath::Time;
 pub use bundle::{Exported, Incoming};
@@ -181,6 +182,8 @@ struct Known {
     trusted: bool,
     /// Up to where it has dealt with the watcher's events.
     epoch: Option<u64>,
+    /// When everything was looked at last.
+    whole_at: Option<Instant>,
     /// How much has been learnt since it was written to the disk.
     unsaved: u64,
     /// Whether the disk was asked.
@@ -312,7 +315,7 @@ impl History {
     ) -> Result<Listing> {
         let started_ns = observe::nanos_now();
         let none = Mapped::default();
-        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, cancel };
+        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, afresh: false, cancel };
         let look = pool::on(Hurry::Background, || self.look(&looking))?;
         let reading = Reading {
             root,

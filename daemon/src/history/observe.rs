@@ -42,6 +42,8 @@ pub(super) struct Looking<'a> {
     pub started_ns: i128,
     /// Whether what is not known will be stored, so that it must not rely on what may be gone.
     pub stores: bool,
+    /// Whether everything is to be looked at, although the watcher knows what has changed.
+    pub afresh: bool,
     /// Set by the caller to end early.
     pub cancel: &'a AtomicBool,
 }
@@ -114,7 +116,8 @@ impl History {
         let clock = Instant::now();
         let root = Root::open(&real)?;
         let (rules, mapped) = (&request.rules, &request.mapped);
-        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, cancel };
+        let afresh = self.is_overdue(request);
+        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, afresh, cancel };
         let hurry = request.hurry();
         let look = pool::on(hurry, || self.look(&looking))?;
         took.scan_us = micros(clock);
@@ -192,7 +195,7 @@ impl History {
         let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
         let epoch = taken.as_ref().map(|taken| taken.epoch);
         let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
-        let partly = match (as_before.filter(|_| trusted), events) {
+        let partly = match (as_before.filter(|_| trusted && !looking.afresh), events) {
             (Some(before), Ok(events)) => {
                 dirty.merge(events);
                 before.suspects().iter().for_each(|path| dirty.mark(path));

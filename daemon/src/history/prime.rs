@@ -79,7 +79,17 @@ impl History {
         let Ok(real) = self.checked_workspace(&request.workspace) else { return false };
         let same = picture.is_some_and(|known| known.rules == request.rules && self.is_as_before(&real, &known));
         // Without a watcher, every look compares all states: there is nothing more to know beforehand.
-        trusted && same && self.watch.as_ref().is_none_or(|watch| watch.is_complete(FEW_NAMES))
+        trusted
+            && same
+            && !self.is_overdue(request)
+            && self.watch.as_ref().is_none_or(|watch| watch.is_complete(FEW_NAMES))
+    }
+
+    /// Says whether it is time to look at everything again: some writes raise no event, for instance through a file that
+    /// had no name when it was opened. Never while agents stand still.
+    pub(super) fn is_overdue(&self, request: &SnapshotRequest) -> bool {
+        let past = |after| self.lock_known().whole_at.is_some_and(|at| at.elapsed() >= after);
+        self.watch.is_some() && !request.is_checkpoint() && request.whole_after.is_some_and(past)
     }
 
     /// Writes the known picture to the disk, where enough has been learnt since the last time.

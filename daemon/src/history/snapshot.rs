@@ -9,7 +9,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,8 @@ pub struct SnapshotRequest {
     pub rules: Rules,
     /// Files that somebody can write to through a mapping, which shows in no state of theirs.
     pub mapped: Mapped,
+    /// How long after a look at everything another one is due, whatever the watcher says; none when never.
+    pub whole_after: Option<Duration>,
 }
 
 impl SnapshotRequest {
@@ -56,7 +58,7 @@ impl SnapshotRequest {
     }
 
     /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
-    fn is_checkpoint(&self) -> bool {
+    pub(super) fn is_checkpoint(&self) -> bool {
         self.number > 0
     }
 }
@@ -382,6 +384,9 @@ impl History {
         known.epoch = snapshot.epoch;
         known.picture = Some(Arc::clone(&snapshot.picture));
         known.trusted = true;
+        if snapshot.whole {
+            known.whole_at = Some(Instant::now());
+        }
         known.unsaved += if snapshot.whole { WHOLE_LOOK } else { 1 };
         // Under the same lock: a later look's watches and events must not be taken for this one's.
         let picture = &snapshot.picture;

@@ -35,6 +35,7 @@ impl History {
             parent: Some(number),
             rules: rules.clone(),
             mapped,
+            whole_after: None,
         };
         // Dropped without being published, and gone with all that it has written.
         let now = self.snapshot(&request, 0, progress, cancel)?;

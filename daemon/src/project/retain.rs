@@ -13,6 +13,7 @@ use fermata_core::command::Command;
 use fermata_core::retention::{self, Ask, Point, Removal};
 use fermata_protocol::CheckpointNumber;
 use fermata_protocol::event::Event;
+use fermata_protocol::project::LookView;
 use fermata_protocol::retention::{CheckpointRemoveResult, RemovalReason, RemovedCheckpoint};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -59,6 +60,11 @@ impl ProjectHandle {
     /// Returns what all checkpoints of the project take on disk, bytes.
     pub fn disk_bytes(&self) -> u64 {
         self.history.used_bytes()
+    }
+
+    /// Returns how far a look at the workspace has come that is under way while agents run.
+    pub fn look_under_way(&self) -> Option<LookView> {
+        self.history.look_under_way()
     }
 }
 

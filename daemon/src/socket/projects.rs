@@ -32,12 +32,14 @@ pub(super) async fn set(projects: &Projects, params: ProjectSet, keyed: Option<K
         .await
 }
 
+/// Adds what the database does not know.
+fn seen(handle: &ProjectHandle, view: ProjectView) -> ProjectView {
+    ProjectView { disk_bytes: Some(handle.disk_bytes()), look: handle.look_under_way(), ..view }
+}
+
 pub(super) fn list(projects: &Projects) -> Result<Value, Failure> {
     let now = now();
-    let shown = |handle: &ProjectHandle| ProjectView {
-        disk_bytes: Some(handle.disk_bytes()),
-        ..view::project(&handle.look(), now)
-    };
+    let shown = |handle: &ProjectHandle| seen(handle, view::project(&handle.look(), now));
     let views = projects.all().iter().map(shown).collect();
     wire(&ProjectListResult { projects: views })
 }
@@ -58,7 +60,7 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
     let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent, now())).collect();
     loads::fill(projects.services(), &[&project], &mut agents).await;
     wire(&ProjectDetail {
-        project: ProjectView { disk_bytes: Some(handle.disk_bytes()), ..view::project(&project, now()) },
+        project: seen(&handle, view::project(&project, now())),
         config: project.facts.config.clone(),
         agents,
         operation: view::operation(&project),

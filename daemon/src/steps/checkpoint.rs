@@ -177,6 +177,7 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64),
         parent: order.number.checked_sub(1).filter(|n| *n > 0),
         rules: site.rules(),
         mapped: Mapped::default(),
+        whole_after: None,
     };
     let mapped = super::prime::mapped(site, &order.runs);
     let observed = site

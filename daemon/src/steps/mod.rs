@@ -41,6 +41,7 @@ use std::time::Instant;
 
 use fermata_core::Project;
 use fermata_core::retention::Policy;
+use fermata_protocol::project::LookView;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -162,8 +163,24 @@ impl Site {
     }
 }
 
-fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
-    let (step, unit) = match progress.phase {
+/// A look at a workspace that is told of, until it ends.
+struct Looking(Arc<Mutex<Option<history::Progress>>>);
+
+impl Looking {
+    fn tell(&self, progress: history::Progress) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+    }
+}
+
+impl Drop for Looking {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// What a part of the history's work is called, and what is counted in it.
+fn words(phase: history::Phase) -> (&'static str, &'static str) {
+    match phase {
         history::Phase::Scan => ("scan", "paths"),
         history::Phase::Read => ("read", "files"),
         history::Phase::Trees => ("trees", "directories"),
@@ -171,7 +188,11 @@ fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
         history::Phase::Verify => ("verify", "objects"),
         history::Phase::Apply => ("apply", "paths"),
         history::Phase::Recheck => ("recheck", "paths"),
-    };
+    }
+}
+
+fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
+    let (step, unit) = words(progress.phase);
     ProgressNote {
         operation_id: operation.clone(),
         step: step.to_owned(),
@@ -233,6 +254,7 @@ pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
     sizes: Arc<Mutex<storage::Sizes>>,
+    looking: Arc<Mutex<Option<history::Progress>>>,
     /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
     unreclaimed: Arc<AtomicU64>,
     upkeep: upkeep::Upkeep,
@@ -255,6 +277,20 @@ impl HistoryCell {
         let history = Arc::new(History::open_watched(dir, watcher)?);
         *opened = Some(Arc::clone(&history));
         Ok(history)
+    }
+
+    /// Begins to tell of a look at the workspace.
+    fn looking(&self) -> Looking {
+        Looking(Arc::clone(&self.looking))
+    }
+
+    /// Returns how far a look at the workspace has come that is under way while agents run.
+    pub fn look_under_way(&self) -> Option<LookView> {
+        let progress = *self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        progress.map(|history::Progress { phase, done, total }| {
+            let (step, unit) = words(phase);
+            LookView { step: step.to_owned(), done, total, unit: unit.to_owned() }
+        })
     }
 
     /// Returns what the project's checkpoints took on disk when they were measured last, bytes.

@@ -19,6 +19,7 @@ fn request(site: &Site) -> SnapshotRequest {
         parent: None,
         rules: site.rules(),
         mapped: Mapped::default(),
+        whole_after: site.services.settings().checkpoints.whole_after(),
     }
 }
 
@@ -30,6 +31,7 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
     let runs = site.project.runs(site.project.running_agents());
     let (mut request, now) = (request(site), crate::services::now());
     let mapped = mapped(site, &runs);
+    let looking = site.history.looking();
     let primed = site
         .with_history(operation, "look at the workspace", move |history, progress, cancel| {
             if history.is_primed(&request) {
@@ -39,7 +41,11 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
                 Ok(mapped) => mapped,
                 Err(failure) => return Ok(Err(failure)),
             };
-            history.prime(&request, now.0, progress, cancel).map(Ok)
+            let tell = |now| {
+                looking.tell(now);
+                progress(now);
+            };
+            history.prime(&request, now.0, &tell, cancel).map(Ok)
         })
         .await??;
     if let Primed::Looked { read, files } = primed {

@@ -169,6 +169,7 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
 }
 
 async fn has_room(site: &Site, bytes: u64) -> Result<(), Failure> {
+    validate::keeps_quota(site, bytes)?;
     let (state, floor) = (site.services.paths.state.clone(), site.services.settings().pause.disk_floor_bytes);
     blocking("look for free space", move || validate::leaves_room(&state, floor, bytes)).await
 }

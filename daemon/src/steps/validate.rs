@@ -55,25 +55,46 @@ pub async fn look(site: &Site) -> Result<Option<Shortage>, Failure> {
     }
 }
 
-fn over_quota(site: &Site, used: u64, quota: u64) -> Option<Shortage> {
-    (used >= quota).then(|| Shortage {
-        bytes: used - quota + 1,
-        reason: RemovalReason::Quota,
-        refusal: Refusal::new(
-            Code::QuotaExceeded,
-            format!(
-                "the checkpoints of project '{0}' take {1} MiB, of {2} MiB that they may, and none of them may go",
+/// Refuses what would bring so many bytes, where the project's checkpoints would take more than they may then.
+///
+/// # Errors
+/// `quota_exceeded`.
+pub fn keeps_quota(site: &Site, bytes: u64) -> Result<(), Failure> {
+    let used = site.history.needed_bytes();
+    match site.retention().quota() {
+        Some(quota) if used.saturating_add(bytes) > quota => {
+            let text = format!(
+                "with the {} MiB of the file, the checkpoints of project '{}' would take more than the {} MiB that they may",
+                bytes.div_ceil(1 << 20),
                 site.project.name,
-                used.div_ceil(1 << 20),
                 quota >> 20
-            ),
-        )
+            );
+            Err(quota_refusal(site, text, used, quota).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn quota_refusal(site: &Site, text: String, used: u64, quota: u64) -> Refusal {
+    Refusal::new(Code::QuotaExceeded, text)
         .hint(format!(
             "unpin or remove checkpoints (fermatactl checkpoint ls {0}), or raise the quota: \
              fermatactl project set {0} --max-checkpoint-bytes SIZE",
             site.project.name
         ))
-        .details(json!({ "used_bytes": used, "max_bytes": quota })),
+        .details(json!({ "used_bytes": used, "max_bytes": quota }))
+}
+
+fn over_quota(site: &Site, used: u64, quota: u64) -> Option<Shortage> {
+    (used >= quota).then(|| {
+        let text = format!(
+            "the checkpoints of project '{0}' take {1} MiB, of {2} MiB that they may, and none of them may go",
+            site.project.name,
+            used.div_ceil(1 << 20),
+            quota >> 20
+        );
+        let refusal = quota_refusal(site, text, used, quota);
+        Shortage { bytes: used - quota + 1, reason: RemovalReason::Quota, refusal }
     })
 }
 

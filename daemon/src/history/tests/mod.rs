@@ -77,6 +77,7 @@ impl Sandbox {
             parent: None,
             rules: self.rules.clone(),
             mapped: Mapped::default(),
+            whole_after: None,
         }
     }
 

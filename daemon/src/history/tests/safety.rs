@@ -196,6 +196,7 @@ fn killed_publication_body() {
         parent: Some(1),
         rules,
         mapped: Mapped::default(),
+        whole_after: None,
     };
     let snapshot = history.snapshot(&request, 7, &quiet, &NEVER).unwrap();
     history.publish(&snapshot).unwrap();

@@ -3,6 +3,7 @@
 use std::ffi::CString;
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::Write;
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -303,6 +304,43 @@ fn what_is_out_of_sight_while_it_is_read_is_not_forgotten() {
     });
     sandbox.let_files_age();
     agrees(&sandbox, 1);
+}
+
+#[test]
+fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time() {
+    use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
+    use nix::sys::stat::Mode;
+
+    let sandbox = Sandbox::new();
+    sandbox.write("dir/other", "1");
+    sandbox.checkpoint(1);
+    // Linked into the workspace, and then written to through the descriptor that it had when it had no name.
+    let flags = OFlag::O_TMPFILE | OFlag::O_RDWR;
+    let nameless = match open(&sandbox.at("dir"), flags, Mode::from_bits_truncate(0o644)) {
+        // Some file systems know no files without a name; then there is nothing to miss.
+        Err(nix::errno::Errno::EOPNOTSUPP) => return,
+        opened => opened.unwrap(),
+    };
+    let through = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&nameless));
+    nix::unistd::linkat(AT_FDCWD, &*through, AT_FDCWD, &sandbox.at("dir/named"), AtFlags::AT_SYMLINK_FOLLOW).unwrap();
+    sandbox.let_files_age();
+    agrees(&sandbox, 2);
+    sandbox.let_files_age();
+    assert!(looked_at_a_part(&sandbox.checkpoint(3)));
+    File::from(nameless).write_all(b"told to nobody").unwrap();
+    sandbox.let_files_age();
+
+    let prime = |whole_after| {
+        let request = SnapshotRequest { number: 0, whole_after, ..sandbox.request(1) };
+        sandbox.history.prime(&request, 5, &quiet, &NEVER).unwrap()
+    };
+    assert_eq!(prime(None), Primed::Already);
+    assert_eq!(prime(Some(Duration::from_secs(3600))), Primed::Already, "it is not time yet");
+    assert_eq!(prime(Some(Duration::ZERO)), Primed::Looked { read: 1, files: 2 });
+    agrees(&sandbox, 4);
+    // A checkpoint itself never takes the time for it.
+    let request = SnapshotRequest { whole_after: Some(Duration::ZERO), ..sandbox.request(5) };
+    assert!(looked_at_a_part(&sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap()));
 }
 
 #[test]
