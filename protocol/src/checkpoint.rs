@@ -303,8 +303,11 @@ pub struct ChangedPath {
 /// Result of `checkpoint.diff`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointDiffResult {
-    /// The paths that differ, by path.
+    /// The paths that differ, by path; of very many the first.
     pub changes: Vec<ChangedPath>,
+    /// How many differ in all.
+    #[serde(default)]
+    pub changes_total: u64,
     /// The unified diff of the text files among them, when it was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub patch: Option<String>,
@@ -350,8 +353,11 @@ pub struct CheckpointRestoreResult {
     /// The checkpoint of what was there before; restoring it undoes the restore.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub safety_checkpoint_id: Option<CheckpointNumber>,
-    /// What changed, or for a dry run would change, in the workspace.
+    /// What changed, or for a dry run would change, in the workspace; of very many paths the first.
     pub changes: Vec<ChangedPath>,
+    /// How many paths that are.
+    #[serde(default)]
+    pub changes_total: u64,
     /// How many paths were written.
     pub written: u64,
     /// How many paths were removed.

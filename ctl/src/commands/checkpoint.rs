@@ -193,7 +193,7 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
             skipped.row([Cell::from(&path.path), because.into()]);
         }
         out.table(&skipped)?;
-        more(out, detail.skipped.len(), detail.skipped_total)?;
+        restore::more(out, detail.skipped.len(), detail.skipped_total)?;
     }
     if !detail.torn.is_empty() {
         out.line("")?;
@@ -202,17 +202,9 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
             torn.row([Cell::from(path)]);
         }
         out.table(&torn)?;
-        more(out, detail.torn.len(), detail.torn_total)?;
+        restore::more(out, detail.torn.len(), detail.torn_total)?;
     }
     out.warnings(&metadata.warnings)
-}
-
-/// Says how many rows are not shown.
-fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
-    match total.saturating_sub(shown as u64) {
-        0 => Ok(()),
-        left => out.line(format_args!("and {} more", number(left))),
-    }
 }
 
 fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Result<(), Failure> {
@@ -224,6 +216,11 @@ fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Res
         (Some(_), Format::Ids) | (None, _) => {
             let path = |change: &ChangedPath| clean(&change.path);
             out.rows(&result.changes, "no differences", path, |_, changes| restore::change_table(changes))?;
+            if out.format() == Format::Human {
+                restore::more(out, result.changes.len(), result.changes_total)?;
+            } else if result.changes_total > result.changes.len() as u64 {
+                note(&format!("{} paths differ in all", number(result.changes_total)));
+            }
             if stat && out.format() == Format::Human && !result.changes.is_empty() {
                 out.line("")?;
                 out.line(restore::sums(&result.changes))?;

@@ -11,7 +11,7 @@ use fermata_protocol::project::ProjectShow;
 
 use super::pause::steps_text;
 use crate::errors::Failure;
-use crate::output::time::bytes;
+use crate::output::time::{bytes, number};
 use crate::output::{Cell, Facts, Output, Paint, Table};
 use crate::session::Session;
 
@@ -94,6 +94,14 @@ pub(super) fn change_table(changes: &[ChangedPath]) -> Table {
     table
 }
 
+/// Says how many rows are not shown.
+pub(super) fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
+    match total.saturating_sub(shown as u64) {
+        0 => Ok(()),
+        left => out.line(format_args!("and {} more", number(left))),
+    }
+}
+
 /// Adds up what changed.
 pub(super) fn sums(changes: &[ChangedPath]) -> String {
     let count = |kind: fn(ChangeKind) -> bool| changes.iter().filter(|change| kind(change.change)).count();
@@ -108,6 +116,7 @@ pub(super) fn sums(changes: &[ChangedPath]) -> String {
 pub(super) fn shown(out: &mut Output, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
     if !result.changes.is_empty() {
         out.table(&change_table(&result.changes))?;
+        more(out, result.changes.len(), result.changes_total)?;
         out.line("")?;
     }
     let (label, counts) = if dry_run {

@@ -112,7 +112,7 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
     }
     let site = handle.site();
     let diff = restore::diff(&site, params.from, params.to).await?;
-    let changes = restore::changed_paths(&diff);
+    let (changes, changes_total) = (restore::changed_paths(&diff), diff.entries.len() as u64);
     let mut patch = None;
     if params.patch {
         let (from, to) = points(&site, params);
@@ -135,7 +135,7 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
             .await?,
         );
     }
-    wire(&CheckpointDiffResult { changes, patch })
+    wire(&CheckpointDiffResult { changes, changes_total, patch })
 }
 
 fn points(site: &Site, params: &CheckpointDiff) -> (Point, Point) {

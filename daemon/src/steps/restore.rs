@@ -17,8 +17,8 @@ use super::checkpoint::{self, Made, Order};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
 use crate::history::{
-    Change, Conflict, Diff, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest, Time,
-    unescape,
+    Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
+    Time, unescape,
 };
 use crate::os::fsync::write_atomic;
 use crate::store::backup::{self, RestoredRows};
@@ -28,8 +28,16 @@ use crate::store::backup::{self, RestoredRows};
 struct PlanFile {
     plan: RestorePlan,
     changes: Vec<ChangedPath>,
+    #[serde(default)]
+    changes_total: u64,
     prepare_ms: f64,
 }
+
+/// The most changes that are listed.
+const MAX_CHANGES: usize = 100_000;
+
+/// The most bytes that the paths of the listed changes come to: a reply is one line, and a plan is read as a whole.
+const MAX_CHANGES_BYTES: usize = 16 << 20;
 
 /// Takes the safety checkpoint and writes the plan.
 ///
@@ -81,7 +89,8 @@ pub async fn plan(
         })
         .await?;
     let Planned { plan, diff } = planned;
-    let file = PlanFile { plan, changes: changed_paths(&diff), prepare_ms: ms_since(start) };
+    let changes_total = diff.entries.len() as u64;
+    let file = PlanFile { plan, changes: changed_paths(&diff), changes_total, prepare_ms: ms_since(start) };
     let path = site.dirs().restore_plan(operation);
     blocking("write the plan", move || {
         let bytes = serde_json::to_vec(&file).map_err(|e| Failure::fault("encode the plan", &e))?;
@@ -117,6 +126,7 @@ pub struct Applied {
     /// What was done to the workspace.
     pub done: Done,
     changes: Vec<ChangedPath>,
+    changes_total: u64,
     /// How long the plan took, and how long carrying it out, milliseconds.
     prepare_ms: f64,
     apply_ms: f64,
@@ -143,7 +153,7 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
             .map_err(|e| Failure::fault(&format!("understand {}", path.display()), &e))
     })
     .await?;
-    let PlanFile { plan, changes, prepare_ms } = file;
+    let PlanFile { plan, changes, changes_total, prepare_ms } = file;
     let whole = plan.paths.is_none();
     let restoring = site.with_history(Some(operation), "restore the workspace", move |history, progress, _| {
         let report = history.apply_restore(&plan, progress)?;
@@ -157,7 +167,7 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     let ns = crate::os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };
     let done = Done { plan, report, ended };
-    Ok(Applied { rows, done, changes, prepare_ms, apply_ms: ms_since(start) })
+    Ok(Applied { rows, done, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
 }
 
 async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(Rewound, Arc<RestoredRows>), Failure> {
@@ -194,6 +204,7 @@ impl Applied {
             checkpoint_id: number,
             safety_checkpoint_id: Some(safety),
             changes: self.changes.clone(),
+            changes_total: self.changes_total,
             written: report.written,
             removed: report.removed,
             paths: shown(plan),
@@ -229,6 +240,7 @@ pub async fn preview(
         checkpoint_id: number,
         safety_checkpoint_id: None,
         changes: changed_paths(&diff),
+        changes_total: diff.entries.len() as u64,
         written,
         removed,
         paths: shown(&plan),
@@ -422,10 +434,17 @@ pub async fn diff(site: &Site, from: CheckpointNumber, to: Option<CheckpointNumb
     .await
 }
 
-/// Shows a difference on the wire.
+/// Shows a difference on the wire; of very many paths the first.
 pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
+    let mut bytes = 0;
+    let fits = |entry: &&DiffEntry| {
+        bytes += entry.path.bytes().len();
+        bytes <= MAX_CHANGES_BYTES
+    };
     diff.entries
         .iter()
+        .take(MAX_CHANGES)
+        .take_while(fits)
         .map(|entry| ChangedPath {
             path: entry.path.to_string(),
             change: match entry.change {
@@ -440,4 +459,32 @@ pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
             new_bytes: entry.new_size,
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::history::EntryKind;
+
+    fn diff(paths: impl Iterator<Item = String>) -> Diff {
+        let entry = |path: String| DiffEntry {
+            path: RelPath::new(path.into_bytes()).unwrap(),
+            change: Change::Added,
+            kind: EntryKind::File,
+            old_size: None,
+            new_size: Some(1),
+            old_mode: None,
+            new_mode: None,
+        };
+        Diff { entries: paths.map(entry).collect() }
+    }
+
+    #[test]
+    fn of_very_many_changes_as_many_are_listed_as_a_reply_can_hold() {
+        let listed = changed_paths(&diff((0..120_000).map(|n| format!("f{n:06}"))));
+        assert_eq!((listed.len(), &*listed[0].path), (MAX_CHANGES, "f000000"));
+        let long = "x".repeat(4000);
+        let listed = changed_paths(&diff((0..9000).map(|n| format!("{n:04}{long}"))));
+        assert!(!listed.is_empty() && listed.len() * 4004 <= MAX_CHANGES_BYTES, "{}", listed.len());
+    }
 }
