@@ -21,6 +21,7 @@ pub mod load;
 pub mod method;
 pub mod openrpc;
 pub mod operation;
+pub mod paths;
 pub mod pause;
 pub mod plugin;
 pub mod project;

@@ -402,3 +402,36 @@ fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
     let made = checkpoint(&sandbox);
     assert!(made.size_bytes < 1 << 20, "the background has stored it: {made:?}");
 }
+
+/// Something that is mounted until this goes.
+struct Mounted(PathBuf);
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        umount2(&self.0, MntFlags::MNT_DETACH).expect("unmount");
+    }
+}
+
+#[test]
+fn a_file_that_is_mounted_into_the_workspace_is_saved_as_it_is() {
+    let sandbox = Sandbox::start();
+    let workspace = sandbox.workspace("web");
+    workspace.write("config/settings", "nothing yet\n").write("other", "other\n");
+    let outside = sandbox.path().join("settings");
+    fs::write(&outside, "first\n").expect("write");
+    let place = workspace.path().join("config/settings");
+    mount(Some(&outside), &place, None::<&str>, MsFlags::MS_BIND, None::<&str>).expect("mount the file");
+    let mounted = Mounted(place);
+    sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
+    checkpoint(&sandbox);
+    workspace.write("other", "changed\n");
+    checkpoint(&sandbox);
+    // Nobody is told of this: the name by which it is written lies elsewhere.
+    fs::write(&outside, "second\n").expect("write");
+    checkpoint(&sandbox);
+    drop(mounted);
+    let changed = |from: &str, to: &str| sandbox.ctl(&["-q", "checkpoint", "diff", "web", from, to]);
+    assert_eq!(changed("1", "2"), "other\n");
+    assert_eq!(changed("2", "3"), "config/settings\n");
+    all_verify(&sandbox);
+}

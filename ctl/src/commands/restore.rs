@@ -7,6 +7,7 @@ use std::path::{Component, Path};
 
 use fermata_protocol::ProjectName;
 use fermata_protocol::checkpoint::{ChangeKind, ChangedPath, CheckpointRestoreResult};
+use fermata_protocol::paths::escape;
 use fermata_protocol::project::ProjectShow;
 
 use super::pause::steps_text;
@@ -51,25 +52,8 @@ fn inside(workspace: Option<&str>, typed: &OsStr) -> Result<String, String> {
     if names.is_empty() {
         return Ok(".".to_owned());
     }
-    let names: Vec<String> = names.into_iter().map(|name| escaped(name.as_bytes())).collect();
+    let names: Vec<String> = names.into_iter().map(|name| escape(name.as_bytes())).collect();
     Ok(names.join("/"))
-}
-
-/// Writes bytes as the protocol does: control characters, `%` and what is not UTF-8 as `%XX`.
-fn escaped(bytes: &[u8]) -> String {
-    let mut text = String::new();
-    let hex = |text: &mut String, bytes: &[u8]| bytes.iter().for_each(|byte| text.push_str(&format!("%{byte:02X}")));
-    for chunk in bytes.utf8_chunks() {
-        for c in chunk.valid().chars() {
-            if c.is_control() || c == '%' {
-                hex(&mut text, c.encode_utf8(&mut [0; 4]).as_bytes());
-            } else {
-                text.push(c);
-            }
-        }
-        hex(&mut text, chunk.invalid());
-    }
-    text
 }
 
 pub(super) fn change_table(changes: &[ChangedPath]) -> Table {

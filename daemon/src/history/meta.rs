@@ -20,12 +20,13 @@ use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::path::Path;
 
+use fermata_protocol::paths::{escape_into, unescape};
 use serde::{Deserialize, Serialize};
 
 use super::beneath::Time;
 use super::errors::HistoryError;
 use super::found::{SkipReason, Skipped};
-use super::names::{escape_into, is_safe_name, unescape};
+use super::names::is_safe_name;
 use super::rules::Rules;
 use super::snapshot::Stats;
 use super::user_repository::UserRepository;

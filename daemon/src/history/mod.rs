@@ -88,7 +88,7 @@ pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
 pub use found::{SkipReason, Skipped};
 pub use meta::{FORMAT, Manifest};
-pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft, unescape};
+pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
 pub use observe::Observed;
 pub use oid::{NotAnOid, Oid};
 pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};

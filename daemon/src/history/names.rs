@@ -9,6 +9,7 @@ use std::fmt;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use fermata_protocol::paths::{escape, unescape};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 /// Begins the temporary names that a restore makes; the id of its plan and a number follow.
@@ -127,48 +128,6 @@ pub(super) fn is_plan_id(id: &[u8]) -> bool {
 /// Says whether a name is `.git` on any file system, also one that ignores case.
 pub fn is_git(name: &[u8]) -> bool {
     name.eq_ignore_ascii_case(b".git")
-}
-
-/// Writes bytes as text without losing any.
-pub fn escape(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    escape_into(bytes, &mut text);
-    text
-}
-
-/// Appends what [`escape`] returns.
-pub fn escape_into(bytes: &[u8], text: &mut String) {
-    let hex = |text: &mut String, bytes: &[u8]| bytes.iter().for_each(|b| text.push_str(&format!("%{b:02X}")));
-    for chunk in bytes.utf8_chunks() {
-        if !chunk.valid().bytes().any(|byte| byte < b' ' || byte == b'%' || byte > b'~') {
-            text.push_str(chunk.valid());
-            hex(text, chunk.invalid());
-            continue;
-        }
-        for c in chunk.valid().chars() {
-            if c.is_control() || c == '%' {
-                hex(text, c.encode_utf8(&mut [0; 4]).as_bytes());
-            } else {
-                text.push(c);
-            }
-        }
-        hex(text, chunk.invalid());
-    }
-}
-
-/// Reads what `escape` wrote; `None` when it cannot have written it.
-pub fn unescape(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.bytes();
-    while let Some(byte) = rest.next() {
-        if byte == b'%' {
-            let mut digit = || (rest.next()? as char).to_digit(16);
-            bytes.push((digit()? * 16 + digit()?) as u8);
-        } else {
-            bytes.push(byte);
-        }
-    }
-    Some(bytes)
 }
 
 impl fmt::Display for RelPath {

@@ -29,6 +29,7 @@ use super::tracked::Tracked;
 use super::user_repository::{Location, UserRepository};
 use super::watch::Dirty;
 use super::{History, OnProgress, Phase, Progress};
+use crate::os::mounts;
 
 /// What a look needs to know.
 pub(super) struct Looking<'a> {
@@ -151,7 +152,7 @@ impl History {
         // The events first: what a look publishes in between is missing from neither then.
         let taken = watch.map(|watch| watch.take());
         let (before, trusted) = self.known();
-        let mounts = mounts_below(real);
+        let mounts = mounts::below(real);
         let location = Location::find(real);
         let chain = match rules.use_gitignore {
             true => Standing::Rules(self.standings.above(real, location.as_ref())),
@@ -199,6 +200,8 @@ impl History {
             (Some(before), Ok(events)) => {
                 dirty.merge(events);
                 before.suspects().iter().for_each(|path| dirty.mark(path));
+                // A file that is mounted by itself is written to elsewhere, where nobody watches.
+                mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
                 mapped.iter().for_each(|path| dirty.mark_written(path));
                 Some((before, dirty))
             }
@@ -273,7 +276,7 @@ impl History {
         let location = Location::find(workspace);
         let index = location.as_ref().and_then(|location| with_state(location.index()).1);
         before.index == index
-            && before.mounts == mounts_below(workspace)
+            && before.mounts == mounts::below(workspace)
             && rules_hold(before, workspace, location.as_ref())
     }
 
@@ -320,21 +323,11 @@ fn rules_hold(before: &Picture, real: &Path, location: Option<&Location>) -> boo
         && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
 }
 
-/// Lists what is mounted below a directory, from the kernel's own table (proc_pid_mountinfo(5)): mounting raises no
-/// event.
-fn mounts_below(real: &Path) -> Vec<String> {
+/// Returns where below the workspace something is mounted.
+fn place_below(real: &Path, mount: &str) -> Option<RelPath> {
     use std::os::unix::ffi::OsStrExt;
-    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
-    // Blanks in a path are written as `\\040`; then its line is only found by what precedes the first.
-    let plain = |byte: &u8| !matches!(byte, b' ' | b'\t' | b'\n' | b'\\');
-    let below: Vec<u8> = real.as_os_str().as_bytes().iter().copied().take_while(plain).collect();
-    let whole = below.len() == real.as_os_str().len();
-    let lines = table.split(|byte| *byte == b'\n').filter(|line| {
-        let place = line.split(|byte| *byte == b' ').nth(4).unwrap_or_default();
-        let rest = place.strip_prefix(&below[..]);
-        rest.is_some_and(|rest| if whole { rest.first() == Some(&b'/') } else { !rest.is_empty() })
-    });
-    lines.map(|line| String::from_utf8_lossy(line).into_owned()).collect()
+    let place = mounts::place(mount.as_bytes())?;
+    RelPath::new(place.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
 }
 
 /// Lists the paths under which files that are mapped writable are known, all names of linked ones included.

@@ -6,13 +6,14 @@ use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use fermata_protocol::paths::unescape;
 use serde::{Deserialize, Serialize};
 
 use super::beneath::Time;
 use super::diff::Diff;
 use super::errors::{HistoryError, Result};
 use super::meta::Xattrs;
-use super::names::{RelPath, unescape};
+use super::names::RelPath;
 use super::oid::Oid;
 use super::rules::Rules;
 
@@ -116,7 +117,7 @@ mod escaped {
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
     use crate::history::meta::Xattrs;
-    use crate::history::names::{escape, unescape};
+    use fermata_protocol::paths::{escape, unescape};
 
     pub(super) fn serialize<S: Serializer>(xattrs: &Xattrs, serializer: S) -> Result<S::Ok, S::Error> {
         let pairs: Vec<_> = xattrs.iter().map(|(name, value)| (escape(name), escape(value))).collect();

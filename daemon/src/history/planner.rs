@@ -8,6 +8,8 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use fermata_protocol::paths::escape;
+
 use nix::dir::Dir;
 use nix::errno::Errno;
 
@@ -18,7 +20,7 @@ use super::errors::{HistoryError, Result};
 use super::heads;
 use super::links::{self, Fate, Links};
 use super::listing::{CheckpointRoot, Item, Known, Listing, What};
-use super::names::{PLAN_ID_DIGITS, RelPath, escape, is_git, is_restore_draft};
+use super::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use fermata_protocol::paths::escape;
 use serde::{Deserialize, Serialize};
 
 use super::beneath::sync_dir;
@@ -18,7 +19,7 @@ use super::errors::{HistoryError, Result};
 use super::found::Skipped;
 use super::listing::CheckpointRoot;
 use super::meta::{FORMAT, Manifest};
-use super::names::{RelPath, escape};
+use super::names::RelPath;
 use super::observe::{Forced, Look, Observed};
 use super::oid::{ObjectKind, Oid};
 use super::picture::{Node, Picture};

@@ -96,7 +96,7 @@ impl Location {
         ];
         let in_progress = progress.iter().find(|(file, _)| self.git_dir.join(file).exists());
         UserRepository {
-            top: super::names::escape(self.top.as_os_str().as_bytes()),
+            top: fermata_protocol::paths::escape(self.top.as_os_str().as_bytes()),
             linked: self.linked,
             branch: head_ref.as_deref().and_then(|name| name.strip_prefix("refs/heads/")).map(str::to_owned),
             head_ref,

@@ -169,7 +169,7 @@ impl History {
                 for entry in decode_tree(oid, &self.objects.read(oid, ObjectKind::Tree)?)? {
                     let kind = if entry.is_tree() { ObjectKind::Tree } else { ObjectKind::Blob };
                     let slash = if path.is_empty() { "" } else { "/" };
-                    let below = format!("{path}{slash}{}", super::names::escape(&entry.name));
+                    let below = format!("{path}{slash}{}", fermata_protocol::paths::escape(&entry.name));
                     open.push((entry.oid, kind, below));
                 }
             }

@@ -8,16 +8,17 @@
 //! ```
 
 use std::collections::HashSet;
-use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use super::mounts;
 
 /// Why something could not be done with a control group.
 #[derive(Debug, thiserror::Error)]
@@ -94,8 +95,8 @@ impl Hierarchy {
         let own = Path::new(std::ffi::OsStr::from_bytes(own));
         mountinfo.split(|&b| b == b'\n').find_map(|line| {
             let mut fields = line.split(|&b| b == b' ');
-            let root = unescape(fields.nth(3)?);
-            let mount = unescape(fields.next()?);
+            let root = mounts::unescape(fields.nth(3)?);
+            let mount = mounts::unescape(fields.next()?);
             // Optional fields end with a lone dash; the file system type follows (proc(5)).
             fields.by_ref().find(|field| *field == b"-")?;
             if fields.next()? != b"cgroup2" {
@@ -134,24 +135,6 @@ impl Hierarchy {
         }
         Ok(parent)
     }
-}
-
-/// Undoes the octal escapes of mountinfo.
-fn unescape(field: &[u8]) -> PathBuf {
-    let mut bytes = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((&first, tail)) = rest.split_first() {
-        let digits = tail.get(..3).filter(|d| first == b'\\' && d.iter().all(|b| (b'0'..=b'7').contains(b)));
-        if let Some(digits) = digits {
-            let value = digits.iter().fold(0u32, |sum, d| sum * 8 + u32::from(d - b'0'));
-            bytes.push(u8::try_from(value).unwrap_or(b'?'));
-            rest = &tail[3..];
-        } else {
-            bytes.push(first);
-            rest = tail;
-        }
-    }
-    PathBuf::from(OsString::from_vec(bytes))
 }
 
 /// How one agent's tree is frozen.

@@ -12,6 +12,7 @@ pub mod limits;
 pub mod lock;
 pub mod mappings;
 pub mod memory;
+pub mod mounts;
 pub mod peer;
 pub mod prelude;
 pub mod pressure;

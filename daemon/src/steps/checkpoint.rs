@@ -295,15 +295,38 @@ async fn finish(
     parts_ms.insert("seal".to_owned(), ms_since(seal_start));
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
+    let view = row(site, order, &place, Contents { created_at: now, commit, manifest_sha256, size_bytes, metadata });
+    super::failpoint("checkpoint.sealed")?;
+    let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
+    Ok(Made { view, sessions, warnings })
+}
+
+/// What only the files of a checkpoint can tell of it.
+pub(super) struct Contents {
+    /// When it was made.
+    pub created_at: UnixMillis,
+    /// The commit of the workspace.
+    pub commit: String,
+    /// The hash of its manifest, in hexadecimal.
+    pub manifest_sha256: String,
+    /// What it has added, bytes.
+    pub size_bytes: u64,
+    /// What is known of it besides.
+    pub metadata: CheckpointMetadata,
+}
+
+/// Describes the checkpoint that was ordered, in its place.
+pub(super) fn row(site: &Site, order: &Order, place: &Path, contents: Contents) -> CheckpointView {
     let text = |name: &str| place.join(name).to_string_lossy().into_owned();
-    let view = CheckpointView {
+    let Contents { created_at, commit, manifest_sha256, size_bytes, metadata } = contents;
+    CheckpointView {
         project: site.project.name.clone(),
         id: order.number,
         name: order.name.clone(),
         description: order.description.clone(),
         trigger: order.trigger,
         format: FORMAT,
-        created_at: now,
+        created_at,
         operation_id: order.operation.clone(),
         pause_reason: order.reason.clone(),
         git_commit: commit,
@@ -313,10 +336,7 @@ async fn finish(
         size_bytes,
         pinned: false,
         metadata,
-    };
-    super::failpoint("checkpoint.sealed")?;
-    let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
-    Ok(Made { view, sessions, warnings })
+    }
 }
 
 async fn artifacts(

@@ -10,6 +10,7 @@ use fermata_core::command::Rewound;
 use fermata_protocol::checkpoint::{
     ChangeKind, ChangedPath, CheckpointRestoreResult, LeftPath, MAX_RESTORE_PATHS, Trigger,
 };
+use fermata_protocol::paths::unescape;
 use fermata_protocol::{CheckpointNumber, Code, OperationId, ProjectName, Refusal};
 use serde::{Deserialize, Serialize};
 
@@ -18,7 +19,7 @@ use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
 use crate::history::{
     Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
-    Time, unescape,
+    Time,
 };
 use crate::os::fsync::write_atomic;
 use crate::store::backup::{self, RestoredRows};

@@ -21,7 +21,7 @@ use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::{Value, json};
 
 use super::bundle::{self, Bundle, INDEX, PACK, Part};
-use super::checkpoint::{CONTEXT, DATABASE, FORMAT, MANIFEST, Made, Order, part, place};
+use super::checkpoint::{CONTEXT, Contents, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, row};
 use super::{Site, blocking, ms_since, note_bytes, validate};
 use crate::errors::Failure;
 use crate::history::{Incoming, Oid};
@@ -145,24 +145,13 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
     }
     let mut metadata = from.metadata;
     metadata.parts_ms = [("import".to_owned(), ms_since(start))].into();
-    let text = |name: &str| placed.join(name).to_string_lossy().into_owned();
+    let contents =
+        Contents { created_at: from.created_at, commit: commit.to_string(), manifest_sha256, size_bytes, metadata };
     let view = CheckpointView {
-        project: site.project.name.clone(),
-        id: number,
         name: if from.name.is_empty() { order.name.clone() } else { from.name },
         description: from.description,
-        trigger: order.trigger,
-        format: FORMAT,
-        created_at: from.created_at,
-        operation_id: order.operation.clone(),
         pause_reason: from.pause_reason,
-        git_commit: commit.to_string(),
-        database_backup: text(DATABASE),
-        context_snapshot: text(CONTEXT),
-        manifest_sha256,
-        size_bytes,
-        pinned: false,
-        metadata,
+        ..row(site, order, &placed, contents)
     };
     super::failpoint("import.sealed")?;
     Ok(Made { view, sessions: Vec::new(), warnings })
