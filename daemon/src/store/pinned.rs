@@ -9,6 +9,8 @@
 //! ```
 //! The transaction only reads the live database, so nobody waits for it.
 
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -50,21 +52,35 @@ const BACKUP: &str = "back up the project's rows";
 /// Agents' own blobs, as JSON text.
 pub type States = Vec<(AgentName, String)>;
 
-/// A connection to the database that the last copy was made with: opening one takes as long as a small copy.
+/// What a copy leaves to the next one, since making it takes longer than a small copy does.
 #[derive(Default)]
-pub struct Spare(Mutex<Option<Connection>>);
+pub struct Spare {
+    /// A connection to the database, attached to nothing.
+    connection: Mutex<Option<Connection>>,
+    /// A copy's file before anything was copied, for each size of pages.
+    empty: Mutex<[Option<Arc<[u8]>>; PAGES.len()]>,
+}
 
 impl Spare {
     fn take(&self) -> Option<Connection> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Keeps a connection that is attached to nothing.
     fn keep(&self, connection: Connection) {
         // What it has read of a large context is nobody's need any more.
         if connection.execute_batch("PRAGMA shrink_memory").is_ok() {
-            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+            *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
         }
+    }
+
+    fn empty(&self, size: usize) -> Option<Arc<[u8]>> {
+        self.empty.lock().unwrap_or_else(PoisonError::into_inner)[size].clone()
+    }
+
+    fn keep_empty(&self, size: usize, file: &Path) -> io::Result<()> {
+        let bytes = fs::read(file)?;
+        self.empty.lock().unwrap_or_else(PoisonError::into_inner)[size] = Some(bytes.into());
+        Ok(())
     }
 }
 
@@ -121,19 +137,29 @@ pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Pat
         // One of its own, with the right to create: the attached file inherits its flags.
         None => connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?,
     };
+    let size = usize::from(!are_few(&connection, project)?);
+    let file = |what| move |source| StoreError::File { what, path: to.to_owned(), source };
+    let empty = spare.empty(size);
+    if let Some(empty) = &empty {
+        fs::write(to, empty).map_err(file("write"))?;
+    }
     connection.execute("ATTACH ?1 AS backup", [to.to_string_lossy()]).doing(BACKUP)?;
-    let page = PAGES[usize::from(!are_few(&connection, project)?)];
     // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end.
     let settings = format!(
-        "PRAGMA backup.page_size = {page}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
-         PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384; BEGIN"
+        "PRAGMA backup.page_size = {}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
+         PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384",
+        PAGES[size]
     );
     connection.execute_batch(&settings).doing(BACKUP)?;
-    for (table, _) in SMALL.iter().chain(CONTEXT) {
-        copy_schema(&connection, table)?;
+    if empty.is_none() {
+        connection.execute_batch("BEGIN").doing(BACKUP)?;
+        for (table, _) in SMALL.iter().chain(CONTEXT) {
+            copy_schema(&connection, table)?;
+        }
+        let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
+        connection.execute_batch(&version).doing(BACKUP)?;
+        spare.keep_empty(size, to).map_err(file("read"))?;
     }
-    let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
-    connection.execute_batch(&version).doing(BACKUP)?;
     Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned() })
 }
 
@@ -376,6 +402,35 @@ mod tests {
         copied.finish().expect("synced");
         assert_eq!(check(&bed.file(), &project("web")).expect("opened"), None);
         assert!(check(&bed.file(), &project("other")).expect("opened").is_some(), "it is of one project alone");
+    }
+
+    #[test]
+    fn what_a_copy_leaves_to_the_next_one_changes_nothing() {
+        let bed = Bed::new();
+        let in_file = |file: &Path, sql: &str| -> i64 {
+            let backup = Connection::open(file).expect("opened");
+            backup.query_row(sql, [], |row| row.get(0)).expect("asked")
+        };
+        let mut sizes = Vec::new();
+        for round in 0..4 {
+            if round == 2 {
+                let many: Vec<String> = (0..FEW_ITEMS).map(|n| format!("item {n}")).collect();
+                bed.put("web", &many.iter().map(String::as_str).collect::<Vec<_>>());
+            }
+            // One that is given up takes its connection with it.
+            drop(bed.begin());
+            fs::remove_file(bed.file()).expect("a file was begun");
+            let (copied, told) = copy(bed.begin());
+            assert_eq!(told.len() as u64, copied.item_count + 2);
+            copied.finish().expect("synced");
+            assert_eq!(bed.spare.take().map(|spare| bed.spare.keep(spare)), Some(()), "the connection is kept");
+            assert_eq!(check(&bed.file(), &project("web")).expect("opened"), None);
+            let bodies = in_file(&bed.file(), "SELECT count(*) FROM context_bodies");
+            assert_eq!(bodies as usize, told.len() - 2);
+            sizes.push(in_file(&bed.file(), "PRAGMA page_size"));
+            fs::remove_file(bed.file()).expect("it is there");
+        }
+        assert_eq!(sizes, [PAGES[0], PAGES[0], PAGES[1], PAGES[1]].map(i64::from));
     }
 
     #[test]
