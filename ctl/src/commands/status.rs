@@ -123,6 +123,11 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
                 let table = project_table(out, &projects);
                 out.table(&table)?;
             }
+            for project in &projects {
+                if let Some(now) = &project.look {
+                    out.line(format_args!("{}: looking at the workspace: {}", project.name, look(now)))?;
+                }
+            }
         }
     }
     Ok(0)
