@@ -192,7 +192,7 @@ impl History {
             }
         };
         let hidden = self.place_in(real);
-        let mapped = mapped_paths(looking.mapped, before.as_deref());
+        let mut mapped = mapped_paths(looking.mapped, before.as_deref());
         let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
         let epoch = taken.as_ref().map(|taken| taken.epoch);
         let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
@@ -206,6 +206,8 @@ impl History {
                 Some((before, dirty))
             }
             (_, events) => {
+                // What was written to may look as it did, also to whoever looks at everything.
+                mapped.extend(events.iter().flat_map(Dirty::written));
                 tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
                 None
             }

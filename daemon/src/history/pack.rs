@@ -24,6 +24,9 @@ use crate::os::fsync::sync_together;
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
 
+/// Larger trees are compressed at once: a consolidation copies very large objects as they are.
+const MAX_WRAPPED: usize = 1 << 20;
+
 /// An object compressed in memory, ready to be appended.
 #[derive(Debug)]
 pub struct Packed {
@@ -40,8 +43,8 @@ impl Packed {
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
         let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
         match kind {
-            ObjectKind::Tree => store(content, &mut bytes),
-            ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
+            ObjectKind::Tree if content.len() <= MAX_WRAPPED => store(content, &mut bytes),
+            ObjectKind::Tree | ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
         }
         Ok(Packed { oid, crc: crc_of(&bytes), bytes })
     }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::found::Skipped;
-use super::listing::CheckpointRoot;
+use super::listing::{CheckpointRoot, root_tree_of};
 use super::meta::{FORMAT, Manifest};
 use super::names::RelPath;
 use super::observe::{Forced, Look, Observed};
@@ -288,12 +288,12 @@ impl History {
     /// Returns the commit of the checkpoint before, where that says the same but for number and time: a checkpoint of a
     /// workspace in which nothing has changed is another name for it.
     fn same_as_before(&self, now: &Manifest, trees: &Trees) -> Result<Option<Oid>> {
-        let Some(commit) = now.parent.map(|parent| self.refs.find(parent)).transpose()?.flatten() else {
-            return Ok(None);
-        };
-        // Whatever cannot be read is written anew.
+        // Whatever cannot be read, or was found damaged, is written anew.
+        let Some(Ok(Some(commit))) = now.parent.map(|parent| self.refs.find(parent)) else { return Ok(None) };
         let Ok(root) = CheckpointRoot::read(&self.objects, &commit) else { return Ok(None) };
-        if (root.files, root.meta) != (trees.files, trees.meta) {
+        let Ok(tree) = root_tree_of(&self.objects, &commit) else { return Ok(None) };
+        let sound = [commit, tree, root.manifest].iter().all(|oid| self.objects.contains(oid));
+        if !sound || (root.files, root.meta) != (trees.files, trees.meta) {
             return Ok(None);
         }
         let Ok(then) = root.manifest(&self.objects) else { return Ok(None) };

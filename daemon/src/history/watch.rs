@@ -82,6 +82,17 @@ impl Dirty {
         }
     }
 
+    /// Lists the paths whose state does not vouch for their content.
+    pub fn written(&self) -> Vec<RelPath> {
+        let mut found = Vec::new();
+        let mut open = vec![(RelPath::root(), self)];
+        while let Some((path, dirty)) = open.pop() {
+            found.extend(dirty.written.iter().map(|name| path.join(name)));
+            open.extend(dirty.below.iter().map(|(name, below)| (path.join(name), below)));
+        }
+        found
+    }
+
     /// Counts the marked names.
     fn count(&self) -> usize {
         self.names.len() + self.below.values().map(Dirty::count).sum::<usize>()

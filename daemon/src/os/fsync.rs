@@ -77,10 +77,15 @@ pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> 
 pub fn sync_together(files: &[&File]) -> io::Result<()> {
     let Some((last, others)) = files.split_last() else { return Ok(()) };
     std::thread::scope(|scope| {
-        let others: Vec<_> = others.iter().map(|file| scope.spawn(|| file.sync_all())).collect();
+        let begin = |file| (file, std::thread::Builder::new().spawn_scoped(scope, move || File::sync_all(file)));
+        let others: Vec<_> = others.iter().copied().map(begin).collect();
         let last = last.sync_all();
-        let others = others.into_iter().map(|one| one.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))));
-        others.fold(last, |so_far, one| so_far.and(one))
+        let ended = others.into_iter().map(|(file, thread)| match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))),
+            // No thread is to be had: one after the other, then.
+            Err(_) => file.sync_all(),
+        });
+        ended.fold(last, |so_far, one| so_far.and(one))
     })
 }
 

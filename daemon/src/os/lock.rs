@@ -106,7 +106,13 @@ fn is_gone(line: &str) -> Option<bool> {
     let boot = words.next()?;
     let id = ProcessId { pid: words.next()?.parse().ok()?, start_time_ticks: words.next()?.parse().ok()? };
     let this_boot = process::boot_id().ok()?;
-    Some(boot != this_boot || !process::is_alive(id).ok()?)
+    Some(boot != this_boot || !process::is_alive(id).ok()? || is_dying(id.pid))
+}
+
+/// Whether a process has given up its memory, as it does before it closes its files (do_exit in kernel/exit.c): its
+/// program is not told any more, though its threads may live for a while yet.
+fn is_dying(pid: i32) -> bool {
+    process::program(pid).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
 
 #[cfg(test)]
@@ -129,6 +135,20 @@ mod tests {
         assert_eq!(refusal(&path), ("fermatad, pid 1".to_owned(), false));
         drop(first);
         assert_eq!(StateLock::acquire(&path, "other").unwrap().path(), path);
+    }
+
+    #[test]
+    fn a_process_that_is_ending_is_told_from_one_that_works() {
+        assert!(!is_dying(std::process::id().cast_signed()));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        // It has ended and was not yet reaped: what it had is given up.
+        let start = std::time::Instant::now();
+        while !is_dying(pid) && start.elapsed() < std::time::Duration::from_secs(10) {
+            std::thread::yield_now();
+        }
+        assert!(is_dying(pid));
+        child.wait().unwrap();
     }
 
     #[test]

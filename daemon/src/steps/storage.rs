@@ -11,6 +11,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use fermata_protocol::CheckpointNumber;
 
@@ -31,6 +32,9 @@ const PACKS: &str = "history.git/objects/pack";
 /// Where the names of the checkpoints lie, below the history.
 const REFS: &str = "history.git/refs/fermata/checkpoints";
 
+/// How old a file is whose size is taken to be the last one.
+const SETTLED: Duration = Duration::from_secs(60);
+
 /// Measures what all checkpoints of the project take on disk, as the file system counts it, and remembers it.
 /// Whoever changes the store of snapshots calls this afterwards.
 ///
@@ -46,7 +50,8 @@ pub async fn measure(site: &Site) -> Result<u64, Failure> {
         // One at a time: what is counted last is what is kept.
         let mut sizes = cell.sizes.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |e: io::Error| Failure::fault("measure the checkpoints", &e);
-        let counted = Count { without: &drafts, constant: &constant, before: &sizes, now: Sizes::new() };
+        let counted =
+            Count { without: &drafts, constant: &constant, before: &sizes, now: Sizes::new(), settled_after: SETTLED };
         let (bytes, now) = counted.below(places).map_err(failed)?;
         *sizes = now;
         cell.used_bytes.store(bytes, Ordering::Relaxed);
@@ -66,6 +71,8 @@ struct Count<'a> {
     constant: &'a [PathBuf],
     before: &'a Sizes,
     now: Sizes,
+    /// From which age on a size is taken to be the last one.
+    settled_after: Duration,
 }
 
 impl Count<'_> {
@@ -79,19 +86,29 @@ impl Count<'_> {
                 continue;
             }
             for entry in entries_of(&dir)? {
-                let path = entry?.path();
+                let entry = entry?;
+                let path = entry.path();
                 let size = match self.before.get(&path) {
                     Some(known) => *known,
                     None => bytes_of(&path)?,
                 };
-                // What is being made has another kind of name, and grows.
-                if path.extension().is_none_or(|end| end != "partial") {
+                // What is being made has another kind of name, and grows. Some file systems give a file its blocks, or
+                // take back what it does not need, long after it was written.
+                let partial = path.extension().is_some_and(|end| end == "partial");
+                if !partial && self.before.contains_key(&path) | self.is_old(&entry) {
                     self.now.insert(path, size);
                 }
                 bytes += size;
             }
         }
         Ok((bytes, self.now))
+    }
+}
+
+impl Count<'_> {
+    fn is_old(&self, entry: &fs::DirEntry) -> bool {
+        let modified = entry.metadata().and_then(|meta| meta.modified());
+        modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age >= self.settled_after))
     }
 }
 
@@ -158,6 +175,7 @@ mod tests {
     struct Bed {
         dir: tempfile::TempDir,
         sizes: Sizes,
+        settled_after: Duration,
     }
 
     impl Bed {
@@ -166,7 +184,7 @@ mod tests {
             for below in [DRAFTS, PACKS, REFS, "checkpoints"] {
                 fs::create_dir_all(dir.path().join(below)).unwrap();
             }
-            Bed { dir, sizes: Sizes::new() }
+            Bed { dir, sizes: Sizes::new(), settled_after: Duration::ZERO }
         }
 
         fn path(&self, path: &str) -> PathBuf {
@@ -182,7 +200,8 @@ mod tests {
         fn measured(&mut self) -> u64 {
             let constant = [self.path("checkpoints"), self.path(PACKS), self.path(REFS)];
             let without = self.path(DRAFTS);
-            let count = Count { without: &without, constant: &constant, before: &self.sizes, now: Sizes::new() };
+            let (before, settled_after) = (&self.sizes, self.settled_after);
+            let count = Count { without: &without, constant: &constant, before, now: Sizes::new(), settled_after };
             let (bytes, sizes) = count.below(vec![self.path("checkpoints"), self.path("history.git")]).unwrap();
             self.sizes = sizes;
             bytes >> 20
@@ -217,5 +236,11 @@ mod tests {
         fs::remove_dir_all(bed.path("checkpoints/7")).unwrap();
         assert_eq!(bed.measured(), 5);
         assert_eq!(bed.sizes.len(), 1);
+        // What is fresh is asked for again.
+        bed.settled_after = SETTLED;
+        bed.write(&format!("{PACKS}/pack-2.pack"), 1);
+        assert_eq!(bed.measured(), 6);
+        bed.write(&format!("{PACKS}/pack-2.pack"), 2);
+        assert_eq!(bed.measured(), 7);
     }
 }

@@ -90,11 +90,18 @@ fn a_checkpoint_of_what_is_the_same_is_another_name_for_the_one_before() {
     let third = take(&after(2));
     assert_ne!(third.commit, first.commit);
     sandbox.write("dir/file", "changed");
-    take(&after(3));
+    let fourth = take(&after(3));
+
+    // What cannot be relied on is not shared.
+    sandbox.history.distrust(&[fourth.commit]);
+    let fifth = take(&after(4));
+    assert_ne!(fifth.commit, fourth.commit);
+    fs::write(sandbox.outside("state/history.git/refs/fermata/checkpoints/5"), "nonsense\n").unwrap();
+    assert_ne!(take(&after(5)).commit, fifth.commit);
 
     // Each name stands for itself.
     sandbox.history.remove(1).unwrap();
-    for number in 2..=4 {
+    for number in [2, 3, 4, 6] {
         sandbox.history.verify(number, &quiet, &NEVER).unwrap();
     }
     sandbox.restore(2, 9);
