@@ -31,6 +31,9 @@ pub(super) fn inside_workspace(
 }
 
 fn inside(workspace: Option<&str>, typed: &OsStr) -> Result<String, String> {
+    if typed.is_empty() {
+        return Err("a path is empty; '.' is the whole workspace".to_owned());
+    }
     let shown = typed.display();
     let path = match workspace.filter(|_| Path::new(typed).is_absolute()) {
         Some(workspace) => Path::new(typed)
@@ -133,5 +136,6 @@ mod tests {
         assert_eq!(inside(Some("/w"), b"/w").unwrap(), ".");
         assert!(inside(Some("/w"), b"/wide/x").is_err());
         assert!(inside(None, b"a/../../x").is_err());
+        assert!(inside(None, b"").is_err(), "an unset variable must not mean everything");
     }
 }

@@ -23,6 +23,7 @@ mod bundle;
 mod cache;
 mod consolidate;
 mod content;
+mod covered_then;
 mod deflate;
 mod delta;
 mod diff;

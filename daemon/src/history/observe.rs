@@ -203,6 +203,7 @@ impl History {
                 // A file that is mounted by itself is written to elsewhere, where nobody watches.
                 mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
                 mapped.iter().for_each(|path| dirty.mark_written(path));
+                looking.mapped.open.iter().for_each(|path| dirty.mark(path));
                 Some((before, dirty))
             }
             (_, events) => {

@@ -173,6 +173,10 @@ pub enum ConflictReason {
     HoldsUncovered,
     /// A FIFO, socket or device stands there.
     Special,
+    /// A FIFO, socket or device stood there, which is not made again.
+    WasSpecial,
+    /// The checkpoint's own rules left it out: whether it was there is not known.
+    IgnoredThen,
     /// Something that was not asked for is in the way above it.
     BlockedAbove,
 }
@@ -184,6 +188,8 @@ impl ConflictReason {
             ConflictReason::NotCovered => "what stands there is not covered by checkpoints",
             ConflictReason::HoldsUncovered => "the directory in its place holds files that checkpoints do not cover",
             ConflictReason::Special => "a special file stands there",
+            ConflictReason::WasSpecial => "a special file stood there, which is not made again",
+            ConflictReason::IgnoredThen => "the checkpoint's own rules leave it out",
             ConflictReason::BlockedAbove => "something that is not restored stands in the way above it",
         }
     }

@@ -15,6 +15,7 @@ use nix::errno::Errno;
 
 use super::attributes::is_closed;
 use super::beneath::{FileKind, Root};
+use super::covered_then::CoveredThen;
 use super::diff::compare;
 use super::errors::{HistoryError, Result};
 use super::heads;
@@ -24,6 +25,7 @@ use super::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
+use super::rules::IgnoreChain;
 use super::scan::check_workspace;
 use super::user_repository::Location;
 use super::{History, OnProgress};
@@ -60,6 +62,8 @@ impl History {
         };
         let is_selected = |path: &RelPath| is_selected(request.paths, path);
         let names_of = |path: &RelPath| root.stat(path).ok().map(|stat| stat.nlink);
+        let location = Location::find(&real);
+        let above = IgnoreChain::above(&real, location.as_ref(), &mut Vec::new());
         let mut planner = Planner {
             root: &root,
             target: &target,
@@ -69,15 +73,16 @@ impl History {
             steps: Steps::default(),
             made: BTreeSet::new(),
             cleared: BTreeSet::new(),
+            then: CoveredThen::of(&self.objects, &root, &wanted, &manifest, above)?,
             blocked: BTreeMap::new(),
             special: 0,
             unlinked: 0,
         };
         planner.write_all()?;
-        planner.remove_rest();
+        planner.remove_rest()?;
         planner.set_directories();
         planner.report_uncovered(&self.objects, &wanted)?;
-        let there = Location::find(&real).map(|location| location.describe());
+        let there = location.map(|location| location.describe());
         let mut warnings: Vec<String> = Vec::new();
         warnings.extend(heads::moved(manifest.user_repository.as_ref(), there.as_ref()));
         let torn = manifest.torn.iter().filter(|path| is_selected(path)).count();
@@ -111,7 +116,15 @@ impl History {
             warnings,
         };
         let mut diff = compare(&now, &target);
-        diff.entries.retain(|entry| is_selected(&entry.path));
+        // What stays for good reason is no change.
+        let stays = |path: &RelPath| {
+            let stays = |one: &Conflict| {
+                matches!(one.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
+                    && path.is_within(&one.path)
+            };
+            plan.conflicts.iter().any(stays)
+        };
+        diff.entries.retain(|entry| is_selected(&entry.path) && !stays(&entry.path));
         Ok(Planned { plan, diff })
     }
 
@@ -200,6 +213,8 @@ struct Planner<'a> {
     made: BTreeSet<RelPath>,
     /// Paths that the plan frees for something else, each with all that is below it.
     cleared: BTreeSet<RelPath>,
+    /// The rules of the checkpoint.
+    then: CoveredThen<'a>,
     blocked: BTreeMap<RelPath, ConflictReason>,
     special: u64,
     unlinked: u64,
@@ -255,7 +270,8 @@ impl Planner<'_> {
             return self.write_new(path, item);
         };
         match (&item.what, &current.what) {
-            (What::Special(_), _) => Ok(Ok(())),
+            (What::Special(kind), What::Special(now)) if kind == now => Ok(Ok(())),
+            (What::Special(_), _) => Ok(Err(ConflictReason::WasSpecial)),
             (_, What::Special(_)) => Ok(Err(ConflictReason::Special)),
             (What::Directory, What::Directory) => Ok(Ok(())),
             (What::Directory, What::File(_) | What::Symlink(_)) => {
@@ -308,7 +324,10 @@ impl Planner<'_> {
                     // An ignored directory stays as it is; what the checkpoint has in it is looked at by itself.
                     return Ok(Ok(()));
                 }
-                Ok(Some(_)) if matches!(item.what, What::Special(_)) => return Ok(Ok(())),
+                Ok(Some(stat)) if matches!(item.what, What::Special(_)) => {
+                    let special = matches!(stat.kind(), FileKind::Special(_));
+                    return Ok(if special { Ok(()) } else { Err(ConflictReason::WasSpecial) });
+                }
                 Ok(Some(_)) => return Ok(Err(ConflictReason::NotCovered)),
                 Ok(None) => {}
                 // A link that is not covered stands above it.
@@ -411,6 +430,10 @@ impl Planner<'_> {
                 if is_git(name) || self.target.is_unknown(&below) {
                     return Err(ConflictReason::HoldsUncovered);
                 }
+                let is_dir = self.now.items.get(&below).is_some_and(|item| item.what == What::Directory);
+                if !self.then.covers(&below, is_dir).unwrap_or(false) {
+                    return Err(ConflictReason::HoldsUncovered);
+                }
                 let item = self.now.items.get(&below).ok_or(ConflictReason::HoldsUncovered)?;
                 match item.what {
                     What::Directory => {
@@ -431,7 +454,7 @@ impl Planner<'_> {
     }
 
     /// Removes what the checkpoint does not have.
-    fn remove_rest(&mut self) {
+    fn remove_rest(&mut self) -> Result<()> {
         let now = self.now;
         for (path, item) in &now.items {
             let wanted = self.target.items.contains_key(path) || self.target.is_unknown(path);
@@ -439,6 +462,10 @@ impl Planner<'_> {
                 continue;
             }
             if self.steps.clear.contains_key(path) || self.is_blocked(path) {
+                continue;
+            }
+            if !self.then.covers(path, item.what == What::Directory)? {
+                self.blocked.insert(path.clone(), ConflictReason::IgnoredThen);
                 continue;
             }
             match &item.what {
@@ -456,6 +483,7 @@ impl Planner<'_> {
                 }
             }
         }
+        Ok(())
     }
 
     /// Sets the attributes of directories that differ, or that the plan touches.

@@ -3,7 +3,7 @@
 //! A snapshot is a pack in a directory of its own below `pending/`. Publishing moves it among the others and then
 //! creates the ref: only then does the checkpoint exist, and only then may others rely on its objects.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -71,6 +71,8 @@ pub struct Mapped {
     pub paths: BTreeMap<RelPath, u64>,
     /// By inode, where the path is not one of the workspace.
     pub inodes: HashSet<u64>,
+    /// Files that are only open for writing: their state vouches for them, but no event tells that it has changed.
+    pub open: BTreeSet<RelPath>,
     /// Processes whose mappings are not told.
     pub untold: u64,
 }

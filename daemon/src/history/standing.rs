@@ -4,7 +4,7 @@
 //! kept for as long as its `.gitignore` and everything above it are what they were.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use super::beneath::{FileKind, Root};
@@ -92,11 +92,7 @@ impl Standings {
         if ignore_file.is_none() && !nested {
             return outside.clone();
         }
-        let source = nested.then(|| {
-            let full = root.show(dir);
-            let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
-            with_state(exclude.unwrap_or_else(|| full.join(".git/info/exclude")))
-        });
+        let source = nested.then(|| with_state(exclude_of(root, dir)));
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = compiled.get(dir)
             && (known.ignore_file, known.settled) == (ignore_file, true)
@@ -109,10 +105,7 @@ impl Standings {
         let (mut chain, mut warnings) = (up.clone(), Vec::new());
         if let Some((exclude, _)) = &source {
             // A repository of its own: what stands above it does not count, as for git itself.
-            chain = match read_small(exclude) {
-                Some(text) => IgnoreChain::default().below(dir, &text, &mut warnings),
-                None => IgnoreChain::default(),
-            };
+            chain = above_nested(exclude, dir, &mut warnings);
         }
         let mut settled = [ignore_file, source.as_ref().and_then(|(_, seen)| *seen)]
             .iter()
@@ -159,6 +152,21 @@ impl Standings {
     pub fn retain_telling(&self, keep: impl Fn(&RelPath) -> bool) {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         compiled.retain(|path, entry| !entry.tells() || keep(path));
+    }
+}
+
+/// Returns where the excludes of the repository are whose top is a directory.
+pub(super) fn exclude_of(root: &Root, dir: &RelPath) -> PathBuf {
+    let full = root.show(dir);
+    let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
+    exclude.unwrap_or_else(|| full.join(".git/info/exclude"))
+}
+
+/// Returns what counts at the top of a nested repository beside its own ignore file.
+pub(super) fn above_nested(exclude: &Path, dir: &RelPath, warnings: &mut Vec<String>) -> IgnoreChain {
+    match read_small(exclude) {
+        Some(text) => IgnoreChain::default().below(dir, &text, warnings),
+        None => IgnoreChain::default(),
     }
 }
 

@@ -1,4 +1,6 @@
-//! Files that processes have mapped writable and shared: what is written to them shows in no event and in no time.
+//! Files that processes have mapped writable and shared: what is written to them shows in no event and in no time. And
+//! those that they have open for writing: what is written through memory meanwhile, or by the kernel on their behalf
+//! (io_submit(2)), shows in the time alone; when the last descriptor is closed, that is an event again.
 //!
 //! The kernel tells of a mapping in `/proc/<pid>/maps` (proc_pid_maps(5)): `address perms offset dev inode path`, with
 //! newlines in the path written as `\012`.
@@ -7,7 +9,8 @@ use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 /// A file that somebody can write to through memory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -18,6 +21,17 @@ pub struct Mapping {
     pub ino: u64,
     /// Its path, as the process sees it.
     pub path: PathBuf,
+}
+
+/// A file that somebody has open for writing.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// The path, as the kernel tells it.
+    pub path: PathBuf,
+    /// Its inode.
+    pub ino: u64,
+    /// Whether it is what stands at that path.
+    pub there: bool,
 }
 
 /// Lists the files that a process has mapped shared and writable; none when it is gone.
@@ -32,6 +46,42 @@ pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// Lists the files below a directory that a process has open for writing, none when it is gone.
+///
+/// # Errors
+/// When the kernel does not tell, for instance of a process of another user.
+pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
+    let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH);
+    let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
+        Err(error) if gone(&error) => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let entry = match entry {
+            Err(error) if gone(&error) => break,
+            entry => entry?,
+        };
+        // Whatever is closed meanwhile told of that by itself.
+        let Ok(path) = fs::read_link(entry.path()) else { continue };
+        if !path.starts_with(below) {
+            continue;
+        }
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", entry.file_name().display()));
+        let flags = info.ok().and_then(|text| {
+            let octal = text.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
+            i32::from_str_radix(octal, 8).ok()
+        });
+        let Ok(stat) = fs::metadata(entry.path()) else { continue };
+        if stat.is_file() && stat.nlink() > 0 && flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY) {
+            // The kernel adds ` (deleted)` to the name; a file may be called that, too.
+            let there = fs::symlink_metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()));
+            found.push(Open { path, ino: stat.ino(), there });
+        }
+    }
+    Ok(found)
 }
 
 fn parse(text: &[u8]) -> Vec<Mapping> {
@@ -79,6 +129,27 @@ fn unescape(path: &[u8]) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn files_that_are_open_for_writing_are_told_with_what_became_of_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().canonicalize().unwrap();
+        let (kept, linked, gone, read) = (dir.join("kept"), dir.join("linked"), dir.join("gone"), dir.join("read"));
+        let _open: Vec<fs::File> = [&kept, &linked, &gone].map(|path| fs::File::create(path).unwrap()).into();
+        fs::write(&read, "").unwrap();
+        let _read = fs::File::open(&read).unwrap();
+        fs::hard_link(&linked, dir.join("another name")).unwrap();
+        for path in [&linked, &gone] {
+            fs::remove_file(path).unwrap();
+        }
+        let mut found = open_for_writing(std::process::id().cast_signed(), &dir).unwrap();
+        found.sort_by(|a, b| a.path.cmp(&b.path));
+        let ino = |path: &Path| fs::metadata(path).unwrap().ino();
+        assert_eq!(found[0], Open { path: kept.clone(), ino: ino(&kept), there: true });
+        assert_eq!((found[1].ino, found[1].there), (ino(&dir.join("another name")), false));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert_eq!(open_for_writing(i32::MAX, &dir).unwrap(), []);
+    }
 
     #[test]
     fn only_what_is_shared_and_writable_is_listed() {

@@ -103,16 +103,31 @@ pub fn mapped(site: &Site, runs: &[AgentRun]) -> impl FnOnce() -> Result<Mapped,
         for shim in shims {
             let failed = |e| Failure::fault("list the agents' processes", &e);
             for stat in process::descendants(shim, process::Look::Quick).map_err(failed)? {
-                match mappings::writable_shared(stat.id.pid) {
-                    Ok(found) => found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace)),
+                let pid = stat.id.pid;
+                let found = mappings::writable_shared(pid).and_then(|found| {
+                    found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace));
+                    mappings::open_for_writing(pid, &workspace)
+                });
+                match found {
+                    Ok(found) => found.into_iter().for_each(|open| note_open(&mut mapped, &open, &workspace)),
                     Err(error) => {
-                        tracing::debug!(pid = stat.id.pid, %error, "its mappings are not told");
+                        tracing::debug!(pid, %error, "what it writes to is not told");
                         mapped.untold += 1;
                     }
                 }
             }
         }
         Ok(mapped)
+    }
+}
+
+fn note_open(mapped: &mut Mapped, open: &mappings::Open, workspace: &Path) {
+    use std::os::unix::ffi::OsStrExt;
+    let path = open.path.strip_prefix(workspace).ok().and_then(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
+    match path.filter(|_| open.there) {
+        Some(path) => drop(mapped.open.insert(path)),
+        // It was renamed by another name of its own, or has none.
+        None => drop(mapped.inodes.insert(open.ino)),
     }
 }
 

@@ -282,6 +282,7 @@ fn summary(what: &str, count: usize, each: impl Iterator<Item = String>) -> Opti
     let named: Vec<String> = each.take(NAMED).collect();
     let more = if count > named.len() { format!(" and {} more", count - named.len()) } else { String::new() };
     let paths = if count == 1 { "path is" } else { "paths are" };
+    let what = if count == 1 { what.replace("they are", "it is").replace("they", "it") } else { what.to_owned() };
     (count > 0).then(|| format!("{count} {paths} {what}: {}{more}", named.join("; ")))
 }
 
@@ -335,6 +336,9 @@ pub fn parse_paths(paths: &[String]) -> Result<Option<Vec<RelPath>>, Failure> {
                     .hint("paths are those inside the workspace, for instance src/main.rs"),
             )
         };
+        if text.is_empty() {
+            return Err(refuse("names nothing; '.' is the whole workspace"));
+        }
         let bytes = if text == "." { Some(Vec::new()) } else { unescape(text) };
         let path = bytes.and_then(|bytes| RelPath::new(bytes).ok()).ok_or_else(|| refuse("leads nowhere"))?;
         if path.is_restorable() { Ok(path) } else { Err(refuse("is in a repository's own directory")) }

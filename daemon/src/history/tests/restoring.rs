@@ -353,3 +353,93 @@ fn what_somebody_makes_where_nothing_stood_while_files_are_drafted_is_kept_and_r
     assert_eq!((read("a"), read("b"), read("c")), ("mine".to_owned(), "1".to_owned(), "1".to_owned()));
     assert_eq!(fs::read_dir(sandbox.path()).unwrap().count(), 3);
 }
+
+/// Paths that a plan leaves alone, with the reasons.
+fn left(plan: &RestorePlan) -> Vec<(String, ConflictReason)> {
+    plan.conflicts.iter().map(|one| (one.path.to_string(), one.reason)).collect()
+}
+
+#[test]
+fn what_the_checkpoints_own_rules_left_out_stays_whatever_the_rules_of_today_say() {
+    let sandbox = Sandbox::new();
+    git_in(&sandbox.path(), &["init", "-q"]);
+    sandbox.write(".gitignore", ".env\ncache/\n*.o\n!keep.o\n");
+    sandbox.write("sub/.gitignore", "local\n");
+    sandbox.write("code", "1");
+    for ignored in [".env", "sub/.env", "sub/local", "cache/a/b", "x.o"] {
+        sandbox.write(ignored, "left out");
+    }
+    sandbox.write("keep.o", "kept");
+    sandbox.write("inner/.gitignore", "own\n");
+    git_in(&sandbox.at("inner"), &["init", "-q"]);
+    sandbox.let_files_age();
+    sandbox.checkpoint(1);
+    // Somebody clobbers the rules: all of it is covered now.
+    sandbox.write(".gitignore", "");
+    fs::remove_file(sandbox.at("sub/.gitignore")).unwrap();
+    for new in ["new", "sub/new", "new-dir/.env", "new-dir/other", "inner/a.o", "keep.o"] {
+        sandbox.write(new, "new");
+    }
+    sandbox.let_files_age();
+    let before = sandbox.checkpoint(2);
+    assert!(before.stats.files > 10);
+    let planned = sandbox.planned(1, Some(2), None);
+    let reason = ConflictReason::IgnoredThen;
+    let wanted =
+        [".env", "cache", "new-dir/.env", "sub/.env", "sub/local", "x.o"].map(|path| (path.to_owned(), reason));
+    assert_eq!(left(&planned.plan), wanted);
+    let changed: Vec<String> = planned.diff.entries.iter().map(|entry| entry.path.to_string()).collect();
+    let changes = [".gitignore", "inner/a.o", "keep.o", "new", "new-dir/other", "sub/.gitignore", "sub/new"];
+    assert_eq!(changed, changes);
+
+    sandbox.restore(1, 3);
+    for stays in [".env", "sub/.env", "sub/local", "cache/a/b", "x.o", "new-dir/.env"] {
+        assert!(sandbox.at(stays).exists(), "{stays}");
+    }
+    for goes in ["new", "sub/new", "new-dir/other", "inner/a.o"] {
+        assert!(!sandbox.at(goes).exists(), "{goes}");
+    }
+    assert_eq!(fs::read(sandbox.at("keep.o")).unwrap(), b"kept");
+    assert_eq!(
+        sandbox.checkpoint(4).files,
+        sandbox.history.snapshot(&sandbox.request(5), 5, &quiet, &NEVER).unwrap().files
+    );
+}
+
+#[test]
+fn what_a_setting_left_out_stays_when_the_setting_is_another_one() {
+    let mut sandbox = Sandbox::new();
+    sandbox.write("a.big", "left out");
+    sandbox.write("a.txt", "covered");
+    sandbox.rules.exclude = vec!["*.big".to_owned()];
+    sandbox.checkpoint(1);
+    sandbox.rules.exclude.clear();
+    sandbox.write("b.txt", "new");
+    sandbox.checkpoint(2);
+    assert_eq!(left(&sandbox.plan(1, 2, None)), [("a.big".to_owned(), ConflictReason::IgnoredThen)]);
+    sandbox.restore(1, 3);
+    assert!(sandbox.at("a.big").exists() && !sandbox.at("b.txt").exists());
+}
+
+#[test]
+fn what_took_the_place_of_a_special_file_stays_and_is_told() {
+    let sandbox = Sandbox::new();
+    for name in ["file", "dir", "link", "same"] {
+        nix::unistd::mkfifo(&sandbox.at(name), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    }
+    sandbox.checkpoint(1);
+    for name in ["file", "dir", "link"] {
+        fs::remove_file(sandbox.at(name)).unwrap();
+    }
+    sandbox.write("file", "new");
+    sandbox.write("dir/below", "new");
+    std::os::unix::fs::symlink("/etc", sandbox.at("link")).unwrap();
+    sandbox.checkpoint(2);
+    let planned = sandbox.planned(1, Some(2), None);
+    let wanted = ["dir", "file", "link"].map(|path| (path.to_owned(), ConflictReason::WasSpecial));
+    assert_eq!(left(&planned.plan), wanted);
+    assert_eq!(planned.diff.entries, []);
+    sandbox.restore(1, 3);
+    assert_eq!(fs::read(sandbox.at("dir/below")).unwrap(), b"new");
+    assert_eq!(fs::read(sandbox.at("file")).unwrap(), b"new");
+}

@@ -330,6 +330,13 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     File::from(nameless).write_all(b"told to nobody").unwrap();
     sandbox.let_files_age();
 
+    // Whoever has it open is known, where that is an agent.
+    let open = [RelPath::new(*b"dir/named").unwrap()].into();
+    let request = SnapshotRequest { mapped: Mapped { open, ..Mapped::default() }, ..sandbox.request(9) };
+    let seen = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
+    assert!(looked_at_a_part(&seen) && seen.stats.files - seen.stats.unchanged == 1);
+    drop(seen);
+
     let prime = |whole_after| {
         let request = SnapshotRequest { number: 0, whole_after, ..sandbox.request(1) };
         sandbox.history.prime(&request, 5, &quiet, &NEVER).unwrap()
