@@ -194,8 +194,8 @@ pub struct CheckpointShow {
 pub struct SkippedPath {
     /// The path inside the workspace; bytes that are no UTF-8 are replaced.
     pub path: String,
-    /// Why: `too_large`, `unreadable`, `special` (a socket, FIFO or device) or `unsteady` (it became something
-    /// else whenever it was to be read).
+    /// Why: `too_large`, `unreadable`, `special` (a socket, FIFO or device), `unsteady` (it became something
+    /// else whenever it was to be read) or `reserved` (its name is git's own, in another case).
     pub reason: String,
     /// What the system said, or the size, or the kind.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -32,8 +32,8 @@ const MAX_DEPTH: u32 = 4096;
 
 /// The kinds of special files, by their number in the cache.
 const SPECIAL: [&str; 5] = ["fifo", "socket", "character_device", "block_device", "unknown"];
-const REASONS: [SkipReason; 4] =
-    [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady];
+const REASONS: [SkipReason; 5] =
+    [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady, SkipReason::Reserved];
 
 #[derive(Serialize, Deserialize)]
 struct Small {

@@ -24,6 +24,8 @@ pub enum SkipReason {
     Special,
     /// It became something else at every attempt to read it.
     Unsteady,
+    /// Its name is git's own in another case, which no restore writes to: on some file systems it is a repository's.
+    Reserved,
 }
 
 /// A path that is covered but not stored.

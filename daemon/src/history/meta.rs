@@ -26,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use super::beneath::Time;
 use super::errors::HistoryError;
 use super::found::{SkipReason, Skipped};
-use super::names::is_safe_name;
+use super::names::{is_git, is_safe_name};
 use super::rules::Rules;
 use super::snapshot::Stats;
 use super::user_repository::UserRepository;
@@ -212,7 +212,9 @@ fn decode_line(line: &str) -> Option<MetaLine<'static>> {
         _ => return None,
     };
     let named = kind != MetaKind::Itself;
-    let good_name = if named { is_safe_name(&name) } else { name.is_empty() };
+    // Of a reserved name it is only told that it was there.
+    let reserved = kind == MetaKind::Skipped(SkipReason::Reserved) && is_git(&name);
+    let good_name = if named { is_safe_name(&name) || reserved } else { name.is_empty() };
     let xattrs = remark.split(',').filter_map(|one| one.strip_prefix("x:"));
     let xattrs: Option<Xattrs> = xattrs
         .map(|pair| {
@@ -256,11 +258,13 @@ fn word_of(reason: SkipReason) -> &'static str {
         SkipReason::Unreadable => "unreadable",
         SkipReason::Special => "special",
         SkipReason::Unsteady => "unsteady",
+        SkipReason::Reserved => "reserved",
     }
 }
 
 fn reason_of(word: &str) -> Option<SkipReason> {
-    let all = [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady];
+    let all =
+        [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady, SkipReason::Reserved];
     all.into_iter().find(|reason| word_of(*reason) == word)
 }
 
@@ -282,6 +286,7 @@ mod tests {
         };
         let lines = vec![
             line(MetaKind::Itself, b""),
+            line(MetaKind::Skipped(SkipReason::Reserved), b".GIT"),
             line(MetaKind::Skipped(SkipReason::TooLarge), b"big file %"),
             line(MetaKind::File { torn: true, ino: Some(77), sparse: true }, b"c\n\xff"),
             line(MetaKind::File { torn: false, ino: None, sparse: false }, b"d"),
@@ -292,6 +297,8 @@ mod tests {
         assert_eq!(decode(text.as_bytes()).unwrap(), lines);
         assert!(decode(b"fermata-meta 2\n").is_err());
         assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - ..\n").is_err());
+        assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - .Git\n").is_err());
+        assert!(decode(b"fermata-meta 1\nx 0 0.0 0 reserved ..\n").is_err());
     }
 
     #[test]

@@ -328,7 +328,7 @@ impl Walk<'_> {
         }
         let mut dirs: Vec<(Box<[u8]>, RelPath, Standing, bool)> = Vec::new();
         for name in names.iter() {
-            if name.as_ref() == b"." || name.as_ref() == b".." || is_git(name) {
+            if matches!(&**name, b"." | b".." | b".git") {
                 continue;
             }
             let path = place.path.join(name);
@@ -337,6 +337,15 @@ impl Walk<'_> {
             }
             let known_child = known.dir.and_then(|dir| dir.child(name));
             let before = known_child.map(|child| &child.node);
+            if is_git(name) {
+                let there = stat_at(&fd, OsStr::from_bytes(name)).is_ok();
+                changed |= there != before.is_some();
+                if there {
+                    let (reason, detail) = (SkipReason::Reserved, "git takes this name for its own".into());
+                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                }
+                continue;
+            }
             if path.bytes().len() >= MAX_PATH {
                 let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
                 changed |= !matches!(before, Some(Node::Skipped { .. }));

@@ -101,6 +101,7 @@ fn reason(reason: SkipReason) -> &'static str {
         SkipReason::Unreadable => "unreadable",
         SkipReason::Special => "special",
         SkipReason::Unsteady => "unsteady",
+        SkipReason::Reserved => "reserved",
     }
 }
 

@@ -325,3 +325,25 @@ fn paths_that_nobody_knows_are_refused_and_uncovered_ones_are_told() {
     sandbox.history.apply_restore(&plan, &quiet).unwrap();
     assert!(sandbox.at("dir/a").exists() && sandbox.at("new").exists());
 }
+
+#[test]
+fn names_that_git_takes_for_its_own_are_told_and_never_written_to() {
+    let sandbox = Sandbox::new();
+    sandbox.write(".GIT/config", "somebody's");
+    sandbox.write("sub/.Git", "a file");
+    sandbox.write("file", "1");
+    let first = sandbox.checkpoint(1);
+    let told = |skipped: &[Skipped]| -> Vec<(String, SkipReason)> {
+        skipped.iter().map(|one| (one.path.to_string(), one.reason)).collect()
+    };
+    let wanted = [".GIT", "sub/.Git"].map(|path| (path.to_owned(), SkipReason::Reserved));
+    assert_eq!(told(&first.skipped), wanted);
+    assert_eq!(told(&sandbox.history.skipped(1).unwrap()), wanted);
+    assert_eq!(sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad, []);
+    sandbox.write("file", "2");
+    fs::remove_file(sandbox.at("sub/.Git")).unwrap();
+    assert_eq!(told(&sandbox.checkpoint(2).skipped), wanted[..1]);
+    sandbox.restore_cleanly(1, 3);
+    assert_eq!(fs::read(sandbox.at(".GIT/config")).unwrap(), b"somebody's");
+    assert!(!sandbox.at("sub/.Git").exists());
+}
