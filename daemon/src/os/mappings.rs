@@ -12,6 +12,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
+use super::process::is_gone;
+
 /// A file that somebody can write to through memory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mapping {
@@ -41,9 +43,7 @@ pub struct Open {
 pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
     match fs::read(format!("/proc/{pid}/maps")) {
         Ok(text) => Ok(parse(&text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH) => {
-            Ok(Vec::new())
-        }
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
         Err(error) => Err(error),
     }
 }
@@ -53,15 +53,14 @@ pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
 /// # Errors
 /// When the kernel does not tell, for instance of a process of another user.
 pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
-    let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH);
     let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
-        Err(error) if gone(&error) => return Ok(Vec::new()),
+        Err(error) if is_gone(&error) => return Ok(Vec::new()),
         entries => entries?,
     };
     let mut found = Vec::new();
     for entry in entries {
         let entry = match entry {
-            Err(error) if gone(&error) => break,
+            Err(error) if is_gone(&error) => break,
             entry => entry?,
         };
         // Whatever is closed meanwhile told of that by itself.

@@ -149,7 +149,8 @@ pub fn ran(pid: i32) -> io::Result<Option<Ran>> {
     }
 }
 
-fn is_gone(error: &io::Error) -> bool {
+/// Says whether reading below `/proc/PID` failed because the process is no more.
+pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 

@@ -31,7 +31,7 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
     let runs = site.project.runs(site.project.running_agents());
     let (mut request, now) = (request(site), crate::services::now());
     let mapped = mapped(site, &runs);
-    let looking = site.history.looking();
+    let cell = site.history.clone();
     let primed = site
         .with_history(operation, "look at the workspace", move |history, progress, cancel| {
             if history.is_primed(&request) {
@@ -41,6 +41,8 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
                 Ok(mapped) => mapped,
                 Err(failure) => return Ok(Err(failure)),
             };
+            // Only who looks tells of it: whoever finds nothing to do must not end what another one tells.
+            let looking = cell.looking();
             let tell = |now| {
                 looking.tell(now);
                 progress(now);

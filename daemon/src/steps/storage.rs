@@ -88,14 +88,12 @@ impl Count<'_> {
             for entry in entries_of(&dir)? {
                 let entry = entry?;
                 let path = entry.path();
-                let size = match self.before.get(&path) {
-                    Some(known) => *known,
-                    None => bytes_of(&path)?,
-                };
+                let known = self.before.get(&path).copied();
+                let size = known.map_or_else(|| bytes_of(&path), Ok)?;
                 // What is being made has another kind of name, and grows. Some file systems give a file its blocks, or
                 // take back what it does not need, long after it was written.
                 let partial = path.extension().is_some_and(|end| end == "partial");
-                if !partial && self.before.contains_key(&path) | self.is_old(&entry) {
+                if known.is_some() || (!partial && self.is_old(&entry)) {
                     self.now.insert(path, size);
                 }
                 bytes += size;
