@@ -65,6 +65,7 @@ mod tests;
 mod tracked;
 mod tree;
 mod unchanged;
+mod user_index;
 mod user_repository;
 mod verdict;
 mod verify;

@@ -1,6 +1,6 @@
 //! Looks at the repository that the workspace belongs to, without ever writing to it.
 //!
-//! `HEAD` and refs are read as plain files; the index is parsed in memory. No repository is opened with the library,
+//! `HEAD` and refs are read as plain files; the index is parsed in memory (`user_index`). No repository is opened with the library,
 //! which could refresh the index, read somebody's configuration, or refuse a repository of another user.
 
 use std::fs;
@@ -11,9 +11,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::names::RelPath;
+use super::user_index::{self, IndexError};
 
-/// The bit of an index entry whose file a sparse checkout leaves out.
-const SKIP_WORKTREE: u16 = 1 << 14;
 const MAX_SMALL_FILE: u64 = 64 * 1024;
 const MAX_PACKED_REFS: u64 = 256 * 1024 * 1024;
 
@@ -127,30 +126,60 @@ impl Location {
         self.git_dir.join("index")
     }
 
-    /// Lists the tracked files below the workspace; submodules, and what a sparse checkout leaves out, are not among
-    /// them.
+    /// Lists the tracked files below the workspace; submodules are not among them, nor what a sparse checkout has left
+    /// out and nobody has made.
     ///
     /// # Errors
-    /// Fails when there is an index that the library cannot read (split, SHA-256), with its message.
-    pub fn tracked(&self) -> Result<Vec<RelPath>, String> {
+    /// Fails when there is an index that cannot be read.
+    pub(super) fn tracked(&self) -> Result<Vec<RelPath>, IndexError> {
         let path = self.index();
         if !fs::metadata(&path).is_ok_and(|meta| meta.is_file()) {
             return Ok(Vec::new());
         }
-        let index = git2::Index::open(&path).map_err(|error| error.message().to_owned())?;
+        let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;
+        let mut there = There { top: &self.top, known: None };
         let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
-        let below = |entry: git2::IndexEntry| {
-            let is_file = matches!(entry.mode & 0o170000, 0o100000 | 0o120000);
-            if !is_file || entry.flags_extended & SKIP_WORKTREE != 0 {
-                return None;
-            }
+        let below = |entry: user_index::Entry| {
             let path = RelPath::new(entry.path).ok()?;
-            if !path.is_within(&self.prefix) || path.bytes().len() <= start {
+            if !path.is_within(&self.prefix) || path.bytes().len() <= start || (entry.skipped && !there.has(&path)) {
                 return None;
             }
             RelPath::new(&path.bytes()[start..]).ok()
         };
-        Ok(index.iter().filter_map(below).collect())
+        Ok(user_index::tracked(&self.git_dir, &content)?.into_iter().filter_map(below).collect())
+    }
+}
+
+/// Says which paths exist. Those of one directory are asked for one after the other, and a sparse checkout leaves out
+/// whole trees of them: for these one question is enough.
+struct There<'a> {
+    top: &'a Path,
+    /// The directory that was asked for last.
+    known: Option<(RelPath, bool)>,
+}
+
+impl There<'_> {
+    fn has(&mut self, path: &RelPath) -> bool {
+        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.look(path).is_some()
+    }
+
+    fn has_dir(&mut self, dir: &RelPath) -> bool {
+        match &self.known {
+            Some((known, there)) if dir == known || (!there && dir.is_within(known)) => return *there,
+            _ => {}
+        }
+        let Some(above) = dir.parent() else { return true };
+        // Where what is above is missing, that is what is remembered.
+        if !self.has_dir(&above) {
+            return false;
+        }
+        let there = self.look(dir).is_some_and(|meta| meta.is_dir());
+        self.known = Some((dir.clone(), there));
+        there
+    }
+
+    fn look(&self, path: &RelPath) -> Option<fs::Metadata> {
+        fs::symlink_metadata(self.top.join(path.as_path())).ok()
     }
 }
 
@@ -164,7 +193,8 @@ pub(super) fn read_small(path: &Path) -> Option<Vec<u8>> {
     read_at_most(path, MAX_SMALL_FILE)
 }
 
-fn read_at_most(path: &Path, limit: u64) -> Option<Vec<u8>> {
+/// Reads a regular file of at most so many bytes; `None` for anything else.
+pub(super) fn read_at_most(path: &Path, limit: u64) -> Option<Vec<u8>> {
     use std::os::unix::fs::OpenOptionsExt;
     // A FIFO in this place must not hold the daemon up.
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;

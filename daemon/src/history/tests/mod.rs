@@ -10,6 +10,7 @@ mod restoring;
 mod safety;
 mod store;
 mod strangers;
+mod user_index;
 mod watching;
 
 use std::collections::BTreeMap;
