@@ -16,6 +16,9 @@ use crate::steps::checkpoint::hex;
 /// Longer lines of ancestors are not followed; whoever has one is nobody known.
 const MAX_ANCESTORS: usize = 4096;
 
+/// So many are read at once, wherever that is: `/proc` is no disk.
+const FEW_ANCESTORS: usize = 32;
+
 /// How often ancestors are looked at anew because one of them ended meanwhile.
 const LOOKS: u32 = 16;
 
@@ -39,22 +42,36 @@ impl Peer {
     }
 }
 
+/// Finds out who a peer is where that takes no time; `None` where it may: with many ancestors, or for a user whose rights
+/// are those of a group.
+pub fn recognise(credentials: &PeerCredentials, projects: &Projects) -> Option<Peer> {
+    let uid = credentials.uid;
+    match descent(credentials.pid, projects, FEW_ANCESTORS, 1) {
+        Descent::Agent(agent) => Some(Peer { role: Role::Agent, agent: Some(agent), uid }),
+        Descent::Nobodys if is_admin(uid) => Some(Peer { role: Role::Admin, agent: None, uid }),
+        Descent::Nobodys | Descent::Unknown => None,
+    }
+}
+
+fn is_admin(uid: u32) -> bool {
+    uid == 0 || uid == nix::unistd::geteuid().as_raw()
+}
+
 /// Finds out who a peer is by what the kernel says of it.
 ///
 /// # Errors
 /// `permission_denied` for a user who may not even look.
 pub fn identify(credentials: &PeerCredentials, settings: &Settings, projects: &Projects) -> Result<Peer, Refusal> {
     let uid = credentials.uid;
-    let descent = descent(credentials.pid, projects);
+    let descent = descent(credentials.pid, projects, MAX_ANCESTORS, LOOKS);
     // Whoever runs inside an agent's tree is that agent, whatever it says.
     if let Descent::Agent(agent) = descent {
         return Ok(Peer { role: Role::Agent, agent: Some(agent), uid });
     }
     let known = matches!(descent, Descent::Nobodys);
-    let own = nix::unistd::geteuid().as_raw();
     // Only asked for where it counts: it may come over a network.
     let operators = || group_id(&settings.operator_group).ok().flatten();
-    let role = if known && (uid == 0 || uid == own) {
+    let role = if known && is_admin(uid) {
         Role::Admin
     } else if known && operators().is_some_and(|gid| credentials.in_group(gid)) {
         Role::Operator
@@ -95,13 +112,13 @@ enum Descent {
     Unknown,
 }
 
-fn descent(pid: i32, projects: &Projects) -> Descent {
+fn descent(pid: i32, projects: &Projects, most: usize, looks: u32) -> Descent {
     // A process outside of our pid namespace cannot be below an agent, which is inside.
     if pid == 0 {
         return Descent::Nobodys;
     }
-    for _ in 0..LOOKS {
-        let Some(chain) = ancestors(pid) else { continue };
+    for _ in 0..looks {
+        let Some(chain) = ancestors(pid, most) else { continue };
         let agent = projects.agent_of_processes(&chain).or_else(|| projects.agent_of_shims(&chain));
         return agent.map_or(Descent::Nobodys, Descent::Agent);
     }
@@ -109,12 +126,12 @@ fn descent(pid: i32, projects: &Projects) -> Descent {
 }
 
 /// Returns a process and its ancestors; `None` when one ended meanwhile, whose children the kernel
-/// has given to another parent, or when there are too many.
-fn ancestors(pid: i32) -> Option<Vec<i32>> {
+/// has given to another parent, or when there are more than `most`.
+fn ancestors(pid: i32, most: usize) -> Option<Vec<i32>> {
     let mut chain = Vec::new();
     let mut next = pid;
     while next > 1 {
-        if chain.len() == MAX_ANCESTORS {
+        if chain.len() == most {
             return None;
         }
         let stat = process::stat(next).ok().flatten()?;

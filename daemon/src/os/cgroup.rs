@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::mounts;
+use super::procfs;
 
 /// Why something could not be done with a control group.
 #[derive(Debug, thiserror::Error)]
@@ -354,7 +355,7 @@ fn make_dir(path: &Path) -> Result<(), CgroupError> {
 
 fn collect_procs(dir: &Path, found: &mut HashSet<i32>) -> Result<(), CgroupError> {
     let file = dir.join("cgroup.procs");
-    match fs::read_to_string(&file) {
+    match procfs::read_to_string(&file) {
         Ok(text) => found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
         // A group that ended meanwhile, or a threaded one, whose processes its parent lists.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)) => {}

@@ -13,6 +13,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::process::is_gone;
+use super::procfs;
 
 /// A file that somebody can write to through memory.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -41,7 +42,7 @@ pub struct Open {
 /// # Errors
 /// When the kernel does not tell, for instance of a process of another user.
 pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
-    match fs::read(format!("/proc/{pid}/maps")) {
+    match procfs::read(format!("/proc/{pid}/maps")) {
         Ok(text) => Ok(parse(&text)),
         Err(error) if is_gone(&error) => Ok(Vec::new()),
         Err(error) => Err(error),
@@ -68,7 +69,7 @@ pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
         if !path.starts_with(below) {
             continue;
         }
-        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", entry.file_name().display()));
+        let info = procfs::read_to_string(format!("/proc/{pid}/fdinfo/{}", entry.file_name().display()));
         let flags = info.ok().and_then(|text| {
             let octal = text.lines().find_map(|line| line.strip_prefix("flags:"))?.trim();
             i32::from_str_radix(octal, 8).ok()

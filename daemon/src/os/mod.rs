@@ -18,6 +18,7 @@ pub mod prelude;
 pub mod pressure;
 pub mod priority;
 pub mod process;
+pub mod procfs;
 pub mod pty;
 pub mod signals;
 pub mod socket_child;

@@ -29,7 +29,7 @@ pub fn place(line: &[u8]) -> Option<PathBuf> {
 
 /// Lists the lines of the table that are about places below a directory; none where it cannot be read.
 pub fn below(dir: &Path) -> Vec<String> {
-    let table = std::fs::read("/proc/self/mountinfo").unwrap_or_default();
+    let table = super::procfs::read("/proc/self/mountinfo").unwrap_or_default();
     below_in(&table, dir)
 }
 

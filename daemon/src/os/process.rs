@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
+use super::procfs;
 use serde::{Deserialize, Serialize};
 
 /// A process of this boot.
@@ -88,7 +89,7 @@ impl Stat {
 
 /// Reads the state of a process; `None` when there is none with that pid.
 pub fn stat(pid: i32) -> io::Result<Option<Stat>> {
-    match fs::read(format!("/proc/{pid}/stat")) {
+    match procfs::read(format!("/proc/{pid}/stat")) {
         Ok(line) => {
             let broken = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat"));
             let mut stat = Stat::parse(&line).ok_or_else(broken)?;
@@ -110,7 +111,8 @@ fn thread_letters(pid: i32) -> io::Result<Vec<u8>> {
         Err(error) if is_gone(&error) => return Ok(Vec::new()),
         Err(error) => return Err(error),
     };
-    let letter = |task: fs::DirEntry| Stat::parse(&fs::read(task.path().join("stat")).ok()?).map(|stat| stat.letter);
+    let letter =
+        |task: fs::DirEntry| Stat::parse(&procfs::read(task.path().join("stat")).ok()?).map(|stat| stat.letter);
     Ok(tasks.flatten().filter_map(letter).collect())
 }
 
@@ -136,7 +138,7 @@ pub struct Ran {
 /// Reads how much the first thread of a process has run (`/proc/PID/schedstat`, three numbers, see
 /// the kernel's sched-stats document); `None` when it is gone or this kernel does not count.
 pub fn ran(pid: i32) -> io::Result<Option<Ran>> {
-    let text = match fs::read_to_string(format!("/proc/{pid}/schedstat")) {
+    let text = match procfs::read_to_string(format!("/proc/{pid}/schedstat")) {
         Ok(text) => text,
         Err(error) if is_gone(&error) => return Ok(None),
         Err(error) => return Err(error),
@@ -166,7 +168,7 @@ pub fn program(pid: i32) -> io::Result<PathBuf> {
 
 /// Returns the first argument that a process was started with, after its own name.
 pub fn first_argument(pid: i32) -> io::Result<Option<OsString>> {
-    let line = fs::read(format!("/proc/{pid}/cmdline"))?;
+    let line = procfs::read(format!("/proc/{pid}/cmdline"))?;
     Ok(line.split(|byte| *byte == 0).nth(1).map(|word| OsString::from_vec(word.to_vec())))
 }
 
@@ -338,7 +340,7 @@ fn walk(root: i32) -> io::Result<Option<Walk>> {
         };
         for task in tasks {
             let Ok(task) = task else { continue };
-            let text = match fs::read_to_string(task.path().join("children")) {
+            let text = match procfs::read_to_string(task.path().join("children")) {
                 Ok(text) => text,
                 Err(error) if is_gone(&error) => continue,
                 Err(error) => return Err(error),
@@ -454,7 +456,8 @@ fn share_memory(a: i32, b: i32) -> bool {
 /// Whether the process was started with this exact `NAME=value` in its environment.
 pub fn started_with(pid: i32, variable: &[u8]) -> bool {
     // Unreadable means another user's process, which is none of ours.
-    fs::read(format!("/proc/{pid}/environ")).is_ok_and(|block| block.split(|&b| b == 0).any(|entry| entry == variable))
+    procfs::read(format!("/proc/{pid}/environ"))
+        .is_ok_and(|block| block.split(|&b| b == 0).any(|entry| entry == variable))
 }
 
 #[cfg(test)]

@@ -141,7 +141,7 @@ fn session_members(leader: u32) -> Vec<u32> {
 
 /// Reads the session of a live process from `/proc/<pid>/stat` (see proc_pid_stat(5)).
 fn session_of(pid: u32) -> Option<u32> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = super::procfs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the name in parentheses and may itself contain blanks and parentheses.
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     let state = fields.next()?;

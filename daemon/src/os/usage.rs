@@ -4,12 +4,12 @@
 //! `cpu.stat` of a version 2 group counts without any controller; `memory.current` and `io.stat` need
 //! theirs. On cgroup version 1, and without groups, everything is summed over the processes.
 
-use std::fs;
 use std::io;
 use std::path::Path;
 
 use super::cgroup::Group;
 use super::process::{self, Look};
+use super::procfs;
 
 /// What one tree has used and uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -65,11 +65,11 @@ pub fn of_tree(group: Option<&Path>, shim: i32) -> io::Result<TreeUsage> {
 
 /// `None` when the group is gone.
 fn of_group(path: &Path) -> Option<TreeUsage> {
-    let stat = fs::read_to_string(path.join("cpu.stat")).ok()?;
+    let stat = procfs::read_to_string(path.join("cpu.stat")).ok()?;
     let members: Vec<i32> = Group::open(path).ok()?.procs().ok()?.into_iter().collect();
-    let number = |file: &str| fs::read_to_string(path.join(file)).ok()?.trim().parse::<u64>().ok();
+    let number = |file: &str| procfs::read_to_string(path.join(file)).ok()?.trim().parse::<u64>().ok();
     let charged = number("memory.current").map(|now| Memory::Charged { now, peak: number("memory.peak") });
-    let disks = fs::read_to_string(path.join("io.stat")).ok().map(|text| io_stat(&text));
+    let disks = procfs::read_to_string(path.join("io.stat")).ok().map(|text| io_stat(&text));
     let mut usage = match (charged, disks) {
         (Some(_), Some(_)) => TreeUsage { processes: members.len() as u64, ..TreeUsage::default() },
         _ => sum(&members),
@@ -128,7 +128,7 @@ struct ProcessUsage {
 impl ProcessUsage {
     /// `None` for a process that has ended.
     fn read(pid: i32) -> Option<Self> {
-        Self::parse(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?, ticks_per_second(), page_size())
+        Self::parse(&procfs::read_to_string(format!("/proc/{pid}/stat")).ok()?, ticks_per_second(), page_size())
     }
 
     /// Fields 3 (state), 14 to 17 (utime, stime, cutime, cstime) and 24 (rss in pages) of proc(5),
@@ -157,7 +157,7 @@ impl ProcessUsage {
 /// Bytes that went to and came from disks, those of waited-for children included; `None` where it
 /// may not be read.
 fn process_io(pid: i32) -> Option<(u64, u64)> {
-    let text = fs::read_to_string(format!("/proc/{pid}/io")).ok()?;
+    let text = procfs::read_to_string(format!("/proc/{pid}/io")).ok()?;
     let field = |name: &str| keyed(&text, name);
     // What was written and deleted again before it reached a disk is not written.
     let written = field("write_bytes:")?.saturating_sub(field("cancelled_write_bytes:").unwrap_or(0));

@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fermata_protocol::codec::LineBuffer;
+use fermata_protocol::daemon::Hello;
+use fermata_protocol::method::Method as _;
 use fermata_protocol::rpc::{Notification, Request, Response};
 use fermata_protocol::{Code, ErrorObject, MAX_IN_FLIGHT, MAX_LINE_BYTES, Refusal};
 use serde::Serialize;
@@ -51,6 +53,8 @@ pub(super) struct Connection {
 
 struct State {
     peer: Peer,
+    /// Why the peer's last greeting was refused: what it has sent behind that is refused with it.
+    not_greeted: Option<ErrorObject>,
     under_way: BTreeMap<String, CancellationToken>,
     subscriptions: BTreeMap<u64, CancellationToken>,
     next_subscription: u64,
@@ -186,20 +190,27 @@ pub(super) async fn refuse(mut stream: UnixStream, refusal: Refusal) {
 pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daemon: &Arc<Daemon>) {
     let services = daemon.projects.services();
     let (settings, projects) = (services.settings(), Arc::clone(&daemon.projects));
-    // Groups may be looked up over a network, and ancestors are read from /proc.
-    let identified = tokio::task::spawn_blocking(move || auth::identify(&credentials, &settings, &projects)).await;
-    let who = match identified {
-        Ok(Ok(peer)) => peer,
-        Ok(Err(refusal)) => return refuse(stream, refusal).await,
-        Err(error) => {
-            tracing::error!(%error, "a peer could not be identified");
-            return;
+    let who = match auth::recognise(&credentials, &projects) {
+        Some(peer) => peer,
+        None => {
+            // Groups may be looked up over a network, and there may be thousands of ancestors.
+            let identified =
+                tokio::task::spawn_blocking(move || auth::identify(&credentials, &settings, &projects)).await;
+            match identified {
+                Ok(Ok(peer)) => peer,
+                Ok(Err(refusal)) => return refuse(stream, refusal).await,
+                Err(error) => {
+                    tracing::error!(%error, "a peer could not be identified");
+                    return;
+                }
+            }
         }
     };
     let (reader, writer) = stream.into_split();
     let (out, lines) = mpsc::channel(OUT_QUEUE);
     let state = State {
         peer: who,
+        not_greeted: None,
         under_way: BTreeMap::new(),
         subscriptions: BTreeMap::new(),
         next_subscription: 0,
@@ -324,23 +335,36 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     }
     // A notification asks for no reply; there is none that this daemon acts on.
     let Some(id) = request.id.clone() else { return };
+    if request.method == Hello::NAME {
+        // In its turn: a client need not wait for the answer before it calls.
+        let greeted = dispatch::call(connection, request).await.map_err(|failure| failure.to_object());
+        connection.lock().not_greeted = greeted.as_ref().err().cloned();
+        return connection.send(&answer(id, greeted)).await;
+    }
+    let refused = connection.lock().not_greeted.clone();
+    if let Some(error) = refused {
+        return connection.send(&Response::failure(id, error)).await;
+    }
     let token = match connection.begin(&id) {
         Ok(token) => token,
         Err(refusal) => return connection.send(&Response::failure(id, refusal)).await,
     };
     let connection = Arc::clone(connection);
     calls.spawn(async move {
-        let answer = tokio::select! {
-            answer = dispatch::call(&connection, request) => answer.map_err(|failure| failure.to_object()),
+        let answered = tokio::select! {
+            answered = dispatch::call(&connection, request) => answered.map_err(|failure| failure.to_object()),
             () = token.cancelled() => Err(cancelled(&connection)),
         };
         connection.end(&id);
-        let response = match answer {
-            Ok(result) => Response::success(id, result),
-            Err(error) => Response::failure(id, error),
-        };
-        connection.send(&response).await;
+        connection.send(&answer(id, answered)).await;
     });
+}
+
+fn answer(id: Value, answered: Result<Value, ErrorObject>) -> Response {
+    match answered {
+        Ok(result) => Response::success(id, result),
+        Err(error) => Response::failure(id, error),
+    }
 }
 
 fn cancelled(connection: &Connection) -> ErrorObject {
