@@ -37,8 +37,13 @@ bootstrap: ## check for a C compiler, git and the pinned Rust toolchain
 build: bootstrap ## build everything for development, plugins and tests included
 	$(CARGO) build --workspace --all-targets
 
+# The client needs nothing of the dynamic linker but time, a third of what it takes to start: where the static C library
+# is there (libc6-dev has it, elsewhere it is a package of its own), the client is linked with that.
+STATIC_CLIENT := $(if $(findstring /,$(shell $(or $(CC),cc) -print-file-name=libc.a)),yes)
+
 release: bootstrap ## build everything optimised
-	$(CARGO) build --workspace --release
+	$(CARGO) build --workspace --release $(if $(STATIC_CLIENT),--exclude fermata-ctl)
+	$(if $(STATIC_CLIENT),$(CARGO) rustc --release -p fermata-ctl --bin fermatactl -- -C target-feature=+crt-static)
 
 test: build ## run all tests
 	$(CARGO) test --workspace

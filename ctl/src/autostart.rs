@@ -11,7 +11,6 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use fermata_protocol::client::{Client, ClientError};
-use fermata_protocol::daemon::HelloResult;
 
 use crate::cli::Globals;
 use crate::connect;
@@ -37,7 +36,7 @@ pub const IDENTITY: [&str; 6] =
 ///
 /// # Errors
 /// When there is no `fermatad`, it ends with an error, or nobody listens in time.
-pub fn start(globals: &Globals, socket: &Path, state_dir: &Path) -> Result<(Client, HelloResult), Failure> {
+pub fn start(globals: &Globals, socket: &Path, state_dir: &Path) -> Result<Client, Failure> {
     let program = program()?;
     let log_path = state_dir.join("fermatad.log");
     let (mut log, log_start) =

@@ -19,7 +19,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use fermata_protocol::client::{Client, ClientError};
-use fermata_protocol::daemon::{Hello, HelloResult};
 
 use crate::cli::Globals;
 use crate::errors::{Exit, Failure};
@@ -122,23 +121,24 @@ pub fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
     std::path::absolute(&path).map_err(|e| Failure::io(format!("resolve {}", path.display()), &e))
 }
 
+/// Connects to one socket; the greeting goes with the first call.
+///
+/// # Errors
+/// When nobody listens.
+pub fn connect(socket: &Path, token: Option<String>) -> Result<Client, ClientError> {
+    let mut client = Client::connect_greeting(socket, concat!("fermatactl/", env!("CARGO_PKG_VERSION")), token)?;
+    client.set_read_timeout(Some(GREETING_TIME)).map_err(ClientError::Broken)?;
+    Ok(client)
+}
+
 /// Connects to one socket and greets.
 ///
 /// # Errors
 /// When nobody listens, or whoever listens does not greet in time.
-pub fn greet(socket: &Path, token: Option<String>) -> Result<(Client, HelloResult), ClientError> {
-    let mut client = Client::connect_silently(socket)?;
-    let broken = ClientError::Broken;
-    client.set_read_timeout(Some(GREETING_TIME)).map_err(broken)?;
-    let version = fermata_protocol::PROTOCOL_VERSION;
-    let hello = client.call(&Hello {
-        min: version,
-        max: version,
-        client: concat!("fermatactl/", env!("CARGO_PKG_VERSION")).into(),
-        token,
-    })?;
-    client.set_read_timeout(None).map_err(broken)?;
-    Ok((client, hello))
+pub fn greet(socket: &Path, token: Option<String>) -> Result<Client, ClientError> {
+    let mut client = connect(socket, token)?;
+    client.hello()?;
+    Ok(client)
 }
 
 /// Says whether a connection failed because nobody listens, and not for another reason.

@@ -16,16 +16,29 @@ mod output;
 mod raw_terminal;
 mod session;
 
+use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 
-use clap::Parser as _;
+use clap::{CommandFactory as _, FromArgMatches as _};
 
-use crate::cli::Cli;
+use crate::cli::{Cli, late};
 use crate::errors::Failure;
 use crate::session::Session;
 
+/// Understands the command line, or explains what is wrong with it and exits.
+fn typed() -> Cli {
+    let all = ["help", "--help", "-h", "completions"];
+    if std::env::args_os().skip(1).any(|word| all.iter().any(|one| word == *one)) {
+        late::describe_all();
+    }
+    // To free the description, piece by piece, takes a third as long as to make it; the process ends soon.
+    let mut described = ManuallyDrop::new(Cli::command());
+    let mut matches = described.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut described).exit())
+}
+
 fn main() -> ExitCode {
-    let Cli { globals, command } = Cli::parse();
+    let Cli { globals, command } = typed();
     let json = globals.json;
     let mut session = Session::new(globals.with_environment(connect::process_variable));
     let ended = commands::run(&mut session, command);

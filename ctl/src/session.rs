@@ -49,7 +49,7 @@ pub struct Session {
     pub globals: Globals,
     /// Where results go.
     pub out: Output,
-    connection: Option<(Client, HelloResult)>,
+    connection: Option<Client>,
 }
 
 impl Session {
@@ -61,7 +61,8 @@ impl Session {
 
     /// Calls a method.
     pub fn call<M: Method>(&mut self, params: &M) -> Result<M::Result, Failure> {
-        Ok(self.client()?.call(params)?)
+        let called = self.client()?.call(params);
+        called.map_err(|error| self.explain(error))
     }
 
     /// Calls a method that takes long, with a progress bar where one can be seen.
@@ -69,12 +70,14 @@ impl Session {
         let wanted = self.out.format() == Format::Human;
         let client = self.client()?;
         let progress = Progress::begin(label, wanted);
-        Ok(client.call_watching(params, |notification| progress.watch(notification))?)
+        let called = client.call_watching(params, |notification| progress.watch(notification));
+        called.map_err(|error| self.explain(error))
     }
 
     /// Calls a method by name.
     pub fn call_raw(&mut self, method: &str, params: Map<String, Value>) -> Result<Value, Failure> {
-        Ok(self.client()?.call_raw(method, params, |_| {})?)
+        let called = self.client()?.call_raw(method, params, |_| {});
+        called.map_err(|error| self.explain(error))
     }
 
     /// Calls a method that changes nothing, and again when the daemon went away meanwhile.
@@ -93,7 +96,7 @@ impl Session {
                     }
                     self.reconnect()?;
                 }
-                answer => return Ok(answer?),
+                answer => return answer.map_err(|error| self.explain(error)),
             }
         }
     }
@@ -142,11 +145,8 @@ impl Session {
 
     /// Returns what the daemon said when it greeted, connecting first where needed.
     pub fn hello(&mut self) -> Result<HelloResult, Failure> {
-        self.client()?;
-        match &self.connection {
-            Some((_, hello)) => Ok(hello.clone()),
-            None => Err(Failure::local("there is no connection")),
-        }
+        let hello = self.client()?.hello().cloned();
+        hello.map_err(|error| self.explain(error))
     }
 
     /// Returns the connection, made first where there is none, for whoever polls it.
@@ -159,7 +159,7 @@ impl Session {
 
     /// Returns the connection if there is one.
     pub fn live_if_connected(&self) -> Option<&Client> {
-        self.connection.as_ref().map(|(client, _)| client)
+        self.connection.as_ref()
     }
 
     /// Gives the connection up.
@@ -190,17 +190,25 @@ impl Session {
             Some(connected) => connected,
             None => self.connect()?,
         };
-        Ok(&mut self.connection.insert(connected).0)
+        Ok(self.connection.insert(connected))
     }
 
-    fn connect(&self) -> Result<(Client, HelloResult), Failure> {
+    /// Explains an error of a call, which may be one of the greeting that went with it.
+    fn explain(&self, error: ClientError) -> Failure {
+        match &self.connection {
+            Some(client) if client.is_hello_awaited() => connect::explain(error, token().is_some()),
+            _ => error.into(),
+        }
+    }
+
+    fn connect(&self) -> Result<Client, Failure> {
         let around = surroundings();
         let sockets = connect::sockets(&self.globals, &around)?;
         let token = token();
         let agent = token.is_some();
         let mut first_error = None;
         for socket in &sockets {
-            match connect::greet(socket, token.clone()) {
+            match connect::connect(socket, token.clone()) {
                 Ok(connected) => return Ok(connected),
                 // Someone may be there but not for us; the next socket may be another daemon's.
                 Err(error @ ClientError::Unreachable { .. }) => {

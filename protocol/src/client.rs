@@ -7,8 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -55,6 +55,20 @@ pub struct Client {
     lines: LineBuffer,
     next_id: u64,
     notifications: VecDeque<Notification>,
+    /// What is to be sent in one piece with the next request.
+    unsent: Vec<u8>,
+    greeting: Greeting,
+}
+
+/// How far the greeting has come.
+#[derive(Debug)]
+enum Greeting {
+    /// There is none.
+    None,
+    /// It was sent, or will be with the first request, under this number.
+    Awaited(u64),
+    /// It was answered.
+    Answered(HelloResult),
 }
 
 impl Client {
@@ -63,10 +77,50 @@ impl Client {
     /// # Errors
     /// When nobody listens, or the daemon does not speak this protocol version.
     pub fn connect(path: &Path, client: &str, token: Option<String>) -> Result<(Self, HelloResult), ClientError> {
+        let mut client_side = Self::connect_greeting(path, client, token)?;
+        let hello = client_side.hello()?.clone();
+        Ok((client_side, hello))
+    }
+
+    /// Connects, and greets together with the first call: both cost one exchange. A daemon that refuses the greeting
+    /// refuses the call with it, which fails of that then.
+    ///
+    /// # Errors
+    /// When nobody listens.
+    pub fn connect_greeting(path: &Path, client: &str, token: Option<String>) -> Result<Self, ClientError> {
         let mut client_side = Self::connect_silently(path)?;
         let version = crate::PROTOCOL_VERSION;
-        let hello = client_side.call(&Hello { min: version, max: version, client: client.into(), token })?;
-        Ok((client_side, hello))
+        let hello = Hello { min: version, max: version, client: client.into(), token };
+        let params = serde_json::to_value(hello).map_err(|e| ClientError::Garbled(e.to_string()))?;
+        let id = client_side.add_request(Hello::NAME, &params);
+        client_side.greeting = Greeting::Awaited(id);
+        Ok(client_side)
+    }
+
+    /// Returns what the daemon answered to the greeting, and waits for that where it has to.
+    ///
+    /// # Errors
+    /// The daemon's refusal, or a broken connection.
+    pub fn hello(&mut self) -> Result<&HelloResult, ClientError> {
+        self.send_unsent()?;
+        while self.is_hello_awaited() {
+            match self.whole_message()? {
+                Some(Message::Notification(notification)) => self.notifications.push_back(notification),
+                // The connection was refused before the greeting was read.
+                Some(Message::Response(response)) => drop(outcome::<Value>(Hello::NAME, response)?),
+                None if self.is_hello_awaited() => self.read_some()?,
+                None => {}
+            }
+        }
+        match &self.greeting {
+            Greeting::Answered(hello) => Ok(hello),
+            Greeting::None | Greeting::Awaited(_) => Err(ClientError::Garbled("nobody was greeted".into())),
+        }
+    }
+
+    /// Says whether the daemon has yet to answer the greeting.
+    pub fn is_hello_awaited(&self) -> bool {
+        matches!(self.greeting, Greeting::Awaited(_))
     }
 
     /// Connects without a greeting.
@@ -76,7 +130,14 @@ impl Client {
     pub fn connect_silently(path: &Path) -> Result<Self, ClientError> {
         let stream =
             UnixStream::connect(path).map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;
-        Ok(Self { stream, lines: LineBuffer::new(MAX_REPLY_BYTES), next_id: 1, notifications: VecDeque::new() })
+        Ok(Self {
+            stream,
+            lines: LineBuffer::new(MAX_REPLY_BYTES),
+            next_id: 1,
+            notifications: VecDeque::new(),
+            unsent: Vec::new(),
+            greeting: Greeting::None,
+        })
     }
 
     /// Calls a method and waits for its result; notifications that come meanwhile are kept.
@@ -183,18 +244,28 @@ impl Client {
     }
 
     fn send(&mut self, method: &str, params: &Map<String, Value>) -> Result<u64, ClientError> {
+        let id = self.add_request(method, params);
+        self.send_unsent()?;
+        Ok(id)
+    }
+
+    fn add_request(&mut self, method: &str, params: &impl Serialize) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
-        let mut line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
-        line.push('\n');
-        // A daemon that refuses the connection answers before it reads; its reason is worth more
-        // than the broken pipe of this write.
-        if let Err(error) = self.stream.write_all(line.as_bytes())
-            && error.kind() != io::ErrorKind::BrokenPipe
-        {
-            return Err(ClientError::Broken(error));
+        let line = json!({ "jsonrpc": "2.0", "id": id, "method": method, "params": params }).to_string();
+        self.unsent.extend_from_slice(line.as_bytes());
+        self.unsent.push(b'\n');
+        id
+    }
+
+    fn send_unsent(&mut self) -> Result<(), ClientError> {
+        let unsent = std::mem::take(&mut self.unsent);
+        match self.stream.write_all(&unsent) {
+            // A daemon that refuses the connection answers before it reads; its reason is worth more than the broken pipe
+            // of this write.
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(ClientError::Broken(error)),
+            _ => Ok(()),
         }
-        Ok(id)
     }
 
     /// Waits for the next notification.
@@ -212,7 +283,7 @@ impl Client {
         }
     }
 
-    /// Limits how long a read waits; `None` waits for ever.
+    /// Limits how long a read waits, until the greeting is answered; `None` waits for ever.
     ///
     /// # Errors
     /// When the system refuses the limit.
@@ -229,8 +300,20 @@ impl Client {
         }
     }
 
-    /// Takes the next message out of what was read.
+    /// Takes the next message out of what was read, but for the answer to the greeting.
     fn whole_message(&mut self) -> Result<Option<Message>, ClientError> {
+        loop {
+            match (self.whole_line()?, &self.greeting) {
+                (Some(Message::Response(response)), Greeting::Awaited(id)) if response.id.as_u64() == Some(*id) => {
+                    self.greeting = Greeting::Answered(outcome(Hello::NAME, response)?);
+                    self.stream.set_read_timeout(None).map_err(ClientError::Broken)?;
+                }
+                (message, _) => return Ok(message),
+            }
+        }
+    }
+
+    fn whole_line(&mut self) -> Result<Option<Message>, ClientError> {
         let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
         let Some(line) = line else { return Ok(None) };
         let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());

@@ -2,6 +2,7 @@
 
 pub mod automatic;
 pub mod groups;
+pub mod late;
 pub mod resources;
 pub mod supervision;
 pub mod values;
@@ -20,6 +21,7 @@ use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
+use late::Late;
 use supervision::SupervisionArgs;
 use values::{MODES, Numbered, word};
 use workspace::{DownArgs, UpArgs};
@@ -93,11 +95,11 @@ impl Globals {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Start an agent in a project, which is created when it is new.
-    Run(Box<RunArgs>),
+    Run(Late<RunArgs>),
     /// Start what the workspace's fermata.toml declares, and leave alone what runs as declared.
-    Up(UpArgs),
+    Up(Late<UpArgs>),
     /// Stop what the workspace's fermata.toml declares; checkpoints and logs stay.
-    Down(DownArgs),
+    Down(Late<DownArgs>),
     /// List agents.
     Ps {
         /// Only those of this project.
@@ -109,7 +111,7 @@ pub enum Command {
         project: Option<ProjectName>,
     },
     /// Hold a project: quiesce, freeze, flash save, checkpoint.
-    Pause(PauseArgs),
+    Pause(Late<PauseArgs>),
     /// Let a paused project go on, or bring back one agent that timed out, was interrupted or failed.
     Resume {
         /// A paused project, or an agent (project/agent) that has ended.
@@ -151,11 +153,11 @@ pub enum Command {
         with_checkpoints: bool,
     },
     /// Show an agent's output.
-    Logs(LogsArgs),
+    Logs(Late<LogsArgs>),
     /// Sit at the terminal of an agent that was started with --tty.
-    Attach(AttachArgs),
+    Attach(Late<AttachArgs>),
     /// Type into the terminal of an agent that was started with --tty.
-    Send(SendArgs),
+    Send(Late<SendArgs>),
     /// Wait until agents have ended, and print their exit codes.
     Wait {
         /// An agent (project/agent) or a whole project.
@@ -166,19 +168,19 @@ pub enum Command {
     },
     /// Create, change and remove projects.
     #[command(subcommand)]
-    Project(Box<ProjectCommand>),
+    Project(Late<ProjectCommand>),
     /// Look at operations and cancel them.
     #[command(subcommand)]
-    Op(OperationCommand),
+    Op(Late<OperationCommand>),
     /// Make, compare, verify and restore checkpoints.
     #[command(subcommand, visible_alias = "cp")]
-    Checkpoint(CheckpointCommand),
+    Checkpoint(Late<CheckpointCommand>),
     /// Look at what agents know, search it and bring it back.
     #[command(subcommand)]
-    Context(ContextCommand),
+    Context(Late<ContextCommand>),
     /// Look at tasks and change them.
     #[command(subcommand)]
-    Task(TaskCommand),
+    Task(Late<TaskCommand>),
     /// List the questions that agents have asked.
     Inbox {
         /// Only those of this project.
@@ -197,16 +199,16 @@ pub enum Command {
         text: Vec<String>,
     },
     /// Show what happened, and follow what happens.
-    Events(EventsArgs),
+    Events(Late<EventsArgs>),
     /// Look at plugins, reload them, switch them on and off.
     #[command(subcommand)]
-    Plugin(PluginCommand),
+    Plugin(Late<PluginCommand>),
     /// What an agent says of itself (uses FERMATA_SOCKET and FERMATA_TOKEN).
     #[command(subcommand)]
-    Agent(AgentCommand),
+    Agent(Late<AgentCommand>),
     /// Control the daemon.
     #[command(subcommand)]
-    Daemon(DaemonCommand),
+    Daemon(Late<DaemonCommand>),
     /// Check that everything is in place, and say what to do where it is not.
     Doctor,
     /// Write a completion script for a shell.

@@ -183,7 +183,7 @@ mod tests {
         let line = [&["fermatactl", "run", "-p", "web"], flags, &["--", "true"]].concat();
         let cli = Cli::try_parse_from(line).map_err(|e| e.to_string())?;
         let Command::Run(run) = cli.command else { panic!("it is a run") };
-        let run = *run;
+        let run = run.into_inner();
         run.supervision.settings().map_err(|failure| match failure {
             Failure::Said(report) => report.message,
             Failure::ReaderGone => String::new(),

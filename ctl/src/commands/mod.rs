@@ -57,7 +57,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
             Command::Wait { .. } => true,
             Command::Run(run) => run.wait && !run.logs,
             Command::Agent(agent) => {
-                matches!(agent, AgentCommand::Ask { wait: true, .. } | AgentCommand::WaitAnswer { .. })
+                matches!(**agent, AgentCommand::Ask { wait: true, .. } | AgentCommand::WaitAnswer { .. })
             }
             _ => false,
         };
@@ -65,32 +65,32 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         deadline::arm(time, session.globals.json)?;
     }
     match command {
-        Command::Run(args) => run::run(session, *args),
+        Command::Run(args) => run::run(session, args.into_inner()),
         Command::Up(args) => up::up(session, &args),
         Command::Down(args) => down::down(session, &args),
         Command::Ps { project } => status::ps(session, project),
         Command::Status { project } => status::status(session, project),
-        Command::Pause(args) => pause::pause(session, args),
+        Command::Pause(args) => pause::pause(session, args.into_inner()),
         Command::Resume { target, checkpoint, over_budget } => pause::resume(session, target, checkpoint, over_budget),
         Command::Stop { target, grace } => agents::stop(session, target, grace),
         Command::Restart { target } => agents::restart(session, &target),
         Command::Kill { target, signal } => agents::kill(session, target, signal),
         Command::Rm { target, with_checkpoints } => agents::remove(session, target, with_checkpoints),
-        Command::Logs(args) => logs::logs(session, args),
+        Command::Logs(args) => logs::logs(session, args.into_inner()),
         Command::Attach(args) => attach::attach(session, &args),
         Command::Send(args) => send::send(session, &args),
         Command::Wait { target, propagate } => agents::wait(session, &target, propagate),
-        Command::Project(command) => project::run(session, *command),
-        Command::Op(command) => operation::run(session, command),
-        Command::Checkpoint(command) => checkpoint::run(session, command),
-        Command::Context(command) => context::run(session, command),
-        Command::Task(command) => task::run(session, command),
+        Command::Project(command) => project::run(session, command.into_inner()),
+        Command::Op(command) => operation::run(session, command.into_inner()),
+        Command::Checkpoint(command) => checkpoint::run(session, command.into_inner()),
+        Command::Context(command) => context::run(session, command.into_inner()),
+        Command::Task(command) => task::run(session, command.into_inner()),
         Command::Inbox { project, all } => question::inbox(session, project, all),
         Command::Answer { question, text } => question::answer(session, question, &text),
-        Command::Events(args) => events::events(session, args),
-        Command::Plugin(command) => plugin::run(session, command),
-        Command::Agent(command) => agent_side::run(session, command),
-        Command::Daemon(command) => protocol::daemon(session, command),
+        Command::Events(args) => events::events(session, args.into_inner()),
+        Command::Plugin(command) => plugin::run(session, command.into_inner()),
+        Command::Agent(command) => agent_side::run(session, command.into_inner()),
+        Command::Daemon(command) => protocol::daemon(session, command.into_inner()),
         Command::Doctor => doctor::doctor(session),
         Command::Completions { shell } => protocol::completions(session, shell),
         Command::Call { method, params } => protocol::call(session, &method, params),
