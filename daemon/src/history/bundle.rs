@@ -150,7 +150,9 @@ impl History {
         self.install(&from, &name, || failpoint::check("history.import.moved"))?;
         let draft = self.refs.draft(commit, &incoming.draft.dir)?;
         draft.sync_all().map_err(HistoryError::io("flush a ref in", &incoming.draft.dir))?;
-        self.refs.create(number, &incoming.draft.dir, None)?;
+        self.refs.create(number, &incoming.draft.dir)?;
+        let refs = self.refs.dir();
+        sync_dir(refs).map_err(HistoryError::io("flush", refs)).inspect_err(|_| self.refs.take_back(number))?;
         failpoint::hit("history.import.published");
         Ok(())
     }

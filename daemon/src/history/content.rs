@@ -23,6 +23,7 @@ use super::names::RelPath;
 use super::objects::ObjectStore;
 use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack::{PackWriter, Packed, Streamed};
+use super::pool::{self, Hurry};
 use super::scan::{MANY, is_our_shortage};
 use super::xattrs;
 use super::{OnProgress, Phase, Progress};
@@ -78,6 +79,8 @@ pub(super) struct Reading<'a> {
     pub spool: &'a Path,
     /// Larger files are skipped.
     pub max_file_bytes: u64,
+    /// Who waits for it.
+    pub hurry: Hurry,
     /// Told about progress.
     pub progress: OnProgress<'a>,
     /// Set by the caller to end early.
@@ -138,7 +141,10 @@ impl Reading<'_> {
             }
             Ok(())
         };
-        if unread.len() > MANY { unread.par_iter().try_for_each(read) } else { unread.iter().try_for_each(read) }
+        match unread.len() > MANY {
+            true => pool::on(self.hurry, || unread.par_iter().try_for_each(read)),
+            false => unread.iter().try_for_each(read),
+        }
     }
 
     fn read_one(&self, entry: &Unread) -> Result<Outcome> {

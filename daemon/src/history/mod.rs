@@ -97,7 +97,7 @@ pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, Res
 pub use prime::Primed;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
-pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
+pub use snapshot::{Mapped, Publication, Snapshot, SnapshotRequest, Stats, Timings};
 pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
 pub use verify::{BadObject, VerifyReport};
@@ -317,19 +317,21 @@ impl History {
     ) -> Result<Listing> {
         let started_ns = observe::nanos_now();
         let none = Mapped::default();
-        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, afresh: false, cancel };
-        let look = pool::on(Hurry::Background, || self.look(&looking))?;
+        let hurry = Hurry::Background;
+        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, hurry, afresh: false, cancel };
+        let look = self.look(&looking)?;
         let reading = Reading {
             root,
             sink: None,
             spool: &self.pending(),
             max_file_bytes: rules.max_file_bytes,
+            hurry,
             progress,
             cancel,
         };
-        pool::on(Hurry::Background, || reading.read_all(&observe::unread_in(&look.found)))?;
+        reading.read_all(&observe::unread_in(&look.found))?;
         let sink = ObjectSink { store: &self.objects, pack: None };
-        let dir = pool::on(Hurry::Background, || tree::seal(look.found, started_ns, &sink))?;
+        let dir = tree::seal(look.found, started_ns, hurry, &sink)?;
         Ok(Listing::of_workspace(&dir))
     }
 

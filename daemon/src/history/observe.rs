@@ -20,7 +20,7 @@ use super::found::{Entry, Found, Unread, What};
 use super::names::RelPath;
 use super::pack::PackWriter;
 use super::picture::{Child, Node, Picture, Seen, Source};
-use super::pool;
+use super::pool::Hurry;
 use super::rules::{IgnoreChain, OwnPatterns, Rules};
 use super::scan::Walk;
 use super::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
@@ -43,6 +43,8 @@ pub(super) struct Looking<'a> {
     pub started_ns: i128,
     /// Whether what is not known will be stored, so that it must not rely on what may be gone.
     pub stores: bool,
+    /// Who waits for it.
+    pub hurry: Hurry,
     /// Whether everything is to be looked at, although the watcher knows what has changed.
     pub afresh: bool,
     /// Set by the caller to end early.
@@ -118,9 +120,9 @@ impl History {
         let root = Root::open(&real)?;
         let (rules, mapped) = (&request.rules, &request.mapped);
         let afresh = self.is_overdue(request);
-        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, afresh, cancel };
         let hurry = request.hurry();
-        let look = pool::on(hurry, || self.look(&looking))?;
+        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, hurry, afresh, cancel };
+        let look = self.look(&looking)?;
         took.scan_us = micros(clock);
 
         let clock = Instant::now();
@@ -130,10 +132,11 @@ impl History {
             sink: Some(BlobSink { store: &self.objects, pack: &pack }),
             spool: &dir,
             max_file_bytes: rules.max_file_bytes,
+            hurry,
             progress,
             cancel,
         };
-        pool::on(hurry, || reading.read_all(&unread))?;
+        reading.read_all(&unread)?;
         self.come_back_to(&unread);
         took.read_us = micros(clock);
         let read = unread.len() as u64;
@@ -234,6 +237,7 @@ impl History {
                 mapped: &mapped,
                 check_in: (looking.stores && !trusted).then_some(&self.objects),
                 started_ns: looking.started_ns,
+                hurry: looking.hurry,
                 cancel: looking.cancel,
                 ignored: AtomicU64::new(0),
                 linked_out: Mutex::default(),

@@ -247,8 +247,8 @@ impl PackWriter {
         self.file.seek(SeekFrom::Start(to)).map(drop)
     }
 
-    /// Completes pack and index and makes both durable, and another file with them.
-    pub fn finish(mut self, beside: Option<&File>) -> io::Result<FinishedPack> {
+    /// Completes pack and index and makes both durable.
+    pub fn finish(mut self) -> io::Result<FinishedPack> {
         self.file.flush()?;
         let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         let count = u32::try_from(self.lines.len()).map_err(|_| io::Error::other("too many objects for one pack"))?;
@@ -276,8 +276,7 @@ impl PackWriter {
         let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
         out.write_all(&index)?;
         // Their names are made durable where they will stay.
-        let all: Vec<&File> = [&file, &out].into_iter().chain(beside).collect();
-        sync_together(&all)?;
+        sync_together(&[&file, &out])?;
         std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
         Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
     }

@@ -1,4 +1,7 @@
-//! The threads on which workspaces are walked, read and sealed.
+//! The threads on which workspaces are walked, read and sealed, where that is more than a few steps.
+//!
+//! A small part of a workspace is looked at by whoever asks: to wake another thread and to be woken by it takes as long as
+//! the look itself. Only where there is much side by side, or where it goes deep, do these threads take over.
 //!
 //! Two pools, so that agents that stand still never wait for somebody's first look. A tree may be as deep as a path is
 //! long, some 2,000 levels, and the work follows it down: each thread has a stack for that, of which only what is used
@@ -30,7 +33,10 @@ fn pool(name: &'static str) -> Option<ThreadPool> {
     built.inspect_err(|error| tracing::error!(%error, name, "no threads of its own; one at a time works too")).ok()
 }
 
-/// Does work on the threads of a pool.
+/// From this depth on, the work needs one of the pool's stacks.
+pub(super) const DEEP: usize = 32;
+
+/// Does work on the threads of a pool; at once for whoever is one of them.
 pub(super) fn on<T: Send>(hurry: Hurry, work: impl FnOnce() -> T + Send) -> T {
     let pool = match hurry {
         Hurry::Urgent => &*URGENT,

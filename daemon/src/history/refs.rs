@@ -13,7 +13,6 @@ use std::path::{Path, PathBuf};
 use super::beneath::sync_dir;
 use super::errors::{HistoryError, Result};
 use super::oid::Oid;
-use crate::os::fsync::sync_together;
 
 /// The refs of one store.
 #[derive(Debug)]
@@ -122,33 +121,35 @@ impl Refs {
         let draft = aside.join(DRAFT);
         let write = || -> io::Result<fs::File> {
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
-            writeln!(file, "{commit}")?;
+            // In one piece: an id writes itself byte by byte.
+            file.write_all(format!("{commit}\n").as_bytes())?;
             Ok(file)
         };
         write().map_err(HistoryError::io("write", &draft))
     }
 
-    /// Gives a free number to the commit of a draft that is synced, and makes that durable together with what was
-    /// changed in the directory `also`.
-    pub fn create(&self, number: u64, aside: &Path, also: Option<&Path>) -> Result<()> {
+    /// Gives a free number to the commit of a draft. The caller syncs the draft and, after this, their directory, or
+    /// takes the number back.
+    pub fn create(&self, number: u64, aside: &Path) -> Result<()> {
         let (draft, path) = (aside.join(DRAFT), self.path(number));
         fs::create_dir_all(&self.dir).map_err(HistoryError::io("create", &self.dir))?;
         fs::hard_link(&draft, &path).map_err(|error| match error.kind() {
             io::ErrorKind::AlreadyExists => HistoryError::NumberTaken { number },
             _ => HistoryError::io("create", &path)(error),
-        })?;
-        let flush = || {
-            let dirs = [Some(&*self.dir), also].into_iter().flatten().map(fs::File::open);
-            let dirs: Vec<fs::File> = dirs.collect::<io::Result<_>>()?;
-            sync_together(&dirs.iter().collect::<Vec<_>>())
-        };
-        flush().map_err(|error| {
-            // Whoever is told that it failed must not find it afterwards.
-            if let Err(error) = fs::remove_file(&path) {
-                tracing::warn!(%error, number, "a ref that could not be flushed stays");
-            }
-            HistoryError::io("flush", &self.dir)(error)
         })
+    }
+
+    /// Takes back a number that was given and not made durable: whoever is told that it failed must not find it
+    /// afterwards.
+    pub fn take_back(&self, number: u64) {
+        if let Err(error) = fs::remove_file(self.path(number)) {
+            tracing::warn!(%error, number, "a ref that could not be flushed stays");
+        }
+    }
+
+    /// Returns the directory of the loose refs.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn packed_text(&self) -> Result<String> {

@@ -322,7 +322,7 @@ impl<'a> Repack<'a> {
             }
         }
         self.remembered.forget();
-        let finished = pack.finish(None).map_err(failed)?;
+        let finished = pack.finish().map_err(failed)?;
         self.check(&finished, dir, done, progress, cancel)?;
         Ok((finished, self.counts))
     }

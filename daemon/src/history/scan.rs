@@ -28,6 +28,7 @@ use super::meta::Xattrs;
 use super::names::{RelPath, is_git, is_restore_draft};
 use super::objects::ObjectStore;
 use super::picture::{Dir, File, Node, Seen};
+use super::pool::{self, Hurry};
 use super::rules::{OwnPatterns, Rules};
 use super::standing::{Standing, Standings};
 use super::tracked::Tracked;
@@ -92,6 +93,8 @@ pub(super) struct Walk<'a> {
     pub check_in: Option<&'a ObjectStore>,
     /// When the look began, in nanoseconds since 1970.
     pub started_ns: i128,
+    /// Who waits for it.
+    pub hurry: Hurry,
     /// Set by the caller to end early.
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
@@ -169,7 +172,12 @@ impl Walk<'_> {
         }
     }
 
+    /// Walks a directory and all below it, which may be many and may be deep.
     fn whole_dir(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+        pool::on(self.hurry, || self.walk_whole(place, known))
+    }
+
+    fn walk_whole(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
         self.check_cancel()?;
         let fd = match self.open(place.path)? {
             None => return Ok(None),
@@ -214,6 +222,13 @@ impl Walk<'_> {
     }
 
     fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
+        match place.path.depth() {
+            pool::DEEP => pool::on(self.hurry, || self.walk_part(place, known, dirty)),
+            _ => self.walk_part(place, known, dirty),
+        }
+    }
+
+    fn walk_part(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
         self.check_cancel()?;
         let fd = match self.open(place.path)? {
             None => return Ok(None),
@@ -448,7 +463,7 @@ impl Walk<'_> {
                 }))
             };
         let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
-            dirs.par_iter().map(walk_below).collect::<Result<_>>()?
+            pool::on(self.hurry, || dirs.par_iter().map(walk_below).collect::<Result<_>>())?
         } else {
             dirs.iter().map(walk_below).collect::<Result<_>>()?
         };

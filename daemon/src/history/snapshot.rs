@@ -4,11 +4,12 @@
 //! creates the ref: only then does the checkpoint exist, and only then may others rely on its objects.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use fermata_protocol::paths::escape;
@@ -23,12 +24,13 @@ use super::names::RelPath;
 use super::observe::{Forced, Look, Observed};
 use super::oid::{ObjectKind, Oid};
 use super::picture::{Node, Picture};
-use super::pool::{self, Hurry};
+use super::pool::Hurry;
 use super::rules::Rules;
 use super::tree::{ObjectSink, Trees, build_root, seal};
 use super::user_repository::UserRepository;
 use super::{History, Live, OnProgress, Phase, Progress};
 use crate::failpoint;
+use crate::os::fsync::sync_together;
 
 /// A look at everything is worth keeping on the disk at once; of smaller ones, as many as this.
 pub(super) const WHOLE_LOOK: u64 = 50;
@@ -105,7 +107,7 @@ pub struct Timings {
     pub pack_us: u64,
 }
 
-/// A snapshot that is durable but not yet visible.
+/// A snapshot that is not yet visible; what it consists of is durable.
 #[derive(Debug)]
 pub struct Snapshot {
     /// The number of the checkpoint that it is to be.
@@ -130,6 +132,8 @@ pub struct Snapshot {
     pub took: Timings,
     /// None where an earlier checkpoint has all of it.
     pack: Option<String>,
+    /// What its ref will say, not flushed yet; none where it is to have no number.
+    named: Option<File>,
     draft: Draft,
     picture: Arc<Picture>,
     epoch: Option<u64>,
@@ -169,6 +173,47 @@ impl Drop for Draft {
     }
 }
 
+/// A snapshot that has its number. Unless it is completed, the number is taken back.
+pub struct Publication<'a> {
+    history: &'a History,
+    snapshot: &'a Snapshot,
+    is_complete: bool,
+    _writer: MutexGuard<'a, ()>,
+}
+
+impl Publication<'_> {
+    /// Makes the snapshot's ref and the place of its pack durable, side by side with what `beside` it makes a checkpoint:
+    /// before that checkpoint's row is there, nobody relies on any of them.
+    ///
+    /// # Errors
+    /// Fails when that cannot be done; then the checkpoint does not exist.
+    pub fn complete(mut self, beside: &[&File]) -> Result<()> {
+        let Publication { history, snapshot, .. } = self;
+        let refs = history.refs.dir();
+        let packs = history.objects.pack_dir();
+        let dirs = [Some(refs), snapshot.pack.as_ref().map(|_| &*packs)].into_iter().flatten();
+        let failed = HistoryError::io("flush", refs);
+        let dirs = dirs.map(File::open).collect::<io::Result<Vec<File>>>();
+        let flushed = dirs.and_then(|dirs| {
+            let all: Vec<&File> = beside.iter().copied().chain(&snapshot.named).chain(&dirs).collect();
+            sync_together(&all)
+        });
+        flushed.map_err(failed)?;
+        failpoint::hit("history.ref.created");
+        self.is_complete = true;
+        history.has_published(snapshot);
+        Ok(())
+    }
+}
+
+impl Drop for Publication<'_> {
+    fn drop(&mut self) {
+        if !self.is_complete {
+            self.history.refs.take_back(self.snapshot.number);
+        }
+    }
+}
+
 static DRAFTS: AtomicU64 = AtomicU64::new(0);
 
 impl History {
@@ -205,7 +250,7 @@ impl History {
         progress(Progress { phase: Phase::Trees, done: 0, total: 0 });
         let clock = Instant::now();
         let sink = ObjectSink { store: &self.objects, pack: Some(&pack) };
-        let root = pool::on(request.hurry(), || seal(found, started_ns, &sink))?;
+        let root = seal(found, started_ns, request.hurry(), &sink)?;
         let files = match root.files {
             Some(files) => files,
             None => sink.put(ObjectKind::Tree, &[])?,
@@ -258,8 +303,8 @@ impl History {
         let failed = HistoryError::io("complete a pack in", &dir);
         let named = if request.is_checkpoint() { Some(self.refs.draft(commit, &dir)?) } else { None };
         let pack = match (same, &named) {
-            (Some(_), Some(named)) => named.sync_all().map(|()| None).map_err(failed)?,
-            (_, named) => Some(pack.finish(named.as_ref()).map_err(failed)?),
+            (Some(_), Some(_)) => None,
+            _ => Some(pack.finish().map_err(failed)?),
         };
         failpoint::check(if request.is_checkpoint() { "history.pack.written" } else { "history.prime.written" })
             .map_err(HistoryError::io("complete a pack in", &dir))?;
@@ -280,6 +325,7 @@ impl History {
             user_repository: manifest.user_repository,
             took,
             pack: pack.map(|pack| pack.name),
+            named,
             draft,
             picture: Arc::new(picture),
             epoch,
@@ -308,10 +354,18 @@ impl History {
     /// Makes a snapshot the checkpoint that it was taken for.
     ///
     /// # Errors
+    /// As for [`History::begin_to_publish`] and [`Publication::complete`].
+    pub fn publish(&self, snapshot: &Snapshot) -> Result<()> {
+        self.begin_to_publish(snapshot)?.complete(&[])
+    }
+
+    /// Gives a snapshot its number; it is a checkpoint once the publication is complete.
+    ///
+    /// # Errors
     /// Fails when the number is taken, when the snapshot was discarded, or when the store cannot be written; then the
     /// checkpoint does not exist, and the snapshot may be published again or discarded.
-    pub fn publish(&self, snapshot: &Snapshot) -> Result<()> {
-        let _writer = self.lock_writer();
+    pub fn begin_to_publish<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Publication<'a>> {
+        let writer = self.lock_writer();
         let number = snapshot.number;
         if !self.live().contains(&snapshot.draft.name) {
             return Err(HistoryError::SnapshotGone { number });
@@ -322,13 +376,8 @@ impl History {
         let from = self.pending().join(&snapshot.draft.name);
         self.move_pack(snapshot)?;
         failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
-        // The names of ref and pack become durable together: before the checkpoint's row is, nobody relies on either.
-        let also = snapshot.pack.as_ref().map(|_| self.objects.pack_dir());
-        self.refs.create(number, &from, also.as_deref())?;
-        failpoint::hit("history.ref.created");
-
-        self.has_published(snapshot);
-        Ok(())
+        self.refs.create(number, &from)?;
+        Ok(Publication { history: self, snapshot, is_complete: false, _writer: writer })
     }
 
     /// Makes a snapshot the known picture without making it a checkpoint, so that the next one only costs what has

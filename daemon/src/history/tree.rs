@@ -14,12 +14,13 @@ use rayon::prelude::*;
 use super::beneath::{FileKind, Time};
 use super::content::{Content, Outcome};
 use super::errors::{HistoryError, Result};
-use super::found::{Entry, Found, SkipReason, Unread, What};
+use super::found::{Entry, Found, NewDir, SkipReason, Unread, What};
 use super::meta::{self, MetaKind, MetaLine};
 use super::objects::ObjectStore;
 use super::oid::{ObjectKind, Oid};
 use super::pack::{PackWriter, Packed};
 use super::picture::{Child, Dir, File, Node, Remarks, Seen, total};
+use super::pool::{self, Hurry};
 
 /// The mode of a subtree in a git tree.
 pub(super) const MODE_TREE: u32 = 0o040_000;
@@ -150,65 +151,84 @@ pub(super) struct Trees {
 }
 
 /// Makes the trees of a directory that a walk has sketched and a reading completed, and of all below it.
-pub(super) fn seal(found: Found, started_ns: i128, sink: &ObjectSink<'_>) -> Result<Arc<Dir>> {
-    let new = match found {
-        Found::Same(dir) => return Ok(dir),
-        Found::New(new) => *new,
-    };
-    let child = |entry: Entry| -> Result<Option<Arc<Child>>> {
-        let (name, what) = match entry {
-            Entry::Kept(child) => return Ok(Some(child)),
-            Entry::Anew(name, what) => (name, what),
+pub(super) fn seal(found: Found, started_ns: i128, hurry: Hurry, sink: &ObjectSink<'_>) -> Result<Arc<Dir>> {
+    Sealing { started_ns, hurry, sink }.dir(found, 0)
+}
+
+struct Sealing<'a> {
+    /// When the look began, in nanoseconds since 1970.
+    started_ns: i128,
+    hurry: Hurry,
+    sink: &'a ObjectSink<'a>,
+}
+
+impl Sealing<'_> {
+    fn dir(&self, found: Found, depth: usize) -> Result<Arc<Dir>> {
+        match found {
+            Found::Same(dir) => Ok(dir),
+            Found::New(new) if depth == pool::DEEP => pool::on(self.hurry, || self.new_dir(*new, depth)),
+            Found::New(new) => self.new_dir(*new, depth),
+        }
+    }
+
+    fn new_dir(&self, new: NewDir, depth: usize) -> Result<Arc<Dir>> {
+        let sink = self.sink;
+        let child = |entry: Entry| -> Result<Option<Arc<Child>>> {
+            let (name, what) = match entry {
+                Entry::Kept(child) => return Ok(Some(child)),
+                Entry::Anew(name, what) => (name, what),
+            };
+            let node = match what {
+                What::Known(node) => Some(node),
+                What::Below(found) => Some(Node::Dir(self.dir(found, depth + 1)?)),
+                What::Unread(unread) => read_node(*unread, self.started_ns),
+            };
+            Ok(node.map(|node| Arc::new(Child { name, node })))
         };
-        let node = match what {
-            What::Known(node) => Some(node),
-            What::Below(found) => Some(Node::Dir(seal(found, started_ns, sink)?)),
-            What::Unread(unread) => read_node(*unread, started_ns),
+        let below =
+            new.entries.iter().filter(|entry| matches!(entry, Entry::Anew(_, What::Below(Found::New(_))))).count();
+        let children: Vec<Option<Arc<Child>>> = if below > 1 {
+            pool::on(self.hurry, || new.entries.into_par_iter().map(child).collect::<Result<_>>())?
+        } else {
+            // Waking other threads takes longer than one directory does.
+            new.entries.into_iter().map(child).collect::<Result<_>>()?
         };
-        Ok(node.map(|node| Arc::new(Child { name, node })))
-    };
-    let below = new.entries.iter().filter(|entry| matches!(entry, Entry::Anew(_, What::Below(Found::New(_))))).count();
-    let children: Vec<Option<Arc<Child>>> = if below > 1 {
-        new.entries.into_par_iter().map(child).collect::<Result<_>>()?
-    } else {
-        // Waking other threads takes longer than one directory does.
-        new.entries.into_iter().map(child).collect::<Result<_>>()?
-    };
-    let vanished = children.iter().any(Option::is_none);
-    let children: Box<[Arc<Child>]> = children.into_iter().flatten().collect();
-    let (mode, mtime) = (new.seen.permissions(), new.seen.mtime);
-    let xattrs = Cow::Borrowed(&*new.xattrs);
-    let itself = MetaLine { kind: MetaKind::Itself, mode, mtime, size: 0, xattrs, name: Cow::default() };
-    let lines = iter::once(itself).chain(children.iter().filter_map(|child| meta_line(child)));
-    let text = meta::encode(children.len() + 1, lines);
-    let entries = sink.put(ObjectKind::Blob, text.as_bytes())?;
-    let entries = Line { prefix: b"", name: b"entries", mode: MODE_FILE, oid: &entries };
-    let mut below: Vec<Line<'_>> = Vec::with_capacity(children.len() + 1);
-    below.extend(children.iter().filter_map(|child| match &child.node {
-        Node::Dir(dir) if dir.is_bare() => None,
-        Node::Dir(dir) => Some(Line { prefix: b"d.", name: &child.name, mode: MODE_TREE, oid: &dir.meta }),
-        Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => None,
-    }));
-    below.push(entries);
-    let meta = sink.put(ObjectKind::Tree, &encode(below))?;
-    let mut files: Vec<Line<'_>> = Vec::with_capacity(children.len());
-    files.extend(children.iter().filter_map(|child| file_line(child)));
-    let files = if files.is_empty() { None } else { Some(sink.put(ObjectKind::Tree, &encode(files))?) };
-    Ok(Arc::new(Dir {
-        seen: new.seen,
-        xattrs: new.xattrs,
-        covered: new.covered,
-        // What was listed and is not there any more may come back without a trace.
-        settled: new.settled && !vanished,
-        ignore_settled: new.ignore_settled,
-        unreadable: new.unreadable,
-        ignore_file: new.ignore_file,
-        nested: new.nested,
-        totals: total(&children),
-        children,
-        files,
-        meta,
-    }))
+        let vanished = children.iter().any(Option::is_none);
+        let children: Box<[Arc<Child>]> = children.into_iter().flatten().collect();
+        let (mode, mtime) = (new.seen.permissions(), new.seen.mtime);
+        let xattrs = Cow::Borrowed(&*new.xattrs);
+        let itself = MetaLine { kind: MetaKind::Itself, mode, mtime, size: 0, xattrs, name: Cow::default() };
+        let lines = iter::once(itself).chain(children.iter().filter_map(|child| meta_line(child)));
+        let text = meta::encode(children.len() + 1, lines);
+        let entries = sink.put(ObjectKind::Blob, text.as_bytes())?;
+        let entries = Line { prefix: b"", name: b"entries", mode: MODE_FILE, oid: &entries };
+        let mut below: Vec<Line<'_>> = Vec::with_capacity(children.len() + 1);
+        below.extend(children.iter().filter_map(|child| match &child.node {
+            Node::Dir(dir) if dir.is_bare() => None,
+            Node::Dir(dir) => Some(Line { prefix: b"d.", name: &child.name, mode: MODE_TREE, oid: &dir.meta }),
+            Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => None,
+        }));
+        below.push(entries);
+        let meta = sink.put(ObjectKind::Tree, &encode(below))?;
+        let mut files: Vec<Line<'_>> = Vec::with_capacity(children.len());
+        files.extend(children.iter().filter_map(|child| file_line(child)));
+        let files = if files.is_empty() { None } else { Some(sink.put(ObjectKind::Tree, &encode(files))?) };
+        Ok(Arc::new(Dir {
+            seen: new.seen,
+            xattrs: new.xattrs,
+            covered: new.covered,
+            // What was listed and is not there any more may come back without a trace.
+            settled: new.settled && !vanished,
+            ignore_settled: new.ignore_settled,
+            unreadable: new.unreadable,
+            ignore_file: new.ignore_file,
+            nested: new.nested,
+            totals: total(&children),
+            children,
+            files,
+            meta,
+        }))
+    }
 }
 
 fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {

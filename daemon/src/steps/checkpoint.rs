@@ -258,6 +258,7 @@ async fn finish(
     now: UnixMillis,
 ) -> Result<Made, Failure> {
     let Beside { database, transcripts, mut parts_ms } = beside;
+    let unsynced = database.unsynced;
     let Copied { sessions, mut parts, warnings: about_transcripts } = transcripts;
     parts.extend(database.parts);
     let mut warnings = snapshot.warnings.clone();
@@ -291,7 +292,7 @@ async fn finish(
     let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
     let size_bytes = files_bytes + snapshot.stats.new_bytes;
     let seal_start = Instant::now();
-    let manifest_sha256 = publish(site, snapshot.share(), &manifest, partial, place.clone()).await?;
+    let manifest_sha256 = publish(site, snapshot.share(), &manifest, unsynced, partial, place.clone()).await?;
     parts_ms.insert("seal".to_owned(), ms_since(seal_start));
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
@@ -396,39 +397,56 @@ async fn artifacts(
     Ok(parts)
 }
 
-/// Publishes a snapshot, and gives what is beside it its place. Returns the SHA-256 of the manifest.
+/// Publishes a snapshot, and gives what is beside it its place: all that is not durable yet, `unsynced` among it, becomes so
+/// together. Returns the SHA-256 of the manifest.
 async fn publish(
     site: &Site,
     snapshot: Arc<Snapshot>,
     manifest: &Manifest,
-    partial: PathBuf,
-    to: PathBuf,
-) -> Result<String, Failure> {
-    // Neither means anything without the row.
-    let published = site.with_history(None, "publish the snapshot", move |history, _, _| history.publish(&snapshot));
-    let (placed, published) = tokio::join!(place(site, manifest, partial, to), published);
-    placed.and_then(|sha256| published.map(|()| sha256))
-}
-
-/// Writes the manifest into a checkpoint's directory, of which nothing else is missing, and gives that its place.
-/// Returns the SHA-256 of the manifest.
-pub(super) async fn place(
-    site: &Site,
-    manifest: &Manifest,
+    unsynced: Vec<File>,
     partial: PathBuf,
     place: PathBuf,
 ) -> Result<String, Failure> {
-    let parent = site.dirs().checkpoints();
-    let bytes = serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))?;
+    let bytes = encoded(manifest)?;
+    let sha256 = site
+        .with_history(None, "publish the snapshot", move |history, _, _| {
+            // Neither means anything without the row.
+            let publication = history.begin_to_publish(&snapshot)?;
+            match put_in_place(&bytes, &partial, &place) {
+                Ok(placed) => publication.complete(&unsynced.iter().chain(&placed).collect::<Vec<_>>())?,
+                Err(failure) => return Ok(Err(failure)),
+            }
+            Ok(Ok(hex(&Sha256::digest(&bytes))))
+        })
+        .await??;
+    super::failpoint("checkpoint.placed")?;
+    Ok(sha256)
+}
+
+fn encoded(manifest: &Manifest) -> Result<Vec<u8>, Failure> {
+    serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))
+}
+
+/// Writes the manifest into a checkpoint's directory, of which nothing else is missing, and gives that its place. Returns
+/// what is to be synced for that.
+fn put_in_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File; 3], Failure> {
+    // The directory is nobody's checkpoint yet: nothing has to be replaced.
+    let manifest = write_unsynced(&partial.join(MANIFEST), manifest, 0o600)
+        .map_err(|e| Failure::fault("write the manifest", &e))?;
+    let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
+    fs::rename(partial, place).map_err(failed)?;
+    let parent = place.parent().unwrap_or(place);
+    Ok([manifest, File::open(place).map_err(failed)?, File::open(parent).map_err(failed)?])
+}
+
+/// Gives a checkpoint's directory, of which only the manifest is missing, its place, durably. Returns the SHA-256 of the
+/// manifest.
+pub(super) async fn place(manifest: &Manifest, partial: PathBuf, place: PathBuf) -> Result<String, Failure> {
+    let bytes = encoded(manifest)?;
     let sha256 = blocking("give the checkpoint its place", move || {
-        // The directory is nobody's checkpoint yet: nothing has to be replaced.
-        let manifest = write_unsynced(&partial.join(MANIFEST), &bytes, 0o600)
-            .map_err(|e| Failure::fault("write the manifest", &e))?;
-        let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
-        fs::rename(&partial, &place).map_err(failed)?;
-        // Before the row is there, nobody relies on any of them.
-        let dirs = (File::open(&place).map_err(failed)?, File::open(&parent).map_err(failed)?);
-        sync_together(&[&manifest, &dirs.0, &dirs.1]).map_err(failed)?;
+        let placed = put_in_place(&bytes, &partial, &place)?;
+        sync_together(&placed.iter().collect::<Vec<_>>())
+            .map_err(|e| Failure::fault(&format!("sync {}", place.display()), &e))?;
         Ok(hex(&Sha256::digest(&bytes)))
     })
     .await?;
@@ -472,7 +490,14 @@ pub fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Fa
 /// # Errors
 /// When it cannot be read.
 pub fn hash_file(path: &Path) -> io::Result<(u64, String)> {
-    let mut file = File::open(path)?;
+    hash(&File::open(path)?)
+}
+
+/// Returns size and SHA-256 of what is left to be read of a file.
+///
+/// # Errors
+/// When it cannot be read.
+pub(super) fn hash(mut file: &File) -> io::Result<(u64, String)> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 128 << 10];
     let mut bytes = 0;

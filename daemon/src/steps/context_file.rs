@@ -133,7 +133,7 @@ impl ContextFile {
         self.out.get_ref().file.sync_all()
     }
 
-    /// Writes the end; returns size and SHA-256.
+    /// Writes the end; returns the file, which is yet to be synced, its size and SHA-256.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -143,7 +143,7 @@ impl ContextFile {
         checkpoint: CheckpointNumber,
         created_at: UnixMillis,
         phase: Phase,
-    ) -> io::Result<(u64, String)> {
+    ) -> io::Result<(File, u64, String)> {
         let end = json!({
             "format": FORMAT,
             "project": project,
@@ -154,9 +154,8 @@ impl ContextFile {
         let end = end.to_string();
         self.out.write_all(b",")?;
         self.out.write_all(&end.as_bytes()[1..])?;
-        self.sync()?;
-        let Hashed { hash, bytes, .. } = self.out.get_ref();
-        Ok((*bytes, hex(&hash.clone().finalize())))
+        let Hashed { file, hash, bytes } = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        Ok((file, bytes, hex(&hash.finalize())))
     }
 
     /// Where it is.
@@ -204,7 +203,7 @@ mod tests {
         let file = ContextFile::write(&path, &agents, &[3].into(), &pieces).expect("written");
         let tokens = file.tokens;
         let project = ProjectName::new("p").expect("valid");
-        let (bytes, hash) = file.finish(&project, 7, UnixMillis(5), Phase::Review).expect("finished");
+        let (_, bytes, hash) = file.finish(&project, 7, UnixMillis(5), Phase::Review).expect("finished");
         let text = std::fs::read(&path).expect("there");
         assert_eq!((text.len() as u64, hex(&Sha256::digest(&text))), (bytes, hash));
         (serde_json::from_slice(&text).expect("JSON"), tokens)

@@ -6,7 +6,7 @@
 //! it has changed since; that is known exactly (see [`crate::store::pinned`]). Else all is written anew.
 
 use std::collections::HashSet;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::Path;
@@ -18,8 +18,9 @@ use fermata_core::Project;
 use fermata_protocol::checkpoint::ManifestPart;
 use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
+use sha2::{Digest as _, Sha256};
 
-use super::checkpoint::{CONTEXT, DATABASE, Order, part};
+use super::checkpoint::{CONTEXT, DATABASE, Order, hash, hex};
 use super::context_file::{ContextFile, Piece};
 use super::flash_save::{self, Plans};
 use super::{Site, blocking, ms_since};
@@ -30,8 +31,10 @@ use crate::store::{Store, StoreError};
 /// How many items are handed to the writer of the context at once.
 const BATCH: usize = 64;
 
-/// The database part, written.
+/// The database part, written and yet to be synced.
 pub struct DatabasePart {
+    /// What is to be synced before anybody relies on it.
+    pub unsynced: Vec<File>,
     /// Its files.
     pub parts: Vec<ManifestPart>,
     /// How many context items there are, archived ones included.
@@ -117,7 +120,7 @@ pub async fn copy(
     let (project, partial, archived) = (Arc::clone(&site.project), partial.to_owned(), archived_by(plans));
     let number = order.number;
     blocking("save the database", move || {
-        write(pinned, &project, archived, &partial)?.finish(&project, number, now, &partial)
+        write(pinned, &project, archived, &partial)?.finish(&project, number, now)
     })
     .await
 }
@@ -136,14 +139,14 @@ pub async fn save(
 ) -> Result<(DatabasePart, f64), Failure> {
     let start = Instant::now();
     if let Some(mut draft) = draft {
-        let (project, partial, archived) = (Arc::clone(&site.project), partial.to_owned(), archived_by(plans));
+        let (project, archived) = (Arc::clone(&site.project), archived_by(plans));
         let number = order.number;
         let saved = blocking("save the database", move || {
             let same = draft.archived == archived && project.agents.keys().eq(&draft.agents);
             if !same || !draft.copied.refresh().map_err(rows)? {
                 return Ok(None);
             }
-            draft.finish(&project, number, now, &partial).map(Some)
+            draft.finish(&project, number, now).map(Some)
         });
         if let Some(saved) = saved.await? {
             return Ok((saved, ms_since(start)));
@@ -227,26 +230,20 @@ fn join<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, Failure>>) -> Res
 }
 
 impl Draft {
-    /// Completes and syncs both files, side by side.
-    fn finish(
-        self,
-        project: &Project,
-        number: CheckpointNumber,
-        now: UnixMillis,
-        partial: &Path,
-    ) -> Result<DatabasePart, Failure> {
+    /// Completes both files.
+    fn finish(self, project: &Project, number: CheckpointNumber, now: UnixMillis) -> Result<DatabasePart, Failure> {
         let Self { copied, context: file, .. } = self;
         let (item_count, tokens) = (copied.item_count, file.tokens);
-        std::thread::scope(|scope| {
-            let rows_part = scope.spawn(|| {
-                copied.finish().map_err(rows)?;
-                part("database", partial, DATABASE)
-            });
-            let finished = file.finish(&project.name, number, now, project.facts.phase).map_err(context);
-            let rows_part = join(rows_part);
-            let (bytes, sha256) = finished?;
-            let context_part = ManifestPart { kind: "context".into(), path: CONTEXT.into(), bytes, sha256 };
-            Ok(DatabasePart { parts: vec![rows_part?, context_part], item_count, tokens })
-        })
+        let (context_file, bytes, sha256) =
+            file.finish(&project.name, number, now, project.facts.phase).map_err(context)?;
+        let context_part = ManifestPart { kind: "context".into(), path: CONTEXT.into(), bytes, sha256 };
+        let (rows_file, content) = copied.finish().map_err(rows)?;
+        let (bytes, sha256) = match content {
+            Some(content) => (content.len() as u64, hex(&Sha256::digest(&content))),
+            None => hash(&rows_file).map_err(|e| fault("hash the copy of the rows", &e))?,
+        };
+        let rows_part = ManifestPart { kind: "database".into(), path: DATABASE.into(), bytes, sha256 };
+        let parts = vec![rows_part, context_part];
+        Ok(DatabasePart { unsynced: vec![rows_file, context_file], parts, item_count, tokens })
     }
 }

@@ -26,6 +26,11 @@ struct Known {
 pub struct Scouted(Vec<(Known, Option<Session>)>);
 
 impl Scouted {
+    /// Says whether no agent has a tool whose sessions are known of.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Returns the sessions as they are now, by agent: those that agents have open, else those that were found. Walks
     /// through no directory, so that agents may stand still for it.
     pub fn now(self) -> Vec<(AgentName, Session)> {

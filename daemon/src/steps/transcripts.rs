@@ -66,6 +66,9 @@ pub(super) async fn open(site: &Site, scouted: Option<Scouted>) -> Result<Opened
         Some(scouted) => scouted,
         None => scout(site).await?,
     };
+    if scouted.is_empty() {
+        return Ok(Opened { sessions: Vec::new(), warnings: Vec::new(), transcripts: Vec::new() });
+    }
     blocking("open transcripts", move || {
         let mut opened = Opened { sessions: scouted.now(), warnings: Vec::new(), transcripts: Vec::new() };
         for (agent, session) in &opened.sessions {
@@ -102,9 +105,12 @@ pub(super) struct Copied {
 /// # Errors
 /// When a transcript cannot be read or its copy not be written.
 pub(super) async fn copy(opened: Opened, partial: &Path) -> Result<Copied, Failure> {
+    let Opened { sessions, warnings, transcripts } = opened;
+    if transcripts.is_empty() {
+        return Ok(Copied { sessions, parts: Vec::new(), warnings });
+    }
     let partial = partial.to_owned();
     blocking("copy transcripts", move || {
-        let Opened { sessions, warnings, transcripts } = opened;
         let mut copied = Copied { sessions, parts: Vec::new(), warnings };
         let mut directories = BTreeSet::new();
         for one in transcripts {

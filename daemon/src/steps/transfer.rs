@@ -137,7 +137,7 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
     let packed: u64 = header.parts.iter().filter(|p| p.name == PACK || p.name == INDEX).map(|p| p.bytes).sum();
     let size_bytes = packed + files(&manifest).map(|part| part.bytes).sum::<u64>();
     let placed = site.dirs().checkpoint(number);
-    let manifest_sha256 = place(site, &manifest, partial, placed.clone()).await?;
+    let manifest_sha256 = place(&manifest, partial, placed.clone()).await?;
     site.with_history(None, "publish the snapshot", move |h, _, _| h.publish_received(&incoming, commit)).await?;
     let mut warnings = Vec::new();
     if from.project != site.project.name {

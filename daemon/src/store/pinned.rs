@@ -1,22 +1,24 @@
-//! Copies a project's rows into a database file of their own: the database part of a checkpoint.
+//! Copies a project's rows into a database of their own: the database part of a checkpoint.
 //!
 //! ```text
-//!   open ──► the file, with its tables: nobody need stand still for that
+//!   open ──► the copy, with its tables: nobody need stand still for that
 //!   pin ───► one read transaction: what follows sees this instant, whatever is written meanwhile
-//!   copy ──► the rows into the file, the context to whoever writes it out
+//!   copy ──► the rows into the copy, the context to whoever writes it out
 //!   refresh ► later, in a second transaction: the small tables anew, if the context is still the same
-//!   finish ─► synced
+//!   finish ─► the file, which is yet to be synced
 //! ```
-//! The transaction only reads the live database, so nobody waits for it.
+//! The transaction only reads the live database, so nobody waits for it. A small copy is made in memory and written in one
+//! piece; its tables stay for the next one.
 
-use std::fs;
-use std::io;
+use std::fs::{File, OpenOptions};
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, ProjectName};
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, Statement};
 
 use super::rows::word;
 use super::{Doing, StoreError, connect, context, migrations};
@@ -41,55 +43,51 @@ const HARMLESS: &str = "'operation.stepped', 'pause.started', 'agent.progressed'
      'agent.session_found', 'agent.suspended', 'agent.continued', 'task.changed', \
      'question.asked', 'question.answered'";
 
-/// Up to so many context items a copy has small pages: each of its tables takes one at least, in every checkpoint.
-const FEW_ITEMS: i64 = 100;
+/// A project with so many context items, and so many tokens in them, has a small copy.
+const FEW: (i64, i64) = (100, 200_000);
 
-/// The sizes of a copy's pages, bytes: for few items, and for many.
-const PAGES: [u32; 2] = [1024, 16384];
+/// The sizes of a copy's pages, bytes. Each table takes one at least, in every checkpoint.
+const SMALL_PAGE: u32 = 1024;
+const LARGE_PAGE: u32 = 16384;
+
+/// A copy in memory that was emptied has at most so many pages left over: they would be in the next one's file.
+const MOST_LEFT_OVER: i64 = 16;
 
 const BACKUP: &str = "back up the project's rows";
 
 /// Agents' own blobs, as JSON text.
 pub type States = Vec<(AgentName, String)>;
 
-/// What a copy leaves to the next one, since making it takes longer than a small copy does.
+/// What a copy leaves to the next one, since making it takes longer than a small copy does: a connection to the database.
 #[derive(Default)]
-pub struct Spare {
-    /// A connection to the database, attached to nothing.
-    connection: Mutex<Option<Connection>>,
-    /// A copy's file before anything was copied, for each size of pages.
-    empty: Mutex<[Option<Arc<[u8]>>; PAGES.len()]>,
+pub struct Spare(Mutex<Option<Kept>>);
+
+struct Kept {
+    connection: Connection,
+    /// Whether a copy in memory is attached to it, with its tables.
+    has_copy: bool,
 }
 
 impl Spare {
-    fn take(&self) -> Option<Connection> {
-        self.connection.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn take(&self) -> Option<Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn keep(&self, connection: Connection) {
+    fn keep(&self, kept: Kept) {
         // What it has read of a large context is nobody's need any more.
-        if connection.execute_batch("PRAGMA shrink_memory").is_ok() {
-            *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
+        if kept.has_copy || kept.connection.execute_batch("PRAGMA shrink_memory").is_ok() {
+            *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         }
-    }
-
-    fn empty(&self, size: usize) -> Option<Arc<[u8]>> {
-        self.empty.lock().unwrap_or_else(PoisonError::into_inner)[size].clone()
-    }
-
-    fn keep_empty(&self, size: usize, file: &Path) -> io::Result<()> {
-        let bytes = fs::read(file)?;
-        self.empty.lock().unwrap_or_else(PoisonError::into_inner)[size] = Some(bytes.into());
-        Ok(())
     }
 }
 
-/// A connection to the database, and the file that rows are to go to, with its tables.
+/// A connection to the database, and attached to it what rows are to go to, with its tables.
 pub struct Prepared {
     connection: Connection,
     spare: Arc<Spare>,
     project: ProjectName,
     to: PathBuf,
+    in_memory: bool,
 }
 
 /// The same with a read transaction on one instant of the database.
@@ -109,12 +107,9 @@ pub enum Told<'a> {
     All,
 }
 
-/// A copy that is complete, and not yet synced.
+/// A copy that is complete.
 pub struct Copied {
-    connection: Connection,
-    spare: Arc<Spare>,
-    project: ProjectName,
-    to: PathBuf,
+    prepared: Prepared,
     as_of: AsOf,
     /// How many context items there are, archived ones included.
     pub item_count: u64,
@@ -127,45 +122,65 @@ struct AsOf {
     accesses: i64,
 }
 
-/// Makes the file of a copy; nothing is copied yet.
+/// Makes the tables of a copy; nothing is copied yet.
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be made.
 pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
-    let connection = match spare.take() {
-        Some(connection) => connection,
-        // One of its own, with the right to create: the attached file inherits its flags.
-        None => connect(database, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?,
+    let Kept { connection, has_copy } = match spare.take() {
+        Some(kept) => kept,
+        None => {
+            // One of its own, with the right to create: the attached file inherits its flags.
+            let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
+            Kept { connection: connect(database, flags)?, has_copy: false }
+        }
     };
-    let size = usize::from(!are_few(&connection, project)?);
-    let file = |what| move |source| StoreError::File { what, path: to.to_owned(), source };
-    let empty = spare.empty(size);
-    if let Some(empty) = &empty {
-        fs::write(to, empty).map_err(file("write"))?;
+    let in_memory = are_few(&connection, project)?;
+    if !(in_memory && has_copy && has_room(&connection)?) {
+        if has_copy {
+            connection.execute_batch("DETACH backup").doing(BACKUP)?;
+        }
+        let place = if in_memory { ":memory:".into() } else { to.to_string_lossy() };
+        attach(&connection, &place, if in_memory { SMALL_PAGE } else { LARGE_PAGE })?;
     }
-    connection.execute("ATTACH ?1 AS backup", [to.to_string_lossy()]).doing(BACKUP)?;
-    // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end.
+    Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned(), in_memory })
+}
+
+/// Attaches a new copy, with its tables.
+fn attach(connection: &Connection, place: &str, page_size: u32) -> Result<(), StoreError> {
+    connection.execute("ATTACH ?1 AS backup", [place]).doing(BACKUP)?;
+    // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end. What was in it for
+    // another project is in no page of the next one's.
     let settings = format!(
-        "PRAGMA backup.page_size = {}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
-         PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384",
-        PAGES[size]
+        "PRAGMA backup.page_size = {page_size}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
+         PRAGMA backup.secure_delete = on; PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384; BEGIN"
     );
     connection.execute_batch(&settings).doing(BACKUP)?;
-    if empty.is_none() {
-        connection.execute_batch("BEGIN").doing(BACKUP)?;
-        for (table, _) in SMALL.iter().chain(CONTEXT) {
-            copy_schema(&connection, table)?;
-        }
-        let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
-        connection.execute_batch(&version).doing(BACKUP)?;
-        spare.keep_empty(size, to).map_err(file("read"))?;
+    for (table, _) in SMALL.iter().chain(CONTEXT) {
+        copy_schema(connection, table)?;
     }
-    Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned() })
+    let version = format!("PRAGMA backup.user_version = {}; COMMIT", migrations::NEWEST);
+    connection.execute_batch(&version).doing(BACKUP)
+}
+
+/// Empties a copy that was made before; `false` when too much of it would be left over.
+fn has_room(connection: &Connection) -> Result<bool, StoreError> {
+    connection.execute_batch("BEGIN").doing(BACKUP)?;
+    for (table, _) in SMALL.iter().chain(CONTEXT) {
+        connection.prepare_cached(&format!("DELETE FROM backup.{table}")).and_then(|mut s| s.execute([])).doing(BACKUP)?;
+    }
+    connection.execute_batch("COMMIT").doing(BACKUP)?;
+    let left: i64 = connection.query_row("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
+    Ok(left <= MOST_LEFT_OVER)
 }
 
 fn are_few(connection: &Connection, project: &ProjectName) -> Result<bool, StoreError> {
-    let sql = "SELECT count(*) <= ?2 FROM (SELECT 1 FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
-    connection.query_row(sql, rusqlite::params![project.as_str(), FEW_ITEMS], |row| row.get(0)).doing(BACKUP)
+    let sql = "SELECT count(*) <= ?2 AND total(tokens) <= ?3 FROM \
+               (SELECT tokens FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
+    let few = |statement: &mut Statement<'_>| {
+        statement.query_row(rusqlite::params![project.as_str(), FEW.0, FEW.1], |row| row.get(0))
+    };
+    connection.prepare_cached(sql).and_then(|mut statement| few(&mut statement)).doing(BACKUP)
 }
 
 /// A plain BEGIN takes nothing yet: the first read does.
@@ -192,27 +207,28 @@ impl Pinned {
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
     pub fn copy(self, mut tell: impl FnMut(Told)) -> Result<Copied, StoreError> {
-        let Prepared { connection, spare, project, to } = self.prepared;
-        let states = read_states(&connection, &project)?;
+        let prepared = self.prepared;
+        let Prepared { connection, project, .. } = &prepared;
+        let states = read_states(connection, project)?;
         tell(Told::States(&states));
         // Read first: whoever writes them out works beside the copy then.
-        context::each_unarchived(&connection, &project, |item| tell(Told::Item(item)))?;
+        context::each_unarchived(connection, project, |item| tell(Told::Item(item)))?;
         tell(Told::All);
-        copy_small(&connection, &project)?;
+        copy_small(connection, project)?;
         for sql in [
             "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1",
             "INSERT INTO backup.context_bodies SELECT b.* FROM backup.context_items i \
              CROSS JOIN main.context_bodies b USING (id) WHERE i.project = ?1",
         ] {
-            connection.execute(sql, [project.as_str()]).doing(BACKUP)?;
+            execute(connection, sql, project)?;
         }
-        let as_of = as_of(&connection, &project)?;
+        let as_of = as_of(connection, project)?;
         let item_count = connection
             .query_row("SELECT count(*) FROM backup.context_items", [], |row| row.get::<_, i64>(0))
             .doing(BACKUP)?
             .unsigned_abs();
         connection.execute_batch("COMMIT").doing(BACKUP)?;
-        Ok(Copied { connection, spare, project, to, as_of, item_count })
+        Ok(Copied { prepared, as_of, item_count })
     }
 }
 
@@ -223,15 +239,15 @@ impl Copied {
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
     pub fn refresh(&mut self) -> Result<bool, StoreError> {
-        let connection = &self.connection;
+        let Prepared { connection, project, .. } = &self.prepared;
         pin(connection)?;
         let told = format!(
             "SELECT EXISTS (SELECT 1 FROM main.events WHERE seq > ?1 AND project = ?2 AND kind NOT IN ({HARMLESS}))"
         );
         let told: bool = connection
-            .query_row(&told, rusqlite::params![self.as_of.seq, self.project.as_str()], |row| row.get(0))
+            .query_row(&told, rusqlite::params![self.as_of.seq, project.as_str()], |row| row.get(0))
             .doing(BACKUP)?;
-        let now = as_of(connection, &self.project)?;
+        let now = as_of(connection, project)?;
         if told || now.accesses != self.as_of.accesses {
             connection.execute_batch("COMMIT").doing(BACKUP)?;
             return Ok(false);
@@ -239,30 +255,47 @@ impl Copied {
         for (table, _) in SMALL {
             connection.execute(&format!("DELETE FROM backup.{table}"), []).doing(BACKUP)?;
         }
-        copy_small(connection, &self.project)?;
+        copy_small(connection, project)?;
         connection.execute_batch("COMMIT").doing(BACKUP)?;
         self.as_of = now;
         Ok(true)
     }
 
-    /// Hands what was written to the disk, and waits until it is there.
+    /// Hands what was written to the disk, and waits until it is there: so much less is left to be done at the end.
     ///
     /// # Errors
     /// When it cannot be synced.
     pub fn sync(&self) -> Result<(), StoreError> {
-        let synced = std::fs::File::open(&self.to).and_then(|file| file.sync_all());
-        synced.map_err(|source| StoreError::File { what: "sync", path: self.to.clone(), source })
+        let Prepared { to, in_memory, .. } = &self.prepared;
+        if *in_memory {
+            return Ok(());
+        }
+        let synced = File::open(to).and_then(|file| file.sync_all());
+        synced.map_err(|source| StoreError::File { what: "sync", path: to.clone(), source })
     }
 
-    /// Closes the file, synced.
+    /// Completes the file, which is yet to be synced; returns it, and what is in it where that is at hand.
     ///
     /// # Errors
-    /// When it cannot be synced.
-    pub fn finish(self) -> Result<(), StoreError> {
-        self.connection.execute_batch("DETACH backup").doing(BACKUP)?;
-        self.sync()?;
-        self.spare.keep(self.connection);
-        Ok(())
+    /// When it cannot be written.
+    pub fn finish(self) -> Result<(File, Option<Vec<u8>>), StoreError> {
+        let Prepared { mut connection, spare, to, in_memory, .. } = self.prepared;
+        let failed = |what: &'static str| {
+            let path = to.clone();
+            move |source| StoreError::File { what, path, source }
+        };
+        let finished = if in_memory {
+            let content = connection.serialize("backup").doing(BACKUP)?.to_vec();
+            let mut options = OpenOptions::new();
+            let file = options.write(true).create(true).truncate(true).mode(0o600).open(&to);
+            let written = file.and_then(|mut file| file.write_all(&content).map(|()| file));
+            (written.map_err(failed("write"))?, Some(content))
+        } else {
+            connection.execute_batch("DETACH backup").doing(BACKUP)?;
+            (File::open(&to).map_err(failed("open"))?, None)
+        };
+        spare.keep(Kept { connection, has_copy: in_memory });
+        Ok(finished)
     }
 }
 
@@ -277,9 +310,15 @@ fn as_of(connection: &Connection, project: &ProjectName) -> Result<AsOf, StoreEr
 fn copy_small(connection: &Connection, project: &ProjectName) -> Result<(), StoreError> {
     for (table, column) in SMALL {
         let sql = format!("INSERT INTO backup.{table} SELECT * FROM main.{table} WHERE {column} = ?1");
-        connection.execute(&sql, [project.as_str()]).doing(BACKUP)?;
+        execute(connection, &sql, project)?;
     }
     Ok(())
+}
+
+/// Carries out what is carried out for every copy.
+fn execute(connection: &Connection, sql: &str, project: &ProjectName) -> Result<(), StoreError> {
+    let done = connection.prepare_cached(sql).and_then(|mut statement| statement.execute([project.as_str()]));
+    done.map(drop).doing(BACKUP)
 }
 
 fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {
@@ -407,30 +446,61 @@ mod tests {
     #[test]
     fn what_a_copy_leaves_to_the_next_one_changes_nothing() {
         let bed = Bed::new();
-        let in_file = |file: &Path, sql: &str| -> i64 {
-            let backup = Connection::open(file).expect("opened");
+        let in_file = |sql: &str| -> i64 {
+            let backup = Connection::open(bed.file()).expect("opened");
             backup.query_row(sql, [], |row| row.get(0)).expect("asked")
         };
-        let mut sizes = Vec::new();
-        for round in 0..4 {
+        let (mut pages, mut lengths) = (Vec::new(), Vec::new());
+        for round in 0..6 {
             if round == 2 {
-                let many: Vec<String> = (0..FEW_ITEMS).map(|n| format!("item {n}")).collect();
+                let many: Vec<String> = (0..FEW.0).map(|n| format!("item {n}")).collect();
                 bed.put("web", &many.iter().map(String::as_str).collect::<Vec<_>>());
             }
-            // One that is given up takes its connection with it.
+            if round == 4 {
+                bed.live.execute("DELETE FROM context_items WHERE project = 'web' AND id > 4", []).expect("removed");
+            }
+            // One that is given up takes its connection with it, and leaves a file where it is a large one.
             drop(bed.begin());
-            fs::remove_file(bed.file()).expect("a file was begun");
+            let left = std::fs::remove_file(bed.file());
+            assert_eq!(left.is_ok(), (2..4).contains(&round));
             let (copied, told) = copy(bed.begin());
             assert_eq!(told.len() as u64, copied.item_count + 2);
-            copied.finish().expect("synced");
+            let content = copied.finish().expect("complete").1;
+            let bytes = std::fs::read(bed.file()).expect("it is there");
+            assert!(content.is_none_or(|content| content == bytes));
+            lengths.push(bytes.len());
             assert_eq!(bed.spare.take().map(|spare| bed.spare.keep(spare)), Some(()), "the connection is kept");
             assert_eq!(check(&bed.file(), &project("web")).expect("opened"), None);
-            let bodies = in_file(&bed.file(), "SELECT count(*) FROM context_bodies");
-            assert_eq!(bodies as usize, told.len() - 2);
-            sizes.push(in_file(&bed.file(), "PRAGMA page_size"));
-            fs::remove_file(bed.file()).expect("it is there");
+            assert_eq!(in_file("SELECT count(*) FROM context_bodies") as usize, told.len() - 2);
+            pages.push(in_file("PRAGMA page_size") as u32);
+            std::fs::remove_file(bed.file()).expect("it is there");
         }
-        assert_eq!(sizes, [PAGES[0], PAGES[0], PAGES[1], PAGES[1]].map(i64::from));
+        assert_eq!(pages, [SMALL_PAGE, SMALL_PAGE, LARGE_PAGE, LARGE_PAGE, SMALL_PAGE, SMALL_PAGE]);
+        assert_eq!((lengths[0], lengths[4]), (lengths[1], lengths[5]), "nothing piles up: {lengths:?}");
+    }
+
+    #[test]
+    fn nothing_of_one_projects_copy_is_in_the_next_ones() {
+        let bed = Bed::new();
+        let copy_of = |name: &str| {
+            let live = bed.dir.path().join("live.sqlite");
+            let prepared = open(&bed.spare, &live, &project(name), &bed.file()).expect("opened");
+            copy(prepared.pin().expect("pinned")).0.finish().expect("complete").1.expect("a small one")
+        };
+        let has = |copy: &[u8], text: &str| copy.windows(text.len()).any(|part| part == text.as_bytes());
+        let small = copy_of("web").len();
+        // More than a page, so that some are left over.
+        let secret = format!("the password is {}", "swordfish ".repeat(1000));
+        bed.put("other", &[&secret]);
+        assert!(has(&copy_of("other"), "swordfish"));
+        for _ in 0..2 {
+            let next = copy_of("web");
+            assert!(!has(&next, "swordfish") && has(&next, "two"));
+            assert!(next.len() <= small + MOST_LEFT_OVER as usize * SMALL_PAGE as usize);
+        }
+        bed.put("other", &[&secret.repeat(9)]);
+        copy_of("other");
+        assert!(copy_of("web").len() <= small + MOST_LEFT_OVER as usize * SMALL_PAGE as usize);
     }
 
     #[test]

@@ -57,7 +57,7 @@ impl Forge {
         let root =
             self.tree(vec![("files", MODE_TREE, files), ("meta", MODE_TREE, meta), ("manifest", 0o100_644, manifest)]);
         let commit = self.object(ObjectKind::Commit, format!("tree {root}\n\nmade up\n").as_bytes());
-        let finished = self.pack.finish(None).unwrap();
+        let finished = self.pack.finish().unwrap();
         let file = |end: &str| self.dir.path().join(format!("{}.{end}", finished.name));
         received(&sandbox.history, &file("pack"), &fs::read(file("idx")).unwrap(), commit)
     }
@@ -170,7 +170,7 @@ fn what_would_fill_the_memory_is_not_put_together() {
     super::super::deflate::deflate(&steps, super::super::deflate::Effort::Fast, &mut zlib).unwrap();
     let oid = Oid::of(ObjectKind::Blob, &target);
     forge.pack.append_deflated(oid, ObjectKind::Blob, Some(&base_oid), steps.len() as u64, &zlib).unwrap();
-    let finished = forge.pack.finish(None).unwrap();
+    let finished = forge.pack.finish().unwrap();
     let index = Arc::new(PackIndex::load(forge.dir.path(), &finished.name).unwrap());
     let open = |limit| PackReader::open(forge.dir.path(), Arc::clone(&index)).unwrap().limited(limit);
     let read = |limit, oid: &Oid| open(limit).resolve(index.find(oid).unwrap(), &Remembered::default()).map(drop);
