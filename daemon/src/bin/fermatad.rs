@@ -79,7 +79,7 @@ fn run(arguments: &Arguments) -> Result<(), StartError> {
     // A workspace may be as deep as a path is long, and work follows it down; only what is used takes memory.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_stack_size(32 << 20)
-        .worker_threads(2)
+        .worker_threads(1)
         // Queries, snapshots, token counts: more at once would only wait for the disk.
         .max_blocking_threads(32)
         .enable_all()

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use fermata_core::budget::refuse_over_budget;
 use fermata_core::command::{Command, Respawn};
@@ -16,7 +17,7 @@ use fermata_protocol::pause::{PauseCause, ProjectPause, ProjectResume};
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
 use serde_json::{Value, json};
-use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::broadcast::error::TryRecvError;
 
 use super::connection::Connection;
 use super::dispatch::wire;
@@ -27,6 +28,9 @@ use crate::services::now;
 use crate::steps::{restore as restoring, session};
 use crate::store::idempotency::Keyed;
 use crate::store::{checkpoints, operations};
+
+/// How often progress is told of.
+const PROGRESS_PACE: Duration = Duration::from_millis(50);
 
 /// How many rows one list shows at most.
 const MAX_ROWS: u32 = 1000;
@@ -41,7 +45,8 @@ pub(super) async fn watched(
     with_progress(connection, &operation, handle.begin(begin)).await
 }
 
-/// Tells the progress that is made under an operation's id to this connection until the work has ended.
+/// Tells the progress that is made under an operation's id to this connection until the work has ended: now and then the
+/// newest, so that what is done at once is told of by its answer alone.
 pub(super) async fn with_progress<T>(
     connection: &Arc<Connection>,
     operation: &OperationId,
@@ -50,16 +55,20 @@ pub(super) async fn with_progress<T>(
     let mut notes = connection.daemon.projects.services().progress.subscribe();
     tokio::pin!(ending);
     loop {
-        let note = tokio::select! {
+        tokio::select! {
             result = &mut ending => return result,
-            note = notes.recv() => note,
-        };
-        match note {
-            Ok(note) if note.operation_id == *operation => {
-                connection.send(&Notification::new("$/progress", json!(note))).await;
+            () = tokio::time::sleep(PROGRESS_PACE) => {}
+        }
+        let mut newest = None;
+        loop {
+            match notes.try_recv() {
+                Ok(note) if note.operation_id == *operation => newest = Some(note),
+                Ok(_) | Err(TryRecvError::Lagged(_)) => {}
+                Err(TryRecvError::Empty | TryRecvError::Closed) => break,
             }
-            Ok(_) | Err(RecvError::Lagged(_)) => {}
-            Err(RecvError::Closed) => return ending.await,
+        }
+        if let Some(note) = newest {
+            connection.send(&Notification::new("$/progress", json!(note))).await;
         }
     }
 }

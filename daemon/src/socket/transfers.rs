@@ -11,20 +11,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use fermata_core::command::Command;
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::rpc::Notification;
 use fermata_protocol::terminal::Bytes;
 use fermata_protocol::transfer::{
     CheckpointConsolidate, CheckpointConsolidateResult, CheckpointDownload, CheckpointDownloadResult, CheckpointExport,
     CheckpointExportResult, CheckpointImport, CheckpointUpload, CheckpointUploadResult, MAX_PIECE,
 };
 use fermata_protocol::{Code, Refusal};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::checkpoints::find;
 use super::connection::Connection;
 use super::dispatch::wire;
-use super::operations::{begin, watched};
+use super::operations::{begin, watched, with_progress};
 use crate::errors::Failure;
 use crate::history::{Attempt, Consolidated, Extent};
 use crate::project::{Begin, Label, Projects, new_operation};
@@ -58,19 +57,13 @@ pub(super) async fn export(connection: &Arc<Connection>, params: CheckpointExpor
     // An export is no operation of the project: it changes nothing, and others go on beside it.
     let cancel = Cancel::default();
     let site = Site { cancel: cancel.clone(), ..handle.site() };
-    let mut notes = site.services.progress.subscribe();
-    let making = transfer::export(&site, view, &operation);
+    let making = with_progress(connection, &operation, transfer::export(&site, view, &operation));
     tokio::pin!(making);
-    let held = loop {
-        tokio::select! {
-            held = &mut making => break held?,
-            note = notes.recv() => match note {
-                Ok(note) if note.operation_id == operation => {
-                    connection.send(&Notification::new("$/progress", json!(note))).await;
-                }
-                Ok(_) | Err(_) => {}
-            },
-            () = connection.closed.cancelled(), if !cancel.is_cancelled() => cancel.cancel(),
+    let held = tokio::select! {
+        held = &mut making => held?,
+        () = connection.closed.cancelled() => {
+            cancel.cancel();
+            making.await?
         }
     };
     let result = CheckpointExportResult { bytes: held.bytes, sha256: held.sha256.clone() };
