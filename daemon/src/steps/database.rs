@@ -119,10 +119,8 @@ pub async fn copy(
 ) -> Result<DatabasePart, Failure> {
     let (project, partial, archived) = (Arc::clone(&site.project), partial.to_owned(), archived_by(plans));
     let number = order.number;
-    blocking("save the database", move || {
-        write(pinned, &project, archived, &partial)?.finish(&project, number, now)
-    })
-    .await
+    blocking("save the database", move || write(pinned, &project, archived, &partial)?.finish(&project, number, now))
+        .await
 }
 
 /// Saves the database part, from the draft where it still holds. Returns it with the milliseconds that it took.

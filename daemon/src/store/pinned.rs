@@ -167,7 +167,8 @@ fn attach(connection: &Connection, place: &str, page_size: u32) -> Result<(), St
 fn has_room(connection: &Connection) -> Result<bool, StoreError> {
     connection.execute_batch("BEGIN").doing(BACKUP)?;
     for (table, _) in SMALL.iter().chain(CONTEXT) {
-        connection.prepare_cached(&format!("DELETE FROM backup.{table}")).and_then(|mut s| s.execute([])).doing(BACKUP)?;
+        let emptied = connection.prepare_cached(&format!("DELETE FROM backup.{table}")).and_then(|mut s| s.execute([]));
+        emptied.doing(BACKUP)?;
     }
     connection.execute_batch("COMMIT").doing(BACKUP)?;
     let left: i64 = connection.query_row("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
