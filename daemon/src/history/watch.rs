@@ -395,9 +395,10 @@ impl Watched {
     pub fn take(&self) -> Taken {
         let cookie = self.watcher.queue.next_cookie.fetch_add(1, Ordering::Relaxed);
         let file = self.watcher.queue.cookies.join(cookie.to_string());
+        // First, so that the reader, whom the cookie wakes, waits for this and not the other way round.
+        let mut table = self.watcher.queue.table();
         let baked =
             fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
-        let mut table = self.watcher.queue.table();
         self.watcher.queue.drain(&mut table);
         let seen = table.cookies.remove(&cookie);
         let Some(watches) = table.projects.get_mut(&self.project) else {

@@ -72,7 +72,7 @@ pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> 
 
 /// How many syncs wait at once in [`sync_together`]. The first of them has the file system write out its journal, in which
 /// is what all the others wait for; more threads are of no more use, and each takes as long to make as a small write.
-const LANES: usize = 3;
+const LANES: usize = 2;
 
 /// Syncs files and directories side by side: a disk flushes all of them in the time of one.
 ///

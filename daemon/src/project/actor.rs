@@ -505,7 +505,10 @@ impl Actor {
         let decision_events = decision.events;
         self.start_all(decision.effects).await;
         self.answer_waiters(&conclusions);
-        // Whoever waits does not wait for this.
+        if !conclusions.is_empty() {
+            // Whoever waits does not wait for what follows.
+            tokio::task::yield_now().await;
+        }
         self.look_after_checkpoints(&decision_events);
         self.tell_of_trouble(&decision_events);
         Ok(Carried { reply: written.reply, removed })

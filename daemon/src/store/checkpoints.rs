@@ -7,7 +7,7 @@ use fermata_protocol::{CheckpointNumber, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::rows::{json, text, word};
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 const READ: &str = "read checkpoints";
 
@@ -20,7 +20,7 @@ pub fn insert(connection: &Connection, view: &CheckpointView) -> Result<(), Stor
                pause_reason, git_commit, database_backup, context_snapshot, manifest_sha256, size_bytes, pinned, \
                metadata) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16)";
     connection
-        .execute(
+        .execute_cached(
             sql,
             params![
                 view.project.as_str(),
@@ -134,7 +134,7 @@ pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<Poin
 /// When the row cannot be removed.
 pub fn remove(connection: &Connection, project: &ProjectName, id: CheckpointNumber) -> Result<(), StoreError> {
     connection
-        .execute("DELETE FROM checkpoints WHERE project = ?1 AND id = ?2", params![project.as_str(), id as i64])
+        .execute_cached("DELETE FROM checkpoints WHERE project = ?1 AND id = ?2", params![project.as_str(), id as i64])
         .doing("remove the checkpoint")?;
     Ok(())
 }
@@ -150,7 +150,7 @@ pub fn pin(
     pinned: bool,
 ) -> Result<(), StoreError> {
     connection
-        .execute(
+        .execute_cached(
             "UPDATE checkpoints SET pinned = ?3 WHERE project = ?1 AND id = ?2",
             params![project.as_str(), id as i64, pinned],
         )

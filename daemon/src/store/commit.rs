@@ -16,7 +16,9 @@ use super::backup::RestoredRows;
 use super::context::NewRow;
 use super::idempotency::Keyed;
 use super::writer::Durability;
-use super::{Doing, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows};
+use super::{
+    Doing, ExecuteCached as _, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows,
+};
 
 /// A write that belongs to a command but not to the state that `fermata_core` holds.
 #[derive(Clone)]
@@ -163,7 +165,7 @@ fn record_usage(
     // SQLite's integers are signed; a count beyond that is a bug of the reporter.
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     connection
-        .execute(
+        .execute_cached(
             sql,
             params![
                 now.0,

@@ -8,7 +8,7 @@ use fermata_protocol::{AgentName, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::rows::word;
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 const PUT: &str = "add context items";
 const READ: &str = "read context items";
@@ -245,7 +245,7 @@ pub fn find(connection: &Connection, project: &ProjectName, id: i64) -> Result<O
 /// When the row cannot be written.
 pub fn count_access(connection: &Connection, project: &ProjectName, id: i64) -> Result<(), StoreError> {
     connection
-        .execute(
+        .execute_cached(
             "UPDATE context_items SET access_count = access_count + 1 WHERE project = ?1 AND id = ?2",
             params![project.as_str(), id],
         )
@@ -259,7 +259,7 @@ pub fn count_access(connection: &Connection, project: &ProjectName, id: i64) -> 
 /// When the row cannot be written.
 pub fn pin(connection: &Connection, project: &ProjectName, id: i64, pinned: bool) -> Result<(), StoreError> {
     connection
-        .execute(
+        .execute_cached(
             "UPDATE context_items SET pinned = ?3, tier = CASE WHEN ?3 THEN 'hot' ELSE tier END \
              WHERE project = ?1 AND id = ?2",
             params![project.as_str(), id, pinned],

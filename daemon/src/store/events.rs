@@ -6,7 +6,7 @@ use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::rows::{json, text, word};
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 /// How many events are kept; older ones go when their cursor is far behind everybody.
 const KEPT: i64 = 200_000;
@@ -63,7 +63,9 @@ pub fn append(
     }
     let last = connection.last_insert_rowid();
     if last % 1024 < events.len() as i64 && last > KEPT {
-        connection.execute("DELETE FROM events WHERE seq <= ?1", [last - KEPT]).doing("drop the oldest events")?;
+        connection
+            .execute_cached("DELETE FROM events WHERE seq <= ?1", [last - KEPT])
+            .doing("drop the oldest events")?;
     }
     Ok(last)
 }

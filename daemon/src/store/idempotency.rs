@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::Value;
 
 use super::rows::{json, text, word};
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 /// How long a key is remembered, milliseconds.
 const REMEMBERED_MS: i64 = 24 * 3_600_000;
@@ -64,11 +64,11 @@ pub fn remember(
 ) -> Result<(), StoreError> {
     let what = "remember an idempotency key";
     connection
-        .execute("DELETE FROM idempotency_keys WHERE at < ?1", [now.0 - REMEMBERED_MS])
+        .execute_cached("DELETE FROM idempotency_keys WHERE at < ?1", [now.0 - REMEMBERED_MS])
         .doing("forget old idempotency keys")?;
     let reply = reply.map(text).transpose()?;
     connection
-        .execute(
+        .execute_cached(
             "INSERT INTO idempotency_keys (principal, key, request, operation, reply, at) \
              VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
             params![keyed.principal, keyed.key, keyed.request, operation.map(OperationId::as_str), reply, now.0],

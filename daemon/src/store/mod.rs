@@ -141,6 +141,18 @@ impl<T> Doing<T> for Result<T, serde_json::Error> {
     }
 }
 
+/// Carries out statements that are prepared once and kept.
+pub(crate) trait ExecuteCached {
+    /// Carries one out; returns how many rows it has changed.
+    fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error>;
+}
+
+impl ExecuteCached for Connection {
+    fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error> {
+        self.prepare_cached(sql)?.execute(params)
+    }
+}
+
 /// The open database.
 #[derive(Clone)]
 pub struct Store {

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Value, json};
 
 use super::rows::{json as parse, text, word};
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 const WRITE: &str = "write the operation";
 const READ: &str = "read operations";
@@ -49,13 +49,13 @@ fn project_one(
             let sql = "UPDATE operations SET step = ?2, steps_ms = CASE WHEN ?3 IS NULL THEN steps_ms \
                        ELSE json_set(steps_ms, '$.' || ?3, ?4) END WHERE id = ?1";
             let (name, took) = concluded.as_ref().map_or((None, 0.0), |(name, took)| (Some(name), *took));
-            connection.execute(sql, params![operation.as_str(), step, name, took]).doing(WRITE)?;
+            connection.execute_cached(sql, params![operation.as_str(), step, name, took]).doing(WRITE)?;
             Ok(())
         }
         Event::OperationUndoing { operation, step, error } => {
             let sql = "UPDATE operations SET state = ?2, step = ?3, error = ?4 WHERE id = ?1";
             let state = OperationState::Undoing.as_str();
-            connection.execute(sql, params![operation.as_str(), state, step, text(error)?]).doing(WRITE)?;
+            connection.execute_cached(sql, params![operation.as_str(), state, step, text(error)?]).doing(WRITE)?;
             Ok(())
         }
         Event::ProjectPaused { result, .. } => {
@@ -73,7 +73,7 @@ fn project_one(
         }
         Event::RestorePlanned { operation, .. } => {
             connection
-                .execute("UPDATE operations SET step = 'apply' WHERE id = ?1", [operation.as_str()])
+                .execute_cached("UPDATE operations SET step = 'apply' WHERE id = ?1", [operation.as_str()])
                 .doing(WRITE)?;
             Ok(())
         }
@@ -95,14 +95,14 @@ fn project_one(
         | Event::RestoreGivenUp { operation, error, .. } => fail(connection, operation, error, at),
         Event::RestoreRetried { operation, error, .. } => {
             let sql = "UPDATE operations SET error = ?2 WHERE id = ?1";
-            connection.execute(sql, params![operation.as_str(), text(error)?]).doing(WRITE)?;
+            connection.execute_cached(sql, params![operation.as_str(), text(error)?]).doing(WRITE)?;
             Ok(())
         }
         Event::RestoreChecked { operation, paths, differing, examples, .. } => {
             let check = json!({ "paths": paths, "differing": differing, "examples": examples });
             let sql = "UPDATE operations SET result = json_set(result, '$.check', json(?2)) \
                        WHERE id = ?1 AND result IS NOT NULL";
-            connection.execute(sql, params![operation.as_str(), text(&check)?]).doing(WRITE)?;
+            connection.execute_cached(sql, params![operation.as_str(), text(&check)?]).doing(WRITE)?;
             Ok(())
         }
         _ => Ok(()),
@@ -119,7 +119,9 @@ fn begin(
     let sql =
         "INSERT INTO operations (id, project, kind, state, steps_ms, started_at) VALUES (?1, ?2, ?3, ?4, '{}', ?5)";
     let state = OperationState::Running.as_str();
-    connection.execute(sql, params![operation.as_str(), project.as_str(), kind.as_str(), state, at.0]).doing(WRITE)?;
+    connection
+        .execute_cached(sql, params![operation.as_str(), project.as_str(), kind.as_str(), state, at.0])
+        .doing(WRITE)?;
     Ok(())
 }
 
@@ -134,7 +136,7 @@ fn succeed(
                steps_ms = coalesce(?5, steps_ms) WHERE id = ?1";
     let state = OperationState::Succeeded.as_str();
     let steps = steps_ms.map(text).transpose()?;
-    connection.execute(sql, params![operation.as_str(), state, text(result)?, at.0, steps]).doing(WRITE)?;
+    connection.execute_cached(sql, params![operation.as_str(), state, text(result)?, at.0, steps]).doing(WRITE)?;
     Ok(())
 }
 
@@ -147,7 +149,7 @@ fn fail(
     let cancelled = error.data.code == fermata_protocol::Code::OperationCancelled;
     let state = if cancelled { OperationState::Cancelled } else { OperationState::Failed };
     let sql = "UPDATE operations SET state = ?2, error = ?3, ended_at = ?4 WHERE id = ?1";
-    connection.execute(sql, params![operation.as_str(), state.as_str(), text(error)?, at.0]).doing(WRITE)?;
+    connection.execute_cached(sql, params![operation.as_str(), state.as_str(), text(error)?, at.0]).doing(WRITE)?;
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use fermata_protocol::{AgentName, ProjectName};
 use rusqlite::{Connection, OpenFlags, Statement};
 
 use super::rows::word;
-use super::{Doing, StoreError, connect, context, migrations};
+use super::{Doing, ExecuteCached as _, StoreError, connect, context, migrations};
 
 /// What a checkpoint keeps of the database besides context, `(table, column that names the project)`:
 /// few rows. Events, usage, operations, checkpoints and environments are not in it: a restore must
@@ -167,8 +167,7 @@ fn attach(connection: &Connection, place: &str, page_size: u32) -> Result<(), St
 fn has_room(connection: &Connection) -> Result<bool, StoreError> {
     connection.execute_batch("BEGIN").doing(BACKUP)?;
     for (table, _) in SMALL.iter().chain(CONTEXT) {
-        let emptied = connection.prepare_cached(&format!("DELETE FROM backup.{table}")).and_then(|mut s| s.execute([]));
-        emptied.doing(BACKUP)?;
+        connection.execute_cached(&format!("DELETE FROM backup.{table}"), []).doing(BACKUP)?;
     }
     connection.execute_batch("COMMIT").doing(BACKUP)?;
     let left: i64 = connection.query_row("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
@@ -221,7 +220,7 @@ impl Pinned {
             "INSERT INTO backup.context_bodies SELECT b.* FROM backup.context_items i \
              CROSS JOIN main.context_bodies b USING (id) WHERE i.project = ?1",
         ] {
-            execute(connection, sql, project)?;
+            connection.execute_cached(sql, [project.as_str()]).doing(BACKUP)?;
         }
         let as_of = as_of(connection, project)?;
         let item_count = connection
@@ -311,15 +310,9 @@ fn as_of(connection: &Connection, project: &ProjectName) -> Result<AsOf, StoreEr
 fn copy_small(connection: &Connection, project: &ProjectName) -> Result<(), StoreError> {
     for (table, column) in SMALL {
         let sql = format!("INSERT INTO backup.{table} SELECT * FROM main.{table} WHERE {column} = ?1");
-        execute(connection, &sql, project)?;
+        connection.execute_cached(&sql, [project.as_str()]).doing(BACKUP)?;
     }
     Ok(())
-}
-
-/// Carries out what is carried out for every copy.
-fn execute(connection: &Connection, sql: &str, project: &ProjectName) -> Result<(), StoreError> {
-    let done = connection.prepare_cached(sql).and_then(|mut statement| statement.execute([project.as_str()]));
-    done.map(drop).doing(BACKUP)
 }
 
 fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {

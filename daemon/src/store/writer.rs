@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Doing, StoreError};
+use super::{Doing, ExecuteCached as _, StoreError};
 
 /// How many jobs may wait; further writers wait for a place.
 const QUEUE: usize = 1024;
@@ -91,15 +91,17 @@ fn in_savepoint<T>(
     connection: &Connection,
     job: impl FnOnce(&Connection) -> Result<T, StoreError>,
 ) -> Result<T, StoreError> {
-    connection.execute_batch("SAVEPOINT job").doing("begin a write")?;
+    connection.execute_cached("SAVEPOINT job", []).doing("begin a write")?;
     let result = catch_unwind(AssertUnwindSafe(|| job(connection)))
         .unwrap_or_else(|_| Err(StoreError::Commit("the job panicked and was undone".into())));
     if connection.is_autocommit() {
         // A full disk or a failing one makes SQLite roll the whole transaction back by itself.
         return result.and(Err(StoreError::Commit("the transaction was rolled back by the database".into())));
     }
-    let end = if result.is_ok() { "RELEASE job" } else { "ROLLBACK TO job; RELEASE job" };
-    connection.execute_batch(end).doing("end a write")?;
+    if result.is_err() {
+        connection.execute_batch("ROLLBACK TO job").doing("undo a write")?;
+    }
+    connection.execute_cached("RELEASE job", []).doing("end a write")?;
     result
 }
 
@@ -120,11 +122,11 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
                 (batch.into_iter().map(|queued| (queued.job)(None)).collect(), Err(error.to_string()))
             }
         };
-        if committed.is_ok() {
-            announce(connection, wake);
-        }
         for answer in answers {
             answer(committed.clone());
+        }
+        if committed.is_ok() {
+            announce(connection, wake);
         }
     }
 }
@@ -152,11 +154,11 @@ fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -
         connection.pragma_update(None, "synchronous", mode)?;
         *synced = needed;
     }
-    connection.execute_batch("BEGIN IMMEDIATE")
+    connection.execute_cached("BEGIN IMMEDIATE", []).map(drop)
 }
 
 fn commit(connection: &Connection) -> Result<(), String> {
-    connection.execute_batch("COMMIT").map_err(|error| {
+    connection.execute_cached("COMMIT", []).map(drop).map_err(|error| {
         // Where the disk is full, SQLite has done so itself.
         if !connection.is_autocommit()
             && let Err(rollback) = connection.execute_batch("ROLLBACK")
