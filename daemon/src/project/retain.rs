@@ -154,6 +154,7 @@ impl Actor {
         }
         let (site, handle) = (self.site(), self.handle());
         self.services.tracker.spawn(async move {
+            tokio::time::sleep(upkeep::BREATH).await;
             if let Err(failure) = storage::measure(&site).await {
                 tracing::warn!(project = %site.project.name, %failure, "what the checkpoints take is not known");
             }

@@ -18,6 +18,9 @@ use crate::history::{Attempt, Consolidated, Extent};
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
 const AFTER_FAILURE: Duration = Duration::from_secs(600);
 
+/// How long what follows a checkpoint waits, so that whoever asked for it is told before other threads want the processor.
+pub const BREATH: Duration = Duration::from_millis(20);
+
 /// How long whoever needs room waits for others who consolidate, and how often it asks.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TURN: Duration = Duration::from_millis(20);
@@ -112,6 +115,7 @@ pub fn hold_off(site: &Site) {
 
 async fn run(site: Site) {
     let upkeep = site.history.upkeep.clone();
+    tokio::time::sleep(BREATH).await;
     while let Some(extent) = upkeep.next(&site.cancel) {
         let done = tokio::select! {
             permit = site.services.background.acquire() => match permit {

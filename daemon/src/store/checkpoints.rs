@@ -7,7 +7,7 @@ use fermata_protocol::{CheckpointNumber, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::rows::{json, text, word};
-use super::{Doing, ExecuteCached as _, StoreError};
+use super::{Cached as _, Doing, StoreError};
 
 const READ: &str = "read checkpoints";
 

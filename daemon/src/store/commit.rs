@@ -17,7 +17,7 @@ use super::context::NewRow;
 use super::idempotency::Keyed;
 use super::writer::Durability;
 use super::{
-    Doing, ExecuteCached as _, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows,
+    Cached as _, Doing, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows,
 };
 
 /// A write that belongs to a command but not to the state that `fermata_core` holds.

@@ -8,7 +8,7 @@ use fermata_protocol::{AgentName, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
 use super::rows::word;
-use super::{Doing, ExecuteCached as _, StoreError};
+use super::{Cached as _, Doing, StoreError};
 
 const PUT: &str = "add context items";
 const READ: &str = "read context items";
@@ -199,7 +199,7 @@ pub fn each_unarchived(
         columns("b.text")
     );
     // In the order of the index, so that no text is sorted.
-    let mut statement = connection.prepare(&sql).doing(READ)?;
+    let mut statement = connection.prepare_cached(&sql).doing(READ)?;
     let mut rows = statement.query([project.as_str()]).doing(READ)?;
     let mut known: Option<AgentName> = None;
     while let Some(row) = rows.next().doing(READ)? {

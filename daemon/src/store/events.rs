@@ -6,7 +6,7 @@ use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
 use super::rows::{json, text, word};
-use super::{Doing, ExecuteCached as _, StoreError};
+use super::{Cached as _, Doing, StoreError};
 
 /// How many events are kept; older ones go when their cursor is far behind everybody.
 const KEPT: i64 = 200_000;

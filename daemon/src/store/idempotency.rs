@@ -5,7 +5,7 @@ use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::Value;
 
 use super::rows::{json, text, word};
-use super::{Doing, ExecuteCached as _, StoreError};
+use super::{Cached as _, Doing, StoreError};
 
 /// How long a key is remembered, milliseconds.
 const REMEMBERED_MS: i64 = 24 * 3_600_000;

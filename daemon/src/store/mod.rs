@@ -142,12 +142,29 @@ impl<T> Doing<T> for Result<T, serde_json::Error> {
 }
 
 /// Carries out statements that are prepared once and kept.
-pub(crate) trait ExecuteCached {
+pub(crate) trait Cached {
     /// Carries one out; returns how many rows it has changed.
     fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error>;
+
+    /// Carries one out and reads its first row.
+    fn query_row_cached<T>(
+        &self,
+        sql: &str,
+        params: impl rusqlite::Params,
+        read: impl FnOnce(&rusqlite::Row<'_>) -> Result<T, rusqlite::Error>,
+    ) -> Result<T, rusqlite::Error>;
 }
 
-impl ExecuteCached for Connection {
+impl Cached for Connection {
+    fn query_row_cached<T>(
+        &self,
+        sql: &str,
+        params: impl rusqlite::Params,
+        read: impl FnOnce(&rusqlite::Row<'_>) -> Result<T, rusqlite::Error>,
+    ) -> Result<T, rusqlite::Error> {
+        self.prepare_cached(sql)?.query_row(params, read)
+    }
+
     fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error> {
         self.prepare_cached(sql)?.execute(params)
     }

@@ -18,10 +18,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, ProjectName};
-use rusqlite::{Connection, OpenFlags, Statement};
+use rusqlite::{Connection, OpenFlags};
 
 use super::rows::word;
-use super::{Doing, ExecuteCached as _, StoreError, connect, context, migrations};
+use super::{Cached as _, Doing, StoreError, connect, context, migrations};
 
 /// What a checkpoint keeps of the database besides context, `(table, column that names the project)`:
 /// few rows. Events, usage, operations, checkpoints and environments are not in it: a restore must
@@ -170,23 +170,20 @@ fn has_room(connection: &Connection) -> Result<bool, StoreError> {
         connection.execute_cached(&format!("DELETE FROM backup.{table}"), []).doing(BACKUP)?;
     }
     connection.execute_batch("COMMIT").doing(BACKUP)?;
-    let left: i64 = connection.query_row("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
+    let left: i64 = connection.query_row_cached("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
     Ok(left <= MOST_LEFT_OVER)
 }
 
 fn are_few(connection: &Connection, project: &ProjectName) -> Result<bool, StoreError> {
     let sql = "SELECT count(*) <= ?2 AND total(tokens) <= ?3 FROM \
                (SELECT tokens FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
-    let few = |statement: &mut Statement<'_>| {
-        statement.query_row(rusqlite::params![project.as_str(), FEW.0, FEW.1], |row| row.get(0))
-    };
-    connection.prepare_cached(sql).and_then(|mut statement| few(&mut statement)).doing(BACKUP)
+    connection.query_row_cached(sql, rusqlite::params![project.as_str(), FEW.0, FEW.1], |row| row.get(0)).doing(BACKUP)
 }
 
 /// A plain BEGIN takes nothing yet: the first read does.
 fn pin(connection: &Connection) -> Result<(), StoreError> {
-    connection.execute_batch("BEGIN").doing(BACKUP)?;
-    connection.query_row("SELECT count(*) FROM main.meta", [], |_| Ok(())).doing(BACKUP)
+    connection.execute_cached("BEGIN", []).doing(BACKUP)?;
+    connection.query_row_cached("SELECT count(*) FROM main.meta", [], |_| Ok(())).doing(BACKUP)
 }
 
 impl Prepared {
@@ -224,10 +221,10 @@ impl Pinned {
         }
         let as_of = as_of(connection, project)?;
         let item_count = connection
-            .query_row("SELECT count(*) FROM backup.context_items", [], |row| row.get::<_, i64>(0))
+            .query_row_cached("SELECT count(*) FROM backup.context_items", [], |row| row.get::<_, i64>(0))
             .doing(BACKUP)?
             .unsigned_abs();
-        connection.execute_batch("COMMIT").doing(BACKUP)?;
+        connection.execute_cached("COMMIT", []).doing(BACKUP)?;
         Ok(Copied { prepared, as_of, item_count })
     }
 }
@@ -245,7 +242,7 @@ impl Copied {
             "SELECT EXISTS (SELECT 1 FROM main.events WHERE seq > ?1 AND project = ?2 AND kind NOT IN ({HARMLESS}))"
         );
         let told: bool = connection
-            .query_row(&told, rusqlite::params![self.as_of.seq, project.as_str()], |row| row.get(0))
+            .query_row_cached(&told, rusqlite::params![self.as_of.seq, project.as_str()], |row| row.get(0))
             .doing(BACKUP)?;
         let now = as_of(connection, project)?;
         if told || now.accesses != self.as_of.accesses {
@@ -300,10 +297,10 @@ impl Copied {
 }
 
 fn as_of(connection: &Connection, project: &ProjectName) -> Result<AsOf, StoreError> {
-    let seq = connection.query_row("SELECT coalesce(max(seq), 0) FROM main.events", [], |row| row.get(0));
+    let seq = connection.query_row_cached("SELECT coalesce(max(seq), 0) FROM main.events", [], |row| row.get(0));
     // One pass over narrow rows is faster than an index that names most of them.
     let accesses = "SELECT coalesce(sum(access_count), 0) FROM main.context_items WHERE +project = ?1";
-    let accesses = connection.query_row(accesses, [project.as_str()], |row| row.get(0));
+    let accesses = connection.query_row_cached(accesses, [project.as_str()], |row| row.get(0));
     Ok(AsOf { seq: seq.doing(BACKUP)?, accesses: accesses.doing(BACKUP)? })
 }
 
@@ -326,7 +323,7 @@ fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {
 
 fn read_states(connection: &Connection, project: &ProjectName) -> Result<States, StoreError> {
     let sql = "SELECT agent, state FROM main.agent_states WHERE project = ?1 ORDER BY agent";
-    let mut statement = connection.prepare(sql).doing(BACKUP)?;
+    let mut statement = connection.prepare_cached(sql).doing(BACKUP)?;
     let rows = statement
         .query_map([project.as_str()], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))
         .doing(BACKUP)?;

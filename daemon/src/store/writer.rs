@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Doing, ExecuteCached as _, StoreError};
+use super::{Cached as _, Doing, StoreError};
 
 /// How many jobs may wait; further writers wait for a place.
 const QUEUE: usize = 1024;
@@ -170,9 +170,7 @@ fn commit(connection: &Connection) -> Result<(), String> {
 }
 
 fn announce(connection: &Connection, wake: &watch::Sender<i64>) {
-    let last = connection
-        .prepare_cached("SELECT coalesce(max(seq), 0) FROM events")
-        .and_then(|mut statement| statement.query_row([], |row| row.get::<_, i64>(0)));
+    let last = connection.query_row_cached("SELECT coalesce(max(seq), 0) FROM events", [], |row| row.get::<_, i64>(0));
     if let Ok(last) = last {
         wake.send_if_modified(|known| std::mem::replace(known, last) != last);
     }
