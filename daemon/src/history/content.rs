@@ -52,9 +52,14 @@ impl BlobSink<'_> {
         if !self.is_new(&oid) {
             return Ok(());
         }
+        let pack = || self.pack.lock().unwrap_or_else(PoisonError::into_inner);
+        let hastens = pack().hastens(content.len());
         // Compressed outside the lock: this is where the time goes.
-        let packed = Packed::new(oid, ObjectKind::Blob, content)?;
-        self.pack.lock().unwrap_or_else(PoisonError::into_inner).append(&packed)
+        let packed = match hastens {
+            true => Packed::in_haste(oid, ObjectKind::Blob, content),
+            false => Packed::new(oid, ObjectKind::Blob, content)?,
+        };
+        pack().append(&packed)
     }
 
     fn put_stream(&self, oid: Oid, size: u64, source: &mut File) -> io::Result<Streamed> {

@@ -19,13 +19,17 @@ use super::oid::{ObjectHasher, ObjectKind, Oid};
 use super::pack_entry::{Stored, bad, encode_head};
 use super::pack_index::{self, Line};
 use super::pack_reader::PackReader;
-use crate::os::fsync::sync_together;
+use crate::os::fsync::{begin_to_write, sync_together};
 
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
 
 /// Larger trees are compressed at once: a consolidation copies very large objects as they are.
 const MAX_WRAPPED: usize = 1 << 20;
+
+/// So many bytes of files a pack takes as they are: agents stand still while the few files of a small change are read, and
+/// to compress them takes longer than everything else. A consolidation makes up for it.
+const MOST_IN_HASTE: u64 = 1 << 20;
 
 /// An object compressed in memory, ready to be appended.
 #[derive(Debug)]
@@ -47,6 +51,13 @@ impl Packed {
             ObjectKind::Tree | ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
         }
         Ok(Packed { oid, crc: crc_of(&bytes), bytes })
+    }
+
+    /// Wraps an object without compressing it.
+    pub fn in_haste(oid: Oid, kind: ObjectKind, content: &[u8]) -> Packed {
+        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+        store(content, &mut bytes);
+        Packed { oid, crc: crc_of(&bytes), bytes }
     }
 }
 
@@ -80,6 +91,8 @@ pub struct PackWriter {
     length: u64,
     lines: Vec<Line>,
     seen: HashMap<Oid, u64>,
+    /// How many bytes it has taken as they are.
+    in_haste: u64,
 }
 
 impl PackWriter {
@@ -91,7 +104,25 @@ impl PackWriter {
         file.write_all(SIGNATURE)?;
         // The number of objects, filled in at the end.
         file.write_all(&[0; 4])?;
-        Ok(PackWriter { dir: dir.to_owned(), path, file, length: 12, lines: Vec::new(), seen: HashMap::new() })
+        Ok(PackWriter {
+            dir: dir.to_owned(),
+            path,
+            file,
+            length: 12,
+            lines: Vec::new(),
+            seen: HashMap::new(),
+            in_haste: 0,
+        })
+    }
+
+    /// Says whether so many bytes of a file are better taken as they are, and counts them then.
+    pub fn hastens(&mut self, bytes: usize) -> bool {
+        let in_haste = self.in_haste + bytes as u64;
+        let hastens = in_haste <= MOST_IN_HASTE;
+        if hastens {
+            self.in_haste = in_haste;
+        }
+        hastens
     }
 
     /// Says whether nothing was appended yet.
@@ -254,6 +285,8 @@ impl PackWriter {
         let count = u32::try_from(self.lines.len()).map_err(|_| io::Error::other("too many objects for one pack"))?;
         file.write_all_at(&count.to_be_bytes(), 8)?;
 
+        // The disk takes it in meanwhile.
+        begin_to_write(&file);
         // The trailer covers the count, which was unknown until now, so that the pack is read once more.
         file.seek(SeekFrom::Start(0))?;
         let mut hasher = Sha1::new();

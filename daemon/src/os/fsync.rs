@@ -99,7 +99,7 @@ pub fn sync_together(files: &[&File]) -> io::Result<()> {
 
 /// Has the kernel write a file's content out without waiting for it, so that all contents are on their way, and have
 /// their place on the disk, before the first sync writes the journal that tells of them.
-fn begin_to_write(file: &File) {
+pub fn begin_to_write(file: &File) {
     use std::os::fd::AsRawFd as _;
     // SAFETY: the descriptor is borrowed and so open; the call takes numbers only. Nothing depends on its success: a
     // directory has no content to write, and the sync that follows reports whatever is wrong.
