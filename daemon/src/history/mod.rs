@@ -331,7 +331,7 @@ impl History {
         };
         reading.read_all(&observe::unread_in(&look.found))?;
         let sink = ObjectSink { store: &self.objects, pack: None };
-        let dir = tree::seal(look.found, started_ns, hurry, &sink)?;
+        let dir = tree::seal(look.found, started_ns, hurry, true, &sink)?;
         Ok(Listing::of_workspace(&dir))
     }
 

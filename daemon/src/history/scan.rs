@@ -193,6 +193,7 @@ impl Walk<'_> {
         if elsewhere && let Some(watch) = self.watch {
             watch.distrust("a file system in the workspace does not tell of changes");
         }
+        let ignore_file = self.ignore_file(&fd);
         let same = known.dir.filter(|dir| {
             known.decided
                 && !elsewhere
@@ -202,23 +203,17 @@ impl Walk<'_> {
                 && dir.unreadable.is_none()
         });
         if let Some(dir) = same {
-            let unchanged_rules = match dir.ignore_file {
-                Some(seen) => {
-                    let now = stat_at(&fd, OsStr::new(".gitignore"));
-                    dir.ignore_settled && now.is_ok_and(|now| Seen::from(&now) == seen)
-                }
-                None => true,
-            };
+            let unchanged_rules = dir.ignore_file.is_none_or(|_| dir.ignore_settled && ignore_file == dir.ignore_file);
             if unchanged_rules {
                 let names = dir.children.iter().map(|child| child.name.clone()).collect();
-                return self.list(place, fd, seen, known, Names::Covered(names), None);
+                return self.list(place, (fd, ignore_file), seen, known, Names::Covered(names), None);
             }
         }
         let names = match read_names(&fd) {
             Ok(names) => names,
             Err(errno) => return self.closed_dir(place, errno),
         };
-        self.list(place, fd, seen, known, Names::All(names), None)
+        self.list(place, (fd, ignore_file), seen, known, Names::All(names), None)
     }
 
     fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
@@ -255,7 +250,8 @@ impl Walk<'_> {
             names.extend(dirty.below.keys().cloned());
             Names::Some(names)
         };
-        self.list(place, fd, seen, Known { dir: Some(known), decided: true }, names, Some(dirty))
+        let known = Known { dir: Some(known), decided: true };
+        self.list(place, (fd, ignore_file), seen, known, names, Some(dirty))
     }
 
     fn seen_of(&self, fd: &OwnedFd, path: &RelPath) -> Result<Seen> {
@@ -296,13 +292,12 @@ impl Walk<'_> {
     fn list(
         &self,
         place: &Place<'_>,
-        fd: OwnedFd,
+        (fd, ignore_file): (OwnedFd, Option<Seen>),
         seen: Seen,
         known: Known<'_>,
         names: Names,
         dirty: Option<&Dirty>,
     ) -> Result<Option<Found>> {
-        let ignore_file = self.ignore_file(&fd);
         let nested = !place.path.is_root()
             && match &names {
                 Names::All(names) => names.contains(&b".git"[..]),

@@ -26,6 +26,7 @@ use super::oid::{ObjectKind, Oid};
 use super::picture::{Node, Picture};
 use super::pool::Hurry;
 use super::rules::Rules;
+use super::scan::MANY;
 use super::tree::{ObjectSink, Trees, build_root, seal};
 use super::user_repository::UserRepository;
 use super::{History, Live, OnProgress, Phase, Progress};
@@ -250,7 +251,7 @@ impl History {
         progress(Progress { phase: Phase::Trees, done: 0, total: 0 });
         let clock = Instant::now();
         let sink = ObjectSink { store: &self.objects, pack: Some(&pack) };
-        let root = seal(found, started_ns, request.hurry(), &sink)?;
+        let root = seal(found, started_ns, request.hurry(), read > MANY as u64, &sink)?;
         let files = match root.files {
             Some(files) => files,
             None => sink.put(ObjectKind::Tree, &[])?,

@@ -135,8 +135,12 @@ impl ObjectSink<'_> {
             return Ok(oid);
         }
         let dir = self.store.pack_dir();
+        let hastens = kind != ObjectKind::Tree && pack().hastens(content.len());
         // Compressed outside the lock: this is where the time goes.
-        let packed = Packed::new(oid, kind, content).map_err(HistoryError::io("compress for", &dir))?;
+        let packed = match hastens {
+            true => Packed::in_haste(oid, kind, content),
+            false => Packed::new(oid, kind, content).map_err(HistoryError::io("compress for", &dir))?,
+        };
         pack().append(&packed).map_err(HistoryError::io("write a pack for", &dir))?;
         Ok(oid)
     }
@@ -151,14 +155,22 @@ pub(super) struct Trees {
 }
 
 /// Makes the trees of a directory that a walk has sketched and a reading completed, and of all below it.
-pub(super) fn seal(found: Found, started_ns: i128, hurry: Hurry, sink: &ObjectSink<'_>) -> Result<Arc<Dir>> {
-    Sealing { started_ns, hurry, sink }.dir(found, 0)
+/// Where `many` files were read, that is done side by side.
+pub(super) fn seal(
+    found: Found,
+    started_ns: i128,
+    hurry: Hurry,
+    many: bool,
+    sink: &ObjectSink<'_>,
+) -> Result<Arc<Dir>> {
+    Sealing { started_ns, hurry, many, sink }.dir(found, 0)
 }
 
 struct Sealing<'a> {
     /// When the look began, in nanoseconds since 1970.
     started_ns: i128,
     hurry: Hurry,
+    many: bool,
     sink: &'a ObjectSink<'a>,
 }
 
@@ -187,7 +199,7 @@ impl Sealing<'_> {
         };
         let below =
             new.entries.iter().filter(|entry| matches!(entry, Entry::Anew(_, What::Below(Found::New(_))))).count();
-        let children: Vec<Option<Arc<Child>>> = if below > 1 {
+        let children: Vec<Option<Arc<Child>>> = if self.many && below > 1 {
             pool::on(self.hurry, || new.entries.into_par_iter().map(child).collect::<Result<_>>())?
         } else {
             // Waking other threads takes longer than one directory does.
