@@ -60,8 +60,9 @@ test-machine: build ## boot a machine with every controller on cgroup v2 and tes
 demo: build ## see a pause, a crash, a restore and a resume in a throw-away daemon
 	scripts/demo
 
-bench: release ## compare with pueue and supervisord (where installed) and with plain files
+bench: release ## compare with pueue and supervisord (where installed), with plain files, and checkpoints with git
 	CARGO="$(CARGO)" scripts/bench
+	$(MAKE) bench-checkpoints
 
 bench-checkpoints: release ## measure checkpoints and restores of 78,000 files beside git, and a pause with 10,000 context items
 	scripts/bench-checkpoints --get-tree

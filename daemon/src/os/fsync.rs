@@ -81,8 +81,8 @@ const LANES: usize = 2;
 pub fn sync_together(files: &[&File]) -> io::Result<()> {
     files.iter().for_each(|file| begin_to_write(file));
     let lane = |first: usize| {
-        let all = files.iter().skip(first).step_by(LANES).map(|file| file.sync_all());
-        all.fold(Ok(()), |so_far, one| so_far.and(one))
+        let synced: Vec<io::Result<()>> = files.iter().skip(first).step_by(LANES).map(|file| file.sync_all()).collect();
+        synced.into_iter().collect::<io::Result<()>>()
     };
     std::thread::scope(|scope| {
         let begin = |first| (first, std::thread::Builder::new().spawn_scoped(scope, move || lane(first)));
