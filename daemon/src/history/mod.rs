@@ -49,6 +49,7 @@ mod plan;
 mod planner;
 mod pool;
 mod prime;
+mod publish;
 mod reach;
 mod recheck;
 mod refs;
@@ -95,9 +96,10 @@ pub use observe::Observed;
 pub use oid::{NotAnOid, Oid};
 pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
 pub use prime::Primed;
+pub use publish::Publication;
 pub use restore::{Mismatch, RestoreReport};
 pub use rules::Rules;
-pub use snapshot::{Mapped, Publication, Snapshot, SnapshotRequest, Stats, Timings};
+pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
 pub use sweep::SweepReport;
 pub use user_repository::UserRepository;
 pub use verify::{BadObject, VerifyReport};
@@ -386,7 +388,7 @@ impl History {
         let mut known = self.lock_known();
         if !known.loaded {
             known.loaded = true;
-            known.picture = cache::load(&self.cache_path()).map(Arc::new);
+            known.picture = pool::apart(|| cache::load(&self.cache_path()).map(Arc::new));
             let base = self.refs.base().ok().flatten();
             known.trusted = known
                 .picture

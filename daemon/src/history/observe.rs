@@ -20,14 +20,14 @@ use super::found::{Entry, Found, Unread, What};
 use super::names::RelPath;
 use super::pack::PackWriter;
 use super::picture::{Child, Node, Picture, Seen, Source};
-use super::pool::Hurry;
+use super::pool::{self, Hurry};
 use super::rules::{IgnoreChain, OwnPatterns, Rules};
 use super::scan::Walk;
 use super::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
 use super::standing::{Standing, with_state};
 use super::tracked::Tracked;
 use super::user_repository::{Location, UserRepository};
-use super::watch::Dirty;
+use super::watch::{Dirty, Watched};
 use super::{History, OnProgress, Phase, Progress};
 use crate::os::mounts;
 
@@ -145,6 +145,20 @@ impl History {
 
     /// Walks as much of the workspace as has to be looked at.
     pub(super) fn look(&self, looking: &Looking<'_>) -> Result<Look> {
+        match self.goes_deep(looking) {
+            true => pool::on(looking.hurry, || self.look_around(looking)),
+            false => self.look_around(looking),
+        }
+    }
+
+    /// Says whether what has to be looked at may lie so far down that it takes a deep stack to follow it.
+    fn goes_deep(&self, looking: &Looking<'_>) -> bool {
+        let known = self.known().0.is_some_and(|before| before.root.totals.height > pool::DEEP);
+        let mut mapped = looking.mapped.paths.keys().chain(&looking.mapped.open);
+        known || self.watch.as_ref().is_some_and(Watched::is_deep) || mapped.any(|path| path.depth() > pool::DEEP)
+    }
+
+    fn look_around(&self, looking: &Looking<'_>) -> Result<Look> {
         let Looking { root, rules, .. } = looking;
         let real = root.path();
         let tells = root.tells_of_changes();
@@ -245,6 +259,9 @@ impl History {
                 redecided: AtomicBool::new(false),
             };
             let found = match &partly {
+                Some((before, dirty)) if dirty.is_deeper_than(pool::DEEP) => {
+                    pool::on(looking.hurry, || part(&walk, before, chain.clone(), dirty.clone()))?
+                }
                 Some((before, dirty)) => part(&walk, before, chain.clone(), dirty.clone())?,
                 None => {
                     let decided = as_before.is_some() && !forced_changed && tells;

@@ -159,6 +159,8 @@ pub struct Totals {
     pub suspects: u64,
     /// Unfinished files of restores.
     pub drafts: u64,
+    /// How many directories lie in each other, at most.
+    pub height: usize,
 }
 
 impl Totals {
@@ -169,6 +171,7 @@ impl Totals {
         self.torn += other.torn;
         self.suspects += other.suspects;
         self.drafts += other.drafts;
+        self.height = self.height.max(other.height);
     }
 }
 
@@ -276,7 +279,7 @@ pub fn total(children: &[Arc<Child>]) -> Totals {
                 ..Totals::default()
             }),
             Node::Dir(dir) => {
-                totals.add(&dir.totals);
+                totals.add(&Totals { height: dir.totals.height + 1, ..dir.totals });
                 let unreadable = u64::from(dir.unreadable.is_some());
                 totals.skipped += unreadable;
                 totals.suspects += unreadable;

@@ -47,3 +47,15 @@ pub(super) fn on<T: Send>(hurry: Hurry, work: impl FnOnce() -> T + Send) -> T {
         None => work(),
     }
 }
+
+/// Does work that may go deep on a thread of its own: for whoever holds a lock that the pools' threads may wait for.
+pub(super) fn apart<T: Send>(work: impl Fn() -> T + Sync) -> T {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, &work);
+        match thread {
+            Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            // No thread is to be had: most trees are not deep.
+            Err(_) => work(),
+        }
+    })
+}

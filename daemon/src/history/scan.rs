@@ -217,13 +217,6 @@ impl Walk<'_> {
     }
 
     fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
-        match place.path.depth() {
-            pool::DEEP => pool::on(self.hurry, || self.walk_part(place, known, dirty)),
-            _ => self.walk_part(place, known, dirty),
-        }
-    }
-
-    fn walk_part(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
         self.check_cancel()?;
         let fd = match self.open(place.path)? {
             None => return Ok(None),

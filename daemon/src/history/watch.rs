@@ -26,6 +26,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
 
 use super::names::RelPath;
+use super::pool;
 
 /// Everything that can change what a checkpoint holds. What is written through a mapping raises nothing.
 const MASK: AddWatchFlags = AddWatchFlags::IN_MODIFY
@@ -91,6 +92,18 @@ impl Dirty {
             open.extend(dirty.below.iter().map(|(name, below)| (path.join(name), below)));
         }
         found
+    }
+
+    /// Says whether there is anything so far down, without going there step by step.
+    pub fn is_deeper_than(&self, depth: usize) -> bool {
+        let mut open = vec![(self, 0)];
+        while let Some((dirty, at)) = open.pop() {
+            if at > depth {
+                return true;
+            }
+            open.extend(dirty.below.values().map(|below| (below, at + 1)));
+        }
+        false
     }
 
     /// Counts the marked names.
@@ -431,6 +444,14 @@ impl Watched {
         watches.buckets.push_back(all);
         watches.buckets.push_back(Bucket { epoch: epoch + 1, ..Bucket::default() });
         Taken { epoch, dirty }
+    }
+
+    /// Says whether something has changed far below the top, so that whoever follows it down needs a deep stack.
+    pub fn is_deep(&self) -> bool {
+        let mut table = self.watcher.queue.table();
+        self.watcher.queue.drain(&mut table);
+        let watches = table.projects.get(&self.project);
+        watches.is_some_and(|watches| watches.buckets.iter().any(|bucket| bucket.dirty.is_deeper_than(pool::DEEP)))
     }
 
     /// Has the next look come back to a path.
