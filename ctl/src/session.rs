@@ -1,5 +1,6 @@
 //! One command's conversation with the daemon: connect late, call, follow across a daemon's restart.
 
+use std::io::ErrorKind;
 use std::os::fd::AsFd as _;
 use std::time::{Duration, Instant};
 
@@ -88,6 +89,7 @@ impl Session {
         loop {
             let asked_at = Instant::now();
             match self.client()?.call(params) {
+                Err(error) if self.has_not_greeted(&error) => return Err(self.explain(error)),
                 Err(error) if is_farewell(&error) => {
                     // A daemon that hangs up on this very call would be asked for ever.
                     quick_ends = if asked_at.elapsed() < QUICK { quick_ends + 1 } else { 0 };
@@ -191,6 +193,13 @@ impl Session {
             None => self.connect()?,
         };
         Ok(self.connection.insert(connected))
+    }
+
+    /// Says whether whoever listens has not even greeted in time.
+    fn has_not_greeted(&self, error: &ClientError) -> bool {
+        let late = |kind| matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut);
+        let awaited = self.connection.as_ref().is_some_and(Client::is_hello_awaited);
+        awaited && matches!(error, ClientError::Broken(source) if late(source.kind()))
     }
 
     /// Explains an error of a call, which may be one of the greeting that went with it.

@@ -102,7 +102,6 @@ impl Client {
     /// # Errors
     /// The daemon's refusal, or a broken connection.
     pub fn hello(&mut self) -> Result<&HelloResult, ClientError> {
-        self.send_unsent()?;
         while self.is_hello_awaited() {
             match self.whole_message()? {
                 Some(Message::Notification(notification)) => self.notifications.push_back(notification),
@@ -326,6 +325,8 @@ impl Client {
 
     /// Reads once; waits where nothing is there.
     fn read_some(&mut self) -> Result<(), ClientError> {
+        // Nothing comes from whom nothing was said to.
+        self.send_unsent()?;
         let mut chunk = [0; 64 << 10];
         match self.stream.read(&mut chunk) {
             Ok(0) => Err(ClientError::Closed),

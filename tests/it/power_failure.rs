@@ -78,6 +78,8 @@ power_fails! {
     at_captured: "checkpoint.captured@3", false;
     at_pack_written: "history.pack.written@3", false;
     at_index_moved: "history.pack.moved@6", false;
+    at_ref_linked: "history.ref.linked@3", false;
+    at_renamed: "checkpoint.renamed@3", false;
     at_ref_created: "history.ref.created@3", false;
     at_sealed: "checkpoint.sealed@3", false;
     at_committed: "checkpoint.committed@3", false;

@@ -417,6 +417,7 @@ mod tests {
     /// Clap finds such a collision only when the command is used, and panics then.
     #[test]
     fn no_argument_has_the_name_of_a_global_flag() {
+        late::describe_all();
         fn check(command: &clap::Command, globals: &[String]) {
             for sub in command.get_subcommands() {
                 for argument in sub.get_arguments() {

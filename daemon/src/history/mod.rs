@@ -269,8 +269,9 @@ impl History {
     /// Fails when there is no such checkpoint.
     pub fn remove(&self, number: u64) -> Result<()> {
         let _writer = self.lock_writer();
+        // One that cannot be read (torn by a power failure, before it had a row) is nobody's: it goes as well.
         if let Some(known) = self.known().0
-            && self.refs.find(number)? == Some(known.commit)
+            && self.refs.find(number).is_ok_and(|commit| commit == Some(known.commit))
         {
             // What is known of the workspace relies on its objects.
             self.refs.set_base(known.commit, &self.pending())?;

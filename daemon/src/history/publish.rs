@@ -88,7 +88,9 @@ impl History {
         self.move_pack(snapshot)?;
         failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
         self.refs.create(number, &from)?;
-        Ok(Publication { history: self, snapshot, is_complete: false, _writer: writer })
+        let publication = Publication { history: self, snapshot, is_complete: false, _writer: writer };
+        failpoint::check("history.ref.linked").map_err(HistoryError::io("publish from", &from))?;
+        Ok(publication)
     }
 
     /// Makes a snapshot the known picture without making it a checkpoint, so that the next one only costs what has

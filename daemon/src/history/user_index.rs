@@ -12,8 +12,15 @@ use sha2::Sha256;
 
 use super::user_repository::read_at_most;
 
-/// The largest index that is read, bytes: ten million files with long names.
-const MAX_INDEX: u64 = 2 << 30;
+/// The largest index that is read, bytes: some two million files.
+const MAX_INDEX: u64 = 256 << 20;
+
+/// No name is longer (`PATH_MAX`, which counts the zero at its end).
+const MAX_NAME: usize = 4095;
+
+/// All names come to at most so many times what they take in the file: in version 4 each says only how it differs from the
+/// one before.
+const MAX_EXPANSION: usize = 8;
 
 /// Bits of an entry's flags: more flags follow, and how many bytes of its name are counted at most.
 const EXTENDED: u16 = 1 << 14;
@@ -60,10 +67,9 @@ struct Parsed {
 struct Link {
     /// The checksum of that file, which is also its name.
     base: Vec<u8>,
-    /// Its entries that are gone.
-    deleted: Vec<usize>,
-    /// Its entries that have become the first ones of the split index, which bear no name.
-    replaced: Vec<usize>,
+    /// Two bitmaps: of its entries that are gone, and of those that have become the first ones of the split index, which
+    /// bear no name. None where all of them stand.
+    bitmaps: Vec<u8>,
 }
 
 /// Lists the files and symbolic links that an index tracks; submodules are not among them.
@@ -112,17 +118,22 @@ fn joined(git_dir: &Path, own: Vec<Entry>, link: &Link) -> Result<Vec<Entry>> {
     let shared = read(&git_dir.join(format!("{SHARED}.{name}"))).ok_or(IndexError::Unreadable(SHARED))?;
     let (content, id_bytes) = checked(&shared)?;
     let mut entries: Vec<Option<Entry>> = parse(content, id_bytes)?.entries.into_iter().map(Some).collect();
+    let mut bitmaps = Bytes(&link.bitmaps);
+    let (deleted, replaced) = match bitmaps.0.is_empty() {
+        true => (Vec::new(), Vec::new()),
+        false => (bitmaps.bitmap(entries.len())?, bitmaps.bitmap(entries.len())?),
+    };
     let mut own = own.into_iter();
     const BEYOND: IndexError = Damaged("its parts do not fit together");
-    for at in &link.replaced {
-        let (Some(Some(old)), Some(new)) = (entries.get_mut(*at), own.next()) else { return Err(BEYOND) };
+    for at in replaced {
+        let (Some(Some(old)), Some(new)) = (entries.get_mut(at), own.next()) else { return Err(BEYOND) };
         if !new.path.is_empty() {
             return Err(BEYOND);
         }
         (old.mode, old.skipped) = (new.mode, new.skipped);
     }
-    for at in &link.deleted {
-        *entries.get_mut(*at).ok_or(BEYOND)? = None;
+    for at in deleted {
+        *entries.get_mut(at).ok_or(BEYOND)? = None;
     }
     let mut entries: Vec<Entry> = entries.into_iter().flatten().collect();
     entries.extend(own);
@@ -140,9 +151,13 @@ fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
     }
     // What is not there is not waited for: every entry has at least its state.
     let mut entries = Vec::with_capacity((count as usize).min(content.len() / STATE_BYTES));
-    let mut before = Vec::new();
+    let (mut before, mut names) = (Vec::new(), 0);
     for _ in 0..count {
         let entry = parse_entry(&mut rest, version, id_bytes, &before)?;
+        names += entry.path.len();
+        if entry.path.len() > MAX_NAME || names > content.len().saturating_mul(MAX_EXPANSION) {
+            return Err(Damaged("its names are too long"));
+        }
         if version == 4 {
             before.clone_from(&entry.path);
         }
@@ -193,11 +208,7 @@ fn parse_link(mut rest: Bytes<'_>, id_bytes: usize) -> Result<Option<Link>> {
     if base.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
-    if rest.0.is_empty() {
-        return Ok(Some(Link { base, deleted: Vec::new(), replaced: Vec::new() }));
-    }
-    let (deleted, replaced) = (rest.bitmap()?, rest.bitmap()?);
-    Ok(Some(Link { base, deleted, replaced }))
+    Ok(Some(Link { base, bitmaps: rest.0.to_vec() }))
 }
 
 const CUT_OFF: IndexError = Damaged("it is cut off");
@@ -244,10 +255,13 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// Lists the bits that are set in an EWAH bitmap: words of which each says how many equal ones are left out after it,
-    /// and how many follow as they are.
-    fn bitmap(&mut self) -> Result<Vec<usize>> {
+    /// Lists the bits that are set in an EWAH bitmap of at most so many: words of which each says how many equal ones are
+    /// left out after it, and how many follow as they are.
+    fn bitmap(&mut self, most: usize) -> Result<Vec<usize>> {
         let (bits, words) = (self.number()? as usize, self.number()? as usize);
+        if bits > most {
+            return Err(Damaged("a bitmap is longer than what it is about"));
+        }
         let mut words = Bytes(self.take(words.checked_mul(8).ok_or(CUT_OFF)?)?);
         // Where the last of those words stands, which only a writer needs.
         self.number()?;
@@ -266,9 +280,9 @@ impl<'a> Bytes<'a> {
                 at = at.saturating_add(64);
             }
         }
-        if set.last().is_some_and(|last| *last >= bits) {
-            return Err(Damaged("a bitmap is longer than it says"));
+        match set.last() {
+            Some(last) if *last >= bits => Err(Damaged("a bitmap is longer than it says")),
+            _ => Ok(set),
         }
-        Ok(set)
     }
 }

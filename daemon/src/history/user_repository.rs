@@ -127,7 +127,7 @@ impl Location {
     }
 
     /// Lists the tracked files below the workspace; submodules are not among them, nor what a sparse checkout has left
-    /// out and nobody has made.
+    /// out and nobody had made when the index was read.
     ///
     /// # Errors
     /// Fails when there is an index that cannot be read.

@@ -30,6 +30,7 @@ use super::session::Scouted;
 use super::transcripts::{self, Copied, Opened};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
+use crate::failpoint;
 use crate::history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
 use crate::os::fsync::{sync_together, write_unsynced};
 use crate::plugins::{AgentProcess, SaveRequest};
@@ -435,6 +436,7 @@ fn put_in_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File; 
         .map_err(|e| Failure::fault("write the manifest", &e))?;
     let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
     fs::rename(partial, place).map_err(failed)?;
+    failpoint::check("checkpoint.renamed").map_err(failed)?;
     let parent = place.parent().unwrap_or(place);
     Ok([manifest, File::open(place).map_err(failed)?, File::open(parent).map_err(failed)?])
 }

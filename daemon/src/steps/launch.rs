@@ -220,17 +220,18 @@ fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
 /// # Errors
 /// When a process cannot be ended.
 pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
-    let dir = site.dirs().runs(agent);
-    let entries = match std::fs::read_dir(&dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
-    };
-    for entry in entries.flatten() {
-        let run_dir = entry.path();
-        if entry.file_name().to_str() == Some(current.as_str()) || read_exit(&run_dir).is_ok_and(|e| e.is_some()) {
-            continue;
-        }
+    let (dir, current) = (site.dirs().runs(agent), current.clone());
+    let older = blocking("list runs", move || {
+        let entries = match std::fs::read_dir(&dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
+        };
+        let others = entries.flatten().filter(|entry| entry.file_name().to_str() != Some(current.as_str()));
+        let goes_on = |run_dir: &PathBuf| !read_exit(run_dir).is_ok_and(|exit| exit.is_some());
+        Ok(others.map(|entry| entry.path()).filter(goes_on).collect())
+    });
+    for run_dir in older.await? {
         end_run(site, &run_dir).await?;
     }
     Ok(())

@@ -169,6 +169,8 @@ fn has_room(connection: &Connection) -> Result<bool, StoreError> {
     for (table, _) in SMALL.iter().chain(CONTEXT) {
         connection.execute_cached(&format!("DELETE FROM backup.{table}"), []).doing(BACKUP)?;
     }
+    // How many items another project has come to.
+    connection.execute_cached("DELETE FROM backup.sqlite_sequence", []).doing(BACKUP)?;
     connection.execute_batch("COMMIT").doing(BACKUP)?;
     let left: i64 = connection.query_row_cached("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
     Ok(left <= MOST_LEFT_OVER)

@@ -122,18 +122,20 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
                 (batch.into_iter().map(|queued| (queued.job)(None)).collect(), Err(error.to_string()))
             }
         };
+        // First: who is answered may subscribe, and begins behind what it was answered for.
+        if let Ok(Some(last)) = committed {
+            wake.send_if_modified(|known| std::mem::replace(known, last) != last);
+        }
+        let committed = committed.map(drop);
         for answer in answers {
             answer(committed.clone());
-        }
-        if committed.is_ok() {
-            announce(connection, wake);
         }
     }
 }
 
-/// Runs the jobs of a batch and commits. Once SQLite has rolled the transaction back by itself,
-/// every later statement would commit on its own: nothing more of the batch is run then.
-fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<Answer>, Result<(), String>) {
+/// Runs the jobs of a batch and commits; returns the number of the last event. Once SQLite has rolled the transaction
+/// back by itself, every later statement would commit on its own: nothing more of the batch is run then.
+fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<Answer>, Result<Option<i64>, String>) {
     let mut answers: Vec<Answer> = Vec::with_capacity(batch.len());
     for queued in batch {
         let alive = !connection.is_autocommit();
@@ -142,7 +144,10 @@ fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<Answer>, Resul
     let committed = if connection.is_autocommit() {
         Err("the transaction was rolled back by the database, most likely because the disk is full".to_owned())
     } else {
-        commit(connection)
+        let sql = "SELECT coalesce(max(seq), 0) FROM events";
+        // Read before the end, while the pages are at hand; who follows events is woken by the next one where it fails.
+        let last = connection.query_row_cached(sql, [], |row| row.get(0)).ok();
+        commit(connection).map(|()| last)
     };
     (answers, committed)
 }
@@ -167,11 +172,4 @@ fn commit(connection: &Connection) -> Result<(), String> {
         }
         error.to_string()
     })
-}
-
-fn announce(connection: &Connection, wake: &watch::Sender<i64>) {
-    let last = connection.query_row_cached("SELECT coalesce(max(seq), 0) FROM events", [], |row| row.get::<_, i64>(0));
-    if let Ok(last) = last {
-        wake.send_if_modified(|known| std::mem::replace(known, last) != last);
-    }
 }

@@ -425,3 +425,20 @@ fn what_the_workspace_no_longer_has_stays_damaged_and_keeps_its_pack() {
     assert!(!sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad.is_empty());
     assert_eq!(sandbox.history.sweep().unwrap(), SweepReport::default());
 }
+
+#[test]
+fn a_ref_that_a_power_failure_has_torn_can_be_removed_and_its_number_given_again() {
+    let sandbox = Sandbox::new();
+    sandbox.write("a", "1");
+    sandbox.checkpoint(1);
+    sandbox.history.keep().unwrap();
+    let again = History::open(&sandbox.outside("state")).unwrap();
+    for torn in ["", "\0\0\0\0", "4b825dc6"] {
+        fs::write(sandbox.outside("state/history.git/refs/fermata/checkpoints/2"), torn).unwrap();
+        assert_eq!(again.list().unwrap(), [1, 2]);
+        again.remove(2).unwrap();
+        again.sweep().unwrap();
+    }
+    again.publish(&again.snapshot(&sandbox.request(2), 5, &quiet, &NEVER).unwrap()).unwrap();
+    assert_eq!(again.verify(2, &quiet, &NEVER).unwrap().bad, []);
+}

@@ -131,3 +131,49 @@ fn a_damaged_index_is_refused_and_never_more() {
     let snapshot = sandbox.checkpoint(1);
     assert!(snapshot.warnings.iter().any(|text| text.contains("the index cannot be read")), "{:?}", snapshot.warnings);
 }
+
+/// An index with a right checksum, made of these entries (how many bytes of the name before go, and what is added) and
+/// these extensions.
+fn forged(names: &[(u8, &[u8])], extensions: &[u8]) -> Vec<u8> {
+    let mut index = [&b"DIRC"[..], &4_u32.to_be_bytes(), &(names.len() as u32).to_be_bytes()].concat();
+    for (gone, name) in names {
+        let mut state = [0; 62];
+        state[24..28].copy_from_slice(&0o100_644_u32.to_be_bytes());
+        index.extend_from_slice(&state);
+        index.push(*gone);
+        index.extend_from_slice(name);
+        index.push(0);
+    }
+    index.extend_from_slice(extensions);
+    index.extend_from_slice(&sha1::Sha1::digest(&index));
+    index
+}
+
+#[test]
+fn a_small_index_that_comes_to_very_much_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let read = |index: &[u8]| user_index::tracked(dir.path(), index).map(|entries| entries.len());
+    let name = "n".repeat(4000);
+    assert_eq!(read(&forged(&[(0, name.as_bytes()), (1, b"")], b"")).unwrap(), 2);
+    let mut many: Vec<(u8, &[u8])> = vec![(0, name.as_bytes())];
+    many.extend([(0, &b""[..]); 10_000]);
+    assert!(read(&forged(&many, b"")).unwrap_err().to_string().contains("too long"));
+    let deep = "a/".repeat(100_000) + "a";
+    assert!(read(&forged(&[(0, deep.as_bytes())], b"")).unwrap_err().to_string().contains("too long"));
+    // A bitmap of four billion ones in twelve bytes.
+    let shared = forged(&[(0, b"one")], b"");
+    let sum = &shared[shared.len() - 20..];
+    let hex: String = sum.iter().map(|byte| format!("{byte:02x}")).collect();
+    fs::write(dir.path().join(format!("sharedindex.{hex}")), &shared).unwrap();
+    let bitmap = |bits: u32, word: u64| {
+        [&bits.to_be_bytes()[..], &1_u32.to_be_bytes(), &word.to_be_bytes(), &0_u32.to_be_bytes()].concat()
+    };
+    let linked = |bitmaps: Vec<u8>| {
+        let size = (20 + bitmaps.len()) as u32;
+        forged(&[], &[b"link", &size.to_be_bytes()[..], sum, &bitmaps].concat())
+    };
+    assert_eq!(read(&linked([bitmap(0, 0), bitmap(0, 0)].concat())).unwrap(), 1);
+    assert_eq!(read(&linked([bitmap(1, 0b11), bitmap(0, 0)].concat())).unwrap(), 0);
+    let ones = bitmap(u32::MAX, 1 << 27 | 1);
+    assert!(read(&linked([ones.clone(), ones].concat())).unwrap_err().to_string().contains("bitmap"));
+}
