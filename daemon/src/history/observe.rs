@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::beneath::{FileKind, Root};
+use super::beneath::{FileKind, Root, Stat};
 use super::content::{BlobSink, Outcome, Reading};
 use super::errors::{HistoryError, Result};
 use super::found::{Entry, Found, Unread, What};
@@ -179,7 +179,7 @@ impl History {
             before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
         });
         // A state that a later change may leave as it is vouches for nothing.
-        let index = location.as_ref().and_then(|location| with_state(location.index()).1);
+        let index = location.as_ref().and_then(state_of_index);
         let vouches = index.is_none_or(|seen| seen.is_settled(looking.started_ns));
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
@@ -290,7 +290,7 @@ impl History {
         let (above, nested, of_rules) = self.standings.sources();
         complaints.extend(of_rules);
         let repository = location.as_ref().map(Location::describe);
-        let index = index.filter(|_| vouches);
+        let index = index.map(|seen| if vouches { seen } else { Seen::UNSURE });
         Ok(Look { found, epoch, whole, above, nested, mounts, index, forced, notes, complaints, repository })
     }
 
@@ -298,7 +298,7 @@ impl History {
     /// at last.
     pub(super) fn is_as_before(&self, workspace: &Path, before: &Picture) -> bool {
         let location = Location::find(workspace);
-        let index = location.as_ref().and_then(|location| with_state(location.index()).1);
+        let index = location.as_ref().and_then(state_of_index);
         before.index == index
             && before.mounts == mounts::below(workspace)
             && rules_hold(before, workspace, location.as_ref())
@@ -338,6 +338,11 @@ fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> R
         before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }
+}
+
+/// Returns the state of the user's index. Where it is a link, git writes what that leads to.
+fn state_of_index(location: &Location) -> Option<Seen> {
+    nix::sys::stat::stat(&location.index()).ok().map(|stat| Seen::from(&Stat::from(stat)))
 }
 
 /// Says whether the files outside the tree that decided are what they were.

@@ -49,6 +49,16 @@ impl From<&Stat> for Seen {
 }
 
 impl Seen {
+    /// The state of a file that is there and vouches for nothing: no other state equals it.
+    pub const UNSURE: Seen = Seen {
+        dev: u64::MAX,
+        ino: u64::MAX,
+        size: u64::MAX,
+        mode: 0,
+        mtime: Time { sec: 0, nsec: 0 },
+        ctime: Time { sec: 0, nsec: 0 },
+    };
+
     /// Returns the permission bits, with set-id and sticky.
     pub fn permissions(&self) -> u32 {
         self.mode & 0o7777

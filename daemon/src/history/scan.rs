@@ -349,7 +349,8 @@ impl Walk<'_> {
                 }
                 continue;
             }
-            if path.bytes().len() >= MAX_PATH {
+            let is_gone = |fd| matches!(stat_at(fd, OsStr::from_bytes(name)), Err(Errno::ENOENT));
+            if path.bytes().len() >= MAX_PATH && !is_gone(&fd) {
                 let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
                 changed |= !matches!(before, Some(Node::Skipped { .. }));
                 entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));

@@ -4,7 +4,7 @@
 //! which could refresh the index, read somebody's configuration, or refuse a repository of another user.
 
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -133,7 +133,7 @@ impl Location {
     /// Fails when there is an index that cannot be read.
     pub(super) fn tracked(&self) -> Result<Vec<RelPath>, IndexError> {
         let path = self.index();
-        if !fs::metadata(&path).is_ok_and(|meta| meta.is_file()) {
+        if fs::metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
             return Ok(Vec::new());
         }
         let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;

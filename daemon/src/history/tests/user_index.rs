@@ -177,3 +177,36 @@ fn a_small_index_that_comes_to_very_much_is_refused() {
     let ones = bitmap(u32::MAX, 1 << 27 | 1);
     assert!(read(&linked([ones.clone(), ones].concat())).unwrap_err().to_string().contains("bitmap"));
 }
+
+#[test]
+fn an_index_that_goes_or_is_a_link_or_no_file_is_noticed() {
+    let sandbox = Sandbox::new();
+    sandbox.git(&["init", "-q"]);
+    sandbox.write(".gitignore", "*.log\n");
+    sandbox.write("one.log", "1");
+    sandbox.write("two.log", "2");
+    sandbox.git(&["add", "-f", "one.log"]);
+    let index = sandbox.at(".git/index");
+    sandbox.checkpoint(1);
+    assert_eq!(sandbox.covered(1), [".gitignore", "one.log"]);
+    // At once, while its state may not yet tell it from another one.
+    let kept = fs::read(&index).unwrap();
+    fs::remove_file(&index).unwrap();
+    sandbox.checkpoint(2);
+    assert_eq!(sandbox.covered(2), [".gitignore"]);
+    let elsewhere = sandbox.outside("index");
+    fs::write(&elsewhere, kept).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &index).unwrap();
+    sandbox.checkpoint(3);
+    assert_eq!(sandbox.covered(3), [".gitignore", "one.log"]);
+    sandbox.git(&["add", "-f", "two.log"]);
+    assert!(index.is_symlink(), "git writes what it leads to");
+    sandbox.checkpoint(4);
+    assert_eq!(sandbox.covered(4), [".gitignore", "one.log", "two.log"]);
+    fs::remove_file(&index).unwrap();
+    nix::unistd::mkfifo(&index, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let snapshot = sandbox.checkpoint(5);
+    assert!(snapshot.warnings.iter().any(|text| text.contains("the index cannot be read")), "{:?}", snapshot.warnings);
+    fs::remove_file(&index).unwrap();
+    assert_eq!(sandbox.checkpoint(6).warnings, [] as [&str; 0]);
+}

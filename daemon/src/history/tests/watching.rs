@@ -260,10 +260,14 @@ fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
     // From inside, deeper than any path from outside can be.
     let mut dir =
         nix::fcntl::open(&sandbox.path(), nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::empty()).unwrap();
+    let mut beneath = dir.try_clone().unwrap();
     for level in 0..2_200 {
         nix::sys::stat::mkdirat(&dir, "d", nix::sys::stat::Mode::S_IRWXU).unwrap();
         let flags = nix::fcntl::OFlag::O_DIRECTORY;
         dir = nix::fcntl::openat(&dir, "d", flags, nix::sys::stat::Mode::empty()).unwrap();
+        if level == 2_000 {
+            beneath = dir.try_clone().unwrap();
+        }
         if level % 500 == 0 {
             drop(nix::fcntl::openat(&dir, "f", nix::fcntl::OFlag::O_CREAT, nix::sys::stat::Mode::S_IRWXU).unwrap());
         }
@@ -272,6 +276,14 @@ fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
     assert_eq!(first.skipped.len(), 1, "{:?}", first.skipped.first().map(|skipped| &skipped.detail));
     assert_eq!(first.stats.files, 5);
     agrees(&sandbox, 2);
+    // What is too deep, and gone again, is not told of for ever.
+    let at_the_end = "n".repeat(200);
+    drop(
+        nix::fcntl::openat(&beneath, &*at_the_end, nix::fcntl::OFlag::O_CREAT, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+    );
+    assert_eq!(sandbox.checkpoint(10).skipped.len(), 2);
+    nix::unistd::unlinkat(&beneath, &*at_the_end, nix::unistd::UnlinkatFlags::NoRemoveDir).unwrap();
+    assert_eq!(sandbox.checkpoint(11).skipped.len(), 1);
     sandbox.write("d/d/new", "x");
     agrees(&sandbox, 3);
     sandbox.history.keep().unwrap();
