@@ -237,6 +237,7 @@ fn aim(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
 
 fn missing(what: &str) -> Refusal {
     Refusal::new(Code::InvalidParams, format!("'{what}' is needed: only an agent's own calls go without it"))
+        .hint("an agent is who has its token in FERMATA_TOKEN; whoever else asks names the agent or the project")
 }
 
 fn not_yours(own: &Target, what: &dyn std::fmt::Display) -> Refusal {
