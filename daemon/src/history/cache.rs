@@ -25,7 +25,7 @@ use super::oid::Oid;
 use super::picture::{Child, Dir, File, Node, Picture, Remarks, Seen, Source, total};
 use super::rules::Rules;
 
-const HEADER: &[u8] = b"fermata picture 2\n";
+const HEADER: &[u8] = b"fermata picture 3\n";
 
 /// Directories deeper than any path can lead are not ours.
 const MAX_DEPTH: u32 = 4096;
@@ -41,7 +41,7 @@ struct Small {
     above: Vec<Source>,
     nested: Vec<Source>,
     mounts: Vec<String>,
-    index: Option<Seen>,
+    indexes: Vec<Source>,
     forced: BTreeSet<RelPath>,
     notes: Vec<String>,
 }
@@ -63,7 +63,7 @@ pub(super) fn load(path: &Path) -> Option<Picture> {
         above: small.above,
         nested: small.nested,
         mounts: small.mounts,
-        index: small.index,
+        indexes: small.indexes,
         forced: Arc::new(small.forced),
         notes: small.notes,
         root,
@@ -80,7 +80,7 @@ pub(super) fn save(picture: &Picture, path: &Path) -> io::Result<()> {
         above: picture.above.clone(),
         nested: picture.nested.clone(),
         mounts: picture.mounts.clone(),
-        index: picture.index,
+        indexes: picture.indexes.clone(),
         forced: BTreeSet::clone(&picture.forced),
         notes: picture.notes.clone(),
     };
@@ -321,7 +321,7 @@ mod tests {
             above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
             nested: vec![("/c".into(), None)],
             mounts: vec!["/d ext4".to_owned()],
-            index: Some(seen(9)),
+            indexes: vec![("/w/.git/index".into(), Some(seen(9))), ("/w/m/.git".into(), None)],
             forced: Arc::new([RelPath::new("x/y").unwrap()].into()),
             notes: vec!["a note".to_owned()],
             root: Arc::new(dir(children.into(), None)),

@@ -13,19 +13,19 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
-use super::beneath::{FileKind, Root, Stat};
+use super::beneath::{FileKind, Root};
 use super::content::{BlobSink, Outcome, Reading};
 use super::errors::{HistoryError, Result};
 use super::found::{Entry, Found, Unread, What};
 use super::names::RelPath;
 use super::pack::PackWriter;
-use super::picture::{Child, Node, Picture, Seen, Source};
+use super::picture::{Child, Node, Picture, Source};
 use super::pool::{self, Hurry};
 use super::rules::{IgnoreChain, OwnPatterns, Rules};
 use super::scan::Walk;
 use super::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
 use super::standing::{Standing, with_state};
-use super::tracked::Tracked;
+use super::tracked::{Tracked, indexes_hold};
 use super::user_repository::{Location, UserRepository};
 use super::watch::{Dirty, Watched};
 use super::{History, OnProgress, Phase, Progress};
@@ -65,8 +65,8 @@ pub(super) struct Look {
     pub nested: Vec<Source>,
     /// What is mounted below the workspace.
     pub mounts: Vec<String>,
-    /// The state of the user's index.
-    pub index: Option<Seen>,
+    /// The user's index, and those of the submodules in it.
+    pub indexes: Vec<Source>,
     /// What the rules leave out although it is tracked; not known yet where the whole index was at hand.
     pub forced: Forced,
     /// What the user should know, beside what is wrong with ignore files.
@@ -178,18 +178,20 @@ impl History {
         let as_before = before.as_ref().filter(|before| {
             before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
         });
-        // A state that a later change may leave as it is vouches for nothing.
-        let index = location.as_ref().and_then(state_of_index);
-        let vouches = index.is_none_or(|seen| seen.is_settled(looking.started_ns));
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
         // What is tracked though ignored: known, or to be found out anew.
         let mut dirty = Dirty::default();
         let mut forced_changed = false;
+        let mut indexes = Vec::new();
         let mut forced = match as_before {
-            Some(before) if before.index == index => Forced::These(Arc::clone(&before.forced)),
+            Some(before) if indexes_hold(before, location.as_ref()) => {
+                indexes.clone_from(&before.indexes);
+                Forced::These(Arc::clone(&before.forced))
+            }
             Some(before) => {
-                let tracked = Tracked::of(location.as_ref(), &mut notes);
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
                 let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
                 for path in now.symmetric_difference(&before.forced) {
                     dirty.mark(path);
@@ -205,7 +207,9 @@ impl History {
             }
             None => {
                 notes.clear();
-                Forced::Follow(Tracked::of(location.as_ref(), &mut notes))
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
+                Forced::Follow(tracked)
             }
         };
         let hidden = self.place_in(real);
@@ -270,7 +274,9 @@ impl History {
             };
             // What was covered anyway may be ignored now: then it counts whether it is tracked.
             if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
-                forced = Forced::Follow(Tracked::of(location.as_ref(), &mut notes));
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
+                forced = Forced::Follow(tracked);
                 continue;
             }
             if as_before.is_none() {
@@ -290,16 +296,14 @@ impl History {
         let (above, nested, of_rules) = self.standings.sources();
         complaints.extend(of_rules);
         let repository = location.as_ref().map(Location::describe);
-        let index = index.map(|seen| if vouches { seen } else { Seen::UNSURE });
-        Ok(Look { found, epoch, whole, above, nested, mounts, index, forced, notes, complaints, repository })
+        Ok(Look { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
     }
 
     /// Says whether what decides about a workspace, apart from what the watcher tells, is as it was when it was looked
     /// at last.
     pub(super) fn is_as_before(&self, workspace: &Path, before: &Picture) -> bool {
         let location = Location::find(workspace);
-        let index = location.as_ref().and_then(state_of_index);
-        before.index == index
+        indexes_hold(before, location.as_ref())
             && before.mounts == mounts::below(workspace)
             && rules_hold(before, workspace, location.as_ref())
     }
@@ -338,11 +342,6 @@ fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> R
         before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }
-}
-
-/// Returns the state of the user's index. Where it is a link, git writes what that leads to.
-fn state_of_index(location: &Location) -> Option<Seen> {
-    nix::sys::stat::stat(&location.index()).ok().map(|stat| Seen::from(&Stat::from(stat)))
 }
 
 /// Says whether the files outside the tree that decided are what they were.

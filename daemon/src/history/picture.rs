@@ -322,9 +322,9 @@ pub struct Picture {
     pub nested: Vec<Source>,
     /// What is mounted below the workspace.
     pub mounts: Vec<String>,
-    /// The state of the user's index.
-    pub index: Option<Seen>,
-    /// What the index tracks and the rules, or its absence, leave out.
+    /// The user's index, and those of the submodules in it.
+    pub indexes: Vec<Source>,
+    /// What they track and the rules, or its absence, leave out.
     pub forced: Arc<BTreeSet<RelPath>>,
     /// What the user should know, beside what is wrong with ignore files.
     pub notes: Vec<String>,

@@ -204,7 +204,7 @@ impl History {
         cancel: &AtomicBool,
     ) -> Result<Snapshot> {
         let Observed { request, look, pack, draft, read, started_ns, mut took } = observed;
-        let Look { found, epoch, whole, above, nested, mounts, index, forced, notes, complaints, repository } = look;
+        let Look { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository } = look;
         let dir = draft.dir.clone();
         let real = self.checked_workspace(&request.workspace)?;
 
@@ -221,7 +221,7 @@ impl History {
             Forced::Follow(tracked) => Arc::new(tracked.left_out_of(&root).cloned().collect()),
         };
         let rules = request.rules.clone();
-        let mut picture = Picture { commit: files, rules, above, nested, mounts, index, forced, notes, root };
+        let mut picture = Picture { commit: files, rules, above, nested, mounts, indexes, forced, notes, root };
         let root = &picture.root;
         let manifest = Manifest {
             format: FORMAT,

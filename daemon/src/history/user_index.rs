@@ -29,6 +29,8 @@ const SKIP_WORKTREE: u16 = 1 << 14;
 /// What comes before an entry's object id: nine numbers and the mode among them.
 const STATE_BYTES: usize = 40;
 const MODE_AT: usize = 24;
+/// The part of a mode that says what an entry is.
+const KIND: u32 = 0o170_000;
 
 /// Why an index cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +58,13 @@ pub(super) struct Entry {
     mode: u32,
 }
 
+impl Entry {
+    /// Says whether it is a submodule, a repository with an index of its own.
+    pub fn is_module(&self) -> bool {
+        self.mode & KIND == 0o160_000
+    }
+}
+
 /// One file of an index, parsed.
 struct Parsed {
     entries: Vec<Entry>,
@@ -72,7 +81,7 @@ struct Link {
     bitmaps: Vec<u8>,
 }
 
-/// Lists the files and symbolic links that an index tracks; submodules are not among them.
+/// Lists the files, symbolic links and submodules that an index tracks.
 ///
 /// # Errors
 /// When the index is damaged, or of a form that is not known.
@@ -82,7 +91,7 @@ pub(super) fn tracked(git_dir: &Path, content: &[u8]) -> Result<Vec<Entry>> {
     if let Some(link) = link {
         entries = joined(git_dir, entries, &link)?;
     }
-    entries.retain(|entry| matches!(entry.mode & 0o170_000, 0o100_000 | 0o120_000));
+    entries.retain(|entry| entry.is_module() || matches!(entry.mode & KIND, 0o100_000 | 0o120_000));
     Ok(entries)
 }
 

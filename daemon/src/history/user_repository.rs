@@ -126,28 +126,37 @@ impl Location {
         self.git_dir.join("index")
     }
 
-    /// Lists the tracked files below the workspace; submodules are not among them, nor what a sparse checkout has left
-    /// out and nobody had made when the index was read.
+    /// Lists what is tracked below the workspace, but for what a sparse checkout has left out and nobody had made when the
+    /// index was read.
     ///
     /// # Errors
     /// Fails when there is an index that cannot be read.
-    pub(super) fn tracked(&self) -> Result<Vec<RelPath>, IndexError> {
-        let path = self.index();
+    pub(super) fn tracked(&self) -> Result<Indexed, IndexError> {
+        let (path, mut indexed) = (self.index(), Indexed::default());
         if fs::metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            return Ok(Vec::new());
+            return Ok(indexed);
         }
         let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;
         let mut there = There { top: &self.top, known: None };
         let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
-        let below = |entry: user_index::Entry| {
-            let path = RelPath::new(entry.path).ok()?;
-            if !path.is_within(&self.prefix) || path.bytes().len() <= start || (entry.skipped && !there.has(&path)) {
-                return None;
+        for entry in user_index::tracked(&self.git_dir, &content)? {
+            let into = if entry.is_module() { &mut indexed.modules } else { &mut indexed.files };
+            let Ok(path) = RelPath::new(entry.path) else { continue };
+            if path.is_within(&self.prefix) && path.bytes().len() > start && (!entry.skipped || there.has(&path)) {
+                into.extend(RelPath::new(&path.bytes()[start..]));
             }
-            RelPath::new(&path.bytes()[start..]).ok()
-        };
-        Ok(user_index::tracked(&self.git_dir, &content)?.into_iter().filter_map(below).collect())
+        }
+        Ok(indexed)
     }
+}
+
+/// What an index tracks, relative to the workspace.
+#[derive(Debug, Default)]
+pub(super) struct Indexed {
+    /// Files and symbolic links.
+    pub files: Vec<RelPath>,
+    /// Submodules.
+    pub modules: Vec<RelPath>,
 }
 
 /// Says which paths exist. Those of one directory are asked for one after the other, and a sparse checkout leaves out

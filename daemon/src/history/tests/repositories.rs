@@ -149,3 +149,47 @@ fn a_rebase_that_was_in_the_middle_is_told_and_git_stays_where_it_is() {
     assert_eq!(picture_of_work(&sandbox.path()), before);
     assert_eq!(gits(&sandbox.path()), gits_before);
 }
+
+#[test]
+fn what_a_submodule_tracks_though_it_ignores_it_is_covered() {
+    let sandbox = Sandbox::new();
+    let repository = |name: &str| {
+        let dir = sandbox.outside(name);
+        fs::create_dir(&dir).unwrap();
+        git_in(&dir, &["init", "-q"]);
+        fs::write(dir.join(".gitignore"), "*.log\n").unwrap();
+        fs::write(dir.join("kept.log"), "1").unwrap();
+        git_in(&dir, &["add", "-f", ".gitignore", "kept.log"]);
+        git_in(&dir, &["commit", "-qm", name]);
+        dir
+    };
+    let add = |to: &Path, from: &Path, name: &str| {
+        let from = from.to_str().unwrap();
+        git_in(to, &["-c", "protocol.file.allow=always", "submodule", "add", "-q", from, name]);
+        git_in(to, &["commit", "-qm", "submodule"]);
+    };
+    let (inner, outer) = (repository("inner"), repository("outer"));
+    add(&outer, &inner, "deep/inner");
+    sandbox.git(&["init", "-q"]);
+    add(&sandbox.path(), &outer, "outer");
+    sandbox.write("outer/left.log", "2");
+    sandbox.write("outer/later.log", "3");
+    sandbox.checkpoint(1);
+    let covered = [".gitmodules", "outer/.gitignore", "outer/.gitmodules", "outer/kept.log"];
+    assert_eq!(sandbox.covered(1), covered);
+    // What is added later, and a submodule that is checked out later, are noticed.
+    git_in(&sandbox.at("outer"), &["add", "-f", "later.log"]);
+    sandbox.checkpoint(2);
+    assert!(sandbox.covered(2).contains(&"outer/later.log".to_owned()), "{:?}", sandbox.covered(2));
+    git_in(&sandbox.at("outer"), &["-c", "protocol.file.allow=always", "submodule", "update", "--init", "-q"]);
+    sandbox.checkpoint(3);
+    assert!(sandbox.covered(3).contains(&"outer/deep/inner/kept.log".to_owned()), "{:?}", sandbox.covered(3));
+    let before = picture_of_work(&sandbox.path());
+    fs::remove_file(sandbox.at("outer/deep/inner/kept.log")).unwrap();
+    sandbox.write("outer/kept.log", "changed");
+    sandbox.restore_cleanly(3, 4);
+    assert_eq!(picture_of_work(&sandbox.path()), before);
+    sandbox.git(&["submodule", "--quiet", "deinit", "-f", "outer"]);
+    sandbox.checkpoint(5);
+    assert_eq!(sandbox.covered(5), [".gitmodules"]);
+}

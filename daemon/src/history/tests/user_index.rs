@@ -23,7 +23,7 @@ fn listed(sandbox: &Sandbox) -> Vec<String> {
 
 fn read(sandbox: &Sandbox) -> Vec<String> {
     let location = Location::find(&sandbox.path()).unwrap();
-    let mut tracked: Vec<String> = location.tracked().unwrap().iter().map(ToString::to_string).collect();
+    let mut tracked: Vec<String> = location.tracked().unwrap().files.iter().map(ToString::to_string).collect();
     tracked.sort();
     tracked.dedup();
     tracked
