@@ -119,7 +119,10 @@ fn perform(root: &Path, act: &Act) {
                 // Making room may have taken the file away.
                 if is_file(&from) && !from.starts_with(&path) {
                     clear(&path);
-                    fs::hard_link(from, path).unwrap();
+                    // It may have lain there, seen through a link.
+                    if is_file(&from) {
+                        fs::hard_link(from, path).unwrap();
+                    }
                 }
             }
         }
