@@ -46,9 +46,15 @@ const HARMLESS: &str = "'operation.stepped', 'pause.started', 'agent.progressed'
 /// A project with so many context items, and so many tokens in them, has a small copy.
 const FEW: (i64, i64) = (100, 200_000);
 
+/// So many agents at most, and so many tasks: a thousand agents are megabytes, three times over while they are written.
+const FEW_ROWS: i64 = 50;
+
 /// The sizes of a copy's pages, bytes. Each table takes one at least, in every checkpoint.
 const SMALL_PAGE: u32 = 1024;
 const LARGE_PAGE: u32 = 16384;
+
+/// A larger copy than this, in bytes, does not stay in memory.
+const LARGEST_KEPT: usize = 256 << 10;
 
 /// A copy in memory that was emptied has at most so many pages left over: they would be in the next one's file.
 const MOST_LEFT_OVER: i64 = 16;
@@ -75,7 +81,7 @@ impl Spare {
 
     fn keep(&self, kept: Kept) {
         // What it has read of a large context is nobody's need any more.
-        if kept.has_copy || kept.connection.execute_batch("PRAGMA shrink_memory").is_ok() {
+        if kept.connection.execute_batch("PRAGMA shrink_memory").is_ok() {
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         }
     }
@@ -135,13 +141,14 @@ pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Pat
             Kept { connection: connect(database, flags)?, has_copy: false }
         }
     };
-    let in_memory = are_few(&connection, project)?;
+    let (few_items, few_rows) = are_few(&connection, project)?;
+    let in_memory = few_items && few_rows;
     if !(in_memory && has_copy && has_room(&connection)?) {
         if has_copy {
             connection.execute_batch("DETACH backup").doing(BACKUP)?;
         }
         let place = if in_memory { ":memory:".into() } else { to.to_string_lossy() };
-        attach(&connection, &place, if in_memory { SMALL_PAGE } else { LARGE_PAGE })?;
+        attach(&connection, &place, if few_items { SMALL_PAGE } else { LARGE_PAGE })?;
     }
     Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned(), in_memory })
 }
@@ -176,10 +183,14 @@ fn has_room(connection: &Connection) -> Result<bool, StoreError> {
     Ok(left <= MOST_LEFT_OVER)
 }
 
-fn are_few(connection: &Connection, project: &ProjectName) -> Result<bool, StoreError> {
-    let sql = "SELECT count(*) <= ?2 AND total(tokens) <= ?3 FROM \
-               (SELECT tokens FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
-    connection.query_row_cached(sql, rusqlite::params![project.as_str(), FEW.0, FEW.1], |row| row.get(0)).doing(BACKUP)
+/// Says whether a project has few context items, and whether it has few other rows.
+fn are_few(connection: &Connection, project: &ProjectName) -> Result<(bool, bool), StoreError> {
+    let sql = "SELECT count(*) <= ?2 AND total(tokens) <= ?3, \
+               (SELECT count(*) FROM main.agents WHERE project = ?1) <= ?4 \
+               AND (SELECT count(*) FROM main.tasks WHERE project = ?1) <= ?4 \
+               FROM (SELECT tokens FROM main.context_items WHERE project = ?1 LIMIT ?2 + 1)";
+    let params = rusqlite::params![project.as_str(), FEW.0, FEW.1, FEW_ROWS];
+    connection.query_row_cached(sql, params, |row| Ok((row.get(0)?, row.get(1)?))).doing(BACKUP)
 }
 
 /// A plain BEGIN takes nothing yet: the first read does.
@@ -195,7 +206,7 @@ impl Prepared {
     /// When the database cannot be read.
     pub fn pin(self) -> Result<Pinned, StoreError> {
         pin(&self.connection)?;
-        let few = are_few(&self.connection, &self.project)?;
+        let (few, _) = are_few(&self.connection, &self.project)?;
         Ok(Pinned { prepared: self, few })
     }
 }
@@ -293,7 +304,11 @@ impl Copied {
             connection.execute_batch("DETACH backup").doing(BACKUP)?;
             (File::open(&to).map_err(failed("open"))?, None)
         };
-        spare.keep(Kept { connection, has_copy: in_memory });
+        let has_copy = finished.1.as_ref().is_some_and(|content| content.len() <= LARGEST_KEPT);
+        if in_memory && !has_copy {
+            connection.execute_batch("DETACH backup").doing(BACKUP)?;
+        }
+        spare.keep(Kept { connection, has_copy });
         Ok(finished)
     }
 }
