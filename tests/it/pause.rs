@@ -454,7 +454,8 @@ fn a_stray_sigcont_to_a_paused_project_is_undone_and_told() {
     continue_all(the_agent(&sandbox).pid.expect("it runs"));
     let warnings = || show(&sandbox).project.pause.expect("it is paused").warnings;
     wait_until(SOON, "the status to warn", || !warnings().is_empty());
-    [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")].iter().for_each(Ticker::stands_still);
+    // They were continued one after the other: the first may stand still again before the last runs.
+    [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")].iter().for_each(Ticker::comes_to_rest);
     assert!(warnings()[0].contains("agent 'worker' ran"), "{:?}", warnings());
     assert!(broken(&sandbox) >= 1);
     let said = sandbox.ctl_output(&["status", "web"]);

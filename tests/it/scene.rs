@@ -117,6 +117,15 @@ impl Ticker {
         wait_until(deadline, &format!("marks in {}", self.marks.display()), || self.count() > before + 1);
     }
 
+    /// Waits until there is no mark for a while.
+    #[track_caller]
+    pub fn comes_to_rest(&self) {
+        wait_until(SOON, &format!("{} to get no more marks", self.marks.display()), || {
+            let before = self.count();
+            look_for(STILL, || (self.count() != before).then_some(())).is_none()
+        });
+    }
+
     /// Sees no mark for a while.
     #[track_caller]
     pub fn stands_still(&self) {
