@@ -391,7 +391,7 @@ fn a_client_of_another_protocol_version_is_refused() {
 fn the_description_that_is_served_is_the_one_in_the_repository() {
     let sandbox = Sandbox::start();
     let served = call(&sandbox, "rpc.discover", json!({})).expect("discover");
-    let kept = include_str!("../../protocol/openrpc.json");
+    let kept = include_str!("../../crates/protocol/openrpc.json");
     assert_eq!(served, serde_json::from_str::<Value>(kept).expect("valid JSON"));
 }
 

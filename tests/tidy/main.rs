@@ -35,15 +35,34 @@ const ROOMS: &[&str] = &[
     "os",
 ];
 
-/// The packages, and which of the others each may depend on.
-const PACKAGES: &[(&str, &[&str])] = &[
-    ("protocol", &[]),
-    ("plugin-api", &[]),
-    ("core", &["protocol"]),
-    ("ctl", &["protocol"]),
-    ("daemon", &["protocol", "core", "plugin-api"]),
-    ("plugins", &["plugin-api"]),
+/// A package of the workspace.
+struct Package {
+    /// Its directory from the root of the repository. That of `plugins` holds a package per plugin.
+    dir: &'static str,
+    /// The directories of the packages it may depend on.
+    uses: &'static [&'static str],
+}
+
+const PACKAGES: &[Package] = &[
+    Package { dir: "crates/protocol", uses: &[] },
+    Package { dir: "plugin-api", uses: &[] },
+    Package { dir: "crates/core", uses: &["crates/protocol"] },
+    Package { dir: "ctl", uses: &["crates/protocol"] },
+    Package { dir: "daemon", uses: &["crates/protocol", "crates/core", "plugin-api"] },
+    Package { dir: "plugins", uses: &["plugin-api"] },
 ];
+
+impl Package {
+    /// The name behind `fermata-`, that of its directory.
+    fn name(&self) -> &'static str {
+        self.dir.rsplit('/').next().unwrap_or(self.dir)
+    }
+
+    /// Lists the names of the packages that it must not depend on.
+    fn forbidden(&self) -> impl Iterator<Item = &'static str> {
+        PACKAGES.iter().filter(|p| p.dir != self.dir && !self.uses.contains(&p.dir)).map(Package::name)
+    }
+}
 
 /// What the pure domain does without: clock, files, randomness and environment are parameters.
 const IMPURE: &[&str] =
@@ -95,7 +114,7 @@ fn root() -> PathBuf {
 fn sources() -> Vec<Source> {
     let root = root();
     let mut directories: Vec<PathBuf> =
-        PACKAGES.iter().map(|(name, _)| root.join(name)).chain([root.join("tests")]).collect();
+        PACKAGES.iter().map(|package| root.join(package.dir)).chain([root.join("tests")]).collect();
     let mut found = Vec::new();
     while let Some(directory) = directories.pop() {
         let entries = fs::read_dir(&directory).unwrap_or_else(|e| panic!("read {}: {e}", directory.display()));
@@ -125,27 +144,23 @@ fn no_faults(faults: Vec<String>, rule: &str) {
 #[test]
 fn packages_import_one_way() {
     let mut faults = Vec::new();
-    let forbidden = |package: &str| -> Vec<&str> {
-        let (_, allowed) = PACKAGES.iter().find(|(name, _)| *name == package).expect("a package of the list");
-        PACKAGES.iter().map(|(name, _)| *name).filter(|n| *n != package && !allowed.contains(n)).collect()
-    };
-    for source in sources() {
-        let package = source.path.split('/').next().unwrap_or_default();
-        if package == "tests" {
-            continue;
-        }
-        for other in forbidden(package) {
+    let all = sources();
+    for package in PACKAGES {
+        let inside = format!("{}/", package.dir);
+        for other in package.forbidden() {
             let name = format!("fermata_{}", other.replace('-', "_"));
-            if let Some(line) = find_word(&source.code, &name, "") {
-                faults.push(format!("{}:{line} uses {name}", source.path));
+            for source in all.iter().filter(|source| source.path.starts_with(&inside)) {
+                if let Some(line) = find_word(&source.code, &name, "") {
+                    faults.push(format!("{}:{line} uses {name}", source.path));
+                }
             }
-        }
-    }
-    for (package, _) in PACKAGES.iter().filter(|(name, _)| *name != "plugins") {
-        let manifest = fs::read_to_string(root().join(package).join("Cargo.toml")).expect("read a Cargo.toml");
-        for other in forbidden(package) {
+            let manifest = root().join(package.dir).join("Cargo.toml");
+            if package.dir == "plugins" {
+                continue;
+            }
+            let manifest = fs::read_to_string(manifest).expect("read a Cargo.toml");
             if manifest.lines().any(|line| line.starts_with(&format!("fermata-{other}"))) {
-                faults.push(format!("{package}/Cargo.toml depends on fermata-{other}"));
+                faults.push(format!("{}/Cargo.toml depends on fermata-{other}", package.dir));
             }
         }
     }
@@ -155,7 +170,7 @@ fn packages_import_one_way() {
 #[test]
 fn the_core_is_pure() {
     let mut faults = Vec::new();
-    for source in sources().iter().filter(|s| s.path.starts_with("core/src/")) {
+    for source in sources().iter().filter(|s| s.path.starts_with("crates/core/src/")) {
         for impure in IMPURE {
             if let Some(line) = find_word(source.shipped(), impure, "") {
                 faults.push(format!("{}:{line} uses {impure}", source.path));

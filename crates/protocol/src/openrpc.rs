@@ -82,6 +82,6 @@ mod tests {
             std::fs::write(path, &made).expect("the document can be written");
         }
         let kept = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(made == kept, "protocol/openrpc.json is stale: run the tests with UPDATE_GOLDEN=1");
+        assert!(made == kept, "crates/protocol/openrpc.json is stale: run the tests with UPDATE_GOLDEN=1");
     }
 }
