@@ -4,6 +4,9 @@
 //! Each rule is one test that names every place that breaks it. A rule that is wrong is changed
 //! here, together with ARCHITECTURE.md.
 
+mod cycles;
+mod modules;
+mod names;
 mod rust_text;
 
 use std::fs;
@@ -96,6 +99,15 @@ impl Source {
     fn shipped(&self) -> &str {
         // Blanking keeps line breaks, so the cut by lines is the same in both texts.
         without_tests(&self.code)
+    }
+
+    /// Says whether the whole file is there for tests only.
+    fn is_test(&self) -> bool {
+        let name = self.path.rsplit('/').next().unwrap_or(&self.path).trim_end_matches(".rs");
+        self.path.split('/').any(|part| part == "tests")
+            || name == "tests"
+            || name.ends_with("_test")
+            || name.ends_with("_tests")
     }
 
     /// Returns the room of the daemon that the file belongs to, `None` outside of the daemon.

@@ -103,6 +103,43 @@ pub fn without_tests(text: &str) -> &str {
     text
 }
 
+/// A place at which a name is given to a type, a function or a module.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Definition {
+    /// The keyword: `struct`, `enum`, `union`, `trait`, `type`, `fn` or `mod`.
+    pub kind: &'static str,
+    /// The name.
+    pub name: String,
+    /// The line, from 1.
+    pub line: usize,
+}
+
+impl Definition {
+    /// Says whether the name is that of a type or trait.
+    pub fn is_type(&self) -> bool {
+        !matches!(self.kind, "fn" | "mod")
+    }
+}
+
+/// Lists the definitions in code without comments and literals; associated types are none.
+pub fn definitions(code: &str) -> Vec<Definition> {
+    const KINDS: [&str; 7] = ["struct", "enum", "union", "trait", "type", "fn", "mod"];
+    let mut found = Vec::new();
+    for (number, line) in code.lines().enumerate() {
+        let mut words = line.split_whitespace().peekable();
+        while let Some(word) = words.next() {
+            let Some(kind) = KINDS.into_iter().find(|kind| *kind == word) else { continue };
+            let is_associated = kind == "type" && line.starts_with(' ');
+            if let Some(name) = words.peek().and_then(|next| first_word(next))
+                && !is_associated
+            {
+                found.push(Definition { kind, name, line: number + 1 });
+            }
+        }
+    }
+    found
+}
+
 /// Says whether the code has a word, followed by `then`, and returns its line.
 pub fn find_word(code: &str, word: &str, then: &str) -> Option<usize> {
     occurrences(code, word)
@@ -192,6 +229,15 @@ fn paths_are_found_through_braces() {
     assert_eq!(heads("use crate::store::Writer;"), ["store"]);
     assert_eq!(heads("use crate::{auth, store::{a, b},\n os};"), ["auth", "store", "os"]);
     assert_eq!(heads("mycrate::x"), Vec::<String>::new());
+}
+
+#[test]
+fn definitions_are_found_with_their_kind() {
+    let code =
+        "pub struct A<T>(T);\n    pub(crate) enum B { }\n    type Item = u8;\npub type C = u8; const fn d() {}\n";
+    let found: Vec<_> = definitions(code).into_iter().map(|d| (d.kind, d.name, d.line)).collect();
+    let expected = [("struct", "A", 1), ("enum", "B", 2), ("type", "C", 4), ("fn", "d", 4)];
+    assert_eq!(found, expected.map(|(kind, name, line)| (kind, name.to_owned(), line)));
 }
 
 #[test]
