@@ -16,11 +16,9 @@ pub fn arm(time: Duration, json: bool) -> Result<(), Failure> {
         .name("deadline".into())
         .spawn(move || {
             std::thread::sleep(time);
-            let failure = Failure::timed_out(format!(
-                "not done after {}",
-                crate::output::time::duration(time.as_secs_f64() * 1_000.0)
-            ))
-            .hint("what was begun goes on in the daemon; fermatactl op ls shows it");
+            let failure =
+                Failure::timed_out(format!("not done after {}", crate::units::duration(time.as_secs_f64() * 1_000.0)))
+                    .hint("what was begun goes on in the daemon; fermatactl op ls shows it");
             failure.print(json);
             std::process::exit(i32::from(failure.exit_number()));
         })

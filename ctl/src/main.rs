@@ -15,13 +15,14 @@ mod keys;
 mod output;
 mod raw_terminal;
 mod session;
+mod units;
 
 use std::mem::ManuallyDrop;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _};
 
-use crate::cli::{Cli, late};
+use crate::cli::{Cli, deferred};
 use crate::errors::Failure;
 use crate::session::Session;
 
@@ -29,7 +30,7 @@ use crate::session::Session;
 fn typed() -> Cli {
     let all = ["help", "--help", "-h", "completions"];
     if std::env::args_os().skip(1).any(|word| all.iter().any(|one| word == *one)) {
-        late::describe_all();
+        deferred::describe_all();
     }
     // To free the description, piece by piece, takes a third as long as to make it; the process ends soon.
     let mut described = ManuallyDrop::new(Cli::command());

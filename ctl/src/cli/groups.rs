@@ -9,7 +9,7 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{CheckpointNumber, OperationId, ProjectName, Target};
 
 use super::values::{ITEM_TYPES, Numbered, PHASES, TASK_STATUSES, TIERS, word};
-use crate::output::time::{parse_bytes, parse_duration};
+use crate::units::{parse_bytes, parse_duration};
 
 /// What of the workspace a checkpoint covers, and when context is saved.
 #[derive(Debug, Args, Default)]
@@ -37,7 +37,7 @@ pub struct ConfigArgs {
     #[command(flatten)]
     pub retention: super::resources::RetentionArgs,
     #[command(flatten)]
-    pub automatic: super::automatic::AutomaticArgs,
+    pub automatic: super::project_config::AutomaticArgs,
 }
 
 /// `project …`

@@ -1,8 +1,8 @@
 //! The command line as a type: commands, arguments and global flags. Nothing here does anything.
 
-pub mod automatic;
+pub mod deferred;
 pub mod groups;
-pub mod late;
+pub mod project_config;
 pub mod resources;
 pub mod supervision;
 pub mod values;
@@ -16,12 +16,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use fermata_protocol::pause::PauseMode;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, RunId, Target};
 
-use crate::output::time::parse_duration;
+use crate::units::parse_duration;
+use deferred::Late;
 use groups::{
     AgentCommand, CheckpointCommand, ContextCommand, DaemonCommand, OperationCommand, PluginCommand, ProjectCommand,
     TaskCommand,
 };
-use late::Late;
 use supervision::SupervisionArgs;
 use values::{MODES, Numbered, word};
 use workspace::{DownArgs, UpArgs};
@@ -417,7 +417,7 @@ mod tests {
     /// Clap finds such a collision only when the command is used, and panics then.
     #[test]
     fn no_argument_has_the_name_of_a_global_flag() {
-        late::describe_all();
+        deferred::describe_all();
         fn check(command: &clap::Command, globals: &[String]) {
             for sub in command.get_subcommands() {
                 for argument in sub.get_arguments() {

@@ -5,7 +5,7 @@ use fermata_protocol::budget::Budget;
 use fermata_protocol::retention::Retention;
 use fermata_protocol::supervision::Resources;
 
-use crate::output::time::{millis, parse_bytes, parse_duration};
+use crate::units::{millis, parse_bytes, parse_duration};
 
 /// What an agent's tree may use.
 #[derive(Debug, Args, Default)]

@@ -11,7 +11,7 @@ use fermata_protocol::supervision::{
 
 use super::values::split_words;
 use crate::errors::Failure;
-use crate::output::time::{millis, parse_duration};
+use crate::units::{millis, parse_duration};
 
 /// When an agent is started, started again, given up.
 #[derive(Debug, Default, Args)]

@@ -8,8 +8,8 @@ use fermata_protocol::{Code, Target};
 
 use super::{Ended, agents_of, one_agent, status, target_of, timeout_ms};
 use crate::errors::{Exit, Failure};
-use crate::output::time::millis;
 use crate::session::Session;
+use crate::units::millis;
 
 /// Runs `stop`.
 pub fn stop(session: &mut Session, target: Target, grace: Option<Duration>) -> Ended {

@@ -15,9 +15,9 @@ use super::pause::frozen;
 use super::{Ended, restore, transfer};
 use crate::cli::groups::CheckpointCommand;
 use crate::errors::Failure;
-use crate::output::time::{bytes, dollars, local, millis, number};
 use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean, note};
 use crate::session::Session;
+use crate::units::{bytes, dollars, local, millis, number};
 
 /// How many checkpoints are asked for at once.
 const PAGE: u32 = 200;

@@ -12,9 +12,9 @@ use super::{Ended, text_or_stdin};
 use crate::cli::groups::{ContextCommand, ItemArgs};
 use crate::cli::values::Numbered;
 use crate::errors::Failure;
-use crate::output::time::number;
 use crate::output::{Cell, Facts, Output, Paint, Table, clean};
 use crate::session::Session;
+use crate::units::number;
 
 /// Runs a `context` command.
 pub fn run(session: &mut Session, command: ContextCommand) -> Ended {

@@ -13,9 +13,9 @@ use serde::Serialize;
 
 use super::Ended;
 use crate::errors::Failure;
-use crate::output::time::bytes;
 use crate::output::{Cell, Format, Paint, Table};
 use crate::session::{Session, surroundings};
+use crate::units::bytes;
 use crate::{autostart, connect};
 
 /// Below this a checkpoint of any size is likely to be refused.

@@ -8,7 +8,7 @@ use fermata_protocol::pause::PauseMode;
 use fermata_protocol::{AgentName, Code, Target};
 
 use super::Ended;
-use super::declared::{self, Action, Row, Rows, chosen, stop_all};
+use super::declared_agents::{self as declared, Action, Row, Rows, chosen, stop_all};
 use crate::cli::PauseArgs;
 use crate::cli::workspace::DownArgs;
 use crate::declaration::order;

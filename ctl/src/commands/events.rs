@@ -10,9 +10,9 @@ use serde_json::Value;
 use super::Ended;
 use crate::cli::EventsArgs;
 use crate::errors::Failure;
-use crate::output::time::local;
 use crate::output::{Format, Output, Paint, clean};
 use crate::session::Session;
+use crate::units::local;
 
 /// Runs `events`.
 pub fn events(session: &mut Session, args: EventsArgs) -> Ended {

@@ -8,9 +8,9 @@ use fermata_protocol::{RunId, Target, UnixMillis};
 use super::{Ended, one_agent};
 use crate::cli::LogsArgs;
 use crate::errors::Failure;
-use crate::output::time::{now, parse_since, rfc3339_ns};
 use crate::output::{Format, Output, Paint};
 use crate::session::Session;
+use crate::units::{now, parse_since, rfc3339_ns};
 
 /// How long one question for more output stays open; the next one follows at once.
 const POLL_MS: u64 = 20_000;

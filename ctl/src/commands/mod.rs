@@ -1,11 +1,11 @@
 //! One file per group of commands; each asks the daemon and shows the answer.
 
-mod agent_side;
+mod agent_reports;
 mod agents;
 mod attach;
 mod checkpoint;
 mod context;
-mod declared;
+mod declared_agents;
 mod doctor;
 mod down;
 mod events;
@@ -38,8 +38,8 @@ use crate::cli::Command;
 use crate::cli::groups::AgentCommand;
 use crate::deadline;
 use crate::errors::{Exit, Failure};
-use crate::output::time::millis;
 use crate::session::Session;
+use crate::units::millis;
 
 /// How a command ended: the exit code.
 pub type Ended = Result<u8, Failure>;
@@ -89,7 +89,7 @@ pub fn run(session: &mut Session, command: Command) -> Ended {
         Command::Answer { question, text } => question::answer(session, question, &text),
         Command::Events(args) => events::events(session, args.into_inner()),
         Command::Plugin(command) => plugin::run(session, command.into_inner()),
-        Command::Agent(command) => agent_side::run(session, command.into_inner()),
+        Command::Agent(command) => agent_reports::run(session, command.into_inner()),
         Command::Daemon(command) => protocol::daemon(session, command.into_inner()),
         Command::Doctor => doctor::doctor(session),
         Command::Completions { shell } => protocol::completions(session, shell),

@@ -7,9 +7,9 @@ use fermata_protocol::operation::{OperationCancel, OperationList, OperationShow,
 use super::Ended;
 use super::pause::steps_text;
 use crate::cli::groups::OperationCommand;
-use crate::output::time::duration;
 use crate::output::{Cell, Facts, Output, Paint, Table};
 use crate::session::Session;
+use crate::units::duration;
 
 /// Runs an `op` command.
 pub fn run(session: &mut Session, command: OperationCommand) -> Ended {

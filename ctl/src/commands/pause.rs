@@ -10,9 +10,9 @@ use fermata_protocol::{CheckpointNumber, Target};
 use super::Ended;
 use crate::cli::PauseArgs;
 use crate::errors::Failure;
-use crate::output::time::{duration, millis, number};
 use crate::output::{Cell, Facts, Output, Paint, Table};
 use crate::session::Session;
+use crate::units::{duration, millis, number};
 
 /// Runs `pause`.
 pub fn pause(session: &mut Session, args: PauseArgs) -> Ended {

@@ -12,9 +12,9 @@ use fermata_protocol::project::ProjectShow;
 
 use super::pause::steps_text;
 use crate::errors::Failure;
-use crate::output::time::{bytes, number};
 use crate::output::{Cell, Facts, Output, Paint, Table};
 use crate::session::Session;
+use crate::units::{bytes, number};
 
 /// Turns what was typed into paths inside the workspace: those that begin with `/` are looked for in it, the others are
 /// relative to it.

@@ -18,10 +18,10 @@ use crate::autostart::IDENTITY;
 use crate::cli::RunArgs;
 use crate::cli::values::split_words;
 use crate::errors::Failure;
-use crate::output::time::millis;
 use crate::output::{Format, note};
 use crate::raw_terminal;
 use crate::session::Session;
+use crate::units::millis;
 
 /// Runs `run`.
 pub fn run(session: &mut Session, args: RunArgs) -> Ended {

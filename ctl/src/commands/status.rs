@@ -10,9 +10,9 @@ use fermata_protocol::project::{AutomaticCheckpoints, LookView, ProjectDetail, P
 use serde_json::json;
 
 use super::{Ended, target_of};
-use crate::output::time::{bytes, duration, now, number, until};
 use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
 use crate::session::Session;
+use crate::units::{bytes, duration, now, number, until};
 
 /// Runs `ps`.
 pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {

@@ -19,9 +19,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::errors::{Exit, Failure};
 use crate::output::progress::Progress;
-use crate::output::time::bytes;
 use crate::output::{Facts, Format};
 use crate::session::Session;
+use crate::units::bytes;
 
 /// A file that is there only once it is complete.
 struct Draft {

@@ -9,7 +9,7 @@ use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 
 use super::Ended;
-use super::declared::{self, Action, Row, Rows, chosen, refused, stop_all};
+use super::declared_agents::{self as declared, Action, Row, Rows, chosen, refused, stop_all};
 use super::run::{own_limits, own_umask, text};
 use crate::cli::workspace::UpArgs;
 use crate::declaration::{Declaration, DeclaredAgent, environment, order};

@@ -6,9 +6,9 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::place;
 use super::problems::Problem;
 use super::section::{At, Section, path};
+use super::source_file;
 use super::tree::Kind;
 use crate::autostart::IDENTITY;
 
@@ -127,7 +127,7 @@ fn is_name(name: &str) -> bool {
 
 /// Reads a file of variables: `NAME=value` lines, comments, values in quotes; nothing is expanded.
 fn variables_of(file: &Path) -> Result<Vec<(String, String)>, String> {
-    let text = place::read_trusted(file).map_err(|refused| refused.sentence)?;
+    let text = source_file::read_trusted(file).map_err(|refused| refused.sentence)?;
     parse(&text).map_err(|(line, why)| format!("{}, line {line}: {why}", file.display()))
 }
 

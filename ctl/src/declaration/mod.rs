@@ -11,10 +11,11 @@
 mod agent;
 pub mod environment;
 pub mod order;
-pub mod place;
+
 mod problems;
 mod section;
 mod settings;
+pub mod source_file;
 mod supervision;
 mod tree;
 
@@ -29,9 +30,9 @@ use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
 use environment::Environment;
-use place::Source;
 use problems::Problem;
 use section::{Problems, Section};
+use source_file::Source;
 use tree::{Kind, Member};
 
 /// What a file declares, checked.

@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use super::problems::Problem;
 use super::tree::{Kind, Member, Node, Span, Table};
 use crate::cli::values::split_words;
-use crate::output::time::{millis, parse_bytes, parse_duration};
+use crate::units::{millis, parse_bytes, parse_duration};
 
 /// Words that only a shell understands.
 const SHELL_WORDS: &[&str] = &["&&", "||", "|", ";", "&", ">", ">>", "<", "2>", "2>&1", "&>"];

@@ -9,7 +9,7 @@ use serde_json::{Map, Number, Value};
 use super::problems::Problem;
 use super::section::{Problems, nearest, path};
 use super::tree::{Kind, Member, Node};
-use crate::output::time::{millis, parse_bytes, parse_duration};
+use crate::units::{millis, parse_bytes, parse_duration};
 
 /// Where the settings stand.
 const PATH: &str = "project.config";

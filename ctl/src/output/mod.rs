@@ -4,7 +4,6 @@
 
 pub mod progress;
 pub mod table;
-pub mod time;
 
 use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal as _, Stdout, Write as _};
@@ -63,7 +62,13 @@ impl Output {
             }
         };
         let width = if terminal { terminal_size::terminal_size().map(|(width, _)| usize::from(width.0)) } else { None };
-        Self { format, color, width, now: time::now(), stdout: BufWriter::with_capacity(OUTPUT_BYTES, io::stdout()) }
+        Self {
+            format,
+            color,
+            width,
+            now: crate::units::now(),
+            stdout: BufWriter::with_capacity(OUTPUT_BYTES, io::stdout()),
+        }
     }
 
     /// Returns for whom the output is.
@@ -83,7 +88,7 @@ impl Output {
 
     /// Writes how long ago a time was.
     pub fn ago(&self, at: UnixMillis) -> String {
-        time::ago(at, self.now)
+        crate::units::ago(at, self.now)
     }
 
     /// Returns the time at which the command began.

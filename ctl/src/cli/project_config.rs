@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 use fermata_protocol::project::AutomaticCheckpoints;
 
-use crate::output::time::{millis, parse_duration};
+use crate::units::{millis, parse_duration};
 
 /// When checkpoints are made by themselves; see [`fermata_protocol::project::AutomaticCheckpoints`].
 #[derive(Debug, Clone, Default, PartialEq, Eq, Args)]

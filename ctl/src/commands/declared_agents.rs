@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::run::canonical;
 use crate::cli::workspace::DeclaredArgs;
-use crate::declaration::{self, Declaration, DeclaredAgent, order, place};
+use crate::declaration::{self, Declaration, DeclaredAgent, order, source_file};
 use crate::errors::{Exit, Failure};
 use crate::output::{Format, Paint, clean, note};
 use crate::session::Session;
@@ -203,7 +203,7 @@ pub fn load(session: &Session, args: &DeclaredArgs) -> Result<Declaration, Failu
     let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
     // A home that is a link is met under its real name on the way up.
     let home = std::env::var_os("HOME").and_then(|home| std::path::PathBuf::from(home).canonicalize().ok());
-    let source = place::find(args.file.as_deref(), &here, home.as_deref())?;
+    let source = source_file::find(args.file.as_deref(), &here, home.as_deref())?;
     if session.out.is_human() && args.file.is_none() && source.workspace != canonical(&here)? {
         note(&format!("using {}", source.file.display()));
     }
