@@ -109,9 +109,12 @@ impl Guard {
         let thawed = self.is_thawed();
         let settling = now.saturating_duration_since(self.since) < SETTLING;
         let mut count = 0;
+        let told = self.told;
         self.watched.retain_mut(|one| {
             let ran = process::ran(one.id.pid).ok().flatten();
-            if ran.is_some() && ran == one.ran {
+            // Where changes are told there is no later scan to find a process that was continued and has not got a
+            // processor yet.
+            if ran.is_some() && ran == one.ran && !(told && is_live(one.id)) {
                 return true;
             }
             match process::stat_of(one.id) {
@@ -137,6 +140,10 @@ impl Guard {
         });
         if thawed || count > 0 { Seen::Ran(count) } else { Seen::Still }
     }
+}
+
+fn is_live(id: ProcessId) -> bool {
+    matches!(process::stat_of(id), Ok(Some(stat)) if stat.state() == RunState::Live)
 }
 
 #[cfg(test)]
@@ -191,6 +198,23 @@ mod tests {
         }
         looper.stop();
         assert_eq!(guard.look(true, Instant::now()), Seen::Ran(1));
+    }
+
+    #[test]
+    fn a_child_that_was_continued_and_waits_for_a_processor_is_found() {
+        // Live, and its account is the one of the freeze: as a stopped process after SIGCONT on a busy machine.
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let id = process::identify(child.id() as i32).unwrap().unwrap();
+        let asleep = || std::fs::read_to_string(format!("/proc/{}/stat", id.pid)).unwrap().contains("(sleep) S ");
+        while !asleep() {
+            std::thread::yield_now();
+        }
+        let now = Instant::now();
+        let watched = vec![Watched { id, ran: process::ran(id.pid).unwrap() }];
+        let mut guard = Guard { group: None, watched, told: true, since: now, next: now, pace: FIRST_PACE };
+        assert_eq!(guard.look(false, now), Seen::Ran(1));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]
