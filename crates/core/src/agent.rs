@@ -14,8 +14,9 @@
 //!     └────┴── by policy ──► Backoff ── its time has come ──► Starting
 //! ```
 
-use fermata_protocol::agent::{AgentSpec, AgentStatus, ExitStatus, Progress, RunProcesses, Usage};
-use fermata_protocol::event::StartCause;
+use fermata_protocol::agent::StartCause;
+use fermata_protocol::agent::{AgentSpec, AgentStatus, ExitStatus, Progress, RunProcesses};
+use fermata_protocol::budget::Usage;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use serde::{Deserialize, Serialize};
 

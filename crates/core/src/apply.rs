@@ -8,7 +8,7 @@ use std::sync::Arc;
 use fermata_protocol::UnixMillis;
 use fermata_protocol::event::Event;
 use fermata_protocol::pause::{PauseMode, Rung};
-use fermata_protocol::project::Phase;
+use fermata_protocol::task::Phase;
 
 use self::agents::change;
 use crate::agent::{AgentState, Ended, Held};

@@ -5,8 +5,8 @@
 
 use std::sync::Arc;
 
-use fermata_protocol::agent::Usage;
 use fermata_protocol::budget::Budget;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::pause::PauseCause;
 use fermata_protocol::{AgentName, Code, Refusal};
 

@@ -4,12 +4,14 @@ mod effect;
 
 use std::collections::BTreeMap;
 
-use fermata_protocol::agent::{AgentSpec, ExitStatus, Progress, RunProcesses, Usage};
+use fermata_protocol::agent::{AgentSpec, ExitStatus, Progress, RunProcesses};
+use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::event::Event;
 use fermata_protocol::pause::{AgentResumed, Mechanism, PauseCause, PauseMode};
-use fermata_protocol::project::{Phase, ProjectConfig};
+use fermata_protocol::project::ProjectConfig;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, RunId, UnixMillis};
 

@@ -6,11 +6,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use fermata_protocol::agent::Usage;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::pause::{Mechanism, PauseCause, PauseMode};
-use fermata_protocol::project::{Phase, ProjectConfig, ProjectStatus, Source};
+use fermata_protocol::project::{ProjectConfig, ProjectStatus, Source};
 use fermata_protocol::question::QuestionView;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, ProjectName, UnixMillis};
 use serde::{Deserialize, Serialize};

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::budget::Usage;
 use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
 use crate::load::Load;
 use crate::pause::Mechanism;
@@ -184,6 +185,30 @@ pub struct AgentListResult {
     pub next: Option<Target>,
 }
 
+/// Parameters of `agent.show`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct AgentShow {
+    /// The agent.
+    pub target: Target,
+    /// Variables to compare with those that it is started with, which are never shown.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub env: BTreeMap<String, String>,
+}
+
+/// Result of `agent.show`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct AgentDetail {
+    /// What `agent.list` shows.
+    pub agent: AgentView,
+    /// How it is started, without its environment.
+    pub spec: AgentSpec,
+    /// Whether it ended by itself with exit code 0, rather than because a person stopped it.
+    pub completed: bool,
+    /// The names of those of the given variables that it is not started with, or with another value.
+    pub env_differs: Vec<String>,
+}
+
 /// Parameters of `agent.stop`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -265,6 +290,44 @@ impl std::fmt::Display for ExitStatus {
             Self::Code(code) => write!(f, "exit code {code}"),
             Self::Signal(signal) => write!(f, "signal {signal}"),
         }
+    }
+}
+
+/// Why a run of an agent began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StartCause {
+    /// `agent.run`.
+    Run,
+    /// `agent.restart`.
+    Restart,
+    /// A resume of the project, or of the agent.
+    Resume,
+    /// Its restart policy.
+    Policy,
+    /// It was interrupted.
+    Recovery,
+}
+
+/// Why an agent is being stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StopCause {
+    /// A person wants it.
+    #[default]
+    Asked,
+    /// Its time is over.
+    TimeUp,
+    /// It has not reported for too long.
+    Stale,
+    /// It was not ready in time.
+    NotReady,
+}
+
+impl StopCause {
+    /// Says whether it is the usual cause, which stored events leave out.
+    pub fn is_asked(&self) -> bool {
+        *self == Self::Asked
     }
 }
 
@@ -368,34 +431,6 @@ pub struct Progress {
     pub reported_at: UnixMillis,
 }
 
-/// Tokens and money that an agent reported to have used, summed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-pub struct Usage {
-    /// Tokens sent to the model.
-    pub input_tokens: u64,
-    /// Tokens that the model wrote.
-    pub output_tokens: u64,
-    /// Cost in millionths of a US dollar.
-    pub cost_micro_usd: u64,
-}
-
-impl Usage {
-    /// Returns both kinds of tokens together.
-    pub fn tokens(&self) -> u64 {
-        self.input_tokens.saturating_add(self.output_tokens)
-    }
-
-    /// Adds another one, without overflow.
-    #[must_use]
-    pub fn plus(&self, other: &Self) -> Self {
-        Self {
-            input_tokens: self.input_tokens.saturating_add(other.input_tokens),
-            output_tokens: self.output_tokens.saturating_add(other.output_tokens),
-            cost_micro_usd: self.cost_micro_usd.saturating_add(other.cost_micro_usd),
-        }
-    }
-}
-
 /// Parameters of `agent.logs`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -476,7 +511,7 @@ pub struct AgentProgress {
     pub units_done: Option<u64>,
     /// The phase that the project's work is in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub phase: Option<crate::project::Phase>,
+    pub phase: Option<crate::task::Phase>,
 }
 
 /// Parameters of `agent.ready`: the agent has come up and can be depended on.

@@ -1,10 +1,37 @@
-//! Budgets: how much the agents of a project, or one agent, may spend before the project is paused.
+//! What agents have spent, and how much they may spend before their project is paused.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::Usage;
 use crate::pause::PauseCause;
+
+/// Tokens and money that an agent reported to have used, summed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+pub struct Usage {
+    /// Tokens sent to the model.
+    pub input_tokens: u64,
+    /// Tokens that the model wrote.
+    pub output_tokens: u64,
+    /// Cost in millionths of a US dollar.
+    pub cost_micro_usd: u64,
+}
+
+impl Usage {
+    /// Returns both kinds of tokens together.
+    pub fn tokens(&self) -> u64 {
+        self.input_tokens.saturating_add(self.output_tokens)
+    }
+
+    /// Adds another one, without overflow.
+    #[must_use]
+    pub fn plus(&self, other: &Self) -> Self {
+        Self {
+            input_tokens: self.input_tokens.saturating_add(other.input_tokens),
+            output_tokens: self.output_tokens.saturating_add(other.output_tokens),
+            cost_micro_usd: self.cost_micro_usd.saturating_add(other.cost_micro_usd),
+        }
+    }
+}
 
 /// How much may be spent. What is left out is not bounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
-use crate::project::Phase;
+use crate::task::Phase;
 
 /// The longest name of a checkpoint, in characters.
 pub const MAX_CHECKPOINT_NAME: usize = 100;

@@ -89,7 +89,7 @@ impl Client {
     /// When nobody listens.
     pub fn connect_greeting(path: &Path, client: &str, token: Option<String>) -> Result<Self, ClientError> {
         let mut client_side = Self::connect_silently(path)?;
-        let version = crate::PROTOCOL_VERSION;
+        let version = crate::rpc::PROTOCOL_VERSION;
         let hello = Hello { min: version, max: version, client: client.into(), token };
         let params = serde_json::to_value(hello).map_err(|e| ClientError::Garbled(e.to_string()))?;
         let id = client_side.add_request(Hello::NAME, &params);

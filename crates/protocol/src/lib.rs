@@ -13,7 +13,6 @@ pub mod client;
 pub mod codec;
 pub mod context;
 pub mod daemon;
-pub mod declaration;
 pub mod error;
 pub mod event;
 pub mod ids;
@@ -36,9 +35,7 @@ pub mod transfer;
 
 pub use error::{Code, ErrorObject, Refusal};
 pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};
-
-/// The protocol version this build speaks.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub use rpc::PROTOCOL_VERSION;
 
 /// The longest line, in bytes without its newline, that either side accepts.
 pub const MAX_LINE_BYTES: usize = 1 << 20;

@@ -11,7 +11,6 @@ use crate::agent::*;
 use crate::checkpoint::*;
 use crate::context::*;
 use crate::daemon::*;
-use crate::declaration::*;
 use crate::error::{Code, Refusal};
 use crate::operation::*;
 use crate::pause::*;

@@ -43,7 +43,7 @@ pub fn document() -> Value {
         "openrpc": "1.3.2",
         "info": {
             "title": "Fermata control protocol",
-            "version": crate::PROTOCOL_VERSION.to_string(),
+            "version": crate::rpc::PROTOCOL_VERSION.to_string(),
             "description": "JSON-RPC 2.0, one object per line, over a Unix socket.",
         },
         "methods": methods,

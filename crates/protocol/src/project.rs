@@ -3,8 +3,8 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{AgentView, Usage};
-use crate::budget::Budget;
+use crate::agent::AgentView;
+use crate::budget::{Budget, Usage};
 use crate::checkpoint::CheckpointView;
 use crate::context::ContextSummary;
 use crate::error::ErrorObject;
@@ -12,6 +12,7 @@ use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
 use crate::pause::{Mechanism, PauseCause, PauseMode};
 use crate::retention::Retention;
+use crate::task::Phase;
 
 /// The status of a project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
@@ -60,36 +61,6 @@ impl ProjectStatus {
 impl std::fmt::Display for ProjectStatus {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.pad(self.as_str())
-    }
-}
-
-/// The phase of the work in a project.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Phase {
-    /// Finding out what is to be done.
-    #[default]
-    Discovery,
-    /// Planning it.
-    Planning,
-    /// Doing it.
-    Active,
-    /// Reviewing it.
-    Review,
-    /// Done.
-    Complete,
-}
-
-impl Phase {
-    /// Returns the text of the wire and of the database.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Discovery => "discovery",
-            Self::Planning => "planning",
-            Self::Active => "active",
-            Self::Review => "review",
-            Self::Complete => "complete",
-        }
     }
 }
 

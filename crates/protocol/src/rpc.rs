@@ -5,6 +5,9 @@ use serde_json::{Map, Value};
 
 use crate::error::{Code, ErrorObject, Refusal};
 
+/// The protocol version this build speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+
 /// The id of a request: a string, a number or null, given back as it came.
 pub type RequestId = Value;
 

@@ -3,8 +3,22 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::event::RecordedEvent;
-use crate::ids::ProjectName;
+use crate::event::Event;
+use crate::ids::{ProjectName, UnixMillis};
+
+/// An event with its place in the order of all events.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct RecordedEvent {
+    /// Where a subscriber goes on after this event.
+    pub cursor: String,
+    /// When it was recorded.
+    pub at: UnixMillis,
+    /// The project.
+    pub project: ProjectName,
+    /// What happened.
+    #[serde(flatten)]
+    pub event: Event,
+}
 
 /// Which events a subscriber wants; what is left out does not filter.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]

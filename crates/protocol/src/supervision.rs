@@ -6,7 +6,6 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::budget::Budget;
-use crate::declaration::Declared;
 use crate::ids::AgentName;
 
 /// How an agent is looked after. Everything has a default; an empty object is a plain process.
@@ -68,6 +67,18 @@ impl Supervision {
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+/// Where an agent was declared, and as what.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Declared {
+    /// The absolute path of the file.
+    pub file: String,
+    /// SHA-256 of what the file says of the agent, in hexadecimal. The client that declares it
+    /// chooses the form; values of variables are not in it, since a digest of a short secret is no
+    /// secret.
+    pub sha256: String,
 }
 
 /// When an agent is started again.

@@ -1,9 +1,39 @@
-//! Tasks: units of work that agents report.
+//! The work of a project: its phase, and the tasks that agents report.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{AgentName, ProjectName, Target, UnixMillis};
+
+/// The phase of the work in a project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Finding out what is to be done.
+    #[default]
+    Discovery,
+    /// Planning it.
+    Planning,
+    /// Doing it.
+    Active,
+    /// Reviewing it.
+    Review,
+    /// Done.
+    Complete,
+}
+
+impl Phase {
+    /// Returns the text of the wire and of the database.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Discovery => "discovery",
+            Self::Planning => "planning",
+            Self::Active => "active",
+            Self::Review => "review",
+            Self::Complete => "complete",
+        }
+    }
+}
 
 /// The status of a task.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use fermata_protocol::context::{ItemType, Tier};
-use fermata_protocol::project::Phase;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{CheckpointNumber, OperationId, ProjectName, Target};
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use fermata_protocol::event::RecordedEvent;
+use fermata_protocol::subscription::RecordedEvent;
 use fermata_protocol::subscription::{EventFilter, EventNotification, EventsList, EventsSubscribe};
 use serde::Deserialize as _;
 use serde_json::Value;

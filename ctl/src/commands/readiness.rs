@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use fermata_protocol::agent::AgentStatus;
-use fermata_protocol::declaration::{AgentDetail, AgentShow};
+use fermata_protocol::agent::{AgentDetail, AgentShow};
 use fermata_protocol::subscription::{EventFilter, EventsSubscribe};
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 

@@ -3,8 +3,9 @@
 use std::io;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::agent::{AgentView, Usage};
+use fermata_protocol::agent::AgentView;
 use fermata_protocol::budget::Budget;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::daemon::DaemonStatus;
 use fermata_protocol::project::{AutomaticCheckpoints, LookView, ProjectDetail, ProjectList, ProjectShow, ProjectView};
 use serde_json::json;

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
+use fermata_protocol::agent::{AgentDetail, AgentShow};
 use fermata_protocol::agent::{AgentRun, AgentStatus, AgentView, AgentWait};
-use fermata_protocol::declaration::{AgentDetail, AgentShow, Declared};
 use fermata_protocol::project::{ProjectCreate, ProjectDetail, ProjectSet, ProjectStatus};
+use fermata_protocol::supervision::Declared;
 use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 

@@ -3,7 +3,7 @@
 
 use fermata_core::agent::{AgentState, Ended};
 use fermata_core::view;
-use fermata_protocol::declaration::{AgentDetail, AgentShow};
+use fermata_protocol::agent::{AgentDetail, AgentShow};
 use serde_json::Value;
 
 use super::agents::{not_found, one_agent};

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use fermata_core::command::Command;
 use fermata_core::redact::Secrets;
-use fermata_protocol::agent::{AgentProgress, AgentUsage, Progress, StateGetResult, StatePut, Usage};
+use fermata_protocol::agent::{AgentProgress, AgentUsage, Progress, StateGetResult, StatePut};
+use fermata_protocol::budget::Usage;
 use fermata_protocol::question::{QuestionAnswer, QuestionAsk, QuestionList, QuestionListResult, QuestionWait};
 use fermata_protocol::task::{TaskListResult, TaskPut};
 use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};

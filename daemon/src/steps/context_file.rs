@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 
 use fermata_protocol::context::ContextItem;
-use fermata_protocol::project::Phase;
+use fermata_protocol::task::Phase;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::project::Phase;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _};
 

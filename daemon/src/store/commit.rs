@@ -157,7 +157,7 @@ fn record_usage(
     connection: &Connection,
     project: &ProjectName,
     agent: &AgentName,
-    usage: &fermata_protocol::agent::Usage,
+    usage: &fermata_protocol::budget::Usage,
     now: UnixMillis,
 ) -> Result<(), StoreError> {
     let sql = "INSERT INTO usage (at, project, agent, input_tokens, output_tokens, cost_micro_usd) \

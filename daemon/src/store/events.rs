@@ -1,7 +1,8 @@
 //! The event table: appended in the transaction of what it tells, read from a cursor.
 
-use fermata_protocol::event::{Event, RecordedEvent};
+use fermata_protocol::event::Event;
 use fermata_protocol::subscription::EventFilter;
+use fermata_protocol::subscription::RecordedEvent;
 use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
 

@@ -8,8 +8,9 @@ use std::sync::Arc;
 
 use fermata_core::agent::Agent;
 use fermata_core::project::{Counters, Facts, Project};
-use fermata_protocol::project::{Phase, Source};
+use fermata_protocol::project::Source;
 use fermata_protocol::question::QuestionView;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
 use fermata_protocol::{AgentName, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};

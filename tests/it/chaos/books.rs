@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use fermata_protocol::agent::ExitStatus;
-use fermata_protocol::event::{Event, RecordedEvent};
+use fermata_protocol::event::Event;
+use fermata_protocol::subscription::RecordedEvent;
 use fermata_protocol::subscription::{EventFilter, EventsList};
 use fermata_protocol::{ProjectName, RunId, Target};
 use fermata_tests::{Sandbox, process};

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use fermata_protocol::event::{Event, StartCause, StopCause};
+use fermata_protocol::agent::{StartCause, StopCause};
+use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 
 use super::{rest, settle};

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 
 use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
-use fermata_protocol::event::{Event, StartCause, StopCause};
+use fermata_protocol::agent::{StartCause, StopCause};
+use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
 use super::{agent, lifecycle, refuse_while_moving};

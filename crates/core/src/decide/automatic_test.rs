@@ -4,7 +4,8 @@ use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::Progress;
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::pause::{PauseCause, PauseMode};
-use fermata_protocol::project::{AutomaticCheckpoints, Phase, ProjectConfig};
+use fermata_protocol::project::{AutomaticCheckpoints, ProjectConfig};
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskStatus;
 
 use super::model::*;

@@ -1,8 +1,8 @@
 //! Budgets through the whole of `decide` and `apply`.
 
 use fermata_protocol::Code;
-use fermata_protocol::agent::Usage;
 use fermata_protocol::budget::Budget;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectConfig;
 use fermata_protocol::supervision::Supervision;

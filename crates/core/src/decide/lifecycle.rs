@@ -2,8 +2,9 @@
 //! because time is up, readiness and staleness.
 
 use fermata_protocol::agent::AgentSpec;
+use fermata_protocol::agent::{StartCause, StopCause};
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::event::{Event, StartCause, StopCause};
+use fermata_protocol::event::Event;
 use fermata_protocol::supervision::OnStale;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId, UnixMillis};
 

@@ -21,7 +21,7 @@ mod model;
 mod model_test;
 
 use fermata_protocol::event::Event;
-use fermata_protocol::project::Phase;
+use fermata_protocol::task::Phase;
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 
 use crate::agent::Agent;

@@ -7,10 +7,11 @@ use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Trigger};
 use fermata_protocol::event::Event;
 use fermata_protocol::pause::{AgentResumed, Mechanism, Rung};
-use fermata_protocol::project::{Phase, ProjectConfig};
+use fermata_protocol::project::ProjectConfig;
 use fermata_protocol::supervision::{
     Dependency, DependencyState, OnStale, Readiness, ReadyWhen, Recover, Restart, RestartPolicy, Supervision,
 };
+use fermata_protocol::task::Phase;
 use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
 
 use crate::agent::{AgentState, Held};

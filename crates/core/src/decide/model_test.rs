@@ -2,7 +2,8 @@
 //! checked after every event and whenever nothing is under way.
 
 use fermata_protocol::UnixMillis;
-use fermata_protocol::agent::{Progress, Usage};
+use fermata_protocol::agent::Progress;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::pause::{PauseCause, PauseMode};
 use proptest::prelude::*;

@@ -5,7 +5,8 @@
 
 use std::collections::BTreeMap;
 
-use fermata_protocol::event::{Event, StartCause};
+use fermata_protocol::agent::StartCause;
+use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
 use super::{agents, lifecycle, pause, restore, resume};

@@ -1,10 +1,11 @@
 //! What agents report and people answer: progress, usage, tasks, questions, context.
 
-use fermata_protocol::agent::{Progress, Usage};
+use fermata_protocol::agent::Progress;
+use fermata_protocol::budget::Usage;
 use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::event::Event;
-use fermata_protocol::project::Phase;
 use fermata_protocol::question::QuestionView;
+use fermata_protocol::task::Phase;
 use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use fermata_protocol::event::{Event, StartCause};
+use fermata_protocol::agent::StartCause;
+use fermata_protocol::event::Event;
 use fermata_protocol::pause::{AgentResumed, ResumeResult, Rung};
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, UnixMillis};
 
