@@ -87,7 +87,6 @@ pub struct ResourceLimit {
 pub struct AgentSpec {
     /// The program and its arguments.
     pub argv: Vec<String>,
-    /// The working directory.
     pub cwd: String,
     /// The file mode creation mask.
     pub umask: u32,
@@ -113,7 +112,6 @@ pub struct RunProcesses {
     pub pid: i32,
     /// When it started, clock ticks since boot (field 22 of `/proc/PID/stat`).
     pub start_ticks: u64,
-    /// Its shim.
     pub shim_pid: i32,
     /// When the shim started, clock ticks since boot.
     pub shim_start_ticks: u64,
@@ -334,15 +332,11 @@ impl StopCause {
 /// An agent as `ps` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AgentView {
-    /// Its project.
     pub project: ProjectName,
-    /// Its name.
     pub name: AgentName,
-    /// Its status.
     pub status: AgentStatus,
     /// The program and its arguments.
     pub argv: Vec<String>,
-    /// The working directory.
     pub cwd: String,
     /// The profile that knows the tool.
     #[serde(default, skip_serializing_if = "Option::is_none")]

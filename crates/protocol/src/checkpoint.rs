@@ -88,7 +88,6 @@ pub struct CheckpointMetadata {
 /// A checkpoint as `checkpoint.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointView {
-    /// Its project.
     pub project: ProjectName,
     /// Its number.
     pub id: CheckpointNumber,
@@ -100,7 +99,6 @@ pub struct CheckpointView {
     pub trigger: Trigger,
     /// The format version of its files.
     pub format: u32,
-    /// When it was made.
     pub created_at: UnixMillis,
     /// The operation that made it.
     pub operation_id: OperationId,
@@ -130,10 +128,8 @@ pub struct CheckpointCreate {
     /// The project; the caller's own when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// Its name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// Its description.
     #[serde(default)]
     pub description: String,
 }
@@ -141,11 +137,9 @@ pub struct CheckpointCreate {
 /// Result of `checkpoint.create`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointCreateResult {
-    /// The operation.
     pub operation_id: OperationId,
     /// The number of the checkpoint.
     pub checkpoint_id: CheckpointNumber,
-    /// The checkpoint.
     pub checkpoint: CheckpointView,
     /// How long the agents stood still, milliseconds.
     pub frozen_ms: f64,
@@ -159,7 +153,6 @@ pub struct CheckpointCreateResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointList {
-    /// The project.
     pub project: ProjectName,
     /// Only those before this number; for the next page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -183,9 +176,7 @@ pub struct CheckpointListResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointShow {
-    /// The project.
     pub project: ProjectName,
-    /// The checkpoint.
     pub checkpoint: CheckpointNumber,
 }
 
@@ -220,22 +211,16 @@ pub struct ManifestPart {
 pub struct Manifest {
     /// The format version.
     pub format: u32,
-    /// The project.
     pub project: ProjectName,
-    /// The number.
     pub checkpoint: CheckpointNumber,
-    /// When it was made.
     pub created_at: UnixMillis,
-    /// The parts.
     pub parts: Vec<ManifestPart>,
 }
 
 /// Result of `checkpoint.show`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointDetail {
-    /// The checkpoint.
     pub checkpoint: CheckpointView,
-    /// Its manifest.
     pub manifest: Manifest,
     /// What the snapshot left out although no rule excludes it; the first so many by path.
     pub skipped: Vec<SkippedPath>,
@@ -255,7 +240,6 @@ pub struct CheckpointDetail {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointDiff {
-    /// The project.
     pub project: ProjectName,
     /// The older point.
     pub from: CheckpointNumber,
@@ -290,7 +274,6 @@ pub enum ChangeKind {
 pub struct ChangedPath {
     /// The path inside the workspace, with control characters, `%` and bytes that are not UTF-8 as `%XX`.
     pub path: String,
-    /// What happened.
     pub change: ChangeKind,
     /// The size before, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -317,9 +300,7 @@ pub struct CheckpointDiffResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRestore {
-    /// The project.
     pub project: ProjectName,
-    /// The checkpoint.
     pub checkpoint: CheckpointNumber,
     /// Only shows what would change.
     #[serde(default)]
@@ -335,7 +316,6 @@ pub struct CheckpointRestore {
 pub struct LeftPath {
     /// The path inside the workspace.
     pub path: String,
-    /// Why.
     pub reason: String,
 }
 
@@ -381,7 +361,6 @@ pub struct CheckpointRestoreResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointVerify {
-    /// The project.
     pub project: ProjectName,
     /// One checkpoint; all of them when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -391,11 +370,9 @@ pub struct CheckpointVerify {
 /// What a verification found of one checkpoint.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct VerifiedCheckpoint {
-    /// The checkpoint.
     pub checkpoint_id: CheckpointNumber,
     /// Whether every part is there and unchanged.
     pub good: bool,
-    /// What is wrong.
     pub problems: Vec<String>,
 }
 
@@ -410,9 +387,7 @@ pub struct CheckpointVerifyResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPin {
-    /// The project.
     pub project: ProjectName,
-    /// The checkpoint.
     pub checkpoint: CheckpointNumber,
     /// Whether retention must leave it alone.
     pub pinned: bool,

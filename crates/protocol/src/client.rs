@@ -67,7 +67,6 @@ enum Greeting {
     None,
     /// It was sent, or will be with the first request, under this number.
     Awaited(u64),
-    /// It was answered.
     Answered(HelloResult),
 }
 

@@ -70,7 +70,6 @@ impl Tier {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct NewItem {
-    /// Its type.
     #[serde(rename = "type")]
     pub kind: ItemType,
     /// Its text, at most 256 KiB.
@@ -87,7 +86,6 @@ pub struct ContextPut {
     /// The agent; the caller itself when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<Target>,
-    /// The items.
     pub items: Vec<NewItem>,
 }
 
@@ -107,14 +105,11 @@ pub struct ContextPutResult {
 /// An item as `context.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ContextItem {
-    /// Its id.
     pub id: i64,
     /// The agent that knows it.
     pub agent: AgentName,
-    /// Its type.
     #[serde(rename = "type")]
     pub kind: ItemType,
-    /// Its tokens.
     pub tokens: u64,
     /// Its score when it was scored last, 0 to 1.
     pub score: f64,
@@ -126,7 +121,6 @@ pub struct ContextItem {
     pub archived: bool,
     /// How often it was read.
     pub access_count: u64,
-    /// When it was put.
     pub created_at: UnixMillis,
     /// The text, or its beginning in lists.
     pub text: String,
@@ -156,7 +150,6 @@ pub struct ContextList {
 /// Result of `context.list` and `context.search`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ContextListResult {
-    /// The items.
     pub items: Vec<ContextItem>,
 }
 
@@ -167,7 +160,6 @@ pub struct ContextShow {
     /// The project; the caller's own when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// The item.
     pub id: i64,
 }
 
@@ -178,7 +170,6 @@ pub struct ContextPin {
     /// The project; the caller's own when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// The item.
     pub id: i64,
     /// Whether it always stays hot.
     pub pinned: bool,
@@ -205,7 +196,6 @@ pub struct ContextRecall {
     /// The project; the caller's own when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// The items.
     pub ids: Vec<i64>,
 }
 
@@ -227,7 +217,6 @@ pub struct FlashSaveResult {
     pub tokens_after: u64,
     /// How many items were archived.
     pub items_archived: u64,
-    /// Their tokens.
     pub tokens_archived: u64,
     /// How many hot items stay.
     pub hot_items_retained: u64,

@@ -88,13 +88,10 @@ pub struct DaemonStatus {}
 pub struct DaemonStatusResult {
     /// The daemon's version.
     pub version: String,
-    /// Its process id.
     pub pid: u32,
-    /// When it started.
     pub started_at: UnixMillis,
     /// Its state directory.
     pub state_dir: String,
-    /// Its socket.
     pub socket: String,
     /// How agents are frozen: `cgroup`, or `signals` and why.
     pub freezer: String,

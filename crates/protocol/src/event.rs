@@ -23,105 +23,54 @@ use crate::task::{Phase, TaskView};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(tag = "kind", content = "data")]
 pub enum Event {
-    /// A project was created.
     #[serde(rename = "project.created")]
     ProjectCreated {
         /// The workspace's absolute path.
         workspace: String,
-        /// What it is for.
         description: String,
-        /// Where the workspace came from.
         source: Option<Source>,
-        /// The settings.
         config: ProjectConfig,
     },
     /// Description or settings of a project changed.
     #[serde(rename = "project.changed")]
-    ProjectChanged {
-        /// The new description.
-        description: Option<String>,
-        /// The new settings.
-        config: Option<ProjectConfig>,
-    },
+    ProjectChanged { description: Option<String>, config: Option<ProjectConfig> },
     /// The phase of the work changed.
     #[serde(rename = "project.phase_changed")]
-    PhaseChanged {
-        /// The phase before.
-        from: Phase,
-        /// The phase now.
-        to: Phase,
-    },
-    /// A project was removed.
+    PhaseChanged { from: Phase, to: Phase },
     #[serde(rename = "project.removed")]
     ProjectRemoved {},
     /// An agent was added to a project.
     #[serde(rename = "agent.created")]
-    AgentCreated {
-        /// The agent.
-        agent: AgentName,
-        /// How it is started.
-        spec: AgentSpec,
-    },
+    AgentCreated { agent: AgentName, spec: AgentSpec },
     /// A run of an agent is being started.
     #[serde(rename = "agent.starting")]
     AgentStarting {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// The program and arguments of this run.
         argv: Vec<String>,
-        /// Why.
         cause: StartCause,
         /// SHA-256 of the run's token, in hexadecimal.
         token_sha256: String,
     },
     /// A run of an agent has started.
     #[serde(rename = "agent.started")]
-    AgentStarted {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-        /// Its processes.
-        processes: RunProcesses,
-    },
+    AgentStarted { agent: AgentName, run: RunId, processes: RunProcesses },
     /// A run of an agent could not be started.
     #[serde(rename = "agent.launch_failed")]
-    AgentLaunchFailed {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-        /// Why.
-        reason: String,
-    },
+    AgentLaunchFailed { agent: AgentName, run: RunId, reason: String },
     /// A new daemon took over a running agent.
     #[serde(rename = "agent.adopted")]
-    AgentAdopted {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-    },
+    AgentAdopted { agent: AgentName, run: RunId },
     /// The shim of a running agent cannot be spoken to, for instance because it is of another version:
     /// the agent runs on, but can only be ended.
     #[serde(rename = "agent.unreachable")]
-    AgentUnreachable {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-        /// Why.
-        detail: String,
-    },
+    AgentUnreachable { agent: AgentName, run: RunId, detail: String },
     /// A frozen agent ran although nobody had let it: somebody else continued it, or its lease was
     /// over too soon. A pause that was under way has failed; one that was committed holds it again.
     #[serde(rename = "agent.freeze_broken")]
     AgentFreezeBroken {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// How often since this was told last.
         times: u64,
@@ -131,36 +80,26 @@ pub enum Event {
     /// A stop of an agent began.
     #[serde(rename = "agent.stopping")]
     AgentStopping {
-        /// The agent.
         agent: AgentName,
         /// Whether a new run follows at once.
         restart: bool,
-        /// Why.
         #[serde(default, skip_serializing_if = "StopCause::is_asked")]
         cause: StopCause,
     },
     /// The start of an agent waits until others have come far enough.
     #[serde(rename = "agent.waiting")]
     AgentWaiting {
-        /// The agent.
         agent: AgentName,
         /// Those that it waits for now.
         for_agents: Vec<AgentName>,
     },
     /// A run of an agent is ready.
     #[serde(rename = "agent.ready")]
-    AgentReady {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-    },
+    AgentReady { agent: AgentName, run: RunId },
     /// The time of an agent's run is over; a checkpoint is taken, then it is ended.
     #[serde(rename = "agent.time_up")]
     AgentTimeUp {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// How long it has run, paused time not counted, milliseconds.
         ran_ms: i64,
@@ -168,9 +107,7 @@ pub enum Event {
     /// An agent has not reported for too long.
     #[serde(rename = "agent.stale")]
     AgentStale {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// How long it has not reported, paused time not counted, milliseconds.
         silent_ms: i64,
@@ -180,9 +117,7 @@ pub enum Event {
     /// An agent that has ended is started again later.
     #[serde(rename = "agent.backoff")]
     AgentBackoff {
-        /// The agent.
         agent: AgentName,
-        /// When.
         until: UnixMillis,
         /// Which start in a row that is.
         start: u32,
@@ -194,7 +129,6 @@ pub enum Event {
     /// A start that was to come is called off.
     #[serde(rename = "agent.given_up")]
     AgentGivenUp {
-        /// The agent.
         agent: AgentName,
         /// Why it counts as failed; none when a person called it off.
         reason: Option<String>,
@@ -202,24 +136,18 @@ pub enum Event {
     /// A run of an agent ended.
     #[serde(rename = "agent.exited")]
     AgentExited {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// How.
         exit: ExitStatus,
         /// What is known beyond that.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         detail: Option<String>,
-        /// When.
         ended_at: UnixMillis,
     },
     /// A run of an agent ended without a recorded exit: its shim or the machine went down.
     #[serde(rename = "agent.interrupted")]
     AgentInterrupted {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// What is known of it.
         detail: String,
@@ -229,66 +157,33 @@ pub enum Event {
     },
     /// The processes of a parked agent were ended; it stays paused.
     #[serde(rename = "agent.parked")]
-    AgentParked {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-    },
-    /// An agent was removed.
+    AgentParked { agent: AgentName, run: RunId },
     #[serde(rename = "agent.removed")]
-    AgentRemoved {
-        /// The agent.
-        agent: AgentName,
-    },
+    AgentRemoved { agent: AgentName },
     /// A signal that was not Fermata's stopped an agent's main process, for instance by Ctrl-Z.
     #[serde(rename = "agent.suspended")]
-    AgentSuspended {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-    },
+    AgentSuspended { agent: AgentName, run: RunId },
     /// An agent that was suspended goes on.
     #[serde(rename = "agent.continued")]
-    AgentContinued {
-        /// The agent.
-        agent: AgentName,
-        /// The run.
-        run: RunId,
-    },
+    AgentContinued { agent: AgentName, run: RunId },
     /// Something was typed into an agent's terminal without attaching to it.
     #[serde(rename = "agent.typed")]
     AgentTyped {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
         /// Who typed: a user.
         by: String,
-        /// How many bytes.
         bytes: u64,
     },
     /// The profile found the tool's own session id.
     #[serde(rename = "agent.session_found")]
-    AgentSessionFound {
-        /// The agent.
-        agent: AgentName,
-        /// The session.
-        session: String,
-    },
+    AgentSessionFound { agent: AgentName, session: String },
     /// An agent reported progress.
     #[serde(rename = "agent.progressed")]
-    AgentProgressed {
-        /// The agent.
-        agent: AgentName,
-        /// What it reported.
-        progress: Progress,
-    },
+    AgentProgressed { agent: AgentName, progress: Progress },
     /// An agent reported usage.
     #[serde(rename = "agent.used")]
     AgentUsed {
-        /// The agent.
         agent: AgentName,
         /// What was used since the last report.
         usage: Usage,
@@ -296,71 +191,33 @@ pub enum Event {
     /// An agent saved its own state blob.
     #[serde(rename = "agent.state_saved")]
     AgentStateSaved {
-        /// The agent.
         agent: AgentName,
         /// The blob's size as JSON text.
         bytes: u64,
     },
     /// A task was created or changed.
     #[serde(rename = "task.changed")]
-    TaskChanged {
-        /// The task as it is now.
-        task: TaskView,
-    },
+    TaskChanged { task: TaskView },
     /// An agent asked a question.
     #[serde(rename = "question.asked")]
-    QuestionAsked {
-        /// The question.
-        question: QuestionView,
-    },
-    /// A question was answered.
+    QuestionAsked { question: QuestionView },
     #[serde(rename = "question.answered")]
-    QuestionAnswered {
-        /// The question.
-        id: u64,
-        /// The agent that asked.
-        agent: AgentName,
-        /// The answer.
-        answer: String,
-        /// When.
-        answered_at: UnixMillis,
-    },
+    QuestionAnswered { id: u64, agent: AgentName, answer: String, answered_at: UnixMillis },
     /// Context items were put.
     #[serde(rename = "context.added")]
-    ContextAdded {
-        /// The agent that knows them.
-        agent: AgentName,
-        /// How many.
-        items: u64,
-        /// Their tokens.
-        tokens: u64,
-    },
+    ContextAdded { agent: AgentName, items: u64, tokens: u64 },
     /// A flash save was applied outside a pause.
     #[serde(rename = "context.flash_saved")]
-    FlashSaved {
-        /// The agent.
-        agent: AgentName,
-        /// What it did.
-        result: FlashSaveResult,
-    },
+    FlashSaved { agent: AgentName, result: FlashSaveResult },
     /// A context item was pinned or unpinned.
     #[serde(rename = "context.pinned")]
-    ContextPinned {
-        /// The item.
-        id: i64,
-        /// Whether it is pinned now.
-        pinned: bool,
-    },
+    ContextPinned { id: i64, pinned: bool },
     /// Archived context items were brought back.
     #[serde(rename = "context.recalled")]
-    ContextRecalled {
-        /// The items.
-        ids: Vec<i64>,
-    },
+    ContextRecalled { ids: Vec<i64> },
     /// An operation went on to another step.
     #[serde(rename = "operation.stepped")]
     OperationStepped {
-        /// The operation.
         operation: OperationId,
         /// What it does.
         operation_kind: OperationKind,
@@ -371,51 +228,33 @@ pub enum Event {
     },
     /// A step of an operation failed or it was cancelled; what was done is being undone.
     #[serde(rename = "operation.undoing")]
-    OperationUndoing {
-        /// The operation.
-        operation: OperationId,
-        /// The step.
-        step: String,
-        /// What went wrong.
-        error: ErrorObject,
-    },
+    OperationUndoing { operation: OperationId, step: String, error: ErrorObject },
     /// A pause began.
     #[serde(rename = "pause.started")]
     PauseStarted {
-        /// The operation.
         operation: OperationId,
         /// The number that its checkpoint will have.
         checkpoint: CheckpointNumber,
-        /// How the project will be held.
         mode: PauseMode,
         /// Who or what brought it about.
         #[serde(default, skip_serializing_if = "PauseCause::is_person")]
         cause: PauseCause,
-        /// Why.
         reason: Option<String>,
         /// How long agents with a channel have to acknowledge, milliseconds.
         grace_ms: Option<u64>,
     },
-    /// A project was paused.
     #[serde(rename = "project.paused")]
     ProjectPaused {
-        /// The checkpoint.
         checkpoint: CheckpointView,
         /// Tokens that the flash save archived.
         tokens_archived: u64,
-        /// The reply of the pause.
         result: PauseResult,
         /// The agents that were frozen.
         agents: Vec<AgentName>,
     },
     /// A pause failed or was cancelled, and was undone.
     #[serde(rename = "pause.failed")]
-    PauseFailed {
-        /// The operation.
-        operation: OperationId,
-        /// What went wrong.
-        error: ErrorObject,
-    },
+    PauseFailed { operation: OperationId, error: ErrorObject },
     /// The project would have been paused automatically, and was not.
     #[serde(rename = "pause.withheld")]
     PauseWithheld {
@@ -429,34 +268,20 @@ pub enum Event {
     /// A resume began.
     #[serde(rename = "resume.started")]
     ResumeStarted {
-        /// The operation.
         operation: OperationId,
         /// Whether it goes on over its budget.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         over_budget: bool,
     },
-    /// A project was resumed.
     #[serde(rename = "project.resumed")]
-    ProjectResumed {
-        /// The reply of the resume.
-        result: ResumeResult,
-    },
+    ProjectResumed { result: ResumeResult },
     /// A checkpoint outside a pause began.
     #[serde(rename = "checkpoint.started")]
-    CheckpointStarted {
-        /// The operation.
-        operation: OperationId,
-        /// Its number.
-        checkpoint: CheckpointNumber,
-        /// What makes it.
-        trigger: Trigger,
-    },
+    CheckpointStarted { operation: OperationId, checkpoint: CheckpointNumber, trigger: Trigger },
     /// A checkpoint was made.
     #[serde(rename = "checkpoint.created")]
     CheckpointCreated {
-        /// The operation.
         operation: OperationId,
-        /// The checkpoint.
         checkpoint: CheckpointView,
         /// How long the agents stood still, milliseconds.
         frozen_ms: f64,
@@ -466,28 +291,18 @@ pub enum Event {
     },
     /// A checkpoint could not be made.
     #[serde(rename = "checkpoint.failed")]
-    CheckpointFailed {
-        /// The operation.
-        operation: OperationId,
-        /// What went wrong.
-        error: ErrorObject,
-    },
+    CheckpointFailed { operation: OperationId, error: ErrorObject },
     /// A checkpoint was pinned or unpinned.
     #[serde(rename = "checkpoint.pinned")]
     CheckpointPinned {
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
         /// Whether retention must leave it alone.
         pinned: bool,
     },
-    /// A checkpoint was removed.
     #[serde(rename = "checkpoint.removed")]
     CheckpointRemoved {
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
-        /// What had made it.
         trigger: Trigger,
-        /// Why it was removed.
         reason: RemovalReason,
         /// Bytes that it had added to the disk.
         size_bytes: u64,
@@ -495,7 +310,6 @@ pub enum Event {
     /// A restore began.
     #[serde(rename = "restore.started")]
     RestoreStarted {
-        /// The operation.
         operation: OperationId,
         /// The checkpoint to restore.
         checkpoint: CheckpointNumber,
@@ -508,7 +322,6 @@ pub enum Event {
     /// The safety checkpoint was made and the plan written down: from here on the restore only rolls forward.
     #[serde(rename = "restore.planned")]
     RestorePlanned {
-        /// The operation.
         operation: OperationId,
         /// The safety checkpoint.
         safety: CheckpointView,
@@ -516,11 +329,9 @@ pub enum Event {
     /// A restore could not be carried out and is tried again.
     #[serde(rename = "restore.retried")]
     RestoreRetried {
-        /// The operation.
         operation: OperationId,
         /// How often it has failed.
         tries: u32,
-        /// What went wrong.
         error: ErrorObject,
         /// When the next try begins, milliseconds from now.
         again_in_ms: u64,
@@ -529,21 +340,17 @@ pub enum Event {
     /// succeeded.
     #[serde(rename = "restore.given_up")]
     RestoreGivenUp {
-        /// The operation.
         operation: OperationId,
         /// The checkpoint that was to be restored.
         checkpoint: CheckpointNumber,
         /// The checkpoint of what was there before.
         safety: CheckpointNumber,
-        /// What went wrong.
         error: ErrorObject,
     },
     /// After a restore the whole workspace was compared with the checkpoint.
     #[serde(rename = "restore.checked")]
     RestoreChecked {
-        /// The operation.
         operation: OperationId,
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
         /// How many paths were compared.
         paths: u64,
@@ -556,29 +363,18 @@ pub enum Event {
     /// A checkpoint was restored.
     #[serde(rename = "project.restored")]
     ProjectRestored {
-        /// The operation.
         operation: OperationId,
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
         /// The safety checkpoint.
         safety: CheckpointNumber,
-        /// The phase of the work at the checkpoint.
         phase: Phase,
-        /// The tasks at the checkpoint.
         tasks: Vec<TaskView>,
-        /// How many paths were written.
         written: u64,
-        /// How many paths were removed.
         removed: u64,
     },
     /// A restore failed before anything was changed.
     #[serde(rename = "restore.failed")]
-    RestoreFailed {
-        /// The operation.
-        operation: OperationId,
-        /// What went wrong.
-        error: ErrorObject,
-    },
+    RestoreFailed { operation: OperationId, error: ErrorObject },
 }
 
 impl Event {

@@ -128,10 +128,7 @@ macro_rules! string_id {
     };
 }
 
-string_id!(
-    /// The name of a project.
-    ProjectName, "project", check_name, "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-);
+string_id!(ProjectName, "project", check_name, "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$");
 string_id!(
     /// The name of an agent inside its project.
     AgentName, "agent", check_name, "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -168,7 +165,6 @@ impl UnixMillis {
 /// What a command is aimed at: a whole project, or one of its agents (`project/agent`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Target {
-    /// The project.
     pub project: ProjectName,
     /// The agent, or every agent of the project.
     pub agent: Option<AgentName>,

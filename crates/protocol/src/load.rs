@@ -28,7 +28,6 @@ pub struct Load {
     /// The time that `cpu_percent` is the average of, milliseconds: since the sample before, or since
     /// the run began.
     pub cpu_window_ms: i64,
-    /// Memory, bytes.
     pub memory_bytes: u64,
     /// The most memory, bytes: by the kernel's own account where memory is charged, else the largest
     /// of the samples so far.
@@ -41,6 +40,5 @@ pub struct Load {
     /// Bytes written to disks since the run began; left out where that cannot be read.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_written_bytes: Option<u64>,
-    /// Processes.
     pub processes: u64,
 }

@@ -67,22 +67,16 @@ impl OperationState {
 /// An operation as `operation.show` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct OperationView {
-    /// Its id.
     pub id: OperationId,
-    /// Its project.
     pub project: ProjectName,
-    /// What it does.
     pub kind: OperationKind,
-    /// Where it stands.
     pub state: OperationState,
     /// The step under way, or the one that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
     /// How long each concluded step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
-    /// When it began.
     pub started_at: UnixMillis,
-    /// When it ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<UnixMillis>,
     /// The result, when it succeeded.
@@ -116,7 +110,6 @@ pub struct OperationListResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OperationShow {
-    /// The operation.
     pub operation_id: OperationId,
 }
 
@@ -124,6 +117,5 @@ pub struct OperationShow {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OperationCancel {
-    /// The operation.
     pub operation_id: OperationId,
 }

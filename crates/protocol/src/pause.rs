@@ -99,7 +99,6 @@ impl Mechanism {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectPause {
-    /// The project.
     pub project: ProjectName,
     /// Why; kept with the pause and its checkpoint.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -117,7 +116,6 @@ pub struct ProjectPause {
 pub struct PauseResult {
     /// Always true: a pause that fails is an error.
     pub success: bool,
-    /// The operation.
     pub operation_id: OperationId,
     /// The checkpoint that the pause made.
     pub checkpoint_id: CheckpointNumber,
@@ -156,7 +154,6 @@ pub struct PauseResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectResume {
-    /// The project.
     pub project: ProjectName,
     /// Restore this checkpoint first.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -183,9 +180,7 @@ pub enum Rung {
 /// How one agent came back, with its name.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AgentResumed {
-    /// The agent.
     pub agent: AgentName,
-    /// How it came back.
     pub rung: Rung,
     /// The program and arguments, when it was started again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -200,7 +195,6 @@ pub struct AgentResumed {
 pub struct ResumeResult {
     /// Whether every agent came back.
     pub success: bool,
-    /// The operation.
     pub operation_id: OperationId,
     /// How each agent came back.
     pub agents: Vec<AgentResumed>,

@@ -26,22 +26,18 @@ pub enum PluginState {
 /// A plugin as `plugin.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct PluginView {
-    /// Its name.
     pub name: String,
     /// The path of the shared object.
     pub path: String,
-    /// Its version.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub version: Option<String>,
     /// What it does: `checkpoint`, `notify`.
     pub kinds: Vec<String>,
-    /// Where it stands.
     pub state: PluginState,
     /// How often its host was started again.
     pub restarts: u64,
     /// How many calls it has answered.
     pub calls: u64,
-    /// What went wrong last.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
     /// Since when it is in that state.
@@ -91,7 +87,6 @@ pub struct PluginCheck {
 pub struct PluginCheckResult {
     /// The name that the plugin gives itself.
     pub name: String,
-    /// Its version.
     pub version: String,
     /// What it does.
     pub kinds: Vec<String>,

@@ -176,9 +176,7 @@ pub struct ProjectCreate {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectSet {
-    /// The project.
     pub project: ProjectName,
-    /// A new description.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     /// A new phase of the work.
@@ -205,7 +203,6 @@ pub struct ProjectListResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectShow {
-    /// The project.
     pub project: ProjectName,
 }
 
@@ -213,7 +210,6 @@ pub struct ProjectShow {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ProjectRemove {
-    /// The project.
     pub project: ProjectName,
     /// Removes the project's checkpoints as well; without it a project with checkpoints is kept.
     #[serde(default)]
@@ -233,7 +229,6 @@ pub struct PauseView {
     pub checkpoint_id: CheckpointNumber,
     /// Since when.
     pub paused_at: UnixMillis,
-    /// How it is held.
     pub mode: PauseMode,
     /// What holds the processes.
     pub mechanism: Mechanism,
@@ -255,7 +250,6 @@ pub struct PauseView {
 /// them until a restore has succeeded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct BrokenView {
-    /// The operation.
     pub operation_id: OperationId,
     /// The checkpoint that was to be restored.
     pub checkpoint_id: CheckpointNumber,
@@ -283,7 +277,6 @@ pub struct LookView {
 /// A project as `project.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct ProjectView {
-    /// The name.
     pub name: ProjectName,
     /// What it is for.
     pub description: String,
@@ -292,11 +285,9 @@ pub struct ProjectView {
     pub source: Option<Source>,
     /// The absolute path of the workspace.
     pub workspace: String,
-    /// The status.
     pub status: ProjectStatus,
     /// The phase of the work.
     pub phase: Phase,
-    /// When it was created.
     pub created_at: UnixMillis,
     /// How long it has been paused in all, milliseconds, the current pause excluded.
     pub total_paused_ms: i64,
@@ -306,11 +297,9 @@ pub struct ProjectView {
     /// A restore that was given up half way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub broken: Option<BrokenView>,
-    /// How many agents it has.
     pub agents: u64,
     /// How many of them run (frozen ones included).
     pub agents_running: u64,
-    /// How many tasks it has.
     pub tasks_total: u64,
     /// How many of them are completed.
     pub tasks_completed: u64,
@@ -332,7 +321,6 @@ pub struct ProjectView {
 pub struct ProjectDetail {
     /// What `project.list` shows.
     pub project: ProjectView,
-    /// The settings.
     pub config: ProjectConfig,
     /// Its agents, by name.
     pub agents: Vec<AgentView>,

@@ -8,23 +8,18 @@ use crate::ids::{AgentName, ProjectName, Target, UnixMillis};
 /// A question as `question.list` shows it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct QuestionView {
-    /// The project.
     pub project: ProjectName,
     /// Its number inside the project.
     pub id: u64,
     /// The agent that asks.
     pub agent: AgentName,
-    /// What it asks.
     pub text: String,
     /// Answers to choose from; any text when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub choices: Vec<String>,
-    /// When it was asked.
     pub asked_at: UnixMillis,
-    /// The answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answer: Option<String>,
-    /// When it was answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub answered_at: Option<UnixMillis>,
 }
@@ -36,7 +31,6 @@ pub struct QuestionAsk {
     /// The agent; the caller itself when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub target: Option<Target>,
-    /// What to ask.
     pub text: String,
     /// Answers to choose from; any text when empty.
     #[serde(default)]
@@ -50,7 +44,6 @@ pub struct QuestionWait {
     /// The project; the caller's own when an agent calls.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// The question.
     pub id: u64,
     /// How long to wait at most, milliseconds; for ever when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -80,10 +73,7 @@ pub struct QuestionListResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct QuestionAnswer {
-    /// The project.
     pub project: ProjectName,
-    /// The question.
     pub id: u64,
-    /// The answer.
     pub answer: String,
 }

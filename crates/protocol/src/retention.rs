@@ -83,7 +83,6 @@ impl RemovalReason {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointRemove {
-    /// The project.
     pub project: ProjectName,
     /// The checkpoints; all of them are removed, or, where one of them may not be, none.
     pub checkpoints: Vec<CheckpointNumber>,
@@ -96,7 +95,6 @@ pub struct CheckpointRemove {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPrune {
-    /// The project.
     pub project: ProjectName,
     /// The newest so many stay, whatever made them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -115,7 +113,6 @@ pub struct CheckpointPrune {
 /// A checkpoint that was removed, or would be.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RemovedCheckpoint {
-    /// The checkpoint.
     pub checkpoint_id: CheckpointNumber,
     /// What had made it.
     pub trigger: Trigger,

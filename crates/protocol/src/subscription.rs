@@ -11,11 +11,8 @@ use crate::ids::{ProjectName, UnixMillis};
 pub struct RecordedEvent {
     /// Where a subscriber goes on after this event.
     pub cursor: String,
-    /// When it was recorded.
     pub at: UnixMillis,
-    /// The project.
     pub project: ProjectName,
-    /// What happened.
     #[serde(flatten)]
     pub event: Event,
 }
@@ -50,7 +47,6 @@ pub struct EventsSubscribe {
     /// Go on after this event; from now on when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
-    /// Which events.
     #[serde(default)]
     pub filter: EventFilter,
 }
@@ -68,7 +64,6 @@ pub struct EventsSubscribeResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct EventsUnsubscribe {
-    /// The subscription.
     pub subscription: u64,
 }
 
@@ -79,7 +74,6 @@ pub struct EventsList {
     /// Go on after this event; from the oldest when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
-    /// Which events.
     #[serde(default)]
     pub filter: EventFilter,
     /// At most so many; 200 when left out.
@@ -99,9 +93,7 @@ pub struct EventsListResult {
 /// Parameters of an `event` notification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct EventNotification {
-    /// The subscription.
     pub subscription: u64,
-    /// The event.
     pub event: RecordedEvent,
 }
 

@@ -128,9 +128,7 @@ pub enum Recover {
     /// Where it has a restart policy, or a resume command by which it goes on rather than begins anew.
     #[default]
     Auto,
-    /// Always.
     Always,
-    /// Never.
     Never,
 }
 
@@ -151,7 +149,6 @@ pub struct Dependency {
 pub enum DependencyState {
     /// It runs.
     Started,
-    /// It is ready.
     #[default]
     Ready,
     /// It has ended with exit code 0.

@@ -12,7 +12,6 @@ pub enum Phase {
     /// Finding out what is to be done.
     #[default]
     Discovery,
-    /// Planning it.
     Planning,
     /// Doing it.
     Active,
@@ -78,7 +77,6 @@ pub struct TaskView {
     pub agent: Option<AgentName>,
     /// What is to be done.
     pub title: String,
-    /// Its status.
     pub status: TaskStatus,
     /// 0 to 100.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -102,7 +100,6 @@ pub struct TaskPut {
     /// What is to be done; needed for a new task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub title: Option<String>,
-    /// Its status.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<TaskStatus>,
     /// 0 to 100.

@@ -124,7 +124,6 @@ pub enum Standing {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentInput {
-    /// The attachment.
     pub attachment: u64,
     /// What is typed, at most 32 KiB.
     pub data: Bytes,
@@ -144,9 +143,7 @@ pub struct TypedResult {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentResize {
-    /// The attachment.
     pub attachment: u64,
-    /// The size.
     pub size: TerminalSize,
 }
 
@@ -154,7 +151,6 @@ pub struct AgentResize {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentDetach {
-    /// The attachment.
     pub attachment: u64,
 }
 
@@ -176,7 +172,6 @@ pub struct AgentSend {
 /// follow draw everything anew.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttachScreen {
-    /// The attachment.
     pub attachment: u64,
     /// The size that the bytes are for.
     pub size: TerminalSize,
@@ -185,7 +180,6 @@ pub struct AttachScreen {
 /// Parameters of a `$/attach.output` notification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttachOutput {
-    /// The attachment.
     pub attachment: u64,
     /// What the terminal shows.
     pub data: Bytes,
@@ -194,7 +188,6 @@ pub struct AttachOutput {
 /// Parameters of a `$/attach.notice` notification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttachNotice {
-    /// The attachment.
     pub attachment: u64,
     /// What has changed.
     #[serde(flatten)]
@@ -217,7 +210,6 @@ pub enum Notice {
 /// Parameters of a `$/attach.end` notification: the run has ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttachEnd {
-    /// The attachment.
     pub attachment: u64,
     /// How it ended; none when nobody saw it.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -17,9 +17,7 @@ pub const MAX_PIECE: usize = 512 << 10;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointExport {
-    /// The project.
     pub project: ProjectName,
-    /// The checkpoint.
     pub checkpoint: CheckpointNumber,
 }
 
@@ -79,7 +77,6 @@ pub struct CheckpointImport {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct CheckpointConsolidate {
-    /// The project.
     pub project: ProjectName,
     /// Whether everything is written anew, for the smallest result; otherwise only what is worth it.
     #[serde(default)]
@@ -91,7 +88,6 @@ pub struct CheckpointConsolidate {
 pub struct CheckpointConsolidateResult {
     /// How many packs became one; 0 when there was nothing to do, or a snapshot was under way.
     pub packs: u64,
-    /// Their bytes.
     pub bytes_before: u64,
     /// The bytes of the pack that replaces them.
     pub bytes_after: u64,
