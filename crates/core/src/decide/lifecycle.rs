@@ -190,20 +190,25 @@ fn stop(project: &Project, name: &AgentName, cause: StopCause) -> Decision {
     })
 }
 
+/// A report that names no run is the agent's own, and is refused unless its processes are there. One that names a run is
+/// an observation of the daemon, which may be late: it is left where that run is no longer current.
 pub(super) fn ready(project: &Project, name: AgentName, run: Option<RunId>) -> Result<Decision, Refusal> {
-    let found = agent(project, &name)?;
-    let Some(current) = found.current_run() else {
+    let alive = project.agents.get(&name).filter(|agent| agent.is_alive());
+    let Some(current) = alive.and_then(|agent| agent.run.as_ref()) else {
+        if run.is_some() {
+            return Ok(Decision::default());
+        }
+        agent(project, &name)?;
         return Err(Refusal::new(
             Code::AgentNotRunning,
             format!("agent '{name}' of project '{}' is not running", project.name),
         ));
     };
-    let is_ready = found.run.as_ref().is_some_and(|run| run.ready_at.is_some());
-    // Late news of an older run, or something that is known already.
-    if is_ready || run.as_ref().is_some_and(|run| run != current) {
+    let is_late = run.is_some_and(|run| run != current.id);
+    if is_late || current.ready_at.is_some() {
         return Ok(Decision::default());
     }
-    Ok(Decision::events(vec![Event::AgentReady { agent: name, run: current.clone() }]))
+    Ok(Decision::events(vec![Event::AgentReady { agent: name, run: current.id.clone() }]))
 }
 
 /// Returns what follows from the end of a run; `found` is the agent before that end.

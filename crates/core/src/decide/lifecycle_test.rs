@@ -3,7 +3,7 @@
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::pause::{PauseCause, PauseMode};
-use fermata_protocol::{Code, UnixMillis};
+use fermata_protocol::{Code, RunId, UnixMillis};
 
 use super::model::*;
 use crate::agent::{AgentState, Held};
@@ -46,6 +46,33 @@ fn resume(model: &mut Model) {
     let (operation, respawn) = (model.operation(), model.respawns(false));
     model.tell(Command::Resume { operation, respawn, over_budget: false }).expect("it is paused");
     model.settle();
+}
+
+/// An observation that is refused would be reported again and again.
+#[test]
+fn a_late_observation_of_readiness_is_left_alone() {
+    let mut model = Model::new();
+    run(&mut model, 1);
+    let observed = |model: &mut Model, run: RunId| {
+        let before = model.project.clone();
+        model.tell(Command::Ready { agent: name(1), run: Some(run) }).expect("an observation is not refused");
+        assert_eq!(model.project, before);
+    };
+    let first = model.run_of(&name(1)).expect("it has a run");
+    let new = model.new_run();
+    model.tell(Command::Restart { agent: name(1), new }).expect("it runs");
+    model.settle();
+    observed(&mut model, first);
+    let second = model.run_of(&name(1)).expect("it has a run");
+    pause(&mut model, PauseMode::Park);
+    observed(&mut model, second.clone());
+    let refusal = model.tell(Command::Ready { agent: name(1), run: None }).expect_err("it is parked");
+    assert_eq!(refusal.code, Code::AgentNotRunning);
+    model.tell(Command::Stop { agent: None, grace_ms: None }).expect("it is parked");
+    model.settle();
+    observed(&mut model, second.clone());
+    model.tell(Command::RemoveAgent { agent: name(1) }).expect("it has ended");
+    observed(&mut model, second);
 }
 
 #[test]
