@@ -27,7 +27,7 @@ use crate::{apply, decide, transition};
 pub(super) const PATIENCE_MS: u64 = 3;
 
 /// What the kernel and the shims know.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub(super) struct World {
     pub(super) alive: BTreeMap<RunId, Process>,
     pub(super) ended: BTreeMap<RunId, i32>,
@@ -38,6 +38,7 @@ pub(super) struct Process {
     pub(super) frozen: bool,
 }
 
+#[derive(Clone)]
 pub(super) struct Model {
     pub(super) project: Project,
     pub(super) world: World,
@@ -47,6 +48,8 @@ pub(super) struct Model {
     pub(super) checkpoints: BTreeSet<u64>,
     /// Plans of restores on disk.
     pub(super) plans: BTreeSet<OperationId>,
+    /// Every run that was ever announced, in this order.
+    pub(super) announced: Vec<AgentRun>,
     /// Every run that ever had processes.
     pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
     /// What a daemon remembers of its looks.
@@ -86,6 +89,7 @@ impl Model {
             ids: 0,
             checkpoints: BTreeSet::new(),
             plans: BTreeSet::new(),
+            announced: Vec::new(),
             launched: BTreeMap::new(),
             looked: Looked::default(),
             looks: 0,
@@ -149,6 +153,7 @@ impl Model {
         self.clock += 1;
         let decision = decide(&self.project, command, UnixMillis(self.clock))?;
         for event in &decision.events {
+            self.check_event(event);
             let before = self.project.state.status();
             apply(&mut self.project, event, UnixMillis(self.clock));
             let after = self.project.state.status();
@@ -165,6 +170,19 @@ impl Model {
         }
         self.pending.extend(decision.effects);
         Ok(())
+    }
+
+    /// Checks what an event claims of the state that it is applied to.
+    fn check_event(&mut self, event: &Event) {
+        match event {
+            Event::AgentStarting { agent, run, .. } => self.announced.push((agent.clone(), run.clone())),
+            Event::AgentReady { agent, run } => {
+                let found = &self.project.agents[agent];
+                let current = found.run.as_ref().filter(|current| current.id == *run && current.ended.is_none());
+                assert!(found.is_alive() && current.is_some(), "{run} of {agent} is told as ready: {found:?}");
+            }
+            _ => {}
+        }
     }
 
     /// Carries out everything that follows, until nothing is left to do now.
@@ -235,10 +253,22 @@ impl Model {
         }
     }
 
+    fn end_older_runs(&mut self, agent: &AgentName, run: &RunId) {
+        for old in self.launched.get(agent).cloned().unwrap_or_default() {
+            if old != *run {
+                self.end(&old, 9);
+            }
+        }
+    }
+
+    fn start_processes(&mut self, agent: AgentName, run: RunId) {
+        self.launched.entry(agent).or_default().insert(run.clone());
+        self.world.alive.insert(run, Process::default());
+    }
+
     pub(super) fn launch(&mut self, agent: AgentName, run: RunId, well: bool) {
         let outcome = if well {
-            self.launched.entry(agent.clone()).or_default().insert(run.clone());
-            self.world.alive.insert(run.clone(), Process::default());
+            self.start_processes(agent.clone(), run.clone());
             Ok(processes())
         } else {
             Err("no such program".to_owned())
@@ -310,11 +340,7 @@ impl Model {
                     agents.push(AgentResumed { agent, rung, argv: None, detail: None });
                 }
                 for (agent, run) in respawn {
-                    // What is left of older runs is ended first.
-                    let older = self.launched.entry(agent.clone()).or_default().clone();
-                    for old in older.iter().filter(|old| **old != run) {
-                        self.end(old, 9);
-                    }
+                    self.end_older_runs(&agent, &run);
                     self.launch(agent.clone(), run, well);
                     let rung = if well { Rung::Respawned } else { Rung::Failed };
                     agents.push(AgentResumed { agent, rung, argv: None, detail: None });
@@ -391,6 +417,23 @@ impl Model {
             let effect = self.pending.remove(at);
             self.conclude(effect, true);
         }
+    }
+
+    /// The daemon dies in the middle of a resume: the first agents are back, and their return is not recorded.
+    pub(super) fn crash_within_resume(&mut self, returned: usize) {
+        let resume = self.pending.iter().find_map(|effect| match effect {
+            Effect::Resume { thaw, respawn, .. } => Some((thaw.clone(), respawn.clone())),
+            _ => None,
+        });
+        if let Some((thaw, respawn)) = resume {
+            let thawed = returned.min(thaw.len());
+            self.freeze(&thaw[..thawed], false);
+            for (agent, run) in respawn.into_iter().take(returned - thawed) {
+                self.end_older_runs(&agent, &run);
+                self.start_processes(agent, run);
+            }
+        }
+        self.recover();
     }
 
     pub(super) fn respawns(&mut self, stale: bool) -> BTreeMap<AgentName, Respawn> {

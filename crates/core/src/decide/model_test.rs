@@ -1,17 +1,17 @@
 //! Random commands, outcomes and crashes against a small model of the world, with invariants
 //! checked after every event and whenever nothing is under way.
 
-use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::Progress;
 use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::pause::{PauseCause, PauseMode};
+use fermata_protocol::{AgentName, Refusal, UnixMillis};
 use proptest::prelude::*;
 
 use super::model::*;
 use crate::agent::{AgentState, Held};
 use crate::command::{Command, Effect};
-use crate::project::{ProjectState, Whole};
+use crate::project::{ProjectState, RestoreStage, Whole};
 
 /// What someone, or the world, does next.
 #[derive(Debug, Clone)]
@@ -20,11 +20,14 @@ enum Move {
     /// So many milliseconds pass.
     Wait(i64),
     Ready(u8),
+    /// The daemon observes that one of the runs so far was ready, possibly long after its end.
+    LateReady(u8),
     Report(u8),
     BringBack(u8),
     Stop(Option<u8>),
     Kill(u8),
     Restart(u8),
+    Remove(u8),
     Pause(PauseMode),
     Resume {
         stale: bool,
@@ -47,6 +50,15 @@ enum Move {
     Exit(u8, i32),
     /// kill -9 of the daemon, and a new one.
     Crash,
+    /// The daemon dies after a restore of a paused project and before its resume, which is asked for again.
+    CrashBetweenRestoreAndResume {
+        whole: bool,
+        reboot: bool,
+    },
+    /// The daemon dies in the middle of a resume.
+    CrashWithinResume {
+        returned: u8,
+    },
     /// The machine goes down and comes back.
     Reboot,
 }
@@ -57,10 +69,12 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => prop::option::of(0u8..3).prop_map(Move::Stop),
         1 => (0u8..3).prop_map(Move::Kill),
         1 => (0u8..3).prop_map(Move::Restart),
+        1 => (0u8..3).prop_map(Move::Remove),
         4 => prop::sample::select(vec![PauseMode::Freeze, PauseMode::Park]).prop_map(Move::Pause),
         4 => any::<bool>().prop_map(|stale| Move::Resume { stale }),
         4 => prop::sample::select(vec![100, 3_000, 100_000]).prop_map(Move::Wait),
         1 => (0u8..3).prop_map(Move::Ready),
+        3 => any::<u8>().prop_map(Move::LateReady),
         1 => (0u8..3).prop_map(Move::Report),
         1 => (0u8..3).prop_map(Move::BringBack),
         2 => Just(Move::Checkpoint),
@@ -71,6 +85,9 @@ fn moves() -> impl Strategy<Value = Move> {
         20 => (any::<u8>(), prop::bool::weighted(0.85)).prop_map(|(which, well)| Move::Conclude { which, well }),
         2 => ((0u8..3), (0i32..2)).prop_map(|(agent, code)| Move::Exit(agent, code)),
         2 => Just(Move::Crash),
+        2 => (any::<bool>(), prop::bool::weighted(0.2))
+            .prop_map(|(whole, reboot)| Move::CrashBetweenRestoreAndResume { whole, reboot }),
+        2 => (0u8..3).prop_map(|returned| Move::CrashWithinResume { returned }),
         1 => Just(Move::Reboot),
     ]
 }
@@ -85,103 +102,184 @@ impl Model {
     fn make(&mut self, what: Move) {
         // A refusal is a fine answer; what matters is that it changes nothing.
         let before = self.project.clone();
-        let refused = match what {
+        match self.attempt(what) {
+            Ok(()) => self.follow_up(),
+            Err(_) => assert_eq!(before, self.project, "a refusal changed the state"),
+        }
+    }
+
+    fn attempt(&mut self, what: Move) -> Result<(), Refusal> {
+        match what {
             Move::Run(agent) => {
                 let new = self.new_run();
-                self.tell(Command::Run { agent: name(agent), spec: spec(agent), new }).is_err()
+                return self.tell(Command::Run { agent: name(agent), spec: spec(agent), new });
             }
-            Move::Wait(ms) => {
-                self.clock += ms;
-                false
-            }
-            Move::Ready(agent) => self.tell(Command::Ready { agent: name(agent), run: None }).is_err(),
-            Move::Report(agent) => {
-                let progress = Progress {
-                    percent: Some(10.0),
-                    message: None,
-                    units_done: Some(self.ids),
-                    reported_at: UnixMillis(self.clock),
-                };
-                self.tell(Command::Progress { agent: name(agent), progress, phase: None }).is_err()
-            }
+            Move::Ready(agent) => return self.tell(Command::Ready { agent: name(agent), run: None }),
+            Move::Report(agent) => return self.report_progress(name(agent)),
             Move::BringBack(agent) => {
                 let start = self.new_start();
-                self.tell(Command::Start { agent: name(agent), start, asked: true }).is_err()
+                return self.tell(Command::Start { agent: name(agent), start, asked: true });
             }
-            Move::Stop(agent) => self.tell(Command::Stop { agent: agent.map(name), grace_ms: None }).is_err(),
-            Move::Kill(agent) => self.tell(Command::Kill { agent: Some(name(agent)) }).is_err(),
+            Move::Stop(agent) => return self.tell(Command::Stop { agent: agent.map(name), grace_ms: None }),
+            Move::Kill(agent) => return self.tell(Command::Kill { agent: Some(name(agent)) }),
             Move::Restart(agent) => {
                 let new = self.new_run();
-                self.tell(Command::Restart { agent: name(agent), new }).is_err()
+                return self.tell(Command::Restart { agent: name(agent), new });
             }
+            Move::Remove(agent) => return self.tell(Command::RemoveAgent { agent: name(agent) }),
             Move::Pause(mode) => {
-                let operation = self.operation();
-                let cause = PauseCause::default();
-                self.tell(Command::Pause { operation, cause, reason: None, mode, grace_ms: None }).is_err()
+                let (operation, cause) = (self.operation(), PauseCause::default());
+                return self.tell(Command::Pause { operation, cause, reason: None, mode, grace_ms: None });
             }
-            Move::Resume { stale } => {
-                let operation = self.operation();
-                let respawn = self.respawns(stale);
-                self.tell(Command::Resume { operation, respawn, over_budget: false }).is_err()
-            }
+            Move::Resume { stale } => return self.resume(stale),
             Move::Checkpoint => {
                 let operation = self.operation();
-                self.tell(Command::Checkpoint { operation, trigger: Trigger::Manual }).is_err()
+                return self.tell(Command::Checkpoint { operation, trigger: Trigger::Manual });
             }
-            Move::Restore { whole } => {
-                let operation = self.operation();
-                let paths = if whole { Vec::new() } else { vec!["src".to_owned()] };
-                self.tell(Command::Restore { operation, checkpoint: 1, paths }).is_err()
+            Move::Restore { whole } => return self.restore(whole),
+            Move::CrashBetweenRestoreAndResume { whole, reboot } => {
+                self.restore(whole)?;
+                self.crash_after_restore(reboot);
             }
-            Move::FailRestore => {
-                for _ in 0..10 {
-                    let found = self.pending.iter().position(|e| matches!(e, Effect::ApplyRestore { .. }));
-                    let Some(at) = found else { break };
-                    let effect = self.pending.remove(at);
-                    self.conclude(effect, false);
+            Move::Cancel => {
+                if let Some(operation) = self.project.operation().cloned() {
+                    return self.tell(Command::Cancel { operation });
                 }
-                false
             }
-            Move::Cancel => match self.project.operation().cloned() {
-                Some(operation) => self.tell(Command::Cancel { operation }).is_err(),
-                None => false,
-            },
-            Move::Touch => {
-                self.dirty = true;
-                false
-            }
+            Move::Wait(ms) => self.clock += ms,
+            Move::LateReady(which) => self.observe_ready(which),
+            Move::FailRestore => self.fail_restore(),
+            Move::Touch => self.dirty = true,
             Move::Conclude { which, well } => {
                 if !self.pending.is_empty() {
                     let effect = self.pending.remove(usize::from(which) % self.pending.len());
                     self.conclude(effect, well);
                 }
-                false
             }
-            Move::Exit(agent, code) => {
-                if let Some(run) = self.run_of(&name(agent)) {
-                    let runs = self.world.alive.get(&run).is_some_and(|process| !process.frozen);
-                    if runs {
-                        self.end(&run, code);
-                        self.report_end(name(agent), run);
-                    }
-                }
-                false
-            }
-            Move::Crash => {
-                self.recover();
-                false
-            }
-            Move::Reboot => {
-                self.world = World::default();
-                self.recover();
-                false
-            }
-        };
-        if !refused {
-            self.follow_up();
+            Move::Exit(agent, code) => self.exit(name(agent), code),
+            Move::Crash => self.recover(),
+            Move::CrashWithinResume { returned } => self.crash_within_resume(usize::from(returned)),
+            Move::Reboot => self.reboot(),
         }
-        if refused {
-            assert_eq!(before, self.project, "a refusal changed the state");
+        Ok(())
+    }
+
+    fn report_progress(&mut self, agent: AgentName) -> Result<(), Refusal> {
+        let progress = Progress {
+            percent: Some(10.0),
+            message: None,
+            units_done: Some(self.ids),
+            reported_at: UnixMillis(self.clock),
+        };
+        self.tell(Command::Progress { agent, progress, phase: None })
+    }
+
+    fn fail_restore(&mut self) {
+        for _ in 0..10 {
+            let found = self.pending.iter().position(|e| matches!(e, Effect::ApplyRestore { .. }));
+            let Some(at) = found else { break };
+            let effect = self.pending.remove(at);
+            self.conclude(effect, false);
+        }
+    }
+
+    /// Lets the process of an agent end, unless it is frozen.
+    fn exit(&mut self, agent: AgentName, code: i32) {
+        if let Some(run) = self.run_of(&agent)
+            && self.world.alive.get(&run).is_some_and(|process| !process.frozen)
+        {
+            self.end(&run, code);
+            self.report_end(agent, run);
+        }
+    }
+
+    fn reboot(&mut self) {
+        self.world = World::default();
+        self.recover();
+    }
+
+    fn resume(&mut self, stale: bool) -> Result<(), Refusal> {
+        let operation = self.operation();
+        let respawn = self.respawns(stale);
+        self.tell(Command::Resume { operation, respawn, over_budget: false })
+    }
+
+    fn restore(&mut self, whole: bool) -> Result<(), Refusal> {
+        let operation = self.operation();
+        let paths = if whole { Vec::new() } else { vec!["src".to_owned()] };
+        self.tell(Command::Restore { operation, checkpoint: 1, paths })
+    }
+
+    /// Lets a restore that has begun come to its end, crashes, and resumes where that leaves a paused project.
+    fn crash_after_restore(&mut self, reboot: bool) {
+        while matches!(&*self.project.state, ProjectState::Restoring(_)) {
+            self.conclude_next(true);
+        }
+        if reboot {
+            self.reboot()
+        } else {
+            self.recover()
+        }
+        if let ProjectState::Paused(paused) = &*self.project.state {
+            assert!(paused.restored.is_some(), "the crash has forgotten the restore");
+            self.resume(false).expect("what was restored is resumed");
+        }
+    }
+
+    /// Reports a run as ready. Only a run that has processes may become so; otherwise nothing happens.
+    fn observe_ready(&mut self, which: u8) {
+        if self.announced.is_empty() {
+            return;
+        }
+        let (agent, run) = self.announced[usize::from(which) % self.announced.len()].clone();
+        let before = self.project.clone();
+        let is_current = before.agents.get(&agent).is_some_and(|a| a.is_alive() && a.current_run() == Some(&run));
+        self.tell(Command::Ready { agent, run: Some(run.clone()) }).expect("an observation is not refused");
+        assert!(is_current || before == self.project, "the late report of {run} changed the state");
+    }
+
+    /// Checks what holds at every instant, and what must hold once everything has come to an end: if nothing more
+    /// happens, if the daemon dies now, and if the machine goes down now.
+    fn check(&self) {
+        self.invariant_held_agents_stand_still();
+        self.invariant_nothing_runs_over_restored_files();
+        self.invariant_nothing_is_saved_by_itself_in_an_idle_project();
+        self.invariant_what_is_saved_is_never_more_than_there_was();
+        for happens in [None, Some(Move::Crash), Some(Move::Reboot)] {
+            let mut model = self.clone();
+            happens.into_iter().for_each(|what| model.make(what));
+            model.settle();
+            model.invariant_nothing_is_left_between();
+            model.invariant_the_kernel_agrees_with_the_state();
+            model.invariant_a_broken_project_is_mended_by_a_restore();
+            model.invariant_the_kernel_agrees_with_the_state();
+            model.invariant_nothing_is_saved_by_itself_in_an_idle_project();
+            model.invariant_what_is_saved_is_never_more_than_there_was();
+        }
+    }
+
+    fn invariant_held_agents_stand_still(&self) {
+        if !self.project.is_held() {
+            return;
+        }
+        for (agent, run) in self.project.frozen_runs() {
+            let runs = self.world.alive.get(&run).is_some_and(|process| !process.frozen);
+            assert!(!runs, "{agent} runs in a project that is {}", self.project.state.status());
+        }
+    }
+
+    /// What was frozen before a restore remembers other files than there are now.
+    fn invariant_nothing_runs_over_restored_files(&self) {
+        let restored = match &*self.project.state {
+            ProjectState::Restoring(run) => run.stage == RestoreStage::Applying,
+            ProjectState::Broken(_) => true,
+            ProjectState::Paused(paused) => paused.restored.is_some(),
+            ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Resuming(_) => false,
+        };
+        if restored {
+            for (run, process) in &self.world.alive {
+                assert!(process.frozen, "{run} runs over files that were restored");
+            }
         }
     }
 
@@ -255,14 +353,8 @@ proptest! {
         let mut model = Model::new();
         for what in moves {
             model.make(what);
+            model.check();
         }
-        model.settle();
-        model.invariant_nothing_is_left_between();
-        model.invariant_the_kernel_agrees_with_the_state();
-        model.invariant_a_broken_project_is_mended_by_a_restore();
-        model.invariant_the_kernel_agrees_with_the_state();
-        model.invariant_nothing_is_saved_by_itself_in_an_idle_project();
-        model.invariant_what_is_saved_is_never_more_than_there_was();
     }
 }
 
