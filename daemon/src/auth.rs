@@ -290,70 +290,218 @@ fn same_project(own: Option<&Target>, given: &ProjectName) -> Result<(), Refusal
 #[cfg(test)]
 mod tests {
     use super::*;
-    use fermata_protocol::agent::{AgentProgress, AgentRun};
-    use serde_json::{Map, json};
+    use fermata_protocol::method::METHODS;
+    use serde_json::{Value, json};
 
-    fn call(method: &str, params: serde_json::Value) -> Call {
-        let serde_json::Value::Object(params) = params else { return Call::parse(method, Map::new()).expect("parses") };
-        Call::parse(method, params).expect("parses")
+    fn call(method: &str, params: Value) -> Call {
+        let Value::Object(params) = params else { panic!("the parameters of {method} are an object") };
+        Call::parse(method, params).expect(method)
     }
 
-    fn peer(role: Role, agent: Option<&str>) -> Peer {
-        Peer { role, agent: agent.map(|a| a.parse().expect("valid")), uid: 1234 }
+    fn person(role: Role) -> Peer {
+        Peer { role, agent: None, uid: 0 }
+    }
+
+    fn agent(target: &str) -> Peer {
+        Peer { role: Role::Agent, agent: Some(target.parse().expect("valid")), uid: 0 }
+    }
+
+    /// What is expected of a method.
+    struct Expected {
+        method: &'static str,
+        params: Value,
+        /// The least role of a person who may call it.
+        person: Role,
+        /// Whether an agent may.
+        agent: bool,
+        /// Whether a root daemon does it for root alone.
+        reaches_files: bool,
+    }
+
+    fn row(method: &'static str, params: Value, person: Role) -> Expected {
+        Expected { method, params, person, agent: false, reaches_files: false }
+    }
+
+    impl Expected {
+        fn and_agents(self) -> Self {
+            Self { agent: true, ..self }
+        }
+
+        fn reaches_files(self) -> Self {
+            Self { reaches_files: true, ..self }
+        }
+
+        fn call(&self) -> Call {
+            call(self.method, self.params.clone())
+        }
+    }
+
+    /// One row per method, in the order of the method table. Parameters name the project 'web' and the agent 'web/coder'.
+    fn expected() -> Vec<Expected> {
+        let project = |more: Value| with(json!({ "project": "web" }), more);
+        let target = |more: Value| with(json!({ "target": "web/coder" }), more);
+        let (reader, operator, admin) = (Role::Reader, Role::Operator, Role::Admin);
+        vec![
+            row("hello", json!({ "min": 1, "max": 1, "client": "test" }), reader).and_agents(),
+            row("rpc.discover", json!({}), reader).and_agents(),
+            row("daemon.status", json!({}), reader),
+            row("daemon.reload", json!({}), admin),
+            row("project.create", json!({ "name": "web", "workspace": "/w" }), operator).reaches_files(),
+            row("project.set", project(json!({})), operator).reaches_files(),
+            row("project.list", json!({}), reader),
+            row("project.show", project(json!({})), operator).and_agents(),
+            row("project.remove", project(json!({})), operator),
+            row("project.pause", project(json!({})), operator).and_agents(),
+            row("project.resume", project(json!({ "checkpoint": 1 })), operator).reaches_files(),
+            row("agent.run", project(json!({ "argv": ["true"] })), operator).reaches_files(),
+            row("agent.list", json!({}), reader),
+            row("agent.show", target(json!({ "env": { "A": "b" } })), operator).reaches_files(),
+            row("agent.stop", target(json!({})), operator),
+            row("agent.kill", target(json!({})), operator),
+            row("agent.restart", target(json!({})), operator),
+            row("agent.remove", target(json!({})), operator),
+            row("agent.wait", target(json!({})), reader),
+            row("agent.logs", target(json!({})), operator),
+            row("agent.attach", target(json!({})), operator).reaches_files(),
+            row("agent.input", json!({ "attachment": 1, "data": "" }), operator),
+            row("agent.resize", json!({ "attachment": 1, "size": { "rows": 24, "cols": 80 } }), operator),
+            row("agent.detach", json!({ "attachment": 1 }), operator),
+            row("agent.send", target(json!({ "data": "" })), operator).reaches_files(),
+            row("agent.listen", json!({}), operator).and_agents(),
+            row("agent.ack", target(json!({})), operator).and_agents(),
+            row("agent.progress", target(json!({})), operator).and_agents(),
+            row("agent.ready", target(json!({})), operator).and_agents(),
+            row("agent.resume", target(json!({})), operator),
+            row("agent.usage", target(json!({})), operator).and_agents(),
+            row("state.put", target(json!({ "state": 1 })), operator).and_agents(),
+            row("state.get", target(json!({})), operator).and_agents(),
+            row("task.put", target(json!({})), operator).and_agents(),
+            row("task.list", project(json!({})), operator).and_agents(),
+            row("question.ask", target(json!({ "text": "?" })), operator).and_agents(),
+            row("question.wait", project(json!({ "id": 1 })), operator).and_agents(),
+            row("question.list", json!({}), reader),
+            row("question.answer", project(json!({ "id": 1, "answer": "yes" })), operator),
+            row("context.put", target(json!({ "items": [] })), operator).and_agents(),
+            row("context.list", target(json!({})), operator).and_agents(),
+            row("context.show", project(json!({ "id": 1 })), operator).and_agents(),
+            row("context.pin", project(json!({ "id": 1, "pinned": true })), operator).and_agents(),
+            row("context.search", target(json!({ "query": "x" })), operator).and_agents(),
+            row("context.recall", project(json!({ "ids": [] })), operator).and_agents(),
+            row("context.flash_save", target(json!({})), operator).and_agents(),
+            row("checkpoint.create", project(json!({})), operator).and_agents(),
+            row("checkpoint.list", project(json!({})), reader),
+            row("checkpoint.show", project(json!({ "checkpoint": 1 })), reader),
+            row("checkpoint.diff", project(json!({ "from": 1 })), operator).reaches_files(),
+            row("checkpoint.restore", project(json!({ "checkpoint": 1 })), operator).reaches_files(),
+            row("checkpoint.verify", project(json!({})), operator),
+            row("checkpoint.remove", project(json!({ "checkpoints": [] })), operator),
+            row("checkpoint.prune", project(json!({})), operator),
+            row("checkpoint.pin", project(json!({ "checkpoint": 1, "pinned": true })), operator),
+            row("checkpoint.export", project(json!({ "checkpoint": 1 })), operator),
+            row("checkpoint.download", json!({ "offset": 0 }), operator),
+            row("checkpoint.upload", json!({ "data": "", "offset": 0 }), operator),
+            row("checkpoint.import", project(json!({ "sha256": "" })), operator),
+            row("checkpoint.consolidate", project(json!({})), operator),
+            row("operation.list", json!({}), reader),
+            row("operation.show", json!({ "operation_id": "op-1" }), reader),
+            row("operation.cancel", json!({ "operation_id": "op-1" }), operator),
+            row("events.subscribe", json!({}), reader),
+            row("events.unsubscribe", json!({ "subscription": 1 }), reader),
+            row("events.list", json!({}), reader),
+            row("plugin.list", json!({}), reader),
+            row("plugin.reload", json!({}), admin),
+            row("plugin.enable", json!({ "name": "x", "enabled": true }), admin),
+            row("plugin.check", json!({ "path": "/x.so" }), admin),
+        ]
+    }
+
+    fn with(mut params: Value, more: Value) -> Value {
+        let members = params.as_object_mut().expect("an object");
+        members.extend(more.as_object().expect("an object").clone());
+        params
+    }
+
+    /// The answer to a call, as the code of its refusal.
+    fn answer(peer: &Peer, call: Call) -> Result<(), Code> {
+        authorise(peer, call).map(drop).map_err(|refusal| refusal.code)
     }
 
     #[test]
-    fn roles_bound_what_may_be_called() {
-        let pause = || call("project.pause", json!({ "project": "web" }));
-        assert!(authorise(&peer(Role::Reader, None), pause()).is_err());
-        assert!(authorise(&peer(Role::Operator, None), pause()).is_ok());
-        let reload = || call("daemon.reload", json!({}));
-        assert!(authorise(&peer(Role::Operator, None), reload()).is_err());
-        assert!(authorise(&peer(Role::Admin, None), reload()).is_ok());
+    fn every_method_has_its_expectation() {
+        let expected: Vec<_> = expected().iter().map(|row| row.method).collect();
+        let methods: Vec<_> = METHODS.iter().map(|info| info.name).collect();
+        assert_eq!(expected, methods);
     }
 
     #[test]
-    fn an_agent_reaches_only_its_own_things() {
-        let me = peer(Role::Agent, Some("web/coder"));
-        let aimed = authorise(&me, call("agent.progress", json!({ "percent": 5.0 }))).expect("allowed").into_call();
-        let Call::AgentProgress(AgentProgress { target: Some(target), .. }) = aimed else { panic!("aimed") };
-        assert_eq!(target.to_string(), "web/coder");
-        for (method, params) in [
-            ("agent.progress", json!({ "target": "web/other" })),
-            ("project.pause", json!({ "project": "api" })),
-            ("agent.list", json!({})),
-            ("agent.stop", json!({ "target": "web/coder" })),
-            ("context.show", json!({ "project": "api", "id": 1 })),
-            ("checkpoint.restore", json!({ "project": "web", "checkpoint": 1 })),
-        ] {
-            let error = authorise(&me, call(method, params)).expect_err(method);
-            assert_eq!(error.code, Code::PermissionDenied, "{method}");
+    fn every_role_may_call_what_the_table_says_and_nothing_else() {
+        for expected in expected() {
+            for role in [Role::Reader, Role::Operator, Role::Admin] {
+                let wanted = if role >= expected.person { Ok(()) } else { Err(Code::PermissionDenied) };
+                assert_eq!(answer(&person(role), expected.call()), wanted, "{} by {}", expected.method, role.as_str());
+            }
+            let wanted = if expected.agent { Ok(()) } else { Err(Code::PermissionDenied) };
+            assert_eq!(answer(&agent("web/coder"), expected.call()), wanted, "{} by an agent", expected.method);
         }
     }
 
     #[test]
-    fn a_person_says_whom_a_report_is_about() {
-        let error = authorise(&peer(Role::Admin, None), call("agent.progress", json!({}))).expect_err("no target");
-        assert_eq!(error.code, Code::InvalidParams);
+    fn an_agent_reaches_only_its_own_agent_and_project() {
+        for expected in expected().into_iter().filter(|row| row.agent) {
+            let (method, params) = (expected.method, &expected.params);
+            if params.get("target").is_some() {
+                for other in ["web/other", "api/coder", "web", "api"] {
+                    let foreign = call(method, with(params.clone(), json!({ "target": other })));
+                    assert_eq!(answer(&agent("web/coder"), foreign), Err(Code::PermissionDenied), "{method}: {other}");
+                }
+            } else if params.get("project").is_some() {
+                let foreign = call(method, with(params.clone(), json!({ "project": "api" })));
+                assert_eq!(answer(&agent("web/coder"), foreign), Err(Code::PermissionDenied), "{method}");
+            } else {
+                assert!(["hello", "rpc.discover", "agent.listen"].contains(&method), "{method} has no target");
+            }
+        }
     }
 
     #[test]
-    fn a_root_daemon_runs_nothing_for_others() {
-        let run = AgentRun {
-            project: "web".parse().expect("valid"),
-            workspace: None,
-            name: None,
-            argv: vec!["true".into()],
-            env: Default::default(),
-            cwd: None,
-            umask: None,
-            limits: Default::default(),
-            resume_argv: None,
-            profile: None,
-            stop_grace_ms: None,
-            supervision: Default::default(),
-        };
-        let refused = authorise(&peer(Role::Operator, None), Call::AgentRun(run)).is_err();
-        assert_eq!(refused, nix::unistd::geteuid().is_root());
+    fn what_an_agent_leaves_out_is_itself_and_a_person_has_to_say_it() {
+        for expected in expected().into_iter().filter(|row| row.agent) {
+            let method = expected.method;
+            let mut params = expected.params.clone();
+            let members = params.as_object_mut().expect("an object");
+            if members.remove("target").or_else(|| members.remove("project")).is_none() {
+                continue;
+            }
+            let unaimed = match Call::parse(method, members.clone()) {
+                Ok(unaimed) => unaimed,
+                Err(refusal) => {
+                    assert_eq!(refusal.code, Code::InvalidParams);
+                    assert!(["project.show", "project.pause"].contains(&method), "{method} always needs a target");
+                    continue;
+                }
+            };
+            let aimed = authorise(&agent("web/coder"), unaimed.clone()).expect(method).into_call();
+            assert_eq!(aimed, expected.call(), "{method}");
+            assert_eq!(answer(&person(Role::Admin), unaimed), Err(Code::InvalidParams), "{method}");
+        }
+    }
+
+    #[test]
+    fn a_root_daemon_reaches_files_for_root_alone() {
+        let is_root = nix::unistd::geteuid().is_root();
+        for expected in expected() {
+            let other = Peer { uid: 1234, ..person(Role::Admin) };
+            let wanted = if expected.reaches_files && is_root { Err(Code::PermissionDenied) } else { Ok(()) };
+            assert_eq!(answer(&other, expected.call()), wanted, "{}", expected.method);
+        }
+        // What only looks, or changes no file, is for all whose role allows it.
+        for (method, params) in [
+            ("agent.attach", json!({ "target": "web/coder", "read_only": true })),
+            ("agent.show", json!({ "target": "web/coder" })),
+            ("project.resume", json!({ "project": "web" })),
+        ] {
+            let other = Peer { uid: 1234, ..person(Role::Operator) };
+            assert_eq!(answer(&other, call(method, params)), Ok(()), "{method}");
+        }
     }
 }
