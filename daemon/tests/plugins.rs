@@ -7,7 +7,7 @@
 
 mod plugin_bench;
 
-use fermata_daemon::plugins::{CrashPolicy, Kind, PluginFailure, PluginState, PluginStatus, SaveRequest};
+use fermata_daemon::plugins::{CrashPolicy, Kind, PluginError, PluginFailure, PluginState, PluginStatus, SaveRequest};
 use plugin_bench::{Bench, alive, code, event, exec_plugin};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -55,9 +55,9 @@ async fn one_bad_plugin_does_not_cost_the_others_their_artifacts() {
     assert_eq!((failures[0].plugin.as_str(), failures[0].code.as_str()), ("crash", "crashed"));
     assert!(failures[0].message.contains("SIGSEGV in checkpoint.save"), "{failures:?}");
     assert_eq!(failures[1].code, "artifact_invalid");
-    assert!(results[2].is_ok());
-    // What failed plugins have left is gone.
-    assert!(request.directory.join("good").exists());
+    assert_eq!(results[2].as_ref().unwrap().path.to_str(), Some("good/state.bin"));
+    let left = fs::read_dir(&request.directory).unwrap().map(|entry| entry.unwrap().file_name());
+    assert_eq!(left.collect::<Vec<_>>(), ["good"], "what failed plugins have left is gone");
     assert!(!request.directory.join("crash").exists());
     assert!(!request.directory.join("escape").exists());
     let status = bench.running(&plugins, "crash").await;
@@ -275,10 +275,14 @@ async fn enable_and_disable_outlive_the_daemon() {
     plugins.disable("good").await.unwrap();
     plugins.enable("off").await.unwrap();
     assert!(!alive(pid));
-    assert!(plugins.disable("nobody").await.is_err());
+    let unknown = plugins.disable("nobody").await.unwrap_err();
+    assert!(matches!(&unknown, PluginError::NoSuchPlugin { name } if name == "nobody"), "{unknown}");
+    assert!(plugins.get("nobody").is_none(), "a refused choice is not kept");
     bench.running(&plugins, "off").await;
     plugins.shutdown().await;
-    assert!(plugins.reload().await.is_err());
+    for refused in [plugins.reload().await.map(drop), plugins.enable("good").await] {
+        assert!(matches!(refused, Err(PluginError::ShutDown)), "{refused:?}");
+    }
 
     let plugins = bench.start().await;
     assert_eq!(plugins.get("good").unwrap().state, PluginState::Disabled);

@@ -1,5 +1,6 @@
 //! Consolidation: many packs become one, nothing changes for whoever reads, and no crash or contemporary is harmed.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -199,16 +200,19 @@ fn what_is_published_while_packs_are_written_keeps_what_it_needs() {
 #[test]
 fn a_cancelled_consolidation_leaves_everything_as_it_was() {
     let sandbox = with_rounds(5);
-    let before = picture(sandbox.history.repository());
+    let before = contents(&sandbox.history);
     let result = sandbox.history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true));
     assert!(matches!(result, Err(HistoryError::Cancelled)));
     let stop = AtomicBool::new(false);
     let late = |progress: Progress| stop.store(progress.phase == Phase::Verify, Ordering::Relaxed);
     let result = sandbox.history.consolidate(Extent::Everything, &late, &stop);
     assert!(matches!(result, Err(HistoryError::Cancelled)));
-    let without_times =
-        |picture: Picture| -> Vec<_> { picture.into_iter().map(|(name, (_, _, _, bytes))| (name, bytes)).collect() };
-    assert_eq!(without_times(picture(sandbox.history.repository())), without_times(before));
+    assert_eq!(contents(&sandbox.history), before);
+}
+
+/// Everything in the repository, by name.
+fn contents(history: &History) -> Vec<(String, Vec<u8>)> {
+    picture(history.repository()).into_iter().map(|(name, (_, _, _, bytes))| (name, bytes)).collect()
 }
 
 #[test]
@@ -216,9 +220,11 @@ fn a_damaged_pack_is_neither_merged_nor_removed() {
     let sandbox = with_rounds(5);
     let all = packs(&sandbox.history);
     flip(&all[0], fs::metadata(&all[0]).unwrap().len() / 2, 0x10);
-    assert!(sandbox.history.consolidate(Extent::Everything, &quiet, &NEVER).is_err());
+    let before = contents(&sandbox.history);
+    let result = sandbox.history.consolidate(Extent::Everything, &quiet, &NEVER);
+    assert!(matches!(result, Err(HistoryError::DamagedObject { .. })), "{result:?}");
+    assert_eq!(contents(&sandbox.history), before);
     assert_eq!(packs(&sandbox.history), all);
-    assert!(!sandbox.history.repository().join("pending/consolidation").exists());
 }
 
 fn flip(path: &Path, at: u64, mask: u8) {
@@ -493,7 +499,10 @@ fn removals_are_looked_for_until_a_consolidation_has_dealt_with_them() {
     consolidate(history, Extent::Everything).unwrap();
     (1..=8).for_each(|number| history.remove(number).unwrap());
     assert_eq!(history.due(), Some(Extent::Waste));
-    assert!(history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true)).is_err());
+    let before = contents(history);
+    let result = history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true));
+    assert!(matches!(result, Err(HistoryError::Cancelled)), "{result:?}");
+    assert_eq!(contents(history), before);
     assert_eq!(history.due(), Some(Extent::Waste), "it was cancelled");
     let other = history.consolidating.lock().unwrap();
     assert_eq!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Busy);
@@ -530,9 +539,17 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
             });
         }
     };
-    assert!(history.consolidate(Extent::Everything, &stubborn, &NEVER).is_err());
-    assert_eq!(known_packs(history).len(), 5, "one is new and one has gone");
+    let result = history.consolidate(Extent::Everything, &stubborn, &NEVER);
+    let Err(HistoryError::Io { action: "put aside", path, source }) = result else { panic!("{result:?}") };
+    assert_eq!(source.kind(), std::io::ErrorKind::IsADirectory);
+    let stuck = path.file_stem().and_then(|name| name.to_str()).unwrap().to_owned();
+    assert!(path.exists() && old.contains(&stuck), "{} stays where it was", path.display());
+    let new: Vec<_> = known_packs(history).into_iter().filter(|name| !old.contains(name)).collect();
+    assert_eq!(new.len(), 1, "{new:?}");
+    let left = old.iter().filter(|name| **name != stuck).chain(&new).cloned();
+    assert_eq!(known_packs(history).into_iter().collect::<BTreeSet<_>>(), left.collect());
     assert_eq!(known_packs(history), packs_with_index(history));
+    all_is_good(history);
     sandbox.checkpoint(6);
     consolidate(history, Extent::Everything);
     all_is_good(history);
