@@ -4,12 +4,12 @@ mod shim_bed;
 
 use std::time::Duration;
 
-use fermata_daemon::os::process;
+use fermata_daemon::os::process::{self, RunState};
 use fermata_daemon::shim::link::LinkError;
 use fermata_daemon::shim::record::Mechanism;
 use fermata_daemon::shim::spec::MechanismChoice;
 use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
-use shim_bed::{A_WHILE, Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
+use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 
 for_both_mechanisms!(
     a_freeze_stops_the_whole_tree_and_a_thaw_continues_it,
@@ -26,6 +26,7 @@ for_both_mechanisms!(
     a_second_freeze_answers_the_same_and_a_thaw_may_come_twice,
     a_forking_tree_is_frozen_completely,
     an_agent_that_ends_while_quiescing_is_answered,
+    a_tree_of_which_a_part_runs_is_not_taken_for_frozen,
 );
 
 fn refused(result: Result<impl std::fmt::Debug, LinkError>) -> RefusalCode {
@@ -150,7 +151,7 @@ async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: MechanismChoic
     let bed = Bed::new(mechanism, "trap '' TSTP; while :; do echo x >> near; sleep 0.01; done");
     let (_, link, _events) = bed.launch().await;
     bed.growing(&["near"]).await;
-    let quiesced = link.quiesce(A_WHILE, LONG).await.unwrap();
+    let quiesced = link.quiesce(Duration::from_millis(250), LONG).await.unwrap();
     assert_eq!(quiesced.outcome, QuiesceOutcome::Ignored);
     assert!(quiesced.waited_ms >= 250, "{quiesced:?}");
     link.freeze(LONG).await.unwrap();
@@ -192,7 +193,8 @@ async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: Mechanis
     bed.still(&THREE_FILES).await;
     link.thaw().await.unwrap();
     bed.growing(&["far", "orphan"]).await;
-    bed.still(&["near"]).await;
+    bed.unchanged(&["near"]).await;
+    assert_eq!(process::stat_of(launched.agent).unwrap().unwrap().state(), RunState::Stopped);
     assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
     link.signal(libc::SIGCONT).await.unwrap();
     assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
@@ -257,4 +259,21 @@ async fn an_agent_that_ends_while_quiescing_is_answered(mechanism: MechanismChoi
     let quiesced = link.quiesce(LONG, LONG).await.unwrap();
     assert_eq!(quiesced.outcome, QuiesceOutcome::Exited);
     assert_eq!(exited(&mut events).await.code, Some(4));
+}
+
+/// The check that the other tests rely on can fail.
+async fn a_tree_of_which_a_part_runs_is_not_taken_for_frozen(mechanism: MechanismChoice) {
+    let bed = Bed::new(mechanism, THREE_WRITERS);
+    let (launched, link, _events) = bed.launch().await;
+    bed.growing(&THREE_FILES).await;
+    assert!(bed.at_large().iter().any(|(pid, _)| *pid == launched.agent.pid), "all run");
+    assert!(process::signal(launched.agent, libc::SIGSTOP).unwrap());
+    until("the main process to stop", || {
+        process::stat_of(launched.agent).unwrap().is_some_and(|stat| stat.state() == RunState::Stopped)
+    })
+    .await;
+    let at_large = bed.at_large();
+    assert!(at_large.iter().all(|(pid, _)| *pid != launched.agent.pid) && at_large.len() >= 2, "{at_large:?}");
+    link.freeze(LONG).await.unwrap();
+    assert_eq!(bed.at_large(), []);
 }

@@ -177,7 +177,7 @@ async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
         std::fs::read_to_string(group.join("cgroup.events")).is_ok_and(|text| text.contains("frozen 1"))
     })
     .await;
-    bed.still(&THREE_FILES).await;
+    bed.comes_to_rest(&THREE_FILES).await;
 }
 
 #[tokio::test]
@@ -264,7 +264,7 @@ async fn a_forking_tree_is_killed_completely(mechanism: MechanismChoice) {
     let exit = exited(&mut events).await;
     assert_eq!(exit.signal, Some(libc::SIGKILL));
     assert_eq!(bed.living(), [] as [i32; 0]);
-    bed.still(&["b1", "b2", "b3"]).await;
+    bed.unchanged(&["b1", "b2", "b3"]).await;
 }
 
 async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_same(mechanism: MechanismChoice) {

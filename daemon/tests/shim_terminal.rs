@@ -280,7 +280,7 @@ async fn ctrl_z_stops_the_whole_group_and_a_continue_lets_all_of_it_go_on() {
     bed.growing(&["child"]).await;
     type_in(&typing, "\x1a").await;
     assert_eq!(next(&mut events).await, Some(ShimEvent::Stopped { signal: libc::SIGTSTP }));
-    bed.still(&["child"]).await;
+    bed.comes_to_rest(&["child"]).await;
     link.signal(libc::SIGCONT).await.unwrap();
     assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
     bed.growing(&["child"]).await;

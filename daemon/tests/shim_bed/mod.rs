@@ -2,9 +2,13 @@
 //! outlives the test.
 #![allow(dead_code, reason = "every test binary uses its own part of the bed")]
 
+use std::collections::HashSet;
+use std::panic::Location;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use fermata_daemon::os::cgroup::Group;
 use fermata_daemon::os::process;
 use fermata_daemon::shim::launch::{LaunchError, Launched, launch};
 use fermata_daemon::shim::link::ShimLink;
@@ -22,8 +26,8 @@ pub const SHIM: &str = env!("CARGO_BIN_EXE_fermata-shim");
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A lease that does not end within a test.
 pub const LONG: Duration = Duration::from_secs(60);
-/// How long nothing must happen, where the absence of something is to be seen.
-pub const A_WHILE: Duration = Duration::from_millis(250);
+/// How often a process outside the tree writes while nothing of the tree may.
+pub const BEATS: u64 = 20;
 
 pub struct Bed {
     dir: tempfile::TempDir,
@@ -130,12 +134,81 @@ impl Bed {
         until("the files to grow", || names.iter().zip(&before).all(|(name, size)| self.size(name) > *size)).await;
     }
 
-    /// Looks whether these files stay as they are.
-    pub async fn still(&self, names: &[&str]) {
-        let before: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
-        tokio::time::sleep(A_WHILE).await;
-        let after: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
-        assert_eq!(before, after, "something of a frozen tree still ran");
+    /// Checks that the whole tree stands still: the kernel says so of each of its processes, and these files stay as
+    /// they are while a process beside the tree writes.
+    #[track_caller]
+    pub fn still(&self, names: &[&str]) -> impl Future<Output = ()> {
+        let caller = Location::caller();
+        async move {
+            assert_eq!(self.at_large(), [], "not frozen at {caller}");
+            self.unchanged(names).await;
+            assert_eq!(self.at_large(), [], "no longer frozen at {caller}");
+        }
+    }
+
+    /// Waits until the kernel says of each process of the tree that it stands still, and checks that it stays so.
+    pub async fn comes_to_rest(&self, names: &[&str]) {
+        until("the tree to stand still", || self.at_large().is_empty()).await;
+        self.still(names).await;
+    }
+
+    /// Checks that these files stay as they are while a process outside the tree writes [`BEATS`] times, as the writers
+    /// of the tree would.
+    pub async fn unchanged(&self, names: &[&str]) {
+        let sizes = || -> Vec<_> { names.iter().map(|name| (name.to_string(), self.size(name))).collect() };
+        let before = sizes();
+        Metronome::start().beat(BEATS).await;
+        assert_eq!(sizes(), before, "something of a tree that stands still wrote");
+    }
+
+    /// Returns the living processes of the run of which the kernel does not say that they stand still, each with its
+    /// state letter. A process stands still that is stopped by a signal, waits in vfork for a child that is, or is in a
+    /// frozen control group.
+    pub fn at_large(&self) -> Vec<(i32, char)> {
+        let frozen = self.run().cgroup.map_or_else(HashSet::new, |path| {
+            let group = Group::open(&path).unwrap();
+            // Read in this order: a process that joins the group later is not counted as frozen.
+            let members = group.procs().unwrap();
+            if group.watch().unwrap().read().unwrap().frozen { members } else { HashSet::new() }
+        });
+        let all = process::all().unwrap();
+        let stands = |stat: &process::Stat| match stat.state() {
+            process::RunState::Stopped | process::RunState::Dead => true,
+            process::RunState::Live => frozen.contains(&stat.id.pid) || process::waits_for_stopped_child(stat, &all),
+        };
+        let members = self.living();
+        let at_large = all.iter().filter(|stat| members.contains(&stat.id.pid) && !stands(stat));
+        at_large.map(|stat| (stat.id.pid, char::from(stat.letter))).collect()
+    }
+}
+
+/// A process outside of every run that writes at the pace of the writers below.
+struct Metronome {
+    dir: tempfile::TempDir,
+    writer: Child,
+}
+
+impl Metronome {
+    fn start() -> Self {
+        let dir = tempfile::Builder::new().prefix("metronome-").tempdir().unwrap();
+        let writer = Command::new("sh")
+            .args(["-c", "while :; do echo x >> beats; sleep 0.01; done"])
+            .current_dir(dir.path())
+            .spawn()
+            .unwrap();
+        Self { dir, writer }
+    }
+
+    async fn beat(&self, times: u64) {
+        let beats = || std::fs::metadata(self.dir.path().join("beats")).map_or(0, |meta| meta.len() / 2);
+        until("the metronome to beat", || beats() >= times).await;
+    }
+}
+
+impl Drop for Metronome {
+    fn drop(&mut self) {
+        self.writer.kill().unwrap();
+        self.writer.wait().unwrap();
     }
 }
 
