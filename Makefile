@@ -26,7 +26,7 @@ BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
 PLUGINS := exec
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap build release test test-agents test-systemd test-machine demo bench bench-checkpoints bench-scale lint deny install clean
+.PHONY: help bootstrap build release test test-stress test-agents test-systemd test-machine demo bench bench-checkpoints bench-scale lint deny install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,7 +46,10 @@ release: bootstrap ## build everything optimised
 	$(if $(STATIC_CLIENT),$(CARGO) rustc --release -p fermata-ctl --bin fermatactl -- -C target-feature=+crt-static)
 
 test: build ## run all tests
-	$(CARGO) test --workspace
+	CARGO="$(CARGO)" scripts/test
+
+test-stress: build ## run all tests three times on busy processors, with random seeds
+	CARGO="$(CARGO)" scripts/test-stress
 
 test-agents: build ## run a real agent (the Codex CLI) against a scripted model server
 	CARGO="$(CARGO)" scripts/test-agents

@@ -286,6 +286,23 @@ fn every_file_begins_with_what_it_owns() {
 }
 
 #[test]
+fn documentation_tests_stand_where_they_are_run() {
+    let mut faults = Vec::new();
+    for source in sources().iter().filter(|source| !source.path.starts_with("plugin-api/")) {
+        let mut inside = false;
+        for (number, line) in (1..).zip(source.text.lines().map(str::trim_start)) {
+            let comment = line.strip_prefix("//!").or_else(|| line.strip_prefix("///"));
+            let Some(fence) = comment.and_then(|comment| comment.trim().strip_prefix("```")) else { continue };
+            if !inside && !["text", "toml"].contains(&fence) {
+                faults.push(format!("{}:{number} ```{fence}", source.path));
+            }
+            inside = !inside;
+        }
+    }
+    no_faults(faults, "scripts/test runs documentation tests of plugin-api only: mark other examples as text");
+}
+
+#[test]
 fn every_file_has_a_name_that_says_something() {
     let empty =
         |path: &str| path.split('/').any(|part| EMPTY_NAMES.contains(&part.strip_suffix(".rs").unwrap_or(part)));

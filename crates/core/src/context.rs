@@ -198,6 +198,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn invariant_nothing_is_lost_and_pinned_items_never_leave(
             raw in prop::collection::vec((0i64..40, 0u64..60, any::<bool>(), 0usize..6), 0..60)

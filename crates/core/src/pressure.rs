@@ -449,6 +449,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn it_never_flaps(steps in prop::collection::vec((0i64..400, 0.0f64..100.0, 0u64..3_000), 1..200)) {
             let mut history = History::default();

@@ -217,6 +217,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn invariant_redacting_twice_changes_nothing_more(text in ".{0,200}") {
             let once = plain(&text);

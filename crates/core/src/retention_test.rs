@@ -84,6 +84,8 @@ fn left(points: &[Point], removals: &[Removal]) -> Vec<Point> {
 }
 
 proptest! {
+    #![proptest_config(fermata_test_seeds::cases(256))]
+
     #[test]
     fn what_is_pinned_or_in_use_and_the_newest_stay(
         points in points(), ask in asks(), used in btree_set(0_u64..200, 0..10), later in 0_i64..10_000_000_000

@@ -130,6 +130,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn invariant_scores_stay_in_range_and_fall_with_age(
             kind in prop::sample::select(ItemType::ALL.to_vec()),

@@ -377,6 +377,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn every_pair_of_texts_comes_back(
             pieces in proptest::collection::vec(proptest::collection::vec(0_u8..4, 0..80), 1..6),

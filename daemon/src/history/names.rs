@@ -164,6 +164,8 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn escaping_loses_nothing(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
             prop_assert_eq!(unescape(&escape(&bytes)).unwrap(), bytes);

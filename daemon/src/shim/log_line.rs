@@ -284,6 +284,8 @@ mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn every_line_comes_back(at_ns in 0..4_102_444_800_000_000_000i64, partial: bool, bytes: Vec<u8>) {
             let line = LogLine { at_ns, stream: Stream::Stdout, partial, bytes };

@@ -109,6 +109,8 @@ mod tests {
     use super::*;
 
     proptest::proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn any_bytes_come_back(bytes: Vec<u8>) {
             let raw = Raw(OsString::from_vec(bytes));

@@ -1,8 +1,8 @@
 //! Chaos: a hundred agents with nasty trees, three hundred random deeds of four hands at once, and
 //! then the books are balanced.
 //!
-//! The deeds follow from a seed, which is printed; `FERMATA_CHAOS_SEED=N` repeats it. Who gets in
-//! whose way depends on the machine as well. With every crash of the daemon the configuration
+//! The deeds follow from a seed, which is printed; `FERMATA_TEST_SEED=N` repeats it. Who gets in
+//! whose way depends on the machine as well. A seed that has found a fault is added to `seeds.txt`. With every crash of the daemon the configuration
 //! changes between the two ways to freeze, so that soon both are mixed within every project.
 
 mod books;
@@ -15,6 +15,7 @@ use fermata_protocol::agent::{AgentKill, AgentRestart, AgentRun, AgentStop};
 use fermata_protocol::pause::{PauseMode, ProjectPause, ProjectResume};
 use fermata_protocol::project::{ProjectShow, ProjectStatus};
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
+use fermata_test_seeds::Seed;
 use fermata_tests::waiting::{look_for, wait_until};
 use fermata_tests::{Sandbox, process};
 
@@ -68,17 +69,25 @@ fn unix_ms() -> i64 {
     i64::try_from(since.as_millis()).expect("milliseconds fit into 63 bits")
 }
 
-fn seed() -> u64 {
-    match std::env::var("FERMATA_CHAOS_SEED") {
-        Ok(text) => text.parse().unwrap_or_else(|e| panic!("FERMATA_CHAOS_SEED={text}: {e}")),
-        Err(_) => u64::try_from(unix_ms()).expect("the clock is past 1970"),
+fn seeds() -> Vec<u64> {
+    match fermata_test_seeds::seed() {
+        Seed::Chosen(seed) => vec![seed],
+        Seed::Fixed => {
+            let lines = include_str!("seeds.txt").lines().filter(|line| !line.starts_with('#'));
+            lines.map(|line| line.parse().expect("a seed a line")).collect()
+        }
     }
 }
 
 #[test]
 fn chaos_loses_forgets_and_leaves_behind_nobody() {
-    let seed = seed();
-    println!("FERMATA_CHAOS_SEED={seed}");
+    let seeds = seeds();
+    assert!(!seeds.is_empty());
+    seeds.into_iter().for_each(chaos);
+}
+
+fn chaos(seed: u64) {
+    println!("FERMATA_TEST_SEED={seed}");
     let mut sandbox = Sandbox::builder().config(scene::BY_GROUP).start();
     let members = Member::all();
     let books = Books::open(&sandbox);

@@ -346,7 +346,7 @@ impl Model {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, max_shrink_iters: 20_000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { max_shrink_iters: 20_000, ..fermata_test_seeds::cases(4000) })]
 
     #[test]
     fn random_commands_outcomes_and_crashes_leave_nothing_between(moves in prop::collection::vec(moves(), 1..60)) {

@@ -117,6 +117,8 @@ fn shown(names: &BTreeSet<Vec<u8>>) -> Vec<String> {
 }
 
 proptest! {
+    #![proptest_config(fermata_test_seeds::cases(256))]
+
     #[test]
     fn a_snapshot_covers_what_git_would_list((steps, exclude) in steps(), tracked in vec(any::<bool>(), 0..8)) {
         let sandbox = Sandbox::new();

@@ -359,7 +359,7 @@ fn snapshots_removals_sweeps_and_consolidations_side_by_side_harm_no_checkpoint(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(fermata_test_seeds::cases(12))]
 
     #[test]
     fn whatever_is_checkpointed_removed_and_consolidated_every_checkpoint_verifies(

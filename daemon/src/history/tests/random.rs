@@ -183,7 +183,7 @@ fn apply_with_a_crash(sandbox: &Sandbox, plan: &RestorePlan, after: u64) -> Rest
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 120, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(fermata_test_seeds::cases(120))]
 
     #[test]
     fn a_restore_brings_back_any_earlier_state(first in acts(), then in acts(), crash in 1u64..40) {

@@ -255,7 +255,7 @@ mod tests {
     }
 
     proptest::proptest! {
-        #![proptest_config(proptest::prelude::ProptestConfig::with_cases(64))]
+        #![proptest_config(fermata_test_seeds::cases(64))]
         #[test]
         fn any_output_is_drawn_again_as_it_was(
             pieces in proptest::collection::vec(proptest::sample::select(vec![

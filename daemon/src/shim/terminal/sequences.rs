@@ -271,6 +271,8 @@ mod tests {
     }
 
     proptest::proptest! {
+        #![proptest_config(fermata_test_seeds::cases(256))]
+
         #[test]
         fn any_bytes_are_taken(bytes: Vec<u8>) {
             pieces(&mut Splitter::default(), &bytes);
