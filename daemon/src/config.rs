@@ -330,7 +330,7 @@ pub struct Settings {
     /// The section `[pressure]`.
     pub pressure: PressureSettings,
     /// The section `[retention]`: which checkpoints are kept, unless a project says otherwise.
-    pub retention: fermata_core::retention::Policy,
+    pub retention: fermata_core::retention::RetentionPolicy,
     /// The section `[restore]`.
     pub restore: RestoreSettings,
     /// The section `[checkpoints]`.
@@ -348,7 +348,7 @@ impl Default for Settings {
             agents: AgentSettings::default(),
             context: ContextSettings::default(),
             pressure: PressureSettings::default(),
-            retention: fermata_core::retention::Policy::default(),
+            retention: fermata_core::retention::RetentionPolicy::default(),
             restore: RestoreSettings::default(),
             checkpoints: CheckpointSettings::default(),
         }

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use fermata_core::load::{Reading, sample};
+use fermata_core::load::{LoadReading, sample};
 use fermata_protocol::load::{Load, MemoryKind};
 use fermata_protocol::{RunId, UnixMillis};
 use tokio::sync::watch;
@@ -192,7 +192,7 @@ impl Work {
             Memory::Charged { now, peak } => (now, peak, MemoryKind::Charged),
             Memory::Resident(bytes) => (bytes, None, MemoryKind::Resident),
         };
-        let reading = Reading {
+        let reading = LoadReading {
             at: UnixMillis(clock::unix_ms()),
             cpu_us: used.cpu_us,
             memory_bytes,

@@ -13,7 +13,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use fermata_core::Project;
-use fermata_core::pressure::{Candidate, Disk, History, Reading, Rules, Verdict, judge};
+use fermata_core::pressure::{
+    DiskReading, PressureCandidate, PressureDecision, PressureHistory, PressureReading, PressureRules, decide,
+};
 use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectStatus;
 use tokio::task::JoinHandle;
@@ -48,9 +50,9 @@ pub fn warnings(settings: &Settings) -> Vec<String> {
     found
 }
 
-fn rules(settings: &PressureSettings) -> Rules {
+fn rules(settings: &PressureSettings) -> PressureRules {
     let ms = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
-    Rules {
+    PressureRules {
         memory_some_avg10: settings.memory_some_avg10,
         disk_free_bytes: settings.disk_free_bytes,
         settle_ms: ms(settings.settle_ms),
@@ -66,7 +68,7 @@ pub async fn watch(projects: Arc<Projects>) {
     for handle in projects.all() {
         services.tracker.spawn(automatic::pause_for_budget(handle));
     }
-    let mut history = History::default();
+    let mut history = PressureHistory::default();
     let mut reader = Reader::default();
     for line in warnings(&services.settings()) {
         tracing::warn!("{line}");
@@ -74,7 +76,7 @@ pub async fn watch(projects: Arc<Projects>) {
     loop {
         let rules = rules(&services.settings().pressure);
         if rules.memory_some_avg10.is_none() && rules.disk_free_bytes.is_none() {
-            history = History::default();
+            history = PressureHistory::default();
             services.reloaded.notified().await;
         } else {
             look(&projects, &rules, &mut history, &mut reader).await;
@@ -127,7 +129,12 @@ impl<T: Send + 'static> Reader<T> {
     }
 }
 
-async fn look(projects: &Projects, rules: &Rules, history: &mut History, reader: &mut Reader<(Reading, Devices)>) {
+async fn look(
+    projects: &Projects,
+    rules: &PressureRules,
+    history: &mut PressureHistory,
+    reader: &mut Reader<(PressureReading, Devices)>,
+) {
     let services = projects.services();
     let active: Vec<ProjectHandle> =
         projects.all().into_iter().filter(|handle| handle.look().state.status() == ProjectStatus::Active).collect();
@@ -138,11 +145,11 @@ async fn look(projects: &Projects, rules: &Rules, history: &mut History, reader:
     let reading = reader.read(PATIENCE, move || read(&wanted, parent.as_deref(), &state, &places)).await;
     let Some((reading, devices)) = reading else { return };
     // Their use is looked at only while something presses.
-    let candidates = if reading.presses(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
-    for verdict in judge(rules, &reading, &candidates, history, now()) {
+    let candidates = if reading.is_pressed(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
+    for verdict in decide(rules, &reading, &candidates, history, now()) {
         if let Some(handle) = active.iter().find(|handle| handle.name() == verdict.project) {
             let Err(failure) = carry_out(services, handle, &verdict).await else { continue };
-            if history.not_made(rules, &verdict, now()) {
+            if history.pause_failed(rules, &verdict, now()) {
                 let because = format!("the pause failed and is tried again: {failure}");
                 automatic::withhold(handle, verdict.cause, &verdict.reason, &because).await;
             } else {
@@ -158,10 +165,10 @@ struct Devices {
     by_place: BTreeMap<PathBuf, u64>,
 }
 
-fn read(rules: &Rules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) -> (Reading, Devices) {
+fn read(rules: &PressureRules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) -> (PressureReading, Devices) {
     let memory_some_avg10 = rules.memory_some_avg10.and_then(|_| pressure::memory_some_avg10(parent).ok());
     let mut devices = Devices { state: None, by_place: BTreeMap::new() };
-    let mut disks: BTreeMap<u64, Disk> = BTreeMap::new();
+    let mut disks: BTreeMap<u64, DiskReading> = BTreeMap::new();
     if rules.disk_free_bytes.is_some() {
         let mut note = |place: &Path| {
             // A workspace that is gone is the pause's business, not this one's.
@@ -169,7 +176,7 @@ fn read(rules: &Rules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) 
             if let Entry::Vacant(new) = disks.entry(device) {
                 let stat = nix::sys::statvfs::statvfs(place).ok()?;
                 let free_bytes = stat.blocks_available().saturating_mul(stat.fragment_size());
-                new.insert(Disk { device, path: place.display().to_string(), free_bytes });
+                new.insert(DiskReading { device, path: place.display().to_string(), free_bytes });
             }
             Some(device)
         };
@@ -180,14 +187,14 @@ fn read(rules: &Rules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) 
             }
         }
     }
-    (Reading { memory_some_avg10, disks: disks.into_values().collect() }, devices)
+    (PressureReading { memory_some_avg10, disks: disks.into_values().collect() }, devices)
 }
 
-async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devices) -> Vec<Candidate> {
+async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devices) -> Vec<PressureCandidate> {
     let all = found.iter().flat_map(|project| subjects(services, project)).collect();
     let samples = services.loads.look_closely(all).await;
     let of_project = |project: &Arc<Project>| {
-        let runs = project.agents.values().filter_map(|agent| agent.run.as_ref());
+        let runs = project.agents.values().filter_map(|agent| agent.run());
         let (mut memory_bytes, mut written_bytes) = (0, 0);
         for load in runs.filter_map(|run| samples.get(&run.id)) {
             memory_bytes += load.memory_bytes;
@@ -196,14 +203,14 @@ async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devic
         // Logs and checkpoints of every project go to the state directory.
         let own = devices.by_place.get(Path::new(&project.facts.workspace));
         let devices: BTreeSet<u64> = own.into_iter().chain(&devices.state).copied().collect();
-        Candidate { project: project.name.clone(), memory_bytes, written_bytes, devices }
+        PressureCandidate { project: project.name.clone(), memory_bytes, written_bytes, devices }
     };
     found.iter().map(of_project).collect()
 }
 
 /// Pauses a project or tells why not; fails when a pause that was wanted was not made.
-async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: &Verdict) -> Result<(), Failure> {
-    let Verdict { cause, reason, withheld, .. } = verdict;
+async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: &PressureDecision) -> Result<(), Failure> {
+    let PressureDecision { cause, reason, withheld, .. } = verdict;
     if let Some(because) = withheld {
         automatic::withhold(handle, *cause, reason, because).await;
         return Ok(());

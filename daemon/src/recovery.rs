@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use fermata_core::Project;
 use fermata_core::agent::{Agent, Run};
-use fermata_core::command::{AfterEnd, Command, Observed, Respawn};
+use fermata_core::command::{AfterEnd, Command, RecoveredRun, Respawn};
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 
@@ -74,7 +74,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
                 if let Some(why) = &found.unreachable {
                     report.push(format!("{name}/{agent}: it runs on, but cannot be reached: {why}"));
                 }
-                if matches!(found.observed, Observed::Alive(_)) {
+                if matches!(found.observed, RecoveredRun::Alive(_)) {
                     adopted.push(Adopted { agent: agent.clone(), run, link: found.link });
                 }
                 observed.insert(agent, found.observed);
@@ -112,7 +112,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
 /// nothing.
 fn last_seen(site: &Site, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
     let seen = |agent: &Arc<Agent>| {
-        let run = agent.run.as_ref()?;
+        let run = agent.run()?;
         let log = site.dirs().run(&agent.name, &run.id).join(files::LOGS).join(CURRENT);
         let written = std::fs::metadata(log).and_then(|meta| meta.modified()).ok();
         let written = written.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
@@ -127,7 +127,7 @@ type Look = (AgentName, RunId, Result<Option<Found>, Failure>);
 /// Looks at every agent: ends what is left of its older runs, and finds out what has become of the
 /// one that should be alive.
 fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
-    let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run.clone()?)));
+    let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run().cloned()?)));
     let look = |(agent, run): (Arc<Agent>, Run)| {
         let site = site.clone();
         async move {
@@ -152,25 +152,25 @@ fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
 
 /// What happened to agents that run no more, without anything that recovery would decide about it.
 /// Paused ones stay so: the resume brings them back.
-fn ends(project: &Project, observed: BTreeMap<AgentName, Observed>) -> Vec<(Command, Vec<NewToken>)> {
-    let ended = |(agent, seen): (AgentName, Observed)| {
+fn ends(project: &Project, observed: BTreeMap<AgentName, RecoveredRun>) -> Vec<(Command, Vec<NewToken>)> {
+    let ended = |(agent, seen): (AgentName, RecoveredRun)| {
         let known = project.agents.get(&agent)?;
-        let run = known.run.as_ref()?.id.clone();
+        let run = known.run()?.id.clone();
         if known.status(false) == AgentStatus::Paused {
             return None;
         }
         match seen {
             // Its launch was reported to nobody.
-            Observed::Alive(processes) if known.status(false) == AgentStatus::Starting => {
+            RecoveredRun::Alive(processes) if known.status(false) == AgentStatus::Starting => {
                 Some((Command::Launched { agent, run, outcome: Ok(processes) }, Vec::new()))
             }
-            Observed::Alive(_) => None,
-            Observed::Ended { exit, detail, at } => {
+            RecoveredRun::Alive(_) => None,
+            RecoveredRun::Ended { exit, detail, at } => {
                 let (new, token) = new_run();
                 let then = AfterEnd::Stay;
                 Some((Command::RunEnded { agent, run, exit, detail, ended_at: at, new, then }, vec![token]))
             }
-            Observed::Lost { detail } => {
+            RecoveredRun::Lost { detail } => {
                 Some((Command::RunLost { agent, run, detail, then: AfterEnd::Stay }, Vec::new()))
             }
         }

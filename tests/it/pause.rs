@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use fermata_protocol::agent::{AgentAck, AgentListen};
 use fermata_protocol::client::Client;
 use fermata_protocol::operation::{OperationCancel, OperationState};
-use fermata_protocol::pause::{Mechanism, PauseMode, PauseResult, ProjectPause, Rung};
+use fermata_protocol::pause::{FreezerKind, PauseMode, PauseResult, ProjectPause, ResumeMethod};
 use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{Code, Refusal};
 use fermata_tests::waiting::{SOON, wait_for, wait_until};
@@ -72,11 +72,11 @@ fn every_field_of_the_reply_says_what_has_happened() {
 
     let resumed = resume(&sandbox).expect("resume");
     assert!(resumed.success && resumed.paused_ms >= 0, "{resumed:?}");
-    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Thawed]);
+    assert_eq!(resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(), [ResumeMethod::Thawed]);
     ticker.runs(SOON);
 }
 
-fn everybody_stands_still(config: &str, mechanism: Mechanism) {
+fn everybody_stands_still(config: &str, mechanism: FreezerKind) {
     let sandbox = bed(config);
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     let all = [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")];
@@ -93,12 +93,12 @@ fn everybody_stands_still(config: &str, mechanism: Mechanism) {
 
 #[test]
 fn grandchildren_in_sessions_of_their_own_stand_still_in_a_group() {
-    everybody_stands_still(BY_GROUP, Mechanism::Cgroup);
+    everybody_stands_still(BY_GROUP, FreezerKind::Cgroup);
 }
 
 #[test]
 fn grandchildren_in_sessions_of_their_own_stand_still_by_signals() {
-    everybody_stands_still(BY_SIGNALS, Mechanism::Signals);
+    everybody_stands_still(BY_SIGNALS, FreezerKind::Signals);
 }
 
 /// Stops by itself at a good place when it gets SIGTSTP, and says so.
@@ -325,7 +325,7 @@ fn a_parked_project_has_no_processes(config: &str) {
     all.iter().for_each(Ticker::stands_still);
 
     let resumed = resume(&sandbox).expect("resume");
-    assert_eq!(resumed.agents[0].rung, Rung::Respawned, "{resumed:?}");
+    assert_eq!(resumed.agents[0].method, ResumeMethod::Respawned, "{resumed:?}");
     all.iter().for_each(|one| one.runs(SOON));
 }
 
@@ -469,7 +469,7 @@ fn a_stray_sigcont_to_a_paused_project_does_nothing_to_a_group() {
     let sandbox = bed(BY_GROUP);
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     let paused = pause(&sandbox, PauseMode::Freeze).expect("pause");
-    if paused.mechanism == Mechanism::Signals {
+    if paused.mechanism == FreezerKind::Signals {
         return;
     }
     continue_all(the_agent(&sandbox).pid.expect("it runs"));

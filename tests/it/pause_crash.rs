@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::operation::{OperationKind, OperationState};
-use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::pause::{PauseMode, ResumeMethod};
 use fermata_protocol::project::ProjectStatus;
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, process};
@@ -92,8 +92,12 @@ fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
     ticker.stands_still();
     all_verify(&sandbox);
     let resumed = resume(&sandbox).expect("resume");
-    let rung = if mode == PauseMode::Freeze || after == After::Active { Rung::Thawed } else { Rung::Respawned };
-    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [rung], "{resumed:?}");
+    let rung = if mode == PauseMode::Freeze || after == After::Active {
+        ResumeMethod::Thawed
+    } else {
+        ResumeMethod::Respawned
+    };
+    assert_eq!(resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(), [rung], "{resumed:?}");
     ticker.runs(SOON);
 }
 
@@ -407,7 +411,7 @@ fn a_resume_that_cannot_be_written_down_at_once_is_written_down_later() {
     let ticker = Ticker::start(&sandbox);
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     let resumed = resume(&sandbox).expect("resume");
-    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Thawed]);
+    assert_eq!(resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(), [ResumeMethod::Thawed]);
     is_untouched(&sandbox, &ticker, &[1]);
 }
 
@@ -417,7 +421,11 @@ fn an_agent_whose_start_fails_late_does_not_run_on_unseen() {
     let ticker = Ticker::start(&sandbox);
     pause(&sandbox, PauseMode::Park).expect("pause");
     let resumed = resume(&sandbox).expect("an answer");
-    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Failed], "{resumed:?}");
+    assert_eq!(
+        resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(),
+        [ResumeMethod::Failed],
+        "{resumed:?}"
+    );
     assert!(!resumed.success);
     ticker.stands_still();
     assert!(the_agent(&sandbox).status.is_terminal());

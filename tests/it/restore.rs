@@ -8,7 +8,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use fermata_protocol::agent::{AgentStop, StateGet, StatePut};
 use fermata_protocol::checkpoint::{ChangeKind, CheckpointRestore, CheckpointRestoreResult, CheckpointShow, Trigger};
 use fermata_protocol::context::{ContextItem, ContextList, ContextPut, ContextSearch, ItemType, NewItem};
-use fermata_protocol::pause::{PauseMode, ProjectResume, Rung};
+use fermata_protocol::pause::{PauseMode, ProjectResume, ResumeMethod};
 use fermata_protocol::project::{ProjectSet, ProjectStatus};
 use fermata_protocol::task::Phase;
 use fermata_protocol::task::{TaskList, TaskPut, TaskStatus, TaskView};
@@ -269,7 +269,7 @@ fn after_a_restore_into_a_paused_project_nobody_is_thawed() {
     assert_eq!(workspace.read("README.md"), "# Changed by a person\n");
     ticker.stands_still();
     let resumed = resume(&sandbox).expect("resume");
-    assert_eq!(resumed.agents[0].rung, Rung::Respawned, "{resumed:?}");
+    assert_eq!(resumed.agents[0].method, ResumeMethod::Respawned, "{resumed:?}");
     assert_eq!(resumed.restored, restored.safety_checkpoint_id);
     ticker.runs(SOON);
     assert!(!process::is_alive(pid), "the old processes are gone");
@@ -293,7 +293,7 @@ fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     let resumed = done(&sandbox, &ProjectResume { project: web(), checkpoint: Some(first.id), over_budget: false });
 
     assert_eq!(resumed.restored, Some(first.id));
-    assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Respawned]);
+    assert_eq!(resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(), [ResumeMethod::Respawned]);
     assert_eq!(workspace.read("README.md"), "# A project\n");
     assert_eq!(found(&sandbox, "pears"), 0);
     ticker.runs(SOON);
@@ -305,7 +305,7 @@ fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     assert!(context.to_string().contains("knows apples") && !context.to_string().contains("pears"));
     // The next pause is an ordinary one again.
     pause(&sandbox, PauseMode::Freeze).expect("pause");
-    assert_eq!(super::scene::resume(&sandbox).expect("resume").agents[0].rung, Rung::Thawed);
+    assert_eq!(super::scene::resume(&sandbox).expect("resume").agents[0].method, ResumeMethod::Thawed);
 }
 
 #[test]
@@ -390,8 +390,8 @@ fn crash(failpoint: &str, paused: bool, after: After) {
     }
     if let Some(ticker) = ticker {
         ticker.stands_still();
-        let rung = if after == After::Restored { Rung::Respawned } else { Rung::Thawed };
-        assert_eq!(super::scene::resume(&sandbox).expect("resume").agents[0].rung, rung);
+        let rung = if after == After::Restored { ResumeMethod::Respawned } else { ResumeMethod::Thawed };
+        assert_eq!(super::scene::resume(&sandbox).expect("resume").agents[0].method, rung);
         ticker.runs(SOON);
     }
 }

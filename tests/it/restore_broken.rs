@@ -7,7 +7,7 @@ use std::time::Duration;
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointRestoreResult};
 use fermata_protocol::operation::OperationState;
-use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::pause::{PauseMode, ResumeMethod};
 use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{Code, Refusal};
 use fermata_tests::waiting::{SOON, wait_until};
@@ -89,7 +89,7 @@ fn a_restore_without_a_workspace_is_given_up_and_names_the_way_out() {
     assert_eq!(status(&sandbox), ProjectStatus::Paused);
     assert!(show(&sandbox).project.broken.is_none());
     let again = resume(&sandbox).expect("resume");
-    assert_eq!(again.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Respawned]);
+    assert_eq!(again.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(), [ResumeMethod::Respawned]);
     ticker.runs(SOON);
     only_these_are_left(&sandbox, &[1, paused.checkpoint_id, 3, 4, restored.safety_checkpoint_id.expect("one")]);
     all_verify(&sandbox);
@@ -159,7 +159,7 @@ fn dies_while_giving_up(point: &str) {
     fs::rename(&aside, workspace.path()).expect("put the workspace back");
     done(&sandbox, &restore_of(3));
     assert_eq!((status(&sandbox), workspace.read("README.md")), (ProjectStatus::Paused, "# Later\n".to_owned()));
-    assert_eq!(resume(&sandbox).expect("resume").agents[0].rung, Rung::Respawned);
+    assert_eq!(resume(&sandbox).expect("resume").agents[0].method, ResumeMethod::Respawned);
     ticker.runs(SOON);
     all_verify(&sandbox);
 }

@@ -118,7 +118,7 @@ fn after_some_paths_were_restored_nobody_is_thawed_and_the_context_is_that_of_th
     done(&sandbox, &of_paths(first.id, &["README.md"]));
     assert_eq!(sandbox.workspace("web").read("README.md"), "# A project\n");
     let resumed = resume(&sandbox).expect("resume");
-    assert_eq!(resumed.agents[0].rung, fermata_protocol::pause::Rung::Respawned);
+    assert_eq!(resumed.agents[0].method, fermata_protocol::pause::ResumeMethod::Respawned);
     ticker.runs(SOON);
     assert_eq!(ticker.text("told"), Some(paused.checkpoint_id.to_string()));
 }

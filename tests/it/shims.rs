@@ -6,7 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
-use fermata_protocol::pause::{PauseMode, Rung};
+use fermata_protocol::pause::{PauseMode, ResumeMethod};
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, process};
 use nix::sys::signal::{Signal, kill};
@@ -207,7 +207,11 @@ fn a_resume_reaches_a_shim_whose_link_is_broken() {
             sandbox.signal_daemon(Signal::SIGCONT);
             resuming.join().expect("an answer").expect("resume")
         });
-        assert_eq!(resumed.agents.iter().map(|agent| agent.rung).collect::<Vec<_>>(), [Rung::Thawed], "{resumed:?}");
+        assert_eq!(
+            resumed.agents.iter().map(|agent| agent.method).collect::<Vec<_>>(),
+            [ResumeMethod::Thawed],
+            "{resumed:?}"
+        );
         assert_eq!(scene::the_agent(&sandbox).pid, pid);
         ticker.runs(SOON);
         // The link that was made anew is in use.

@@ -1,32 +1,26 @@
 //! Folds one event into the state. The same function runs after every commit and in tests of
-//! recovery; it cannot refuse: what it is given has happened.
+//! recovery. It cannot refuse: an event has happened.
 
+mod activity;
 mod agents;
+mod operations;
+mod settle;
 
 use std::sync::Arc;
 
-use fermata_protocol::UnixMillis;
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{PauseMode, Rung};
 use fermata_protocol::task::Phase;
+use fermata_protocol::{ProjectName, UnixMillis};
 
-use self::agents::change;
-use crate::agent::{AgentState, Ended, Held};
-use crate::budget::waive_reached;
-use crate::project::{
-    BeforeRestore, BrokenRestore, CheckpointRun, Course, Facts, PauseRun, PauseStep, Paused, Project, ProjectState,
-    Resting, RestoreRun, RestoreStage, ResumeRun, Trouble, Whole,
-};
-use crate::since;
+use self::settle::{rest, resting};
+use crate::project::{Direction, PauseOperation, PauseStep, Project, ProjectFacts, ProjectState, Resting};
 
-/// Makes the project of its first event.
-///
-/// Returns `None` for any other event.
-pub fn create(name: &fermata_protocol::ProjectName, event: &Event, at: UnixMillis) -> Option<Project> {
+/// Makes the project from its first event; returns `None` for any other event.
+pub fn create(name: &ProjectName, event: &Event, at: UnixMillis) -> Option<Project> {
     let Event::ProjectCreated { workspace, description, source, config } = event else { return None };
     Some(Project {
         name: name.clone(),
-        facts: Arc::new(Facts {
+        facts: Arc::new(ProjectFacts {
             workspace: workspace.clone(),
             description: description.clone(),
             source: source.clone(),
@@ -46,11 +40,12 @@ pub fn create(name: &fermata_protocol::ProjectName, event: &Event, at: UnixMilli
 
 /// Folds one event, recorded at `at`, into the state.
 pub fn apply(project: &mut Project, event: &Event, at: UnixMillis) {
-    let noticed = since::notice(project, event);
+    let change = activity::change(project, event);
     fold(project, event, at);
-    since::settle(project, noticed, at);
+    activity::count(project, change, at);
 }
 
+#[expect(clippy::too_many_lines, reason = "a table of all events")]
 fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
     match event {
         Event::ProjectCreated { .. }
@@ -61,10 +56,8 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
         | Event::ContextPinned { .. }
         | Event::ContextRecalled { .. }
         | Event::CheckpointPinned { .. }
-        | Event::CheckpointRemoved { .. } => {}
-        Event::AgentStateSaved { agent, .. } | Event::ContextAdded { agent, .. } => {
-            agents::reported(project, agent, at);
-        }
+        | Event::CheckpointRemoved { .. }
+        | Event::RestoreChecked { .. } => {}
         Event::ProjectChanged { description, config } => {
             let facts = Arc::make_mut(&mut project.facts);
             if let Some(description) = description {
@@ -80,32 +73,41 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
                 rest(project, Resting::Planning);
             }
         }
-        Event::AgentCreated { .. }
-        | Event::AgentStarting { .. }
-        | Event::AgentStarted { .. }
-        | Event::AgentAdopted { .. }
-        | Event::AgentUnreachable { .. }
-        | Event::AgentLaunchFailed { .. }
-        | Event::AgentStopping { .. }
-        | Event::AgentExited { .. }
-        | Event::AgentInterrupted { .. }
-        | Event::AgentParked { .. }
-        | Event::AgentRemoved { .. }
-        | Event::AgentSuspended { .. }
-        | Event::AgentContinued { .. }
-        | Event::AgentSessionFound { .. }
-        | Event::AgentProgressed { .. }
-        | Event::AgentWaiting { .. }
-        | Event::AgentReady { .. }
-        | Event::AgentTimeUp { .. }
-        | Event::AgentStale { .. }
-        | Event::AgentBackoff { .. }
-        | Event::AgentGivenUp { .. }
-        | Event::AgentUsed { .. } => agents::apply(project, event, at),
-        Event::AgentFreezeBroken { agent, times, .. } => {
-            if let ProjectState::Paused(paused) = Arc::make_mut(&mut project.state) {
-                *paused.breaks.entry(agent.clone()).or_default() += times;
-            }
+        Event::AgentCreated { agent, spec } => agents::created(project, agent, spec, at),
+        Event::AgentStarting { agent, run, argv, cause, token_sha256 } => {
+            let begun = agents::BegunRun { id: run, argv, cause: *cause, token_sha256 };
+            agents::starting(project, agent, begun, at);
+        }
+        Event::AgentStarted { agent, processes, .. } => agents::started(project, agent, processes, at),
+        Event::AgentLaunchFailed { agent, reason, .. } => agents::launch_failed(project, agent, reason, at),
+        Event::AgentAdopted { agent, .. } => agents::unreachable(project, agent, None),
+        Event::AgentUnreachable { agent, detail, .. } => agents::unreachable(project, agent, Some(detail)),
+        Event::AgentFreezeBroken { agent, times, .. } => operations::freeze_broken(project, agent, *times),
+        Event::AgentStopping { agent, restart, cause } => agents::stopping(project, agent, *restart, *cause),
+        Event::AgentWaiting { agent, .. } => agents::waiting(project, agent),
+        Event::AgentReady { agent, .. } => agents::ready(project, agent, at),
+        Event::AgentTimeUp { agent, .. } => agents::time_up(project, agent),
+        Event::AgentStale { agent, restart, .. } => agents::stale(project, agent, *restart, at),
+        Event::AgentBackoff { agent, until, start, cause, detail } => {
+            let backoff = agents::BegunBackoff { until: *until, start: *start, cause: *cause, detail };
+            agents::backoff(project, agent, backoff, at);
+        }
+        Event::AgentGivenUp { agent, reason } => agents::given_up(project, agent, reason.as_deref()),
+        Event::AgentExited { agent, exit, detail, ended_at, .. } => {
+            agents::exited(project, agent, *exit, detail.as_deref(), *ended_at);
+        }
+        Event::AgentInterrupted { agent, detail, last_seen, .. } => {
+            agents::interrupted(project, agent, detail, last_seen.map_or(at, |seen| seen.min(at)));
+        }
+        Event::AgentParked { agent, .. } => agents::parked(project, agent, at),
+        Event::AgentRemoved { agent } => agents::removed(project, agent),
+        Event::AgentSuspended { agent, run } => agents::suspended(project, agent, run, Some(at)),
+        Event::AgentContinued { agent, run } => agents::suspended(project, agent, run, None),
+        Event::AgentSessionFound { agent, session } => agents::session_found(project, agent, session),
+        Event::AgentProgressed { agent, progress } => agents::progressed(project, agent, progress, at),
+        Event::AgentUsed { agent, usage } => agents::used(project, agent, usage, at),
+        Event::AgentStateSaved { agent, .. } | Event::ContextAdded { agent, .. } => {
+            agents::reported(project, agent, at);
         }
         Event::TaskChanged { task } => {
             project.counters.task = project.counters.task.max(task.id);
@@ -120,7 +122,7 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
             project.questions.insert(question.id, Arc::new(question.clone()));
         }
         Event::QuestionAnswered { id, agent, answer, answered_at } => {
-            // It has been waiting for a person: its silence begins now.
+            // The agent has waited for a person: its silence begins now.
             agents::reported(project, agent, at);
             if let Some(question) = project.questions.get_mut(id) {
                 let question = Arc::make_mut(question);
@@ -128,58 +130,10 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
                 question.answered_at = Some(*answered_at);
             }
         }
-        Event::OperationStepped { step, concluded, .. } => {
-            if let ProjectState::Pausing(run) = Arc::make_mut(&mut project.state) {
-                if let Some((name, took_ms)) = concluded {
-                    run.steps_ms.insert(name.clone(), *took_ms);
-                }
-                if let Some(step) = PauseStep::ALL.into_iter().find(|s| s.as_str() == step) {
-                    run.step = step;
-                }
-            }
-        }
-        Event::OperationUndoing { error, .. } => {
-            if let ProjectState::Pausing(run) = Arc::make_mut(&mut project.state) {
-                run.course = Course::Undoing(error.clone());
-            }
-        }
-        Event::PauseStarted { .. }
-        | Event::ProjectPaused { .. }
-        | Event::PauseFailed { .. }
-        | Event::ResumeStarted { .. }
-        | Event::ProjectResumed { .. } => apply_pause(project, event, at),
-        Event::CheckpointStarted { operation, checkpoint, trigger } => {
-            project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
-            project.checkpointing = Some(Arc::new(CheckpointRun {
-                operation: operation.clone(),
-                checkpoint: *checkpoint,
-                trigger: *trigger,
-                started_at: at,
-                tally: project.counters.since.tally,
-            }));
-        }
-        Event::CheckpointCreated { checkpoint, imported, .. } => {
-            if !imported {
-                project.counters.context = checkpoint.id;
-            }
-            project.checkpointing = None;
-        }
-        Event::CheckpointFailed { .. } => project.checkpointing = None,
-        Event::RestoreChecked { .. } => {}
-        Event::RestoreStarted { .. }
-        | Event::RestorePlanned { .. }
-        | Event::RestoreRetried { .. }
-        | Event::ProjectRestored { .. }
-        | Event::RestoreFailed { .. }
-        | Event::RestoreGivenUp { .. } => apply_restore(project, event, at),
-    }
-}
-
-fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
-    match event {
+        Event::OperationStepped { step, concluded, .. } => operations::stepped(project, step, concluded.as_ref()),
+        Event::OperationUndoing { error, .. } => operations::undoing(project, error),
         Event::PauseStarted { operation, checkpoint, mode, cause, reason, grace_ms } => {
-            project.counters.checkpoint = project.counters.checkpoint.max(*checkpoint);
-            project.state = Arc::new(ProjectState::Pausing(Box::new(PauseRun {
+            let begun = PauseOperation {
                 operation: operation.clone(),
                 checkpoint: *checkpoint,
                 mode: *mode,
@@ -188,206 +142,39 @@ fn apply_pause(project: &mut Project, event: &Event, at: UnixMillis) {
                 grace_ms: *grace_ms,
                 started_at: at,
                 before: resting(project),
-                tally: project.counters.since.tally,
+                activity: project.counters.activity.counters,
                 step: PauseStep::Validate,
                 steps_ms: Default::default(),
-                course: Course::Forward,
-            })));
+                direction: Direction::Forward,
+            };
+            operations::pause_started(project, begun);
         }
         Event::ProjectPaused { checkpoint, result, agents, .. } => {
-            project.counters.context = checkpoint.id;
-            for name in agents {
-                change(project, name, |agent| {
-                    if agent.state == AgentState::Running {
-                        agent.state = AgentState::Held(Held::Frozen);
-                        if let Some(run) = &mut agent.run {
-                            run.stand_still(result.paused_at);
-                        }
-                    }
-                });
-            }
-            project.state = Arc::new(ProjectState::Paused(Box::new(Paused {
-                operation: result.operation_id.clone(),
-                checkpoint: checkpoint.id,
-                since: result.paused_at,
-                mode: result.mode,
-                mechanism: result.mechanism,
-                cause: result.cause,
-                reason: checkpoint.pause_reason.clone(),
-                restored: None,
-                context: None,
-                breaks: Default::default(),
-            })));
+            operations::paused(project, checkpoint, result, agents);
         }
-        Event::PauseFailed { .. } => {
-            if let ProjectState::Pausing(run) = &*project.state {
-                let before = run.before;
-                rest(project, before);
-                settle(project);
-            }
-        }
+        Event::PauseFailed { .. } => operations::pause_failed(project),
         Event::ResumeStarted { operation, over_budget } => {
-            if *over_budget {
-                waive_reached(project);
-            }
-            if let ProjectState::Paused(paused) = &*project.state {
-                project.state = Arc::new(ProjectState::Resuming(Box::new(ResumeRun {
-                    operation: operation.clone(),
-                    started_at: at,
-                    paused: (**paused).clone(),
-                })));
-            }
+            operations::resume_started(project, operation, *over_budget, at);
         }
-        Event::ProjectResumed { result } => {
-            project.total_paused_ms += result.paused_ms;
-            for resumed in &result.agents {
-                change(project, &resumed.agent, |agent| match (resumed.rung, &agent.state) {
-                    (Rung::Thawed | Rung::ImageRestored, AgentState::Held(_)) => {
-                        agent.state = AgentState::Running;
-                        if let Some(run) = &mut agent.run {
-                            run.go_on(at);
-                        }
-                    }
-                    (Rung::Failed, AgentState::Held(_)) => {
-                        agent.state = AgentState::Interrupted {
-                            detail: resumed.detail.clone().unwrap_or_else(|| "it could not be brought back".into()),
-                        };
-                    }
-                    _ => {}
-                });
-            }
-            rest(project, Resting::Active);
-            settle(project);
+        Event::ProjectResumed { result } => operations::resumed(project, result, at),
+        Event::CheckpointStarted { operation, checkpoint, trigger } => {
+            operations::checkpoint_started(project, operation, *checkpoint, *trigger, at);
         }
-        _ => {}
-    }
-}
-
-fn apply_restore(project: &mut Project, event: &Event, at: UnixMillis) {
-    match event {
+        Event::CheckpointCreated { checkpoint, imported, .. } => {
+            operations::checkpoint_created(project, checkpoint.id, *imported);
+        }
+        Event::CheckpointFailed { .. } => project.checkpointing = None,
         Event::RestoreStarted { operation, checkpoint, safety, paths } => {
-            project.counters.checkpoint = project.counters.checkpoint.max(*safety);
-            let before = match &*project.state {
-                ProjectState::Paused(paused) => BeforeRestore::Paused((**paused).clone()),
-                ProjectState::Broken(broken) => BeforeRestore::Broken(broken.clone()),
-                ProjectState::Resting(_)
-                | ProjectState::Pausing(_)
-                | ProjectState::Resuming(_)
-                | ProjectState::Restoring(_) => BeforeRestore::Resting(resting(project)),
-            };
-            project.state = Arc::new(ProjectState::Restoring(Box::new(RestoreRun {
-                operation: operation.clone(),
-                checkpoint: *checkpoint,
-                safety: *safety,
-                started_at: at,
-                tally: project.counters.since.tally,
-                stage: RestoreStage::Preparing,
-                paths: paths.clone(),
-                trouble: None,
-                before,
-            })));
+            operations::restore_started(project, operation, *checkpoint, *safety, paths, at);
         }
-        Event::RestorePlanned { .. } => {
-            if let ProjectState::Restoring(run) = Arc::make_mut(&mut project.state) {
-                run.stage = RestoreStage::Applying;
-            }
-        }
-        Event::RestoreRetried { tries, error, .. } => {
-            if let ProjectState::Restoring(run) = Arc::make_mut(&mut project.state) {
-                let since = run.trouble.as_ref().map_or(at, |trouble| trouble.since);
-                run.trouble = Some(Box::new(Trouble { tries: *tries, since, error: error.clone() }));
-            }
-        }
+        Event::RestorePlanned { .. } => operations::restore_planned(project),
+        Event::RestoreRetried { tries, error, .. } => operations::restore_retried(project, *tries, error, at),
         Event::ProjectRestored { checkpoint, phase, tasks, .. } => {
-            let ProjectState::Restoring(run) = &*project.state else { return };
-            let (whole, before) = (run.paths.is_empty(), run.before.clone());
-            if whole {
-                // The safety checkpoint holds what was given up.
-                project.counters.context = *checkpoint;
-                Arc::make_mut(&mut project.facts).phase = *phase;
-                project.tasks = tasks.iter().map(|task| (task.id, Arc::new(task.clone()))).collect();
-            }
-            project.state = Arc::new(match before {
-                // Some paths do not make the rest whole.
-                BeforeRestore::Broken(broken) if !whole => ProjectState::Broken(broken),
-                before => match before.whole() {
-                    Whole::Resting(resting) => ProjectState::Resting(resting),
-                    Whole::Paused(mut paused) => {
-                        paused.restored = Some(*checkpoint);
-                        paused.context = if whole { Some(*checkpoint) } else { paused.context };
-                        ProjectState::Paused(Box::new(paused))
-                    }
-                },
-            });
+            operations::restored(project, *checkpoint, *phase, tasks);
         }
-        Event::RestoreFailed { .. } => {
-            let ProjectState::Restoring(run) = &*project.state else { return };
-            project.state = Arc::new(match run.before.clone() {
-                BeforeRestore::Resting(resting) => ProjectState::Resting(resting),
-                BeforeRestore::Paused(paused) => ProjectState::Paused(Box::new(paused)),
-                BeforeRestore::Broken(broken) => ProjectState::Broken(broken),
-            });
-        }
+        Event::RestoreFailed { .. } => operations::restore_failed(project),
         Event::RestoreGivenUp { operation, checkpoint, safety, error } => {
-            let ProjectState::Restoring(run) = &*project.state else { return };
-            project.state = Arc::new(ProjectState::Broken(Box::new(BrokenRestore {
-                operation: operation.clone(),
-                checkpoint: *checkpoint,
-                safety: *safety,
-                at,
-                error: error.clone(),
-                before: run.before.clone().whole(),
-            })));
+            operations::restore_given_up(project, operation, *checkpoint, *safety, error, at);
         }
-        _ => {}
-    }
-}
-
-fn resting(project: &Project) -> Resting {
-    match &*project.state {
-        ProjectState::Resting(resting) => *resting,
-        ProjectState::Pausing(run) => run.before,
-        ProjectState::Restoring(run) => match run.before.clone().whole() {
-            Whole::Resting(resting) => resting,
-            Whole::Paused(_) => Resting::Active,
-        },
-        ProjectState::Broken(broken) => match &broken.before {
-            Whole::Resting(resting) => *resting,
-            Whole::Paused(_) => Resting::Active,
-        },
-        ProjectState::Paused(_) | ProjectState::Resuming(_) => Resting::Active,
-    }
-}
-
-fn rest(project: &mut Project, resting: Resting) {
-    project.state = Arc::new(ProjectState::Resting(resting));
-}
-
-/// An active project whose agents have all ended gets the status that follows from how they ended.
-fn settle(project: &mut Project) {
-    if *project.state != ProjectState::Resting(Resting::Active) || !project.agents.values().all(|a| a.is_terminal()) {
-        return;
-    }
-    let any = |wanted: fn(&AgentState) -> bool| project.agents.values().any(|agent| wanted(&agent.state));
-    let failed =
-        any(|state| matches!(state, AgentState::Failed { .. } | AgentState::TimedOut | AgentState::Interrupted { .. }));
-    let stopped = any(|state| *state == AgentState::Ended(Ended::Stopped));
-    rest(
-        project,
-        if failed {
-            Resting::Failed
-        } else if stopped {
-            Resting::Stopped
-        } else {
-            Resting::Completed
-        },
-    );
-}
-
-/// Says whether the processes of a paused project are to be ended: mode `park`.
-pub fn parks(mode: PauseMode) -> bool {
-    match mode {
-        PauseMode::Park | PauseMode::Image => true,
-        PauseMode::Freeze => false,
     }
 }

@@ -1,6 +1,4 @@
-//! What reaches a project (commands) and what follows from it (decisions).
-
-mod effect;
+//! What is requested of a project or reported to it (commands), and what follows from that (decisions).
 
 use std::collections::BTreeMap;
 
@@ -9,402 +7,301 @@ use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{AgentResumed, Mechanism, PauseCause, PauseMode};
+use fermata_protocol::pause::{AgentResumed, FreezerKind, PauseCause, PauseMode};
 use fermata_protocol::project::ProjectConfig;
-use fermata_protocol::task::Phase;
-use fermata_protocol::task::{TaskStatus, TaskView};
+use fermata_protocol::task::{Phase, TaskStatus, TaskView};
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, RunId, UnixMillis};
 
-use crate::due::Due;
+use crate::deadlines::DueAction;
+use crate::effect::{Continuation, Effect};
 use crate::project::PauseStep;
 use crate::retention::Removal;
 
-pub use self::effect::{AgentRun, Effect};
-
-/// Something that a project is told: by a person, an agent, a shim, a step or recovery.
+/// A request of a person or agent, or a report of an agent, a shim, a step or recovery.
+///
+/// An `operation` is the id of the new operation where the command may begin one, else that of the operation that
+/// the report belongs to. A report that names an operation or run which is no longer current changes nothing.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Command {
-    /// Change description, phase or settings.
+    /// Change the members that are given.
     Set {
-        /// A new description.
         description: Option<String>,
-        /// A new phase.
         phase: Option<Phase>,
-        /// New settings.
         config: Option<ProjectConfig>,
     },
-    /// Remove the project; `checkpoints` is how many it has.
+    /// Remove the project.
     Remove {
-        /// How many checkpoints there are.
+        /// How many checkpoints the project has.
         checkpoints: u64,
-        /// Remove them too.
         with_checkpoints: bool,
     },
-    /// Start an agent.
+    /// Create an agent, or start one that has ended with a new spec.
     Run {
-        /// Its name.
         agent: AgentName,
-        /// How.
         spec: AgentSpec,
-        /// The new run.
         new: NewRun,
     },
     /// Stop an agent, or all.
     Stop {
-        /// One agent, or all.
         agent: Option<AgentName>,
-        /// Between SIGTERM and SIGKILL, milliseconds; the agent's own when none.
+        /// Between SIGTERM and SIGKILL; that of the agent's spec when none.
         grace_ms: Option<u64>,
     },
-    /// Kill an agent's tree, or all.
+    /// Kill the tree of an agent, or of all.
     Kill {
-        /// One agent, or all.
         agent: Option<AgentName>,
     },
     /// Stop an agent and start it again.
     Restart {
-        /// The agent.
         agent: AgentName,
-        /// The new run, used at once when the agent has ended already.
+        /// Used at once when the agent has ended already.
         new: NewRun,
     },
-    /// Start an agent whose time has come, or bring back one that a person asks for.
+    /// Start an agent that [`DueAction::Start`] names, or that a person brings back.
     Start {
-        /// The agent.
         agent: AgentName,
-        /// How.
-        start: Start,
-        /// Whether a person asks for it; else it has to be due.
-        asked: bool,
+        start: PreparedStart,
+        /// Whether a person brings it back; otherwise the start has to be due.
+        requested: bool,
     },
-    /// Something is due.
-    FallDue {
-        /// What.
-        due: Due,
-        /// The operation, should it take one.
+    /// Decide about a deadline other than [`DueAction::Start`].
+    Due {
+        action: DueAction,
         operation: OperationId,
     },
     /// An agent is ready.
     Ready {
-        /// The agent.
         agent: AgentName,
-        /// The run; the current one when the agent says so itself.
+        /// None when the agent itself reports it: the current run.
         run: Option<RunId>,
     },
     /// Remove an agent that has ended.
     RemoveAgent {
-        /// The agent.
         agent: AgentName,
     },
-    /// A launch was carried out.
+    /// [`Effect::Launch`] was carried out.
     Launched {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// Its processes, or why there are none.
         outcome: Result<RunProcesses, String>,
     },
     /// A run has ended.
     RunEnded {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// How.
         exit: ExitStatus,
-        /// What is known beyond that.
+        /// What is known beyond the exit status.
         detail: Option<String>,
-        /// When.
         ended_at: UnixMillis,
-        /// The new run, should one follow.
+        /// Used if another run follows at once.
         new: NewRun,
-        /// Whether the restart policy counts.
         then: AfterEnd,
     },
     /// A run is gone without a recorded end.
     RunLost {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// What is known.
         detail: String,
-        /// Whether it may be brought back.
         then: AfterEnd,
     },
-    /// A signal that was not Fermata's holds the main process of a run, or no longer does.
+    /// A signal that Fermata did not send stopped the main process of a run, or continued it.
     Suspended {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// Whether it is held.
-        held: bool,
+        suspended: bool,
     },
-    /// Something was typed into an agent's terminal.
+    /// Input was typed into an agent's terminal.
     Typed {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// Who typed.
         by: String,
-        /// How many bytes.
         bytes: u64,
     },
-    /// The shim of a run cannot be spoken to, and its agent runs on.
+    /// The shim of a run does not answer; its agent runs on.
     Unreachable {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// Why.
         detail: String,
     },
-    /// A frozen run ran although nobody had let it.
+    /// A frozen run ran although Fermata had not thawed it.
     FreezeBroken {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// How often since this was told last.
+        /// How often since the last report.
         times: u64,
-        /// What happened.
         detail: String,
     },
     /// An agent reports progress.
     Progress {
-        /// The agent.
         agent: AgentName,
-        /// What it reports.
         progress: Progress,
-        /// The phase of the work.
         phase: Option<Phase>,
     },
-    /// An agent reports usage.
+    /// An agent reports usage since its last report.
     Use {
-        /// The agent.
         agent: AgentName,
-        /// What it used.
         usage: Usage,
     },
-    /// An agent saves its blob.
+    /// An agent saves its state blob; the blob is written in the same transaction.
     SaveState {
-        /// The agent.
         agent: AgentName,
-        /// Its size.
         bytes: u64,
     },
-    /// A task is created or changed.
+    /// Create a task, or change the one with this id.
     PutTask {
-        /// The agent that reports it.
         agent: Option<AgentName>,
-        /// The task to change.
         id: Option<u64>,
-        /// Its title.
         title: Option<String>,
-        /// Its status.
         status: Option<TaskStatus>,
-        /// 0 to 100.
         percent: Option<f64>,
     },
-    /// An agent asks a person.
+    /// An agent asks a question.
     Ask {
-        /// The agent.
         agent: AgentName,
-        /// What.
         text: String,
-        /// Answers to choose from.
+        /// Any answer is accepted when empty.
         choices: Vec<String>,
     },
-    /// A person answers.
+    /// A person answers a question.
     Answer {
-        /// The question.
         id: u64,
-        /// The answer.
         answer: String,
     },
     /// Context items were put; the rows are written in the same transaction.
     AddContext {
-        /// The agent.
         agent: AgentName,
-        /// How many.
         items: u64,
-        /// Their tokens.
         tokens: u64,
     },
     /// A flash save outside a pause; the rows are written in the same transaction.
     FlashSave {
-        /// The agents and what it does to each.
         results: Vec<(AgentName, FlashSaveResult)>,
     },
-    /// An item was pinned or unpinned.
     PinContext {
-        /// The item.
         id: i64,
-        /// Which of it.
         pinned: bool,
     },
-    /// Items were brought back from the archive.
+    /// Bring items back from the archive.
     RecallContext {
-        /// The items.
         ids: Vec<i64>,
     },
-    /// Tell that the project would have been paused automatically, and was not.
+    /// Record that an automatic pause was due and was not made.
     Withhold {
-        /// What would have brought it about.
         cause: PauseCause,
-        /// What was the matter.
+        /// Why the pause was due.
         reason: String,
-        /// Why it was not paused.
+        /// Why it was not made.
         because: String,
     },
-    /// Pause.
     Pause {
-        /// The new operation.
         operation: OperationId,
-        /// Who or what brings it about.
         cause: PauseCause,
-        /// Why.
         reason: Option<String>,
-        /// How.
         mode: PauseMode,
-        /// For the agents with a channel, milliseconds.
+        /// How long agents with a channel have to acknowledge.
         grace_ms: Option<u64>,
     },
-    /// A step of the pause is done.
+    /// A step of a pause is done, or has failed.
     PauseStepped {
-        /// The operation.
         operation: OperationId,
-        /// The step.
         step: PauseStep,
-        /// How long it took, milliseconds.
         took_ms: f64,
-        /// What it led to.
         outcome: Result<StepReport, ErrorObject>,
     },
-    /// Everything that an undone pause, or an undone checkpoint, did is undone.
+    /// A pause or checkpoint is undone completely.
     Undone {
-        /// The operation.
         operation: OperationId,
     },
     /// Cancel an operation.
     Cancel {
-        /// The operation.
         operation: OperationId,
     },
-    /// Resume.
     Resume {
-        /// The new operation.
         operation: OperationId,
-        /// For each held agent that cannot or should not be thawed: the new run and why.
+        /// For each paused agent that cannot or should not be thawed.
         respawn: BTreeMap<AgentName, Respawn>,
-        /// Whether it may go on although a budget is reached.
+        /// Whether the project may go on although a budget is reached.
         over_budget: bool,
     },
-    /// The resume was carried out.
+    /// [`Effect::Resume`] was carried out.
     Resumed {
-        /// The operation.
         operation: OperationId,
-        /// How each agent came back.
         agents: Vec<AgentResumed>,
-        /// How long each step took, milliseconds.
         steps_ms: BTreeMap<String, f64>,
-        /// What a person should know.
         warnings: Vec<String>,
     },
-    /// The processes of a parked agent were ended.
+    /// The processes of a frozen agent were ended.
     Parked {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
     },
-    /// Make a checkpoint.
+    /// Make a checkpoint outside a pause.
     Checkpoint {
-        /// The new operation.
         operation: OperationId,
-        /// What makes it.
         trigger: Trigger,
     },
-    /// The checkpoint was made, or could not be.
+    /// A checkpoint outside a pause was made, or has failed.
     Checkpointed {
-        /// The operation.
         operation: OperationId,
-        /// The checkpoint and how long agents stood still in milliseconds, or why there is none.
+        /// The checkpoint, and for how many milliseconds agents were frozen.
         outcome: Result<(Box<CheckpointView>, f64), ErrorObject>,
-        /// Whether it came from a file.
+        /// Whether it was imported from a file.
         imported: bool,
     },
-    /// Pin or unpin a checkpoint that exists.
     PinCheckpoint {
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
-        /// Which of it.
         pinned: bool,
     },
     /// Remove checkpoints; the rows go in the same transaction.
     RemoveCheckpoints {
-        /// Which, and why.
         removals: Vec<Removal>,
     },
     /// Restore a checkpoint that exists.
     Restore {
-        /// The new operation.
         operation: OperationId,
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
-        /// Only these paths, and no rows; everything when there are none.
+        /// Only these paths, and no rows; everything when empty.
         paths: Vec<String>,
     },
-    /// The safety checkpoint was made and the plan is on disk, or that failed.
+    /// The safety checkpoint was made and the plan written, or that has failed.
     RestorePlanned {
-        /// The operation.
         operation: OperationId,
-        /// The safety checkpoint, or why there is none.
         outcome: Result<Box<CheckpointView>, ErrorObject>,
     },
-    /// The plan could not be carried out this time.
+    /// An attempt to carry out the plan has failed.
     RestoreFailing {
-        /// The operation.
         operation: OperationId,
-        /// What went wrong.
         error: ErrorObject,
-        /// How long it may go on failing before it is given up, milliseconds.
+        /// How long attempts may go on failing before the restore is given up.
         patience_ms: u64,
     },
     /// The whole workspace was compared with the checkpoint that was restored.
     RestoreChecked {
-        /// The operation.
         operation: OperationId,
-        /// The checkpoint.
         checkpoint: CheckpointNumber,
         /// How many paths were compared.
         paths: u64,
-        /// How many are not as they should be.
         differing: u64,
-        /// Some of them, each with what is different.
+        /// Some of the differing paths, each with its difference.
         examples: Vec<String>,
     },
     /// The plan was carried out.
     Restored {
-        /// The operation.
         operation: OperationId,
-        /// What the rows say at the checkpoint; none when only some paths were restored.
-        rows: Option<Rewound>,
-        /// How many paths were written.
+        /// None when only some paths were restored.
+        rows: Option<RestoredProject>,
+        /// Paths.
         written: u64,
-        /// How many were removed.
+        /// Paths.
         removed: u64,
     },
-    /// The daemon has started: here is what is left of the runs.
+    /// The daemon has started, and reports what is left of the runs.
     Recover {
-        /// What was found of each agent that had processes.
-        agents: BTreeMap<AgentName, Observed>,
-        /// For each held agent of an unfinished resume: a new run, should it be needed.
+        /// For each agent that had processes.
+        agents: BTreeMap<AgentName, RecoveredRun>,
+        /// For each paused agent of an unfinished resume: used where it cannot be thawed.
         respawn: BTreeMap<AgentName, Respawn>,
-        /// When each was last known to run: downtime is no time of an agent.
+        /// When each agent was last known to run: downtime does not count as its running time.
         last_seen: BTreeMap<AgentName, UnixMillis>,
     },
 }
@@ -412,7 +309,7 @@ pub enum Command {
 /// What may follow from the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterEnd {
-    /// What the agent's policy says.
+    /// What the agent's restart policy says.
     ByPolicy,
     /// Nothing: recovery is switched off.
     Stay,
@@ -421,7 +318,6 @@ pub enum AfterEnd {
 /// The identity of a run to be started.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewRun {
-    /// Its id.
     pub id: RunId,
     /// SHA-256 of its token, in hexadecimal.
     pub token_sha256: String,
@@ -429,109 +325,85 @@ pub struct NewRun {
 
 /// How an agent is to be started outside a resume of its project.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Start {
-    /// The new run.
+pub struct PreparedStart {
     pub new: NewRun,
-    /// The program and arguments.
     pub argv: Vec<String>,
-    /// The tool's own session that it goes on with.
+    /// The tool's own session that the run continues.
     pub session: Option<String>,
-    /// What it is told of its earlier life; nothing when it begins anew.
-    pub checkpoint: Option<ComesBack>,
-}
-
-/// What a run that goes on is told of its agent's earlier life.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ComesBack {
-    /// The checkpoint whose context it is given; none where there is no checkpoint.
-    pub checkpoint: Option<CheckpointNumber>,
+    /// None for a run that continues no earlier one.
+    pub continuation: Option<Continuation>,
 }
 
 /// How an agent is to be started again by a resume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Respawn {
-    /// The new run.
     pub new: NewRun,
-    /// The program and arguments.
     pub argv: Vec<String>,
-    /// Whether it must not be thawed even if its processes are there, for instance because they
-    /// were frozen for too long; the text says why.
+    /// Why the agent must not be thawed even if its processes are there, for instance because they
+    /// were frozen for too long.
     pub instead_of_thaw: Option<String>,
-    /// The tool's own session that it goes on with.
+    /// The tool's own session that the run continues.
     pub session: Option<String>,
 }
 
 /// What the rows of a checkpoint say of the project itself.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Rewound {
-    /// The phase.
+pub struct RestoredProject {
     pub phase: Phase,
-    /// The tasks.
     pub tasks: Vec<TaskView>,
 }
 
-/// What a step of a pause led to.
+/// The result of a pause step.
 #[derive(Debug, Clone, PartialEq)]
 pub enum StepReport {
-    /// Nothing to remember.
+    /// There is nothing to remember.
     Done,
-    /// The last step: everything that the commit needs.
-    Sealed(Box<Sealed>),
+    /// The last step has sealed the checkpoint.
+    Sealed(Box<PauseCommit>),
 }
 
 /// Everything that the commit of a pause needs.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Sealed {
-    /// The checkpoint.
+pub struct PauseCommit {
     pub checkpoint: CheckpointView,
-    /// The flash save's numbers, all agents together.
+    /// The sum over all agents.
     pub flash_save: FlashSaveResult,
-    /// What froze the processes.
-    pub mechanism: Mechanism,
-    /// How many processes.
+    pub mechanism: FreezerKind,
     pub processes: u64,
-    /// How long they had stood still, milliseconds.
     pub frozen_ms: f64,
     /// The agents that were frozen.
     pub agents: Vec<AgentName>,
     /// The tools' sessions that were found.
     pub sessions: Vec<(AgentName, String)>,
-    /// What a person should know.
     pub warnings: Vec<String>,
 }
 
 /// What a new daemon finds of a run.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Observed {
+pub enum RecoveredRun {
     /// Shim and agent are there.
     Alive(RunProcesses),
-    /// It ended while no daemon looked.
+    /// It ended while no daemon ran.
     Ended {
-        /// How.
         exit: ExitStatus,
-        /// What is known beyond that.
+        /// What is known beyond the exit status.
         detail: Option<String>,
-        /// When.
         at: UnixMillis,
     },
-    /// Nobody recorded an end.
-    Lost {
-        /// What is known.
-        detail: String,
-    },
+    /// It is gone without a recorded end.
+    Lost { detail: String },
 }
 
-/// What a command leads to, when it is not refused.
+/// What a command leads to when it is not refused.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Decision {
-    /// The facts to persist, then to apply, in order.
+    /// The facts to persist and then to apply, in order.
     pub events: Vec<Event>,
     /// What to carry out afterwards.
     pub effects: Vec<Effect>,
 }
 
 impl Decision {
-    /// Makes a decision of events alone.
     pub fn events(events: Vec<Event>) -> Self {
         Self { events, effects: Vec::new() }
     }
@@ -541,5 +413,11 @@ impl Decision {
     pub fn then(mut self, effect: Effect) -> Self {
         self.effects.push(effect);
         self
+    }
+
+    /// Adds the events and effects of another decision.
+    pub fn append(&mut self, mut other: Self) {
+        self.events.append(&mut other.events);
+        self.effects.append(&mut other.effects);
     }
 }

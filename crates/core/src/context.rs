@@ -7,40 +7,35 @@ use fermata_protocol::context::{FlashSaveResult, ItemType, Tier};
 
 use crate::score::{Weights, score, tier};
 
-/// A flash save that is due by tokens archives until this share of the token limit is left.
+/// A flash save that is due by tokens archives items until this share of the token limit is left.
 pub const DUE_TARGET: f64 = 0.5;
 
-/// What scoring reads of an unarchived item.
+/// The members of an unarchived item that scoring needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ScoredItem {
-    /// Its id.
     pub id: i64,
-    /// Its type.
     pub kind: ItemType,
-    /// When it was put.
     pub created_at: UnixMillis,
     /// How often it was read.
     pub access_count: u64,
-    /// Its tokens.
     pub tokens: u64,
     /// Whether it always stays hot.
     pub pinned: bool,
-    /// Its tier when it was scored last.
+    /// From its last scoring.
     pub tier: Tier,
-    /// Its score then.
+    /// From its last scoring.
     pub score: f64,
 }
 
-/// A score that has moved by less since it was stored is left as it is: age moves every score of ten
-/// thousand items in every minute, and nobody can see it.
+/// A score that has changed by less since it was stored is not stored again: age changes every score of ten thousand
+/// items every minute, without any effect.
 pub const SCORE_GRAIN: f64 = 0.001;
 
 /// When tokens make a flash save due.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenLimit {
-    /// The limit.
     pub tokens: u64,
-    /// At how many percent of it a flash save is due.
+    /// The percentage of the limit from which on a flash save is due.
     pub due_percent: u8,
 }
 
@@ -59,15 +54,12 @@ impl TokenLimit {
 /// The new score and tier of one item, and whether it is archived.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PlannedItem {
-    /// The item.
     pub id: i64,
-    /// Its score.
     pub score: f64,
-    /// Its tier.
     pub tier: Tier,
     /// Whether the flash save archives it.
     pub archive: bool,
-    /// Whether anything of this is new.
+    /// Whether the plan differs from what is stored.
     pub changed: bool,
 }
 
@@ -82,8 +74,8 @@ pub struct FlashSavePlan {
 
 /// Plans the flash save of one agent's unarchived items.
 ///
-/// The cold items are archived. Where the tokens make it due, the lowest-scored unpinned items
-/// follow, oldest first among equals, until half of the limit is reached.
+/// Cold items are archived. If the flash save is due by tokens, the lowest-scored unpinned items follow, oldest first
+/// among equals, until [`DUE_TARGET`] is reached.
 pub fn plan_flash_save(items: &[ScoredItem], weights: &Weights, limit: TokenLimit, now: UnixMillis) -> FlashSavePlan {
     let mut planned: Vec<PlannedItem> = items
         .iter()

@@ -1,36 +1,37 @@
-//! Agents that have to come before others.
+//! Dependencies between agents of one project.
 
 use std::collections::BTreeSet;
 
 use fermata_protocol::AgentName;
 use fermata_protocol::supervision::{Dependency, DependencyState};
 
-use crate::agent::{Agent, AgentState, Ended};
+use crate::agent::{Agent, AgentState, EndedBy};
 use crate::project::Project;
 
-/// Returns the agents that the start of this one waits for now.
+/// Returns those of the dependencies that are not far enough yet. An agent that was removed is waited for no longer.
 pub fn waits_for(project: &Project, depends_on: &[Dependency]) -> Vec<AgentName> {
-    // One that is not there was removed since: nobody can wait for it.
     let open = |dependency: &&Dependency| {
-        project.agents.get(&dependency.agent).is_some_and(|agent| !has_come(agent, dependency.until))
+        project.agents.get(&dependency.agent).is_some_and(|agent| !is_far_enough(agent, dependency.until))
     };
     depends_on.iter().filter(open).map(|dependency| dependency.agent.clone()).collect()
 }
 
-/// Says whether an agent has come so far. One that has ended with exit code 0 has done all that it
-/// is for.
-fn has_come(agent: &Agent, until: DependencyState) -> bool {
+/// An agent that has ended with exit code 0 satisfies every dependency.
+fn is_far_enough(agent: &Agent, until: DependencyState) -> bool {
     match (&agent.state, until) {
-        (AgentState::Ended(Ended::ByItself), _) => true,
-        (AgentState::Running, DependencyState::Started) => true,
-        (AgentState::Running, DependencyState::Ready) => agent.run.as_ref().is_some_and(|run| run.ready_at.is_some()),
-        _ => false,
+        (AgentState::Ended { by: EndedBy::Itself, .. }, _) => true,
+        (AgentState::Running(_), DependencyState::Started) => true,
+        (AgentState::Running(run), DependencyState::Ready) => run.ready_at.is_some(),
+        (AgentState::Running(_), DependencyState::Completed)
+        | (AgentState::Ended { by: EndedBy::Person, .. }, _)
+        | (AgentState::Waiting { .. } | AgentState::Backoff { .. } | AgentState::Starting(_), _)
+        | (AgentState::Frozen(_) | AgentState::Parked(_) | AgentState::Stopping { .. }, _)
+        | (AgentState::Failed { .. } | AgentState::TimedOut { .. } | AgentState::Interrupted { .. }, _) => false,
     }
 }
 
-/// Finds a circle of agents that would wait for each other if `name` depended on these; it begins
-/// and ends with `name`.
-pub fn circle(project: &Project, name: &AgentName, depends_on: &[Dependency]) -> Option<Vec<AgentName>> {
+/// Returns the cycle that would arise if `name` had these dependencies: it begins and ends with `name`.
+pub fn cycle(project: &Project, name: &AgentName, depends_on: &[Dependency]) -> Option<Vec<AgentName>> {
     let mut seen = BTreeSet::new();
     let mut path = vec![name.clone()];
     follow(project, name, depends_on, &mut seen, &mut path).then_some(path)

@@ -1,4 +1,4 @@
-//! The pure domain of Fermata: what may happen, what follows from it, and what it does to the state.
+//! The pure domain of Fermata: what may happen, what follows from it, and how it changes the state.
 //!
 //! ```text
 //!   Command ──decide(&Project, command, now)──► Decision { events, effects } | Refusal
@@ -7,19 +7,22 @@
 //!
 //! There is no tokio, file, clock, randomness or logger here: `now` and new ids are parameters.
 //! The daemon persists the events, then applies them, then carries out the effects; recovery
-//! after a crash sends `Command::Recover` down the same road.
+//! after a crash goes the same way, with `Command::Recover`.
 #![forbid(unsafe_code)]
-#![warn(missing_docs)]
 
+pub mod activity;
 pub mod agent;
 pub mod apply;
+pub mod automatic;
 pub mod budget;
 pub mod clock;
 pub mod command;
 pub mod context;
+pub mod deadlines;
 pub mod decide;
 pub mod dependency;
-pub mod due;
+pub mod effect;
+mod hash;
 pub mod load;
 pub mod pressure;
 pub mod project;
@@ -28,11 +31,11 @@ pub mod restart;
 pub mod resume_command;
 pub mod retention;
 pub mod score;
-pub mod since;
 pub mod transition;
 pub mod view;
 
 pub use apply::apply;
-pub use command::{Command, Decision, Effect};
+pub use command::{Command, Decision};
 pub use decide::decide;
+pub use effect::Effect;
 pub use project::{Project, ProjectState};

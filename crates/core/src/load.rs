@@ -1,38 +1,32 @@
-//! The arithmetic of what agents use: a reading of counters becomes a sample.
+//! Makes samples of what agents use from readings of counters.
 
 use fermata_protocol::UnixMillis;
 use fermata_protocol::load::{Load, MemoryKind};
 
-/// The shortest time over which processor time is averaged, milliseconds: the kernel counts some of
-/// it in ticks of ten.
+/// The shortest time over which processor time is averaged: the kernel counts a part of it in ticks of ten
+/// milliseconds.
 const MIN_WINDOW_MS: i64 = 500;
 
-/// What was read of one tree.
+/// The counters of one process tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Reading {
-    /// When.
+pub struct LoadReading {
     pub at: UnixMillis,
     /// Processor time since the run began, microseconds.
     pub cpu_us: u64,
-    /// Memory, bytes.
     pub memory_bytes: u64,
-    /// The most memory by the kernel's own account, bytes.
+    /// The kernel's own peak; none where it does not count one.
     pub memory_peak_bytes: Option<u64>,
-    /// What the memory counts.
     pub memory_kind: MemoryKind,
-    /// Bytes read from disks.
     pub io_read_bytes: Option<u64>,
-    /// Bytes written to disks.
     pub io_written_bytes: Option<u64>,
-    /// Processes.
     pub processes: u64,
 }
 
-/// Makes a sample of a reading and the sample of the same run before it.
+/// Makes a sample of a reading and the previous sample of the same run.
 ///
-/// A counter never goes back: what a process has used is no longer seen once it is gone and nobody
-/// of its tree has waited for it.
-pub fn sample(before: Option<&Load>, reading: &Reading, started_at: UnixMillis) -> Load {
+/// A counter never decreases: the usage of a process is lost to readings once it is gone and its parent has not waited
+/// for it.
+pub fn sample(before: Option<&Load>, reading: &LoadReading, started_at: UnixMillis) -> Load {
     let cpu_us = before.map_or(reading.cpu_us, |before| before.cpu_us.max(reading.cpu_us));
     let (from, used) = match before {
         Some(before) => (before.sampled_at, cpu_us - before.cpu_us),
@@ -67,8 +61,8 @@ fn forward(before: Option<u64>, now: Option<u64>) -> Option<u64> {
 mod tests {
     use super::*;
 
-    fn reading(at: i64, cpu_us: u64) -> Reading {
-        Reading {
+    fn reading(at: i64, cpu_us: u64) -> LoadReading {
+        LoadReading {
             at: UnixMillis(at),
             cpu_us,
             memory_bytes: 100,

@@ -1,18 +1,17 @@
-//! Automatic pauses for want of memory or disk: which project, when, and when not (again).
+//! Automatic pauses when memory or disk space is short: which project is paused, when, and how often.
 //!
 //! ```text
-//!             some_avg10 >= threshold          settled, still pressed
-//!   calm ──────────────────────────► pressed ──────────────────────► pause the next largest
+//!             some_avg10 >= threshold            settle_ms later, still so
+//!   none ──────────────────────────► episode ───────────────────────► pause the next largest
 //!    ▲       pause the largest          │
 //!    └── some_avg10 < 0.8 threshold ◄───┘        the same for a disk, with every project on it at once
 //! ```
 //!
-//! Two bounds keep it from flapping: a project that was paused so is left alone for a while, and
-//! there are only so many automatic pauses in an hour. Beyond them it is only told, once while the
-//! pressure lasts.
+//! Two bounds keep it from flapping: the time between two automatic pauses of one project, and the number of automatic
+//! pauses in an hour. A pause beyond them is withheld, which is reported once per episode.
 //!
-//! A pause that could not be made is taken back ([`History::not_made`]): it bounds nothing, and is tried
-//! again, each time after twice as long.
+//! A pause that has failed is taken back ([`PressureHistory::pause_failed`]): it does not count for the bounds, and is
+//! retried, each time after twice the wait.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -21,112 +20,107 @@ use fermata_protocol::{ProjectName, UnixMillis};
 
 const HOUR_MS: i64 = 3_600_000;
 
-/// What is watched and what bounds it; nothing is watched by default.
+/// Thresholds and bounds; no resource is watched by default.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
-pub struct Rules {
-    /// At how many percent of the last ten seconds in which some task waited for memory (`some avg10`
-    /// of the kernel's pressure stall information) a project is paused.
+pub struct PressureRules {
+    /// The percentage of the last ten seconds in which some task waited for memory (`some avg10` of the kernel's
+    /// pressure stall information) from which on a project is paused.
     pub memory_some_avg10: Option<f64>,
-    /// Below how many free bytes of a file system the projects on it are paused.
+    /// The free bytes of a file system below which the projects on it are paused.
     pub disk_free_bytes: Option<u64>,
-    /// How long a pause is given to take effect before the next project is paused for memory,
-    /// milliseconds.
+    /// The time that a pause has to take effect before the next project is paused for memory.
     pub settle_ms: i64,
-    /// How long a project is left alone after such a pause, milliseconds.
+    /// The shortest time between two automatic pauses of one project.
     pub apart_ms: i64,
-    /// How many such pauses there are in an hour at most.
+    /// The most automatic pauses in an hour.
     pub max_per_hour: usize,
 }
 
 /// A file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Disk {
-    /// Its device number.
+pub struct DiskReading {
     pub device: u64,
-    /// A directory on it, for people.
+    /// A directory on it, for messages.
     pub path: String,
-    /// What is free on it for everybody, bytes.
+    /// What is free for unprivileged users.
     pub free_bytes: u64,
 }
 
-/// What the machine says.
+/// What was measured of the machine.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct Reading {
-    /// `some avg10` of memory, percent; none where it cannot be read.
+pub struct PressureReading {
+    /// In percent; none where it cannot be read.
     pub memory_some_avg10: Option<f64>,
     /// The file systems of the projects.
-    pub disks: Vec<Disk>,
+    pub disks: Vec<DiskReading>,
 }
 
 /// An active project.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Candidate {
-    /// Its name.
+pub struct PressureCandidate {
     pub project: ProjectName,
-    /// What its agents use, bytes.
+    /// What its agents use.
     pub memory_bytes: u64,
-    /// What they have written to disks, bytes.
+    /// What its agents have written to disks.
     pub written_bytes: u64,
     /// The file systems that it writes to.
     pub devices: BTreeSet<u64>,
 }
 
-/// What is to be done about one project.
+/// An automatic pause that is due.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Verdict {
-    /// The project.
+pub struct PressureDecision {
     pub project: ProjectName,
-    /// Why.
     pub cause: PauseCause,
     /// A sentence for people.
     pub reason: String,
-    /// Whether it is paused, or why it is only told.
+    /// Why the pause is withheld; none where it is made.
     pub withheld: Option<String>,
-    /// Which disk it is for; memory when none.
+    /// The file system that is short; memory when none.
     device: Option<u64>,
 }
 
-/// What has happened so far.
+/// The automatic pauses so far, and the episodes that last.
 #[derive(Debug, Clone, PartialEq, Default)]
-pub struct History {
+pub struct PressureHistory {
     memory: Option<Episode>,
     disks: BTreeMap<u64, Episode>,
-    /// The pauses of the last hour, and those that still keep their projects from the next one.
+    /// The pauses that still count for a bound.
     pauses: Vec<(UnixMillis, ProjectName)>,
 }
 
-/// A time of pressure, from its beginning until it has clearly gone.
+/// A time of pressure on one resource, from the threshold until clearly below it.
 #[derive(Debug, Clone, PartialEq, Default)]
 struct Episode {
-    /// When a project was last paused for it.
+    /// When a project was last paused.
     last: Option<UnixMillis>,
-    /// Those that were paused or told about.
-    seen: BTreeSet<ProjectName>,
-    /// Those whose pause could not be made: how often, and when they may be tried again.
+    /// Projects that were paused, or whose pause was withheld.
+    handled: BTreeSet<ProjectName>,
+    /// Projects whose pause has failed: how often, and when it may be retried.
     failed: BTreeMap<ProjectName, (u32, UnixMillis)>,
 }
 
 impl Episode {
-    fn may_try(&self, project: &ProjectName, now: UnixMillis) -> bool {
+    fn may_pause(&self, project: &ProjectName, now: UnixMillis) -> bool {
         self.failed.get(project).is_none_or(|(_, again_at)| now >= *again_at)
     }
 }
 
-impl History {
-    /// Takes back a pause that could not be made, so that it is tried again; says whether it is the
-    /// project's first in this time of pressure, which is to be told.
-    pub fn not_made(&mut self, rules: &Rules, verdict: &Verdict, now: UnixMillis) -> bool {
-        if let Some(last) = self.pauses.iter().rposition(|(_, project)| *project == verdict.project) {
+impl PressureHistory {
+    /// Takes back a pause that has failed, so that it is retried. Returns whether it is the project's first failure in
+    /// this episode, which is to be reported.
+    pub fn pause_failed(&mut self, rules: &PressureRules, decision: &PressureDecision, now: UnixMillis) -> bool {
+        if let Some(last) = self.pauses.iter().rposition(|(_, project)| *project == decision.project) {
             self.pauses.remove(last);
         }
-        let episode = match verdict.device {
+        let episode = match decision.device {
             Some(device) => self.disks.entry(device).or_default(),
             None => self.memory.get_or_insert_default(),
         };
-        // Nothing was paused whose effect the next one would have to wait for.
+        // No project was paused, so that the next pause need not wait for an effect.
         episode.last = None;
-        episode.seen.remove(&verdict.project);
-        let (times, again_at) = episode.failed.entry(verdict.project.clone()).or_insert((0, now));
+        episode.handled.remove(&decision.project);
+        let (times, again_at) = episode.failed.entry(decision.project.clone()).or_insert((0, now));
         let wait = rules.settle_ms.saturating_mul(1_i64 << (*times).min(30)).min(rules.apart_ms.max(rules.settle_ms));
         *times = times.saturating_add(1);
         *again_at = UnixMillis(now.0.saturating_add(wait));
@@ -134,46 +128,46 @@ impl History {
     }
 }
 
-impl Reading {
-    /// Says whether anything presses, so that it is worth looking at the projects.
-    pub fn presses(&self, rules: &Rules) -> bool {
-        self.memory_presses(rules).is_some() || self.disks.iter().any(|disk| is_low(disk, rules))
+impl PressureReading {
+    /// Says whether a threshold is reached, so that the candidates have to be found.
+    pub fn is_pressed(&self, rules: &PressureRules) -> bool {
+        self.memory_pressure(rules).is_some() || self.disks.iter().any(|disk| is_low(disk, rules))
     }
 
-    fn memory_presses(&self, rules: &Rules) -> Option<(f64, f64)> {
+    fn memory_pressure(&self, rules: &PressureRules) -> Option<(f64, f64)> {
         let (now, bound) = (self.memory_some_avg10?, rules.memory_some_avg10?);
         (now >= bound).then_some((now, bound))
     }
 }
 
-fn is_low(disk: &Disk, rules: &Rules) -> bool {
+fn is_low(disk: &DiskReading, rules: &PressureRules) -> bool {
     rules.disk_free_bytes.is_some_and(|floor| disk.free_bytes < floor)
 }
 
-/// Decides what is to be done now. `candidates` may be left out while nothing presses.
-pub fn judge(
-    rules: &Rules,
-    reading: &Reading,
-    candidates: &[Candidate],
-    history: &mut History,
+/// Decides which pauses are due now. `candidates` may be empty while [`PressureReading::is_pressed`] is false.
+pub fn decide(
+    rules: &PressureRules,
+    reading: &PressureReading,
+    candidates: &[PressureCandidate],
+    history: &mut PressureHistory,
     now: UnixMillis,
-) -> Vec<Verdict> {
+) -> Vec<PressureDecision> {
     let keep = rules.apart_ms.max(HOUR_MS);
     history.pauses.retain(|(at, _)| now.since(*at) < keep);
-    let mut verdicts = Vec::new();
-    verdicts.extend(judge_memory(rules, reading, candidates, history, now));
-    judge_disks(rules, reading, candidates, history, now, &mut verdicts);
-    verdicts
+    let mut decisions = Vec::new();
+    decisions.extend(decide_memory(rules, reading, candidates, history, now));
+    decide_disks(rules, reading, candidates, history, now, &mut decisions);
+    decisions
 }
 
-fn judge_memory(
-    rules: &Rules,
-    reading: &Reading,
-    candidates: &[Candidate],
-    history: &mut History,
+fn decide_memory(
+    rules: &PressureRules,
+    reading: &PressureReading,
+    candidates: &[PressureCandidate],
+    history: &mut PressureHistory,
     now: UnixMillis,
-) -> Option<Verdict> {
-    let Some((some, bound)) = reading.memory_presses(rules) else {
+) -> Option<PressureDecision> {
+    let Some((some, bound)) = reading.memory_pressure(rules) else {
         let gone = reading.memory_some_avg10.zip(rules.memory_some_avg10).is_none_or(|(now, bound)| now < bound * 0.8);
         if gone {
             history.memory = None;
@@ -181,11 +175,11 @@ fn judge_memory(
         return None;
     };
     let mut episode = history.memory.take().unwrap_or_default();
-    let verdict = if episode.last.is_some_and(|last| now.since(last) < rules.settle_ms) {
+    let decision = if episode.last.is_some_and(|last| now.since(last) < rules.settle_ms) {
         None
     } else {
-        let mut by_size: Vec<&Candidate> =
-            candidates.iter().filter(|one| one.memory_bytes > 0 && episode.may_try(&one.project, now)).collect();
+        let mut by_size: Vec<&PressureCandidate> =
+            candidates.iter().filter(|one| one.memory_bytes > 0 && episode.may_pause(&one.project, now)).collect();
         by_size.sort_by_key(|one| std::cmp::Reverse(one.memory_bytes));
         let allowed = by_size.iter().find(|one| bounded(rules, history, &one.project, now).is_none());
         allowed.or(by_size.first()).and_then(|one| {
@@ -194,37 +188,38 @@ fn judge_memory(
                  and the project uses the most, {} MiB",
                 one.memory_bytes >> 20
             );
-            verdict(rules, history, &mut episode, one, (None, reason), now)
+            decide_project(rules, history, &mut episode, one, (None, reason), now)
         })
     };
     history.memory = Some(episode);
-    verdict
+    decision
 }
 
-fn judge_disks(
-    rules: &Rules,
-    reading: &Reading,
-    candidates: &[Candidate],
-    history: &mut History,
+fn decide_disks(
+    rules: &PressureRules,
+    reading: &PressureReading,
+    candidates: &[PressureCandidate],
+    history: &mut PressureHistory,
     now: UnixMillis,
-    verdicts: &mut Vec<Verdict>,
+    decisions: &mut Vec<PressureDecision>,
 ) {
     let floor = rules.disk_free_bytes.unwrap_or(0);
-    // A tenth more than the floor, so that a few bytes to and fro begin nothing anew.
+    // A tenth above the floor, so that small fluctuations begin no new episode.
     let clear = floor.saturating_add(floor / 10);
-    let still = |device: &u64| reading.disks.iter().any(|disk| disk.device == *device && disk.free_bytes < clear);
-    history.disks.retain(|device, _| floor > 0 && still(device));
+    let lasts = |device: &u64| reading.disks.iter().any(|disk| disk.device == *device && disk.free_bytes < clear);
+    history.disks.retain(|device, _| floor > 0 && lasts(device));
     for disk in reading.disks.iter().filter(|disk| is_low(disk, rules)) {
         let mut episode = history.disks.remove(&disk.device).unwrap_or_default();
-        let mut on_it: Vec<&Candidate> = candidates.iter().filter(|one| one.devices.contains(&disk.device)).collect();
-        // Those that write the most first: a pause itself needs some room for its checkpoint.
+        let mut on_it: Vec<&PressureCandidate> =
+            candidates.iter().filter(|one| one.devices.contains(&disk.device)).collect();
+        // The most active writer first: the checkpoint of a pause needs some room itself.
         on_it.sort_by_key(|one| std::cmp::Reverse(one.written_bytes));
         for one in on_it {
-            // It was paused for it and a person let it go on: that is an answer.
-            if episode.seen.contains(&one.project) || verdicts.iter().any(|other| other.project == one.project) {
+            // A person has resumed the project after its pause in this episode.
+            if episode.handled.contains(&one.project) || decisions.iter().any(|other| other.project == one.project) {
                 continue;
             }
-            if !episode.may_try(&one.project, now) {
+            if !episode.may_pause(&one.project, now) {
                 continue;
             }
             let reason = format!(
@@ -233,24 +228,24 @@ fn judge_disks(
                 disk.free_bytes >> 20,
                 floor >> 20
             );
-            verdicts.extend(verdict(rules, history, &mut episode, one, (Some(disk.device), reason), now));
+            decisions.extend(decide_project(rules, history, &mut episode, one, (Some(disk.device), reason), now));
         }
         history.disks.insert(disk.device, episode);
     }
 }
 
-/// A pause, or, where it is bounded, that it is told: once while the pressure lasts.
-fn verdict(
-    rules: &Rules,
-    history: &mut History,
+/// Makes the decision for one project. A pause that a bound withholds is reported once per episode.
+fn decide_project(
+    rules: &PressureRules,
+    history: &mut PressureHistory,
     episode: &mut Episode,
-    candidate: &Candidate,
+    candidate: &PressureCandidate,
     (device, reason): (Option<u64>, String),
     now: UnixMillis,
-) -> Option<Verdict> {
+) -> Option<PressureDecision> {
     let project = candidate.project.clone();
     let withheld = bounded(rules, history, &project, now);
-    let first = episode.seen.insert(project.clone());
+    let first = episode.handled.insert(project.clone());
     match &withheld {
         Some(_) if !first => return None,
         Some(_) => {}
@@ -260,11 +255,11 @@ fn verdict(
         }
     }
     let cause = if device.is_some() { PauseCause::DiskSpace } else { PauseCause::MemoryPressure };
-    Some(Verdict { project, cause, reason, withheld, device })
+    Some(PressureDecision { project, cause, reason, withheld, device })
 }
 
-/// Why a project may not be paused automatically now.
-fn bounded(rules: &Rules, history: &History, project: &ProjectName, now: UnixMillis) -> Option<String> {
+/// Returns the bound that withholds an automatic pause of the project now.
+fn bounded(rules: &PressureRules, history: &PressureHistory, project: &ProjectName, now: UnixMillis) -> Option<String> {
     let recently = |within: i64| history.pauses.iter().filter(move |(at, _)| now.since(*at) < within);
     if recently(rules.apart_ms).any(|(_, paused)| paused == project) {
         return Some(format!("it was paused automatically less than {} s ago", rules.apart_ms / 1_000));
@@ -279,7 +274,7 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules = Rules {
+    const RULES: PressureRules = PressureRules {
         memory_some_avg10: Some(40.0),
         disk_free_bytes: Some(1_000 << 20),
         settle_ms: 15_000,
@@ -291,33 +286,38 @@ mod tests {
         ProjectName::new(text).expect("valid")
     }
 
-    fn candidate(project: &str, memory: u64, written: u64, device: u64) -> Candidate {
-        Candidate { project: name(project), memory_bytes: memory, written_bytes: written, devices: [device].into() }
+    fn candidate(project: &str, memory: u64, written: u64, device: u64) -> PressureCandidate {
+        PressureCandidate {
+            project: name(project),
+            memory_bytes: memory,
+            written_bytes: written,
+            devices: [device].into(),
+        }
     }
 
-    fn all() -> Vec<Candidate> {
+    fn all() -> Vec<PressureCandidate> {
         vec![candidate("small", 10, 900, 1), candidate("large", 30, 100, 1), candidate("other", 20, 0, 2)]
     }
 
-    fn memory(percent: f64) -> Reading {
-        Reading { memory_some_avg10: Some(percent), disks: Vec::new() }
+    fn memory(percent: f64) -> PressureReading {
+        PressureReading { memory_some_avg10: Some(percent), disks: Vec::new() }
     }
 
-    fn disk(device: u64, free_mib: u64) -> Reading {
-        let disk = Disk { device, path: "/srv".into(), free_bytes: free_mib << 20 };
-        Reading { memory_some_avg10: Some(0.0), disks: vec![disk] }
+    fn disk(device: u64, free_mib: u64) -> PressureReading {
+        let disk = DiskReading { device, path: "/srv".into(), free_bytes: free_mib << 20 };
+        PressureReading { memory_some_avg10: Some(0.0), disks: vec![disk] }
     }
 
     /// What is done at each moment: a name for a pause, `!name` for what is only told.
-    fn play(rules: &Rules, moments: &[(i64, Reading, &[&str])]) {
-        let mut history = History::default();
+    fn play(rules: &PressureRules, moments: &[(i64, PressureReading, &[&str])]) {
+        let mut history = PressureHistory::default();
         for (seconds, reading, expected) in moments {
-            let verdicts = judge(rules, reading, &all(), &mut history, UnixMillis(seconds * 1_000));
-            let done: Vec<String> = verdicts
+            let decisions = decide(rules, reading, &all(), &mut history, UnixMillis(seconds * 1_000));
+            let done: Vec<String> = decisions
                 .iter()
                 .map(|v| format!("{}{}", if v.withheld.is_some() { "!" } else { "" }, v.project))
                 .collect();
-            assert_eq!(done, *expected, "at {seconds} s: {verdicts:?}");
+            assert_eq!(done, *expected, "at {seconds} s: {decisions:?}");
         }
     }
 
@@ -325,8 +325,8 @@ mod tests {
     fn nothing_is_paused_by_default() {
         let mut reading = disk(1, 0);
         reading.memory_some_avg10 = Some(100.0);
-        assert!(!reading.presses(&Rules::default()));
-        play(&Rules::default(), &[(0, reading, &[])]);
+        assert!(!reading.is_pressed(&PressureRules::default()));
+        play(&PressureRules::default(), &[(0, reading, &[])]);
     }
 
     #[test]
@@ -347,7 +347,7 @@ mod tests {
 
     #[test]
     fn a_project_is_left_alone_for_a_while_and_told_about_once() {
-        let rules = Rules { max_per_hour: 100, ..RULES };
+        let rules = PressureRules { max_per_hour: 100, ..RULES };
         play(
             &rules,
             &[
@@ -367,7 +367,7 @@ mod tests {
 
     #[test]
     fn an_hour_has_only_so_many() {
-        let rules = Rules { apart_ms: 1_000, max_per_hour: 2, ..RULES };
+        let rules = PressureRules { apart_ms: 1_000, max_per_hour: 2, ..RULES };
         play(
             &rules,
             &[
@@ -400,19 +400,24 @@ mod tests {
         );
     }
 
-    fn paused(rules: &Rules, history: &mut History, seconds: i64, reading: &Reading) -> Vec<Verdict> {
-        let verdicts = judge(rules, reading, &all(), history, UnixMillis(seconds * 1_000));
-        verdicts.into_iter().filter(|verdict| verdict.withheld.is_none()).collect()
+    fn paused(
+        rules: &PressureRules,
+        history: &mut PressureHistory,
+        seconds: i64,
+        reading: &PressureReading,
+    ) -> Vec<PressureDecision> {
+        let decisions = decide(rules, reading, &all(), history, UnixMillis(seconds * 1_000));
+        decisions.into_iter().filter(|decision| decision.withheld.is_none()).collect()
     }
 
     #[test]
     fn a_pause_for_memory_that_could_not_be_made_does_not_count() {
-        let rules = Rules { max_per_hour: 1, ..RULES };
-        let (mut history, pressed) = (History::default(), memory(50.0));
+        let rules = PressureRules { max_per_hour: 1, ..RULES };
+        let (mut history, pressed) = (PressureHistory::default(), memory(50.0));
         let mut attempt = |seconds: i64, fails: bool| {
-            let verdict = paused(&rules, &mut history, seconds, &pressed).pop()?;
-            let told = fails && history.not_made(&rules, &verdict, UnixMillis(seconds * 1_000));
-            Some((verdict.project.to_string(), told))
+            let decision = paused(&rules, &mut history, seconds, &pressed).pop()?;
+            let told = fails && history.pause_failed(&rules, &decision, UnixMillis(seconds * 1_000));
+            Some((decision.project.to_string(), told))
         };
         assert_eq!(attempt(0, true), Some(("large".into(), true)));
         // The next one does not wait for an effect that cannot come.
@@ -426,14 +431,14 @@ mod tests {
 
     #[test]
     fn a_pause_for_a_disk_that_could_not_be_made_is_tried_again_and_the_others_stand() {
-        let (mut history, low) = (History::default(), disk(1, 10));
-        let verdicts = paused(&RULES, &mut history, 0, &low);
-        assert_eq!(verdicts.len(), 2);
-        assert!(history.not_made(&RULES, &verdicts[0], UnixMillis(0)));
+        let (mut history, low) = (PressureHistory::default(), disk(1, 10));
+        let decisions = paused(&RULES, &mut history, 0, &low);
+        assert_eq!(decisions.len(), 2);
+        assert!(history.pause_failed(&RULES, &decisions[0], UnixMillis(0)));
         assert_eq!(paused(&RULES, &mut history, 14, &low), []);
         let again = paused(&RULES, &mut history, 15, &low);
-        assert_eq!(again.iter().map(|v| &v.project).collect::<Vec<_>>(), [&verdicts[0].project]);
-        assert!(!history.not_made(&RULES, &again[0], UnixMillis(15_000)), "told once");
+        assert_eq!(again.iter().map(|v| &v.project).collect::<Vec<_>>(), [&decisions[0].project]);
+        assert!(!history.pause_failed(&RULES, &again[0], UnixMillis(15_000)), "told once");
         assert_eq!(paused(&RULES, &mut history, 44, &low), []);
         assert_eq!(paused(&RULES, &mut history, 45, &low).len(), 1);
         assert_eq!(paused(&RULES, &mut history, 500, &low), [], "it was made at last");
@@ -441,11 +446,11 @@ mod tests {
 
     #[test]
     fn reasons_name_the_numbers() {
-        let mut history = History::default();
-        let verdicts = judge(&RULES, &memory(55.25), &all(), &mut history, UnixMillis(0));
-        assert!(verdicts[0].reason.contains("55.2 %") && verdicts[0].reason.contains("40.0"), "{verdicts:?}");
-        let verdicts = judge(&RULES, &disk(2, 7), &all(), &mut history, UnixMillis(0));
-        assert!(verdicts[0].reason.contains("/srv has 7 MiB free, less than 1000 MiB"), "{verdicts:?}");
+        let mut history = PressureHistory::default();
+        let decisions = decide(&RULES, &memory(55.25), &all(), &mut history, UnixMillis(0));
+        assert!(decisions[0].reason.contains("55.2 %") && decisions[0].reason.contains("40.0"), "{decisions:?}");
+        let decisions = decide(&RULES, &disk(2, 7), &all(), &mut history, UnixMillis(0));
+        assert!(decisions[0].reason.contains("/srv has 7 MiB free, less than 1000 MiB"), "{decisions:?}");
     }
 
     proptest! {
@@ -453,18 +458,18 @@ mod tests {
 
         #[test]
         fn it_never_flaps(steps in prop::collection::vec((0i64..400, 0.0f64..100.0, 0u64..3_000), 1..200)) {
-            let mut history = History::default();
+            let mut history = PressureHistory::default();
             let mut now = 0;
             let mut pauses: Vec<(i64, ProjectName)> = Vec::new();
             for (seconds, percent, free) in steps {
                 now += seconds * 1_000;
                 let mut reading = disk(1, free);
                 reading.memory_some_avg10 = Some(percent);
-                for verdict in judge(&RULES, &reading, &all(), &mut history, UnixMillis(now)) {
+                for decision in decide(&RULES, &reading, &all(), &mut history, UnixMillis(now)) {
                     let pressed = percent >= 40.0 || free < 1_000;
                     prop_assert!(pressed, "nothing pressed");
-                    if verdict.withheld.is_none() {
-                        pauses.push((now, verdict.project));
+                    if decision.withheld.is_none() {
+                        pauses.push((now, decision.project));
                     }
                 }
             }

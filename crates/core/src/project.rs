@@ -1,37 +1,36 @@
-//! One project: its state as the database keeps it and the actor holds it.
+//! One project: its state, as the database stores it and the actor has it in memory.
 //!
-//! Parts that change on their own are behind `Arc`, so that the next state is made by a cheap
-//! copy and the store sees by pointer which rows changed.
+//! Parts that change independently are behind `Arc`, so that the next state is made by a cheap
+//! copy and the store sees by comparing pointers which rows changed.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::Trigger;
-use fermata_protocol::pause::{Mechanism, PauseCause, PauseMode};
-use fermata_protocol::project::{ProjectConfig, ProjectStatus, Source};
+use fermata_protocol::pause::{FreezerKind, PauseCause, PauseMode};
+use fermata_protocol::project::{ProjectConfig, ProjectStatus, WorkspaceSource};
 use fermata_protocol::question::QuestionView;
 use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
 use fermata_protocol::{AgentName, CheckpointNumber, ErrorObject, OperationId, ProjectName, UnixMillis};
 use serde::{Deserialize, Serialize};
 
-use crate::agent::{Agent, AgentState, Held};
-use crate::command::AgentRun;
-use crate::since::{Since, Tally};
+use crate::activity::{Activity, ActivityCounters};
+use crate::agent::{Agent, AgentState, RunKey};
 
-/// The steps of a pause, in order. Committing is no step of its own: it is the transaction that
+/// The steps of a pause, in order. The commit is no step of its own: it is the transaction that
 /// follows the last one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PauseStep {
     /// Workspace reachable, enough free space, mode available.
     Validate,
-    /// Agents are asked to come to a good place, then told to stop.
+    /// Agents with a channel are asked to reach a good place to stop; then all are sent the stop signal.
     Quiesce,
-    /// The trees are frozen under a lease.
+    /// The process trees are frozen under a lease.
     Freeze,
-    /// Scores, tiers and what to archive are computed.
+    /// Scores, tiers and the items to archive are computed.
     PlanFlashSave,
     /// Workspace, database, context and plugin artifacts are saved.
     Checkpoint,
@@ -67,57 +66,50 @@ impl PauseStep {
 /// Whether an operation goes forward or is being undone.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Course {
-    /// Its steps run.
+pub enum Direction {
     Forward,
-    /// What it did is being undone, because of this.
+    /// Its steps are being undone because of this error.
     Undoing(ErrorObject),
 }
 
-/// A pause under way.
+/// A pause in progress.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PauseRun {
-    /// The operation.
+pub struct PauseOperation {
     pub operation: OperationId,
     /// The number reserved for its checkpoint.
     pub checkpoint: CheckpointNumber,
-    /// How the project will be held.
     pub mode: PauseMode,
-    /// Who or what brought it about.
     #[serde(default)]
     pub cause: PauseCause,
-    /// Why.
     pub reason: Option<String>,
-    /// How long agents have to come to a good place, milliseconds; the configured grace when none.
+    /// How long agents with a channel have to acknowledge; the configured grace when none.
     pub grace_ms: Option<u64>,
-    /// When it began.
     pub started_at: UnixMillis,
-    /// The status to return to when it is undone.
+    /// The status that an undo returns to.
     pub before: Resting,
-    /// What had come together when it began.
-    #[serde(default)]
-    pub tally: Tally,
-    /// The step under way.
+    /// The counters when it began.
+    #[serde(default, rename = "tally")]
+    pub activity: ActivityCounters,
     pub step: PauseStep,
-    /// How long each concluded step took, milliseconds.
+    /// How long each completed step took.
     pub steps_ms: BTreeMap<String, f64>,
-    /// Forward or back.
-    pub course: Course,
+    #[serde(rename = "course")]
+    pub direction: Direction,
 }
 
-/// The statuses that a project rests in while it is not held and no operation moves it.
+/// The statuses of a project that is neither paused nor changed by an operation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Resting {
-    /// Nothing has run yet.
+    /// No agent has run yet.
     Init,
-    /// Work is being planned.
+    /// The work is being planned.
     Planning,
-    /// Agents run or are meant to.
+    /// Agents run, or will run again by themselves.
     Active,
     /// Ended by a person.
     Stopped,
-    /// Every agent ended well.
+    /// Every agent ended with exit code 0.
     Completed,
     /// An agent failed and none runs.
     Failed,
@@ -139,170 +131,144 @@ impl From<Resting> for ProjectStatus {
 /// A pause that was committed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Paused {
-    /// The operation that paused it.
     pub operation: OperationId,
     /// The checkpoint of the pause.
     pub checkpoint: CheckpointNumber,
-    /// Since when.
     pub since: UnixMillis,
-    /// How it is held.
     pub mode: PauseMode,
-    /// What froze it.
-    pub mechanism: Mechanism,
-    /// Who or what brought it about.
+    pub mechanism: FreezerKind,
     #[serde(default)]
     pub cause: PauseCause,
-    /// Why.
     pub reason: Option<String>,
-    /// The checkpoint restored since: old files under a newer memory, so no thaw.
+    /// The checkpoint restored since. The agents' memory is newer than their files then, so that they must not be thawed.
     pub restored: Option<CheckpointNumber>,
-    /// The checkpoint whose context was restored since; that of the pause counts when none was, or only files were.
+    /// The checkpoint whose context was restored since; none, and so that of the pause, when only files were restored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub context: Option<CheckpointNumber>,
-    /// How often an agent ran in this pause although nobody had let it.
+    /// How often each agent ran during this pause although Fermata had not thawed it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub breaks: BTreeMap<AgentName, u64>,
 }
 
-/// A resume under way; after a crash it is rolled forward.
+/// A resume in progress; after a crash it is rolled forward.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ResumeRun {
-    /// The operation.
+pub struct ResumeOperation {
     pub operation: OperationId,
-    /// When it began.
     pub started_at: UnixMillis,
     /// The pause that it ends.
     pub paused: Paused,
 }
 
-/// How far a restore has come.
+/// The stage of a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RestoreStage {
-    /// The safety checkpoint is being made and the plan computed; nothing was changed yet.
+    /// The safety checkpoint is being made and the plan computed; nothing has been changed yet.
     Preparing,
-    /// The plan is on disk and being carried out; after a crash it is rolled forward.
+    /// The plan is on disk and is being carried out; after a crash it is rolled forward.
     Applying,
 }
 
-/// A restore under way.
+/// A restore in progress.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct RestoreRun {
-    /// The operation.
+pub struct RestoreOperation {
     pub operation: OperationId,
-    /// The checkpoint to restore.
     pub checkpoint: CheckpointNumber,
     /// The number of the safety checkpoint.
     pub safety: CheckpointNumber,
-    /// When it began.
     pub started_at: UnixMillis,
-    /// What had come together when it began.
-    #[serde(default)]
-    pub tally: Tally,
-    /// How far it has come.
+    /// The counters when it began.
+    #[serde(default, rename = "tally")]
+    pub activity: ActivityCounters,
     pub stage: RestoreStage,
-    /// Only these paths are restored, and no rows; everything when there are none.
+    /// Only these paths are restored, and no rows; everything when empty.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub paths: Vec<String>,
-    /// What keeps it from coming to its end.
+    /// The failures of its attempts so far.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub trouble: Option<Box<Trouble>>,
-    /// What the project returns to.
+    pub trouble: Option<Box<RestoreTrouble>>,
+    /// The state that the project returns to.
     pub before: BeforeRestore,
 }
 
-/// Why a restore has not come to its end yet.
+/// The failed attempts to carry out the plan of a restore.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Trouble {
-    /// How often it failed.
+pub struct RestoreTrouble {
     pub tries: u32,
-    /// Since when it fails.
+    /// When the first attempt failed.
     pub since: UnixMillis,
-    /// How it failed the last time.
+    /// The error of the last attempt.
     pub error: ErrorObject,
 }
 
-/// What a project was when a restore began.
+/// The state of a project before a restore.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum BeforeRestore {
-    /// Paused.
     Paused(Paused),
-    /// At rest, without running agents.
+    /// Without running agents.
     Resting(Resting),
-    /// Left half restored by an earlier one.
+    /// Half restored: an earlier restore was given up.
     Broken(Box<BrokenRestore>),
 }
 
 impl BeforeRestore {
-    /// Returns what the project was when its files were whole.
-    pub fn whole(self) -> Whole {
+    /// Returns the last state in which the project's files were those of one point in time.
+    pub fn stable(self) -> StableState {
         match self {
-            Self::Paused(paused) => Whole::Paused(paused),
-            Self::Resting(resting) => Whole::Resting(resting),
+            Self::Paused(paused) => StableState::Paused(paused),
+            Self::Resting(resting) => StableState::Resting(resting),
             Self::Broken(broken) => broken.before,
         }
     }
 }
 
-/// What a project with whole files is while nothing moves it.
+/// The state of a project that no operation changes and whose files are those of one point in time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Whole {
-    /// Paused.
+pub enum StableState {
     Paused(Paused),
-    /// At rest.
     Resting(Resting),
 }
 
-/// A restore that was given up half way: the files are neither the old nor the new ones.
+/// A restore that was given up half way: some files are those of the checkpoint, others are not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BrokenRestore {
-    /// The operation.
     pub operation: OperationId,
-    /// The checkpoint that was to be restored.
+    /// The checkpoint that was being restored.
     pub checkpoint: CheckpointNumber,
-    /// The checkpoint of what was there before.
+    /// The checkpoint taken before the restore.
     pub safety: CheckpointNumber,
     /// When it was given up.
     pub at: UnixMillis,
-    /// Why.
     pub error: ErrorObject,
-    /// What the project returns to once a restore has succeeded.
-    pub before: Whole,
+    /// The state that a successful restore returns to.
+    pub before: StableState,
 }
 
-/// A checkpoint outside a pause, under way beside whatever the project is doing.
+/// A checkpoint outside a pause, in progress beside running agents.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct CheckpointRun {
-    /// The operation.
+pub struct CheckpointOperation {
     pub operation: OperationId,
-    /// Its number.
     pub checkpoint: CheckpointNumber,
-    /// What makes it.
     pub trigger: Trigger,
-    /// When it began.
     pub started_at: UnixMillis,
-    /// What had come together when it began.
-    #[serde(default)]
-    pub tally: Tally,
+    /// The counters when it began.
+    #[serde(default, rename = "tally")]
+    pub activity: ActivityCounters,
 }
 
-/// Where a project stands.
+/// The state of a project.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProjectState {
-    /// At rest or at work.
+    /// Neither paused nor changed by an operation; agents may run.
     Resting(Resting),
-    /// A pause is under way.
-    Pausing(Box<PauseRun>),
-    /// Held.
+    Pausing(Box<PauseOperation>),
     Paused(Box<Paused>),
-    /// A resume is under way.
-    Resuming(Box<ResumeRun>),
-    /// A restore is under way.
-    Restoring(Box<RestoreRun>),
-    /// A restore was given up half way; only another restore leads out.
+    Resuming(Box<ResumeOperation>),
+    Restoring(Box<RestoreOperation>),
+    /// A restore was given up half way; only another restore leads out of this state.
     Broken(Box<BrokenRestore>),
 }
 
@@ -323,44 +289,33 @@ impl ProjectState {
 /// One project.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Project {
-    /// Its name.
     pub name: ProjectName,
-    /// What changes rarely.
-    pub facts: Arc<Facts>,
-    /// Where it stands.
+    pub facts: Arc<ProjectFacts>,
     pub state: Arc<ProjectState>,
-    /// A checkpoint being made outside a pause.
-    pub checkpointing: Option<Arc<CheckpointRun>>,
-    /// The numbers given out so far.
+    /// A checkpoint in progress outside a pause.
+    pub checkpointing: Option<Arc<CheckpointOperation>>,
     pub counters: Counters,
-    /// How long it was paused in all, milliseconds, the current pause excluded.
+    /// The sum of all pauses, the current one excluded.
     pub total_paused_ms: i64,
-    /// Its agents.
     pub agents: BTreeMap<AgentName, Arc<Agent>>,
-    /// Its tasks.
     pub tasks: BTreeMap<u64, Arc<TaskView>>,
-    /// Its questions, answered ones included.
+    /// Answered ones included.
     pub questions: BTreeMap<u64, Arc<QuestionView>>,
 }
 
-/// What changes rarely about a project.
+/// The parts of a project that change rarely.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Facts {
-    /// The workspace's absolute path.
+pub struct ProjectFacts {
+    /// Absolute path.
     pub workspace: String,
-    /// What it is for.
     pub description: String,
-    /// Where the workspace came from.
-    pub source: Option<Source>,
-    /// The settings.
+    pub source: Option<WorkspaceSource>,
     pub config: ProjectConfig,
-    /// The phase of the work.
     pub phase: Phase,
-    /// When it was created.
     pub created_at: UnixMillis,
 }
 
-/// The numbers that a project has given out; none is ever given twice.
+/// Numbers that a project counts up; no number is used twice.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Counters {
     /// The last task.
@@ -369,16 +324,15 @@ pub struct Counters {
     pub question: u64,
     /// The last checkpoint.
     pub checkpoint: CheckpointNumber,
-    /// The checkpoint whose context an agent goes on with: the last one that was made on purpose, or
-    /// the one that was restored since; 0 for none.
+    /// The checkpoint whose context a continued agent is given: the newest one that was not imported, or the one that
+    /// was restored since; 0 for none.
     #[serde(default)]
     pub context: CheckpointNumber,
-    /// What agents that were removed had used: a budget does not forget them.
+    /// The usage of agents that were removed, which still counts for the budget.
     #[serde(default)]
     pub removed_usage: Usage,
-    /// What has come together since the newest checkpoint.
-    #[serde(default)]
-    pub since: Since,
+    #[serde(default, rename = "since")]
+    pub activity: Activity,
 }
 
 impl Project {
@@ -392,35 +346,34 @@ impl Project {
         self.agents.values().filter(|agent| agent.is_alive())
     }
 
-    /// Returns the agents that have processes or will have them again by themselves.
+    /// Returns the agents that have processes or will be started again by themselves.
     pub fn unfinished_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
-        self.agents.values().filter(|agent| !agent.is_terminal() && agent.state != AgentState::Held(Held::Parked))
+        self.agents.values().filter(|agent| !agent.is_terminal() && !matches!(agent.state, AgentState::Parked(_)))
     }
 
-    /// Returns the agents that a pause or a blip has to freeze.
+    /// Returns the agents that a pause, or a checkpoint beside them, has to freeze.
     pub fn running_agents(&self) -> impl Iterator<Item = &Arc<Agent>> {
         self.agents.values().filter(|agent| match agent.state {
-            AgentState::Running | AgentState::Stopping(_) => true,
-            AgentState::Waiting(_)
+            AgentState::Running(_) | AgentState::Stopping { .. } => true,
+            AgentState::Waiting { .. }
             | AgentState::Backoff { .. }
-            | AgentState::Starting
-            | AgentState::Held(_)
-            | AgentState::Ended(_)
+            | AgentState::Starting(_)
+            | AgentState::Frozen(_)
+            | AgentState::Parked(_)
+            | AgentState::Ended { .. }
             | AgentState::Failed { .. }
-            | AgentState::TimedOut
+            | AgentState::TimedOut { .. }
             | AgentState::Interrupted { .. } => false,
         })
     }
 
-    /// Returns the runs of these agents.
-    pub fn runs<'a>(&self, agents: impl IntoIterator<Item = &'a Arc<Agent>>) -> Vec<AgentRun> {
-        agents
-            .into_iter()
-            .filter_map(|agent| agent.current_run().map(|run| (agent.name.clone(), run.clone())))
-            .collect()
+    /// Returns the current runs of these agents.
+    pub fn runs<'a>(&self, agents: impl IntoIterator<Item = &'a Arc<Agent>>) -> Vec<RunKey> {
+        let key = |agent: &Arc<Agent>| Some((agent.name.clone(), agent.current_run_id()?.clone()));
+        agents.into_iter().filter_map(key).collect()
     }
 
-    /// Returns the operation under way, whatever it does.
+    /// Returns the operation in progress.
     pub fn operation(&self) -> Option<&OperationId> {
         match &*self.state {
             ProjectState::Pausing(run) => Some(&run.operation),
@@ -432,21 +385,20 @@ impl Project {
         }
     }
 
-    /// Says whether agents with processes stand still for as long as the state lasts, and must not be thawed by what
-    /// goes on beside it.
-    pub fn is_held(&self) -> bool {
+    /// Says whether frozen agents stay frozen for as long as the state lasts, so that an operation beside it must not
+    /// thaw them.
+    pub fn stays_frozen(&self) -> bool {
         match &*self.state {
             ProjectState::Paused(_) | ProjectState::Restoring(_) | ProjectState::Broken(_) => true,
             ProjectState::Resting(_) | ProjectState::Pausing(_) | ProjectState::Resuming(_) => false,
         }
     }
 
-    /// Returns the runs that are frozen.
-    pub fn frozen_runs(&self) -> Vec<AgentRun> {
-        self.runs(self.agents.values().filter(|agent| agent.state == AgentState::Held(Held::Frozen)))
+    pub fn frozen_runs(&self) -> Vec<RunKey> {
+        self.runs(self.agents.values().filter(|agent| agent.is_frozen()))
     }
 
-    /// Returns how long the project has been paused in all, milliseconds, the current pause included.
+    /// Returns the sum of all pauses, milliseconds, the current one included.
     pub fn paused_ms(&self, now: UnixMillis) -> i64 {
         self.total_paused_ms
             + match &*self.state {

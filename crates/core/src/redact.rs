@@ -1,4 +1,4 @@
-//! Takes secrets out of texts before they are stored or sent: tokens of well-known forms, private
+//! Redacts secrets in texts before they are stored or sent: tokens of well-known forms, private
 //! keys, and the values of an agent's own secret variables.
 
 use std::borrow::Cow;
@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use serde_json::Value;
 
-/// A well-known form of a token: what it begins with, and at least how many characters follow.
+/// A well-known form of a token: its prefix, and the fewest characters that follow.
 struct TokenForm {
     prefix: &'static str,
     least: usize,
@@ -17,7 +17,7 @@ const fn form(prefix: &'static str, least: usize, kind: &'static str) -> TokenFo
     TokenForm { prefix, least, kind }
 }
 
-/// The forms that the issuers document; a longer prefix stands before a shorter one.
+/// The forms that issuers document; a longer prefix precedes a shorter one.
 const FORMS: &[TokenForm] = &[
     form("sk-", 20, "api_key"),
     form("github_pat_", 22, "github_token"),
@@ -41,7 +41,7 @@ const FORMS: &[TokenForm] = &[
 /// Endings of the names of variables whose values are secrets.
 const SECRET_NAMES: &[&str] = &["_KEY", "_TOKEN", "_SECRET", "_PASSWORD"];
 
-/// Shorter values are words that stand everywhere: redacting them would say more than it hides.
+/// Shorter values occur as ordinary words: redacting them would reveal more than it hides.
 const LEAST_VALUE: usize = 8;
 
 const KEY_BEGIN: &str = "-----BEGIN ";
@@ -51,12 +51,12 @@ const KEY_LABEL: &str = "PRIVATE KEY-----";
 /// The values of an agent's own secret variables.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Secrets {
-    /// Longest first, so that a value that holds another one is found whole.
+    /// Longest first, so that a value that contains another one is redacted completely.
     values: Vec<String>,
 }
 
 impl Secrets {
-    /// Picks the secret values out of an environment, by the variables' names.
+    /// Collects the secret values of an environment by the variables' names.
     pub fn of(env: &BTreeMap<String, String>) -> Self {
         let secret = |name: &str| SECRET_NAMES.iter().any(|end| name.to_ascii_uppercase().ends_with(end));
         let mut values: Vec<String> = env
@@ -69,7 +69,7 @@ impl Secrets {
         Self { values }
     }
 
-    /// Takes the secrets out of a text; each is replaced by `[redacted:<kind>]`.
+    /// Replaces each secret in a text by `[redacted:<kind>]`.
     pub fn redact<'a>(&self, text: &'a str) -> Cow<'a, str> {
         let mut out: Option<String> = None;
         let mut copied = 0;
@@ -96,7 +96,7 @@ impl Secrets {
         }
     }
 
-    /// Takes the secrets out of every text of a JSON value.
+    /// Redacts every text of a JSON value.
     pub fn redact_json(&self, value: &mut Value) {
         match value {
             Value::String(text) => {
@@ -110,7 +110,7 @@ impl Secrets {
         }
     }
 
-    /// Returns where a secret that begins here ends, and what it is.
+    /// Returns the end and the kind of the secret that begins at `at`.
     fn secret_at(&self, text: &str, at: usize) -> Option<(usize, &'static str)> {
         let rest = &text[at..];
         if let Some(value) = self.values.iter().find(|value| rest.starts_with(value.as_str())) {

@@ -11,19 +11,22 @@
 //! ```
 //!
 //! An agent that *goes on* is started by its resume command, where it has one, with the context of
-//! the last checkpoint.
+//! the last checkpoint; *anew* is by its first command.
 
 use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::AgentSpec;
 use fermata_protocol::supervision::{Recover, Restart, RestartPolicy};
 use serde::{Deserialize, Serialize};
 
-/// How a run ended, as far as the policy cares.
+use crate::clock::millis;
+use crate::hash::fnv1a;
+
+/// How a run ended, as far as the restart policy distinguishes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum End {
-    /// By itself, with exit code 0.
+pub enum RunOutcome {
+    /// With exit code 0.
     Well,
-    /// By itself in another way, or it never came to run or to be ready.
+    /// With another exit code or by a signal, or it never ran or was never ready.
     Badly,
     /// The machine or its shim went down under it.
     Interrupted,
@@ -32,90 +35,92 @@ pub enum End {
 /// How an agent is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Again {
+pub enum RestartKind {
     /// By its own command, as the first time.
     Anew,
     /// By its resume command where there is one, with the last checkpoint's context.
     GoesOn,
 }
 
-/// The starts in a row by policy.
+/// Starts in a row by the restart policy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Row {
-    /// How many.
+pub struct StartStreak {
     pub starts: u32,
     /// When the first of them was decided.
     pub since: UnixMillis,
 }
 
-/// What the policy says.
+/// What follows from the end of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verdict {
-    /// It stays ended.
+pub enum RestartDecision {
+    /// The agent stays ended.
     Stay,
-    /// It is started again.
     Start {
-        /// How.
-        again: Again,
-        /// When.
+        restart: RestartKind,
         until: UnixMillis,
-        /// Which start in the row it is, from 1.
+        /// Which start of the streak it is, from 1.
         start: u32,
     },
-    /// It has been started too often.
-    TooOften {
-        /// How often.
-        starts: u32,
-    },
+    /// The streak has reached its limit of `starts`.
+    TooOften { starts: u32 },
 }
 
-/// Decides what becomes of an agent that has ended without anybody having wanted it.
+/// Decides what follows from the end of a run that no person stopped.
 ///
-/// `seed` is a text that differs between agents; the jitter comes from it.
-pub fn verdict(spec: &AgentSpec, end: End, row: Row, now: UnixMillis, seed: &str) -> Verdict {
+/// `seed` is a text that differs between agents; the jitter is derived from it.
+pub fn after_end(
+    spec: &AgentSpec,
+    end: RunOutcome,
+    streak: StartStreak,
+    now: UnixMillis,
+    seed: &str,
+) -> RestartDecision {
     let restart = &spec.supervision.restart;
-    let again = match (end, restart.policy) {
-        (End::Well, RestartPolicy::Always) => Again::Anew,
-        (End::Badly, RestartPolicy::OnFailure | RestartPolicy::Always) => Again::GoesOn,
-        (End::Interrupted, _) if recovers(spec) => Again::GoesOn,
-        (End::Well, RestartPolicy::No | RestartPolicy::OnFailure)
-        | (End::Badly, RestartPolicy::No)
-        | (End::Interrupted, _) => return Verdict::Stay,
+    let kind = match (end, restart.policy) {
+        (RunOutcome::Well, RestartPolicy::Always) => RestartKind::Anew,
+        (RunOutcome::Badly, RestartPolicy::OnFailure | RestartPolicy::Always) => RestartKind::GoesOn,
+        (RunOutcome::Interrupted, _) if recovers(spec) => RestartKind::GoesOn,
+        (RunOutcome::Well, RestartPolicy::No | RestartPolicy::OnFailure)
+        | (RunOutcome::Badly, RestartPolicy::No)
+        | (RunOutcome::Interrupted, _) => return RestartDecision::Stay,
     };
-    let row = match one_more(restart, row, now) {
-        Ok(row) => row,
+    let streak = match one_more(restart, streak, now) {
+        Ok(streak) => streak,
         Err(too_often) => return too_often,
     };
-    // What went down with the machine is not at fault: its first return does not wait.
-    let wait = match (end, row.starts) {
-        (End::Interrupted, 1) => 0,
-        _ => delay_ms(restart, row.starts, seed),
+    // An agent that went down with the machine is not at fault: its first start does not wait.
+    let wait = match (end, streak.starts) {
+        (RunOutcome::Interrupted, 1) => 0,
+        _ => delay_ms(restart, streak.starts, seed),
     };
-    Verdict::Start { again, until: UnixMillis(now.0.saturating_add(wait)), start: row.starts }
+    RestartDecision::Start { restart: kind, until: UnixMillis(now.0.saturating_add(wait)), start: streak.starts }
 }
 
-/// Decides what becomes of an agent that was stopped because it was stale: it is started again
-/// whatever its policy, at once, but not more often than its restarts may be.
-pub fn after_stale(restart: &Restart, row: Row, now: UnixMillis) -> Verdict {
-    match one_more(restart, row, now) {
-        Ok(row) => Verdict::Start { again: Again::GoesOn, until: now, start: row.starts },
+/// Decides what follows from the stop of a stale agent: it is started again whatever its policy, at once, up to the
+/// limit of its restarts.
+pub fn after_stale(restart: &Restart, streak: StartStreak, now: UnixMillis) -> RestartDecision {
+    match one_more(restart, streak, now) {
+        Ok(streak) => RestartDecision::Start { restart: RestartKind::GoesOn, until: now, start: streak.starts },
         Err(too_often) => too_often,
     }
 }
 
-/// Returns the row with one more start, or the verdict that this would be too many; a row that is
-/// older than its time begins anew.
-fn one_more(restart: &Restart, row: Row, now: UnixMillis) -> Result<Row, Verdict> {
-    let over = now.since(row.since) > i64::try_from(restart.within_ms).unwrap_or(i64::MAX);
-    let row =
-        if row.starts == 0 || over { Row { starts: 1, since: now } } else { Row { starts: row.starts + 1, ..row } };
-    if restart.limit > 0 && row.starts > restart.limit {
-        return Err(Verdict::TooOften { starts: restart.limit });
+/// Returns the streak with one more start, or that this would be too many. A streak that has lasted longer than
+/// `within_ms` begins anew.
+fn one_more(restart: &Restart, streak: StartStreak, now: UnixMillis) -> Result<StartStreak, RestartDecision> {
+    let over = now.since(streak.since) > millis(restart.within_ms);
+    let streak = if streak.starts == 0 || over {
+        StartStreak { starts: 1, since: now }
+    } else {
+        StartStreak { starts: streak.starts + 1, ..streak }
+    };
+    if restart.limit > 0 && streak.starts > restart.limit {
+        return Err(RestartDecision::TooOften { starts: restart.limit });
     }
-    Ok(row)
+    Ok(streak)
 }
 
-/// Says whether an agent that was interrupted is brought back.
+/// Says whether an interrupted agent is started again.
 pub fn recovers(spec: &AgentSpec) -> bool {
     match spec.supervision.recover {
         Recover::Always => true,
@@ -126,24 +131,13 @@ pub fn recovers(spec: &AgentSpec) -> bool {
     }
 }
 
-/// Returns the wait before a start, milliseconds: it doubles with each, and is cut by up to a quarter.
+/// Returns the wait before a start of the streak: it doubles with each start, and jitter takes off up to a quarter.
 fn delay_ms(restart: &Restart, start: u32, seed: &str) -> i64 {
     let doubled = restart.delay_ms.saturating_mul(1_u64.checked_shl(start.saturating_sub(1)).unwrap_or(u64::MAX));
     let longest = doubled.min(restart.max_delay_ms);
     let cut = longest / 4;
     let taken = if cut == 0 { 0 } else { fnv1a(seed) % (cut + 1) };
     i64::try_from(longest - taken).unwrap_or(i64::MAX)
-}
-
-/// The 64-bit FNV-1a hash: good enough to spread agents that failed together
-/// (<http://www.isthe.com/chongo/tech/comp/fnv/>).
-fn fnv1a(text: &str) -> u64 {
-    let mut hash = 0xcbf2_9ce4_8422_2325_u64;
-    for byte in text.bytes() {
-        hash = (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3);
-    }
-    // The low bits alone are used: let the high ones take part.
-    hash ^ (hash >> 32)
 }
 
 #[cfg(test)]
@@ -169,23 +163,23 @@ mod tests {
 
     #[test]
     fn the_table_is_the_one_on_top_of_this_file() {
-        use Again::{Anew, GoesOn};
+        use RestartKind::{Anew, GoesOn};
         let table = [
-            (End::Well, RestartPolicy::No, None),
-            (End::Well, RestartPolicy::OnFailure, None),
-            (End::Well, RestartPolicy::Always, Some(Anew)),
-            (End::Badly, RestartPolicy::No, None),
-            (End::Badly, RestartPolicy::OnFailure, Some(GoesOn)),
-            (End::Badly, RestartPolicy::Always, Some(GoesOn)),
-            (End::Interrupted, RestartPolicy::No, None),
-            (End::Interrupted, RestartPolicy::OnFailure, Some(GoesOn)),
-            (End::Interrupted, RestartPolicy::Always, Some(GoesOn)),
+            (RunOutcome::Well, RestartPolicy::No, None),
+            (RunOutcome::Well, RestartPolicy::OnFailure, None),
+            (RunOutcome::Well, RestartPolicy::Always, Some(Anew)),
+            (RunOutcome::Badly, RestartPolicy::No, None),
+            (RunOutcome::Badly, RestartPolicy::OnFailure, Some(GoesOn)),
+            (RunOutcome::Badly, RestartPolicy::Always, Some(GoesOn)),
+            (RunOutcome::Interrupted, RestartPolicy::No, None),
+            (RunOutcome::Interrupted, RestartPolicy::OnFailure, Some(GoesOn)),
+            (RunOutcome::Interrupted, RestartPolicy::Always, Some(GoesOn)),
         ];
         for (end, policy, wanted) in table {
-            let found = match verdict(&spec(policy), end, Row::default(), NOW, "a") {
-                Verdict::Stay => None,
-                Verdict::Start { again, .. } => Some(again),
-                Verdict::TooOften { .. } => panic!("the first start is not too often"),
+            let found = match after_end(&spec(policy), end, StartStreak::default(), NOW, "a") {
+                RestartDecision::Stay => None,
+                RestartDecision::Start { restart, .. } => Some(restart),
+                RestartDecision::TooOften { .. } => panic!("the first start is not too often"),
             };
             assert_eq!(found, wanted, "{end:?} under {policy:?}");
         }
@@ -217,10 +211,13 @@ mod tests {
     #[test]
     fn starts_are_limited_within_their_time() {
         let spec = spec(RestartPolicy::Always);
-        let row = Row { starts: 3, since: NOW };
+        let streak = StartStreak { starts: 3, since: NOW };
         let soon = UnixMillis(NOW.0 + 1_000);
-        assert_eq!(verdict(&spec, End::Badly, row, soon, "a"), Verdict::TooOften { starts: 3 });
+        assert_eq!(after_end(&spec, RunOutcome::Badly, streak, soon, "a"), RestartDecision::TooOften { starts: 3 });
         let later = UnixMillis(NOW.0 + 600_001);
-        assert!(matches!(verdict(&spec, End::Badly, row, later, "a"), Verdict::Start { start: 1, .. }));
+        assert!(matches!(
+            after_end(&spec, RunOutcome::Badly, streak, later, "a"),
+            RestartDecision::Start { start: 1, .. }
+        ));
     }
 }

@@ -1,4 +1,4 @@
-//! How a tool is started again so that it goes on where it was: the pure half of a profile.
+//! The command that continues a tool's session: the pure half of a profile.
 //!
 //! `codex exec --json -m x "do it"` with session `0199…` becomes
 //! `codex exec --json -m x resume 0199… "<prompt>"`: the profile says which words lead, which
@@ -27,7 +27,7 @@ pub struct ResumeTemplate {
 impl ResumeTemplate {
     /// Makes the resume command of `argv` for a session.
     ///
-    /// Returns `None` when `argv` is not of the form that the template knows.
+    /// Returns `None` when `argv` does not have the template's form.
     pub fn command(&self, argv: &[String], session: &str) -> Option<Vec<String>> {
         let (program, mut rest) = argv.split_first()?;
         let mut command = vec![program.clone()];

@@ -18,12 +18,12 @@ const TRIGGERS: [Trigger; 7] = [
 /// The last moment at which a random checkpoint was made.
 const NOW: i64 = 1_800_000_000_000;
 
-fn point(number: u64, trigger: Trigger, age_ms: i64) -> Point {
-    Point { number, trigger, created_at: UnixMillis(NOW - age_ms), pinned: false, bytes: 10 }
+fn point(number: u64, trigger: Trigger, age_ms: i64) -> RetentionCandidate {
+    RetentionCandidate { number, trigger, created_at: UnixMillis(NOW - age_ms), pinned: false, bytes: 10 }
 }
 
 /// Checkpoints in the order in which they were made, on a clock that seldom is set back.
-fn points() -> impl Strategy<Value = Vec<Point>> {
+fn points() -> impl Strategy<Value = Vec<RetentionCandidate>> {
     let one = (0_usize..7, 1_i64..40_000_000, 0_u32..10, 0_u64..1000, 0_u32..40);
     vec(one, 0..120).prop_map(|all| {
         let total: i64 = all.iter().map(|(_, step, ..)| *step).sum();
@@ -34,17 +34,17 @@ fn points() -> impl Strategy<Value = Vec<Point>> {
             at += if back == 0 { -step } else { step };
             number += 1 + u64::from(pin % 3 == 0);
             let created_at = UnixMillis(at.min(NOW));
-            made.push(Point { number, trigger: TRIGGERS[trigger], created_at, pinned: pin == 1, bytes });
+            made.push(RetentionCandidate { number, trigger: TRIGGERS[trigger], created_at, pinned: pin == 1, bytes });
         }
         made
     })
 }
 
-fn policies() -> impl Strategy<Value = Policy> {
+fn policies() -> impl Strategy<Value = RetentionPolicy> {
     let count = 0_u64..6;
     let span = 0_u64..(3 * DAY_MS);
     (count.clone(), count.clone(), count, span.clone(), span.clone(), span.clone(), span.clone(), span, 0_u64..8000)
-        .prop_map(|(manual, pause, ends, safety, all, ten, hourly, daily, max)| Policy {
+        .prop_map(|(manual, pause, ends, safety, all, ten, hourly, daily, max)| RetentionPolicy {
             keep_manual: manual,
             keep_pause: pause,
             keep_ends: ends,
@@ -57,28 +57,32 @@ fn policies() -> impl Strategy<Value = Policy> {
         })
 }
 
-fn asks() -> impl Strategy<Value = Ask> {
+fn asks() -> impl Strategy<Value = RemovalRequest> {
     let bounds = (
         proptest::option::of(0_u64..50),
         proptest::option::of(0_u64..(10 * DAY_MS)),
         proptest::option::of(0_u64..20_000),
     );
     prop_oneof![
-        policies().prop_map(Ask::Policy),
-        bounds.prop_map(|(keep, older_than_ms, max_bytes)| Ask::Bounds(Bounds { keep, older_than_ms, max_bytes })),
-        (0_u64..20_000).prop_map(|bytes| Ask::Room { bytes, reason: RemovalReason::DiskFloor }),
+        policies().prop_map(RemovalRequest::Policy),
+        bounds.prop_map(|(keep, older_than_ms, max_bytes)| RemovalRequest::Bounds(RemovalBounds {
+            keep,
+            older_than_ms,
+            max_bytes
+        })),
+        (0_u64..20_000).prop_map(|bytes| RemovalRequest::Room { bytes, reason: RemovalReason::DiskFloor }),
     ]
 }
 
-fn sum(points: &[Point]) -> u64 {
+fn sum(points: &[RetentionCandidate]) -> u64 {
     points.iter().map(|point| point.bytes).sum()
 }
 
 fn numbers(removals: &[Removal]) -> BTreeSet<CheckpointNumber> {
-    removals.iter().map(|removal| removal.point.number).collect()
+    removals.iter().map(|removal| removal.checkpoint.number).collect()
 }
 
-fn left(points: &[Point], removals: &[Removal]) -> Vec<Point> {
+fn left(points: &[RetentionCandidate], removals: &[Removal]) -> Vec<RetentionCandidate> {
     let going = numbers(removals);
     points.iter().filter(|point| !going.contains(&point.number)).copied().collect()
 }
@@ -92,15 +96,15 @@ proptest! {
     ) {
         let going = plan(&points, &ask, sum(&points), &used, UnixMillis(NOW + later));
         for removal in &going {
-            prop_assert!(!removal.point.pinned && !used.contains(&removal.point.number));
-            prop_assert!(Some(removal.point.number) != points.last().map(|point| point.number));
+            prop_assert!(!removal.checkpoint.pinned && !used.contains(&removal.checkpoint.number));
+            prop_assert!(Some(removal.checkpoint.number) != points.last().map(|point| point.number));
         }
-        prop_assert!(going.windows(2).all(|pair| pair[0].point.number < pair[1].point.number), "the oldest first");
+        prop_assert!(going.windows(2).all(|pair| pair[0].checkpoint.number < pair[1].checkpoint.number), "the oldest first");
     }
 
     #[test]
     fn a_second_time_nothing_more_goes(points in points(), policy in policies(), later in 0_i64..10_000_000_000) {
-        let (ask, now) = (Ask::Policy(policy), UnixMillis(NOW + later));
+        let (ask, now) = (RemovalRequest::Policy(policy), UnixMillis(NOW + later));
         let rest = left(&points, &plan(&points, &ask, sum(&points), &BTreeSet::new(), now));
         prop_assert_eq!(plan(&rest, &ask, sum(&rest), &BTreeSet::new(), now), vec![]);
     }
@@ -109,7 +113,7 @@ proptest! {
     fn thinning_in_steps_leaves_what_thinning_at_once_would(
         points in points(), policy in policies(), first in 0_i64..500_000_000, then in 0_i64..5_000_000_000
     ) {
-        let ask = Ask::Policy(Policy { max_bytes: 0, ..policy });
+        let ask = RemovalRequest::Policy(RetentionPolicy { max_bytes: 0, ..policy });
         let (soon, late) = (UnixMillis(NOW + first), UnixMillis(NOW + first + then));
         let at_once = plan(&points, &ask, 0, &BTreeSet::new(), late);
         let early = plan(&points, &ask, 0, &BTreeSet::new(), soon);
@@ -124,7 +128,7 @@ proptest! {
         points in points(), policy in policies(), small in 1_u64..5000, more in 0_u64..5000
     ) {
         let now = UnixMillis(NOW);
-        let going = |max_bytes| plan(&points, &Ask::Policy(Policy { max_bytes, ..policy }), sum(&points), &BTreeSet::new(), now);
+        let going = |max_bytes| plan(&points, &RemovalRequest::Policy(RetentionPolicy { max_bytes, ..policy }), sum(&points), &BTreeSet::new(), now);
         let (tight, loose) = (going(small), going(small + more));
         prop_assert!(numbers(&loose).is_subset(&numbers(&tight)));
         let rest = left(&points, &tight);
@@ -135,10 +139,10 @@ proptest! {
 
     #[test]
     fn each_bound_narrows_what_goes(points in points(), keep in 0_u64..50, age in 0_u64..(10 * DAY_MS), most in 0_u64..20_000) {
-        let going = |bounds| numbers(&plan(&points, &Ask::Bounds(bounds), sum(&points), &BTreeSet::new(), UnixMillis(NOW)));
-        let one = Bounds { keep: Some(keep), ..Bounds::default() };
-        let two = Bounds { older_than_ms: Some(age), ..one };
-        let three = Bounds { max_bytes: Some(most), ..two };
+        let going = |bounds| numbers(&plan(&points, &RemovalRequest::Bounds(bounds), sum(&points), &BTreeSet::new(), UnixMillis(NOW)));
+        let one = RemovalBounds { keep: Some(keep), ..RemovalBounds::default() };
+        let two = RemovalBounds { older_than_ms: Some(age), ..one };
+        let three = RemovalBounds { max_bytes: Some(most), ..two };
         prop_assert!(going(two).is_subset(&going(one)));
         prop_assert!(going(three).is_subset(&going(two)));
     }
@@ -148,9 +152,9 @@ proptest! {
 fn the_clock_keeps_ever_fewer_the_older_they_are() {
     // One a minute for 40 days: 57,600 of them.
     let minute = 60_000;
-    let made: Vec<Point> =
+    let made: Vec<RetentionCandidate> =
         (0..57_600).map(|n| point(n, Trigger::Auto, (57_599 - i64::try_from(n).unwrap()) * minute)).collect();
-    let going = plan(&made, &Ask::Policy(Policy::default()), 0, &BTreeSet::new(), UnixMillis(NOW));
+    let going = plan(&made, &RemovalRequest::Policy(RetentionPolicy::default()), 0, &BTreeSet::new(), UnixMillis(NOW));
     let rest = left(&made, &going);
     let younger = |least: u64, most: u64| {
         rest.iter().filter(|point| (least..most).contains(&age(point, UnixMillis(NOW)))).count()
@@ -164,11 +168,11 @@ fn the_clock_keeps_ever_fewer_the_older_they_are() {
 
 #[test]
 fn the_newest_of_each_trigger_are_kept_by_count() {
-    let made: Vec<Point> = (1..=30)
+    let made: Vec<RetentionCandidate> = (1..=30)
         .map(|n| point(n, if n % 2 == 0 { Trigger::Manual } else { Trigger::Pause }, 1_000 * (30 - n as i64)))
         .collect();
-    let policy = Policy { keep_manual: 2, keep_pause: 0, ..Policy::default() };
-    let going = plan(&made, &Ask::Policy(policy), 0, &BTreeSet::new(), UnixMillis(NOW));
+    let policy = RetentionPolicy { keep_manual: 2, keep_pause: 0, ..RetentionPolicy::default() };
+    let going = plan(&made, &RemovalRequest::Policy(policy), 0, &BTreeSet::new(), UnixMillis(NOW));
     assert!(going.iter().all(|removal| removal.reason == RemovalReason::Count));
     assert_eq!(left(&made, &going).iter().filter(|p| p.trigger == Trigger::Manual).count(), 2);
     assert_eq!(left(&made, &going).iter().filter(|p| p.trigger == Trigger::Pause).count(), 15, "0 keeps all");
@@ -176,16 +180,16 @@ fn the_newest_of_each_trigger_are_kept_by_count() {
 
 #[test]
 fn a_pinned_one_takes_no_place_of_another() {
-    let mut made: Vec<Point> = (1..=4).map(|n| point(n, Trigger::Manual, 0)).collect();
+    let mut made: Vec<RetentionCandidate> = (1..=4).map(|n| point(n, Trigger::Manual, 0)).collect();
     made[3].pinned = true;
-    let policy = Policy { keep_manual: 2, ..Policy::default() };
-    let going = plan(&made, &Ask::Policy(policy), 0, &BTreeSet::new(), UnixMillis(NOW));
+    let policy = RetentionPolicy { keep_manual: 2, ..RetentionPolicy::default() };
+    let going = plan(&made, &RemovalRequest::Policy(policy), 0, &BTreeSet::new(), UnixMillis(NOW));
     assert_eq!(numbers(&going), [1].into());
 }
 
 #[test]
 fn settings_of_a_project_lie_over_those_of_the_daemon() {
     let own = Retention { keep_manual: Some(3), max_bytes: Some(0), ..Retention::default() };
-    let policy = Policy { max_bytes: 5, ..Policy::default() }.with(&own);
+    let policy = RetentionPolicy { max_bytes: 5, ..RetentionPolicy::default() }.with(&own);
     assert_eq!((policy.keep_manual, policy.keep_pause, policy.quota()), (3, 10, None));
 }

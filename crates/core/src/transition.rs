@@ -1,14 +1,14 @@
-//! The table of project statuses: which may follow which. Every other transition is refused.
+//! The table of project statuses: which may follow which. Every other transition is an error.
 
 use fermata_protocol::project::ProjectStatus::{self, *};
 
-/// Every allowed transition, `(from, to, what does it)`.
+/// Every allowed transition: `(from, to, cause)`.
 pub const TRANSITIONS: &[(ProjectStatus, ProjectStatus, &str)] = &[
     (Init, Planning, "the phase becomes planning"),
     (Init, Active, "an agent is started"),
     (Planning, Active, "an agent is started"),
     (Active, Stopped, "the last agent was stopped"),
-    (Active, Completed, "every agent ended well"),
+    (Active, Completed, "every agent ended with exit code 0"),
     (Active, Failed, "an agent failed and none runs"),
     (Stopped, Active, "an agent is started"),
     (Completed, Active, "an agent is started"),
@@ -20,9 +20,9 @@ pub const TRANSITIONS: &[(ProjectStatus, ProjectStatus, &str)] = &[
     (Pausing, Completed, "the pause was undone and its agents have ended meanwhile"),
     (Pausing, Failed, "the pause was undone and its agents have ended meanwhile"),
     (Paused, Resuming, "a resume begins"),
-    (Resuming, Active, "the agents are back"),
+    (Resuming, Active, "the agents are brought back"),
     (Resuming, Stopped, "no agent came back, the last ones were stopped"),
-    (Resuming, Completed, "every agent ended well at once"),
+    (Resuming, Completed, "every agent ended with exit code 0 at once"),
     (Resuming, Failed, "no agent came back"),
     (Paused, Restoring, "a restore begins"),
     (Restoring, Paused, "the restore ended"),
@@ -38,7 +38,7 @@ pub const TRANSITIONS: &[(ProjectStatus, ProjectStatus, &str)] = &[
     (Restoring, Failed, "the restore ended"),
 ];
 
-/// Says whether a project may go from one status to another; staying is always allowed.
+/// Says whether a project may change from one status to another; no change is always allowed.
 pub fn is_allowed(from: ProjectStatus, to: ProjectStatus) -> bool {
     from == to || TRANSITIONS.iter().any(|(f, t, _)| *f == from && *t == to)
 }

@@ -1,4 +1,4 @@
-//! What the wire shows of the state.
+//! Views of the state for the wire.
 
 use fermata_protocol::agent::AgentView;
 use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
@@ -8,23 +8,21 @@ use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::agent::{Agent, AgentState, Run};
 use crate::budget::spent;
+use crate::clock::millis;
 use crate::dependency;
-use crate::due::millis;
-use crate::project::{Course, Paused, Project, ProjectState, RestoreStage};
+use crate::project::{Direction, Paused, Project, ProjectState, RestoreStage};
 
 /// Shows an agent of a project.
 pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
-    let run = agent.run.as_ref();
+    let run = agent.run();
     let end = run.and_then(|run| run.ended);
     let processes = run.and_then(|run| run.processes.as_ref());
     let alive = run.filter(|_| agent.is_alive());
     let ran_ms = run.map(|run| run.clock.read(now));
-    let waits_for = match agent.state {
-        AgentState::Waiting(_) | AgentState::Backoff { .. } => {
-            dependency::waits_for(project, &agent.spec.supervision.depends_on)
-        }
-        _ => Vec::new(),
-    };
+    let starts_later = matches!(agent.state, AgentState::Waiting { .. } | AgentState::Backoff { .. });
+    let waits_for =
+        if starts_later { dependency::waits_for(project, &agent.spec.supervision.depends_on) } else { Vec::new() };
+    let detail = detail(agent, &waits_for);
     AgentView {
         project: project.name.clone(),
         name: agent.name.clone(),
@@ -39,26 +37,12 @@ pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
         suspended_at: run.filter(|run| run.ended.is_none()).and_then(|run| run.suspended_at),
         ended_at: end.map(|end| end.at),
         exit: end.and_then(|end| end.exit),
-        detail: match &agent.state {
-            AgentState::Failed { detail } => detail.clone(),
-            AgentState::Interrupted { detail } | AgentState::Backoff { detail, .. } => Some(detail.clone()),
-            AgentState::Waiting(_) => {
-                let names: Vec<String> = waits_for.iter().map(AgentName::to_string).collect();
-                Some(format!("waits for {}", names.join(", "))).filter(|_| !names.is_empty())
-            }
-            AgentState::Starting | AgentState::Running | AgentState::Held(_) | AgentState::Stopping(_) => {
-                run.and_then(|run| run.unreachable.clone())
-            }
-            AgentState::Ended(_) | AgentState::TimedOut => None,
-        },
+        detail,
         mechanism: processes.map(|p| p.mechanism),
-        ready: agent.state == AgentState::Running && run.is_some_and(|run| run.ready_at.is_some()),
-        next_start_at: match agent.state {
-            AgentState::Backoff { until, .. } => Some(until),
-            _ => None,
-        },
+        ready: agent.is_running() && run.is_some_and(|run| run.ready_at.is_some()),
+        next_start_at: if let AgentState::Backoff { until, .. } = agent.state { Some(until) } else { None },
         waits_for,
-        starts_in_row: agent.row.starts,
+        starts_in_row: agent.streak.starts,
         ran_ms,
         time_left_ms: alive
             .and(agent.spec.supervision.timeout_ms)
@@ -72,15 +56,33 @@ pub fn agent(project: &Project, agent: &Agent, now: UnixMillis) -> AgentView {
     }
 }
 
-/// Estimates how long a run will take at the pace so far, milliseconds. What it reported before this
-/// run began says nothing about this run's pace.
+/// Returns what there is to say of the agent beyond its status.
+fn detail(agent: &Agent, waits_for: &[AgentName]) -> Option<String> {
+    match &agent.state {
+        AgentState::Failed { detail, .. } => detail.clone(),
+        AgentState::Interrupted { detail, .. } | AgentState::Backoff { detail, .. } => Some(detail.clone()),
+        AgentState::Waiting { .. } => {
+            let names: Vec<String> = waits_for.iter().map(AgentName::to_string).collect();
+            Some(format!("waits for {}", names.join(", "))).filter(|_| !names.is_empty())
+        }
+        AgentState::Starting(run)
+        | AgentState::Running(run)
+        | AgentState::Frozen(run)
+        | AgentState::Parked(run)
+        | AgentState::Stopping { run, .. } => run.unreachable.clone(),
+        AgentState::Ended { .. } | AgentState::TimedOut { .. } => None,
+    }
+}
+
+/// Estimates the milliseconds that a run will still take at its pace so far. A report from before this run says
+/// nothing about its pace.
 fn remaining(agent: &Agent, run: &Run, ran_ms: i64) -> Option<i64> {
     let percent = agent.progress.as_ref()?.percent.filter(|percent| *percent > 0.0)?;
     let at_report = run.reported_ms?;
     #[expect(clippy::cast_precision_loss, reason = "milliseconds of one run are far below 2^52")]
-    let whole = at_report as f64 / percent * 100.0;
+    let estimate = at_report as f64 / percent * 100.0;
     #[expect(clippy::cast_possible_truncation, reason = "a float saturates when it is cast")]
-    Some((whole as i64).saturating_sub(ran_ms).max(0))
+    Some((estimate as i64).saturating_sub(ran_ms).max(0))
 }
 
 /// Shows the current pause of a project.
@@ -145,13 +147,13 @@ pub fn project(project: &Project, now: UnixMillis) -> ProjectView {
         tasks_completed: project.tasks.values().filter(|t| t.status == TaskStatus::Completed).count() as u64,
         open_questions: project.questions.values().filter(|q| q.answer.is_none()).count() as u64,
         usage: spent(project),
-        // Only who looks at the disk knows.
+        // Filled in by the daemon.
         disk_bytes: None,
         look: None,
     }
 }
 
-/// Shows the operation under way.
+/// Shows the operation in progress.
 pub fn operation(project: &Project) -> Option<OperationView> {
     let running = |id: &fermata_protocol::OperationId, kind, started_at| OperationView {
         id: id.clone(),
@@ -170,7 +172,7 @@ pub fn operation(project: &Project) -> Option<OperationView> {
             let mut view = running(&run.operation, OperationKind::Pause, run.started_at);
             view.step = Some(run.step.as_str().to_owned());
             view.steps_ms.clone_from(&run.steps_ms);
-            if let Course::Undoing(error) = &run.course {
+            if let Direction::Undoing(error) = &run.direction {
                 view.state = OperationState::Undoing;
                 view.error = Some(error.clone());
             }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::budget::Usage;
 use crate::ids::{AgentName, ProjectName, RunId, Target, UnixMillis};
 use crate::load::Load;
-use crate::pause::Mechanism;
+use crate::pause::FreezerKind;
 use crate::supervision::Supervision;
 
 /// The status of an agent.
@@ -118,7 +118,7 @@ pub struct RunProcesses {
     /// The kernel's boot id at that time.
     pub boot_id: String,
     /// What freezes the tree.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
 }
 
 /// Parameters of `agent.run`. Environment, directory, umask and limits are the caller's own.
@@ -367,7 +367,7 @@ pub struct AgentView {
     pub detail: Option<String>,
     /// What freezes it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mechanism: Option<Mechanism>,
+    pub mechanism: Option<FreezerKind>,
     /// Whether it runs and is ready.
     #[serde(default)]
     pub ready: bool,

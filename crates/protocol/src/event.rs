@@ -14,7 +14,7 @@ use crate::error::ErrorObject;
 use crate::ids::{AgentName, CheckpointNumber, OperationId, RunId, UnixMillis};
 use crate::operation::OperationKind;
 use crate::pause::{PauseCause, PauseMode, PauseResult, ResumeResult};
-use crate::project::{ProjectConfig, Source};
+use crate::project::{ProjectConfig, WorkspaceSource};
 use crate::question::QuestionView;
 use crate::retention::RemovalReason;
 use crate::task::{Phase, TaskView};
@@ -28,7 +28,7 @@ pub enum Event {
         /// The workspace's absolute path.
         workspace: String,
         description: String,
-        source: Option<Source>,
+        source: Option<WorkspaceSource>,
         config: ProjectConfig,
     },
     /// Description or settings of a project changed.

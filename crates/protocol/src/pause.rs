@@ -29,6 +29,14 @@ impl PauseMode {
             Self::Image => "image",
         }
     }
+
+    /// Says whether the processes are ended while they are frozen, so that a resume has to start them again.
+    pub fn ends_processes(self) -> bool {
+        match self {
+            Self::Park | Self::Image => true,
+            Self::Freeze => false,
+        }
+    }
 }
 
 /// Who or what brought a pause about.
@@ -75,17 +83,17 @@ impl PauseCause {
     }
 }
 
-/// What stops a process tree.
+/// How process trees are frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Mechanism {
+pub enum FreezerKind {
     /// The cgroup v2 freezer.
     Cgroup,
     /// SIGSTOP over the tree until it no longer changes.
     Signals,
 }
 
-impl Mechanism {
+impl FreezerKind {
     /// Returns the text of the wire.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -139,7 +147,7 @@ pub struct PauseResult {
     #[serde(default, skip_serializing_if = "PauseCause::is_person")]
     pub cause: PauseCause,
     /// What froze the processes: `signals` when any agent had to be stopped by signals.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// How many processes were frozen.
     pub processes: u64,
     /// How long the agents stood still before the commit, milliseconds.
@@ -166,7 +174,7 @@ pub struct ProjectResume {
 /// How one agent came back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Rung {
+pub enum ResumeMethod {
     /// Its frozen processes went on.
     Thawed,
     /// Its process image was restored.
@@ -181,7 +189,8 @@ pub enum Rung {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct AgentResumed {
     pub agent: AgentName,
-    pub rung: Rung,
+    #[serde(rename = "rung")]
+    pub method: ResumeMethod,
     /// The program and arguments, when it was started again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub argv: Option<Vec<String>>,

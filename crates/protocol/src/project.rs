@@ -10,7 +10,7 @@ use crate::context::ContextSummary;
 use crate::error::ErrorObject;
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
 use crate::operation::OperationView;
-use crate::pause::{Mechanism, PauseCause, PauseMode};
+use crate::pause::{FreezerKind, PauseCause, PauseMode};
 use crate::retention::Retention;
 use crate::task::Phase;
 
@@ -67,7 +67,7 @@ impl std::fmt::Display for ProjectStatus {
 /// Where the workspace came from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct Source {
+pub struct WorkspaceSource {
     /// What kind of source it is: `git`, `directory`, or a word of your own.
     #[serde(rename = "type")]
     pub kind: String,
@@ -166,7 +166,7 @@ pub struct ProjectCreate {
     pub description: String,
     /// Where the workspace came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<Source>,
+    pub source: Option<WorkspaceSource>,
     /// Settings; those left out have their defaults.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub config: Option<ProjectConfig>,
@@ -231,7 +231,7 @@ pub struct PauseView {
     pub paused_at: UnixMillis,
     pub mode: PauseMode,
     /// What holds the processes.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// Who or what brought it about.
     #[serde(default, skip_serializing_if = "PauseCause::is_person")]
     pub cause: PauseCause,
@@ -282,7 +282,7 @@ pub struct ProjectView {
     pub description: String,
     /// Where the workspace came from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<Source>,
+    pub source: Option<WorkspaceSource>,
     /// The absolute path of the workspace.
     pub workspace: String,
     pub status: ProjectStatus,

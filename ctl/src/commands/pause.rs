@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 
 use fermata_protocol::agent::AgentResume;
-use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeResult, Rung};
+use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeMethod, ResumeResult};
 use fermata_protocol::{CheckpointNumber, Target};
 
 use super::Ended;
@@ -103,11 +103,11 @@ fn resumed(out: &mut Output, result: &ResumeResult) -> io::Result<()> {
         out.line("")?;
         let mut table = Table::new(&["AGENT", "RESUMED", "DETAIL"]);
         for agent in &result.agents {
-            let (rung, paint) = match agent.rung {
-                Rung::Thawed => ("thawed", Paint::Good),
-                Rung::ImageRestored => ("image restored", Paint::Good),
-                Rung::Respawned => ("respawned", Paint::Attention),
-                Rung::Failed => ("failed", Paint::Bad),
+            let (rung, paint) = match agent.method {
+                ResumeMethod::Thawed => ("thawed", Paint::Good),
+                ResumeMethod::ImageRestored => ("image restored", Paint::Good),
+                ResumeMethod::Respawned => ("respawned", Paint::Attention),
+                ResumeMethod::Failed => ("failed", Paint::Bad),
             };
             let argv = agent.argv.as_ref().map(|argv| argv.join(" "));
             let detail: Vec<String> = agent.detail.clone().into_iter().chain(argv).collect();

@@ -1,7 +1,7 @@
 //! `project …`.
 
 use fermata_protocol::Target;
-use fermata_protocol::project::{ProjectConfig, ProjectCreate, ProjectList, ProjectSet, ProjectShow, Source};
+use fermata_protocol::project::{ProjectConfig, ProjectCreate, ProjectList, ProjectSet, ProjectShow, WorkspaceSource};
 
 use super::run::{canonical, text};
 use super::{Ended, agents, status};
@@ -22,7 +22,7 @@ pub fn run(session: &mut Session, command: ProjectCommand) -> Ended {
             config,
         } => {
             let directory = workspace.unwrap_or_else(|| ".".into());
-            let source = source_type.zip(source_location).map(|(kind, location)| Source {
+            let source = source_type.zip(source_location).map(|(kind, location)| WorkspaceSource {
                 kind,
                 location,
                 branch: source_branch,

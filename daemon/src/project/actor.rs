@@ -4,9 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::agent::{AgentState, Held};
-use fermata_core::command::{Command, Effect};
-use fermata_core::project::{Course, ProjectState};
+use fermata_core::command::Command;
+use fermata_core::effect::Effect;
+use fermata_core::project::{Direction, ProjectState};
 use fermata_core::redact::Secrets;
 use fermata_core::{Project, apply, decide, transition};
 use fermata_protocol::event::Event;
@@ -187,7 +187,7 @@ impl Actor {
     /// Finds out when a run is ready, where it does not say so itself.
     fn watch_readiness(&self, agent: &AgentName, run: &RunId) {
         let asks = self.project.agents.get(agent).is_some_and(|found| {
-            let known = found.run.as_ref().is_some_and(|run| run.ready_at.is_some());
+            let known = found.run().is_some_and(|run| run.ready_at.is_some());
             !known && found.spec.supervision.ready.is_some()
         });
         if !asks {
@@ -304,7 +304,7 @@ impl Actor {
                 self.outcome(Command::Launched { agent, run, outcome }.into()).await;
             }
             Message::Linked { agent, run, link } => {
-                let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run());
+                let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run_id());
                 if current == Some(&run) {
                     Arc::make_mut(&mut self.links).insert(agent.clone(), Link { run: run.clone(), shim: link });
                     self.hold_again(agent, run).await;
@@ -322,9 +322,11 @@ impl Actor {
     /// Paused stays paused: what was committed as held is held, whatever has happened to its lease.
     async fn hold_again(&mut self, agent: AgentName, run: RunId) {
         let held = matches!(&*self.project.state, ProjectState::Paused(_))
-            && self.project.agents.get(&agent).is_some_and(|found| {
-                found.current_run() == Some(&run) && found.state == AgentState::Held(Held::Frozen)
-            });
+            && self
+                .project
+                .agents
+                .get(&agent)
+                .is_some_and(|found| found.current_run_id() == Some(&run) && found.is_frozen());
         if held {
             self.hold(vec![(agent, run)]).await;
         }
@@ -336,7 +338,7 @@ impl Actor {
         self.leaving = Some(done);
         self.looks.give_way();
         let operation = match &*self.project.state {
-            ProjectState::Pausing(run) if run.course == Course::Forward => run.operation.clone(),
+            ProjectState::Pausing(run) if run.direction == Direction::Forward => run.operation.clone(),
             _ => return,
         };
         if let Err(failure) = self.carry(Command::Cancel { operation }, Extras::default()).await {
@@ -437,7 +439,7 @@ impl Actor {
     /// Keeps the tokens of runs that may be launched next; those of runs that never came go.
     fn keep_tokens(&mut self, tokens: Vec<NewToken>) {
         let project = Arc::clone(&self.project);
-        let current = |run: &RunId| project.agents.values().any(|agent| agent.current_run() == Some(run));
+        let current = |run: &RunId| project.agents.values().any(|agent| agent.current_run_id() == Some(run));
         self.tokens.retain(|run, _| current(run));
         self.tokens.extend(tokens.into_iter().map(|new| (new.run, new.token)));
     }

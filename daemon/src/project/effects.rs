@@ -3,10 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fermata_core::command::{AgentRun, ComesBack, Command, Effect, Sealed, StepReport};
+use fermata_core::agent::RunKey;
+use fermata_core::command::{Command, PauseCommit, StepReport};
+use fermata_core::effect::{Continuation, Effect};
 use fermata_core::project::{PauseStep, ProjectState};
 use fermata_protocol::checkpoint::{CheckpointCreateResult, Trigger};
-use fermata_protocol::pause::{AgentResumed, Rung};
+use fermata_protocol::pause::{AgentResumed, ResumeMethod};
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, RunId};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -51,7 +53,7 @@ pub struct PauseWork {
 impl Actor {
     pub(super) async fn start(&mut self, effect: Effect) {
         match effect {
-            Effect::Launch { agent, run, comes_back } => self.launch(agent, run, comes_back),
+            Effect::Launch { agent, run, continuation } => self.launch(agent, run, continuation),
             Effect::Stop { agent, run, grace_ms } => self.stop(&agent, &run, Some(grace_ms)),
             Effect::Kill { agent, run } => self.stop(&agent, &run, None),
             Effect::PauseForBudget {} => {
@@ -59,7 +61,7 @@ impl Actor {
             }
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
             Effect::Undo { operation, checkpoint, runs } => self.undo(operation, checkpoint, runs),
-            Effect::Hold { runs } => {
+            Effect::CommitFreeze { runs } => {
                 self.hold(runs).await;
                 // The pause has come to its end: nobody renews what is held.
                 *self.work.lock().await = PauseWork::default();
@@ -85,12 +87,12 @@ impl Actor {
                 self.apply_restore(operation, checkpoint, safety, Duration::from_millis(after_ms));
             }
             Effect::ForgetPlan { operation } => restore::forget(&self.site(), &operation),
-            Effect::Forget { agent } => self.forget(&agent),
+            Effect::ForgetAgent { agent } => self.forget(&agent),
         }
     }
 
     /// Makes freezes permanent; of those that had to be made anew it is told that their agents ran.
-    pub(super) async fn hold(&mut self, runs: Vec<AgentRun>) {
+    pub(super) async fn hold(&mut self, runs: Vec<RunKey>) {
         for (agent, run) in freeze::hold(&self.site(), &runs).await {
             let detail = "its lease was over before the daemon could make the freeze permanent; \
                           it was frozen again"
@@ -99,11 +101,11 @@ impl Actor {
         }
     }
 
-    fn launch(&mut self, agent: AgentName, run: RunId, comes_back: Option<ComesBack>) {
+    fn launch(&mut self, agent: AgentName, run: RunId, continuation: Option<Continuation>) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
         let token = self.tokens.remove(&run).unwrap_or_default();
         self.services.tracker.spawn(async move {
-            let outcome = launch::run(&site, &agent, &run, &token, comes_back).await.map(Box::new);
+            let outcome = launch::run(&site, &agent, &run, &token, continuation).await.map(Box::new);
             drop(mailbox.send(Message::Started { agent, run, outcome }).await);
         });
     }
@@ -166,7 +168,7 @@ impl Actor {
 
     /// Ends the step that is under way, lets the agents run, discards the checkpoint; again and
     /// again until it has worked.
-    fn undo(&mut self, operation: OperationId, number: CheckpointNumber, runs: Vec<AgentRun>) {
+    fn undo(&mut self, operation: OperationId, number: CheckpointNumber, runs: Vec<RunKey>) {
         self.cancel.cancel();
         let step = self.step.take();
         let (mut site, mailbox, work) = (self.site(), self.mailbox.clone(), Arc::clone(&self.work));
@@ -205,7 +207,7 @@ impl Actor {
     }
 
     /// Ends frozen processes. Done before the pause is answered: the memory is free then.
-    async fn park(&mut self, runs: Vec<AgentRun>) {
+    async fn park(&mut self, runs: Vec<RunKey>) {
         let site = self.site();
         let each = runs.into_iter().map(|(agent, run)| {
             let link = site.links.get(&agent).filter(|link| link.run == run).cloned();
@@ -242,8 +244,8 @@ impl Actor {
     fn resume(
         &mut self,
         operation: OperationId,
-        thaw: Vec<AgentRun>,
-        respawn: Vec<AgentRun>,
+        thaw: Vec<RunKey>,
+        respawn: Vec<RunKey>,
         checkpoint: CheckpointNumber,
     ) {
         let (site, mailbox) = (self.site(), self.mailbox.clone());
@@ -252,7 +254,7 @@ impl Actor {
             let start = Instant::now();
             let mut agents = resume::thaw(&site, &thaw).await;
             let thaw_ms = ms_since(start);
-            for gone in agents.iter().filter(|agent| agent.rung == Rung::Failed) {
+            for gone in agents.iter().filter(|agent| agent.method == ResumeMethod::Failed) {
                 let Some((agent, run)) = thaw.iter().find(|(agent, _)| *agent == gone.agent) else { continue };
                 // Told before the resume is: the watcher of the run, who may be late, is then ignored.
                 let end = end_of(&site, agent, run, gone.detail.clone().unwrap_or_default());
@@ -272,7 +274,7 @@ impl Actor {
         });
     }
 
-    fn checkpoint(&mut self, operation: OperationId, number: CheckpointNumber, trigger: Trigger, runs: Vec<AgentRun>) {
+    fn checkpoint(&mut self, operation: OperationId, number: CheckpointNumber, trigger: Trigger, runs: Vec<RunKey>) {
         let label = std::mem::take(&mut self.label);
         let imported = label.import.is_some();
         let order = Order {
@@ -397,7 +399,7 @@ async fn pause_checkpoint(
     site: &Site,
     order: &Order,
     work: &mut PauseWork,
-    runs: &[AgentRun],
+    runs: &[RunKey],
 ) -> Result<Stepped, Failure> {
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
@@ -410,10 +412,10 @@ async fn pause_checkpoint(
     let frozen = work.frozen.clone();
     let mut warnings = std::mem::take(&mut work.warnings);
     warnings.extend(made.warnings);
-    let sealed = Sealed {
+    let sealed = PauseCommit {
         checkpoint: made.view.clone(),
         flash_save: flash_save::total(&plans),
-        mechanism: frozen.as_ref().map_or(fermata_protocol::pause::Mechanism::Cgroup, |f| f.mechanism),
+        mechanism: frozen.as_ref().map_or(fermata_protocol::pause::FreezerKind::Cgroup, |f| f.mechanism),
         processes: frozen.as_ref().map_or(0, |f| f.processes),
         frozen_ms: frozen.as_ref().map_or(0.0, |f| ms_since(f.since)),
         agents: frozen.map(|f| f.agents).unwrap_or_default(),
@@ -431,7 +433,7 @@ async fn live_checkpoint(
     site: &Site,
     mailbox: &mpsc::Sender<Message>,
     mut order: Order,
-    runs: &[AgentRun],
+    runs: &[RunKey],
 ) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
     make_room(site, mailbox).await?;
@@ -439,9 +441,9 @@ async fn live_checkpoint(
     // What can be done before anybody stands still.
     let (primed, prepared) = tokio::join!(prime::run(site, Some(&order.operation)), database::open(site, &partial));
     let prepared = primed.and(prepared)?;
-    let by_signals = |(agent, _): &AgentRun| {
-        let processes = site.project.agents.get(agent).and_then(|a| a.run.as_ref()?.processes.as_ref());
-        processes.is_some_and(|p| p.mechanism == fermata_protocol::pause::Mechanism::Signals)
+    let by_signals = |(agent, _): &RunKey| {
+        let processes = site.project.agents.get(agent).and_then(|a| a.run()?.processes.as_ref());
+        processes.is_some_and(|p| p.mechanism == fermata_protocol::pause::FreezerKind::Signals)
     };
     let blip = settings.pause.blip_with_signals || !runs.iter().any(by_signals);
     let now = crate::services::now();
@@ -481,7 +483,7 @@ async fn live_checkpoint(
 async fn capture_frozen(
     site: &Site,
     order: &Order,
-    runs: &[AgentRun],
+    runs: &[RunKey],
     now: fermata_protocol::UnixMillis,
     prepared: Prepared,
     scouted: Scouted,
@@ -505,13 +507,13 @@ async fn respawn_one(
     token: &str,
     checkpoint: CheckpointNumber,
 ) -> AgentResumed {
-    let argv = site.project.agents.get(&agent).and_then(|a| a.run.as_ref()).map(|run| run.argv.clone());
+    let argv = site.project.agents.get(&agent).and_then(|a| a.run()).map(|run| run.argv.clone());
     let outcome =
-        launch::run(site, &agent, &run, token, Some(ComesBack { checkpoint: Some(checkpoint) })).await.map(Box::new);
+        launch::run(site, &agent, &run, token, Some(Continuation { checkpoint: Some(checkpoint) })).await.map(Box::new);
     let failed = outcome.as_ref().err().cloned();
     drop(mailbox.send(Message::Started { agent: agent.clone(), run, outcome }).await);
-    let rung = if failed.is_some() { Rung::Failed } else { Rung::Respawned };
-    AgentResumed { agent, rung, argv, detail: failed }
+    let method = if failed.is_some() { ResumeMethod::Failed } else { ResumeMethod::Respawned };
+    AgentResumed { agent, method, argv, detail: failed }
 }
 
 /// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.

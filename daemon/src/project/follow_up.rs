@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use fermata_core::agent::{Agent, AgentState};
-use fermata_core::command::{ComesBack, Command, Start};
-use fermata_core::due::{self, Due};
-use fermata_core::restart::Again;
+use fermata_core::command::{Command, PreparedStart};
+use fermata_core::deadlines::{self, DueAction};
+use fermata_core::effect::Continuation;
+use fermata_core::restart::RestartKind;
 use fermata_protocol::AgentName;
 use tokio::time::Instant;
 
@@ -27,7 +28,7 @@ const RETRY: Duration = Duration::from_secs(1);
 const LONGEST: Duration = Duration::from_secs(60);
 
 /// A start whose run and command are known, or why they are not.
-pub type Prepared = Result<(Start, NewToken), Failure>;
+pub type Prepared = Result<(PreparedStart, NewToken), Failure>;
 
 impl Actor {
     /// Decides what is due; returns when to look again.
@@ -39,26 +40,29 @@ impl Actor {
             // One look at the clock for both: what is not due now is what the alarm is set to.
             let now = services::now();
             let mut decided = false;
-            for what in due::due(&self.project, now) {
-                let due = match what {
-                    Due::Start(agent) => {
+            for action in deadlines::due_actions(&self.project, now) {
+                let action = match action {
+                    DueAction::Start(agent) => {
                         self.prepare(agent);
                         continue;
                     }
-                    due @ (Due::Ending(_) | Due::End(_) | Due::Stale(_) | Due::NotReady(_)) => due,
+                    action @ (DueAction::PlanEnds(_)
+                    | DueAction::End(_)
+                    | DueAction::Stale(_)
+                    | DueAction::NotReady(_)) => action,
                 };
                 decided = true;
-                if let Due::Ending(_) = due {
+                if let DueAction::PlanEnds(_) = action {
                     // It takes a checkpoint, which nobody has cancelled.
                     self.cancel = Cancel::default();
                 }
-                if let Err(failure) = self.carry_due(Command::FallDue { due, operation: new_operation() }).await {
+                if let Err(failure) = self.carry_due(Command::Due { action, operation: new_operation() }).await {
                     tracing::error!(project = %self.project.name, %failure, "what is due is tried again");
                     return Some(Instant::now() + RETRY);
                 }
             }
             if !decided {
-                let next = [due::next(&self.project, now), self.look_if_due(now)].into_iter().flatten().min()?;
+                let next = [deadlines::next(&self.project, now), self.look_if_due(now)].into_iter().flatten().min()?;
                 let wait = Duration::from_millis(u64::try_from(next.since(now)).unwrap_or(0));
                 return Some(Instant::now() + wait.min(LONGEST));
             }
@@ -93,7 +97,7 @@ impl Actor {
         self.preparing.remove(&agent);
         match prepared {
             Ok((start, token)) => {
-                let command = Command::Start { agent, start, asked: false };
+                let command = Command::Start { agent, start, requested: false };
                 self.outcome(Outcome { tokens: vec![token], ..command.into() }).await;
             }
             Err(failure) => {
@@ -103,10 +107,19 @@ impl Actor {
     }
 }
 
-fn again(agent: &Agent) -> Again {
+fn again(agent: &Agent) -> RestartKind {
     match &agent.state {
-        AgentState::Backoff { again, .. } => *again,
-        _ => Again::Anew,
+        AgentState::Backoff { restart, .. } => *restart,
+        AgentState::Waiting { .. }
+        | AgentState::Starting(_)
+        | AgentState::Running(_)
+        | AgentState::Frozen(_)
+        | AgentState::Parked(_)
+        | AgentState::Stopping { .. }
+        | AgentState::Ended { .. }
+        | AgentState::Failed { .. }
+        | AgentState::TimedOut { .. }
+        | AgentState::Interrupted { .. } => RestartKind::Anew,
     }
 }
 
@@ -114,14 +127,15 @@ fn again(agent: &Agent) -> Again {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn start(site: &Site, agent: &Agent, again: Again) -> Prepared {
+pub async fn start(site: &Site, agent: &Agent, again: RestartKind) -> Prepared {
     let (new, token) = new_run();
     let start = match again {
-        Again::Anew => Start { new, argv: agent.spec.argv.clone(), session: None, checkpoint: None },
-        Again::GoesOn => {
+        RestartKind::Anew => PreparedStart { new, argv: agent.spec.argv.clone(), session: None, continuation: None },
+        RestartKind::GoesOn => {
             let chosen = session::start_again(site, agent).await?;
-            let comes_back = ComesBack { checkpoint: Some(site.project.counters.context).filter(|number| *number > 0) };
-            Start { new, argv: chosen.argv, session: chosen.session, checkpoint: Some(comes_back) }
+            let continuation =
+                Continuation { checkpoint: Some(site.project.counters.context).filter(|number| *number > 0) };
+            PreparedStart { new, argv: chosen.argv, session: chosen.session, continuation: Some(continuation) }
         }
     };
     Ok((start, token))

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use fermata_core::command::{AfterEnd, Command, Observed};
+use fermata_core::command::{AfterEnd, Command, RecoveredRun};
 use fermata_protocol::agent::{ExitStatus, RunProcesses};
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
@@ -161,7 +161,7 @@ impl Watcher {
     }
 
     async fn tell_suspended(&self, held: bool) {
-        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), held };
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), suspended: held };
         self.send(command.into()).await;
     }
 
@@ -306,15 +306,15 @@ fn exit_detail(record: &ExitRecord) -> Option<String> {
     }
 }
 
-fn ended(record: &ExitRecord) -> Observed {
+fn ended(record: &ExitRecord) -> RecoveredRun {
     let at = UnixMillis(record.ended_at_ms);
-    Observed::Ended { exit: exit_status(record), detail: exit_detail(record), at }
+    RecoveredRun::Ended { exit: exit_status(record), detail: exit_detail(record), at }
 }
 
 /// What a new daemon found of a run.
 pub struct Found {
     /// What recovery is told.
-    pub observed: Observed,
+    pub observed: RecoveredRun,
     /// The link and its events, when it is alive and can be spoken to.
     pub link: Option<Linked>,
     /// Why it cannot be spoken to although it is alive.
@@ -339,18 +339,18 @@ pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &st
                 // The runtime ends, or it has panicked, which was told.
                 Err(_) => {}
             }
-            return found(Observed::Lost { detail: "the daemon ended while it was being started".to_owned() });
+            return found(RecoveredRun::Lost { detail: "the daemon ended while it was being started".to_owned() });
         }
     }
     let alive = |run_dir| match (read_run(run_dir), known) {
-        (Ok(Some(run)), _) => Observed::Alive(processes_of(&run)),
-        (Err(_), Some(known)) => Observed::Alive(known),
-        (Ok(None), _) => Observed::Lost { detail: "its record is gone".to_owned() },
-        (Err(error), None) => Observed::Lost { detail: format!("its record cannot be read: {}", chain(&error)) },
+        (Ok(Some(run)), _) => RecoveredRun::Alive(processes_of(&run)),
+        (Err(_), Some(known)) => RecoveredRun::Alive(known),
+        (Ok(None), _) => RecoveredRun::Lost { detail: "its record is gone".to_owned() },
+        (Err(error), None) => RecoveredRun::Lost { detail: format!("its record cannot be read: {}", chain(&error)) },
     };
     match reach::reach(&run_dir, boot_id, patience).await {
         Reached::Ended(record) => found(ended(&record)),
-        Reached::Lost { detail, .. } => found(Observed::Lost { detail }),
+        Reached::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
         Reached::Linked(linked) => Found { link: Some(*linked), ..found(alive(&run_dir)) },
         Reached::Foreign(why) | Reached::Unknown(why) => Found { unreachable: Some(why), ..found(alive(&run_dir)) },
     }

@@ -11,8 +11,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use fermata_core::automatic::{self, UnchangedScan};
 use fermata_core::command::Command;
-use fermata_core::since::{self, Looked};
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::{CheckpointNumber, UnixMillis};
 use tokio::sync::OwnedSemaphorePermit;
@@ -31,7 +31,7 @@ const RETRY: Duration = Duration::from_secs(1);
 #[derive(Default)]
 pub(super) struct Looks {
     /// The last one that found nothing changed.
-    looked: Looked,
+    looked: UnchangedScan,
     /// How the one that is under way is cut short.
     under_way: Option<Cancel>,
     /// The turn of the checkpoint that followed from one.
@@ -43,7 +43,7 @@ pub struct Found {
     /// Whether anything has changed; none when the look was cut short, or is no longer due.
     changed: Option<bool>,
     /// What it has seen.
-    looked: Looked,
+    looked: UnchangedScan,
     /// The turn in which a checkpoint may be made.
     turn: Option<OwnedSemaphorePermit>,
 }
@@ -65,7 +65,7 @@ impl Looks {
 impl Actor {
     /// Begins to look where a checkpoint is due by itself; returns when one will be due next.
     pub(super) fn look_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
-        let due = since::due(&self.project, &self.looks.looked, now).is_some();
+        let due = automatic::due_trigger(&self.project, &self.looks.looked, now).is_some();
         if due && self.looks.under_way.is_none() {
             let cancel = Cancel::default();
             self.looks.under_way = Some(cancel.clone());
@@ -75,7 +75,7 @@ impl Actor {
                 drop(mailbox.send(Message::Looked(Box::new(found))).await);
             });
         }
-        since::next(&self.project, &self.looks.looked, now)
+        automatic::next(&self.project, &self.looks.looked, now)
     }
 
     /// Takes what a look found.
@@ -89,7 +89,7 @@ impl Actor {
             self.looks.looked = looked;
             return;
         }
-        let Some(trigger) = since::due(&self.project, &self.looks.looked, services::now()) else { return };
+        let Some(trigger) = automatic::due_trigger(&self.project, &self.looks.looked, services::now()) else { return };
         // Nobody has named or cancelled this one.
         self.label = Label::default();
         self.cancel = Cancel::default();
@@ -110,7 +110,7 @@ impl Actor {
 }
 
 /// Waits for a turn, then looks.
-async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: Looked) -> Found {
+async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: UnchangedScan) -> Found {
     let cut_short = Found { changed: None, looked, turn: None };
     let turn = tokio::select! {
         turn = Arc::clone(&handle.services.automatic).acquire_owned() => turn.ok(),
@@ -123,20 +123,20 @@ async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: Looked) ->
     // The wait may have been long.
     let site = Site { cancel: cancel.clone(), ..handle.site() };
     let now = services::now();
-    if since::due(&site.project, &looked, now).is_none() {
+    if automatic::due_trigger(&site.project, &looked, now).is_none() {
         return cut_short;
     }
     let changed = has_changed(&site).await;
     if cancel.is_cancelled() {
         return cut_short;
     }
-    Found { changed: Some(changed), looked: Looked::at(&site.project, now), turn }
+    Found { changed: Some(changed), looked: UnchangedScan::at(&site.project, now), turn }
 }
 
 /// Says whether anything differs from the newest checkpoint. A look that fails counts as a change: the
 /// checkpoint then fails of the same, and that is told.
 async fn has_changed(site: &Site) -> bool {
-    let since = site.project.counters.since;
+    let since = site.project.counters.activity;
     if since.has_changed() {
         return true;
     }
@@ -165,11 +165,11 @@ async fn is_unchanged(site: &Site, newest: CheckpointNumber) -> Result<bool, Fai
 /// # Errors
 /// When the checkpoint fails.
 pub async fn before_shutdown(handle: &ProjectHandle) -> Result<(), Failure> {
-    if !since::due_before_shutdown(&handle.look()) {
+    if !automatic::due_before_shutdown(&handle.look()) {
         return Ok(());
     }
     let Ok(_turn) = handle.services.automatic.acquire().await else { return Ok(()) };
-    if !since::due_before_shutdown(&handle.look()) || !has_changed(&handle.site()).await {
+    if !automatic::due_before_shutdown(&handle.look()) || !has_changed(&handle.site()).await {
         return Ok(());
     }
     let operation = new_operation();

@@ -181,15 +181,13 @@ impl Projects {
 
     /// Finds the agent whose current run has a token with this hash.
     pub fn agent_with_token(&self, token_sha256: &str) -> Option<Target> {
-        self.find_agent(|agent| {
-            !agent.is_terminal() && agent.run.as_ref().is_some_and(|run| run.token_sha256 == token_sha256)
-        })
+        self.find_agent(|agent| !agent.is_terminal() && agent.run().is_some_and(|run| run.token_sha256 == token_sha256))
     }
 
     /// Finds the agent to whose tree one of these processes belongs: its main process or its shim.
     pub fn agent_of_processes(&self, pids: &[i32]) -> Option<Target> {
         self.find_agent(|agent| {
-            let processes = agent.run.as_ref().and_then(|run| run.processes.as_ref());
+            let processes = agent.run().and_then(|run| run.processes.as_ref());
             processes.is_some_and(|p| pids.contains(&p.pid) || pids.contains(&p.shim_pid))
         })
     }
@@ -200,7 +198,7 @@ impl Projects {
     /// program and by the folder that it was started with.
     pub fn agent_of_shims(&self, pids: &[i32]) -> Option<Target> {
         let starting = |agent: &fermata_core::agent::Agent| {
-            !agent.is_terminal() && agent.run.as_ref().is_some_and(|run| run.processes.is_none())
+            !agent.is_terminal() && agent.run().is_some_and(|run| run.processes.is_none())
         };
         self.find_agent(starting)?;
         let shim = std::fs::canonicalize(&self.services.programs.shim).ok()?;
@@ -215,7 +213,7 @@ impl Projects {
             let project = handle.look();
             let dirs = self.services.project_dirs(&project.name);
             let is_meant = |agent: &&Arc<fermata_core::agent::Agent>| {
-                agent.run.as_ref().is_some_and(|run| folders.contains(&dirs.run(&agent.name, &run.id)))
+                agent.run().is_some_and(|run| folders.contains(&dirs.run(&agent.name, &run.id)))
             };
             let name = project.agents.values().find(is_meant)?.name.clone();
             Some(Target::agent(project.name.clone(), name))

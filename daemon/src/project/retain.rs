@@ -10,7 +10,7 @@
 use std::time::Duration;
 
 use fermata_core::command::Command;
-use fermata_core::retention::{self, Ask, Point, Removal};
+use fermata_core::retention::{self, Removal, RemovalRequest, RetentionCandidate};
 use fermata_protocol::CheckpointNumber;
 use fermata_protocol::event::Event;
 use fermata_protocol::project::LookView;
@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// A wish to remove checkpoints.
 pub struct Retain {
     /// Which.
-    pub ask: Ask,
+    pub ask: RemovalRequest,
     /// The caller's idempotency key.
     pub keyed: Option<Keyed>,
 }
@@ -50,7 +50,7 @@ impl ProjectHandle {
     ///
     /// # Errors
     /// A refusal, or when the rows cannot be read.
-    pub async fn would_remove(&self, ask: &Ask) -> Result<CheckpointRemoveResult, Failure> {
+    pub async fn would_remove(&self, ask: &RemovalRequest) -> Result<CheckpointRemoveResult, Failure> {
         let site = self.site();
         let points = points(&site).await?;
         let going = choose(&site, &points, ask)?;
@@ -68,23 +68,23 @@ impl ProjectHandle {
     }
 }
 
-async fn points(site: &Site) -> Result<Vec<Point>, Failure> {
+async fn points(site: &Site) -> Result<Vec<RetentionCandidate>, Failure> {
     let name = site.project.name.clone();
     let read = site.services.store.read(move |c| checkpoints::points(c, &name)).await;
     read.map_err(|e| Failure::fault("list checkpoints", &e))
 }
 
-fn choose(site: &Site, points: &[Point], ask: &Ask) -> Result<Vec<Removal>, Failure> {
+fn choose(site: &Site, points: &[RetentionCandidate], ask: &RemovalRequest) -> Result<Vec<Removal>, Failure> {
     let used = site.history.needed_bytes();
     Ok(retention::choose(&site.project, points, ask, used, crate::services::now())?)
 }
 
-fn result(points: &[Point], going: &[Removal]) -> CheckpointRemoveResult {
+fn result(points: &[RetentionCandidate], going: &[Removal]) -> CheckpointRemoveResult {
     let removed = going.iter().map(|removal| RemovedCheckpoint {
-        checkpoint_id: removal.point.number,
-        trigger: removal.point.trigger,
+        checkpoint_id: removal.checkpoint.number,
+        trigger: removal.checkpoint.trigger,
         reason: removal.reason,
-        size_bytes: removal.point.bytes,
+        size_bytes: removal.checkpoint.bytes,
     });
     CheckpointRemoveResult { removed: removed.collect(), kept: (points.len() - going.len()) as u64, disk_bytes: None }
 }
@@ -114,7 +114,7 @@ impl Actor {
         let removals = choose(&site, &points, &ask)?;
         let reply = json!(result(&points, &removals));
         // Before they go: what is removed is taken to come back, until it is known what has.
-        let bytes = removals.iter().map(|removal| removal.point.bytes).sum();
+        let bytes = removals.iter().map(|removal| removal.checkpoint.bytes).sum();
         site.history.unreclaimed(bytes);
         let command = Command::RemoveCheckpoints { removals };
         let remembered = reply.clone();
@@ -158,7 +158,7 @@ impl Actor {
             if let Err(failure) = storage::measure(&site).await {
                 tracing::warn!(project = %site.project.name, %failure, "what the checkpoints take is not known");
             }
-            let retain = Retain { ask: Ask::Policy(site.retention()), keyed: None };
+            let retain = Retain { ask: RemovalRequest::Policy(site.retention()), keyed: None };
             match handle.retain(retain).await {
                 Ok(_) => {}
                 // The project was removed, or the daemon ends: the next checkpoint asks again.
@@ -179,11 +179,11 @@ pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> R
     let Some(mut shortage) = validate::look(site).await? else { return Ok(()) };
     // By a quota the policy's answer is the oldest as well; a disk is not the project's alone.
     let mut ask = match shortage.reason {
-        RemovalReason::DiskFloor => Ask::Policy(site.retention()),
-        _ => Ask::Room { bytes: shortage.bytes, reason: shortage.reason },
+        RemovalReason::DiskFloor => RemovalRequest::Policy(site.retention()),
+        _ => RemovalRequest::Room { bytes: shortage.bytes, reason: shortage.reason },
     };
     loop {
-        let by_policy = matches!(ask, Ask::Policy(_));
+        let by_policy = matches!(ask, RemovalRequest::Policy(_));
         let (answer, answered) = oneshot::channel();
         let retain = Box::new(Retain { ask, keyed: None });
         // An actor that is gone removes nothing.
@@ -218,6 +218,6 @@ pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> R
             }
         }
         tracing::info!(project = %site.project.name, bytes = shortage.bytes, "more room is needed for a checkpoint");
-        ask = Ask::Room { bytes: shortage.bytes, reason: shortage.reason };
+        ask = RemovalRequest::Room { bytes: shortage.bytes, reason: shortage.reason };
     }
 }

@@ -10,7 +10,7 @@ use crate::services::Services;
 pub fn subjects(services: &Services, project: &Project) -> Vec<Subject> {
     let dirs = services.project_dirs(&project.name);
     let of_agent = |agent: &std::sync::Arc<fermata_core::agent::Agent>| {
-        let run = agent.run.as_ref()?;
+        let run = agent.run()?;
         let processes = run.processes.as_ref()?;
         Some(Subject {
             run: run.id.clone(),

@@ -1,7 +1,7 @@
 //! Handler of `agent.show`: how an agent is started, and whether its environment is a given one.
 //! The environment itself is never shown.
 
-use fermata_core::agent::{AgentState, Ended};
+use fermata_core::agent::{AgentState, EndedBy};
 use fermata_core::view;
 use fermata_protocol::agent::{AgentDetail, AgentShow};
 use serde_json::Value;
@@ -32,7 +32,7 @@ pub(super) async fn show(projects: &Projects, params: AgentShow) -> Result<Value
     wire(&AgentDetail {
         agent: view::agent(&project, agent, now()),
         spec: agent.spec.clone(),
-        completed: matches!(agent.state, AgentState::Ended(Ended::ByItself)),
+        completed: matches!(agent.state, AgentState::Ended { by: EndedBy::Itself, .. }),
         env_differs,
     })
 }

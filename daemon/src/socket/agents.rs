@@ -6,7 +6,7 @@ use std::time::Duration;
 use fermata_core::Project;
 use fermata_core::agent::{Agent, AgentState};
 use fermata_core::command::Command;
-use fermata_core::restart::Again;
+use fermata_core::restart::RestartKind;
 use fermata_core::view;
 use fermata_protocol::agent::{
     AgentKill, AgentList, AgentListResult, AgentRun, AgentSpec, AgentStatus, AgentStop, AgentView, AgentWait,
@@ -211,17 +211,17 @@ async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Resul
     loop {
         let project = state.borrow_and_update().clone();
         let Some(agent) = project.agents.get(name) else { return Ok(Value::Null) };
-        let same = agent.run.as_ref().is_some_and(|r| r.id == *run);
-        let launched = agent.run.as_ref().is_some_and(|r| r.processes.is_some() || r.ended.is_some());
+        let same = agent.run().is_some_and(|r| r.id == *run);
+        let launched = agent.run().is_some_and(|r| r.processes.is_some() || r.ended.is_some());
         match &agent.state {
-            AgentState::Failed { detail: Some(reason) } if same => {
+            AgentState::Failed { detail: Some(reason), .. } if same => {
                 return Err(Refusal::new(
                     Code::LaunchFailed,
                     format!("agent '{name}' of project '{}' could not be started: {reason}", project.name),
                 )
                 .into());
             }
-            AgentState::Waiting(_) => return wire(&shown(&project, agent)),
+            AgentState::Waiting { .. } => return wire(&shown(&project, agent)),
             _ if !same || launched => return wire(&shown(&project, agent)),
             _ => {}
         }
@@ -328,7 +328,7 @@ async fn send_signal(
     if names.is_empty() {
         return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
     }
-    let held = |name: &&AgentName| project.agents.get(*name).is_some_and(|a| matches!(a.state, AgentState::Held(_)));
+    let held = |name: &&AgentName| project.agents.get(*name).is_some_and(|a| a.is_paused());
     if number == Signal::SIGCONT
         && let Some(name) = names.iter().find(held)
     {
@@ -337,10 +337,10 @@ async fn send_signal(
     let reply = wire(&list_of(&project, names))?;
     remember(projects, keyed, &reply).await?;
     for name in names {
-        let processes = project.agents.get(name).and_then(|agent| agent.run.as_ref()?.processes.as_ref());
+        let processes = project.agents.get(name).and_then(|agent| agent.processes());
         let Some(processes) = processes else { continue };
         // A stopped group is continued as a whole, by the shim, whose child its leader is.
-        let run = project.agents.get(name).and_then(|agent| agent.run.as_ref());
+        let run = project.agents.get(name).and_then(|agent| agent.run());
         if number == Signal::SIGCONT
             && let Some(run) = run
             && let Ok((link, _events)) = ShimLink::connect(&projects.services().shim_socket(&run.id)).await
@@ -386,7 +386,7 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
     let handle = projects.get(&target.project)?;
     let name = one_agent(target)?;
     let (new, token) = new_run();
-    let before = handle.look().agents.get(name).and_then(|agent| agent.run.as_ref().map(|run| run.id.clone()));
+    let before = handle.look().agents.get(name).and_then(|agent| agent.run().map(|run| run.id.clone()));
     let command = Command::Restart { agent: name.clone(), new };
     let (tokens, shown) = (vec![token], name.clone());
     let view: View = Box::new(move |project, _| view_of(project, &shown));
@@ -400,9 +400,9 @@ pub(super) async fn resume(projects: &Projects, target: &Target, keyed: Option<K
     let name = one_agent(target)?;
     let site = handle.site();
     let agent = site.project.agents.get(name).ok_or_else(|| not_found(target))?;
-    let (start, token) = crate::project::start(&site, agent, Again::GoesOn).await?;
-    let before = agent.run.as_ref().map(|run| run.id.clone());
-    let command = Command::Start { agent: name.clone(), start, asked: true };
+    let (start, token) = crate::project::start(&site, agent, RestartKind::GoesOn).await?;
+    let before = agent.run().map(|run| run.id.clone());
+    let command = Command::Start { agent: name.clone(), start, requested: true };
     let (tokens, shown) = (vec![token], name.clone());
     let view: View = Box::new(move |project, _| view_of(project, &shown));
     handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view }).await?;
@@ -414,14 +414,14 @@ async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<
     let mut state = handle.watch();
     loop {
         let project = state.borrow_and_update().clone();
-        let Some((agent, run)) = project.agents.get(name).and_then(|agent| Some((agent, agent.run.as_ref()?))) else {
+        let Some((agent, run)) = project.agents.get(name).and_then(|agent| Some((agent, agent.run()?))) else {
             return Ok(Value::Null);
         };
         if before == Some(&run.id) && agent.is_terminal() {
             let message = format!("agent '{name}' of project '{}' has ended and was not started again", project.name);
             return Err(Refusal::new(Code::AgentNotRunning, message).into());
         }
-        let waits = project.agents.get(name).is_some_and(|agent| matches!(agent.state, AgentState::Waiting(_)));
+        let waits = project.agents.get(name).is_some_and(|agent| matches!(agent.state, AgentState::Waiting { .. }));
         if waits || before != Some(&run.id) {
             return started(handle, name, &run.id.clone()).await;
         }
@@ -463,7 +463,7 @@ async fn runs_ended(handle: &ProjectHandle, told: &Value, patience: Duration) ->
     let names: Vec<AgentName> = agents.iter().map(|agent| agent.name.clone()).collect();
     let is_another = |agent: &Agent| {
         let meant = agents.iter().find(|told| told.name == agent.name).and_then(|told| told.run.as_ref());
-        meant.is_some_and(|meant| agent.run.as_ref().is_some_and(|run| run.id != *meant))
+        meant.is_some_and(|meant| agent.run().is_some_and(|run| run.id != *meant))
     };
     ended(handle, &names, patience, is_another).await
 }

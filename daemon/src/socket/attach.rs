@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fermata_core::Project;
-use fermata_core::agent::{Agent, AgentState, Held};
+use fermata_core::agent::{Agent, AgentState};
 use fermata_core::command::Command;
 use fermata_core::project::ProjectState;
 use fermata_protocol::agent::ExitStatus;
@@ -153,7 +153,7 @@ fn find(connection: &Connection, target: &Target) -> Result<Found, Failure> {
             ))
             .into());
     }
-    let run = agent.run.as_ref().filter(|run| agent.is_alive() && run.processes.is_some());
+    let run = agent.run().filter(|run| agent.is_alive() && run.processes.is_some());
     let Some(run) = run else { return Err(not_running(target, agent).into()) };
     let run = run.id.clone();
     let socket = projects.services().shim_socket(&run);
@@ -162,18 +162,16 @@ fn find(connection: &Connection, target: &Target) -> Result<Found, Failure> {
 
 fn not_running(target: &Target, agent: &Agent) -> Refusal {
     let (why, hint) = match agent.state {
-        AgentState::Held(Held::Parked) => {
-            ("is parked: it has no processes", format!("fermatactl resume {}", target.project))
-        }
-        AgentState::Starting | AgentState::Waiting(_) | AgentState::Backoff { .. } => {
+        AgentState::Parked(_) => ("is parked: it has no processes", format!("fermatactl resume {}", target.project)),
+        AgentState::Starting(_) | AgentState::Waiting { .. } | AgentState::Backoff { .. } => {
             ("has not started yet", format!("fermatactl ps {}", target.project))
         }
-        AgentState::Running
-        | AgentState::Held(Held::Frozen)
-        | AgentState::Stopping(_)
-        | AgentState::Ended(_)
+        AgentState::Running(_)
+        | AgentState::Frozen(_)
+        | AgentState::Stopping { .. }
+        | AgentState::Ended { .. }
         | AgentState::Failed { .. }
-        | AgentState::TimedOut
+        | AgentState::TimedOut { .. }
         | AgentState::Interrupted { .. } => ("is not running", format!("fermatactl logs {target}")),
     };
     Refusal::new(Code::AgentNotRunning, format!("agent {target} {why}")).hint(hint)
@@ -191,7 +189,7 @@ fn standing(project: &Project, agent: &AgentName) -> Standing {
             return Standing::Held;
         }
     }
-    let run = project.agents.get(agent).and_then(|agent| agent.run.as_ref());
+    let run = project.agents.get(agent).and_then(|agent| agent.run());
     run.and_then(|run| run.suspended_at).map_or(Standing::Running, |since| Standing::Suspended { since })
 }
 
@@ -354,7 +352,7 @@ impl Show {
             project
                 .agents
                 .get(&self.agent)
-                .is_none_or(|agent| !agent.is_alive() || agent.current_run() != Some(&self.attachment.run))
+                .is_none_or(|agent| !agent.is_alive() || agent.current_run_id() != Some(&self.attachment.run))
         });
         let recorded = async { ended.await.is_ok() };
         tokio::select! {

@@ -157,14 +157,14 @@ fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Res
                 .hint(format!("fermatactl ps {}", target.project)),
         )
     })?;
-    let run = agent.run.as_ref().map(|run| run.id.clone());
+    let run = agent.run().map(|run| run.id.clone());
     run.ok_or_else(|| Refusal::new(Code::AgentNotRunning, format!("agent {target} has never run")).into())
 }
 
 /// Says whether nothing more will be written to the logs of a run.
 fn is_over(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> bool {
     let project = handle.look();
-    project.agents.get(name).is_none_or(|agent| match &agent.run {
+    project.agents.get(name).is_none_or(|agent| match agent.run() {
         Some(current) if current.id == *run => agent.is_terminal(),
         _ => true,
     })

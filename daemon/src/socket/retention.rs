@@ -1,6 +1,6 @@
 //! Handlers of `checkpoint.remove` and `checkpoint.prune`.
 
-use fermata_core::retention::{Ask, Bounds};
+use fermata_core::retention::{RemovalBounds, RemovalRequest};
 use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove};
 use fermata_protocol::{Code, Refusal};
 use serde_json::Value;
@@ -21,7 +21,7 @@ pub(super) async fn remove(
             .hint(format!("fermatactl checkpoint ls {}", params.project))
             .into());
     }
-    handle.retain(Retain { ask: Ask::These(params.checkpoints), keyed }).await
+    handle.retain(Retain { ask: RemovalRequest::These(params.checkpoints), keyed }).await
 }
 
 pub(super) async fn prune(
@@ -30,10 +30,10 @@ pub(super) async fn prune(
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
     let handle = projects.get(&params.project)?;
-    let bounds = Bounds { keep: params.keep, older_than_ms: params.older_than_ms, max_bytes: params.max_bytes };
-    let ask = match bounds == Bounds::default() {
-        true => Ask::Policy(handle.site().retention()),
-        false => Ask::Bounds(bounds),
+    let bounds = RemovalBounds { keep: params.keep, older_than_ms: params.older_than_ms, max_bytes: params.max_bytes };
+    let ask = match bounds == RemovalBounds::default() {
+        true => RemovalRequest::Policy(handle.site().retention()),
+        false => RemovalRequest::Bounds(bounds),
     };
     match params.dry_run {
         true => wire(&handle.would_remove(&ask).await?),

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use fermata_core::command::AgentRun;
+use fermata_core::agent::RunKey;
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, Trigger};
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
@@ -64,7 +64,7 @@ pub struct Order {
     /// Whether the agents stand still meanwhile.
     pub frozen: bool,
     /// The runs that may be writing to the workspace.
-    pub runs: Vec<AgentRun>,
+    pub runs: Vec<RunKey>,
 }
 
 /// A checkpoint that is complete on disk and lacks only its row.
@@ -361,7 +361,7 @@ async fn artifacts(
     })
     .await?;
     let agents = site.project.alive_agents().filter_map(|agent| {
-        let processes = agent.run.as_ref()?.processes.as_ref()?;
+        let processes = agent.run()?.processes.as_ref()?;
         Some(AgentProcess { name: agent.name.to_string(), pid: Some(processes.pid), cgroup: None })
     });
     let request = SaveRequest {

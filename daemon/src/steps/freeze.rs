@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use fermata_protocol::pause::Mechanism;
+use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::{AgentName, Code, Refusal, RunId};
 use tokio::task::JoinHandle;
 
@@ -20,7 +20,7 @@ pub struct Frozen {
     /// The agents, those that ended meanwhile left out.
     pub agents: Vec<AgentName>,
     /// `signals` when any agent had to be stopped so.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// How many processes stand still.
     pub processes: u64,
     /// When the first freeze began.
@@ -42,14 +42,14 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
             (agent, frozen)
         }
     });
-    let mut frozen = Frozen { agents: Vec::new(), mechanism: Mechanism::Cgroup, processes: 0, since };
+    let mut frozen = Frozen { agents: Vec::new(), mechanism: FreezerKind::Cgroup, processes: 0, since };
     let mut failed = None;
     for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
         match result {
             Ok(one) => {
                 frozen.processes += one.processes;
                 if one.mechanism == record::Mechanism::Signals {
-                    frozen.mechanism = Mechanism::Signals;
+                    frozen.mechanism = FreezerKind::Signals;
                 }
                 frozen.agents.push(agent);
             }

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use fermata_core::agent::Agent;
-use fermata_core::command::ComesBack;
+use fermata_core::effect::Continuation;
 use fermata_protocol::agent::RunProcesses;
-use fermata_protocol::pause::Mechanism;
+use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
@@ -51,7 +51,7 @@ pub async fn run(
     agent: &AgentName,
     run: &RunId,
     token: &str,
-    comes_back: Option<ComesBack>,
+    continuation: Option<Continuation>,
 ) -> Result<Started, String> {
     end_older_runs(site, agent, run).await.map_err(|failure| failure.to_string())?;
     if let Some(found) = site.project.agents.get(agent) {
@@ -60,7 +60,7 @@ pub async fn run(
         super::limits::prepare(&site.services, resources).await.map_err(|failure| failure.to_string())?;
     }
     prune_runs(site, agent, run).await;
-    let spec = spec(site, agent, run, token, comes_back).await.map_err(|failure| failure.to_string())?;
+    let spec = spec(site, agent, run, token, continuation).await.map_err(|failure| failure.to_string())?;
     super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&site.services.programs.shim, &spec).await {
         Ok(launched) => launched,
@@ -97,10 +97,10 @@ async fn give_up(site: &Site, agent: &AgentName, spec: &LaunchSpec, reason: Stri
 }
 
 /// Translates the shim's word for the mechanism into the wire's.
-pub fn mechanism(mechanism: record::Mechanism) -> Mechanism {
+pub fn mechanism(mechanism: record::Mechanism) -> FreezerKind {
     match mechanism {
-        record::Mechanism::Cgroup => Mechanism::Cgroup,
-        record::Mechanism::Signals => Mechanism::Signals,
+        record::Mechanism::Cgroup => FreezerKind::Cgroup,
+        record::Mechanism::Signals => FreezerKind::Signals,
     }
 }
 
@@ -121,19 +121,19 @@ async fn spec(
     name: &AgentName,
     run: &RunId,
     token: &str,
-    comes_back: Option<ComesBack>,
+    continuation: Option<Continuation>,
 ) -> Result<LaunchSpec, Failure> {
     let settings = site.services.settings();
     let agent = site.project.agents.get(name);
     let env = session::environment(site, name).await?;
-    let argv = agent.and_then(|agent| agent.run.as_ref()).map(|run| run.argv.clone()).unwrap_or_default();
+    let argv = agent.and_then(|agent| agent.run()).map(|run| run.argv.clone()).unwrap_or_default();
     Ok(LaunchSpec {
         version: SPEC_VERSION,
         project: site.project.name.to_string(),
         agent: name.to_string(),
         run_id: run.to_string(),
         argv: argv.into_iter().map(Raw::from).collect(),
-        env: environment(site, name, env, token, comes_back),
+        env: environment(site, name, env, token, continuation),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
         rlimits: limits(agent.map(|agent| &**agent), site.services.programs.open_files),
@@ -171,7 +171,7 @@ fn environment(
     agent: &AgentName,
     mut env: BTreeMap<String, String>,
     token: &str,
-    comes_back: Option<ComesBack>,
+    continuation: Option<Continuation>,
 ) -> Vec<(Raw, Raw)> {
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
@@ -187,7 +187,7 @@ fn environment(
     set("FERMATA_PROJECT", site.project.name.to_string());
     set("FERMATA_AGENT", agent.to_string());
     set("FERMATA_TOKEN", token.to_owned());
-    if let Some(ComesBack { checkpoint }) = comes_back {
+    if let Some(Continuation { checkpoint }) = continuation {
         set("FERMATA_RESUME", "1".to_owned());
         if let Some(number) = checkpoint {
             let context = site.dirs().checkpoint(number).join(super::checkpoint::CONTEXT);

@@ -40,7 +40,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use fermata_core::Project;
-use fermata_core::retention::Policy;
+use fermata_core::retention::RetentionPolicy;
 use fermata_protocol::project::LookView;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
 use tokio::task::JoinSet;
@@ -93,7 +93,7 @@ impl Site {
     }
 
     /// Returns which checkpoints of the project are kept.
-    pub fn retention(&self) -> Policy {
+    pub fn retention(&self) -> RetentionPolicy {
         self.services.settings().retention.with(&self.project.facts.config.retention)
     }
 

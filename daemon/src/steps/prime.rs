@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use fermata_core::command::AgentRun;
+use fermata_core::agent::RunKey;
 use fermata_protocol::OperationId;
 
 use super::{Cancel, Site, storage};
@@ -89,10 +89,10 @@ pub fn in_background(mut site: Site) {
 
 /// Returns what finds the files of the workspace that agents can write to through memory. It blocks, and fails when
 /// that cannot be found out.
-pub fn mapped(site: &Site, runs: &[AgentRun]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
+pub fn mapped(site: &Site, runs: &[RunKey]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
     let shims: Vec<i32> = runs
         .iter()
-        .filter_map(|(agent, _)| site.project.agents.get(agent)?.run.as_ref()?.processes.as_ref())
+        .filter_map(|(agent, _)| site.project.agents.get(agent)?.processes())
         .map(|processes| processes.shim_pid)
         .collect();
     let workspace = PathBuf::from(&site.project.facts.workspace);

@@ -50,7 +50,7 @@ pub async fn wait(site: &Site, mut state: watch::Receiver<Arc<Project>>, agent: 
     loop {
         let (current, held) = {
             let project = state.borrow_and_update();
-            let current = project.agents.get(agent).and_then(|agent| agent.current_run()) == Some(run);
+            let current = project.agents.get(agent).and_then(|agent| agent.current_run_id()) == Some(run);
             (current, !matches!(&*project.state, ProjectState::Resting(_)))
         };
         if !current || site.services.stopping.is_cancelled() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
-use fermata_core::command::Rewound;
+use fermata_core::command::RestoredProject;
 use fermata_protocol::checkpoint::{
     ChangeKind, ChangedPath, CheckpointRestoreResult, LeftPath, MAX_RESTORE_PATHS, Trigger,
 };
@@ -123,7 +123,7 @@ async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failur
 /// A restore that was carried out.
 pub struct Applied {
     /// What the rows say of the project, and the rows to put back; none where only some paths were restored.
-    pub rows: Option<(Rewound, Arc<RestoredRows>)>,
+    pub rows: Option<(RestoredProject, Arc<RestoredRows>)>,
     /// What was done to the workspace.
     pub done: Done,
     changes: Vec<ChangedPath>,
@@ -171,13 +171,13 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     Ok(Applied { rows, done, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
 }
 
-async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(Rewound, Arc<RestoredRows>), Failure> {
+async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(RestoredProject, Arc<RestoredRows>), Failure> {
     let (file, project) = (site.dirs().checkpoint(number).join(checkpoint::DATABASE), site.project.name.clone());
     blocking("read the backup", move || {
         let failed = |e| Failure::fault("read the backup", &e);
         let backed = backup::open(&file, &project).map_err(failed)?;
         let rows = backup::read_rows(&file, &project).map_err(failed)?;
-        Ok((Rewound { phase: backed.phase, tasks: backed.tasks }, Arc::new(rows)))
+        Ok((RestoredProject { phase: backed.phase, tasks: backed.tasks }, Arc::new(rows)))
     })
     .await
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_protocol::pause::{AgentResumed, Rung};
+use fermata_protocol::pause::{AgentResumed, ResumeMethod};
 use fermata_protocol::{AgentName, RunId};
 
 use super::{Site, launch, side_by_side};
@@ -27,13 +27,18 @@ pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed>
         let (site, agent, run) = (site.clone(), agent.clone(), run.clone());
         async move {
             match thaw_one(&site, &agent, &run).await {
-                Ok(()) => AgentResumed { agent, rung: Rung::Thawed, argv: None, detail: None },
+                Ok(()) => AgentResumed { agent, method: ResumeMethod::Thawed, argv: None, detail: None },
                 Err(error) => {
                     let run_dir = site.dirs().run(&agent, &run);
                     // What cannot be thawed must not stay behind frozen, or run on unseen later.
                     let left = launch::end_run(&site, &run_dir).await.err();
                     let left = left.map(|failure| format!("; {failure}")).unwrap_or_default();
-                    AgentResumed { agent, rung: Rung::Failed, argv: None, detail: Some(format!("{error}{left}")) }
+                    AgentResumed {
+                        agent,
+                        method: ResumeMethod::Failed,
+                        argv: None,
+                        detail: Some(format!("{error}{left}")),
+                    }
                 }
             }
         }

@@ -96,7 +96,7 @@ pub async fn environment(site: &Site, agent: &AgentName) -> Result<BTreeMap<Stri
 }
 
 fn main_process(agent: &Agent) -> Option<i32> {
-    agent.run.as_ref()?.processes.as_ref().map(|processes| processes.pid)
+    agent.run()?.processes.as_ref().map(|processes| processes.pid)
 }
 
 fn session_of(known: &Known) -> Option<Session> {

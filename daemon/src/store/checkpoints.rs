@@ -1,7 +1,7 @@
 //! The checkpoint table. A checkpoint exists when its row does; files and refs without a row are
 //! leftovers of a crash.
 
-use fermata_core::retention::Point;
+use fermata_core::retention::RetentionCandidate;
 use fermata_protocol::checkpoint::CheckpointView;
 use fermata_protocol::{CheckpointNumber, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
@@ -108,7 +108,7 @@ pub fn numbers(connection: &Connection, project: &ProjectName) -> Result<Vec<Che
 ///
 /// # Errors
 /// When a row cannot be read.
-pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<Point>, StoreError> {
+pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<RetentionCandidate>, StoreError> {
     let sql = "SELECT id, trigger, created_at, pinned, size_bytes FROM checkpoints WHERE project = ?1 ORDER BY id";
     let mut statement = connection.prepare_cached(sql).doing(READ)?;
     let columns = |row: &Row<'_>| -> rusqlite::Result<(i64, String, i64, bool, i64)> {
@@ -117,7 +117,7 @@ pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<Poin
     let rows = statement.query_map([project.as_str()], columns).doing(READ)?;
     rows.map(|row| {
         let (number, trigger, created_at, pinned, bytes) = row.doing(READ)?;
-        Ok(Point {
+        Ok(RetentionCandidate {
             number: number.unsigned_abs(),
             trigger: word(&trigger)?,
             created_at: UnixMillis(created_at),

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use fermata_core::agent::Agent;
-use fermata_core::project::{Counters, Facts, Project};
-use fermata_protocol::project::Source;
+use fermata_core::project::{Counters, Project, ProjectFacts};
+use fermata_protocol::project::WorkspaceSource;
 use fermata_protocol::question::QuestionView;
 use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
@@ -39,10 +39,10 @@ fn load(connection: &Connection, name: &str) -> Result<Project, StoreError> {
     let raw = connection.query_row(&sql, [name], raw_project).optional().doing(LOAD)?;
     let raw = raw.ok_or(rusqlite::Error::QueryReturnedNoRows).doing(LOAD)?;
     let source = match (raw.source_type, raw.source_location) {
-        (Some(kind), Some(location)) => Some(Source { kind, location, branch: raw.source_branch }),
+        (Some(kind), Some(location)) => Some(WorkspaceSource { kind, location, branch: raw.source_branch }),
         _ => None,
     };
-    let facts = Facts {
+    let facts = ProjectFacts {
         workspace: raw.workspace,
         description: raw.description,
         source,

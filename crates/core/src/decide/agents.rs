@@ -1,42 +1,22 @@
-//! Starting, stopping and ending agents.
+//! Agents: run, stop, kill, restart, remove, and what their shims report.
 
 use std::sync::Arc;
 
-use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
-use fermata_protocol::agent::{StartCause, StopCause};
+use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses, StartCause, StopCause};
 use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agent, lifecycle, refuse_while_moving};
-use crate::agent::{AfterStop, Agent, AgentState, Held};
-use crate::apply::parks;
-use crate::command::{AfterEnd, Decision, Effect, NewRun};
-use crate::project::{Course, Project, ProjectState};
-use crate::restart::End;
-
-pub(super) fn refuse_unless_runnable(project: &Project) -> Result<(), Refusal> {
-    match &*project.state {
-        // A checkpoint beside it does not keep an agent from starting.
-        ProjectState::Resting(_) => Ok(()),
-        ProjectState::Paused(_) => {
-            Err(Refusal::new(Code::ProjectPaused, format!("project '{}' is paused", project.name))
-                .hint(format!("fermatactl resume {}", project.name)))
-        }
-        ProjectState::Broken(broken) => Err(super::restore::broken(project, broken)),
-        ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
-            refuse_while_moving(project)
-        }
-    }
-}
-
-pub(super) fn starting(agent: AgentName, argv: Vec<String>, new: NewRun, cause: StartCause) -> Decision {
-    let event =
-        Event::AgentStarting { agent: agent.clone(), run: new.id.clone(), argv, cause, token_sha256: new.token_sha256 };
-    Decision::events(vec![event]).then(Effect::Launch { agent, run: new.id, comes_back: None })
-}
+use super::checks::{agent, refuse_unless_startable};
+use super::lifecycle::{after_end, after_exit};
+use super::{pause, start};
+use crate::agent::{AfterStop, Agent, AgentState};
+use crate::command::{AfterEnd, Decision, NewRun};
+use crate::effect::Effect;
+use crate::project::{Direction, Project, ProjectState};
+use crate::restart::RunOutcome;
 
 pub(super) fn run(project: &Project, name: AgentName, spec: AgentSpec, new: NewRun) -> Result<Decision, Refusal> {
-    refuse_unless_runnable(project)?;
+    refuse_unless_startable(project)?;
     if let Some(existing) = project.agents.get(&name).filter(|agent| !agent.is_terminal()) {
         return Err(Refusal::new(
             Code::AgentRunning,
@@ -44,14 +24,14 @@ pub(super) fn run(project: &Project, name: AgentName, spec: AgentSpec, new: NewR
         )
         .hint(format!("give the new one another --name, or: fermatactl stop {}/{}", project.name, existing.name)));
     }
-    lifecycle::check(project, &name, &spec)?;
-    let mut decision = lifecycle::start_or_wait(project, name.clone(), &spec, new, StartCause::Run);
+    start::check(project, &name, &spec)?;
+    let mut decision = start::start_or_wait(project, name.clone(), &spec, new, StartCause::Run);
     decision.events.insert(0, Event::AgentCreated { agent: name, spec });
     Ok(decision)
 }
 
-/// The agents that a command aims at: the named one, or all that are not terminal.
-fn aimed<'a>(project: &'a Project, name: Option<&AgentName>) -> Result<Vec<&'a Agent>, Refusal> {
+/// Returns the agents that a stop or kill concerns: the named one, or all that are not terminal.
+fn selected<'a>(project: &'a Project, name: Option<&AgentName>) -> Result<Vec<&'a Agent>, Refusal> {
     match name {
         None => Ok(project.agents.values().map(Arc::as_ref).filter(|a| !a.is_terminal()).collect()),
         Some(name) => {
@@ -75,90 +55,95 @@ pub(super) fn kill(project: &Project, name: Option<AgentName>) -> Result<Decisio
     end(project, name, |_| None)
 }
 
-/// Ends agents, with the grace that each is given, or without any.
+/// Ends agents, each with the grace that `grace` gives it, or without any.
 fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Option<u64>) -> Result<Decision, Refusal> {
-    let mut let_go = None;
+    let mut thawed = None;
     let mut decision = Decision::default();
-    for agent in aimed(project, name.as_ref())? {
-        if !agent.is_alive() && agent.state != AgentState::Held(Held::Parked) {
-            decision.events.push(Event::AgentGivenUp { agent: agent.name.clone(), reason: None });
-            continue;
-        }
-        decision.events.push(stopping(&agent.name, false));
-        let (name, run) = (agent.name.clone(), run_id(agent));
-        match (&agent.state, grace(agent)) {
-            // Its processes are gone already: there is nothing to wait for.
-            (AgentState::Held(Held::Parked), _) => decision.events.push(parked_end(agent)),
-            // There is nothing to signal yet; `launched` stops it.
-            (AgentState::Starting, _) => {}
-            // A grace thaws, and old memory must not run over restored files.
-            (_, Some(grace_ms)) if !files_are_older(project) => {
-                let_go.get_or_insert(name.clone());
-                decision.effects.push(Effect::Stop { agent: name, run, grace_ms });
+    for agent in selected(project, name.as_ref())? {
+        let name = agent.name.clone();
+        match &agent.state {
+            AgentState::Waiting { .. }
+            | AgentState::Backoff { .. }
+            | AgentState::Ended { .. }
+            | AgentState::Failed { .. }
+            | AgentState::TimedOut { .. }
+            | AgentState::Interrupted { .. } => {
+                decision.events.push(Event::AgentGivenUp { agent: name, reason: None });
             }
-            _ => decision.effects.push(Effect::Kill { agent: name, run }),
+            // Its processes have ended already.
+            AgentState::Parked(run) => {
+                decision.events.push(stopping(name.clone(), false));
+                decision.events.push(Event::AgentInterrupted {
+                    agent: name,
+                    run: run.id.clone(),
+                    detail: "it was parked, and stopped before it was resumed".into(),
+                    last_seen: None,
+                });
+            }
+            // There is no process to signal yet; `launched` stops it.
+            AgentState::Starting(_) => decision.events.push(stopping(name, false)),
+            AgentState::Running(run) | AgentState::Frozen(run) | AgentState::Stopping { run, .. } => {
+                decision.events.push(stopping(name.clone(), false));
+                match grace(agent) {
+                    // A grace thaws the agent, whose memory must not meet files that were restored.
+                    Some(grace_ms) if !files_are_restored(project) => {
+                        thawed.get_or_insert(name.clone());
+                        decision.effects.push(Effect::Stop { agent: name, run: run.id.clone(), grace_ms });
+                    }
+                    Some(_) | None => decision.effects.push(Effect::Kill { agent: name, run: run.id.clone() }),
+                }
+            }
         }
     }
-    if let Some(name) = let_go
-        && let ProjectState::Pausing(run) = &*project.state
-        && run.course == Course::Forward
+    if let Some(name) = thawed
+        && let ProjectState::Pausing(pausing) = &*project.state
+        && pausing.direction == Direction::Forward
     {
-        // It is thawed to hear its SIGTERM, and so it runs while the workspace is read.
+        // The agent is thawed to receive its SIGTERM, and so it runs while the workspace is read.
         let error = Refusal::new(
             Code::PauseFailed,
             format!("agent '{name}' was stopped while project '{}' was being paused", project.name),
         )
         .hint(format!("fermatactl pause {}", project.name));
-        let undo = super::pause::undo(project, run, error.into());
-        decision.events.extend(undo.events);
-        decision.effects.extend(undo.effects);
+        decision.append(pause::undo(project, pausing, error.into()));
     }
     Ok(decision)
 }
 
-fn stopping(agent: &AgentName, restart: bool) -> Event {
-    Event::AgentStopping { agent: agent.clone(), restart, cause: StopCause::Asked }
+fn stopping(agent: AgentName, restart: bool) -> Event {
+    Event::AgentStopping { agent, restart, cause: StopCause::Asked }
 }
 
-/// Says whether files were, or are being, restored under processes that are frozen.
-fn files_are_older(project: &Project) -> bool {
+/// Says whether files were, or are being, restored beneath frozen processes.
+fn files_are_restored(project: &Project) -> bool {
     match &*project.state {
         ProjectState::Restoring(_) | ProjectState::Broken(_) => true,
         ProjectState::Paused(paused) => paused.restored.is_some(),
-        ProjectState::Resuming(run) => run.paused.restored.is_some(),
+        ProjectState::Resuming(resume) => resume.paused.restored.is_some(),
         ProjectState::Resting(_) | ProjectState::Pausing(_) => false,
     }
 }
 
-/// A parked agent that is given up: there is no exit status to report.
-fn parked_end(agent: &Agent) -> Event {
-    Event::AgentInterrupted {
-        agent: agent.name.clone(),
-        run: run_id(agent),
-        detail: "it was parked, and stopped before it was resumed".into(),
-        last_seen: None,
-    }
-}
-
-pub(super) fn run_id(agent: &Agent) -> RunId {
-    match &agent.run {
-        Some(run) => run.id.clone(),
-        // An agent is created together with its first run, in one transaction.
-        None => RunId::new("run-0").unwrap_or_else(|_| unreachable!("a constant that is a valid id")),
-    }
-}
-
 pub(super) fn restart(project: &Project, name: AgentName, new: NewRun) -> Result<Decision, Refusal> {
-    refuse_unless_runnable(project)?;
+    refuse_unless_startable(project)?;
     let found = agent(project, &name)?;
-    if !found.is_alive() {
-        return Ok(lifecycle::start_or_wait(project, name, &found.spec, new, StartCause::Restart));
+    match &found.state {
+        // There is no process to signal yet; `launched` stops it.
+        AgentState::Starting(_) => Ok(Decision::events(vec![stopping(name, true)])),
+        AgentState::Running(run) | AgentState::Frozen(run) | AgentState::Stopping { run, .. } => {
+            let (run, grace_ms) = (run.id.clone(), found.spec.stop_grace_ms);
+            Ok(Decision::events(vec![stopping(name.clone(), true)]).then(Effect::Stop { agent: name, run, grace_ms }))
+        }
+        AgentState::Waiting { .. }
+        | AgentState::Backoff { .. }
+        | AgentState::Parked(_)
+        | AgentState::Ended { .. }
+        | AgentState::Failed { .. }
+        | AgentState::TimedOut { .. }
+        | AgentState::Interrupted { .. } => {
+            Ok(start::start_or_wait(project, name, &found.spec, new, StartCause::Restart))
+        }
     }
-    let decision = Decision::events(vec![stopping(&name, true)]);
-    if found.state == AgentState::Starting {
-        return Ok(decision);
-    }
-    Ok(decision.then(Effect::Stop { agent: name, run: run_id(found), grace_ms: found.spec.stop_grace_ms }))
 }
 
 pub(super) fn remove(project: &Project, name: AgentName) -> Result<Decision, Refusal> {
@@ -170,7 +155,12 @@ pub(super) fn remove(project: &Project, name: AgentName) -> Result<Decision, Ref
         )
         .hint(format!("fermatactl stop {}/{name}", project.name)));
     }
-    Ok(Decision::events(vec![Event::AgentRemoved { agent: name.clone() }]).then(Effect::Forget { agent: name }))
+    Ok(Decision::events(vec![Event::AgentRemoved { agent: name.clone() }]).then(Effect::ForgetAgent { agent: name }))
+}
+
+/// Finds the agent whose current run a report is about; a late report of an older run is ignored.
+fn reporting<'a>(project: &'a Project, name: &AgentName, run: &RunId) -> Option<&'a Agent> {
+    project.agents.get(name).map(|agent| &**agent).filter(|agent| agent.current_run_id() == Some(run))
 }
 
 pub(super) fn launched(
@@ -180,27 +170,22 @@ pub(super) fn launched(
     outcome: Result<RunProcesses, String>,
     now: UnixMillis,
 ) -> Decision {
-    let Some(found) = project.agents.get(&name).filter(|_| is_current(project, &name, &run)) else {
-        return Decision::default();
-    };
+    let Some(found) = reporting(project, &name, &run) else { return Decision::default() };
     match outcome {
         Ok(processes) => {
-            let stop = match found.state {
-                AgentState::Stopping(_) => {
-                    Some(Effect::Stop { agent: name.clone(), run: run.clone(), grace_ms: found.spec.stop_grace_ms })
-                }
-                _ => None,
-            };
-            let decision = Decision::events(vec![Event::AgentStarted { agent: name, run, processes }]);
-            stop.into_iter().fold(decision, Decision::then)
+            let started = Event::AgentStarted { agent: name.clone(), run: run.clone(), processes };
+            let decision = Decision::events(vec![started]);
+            // A stop was requested while it was being started.
+            if matches!(found.state, AgentState::Stopping { .. }) {
+                decision.then(Effect::Stop { agent: name, run, grace_ms: found.spec.stop_grace_ms })
+            } else {
+                decision
+            }
         }
         Err(reason) => {
-            let cause = found.run.as_ref().map(|run| run.cause);
-            // Where a person is there to see it, they want to know, not to wait.
-            let again = match cause {
-                Some(StartCause::Policy | StartCause::Recovery) => {
-                    lifecycle::after_end(found, End::Badly, &reason, now)
-                }
+            let again = match found.run().map(|run| run.cause) {
+                Some(StartCause::Policy | StartCause::Recovery) => after_end(found, RunOutcome::Badly, &reason, now),
+                // A person has requested the start and sees the error.
                 Some(StartCause::Run | StartCause::Restart | StartCause::Resume) | None => None,
             };
             let mut events = vec![Event::AgentLaunchFailed { agent: name, run, reason }];
@@ -211,7 +196,7 @@ pub(super) fn launched(
 }
 
 /// How a run has ended.
-pub(super) struct RunEnd {
+pub(super) struct ReportedEnd {
     pub(super) exit: ExitStatus,
     pub(super) detail: Option<String>,
     pub(super) ended_at: UnixMillis,
@@ -222,45 +207,38 @@ pub(super) fn run_ended(
     project: &Project,
     name: AgentName,
     run: RunId,
-    end: RunEnd,
+    end: ReportedEnd,
     new: NewRun,
     now: UnixMillis,
 ) -> Decision {
-    if !is_current(project, &name, &run) {
+    let Some(found) = reporting(project, &name, &run).filter(|agent| agent.is_alive()) else {
         return Decision::default();
-    }
-    let Some(found) = project.agents.get(&name).filter(|agent| agent.is_alive()) else { return Decision::default() };
+    };
     if ends_by_parking(project, found) {
         return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
-    let RunEnd { exit, detail, ended_at, then } = end;
+    let ReportedEnd { exit, detail, ended_at, then } = end;
     let exited = Event::AgentExited { agent: name.clone(), run, exit, detail: detail.clone(), ended_at };
     let mut decision = Decision::events(vec![exited]);
-    if found.state == AgentState::Stopping(AfterStop::Restart) {
-        let next = lifecycle::start_or_wait(project, name, &found.spec, new, StartCause::Restart);
-        decision.events.extend(next.events);
-        decision.effects.extend(next.effects);
+    if restarts(found) {
+        decision.append(start::start_or_wait(project, name, &found.spec, new, StartCause::Restart));
     } else if then == AfterEnd::ByPolicy {
         decision.events.extend(after_exit(found, exit, detail, now));
     }
     decision
 }
 
-/// Returns what follows from an exit by itself, or by the end of its time.
-pub(super) fn after_exit(found: &Agent, exit: ExitStatus, detail: Option<String>, now: UnixMillis) -> Option<Event> {
-    let end = if exit.is_success() && found.state != AgentState::Stopping(AfterStop::NotReady) {
-        End::Well
-    } else {
-        End::Badly
-    };
-    lifecycle::after_end(found, end, &detail.unwrap_or_else(|| exit.to_string()), now)
+/// Says whether the agent is being stopped because a person restarts it.
+fn restarts(agent: &Agent) -> bool {
+    matches!(agent.state, AgentState::Stopping { then: AfterStop::Restart, .. })
 }
 
-/// Frozen in a project that is paused to be parked, or whose restore was given up: the end is our own work.
+/// Says whether Fermata itself ends the processes of a frozen agent: its project is paused by parking, or a restore
+/// was given up.
 pub(super) fn ends_by_parking(project: &Project, agent: &Agent) -> bool {
     match &*project.state {
-        ProjectState::Paused(paused) => agent.state == AgentState::Held(Held::Frozen) && parks(paused.mode),
-        ProjectState::Broken(_) => agent.state == AgentState::Held(Held::Frozen),
+        ProjectState::Paused(paused) => agent.is_frozen() && paused.mode.ends_processes(),
+        ProjectState::Broken(_) => agent.is_frozen(),
         ProjectState::Resting(_)
         | ProjectState::Pausing(_)
         | ProjectState::Resuming(_)
@@ -276,69 +254,64 @@ pub(super) fn run_lost(
     then: AfterEnd,
     now: UnixMillis,
 ) -> Decision {
-    match project.agents.get(&name) {
-        Some(found) if is_current(project, &name, &run) && ends_by_parking(project, found) => {
-            Decision::events(vec![Event::AgentParked { agent: name, run }])
-        }
-        Some(found) if is_current(project, &name, &run) && found.is_alive() => {
-            let again = match then {
-                // The restart that a person asked for still comes.
-                _ if found.state == AgentState::Stopping(AfterStop::Restart) => Some(Event::AgentBackoff {
-                    agent: name.clone(),
-                    until: now,
-                    start: 1,
-                    cause: StartCause::Restart,
-                    detail: detail.clone(),
-                }),
-                AfterEnd::ByPolicy => lifecycle::after_end(found, End::Interrupted, &detail, now),
-                AfterEnd::Stay => None,
-            };
-            let mut events = vec![Event::AgentInterrupted { agent: name, run, detail, last_seen: None }];
-            events.extend(again);
-            Decision::events(events)
-        }
-        _ => Decision::default(),
+    let Some(found) = reporting(project, &name, &run) else { return Decision::default() };
+    if ends_by_parking(project, found) {
+        return Decision::events(vec![Event::AgentParked { agent: name, run }]);
     }
+    if !found.is_alive() {
+        return Decision::default();
+    }
+    let again = if restarts(found) {
+        Some(Event::AgentBackoff {
+            agent: name.clone(),
+            until: now,
+            start: 1,
+            cause: StartCause::Restart,
+            detail: detail.clone(),
+        })
+    } else {
+        match then {
+            AfterEnd::ByPolicy => after_end(found, RunOutcome::Interrupted, &detail, now),
+            AfterEnd::Stay => None,
+        }
+    };
+    let mut events = vec![Event::AgentInterrupted { agent: name, run, detail, last_seen: None }];
+    events.extend(again);
+    Decision::events(events)
 }
 
 pub(super) fn unreachable(project: &Project, name: AgentName, run: RunId, detail: String) -> Decision {
-    let known = |agent: &Arc<Agent>| agent.run.as_ref().is_some_and(|run| run.unreachable.as_ref() == Some(&detail));
-    if is_current(project, &name, &run) && !project.agents.get(&name).is_some_and(known) {
-        Decision::events(vec![Event::AgentUnreachable { agent: name, run, detail }])
-    } else {
-        Decision::default()
+    let Some(found) = reporting(project, &name, &run) else { return Decision::default() };
+    if found.run().is_some_and(|run| run.unreachable.as_ref() == Some(&detail)) {
+        return Decision::default();
     }
+    Decision::events(vec![Event::AgentUnreachable { agent: name, run, detail }])
 }
 
 pub(super) fn freeze_broken(project: &Project, name: AgentName, run: RunId, times: u64, detail: String) -> Decision {
-    if is_current(project, &name, &run) {
-        Decision::events(vec![Event::AgentFreezeBroken { agent: name, run, times, detail }])
-    } else {
-        Decision::default()
-    }
-}
-
-/// The shim tells it again after each new link, so that nothing is missed: twice is once.
-pub(super) fn suspended(project: &Project, name: AgentName, run: RunId, held: bool) -> Decision {
-    let known = project.agents.get(&name).and_then(|agent| agent.run.as_ref()).and_then(|run| run.suspended_at);
-    if !is_current(project, &name, &run) || known.is_some() == held {
+    if reporting(project, &name, &run).is_none() {
         return Decision::default();
     }
-    let event =
-        if held { Event::AgentSuspended { agent: name, run } } else { Event::AgentContinued { agent: name, run } };
-    Decision::events(vec![event])
+    Decision::events(vec![Event::AgentFreezeBroken { agent: name, run, times, detail }])
+}
+
+/// The shim repeats the report after each new connection: a repeated one changes nothing.
+pub(super) fn suspended(project: &Project, name: AgentName, run: RunId, suspended: bool) -> Decision {
+    let Some(found) = reporting(project, &name, &run) else { return Decision::default() };
+    if found.run().is_some_and(|run| run.suspended_at.is_some()) == suspended {
+        return Decision::default();
+    }
+    Decision::events(vec![if suspended {
+        Event::AgentSuspended { agent: name, run }
+    } else {
+        Event::AgentContinued { agent: name, run }
+    }])
 }
 
 pub(super) fn parked(project: &Project, name: AgentName, run: RunId) -> Decision {
-    let frozen = project.agents.get(&name).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
-    if frozen && is_current(project, &name, &run) {
+    if reporting(project, &name, &run).is_some_and(Agent::is_frozen) {
         Decision::events(vec![Event::AgentParked { agent: name, run }])
     } else {
         Decision::default()
     }
-}
-
-/// Says whether the run is the agent's current one; late news of older runs is ignored.
-fn is_current(project: &Project, name: &AgentName, run: &RunId) -> bool {
-    project.agents.get(name).and_then(|agent| agent.current_run()) == Some(run)
 }

@@ -9,8 +9,9 @@ use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskStatus;
 
 use super::model::*;
-use crate::command::{Command, Effect};
-use crate::since;
+use crate::automatic;
+use crate::command::Command;
+use crate::effect::Effect;
 
 /// An agent that runs, in a project whose checkpoints are due after 10 units or two minutes.
 fn at_work() -> Model {
@@ -65,14 +66,14 @@ fn phase(model: &mut Model, phase: Phase) {
 fn a_checkpoint_is_due_after_two_minutes_of_running_and_only_where_something_changed() {
     let mut model = at_work();
     wait(&mut model, 119_000);
-    assert_eq!((triggers(&model), model.looks), (vec![], 0));
+    assert_eq!((triggers(&model), model.scans), (vec![], 0));
     // The project has a sixteenth of the interval at most to itself.
     wait(&mut model, 9_000);
     assert_eq!(triggers(&model), [Trigger::Auto], "the first holds what there is");
     wait(&mut model, 130_000);
-    assert_eq!((triggers(&model).len(), model.looks), (1, 2), "nothing has changed");
+    assert_eq!((triggers(&model).len(), model.scans), (1, 2), "nothing has changed");
     wait(&mut model, 60_000);
-    assert_eq!(model.looks, 2, "one look counts for the whole interval");
+    assert_eq!(model.scans, 2, "one look counts for the whole interval");
     model.dirty = true;
     wait(&mut model, 70_000);
     assert_eq!(triggers(&model).len(), 2);
@@ -152,9 +153,9 @@ fn nothing_is_due_where_it_is_switched_off() {
     report(&mut model, Some(1_000));
     phase(&mut model, Phase::Review);
     wait(&mut model, 10_000_000);
-    assert_eq!((triggers(&model), model.looks), (vec![], 0));
-    assert!(!since::due_before_shutdown(&model.project));
-    assert_eq!(since::next(&model.project, &model.looked, UnixMillis(model.clock)), None);
+    assert_eq!((triggers(&model), model.scans), (vec![], 0));
+    assert!(!automatic::due_before_shutdown(&model.project));
+    assert_eq!(automatic::next(&model.project, &model.unchanged, UnixMillis(model.clock)), None);
 }
 
 #[test]
@@ -167,7 +168,7 @@ fn an_idle_project_makes_none_and_its_time_stands_still() {
     phase(&mut model, Phase::Complete);
     wait(&mut model, 10_000_000);
     assert_eq!(triggers(&model), []);
-    assert!(!since::due_before_shutdown(&model.project));
+    assert!(!automatic::due_before_shutdown(&model.project));
     let new = model.new_run();
     model.tell(Command::Restart { agent: name(0), new }).expect("it may run again");
     model.settle();
@@ -182,7 +183,7 @@ fn paused_time_does_not_count_and_the_checkpoint_of_a_pause_does() {
     wait(&mut model, 10_000_000);
     resume(&mut model);
     wait(&mut model, 100_000);
-    assert_eq!((triggers(&model), model.looks), (vec![], 0), "the pause made one 100 seconds ago");
+    assert_eq!((triggers(&model), model.scans), (vec![], 0), "the pause made one 100 seconds ago");
     model.dirty = true;
     wait(&mut model, 30_000);
     assert_eq!(triggers(&model), [Trigger::Auto]);
@@ -195,7 +196,7 @@ fn what_changes_while_a_checkpoint_is_made_is_saved_by_the_next() {
     model.tell(Command::Checkpoint { operation, trigger: Trigger::Manual }).expect("it may");
     model.tell(Command::SaveState { agent: name(0), bytes: 3 }).expect("accepted");
     model.settle();
-    assert!(model.project.counters.since.has_changed());
+    assert!(model.project.counters.activity.has_changed());
     wait(&mut model, 130_000);
     assert_eq!(triggers(&model), [Trigger::Manual, Trigger::Auto]);
 }
@@ -218,7 +219,7 @@ fn after_failures_the_tries_become_rare() {
     model.dirty = true;
     let mut waits = Vec::new();
     for _ in 0..6 {
-        let at = since::next(&model.project, &model.looked, UnixMillis(model.clock)).expect("one will be due");
+        let at = automatic::next(&model.project, &model.unchanged, UnixMillis(model.clock)).expect("one will be due");
         waits.push((at.0 - model.clock) / 60_000);
         model.clock = at.0;
         model.follow_up();
@@ -227,10 +228,10 @@ fn after_failures_the_tries_become_rare() {
         model.conclude(effect, false);
     }
     assert_eq!(waits, [2, 4, 8, 16, 30, 30], "{waits:?}");
-    assert_eq!(model.project.counters.since.failures, 6);
+    assert_eq!(model.project.counters.activity.failures, 6);
     model.clock += 1_900_000;
     model.settle();
-    assert_eq!(model.project.counters.since.failures, 0, "one that works forgets them");
+    assert_eq!(model.project.counters.activity.failures, 0, "one that works forgets them");
     assert_eq!(triggers(&model).len(), 7);
 }
 
@@ -261,6 +262,6 @@ fn after_a_restore_the_newest_checkpoint_is_not_what_there_is() {
     let operation = model.operation();
     model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("it may");
     model.settle();
-    let since = model.project.counters.since;
-    assert_eq!((since.checkpoint, since.has_changed()), (2, true));
+    let activity = model.project.counters.activity;
+    assert_eq!((activity.checkpoint, activity.has_changed()), (2, true));
 }

@@ -8,7 +8,8 @@ use fermata_protocol::project::ProjectConfig;
 use fermata_protocol::supervision::Supervision;
 
 use super::model::*;
-use crate::command::{Command, Effect};
+use crate::command::Command;
+use crate::effect::Effect;
 
 fn usage(tokens: u64) -> Usage {
     Usage { input_tokens: tokens, output_tokens: 0, cost_micro_usd: 0 }

@@ -4,13 +4,14 @@ use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::event::Event;
 use fermata_protocol::{ErrorObject, OperationId, Refusal};
 
-use super::refuse_while_moving;
-use crate::command::{Decision, Effect};
+use super::checks::refuse_during_operation;
+use crate::command::Decision;
+use crate::effect::Effect;
 use crate::project::Project;
 use crate::retention::{self, Removal};
 
 pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger) -> Result<Decision, Refusal> {
-    refuse_while_moving(project)?;
+    refuse_during_operation(project)?;
     let checkpoint = project.counters.checkpoint + 1;
     let event = Event::CheckpointStarted { operation: operation.clone(), checkpoint, trigger };
     Ok(Decision::events(vec![event]).then(Effect::Checkpoint {
@@ -38,19 +39,19 @@ pub(super) fn done(
     }])
 }
 
-/// Removes what [`retention::choose`] has chosen of the same state.
+/// Removes what [`retention::choose`] has chosen, but for checkpoints that have come into use since.
 pub(super) fn remove(project: &Project, removals: Vec<Removal>) -> Decision {
     let in_use = retention::in_use(project);
-    let going: Vec<Removal> = removals.into_iter().filter(|r| !in_use.contains(&r.point.number)).collect();
+    let going: Vec<Removal> = removals.into_iter().filter(|r| !in_use.contains(&r.checkpoint.number)).collect();
     if going.is_empty() {
         return Decision::default();
     }
-    let checkpoints = going.iter().map(|removal| removal.point.number).collect();
+    let checkpoints = going.iter().map(|removal| removal.checkpoint.number).collect();
     let events = going.into_iter().map(|removal| Event::CheckpointRemoved {
-        checkpoint: removal.point.number,
-        trigger: removal.point.trigger,
+        checkpoint: removal.checkpoint.number,
+        trigger: removal.checkpoint.trigger,
         reason: removal.reason,
-        size_bytes: removal.point.bytes,
+        size_bytes: removal.checkpoint.bytes,
     });
     Decision::events(events.collect()).then(Effect::DiscardCheckpoints { checkpoints })
 }

@@ -1,200 +1,105 @@
-//! What becomes of agents by themselves: starts that were held back, restarts by policy, ends
-//! because time is up, readiness and staleness.
+//! What becomes of agents without a request: ends because of timeouts, readiness, staleness, restarts by policy.
 
-use fermata_protocol::agent::AgentSpec;
-use fermata_protocol::agent::{StartCause, StopCause};
+use fermata_protocol::agent::{AgentSpec, ExitStatus, StartCause, StopCause};
 use fermata_protocol::checkpoint::Trigger;
 use fermata_protocol::event::Event;
 use fermata_protocol::supervision::OnStale;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId, UnixMillis};
 
-use super::{agent, agents, checkpoints};
-use crate::agent::{AfterStop, Agent, AgentState, Ending};
-use crate::command::{Decision, Effect, NewRun, Start};
-use crate::dependency::{circle, waits_for};
-use crate::due::{self, Due, millis};
+use super::checkpoints;
+use super::checks::agent;
+use crate::agent::{AfterStop, Agent, AgentState, PlannedEnd, Run};
+use crate::clock::millis;
+use crate::command::Decision;
+use crate::deadlines::{DueAction, due_actions};
+use crate::effect::Effect;
 use crate::project::Project;
-use crate::restart::{self, End, Verdict};
+use crate::restart::{self, RestartDecision, RunOutcome};
 
-/// Refuses settings that can never work.
-pub(super) fn check(project: &Project, name: &AgentName, spec: &AgentSpec) -> Result<(), Refusal> {
-    let invalid = |message: String| Refusal::new(Code::InvalidParams, message);
-    let depends_on = &spec.supervision.depends_on;
-    if let Some(missing) = depends_on.iter().find(|d| d.agent != *name && !project.agents.contains_key(&d.agent)) {
-        return Err(invalid(format!(
-            "'depends_on': project '{}' has no agent '{}' that '{name}' could wait for",
-            project.name, missing.agent
-        ))
-        .hint("start that one first"));
-    }
-    if let Some(circle) = circle(project, name, depends_on) {
-        let names: Vec<&str> = circle.iter().map(AgentName::as_str).collect();
-        return Err(invalid(format!("'depends_on' goes round in a circle: {}", names.join(" -> "))));
-    }
-    let restart = &spec.supervision.restart;
-    if restart.max_delay_ms < restart.delay_ms {
-        return Err(invalid(format!(
-            "'restart': the longest wait ({} ms) is shorter than the first ({} ms)",
-            restart.max_delay_ms, restart.delay_ms
-        )));
-    }
-    if spec.supervision.timeout_ms == Some(0) {
-        return Err(invalid("'timeout_ms' is 0; leave it out for no limit".into()));
-    }
-    Ok(())
-}
-
-/// Starts an agent, or lets it wait for those that it depends on.
-pub(super) fn start_or_wait(
+/// Decides about a deadline other than a start; an action that is no longer due changes nothing.
+pub(super) fn at_deadline(
     project: &Project,
-    name: AgentName,
-    spec: &AgentSpec,
-    new: NewRun,
-    cause: StartCause,
-) -> Decision {
-    let for_agents = waits_for(project, &spec.supervision.depends_on);
-    if for_agents.is_empty() {
-        agents::starting(name, spec.argv.clone(), new, cause)
-    } else {
-        Decision::events(vec![Event::AgentWaiting { agent: name, for_agents }])
-    }
-}
-
-/// Starts an agent whose time has come, or one that a person brings back.
-pub(super) fn start(
-    project: &Project,
-    name: AgentName,
-    start: Start,
-    asked: bool,
-    now: UnixMillis,
-) -> Result<Decision, Refusal> {
-    let found = if asked {
-        agents::refuse_unless_runnable(project)?;
-        let found = agent(project, &name)?;
-        if found.is_alive() {
-            return Err(Refusal::new(
-                Code::AgentRunning,
-                format!(
-                    "agent '{name}' of project '{}' is {}: there is nothing to bring back",
-                    project.name,
-                    found.status(false)
-                ),
-            ));
-        }
-        found
-    } else {
-        match project.agents.get(&name) {
-            Some(found) if due::due(project, now).contains(&Due::Start(name.clone())) => found,
-            _ => return Ok(Decision::default()),
-        }
-    };
-    let cause = match &found.state {
-        _ if asked => StartCause::Resume,
-        AgentState::Waiting(cause) => *cause,
-        AgentState::Backoff { cause, .. } => *cause,
-        _ => StartCause::Policy,
-    };
-    let Start { new, argv, session, checkpoint } = start;
-    let mut events = Vec::new();
-    if let Some(session) = session.filter(|session| found.session.as_ref() != Some(session)) {
-        events.push(Event::AgentSessionFound { agent: name.clone(), session });
-    }
-    events.push(Event::AgentStarting {
-        agent: name.clone(),
-        run: new.id.clone(),
-        argv,
-        cause,
-        token_sha256: new.token_sha256,
-    });
-    Ok(Decision::events(events).then(Effect::Launch { agent: name, run: new.id, comes_back: checkpoint }))
-}
-
-/// Decides about something else that is due; what no longer is, is left.
-pub(super) fn fall_due(
-    project: &Project,
-    what: Due,
+    action: DueAction,
     operation: OperationId,
     now: UnixMillis,
 ) -> Result<Decision, Refusal> {
-    if !due::due(project, now).contains(&what) {
+    if !due_actions(project, now).contains(&action) {
         return Ok(Decision::default());
     }
-    match what {
-        // A start takes a new run: `start`.
-        Due::Start(_) => Ok(Decision::default()),
-        Due::Ending(agents) => ending(project, &agents, operation, now),
-        Due::End(name) => Ok(end(project, &name)),
-        Due::Stale(name) => {
-            let event = |(agent, run)| stale(project, agent, run, now);
-            Ok(Decision::events(current(project, &name).into_iter().filter_map(event).collect()))
+    match action {
+        // A start takes a new run: `Command::Start`.
+        DueAction::Start(_) => Ok(Decision::default()),
+        DueAction::PlanEnds(agents) => plan_ends(project, &agents, operation, now),
+        DueAction::End(name) => Ok(end(project, &name)),
+        DueAction::Stale(name) => {
+            Ok(Decision::events(current(project, &name).and_then(|run| stale(run, now)).into_iter().collect()))
         }
-        Due::NotReady(name) => Ok(stop(project, &name, StopCause::NotReady)),
+        DueAction::NotReady(name) => Ok(stop(project, &name, StopCause::NotReady)),
     }
 }
 
-fn current(project: &Project, name: &AgentName) -> Option<(AgentName, RunId)> {
-    let run = project.agents.get(name)?.current_run()?;
-    Some((name.clone(), run.clone()))
+/// An agent with its current run.
+#[derive(Clone, Copy)]
+struct CurrentRun<'a> {
+    agent: &'a AgentName,
+    spec: &'a AgentSpec,
+    run: &'a Run,
+}
+
+fn current<'a>(project: &'a Project, name: &AgentName) -> Option<CurrentRun<'a>> {
+    let agent = project.agents.get(name)?;
+    Some(CurrentRun { agent: &agent.name, spec: &agent.spec, run: agent.state.current_run()? })
 }
 
 /// Announces the ends and takes the checkpoint from which the agents can be brought back.
-fn ending(
+fn plan_ends(
     project: &Project,
-    agents: &[(AgentName, Ending)],
+    agents: &[(AgentName, PlannedEnd)],
     operation: OperationId,
     now: UnixMillis,
 ) -> Result<Decision, Refusal> {
     let mut trigger = Trigger::Auto;
-    let mut events = Vec::new();
-    for (name, ending) in agents {
-        let Some((agent, run)) = current(project, name) else { continue };
-        match ending {
-            Ending::TimeUp => {
+    let mut decision = Decision::default();
+    for (name, end) in agents {
+        let Some(current) = current(project, name) else { continue };
+        match end {
+            PlannedEnd::TimeUp => {
                 trigger = Trigger::Timeout;
-                let ran_ms = project.agents[name].run.as_ref().map_or(0, |run| run.clock.read(now));
-                events.push(Event::AgentTimeUp { agent, run, ran_ms });
+                let (run, ran_ms) = (current.run.id.clone(), current.run.clock.read(now));
+                decision.events.push(Event::AgentTimeUp { agent: name.clone(), run, ran_ms });
             }
-            Ending::Stale => events.extend(stale(project, agent, run, now)),
+            PlannedEnd::Stale => decision.events.extend(stale(current, now)),
         }
     }
-    let mut decision = checkpoints::begin(project, operation, trigger)?;
-    events.append(&mut decision.events);
-    decision.events = events;
+    decision.append(checkpoints::begin(project, operation, trigger)?);
     Ok(decision)
 }
 
-fn stale(project: &Project, agent: AgentName, run: RunId, now: UnixMillis) -> Option<Event> {
-    let found = project.agents.get(&agent)?;
-    let silent_ms = found.run.as_ref()?.silence?.read(now);
-    let restart = found.spec.supervision.on_stale == OnStale::Restart;
-    Some(Event::AgentStale { agent, run, silent_ms, restart })
+fn stale(current: CurrentRun<'_>, now: UnixMillis) -> Option<Event> {
+    let silent_ms = current.run.silence?.read(now);
+    let restart = current.spec.supervision.on_stale == OnStale::Restart;
+    Some(Event::AgentStale { agent: current.agent.clone(), run: current.run.id.clone(), silent_ms, restart })
 }
 
 fn end(project: &Project, name: &AgentName) -> Decision {
-    let ending = project.agents.get(name).and_then(|agent| agent.run.as_ref()?.ending);
-    match ending {
-        Some(Ending::TimeUp) => stop(project, name, StopCause::TimeUp),
-        Some(Ending::Stale) => stop(project, name, StopCause::Stale),
+    match current(project, name).and_then(|current| current.run.planned_end) {
+        Some(PlannedEnd::TimeUp) => stop(project, name, StopCause::TimeUp),
+        Some(PlannedEnd::Stale) => stop(project, name, StopCause::Stale),
         None => Decision::default(),
     }
 }
 
 fn stop(project: &Project, name: &AgentName, cause: StopCause) -> Decision {
-    let (Some((agent, run)), Some(found)) = (current(project, name), project.agents.get(name)) else {
-        return Decision::default();
-    };
-    Decision::events(vec![Event::AgentStopping { agent: agent.clone(), restart: false, cause }]).then(Effect::Stop {
-        agent,
-        run,
-        grace_ms: found.spec.stop_grace_ms,
-    })
+    let Some(CurrentRun { agent, spec, run }) = current(project, name) else { return Decision::default() };
+    let stop = Effect::Stop { agent: agent.clone(), run: run.id.clone(), grace_ms: spec.stop_grace_ms };
+    Decision::events(vec![Event::AgentStopping { agent: agent.clone(), restart: false, cause }]).then(stop)
 }
 
-/// A report that names no run is the agent's own, and is refused unless its processes are there. One that names a run is
-/// an observation of the daemon, which may be late: it is left where that run is no longer current.
+/// A report that names no run is the agent's own, and is refused unless its processes are there. One that names a run
+/// is an observation of the daemon, which may be late: it is ignored where that run is no longer current.
 pub(super) fn ready(project: &Project, name: AgentName, run: Option<RunId>) -> Result<Decision, Refusal> {
     let alive = project.agents.get(&name).filter(|agent| agent.is_alive());
-    let Some(current) = alive.and_then(|agent| agent.run.as_ref()) else {
+    let Some(current) = alive.and_then(|agent| agent.state.current_run()) else {
         if run.is_some() {
             return Ok(Decision::default());
         }
@@ -211,34 +116,45 @@ pub(super) fn ready(project: &Project, name: AgentName, run: Option<RunId>) -> R
     Ok(Decision::events(vec![Event::AgentReady { agent: name, run: current.id.clone() }]))
 }
 
-/// Returns what follows from the end of a run; `found` is the agent before that end.
-pub(super) fn after_end(found: &Agent, end: End, detail: &str, now: UnixMillis) -> Option<Event> {
-    let agent = found.name.clone();
-    let seed = found.run.as_ref().map_or_else(|| agent.as_str().to_owned(), |run| run.id.to_string());
-    let verdict = match &found.state {
-        AgentState::Stopping(AfterStop::Stay | AfterStop::Restart | AfterStop::TimedOut) => Verdict::Stay,
-        AgentState::Stopping(AfterStop::GoesOn) => {
-            restart::after_stale(&found.spec.supervision.restart, found.row, now)
+/// Returns what follows from an exit that the shim has recorded; `agent` is in its state before the exit.
+pub(super) fn after_exit(agent: &Agent, exit: ExitStatus, detail: Option<String>, now: UnixMillis) -> Option<Event> {
+    let was_not_ready = matches!(agent.state, AgentState::Stopping { then: AfterStop::NotReady, .. });
+    let outcome = if exit.is_success() && !was_not_ready { RunOutcome::Well } else { RunOutcome::Badly };
+    after_end(agent, outcome, &detail.unwrap_or_else(|| exit.to_string()), now)
+}
+
+/// Returns what follows from the end of a run; `agent` is in its state before the end.
+pub(super) fn after_end(agent: &Agent, outcome: RunOutcome, detail: &str, now: UnixMillis) -> Option<Event> {
+    let policy = &agent.spec.supervision.restart;
+    let decision = match &agent.state {
+        AgentState::Stopping { then: AfterStop::Stay | AfterStop::Restart | AfterStop::TimedOut, .. } => {
+            RestartDecision::Stay
         }
-        AgentState::Stopping(AfterStop::NotReady)
-        | AgentState::Waiting(_)
+        AgentState::Stopping { then: AfterStop::GoesOn, .. } => restart::after_stale(policy, agent.streak, now),
+        AgentState::Stopping { then: AfterStop::NotReady, .. }
+        | AgentState::Waiting { .. }
         | AgentState::Backoff { .. }
-        | AgentState::Starting
-        | AgentState::Running
-        | AgentState::Held(_)
-        | AgentState::Ended(_)
+        | AgentState::Starting(_)
+        | AgentState::Running(_)
+        | AgentState::Frozen(_)
+        | AgentState::Parked(_)
+        | AgentState::Ended { .. }
         | AgentState::Failed { .. }
-        | AgentState::TimedOut
-        | AgentState::Interrupted { .. } => restart::verdict(&found.spec, end, found.row, now, &seed),
+        | AgentState::TimedOut { .. }
+        | AgentState::Interrupted { .. } => {
+            let seed = agent.run().map_or(agent.name.as_str(), |run| run.id.as_str());
+            restart::after_end(&agent.spec, outcome, agent.streak, now, seed)
+        }
     };
-    let cause = if end == End::Interrupted { StartCause::Recovery } else { StartCause::Policy };
-    match verdict {
-        Verdict::Stay => None,
-        Verdict::Start { until, start, .. } => {
+    let cause = if outcome == RunOutcome::Interrupted { StartCause::Recovery } else { StartCause::Policy };
+    let agent = agent.name.clone();
+    match decision {
+        RestartDecision::Stay => None,
+        RestartDecision::Start { until, start, .. } => {
             Some(Event::AgentBackoff { agent, until, start, cause, detail: detail.to_owned() })
         }
-        Verdict::TooOften { starts } => {
-            let within = millis(found.spec.supervision.restart.within_ms) / 1_000;
+        RestartDecision::TooOften { starts } => {
+            let within = millis(policy.within_ms) / 1_000;
             let reason = format!("{detail}; started again {starts} times within {within} s, and given up");
             Some(Event::AgentGivenUp { agent, reason: Some(reason) })
         }

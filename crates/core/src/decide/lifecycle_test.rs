@@ -6,9 +6,10 @@ use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::{Code, RunId, UnixMillis};
 
 use super::model::*;
-use crate::agent::{AgentState, Held};
-use crate::command::{Command, Effect};
-use crate::due;
+use crate::agent::AgentState;
+use crate::command::Command;
+use crate::deadlines;
+use crate::effect::Effect;
 use crate::project::ProjectState;
 
 fn run(model: &mut Model, agent: u8) {
@@ -131,7 +132,7 @@ fn an_agent_that_fails_backs_off_and_is_given_up_after_its_limit() {
     for start in 1..=3_u32 {
         exits(&mut model, 1, 1);
         assert_eq!(status(&model, 1), AgentStatus::Backoff, "start {start}");
-        let at = due::next(&model.project, UnixMillis(model.clock)).expect("a start is to come");
+        let at = deadlines::next(&model.project, UnixMillis(model.clock)).expect("a start is to come");
         assert!(at.0 - model.clock <= 9_000);
         model.clock = at.0;
         model.settle();
@@ -139,7 +140,9 @@ fn an_agent_that_fails_backs_off_and_is_given_up_after_its_limit() {
     }
     exits(&mut model, 1, 1);
     assert_eq!(status(&model, 1), AgentStatus::Failed);
-    let AgentState::Failed { detail: Some(detail) } = &model.project.agents[&name(1)].state else { panic!("a reason") };
+    let AgentState::Failed { detail: Some(detail), .. } = &model.project.agents[&name(1)].state else {
+        panic!("a reason")
+    };
     assert!(detail.contains("3 times"), "{detail}");
     let new = model.new_run();
     model.tell(Command::Restart { agent: name(1), new }).expect("a person may try again");
@@ -181,7 +184,7 @@ fn when_time_is_up_a_checkpoint_comes_first_and_paused_time_does_not_count() {
     model.settle();
     assert_eq!(status(&model, 1), AgentStatus::TimedOut);
     let start = model.new_start();
-    model.tell(Command::Start { agent: name(1), start, asked: true }).expect("it can be brought back");
+    model.tell(Command::Start { agent: name(1), start, requested: true }).expect("it can be brought back");
     model.settle();
     assert_eq!(status(&model, 1), AgentStatus::Running);
 }
@@ -267,7 +270,7 @@ fn after_a_reboot_agents_return_by_policy_and_paused_ones_stay_paused() {
     model.recover();
     model.settle();
     for agent in [1, 2] {
-        assert_eq!(model.project.agents[&name(agent)].state, AgentState::Held(Held::Parked));
+        assert!(matches!(model.project.agents[&name(agent)].state, AgentState::Parked(_)));
     }
 }
 
@@ -297,7 +300,7 @@ fn downtime_is_no_time_of_an_agent() {
     model.world = World::default();
     model.pending.clear();
     model.clock += 8 * 3_600_000;
-    let observed = [(name(1), crate::command::Observed::Lost { detail: "gone".into() })].into();
+    let observed = [(name(1), crate::command::RecoveredRun::Lost { detail: "gone".into() })].into();
     let respawn = model.respawns(false);
     model.tell(Command::Recover { agents: observed, respawn, last_seen }).expect("recovery is not refused");
     model.settle();
@@ -368,11 +371,11 @@ fn an_imported_checkpoint_is_neither_what_agents_go_on_with_nor_a_saving() {
         model.settle();
     };
     make(&mut model);
-    let saved = model.project.counters.since;
+    let saved = model.project.counters.activity;
     model.imports = true;
     make(&mut model);
     assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 2));
-    assert_eq!(model.project.counters.since, saved);
+    assert_eq!(model.project.counters.activity, saved);
     assert!(model.project.checkpointing.is_none());
     model.imports = false;
     make(&mut model);

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use fermata_protocol::agent::{AgentSpec, ExitStatus, RunProcesses};
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Trigger};
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{AgentResumed, Mechanism, Rung};
+use fermata_protocol::pause::{AgentResumed, FreezerKind, ResumeMethod};
 use fermata_protocol::project::ProjectConfig;
 use fermata_protocol::supervision::{
     Dependency, DependencyState, OnStale, Readiness, ReadyWhen, Recover, Restart, RestartPolicy, Supervision,
@@ -14,13 +14,15 @@ use fermata_protocol::supervision::{
 use fermata_protocol::task::Phase;
 use fermata_protocol::{AgentName, Code, OperationId, ProjectName, Refusal, RunId, UnixMillis};
 
-use crate::agent::{AgentState, Held};
+use crate::agent::RunKey;
+use crate::automatic::UnchangedScan;
+use crate::automatic::{self};
 use crate::command::{
-    AfterEnd, AgentRun, Command, Effect, NewRun, Observed, Respawn, Rewound, Sealed, Start, StepReport,
+    AfterEnd, Command, NewRun, PauseCommit, PreparedStart, RecoveredRun, Respawn, RestoredProject, StepReport,
 };
-use crate::due::Due;
+use crate::deadlines::DueAction;
+use crate::effect::Effect;
 use crate::project::{PauseStep, Project, ProjectState};
-use crate::since::{self, Looked};
 use crate::{apply, decide, transition};
 
 /// How long a restore may fail before it is given up, milliseconds.
@@ -49,13 +51,13 @@ pub(super) struct Model {
     /// Plans of restores on disk.
     pub(super) plans: BTreeSet<OperationId>,
     /// Every run that was ever announced, in this order.
-    pub(super) announced: Vec<AgentRun>,
+    pub(super) announced: Vec<RunKey>,
     /// Every run that ever had processes.
     pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
-    /// What a daemon remembers of its looks.
-    pub(super) looked: Looked,
-    /// How often it looked.
-    pub(super) looks: u64,
+    /// What a daemon remembers of its scans.
+    pub(super) unchanged: UnchangedScan,
+    /// How often it scanned.
+    pub(super) scans: u64,
     /// Whether the workspace differs from the newest checkpoint.
     pub(super) dirty: bool,
     /// Whether checkpoints come from files.
@@ -91,8 +93,8 @@ impl Model {
             plans: BTreeSet::new(),
             announced: Vec::new(),
             launched: BTreeMap::new(),
-            looked: Looked::default(),
-            looks: 0,
+            unchanged: UnchangedScan::default(),
+            scans: 0,
             dirty: false,
             imports: false,
             begun: Vec::new(),
@@ -112,21 +114,21 @@ impl Model {
         NewRun { id: RunId::new(format!("run-{:x}", self.id())).expect("valid"), token_sha256: String::new() }
     }
 
-    pub(super) fn new_start(&mut self) -> Start {
-        Start { new: self.new_run(), argv: vec!["x".into()], session: None, checkpoint: None }
+    pub(super) fn new_start(&mut self) -> PreparedStart {
+        PreparedStart { new: self.new_run(), argv: vec!["x".into()], session: None, continuation: None }
     }
 
     /// The actor's rule: after every change, what is due is decided.
     pub(super) fn follow_up(&mut self) {
         for _ in 0..20 {
-            let due = crate::due::due(&self.project, UnixMillis(self.clock + 1));
-            if due.is_empty() && !self.look() {
+            let due = crate::deadlines::due_actions(&self.project, UnixMillis(self.clock + 1));
+            if due.is_empty() && !self.scan() {
                 return;
             }
             for due in due {
                 let command = match due {
-                    Due::Start(agent) => Command::Start { agent, start: self.new_start(), asked: false },
-                    due => Command::FallDue { due, operation: self.operation() },
+                    DueAction::Start(agent) => Command::Start { agent, start: self.new_start(), requested: false },
+                    due => Command::Due { action: due, operation: self.operation() },
                 };
                 self.tell(command).expect("what is due is not refused");
             }
@@ -135,13 +137,17 @@ impl Model {
     }
 
     /// Makes the checkpoint that is due by itself, unless nothing has changed; says whether it did.
-    fn look(&mut self) -> bool {
+    fn scan(&mut self) -> bool {
         let now = UnixMillis(self.clock + 1);
-        let Some(trigger) = since::due(&self.project, &self.looked, now) else { return false };
-        self.looks += 1;
-        if !self.dirty && !self.project.counters.since.has_changed() {
-            self.looked = Looked::at(&self.project, now);
-            assert_eq!(since::due(&self.project, &self.looked, now), None, "a look counts for the interval");
+        let Some(trigger) = automatic::due_trigger(&self.project, &self.unchanged, now) else { return false };
+        self.scans += 1;
+        if !self.dirty && !self.project.counters.activity.has_changed() {
+            self.unchanged = UnchangedScan::at(&self.project, now);
+            assert_eq!(
+                automatic::due_trigger(&self.project, &self.unchanged, now),
+                None,
+                "a look counts for the interval"
+            );
             return false;
         }
         let operation = self.operation();
@@ -178,7 +184,7 @@ impl Model {
             Event::AgentStarting { agent, run, .. } => self.announced.push((agent.clone(), run.clone())),
             Event::AgentReady { agent, run } => {
                 let found = &self.project.agents[agent];
-                let current = found.run.as_ref().filter(|current| current.id == *run && current.ended.is_none());
+                let current = found.run().filter(|current| current.id == *run && current.ended.is_none());
                 assert!(found.is_alive() && current.is_some(), "{run} of {agent} is told as ready: {found:?}");
             }
             _ => {}
@@ -199,10 +205,10 @@ impl Model {
     }
 
     pub(super) fn run_of(&self, agent: &AgentName) -> Option<RunId> {
-        self.project.agents.get(agent).and_then(|a| a.run.as_ref()).map(|run| run.id.clone())
+        self.project.agents.get(agent).and_then(|a| a.run()).map(|run| run.id.clone())
     }
 
-    pub(super) fn freeze(&mut self, runs: &[AgentRun], frozen: bool) {
+    pub(super) fn freeze(&mut self, runs: &[RunKey], frozen: bool) {
         for (_, run) in runs {
             if let Some(process) = self.world.alive.get_mut(run) {
                 process.frozen = frozen;
@@ -291,10 +297,10 @@ impl Model {
                 let agents = runs.into_iter().map(|(agent, _)| agent).collect();
                 let outcome = match (well, step) {
                     (false, _) => Err(refusal()),
-                    (true, PauseStep::Checkpoint) => Ok(StepReport::Sealed(Box::new(Sealed {
+                    (true, PauseStep::Checkpoint) => Ok(StepReport::Sealed(Box::new(PauseCommit {
                         checkpoint: self.view(self.project.counters.checkpoint, &operation),
                         flash_save: Default::default(),
-                        mechanism: Mechanism::Cgroup,
+                        mechanism: FreezerKind::Cgroup,
                         processes: 1,
                         frozen_ms: 1.0,
                         agents,
@@ -317,7 +323,7 @@ impl Model {
                 self.freeze(&runs.clone(), false);
                 self.tell(Command::Undone { operation }).expect("not refused");
             }
-            Effect::Hold { runs } => self.freeze_held(&runs),
+            Effect::CommitFreeze { runs } => self.freeze_held(&runs),
             Effect::Thaw { runs } => self.freeze(&runs, false),
             Effect::Park { runs } => {
                 for (agent, run) in runs {
@@ -336,14 +342,14 @@ impl Model {
                 for (agent, run) in thaw {
                     let there = self.world.alive.contains_key(&run);
                     self.freeze(&[(agent.clone(), run)], false);
-                    let rung = if there { Rung::Thawed } else { Rung::Failed };
-                    agents.push(AgentResumed { agent, rung, argv: None, detail: None });
+                    let method = if there { ResumeMethod::Thawed } else { ResumeMethod::Failed };
+                    agents.push(AgentResumed { agent, method, argv: None, detail: None });
                 }
                 for (agent, run) in respawn {
                     self.end_older_runs(&agent, &run);
                     self.launch(agent.clone(), run, well);
-                    let rung = if well { Rung::Respawned } else { Rung::Failed };
-                    agents.push(AgentResumed { agent, rung, argv: None, detail: None });
+                    let method = if well { ResumeMethod::Respawned } else { ResumeMethod::Failed };
+                    agents.push(AgentResumed { agent, method, argv: None, detail: None });
                 }
                 let command = Command::Resumed { operation, agents, steps_ms: BTreeMap::new(), warnings: Vec::new() };
                 self.tell(command).expect("not refused");
@@ -362,7 +368,7 @@ impl Model {
             Effect::ApplyRestore { operation, .. } => {
                 assert!(self.plans.contains(&operation), "a restore has lost its plan");
                 let command = if well {
-                    let rows = Some(Rewound { phase: Phase::Active, tasks: Vec::new() });
+                    let rows = Some(RestoredProject { phase: Phase::Active, tasks: Vec::new() });
                     Command::Restored { operation, rows, written: 1, removed: 0 }
                 } else {
                     Command::RestoreFailing { operation, error: refusal(), patience_ms: PATIENCE_MS }
@@ -372,14 +378,14 @@ impl Model {
             Effect::ForgetPlan { operation } => {
                 self.plans.remove(&operation);
             }
-            Effect::Forget { .. } | Effect::PauseForBudget {} | Effect::DiscardCheckpoints { .. } => {}
+            Effect::ForgetAgent { .. } | Effect::PauseForBudget {} | Effect::DiscardCheckpoints { .. } => {}
         }
     }
 
     /// A hold makes the freeze of what is still held permanent; late holds of a resumed agent do nothing.
-    pub(super) fn freeze_held(&mut self, runs: &[AgentRun]) {
+    pub(super) fn freeze_held(&mut self, runs: &[RunKey]) {
         for run in runs {
-            let held = self.project.agents.get(&run.0).is_some_and(|a| a.state == AgentState::Held(Held::Frozen));
+            let held = self.project.agents.get(&run.0).is_some_and(|a| a.is_frozen());
             if held && matches!(&*self.project.state, ProjectState::Paused(_)) {
                 self.freeze(std::slice::from_ref(run), true);
             }
@@ -388,7 +394,7 @@ impl Model {
 
     pub(super) fn recover(&mut self) {
         self.pending.clear();
-        self.looked = Looked::default();
+        self.unchanged = UnchangedScan::default();
         // The daemon's rule: what is left of older runs is ended before anything else.
         for (agent, runs) in self.launched.clone() {
             let current = self.run_of(&agent);
@@ -398,13 +404,13 @@ impl Model {
         }
         let mut observed = BTreeMap::new();
         for agent in self.project.alive_agents() {
-            let Some(run) = agent.run.as_ref() else { continue };
+            let Some(run) = agent.run() else { continue };
             let seen = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
-                (Some(_), _) => Observed::Alive(processes()),
+                (Some(_), _) => RecoveredRun::Alive(processes()),
                 (None, Some(code)) => {
-                    Observed::Ended { exit: ExitStatus::Code(*code), detail: None, at: UnixMillis(self.clock) }
+                    RecoveredRun::Ended { exit: ExitStatus::Code(*code), detail: None, at: UnixMillis(self.clock) }
                 }
-                (None, None) => Observed::Lost { detail: "gone".into() },
+                (None, None) => RecoveredRun::Lost { detail: "gone".into() },
             };
             observed.insert(agent.name.clone(), seen);
         }
@@ -456,7 +462,7 @@ pub(super) fn processes() -> RunProcesses {
         shim_pid: 9,
         shim_start_ticks: 1,
         boot_id: "b".into(),
-        mechanism: Mechanism::Cgroup,
+        mechanism: FreezerKind::Cgroup,
     }
 }
 

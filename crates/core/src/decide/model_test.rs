@@ -9,9 +9,10 @@ use fermata_protocol::{AgentName, Refusal, UnixMillis};
 use proptest::prelude::*;
 
 use super::model::*;
-use crate::agent::{AgentState, Held};
-use crate::command::{Command, Effect};
-use crate::project::{ProjectState, RestoreStage, Whole};
+use crate::agent::AgentState;
+use crate::command::Command;
+use crate::effect::Effect;
+use crate::project::{ProjectState, RestoreStage, StableState};
 
 /// What someone, or the world, does next.
 #[derive(Debug, Clone)]
@@ -118,7 +119,7 @@ impl Model {
             Move::Report(agent) => return self.report_progress(name(agent)),
             Move::BringBack(agent) => {
                 let start = self.new_start();
-                return self.tell(Command::Start { agent: name(agent), start, asked: true });
+                return self.tell(Command::Start { agent: name(agent), start, requested: true });
             }
             Move::Stop(agent) => return self.tell(Command::Stop { agent: agent.map(name), grace_ms: None }),
             Move::Kill(agent) => return self.tell(Command::Kill { agent: Some(name(agent)) }),
@@ -233,7 +234,7 @@ impl Model {
         }
         let (agent, run) = self.announced[usize::from(which) % self.announced.len()].clone();
         let before = self.project.clone();
-        let is_current = before.agents.get(&agent).is_some_and(|a| a.is_alive() && a.current_run() == Some(&run));
+        let is_current = before.agents.get(&agent).is_some_and(|a| a.is_alive() && a.current_run_id() == Some(&run));
         self.tell(Command::Ready { agent, run: Some(run.clone()) }).expect("an observation is not refused");
         assert!(is_current || before == self.project, "the late report of {run} changed the state");
     }
@@ -259,7 +260,7 @@ impl Model {
     }
 
     fn invariant_held_agents_stand_still(&self) {
-        if !self.project.is_held() {
+        if !self.project.stays_frozen() {
             return;
         }
         for (agent, run) in self.project.frozen_runs() {
@@ -299,7 +300,7 @@ impl Model {
     /// Whatever was given up, the next restore leads out of it.
     fn invariant_a_broken_project_is_mended_by_a_restore(&mut self) {
         let ProjectState::Broken(broken) = &*self.project.state else { return };
-        let was_paused = matches!(broken.before, Whole::Paused(_));
+        let was_paused = matches!(broken.before, StableState::Paused(_));
         let operation = self.operation();
         self.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("a later restore begins");
         self.settle();
@@ -318,27 +319,30 @@ impl Model {
     }
 
     fn invariant_what_is_saved_is_never_more_than_there_was(&self) {
-        let since = &self.project.counters.since;
-        assert!(since.saved.units <= since.tally.units && since.saved.changes <= since.tally.changes, "{since:?}");
-        assert!(since.checkpoint <= self.project.counters.checkpoint, "{since:?}");
+        let activity = &self.project.counters.activity;
+        assert!(
+            activity.saved.units <= activity.counters.units && activity.saved.changes <= activity.counters.changes,
+            "{activity:?}"
+        );
+        assert!(activity.checkpoint <= self.project.counters.checkpoint, "{activity:?}");
     }
 
     fn invariant_the_kernel_agrees_with_the_state(&self) {
         // No process of an older run is left behind.
         for run in self.world.alive.keys() {
-            let current = self.project.agents.values().any(|a| a.run.as_ref().is_some_and(|r| r.id == *run));
+            let current = self.project.agents.values().any(|a| a.run().is_some_and(|r| r.id == *run));
             assert!(current, "{run} is left behind");
         }
         for agent in self.project.agents.values() {
-            let process = agent.run.as_ref().and_then(|run| self.world.alive.get(&run.id));
+            let process = agent.run().and_then(|run| self.world.alive.get(&run.id));
             match &agent.state {
-                AgentState::Running => {
+                AgentState::Running(_) => {
                     assert!(process.is_some_and(|p| !p.frozen), "{} should run: {process:?}", agent.name);
                 }
-                AgentState::Held(Held::Frozen) => {
+                AgentState::Frozen(_) => {
                     assert!(process.is_some_and(|p| p.frozen), "{} should be frozen: {process:?}", agent.name);
                 }
-                AgentState::Starting | AgentState::Stopping(_) => panic!("{} is left between", agent.name),
+                AgentState::Starting(_) | AgentState::Stopping { .. } => panic!("{} is left between", agent.name),
                 _ => assert!(process.is_none(), "{} should have no process", agent.name),
             }
         }

@@ -1,27 +1,27 @@
-//! The pause: begins, goes from step to step, commits, or is undone.
+//! The pause: begins, goes from step to step, and is committed or undone.
 
 use fermata_protocol::event::Event;
 use fermata_protocol::operation::OperationKind;
 use fermata_protocol::pause::{PauseCause, PauseMode, PauseResult};
 use fermata_protocol::{AgentName, Code, ErrorObject, OperationId, Refusal, UnixMillis};
 
-use super::refuse_while_moving;
+use super::checks::{half_restored, refuse_during_operation};
 use crate::agent::AgentState;
-use crate::apply::parks;
-use crate::command::{Decision, Effect, Sealed, StepReport};
+use crate::command::{Decision, PauseCommit, StepReport};
 use crate::context::reduction_percentage;
-use crate::project::{Course, PauseRun, PauseStep, Project, ProjectState, Resting};
+use crate::effect::Effect;
+use crate::project::{Direction, PauseOperation, PauseStep, Project, ProjectState, Resting};
 
-/// The pause that is wanted.
-pub(super) struct Wanted {
+/// What a pause is requested with.
+pub(super) struct PauseRequest {
     pub(super) cause: PauseCause,
     pub(super) reason: Option<String>,
     pub(super) mode: PauseMode,
     pub(super) grace_ms: Option<u64>,
 }
 
-pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -> Result<Decision, Refusal> {
-    let Wanted { cause, reason, mode, grace_ms } = wanted;
+pub(super) fn begin(project: &Project, operation: OperationId, request: PauseRequest) -> Result<Decision, Refusal> {
+    let PauseRequest { cause, reason, mode, grace_ms } = request;
     if let ProjectState::Paused(paused) = &*project.state {
         return Err(Refusal::new(
             Code::AlreadyPaused,
@@ -30,30 +30,27 @@ pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -
         .hint(format!("fermatactl resume {}", project.name))
         .details(serde_json::json!({ "checkpoint_id": paused.checkpoint, "operation_id": paused.operation })));
     }
-    refuse_while_moving(project)?;
+    refuse_during_operation(project)?;
     if let ProjectState::Broken(broken) = &*project.state {
-        return Err(super::restore::broken(project, broken));
+        return Err(half_restored(project, broken));
     }
-    match &*project.state {
-        ProjectState::Resting(Resting::Active) if project.unfinished_agents().next().is_some() => {}
-        _ => {
-            return Err(Refusal::new(
-                Code::NothingToPause,
-                format!("project '{}' is {} and has no running agent", project.name, project.state.status()),
-            )
-            .hint(format!("to save its state: fermatactl checkpoint create {}", project.name)));
-        }
+    let is_active = *project.state == ProjectState::Resting(Resting::Active);
+    if !is_active || project.unfinished_agents().next().is_none() {
+        return Err(Refusal::new(
+            Code::NothingToPause,
+            format!("project '{}' is {} and has no running agent", project.name, project.state.status()),
+        )
+        .hint(format!("to save its state: fermatactl checkpoint create {}", project.name)));
     }
-    // Processes that appear behind the freeze would run on in a paused project, and so would those
-    // that have a grace to end in, which a shim does not freeze.
-    let moving = |agent: &&std::sync::Arc<crate::agent::Agent>| {
-        matches!(agent.state, AgentState::Starting | AgentState::Stopping(_))
-    };
-    if let Some(agent) = project.agents.values().find(moving) {
-        let doing = if agent.state == AgentState::Starting { "started" } else { "stopped" };
+    // Processes that appear after the freeze would run on in a paused project, and so would those of an agent that
+    // has a grace to end in, which a shim does not freeze.
+    let starting = |state: &AgentState| matches!(state, AgentState::Starting(_));
+    let stopping = |state: &AgentState| matches!(state, AgentState::Stopping { .. });
+    if let Some(agent) = project.agents.values().find(|agent| starting(&agent.state) || stopping(&agent.state)) {
+        let change = if starting(&agent.state) { "started" } else { "stopped" };
         return Err(Refusal::new(
             Code::OperationInProgress,
-            format!("agent '{}' of project '{}' is just being {doing}", agent.name, project.name),
+            format!("agent '{}' of project '{}' is being {change}", agent.name, project.name),
         )
         .hint("try again in a moment"));
     }
@@ -72,11 +69,15 @@ pub(super) fn begin(project: &Project, operation: OperationId, wanted: Wanted) -
     Ok(Decision::events(vec![event]).then(Effect::PauseStep { operation, step: PauseStep::Validate }))
 }
 
-/// Finds the pause with that id.
-fn run<'a>(project: &'a Project, operation: &OperationId) -> Option<&'a PauseRun> {
+fn in_progress<'a>(project: &'a Project, operation: &OperationId) -> Option<&'a PauseOperation> {
     match &*project.state {
-        ProjectState::Pausing(run) if run.operation == *operation => Some(run),
-        _ => None,
+        ProjectState::Pausing(pause) if pause.operation == *operation => Some(pause),
+        ProjectState::Pausing(_)
+        | ProjectState::Resting(_)
+        | ProjectState::Paused(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_)
+        | ProjectState::Broken(_) => None,
     }
 }
 
@@ -88,13 +89,13 @@ pub(super) fn stepped(
     outcome: Result<StepReport, ErrorObject>,
     now: UnixMillis,
 ) -> Decision {
-    let Some(run) = run(project, &operation) else { return Decision::default() };
-    if run.step != step || run.course != Course::Forward {
+    let Some(pause) = in_progress(project, &operation) else { return Decision::default() };
+    if pause.step != step || pause.direction != Direction::Forward {
         return Decision::default();
     }
     match (outcome, step.next()) {
-        (Err(error), _) => undo(project, run, error),
-        (Ok(StepReport::Sealed(sealed)), None) => commit(project, run, *sealed, took_ms, now),
+        (Err(error), _) => undo(project, pause, error),
+        (Ok(StepReport::Sealed(sealed)), None) => commit(project, pause, *sealed, took_ms, now),
         (Ok(_), Some(next)) => {
             let event = Event::OperationStepped {
                 operation: operation.clone(),
@@ -106,19 +107,19 @@ pub(super) fn stepped(
         }
         (Ok(StepReport::Done), None) => {
             let error = Refusal::new(Code::InternalError, "the last step of the pause brought no checkpoint");
-            undo(project, run, error.into())
+            undo(project, pause, error.into())
         }
     }
 }
 
-fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: UnixMillis) -> Decision {
-    let mut steps_ms = run.steps_ms.clone();
+fn commit(project: &Project, pause: &PauseOperation, sealed: PauseCommit, took_ms: f64, now: UnixMillis) -> Decision {
+    let mut steps_ms = pause.steps_ms.clone();
     steps_ms.insert(PauseStep::Checkpoint.as_str().into(), took_ms);
     let saved = sealed.flash_save;
     let result = PauseResult {
         success: true,
-        operation_id: run.operation.clone(),
-        checkpoint_id: run.checkpoint,
+        operation_id: pause.operation.clone(),
+        checkpoint_id: pause.checkpoint,
         tokens_before: saved.tokens_before,
         tokens_after: saved.tokens_after,
         reduction_percentage: reduction_percentage(saved.tokens_before, saved.tokens_after),
@@ -126,8 +127,8 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
         hot_items_retained: saved.hot_items_retained,
         warm_items_retained: saved.warm_items_retained,
         paused_at: now,
-        mode: run.mode,
-        cause: run.cause,
+        mode: pause.mode,
+        cause: pause.cause,
         mechanism: sealed.mechanism,
         processes: sealed.processes,
         frozen_ms: sealed.frozen_ms,
@@ -140,11 +141,11 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
         .filter(|(name, session)| project.agents.get(name).is_some_and(|agent| agent.session.as_ref() != Some(session)))
         .map(|(agent, session)| Event::AgentSessionFound { agent, session });
     let mut events: Vec<Event> = sessions.collect();
-    // An agent that has ended, or that somebody stops meanwhile, is not held: the stop stands.
+    // An agent that has ended meanwhile, or is being stopped, is not paused.
     let agents: Vec<AgentName> = sealed
         .agents
         .into_iter()
-        .filter(|name| project.agents.get(name).is_some_and(|agent| agent.state == AgentState::Running))
+        .filter(|name| project.agents.get(name).is_some_and(|agent| agent.is_running()))
         .collect();
     events.push(Event::ProjectPaused {
         checkpoint: sealed.checkpoint,
@@ -153,35 +154,35 @@ fn commit(project: &Project, run: &PauseRun, sealed: Sealed, took_ms: f64, now: 
         agents: agents.clone(),
     });
     let runs = project.runs(agents.iter().filter_map(|name| project.agents.get(name)));
-    let decision = Decision::events(events).then(Effect::Hold { runs: runs.clone() });
-    if parks(run.mode) { decision.then(Effect::Park { runs }) } else { decision }
+    let decision = Decision::events(events).then(Effect::CommitFreeze { runs: runs.clone() });
+    if pause.mode.ends_processes() { decision.then(Effect::Park { runs }) } else { decision }
 }
 
-pub(super) fn undo(project: &Project, run: &PauseRun, error: ErrorObject) -> Decision {
-    let event = Event::OperationUndoing { operation: run.operation.clone(), step: run.step.as_str().into(), error };
-    Decision::events(vec![event]).then(undo_effect(project, run))
+pub(super) fn undo(project: &Project, pause: &PauseOperation, error: ErrorObject) -> Decision {
+    let event = Event::OperationUndoing { operation: pause.operation.clone(), step: pause.step.as_str().into(), error };
+    Decision::events(vec![event]).then(undo_effect(project, pause))
 }
 
-/// The undo of a pause; recovery asks for it too.
-pub(super) fn undo_effect(project: &Project, run: &PauseRun) -> Effect {
+/// The undo of a pause; recovery requests it too.
+pub(super) fn undo_effect(project: &Project, pause: &PauseOperation) -> Effect {
     Effect::Undo {
-        operation: run.operation.clone(),
-        checkpoint: run.checkpoint,
+        operation: pause.operation.clone(),
+        checkpoint: pause.checkpoint,
         runs: project.runs(project.alive_agents()),
     }
 }
 
 pub(super) fn undone(project: &Project, operation: OperationId) -> Decision {
-    if let Some(run) = run(project, &operation)
-        && let Course::Undoing(error) = &run.course
+    if let Some(pause) = in_progress(project, &operation)
+        && let Direction::Undoing(error) = &pause.direction
     {
         return Decision::events(vec![Event::PauseFailed { operation, error: error.clone() }]);
     }
     match &project.checkpointing {
-        Some(run) if run.operation == operation => {
+        Some(making) if making.operation == operation => {
             let error = Refusal::new(
                 Code::CheckpointFailed,
-                format!("the daemon ended while it made checkpoint {}", run.checkpoint),
+                format!("the daemon exited while it was making checkpoint {}", making.checkpoint),
             );
             Decision::events(vec![Event::CheckpointFailed { operation, error: error.into() }])
         }
@@ -190,28 +191,28 @@ pub(super) fn undone(project: &Project, operation: OperationId) -> Decision {
 }
 
 pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decision, Refusal> {
-    if let Some(run) = run(project, &operation) {
-        return match run.course {
-            // It is on its way back already.
-            Course::Undoing(_) => Ok(Decision::default()),
-            Course::Forward => {
+    if let Some(pause) = in_progress(project, &operation) {
+        return match pause.direction {
+            // It is being undone already.
+            Direction::Undoing(_) => Ok(Decision::default()),
+            Direction::Forward => {
                 let error = Refusal::new(
                     Code::OperationCancelled,
                     format!("the pause of project '{}' was cancelled", project.name),
                 );
-                Ok(undo(project, run, error.into()))
+                Ok(undo(project, pause, error.into()))
             }
         };
     }
-    if let Some(run) = project.checkpointing.as_ref().filter(|run| run.operation == operation) {
-        let runs = if project.is_held() { Vec::new() } else { project.runs(project.alive_agents()) };
+    if let Some(making) = project.checkpointing.as_ref().filter(|making| making.operation == operation) {
+        let runs = if project.stays_frozen() { Vec::new() } else { project.runs(project.alive_agents()) };
         let error = Refusal::new(
             Code::OperationCancelled,
-            format!("checkpoint {} of project '{}' was cancelled", run.checkpoint, project.name),
+            format!("checkpoint {} of project '{}' was cancelled", making.checkpoint, project.name),
         );
-        // Told first: a step that has just succeeded reports in vain, and what it made is discarded.
+        // The event comes first: the report of a step that has just succeeded is ignored then, and its checkpoint discarded.
         let failed = Event::CheckpointFailed { operation: operation.clone(), error: error.into() };
-        let undo = Effect::Undo { operation, checkpoint: run.checkpoint, runs };
+        let undo = Effect::Undo { operation, checkpoint: making.checkpoint, runs };
         return Ok(Decision::events(vec![failed]).then(undo));
     }
     if project.operation() == Some(&operation) {
@@ -220,5 +221,5 @@ pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decisi
             format!("operation {operation} can no longer be cancelled: it only goes forward"),
         ));
     }
-    Err(Refusal::new(Code::OperationNotFound, format!("operation {operation} is not under way")))
+    Err(Refusal::new(Code::OperationNotFound, format!("operation {operation} is not in progress")))
 }

@@ -1,7 +1,7 @@
-//! Recovery: the daemon has started and compares what the store says with what the kernel shows.
+//! Recovery: a new daemon compares the stored state with what it has found of the runs.
 //!
-//! A pause or checkpoint that was under way is undone; a resume and a planned restore are rolled
-//! forward; a committed pause is made true again.
+//! A pause or checkpoint in progress is undone; a resume and a planned restore are rolled forward; the freeze of a
+//! committed pause is committed again.
 
 use std::collections::BTreeMap;
 
@@ -9,16 +9,17 @@ use fermata_protocol::agent::StartCause;
 use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agents, lifecycle, pause, restore, resume};
-use crate::agent::{AfterStop, Agent, AgentState, Held};
-use crate::apply::parks;
-use crate::command::{Decision, Effect, Observed, Respawn};
-use crate::project::{Course, Project, ProjectState, RestoreStage};
-use crate::restart::End;
+use super::{agents, lifecycle, pause, restore, resume, start};
+use crate::agent::{AfterStop, Agent, AgentState};
+use crate::apply::apply;
+use crate::command::{Decision, RecoveredRun, Respawn};
+use crate::effect::Effect;
+use crate::project::{Direction, Project, ProjectState, RestoreStage};
+use crate::restart::RunOutcome;
 
 pub(super) fn recover(
     project: &Project,
-    observed: &BTreeMap<AgentName, Observed>,
+    recovered: &BTreeMap<AgentName, RecoveredRun>,
     mut respawn: BTreeMap<AgentName, Respawn>,
     last_seen: &BTreeMap<AgentName, UnixMillis>,
     now: UnixMillis,
@@ -27,37 +28,41 @@ pub(super) fn recover(
     let resuming = matches!(&*project.state, ProjectState::Resuming(_));
     let mut unstarted = Vec::new();
     for agent in project.alive_agents() {
-        let seen = observed.get(&agent.name);
-        let found = matches!(seen, Some(Observed::Alive(_) | Observed::Ended { .. }));
-        if resuming && agent.state == AgentState::Starting && !found {
-            // Announced by the resume, which goes on: it is announced again, with a new run.
+        let found = recovered.get(&agent.name);
+        let has_run = matches!(found, Some(RecoveredRun::Alive(_) | RecoveredRun::Ended { .. }));
+        if resuming && matches!(agent.state, AgentState::Starting(_)) && !has_run {
+            // The resume announced its start and is rolled forward: the start is announced again, with a new run.
             unstarted.push(agent.name.clone());
             continue;
         }
-        decision.events.extend(agent_events(project, agent, seen, last_seen.get(&agent.name).copied(), now));
-        let AgentState::Stopping(after) = agent.state else { continue };
-        match (seen, after) {
-            (Some(Observed::Alive(_)), _) => decision.effects.push(Effect::Stop {
+        decision.events.extend(agent_events(project, agent, found, last_seen.get(&agent.name).copied(), now));
+        let AgentState::Stopping { run, then } = &agent.state else { continue };
+        match (found, then) {
+            (Some(RecoveredRun::Alive(_)), _) => decision.effects.push(Effect::Stop {
                 agent: agent.name.clone(),
-                run: agents::run_id(agent),
+                run: run.id.clone(),
                 grace_ms: agent.spec.stop_grace_ms,
             }),
             (_, AfterStop::Restart) => {
                 if let Some(prepared) = respawn.remove(&agent.name) {
                     let name = agent.name.clone();
-                    let again = lifecycle::start_or_wait(project, name, &agent.spec, prepared.new, StartCause::Restart);
-                    decision.events.extend(again.events);
-                    decision.effects.extend(again.effects);
+                    decision.append(start::start_or_wait(
+                        project,
+                        name,
+                        &agent.spec,
+                        prepared.new,
+                        StartCause::Restart,
+                    ));
                 }
             }
-            // By policy, from the events above.
+            // The events above follow the restart policy.
             (_, AfterStop::Stay | AfterStop::GoesOn | AfterStop::TimedOut | AfterStop::NotReady) => {}
         }
     }
-    // What follows is decided on the state that these events lead to.
+    // The rest is decided on the state that these events lead to.
     let mut next = project.clone();
     for event in &decision.events {
-        crate::apply(&mut next, event, now);
+        apply(&mut next, event, now);
     }
     operation(&next, respawn, &unstarted, &mut decision);
     decision
@@ -66,15 +71,15 @@ pub(super) fn recover(
 fn agent_events(
     project: &Project,
     agent: &Agent,
-    observed: Option<&Observed>,
+    found: Option<&RecoveredRun>,
     last_seen: Option<UnixMillis>,
     now: UnixMillis,
 ) -> Vec<Event> {
-    let Some(run) = agent.run.as_ref() else { return Vec::new() };
+    let Some(run) = agent.state.current_run() else { return Vec::new() };
     let (agent_name, run_id) = (agent.name.clone(), run.id.clone());
     let parking = agents::ends_by_parking(project, agent);
-    match observed {
-        Some(Observed::Alive(processes)) => {
+    match found {
+        Some(RecoveredRun::Alive(processes)) => {
             let mut events = Vec::new();
             if run.processes.as_ref() != Some(processes) {
                 events.push(Event::AgentStarted {
@@ -86,10 +91,10 @@ fn agent_events(
             events.push(Event::AgentAdopted { agent: agent_name, run: run_id });
             events
         }
-        Some(Observed::Ended { .. } | Observed::Lost { .. }) if parking => {
+        Some(RecoveredRun::Ended { .. } | RecoveredRun::Lost { .. }) if parking => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Ended { exit, detail, at }) => {
+        Some(RecoveredRun::Ended { exit, detail, at }) => {
             let (exit, detail) = (*exit, detail.clone());
             let mut events = vec![Event::AgentExited {
                 agent: agent_name,
@@ -98,15 +103,14 @@ fn agent_events(
                 detail: detail.clone(),
                 ended_at: *at,
             }];
-            events.extend(agents::after_exit(agent, exit, detail, now));
+            events.extend(lifecycle::after_exit(agent, exit, detail, now));
             events
         }
-        // A held agent whose processes are gone with the machine is brought back by the resume,
-        // as a parked one.
-        Some(Observed::Lost { .. }) if agent.state == AgentState::Held(Held::Frozen) => {
+        // A frozen agent that went down with the machine is brought back by the resume, as a parked one.
+        Some(RecoveredRun::Lost { .. }) if agent.is_frozen() => {
             vec![Event::AgentParked { agent: agent_name, run: run_id }]
         }
-        Some(Observed::Lost { detail }) => interrupted(agent, run_id, detail.clone(), last_seen, now),
+        Some(RecoveredRun::Lost { detail }) => interrupted(agent, run_id, detail.clone(), last_seen, now),
         None => interrupted(agent, run_id, "nothing is left of its run".into(), last_seen, now),
     }
 }
@@ -118,7 +122,7 @@ fn interrupted(
     last_seen: Option<UnixMillis>,
     now: UnixMillis,
 ) -> Vec<Event> {
-    let again = lifecycle::after_end(agent, End::Interrupted, &detail, now);
+    let again = lifecycle::after_end(agent, RunOutcome::Interrupted, &detail, now);
     let mut events = vec![Event::AgentInterrupted { agent: agent.name.clone(), run, detail, last_seen }];
     events.extend(again);
     events
@@ -127,45 +131,48 @@ fn interrupted(
 fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &[AgentName], decision: &mut Decision) {
     let alive = || next.runs(next.alive_agents());
     match &*next.state {
-        ProjectState::Pausing(run) => {
-            if run.course == Course::Forward {
+        ProjectState::Pausing(pausing) => {
+            if pausing.direction == Direction::Forward {
                 let error = Refusal::new(
                     Code::PauseFailed,
-                    format!("the daemon ended during the step '{}' of the pause", run.step.as_str()),
+                    format!("the daemon exited during the step '{}' of the pause", pausing.step.as_str()),
                 );
                 decision.events.push(Event::OperationUndoing {
-                    operation: run.operation.clone(),
-                    step: run.step.as_str().into(),
+                    operation: pausing.operation.clone(),
+                    step: pausing.step.as_str().into(),
                     error: error.into(),
                 });
             }
-            decision.effects.push(pause::undo_effect(next, run));
+            decision.effects.push(pause::undo_effect(next, pausing));
         }
         ProjectState::Paused(paused) => {
             let frozen = next.frozen_runs();
             if !frozen.is_empty() {
-                decision.effects.push(Effect::Hold { runs: frozen.clone() });
-                if parks(paused.mode) {
+                decision.effects.push(Effect::CommitFreeze { runs: frozen.clone() });
+                if paused.mode.ends_processes() {
                     decision.effects.push(Effect::Park { runs: frozen });
                 }
             }
         }
-        ProjectState::Resuming(run) => {
-            let again = resume::Prepared { respawn, unstarted };
-            let effect = resume::bring_back(next, &run.operation, &run.paused, again, &mut decision.events);
+        ProjectState::Resuming(resuming) => {
+            let respawns = resume::Respawns { respawn, unstarted };
+            let effect =
+                resume::bring_back(next, &resuming.operation, &resuming.paused, respawns, &mut decision.events);
             decision.effects.push(effect);
         }
-        ProjectState::Restoring(run) => match run.stage {
+        ProjectState::Restoring(restoring) => match restoring.stage {
             RestoreStage::Preparing => {
                 let error = Refusal::new(
                     Code::RestoreFailed,
-                    "the daemon ended before the restore changed anything".to_owned(),
+                    "the daemon exited before the restore changed anything".to_owned(),
                 )
                 .hint("try again");
-                decision.events.push(Event::RestoreFailed { operation: run.operation.clone(), error: error.into() });
-                decision.effects.push(Effect::ForgetPlan { operation: run.operation.clone() });
+                decision
+                    .events
+                    .push(Event::RestoreFailed { operation: restoring.operation.clone(), error: error.into() });
+                decision.effects.push(Effect::ForgetPlan { operation: restoring.operation.clone() });
             }
-            RestoreStage::Applying => decision.effects.push(restore::apply_effect(run, 0)),
+            RestoreStage::Applying => decision.effects.push(restore::apply_effect(restoring, 0)),
         },
         ProjectState::Broken(_) => {
             let frozen = next.frozen_runs();
@@ -175,14 +182,14 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
         }
         ProjectState::Resting(_) => {}
     }
-    if let Some(run) = &next.checkpointing {
+    if let Some(making) = &next.checkpointing {
         decision.effects.push(Effect::Undo {
-            operation: run.operation.clone(),
-            checkpoint: run.checkpoint,
-            runs: if next.is_held() { Vec::new() } else { alive() },
+            operation: making.operation.clone(),
+            checkpoint: making.checkpoint,
+            runs: if next.stays_frozen() { Vec::new() } else { alive() },
         });
     } else if let ProjectState::Resting(_) = &*next.state {
-        // A blip that nobody concluded must not outlive the daemon that made it.
+        // The freeze of a checkpoint beside running agents must not outlive the daemon that made it.
         let runs = alive();
         if !runs.is_empty() {
             decision.effects.push(Effect::Thaw { runs });

@@ -1,4 +1,4 @@
-//! What agents report and people answer: progress, usage, tasks, questions, context.
+//! Reports of agents and answers of people: progress, usage, tasks, questions, context.
 
 use fermata_protocol::agent::Progress;
 use fermata_protocol::budget::Usage;
@@ -9,9 +9,12 @@ use fermata_protocol::task::Phase;
 use fermata_protocol::task::{TaskStatus, TaskView};
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 
-use super::{agent, phase_change};
+use super::checks::{agent, refuse_during_operation};
+use super::project::phase_change;
+use crate::apply::apply;
 use crate::budget;
-use crate::command::{Decision, Effect};
+use crate::command::Decision;
+use crate::effect::Effect;
 use crate::project::Project;
 
 /// The longest title of a task, text of a question or of a progress report, in bytes.
@@ -35,7 +38,7 @@ fn check_percent(percent: Option<f64>) -> Result<(), Refusal> {
         Some(p) if !(0.0..=100.0).contains(&p) => {
             Err(Refusal::new(Code::InvalidParams, format!("percent is {p}, outside 0 to 100")))
         }
-        _ => Ok(()),
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -51,11 +54,11 @@ pub(super) fn progress(
         check_text("message", message)?;
     }
     let progress = match (&found.progress, &progress) {
-        // A heartbeat: what was reported before stands.
+        // A heartbeat: the last report remains.
         (Some(before), Progress { percent: None, message: None, units_done: None, reported_at }) => {
             Progress { reported_at: *reported_at, ..before.clone() }
         }
-        // Units are counted on from the last count, which must not be lost by a report without one.
+        // A report without units keeps the last count, from which later reports are counted.
         (Some(before), _) => Progress { units_done: progress.units_done.or(before.units_done), ..progress },
         (None, _) => progress,
     };
@@ -68,11 +71,11 @@ pub(super) fn usage(project: &Project, name: AgentName, usage: Usage) -> Result<
     agent(project, &name)?;
     let event = Event::AgentUsed { agent: name, usage };
     let mut after = project.clone();
-    // The time of a report of usage is in no rule.
-    crate::apply(&mut after, &event, UnixMillis(0));
-    let due = budget::asks_for_pause(project, &after);
+    // No budget depends on the time of the report.
+    apply(&mut after, &event, UnixMillis(0));
+    let pauses = budget::calls_for_pause(project, &after);
     let decision = Decision::events(vec![event]);
-    Ok(if due { decision.then(Effect::PauseForBudget {}) } else { decision })
+    Ok(if pauses { decision.then(Effect::PauseForBudget {}) } else { decision })
 }
 
 pub(super) fn save_state(project: &Project, name: AgentName, bytes: u64) -> Result<Decision, Refusal> {
@@ -80,7 +83,7 @@ pub(super) fn save_state(project: &Project, name: AgentName, bytes: u64) -> Resu
     Ok(Decision::events(vec![Event::AgentStateSaved { agent: name, bytes }]))
 }
 
-/// What of a task is new or changes.
+/// The members of a task to set.
 pub(super) struct TaskChange {
     pub(super) agent: Option<AgentName>,
     pub(super) id: Option<u64>,
@@ -137,7 +140,7 @@ fn check_task_transition(task: &TaskView, to: TaskStatus) -> Result<TaskStatus, 
         (from, to) if from == to => true,
         (Pending | InProgress | WaitingForInput | Failed, _) => true,
         (Completed | Cancelled, Pending | InProgress) => true,
-        (Completed | Cancelled, _) => false,
+        (Completed | Cancelled, Failed | WaitingForInput | Completed | Cancelled) => false,
     };
     if allowed {
         return Ok(to);
@@ -207,7 +210,7 @@ pub(super) fn add_context(project: &Project, name: AgentName, items: u64, tokens
 }
 
 pub(super) fn flash_save(project: &Project, results: Vec<(AgentName, FlashSaveResult)>) -> Result<Decision, Refusal> {
-    super::refuse_while_moving(project)?;
+    refuse_during_operation(project)?;
     let events = results.into_iter().map(|(agent, result)| Event::FlashSaved { agent, result });
     Ok(Decision::events(events.collect()))
 }

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use fermata_protocol::agent::StartCause;
 use fermata_protocol::event::Event;
-use fermata_protocol::pause::{AgentResumed, ResumeResult, Rung};
+use fermata_protocol::pause::{AgentResumed, ResumeMethod, ResumeResult};
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, UnixMillis};
 
-use super::refuse_while_moving;
-use crate::agent::{Agent, AgentState, Held};
-use crate::apply::parks;
+use super::checks::{half_restored, refuse_during_operation};
+use crate::agent::{Agent, AgentState, RunKey};
 use crate::budget::refuse_over_budget;
-use crate::command::{AgentRun, Decision, Effect, Respawn};
-use crate::project::{Paused, Project, ProjectState, ResumeRun};
+use crate::command::{Decision, Respawn};
+use crate::effect::Effect;
+use crate::project::{Paused, Project, ProjectState, ResumeOperation};
 
 pub(super) fn begin(
     project: &Project,
@@ -21,26 +21,23 @@ pub(super) fn begin(
     over_budget: bool,
 ) -> Result<Decision, Refusal> {
     let ProjectState::Paused(paused) = &*project.state else {
-        refuse_while_moving(project)?;
+        refuse_during_operation(project)?;
         if let ProjectState::Broken(broken) = &*project.state {
-            return Err(super::restore::broken(project, broken));
+            return Err(half_restored(project, broken));
         }
         return Err(Refusal::new(
             Code::NotPaused,
             format!("project '{}' is {}, not paused", project.name, project.state.status()),
         ));
     };
-    // A checkpoint beside it reads the workspace, which the agents are about to change.
-    refuse_while_moving(project)?;
+    // A checkpoint in progress reads the workspace, which the agents would change.
+    refuse_during_operation(project)?;
     if !over_budget {
         refuse_over_budget(project)?;
     }
-    // Prepared from an earlier look at the project: an agent may have been parked since.
-    let unprepared = |agent: &Agent| match agent.state {
-        AgentState::Held(held) => !respawn.contains_key(&agent.name) && (held == Held::Parked || parks(paused.mode)),
-        _ => false,
-    };
-    if let Some(agent) = project.agents.values().find(|agent| unprepared(agent)) {
+    // The caller has prepared the respawns from an earlier state: an agent may have been parked since.
+    let unprepared = |agent: &Agent| !respawn.contains_key(&agent.name) && !may_thaw(agent, paused);
+    if let Some(agent) = project.agents.values().find(|agent| agent.is_paused() && unprepared(agent)) {
         return Err(Refusal::new(
             Code::OperationInProgress,
             format!("agent '{}' of project '{}' has just been parked", agent.name, project.name),
@@ -48,36 +45,39 @@ pub(super) fn begin(
         .hint("try again"));
     }
     let mut events = vec![Event::ResumeStarted { operation: operation.clone(), over_budget }];
-    let effect = bring_back(project, &operation, paused, Prepared { respawn, unstarted: &[] }, &mut events);
+    let effect = bring_back(project, &operation, paused, Respawns { respawn, unstarted: &[] }, &mut events);
     Ok(Decision::events(events).then(effect))
 }
 
-/// What a resume has at hand.
-pub(super) struct Prepared<'a> {
-    /// A new run for each agent, should it be needed.
+/// A frozen agent whose project is being parked is about to lose its processes.
+fn may_thaw(agent: &Agent, paused: &Paused) -> bool {
+    agent.is_frozen() && !paused.mode.ends_processes()
+}
+
+/// The new runs that a resume may use.
+pub(super) struct Respawns<'a> {
+    /// For each agent that may have to be started again.
     pub(super) respawn: BTreeMap<AgentName, Respawn>,
-    /// Agents that an interrupted resume announced and did not start.
+    /// Agents whose start an interrupted resume announced and did not carry out.
     pub(super) unstarted: &'a [AgentName],
 }
 
-/// Chooses the rung of each held agent and announces the new runs.
+/// Chooses the resume method of each paused agent and announces the new runs.
 pub(super) fn bring_back(
     project: &Project,
     operation: &OperationId,
     paused: &Paused,
-    mut prepared: Prepared<'_>,
+    mut respawns: Respawns<'_>,
     events: &mut Vec<Event>,
 ) -> Effect {
     let mut thaw = Vec::new();
-    let mut start: Vec<AgentRun> = Vec::new();
+    let mut start: Vec<RunKey> = Vec::new();
     for agent in project.agents.values() {
-        let held = match agent.state {
-            AgentState::Held(held) => held,
-            _ if prepared.unstarted.contains(&agent.name) => Held::Parked,
-            _ => continue,
-        };
-        match prepared.respawn.remove(&agent.name) {
-            Some(again) if must_respawn(agent, held, paused, &again) => {
+        if !agent.is_paused() && !respawns.unstarted.contains(&agent.name) {
+            continue;
+        }
+        match respawns.respawn.remove(&agent.name) {
+            Some(again) if must_respawn(agent, paused, &again) => {
                 if let Some(session) = again.session.filter(|s| agent.session.as_ref() != Some(s)) {
                     events.push(Event::AgentSessionFound { agent: agent.name.clone(), session });
                 }
@@ -101,16 +101,20 @@ pub(super) fn bring_back(
     }
 }
 
-fn must_respawn(agent: &Agent, held: Held, paused: &Paused, again: &Respawn) -> bool {
-    let gone = agent.run.as_ref().is_none_or(|run| run.processes.is_none());
-    // Parking may still be under way: its processes are about to end.
-    held == Held::Parked || parks(paused.mode) || paused.restored.is_some() || again.instead_of_thaw.is_some() || gone
+fn must_respawn(agent: &Agent, paused: &Paused, again: &Respawn) -> bool {
+    let AgentState::Frozen(run) = &agent.state else { return true };
+    !may_thaw(agent, paused) || paused.restored.is_some() || again.instead_of_thaw.is_some() || run.processes.is_none()
 }
 
-fn run<'a>(project: &'a Project, operation: &OperationId) -> Option<&'a ResumeRun> {
+fn in_progress<'a>(project: &'a Project, operation: &OperationId) -> Option<&'a ResumeOperation> {
     match &*project.state {
-        ProjectState::Resuming(run) if run.operation == *operation => Some(run),
-        _ => None,
+        ProjectState::Resuming(resume) if resume.operation == *operation => Some(resume),
+        ProjectState::Resuming(_)
+        | ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Paused(_)
+        | ProjectState::Restoring(_)
+        | ProjectState::Broken(_) => None,
     }
 }
 
@@ -122,13 +126,13 @@ pub(super) fn done(
     warnings: Vec<String>,
     now: UnixMillis,
 ) -> Decision {
-    let Some(run) = run(project, &operation) else { return Decision::default() };
+    let Some(resume) = in_progress(project, &operation) else { return Decision::default() };
     let result = ResumeResult {
-        success: agents.iter().all(|agent| agent.rung != Rung::Failed),
+        success: agents.iter().all(|agent| agent.method != ResumeMethod::Failed),
         operation_id: operation,
         agents,
-        restored: run.paused.restored,
-        paused_ms: now.since(run.paused.since),
+        restored: resume.paused.restored,
+        paused_ms: now.since(resume.paused.since),
         steps_ms,
         warnings,
     };
