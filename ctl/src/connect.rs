@@ -1,15 +1,15 @@
 //! Finds the daemon's socket and connects to it.
 //!
-//! Which sockets are tried, in this order:
+//! Sockets are tried in this order:
 //!
 //! ```text
 //! --socket / FERMATA_SOCKET             only that one
 //! --runtime-dir / FERMATA_RUNTIME_DIR   only DIR/fermata.sock
 //! root                                  /run/fermata/fermata.sock
-//! others                                the user's own, then /run/fermata/fermata.sock
+//! other users                           that of the user, then /run/fermata/fermata.sock
 //! ```
 //!
-//! The user's own is `$XDG_RUNTIME_DIR/fermata/fermata.sock`, and without that directory
+//! That of the user is `$XDG_RUNTIME_DIR/fermata/fermata.sock`, and without that directory
 //! `${XDG_STATE_HOME:-~/.local/state}/fermata/run/fermata.sock`. A daemon that this command starts
 //! ([`crate::autostart`]) listens on the first of them.
 
@@ -20,37 +20,35 @@ use std::time::Duration;
 
 use fermata_protocol::client::{Client, ClientError};
 
-use crate::cli::Globals;
-use crate::errors::{Exit, Failure};
+use crate::cli::global_options::GlobalOptions;
+use crate::errors::{CommandError, Exit};
+use crate::paths::absolute;
 
-/// The socket of the system's daemon.
 const SYSTEM_SOCKET: &str = "/run/fermata/fermata.sock";
 
-/// The state directory of the system's daemon.
 const SYSTEM_STATE_DIR: &str = "/var/lib/fermata";
 
 /// The longest path of a socket, in bytes: `sun_path` has 108 with its terminator.
 const MAX_SOCKET_PATH: usize = 107;
 
-/// How long a daemon may take to say hello.
-const GREETING_TIME: Duration = Duration::from_secs(10);
+/// How long a daemon may take to greet.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// What of the surroundings decides where the daemon is; a value, so that tests can make one.
-pub struct Surroundings<'a> {
-    /// Whether the caller is root.
+/// What determines the socket and state directory, apart from options; a value, so that tests can construct it.
+pub struct CallerEnvironment<'a> {
+    /// Whether the effective user is root.
     pub root: bool,
     /// Reads an environment variable.
     pub variable: &'a dyn Fn(&str) -> Option<OsString>,
 }
 
-/// Reads a variable of this process.
 pub fn process_variable(name: &str) -> Option<OsString> {
     std::env::var_os(name)
 }
 
-impl Surroundings<'_> {
+impl CallerEnvironment<'_> {
     fn directory(&self, name: &str) -> Option<PathBuf> {
-        // The XDG specification tells programs to ignore relative paths.
+        // The XDG specification demands that relative paths are ignored.
         (self.variable)(name).map(PathBuf::from).filter(|dir| dir.is_absolute())
     }
 
@@ -66,30 +64,30 @@ impl Surroundings<'_> {
     }
 }
 
-/// Returns the sockets to try, the best first.
+/// Returns the sockets to try, in order.
 ///
 /// # Errors
-/// When there is neither a home nor a runtime directory, or a path is too long for a socket.
-pub fn sockets(globals: &Globals, around: &Surroundings) -> Result<Vec<PathBuf>, Failure> {
+/// When a path is too long for a socket.
+pub fn sockets(globals: &GlobalOptions, caller: &CallerEnvironment) -> Result<Vec<PathBuf>, CommandError> {
     let sockets = if let Some(socket) = &globals.socket {
         vec![socket.clone()]
     } else if let Some(dir) = &globals.runtime_dir {
         vec![dir.join("fermata.sock")]
-    } else if around.root {
+    } else if caller.root {
         vec![SYSTEM_SOCKET.into()]
     } else {
-        let own = around.user_runtime_dir().map(|d| d.join("fermata.sock"));
+        let own = caller.user_runtime_dir().map(|d| d.join("fermata.sock"));
         own.into_iter().chain([SYSTEM_SOCKET.into()]).collect()
     };
     let sockets = sockets.into_iter().map(absolute).collect::<Result<_, _>>()?;
     check_lengths(sockets)
 }
 
-fn check_lengths(sockets: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
+fn check_lengths(sockets: Vec<PathBuf>) -> Result<Vec<PathBuf>, CommandError> {
     for socket in &sockets {
         if socket.as_os_str().len() > MAX_SOCKET_PATH {
-            return Err(Failure::usage(format!(
-                "the socket path {} is longer than {MAX_SOCKET_PATH} bytes, which the kernel does not take",
+            return Err(CommandError::usage(format!(
+                "the socket path {} is longer than {MAX_SOCKET_PATH} bytes, the limit of the kernel",
                 socket.display()
             ))
             .hint("choose a shorter directory with --runtime-dir or FERMATA_RUNTIME_DIR"));
@@ -98,51 +96,46 @@ fn check_lengths(sockets: Vec<PathBuf>) -> Result<Vec<PathBuf>, Failure> {
     Ok(sockets)
 }
 
-/// Returns the state directory that a daemon started from here uses.
+/// Returns the state directory of a daemon that this command starts.
 ///
 /// # Errors
-/// When nothing says where the home directory is.
-pub fn state_dir(globals: &Globals, around: &Surroundings) -> Result<PathBuf, Failure> {
+/// When the home directory is not known.
+pub fn state_dir(globals: &GlobalOptions, caller: &CallerEnvironment) -> Result<PathBuf, CommandError> {
     if let Some(dir) = globals.state_dir.clone() {
         return absolute(dir);
     }
-    if around.root {
+    if caller.root {
         return Ok(SYSTEM_STATE_DIR.into());
     }
-    match around.state_home() {
+    match caller.state_home() {
         Some(home) => Ok(home.join("fermata")),
-        None => Err(Failure::usage("HOME is not set, so there is no place for the state")
+        None => Err(CommandError::usage("HOME is not set, so there is no default state directory")
             .hint("give --state-dir, or set FERMATA_STATE_DIR or HOME")),
     }
 }
 
-/// Makes a path absolute without looking at the file system.
-pub fn absolute(path: PathBuf) -> Result<PathBuf, Failure> {
-    std::path::absolute(&path).map_err(|e| Failure::io(format!("resolve {}", path.display()), &e))
-}
-
-/// Connects to one socket; the greeting goes with the first call.
+/// Connects to one socket; the greeting is sent with the first call.
 ///
 /// # Errors
-/// When nobody listens.
+/// When nothing listens on the socket.
 pub fn connect(socket: &Path, token: Option<String>) -> Result<Client, ClientError> {
     let mut client = Client::connect_greeting(socket, concat!("fermatactl/", env!("CARGO_PKG_VERSION")), token)?;
-    client.set_read_timeout(Some(GREETING_TIME)).map_err(ClientError::Broken)?;
+    client.set_read_timeout(Some(GREETING_TIMEOUT)).map_err(ClientError::Broken)?;
     Ok(client)
 }
 
-/// Connects to one socket and greets.
+/// Connects to one socket and exchanges greetings.
 ///
 /// # Errors
-/// When nobody listens, or whoever listens does not greet in time.
+/// When nothing listens on the socket, or the daemon does not greet in time.
 pub fn greet(socket: &Path, token: Option<String>) -> Result<Client, ClientError> {
     let mut client = connect(socket, token)?;
     client.hello()?;
     Ok(client)
 }
 
-/// Says whether a connection failed because nobody listens, and not for another reason.
-pub fn nobody_listens(error: &ClientError) -> bool {
+/// Says whether a connection failed because nothing listens on the socket.
+pub fn is_no_listener(error: &ClientError) -> bool {
     matches!(
         error,
         ClientError::Unreachable { source, .. } if matches!(
@@ -152,33 +145,28 @@ pub fn nobody_listens(error: &ClientError) -> bool {
     )
 }
 
-/// Explains why no socket could be connected to, to a person or to an agent.
-pub fn explain(error: ClientError, agent: bool) -> Failure {
+/// Converts a connection error, with a hint that suits a person or an agent.
+pub fn explain(error: ClientError, agent: bool) -> CommandError {
     match error {
         ClientError::Unreachable { path, source } => {
             let hint = match source.kind() {
                 io::ErrorKind::PermissionDenied => {
-                    "you may not connect: join the group fermata, or run your own daemon \
-                     with FERMATA_RUNTIME_DIR"
+                    "permission denied: join the group fermata, or run your own daemon with FERMATA_RUNTIME_DIR"
                 }
                 _ if agent => {
-                    "the daemon of this agent is down; the agent goes on, and can report again \
-                     once it is back"
+                    "the daemon of this agent is down; the agent keeps running and can report once the daemon is back"
                 }
-                _ => {
-                    "start one with 'fermatad', or leave out --no-autostart; \
-                     fermatactl doctor says more"
-                }
+                _ => "start one with 'fermatad', or omit --no-autostart; run fermatactl doctor for details",
             };
-            Failure::from(ClientError::Unreachable { path, source }).hint(hint)
+            CommandError::from(ClientError::Unreachable { path, source }).hint(hint)
         }
         ClientError::Broken(source) if matches!(source.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut) => {
-            Failure::new(
+            CommandError::new(
                 Exit::Unreachable,
                 "unreachable",
-                format!("the daemon accepts connections but has not greeted for {} s", GREETING_TIME.as_secs()),
+                format!("the daemon accepts connections but has not answered for {} s", GREETING_TIMEOUT.as_secs()),
             )
-            .hint("look at its log, or at 'systemctl status fermata'")
+            .hint("see its log, or 'systemctl status fermatad'")
         }
         other => other.into(),
     }
@@ -188,51 +176,53 @@ pub fn explain(error: ClientError, agent: bool) -> Failure {
 mod tests {
     use super::*;
 
-    fn found(globals: &Globals, root: bool, variables: &[(&str, &str)]) -> Vec<String> {
+    fn socket_paths(globals: &GlobalOptions, root: bool, variables: &[(&str, &str)]) -> Vec<String> {
         let variable = |name: &str| {
             let pair = variables.iter().find(|(key, _)| *key == name);
             pair.map(|(_, value)| OsString::from(value))
         };
-        let around = Surroundings { root, variable: &variable };
-        let sockets = sockets(globals, &around).expect("sockets");
+        let caller = CallerEnvironment { root, variable: &variable };
+        let sockets = sockets(globals, &caller).expect("sockets");
         sockets.iter().map(|s| s.display().to_string()).collect()
     }
 
     #[test]
     fn a_given_socket_is_the_only_one() {
-        let globals = Globals { socket: Some("/a/s".into()), runtime_dir: Some("/b".into()), ..Globals::default() };
-        assert_eq!(found(&globals, true, &[]), ["/a/s"]);
+        let globals =
+            GlobalOptions { socket: Some("/a/s".into()), runtime_dir: Some("/b".into()), ..GlobalOptions::default() };
+        assert_eq!(socket_paths(&globals, true, &[]), ["/a/s"]);
     }
 
     #[test]
     fn a_given_runtime_dir_wins_for_root_too() {
-        let globals = Globals { runtime_dir: Some("/b".into()), ..Globals::default() };
-        assert_eq!(found(&globals, true, &[]), ["/b/fermata.sock"]);
-        assert_eq!(found(&Globals::default(), true, &[]), [SYSTEM_SOCKET]);
+        let globals = GlobalOptions { runtime_dir: Some("/b".into()), ..GlobalOptions::default() };
+        assert_eq!(socket_paths(&globals, true, &[]), ["/b/fermata.sock"]);
+        assert_eq!(socket_paths(&GlobalOptions::default(), true, &[]), [SYSTEM_SOCKET]);
     }
 
     #[test]
     fn users_prefer_their_own_daemon_to_the_systems() {
-        let globals = Globals::default();
+        let globals = GlobalOptions::default();
         assert_eq!(
-            found(&globals, false, &[("XDG_RUNTIME_DIR", "/run/user/7")]),
+            socket_paths(&globals, false, &[("XDG_RUNTIME_DIR", "/run/user/7")]),
             ["/run/user/7/fermata/fermata.sock", SYSTEM_SOCKET]
         );
         assert_eq!(
-            found(&globals, false, &[("HOME", "/home/x")]),
+            socket_paths(&globals, false, &[("HOME", "/home/x")]),
             ["/home/x/.local/state/fermata/run/fermata.sock", SYSTEM_SOCKET]
         );
         assert_eq!(
-            found(&globals, false, &[("XDG_RUNTIME_DIR", "relative"), ("XDG_STATE_HOME", "/s")]),
+            socket_paths(&globals, false, &[("XDG_RUNTIME_DIR", "relative"), ("XDG_STATE_HOME", "/s")]),
             ["/s/fermata/run/fermata.sock", SYSTEM_SOCKET]
         );
     }
 
     #[test]
     fn a_path_too_long_for_a_socket_is_refused_with_a_hint() {
-        let globals = Globals { runtime_dir: Some(format!("/{}", "x".repeat(120)).into()), ..Globals::default() };
-        let around = Surroundings { root: true, variable: &|_| None };
-        let failure = sockets(&globals, &around).expect_err("too long");
-        assert_eq!(failure.exit_number(), 2);
+        let globals =
+            GlobalOptions { runtime_dir: Some(format!("/{}", "x".repeat(120)).into()), ..GlobalOptions::default() };
+        let caller = CallerEnvironment { root: true, variable: &|_| None };
+        let error = sockets(&globals, &caller).expect_err("too long");
+        assert_eq!(error.exit_number(), 2);
     }
 }

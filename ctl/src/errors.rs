@@ -1,6 +1,6 @@
-//! What a command ends with when it does not succeed: an exit code, a stable code, a sentence, a hint.
+//! The error of a command: exit code, stable code, message, hint.
 //!
-//! Nothing here prints except [`Failure::print`], and that only on stderr.
+//! [`CommandError::print`] writes to stderr; nothing else here prints.
 
 use std::io::{self, Write as _};
 
@@ -8,25 +8,29 @@ use fermata_protocol::client::ClientError;
 use fermata_protocol::{Code, Refusal};
 use serde_json::{Value, json};
 
-/// The exit codes of the command line.
+use crate::terminal_text::clean;
+
+/// What a command returns: the exit code of the process.
+pub type CommandResult = Result<u8, CommandError>;
+
+/// The exit codes of failed commands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// Refused or failed.
+    /// 1: the daemon refused, or the command failed.
     Failed,
-    /// The command line makes no sense.
+    /// 2: the command line is invalid.
     Usage,
-    /// No such project, agent, checkpoint …
+    /// 3: no such project, agent, checkpoint …
     NotFound,
-    /// No daemon answers.
+    /// 4: no daemon answers.
     Unreachable,
-    /// A question is still open.
+    /// 5: a question is still open.
     WaitingForInput,
-    /// The time was over.
+    /// 6: the timeout expired.
     TimedOut,
 }
 
 impl Exit {
-    /// Returns the number that the process exits with.
     pub fn number(self) -> u8 {
         match self {
             Self::Failed => 1,
@@ -38,100 +42,103 @@ impl Exit {
         }
     }
 
-    /// Returns the exit code that goes with a refusal of the daemon.
+    /// Returns the exit code for a refusal of the daemon.
     pub fn of(code: Code) -> Self {
-        match code {
-            Code::TimedOut => Self::TimedOut,
-            code if code.as_str().ends_with("_not_found") => Self::NotFound,
-            _ => Self::Failed,
+        if code == Code::TimedOut {
+            Self::TimedOut
+        } else if code.as_str().ends_with("_not_found") {
+            Self::NotFound
+        } else {
+            Self::Failed
         }
     }
 }
 
 /// Why a command did not succeed.
 #[derive(Debug)]
-pub enum Failure {
-    /// Whoever read stdout wants no more; nothing is wrong and nothing is said.
-    ReaderGone,
-    /// Something to say.
-    Said(Box<Report>),
+pub enum CommandError {
+    /// The reader of stdout closed it early: not an error, and not reported.
+    OutputClosed,
+    /// An error to report.
+    Reported(Box<ErrorReport>),
 }
 
-/// What is said about a failure.
+/// What a user or program learns of an error.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Report {
-    /// What the process exits with.
+pub struct ErrorReport {
     pub exit: Exit,
     /// The daemon's stable code, or one of the command line's own.
     pub code: String,
-    /// One sentence.
+    /// One sentence, without a full stop.
     pub message: String,
-    /// What to type or do next.
+    /// What to type next, one command or sentence per line.
     pub hint: Option<String>,
-    /// Further fields for programs.
+    /// Further members of the JSON error object.
     pub details: Option<Value>,
 }
 
-impl Failure {
-    /// Makes a failure without a hint.
+impl CommandError {
     pub fn new(exit: Exit, code: &str, message: impl Into<String>) -> Self {
-        Self::Said(Box::new(Report { exit, code: code.into(), message: message.into(), hint: None, details: None }))
+        Self::Reported(Box::new(ErrorReport {
+            exit,
+            code: code.into(),
+            message: message.into(),
+            hint: None,
+            details: None,
+        }))
     }
 
-    /// Makes the failure of a command line that makes no sense.
+    /// The command line is invalid.
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, "usage", message)
     }
 
-    /// Makes the failure of something that was tried here, not in the daemon.
+    /// Something failed in this program, not in the daemon.
     pub fn local(message: impl Into<String>) -> Self {
         Self::new(Exit::Failed, "failed", message)
     }
 
-    /// Makes the failure of an operation on a file or on the system.
+    /// An operation on a file or on the system failed; `what` fits behind "failed to".
     pub fn io(what: impl std::fmt::Display, error: &io::Error) -> Self {
         Self::local(format!("failed to {what}: {error}"))
     }
 
-    /// Makes the failure of a time that was over.
+    /// A timeout expired.
     pub fn timed_out(message: impl Into<String>) -> Self {
         Self::new(Exit::TimedOut, Code::TimedOut.as_str(), message)
     }
 
-    /// Adds what to type or do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        if let Self::Said(report) = &mut self {
+        if let Self::Reported(report) = &mut self {
             report.hint = Some(hint.into());
         }
         self
     }
 
-    /// Adds further fields for programs.
+    /// Adds members for programs.
     #[must_use]
     pub fn with_details(mut self, details: Value) -> Self {
-        if let Self::Said(report) = &mut self {
+        if let Self::Reported(report) = &mut self {
             report.details = Some(details);
         }
         self
     }
 
-    /// Says whether the failure has this stable code.
     pub fn is(&self, code: Code) -> bool {
-        matches!(self, Self::Said(report) if report.code == code.as_str())
+        matches!(self, Self::Reported(report) if report.code == code.as_str())
     }
 
-    /// Returns the number that the process exits with.
     pub fn exit_number(&self) -> u8 {
         match self {
-            Self::ReaderGone => 0,
-            Self::Said(report) => report.exit.number(),
+            Self::OutputClosed => 0,
+            Self::Reported(report) => report.exit.number(),
         }
     }
 
-    /// Tells the failure on stderr, as one JSON line when `json`.
+    /// Writes the error to stderr, as one JSON line when `json` is set.
     pub fn print(&self, json: bool) {
-        let Self::Said(report) = self else { return };
+        let Self::Reported(report) = self else { return };
         let mut text = String::new();
         if json {
             let mut error = json!({ "code": report.code, "message": report.message });
@@ -144,24 +151,24 @@ impl Failure {
             text.push_str(&json!({ "error": error }).to_string());
             text.push('\n');
         } else {
-            text.push_str(&format!("error: {}\n", shown(&report.message)));
+            text.push_str(&format!("error: {}\n", clean_lines(&report.message)));
             for line in report.hint.iter().flat_map(|hint| hint.lines()) {
-                text.push_str(&format!("hint: {}\n", shown(line)));
+                text.push_str(&format!("hint: {}\n", clean_lines(line)));
             }
         }
-        // There is no third place to complain when stderr is closed.
+        // When stderr is closed as well there is nowhere to report that.
         let _ = io::stderr().write_all(text.as_bytes()).is_ok();
     }
 }
 
-/// Keeps line breaks (a log's tail has them) and takes the teeth out of everything else.
-fn shown(text: &str) -> String {
-    text.lines().map(crate::output::clean).collect::<Vec<_>>().join("\n")
+/// Makes each line safe to print; line breaks stay, since the tail of a log has them.
+fn clean_lines(text: &str) -> String {
+    text.lines().map(clean).collect::<Vec<_>>().join("\n")
 }
 
-impl From<Refusal> for Failure {
+impl From<Refusal> for CommandError {
     fn from(refusal: Refusal) -> Self {
-        Self::Said(Box::new(Report {
+        Self::Reported(Box::new(ErrorReport {
             exit: Exit::of(refusal.code),
             code: refusal.code.as_str().into(),
             message: refusal.message,
@@ -171,7 +178,7 @@ impl From<Refusal> for Failure {
     }
 }
 
-impl From<ClientError> for Failure {
+impl From<ClientError> for CommandError {
     fn from(error: ClientError) -> Self {
         match error {
             ClientError::Refused(refusal) => refusal.into(),
@@ -193,17 +200,21 @@ impl From<ClientError> for Failure {
                     None => error.to_string(),
                 },
             )
-            .hint("fermatactl doctor shows whether the daemon still runs"),
+            .hint("run fermatactl doctor to see whether the daemon still runs"),
             error @ ClientError::Garbled(_) => Self::new(Exit::Failed, "garbled_reply", error.to_string())
-                .hint("fermatactl version shows whether client and daemon fit together"),
+                .hint("run fermatactl version to compare the versions of client and daemon"),
         }
     }
 }
 
 /// The error of a write to stdout.
-impl From<io::Error> for Failure {
+impl From<io::Error> for CommandError {
     fn from(error: io::Error) -> Self {
-        if error.kind() == io::ErrorKind::BrokenPipe { Self::ReaderGone } else { Self::io("write the output", &error) }
+        if error.kind() == io::ErrorKind::BrokenPipe {
+            Self::OutputClosed
+        } else {
+            Self::io("write the output", &error)
+        }
     }
 }
 
@@ -228,21 +239,21 @@ mod tests {
 
     #[test]
     fn client_errors_map_to_unreachable_timed_out_or_failed() {
-        let failure = Failure::from(ClientError::Unreachable {
+        let error = CommandError::from(ClientError::Unreachable {
             path: "/x".into(),
             source: io::Error::from(io::ErrorKind::NotFound),
         });
-        assert_eq!(failure.exit_number(), 4);
+        assert_eq!(error.exit_number(), 4);
         let slow = ClientError::Broken(io::Error::from(io::ErrorKind::WouldBlock));
-        assert_eq!(Failure::from(slow).exit_number(), 6);
-        assert_eq!(Failure::from(ClientError::Closed).exit_number(), 4);
+        assert_eq!(CommandError::from(slow).exit_number(), 6);
+        assert_eq!(CommandError::from(ClientError::Closed).exit_number(), 4);
         let garbled = ClientError::Garbled("x".into());
-        assert_eq!(Failure::from(garbled).exit_number(), 1);
+        assert_eq!(CommandError::from(garbled).exit_number(), 1);
     }
 
     #[test]
-    fn a_reader_that_left_is_no_error() {
-        let failure = Failure::from(io::Error::from(io::ErrorKind::BrokenPipe));
-        assert_eq!(failure.exit_number(), 0);
+    fn a_closed_stdout_is_no_error() {
+        let error = CommandError::from(io::Error::from(io::ErrorKind::BrokenPipe));
+        assert_eq!(error.exit_number(), 0);
     }
 }

@@ -1,17 +1,17 @@
-//! Names of keys and the bytes that a terminal sends for them.
+//! Key names, the bytes that a terminal sends for them, and the detection of detach keys in input.
 
-/// Reads a list like `ctrl-p,ctrl-q` or `C-c,Enter` and returns the bytes of each key.
+/// Parses a list such as `ctrl-p,ctrl-q` or `C-c,Enter` and returns the bytes of each key.
 ///
 /// # Errors
-/// A fragment that names the key that is not known.
+/// A fragment that names the unknown key.
 pub fn parse(list: &str) -> Result<Vec<Vec<u8>>, String> {
     if list.is_empty() {
-        return Err("no key is named".into());
+        return Err("no key is given".into());
     }
     list.split(',').map(|name| key(name.trim())).collect()
 }
 
-/// The same as [`parse`], in one piece.
+/// Like [`parse`], with the keys concatenated.
 pub fn bytes(list: &str) -> Result<Vec<u8>, String> {
     parse(list).map(|keys| keys.concat())
 }
@@ -29,7 +29,7 @@ fn key(name: &str) -> Result<Vec<u8>, String> {
     }
     for prefix in ["alt-", "m-"] {
         if let Some(rest) = lower.strip_prefix(prefix) {
-            // The letter as it was typed: Alt with a capital one is another key.
+            // With its case: Alt with a capital letter is another key.
             let typed = &name[name.len() - rest.len()..];
             return key(typed).map(|bytes| [b"\x1b", &bytes[..]].concat());
         }
@@ -71,11 +71,11 @@ fn key(name: &str) -> Result<Vec<u8>, String> {
 
 fn unknown(name: &str) -> String {
     format!(
-        "'{name}' is no key; known are single characters, ctrl-x, alt-x, Enter, Tab, Escape, Space, Comma, Backspace, Delete, Insert, Up, Down, Left, Right, Home, End, PageUp, PageDown, F1 to F12"
+        "'{name}' is not a key; use a single character, ctrl-x, alt-x, Enter, Tab, Escape, Space, Comma, Backspace, Delete, Insert, Up, Down, Left, Right, Home, End, PageUp, PageDown, F1 to F12"
     )
 }
 
-/// The control key of ASCII: the upper five bits are gone.
+/// Returns the ASCII control character of a key: its lower five bits.
 fn control(name: &str) -> Option<u8> {
     match name.as_bytes() {
         [byte @ (b'a'..=b'z' | b'[' | b'\\' | b']' | b'^' | b'_' | b'@')] => Some(byte & 0x1f),
@@ -85,50 +85,49 @@ fn control(name: &str) -> Option<u8> {
     }
 }
 
-/// Looks for the keys that detach in what is typed.
+/// Finds the detach keys in terminal input.
 #[derive(Debug)]
-pub struct Watch {
+pub struct DetachScanner {
     keys: Vec<u8>,
     matched: usize,
 }
 
-/// What is to be typed, and whether to detach after it.
+/// Input to forward, and whether the detach keys followed it.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Scanned {
-    /// The bytes for the agent.
+pub struct ScannedKeys {
     pub typed: Vec<u8>,
-    /// Whether the keys were pressed.
     pub detached: bool,
 }
 
-impl Watch {
-    /// Looks for these bytes; never finds any when there are none.
+impl DetachScanner {
+    /// `keys` are the bytes of the detach keys; an empty list never matches.
     pub fn new(keys: Vec<u8>) -> Self {
         Self { keys, matched: 0 }
     }
 
-    /// Takes what was typed. The beginning of the keys is held back until it is clear that it is none.
-    pub fn scan(&mut self, bytes: &[u8]) -> Scanned {
+    /// Scans input. A prefix of the detach keys is withheld until it is clear that the rest does not follow.
+    pub fn scan(&mut self, bytes: &[u8]) -> ScannedKeys {
         let mut typed = Vec::with_capacity(bytes.len());
         for &byte in bytes {
             while self.matched > 0 && self.keys.get(self.matched) != Some(&byte) {
-                // Give up the shortest beginning after which the rest may still be the keys.
-                let held = &self.keys[..self.matched];
-                let given = (1..=held.len()).find(|&cut| self.keys.starts_with(&held[cut..])).unwrap_or(held.len());
-                typed.extend_from_slice(&held[..given]);
-                self.matched -= given;
+                // Release the shortest prefix after which the rest may still begin the detach keys.
+                let withheld = &self.keys[..self.matched];
+                let released =
+                    (1..=withheld.len()).find(|&cut| self.keys.starts_with(&withheld[cut..])).unwrap_or(withheld.len());
+                typed.extend_from_slice(&withheld[..released]);
+                self.matched -= released;
             }
             if self.keys.get(self.matched) == Some(&byte) {
                 self.matched += 1;
                 if self.matched == self.keys.len() {
                     self.matched = 0;
-                    return Scanned { typed, detached: true };
+                    return ScannedKeys { typed, detached: true };
                 }
             } else {
                 typed.push(byte);
             }
         }
-        Scanned { typed, detached: false }
+        ScannedKeys { typed, detached: false }
     }
 }
 
@@ -137,7 +136,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn keys_are_known_by_name() {
+    fn key_names_are_parsed() {
         assert_eq!(bytes("ctrl-p,ctrl-q").as_deref(), Ok(&[16, 17][..]));
         assert_eq!(bytes("ctrl-\\").as_deref(), Ok(&[0x1c][..]));
         assert_eq!(bytes("C-c, Enter").as_deref(), Ok(&b"\x03\r"[..]));
@@ -148,12 +147,15 @@ mod tests {
     }
 
     #[test]
-    fn the_keys_that_detach_are_found_across_reads_and_everything_else_is_typed() {
-        let mut watch = Watch::new(vec![16, 16, 17]);
-        assert_eq!(watch.scan(b"a\x10"), Scanned { typed: b"a".to_vec(), detached: false });
-        assert_eq!(watch.scan(b"b"), Scanned { typed: b"\x10b".to_vec(), detached: false });
-        assert_eq!(watch.scan(b"\x10\x10\x10"), Scanned { typed: b"\x10".to_vec(), detached: false });
-        assert_eq!(watch.scan(b"\x11rest"), Scanned { typed: Vec::new(), detached: true });
-        assert_eq!(Watch::new(Vec::new()).scan(b"abc"), Scanned { typed: b"abc".to_vec(), detached: false });
+    fn detach_keys_are_found_across_reads_and_all_other_input_is_forwarded() {
+        let mut scanner = DetachScanner::new(vec![16, 16, 17]);
+        assert_eq!(scanner.scan(b"a\x10"), ScannedKeys { typed: b"a".to_vec(), detached: false });
+        assert_eq!(scanner.scan(b"b"), ScannedKeys { typed: b"\x10b".to_vec(), detached: false });
+        assert_eq!(scanner.scan(b"\x10\x10\x10"), ScannedKeys { typed: b"\x10".to_vec(), detached: false });
+        assert_eq!(scanner.scan(b"\x11rest"), ScannedKeys { typed: Vec::new(), detached: true });
+        assert_eq!(
+            DetachScanner::new(Vec::new()).scan(b"abc"),
+            ScannedKeys { typed: b"abc".to_vec(), detached: false }
+        );
     }
 }

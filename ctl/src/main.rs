@@ -1,20 +1,22 @@
-//! fermatactl, the command line of Fermata: reads the command line, runs one command, exits with its code.
+//! fermatactl, the command line of Fermata: parses the arguments, runs one command, exits with its code.
 //!
-//! Data goes to stdout, messages to stderr. Everything that is decided is decided by the daemon;
-//! this program only asks and shows.
+//! Results go to stdout, messages to stderr. All decisions are made by the daemon; this program sends requests and
+//! shows the results.
 #![forbid(unsafe_code)]
 
+mod agent_environment;
 mod autostart;
 mod cli;
 mod commands;
 mod connect;
-mod deadline;
 mod declaration;
 mod errors;
 mod keys;
 mod output;
+mod paths;
 mod raw_terminal;
 mod session;
+mod terminal_text;
 mod units;
 
 use std::mem::ManuallyDrop;
@@ -23,33 +25,33 @@ use std::process::ExitCode;
 use clap::{CommandFactory as _, FromArgMatches as _};
 
 use crate::cli::{Cli, deferred};
-use crate::errors::Failure;
-use crate::session::Session;
+use crate::errors::CommandError;
+use crate::session::DaemonSession;
 
-/// Understands the command line, or explains what is wrong with it and exits.
-fn typed() -> Cli {
-    let all = ["help", "--help", "-h", "completions"];
-    if std::env::args_os().skip(1).any(|word| all.iter().any(|one| word == *one)) {
-        deferred::describe_all();
+/// Parses the command line; exits with a message when it is invalid.
+fn parse_arguments() -> Cli {
+    let needs_all = ["help", "--help", "-h", "completions"];
+    if std::env::args_os().skip(1).any(|word| needs_all.iter().any(|one| word == *one)) {
+        deferred::declare_all();
     }
-    // To free the description, piece by piece, takes a third as long as to make it; the process ends soon.
-    let mut described = ManuallyDrop::new(Cli::command());
-    let mut matches = described.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|error| error.exit());
-    Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut described).exit())
+    // Never dropped: freeing it piece by piece takes a third as long as building it, and the process exits soon.
+    let mut command = ManuallyDrop::new(Cli::command());
+    let mut matches = command.try_get_matches_from_mut(std::env::args_os()).unwrap_or_else(|error| error.exit());
+    Cli::from_arg_matches_mut(&mut matches).unwrap_or_else(|error| error.format(&mut command).exit())
 }
 
 fn main() -> ExitCode {
-    let Cli { globals, command } = typed();
+    let Cli { globals, command } = parse_arguments();
     let json = globals.json;
-    let mut session = Session::new(globals.with_environment(connect::process_variable));
-    let ended = commands::run(&mut session, command);
-    // Rows that were written before a failure are still true.
-    let flushed = session.out.flush().map_err(Failure::from);
-    match ended.and_then(|code| flushed.map(|()| code)) {
+    let mut session = DaemonSession::new(globals.with_environment(connect::process_variable));
+    let result = commands::run(&mut session, command);
+    // Rows that were written before an error are valid.
+    let flushed = session.out.flush().map_err(CommandError::from);
+    match result.and_then(|code| flushed.map(|()| code)) {
         Ok(code) => ExitCode::from(code),
-        Err(failure) => {
-            failure.print(json);
-            ExitCode::from(failure.exit_number())
+        Err(error) => {
+            error.print(json);
+            ExitCode::from(error.exit_number())
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Times, durations and sizes: read from the command line, written for people.
+//! Durations, sizes, times and amounts as text: parsed from the command line, formatted for people.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,26 +6,25 @@ use fermata_protocol::UnixMillis;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 
-/// Returns the present time.
 pub fn now() -> UnixMillis {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     UnixMillis(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// Reads `10s`, `1h30m`, `250ms`, `0.2s`, `2d`; a bare number means seconds.
+/// Parses `10s`, `1h30m`, `250ms`, `0.2s`, `2d`; a bare number means seconds.
 ///
 /// # Errors
-/// Says what is wrong with the text.
+/// A sentence that says what is wrong with the text.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("'{text}' is no duration; write for instance 500ms, 10s, 2m or 1h30m");
+    let invalid = || format!("'{text}' is not a duration, such as 500ms, 10s, 2m or 1h30m");
     let mut rest = text.trim();
     if rest.is_empty() {
-        return Err(wrong());
+        return Err(invalid());
     }
     let mut seconds = 0.0;
     while !rest.is_empty() {
         let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
-        let number: f64 = rest[..digits].parse().map_err(|_| wrong())?;
+        let number: f64 = rest[..digits].parse().map_err(|_| invalid())?;
         rest = &rest[digits..];
         let letters = rest.find(|c: char| !c.is_ascii_alphabetic()).unwrap_or(rest.len());
         let unit = match &rest[..letters] {
@@ -35,12 +34,12 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
             "m" | "min" => 60.0,
             "h" => 3_600.0,
             "d" => 86_400.0,
-            _ => return Err(wrong()),
+            _ => return Err(invalid()),
         };
         rest = &rest[letters..];
         seconds += number * unit;
     }
-    Duration::try_from_secs_f64(seconds).map_err(|_| wrong())
+    Duration::try_from_secs_f64(seconds).map_err(|_| invalid())
 }
 
 /// Returns a duration in whole milliseconds, as the protocol wants it.
@@ -48,10 +47,10 @@ pub fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Reads a point in time: `10m` (that long ago) or RFC 3339.
+/// Parses a point in time: `10m` (that long ago) or RFC 3339.
 ///
 /// # Errors
-/// Says what is wrong with the text.
+/// A sentence that says what is wrong with the text.
 pub fn parse_since(text: &str, now: UnixMillis) -> Result<UnixMillis, String> {
     if let Ok(ago) = parse_duration(text) {
         let ago = i64::try_from(millis(ago)).unwrap_or(i64::MAX);
@@ -59,15 +58,15 @@ pub fn parse_since(text: &str, now: UnixMillis) -> Result<UnixMillis, String> {
     }
     text.parse::<Timestamp>()
         .map(|at| UnixMillis(at.as_millisecond()))
-        .map_err(|_| format!("'{text}' is no time; write for instance 10m (ago) or {}", rfc3339(now)))
+        .map_err(|_| format!("'{text}' is not a time, such as 10m (ago) or {}", rfc3339(now)))
 }
 
-/// Reads a size in bytes: `512MiB`, `10M`, `1.5G`, `4096`. Units count by 1,024.
+/// Parses a size in bytes: `512MiB`, `10M`, `1.5G`, `4096`. Units count by 1,024.
 ///
 /// # Errors
-/// Says what is wrong with the text.
+/// A sentence that says what is wrong with the text.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no size; write for instance 4096, 64KiB, 1.5G or 512MiB");
+    let invalid = || format!("'{text}' is not a size, such as 4096, 64KiB, 1.5G or 512MiB");
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let shift = match text[digits..].to_ascii_lowercase().as_str() {
         "" | "b" => 0,
@@ -75,33 +74,33 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
         "m" | "mib" => 20,
         "g" | "gib" => 30,
         "t" | "tib" => 40,
-        _ => return Err(wrong()),
+        _ => return Err(invalid()),
     };
     let (whole, fraction) = text[..digits].split_once('.').map_or((&text[..digits], None), |(w, f)| (w, Some(f)));
-    let bytes = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(1 << shift)).ok_or_else(wrong)?;
+    let bytes = whole.parse::<u64>().ok().and_then(|whole| whole.checked_mul(1 << shift)).ok_or_else(invalid)?;
     let Some(fraction) = fraction else { return Ok(bytes) };
     // Nine digits are finer than a byte of a gigabyte; half a byte is none.
     if shift == 0 || fraction.is_empty() || fraction.len() > 9 || fraction.contains('.') {
-        return Err(wrong());
+        return Err(invalid());
     }
-    let parts: u128 = fraction.parse().map_err(|_| wrong())?;
+    let parts: u128 = fraction.parse().map_err(|_| invalid())?;
     let more = (parts << shift) / 10_u128.pow(fraction.len() as u32);
-    u64::try_from(more).ok().and_then(|more| bytes.checked_add(more)).ok_or_else(wrong)
+    u64::try_from(more).ok().and_then(|more| bytes.checked_add(more)).ok_or_else(invalid)
 }
 
-/// Writes how long ago a time was: `3m ago`.
+/// Formats how long ago a time was: `3m ago`.
 pub fn ago(at: UnixMillis, now: UnixMillis) -> String {
     let ms = now.since(at);
     if ms < 1_000 { "just now".into() } else { format!("{} ago", coarse(ms)) }
 }
 
-/// Writes how long it is until a time: `now`, `in 8s`, `in 3m`.
+/// Formats the time left until a point in time: `now`, `in 8s`, `in 3m`.
 pub fn until(at: UnixMillis, now: UnixMillis) -> String {
     let ms = at.since(now);
     if ms < 1_000 { "now".into() } else { format!("in {}", coarse(ms)) }
 }
 
-/// Writes a duration in its one largest unit: `3m`, `2d`.
+/// Formats a duration in its largest unit: `3m`, `2d`.
 fn coarse(ms: i64) -> String {
     let seconds = ms / 1_000;
     match seconds {
@@ -112,7 +111,7 @@ fn coarse(ms: i64) -> String {
     }
 }
 
-/// Writes a duration in milliseconds: `0.4 ms`, `12 ms`, `1.2 s`, `3m 20s`, `2h 5m`.
+/// Formats a duration in milliseconds: `0.4 ms`, `12 ms`, `1.2 s`, `3m 20s`, `2h`.
 pub fn duration(ms: f64) -> String {
     if ms < 10.0 {
         return format!("{:.1} ms", ms.max(0.0));
@@ -123,16 +122,35 @@ pub fn duration(ms: f64) -> String {
     if ms < 60_000.0 {
         return format!("{:.1} s", ms / 1_000.0);
     }
-    // Truncation is meant: the parts are whole units.
+    // Truncated on purpose: the parts are whole units.
     let seconds = (ms / 1_000.0) as i64;
-    match seconds {
-        ..3_600 => format!("{}m {}s", seconds / 60, seconds % 60),
-        3_600..172_800 => format!("{}h {}m", seconds / 3_600, seconds % 3_600 / 60),
-        _ => format!("{}d {}h", seconds / 86_400, seconds % 86_400 / 3_600),
+    let (large, small) = match seconds {
+        ..3_600 => ((seconds / 60, "m"), (seconds % 60, "s")),
+        3_600..172_800 => ((seconds / 3_600, "h"), (seconds % 3_600 / 60, "m")),
+        _ => ((seconds / 86_400, "d"), (seconds % 86_400 / 3_600, "h")),
+    };
+    match small {
+        (0, _) => format!("{}{}", large.0, large.1),
+        (count, unit) => format!("{}{} {count}{unit}", large.0, large.1),
     }
 }
 
-/// Writes a size: `900 B`, `4.0 KiB`, `1.2 GiB`.
+/// Formats an estimate of the time left: `about 3m left`; `None` when it is less than a second.
+pub fn time_left(ms: i64) -> Option<String> {
+    (ms >= 1_000).then(|| format!("about {} left", coarse(ms)))
+}
+
+/// Formats a count with its noun, which gets an `s` unless the count is 1: `1 file`, `2,000 files`.
+pub fn counted(count: u64, noun: &str) -> String {
+    format!("{} {noun}{}", number(count), if count == 1 { "" } else { "s" })
+}
+
+/// Formats bytes as lower-case hexadecimal digits.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Formats a size: `900 B`, `4.0 KiB`, `1.2 GiB`.
 pub fn bytes(bytes: u64) -> String {
     const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
     if bytes < 1_024 {
@@ -148,7 +166,7 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.1} {}", UNITS[unit])
 }
 
-/// Writes a large number with thin grouping: `180,000`.
+/// Formats a number with its thousands grouped: `180,000`.
 pub fn number(number: u64) -> String {
     let digits = number.to_string();
     let mut grouped = String::new();
@@ -161,12 +179,12 @@ pub fn number(number: u64) -> String {
     grouped
 }
 
-/// Writes a cost in dollars from millionths.
+/// Formats millionths of a US dollar.
 pub fn dollars(micro_usd: u64) -> String {
     format!("${:.2}", micro_usd as f64 / 1e6)
 }
 
-/// Writes a point in time in the local time zone.
+/// Formats a point in time in the local time zone.
 pub fn local(at: UnixMillis) -> String {
     match Timestamp::from_millisecond(at.0) {
         Ok(at) => at.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
@@ -174,7 +192,7 @@ pub fn local(at: UnixMillis) -> String {
     }
 }
 
-/// Writes a point in time, given in nanoseconds, as RFC 3339 in UTC with milliseconds.
+/// Formats a point in time, in nanoseconds since the epoch, as RFC 3339 in UTC with milliseconds.
 pub fn rfc3339_ns(at_ns: i64) -> String {
     match Timestamp::from_nanosecond(i128::from(at_ns)) {
         Ok(at) => format!("{at:.3}"),
@@ -243,6 +261,9 @@ mod tests {
         assert_eq!(duration(0.42), "0.4 ms");
         assert_eq!(duration(1_234.0), "1.2 s");
         assert_eq!(duration(200_000.0), "3m 20s");
+        assert_eq!((duration(120_000.0), duration(7_260_000.0)), ("2m".into(), "2h 1m".into()));
+        assert_eq!((time_left(322), time_left(200_000)), (None, Some("about 3m left".into())));
+        assert_eq!((counted(1, "file"), counted(2_000, "file")), ("1 file".into(), "2,000 files".into()));
         assert_eq!(number(1_234_567), "1,234,567");
         assert_eq!(rfc3339_ns(1_500_000_000), "1970-01-01T00:00:01.500Z");
     }

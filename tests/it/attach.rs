@@ -81,7 +81,7 @@ fn a_screen_comes_back_after_the_daemon_was_killed_and_so_does_the_person() {
     let mut person = Person::runs(&sandbox, &["attach", "web/a"]);
     person.sees("PICTURE");
     sandbox.kill_daemon();
-    person.sees("the daemon is gone");
+    person.sees("connection to the daemon lost");
     sandbox.start_daemon();
     let before = person.sees("PICTURE");
     assert!(before.contains("\x1b[?1047h") && before.contains("shell"), "{before:?}");
@@ -89,7 +89,7 @@ fn a_screen_comes_back_after_the_daemon_was_killed_and_so_does_the_person() {
     person.sees("read on");
 
     sandbox.kill_daemon();
-    person.sees("the daemon is gone");
+    person.sees("connection to the daemon lost");
     person.types(LEAVE);
     assert_eq!(person.ends().code(), Some(0));
     sandbox.start_daemon();
@@ -103,7 +103,7 @@ fn the_writers_size_rules() {
     let writer = Person::runs(&sandbox, &["attach", "web/a"]);
     writer.sees("30 100");
     let viewer = Person::runs(&sandbox, &["attach", "--read-only", "web/a"]);
-    viewer.sees("you watch");
+    viewer.sees("watching web/a");
     viewer.resizes(50, 150);
     writer.resizes(41, 111);
     writer.sees("41 111");
@@ -118,14 +118,14 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
     let mut writer = Person::runs(&sandbox, &["attach", "web/a"]);
     writer.sees("ready");
     let mut second = Person::runs(&sandbox, &["attach", "web/a"]);
-    second.sees("types into web/a, you watch");
+    second.sees("has the input");
     let watcher = Person::runs(&sandbox, &["attach", "--read-only", "web/a"]);
-    watcher.sees("you watch web/a");
+    watcher.sees("watching web/a");
 
     second.types("in vain\r");
     second.sees("types into agent web/a, you watch");
     watcher.types("in vain\r");
-    watcher.sees("you only watch");
+    watcher.sees("input is off");
     writer.types("first\r");
     for person in [&writer, &second, &watcher] {
         let before = person.sees("got first");
@@ -134,7 +134,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
 
     // Whoever takes over is the only one.
     let mut thief = Person::runs(&sandbox, &["attach", "--steal", "web/a"]);
-    writer.sees("has taken over web/a");
+    writer.sees("has taken over the input of web/a");
     thief.types("mine\r");
     writer.sees("got mine");
     writer.types("not mine\r");
@@ -176,11 +176,11 @@ fn ctrl_c_interrupts_and_ctrl_z_suspends_what_is_shown_and_can_be_continued() {
         // A pause and a resume leave it as it is, and so does a new daemon.
         let paused = sandbox.ctl_json(&["pause", "web"]);
         assert!(paused["warnings"].to_string().contains("stopped by somebody else"), "{paused}");
-        person.sees("held by a pause");
+        person.sees("web/a is paused");
         sandbox.ctl(&["resume", "web"]);
         person.sees("web/a is suspended");
         sandbox.crash_and_restart();
-        person.sees("the daemon is gone");
+        person.sees("connection to the daemon lost");
         assert!(agent(&sandbox, "a").suspended_at.is_some());
         let before = web(&sandbox).read("marks").len();
         assert_eq!(agent(&sandbox, "a").status, AgentStatus::Running);
@@ -212,7 +212,7 @@ fn a_paused_agent_is_seen_and_not_typed_to() {
     person.types("surprise\r");
     person.sees("is held: nothing is typed into it");
     sandbox.ctl(&["resume", "web"]);
-    person.sees("web/a goes on");
+    person.sees("web/a is running");
     person.types("after\r");
     let before = person.sees("got after");
     assert!(!before.contains("surprise"), "{before:?}");

@@ -396,7 +396,8 @@ fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
     .expect("files that are being read");
     assert!(look.total >= 300 && look.unit == "files", "{look:?}");
     // It may have ended by the time that the text was made.
-    let mut lines = text.lines().filter(|line| line.contains("looking at the workspace"));
+    let mut lines =
+        text.lines().filter(|line| line.contains("workspace scan") || line.contains("scanning the workspace"));
     assert!(lines.all(|line| line.contains(" of ") || line.contains("pack") || line.contains("trees")), "{text}");
     wait_until(SOON, "the look to end", || show(&sandbox).project.look.is_none());
     let made = checkpoint(&sandbox);

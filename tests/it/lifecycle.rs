@@ -111,7 +111,7 @@ fn a_dependent_starts_when_the_output_of_the_other_says_that_it_is_ready() {
     run(&sandbox, "db", ready, "until [ -e go ]; do sleep 0.02; done; echo now listening on 5432; exec sleep 1000");
     let waits = run(&sandbox, "app", json!({ "depends_on": [{ "agent": "db" }] }), "echo x > ran; exec sleep 1000");
     assert_eq!((&waits["status"], &waits["waits_for"]), (&json!("starting"), &json!(["db"])));
-    assert!(sandbox.ctl(&["ps"]).contains("waits for db"));
+    assert!(sandbox.ctl(&["ps"]).contains("waiting for db"));
     assert!(!agent(&sandbox, "db").ready);
     sandbox.crash_and_restart();
     assert!(!web(&sandbox).has("ran"), "it waits on under the next daemon");

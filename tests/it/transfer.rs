@@ -129,7 +129,7 @@ fn an_export_replaces_no_file_and_leaves_no_half_of_one() {
     let before = fs::read(&file).expect("the file");
     let again = sandbox.ctl_output(&["checkpoint", "export", "web", "2", path(&file)]);
     assert_eq!(again.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&again.stderr).contains("is there already"));
+    assert!(String::from_utf8_lossy(&again.stderr).contains("already exists"));
     assert_eq!(fs::read(&file).expect("the file"), before);
     let missing = sandbox.path().join("missing.checkpoint");
     let refused = sandbox.ctl_output(&["checkpoint", "export", "web", "77", path(&missing)]);
@@ -301,7 +301,7 @@ fn consolidated_checkpoints_are_what_they_were() {
     assert!(result.packs >= 6, "{result:?}");
     assert!(result.bytes_after < result.bytes_before && result.deltas > 0, "{result:?}");
     let nothing = sandbox.ctl(&["checkpoint", "consolidate", "web", "--everything"]);
-    assert!(nothing.contains("nothing to do"), "{nothing}");
+    assert!(nothing.contains("nothing to consolidate"), "{nothing}");
     all_verify(&sandbox);
     done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false, paths: Vec::new() });
     assert!(workspace.read("README.md").ends_with("round 1\n"));

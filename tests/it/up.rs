@@ -145,7 +145,7 @@ fn the_environment_is_the_callers_unless_the_file_says_otherwise() {
     up.env("KEPT_A", "a").env("LOST", "l").env_remove("GONE");
     let up = fermata_tests::sandbox::output_of(up);
     assert!(up.status.success(), "{up:?}");
-    assert!(String::from_utf8_lossy(&up.stderr).contains("web/some does not get GONE"), "{up:?}");
+    assert!(String::from_utf8_lossy(&up.stderr).contains("web/some is started without GONE"), "{up:?}");
     wait_for_file(&sandbox, "all.done");
     wait_for_file(&sandbox, "some.done");
     let has = |file: &str, line: &str| web(&sandbox).read(file).lines().any(|l| l == line);
@@ -269,7 +269,7 @@ fn the_file_is_found_above_and_must_be_trustworthy() {
     };
     fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).expect("chmod");
     let said = failed(&from("."), 2);
-    assert!(said.contains("written by others") && said.contains("chmod go-w"), "{said}");
+    assert!(said.contains("writable by other users") && said.contains("chmod go-w"), "{said}");
     assert!(sandbox.ctl_rows(&["project", "ls"]).is_empty());
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
     let found = from("deep/er");
@@ -298,7 +298,7 @@ fn a_project_that_is_held_or_elsewhere_is_left_alone() {
     elsewhere.write("fermata.toml", "project = \"web\"\n");
     fs::set_permissions(file_of(&elsewhere), fs::Permissions::from_mode(0o644)).expect("chmod");
     let said = failed(&sandbox.ctl_output(&["up", "--file", &file_of(&elsewhere)]), 1);
-    assert!(said.contains("has the workspace") && said.contains("another name"), "{said}");
+    assert!(said.contains("has the workspace") && said.contains("another project name"), "{said}");
 }
 
 #[test]
@@ -324,7 +324,7 @@ fn a_wait_ends_when_all_are_there_and_fails_when_one_will_not_be() {
     assert!(said.contains("web/stays is ready"), "{said}");
     fs::write(&file, "[agents.fails]\ncommand = \"/no/such/program\"\n").expect("write");
     let said = failed(&sandbox.ctl_output(&["up", "--wait", "--file", &file_of(&web(&sandbox))]), 1);
-    assert!(said.contains("web/fails is not ready: it is failed, there is no program"), "{said}");
+    assert!(said.contains("web/fails will not become ready: failed, there is no program"), "{said}");
 }
 
 #[test]
@@ -369,10 +369,9 @@ fn a_wait_fails_with_an_agent_that_ends_before_it_is_ready_and_outlives_the_daem
     web(&sandbox).write("go", "");
     let (done, said) = wait.end();
     // Whichever of the two is looked at first after the end of a.
-    let reasons =
-        ["web/a is not ready: it is failed (exit code 3)", "it waits for web/a, which is failed (exit code 3)"];
+    let reasons = ["web/a will not become ready: failed (exit code 3)", "waiting for web/a, failed (exit code 3)"];
     assert!(done.code() == Some(1) && reasons.iter().any(|reason| said.contains(reason)), "{said}");
-    assert!(said.contains("not all are ready"), "{said}");
+    assert!(said.contains("not all agents are ready"), "{said}");
 }
 
 #[test]
@@ -387,7 +386,7 @@ fn a_wait_fails_with_an_agent_whose_dependency_was_ready_once_and_is_no_more() {
     wait.read_until("web/a is ready");
     web(&sandbox).write("go", "");
     let (done, said) = wait.end();
-    let reason = "web/b is not ready: it waits for web/a, which is failed";
+    let reason = "web/b will not become ready: waiting for web/a, failed";
     assert!(done.code() == Some(1) && said.contains(reason), "{said}");
 }
 

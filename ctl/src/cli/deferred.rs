@@ -1,25 +1,24 @@
-//! A subcommand's arguments that are described only once it is known to be the one that was typed.
+//! Subcommands whose arguments are declared to clap only when the subcommand is used.
 //!
-//! Describing all of some hundred takes longer than many a call to the daemon. Only who asks for help or completions wants
-//! to know all of them.
+//! Building the arguments of all hundred subcommands takes longer than many calls to the daemon, and only help and
+//! completions need all of them.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{ArgMatches, Args, Command, Error, FromArgMatches, Subcommand};
 
-/// The arguments, or subcommands, of a subcommand.
+/// The arguments, or the nested subcommands, of one subcommand.
 #[derive(Debug)]
-pub struct Late<T>(Box<T>);
+pub struct Deferred<T>(Box<T>);
 
-impl<T> Late<T> {
-    /// Hands them out.
+impl<T> Deferred<T> {
     pub fn into_inner(self) -> T {
         *self.0
     }
 }
 
-impl<T> Deref for Late<T> {
+impl<T> Deref for Deferred<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -27,7 +26,7 @@ impl<T> Deref for Late<T> {
     }
 }
 
-impl<T: FromArgMatches> FromArgMatches for Late<T> {
+impl<T: FromArgMatches> FromArgMatches for Deferred<T> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, Error> {
         Ok(Self(Box::new(T::from_arg_matches(matches)?)))
     }
@@ -37,28 +36,28 @@ impl<T: FromArgMatches> FromArgMatches for Late<T> {
     }
 }
 
-static ALL_AT_ONCE: AtomicBool = AtomicBool::new(false);
+static DECLARE_ALL: AtomicBool = AtomicBool::new(false);
 
-/// Has all subcommands described from the start, in the order in which help shows their arguments.
-pub fn describe_all() {
-    ALL_AT_ONCE.store(true, Ordering::Relaxed);
+/// Makes clap know the arguments of every subcommand from the start; to be called before `Cli::command`.
+pub fn declare_all() {
+    DECLARE_ALL.store(true, Ordering::Relaxed);
 }
 
-fn later(command: Command, now: fn(Command) -> Command, late: fn(Command) -> Command) -> Command {
-    if ALL_AT_ONCE.load(Ordering::Relaxed) { now(command) } else { command.defer(late) }
+fn declare(command: Command, now: fn(Command) -> Command, deferred: fn(Command) -> Command) -> Command {
+    if DECLARE_ALL.load(Ordering::Relaxed) { now(command) } else { command.defer(deferred) }
 }
 
-/// Describes a subcommand by `describe`, but for what it is for: the list of subcommands has said that already.
-fn described(command: Command, describe: fn(Command) -> Command) -> Command {
+/// Adds arguments to a subcommand and keeps its description: the doc comment of the arguments' type would replace it.
+fn keep_about(command: Command, augment: fn(Command) -> Command) -> Command {
     let (about, long) = (command.get_about().cloned(), command.get_long_about().cloned());
-    let command = describe(command);
+    let command = augment(command);
     let command = if let Some(about) = about { command.about(about) } else { command };
     if let Some(long) = long { command.long_about(long) } else { command.long_about(None) }
 }
 
-impl<T: Args> Args for Late<T> {
+impl<T: Args> Args for Deferred<T> {
     fn augment_args(command: Command) -> Command {
-        later(command, T::augment_args, |command| described(command, T::augment_args))
+        declare(command, T::augment_args, |command| keep_about(command, T::augment_args))
     }
 
     fn augment_args_for_update(command: Command) -> Command {
@@ -66,9 +65,9 @@ impl<T: Args> Args for Late<T> {
     }
 }
 
-impl<T: Subcommand> Subcommand for Late<T> {
+impl<T: Subcommand> Subcommand for Deferred<T> {
     fn augment_subcommands(command: Command) -> Command {
-        later(command, T::augment_subcommands, |command| described(command, T::augment_subcommands))
+        declare(command, T::augment_subcommands, |command| keep_about(command, T::augment_subcommands))
     }
 
     fn augment_subcommands_for_update(command: Command) -> Command {

@@ -1,4 +1,4 @@
-//! Commands that come in groups: `project ls`, `checkpoint restore`, `agent ask` …
+//! Subcommands of `project`, `op`, `checkpoint`, `context`, `task`, `plugin`, `daemon` and `agent`.
 
 use std::path::PathBuf;
 
@@ -8,101 +8,71 @@ use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{CheckpointNumber, OperationId, ProjectName, Target};
 
-use super::values::{ITEM_TYPES, Numbered, PHASES, TASK_STATUSES, TIERS, word};
+use super::project_config::ConfigArgs;
+use super::values::{ITEM_TYPES, ItemRef, PHASES, TASK_STATUSES, TIERS, word};
 use crate::units::{parse_bytes, parse_duration};
 
-/// What of the workspace a checkpoint covers, and when context is saved.
-#[derive(Debug, Args, Default)]
-pub struct ConfigArgs {
-    /// A pattern that is covered although an ignore rule excludes it; may be given several times.
-    #[arg(long, value_name = "GLOB")]
-    pub include: Vec<String>,
-    /// A pattern that is not covered; may be given several times.
-    #[arg(long, value_name = "GLOB")]
-    pub exclude: Vec<String>,
-    /// Whether .gitignore files count.
-    #[arg(long, value_name = "BOOL")]
-    pub use_gitignore: Option<bool>,
-    /// Larger files are skipped and reported, for instance 512MiB.
-    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
-    pub max_file_size: Option<u64>,
-    /// The token limit per agent.
-    #[arg(long, value_name = "N")]
-    pub token_limit: Option<u64>,
-    /// At how many percent of the token limit a flash save is due.
-    #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=100))]
-    pub flash_save_at: Option<u8>,
-    #[command(flatten)]
-    pub budget: super::resources::BudgetArgs,
-    #[command(flatten)]
-    pub retention: super::resources::RetentionArgs,
-    #[command(flatten)]
-    pub automatic: super::project_config::AutomaticArgs,
-}
-
-/// `project …`
 #[derive(Debug, Subcommand)]
 pub enum ProjectCommand {
     /// Create a project.
     Create {
-        /// Its name.
+        /// The name.
         name: ProjectName,
-        /// Its workspace; the current directory when left out.
+        /// The workspace [default: the current directory].
         #[arg(long, short, value_name = "DIR")]
         workspace: Option<PathBuf>,
-        /// What it is for.
+        /// A description.
         #[arg(long, short, default_value = "")]
         description: String,
-        /// Where the workspace came from: git, directory, or a word of your own.
+        /// The kind of origin of the workspace: git, directory, or any other word.
         #[arg(long, value_name = "TYPE", requires = "source_location")]
         source_type: Option<String>,
-        /// The URL or path that the workspace came from.
+        /// The URL or path of the origin.
         #[arg(long, value_name = "URL", requires = "source_type")]
         source_location: Option<String>,
-        /// The branch that the workspace came from.
+        /// The branch of the origin.
         #[arg(long, value_name = "BRANCH", requires = "source_type")]
         source_branch: Option<String>,
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// Change a project; settings that are not given stay.
+    /// Change a project; settings that are not given are kept.
     Set {
         /// The project.
         project: ProjectName,
-        /// A new description.
+        /// The new description.
         #[arg(long, short)]
         description: Option<String>,
-        /// A new phase of the work.
+        /// The new phase of the project.
         #[arg(long, value_parser = word::<Phase>(PHASES))]
         phase: Option<Phase>,
         #[command(flatten)]
         config: ConfigArgs,
     },
-    /// List the projects.
+    /// List projects.
     Ls,
     /// Show a project with its agents.
     Show {
         /// The project.
         project: ProjectName,
     },
-    /// Remove a project whose agents have ended.
+    /// Remove a project whose agents have all ended.
     Rm {
         /// The project.
         project: ProjectName,
-        /// Remove its checkpoints as well.
+        /// Also remove its checkpoints.
         #[arg(long)]
         with_checkpoints: bool,
     },
 }
 
-/// `op …`
 #[derive(Debug, Subcommand)]
 pub enum OperationCommand {
     /// List operations, newest first.
     Ls {
-        /// Only those of this project.
+        /// List those of this project only.
         project: Option<ProjectName>,
-        /// At most so many.
+        /// List at most N.
         #[arg(short = 'n', long, value_name = "N")]
         limit: Option<u32>,
     },
@@ -118,17 +88,16 @@ pub enum OperationCommand {
     },
 }
 
-/// `checkpoint …`
 #[derive(Debug, Subcommand)]
 pub enum CheckpointCommand {
-    /// Make a checkpoint; agents stand still only for the snapshot.
+    /// Create a checkpoint; agents are frozen only while the workspace is captured.
     Create {
-        /// The project; an agent's own when left out.
+        /// The project [default: that of the calling agent].
         project: Option<ProjectName>,
-        /// Its name, at most 100 characters.
+        /// A name of at most 100 characters.
         #[arg(long, short)]
         name: Option<String>,
-        /// Its description, at most 500 characters.
+        /// A description of at most 500 characters.
         #[arg(long, short, default_value = "")]
         description: String,
     },
@@ -136,33 +105,33 @@ pub enum CheckpointCommand {
     Ls {
         /// The project.
         project: ProjectName,
-        /// At most so many; all of them when left out.
+        /// List at most N [default: all].
         #[arg(short = 'n', long, value_name = "N")]
         limit: Option<u32>,
     },
-    /// Show a checkpoint with its parts and what it left out.
+    /// Show a checkpoint with its parts and skipped files.
     Show {
         /// The project.
         project: ProjectName,
         /// The checkpoint.
         checkpoint: CheckpointNumber,
     },
-    /// Compare a checkpoint with another, or with the workspace as it is.
+    /// Compare a checkpoint with another one or with the current workspace.
     Diff {
         /// The project.
         project: ProjectName,
-        /// The older point.
+        /// The older checkpoint.
         from: CheckpointNumber,
-        /// The newer point; the workspace when left out.
+        /// The newer checkpoint [default: the current workspace].
         to: Option<CheckpointNumber>,
-        /// Show which paths differ and by how much, and the sums.
+        /// Add totals to the list of changed paths.
         #[arg(long, conflicts_with = "patch")]
         stat: bool,
-        /// Show the text of the changes.
+        /// Show the changes as a patch.
         #[arg(long, short)]
         patch: bool,
     },
-    /// Restore a checkpoint, after a safety checkpoint of what is there.
+    /// Restore a checkpoint, after creating a safety checkpoint of the current state.
     Restore {
         /// The project.
         project: ProjectName,
@@ -171,21 +140,21 @@ pub enum CheckpointCommand {
         /// Only show what would change.
         #[arg(long)]
         dry_run: bool,
-        /// Restore only these files and directories, and neither tasks nor context; paths inside the workspace.
+        /// Restore only these files and directories of the workspace, not tasks and context.
         #[arg(long, value_name = "PATH", num_args = 1..)]
         paths: Vec<std::ffi::OsString>,
     },
-    /// Rehash every part of one checkpoint or of all; exit code 1 when one is damaged.
+    /// Verify the hashes of one checkpoint or all; exit code 1 if one is damaged.
     Verify {
         /// The project.
         project: ProjectName,
-        /// The checkpoint; all of them when left out.
+        /// The checkpoint [default: all].
         checkpoint: Option<CheckpointNumber>,
-        /// All of them, which is what leaving the checkpoint out means as well.
+        /// Verify all checkpoints, as without a checkpoint.
         #[arg(long, conflicts_with = "checkpoint")]
         all: bool,
     },
-    /// Remove checkpoints; where one of them may not be removed, none is.
+    /// Remove checkpoints: all of the given ones, or none if one cannot be removed.
     Rm {
         /// The project.
         project: ProjectName,
@@ -193,57 +162,57 @@ pub enum CheckpointCommand {
         #[arg(required = true, value_name = "CHECKPOINT")]
         checkpoints: Vec<CheckpointNumber>,
     },
-    /// Remove what the project's retention no longer keeps, or what all the given bounds let go, the oldest first.
+    /// Remove the checkpoints that the project's retention, or all of the given limits, no longer keep; oldest first.
     ///
-    /// Pinned checkpoints, those in use and the newest of all always stay.
+    /// Pinned checkpoints, those in use and the newest one are never removed.
     Prune {
         /// The project.
         project: ProjectName,
-        /// The newest so many stay, whatever made them.
+        /// Keep the newest N, whatever triggered them.
         #[arg(long, value_name = "N")]
         keep: Option<u64>,
-        /// Those younger than this stay, for instance 12h or 7d.
+        /// Keep those younger than this, for example 12h or 7d.
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
         older_than: Option<std::time::Duration>,
-        /// No more go once the project's checkpoints take at most this, for instance 2G.
+        /// Stop once the project's checkpoints take at most this much disk space, for example 2G.
         #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
         max_bytes: Option<u64>,
-        /// Only show what would go.
+        /// Only show what would be removed.
         #[arg(long)]
         dry_run: bool,
     },
-    /// Write a checkpoint to one file, which another machine can import.
+    /// Export a checkpoint to a file that another machine can import.
     Export {
         /// The project.
         project: ProjectName,
         /// The checkpoint.
         checkpoint: CheckpointNumber,
-        /// The file; it must not exist.
+        /// The file to create.
         file: PathBuf,
     },
-    /// Make a checkpoint of a file that was exported, under a new number.
+    /// Import an exported checkpoint under a new number.
     Import {
         /// The project.
         project: ProjectName,
         /// The file.
         file: PathBuf,
     },
-    /// Write the history's many packs as one; done by itself when it is worth it.
+    /// Repack the history into one pack; the daemon also does this by itself.
     Consolidate {
         /// The project.
         project: ProjectName,
-        /// Write everything anew, for the smallest result.
+        /// Recompress every object, for the smallest result.
         #[arg(long)]
         everything: bool,
     },
-    /// Keep a checkpoint whatever the retention says.
+    /// Exempt a checkpoint from retention.
     Pin {
         /// The project.
         project: ProjectName,
         /// The checkpoint.
         checkpoint: CheckpointNumber,
     },
-    /// Leave a checkpoint to the retention again.
+    /// Make a checkpoint subject to retention again.
     Unpin {
         /// The project.
         project: ProjectName,
@@ -252,103 +221,101 @@ pub enum CheckpointCommand {
     },
 }
 
-/// `context …`
 #[derive(Debug, Subcommand)]
 pub enum ContextCommand {
     /// List context items, newest first.
     Ls {
-        /// A project or an agent; the caller itself when an agent calls.
+        /// A project or an agent [default: the calling agent].
         target: Option<Target>,
-        /// Only this tier.
+        /// List this tier only.
         #[arg(long, value_parser = word::<Tier>(TIERS))]
         tier: Option<Tier>,
-        /// Only archived (true) or only unarchived (false) items.
+        /// List archived items only (true) or unarchived items only (false).
         #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
         archived: Option<bool>,
-        /// At most so many; 100 when left out.
+        /// List at most N [default: 100].
         #[arg(short = 'n', long, value_name = "N")]
         limit: Option<u32>,
-        /// Only ids below this one, for the next page.
+        /// List ids below this one, for the next page.
         #[arg(long, value_name = "ID")]
         before: Option<i64>,
     },
-    /// Show an item whole; this counts as an access.
+    /// Show the full text of an item; counts as an access.
     Show {
         /// The item.
         #[arg(value_name = "[PROJECT/]ID")]
-        item: Numbered,
+        item: ItemRef,
     },
     /// Add an item.
     Add {
-        /// The agent that knows it.
+        /// The agent that owns the item.
         target: Target,
         #[command(flatten)]
         item: ItemArgs,
     },
-    /// Keep an item hot.
+    /// Pin an item to the hot tier.
     Pin {
         /// The item.
         #[arg(value_name = "[PROJECT/]ID")]
-        item: Numbered,
+        item: ItemRef,
     },
-    /// Let an item's score decide again.
+    /// Unpin an item: its score decides the tier again.
     Unpin {
         /// The item.
         #[arg(value_name = "[PROJECT/]ID")]
-        item: Numbered,
+        item: ItemRef,
     },
-    /// Search items, archived ones included.
+    /// Search items, including archived ones.
     Search {
-        /// A project or an agent; the caller itself when an agent calls.
+        /// A project or an agent [default: the calling agent].
         #[arg(long, short)]
         target: Option<Target>,
-        /// At most so many; 20 when left out.
+        /// List at most N [default: 20].
         #[arg(short = 'n', long, value_name = "N")]
         limit: Option<u32>,
-        /// Words that the text must hold.
+        /// Words that the text must contain.
         #[arg(required = true)]
         words: Vec<String>,
     },
-    /// Bring archived items back.
+    /// Recall archived items.
     Recall {
-        /// The items; a project stands for those after it too.
+        /// The items; the project of the first item applies to the others.
         #[arg(value_name = "[PROJECT/]ID", required = true)]
-        items: Vec<Numbered>,
+        items: Vec<ItemRef>,
     },
-    /// Re-score, re-tier and archive the cold items.
+    /// Recompute scores and tiers, and archive cold items.
     FlashSave {
-        /// A project or an agent; the caller itself when an agent calls.
+        /// A project or an agent [default: the calling agent].
         target: Option<Target>,
     },
 }
 
-/// A context item on the command line.
+/// A new context item.
 #[derive(Debug, Args)]
 pub struct ItemArgs {
-    /// What kind of knowledge it is.
+    /// The type of the item.
     #[arg(long = "type", short = 't', value_name = "TYPE", ignore_case = true,
           value_parser = word::<ItemType>(ITEM_TYPES), default_value = "OTHER")]
     pub kind: ItemType,
-    /// Keep it hot.
+    /// Pin the item to the hot tier.
     #[arg(long)]
     pub pinned: bool,
-    /// The text; read from stdin when left out or `-`.
+    /// The text [default: read from stdin; also with `-`].
     pub text: Option<String>,
 }
 
-/// `task …`
 #[derive(Debug, Subcommand)]
 pub enum TaskCommand {
     /// List the tasks of a project.
     Ls {
-        /// The project; an agent's own when left out.
+        /// The project [default: that of the calling agent].
         project: Option<ProjectName>,
     },
     /// Add a task.
     Add {
-        /// The project, or the agent that does it.
+        /// The project, or the agent that works on the task.
         target: Target,
-        /// What is to be done.
+        /// The title.
         title: String,
         #[command(flatten)]
         state: TaskState,
@@ -357,8 +324,8 @@ pub enum TaskCommand {
     Set {
         /// The task.
         #[arg(value_name = "[PROJECT/]NUMBER")]
-        task: Numbered,
-        /// A new title.
+        task: ItemRef,
+        /// The new title.
         #[arg(long)]
         title: Option<String>,
         #[command(flatten)]
@@ -366,78 +333,76 @@ pub enum TaskCommand {
     },
 }
 
-/// Where a task stands.
+/// The status and progress of a task.
 #[derive(Debug, Args)]
 pub struct TaskState {
-    /// Its status.
+    /// The status.
     #[arg(long, short, value_parser = word::<TaskStatus>(TASK_STATUSES))]
     pub status: Option<TaskStatus>,
-    /// How much of it is done, 0 to 100.
+    /// The percentage done, 0 to 100.
     #[arg(long, value_name = "0..100", value_parser = percent)]
     pub percent: Option<f64>,
 }
 
-/// `plugin …`
 #[derive(Debug, Subcommand)]
 pub enum PluginCommand {
     /// List plugins.
     Ls,
-    /// Pick up new, changed and removed plugins.
+    /// Load new and changed plugins, and unload removed ones.
     Reload,
-    /// Switch a plugin on.
+    /// Enable a plugin.
     Enable {
         /// The plugin.
         name: String,
     },
-    /// Switch a plugin off.
+    /// Disable a plugin.
     Disable {
         /// The plugin.
         name: String,
     },
-    /// Load a shared object in a host of its own and describe it.
+    /// Load a shared object in a separate host process and describe it.
     Check {
         /// The shared object.
         path: PathBuf,
     },
 }
 
-/// `daemon …`
 #[derive(Debug, Subcommand)]
 pub enum DaemonCommand {
-    /// Read the configuration again.
+    /// Reload the configuration.
     Reload,
 }
 
-/// `agent …`; `--target` is for people who report in an agent's stead.
+/// Subcommands of `agent`. People who report in place of an agent name it with `--target`.
 #[derive(Debug, Subcommand)]
 pub enum AgentCommand {
-    /// Report progress.
+    /// ErrorReport progress.
     Progress {
-        /// How much is done, 0 to 100.
+        /// The percentage done, 0 to 100.
         #[arg(value_parser = percent)]
         percent: Option<f64>,
         /// What the agent is doing.
         #[arg(long, short)]
         message: Option<String>,
-        /// Units of work done since it began.
+        /// Units of work done since the agent started.
         #[arg(long, value_name = "N")]
         units: Option<u64>,
-        /// The phase that the project's work is in.
+        /// The phase of the project.
         #[arg(long, value_parser = word::<Phase>(PHASES))]
         phase: Option<Phase>,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Say that the agent is still there: what it reported before stands.
+    /// Report that the agent is alive, without new progress.
     Heartbeat {
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Say that the agent has come up and can be depended on.
+    /// Report that the agent is ready.
     Ready {
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
@@ -445,13 +410,13 @@ pub enum AgentCommand {
     Context {
         #[command(flatten)]
         item: ItemArgs,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Add a task, or change one with --id.
+    /// Add a task, or change an existing one with --id.
     Task {
-        /// What is to be done; needed for a new task.
+        /// The title; required for a new task.
         #[arg(required_unless_present = "id")]
         title: Option<String>,
         /// The task to change.
@@ -459,73 +424,72 @@ pub enum AgentCommand {
         id: Option<u64>,
         #[command(flatten)]
         state: TaskState,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Ask a person; prints the question's number, or with --wait the answer.
+    /// Ask a question; prints its number, or with --wait the answer.
     Ask {
-        /// What to ask.
+        /// The question.
         text: String,
-        /// An answer to choose from; may be given several times.
+        /// A possible answer; may be repeated.
         #[arg(long, short)]
         choice: Vec<String>,
-        /// Wait for the answer; exit code 5 when it is still open after --timeout.
+        /// Wait for the answer; exit code 5 if the question is still open after --timeout.
         #[arg(long, short)]
         wait: bool,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Wait for the answer to a question; exit code 5 when it is still open after --timeout.
+    /// Wait for the answer to a question; exit code 5 if it is still open after --timeout.
     WaitAnswer {
         /// The question.
         #[arg(value_name = "[PROJECT/]NUMBER")]
-        question: Numbered,
+        question: ItemRef,
     },
-    /// Say that the agent stands at a good place for the requested pause.
+    /// Acknowledge a pause request: the agent is at a safe point.
     Ack {
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Keep or show the agent's own state, a JSON value that every checkpoint holds.
+    /// Store or show the agent's own state, a JSON value that is part of every checkpoint.
     #[command(subcommand)]
     State(StateCommand),
-    /// Report tokens and cost since the last report.
+    /// ErrorReport tokens and cost since the last report.
     Usage {
         /// Tokens sent to the model.
         #[arg(long, value_name = "TOKENS", default_value_t = 0)]
         input: u64,
-        /// Tokens that the model wrote.
+        /// Tokens received from the model.
         #[arg(long, value_name = "TOKENS", default_value_t = 0)]
         output: u64,
-        /// Cost in US dollars, for instance 0.0123.
+        /// Cost in US dollars, for example 0.0123.
         #[arg(long, value_name = "USD", value_parser = micro_usd, default_value = "0")]
         cost: u64,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Print one JSON line for each pause request, until the daemon ends.
+    /// Print one JSON line per pause request, until the daemon shuts down.
     Listen,
 }
 
-/// `agent state …`
 #[derive(Debug, Subcommand)]
 pub enum StateCommand {
     /// Show the state.
     Get {
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
-    /// Keep a state.
+    /// Store the state.
     Put {
-        /// The JSON value; read from stdin when left out or `-`.
+        /// The JSON value [default: read from stdin; also with `-`].
         #[arg(value_name = "JSON")]
         value: Option<String>,
-        /// The agent, when it is not the caller.
+        /// The agent [default: the calling agent].
         #[arg(long)]
         target: Option<Target>,
     },
@@ -539,17 +503,17 @@ fn percent(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Dollars to millionths, without the rounding of floating point.
+/// Parses dollars into millionths exactly, without floating point.
 fn micro_usd(text: &str) -> Result<u64, String> {
-    let wrong = || format!("'{text}' is no cost in dollars with at most six decimals");
+    let invalid = || format!("'{text}' is not an amount in dollars with at most six decimals");
     let (whole, fraction) = text.split_once('.').unwrap_or((text, ""));
     let digits = |s: &str| s.bytes().all(|b| b.is_ascii_digit());
     if fraction.len() > 6 || !digits(whole) || !digits(fraction) || text.len() < 2 && whole.is_empty() {
-        return Err(wrong());
+        return Err(invalid());
     }
-    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| wrong())? };
-    let fraction: u64 = format!("{fraction:0<6}").parse().map_err(|_| wrong())?;
-    whole.checked_mul(1_000_000).and_then(|micro| micro.checked_add(fraction)).ok_or_else(wrong)
+    let whole: u64 = if whole.is_empty() { 0 } else { whole.parse().map_err(|_| invalid())? };
+    let fraction: u64 = format!("{fraction:0<6}").parse().map_err(|_| invalid())?;
+    whole.checked_mul(1_000_000).and_then(|micro| micro.checked_add(fraction)).ok_or_else(invalid)
 }
 
 #[cfg(test)]

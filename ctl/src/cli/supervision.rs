@@ -1,4 +1,4 @@
-//! How an agent is looked after, as flags of `run`: the same settings as in a `fermata.toml`.
+//! How an agent is supervised, as options of `run`: the same settings as in a `fermata.toml`.
 
 use std::time::Duration;
 
@@ -10,88 +10,87 @@ use fermata_protocol::supervision::{
 };
 
 use super::values::split_words;
-use crate::errors::Failure;
+use crate::errors::CommandError;
 use crate::units::{millis, parse_duration};
 
-/// When an agent is started, started again, given up.
+/// Restarts, dependencies, readiness and time limits.
 #[derive(Debug, Default, Args)]
 #[command(next_help_heading = "Supervision")]
 pub struct SupervisionArgs {
-    /// When it is started again: no, on-failure or always.
+    /// When to restart the agent: no, on-failure or always.
     #[arg(long, value_name = "WHEN", value_parser = restart_policy)]
     pub restart: Option<RestartPolicy>,
-    /// The wait before the first restart; it doubles with each one in a row.
+    /// Delay before the first restart; it doubles with each consecutive restart.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "restart")]
     pub restart_delay: Option<Duration>,
-    /// The longest wait before a restart.
+    /// Maximum delay before a restart.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "restart")]
     pub restart_max_delay: Option<Duration>,
-    /// So many restarts in a row are tried; 0 for no limit.
+    /// Maximum number of consecutive restarts; 0 sets no limit.
     #[arg(long, value_name = "N", requires = "restart")]
     pub restart_limit: Option<u32>,
-    /// The time in which restarts count as in a row.
+    /// Restarts within this time count as consecutive.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "restart")]
     pub restart_within: Option<Duration>,
-    /// Whether it is brought back after a reboot: auto, always or never.
+    /// Whether to restart the agent after a reboot: auto, always or never.
     #[arg(long, value_name = "WHEN", value_parser = recover)]
     pub recover: Option<Recover>,
-    /// An agent of the project that has to be started, ready (the default) or completed first; may
-    /// be given several times.
+    /// Start only after another agent of the project is started, ready (the default) or completed; may be repeated.
     #[arg(long, value_name = "AGENT[:STATE]", value_parser = dependency)]
     pub depends_on: Vec<Dependency>,
-    /// It is ready once a line of its output holds this text.
+    /// Ready once a line of the output contains this text.
     #[arg(long, value_name = "TEXT", conflicts_with_all = ["ready_command", "ready_reported"])]
     pub ready_output: Option<String>,
-    /// It is ready once this command, one line of shell words, succeeds.
+    /// Ready once this command succeeds; one line of shell words.
     #[arg(long, value_name = "WORDS", conflicts_with = "ready_reported")]
     pub ready_command: Option<String>,
-    /// It is ready once it says so.
+    /// Ready once the agent calls `fermatactl agent ready`.
     #[arg(long)]
     pub ready_reported: bool,
-    /// How long it may take to be ready; longer is a failed start.
+    /// The start fails when the agent is not ready after this time.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub ready_timeout: Option<Duration>,
-    /// How long it may run, paused time not counted.
+    /// Stop the agent after this much run time; paused time does not count.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub time_limit: Option<Duration>,
-    /// After how long without a report it is stale; 0 for never.
+    /// The agent is stale after this time without a report; 0 disables the check.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub stale_after: Option<Duration>,
-    /// What is done when it is stale: tell or restart.
+    /// What to do with a stale agent: tell or restart.
     #[arg(long, value_name = "ACTION", value_parser = on_stale)]
     pub on_stale: Option<OnStale>,
-    /// What becomes of output that comes too fast: block or drop.
+    /// What to do when output comes faster than it is stored: block or drop.
     #[arg(long, value_name = "POLICY", value_parser = output)]
     pub output_policy: Option<OutputPolicy>,
 }
 
 impl SupervisionArgs {
-    /// Lays the flags over the defaults.
+    /// Combines the options with the defaults.
     ///
     /// # Errors
-    /// When a flag makes no sense.
-    pub fn settings(self) -> Result<Supervision, Failure> {
+    /// When an option is invalid or conflicts with another one.
+    pub fn settings(self) -> Result<Supervision, CommandError> {
         let ready_timeout = self.ready_timeout.map(millis);
         let when = if let Some(text) = self.ready_output {
             if text.is_empty() {
-                return Err(Failure::usage("--ready-output is empty"));
+                return Err(CommandError::usage("--ready-output is empty"));
             }
             Some(ReadyWhen::Output(text))
         } else if let Some(line) = self.ready_command {
-            let words = split_words(&line).map_err(|e| Failure::usage(format!("--ready-command: {e}")))?;
+            let words = split_words(&line).map_err(|e| CommandError::usage(format!("--ready-command: {e}")))?;
             if words.first().is_none_or(String::is_empty) {
-                return Err(Failure::usage("--ready-command names no program"));
+                return Err(CommandError::usage("--ready-command names no program"));
             }
             Some(ReadyWhen::Command(words))
         } else {
             self.ready_reported.then_some(ReadyWhen::Reported)
         };
         if when.is_none() && ready_timeout.is_some() {
-            return Err(Failure::usage("--ready-timeout goes with a condition")
+            return Err(CommandError::usage("--ready-timeout needs a readiness condition")
                 .hint("give --ready-output, --ready-command or --ready-reported"));
         }
         if self.time_limit.is_some_and(|limit| limit.is_zero()) {
-            return Err(Failure::usage("--time-limit must be more than nothing"));
+            return Err(CommandError::usage("--time-limit must be greater than zero"));
         }
         let default = Restart::default();
         let restart = Restart {
@@ -102,7 +101,7 @@ impl SupervisionArgs {
             within_ms: self.restart_within.map_or(default.within_ms, millis),
         };
         if restart.delay_ms > restart.max_delay_ms {
-            return Err(Failure::usage("--restart-delay is longer than the longest wait (--restart-max-delay)"));
+            return Err(CommandError::usage("--restart-delay is longer than --restart-max-delay"));
         }
         Ok(Supervision {
             restart,
@@ -118,12 +117,12 @@ impl SupervisionArgs {
     }
 }
 
-/// Finds a word in a list; underscores pass for hyphens.
+/// Looks a word up; underscores are accepted for hyphens.
 fn one_of<T: Copy>(text: &str, words: &[(&str, T)]) -> Result<T, String> {
     let hyphens = text.replace('_', "-");
     words.iter().find(|(word, _)| *word == hyphens).map(|(_, value)| *value).ok_or_else(|| {
         let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
-        format!("it is one of {}", words.join(", "))
+        format!("expected one of {}", words.join(", "))
     })
 }
 
@@ -152,46 +151,41 @@ fn dependency(text: &str) -> Result<Dependency, String> {
     Ok(Dependency { agent, until })
 }
 
-/// When an agent is started again, in words.
 pub const RESTART_POLICIES: &[(&str, RestartPolicy)] =
     &[("no", RestartPolicy::No), ("on-failure", RestartPolicy::OnFailure), ("always", RestartPolicy::Always)];
 
-/// Whether an agent is brought back, in words.
 pub const RECOVERIES: &[(&str, Recover)] =
     &[("auto", Recover::Auto), ("always", Recover::Always), ("never", Recover::Never)];
 
-/// How far a dependency has to have come, in words.
 pub const DEPENDENCY_STATES: &[(&str, DependencyState)] = &[
     ("started", DependencyState::Started),
     ("ready", DependencyState::Ready),
     ("completed", DependencyState::Completed),
 ];
 
-/// What is done about a stale agent, in words.
 pub const STALE_ACTIONS: &[(&str, OnStale)] = &[("tell", OnStale::Tell), ("restart", OnStale::Restart)];
 
-/// What becomes of output that comes too fast, in words.
 pub const OUTPUT_POLICIES: &[(&str, OutputPolicy)] = &[("block", OutputPolicy::Block), ("drop", OutputPolicy::Drop)];
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::{Cli, Command};
+    use crate::cli::{Cli, CliCommand};
     use clap::Parser as _;
 
     fn settings(flags: &[&str]) -> Result<Supervision, String> {
         let line = [&["fermatactl", "run", "-p", "web"], flags, &["--", "true"]].concat();
         let cli = Cli::try_parse_from(line).map_err(|e| e.to_string())?;
-        let Command::Run(run) = cli.command else { panic!("it is a run") };
+        let CliCommand::Run(run) = cli.command else { panic!("not a run") };
         let run = run.into_inner();
-        run.supervision.settings().map_err(|failure| match failure {
-            Failure::Said(report) => report.message,
-            Failure::ReaderGone => String::new(),
+        run.supervision.settings().map_err(|error| match error {
+            CommandError::Reported(report) => report.message,
+            CommandError::OutputClosed => String::new(),
         })
     }
 
     #[test]
-    fn flags_become_settings() {
+    fn options_become_settings() {
         assert!(settings(&[]).expect("nothing given").is_plain());
         let all = settings(&[
             "--restart",
@@ -233,20 +227,20 @@ mod tests {
     }
 
     #[test]
-    fn flags_that_make_no_sense_are_refused() {
+    fn invalid_options_are_refused() {
         for (flags, word) in [
             (&["--restart", "sometimes"][..], "on-failure"),
             (&["--restart-delay", "1s"], "--restart"),
-            (&["--restart", "always", "--restart-delay", "1h"], "longest wait"),
+            (&["--restart", "always", "--restart-delay", "1h"], "--restart-max-delay"),
             (&["--depends-on", "a b"], "may hold only"),
             (&["--depends-on", "db:healthy"], "started, ready, completed"),
             (&["--ready-reported", "--ready-output", "x"], "cannot be used with"),
-            (&["--ready-timeout", "1s"], "goes with a condition"),
+            (&["--ready-timeout", "1s"], "needs a readiness condition"),
             (&["--ready-command", ""], "names no program"),
-            (&["--time-limit", "0s"], "more than nothing"),
+            (&["--time-limit", "0s"], "greater than zero"),
         ] {
-            let said = settings(flags).expect_err("it makes no sense");
-            assert!(said.contains(word), "{flags:?}: {said}");
+            let message = settings(flags).expect_err("invalid");
+            assert!(message.contains(word), "{flags:?}: {message}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Values on the command line that need more than one look: item numbers, words, shell words.
+//! Parsers of argument values: references to numbered items, wire names, shell words, signals.
 
 use std::str::FromStr;
 
@@ -7,16 +7,14 @@ use fermata_protocol::ProjectName;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-/// A numbered thing of a project, `project/12`, or `12` where the caller's project is meant.
+/// A reference to a numbered item of a project: `project/12`, or `12` in the project of the calling agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Numbered {
-    /// The project; the caller's own when left out.
+pub struct ItemRef {
     pub project: Option<ProjectName>,
-    /// The number.
     pub id: u64,
 }
 
-impl FromStr for Numbered {
+impl FromStr for ItemRef {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -32,7 +30,7 @@ impl FromStr for Numbered {
     }
 }
 
-/// A parser for one word out of a list, which is a wire name of `T`; hyphens pass for underscores.
+/// Returns a parser for one of `words`, each a wire name of `T`.
 pub fn word<T>(words: &'static [&'static str]) -> impl TypedValueParser<Value = T>
 where
     T: DeserializeOwned + Clone + Send + Sync + 'static,
@@ -40,18 +38,13 @@ where
     PossibleValuesParser::new(words).try_map(|word: String| serde_json::from_value::<T>(Value::String(word)))
 }
 
-/// The types of context items.
 pub const ITEM_TYPES: &[&str] = &["TASK", "CODE", "ERROR", "TEST_RESULT", "PRD_SECTION", "OTHER"];
-/// The tiers.
 pub const TIERS: &[&str] = &["hot", "warm", "cold"];
-/// The phases of the work.
 pub const PHASES: &[&str] = &["discovery", "planning", "active", "review", "complete"];
-/// The modes of a pause.
 pub const MODES: &[&str] = &["freeze", "park", "image"];
-/// The status of a task.
 pub const TASK_STATUSES: &[&str] = &["pending", "in_progress", "waiting_for_input", "completed", "failed", "cancelled"];
 
-/// Splits a line into words as a shell would: blanks, quotes and backslashes, but no expansion.
+/// Splits a line into words as a shell does, with quotes and backslashes but without expansion.
 ///
 /// # Errors
 /// When a quote is not closed or the line ends in a backslash.
@@ -100,16 +93,16 @@ pub fn split_words(line: &str) -> Result<Vec<String>, String> {
     Ok(words)
 }
 
-/// The name of a signal as the protocol wants it: upper case, without `SIG`; numbers stay.
+/// Normalises a signal name for the protocol: upper case, without `SIG`; numbers stay.
 ///
 /// # Errors
-/// When the text cannot be a signal.
+/// When the text is not a signal name or number.
 pub fn signal(text: &str) -> Result<String, String> {
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
     let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '+' | '-');
     if name.is_empty() || !name.chars().all(good) {
-        return Err(format!("'{text}' is no signal; write for instance USR1 or SIGTERM"));
+        return Err(format!("'{text}' is not a signal, such as USR1 or SIGTERM"));
     }
     Ok(name.into())
 }
@@ -119,7 +112,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_are_split_like_a_shell_does() {
+    fn lines_are_split_as_a_shell_does() {
         for (line, words) in [
             ("", vec![]),
             ("  a  b ", vec!["a", "b"]),
@@ -142,18 +135,18 @@ mod tests {
     }
 
     #[test]
-    fn numbered_things_have_a_project_or_not() {
-        let whole: Numbered = "web/3".parse().expect("valid");
+    fn item_references_have_a_project_or_not() {
+        let whole: ItemRef = "web/3".parse().expect("valid");
         assert_eq!((whole.project.as_ref().map(|p| p.as_str()), whole.id), (Some("web"), 3));
-        let bare: Numbered = "3".parse().expect("valid");
+        let bare: ItemRef = "3".parse().expect("valid");
         assert_eq!(bare.project, None);
         for bad in ["web", "web/", "web/x", "/3", "-1"] {
-            assert!(bad.parse::<Numbered>().is_err(), "{bad}");
+            assert!(bad.parse::<ItemRef>().is_err(), "{bad}");
         }
     }
 
     #[test]
-    fn signals_are_written_in_every_habit() {
+    fn signal_names_are_normalised() {
         assert_eq!(signal("sigusr1").as_deref(), Ok("USR1"));
         assert_eq!(signal("TERM").as_deref(), Ok("TERM"));
         assert_eq!(signal("9").as_deref(), Ok("9"));

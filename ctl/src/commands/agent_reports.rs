@@ -1,24 +1,24 @@
-//! `agent …`: what an agent says of itself; the daemon knows by its token who it is.
+//! `agent …`: reports of an agent, which the daemon identifies by its token.
 
 use fermata_protocol::agent::{AgentAck, AgentListen, AgentProgress, AgentReady, AgentUsage, StateGet, StatePut};
 use fermata_protocol::question::QuestionAsk;
 use fermata_protocol::task::TaskPut;
 
-use super::{Ended, context, question, task, text_or_stdin};
+use super::arguments::text_or_stdin;
+use super::{context, question, task};
 use crate::cli::groups::{AgentCommand, StateCommand};
-use crate::errors::Failure;
-use crate::session::Session;
+use crate::errors::{CommandError, CommandResult};
+use crate::session::DaemonSession;
 
-/// Runs an `agent` command.
-pub fn run(session: &mut Session, command: AgentCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: AgentCommand) -> CommandResult {
     match command {
         AgentCommand::Progress { percent, message, units, phase, target } => {
             let done = session.call(&AgentProgress { target, percent, message, units_done: units, phase })?;
             silent(session, &done)
         }
         AgentCommand::Heartbeat { target } => {
-            let nothing = AgentProgress { target, percent: None, message: None, units_done: None, phase: None };
-            let done = session.call(&nothing)?;
+            let heartbeat = AgentProgress { target, percent: None, message: None, units_done: None, phase: None };
+            let done = session.call(&heartbeat)?;
             silent(session, &done)
         }
         AgentCommand::Ready { target } => {
@@ -57,13 +57,13 @@ pub fn run(session: &mut Session, command: AgentCommand) -> Ended {
     }
 }
 
-/// Agents report often, and nobody reads "done".
-fn silent(session: &mut Session, done: &impl serde::Serialize) -> Ended {
+/// Prints nothing for people: agents report often.
+fn silent(session: &mut DaemonSession, done: &impl serde::Serialize) -> CommandResult {
     session.out.one(done, None, |_, _| Ok(()))?;
     Ok(0)
 }
 
-fn state(session: &mut Session, command: StateCommand) -> Ended {
+fn state(session: &mut DaemonSession, command: StateCommand) -> CommandResult {
     match command {
         StateCommand::Get { target } => {
             let result = session.call(&StateGet { target })?;
@@ -72,18 +72,18 @@ fn state(session: &mut Session, command: StateCommand) -> Ended {
         }
         StateCommand::Put { value, target } => {
             let text = text_or_stdin(value)?;
-            let state =
-                serde_json::from_str(&text).map_err(|e| Failure::usage(format!("the state is not valid JSON: {e}")))?;
+            let state = serde_json::from_str(&text)
+                .map_err(|e| CommandError::usage(format!("the state is not valid JSON: {e}")))?;
             let done = session.call(&StatePut { target, state })?;
             silent(session, &done)
         }
     }
 }
 
-/// Prints pause requests until the daemon is gone for good.
-fn listen(session: &mut Session) -> Ended {
+/// Prints pause requests until the daemon shuts down and does not return.
+fn listen(session: &mut DaemonSession) -> CommandResult {
     loop {
-        session.call_lasting(&AgentListen {})?;
+        session.call_across_restarts(&AgentListen {})?;
         while let Some(notification) = session.next_notification()? {
             if notification.method == "pause_requested" {
                 session.out.json(&notification.params)?;

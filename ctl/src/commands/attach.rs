@@ -1,4 +1,4 @@
-//! `attach`: an agent's terminal at one's own.
+//! `attach`: shows the terminal of an agent in the terminal of the caller.
 
 use std::io;
 use std::os::fd::AsFd as _;
@@ -16,54 +16,63 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::{Ended, agents, one_agent, target_of};
-use crate::cli::AttachArgs;
-use crate::errors::Failure;
+use super::agents;
+use super::arguments::{all_agents, one_agent, target_of};
+use crate::cli::{AttachArgs, DETACH_KEYS};
+use crate::errors::{CommandError, CommandResult};
 use crate::keys;
 use crate::output::note;
 use crate::raw_terminal::{self, RawTerminal};
-use crate::session::Session;
+use crate::session::DaemonSession;
 
-/// How long a daemon that is gone is tried again.
-const RETURN: Duration = Duration::from_secs(60);
+/// How long to try to reconnect to a daemon that restarts.
+const RECONNECT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Between two tries.
-const TRY_EVERY: u16 = 200;
+/// Milliseconds between two attempts.
+const RECONNECT_INTERVAL: u16 = 200;
 
-/// So much may wait for the daemon before no more keys are read.
-const MAX_TYPED: usize = 2 * MAX_INPUT_BYTES;
+/// No more input is read while this much waits to be sent.
+const MAX_PENDING_INPUT: usize = 2 * MAX_INPUT_BYTES;
 
-/// How a look at an agent ended.
-enum End {
-    /// The person left.
+/// Why an attachment ended.
+enum AttachExit {
+    /// By the detach keys, or because stdin was closed.
     Detached,
-    /// A signal ended this program.
+    /// By a signal to this program.
     Signal(Signal),
-    /// The run ended; without a status when nobody saw how.
+    /// The agent ended; its exit status, if known.
     Agent(Option<ExitStatus>),
 }
 
-/// Runs `attach`.
-pub fn attach(session: &mut Session, args: &AttachArgs) -> Ended {
-    let keys = keys::bytes(&args.detach_keys).map_err(|error| Failure::usage(format!("--detach-keys: {error}")))?;
+pub fn attach(session: &mut DaemonSession, args: &AttachArgs) -> CommandResult {
+    let keys =
+        keys::bytes(&args.detach_keys).map_err(|error| CommandError::usage(format!("--detach-keys: {error}")))?;
     let target = one_agent(session, &args.target)?;
     show(session, &target, args.read_only, args.steal, keys, &args.detach_keys)
 }
 
-/// Attaches to an agent that was just started.
-pub fn after_start(session: &mut Session, target: &Target) -> Ended {
-    let name = crate::cli::DETACH_KEYS;
-    let keys = keys::bytes(name).map_err(Failure::usage)?;
+/// Attaches to an agent that `run` has just started.
+pub fn after_start(session: &mut DaemonSession, target: &Target) -> CommandResult {
+    let name = DETACH_KEYS;
+    let keys = keys::bytes(name).map_err(CommandError::usage)?;
     show(session, target, false, false, keys, name)
 }
 
-fn show(session: &mut Session, target: &Target, read_only: bool, steal: bool, keys: Vec<u8>, keys_name: &str) -> Ended {
-    if !raw_terminal::is_there() {
-        return Err(Failure::usage("attach needs a terminal for stdin and stdout")
-            .hint(format!("fermatactl logs -f {target} shows the output, fermatactl send {target} types")));
+fn show(
+    session: &mut DaemonSession,
+    target: &Target,
+    read_only: bool,
+    steal: bool,
+    keys: Vec<u8>,
+    keys_name: &str,
+) -> CommandResult {
+    if !raw_terminal::is_interactive() {
+        return Err(CommandError::usage("attach needs a terminal for stdin and stdout").hint(format!(
+            "to see the output: fermatactl logs -f {target}; to send input: fermatactl send {target} TEXT"
+        )));
     }
     if session.globals.timeout.is_some() {
-        return Err(Failure::usage("attach lasts until you leave it, and takes no --timeout"));
+        return Err(CommandError::usage("attach does not support --timeout"));
     }
     let params = |steal: bool, scrollback: bool| AgentAttach {
         target: target.clone(),
@@ -72,110 +81,112 @@ fn show(session: &mut Session, target: &Target, read_only: bool, steal: bool, ke
         scrollback,
         size: raw_terminal::size(),
     };
-    // The first time before the terminal changes: a refusal is said as usual.
+    // Before raw mode: a refusal is reported as usual.
     let attached = session.call(&params(steal, true))?;
     let terminal = RawTerminal::enter()?;
-    let mut view = View {
+    let mut attached_terminal = AttachedTerminal {
         session,
         terminal: &terminal,
         target,
         read_only,
-        keys: keys::Watch::new(keys),
+        keys: keys::DetachScanner::new(keys),
         keys_name,
         attachment: attached.attachment,
         writing: attached.writing,
         typed: Vec::new(),
-        asked: None,
+        pending: None,
     };
-    view.greet(&attached)?;
+    attached_terminal.greet(&attached)?;
     let ended = loop {
-        match view.until_something_ends() {
+        match attached_terminal.run() {
             Ok(end) => break Ok(end),
-            Err(Failed::Connection) => {}
-            Err(Failed::Here(failure)) => break Err(failure),
+            Err(AttachError::Connection) => {}
+            Err(AttachError::Other(error)) => break Err(error),
         }
-        match view.wait_for_daemon(|| params(false, false)) {
+        match attached_terminal.reconnect(|| params(false, false)) {
             Ok(None) => {}
             Ok(Some(end)) => break Ok(end),
-            Err(failure) => break Err(failure),
+            Err(error) => break Err(error),
         }
     };
     drop(terminal);
     match ended? {
-        End::Detached => {
-            note(&format!("detached from {target}, which goes on"));
+        AttachExit::Detached => {
+            note(&format!("detached from {target}; the agent keeps running"));
             Ok(0)
         }
-        End::Signal(signal) => {
-            note(&format!("detached from {target} by {}", signal.as_str()));
+        AttachExit::Signal(signal) => {
+            note(&format!("detached from {target} by signal {}", signal.as_str()));
             Ok(u8::try_from(128 + signal as i32).unwrap_or(1))
         }
-        End::Agent(Some(exit)) => {
+        AttachExit::Agent(Some(exit)) => {
             note(&format!("{target} ended with {exit}"));
             Ok(u8::try_from(exit.shell_code()).unwrap_or(1))
         }
-        End::Agent(None) => Err(Failure::local(format!("{target} has ended, and nobody saw how"))
-            .hint(format!("fermatactl ps {}", target.project))),
-    }
-}
-
-enum Failed {
-    Connection,
-    Here(Failure),
-}
-
-impl From<ClientError> for Failed {
-    fn from(error: ClientError) -> Self {
-        match error {
-            ClientError::Closed | ClientError::Broken(_) | ClientError::Unreachable { .. } => Self::Connection,
-            ClientError::Garbled(_) | ClientError::Refused(_) => Self::Here(error.into()),
+        AttachExit::Agent(None) => {
+            Err(CommandError::local(format!("{target} has ended; its exit status is not known"))
+                .hint(format!("see: fermatactl ps {}", target.project)))
         }
     }
 }
 
-impl From<io::Error> for Failed {
-    fn from(error: io::Error) -> Self {
-        Self::Here(Failure::io("use the terminal", &error))
+enum AttachError {
+    Connection,
+    Other(CommandError),
+}
+
+impl From<ClientError> for AttachError {
+    fn from(error: ClientError) -> Self {
+        match error {
+            ClientError::Closed | ClientError::Broken(_) | ClientError::Unreachable { .. } => Self::Connection,
+            ClientError::Garbled(_) | ClientError::Refused(_) => Self::Other(error.into()),
+        }
     }
 }
 
-struct View<'a> {
-    session: &'a mut Session,
+impl From<io::Error> for AttachError {
+    fn from(error: io::Error) -> Self {
+        Self::Other(CommandError::io("use the terminal", &error))
+    }
+}
+
+struct AttachedTerminal<'a> {
+    session: &'a mut DaemonSession,
     terminal: &'a RawTerminal,
     target: &'a Target,
     read_only: bool,
-    keys: keys::Watch,
+    keys: keys::DetachScanner,
     keys_name: &'a str,
     attachment: u64,
     writing: bool,
     typed: Vec<u8>,
-    /// The request that types and has no answer yet, and how much it types.
-    asked: Option<(u64, usize)>,
+    /// The id of the unanswered input request, and how many bytes it carries.
+    pending: Option<(u64, usize)>,
 }
 
-/// What woke the loop.
-struct Ready {
+/// Which inputs are readable.
+struct ReadyInputs {
     keys: bool,
     daemon: bool,
 }
 
-impl View<'_> {
-    fn greet(&mut self, attached: &AgentAttachResult) -> Result<(), Failure> {
-        let said = match (&attached.writer, attached.standing) {
-            _ if self.read_only => format!("you watch {}; {} leaves", self.target, self.keys_name),
+impl AttachedTerminal<'_> {
+    fn greet(&mut self, attached: &AgentAttachResult) -> Result<(), CommandError> {
+        let message = match (&attached.writer, attached.standing) {
+            _ if self.read_only => format!("watching {}; {} detaches", self.target, self.keys_name),
             (Some(by), _) => {
-                format!("{by} types into {}, you watch; {} leaves, --steal takes over", self.target, self.keys_name)
+                format!("watching {}, {by} has the input; {} detaches, --steal takes over", self.target, self.keys_name)
             }
-            (None, Standing::Running) => format!("{} leaves {}, which goes on", self.keys_name, self.target),
-            (None, standing) => standing_text(self.target, standing),
+            (None, Standing::Running) => format!("attached to {}; {} detaches", self.target, self.keys_name),
+            (None, run_state) => run_state_text(self.target, run_state),
         };
-        self.terminal.say(&said).map_err(Failure::from)
+        self.terminal.show_message(&message).map_err(CommandError::from)
     }
 
-    /// Shows and types until the person leaves or the agent ends.
-    fn until_something_ends(&mut self) -> Result<End, Failed> {
+    /// Forwards output and input until the attachment ends.
+    fn run(&mut self) -> Result<AttachExit, AttachError> {
         loop {
-            self.type_on()?;
+            self.send_input()?;
             if let Some(end) = self.receive_all()? {
                 return Ok(end);
             }
@@ -184,11 +195,11 @@ impl View<'_> {
                 return Ok(end);
             }
             if ready.keys && self.read_keys()? {
-                // Best effort: a daemon that does not hear it sees the connection end.
+                // Best effort: otherwise the daemon notices the closed connection.
                 if let Ok(client) = self.session.live() {
                     client.begin(&AgentDetach { attachment: self.attachment }).ok();
                 }
-                return Ok(End::Detached);
+                return Ok(AttachExit::Detached);
             }
             if ready.daemon
                 && let Some(end) = self.receive()?
@@ -198,9 +209,9 @@ impl View<'_> {
         }
     }
 
-    fn wait(&mut self, timeout: PollTimeout) -> Result<Ready, Failed> {
+    fn wait(&mut self, timeout: PollTimeout) -> Result<ReadyInputs, AttachError> {
         let stdin = io::stdin();
-        let keys = if self.typed.len() < MAX_TYPED { PollFlags::POLLIN } else { PollFlags::empty() };
+        let keys = if self.typed.len() < MAX_PENDING_INPUT { PollFlags::POLLIN } else { PollFlags::empty() };
         let client = self.session.live_if_connected();
         let mut fds = vec![PollFd::new(self.terminal.signals(), PollFlags::POLLIN), PollFd::new(stdin.as_fd(), keys)];
         if let Some(client) = client {
@@ -208,20 +219,20 @@ impl View<'_> {
         }
         match poll(&mut fds, timeout) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
-            Err(error) => return Err(Failed::Here(Failure::io("wait for the terminal", &error.into()))),
+            Err(error) => return Err(AttachError::Other(CommandError::io("wait for the terminal", &error.into()))),
         }
         let ready = |fd: Option<&PollFd<'_>>| fd.and_then(PollFd::any).unwrap_or(false);
-        Ok(Ready { keys: ready(fds.get(1)), daemon: ready(fds.get(2)) })
+        Ok(ReadyInputs { keys: ready(fds.get(1)), daemon: ready(fds.get(2)) })
     }
 
-    /// Reads keys; says whether the person leaves.
-    fn read_keys(&mut self) -> Result<bool, Failed> {
+    /// Reads input; returns true when the user detaches.
+    fn read_keys(&mut self) -> Result<bool, AttachError> {
         let mut bytes = [0; 4096];
-        // Past the buffer of `Stdin`, which poll(2) does not know of.
+        // Not through the buffer of `Stdin`, which poll(2) does not see.
         let count = match nix::unistd::read(io::stdin(), &mut bytes) {
             Ok(count) => count,
             Err(nix::errno::Errno::EINTR | nix::errno::Errno::EAGAIN) => return Ok(false),
-            // The terminal is gone, and its person with it.
+            // The terminal is closed.
             Err(_) => 0,
         };
         if count == 0 {
@@ -229,31 +240,31 @@ impl View<'_> {
         }
         let scanned = self.keys.scan(&bytes[..count]);
         if self.read_only && !scanned.typed.is_empty() {
-            self.terminal.say(&format!("you only watch; {} leaves", self.keys_name))?;
+            self.terminal.show_message(&format!("input is off (--read-only); {} detaches", self.keys_name))?;
         } else {
             self.typed.extend_from_slice(&scanned.typed);
         }
         Ok(scanned.detached)
     }
 
-    /// Sends what was typed, one request after the other: they would overtake each other otherwise.
-    fn type_on(&mut self) -> Result<(), Failed> {
-        if self.typed.is_empty() || self.asked.is_some() {
+    /// Sends pending input, one request at a time, since concurrent requests may be reordered.
+    fn send_input(&mut self) -> Result<(), AttachError> {
+        if self.typed.is_empty() || self.pending.is_some() {
             return Ok(());
         }
         let count = self.typed.len().min(MAX_INPUT_BYTES);
         let input = AgentInput { attachment: self.attachment, data: Bytes(self.typed[..count].to_vec()) };
         let id = self.live()?.begin(&input)?;
-        self.asked = Some((id, count));
+        self.pending = Some((id, count));
         Ok(())
     }
 
-    fn live(&mut self) -> Result<&mut fermata_protocol::client::Client, Failed> {
-        self.session.live().map_err(|_| Failed::Connection)
+    fn live(&mut self) -> Result<&mut fermata_protocol::client::Client, AttachError> {
+        self.session.live().map_err(|_| AttachError::Connection)
     }
 
-    /// Takes what has come already, perhaps together with the answer to `agent.attach`.
-    fn receive_all(&mut self) -> Result<Option<End>, Failed> {
+    /// Handles the messages that are buffered already.
+    fn receive_all(&mut self) -> Result<Option<AttachExit>, AttachError> {
         while self.live()?.has_whole_message() {
             if let Some(end) = self.receive()? {
                 return Ok(Some(end));
@@ -262,12 +273,12 @@ impl View<'_> {
         Ok(None)
     }
 
-    fn receive(&mut self) -> Result<Option<End>, Failed> {
+    fn receive(&mut self) -> Result<Option<AttachExit>, AttachError> {
         match self.live()?.try_receive()? {
-            Some(Incoming::Notification(notification)) => self.told(notification),
+            Some(Incoming::Notification(notification)) => self.handle_notification(notification),
             Some(Incoming::Answer(id, answer)) => {
-                if self.asked.is_some_and(|(asked, _)| asked == id) {
-                    self.answered(answer)?;
+                if self.pending.is_some_and(|(pending, _)| pending == id) {
+                    self.handle_answer(answer)?;
                 }
                 Ok(None)
             }
@@ -275,35 +286,38 @@ impl View<'_> {
         }
     }
 
-    fn answered(&mut self, answer: Result<Value, ClientError>) -> Result<(), Failed> {
-        let Some((_, count)) = self.asked.take() else { return Ok(()) };
+    fn handle_answer(&mut self, answer: Result<Value, ClientError>) -> Result<(), AttachError> {
+        let Some((_, count)) = self.pending.take() else { return Ok(()) };
         match answer {
             Ok(value) => {
                 let typed: TypedResult = read(value)?;
-                let taken = usize::try_from(typed.bytes).unwrap_or(count).min(count);
-                self.typed.drain(..taken);
+                let accepted = usize::try_from(typed.bytes).unwrap_or(count).min(count);
+                self.typed.drain(..accepted);
                 if typed.claimed {
                     self.writing = true;
                     self.tell_size()?;
                 }
-                if taken < count {
+                if accepted < count {
                     self.typed.clear();
-                    self.terminal.say(&format!("{} does not read: what was typed last is lost", self.target))?;
+                    self.terminal
+                        .show_message(&format!("{} does not read its input; some input was dropped", self.target))?;
                 }
             }
-            Err(ClientError::Refused(refusal)) if refusal.code == Code::ShuttingDown => return Err(Failed::Connection),
+            Err(ClientError::Refused(refusal)) if refusal.code == Code::ShuttingDown => {
+                return Err(AttachError::Connection);
+            }
             Err(ClientError::Refused(refusal)) => {
-                // What was typed in vain must not come later, when nobody expects it.
+                // Input that was refused must not be sent later.
                 self.typed.clear();
                 self.writing &= refusal.code != Code::TerminalBusy;
-                self.terminal.say(&said(&refusal))?;
+                self.terminal.show_message(&refusal_text(&refusal))?;
             }
             Err(other) => return Err(other.into()),
         }
         Ok(())
     }
 
-    fn told(&mut self, notification: Notification) -> Result<Option<End>, Failed> {
+    fn handle_notification(&mut self, notification: Notification) -> Result<Option<AttachExit>, AttachError> {
         match notification.method.as_str() {
             "$/attach.output" => {
                 let output: AttachOutput = read(notification.params)?;
@@ -312,41 +326,41 @@ impl View<'_> {
                 }
             }
             "$/attach.notice" => {
-                let told: AttachNotice = read(notification.params)?;
-                let text = match told.notice {
+                let notice: AttachNotice = read(notification.params)?;
+                let text = match notice.notice {
                     Notice::Replaced { by } => {
                         self.writing = false;
                         self.typed.clear();
-                        format!("{by} has taken over {}, you watch; {} leaves", self.target, self.keys_name)
+                        format!("{by} has taken over the input of {}; {} detaches", self.target, self.keys_name)
                     }
-                    Notice::Standing(standing) => standing_text(self.target, standing),
+                    Notice::Standing(run_state) => run_state_text(self.target, run_state),
                 };
-                self.terminal.say(&text)?;
+                self.terminal.show_message(&text)?;
             }
             "$/attach.end" => {
                 let end: AttachEnd = read(notification.params)?;
-                return Ok((end.attachment == self.attachment).then_some(End::Agent(end.exit)));
+                return Ok((end.attachment == self.attachment).then_some(AttachExit::Agent(end.exit)));
             }
-            // The bytes that follow `$/attach.screen` begin with all that makes a screen new.
+            // `$/attach.screen` needs no handling: the output after it begins by redrawing the screen.
             _ => {}
         }
         Ok(None)
     }
 
-    fn take_signals(&mut self) -> Result<Option<End>, Failed> {
+    fn take_signals(&mut self) -> Result<Option<AttachExit>, AttachError> {
         while let Some(signal) = self.terminal.signal() {
             match signal {
                 Signal::SIGWINCH if self.writing => self.tell_size()?,
                 Signal::SIGWINCH => {}
-                // Somebody else may have had the terminal meanwhile.
-                Signal::SIGCONT => self.terminal.make_raw().map_err(io::Error::from)?,
-                other => return Ok(Some(End::Signal(other))),
+                // Another program may have changed the mode meanwhile.
+                Signal::SIGCONT => self.terminal.set_raw().map_err(io::Error::from)?,
+                other => return Ok(Some(AttachExit::Signal(other))),
             }
         }
         Ok(None)
     }
 
-    fn tell_size(&mut self) -> Result<(), Failed> {
+    fn tell_size(&mut self) -> Result<(), AttachError> {
         if let Some(size) = raw_terminal::size() {
             let attachment = self.attachment;
             self.live()?.begin(&AgentResize { attachment, size })?;
@@ -354,33 +368,33 @@ impl View<'_> {
         Ok(())
     }
 
-    /// Waits for a daemon that is gone, while the person can leave; attaches again.
-    fn wait_for_daemon(&mut self, params: impl Fn() -> AgentAttach) -> Result<Option<End>, Failure> {
-        self.session.hang_up();
-        self.asked = None;
-        // Nobody knows whether it was typed; twice would be worse than never.
+    /// Reconnects to a daemon that restarts and attaches again; the user can detach meanwhile.
+    fn reconnect(&mut self, params: impl Fn() -> AgentAttach) -> Result<Option<AttachExit>, CommandError> {
+        self.session.disconnect();
+        self.pending = None;
+        // It is not known whether this input arrived; sending it twice would be worse than dropping it.
         self.typed.clear();
-        let until = Instant::now() + RETURN;
+        let until = Instant::now() + RECONNECT_TIMEOUT;
         let keys_name = self.keys_name;
-        self.terminal.say(&format!("the daemon is gone, the agent goes on; looking for it, {keys_name} leaves"))?;
-        let here = |failed: Failed| match failed {
-            Failed::Here(failure) => failure,
-            Failed::Connection => Failure::local("the connection to the daemon broke"),
+        self.terminal.show_message(&format!("connection to the daemon lost; reconnecting, {keys_name} detaches"))?;
+        let to_command_error = |error: AttachError| match error {
+            AttachError::Other(error) => error,
+            AttachError::Connection => CommandError::local("the connection to the daemon broke"),
         };
         loop {
-            let ready = self.wait(PollTimeout::from(TRY_EVERY)).map_err(here)?;
+            let ready = self.wait(PollTimeout::from(RECONNECT_INTERVAL)).map_err(to_command_error)?;
             while let Some(signal) = self.terminal.signal() {
                 if !matches!(signal, Signal::SIGWINCH | Signal::SIGCONT) {
-                    return Ok(Some(End::Signal(signal)));
+                    return Ok(Some(AttachExit::Signal(signal)));
                 }
             }
-            if ready.keys && self.read_keys().map_err(here)? {
-                return Ok(Some(End::Detached));
+            if ready.keys && self.read_keys().map_err(to_command_error)? {
+                return Ok(Some(AttachExit::Detached));
             }
             self.typed.clear();
             let attached = match self.session.try_reconnect() {
                 Ok(()) => self.session.call(&params()),
-                Err(failure) => Err(failure),
+                Err(error) => Err(error),
             };
             match attached {
                 Ok(attached) => {
@@ -388,39 +402,41 @@ impl View<'_> {
                     self.writing = attached.writing;
                     return Ok(None);
                 }
-                Err(failure) if failure.is(Code::AgentNotRunning) => return self.ended_meanwhile(failure),
-                Err(failure) if Instant::now() >= until => return Err(failure),
-                Err(_) => self.session.hang_up(),
+                Err(error) if error.is(Code::AgentNotRunning) => return self.ended_meanwhile(error),
+                Err(error) if Instant::now() >= until => return Err(error),
+                Err(_) => self.session.disconnect(),
             }
         }
     }
 
-    fn ended_meanwhile(&mut self, failure: Failure) -> Result<Option<End>, Failure> {
-        let agents = super::all_agents(self.session, Some(&self.target.project))?;
+    fn ended_meanwhile(&mut self, error: CommandError) -> Result<Option<AttachExit>, CommandError> {
+        let agents = all_agents(self.session, Some(&self.target.project))?;
         match agents.iter().find(|agent| target_of(agent) == *self.target) {
-            Some(agent) if agent.exit.is_some() || agents::exit_code(agent) == 0 => Ok(Some(End::Agent(agent.exit))),
-            _ => Err(failure),
+            Some(agent) if agent.exit.is_some() || agents::exit_code(agent) == 0 => {
+                Ok(Some(AttachExit::Agent(agent.exit)))
+            }
+            _ => Err(error),
         }
     }
 }
 
-fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, Failed> {
-    serde_json::from_value(value).map_err(|error| Failed::Here(ClientError::Garbled(error.to_string()).into()))
+fn read<T: serde::de::DeserializeOwned>(value: Value) -> Result<T, AttachError> {
+    serde_json::from_value(value).map_err(|error| AttachError::Other(ClientError::Garbled(error.to_string()).into()))
 }
 
-fn said(refusal: &Refusal) -> String {
+fn refusal_text(refusal: &Refusal) -> String {
     match &refusal.hint {
         Some(hint) => format!("{} ({hint})", refusal.message),
         None => refusal.message.clone(),
     }
 }
 
-fn standing_text(target: &Target, standing: Standing) -> String {
-    match standing {
-        Standing::Running => format!("{target} goes on"),
+fn run_state_text(target: &Target, run_state: Standing) -> String {
+    match run_state {
+        Standing::Running => format!("{target} is running"),
         Standing::Suspended { .. } => {
-            format!("{target} is suspended: fermatactl kill -s CONT {target} lets it go on")
+            format!("{target} is suspended; continue with: fermatactl kill -s CONT {target}")
         }
-        Standing::Held => format!("{target} is held by a pause: fermatactl resume {} lets it go on", target.project),
+        Standing::Held => format!("{target} is paused; resume with: fermatactl resume {}", target.project),
     }
 }

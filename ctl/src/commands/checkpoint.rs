@@ -4,26 +4,26 @@ use std::io;
 
 use fermata_protocol::checkpoint::{
     ChangedPath, CheckpointCreate, CheckpointCreateResult, CheckpointDetail, CheckpointDiff, CheckpointDiffResult,
-    CheckpointList, CheckpointPin, CheckpointRestore, CheckpointShow, CheckpointVerify, CheckpointView,
-    VerifiedCheckpoint,
+    CheckpointList, CheckpointMetadata, CheckpointPin, CheckpointRestore, CheckpointShow, CheckpointVerify,
+    CheckpointView, VerifiedCheckpoint,
 };
 use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove, CheckpointRemoveResult, RemovalReason};
 use fermata_protocol::transfer::{CheckpointConsolidate, CheckpointExport};
 use fermata_protocol::{CheckpointNumber, ProjectName};
 
-use super::pause::frozen;
-use super::{Ended, restore, transfer};
+use super::pause::{frozen_time, steps_text};
+use super::{restore, transfer};
 use crate::cli::groups::CheckpointCommand;
-use crate::errors::Failure;
-use crate::output::{Cell, Facts, Format, Output, Paint, Table, clean, note};
-use crate::session::Session;
-use crate::units::{bytes, dollars, local, millis, number};
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Cell, FieldList, Format, Paint, Printer, TextTable, note};
+use crate::session::DaemonSession;
+use crate::terminal_text::clean;
+use crate::units::{bytes, counted, dollars, local, millis, number};
 
-/// How many checkpoints are asked for at once.
+/// The page size of a list request.
 const PAGE: u32 = 200;
 
-/// Runs a `checkpoint` command.
-pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: CheckpointCommand) -> CommandResult {
     match command {
         CheckpointCommand::Create { project, name, description } => {
             let params = CheckpointCreate { project, name, description };
@@ -36,7 +36,8 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
             let id = |checkpoint: &CheckpointView| checkpoint.id;
             session.out.rows(&checkpoints, "no checkpoints", id, table)?;
             if session.out.is_human() && !checkpoints.is_empty() {
-                note(&format!("all checkpoints of {project} take {} on disk", bytes(disk_bytes)));
+                session.out.flush()?;
+                note(&format!("disk usage of all checkpoints of {project}: {}", bytes(disk_bytes)));
             }
         }
         CheckpointCommand::Show { project, checkpoint } => {
@@ -87,12 +88,12 @@ pub fn run(session: &mut Session, command: CheckpointCommand) -> Ended {
     Ok(0)
 }
 
-/// Asks page after page, newest first; returns with them what all of the project's take on disk.
+/// Lists checkpoints page by page, newest first; also returns the disk usage of all checkpoints of the project.
 fn list(
-    session: &mut Session,
+    session: &mut DaemonSession,
     project: &ProjectName,
     limit: Option<u32>,
-) -> Result<(Vec<CheckpointView>, u64), Failure> {
+) -> Result<(Vec<CheckpointView>, u64), CommandError> {
     let mut disk_bytes = 0;
     let wanted = limit.map_or(usize::MAX, |n| n as usize);
     let mut all: Vec<CheckpointView> = Vec::new();
@@ -105,7 +106,7 @@ fn list(
         let count = page.checkpoints.len();
         disk_bytes = page.disk_bytes;
         all.extend(page.checkpoints);
-        // A daemon may give fewer than were asked for; only an empty page is the end for sure.
+        // A daemon may return fewer than requested; only an empty page is the end.
         if count == 0 {
             break;
         }
@@ -114,8 +115,8 @@ fn list(
     Ok((all, disk_bytes))
 }
 
-fn table(out: &Output, checkpoints: &[CheckpointView]) -> Table {
-    let mut table = Table::new(&[">N", "TRIGGER", "CREATED", ">SIZE", ">FILES", "PIN", "NAME"]);
+fn table(out: &Printer, checkpoints: &[CheckpointView]) -> TextTable {
+    let mut table = TextTable::new(&[">N", "TRIGGER", "CREATED", ">SIZE", ">FILES", "PIN", "NAME"]);
     for checkpoint in checkpoints {
         let warned = !checkpoint.metadata.warnings.is_empty() || checkpoint.metadata.skipped > 0;
         let paint = if warned { Paint::Attention } else { Paint::Plain };
@@ -132,49 +133,59 @@ fn table(out: &Output, checkpoints: &[CheckpointView]) -> Table {
     table
 }
 
-fn created(out: &mut Output, result: &CheckpointCreateResult) -> io::Result<()> {
+fn created(out: &mut Printer, result: &CheckpointCreateResult) -> io::Result<()> {
     let metadata = &result.checkpoint.metadata;
-    let facts = Facts::default()
+    let fields = FieldList::default()
         .add("checkpoint", result.checkpoint_id.to_string())
         .add("name", &result.checkpoint.name)
-        .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
-        .add("added", bytes(result.checkpoint.size_bytes))
-        .add("frozen", frozen(result.frozen_ms, &result.steps_ms))
+        .add("files", files_text(metadata))
+        .add("stored", bytes(result.checkpoint.size_bytes))
+        .add_some("time frozen", frozen_time(result.frozen_ms))
+        .add_some("steps", steps_text(&result.steps_ms))
         .add("operation", result.operation_id.as_str());
-    out.facts(&facts)?;
+    out.fields(&fields)?;
     out.warnings(&result.warnings)
 }
 
-fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
+/// The number and total size of the files in a checkpoint.
+fn files_text(metadata: &CheckpointMetadata) -> String {
+    format!("{} ({})", number(metadata.files), bytes(metadata.bytes))
+}
+
+fn shown(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
     let checkpoint = &detail.checkpoint;
     let metadata = &checkpoint.metadata;
     let filled = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
-    let facts = Facts::default()
+    let fields = FieldList::default()
         .add("checkpoint", format!("{} of {}", checkpoint.id, checkpoint.project))
         .add("name", &checkpoint.name)
-        .maybe("description", filled(&checkpoint.description))
+        .add_some("description", filled(&checkpoint.description))
         .add("trigger", checkpoint.trigger.as_str())
-        .maybe("pause reason", checkpoint.pause_reason.as_ref())
+        .add_some("pause reason", checkpoint.pause_reason.as_ref())
         .add("created", format!("{} ({})", local(checkpoint.created_at), out.ago(checkpoint.created_at)))
         .add("pinned", if checkpoint.pinned { "yes" } else { "no" })
         .add("phase", metadata.phase.as_str())
-        .maybe(
+        .add_some(
             "tasks",
-            (metadata.tasks_total > 0).then(|| format!("{} of {} done", metadata.tasks_done, metadata.tasks_total)),
+            (metadata.tasks_total > 0)
+                .then(|| format!("{} of {} completed", metadata.tasks_done, metadata.tasks_total)),
         )
-        .maybe("last task", metadata.last_task_done.as_ref())
-        .maybe("agents", filled(&metadata.active_agents.join(", ")))
-        .add("covers", format!("{} files, {}", number(metadata.files), bytes(metadata.bytes)))
-        .add("added", format!("{} to the disk", bytes(checkpoint.size_bytes)))
-        .add("context", format!("{} items, {} tokens", number(metadata.context_items), number(metadata.context_tokens)))
-        .maybe("cost so far", (metadata.cost_micro_usd > 0).then(|| dollars(metadata.cost_micro_usd)))
-        .maybe("repository", metadata.repository.as_ref().map(|r| r.to_string()))
+        .add_some("last completed", metadata.last_task_done.as_ref())
+        .add_some("active agents", filled(&metadata.active_agents.join(", ")))
+        .add("files", files_text(metadata))
+        .add("stored", bytes(checkpoint.size_bytes))
+        .add(
+            "context",
+            format!("{}, {}", counted(metadata.context_items, "item"), counted(metadata.context_tokens, "token")),
+        )
+        .add_some("cost", (metadata.cost_micro_usd > 0).then(|| dollars(metadata.cost_micro_usd)))
+        .add_some("repository", metadata.repository.as_ref().map(|r| r.to_string()))
         .add("format", checkpoint.format.to_string())
         .add("manifest", &checkpoint.manifest_sha256)
         .add("operation", checkpoint.operation_id.as_str());
-    out.facts(&facts)?;
+    out.fields(&fields)?;
     out.line("")?;
-    let mut parts = Table::new(&["PART", ">SIZE", "HASH", "PATH"]);
+    let mut parts = TextTable::new(&["PART", ">SIZE", "HASH", "PATH"]);
     for part in &detail.manifest.parts {
         parts.row([
             Cell::from(&part.kind),
@@ -186,18 +197,18 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
     out.table(&parts)?;
     if !detail.skipped.is_empty() {
         out.line("")?;
-        let mut skipped = Table::new(&["LEFT OUT", "BECAUSE"]);
+        let mut skipped = TextTable::new(&["SKIPPED", "REASON"]);
         for path in &detail.skipped {
             let detail = path.detail.as_ref().map(|detail| format!(" ({detail})"));
-            let because = format!("{}{}", path.reason.replace('_', " "), detail.unwrap_or_default());
-            skipped.row([Cell::from(&path.path), because.into()]);
+            let reason = format!("{}{}", path.reason.replace('_', " "), detail.unwrap_or_default());
+            skipped.row([Cell::from(&path.path), reason.into()]);
         }
         out.table(&skipped)?;
         restore::more(out, detail.skipped.len(), detail.skipped_total)?;
     }
     if !detail.torn.is_empty() {
         out.line("")?;
-        let mut torn = Table::new(&["CHANGED WHILE IT WAS READ"]);
+        let mut torn = TextTable::new(&["CHANGED WHILE BEING READ"]);
         for path in &detail.torn {
             torn.row([Cell::from(path)]);
         }
@@ -207,10 +218,10 @@ fn shown(out: &mut Output, detail: &CheckpointDetail) -> io::Result<()> {
     out.warnings(&metadata.warnings)
 }
 
-fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Result<(), Failure> {
+fn diff(session: &mut DaemonSession, result: &CheckpointDiffResult, stat: bool) -> Result<(), CommandError> {
     let out = &mut session.out;
     match (&result.patch, out.format()) {
-        // A patch is data: other programs read it as it is.
+        // Not cleaned: other programs read the patch.
         (Some(patch), Format::Human) => out.text(patch)?,
         (Some(_), Format::Json) => out.json(result)?,
         (Some(_), Format::Ids) | (None, _) => {
@@ -219,18 +230,18 @@ fn diff(session: &mut Session, result: &CheckpointDiffResult, stat: bool) -> Res
             if out.format() == Format::Human {
                 restore::more(out, result.changes.len(), result.changes_total)?;
             } else if result.changes_total > result.changes.len() as u64 {
-                note(&format!("{} paths differ in all", number(result.changes_total)));
+                note(&format!("{} changed in total", counted(result.changes_total, "path")));
             }
             if stat && out.format() == Format::Human && !result.changes.is_empty() {
                 out.line("")?;
-                out.line(restore::sums(&result.changes))?;
+                out.line(restore::totals(&result.changes))?;
             }
         }
     }
     Ok(())
 }
 
-fn removed(session: &mut Session, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), Failure> {
+fn removed(session: &mut DaemonSession, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), CommandError> {
     let out = &mut session.out;
     match out.format() {
         Format::Json => out.json(result)?,
@@ -241,45 +252,43 @@ fn removed(session: &mut Session, result: &CheckpointRemoveResult, dry_run: bool
         }
         Format::Human => {
             if !result.removed.is_empty() {
-                let mut table = Table::new(&[">N", "TRIGGER", "BECAUSE", ">SIZE"]);
+                let mut table = TextTable::new(&[">N", "TRIGGER", "REASON", ">SIZE"]);
                 for one in &result.removed {
-                    let because = match one.reason {
-                        RemovalReason::Asked => "you asked for it",
-                        RemovalReason::Count => "there are newer ones",
-                        RemovalReason::Thinned => "a newer one stands for it",
-                        RemovalReason::Age => "its time is over",
-                        RemovalReason::Quota => "the quota",
-                        RemovalReason::DiskFloor => "the disk is full",
+                    let reason = match one.reason {
+                        RemovalReason::Asked => "requested",
+                        RemovalReason::Count => "count limit",
+                        RemovalReason::Thinned => "thinned out",
+                        RemovalReason::Age => "expired",
+                        RemovalReason::Quota => "size limit",
+                        RemovalReason::DiskFloor => "low disk space",
                     };
                     table.row([
                         one.checkpoint_id.to_string().into(),
                         one.trigger.as_str().into(),
-                        because.into(),
+                        reason.into(),
                         bytes(one.size_bytes).into(),
                     ]);
                 }
                 out.table(&table)?;
             }
-            let word = if dry_run { "would be removed" } else { "removed" };
-            let disk = result.disk_bytes.map(|disk| {
-                let what = if dry_run { "they take" } else { "what is left takes" };
-                format!("; {what} {} on disk", bytes(disk))
-            });
-            note(&format!("{} {word}, {} kept{}", result.removed.len(), result.kept, disk.unwrap_or_default()));
+            out.flush()?;
+            let verb = if dry_run { "would remove" } else { "removed" };
+            let disk = result.disk_bytes.map(|disk| format!("; disk usage: {}", bytes(disk))).unwrap_or_default();
+            let removed = counted(result.removed.len() as u64, "checkpoint");
+            note(&format!("{verb} {removed}, {} kept{disk}", result.kept));
         }
     }
     Ok(())
 }
 
-/// Exit code 1 when anything is damaged.
-fn verify(session: &mut Session, params: &CheckpointVerify) -> Ended {
+/// Exit code 1 when a checkpoint is damaged.
+fn verify(session: &mut DaemonSession, params: &CheckpointVerify) -> CommandResult {
     let checkpoints = session.call_long("verify", params)?.checkpoints;
     let id = |checkpoint: &VerifiedCheckpoint| checkpoint.checkpoint_id;
     session.out.rows(&checkpoints, "no checkpoints", id, |_, rows| {
-        let mut table = Table::new(&[">N", "STATE", "PROBLEMS"]);
+        let mut table = TextTable::new(&[">N", "STATE", "PROBLEMS"]);
         for row in rows {
-            let state =
-                if row.good { Cell::painted("good", Paint::Good) } else { Cell::painted("damaged", Paint::Bad) };
+            let state = if row.good { Cell::painted("ok", Paint::Good) } else { Cell::painted("damaged", Paint::Bad) };
             table.row([row.checkpoint_id.to_string().into(), state, row.problems.join("; ").into()]);
         }
         table
@@ -287,7 +296,12 @@ fn verify(session: &mut Session, params: &CheckpointVerify) -> Ended {
     Ok(if checkpoints.iter().all(|c| c.good) { 0 } else { 1 })
 }
 
-fn pin(session: &mut Session, project: ProjectName, checkpoint: CheckpointNumber, pinned: bool) -> Result<(), Failure> {
+fn pin(
+    session: &mut DaemonSession,
+    project: ProjectName,
+    checkpoint: CheckpointNumber,
+    pinned: bool,
+) -> Result<(), CommandError> {
     let view = session.call(&CheckpointPin { project, checkpoint, pinned })?;
     let id = view.id.to_string();
     session.out.one(&view, Some(id), |out, view| {

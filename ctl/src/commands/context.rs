@@ -8,16 +8,16 @@ use fermata_protocol::context::{
 };
 use fermata_protocol::{ProjectName, Target};
 
-use super::{Ended, text_or_stdin};
+use super::arguments::text_or_stdin;
 use crate::cli::groups::{ContextCommand, ItemArgs};
-use crate::cli::values::Numbered;
-use crate::errors::Failure;
-use crate::output::{Cell, Facts, Output, Paint, Table, clean};
-use crate::session::Session;
-use crate::units::number;
+use crate::cli::values::ItemRef;
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Cell, FieldList, Paint, Printer, TextTable};
+use crate::session::DaemonSession;
+use crate::terminal_text::clean;
+use crate::units::{counted, number};
 
-/// Runs a `context` command.
-pub fn run(session: &mut Session, command: ContextCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: ContextCommand) -> CommandResult {
     match command {
         ContextCommand::Ls { target, tier, archived, limit, before } => {
             let params = ContextList { target, tier, archived, before, limit };
@@ -25,7 +25,7 @@ pub fn run(session: &mut Session, command: ContextCommand) -> Ended {
             listed(session, &items)
         }
         ContextCommand::Show { item } => {
-            let (project, id) = place(item)?;
+            let (project, id) = item_key(item)?;
             let item = session.call(&ContextShow { project, id })?;
             session.out.one(&item, Some(item.id.to_string()), shown)?;
             Ok(0)
@@ -47,8 +47,8 @@ pub fn run(session: &mut Session, command: ContextCommand) -> Ended {
     }
 }
 
-/// Adds one item; `agent context` does the same for the caller itself.
-pub fn add(session: &mut Session, target: Option<Target>, item: ItemArgs) -> Ended {
+/// Adds one item; `None` stands for the calling agent.
+pub fn add(session: &mut DaemonSession, target: Option<Target>, item: ItemArgs) -> CommandResult {
     let item = NewItem { kind: item.kind, text: text_or_stdin(item.text)?, pinned: item.pinned };
     let result = session.call(&ContextPut { target, items: vec![item] })?;
     let id = result.ids.first().map(|id| id.to_string());
@@ -56,24 +56,24 @@ pub fn add(session: &mut Session, target: Option<Target>, item: ItemArgs) -> End
     Ok(0)
 }
 
-fn put(out: &mut Output, result: &ContextPutResult) -> io::Result<()> {
+fn put(out: &mut Printer, result: &ContextPutResult) -> io::Result<()> {
     let ids: Vec<String> = result.ids.iter().map(|id| id.to_string()).collect();
     let archived = match result.items_archived {
         0 => String::new(),
-        n => format!("; a flash save archived {n} items"),
+        n => format!("; a flash save archived {}", counted(n, "item")),
     };
     out.line(format_args!(
-        "item {} added: {} tokens, {} in all{archived}",
+        "item {} added: {} tokens (total {}){archived}",
         ids.join(", "),
         number(result.tokens),
         number(result.total_tokens)
     ))
 }
 
-fn listed(session: &mut Session, items: &[ContextItem]) -> Ended {
+fn listed(session: &mut DaemonSession, items: &[ContextItem]) -> CommandResult {
     let id = |item: &ContextItem| item.id;
     session.out.rows(items, "no context items", id, |out, items| {
-        let mut table = Table::new(&[">ID", "AGENT", "TYPE", "TIER", ">SCORE", ">TOKENS", "ADDED", "TEXT"]);
+        let mut table = TextTable::new(&[">ID", "AGENT", "TYPE", "TIER", ">SCORE", ">TOKENS", "ADDED", "TEXT"]);
         for item in items {
             table.row([
                 item.id.to_string().into(),
@@ -104,17 +104,17 @@ fn tier(item: &ContextItem) -> Cell {
     Cell::painted(format!("{}{pin}", item.tier.as_str()), paint)
 }
 
-fn shown(out: &mut Output, item: &ContextItem) -> io::Result<()> {
-    let facts = Facts::default()
+fn shown(out: &mut Printer, item: &ContextItem) -> io::Result<()> {
+    let fields = FieldList::default()
         .add("item", item.id.to_string())
         .add("agent", item.agent.as_str())
         .add("type", item.kind.as_str())
         .add("tier", tier(item))
         .add("score", format!("{:.3}", item.score))
         .add("tokens", number(item.tokens))
-        .add("read", format!("{} times", item.access_count))
+        .add("accesses", number(item.access_count))
         .add("added", out.ago(item.created_at));
-    out.facts(&facts)?;
+    out.fields(&fields)?;
     out.line("")?;
     for line in item.text.lines() {
         out.line(clean(line))?;
@@ -122,45 +122,49 @@ fn shown(out: &mut Output, item: &ContextItem) -> io::Result<()> {
     Ok(())
 }
 
-fn flash_saved(out: &mut Output, result: &FlashSaveResult) -> io::Result<()> {
-    let facts = Facts::default()
-        .add("tokens", format!("{} before, {} after", number(result.tokens_before), number(result.tokens_after)))
-        .add("archived", format!("{} items, {} tokens", result.items_archived, number(result.tokens_archived)))
+fn flash_saved(out: &mut Printer, result: &FlashSaveResult) -> io::Result<()> {
+    let fields = FieldList::default()
+        .add("tokens", format!("{} -> {}", number(result.tokens_before), number(result.tokens_after)))
+        .add(
+            "archived",
+            format!("{}, {}", counted(result.items_archived, "item"), counted(result.tokens_archived, "token")),
+        )
         .add("kept", format!("{} hot, {} warm", result.hot_items_retained, result.warm_items_retained));
-    out.facts(&facts)
+    out.fields(&fields)
 }
 
-fn pin(session: &mut Session, item: Numbered, pinned: bool) -> Ended {
-    let (project, id) = place(item)?;
+fn pin(session: &mut DaemonSession, item: ItemRef, pinned: bool) -> CommandResult {
+    let (project, id) = item_key(item)?;
     let done = session.call(&ContextPin { project, id, pinned })?;
     let word = if pinned { "pinned" } else { "unpinned" };
-    session.out.said(&done, format_args!("item {id} {word}"))?;
+    session.out.sentence(&done, format_args!("item {id} {word}"))?;
     Ok(0)
 }
 
-fn recall(session: &mut Session, items: Vec<Numbered>) -> Ended {
-    let (project, ids) = together(items)?;
+fn recall(session: &mut DaemonSession, items: Vec<ItemRef>) -> CommandResult {
+    let (project, ids) = of_one_project(items)?;
     let count = ids.len();
     let done = session.call(&ContextRecall { project, ids })?;
-    let noun = if count == 1 { "item" } else { "items" };
-    session.out.said(&done, format_args!("{count} {noun} brought back"))?;
+    session.out.sentence(&done, format_args!("{} recalled", counted(count as u64, "item")))?;
     Ok(0)
 }
 
-/// Brings items of one project together; the first one's project holds for those without.
-fn together(items: Vec<Numbered>) -> Result<(Option<ProjectName>, Vec<i64>), Failure> {
+/// Checks that all items belong to one project; that of the first item applies to items without one.
+fn of_one_project(items: Vec<ItemRef>) -> Result<(Option<ProjectName>, Vec<i64>), CommandError> {
     let mut project: Option<ProjectName> = None;
     let mut ids = Vec::new();
     for item in items {
-        let (own, id) = place(item)?;
+        let (own, id) = item_key(item)?;
         match (&project, own) {
             (Some(first), Some(own)) if *first != own => {
-                return Err(Failure::usage(format!("items of {first} and of {own} cannot be brought back at once")));
+                return Err(CommandError::usage(format!(
+                    "items of {first} and {own} cannot be recalled in one command"
+                )));
             }
             (None, Some(own)) if ids.is_empty() => project = Some(own),
             (None, Some(own)) => {
-                return Err(Failure::usage(format!("which project is meant before {own}/{id}?"))
-                    .hint("name the project at the first item"));
+                return Err(CommandError::usage(format!("the items before {own}/{id} name no project"))
+                    .hint("name the project with the first item"));
             }
             _ => {}
         }
@@ -169,10 +173,10 @@ fn together(items: Vec<Numbered>) -> Result<(Option<ProjectName>, Vec<i64>), Fai
     Ok((project, ids))
 }
 
-fn place(item: Numbered) -> Result<(Option<ProjectName>, i64), Failure> {
+fn item_key(item: ItemRef) -> Result<(Option<ProjectName>, i64), CommandError> {
     match i64::try_from(item.id) {
         Ok(id) => Ok((item.project, id)),
-        Err(_) => Err(Failure::usage(format!("{} is no item's id", item.id))),
+        Err(_) => Err(CommandError::usage(format!("{} is not an item id", item.id))),
     }
 }
 
@@ -180,16 +184,16 @@ fn place(item: Numbered) -> Result<(Option<ProjectName>, i64), Failure> {
 mod tests {
     use super::*;
 
-    fn numbered(texts: &[&str]) -> Vec<Numbered> {
+    fn item_refs(texts: &[&str]) -> Vec<ItemRef> {
         texts.iter().map(|t| t.parse().expect("valid")).collect()
     }
 
     #[test]
-    fn the_first_items_project_holds_for_the_rest() {
-        let (project, ids) = together(numbered(&["web/3", "4", "web/5"])).expect("one project");
+    fn the_project_of_the_first_item_applies_to_the_rest() {
+        let (project, ids) = of_one_project(item_refs(&["web/3", "4", "web/5"])).expect("one project");
         assert_eq!((project.map(|p| p.to_string()).as_deref(), ids), (Some("web"), vec![3, 4, 5]));
-        assert_eq!(together(numbered(&["3"])).expect("own").0, None);
-        assert!(together(numbered(&["web/3", "api/4"])).is_err());
-        assert!(together(numbered(&["3", "web/4"])).is_err());
+        assert_eq!(of_one_project(item_refs(&["3"])).expect("own").0, None);
+        assert!(of_one_project(item_refs(&["web/3", "api/4"])).is_err());
+        assert!(of_one_project(item_refs(&["3", "web/4"])).is_err());
     }
 }

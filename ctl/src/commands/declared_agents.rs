@@ -1,5 +1,4 @@
-//! What `up` and `down` share: the file that counts, the agents that are meant, and the rows that
-//! say what was done.
+//! What `up` and `down` share: reading the file, selecting agents, stopping them, and reporting actions.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Mutex;
@@ -9,48 +8,44 @@ use fermata_protocol::project::{ProjectDetail, ProjectShow};
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 use serde::Serialize;
 
-use super::run::canonical;
-use crate::cli::workspace::DeclaredArgs;
+use crate::cli::DeclaredArgs;
 use crate::declaration::{self, Declaration, DeclaredAgent, order, source_file};
-use crate::errors::{Exit, Failure};
-use crate::output::{Format, Paint, clean, note};
-use crate::session::Session;
+use crate::errors::{CommandError, Exit};
+use crate::output::{Format, Paint, note};
+use crate::paths::canonical;
+use crate::session::DaemonSession;
+use crate::terminal_text::clean;
 
-/// So many agents of one layer are stopped at a time.
-const AT_A_TIME: usize = 8;
+/// How many agents are stopped concurrently.
+const MAX_CONCURRENT_STOPS: usize = 8;
 
-/// What was done, or would be done, about one agent or about the project.
+/// What was done, or would be done in a dry run, to an agent or the project.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Action {
-    /// The project was made.
+    /// The project was created.
     Created,
-    /// The project's settings or description were changed.
+    /// The configuration or description of the project was changed.
     Configured,
-    /// It was started.
     Started,
-    /// It was stopped and started as it is declared now.
+    /// The agent was restarted because its declaration has changed.
     Recreated,
-    /// It runs as it is declared, and was left alone.
+    /// The agent runs as declared.
     UpToDate,
-    /// It has done its work, and was left alone.
+    /// The agent has completed successfully.
     Completed,
-    /// It runs, but not as it is declared, and was left alone.
+    /// The agent runs with an outdated declaration and was left running.
     Changed,
-    /// It runs and is not declared, and was left alone.
+    /// The agent is not declared and was left running.
     Orphan,
-    /// It was stopped.
     Stopped,
-    /// It was not running.
     NotRunning,
-    /// It was removed.
     Removed,
-    /// It was not done.
     Failed,
 }
 
 impl Action {
-    /// Says whether something is another than before.
+    /// Says whether the action changes the project or an agent.
     pub fn changes(self) -> bool {
         match self {
             Self::Created | Self::Configured | Self::Started | Self::Recreated | Self::Stopped | Self::Removed => true,
@@ -81,41 +76,34 @@ impl Action {
     }
 }
 
-/// One row of `up` and `down`.
+/// AgentUp row of `up` and `down`.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
-    /// The agent, or the project itself.
+pub struct ActionRow {
     pub target: Target,
-    /// What was done.
     pub action: Action,
-    /// Whether it only would be done.
+    /// Set when the action was not carried out because of `--dry-run`.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
-    /// What more there is to say.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
-    /// The agent's status.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<AgentStatus>,
-    /// Its process id.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<i32>,
 }
 
-impl Row {
-    /// Makes a row of what was done.
+impl ActionRow {
     pub fn new(target: Target, action: Action) -> Self {
         Self { target, action, dry_run: false, detail: None, status: None, pid: None }
     }
 
-    /// Adds what more there is to say.
     #[must_use]
     pub fn detail(mut self, detail: impl Into<String>) -> Self {
         self.detail = Some(detail.into());
         self
     }
 
-    /// Adds how the agent stands.
+    /// Adds the status and process id of the agent.
     #[must_use]
     pub fn agent(mut self, agent: &AgentView) -> Self {
         self.status = Some(agent.status);
@@ -123,47 +111,46 @@ impl Row {
         self
     }
 
-    /// Makes the row of something that was not done.
-    pub fn failed(target: Target, failure: &Failure) -> Self {
-        Self::new(target, Action::Failed).detail(sentence(failure))
+    pub fn failed(target: Target, error: &CommandError) -> Self {
+        Self::new(target, Action::Failed).detail(message_of(error))
     }
 }
 
-/// Returns what a failure says, without its hint.
-pub fn sentence(failure: &Failure) -> String {
-    match failure {
-        Failure::Said(report) => report.message.clone(),
-        Failure::ReaderGone => "nobody reads".into(),
+/// Returns the message of an error without its hint.
+fn message_of(error: &CommandError) -> String {
+    match error {
+        CommandError::Reported(report) => report.message.clone(),
+        CommandError::OutputClosed => "stdout is closed".into(),
     }
 }
 
-/// A refusal is about this agent alone; whoever cannot talk to the daemon at all gives up.
-pub fn refused(target: Target, failure: Failure) -> Result<Row, Failure> {
-    match &failure {
-        Failure::Said(report) if report.exit != Exit::Unreachable && report.exit != Exit::TimedOut => {
-            Ok(Row::failed(target, &failure))
+/// Turns a refusal, which concerns this agent only, into a row; other errors end the command.
+pub fn refusal_row(target: Target, error: CommandError) -> Result<ActionRow, CommandError> {
+    match &error {
+        CommandError::Reported(report) if report.exit != Exit::Unreachable && report.exit != Exit::TimedOut => {
+            Ok(ActionRow::failed(target, &error))
         }
-        _ => Err(failure),
+        _ => Err(error),
     }
 }
 
-/// The rows of one command, shown to people as they come and to programs in the same order.
+/// The rows of one command, written as they are added.
 #[derive(Debug)]
-pub struct Rows {
+pub struct ActionReport {
     width: usize,
     dry_run: bool,
-    all: Vec<Row>,
+    all: Vec<ActionRow>,
 }
 
-impl Rows {
-    /// Begins; the names of the targets decide how wide the first column is.
-    pub fn begin(project: &ProjectName, names: &[AgentName], dry_run: bool) -> Self {
+impl ActionReport {
+    /// The width of the first column is that of the longest target.
+    pub fn new(project: &ProjectName, names: &[AgentName], dry_run: bool) -> Self {
         let longest = names.iter().map(|name| name.as_str().len() + 1).max().unwrap_or(0);
         Self { width: project.as_str().len() + longest, dry_run, all: Vec::new() }
     }
 
-    /// Shows a row at once.
-    pub fn add(&mut self, session: &mut Session, mut row: Row) -> Result<(), Failure> {
+    /// Adds a row and writes it.
+    pub fn add(&mut self, session: &mut DaemonSession, mut row: ActionRow) -> Result<(), CommandError> {
         row.dry_run = self.dry_run && row.action.changes();
         let width = self.width;
         match session.out.format() {
@@ -182,26 +169,24 @@ impl Rows {
         Ok(())
     }
 
-    /// Says whether something failed.
-    pub fn failed(&self) -> bool {
+    pub fn has_failures(&self) -> bool {
         self.all.iter().any(|row| row.action == Action::Failed)
     }
 
-    /// Says whether something is, or would be, another than before.
-    pub fn changed(&self) -> bool {
+    /// Says whether an action changes something, or would without `--dry-run`.
+    pub fn has_changes(&self) -> bool {
         self.all.iter().any(|row| row.action.changes())
     }
 
-    /// Counts the rows of one kind.
     pub fn count(&self, action: Action) -> usize {
         self.all.iter().filter(|row| row.action == action).count()
     }
 }
 
-/// Finds the file and reads it; says which one it is, where that is not plain.
-pub fn load(session: &Session, args: &DeclaredArgs) -> Result<Declaration, Failure> {
-    let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
-    // A home that is a link is met under its real name on the way up.
+/// Finds and reads the file; notes its path when it is not in the current directory.
+pub fn load(session: &DaemonSession, args: &DeclaredArgs) -> Result<Declaration, CommandError> {
+    let here = std::env::current_dir().map_err(|e| CommandError::io("find the current directory", &e))?;
+    // Canonical, like the directories that it is compared with.
     let home = std::env::var_os("HOME").and_then(|home| std::path::PathBuf::from(home).canonicalize().ok());
     let source = source_file::find(args.file.as_deref(), &here, home.as_deref())?;
     if session.out.is_human() && args.file.is_none() && source.workspace != canonical(&here)? {
@@ -210,16 +195,19 @@ pub fn load(session: &Session, args: &DeclaredArgs) -> Result<Declaration, Failu
     declaration::read(&source)
 }
 
-/// Returns the project, `None` when there is none of that name yet.
-pub fn project(session: &mut Session, declaration: &Declaration) -> Result<Option<ProjectDetail>, Failure> {
+/// Returns the declared project; `None` when it does not exist yet.
+///
+/// # Errors
+/// When the project exists with another workspace.
+pub fn project(session: &mut DaemonSession, declaration: &Declaration) -> Result<Option<ProjectDetail>, CommandError> {
     let name = declaration.project.clone();
     let detail = match session.call(&ProjectShow { project: name.clone() }) {
         Ok(detail) => detail,
-        Err(failure) if failure.is(Code::ProjectNotFound) => return Ok(None),
-        Err(failure) => return Err(failure),
+        Err(error) if error.is(Code::ProjectNotFound) => return Ok(None),
+        Err(error) => return Err(error),
     };
     if std::path::Path::new(&detail.project.workspace) != declaration.workspace {
-        return Err(Failure::new(
+        return Err(CommandError::new(
             Exit::Failed,
             Code::ProjectExists.as_str(),
             format!(
@@ -228,30 +216,27 @@ pub fn project(session: &mut Session, declaration: &Declaration) -> Result<Optio
                 declaration.workspace.display()
             ),
         )
-        .hint(format!(
-            "give the project of {} another name: [project] with name = \"…\"",
-            declaration.file.display()
-        )));
+        .hint(format!("set another project name in {}: [project] with name = \"…\"", declaration.file.display())));
     }
     Ok(Some(detail))
 }
 
-/// Returns the agents that are meant: the named ones, all when none is named.
-pub fn chosen(
+/// Returns the named agents, or all when none is named.
+pub fn selected(
     declaration: &Declaration,
     names: &[AgentName],
     with_dependencies: bool,
-) -> Result<BTreeMap<AgentName, DeclaredAgent>, Failure> {
-    if let Some(stranger) = names.iter().find(|name| !declaration.agents.contains_key(*name)) {
-        let known: Vec<&str> = declaration.agents.keys().map(AgentName::as_str).collect();
-        return Err(Failure::new(
+) -> Result<BTreeMap<AgentName, DeclaredAgent>, CommandError> {
+    if let Some(unknown) = names.iter().find(|name| !declaration.agents.contains_key(*name)) {
+        let declared: Vec<&str> = declaration.agents.keys().map(AgentName::as_str).collect();
+        return Err(CommandError::new(
             Exit::NotFound,
             Code::AgentNotFound.as_str(),
-            format!("{} declares no agent '{stranger}'", declaration.file.display()),
+            format!("{} declares no agent '{unknown}'", declaration.file.display()),
         )
-        .hint(format!("it declares: {}", known.join(", "))));
+        .hint(format!("it declares: {}", declared.join(", "))));
     }
-    let meant: BTreeSet<AgentName> = if names.is_empty() {
+    let selected: BTreeSet<AgentName> = if names.is_empty() {
         declaration.agents.keys().cloned().collect()
     } else if with_dependencies {
         order::with_dependencies(&declaration.agents, names)
@@ -261,16 +246,20 @@ pub fn chosen(
     Ok(declaration
         .agents
         .iter()
-        .filter(|(name, _)| meant.contains(*name))
+        .filter(|(name, _)| selected.contains(*name))
         .map(|(n, a)| (n.clone(), a.clone()))
         .collect())
 }
 
-/// How a stop ended: the agent, `None` when it was not running.
-pub type StopResult = Result<Option<AgentView>, Failure>;
+/// The stopped agent; `None` when it was not running.
+pub type StopResult = Result<Option<AgentView>, CommandError>;
 
-/// Stops agents side by side and waits for their ends; the results are in the order of the names.
-pub fn stop_all(session: &mut Session, project: &ProjectName, names: &[AgentName]) -> Vec<(AgentName, StopResult)> {
+/// Stops agents concurrently and waits until they have ended; the results are in the order of the names.
+pub fn stop_all(
+    session: &mut DaemonSession,
+    project: &ProjectName,
+    names: &[AgentName],
+) -> Vec<(AgentName, StopResult)> {
     if let [name] = names {
         return vec![(name.clone(), stop(session, project, name))];
     }
@@ -278,9 +267,9 @@ pub fn stop_all(session: &mut Session, project: &ProjectName, names: &[AgentName
     let done = Mutex::new(Vec::new());
     let globals = &session.globals;
     std::thread::scope(|scope| {
-        for _ in 0..names.len().min(AT_A_TIME) {
+        for _ in 0..names.len().min(MAX_CONCURRENT_STOPS) {
             scope.spawn(|| {
-                let mut own = Session::new(globals.clone());
+                let mut own = DaemonSession::new(globals.clone());
                 loop {
                     let next = left.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
                     let Some((i, name)) = next else { break };
@@ -295,11 +284,11 @@ pub fn stop_all(session: &mut Session, project: &ProjectName, names: &[AgentName
     done.into_iter().map(|(_, name, result)| (name, result)).collect()
 }
 
-fn stop(session: &mut Session, project: &ProjectName, name: &AgentName) -> StopResult {
+fn stop(session: &mut DaemonSession, project: &ProjectName, name: &AgentName) -> StopResult {
     let target = Target::agent(project.clone(), name.clone());
     match session.call(&AgentStop { target, grace_ms: None }) {
         Ok(list) => Ok(list.agents.into_iter().next()),
-        Err(failure) if failure.is(Code::AgentNotRunning) || failure.is(Code::AgentNotFound) => Ok(None),
-        Err(failure) => Err(failure),
+        Err(error) if error.is(Code::AgentNotRunning) || error.is(Code::AgentNotFound) => Ok(None),
+        Err(error) => Err(error),
     }
 }

@@ -1,6 +1,6 @@
-//! `doctor`: looks at what Fermata needs, and says what to do where it is not there.
+//! `doctor`: checks what Fermata needs and suggests fixes.
 //!
-//! Never starts a daemon and changes nothing. Every check looks at the real thing.
+//! Never starts a daemon and changes nothing.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
@@ -11,20 +11,19 @@ use fermata_protocol::plugin::{PluginList, PluginState};
 use nix::unistd::{AccessFlags, access};
 use serde::Serialize;
 
-use super::Ended;
-use crate::errors::Failure;
-use crate::output::{Cell, Format, Paint, Table};
-use crate::session::{Session, surroundings};
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Cell, Format, Paint, TextTable};
+use crate::session::{DaemonSession, caller_environment};
 use crate::units::bytes;
 use crate::{autostart, connect};
 
-/// Below this a checkpoint of any size is likely to be refused.
-const LEAST_FREE: u64 = 1 << 30;
+/// With less free space, checkpoints are likely to be refused.
+const MIN_FREE_BYTES: u64 = 1 << 30;
 
-/// Below this a workspace of some size cannot be watched.
-const LEAST_WATCHES: u64 = 65_536;
+/// With a lower limit, large workspaces cannot be watched.
+const MIN_WATCHES: u64 = 65_536;
 
-/// What one check found.
+/// The result of one check; the field names are those of the JSON output.
 #[derive(Debug, Serialize)]
 struct Check {
     check: &'static str,
@@ -44,11 +43,11 @@ impl Check {
     }
 }
 
-/// Runs `doctor`; exit code 1 when anything is bad.
-pub fn doctor(session: &mut Session) -> Ended {
+/// Exit code 1 when a check fails.
+pub fn doctor(session: &mut DaemonSession) -> CommandResult {
     session.globals.no_autostart = true;
     let mut checks = Vec::new();
-    let hello = reach(session, &mut checks);
+    let hello = check_connection(session, &mut checks);
     let status = match &hello {
         Some(hello) => {
             checks.push(version(hello));
@@ -71,39 +70,39 @@ pub fn doctor(session: &mut Session) -> Ended {
     if session.out.format() == Format::Human {
         show(session, &checks)?;
     } else {
-        session.out.rows(&checks, "", id, |_, _| Table::new(&[]))?;
+        session.out.rows(&checks, "", id, |_, _| TextTable::new(&[]))?;
     }
     Ok(if checks.iter().all(|c| c.good) { 0 } else { 1 })
 }
 
-fn show(session: &mut Session, checks: &[Check]) -> Result<(), Failure> {
-    let mut table = Table::new(&["CHECK", "STATE", "FOUND"]);
+fn show(session: &mut DaemonSession, checks: &[Check]) -> Result<(), CommandError> {
+    let mut table = TextTable::new(&["CHECK", "STATE", "DETAIL"]);
     for check in checks {
-        let state = if check.good { Cell::painted("good", Paint::Good) } else { Cell::painted("bad", Paint::Bad) };
+        let state = if check.good { Cell::painted("ok", Paint::Good) } else { Cell::painted("failed", Paint::Bad) };
         table.row([check.check.into(), state, Cell::from(&check.found)]);
     }
     session.out.table(&table)?;
     for check in checks {
         if let Some(hint) = &check.hint {
-            session.out.line(format_args!("{}: {hint}", check.check))?;
+            session.out.line(format_args!("hint ({}): {hint}", check.check))?;
         }
     }
     Ok(())
 }
 
-fn reach(session: &mut Session, checks: &mut Vec<Check>) -> Option<HelloResult> {
+fn check_connection(session: &mut DaemonSession, checks: &mut Vec<Check>) -> Option<HelloResult> {
     const NAME: &str = "daemon";
     match session.hello() {
         Ok(hello) => {
             checks.push(Check::good(NAME, "answers"));
             Some(hello)
         }
-        Err(Failure::Said(report)) => {
-            let hint = "start it: fermatactl status (for yourself) or systemctl start fermata";
+        Err(CommandError::Reported(report)) => {
+            let hint = "start it with 'fermatactl status' (as your user) or 'systemctl start fermatad'";
             checks.push(Check::bad(NAME, report.message, hint));
             None
         }
-        Err(Failure::ReaderGone) => None,
+        Err(CommandError::OutputClosed) => None,
     }
 }
 
@@ -112,8 +111,8 @@ fn installed() -> Check {
         Ok(path) => Check::good("fermatad", path.display().to_string()),
         Err(_) => Check::bad(
             "fermatad",
-            "not beside fermatactl and not on PATH",
-            "install it there, so that commands can start it",
+            "neither in the directory of fermatactl nor on PATH",
+            "install it, so that commands can start it",
         ),
     }
 }
@@ -121,12 +120,12 @@ fn installed() -> Check {
 fn version(hello: &HelloResult) -> Check {
     let own = env!("CARGO_PKG_VERSION");
     if hello.version == own {
-        Check::good("versions", format!("client and daemon are {own}"))
+        Check::good("versions", format!("client and daemon: {own}"))
     } else {
         Check::bad(
             "versions",
-            format!("the client is {own}, the daemon {}", hello.version),
-            "restart the daemon after an upgrade; agents keep running meanwhile",
+            format!("client: {own}, daemon: {}", hello.version),
+            "restart the daemon after an upgrade; agents keep running",
         )
     }
 }
@@ -134,7 +133,7 @@ fn version(hello: &HelloResult) -> Check {
 fn role(hello: &HelloResult) -> Check {
     let found = hello.role.as_str();
     if hello.role == Role::Reader {
-        Check::bad("role", found, "you may only look; to run and pause agents, join the group fermata")
+        Check::bad("role", found, "read access only; to run and pause agents, join the group fermata")
     } else {
         Check::good("role", found)
     }
@@ -147,13 +146,13 @@ fn freezer(status: &DaemonStatusResult) -> Check {
         Check::bad(
             "freezer",
             &status.freezer,
-            "agents are stopped by signals, which wakes their blocking calls; give the daemon \
-             a writable cgroup v2 (systemd: Delegate=yes, or run it under a user session)",
+            "agents are frozen by signals, which interrupt blocking system calls; give the daemon a writable cgroup v2 \
+             (systemd: Delegate=yes, or run it in a user session)",
         )
     }
 }
 
-fn plugins(session: &mut Session) -> Option<Check> {
+fn plugins(session: &mut DaemonSession) -> Option<Check> {
     let plugins = session.call(&PluginList {}).ok()?.plugins;
     let broken: Vec<String> = plugins
         .iter()
@@ -163,17 +162,16 @@ fn plugins(session: &mut Session) -> Option<Check> {
     Some(if broken.is_empty() {
         Check::good("plugins", format!("{} loaded", plugins.len()))
     } else {
-        Check::bad("plugins", broken.join("; "), "mend it, then fermatactl plugin reload")
+        Check::bad("plugins", broken.join("; "), "fix it, then run: fermatactl plugin reload")
     })
 }
 
-/// Looks at the cgroup of the daemon, or of this process when there is no daemon to ask.
-///
-/// Only someone who runs as the daemon's user sees what the daemon may write.
+/// Checks the cgroup of the daemon, or of this process when no daemon answers; `None` when the daemon runs as another
+/// user, whose permissions this process does not have.
 fn cgroup(daemon: Option<u32>) -> Option<Check> {
     const NAME: &str = "cgroup v2";
-    let hint = "without it agents are stopped by signals; mount cgroup2, or run the daemon \
-                as root or in a delegated unit";
+    let hint =
+        "without it agents are frozen by signals; mount cgroup2, or run the daemon as root or in a delegated unit";
     let process = match daemon {
         None => "self".to_owned(),
         Some(pid) => {
@@ -189,7 +187,7 @@ fn cgroup(daemon: Option<u32>) -> Option<Check> {
     };
     let own = read(&format!("/proc/{process}/cgroup")).and_then(|text| cgroup2_path(&text));
     let Some(own) = own else {
-        return Some(Check::bad(NAME, "the process is in no cgroup v2", hint));
+        return Some(Check::bad(NAME, "the process is not in a cgroup v2", hint));
     };
     let dir = mount.join(own.trim_start_matches('/'));
     let writable = |path: &Path| access(path, AccessFlags::W_OK).is_ok();
@@ -204,7 +202,7 @@ fn read(path: &str) -> Option<String> {
     fs::read_to_string(path).ok()
 }
 
-/// Finds the mount point of cgroup v2: the field after ` - ` is the file system's type.
+/// Finds the mount point of cgroup v2 in the text of mountinfo(5).
 fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (left, right) = line.split_once(" - ")?;
@@ -220,41 +218,45 @@ fn cgroup2_path(cgroups: &str) -> Option<String> {
     Some(line.to_owned())
 }
 
-fn state_dir(session: &Session, status: Option<&DaemonStatusResult>) -> Result<Vec<Check>, Failure> {
+fn state_dir(session: &DaemonSession, status: Option<&DaemonStatusResult>) -> Result<Vec<Check>, CommandError> {
     let dir = match status {
         Some(status) => PathBuf::from(&status.state_dir),
-        None => connect::state_dir(&session.globals, &surroundings())?,
+        None => connect::state_dir(&session.globals, &caller_environment())?,
     };
     let mut checks = Vec::new();
     const NAME: &str = "state directory";
     match fs::metadata(&dir) {
         Ok(found) if found.permissions().mode() & 0o077 != 0 => checks.push(Check::bad(
             NAME,
-            format!("{} can be entered by others", dir.display()),
+            format!("{} is accessible to other users", dir.display()),
             format!("chmod 700 {}", dir.display()),
         )),
         Ok(found) => checks.push(Check::good(NAME, format!("{} (owner {})", dir.display(), found.uid()))),
         Err(_) if status.is_none() => {
-            checks.push(Check::good(NAME, format!("{} (made by the first start)", dir.display())))
+            checks.push(Check::good(NAME, format!("{} (created by the first start)", dir.display())))
         }
         Err(error) => {
-            checks.push(Check::bad(NAME, format!("{}: {error}", dir.display()), "look at it as the daemon's user"))
+            checks.push(Check::bad(NAME, format!("{}: {error}", dir.display()), "check it as the user of the daemon"))
         }
     }
     checks.extend(free_space(&dir));
     Ok(checks)
 }
 
-/// Looks at the file system of the nearest directory that exists.
+/// Checks the file system of the nearest existing directory.
 fn free_space(dir: &Path) -> Option<Check> {
     let existing = dir.ancestors().find(|path| path.exists())?;
     let system = nix::sys::statvfs::statvfs(existing).ok()?;
     let free = system.blocks_available().saturating_mul(system.fragment_size());
     let found = format!("{} at {}", bytes(free), existing.display());
-    Some(if free >= LEAST_FREE {
+    Some(if free >= MIN_FREE_BYTES {
         Check::good("free space", found)
     } else {
-        Check::bad("free space", found, format!("make room: checkpoints need {} to be safe", bytes(LEAST_FREE)))
+        Check::bad(
+            "free space",
+            found,
+            format!("free some disk space: checkpoints need at least {}", bytes(MIN_FREE_BYTES)),
+        )
     })
 }
 
@@ -262,13 +264,13 @@ fn watches() -> Option<Check> {
     let text = read("/proc/sys/fs/inotify/max_user_watches")?;
     let limit: u64 = text.trim().parse().ok()?;
     let found = format!("{limit} per user");
-    Some(if limit >= LEAST_WATCHES {
+    Some(if limit >= MIN_WATCHES {
         Check::good("inotify watches", found)
     } else {
         Check::bad(
             "inotify watches",
             found,
-            "large workspaces are scanned whole instead; sysctl fs.inotify.max_user_watches=524288",
+            "large workspaces are scanned completely instead; run: sysctl fs.inotify.max_user_watches=524288",
         )
     })
 }

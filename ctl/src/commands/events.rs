@@ -1,4 +1,4 @@
-//! `events`: the durable record of what happened, and its continuation.
+//! `events`: lists recorded events and follows new ones.
 
 use std::io;
 
@@ -7,20 +7,19 @@ use fermata_protocol::subscription::{EventFilter, EventNotification, EventsList,
 use serde::Deserialize as _;
 use serde_json::Value;
 
-use super::Ended;
 use crate::cli::EventsArgs;
-use crate::errors::Failure;
-use crate::output::{Format, Output, Paint, clean};
-use crate::session::Session;
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Format, Paint, Printer};
+use crate::session::DaemonSession;
+use crate::terminal_text::{clean, truncate};
 use crate::units::local;
 
-/// Runs `events`.
-pub fn events(session: &mut Session, args: EventsArgs) -> Ended {
+pub fn events(session: &mut DaemonSession, args: EventsArgs) -> CommandResult {
     let filter = EventFilter { project: args.project, kinds: args.kind };
     if args.follow { follow(session, args.since_cursor, &filter) } else { list(session, args.since_cursor, &filter) }
 }
 
-fn list(session: &mut Session, mut cursor: Option<String>, filter: &EventFilter) -> Ended {
+fn list(session: &mut DaemonSession, mut cursor: Option<String>, filter: &EventFilter) -> CommandResult {
     loop {
         let page = session.call(&EventsList { cursor: cursor.clone(), filter: filter.clone(), limit: None })?;
         for event in &page.events {
@@ -34,9 +33,10 @@ fn list(session: &mut Session, mut cursor: Option<String>, filter: &EventFilter)
     }
 }
 
-fn follow(session: &mut Session, mut cursor: Option<String>, filter: &EventFilter) -> Ended {
+fn follow(session: &mut DaemonSession, mut cursor: Option<String>, filter: &EventFilter) -> CommandResult {
     loop {
-        let subscribed = session.call_lasting(&EventsSubscribe { cursor: cursor.clone(), filter: filter.clone() })?;
+        let subscribed =
+            session.call_across_restarts(&EventsSubscribe { cursor: cursor.clone(), filter: filter.clone() })?;
         // From here on a daemon that comes back is asked for what follows this cursor.
         cursor.get_or_insert(subscribed.cursor);
         while let Some(notification) = session.next_notification()? {
@@ -44,8 +44,8 @@ fn follow(session: &mut Session, mut cursor: Option<String>, filter: &EventFilte
                 continue;
             }
             let event = EventNotification::deserialize(&notification.params).map_err(|e| {
-                Failure::local(format!("an event makes no sense: {e}"))
-                    .hint("fermatactl version shows whether client and daemon fit together")
+                CommandError::local(format!("cannot parse an event: {e}"))
+                    .hint("run fermatactl version to compare the versions of client and daemon")
             })?;
             if event.subscription != subscribed.subscription {
                 continue;
@@ -57,7 +57,7 @@ fn follow(session: &mut Session, mut cursor: Option<String>, filter: &EventFilte
     }
 }
 
-fn show(out: &mut Output, event: &RecordedEvent) -> io::Result<()> {
+fn show(out: &mut Printer, event: &RecordedEvent) -> io::Result<()> {
     match out.format() {
         Format::Json => out.json(event),
         Format::Ids => out.line(clean(&event.cursor)),
@@ -86,7 +86,7 @@ fn summary(data: &Value) -> String {
             Value::String(text) if !text.contains([' ', '\n']) => text.clone(),
             other => other.to_string(),
         };
-        parts.push(format!("{name}={}", crate::output::table::cut(&clean(&text), 60)));
+        parts.push(format!("{name}={}", truncate(&clean(&text), 60)));
     }
     parts.join(" ")
 }

@@ -1,26 +1,25 @@
-//! `logs`: an agent's output, as it came: stdout to stdout, stderr to stderr.
+//! `logs`: the output of an agent, its stdout to stdout and its stderr to stderr.
 
 use std::io::{self, Write as _};
 
 use fermata_protocol::agent::{AgentLogs, LogLine};
 use fermata_protocol::{RunId, Target, UnixMillis};
 
-use super::{Ended, one_agent};
+use super::arguments::one_agent;
 use crate::cli::LogsArgs;
-use crate::errors::Failure;
-use crate::output::{Format, Output, Paint};
-use crate::session::Session;
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Format, Paint, Printer};
+use crate::session::DaemonSession;
 use crate::units::{now, parse_since, rfc3339_ns};
 
-/// How long one question for more output stays open; the next one follows at once.
+/// How long the daemon may wait for more output before it answers a request.
 const POLL_MS: u64 = 20_000;
 
-/// Runs `logs`.
-pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
+pub fn logs(session: &mut DaemonSession, args: LogsArgs) -> CommandResult {
     let since = match &args.since {
         Some(text) => {
             let began = session.out.now();
-            Some(parse_since(text, began).map_err(|e| Failure::usage(format!("--since: {e}")))?)
+            Some(parse_since(text, began).map_err(|e| CommandError::usage(format!("--since: {e}")))?)
         }
         None => None,
     };
@@ -28,7 +27,7 @@ pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
     read(
         session,
         &target,
-        &Reading {
+        &LogQuery {
             follow: args.follow,
             tail: args.tail,
             since,
@@ -41,13 +40,13 @@ pub fn logs(session: &mut Session, args: LogsArgs) -> Ended {
     Ok(0)
 }
 
-/// Shows an agent's whole output until it has ended.
-pub fn follow(session: &mut Session, target: &Target) -> Result<(), Failure> {
-    read(session, target, &Reading { follow: true, ..Reading::default() })
+/// Prints the complete output of an agent until it has ended.
+pub fn follow(session: &mut DaemonSession, target: &Target) -> Result<(), CommandError> {
+    read(session, target, &LogQuery { follow: true, ..LogQuery::default() })
 }
 
 #[derive(Default)]
-struct Reading {
+struct LogQuery {
     follow: bool,
     tail: Option<u64>,
     since: Option<UnixMillis>,
@@ -57,21 +56,21 @@ struct Reading {
     raw: bool,
 }
 
-fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(), Failure> {
+fn read(session: &mut DaemonSession, target: &Target, query: &LogQuery) -> Result<(), CommandError> {
     let mut cursor = None;
-    let mut printer = Printer::new(reading.timestamps);
+    let mut printer = LogPrinter::new(query.timestamps);
     loop {
         let first = cursor.is_none();
-        let batch = session.call_lasting(&AgentLogs {
+        let batch = session.call_across_restarts(&AgentLogs {
             target: target.clone(),
-            tail: reading.tail.filter(|_| first),
-            since: reading.since.filter(|_| first),
-            // The first answer comes at once, so that what is there is seen at once.
-            wait_ms: if reading.follow && !first { POLL_MS } else { 0 },
+            tail: query.tail.filter(|_| first),
+            since: query.since.filter(|_| first),
+            // The first request does not wait: existing output is shown immediately.
+            wait_ms: if query.follow && !first { POLL_MS } else { 0 },
             cursor,
-            run: reading.run.clone(),
-            runs_back: reading.runs_back,
-            raw: reading.raw,
+            run: query.run.clone(),
+            runs_back: query.runs_back,
+            raw: query.raw,
         })?;
         for line in &batch.lines {
             printer.print(&mut session.out, line)?;
@@ -79,34 +78,34 @@ fn read(session: &mut Session, target: &Target, reading: &Reading) -> Result<(),
         session.out.flush()?;
         let (began, present) = (session.out.now(), now());
         let caught_up = batch.lines.last().is_none_or(|line| is_new(line, began, present));
-        if batch.end || (!reading.follow && caught_up) {
+        if batch.end || (!query.follow && caught_up) {
             return Ok(());
         }
         cursor = Some(batch.cursor);
     }
 }
 
-/// Says whether a line was written after the command began: an agent that writes faster than it is
-/// read must not turn this into a follow. A line of the future was written before the clock was set
-/// back, so that it is an old one, and more may follow it.
+/// Says whether a line was written after the command began, where output without `--follow` ends: otherwise an agent
+/// that writes faster than it is read would never let the command end. A line with a time in the future was written
+/// before the clock was set back, and is an old one.
 fn is_new(line: &LogLine, began: UnixMillis, present: UnixMillis) -> bool {
     let at_ms = line.at_ns.div_euclid(1_000_000);
     began.0 < at_ms && at_ms <= present.0
 }
 
-/// Writes lines; knows whether the last one on a stream still goes on.
-struct Printer {
+/// Prints lines, and remembers for each stream whether its last line is still incomplete.
+struct LogPrinter {
     timestamps: bool,
     stdout_open: bool,
     stderr_open: bool,
 }
 
-impl Printer {
+impl LogPrinter {
     fn new(timestamps: bool) -> Self {
         Self { timestamps, stdout_open: false, stderr_open: false }
     }
 
-    fn print(&mut self, out: &mut Output, line: &LogLine) -> io::Result<()> {
+    fn print(&mut self, out: &mut Printer, line: &LogLine) -> io::Result<()> {
         if out.format() == Format::Json {
             return out.json(line);
         }
@@ -129,13 +128,13 @@ impl Printer {
         if to_stdout {
             return out.text(&text);
         }
-        // In the order in which they came, as far as two streams allow.
+        // Keeps the order of the two streams as far as possible.
         out.flush()?;
         io::stderr().write_all(text.as_bytes())
     }
 
-    /// Fermata's own words stand on lines of their own, apart from the agent's output.
-    fn print_note(&mut self, out: &mut Output, line: &LogLine) -> io::Result<()> {
+    /// Prints a note of Fermata itself on a line of its own.
+    fn print_note(&mut self, out: &mut Printer, line: &LogLine) -> io::Result<()> {
         let stamp = if self.timestamps { rfc3339_ns(line.at_ns) + " " } else { String::new() };
         let end_of_line = if std::mem::take(&mut self.stderr_open) { "\n" } else { "" };
         out.flush()?;
@@ -154,8 +153,8 @@ mod tests {
                 LogLine { at_ns: at_ms * 1_000_000, stream: "stdout".into(), text: String::new(), partial: false };
             is_new(&line, UnixMillis(1_000), UnixMillis(1_200))
         };
-        assert!(!at(999) && !at(1_000), "it was there");
+        assert!(!at(999) && !at(1_000), "written before");
         assert!(at(1_001) && at(1_200));
-        assert!(!at(1_201) && !at(3_600_000), "the clock was set back since");
+        assert!(!at(1_201) && !at(3_600_000), "the clock was set back");
     }
 }

@@ -1,7 +1,8 @@
-//! One file per group of commands; each asks the daemon and shows the answer.
+//! One file per group of commands, and the dispatch to them.
 
 mod agent_reports;
 mod agents;
+mod arguments;
 mod attach;
 mod checkpoint;
 mod context;
@@ -25,150 +26,86 @@ mod task;
 mod transfer;
 mod up;
 
-pub use run::{canonical, environment};
-
-use std::io::Read as _;
 use std::time::Duration;
 
-use fermata_protocol::agent::AgentList;
-use fermata_protocol::agent::AgentView;
-use fermata_protocol::{Code, ProjectName, Target};
-
-use crate::cli::Command;
+use crate::cli::CliCommand;
 use crate::cli::groups::AgentCommand;
-use crate::deadline;
-use crate::errors::{Exit, Failure};
-use crate::session::Session;
-use crate::units::millis;
-
-/// How a command ended: the exit code.
-pub type Ended = Result<u8, Failure>;
+use crate::errors::{CommandError, CommandResult};
+use crate::session::DaemonSession;
+use crate::units::duration;
 
 /// How much longer than the daemon's own wait this program waits.
-const MARGIN: Duration = Duration::from_secs(5);
+const TIMEOUT_MARGIN: Duration = Duration::from_secs(5);
 
 /// Runs a command.
-pub fn run(session: &mut Session, command: Command) -> Ended {
-    // `attach` refuses it; a thread that ends the program would leave the terminal as it is.
-    let lasts = matches!(command, Command::Attach(_));
-    if let Some(time) = session.globals.timeout.filter(|_| !lasts) {
-        // These tell the daemon how long to wait, and know more about a wait that was in vain.
-        let own_wait = match &command {
-            Command::Wait { .. } => true,
-            Command::Run(run) => run.wait && !run.logs,
-            Command::Agent(agent) => {
-                matches!(**agent, AgentCommand::Ask { wait: true, .. } | AgentCommand::WaitAnswer { .. })
-            }
-            _ => false,
-        };
-        let time = if own_wait { time + MARGIN } else { time };
-        deadline::arm(time, session.globals.json)?;
+pub fn run(session: &mut DaemonSession, command: CliCommand) -> CommandResult {
+    if let Some(timeout) = session.globals.timeout
+        && let Some(timeout) = process_timeout(&command, timeout)
+    {
+        exit_after(timeout, session.globals.json)?;
     }
     match command {
-        Command::Run(args) => run::run(session, args.into_inner()),
-        Command::Up(args) => up::up(session, &args),
-        Command::Down(args) => down::down(session, &args),
-        Command::Ps { project } => status::ps(session, project),
-        Command::Status { project } => status::status(session, project),
-        Command::Pause(args) => pause::pause(session, args.into_inner()),
-        Command::Resume { target, checkpoint, over_budget } => pause::resume(session, target, checkpoint, over_budget),
-        Command::Stop { target, grace } => agents::stop(session, target, grace),
-        Command::Restart { target } => agents::restart(session, &target),
-        Command::Kill { target, signal } => agents::kill(session, target, signal),
-        Command::Rm { target, with_checkpoints } => agents::remove(session, target, with_checkpoints),
-        Command::Logs(args) => logs::logs(session, args.into_inner()),
-        Command::Attach(args) => attach::attach(session, &args),
-        Command::Send(args) => send::send(session, &args),
-        Command::Wait { target, propagate } => agents::wait(session, &target, propagate),
-        Command::Project(command) => project::run(session, command.into_inner()),
-        Command::Op(command) => operation::run(session, command.into_inner()),
-        Command::Checkpoint(command) => checkpoint::run(session, command.into_inner()),
-        Command::Context(command) => context::run(session, command.into_inner()),
-        Command::Task(command) => task::run(session, command.into_inner()),
-        Command::Inbox { project, all } => question::inbox(session, project, all),
-        Command::Answer { question, text } => question::answer(session, question, &text),
-        Command::Events(args) => events::events(session, args.into_inner()),
-        Command::Plugin(command) => plugin::run(session, command.into_inner()),
-        Command::Agent(command) => agent_reports::run(session, command.into_inner()),
-        Command::Daemon(command) => protocol::daemon(session, command.into_inner()),
-        Command::Doctor => doctor::doctor(session),
-        Command::Completions { shell } => protocol::completions(session, shell),
-        Command::Call { method, params } => protocol::call(session, &method, params),
-        Command::Version => protocol::version(session),
-    }
-}
-
-/// Returns `--timeout` in the protocol's unit.
-fn timeout_ms(session: &Session) -> Option<u64> {
-    session.globals.timeout.map(millis)
-}
-
-/// Returns all agents, of one project or of all.
-fn all_agents(session: &mut Session, project: Option<&ProjectName>) -> Result<Vec<AgentView>, Failure> {
-    let mut params = AgentList { project: project.cloned(), after: None };
-    let mut agents = Vec::new();
-    loop {
-        let page = session.call(&params)?;
-        agents.extend(page.agents);
-        match page.next {
-            Some(next) => params.after = Some(next),
-            None => return Ok(agents),
+        CliCommand::Run(args) => run::run(session, args.into_inner()),
+        CliCommand::Up(args) => up::up(session, &args),
+        CliCommand::Down(args) => down::down(session, &args),
+        CliCommand::Ps { project } => status::ps(session, project),
+        CliCommand::Status { project } => status::status(session, project),
+        CliCommand::Pause(args) => pause::pause(session, args.into_inner()),
+        CliCommand::Resume { target, checkpoint, over_budget } => {
+            pause::resume(session, target, checkpoint, over_budget)
         }
+        CliCommand::Stop { target, grace } => agents::stop(session, target, grace),
+        CliCommand::Restart { target } => agents::restart(session, &target),
+        CliCommand::Kill { target, signal } => agents::kill(session, target, signal),
+        CliCommand::Rm { target, with_checkpoints } => agents::remove(session, target, with_checkpoints),
+        CliCommand::Logs(args) => logs::logs(session, args.into_inner()),
+        CliCommand::Attach(args) => attach::attach(session, &args),
+        CliCommand::Send(args) => send::send(session, &args),
+        CliCommand::Wait { target, propagate } => agents::wait(session, &target, propagate),
+        CliCommand::Project(command) => project::run(session, command.into_inner()),
+        CliCommand::Op(command) => operation::run(session, command.into_inner()),
+        CliCommand::Checkpoint(command) => checkpoint::run(session, command.into_inner()),
+        CliCommand::Context(command) => context::run(session, command.into_inner()),
+        CliCommand::Task(command) => task::run(session, command.into_inner()),
+        CliCommand::Inbox { project, all } => question::inbox(session, project, all),
+        CliCommand::Answer { question, text } => question::answer(session, question, &text),
+        CliCommand::Events(args) => events::events(session, args.into_inner()),
+        CliCommand::Plugin(command) => plugin::run(session, command.into_inner()),
+        CliCommand::Agent(command) => agent_reports::run(session, command.into_inner()),
+        CliCommand::Daemon(command) => protocol::daemon(session, command.into_inner()),
+        CliCommand::Doctor => doctor::doctor(session),
+        CliCommand::Completions { shell } => protocol::completions(session, shell),
+        CliCommand::Call { method, params } => protocol::call(session, &method, params),
+        CliCommand::Version => protocol::version(session),
     }
 }
 
-/// Returns the agents that a target means; a project without agents is an error.
-fn agents_of(session: &mut Session, target: &Target) -> Result<Vec<AgentView>, Failure> {
-    let mut agents = all_agents(session, Some(&target.project))?;
-    if let Some(name) = &target.agent {
-        agents.retain(|agent| agent.name == *name);
+/// Returns the time after which the process exits because of `--timeout`; `None` for a command that refuses the option.
+fn process_timeout(command: &CliCommand, timeout: Duration) -> Option<Duration> {
+    // A thread that ends the process would leave the terminal in raw mode.
+    if matches!(command, CliCommand::Attach(_)) {
+        return None;
     }
-    if agents.is_empty() {
-        return Err(Failure::new(
-            Exit::NotFound,
-            Code::AgentNotFound.as_str(),
-            match &target.agent {
-                Some(_) => format!("there is no agent {target}"),
-                None => format!("the project {target} has no agents"),
-            },
-        )
-        .hint(format!("start one: fermatactl run --project {} -- COMMAND", target.project)));
-    }
-    Ok(agents)
+    let waits_in_daemon = matches!(command, CliCommand::Wait { .. })
+        || matches!(command, CliCommand::Run(run) if run.wait && !run.logs)
+        || matches!(command, CliCommand::Agent(agent)
+            if matches!(**agent, AgentCommand::Ask { wait: true, .. } | AgentCommand::WaitAnswer { .. }));
+    // The daemon gets the timeout of such a command, and reports its expiry better than this program can.
+    Some(if waits_in_daemon { timeout + TIMEOUT_MARGIN } else { timeout })
 }
 
-/// Returns the one agent that a target means.
-fn one_agent(session: &mut Session, target: &Target) -> Result<Target, Failure> {
-    if target.agent.is_some() {
-        return Ok(target.clone());
-    }
-    let agents = agents_of(session, target)?;
-    match &agents[..] {
-        [agent] => Ok(target_of(agent)),
-        several => {
-            let names: Vec<String> = several.iter().map(|a| target_of(a).to_string()).collect();
-            Err(Failure::usage(format!(
-                "the project {target} has {} agents, and this command takes one",
-                several.len()
-            ))
-            .hint(format!("name one of {}", names.join(", "))))
-        }
-    }
-}
-
-/// Returns the target of an agent.
-fn target_of(agent: &AgentView) -> Target {
-    Target::agent(agent.project.clone(), agent.name.clone())
-}
-
-/// Returns a text argument, from stdin when it is left out or `-`.
-fn text_or_stdin(text: Option<String>) -> Result<String, Failure> {
-    match text {
-        Some(text) if text != "-" => Ok(text),
-        _ => {
-            let mut text = String::new();
-            std::io::stdin().read_to_string(&mut text).map_err(|e| Failure::io("read stdin", &e))?;
-            Ok(text)
-        }
-    }
+/// Makes the process exit with code 6 after `timeout`, from a thread of its own: the main thread blocks in reads.
+fn exit_after(timeout: Duration, json: bool) -> Result<(), CommandError> {
+    std::thread::Builder::new()
+        .name("timeout".into())
+        .spawn(move || {
+            std::thread::sleep(timeout);
+            let error =
+                CommandError::timed_out(format!("not done after {}", duration(timeout.as_secs_f64() * 1_000.0)))
+                    .hint("operations in progress continue in the daemon; list them with: fermatactl op ls");
+            error.print(json);
+            std::process::exit(i32::from(error.exit_number()));
+        })
+        .map(drop)
+        .map_err(|e| CommandError::io("start the timer of --timeout", &e))
 }

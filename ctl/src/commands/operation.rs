@@ -4,15 +4,14 @@ use std::io;
 
 use fermata_protocol::operation::{OperationCancel, OperationList, OperationShow, OperationState, OperationView};
 
-use super::Ended;
 use super::pause::steps_text;
 use crate::cli::groups::OperationCommand;
-use crate::output::{Cell, Facts, Output, Paint, Table};
-use crate::session::Session;
+use crate::errors::CommandResult;
+use crate::output::{Cell, FieldList, Paint, Printer, TextTable};
+use crate::session::DaemonSession;
 use crate::units::duration;
 
-/// Runs an `op` command.
-pub fn run(session: &mut Session, command: OperationCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: OperationCommand) -> CommandResult {
     let operation = match command {
         OperationCommand::Ls { project, limit } => {
             let operations = session.call(&OperationList { project, limit })?.operations;
@@ -38,13 +37,13 @@ fn state(operation: &OperationView) -> Cell {
     Cell::painted(operation.state.as_str(), paint)
 }
 
-fn took(operation: &OperationView, out: &Output) -> String {
+fn elapsed(operation: &OperationView, out: &Printer) -> String {
     let end = operation.ended_at.unwrap_or(out.now());
     duration(end.since(operation.started_at) as f64)
 }
 
-fn table(out: &Output, operations: &[OperationView]) -> Table {
-    let mut table = Table::new(&["OPERATION", "PROJECT", "KIND", "STATE", "STEP", "STARTED", ">TOOK"]);
+fn table(out: &Printer, operations: &[OperationView]) -> TextTable {
+    let mut table = TextTable::new(&["OPERATION", "PROJECT", "KIND", "STATE", "STEP", "STARTED", ">DURATION"]);
     for operation in operations {
         table.row([
             Cell::from(operation.id.as_str()),
@@ -53,26 +52,25 @@ fn table(out: &Output, operations: &[OperationView]) -> Table {
             state(operation),
             operation.step.as_deref().unwrap_or("").into(),
             out.ago(operation.started_at).into(),
-            took(operation, out).into(),
+            elapsed(operation, out).into(),
         ]);
     }
     table
 }
 
-fn shown(out: &mut Output, operation: &OperationView) -> io::Result<()> {
-    let steps = Some(steps_text(&operation.steps_ms)).filter(|s| !s.is_empty());
+fn shown(out: &mut Printer, operation: &OperationView) -> io::Result<()> {
     let error = operation.error.as_ref();
-    let facts = Facts::default()
+    let fields = FieldList::default()
         .add("operation", operation.id.as_str())
         .add("project", operation.project.as_str())
         .add("kind", operation.kind.as_str())
         .add("state", state(operation))
-        .maybe("step", operation.step.as_ref())
+        .add_some("step", operation.step.as_ref())
         .add("started", out.ago(operation.started_at))
-        .add("took", took(operation, out))
-        .maybe("steps", steps)
-        .maybe("result", operation.result.as_ref().map(|r| r.to_string()))
-        .maybe("error", error.map(|e| Cell::painted(format!("{} ({})", e.message, e.data.code), Paint::Bad)))
-        .maybe("hint", error.and_then(|e| e.data.hint.as_ref()));
-    out.facts(&facts)
+        .add("duration", elapsed(operation, out))
+        .add_some("steps", steps_text(&operation.steps_ms))
+        .add_some("result", operation.result.as_ref().map(|r| r.to_string()))
+        .add_some("error", error.map(|e| Cell::painted(format!("{} ({})", e.message, e.data.code), Paint::Bad)))
+        .add_some("hint", error.and_then(|e| e.data.hint.as_ref()));
+    out.fields(&fields)
 }

@@ -7,15 +7,13 @@ use fermata_protocol::agent::AgentResume;
 use fermata_protocol::pause::{PauseResult, ProjectPause, ProjectResume, ResumeMethod, ResumeResult};
 use fermata_protocol::{CheckpointNumber, Target};
 
-use super::Ended;
 use crate::cli::PauseArgs;
-use crate::errors::Failure;
-use crate::output::{Cell, Facts, Output, Paint, Table};
-use crate::session::Session;
-use crate::units::{duration, millis, number};
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Cell, FieldList, Paint, Printer, TextTable};
+use crate::session::DaemonSession;
+use crate::units::{counted, duration, millis, number};
 
-/// Runs `pause`.
-pub fn pause(session: &mut Session, args: PauseArgs) -> Ended {
+pub fn pause(session: &mut DaemonSession, args: PauseArgs) -> CommandResult {
     let label = format!("pause {}", args.project);
     let params =
         ProjectPause { project: args.project, reason: args.reason, mode: args.mode, grace_ms: args.grace.map(millis) };
@@ -25,53 +23,60 @@ pub fn pause(session: &mut Session, args: PauseArgs) -> Ended {
     Ok(0)
 }
 
-fn paused(out: &mut Output, result: &PauseResult) -> io::Result<()> {
+fn paused(out: &mut Printer, result: &PauseResult) -> io::Result<()> {
     let tokens = format!(
-        "{} before, {} after ({:.1} % less)",
+        "{} -> {} ({:.1}% reduction)",
         number(result.tokens_before),
         number(result.tokens_after),
         result.reduction_percentage
     );
     let archived = format!(
-        "{} items; {} hot and {} warm stay",
-        result.items_archived, result.hot_items_retained, result.warm_items_retained
+        "{} ({} hot and {} warm kept)",
+        counted(result.items_archived, "item"),
+        result.hot_items_retained,
+        result.warm_items_retained
     );
-    let facts = Facts::default()
+    let fields = FieldList::default()
         .add("checkpoint", result.checkpoint_id.to_string())
         .add("mode", result.mode.as_str())
         .add("mechanism", result.mechanism.as_str())
         .add("processes", result.processes.to_string())
-        .add("frozen", frozen(result.frozen_ms, &result.steps_ms))
-        .add("tokens", tokens)
+        .add_some("frozen before commit", frozen_time(result.frozen_ms))
+        .add_some("steps", steps_text(&result.steps_ms))
+        .add("context tokens", tokens)
         .add("archived", archived)
         .add("operation", result.operation_id.as_str());
-    out.facts(&facts)?;
+    out.fields(&fields)?;
     out.warnings(&result.warnings)
 }
 
-/// Writes how long agents stood still, with the steps in brackets.
-pub fn frozen(frozen_ms: f64, steps: &BTreeMap<String, f64>) -> String {
-    let steps = steps_text(steps);
-    if steps.is_empty() { duration(frozen_ms) } else { format!("{} ({steps})", duration(frozen_ms)) }
+/// Formats how long agents were frozen; `None` when they were not.
+pub fn frozen_time(frozen_ms: f64) -> Option<String> {
+    (frozen_ms > 0.0).then(|| duration(frozen_ms))
 }
 
-/// Writes steps with their durations.
-pub fn steps_text(steps: &BTreeMap<String, f64>) -> String {
+/// Formats the steps of an operation with their durations; `None` when there are none.
+pub fn steps_text(steps: &BTreeMap<String, f64>) -> Option<String> {
     let steps: Vec<String> = steps.iter().map(|(step, ms)| format!("{step} {}", duration(*ms))).collect();
-    steps.join(", ")
+    (!steps.is_empty()).then(|| steps.join(", "))
 }
 
-/// Runs `resume`; exit code 1 when an agent could not be brought back.
-pub fn resume(session: &mut Session, target: Target, checkpoint: Option<CheckpointNumber>, over_budget: bool) -> Ended {
+/// Resumes a project or an agent; exit code 1 when an agent of the project could not be resumed.
+pub fn resume(
+    session: &mut DaemonSession,
+    target: Target,
+    checkpoint: Option<CheckpointNumber>,
+    over_budget: bool,
+) -> CommandResult {
     if target.agent.is_some() {
         if checkpoint.is_some() {
-            return Err(Failure::usage("--checkpoint restores a whole project, and one agent is named")
+            return Err(CommandError::usage("--checkpoint applies to a project, not to one agent")
                 .hint(format!("fermatactl checkpoint restore {} N", target.project)));
         }
         if over_budget {
-            return Err(Failure::usage("--over-budget lets a whole project go on, and one agent is named"));
+            return Err(CommandError::usage("--over-budget applies to a project, not to one agent"));
         }
-        return bring_back(session, target);
+        return resume_agent(session, target);
     }
     let project = target.project;
     let label = format!("resume {project}");
@@ -82,26 +87,25 @@ pub fn resume(session: &mut Session, target: Target, checkpoint: Option<Checkpoi
     Ok(if result.success { 0 } else { 1 })
 }
 
-/// Brings back one agent that has ended.
-fn bring_back(session: &mut Session, target: Target) -> Ended {
+fn resume_agent(session: &mut DaemonSession, target: Target) -> CommandResult {
     let agent = session.call(&AgentResume { target: target.clone() })?;
     session.out.one(&agent, Some(target.to_string()), |out, agent| match agent.pid {
-        Some(pid) => out.line(format_args!("{target} is back, pid {pid}")),
+        Some(pid) => out.line(format_args!("{target} resumed, pid {pid}")),
         None => out.line(format_args!("{target} is {}", agent.status)),
     })?;
     Ok(0)
 }
 
-fn resumed(out: &mut Output, result: &ResumeResult) -> io::Result<()> {
+fn resumed(out: &mut Printer, result: &ResumeResult) -> io::Result<()> {
     let restored = result.restored.map(|n| format!("checkpoint {n}"));
-    let facts = Facts::default()
-        .maybe("restored", restored)
-        .add("was paused for", duration(result.paused_ms as f64))
+    let fields = FieldList::default()
+        .add_some("restored", restored)
+        .add("paused for", duration(result.paused_ms as f64))
         .add("operation", result.operation_id.as_str());
-    out.facts(&facts)?;
+    out.fields(&fields)?;
     if !result.agents.is_empty() {
         out.line("")?;
-        let mut table = Table::new(&["AGENT", "RESUMED", "DETAIL"]);
+        let mut table = TextTable::new(&["AGENT", "METHOD", "DETAIL"]);
         for agent in &result.agents {
             let (rung, paint) = match agent.method {
                 ResumeMethod::Thawed => ("thawed", Paint::Good),

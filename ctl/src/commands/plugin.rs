@@ -2,28 +2,27 @@
 
 use fermata_protocol::plugin::{PluginCheck, PluginEnable, PluginList, PluginReload, PluginState, PluginView};
 
-use super::Ended;
-use super::run::{canonical, text};
 use crate::cli::groups::PluginCommand;
-use crate::output::{Cell, Facts, Paint, Table};
-use crate::session::Session;
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{Cell, FieldList, Paint, TextTable};
+use crate::paths::{canonical, to_utf8};
+use crate::session::DaemonSession;
 
-/// Runs a `plugin` command.
-pub fn run(session: &mut Session, command: PluginCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: PluginCommand) -> CommandResult {
     let plugins = match command {
         PluginCommand::Ls => session.call(&PluginList {})?.plugins,
         PluginCommand::Reload => session.call(&PluginReload {})?.plugins,
         PluginCommand::Enable { name } => enable(name, true, session)?,
         PluginCommand::Disable { name } => enable(name, false, session)?,
         PluginCommand::Check { path } => {
-            let path = text(&canonical(&path)?)?;
+            let path = to_utf8(&canonical(&path)?)?;
             let plugin = session.call(&PluginCheck { path })?;
             session.out.one(&plugin, Some(plugin.name.clone()), |out, plugin| {
-                let facts = Facts::default()
+                let fields = FieldList::default()
                     .add("plugin", &plugin.name)
                     .add("version", &plugin.version)
                     .add("kinds", plugin.kinds.join(", "));
-                out.facts(&facts)
+                out.fields(&fields)
             })?;
             return Ok(0);
         }
@@ -31,7 +30,7 @@ pub fn run(session: &mut Session, command: PluginCommand) -> Ended {
     let name = |plugin: &PluginView| plugin.name.clone();
     session.out.rows(&plugins, "no plugins", name, |out, plugins| {
         let mut table =
-            Table::new(&["PLUGIN", "STATE", "KINDS", "VERSION", ">CALLS", ">RESTARTS", "SINCE", "LAST ERROR"]);
+            TextTable::new(&["PLUGIN", "STATE", "KINDS", "VERSION", ">CALLS", ">RESTARTS", "SINCE", "LAST ERROR"]);
         for plugin in plugins {
             table.row([
                 Cell::from(&plugin.name),
@@ -49,7 +48,7 @@ pub fn run(session: &mut Session, command: PluginCommand) -> Ended {
     Ok(0)
 }
 
-fn enable(name: String, enabled: bool, session: &mut Session) -> Result<Vec<PluginView>, crate::errors::Failure> {
+fn enable(name: String, enabled: bool, session: &mut DaemonSession) -> Result<Vec<PluginView>, CommandError> {
     Ok(session.call(&PluginEnable { name, enabled })?.plugins)
 }
 

@@ -3,14 +3,13 @@
 use fermata_protocol::Target;
 use fermata_protocol::project::{ProjectConfig, ProjectCreate, ProjectList, ProjectSet, ProjectShow, WorkspaceSource};
 
-use super::run::{canonical, text};
-use super::{Ended, agents, status};
-use crate::cli::groups::{ConfigArgs, ProjectCommand};
-use crate::errors::Failure;
-use crate::session::Session;
+use super::{agents, status};
+use crate::cli::groups::ProjectCommand;
+use crate::errors::{CommandError, CommandResult};
+use crate::paths::{canonical, to_utf8};
+use crate::session::DaemonSession;
 
-/// Runs a `project` command.
-pub fn run(session: &mut Session, command: ProjectCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: ProjectCommand) -> CommandResult {
     match command {
         ProjectCommand::Create {
             name,
@@ -29,10 +28,10 @@ pub fn run(session: &mut Session, command: ProjectCommand) -> Ended {
             });
             let project = session.call(&ProjectCreate {
                 name,
-                workspace: text(&canonical(&directory)?)?,
+                workspace: to_utf8(&canonical(&directory)?)?,
                 description,
                 source,
-                config: changed(ProjectConfig::default(), config),
+                config: config.apply(ProjectConfig::default()),
             })?;
             let id = project.name.to_string();
             session.out.one(&project, Some(id), |out, project| {
@@ -44,18 +43,17 @@ pub fn run(session: &mut Session, command: ProjectCommand) -> Ended {
             let config = if config.is_empty() {
                 None
             } else {
-                // Settings are replaced whole, so those that were not given are read first.
+                // The daemon replaces the whole configuration, so the settings that were not given are read first.
                 let show = ProjectShow { project: project.clone() };
-                changed(session.call(&show)?.config, config)
+                config.apply(session.call(&show)?.config)
             };
             if description.is_none() && phase.is_none() && config.is_none() {
-                return Err(
-                    Failure::usage("nothing to change").hint("fermatactl project set --help lists what can be changed")
-                );
+                return Err(CommandError::usage("nothing to change")
+                    .hint("fermatactl project set --help lists what can be changed"));
             }
             let project = session.call(&ProjectSet { project, description, phase, config })?;
             let id = project.name.to_string();
-            session.out.one(&project, Some(id), |out, project| out.line(format_args!("{} changed", project.name)))?;
+            session.out.one(&project, Some(id), |out, project| out.line(format_args!("{} updated", project.name)))?;
             Ok(0)
         }
         ProjectCommand::Ls => {
@@ -68,64 +66,5 @@ pub fn run(session: &mut Session, command: ProjectCommand) -> Ended {
         ProjectCommand::Rm { project, with_checkpoints } => {
             agents::remove(session, Target::project(project), with_checkpoints)
         }
-    }
-}
-
-impl ConfigArgs {
-    fn is_empty(&self) -> bool {
-        self.include.is_empty()
-            && self.exclude.is_empty()
-            && self.use_gitignore.is_none()
-            && self.max_file_size.is_none()
-            && self.token_limit.is_none()
-            && self.flash_save_at.is_none()
-            && self.budget.is_empty()
-            && self.retention.is_empty()
-            && self.automatic.is_empty()
-    }
-}
-
-/// Lays what was given over settings; `None` when nothing was given.
-fn changed(mut config: ProjectConfig, args: ConfigArgs) -> Option<ProjectConfig> {
-    if args.is_empty() {
-        return None;
-    }
-    // An empty pattern is how a list is emptied again.
-    let list = |given: Vec<String>| given.into_iter().filter(|p| !p.is_empty()).collect();
-    if !args.include.is_empty() {
-        config.include = list(args.include);
-    }
-    if !args.exclude.is_empty() {
-        config.exclude = list(args.exclude);
-    }
-    if let Some(use_gitignore) = args.use_gitignore {
-        config.use_gitignore = use_gitignore;
-    }
-    if let Some(bytes) = args.max_file_size {
-        config.max_file_bytes = bytes;
-    }
-    if let Some(tokens) = args.token_limit {
-        config.token_limit = tokens;
-    }
-    if let Some(percent) = args.flash_save_at {
-        config.flash_save_at_percent = percent;
-    }
-    config.budget = args.budget.over(config.budget);
-    config.retention = args.retention.over(config.retention);
-    config.automatic = args.automatic.over(config.automatic);
-    Some(config)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_that_are_not_given_stay() {
-        let before = ProjectConfig { exclude: vec!["target/".into()], token_limit: 7, ..ProjectConfig::default() };
-        let args = ConfigArgs { max_file_size: Some(9), ..ConfigArgs::default() };
-        let after = changed(before.clone(), args).expect("something was given");
-        assert_eq!((after.exclude, after.token_limit, after.max_file_bytes), (before.exclude.clone(), 7, 9));
-        assert_eq!(changed(before, ConfigArgs::default()), None);
     }
 }

@@ -1,4 +1,4 @@
-//! `call`, `version`, `daemon reload` and `completions`: the program and the protocol themselves.
+//! `call`, `version`, `daemon reload` and `completions`.
 
 use clap::CommandFactory as _;
 use clap_complete::Shell;
@@ -6,22 +6,21 @@ use fermata_protocol::PROTOCOL_VERSION;
 use fermata_protocol::daemon::DaemonReload;
 use serde_json::{Map, Value, json};
 
-use super::{Ended, text_or_stdin};
+use super::arguments::text_or_stdin;
 use crate::cli::Cli;
 use crate::cli::groups::DaemonCommand;
-use crate::errors::Failure;
-use crate::output::{Facts, Format};
-use crate::session::Session;
+use crate::errors::{CommandError, CommandResult};
+use crate::output::{FieldList, Format};
+use crate::session::DaemonSession;
 
-/// Runs `call`.
-pub fn call(session: &mut Session, method: &str, params: Option<String>) -> Ended {
+pub fn call(session: &mut DaemonSession, method: &str, params: Option<String>) -> CommandResult {
     let params = match params {
         None => Map::new(),
         Some(text) => {
             let text = text_or_stdin(Some(text))?;
             serde_json::from_str(&text).map_err(|e| {
-                Failure::usage(format!("the parameters are not a JSON object: {e}"))
-                    .hint("write for instance '{\"project\": \"web\"}'")
+                CommandError::usage(format!("the parameters are not a JSON object: {e}"))
+                    .hint("for example: '{\"project\": \"web\"}'")
             })?
         }
     };
@@ -30,15 +29,15 @@ pub fn call(session: &mut Session, method: &str, params: Option<String>) -> Ende
         Format::Json | Format::Ids => session.out.json(&result)?,
         Format::Human => {
             let text = serde_json::to_string_pretty(&result)
-                .map_err(|e| Failure::local(format!("failed to write the result: {e}")))?;
+                .map_err(|e| CommandError::local(format!("failed to serialise the result: {e}")))?;
             session.out.line(text)?;
         }
     }
     Ok(0)
 }
 
-/// Runs `version`; a daemon is asked when one runs, and never started for this.
-pub fn version(session: &mut Session) -> Ended {
+/// Prints the versions of this program and of the daemon, which is never started for it.
+pub fn version(session: &mut DaemonSession) -> CommandResult {
     session.globals.no_autostart = true;
     let own = env!("CARGO_PKG_VERSION");
     let daemon = session.hello().ok();
@@ -56,15 +55,15 @@ pub fn version(session: &mut Session) -> Ended {
             Some(hello) => format!("{} (protocol {})", hello.version, hello.protocol),
             None => "not reachable".into(),
         };
-        let facts =
-            Facts::default().add("fermatactl", format!("{own} (protocol {PROTOCOL_VERSION})")).add("daemon", daemon);
-        out.facts(&facts)
+        let fields = FieldList::default()
+            .add("fermatactl", format!("{own} (protocol {PROTOCOL_VERSION})"))
+            .add("daemon", daemon);
+        out.fields(&fields)
     })?;
     Ok(0)
 }
 
-/// Runs a `daemon` command.
-pub fn daemon(session: &mut Session, command: DaemonCommand) -> Ended {
+pub fn daemon(session: &mut DaemonSession, command: DaemonCommand) -> CommandResult {
     let DaemonCommand::Reload = command;
     let result = session.call(&DaemonReload {})?;
     session.out.one(&result, None, |out, result| {
@@ -72,16 +71,15 @@ pub fn daemon(session: &mut Session, command: DaemonCommand) -> Ended {
             return out.line("nothing changed");
         }
         let list = |names: &[String]| Some(names.join(", ")).filter(|t| !t.is_empty());
-        let facts = Facts::default()
-            .maybe("changed", list(&result.changed))
-            .maybe("needs a restart", list(&result.needs_restart));
-        out.facts(&facts)
+        let fields = FieldList::default()
+            .add_some("changed", list(&result.changed))
+            .add_some("restart required for", list(&result.needs_restart));
+        out.fields(&fields)
     })?;
     Ok(0)
 }
 
-/// Runs `completions`.
-pub fn completions(session: &mut Session, shell: Shell) -> Ended {
+pub fn completions(session: &mut DaemonSession, shell: Shell) -> CommandResult {
     let mut script = Vec::new();
     clap_complete::generate(shell, &mut Cli::command(), "fermatactl", &mut script);
     session.out.text(&String::from_utf8_lossy(&script))?;

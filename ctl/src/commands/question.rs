@@ -1,23 +1,21 @@
-//! `inbox` and `answer`, and the waiting for an answer that agents do.
+//! `inbox` and `answer`, and the wait of an agent for an answer.
 
 use fermata_protocol::question::{QuestionAnswer, QuestionList, QuestionView, QuestionWait};
 use fermata_protocol::{Code, ProjectName};
 
-use super::{Ended, timeout_ms};
-use crate::cli::values::Numbered;
-use crate::errors::{Exit, Failure};
-use crate::output::{Cell, Paint, Table, clean, note};
-use crate::session::Session;
+use crate::cli::values::ItemRef;
+use crate::errors::{CommandError, CommandResult, Exit};
+use crate::output::{Cell, Paint, TextTable, note};
+use crate::session::DaemonSession;
 
-/// Runs `inbox`.
-pub fn inbox(session: &mut Session, project: Option<ProjectName>, all: bool) -> Ended {
+pub fn inbox(session: &mut DaemonSession, project: Option<ProjectName>, all: bool) -> CommandResult {
     let questions = session.call(&QuestionList { project, all })?.questions;
     session.out.rows(&questions, "no open questions", name, |out, questions| {
-        let mut table = Table::new(&["QUESTION", "AGENT", "ASKED", "ANSWER", "TEXT"]);
+        let mut table = TextTable::new(&["QUESTION", "AGENT", "ASKED", "ANSWER", "TEXT"]);
         for question in questions {
             let answer = match (&question.answer, question.choices.is_empty()) {
                 (Some(answer), _) => Cell::painted(answer, Paint::Dim),
-                (None, false) => Cell::painted(format!("one of: {}", question.choices.join(" | ")), Paint::Attention),
+                (None, false) => Cell::painted(format!("open ({})", question.choices.join(" | ")), Paint::Attention),
                 (None, true) => Cell::painted("open", Paint::Attention),
             };
             table.row([
@@ -43,11 +41,10 @@ fn name(question: &QuestionView) -> String {
     format!("{}/{}", question.project, question.id)
 }
 
-/// Runs `answer`.
-pub fn answer(session: &mut Session, question: Numbered, text: &[String]) -> Ended {
+pub fn answer(session: &mut DaemonSession, question: ItemRef, text: &[String]) -> CommandResult {
     let Some(project) = question.project else {
-        return Err(Failure::usage(format!("'{}' does not say which project's question is meant", question.id))
-            .hint("write PROJECT/NUMBER, as fermatactl inbox shows it"));
+        return Err(CommandError::usage(format!("'{}' names no project", question.id))
+            .hint("write PROJECT/NUMBER, as shown by fermatactl inbox"));
     };
     let question = session.call(&QuestionAnswer { project, id: question.id, answer: text.join(" ") })?;
     session
@@ -56,23 +53,23 @@ pub fn answer(session: &mut Session, question: Numbered, text: &[String]) -> End
     Ok(0)
 }
 
-/// Waits for an answer and prints it; exit code 5 when the question is still open in the end.
-pub fn wait(session: &mut Session, project: Option<ProjectName>, id: u64) -> Ended {
-    let params = QuestionWait { project, id, timeout_ms: timeout_ms(session) };
-    let question = match session.call_lasting(&params) {
+/// Waits for an answer and prints it; fails with exit code 5 when the question is still open after `--timeout`.
+pub fn wait(session: &mut DaemonSession, project: Option<ProjectName>, id: u64) -> CommandResult {
+    let params = QuestionWait { project, id, timeout_ms: session.timeout_ms() };
+    let question = match session.call_across_restarts(&params) {
         Ok(question) => question,
-        Err(failure) if failure.is(Code::TimedOut) => return Err(still_open(id)),
-        Err(failure) => return Err(failure),
+        Err(error) if error.is(Code::TimedOut) => return Err(still_open(id)),
+        Err(error) => return Err(error),
     };
     let Some(answer) = question.answer.clone() else {
         return Err(still_open(id));
     };
-    // An agent reads the answer: it is data, written as it is.
+    // Not cleaned: an agent reads the answer as data.
     session.out.one(&question, Some(answer.clone()), |out, _| out.line(&answer))?;
     Ok(0)
 }
 
-fn still_open(id: u64) -> Failure {
-    Failure::new(Exit::WaitingForInput, "waiting_for_input", clean(&format!("question {id} has no answer yet")))
-        .hint(format!("wait on with: fermatactl agent wait-answer {id}"))
+fn still_open(id: u64) -> CommandError {
+    CommandError::new(Exit::WaitingForInput, "waiting_for_input", format!("question {id} has no answer yet"))
+        .hint(format!("keep waiting with: fermatactl agent wait-answer {id}"))
 }

@@ -1,5 +1,5 @@
-//! Waiting until agents are ready: looks once, then at each agent of which an event speaks,
-//! and at all that are left when nothing is told.
+//! `up --wait`: waits until agents are ready. Each is checked once, then on every event about it, and all pending ones
+//! when no event arrives for a while.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,142 +9,154 @@ use fermata_protocol::agent::{AgentDetail, AgentShow};
 use fermata_protocol::subscription::{EventFilter, EventsSubscribe};
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 
-use super::up::standing;
-use crate::errors::{Exit, Failure};
+use super::status::agent_state;
+use crate::errors::{CommandError, Exit};
 use crate::output::note;
-use crate::session::{Session, Told};
+use crate::session::{DaemonSession, Wakeup};
 
-/// How long nothing is told before all that are left are looked at again …
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// How long to wait for an event before all pending agents are checked again …
+const RECHECK_INTERVAL: Duration = Duration::from_millis(250);
 
-/// … which grows so far while nothing is told.
-const LOOK_AGAIN_AT_LAST: Duration = Duration::from_secs(8);
+/// … doubled up to this while no event arrives.
+const MAX_RECHECK_INTERVAL: Duration = Duration::from_secs(8);
 
-/// How far an agent has come.
-enum Come {
-    /// It is ready, or has done its work.
-    There(&'static str),
-    /// It will not come there any more.
+/// How far the start of an agent has come.
+enum AgentReadiness {
+    /// Ready or completed; the verb phrase says which.
+    Ready(&'static str),
+    /// Will not become ready.
     Failed,
-    /// It may still.
-    OnItsWay,
+    Pending,
 }
 
-fn come(detail: &AgentDetail) -> Come {
+fn readiness_of(detail: &AgentDetail) -> AgentReadiness {
     let agent = &detail.agent;
     match agent.status {
-        _ if detail.completed => Come::There("has completed"),
-        AgentStatus::Running | AgentStatus::WaitingForInput if agent.ready => Come::There("is ready"),
+        _ if detail.completed => AgentReadiness::Ready("has completed"),
+        AgentStatus::Running | AgentStatus::WaitingForInput if agent.ready => AgentReadiness::Ready("is ready"),
         AgentStatus::Running | AgentStatus::WaitingForInput | AgentStatus::Starting | AgentStatus::Backoff => {
-            Come::OnItsWay
+            AgentReadiness::Pending
         }
-        // Whoever stops or pauses it does not want it to come there.
+        // Stopped or paused on purpose, or failed.
         AgentStatus::Paused
         | AgentStatus::Stopping
         | AgentStatus::Exited
         | AgentStatus::Failed
         | AgentStatus::TimedOut
-        | AgentStatus::Interrupted => Come::Failed,
+        | AgentStatus::Interrupted => AgentReadiness::Failed,
     }
 }
 
-/// The agents that are not there yet, each with those that its start waits for.
-type Left = BTreeMap<AgentName, Vec<AgentName>>;
+/// The agents that are not ready yet, each with the agents that its start waits for.
+type PendingAgents = BTreeMap<AgentName, Vec<AgentName>>;
 
-/// Waits until every agent is ready or has completed; `false` when one will not.
-pub fn wait(session: &mut Session, project: &ProjectName, names: &[AgentName]) -> Result<bool, Failure> {
-    let mut left: Left = names.iter().map(|name| (name.clone(), Vec::new())).collect();
+/// Waits until every agent is ready or completed; `false` when one has failed.
+pub fn wait(session: &mut DaemonSession, project: &ProjectName, names: &[AgentName]) -> Result<bool, CommandError> {
+    let mut pending: PendingAgents = names.iter().map(|name| (name.clone(), Vec::new())).collect();
     let filter = EventFilter { project: Some(project.clone()), kinds: vec!["agent.*".into()] };
     loop {
-        // Subscribed before the first look: what happens in between is told.
-        session.call_lasting(&EventsSubscribe { cursor: None, filter: filter.clone() })?;
-        if let Some(ready) = follow(session, project, names, &mut left)? {
+        // Subscribed before the first check, so that no change is missed in between.
+        session.call_across_restarts(&EventsSubscribe { cursor: None, filter: filter.clone() })?;
+        if let Some(ready) = follow(session, project, names, &mut pending)? {
             return Ok(ready);
         }
     }
 }
 
-fn is_farewell(failure: &Failure) -> bool {
-    match failure {
-        Failure::Said(report) => report.exit == Exit::Unreachable || failure.is(Code::ShuttingDown),
-        Failure::ReaderGone => false,
+fn is_disconnect(error: &CommandError) -> bool {
+    match error {
+        CommandError::Reported(report) => report.exit == Exit::Unreachable || error.is(Code::ShuttingDown),
+        CommandError::OutputClosed => false,
     }
 }
 
-/// Looks at all that are left, then goes by what is told; `None` when the daemon was away meanwhile.
+/// Checks all pending agents, then those that events are about; `None` when the daemon restarted.
 fn follow(
-    session: &mut Session,
+    session: &mut DaemonSession,
     project: &ProjectName,
     names: &[AgentName],
-    left: &mut Left,
-) -> Result<Option<bool>, Failure> {
-    let all_of = |left: &Left| names.iter().filter(|name| left.contains_key(*name)).cloned().collect();
-    let mut next: Vec<AgentName> = all_of(left);
-    let mut patience = LOOK_AGAIN;
+    pending: &mut PendingAgents,
+) -> Result<Option<bool>, CommandError> {
+    let all_pending =
+        |pending: &PendingAgents| names.iter().filter(|name| pending.contains_key(*name)).cloned().collect();
+    let mut next: Vec<AgentName> = all_pending(pending);
+    let mut interval = RECHECK_INTERVAL;
     loop {
         for name in next {
-            match look(session, project, &name, left) {
+            match check(session, project, &name, pending) {
                 Ok(true) => {}
                 Ok(false) => return Ok(Some(false)),
-                // A look must not go on over a new connection: the subscription is lost with the
-                // old one, and what follows would never be told.
-                Err(failure) if is_farewell(&failure) => return Ok(None),
-                Err(failure) => return Err(failure),
+                // The subscription is lost with the connection, so the caller must subscribe again.
+                Err(error) if is_disconnect(&error) => return Ok(None),
+                Err(error) => return Err(error),
             }
         }
-        if left.is_empty() {
+        if pending.is_empty() {
             return Ok(Some(true));
         }
-        let notification = match session.next_notification_within(patience)? {
-            Told::Notification(notification) => notification,
-            // An event is told as soon as it is written, which may be before a look shows what it has
-            // changed. When it was the last one, nothing else would bring about another look.
-            Told::Nothing => {
-                next = all_of(left);
-                patience = (patience * 2).min(LOOK_AGAIN_AT_LAST);
+        let notification = match session.next_notification_within(interval)? {
+            Wakeup::Notification(notification) => notification,
+            // An event may arrive before a check shows its effect. After the last event only the timeout leads to
+            // another check.
+            Wakeup::TimedOut => {
+                next = all_pending(pending);
+                interval = (interval * 2).min(MAX_RECHECK_INTERVAL);
                 continue;
             }
-            Told::CameBack => return Ok(None),
+            Wakeup::Reconnected => return Ok(None),
         };
-        patience = LOOK_AGAIN;
-        let about = notification.params.pointer("/event/data/agent").and_then(|name| name.as_str()).unwrap_or_default();
+        interval = RECHECK_INTERVAL;
+        let subject =
+            notification.params.pointer("/event/data/agent").and_then(|name| name.as_str()).unwrap_or_default();
         let concerns = |(name, waits): (&AgentName, &Vec<AgentName>)| {
-            (name.as_str() == about || waits.iter().any(|other| other.as_str() == about)).then(|| name.clone())
+            (name.as_str() == subject || waits.iter().any(|other| other.as_str() == subject)).then(|| name.clone())
         };
-        next = left.iter().filter_map(concerns).collect();
+        next = pending.iter().filter_map(concerns).collect();
     }
 }
 
-/// Looks at one agent; `false` when it has failed, or waits for one that has.
-fn look(session: &mut Session, project: &ProjectName, name: &AgentName, left: &mut Left) -> Result<bool, Failure> {
+/// Checks one agent; `false` when it, or an agent that it waits for, has failed.
+fn check(
+    session: &mut DaemonSession,
+    project: &ProjectName,
+    name: &AgentName,
+    pending: &mut PendingAgents,
+) -> Result<bool, CommandError> {
     let (target, detail) = show(session, project, name)?;
-    match come(&detail) {
-        Come::There(how) => {
-            left.remove(name);
+    match readiness_of(&detail) {
+        AgentReadiness::Ready(verb) => {
+            pending.remove(name);
             if session.out.is_human() {
-                note(&format!("{target} {how}"));
+                note(&format!("{target} {verb}"));
             }
             Ok(true)
         }
-        Come::Failed => {
-            note(&format!("{target} is not ready: it is {}", standing(&detail.agent)));
+        AgentReadiness::Failed => {
+            note(&format!("{target} will not become ready: {}", agent_state(&detail.agent)));
             Ok(false)
         }
-        Come::OnItsWay => {
+        AgentReadiness::Pending => {
             for other in &detail.agent.waits_for {
                 let (other, detail) = show(session, project, other)?;
-                if matches!(come(&detail), Come::Failed) {
-                    note(&format!("{target} is not ready: it waits for {other}, which is {}", standing(&detail.agent)));
+                if matches!(readiness_of(&detail), AgentReadiness::Failed) {
+                    note(&format!(
+                        "{target} will not become ready: waiting for {other}, {}",
+                        agent_state(&detail.agent)
+                    ));
                     return Ok(false);
                 }
             }
-            left.insert(name.clone(), detail.agent.waits_for);
+            pending.insert(name.clone(), detail.agent.waits_for);
             Ok(true)
         }
     }
 }
 
-fn show(session: &mut Session, project: &ProjectName, name: &AgentName) -> Result<(Target, AgentDetail), Failure> {
+fn show(
+    session: &mut DaemonSession,
+    project: &ProjectName,
+    name: &AgentName,
+) -> Result<(Target, AgentDetail), CommandError> {
     let target = Target::agent(project.clone(), name.clone());
     let detail = session.call(&AgentShow { target: target.clone(), env: Default::default() })?;
     Ok((target, detail))

@@ -1,4 +1,4 @@
-//! What `checkpoint restore` and `checkpoint diff` share: paths, and how changes are shown.
+//! The result of `checkpoint restore`, and what `checkpoint diff` shares with it: paths and tables of changes.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -11,28 +11,27 @@ use fermata_protocol::paths::escape;
 use fermata_protocol::project::ProjectShow;
 
 use super::pause::steps_text;
-use crate::errors::Failure;
-use crate::output::{Cell, Facts, Output, Paint, Table};
-use crate::session::Session;
+use crate::errors::CommandError;
+use crate::output::{Cell, FieldList, Paint, Printer, TextTable};
+use crate::session::DaemonSession;
 use crate::units::{bytes, number};
 
-/// Turns what was typed into paths inside the workspace: those that begin with `/` are looked for in it, the others are
-/// relative to it.
+/// Converts path arguments to paths relative to the workspace; absolute paths must be inside it.
 pub(super) fn inside_workspace(
-    session: &mut Session,
+    session: &mut DaemonSession,
     project: &ProjectName,
-    typed: &[OsString],
-) -> Result<Vec<String>, Failure> {
+    paths: &[OsString],
+) -> Result<Vec<String>, CommandError> {
     let mut workspace = None;
-    if typed.iter().any(|path| Path::new(path).is_absolute()) {
+    if paths.iter().any(|path| Path::new(path).is_absolute()) {
         workspace = Some(session.call(&ProjectShow { project: project.clone() })?.project.workspace);
     }
-    typed.iter().map(|path| inside(workspace.as_deref(), path).map_err(Failure::usage)).collect()
+    paths.iter().map(|path| inside(workspace.as_deref(), path).map_err(CommandError::usage)).collect()
 }
 
 fn inside(workspace: Option<&str>, typed: &OsStr) -> Result<String, String> {
     if typed.is_empty() {
-        return Err("a path is empty; '.' is the whole workspace".to_owned());
+        return Err("a path is empty; write . for the whole workspace".to_owned());
     }
     let shown = typed.display();
     let path = match workspace.filter(|_| Path::new(typed).is_absolute()) {
@@ -59,8 +58,8 @@ fn inside(workspace: Option<&str>, typed: &OsStr) -> Result<String, String> {
     Ok(names.join("/"))
 }
 
-pub(super) fn change_table(changes: &[ChangedPath]) -> Table {
-    let mut table = Table::new(&["CHANGE", ">BEFORE", ">AFTER", "PATH"]);
+pub(super) fn change_table(changes: &[ChangedPath]) -> TextTable {
+    let mut table = TextTable::new(&["CHANGE", ">BEFORE", ">AFTER", "PATH"]);
     let size = |size: Option<u64>| size.map(bytes).unwrap_or_default();
     for change in changes {
         let (word, paint) = match change.change {
@@ -81,45 +80,44 @@ pub(super) fn change_table(changes: &[ChangedPath]) -> Table {
     table
 }
 
-/// Says how many rows are not shown.
-pub(super) fn more(out: &mut Output, shown: usize, total: u64) -> io::Result<()> {
+/// Writes how many rows are not shown.
+pub(super) fn more(out: &mut Printer, shown: usize, total: u64) -> io::Result<()> {
     match total.saturating_sub(shown as u64) {
         0 => Ok(()),
-        left => out.line(format_args!("and {} more", number(left))),
+        left => out.line(format_args!("… and {} more", number(left))),
     }
 }
 
-/// Adds up what changed.
-pub(super) fn sums(changes: &[ChangedPath]) -> String {
+/// Formats the totals of a list of changes.
+pub(super) fn totals(changes: &[ChangedPath]) -> String {
     let count = |kind: fn(ChangeKind) -> bool| changes.iter().filter(|change| kind(change.change)).count();
     let added = count(|kind| kind == ChangeKind::Added);
     let removed = count(|kind| kind == ChangeKind::Removed);
     let before: u64 = changes.iter().filter_map(|change| change.old_bytes).sum();
     let after: u64 = changes.iter().filter_map(|change| change.new_bytes).sum();
     let changed = changes.len() - added - removed;
-    format!("{changed} changed, {added} added, {removed} removed; {} before, {} after", bytes(before), bytes(after))
+    format!("{changed} modified, {added} added, {removed} removed; {} -> {}", bytes(before), bytes(after))
 }
 
-pub(super) fn shown(out: &mut Output, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
+pub(super) fn shown(out: &mut Printer, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
     if !result.changes.is_empty() {
         out.table(&change_table(&result.changes))?;
         more(out, result.changes.len(), result.changes_total)?;
         out.line("")?;
     }
     let (label, counts) = if dry_run {
-        ("would restore", format!("{} would be written, {} removed", result.written, result.removed))
+        ("would restore", format!("{} to write, {} to remove", result.written, result.removed))
     } else {
         ("restored", format!("{} written, {} removed", result.written, result.removed))
     };
-    let what = if result.paths.is_empty() { String::new() } else { format!(", only {}", result.paths.join(", ")) };
-    let steps = Some(steps_text(&result.steps_ms)).filter(|s| !s.is_empty());
-    let facts = Facts::default()
+    let what = if result.paths.is_empty() { String::new() } else { format!(" (only {})", result.paths.join(", ")) };
+    let fields = FieldList::default()
         .add(label, format!("checkpoint {}{what}", result.checkpoint_id))
         .add("paths", counts)
-        .maybe("steps", steps)
-        .maybe("undo with", result.undo.as_ref())
-        .maybe("operation", result.operation_id.as_ref().map(|id| id.as_str()));
-    out.facts(&facts)?;
+        .add_some("steps", steps_text(&result.steps_ms))
+        .add_some("undo", result.undo.as_ref())
+        .add_some("operation", result.operation_id.as_ref().map(|id| id.as_str()));
+    out.fields(&fields)?;
     out.warnings(&result.warnings)
 }
 
@@ -136,6 +134,6 @@ mod tests {
         assert_eq!(inside(Some("/w"), b"/w").unwrap(), ".");
         assert!(inside(Some("/w"), b"/wide/x").is_err());
         assert!(inside(None, b"a/../../x").is_err());
-        assert!(inside(None, b"").is_err(), "an unset variable must not mean everything");
+        assert!(inside(None, b"").is_err(), "an unset variable must not select the whole workspace");
     }
 }

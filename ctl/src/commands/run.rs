@@ -1,7 +1,6 @@
-//! `run`: starts an agent with the caller's environment, directory, umask and limits.
+//! `run`: starts an agent with the environment, directory, umask and limits of the caller.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,18 +12,19 @@ use fermata_protocol::{Code, ProjectName};
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
 
-use super::{Ended, agents, logs, target_of};
-use crate::autostart::IDENTITY;
+use super::arguments::target_of;
+use super::{agents, logs};
+use crate::agent_environment::inherited;
 use crate::cli::RunArgs;
 use crate::cli::values::split_words;
-use crate::errors::Failure;
+use crate::errors::{CommandError, CommandResult};
 use crate::output::{Format, note};
+use crate::paths::{canonical, to_utf8};
 use crate::raw_terminal;
-use crate::session::Session;
+use crate::session::DaemonSession;
 use crate::units::millis;
 
-/// Runs `run`.
-pub fn run(session: &mut Session, args: RunArgs) -> Ended {
+pub fn run(session: &mut DaemonSession, args: RunArgs) -> CommandResult {
     let (wait, follow, attach) = (args.wait, args.logs, args.attach);
     let agent = start(session, args)?;
     let target = target_of(&agent);
@@ -46,24 +46,23 @@ pub fn run(session: &mut Session, args: RunArgs) -> Ended {
     if !wait {
         return Ok(0);
     }
-    let ended = agents::wait_for(session, &target, super::timeout_ms(session))?;
+    let agent = agents::wait_for(session, &target, session.timeout_ms())?;
     if session.out.format() == Format::Json {
-        session.out.json(&ended)?;
+        session.out.json(&agent)?;
     }
-    Ok(agents::exit_code(&ended))
+    Ok(agents::exit_code(&agent))
 }
 
-fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
-    let here = std::env::current_dir().map_err(|e| Failure::io("find the current directory", &e))?;
-    let (workspace, its) = match args.workspace.as_deref().map(canonical).transpose()? {
+fn start(session: &mut DaemonSession, args: RunArgs) -> Result<AgentView, CommandError> {
+    let here = std::env::current_dir().map_err(|e| CommandError::io("find the current directory", &e))?;
+    let (new_workspace, workspace) = match args.workspace.as_deref().map(canonical).transpose()? {
         Some(given) => (Some(given.clone()), given),
         None => workspace_of(session, &args.project, &here)?,
     };
-    // The caller's own directory where that is inside the workspace, which is what a person at a
-    // prompt means; else none, and the daemon takes the workspace itself.
+    // By default the current directory if it is inside the workspace, else the workspace itself.
     let cwd = match &args.cwd {
         Some(dir) => Some(canonical(dir)?),
-        None => Some(canonical(&here)?).filter(|here| here.starts_with(&its)),
+        None => Some(canonical(&here)?).filter(|here| here.starts_with(&workspace)),
     };
     let resume_argv = match args.resume_command {
         Some(line) => Some(words_of("--resume-command", &line)?),
@@ -73,17 +72,18 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
         .command
         .into_iter()
         .map(|word| {
-            word.into_string()
-                .map_err(|word| Failure::usage(format!("the argument '{}' is not valid UTF-8", word.to_string_lossy())))
+            word.into_string().map_err(|word| {
+                CommandError::usage(format!("the argument '{}' is not valid UTF-8", word.to_string_lossy()))
+            })
         })
         .collect::<Result<Vec<_>, _>>()?;
     let params = AgentRun {
         project: args.project,
-        workspace: workspace.as_deref().map(text).transpose()?,
+        workspace: new_workspace.as_deref().map(to_utf8).transpose()?,
         name: args.name,
         argv,
-        env: environment(std::env::vars_os()),
-        cwd: cwd.as_deref().map(text).transpose()?,
+        env: inherited(std::env::vars_os()),
+        cwd: cwd.as_deref().map(to_utf8).transpose()?,
         umask: Some(own_umask()),
         limits: own_limits(),
         resume_argv,
@@ -94,7 +94,7 @@ fn start(session: &mut Session, args: RunArgs) -> Result<AgentView, Failure> {
             post_stop: hook("--post-stop", args.hooks.post_stop, args.hooks.post_stop_timeout)?,
             terminal: args.tty.then(terminal_size),
             resources: args.resources.into(),
-            budget: args.budget.over(Budget::default()),
+            budget: args.budget.apply(Budget::default()),
             ..args.supervision.settings()?
         }),
     };
@@ -105,66 +105,34 @@ fn terminal_size() -> TerminalSize {
     raw_terminal::size().unwrap_or(TerminalSize { rows: 24, cols: 80 })
 }
 
-fn words_of(flag: &str, line: &str) -> Result<Vec<String>, Failure> {
-    let words = split_words(line).map_err(|e| Failure::usage(format!("{flag}: {e}")))?;
-    if words.is_empty() { Err(Failure::usage(format!("{flag} is empty"))) } else { Ok(words) }
+fn words_of(flag: &str, line: &str) -> Result<Vec<String>, CommandError> {
+    let words = split_words(line).map_err(|e| CommandError::usage(format!("{flag}: {e}")))?;
+    if words.is_empty() { Err(CommandError::usage(format!("{flag} is empty"))) } else { Ok(words) }
 }
 
-fn hook(flag: &str, line: Option<String>, timeout: Option<Duration>) -> Result<Option<Hook>, Failure> {
+fn hook(flag: &str, line: Option<String>, timeout: Option<Duration>) -> Result<Option<Hook>, CommandError> {
     let Some(line) = line else { return Ok(None) };
     Ok(Some(Hook { argv: words_of(flag, &line)?, timeout_ms: timeout.map(millis) }))
 }
 
-/// Finds the workspace of a project: the one to send with the agent, needed for a new project
-/// alone, which is made of this very directory; and the one that it has, or will have.
+/// Returns the workspace to create a new project with (`None` for an existing project), and the workspace that the
+/// project has or will have.
 fn workspace_of(
-    session: &mut Session,
+    session: &mut DaemonSession,
     project: &ProjectName,
     here: &Path,
-) -> Result<(Option<PathBuf>, PathBuf), Failure> {
+) -> Result<(Option<PathBuf>, PathBuf), CommandError> {
     match session.call(&ProjectShow { project: project.clone() }) {
         Ok(detail) => Ok((None, PathBuf::from(detail.project.workspace))),
-        Err(failure) if failure.is(Code::ProjectNotFound) => {
+        Err(error) if error.is(Code::ProjectNotFound) => {
             let here = canonical(here)?;
             Ok((Some(here.clone()), here))
         }
-        Err(failure) => Err(failure),
+        Err(error) => Err(error),
     }
 }
 
-/// Makes a path absolute and free of links.
-pub fn canonical(path: &Path) -> Result<PathBuf, Failure> {
-    path.canonicalize().map_err(|e| Failure::io(format!("find {}", path.display()), &e))
-}
-
-/// Returns a path as the protocol carries it.
-pub fn text(path: &Path) -> Result<String, Failure> {
-    match path.to_str() {
-        Some(text) => Ok(text.into()),
-        None => Err(Failure::usage(format!("the path {} is not valid UTF-8", path.display()))),
-    }
-}
-
-/// The environment that the agent gets, without what says that the caller itself is an agent.
-pub fn environment(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
-    let mut kept = BTreeMap::new();
-    for (name, value) in variables {
-        match (name.into_string(), value.into_string()) {
-            (Ok(name), Ok(value)) => {
-                if !IDENTITY.contains(&name.as_str()) {
-                    kept.insert(name, value);
-                }
-            }
-            (Ok(name), Err(_)) => note(&format!("warning: the variable {name} is not valid UTF-8 and is left out")),
-            (Err(name), _) => {
-                note(&format!("warning: the variable {} is not valid UTF-8 and is left out", name.to_string_lossy()))
-            }
-        }
-    }
-    kept
-}
-
-/// Reads the umask, which can only be read by setting it; no other thread makes files meanwhile.
+/// Returns the umask. It can only be read by setting it, so no other thread may create files meanwhile.
 pub fn own_umask() -> u32 {
     let mask = umask(Mode::from_bits_truncate(0o077));
     umask(mask);
@@ -194,7 +162,7 @@ pub fn own_limits() -> BTreeMap<String, ResourceLimit> {
     let bounded = |limit| (limit != RLIM_INFINITY).then_some(limit);
     let mut limits = BTreeMap::new();
     for (name, resource) in LIMITS {
-        // A limit that this kernel does not know is none that could be handed on.
+        // A limit that this kernel does not know cannot be passed on.
         if let Ok((soft, hard)) = getrlimit(resource) {
             let limit = ResourceLimit { soft: bounded(soft), hard: bounded(hard) };
             limits.insert(name.into(), limit);
@@ -206,18 +174,6 @@ pub fn own_limits() -> BTreeMap<String, ResourceLimit> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStringExt as _;
-
-    #[test]
-    fn an_agents_identity_is_not_handed_on() {
-        let variables = [
-            ("PATH".into(), "/bin".into()),
-            ("FERMATA_TOKEN".into(), "secret".into()),
-            ("BAD".into(), OsString::from_vec(vec![0xff])),
-        ];
-        let kept = environment(variables.into_iter());
-        assert_eq!(kept.into_iter().collect::<Vec<_>>(), [("PATH".into(), "/bin".into())]);
-    }
 
     #[test]
     fn the_limits_of_this_process_are_read() {

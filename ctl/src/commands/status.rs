@@ -1,41 +1,42 @@
-//! `ps` and `status`: what there is and how it stands.
+//! `ps` and `status`: agents, projects and the daemon.
 
 use std::io;
 
 use fermata_protocol::ProjectName;
-use fermata_protocol::agent::AgentView;
-use fermata_protocol::budget::Budget;
-use fermata_protocol::budget::Usage;
+use fermata_protocol::agent::{AgentStatus, AgentView};
+use fermata_protocol::budget::{Budget, Usage};
+use fermata_protocol::context::ContextSummary;
 use fermata_protocol::daemon::DaemonStatus;
-use fermata_protocol::project::{AutomaticCheckpoints, LookView, ProjectDetail, ProjectList, ProjectShow, ProjectView};
+use fermata_protocol::project::{
+    AutomaticCheckpoints, LookView, PauseView, ProjectDetail, ProjectList, ProjectShow, ProjectView,
+};
 use serde_json::json;
 
-use super::{Ended, target_of};
-use crate::output::{Cell, Facts, Format, Output, Paint, Table, agent_status, note, project_status};
-use crate::session::Session;
-use crate::units::{bytes, duration, now, number, until};
+use super::arguments::{all_agents, target_of};
+use crate::errors::CommandResult;
+use crate::output::{Cell, FieldList, Format, Paint, Printer, TextTable, agent_status, note, project_status};
+use crate::session::DaemonSession;
+use crate::units::{bytes, counted, dollars, duration, now, number, time_left, until};
 
-/// Runs `ps`.
-pub fn ps(session: &mut Session, project: Option<ProjectName>) -> Ended {
-    let agents = super::all_agents(session, project.as_ref())?;
+pub fn ps(session: &mut DaemonSession, project: Option<ProjectName>) -> CommandResult {
+    let agents = all_agents(session, project.as_ref())?;
     session.out.rows(&agents, "no agents", target_of, agent_table)?;
     note_old_samples(session, &agents);
     Ok(0)
 }
 
-/// Says how old the samples of what agents use are, where they are not of now.
-fn note_old_samples(session: &Session, agents: &[AgentView]) {
+/// Writes a note when the samples of CPU and memory are old.
+fn note_old_samples(session: &DaemonSession, agents: &[AgentView]) {
     const OLD_MS: i64 = 10_000;
     let oldest = agents.iter().filter_map(|agent| Some(agent.load?.sampled_at)).min();
     if let Some(oldest) = oldest.filter(|at| session.out.is_human() && now().since(*at) > OLD_MS) {
-        note(&format!("CPU and memory were sampled {}; newer samples are being taken", session.out.ago(oldest)));
+        note(&format!("CPU and memory were sampled {}; new samples are being taken", session.out.ago(oldest)));
     }
 }
 
-/// The table of agents.
-pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
+pub fn agent_table(out: &Printer, agents: &[AgentView]) -> TextTable {
     let headings = ["AGENT", "STATUS", ">PID", "SINCE", ">CPU", ">MEM", ">PROCS", "PROGRESS", ">TOKENS", "COMMAND"];
-    let mut table = Table::new(&headings);
+    let mut table = TextTable::new(&headings);
     for agent in agents {
         let tokens = agent.usage.input_tokens + agent.usage.output_tokens;
         table.row([
@@ -54,13 +55,13 @@ pub fn agent_table(out: &Output, agents: &[AgentView]) -> Table {
     table
 }
 
-fn status_cell(out: &Output, agent: &AgentView) -> Cell {
+fn status_cell(out: &Printer, agent: &AgentView) -> Cell {
     if let Some(at) = agent.next_start_at {
         return Cell::painted(format!("{} (starts {})", agent.status, until(at, out.now())), Paint::Attention);
     }
     if !agent.waits_for.is_empty() {
         let names: Vec<&str> = agent.waits_for.iter().map(|name| name.as_str()).collect();
-        return Cell::painted(format!("waits for {}", names.join(", ")), Paint::Attention);
+        return Cell::painted(format!("waiting for {}", names.join(", ")), Paint::Attention);
     }
     if agent.stale_at.is_some() {
         return Cell::painted(format!("{} (stale)", agent.status), Paint::Attention);
@@ -74,7 +75,7 @@ fn status_cell(out: &Output, agent: &AgentView) -> Cell {
     }
 }
 
-fn since(out: &Output, agent: &AgentView) -> String {
+fn since(out: &Printer, agent: &AgentView) -> String {
     let at = if agent.status.is_terminal() { agent.ended_at.or(agent.started_at) } else { agent.started_at };
     at.map(|at| out.ago(at)).unwrap_or_default()
 }
@@ -85,13 +86,27 @@ fn progress(agent: &AgentView) -> String {
     };
     let percent = progress.percent.map(|percent| format!("{percent:.0}%"));
     let message = progress.message.clone();
-    let left = agent.remaining_ms.map(|ms| format!("({} left)", duration(ms as f64)));
-    let parts: Vec<String> = percent.into_iter().chain(message).chain(left).collect();
-    parts.join(" ")
+    let text = percent.into_iter().chain(message).collect::<Vec<_>>().join(" ");
+    // Only a running agent makes progress; the estimate of another one is outdated.
+    let is_running = matches!(agent.status, AgentStatus::Running | AgentStatus::WaitingForInput);
+    let left = agent.remaining_ms.filter(|_| is_running).and_then(time_left);
+    left.map_or(text.clone(), |left| format!("{text}, {left}"))
 }
 
-/// Runs `status`.
-pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
+/// Formats the state of an agent in a few words: `running, pid 12`, `failed (exit code 1)`.
+pub fn agent_state(agent: &AgentView) -> String {
+    let status = match agent.exit {
+        Some(exit) if agent.status.is_terminal() => format!("{} ({exit})", agent.status),
+        _ => agent.status.to_string(),
+    };
+    match (&agent.detail, agent.pid) {
+        (Some(detail), _) => format!("{status}, {detail}"),
+        (None, Some(pid)) if !agent.status.is_terminal() => format!("{status}, pid {pid}"),
+        (None, _) => status,
+    }
+}
+
+pub fn status(session: &mut DaemonSession, project: Option<ProjectName>) -> CommandResult {
     if let Some(project) = project {
         return show(session, project);
     }
@@ -106,7 +121,7 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
         }
         Format::Human => {
             let out = &mut session.out;
-            let facts = Facts::default()
+            let fields = FieldList::default()
                 .add(
                     "daemon",
                     format!("{}, pid {}, started {}", daemon.version, daemon.pid, out.ago(daemon.started_at)),
@@ -115,9 +130,9 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
                 .add("state", &daemon.state_dir)
                 .add("freezer", &daemon.freezer)
                 .add("agents", format!("{} running", daemon.agents_running));
-            out.facts(&facts)?;
+            out.fields(&fields)?;
             for line in &daemon.recovery {
-                out.facts(&Facts::default().add("recovery", line))?;
+                out.fields(&FieldList::default().add("recovery", line))?;
             }
             if !projects.is_empty() {
                 out.line("")?;
@@ -125,8 +140,8 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
                 out.table(&table)?;
             }
             for project in &projects {
-                if let Some(now) = &project.look {
-                    out.line(format_args!("{}: looking at the workspace: {}", project.name, look(now)))?;
+                if let Some(scan) = &project.look {
+                    out.line(format_args!("{}: scanning the workspace: {}", project.name, scan_progress(scan)))?;
                 }
             }
         }
@@ -134,10 +149,18 @@ pub fn status(session: &mut Session, project: Option<ProjectName>) -> Ended {
     Ok(0)
 }
 
-/// The table of projects.
-pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
-    let mut table =
-        Table::new(&["PROJECT", "STATUS", "PHASE", ">AGENTS", ">TASKS", ">QUESTIONS", ">DISK", "SINCE", "WORKSPACE"]);
+pub fn project_table(out: &Printer, projects: &[ProjectView]) -> TextTable {
+    let mut table = TextTable::new(&[
+        "PROJECT",
+        "STATUS",
+        "PHASE",
+        ">AGENTS",
+        ">TASKS",
+        ">QUESTIONS",
+        ">DISK",
+        "SINCE",
+        "WORKSPACE",
+    ]);
     for project in projects {
         let questions = match project.open_questions {
             0 => Cell::from(""),
@@ -162,9 +185,9 @@ pub fn project_table(out: &Output, projects: &[ProjectView]) -> Table {
     table
 }
 
-/// How far a look at the workspace has come.
-fn look(look: &LookView) -> String {
-    let LookView { step, done, total, unit } = look;
+/// Formats the progress of a workspace scan.
+fn scan_progress(scan: &LookView) -> String {
+    let LookView { step, done, total, unit } = scan;
     match total {
         0 => step.clone(),
         _ => format!("{step}, {} of {} {unit}", number(*done), number(*total)),
@@ -178,118 +201,39 @@ fn tasks(project: &ProjectView) -> String {
     }
 }
 
-/// Runs `project show` and `status PROJECT`.
-pub fn show(session: &mut Session, project: ProjectName) -> Ended {
+pub fn show(session: &mut DaemonSession, project: ProjectName) -> CommandResult {
     let detail = session.call(&ProjectShow { project })?;
     let id = Some(detail.project.name.to_string());
-    session.out.one(&detail, id, detail_for_people)?;
+    session.out.one(&detail, id, print_project)?;
     Ok(0)
 }
 
-/// When checkpoints are made by themselves.
+/// Formats when the daemon creates checkpoints by itself.
 fn automatic(config: &AutomaticCheckpoints) -> String {
     let AutomaticCheckpoints { every_units, every_ms, on_phase_change, before_shutdown } = *config;
     let when = [
-        (every_ms > 0).then(|| format!("after {} of running", duration(every_ms as f64))),
-        (every_units > 0).then(|| format!("after {} units of progress", number(every_units))),
-        on_phase_change.then(|| "on a new phase".to_owned()),
-        before_shutdown.then(|| "before the daemon ends".to_owned()),
+        (every_ms > 0).then(|| format!("every {} of run time", duration(every_ms as f64))),
+        (every_units > 0).then(|| format!("every {} of progress", counted(every_units, "unit"))),
+        on_phase_change.then(|| "on phase changes".to_owned()),
+        before_shutdown.then(|| "on daemon shutdown".to_owned()),
     ];
     let when: Vec<String> = when.into_iter().flatten().collect();
-    if when.is_empty() { "never".into() } else { when.join(", ") }
+    if when.is_empty() { "off".into() } else { when.join(", ") }
 }
 
-/// What was spent of a budget.
+/// Formats a budget and how much of it is spent; `None` without limits.
 fn budget(budget: &Budget, spent: &Usage) -> Option<String> {
-    let dollars = |micro: u64| format!("${:.2}", micro as f64 / 1e6);
     let tokens = budget.tokens.map(|bound| format!("{} of {} tokens", number(spent.tokens()), number(bound)));
     let cost = budget.cost_micro_usd.map(|bound| format!("{} of {}", dollars(spent.cost_micro_usd), dollars(bound)));
-    let waived = budget.waived.then(|| "waived until it is set anew".to_owned());
+    let waived = budget.waived.then(|| "waived until it is set again".to_owned());
     let parts: Vec<String> = tokens.into_iter().chain(cost).chain(waived).collect();
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()> {
+fn print_project(out: &mut Printer, detail: &ProjectDetail) -> io::Result<()> {
     let project = &detail.project;
-    let described = Some(&project.description).filter(|d| !d.is_empty());
-    let source = project.source.as_ref().map(|source| {
-        let branch = source.branch.as_ref().map(|b| format!(" ({b})"));
-        format!("{} {}{}", source.kind, source.location, branch.unwrap_or_default())
-    });
-    let pause = project.pause.as_ref().map(|pause| {
-        format!(
-            "{}, {} ({}), checkpoint {}{}",
-            out.ago(pause.paused_at),
-            pause.mode.as_str(),
-            pause.mechanism.as_str(),
-            pause.checkpoint_id,
-            pause.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default()
-        )
-    });
-    let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
-    let budget = budget(&detail.config.budget, &project.usage);
-    let restored = project.pause.as_ref().and_then(|pause| pause.restored);
-    let broken = project.broken.as_ref().map(|broken| {
-        format!(
-            "{}; fermatactl checkpoint restore {} {} brings back what was there",
-            broken.error.message, project.name, broken.safety_checkpoint_id
-        )
-    });
-    let operation = detail.operation.as_ref().map(|op| {
-        let step = op.step.as_deref().unwrap_or("");
-        format!("{} {} {} {step}", op.id, op.kind.as_str(), op.state.as_str())
-    });
-    let last = detail.last_checkpoint.as_ref().map(|checkpoint| {
-        format!(
-            ", the last is {} ({}, {}, {})",
-            checkpoint.id,
-            checkpoint.trigger.as_str(),
-            out.ago(checkpoint.created_at),
-            bytes(checkpoint.size_bytes)
-        )
-    });
-    let context = &detail.context;
-    let facts = Facts::default()
-        .add("project", project.name.as_str())
-        .maybe("description", described)
-        .add("status", project_status(project.status))
-        .add("phase", project.phase.as_str())
-        .add("workspace", &project.workspace)
-        .maybe("source", source)
-        .maybe("paused", pause)
-        .maybe("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
-        .maybe("budget", budget)
-        .maybe("broken", broken)
-        .maybe("restored", restored.map(|n| format!("checkpoint {n}; a resume starts the agents again")))
-        .add("created", out.ago(project.created_at))
-        .maybe("paused in all", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
-        .maybe("operation", operation)
-        .maybe("looking at the workspace", project.look.as_ref().map(look))
-        .maybe("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
-        .add(
-            "checkpoints",
-            format!(
-                "{}{}{}",
-                detail.checkpoints,
-                project.disk_bytes.map(|disk| format!(", {} on disk", bytes(disk))).unwrap_or_default(),
-                last.unwrap_or_default()
-            ),
-        )
-        .add("saved by itself", automatic(&detail.config.automatic))
-        .maybe(
-            "context",
-            (context.items > 0).then(|| {
-                format!(
-                    "{} tokens; {} hot, {} warm, {} cold, {} archived",
-                    number(context.tokens),
-                    context.hot,
-                    context.warm,
-                    context.cold,
-                    context.archived
-                )
-            }),
-        );
-    out.facts(&facts)?;
+    let fields = project_fields(out, detail);
+    out.fields(&fields)?;
     if !detail.agents.is_empty() {
         out.line("")?;
         let table = agent_table(out, &detail.agents);
@@ -302,7 +246,84 @@ fn detail_for_people(out: &mut Output, detail: &ProjectDetail) -> io::Result<()>
     let pause = project.pause.iter().flat_map(|pause| pause.warnings.iter().cloned());
     out.warnings(&details.chain(pause).collect::<Vec<_>>())?;
     if project.open_questions > 0 {
-        note(&format!("{} open question(s): fermatactl inbox {}", project.open_questions, project.name));
+        let questions = counted(project.open_questions, "open question");
+        note(&format!("{questions}; list with: fermatactl inbox {}", project.name));
     }
     Ok(())
+}
+
+fn project_fields(out: &Printer, detail: &ProjectDetail) -> FieldList {
+    let project = &detail.project;
+    let source = project.source.as_ref().map(|source| {
+        let branch = source.branch.as_ref().map(|b| format!(" ({b})"));
+        format!("{} {}{}", source.kind, source.location, branch.unwrap_or_default())
+    });
+    let cause = project.pause.as_ref().map(|pause| pause.cause).filter(|cause| !cause.is_person());
+    let broken = project.broken.as_ref().map(|broken| {
+        format!(
+            "{}; to undo the restore: fermatactl checkpoint restore {} {}",
+            broken.error.message, project.name, broken.safety_checkpoint_id
+        )
+    });
+    let restored = project.pause.as_ref().and_then(|pause| pause.restored);
+    let operation = detail.operation.as_ref().map(|op| {
+        let step = op.step.as_deref().unwrap_or("");
+        format!("{} {} {} {step}", op.id, op.kind.as_str(), op.state.as_str())
+    });
+    FieldList::default()
+        .add("project", project.name.as_str())
+        .add_some("description", Some(&project.description).filter(|d| !d.is_empty()))
+        .add("status", project_status(project.status))
+        .add("phase", project.phase.as_str())
+        .add("workspace", &project.workspace)
+        .add_some("source", source)
+        .add_some("paused", project.pause.as_ref().map(|pause| pause_text(out, pause)))
+        .add_some("paused by", cause.map(|cause| cause.as_str().replace('_', " ")))
+        .add_some("budget", budget(&detail.config.budget, &project.usage))
+        .add_some("broken", broken)
+        .add_some("restored", restored.map(|n| format!("checkpoint {n}; resume restarts the agents")))
+        .add("created", out.ago(project.created_at))
+        .add_some("total paused", (project.total_paused_ms > 0).then(|| duration(project.total_paused_ms as f64)))
+        .add_some("operation", operation)
+        .add_some("workspace scan", project.look.as_ref().map(scan_progress))
+        .add_some("tasks", Some(tasks(project)).filter(|t| !t.is_empty()))
+        .add("checkpoints", checkpoints_text(out, detail))
+        .add("auto checkpoint", automatic(&detail.config.automatic))
+        .add_some("context", (detail.context.items > 0).then(|| context_text(&detail.context)))
+}
+
+fn pause_text(out: &Printer, pause: &PauseView) -> String {
+    format!(
+        "{}, {} ({}), checkpoint {}{}",
+        out.ago(pause.paused_at),
+        pause.mode.as_str(),
+        pause.mechanism.as_str(),
+        pause.checkpoint_id,
+        pause.reason.as_ref().map(|r| format!(": {r}")).unwrap_or_default()
+    )
+}
+
+fn checkpoints_text(out: &Printer, detail: &ProjectDetail) -> String {
+    let disk = detail.project.disk_bytes.map(|disk| format!(", {} on disk", bytes(disk))).unwrap_or_default();
+    let latest = detail.last_checkpoint.as_ref().map(|checkpoint| {
+        format!(
+            "; latest: {} ({}, {}, {})",
+            checkpoint.id,
+            checkpoint.trigger.as_str(),
+            out.ago(checkpoint.created_at),
+            bytes(checkpoint.size_bytes)
+        )
+    });
+    format!("{}{disk}{}", detail.checkpoints, latest.unwrap_or_default())
+}
+
+fn context_text(context: &ContextSummary) -> String {
+    format!(
+        "{} ({} hot, {} warm, {} cold, {} archived)",
+        counted(context.tokens, "token"),
+        context.hot,
+        context.warm,
+        context.cold,
+        context.archived
+    )
 }

@@ -3,19 +3,19 @@
 use fermata_protocol::Target;
 use fermata_protocol::task::{TaskList, TaskPut, TaskStatus, TaskView};
 
-use super::Ended;
 use crate::cli::groups::TaskCommand;
-use crate::output::{Cell, Paint, Table};
-use crate::session::Session;
+use crate::errors::CommandResult;
+use crate::output::{Cell, Paint, TextTable};
+use crate::session::DaemonSession;
+use crate::terminal_text::clean;
 
-/// Runs a `task` command.
-pub fn run(session: &mut Session, command: TaskCommand) -> Ended {
+pub fn run(session: &mut DaemonSession, command: TaskCommand) -> CommandResult {
     match command {
         TaskCommand::Ls { project } => {
             let tasks = session.call(&TaskList { project })?.tasks;
             let id = |task: &TaskView| task.id;
             session.out.rows(&tasks, "no tasks", id, |out, tasks| {
-                let mut table = Table::new(&[">N", "STATUS", ">DONE", "AGENT", "CHANGED", "TITLE"]);
+                let mut table = TextTable::new(&[">N", "STATUS", ">DONE", "AGENT", "CHANGED", "TITLE"]);
                 for task in tasks {
                     let percent = task.percent.map(|percent| format!("{percent:.0}%"));
                     table.row([
@@ -54,14 +54,14 @@ pub fn run(session: &mut Session, command: TaskCommand) -> Ended {
     }
 }
 
-/// Creates or changes a task and shows it.
-pub fn put(session: &mut Session, params: TaskPut) -> Ended {
+/// Creates or changes a task and prints it.
+pub fn put(session: &mut DaemonSession, params: TaskPut) -> CommandResult {
     let task = session.call(&params)?;
     let word = if params.id.is_some() { "changed" } else { "added" };
     let id = task.id.to_string();
     session.out.one(&task, Some(id), |out, task| {
         let line = format!("task {} {word}: {} ({})", task.id, task.title, task.status.as_str());
-        out.line(crate::output::clean(&line))
+        out.line(clean(&line))
     })?;
     Ok(0)
 }

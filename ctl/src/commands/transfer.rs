@@ -1,6 +1,6 @@
-//! Checkpoints in files: `checkpoint export`, `checkpoint import`; and `checkpoint consolidate`.
+//! `checkpoint export`, `checkpoint import` and `checkpoint consolidate`.
 //!
-//! The file is read and written here, with the rights of whoever typed the command; the daemon sees bytes only.
+//! This program reads and writes the file, with the permissions of its user; the daemon only sees bytes.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -17,101 +17,110 @@ use fermata_protocol::transfer::{
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use crate::errors::{Exit, Failure};
-use crate::output::progress::Progress;
-use crate::output::{Facts, Format};
-use crate::session::Session;
-use crate::units::bytes;
+use crate::errors::{CommandError, Exit};
+use crate::output::progress::ProgressLine;
+use crate::output::{FieldList, Format};
+use crate::session::DaemonSession;
+use crate::units::{bytes, hex, number};
 
-/// A file that is there only once it is complete.
-struct Draft {
+/// A file under a temporary name, removed when dropped unless it was renamed.
+struct PartialFile {
     path: PathBuf,
-    done: bool,
+    renamed: bool,
 }
 
-impl Drop for Draft {
+impl Drop for PartialFile {
     fn drop(&mut self) {
-        if !self.done {
-            // What cannot be removed is named after what it was to become.
+        if !self.renamed {
+            // A file that cannot be removed has a name that tells what it is.
             drop(fs::remove_file(&self.path));
         }
     }
 }
 
-fn failed(doing: &str, path: &Path, error: &io::Error) -> Failure {
-    Failure::new(Exit::Failed, "file_failed", format!("cannot {doing} {}: {error}", path.display()))
+fn failed(doing: &str, path: &Path, error: &io::Error) -> CommandError {
+    CommandError::new(Exit::Failed, "file_failed", format!("cannot {doing} {}: {error}", path.display()))
 }
 
-fn told(progress: &Progress, step: &str, done: u64, total: u64) {
+fn report_bytes(progress: &ProgressLine, step: &str, done: u64, total: u64) {
     progress
-        .watch(&Notification::new("$/progress", json!({"step": step, "done": done, "total": total, "unit": "bytes"})));
+        .show(&Notification::new("$/progress", json!({"step": step, "done": done, "total": total, "unit": "bytes"})));
 }
 
-/// Writes a checkpoint to a file.
-pub fn export(session: &mut Session, params: &CheckpointExport, file: &Path) -> Result<(), Failure> {
+/// Writes a checkpoint to a new file.
+pub fn export(session: &mut DaemonSession, params: &CheckpointExport, file: &Path) -> Result<(), CommandError> {
     if fs::symlink_metadata(file).is_ok() {
-        let message = format!("{} is there already; an export replaces nothing", file.display());
-        return Err(Failure::new(Exit::Failed, "file_exists", message).hint("name another file, or remove this one"));
+        let message = format!("{} already exists", file.display());
+        return Err(
+            CommandError::new(Exit::Failed, "file_exists", message).hint("give another file name, or remove the file")
+        );
     }
     let mut name = file.as_os_str().to_owned();
     name.push(format!(".partial-{}", std::process::id()));
     let path = PathBuf::from(name);
-    // It holds the workspace's files: nobody else's business.
+    // Readable by its owner only: it contains the files of the workspace.
     let opened = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path);
     let mut out = opened.map_err(|e| failed("create", &path, &e))?;
-    let mut draft = Draft { path, done: false };
+    let mut partial = PartialFile { path, renamed: false };
 
     let label = format!("export {}", params.project);
-    let made = session.call_long(&label, params)?;
-    let progress = Progress::begin(&label, session.out.format() == Format::Human);
+    let exported = session.call_long(&label, params)?;
+    let progress = ProgressLine::begin(&label, session.out.format() == Format::Human);
     let (mut hash, mut offset) = (Sha256::new(), 0);
-    while offset < made.bytes {
+    while offset < exported.bytes {
         let Bytes(piece) = session.call(&CheckpointDownload { offset })?.data;
         if piece.is_empty() {
             break;
         }
-        out.write_all(&piece).map_err(|e| failed("write", &draft.path, &e))?;
+        out.write_all(&piece).map_err(|e| failed("write", &partial.path, &e))?;
         hash.update(&piece);
         offset += piece.len() as u64;
-        told(&progress, "download", offset, made.bytes);
+        report_bytes(&progress, "download", offset, exported.bytes);
     }
     drop(progress);
-    if hex(&hash.finalize()) != made.sha256 {
-        let message = "what arrived is not what was exported; nothing was written";
-        return Err(Failure::new(Exit::Failed, "garbled", message).hint("try again"));
+    if hex(&hash.finalize()) != exported.sha256 {
+        let message = "the downloaded data does not match its hash; nothing was written";
+        return Err(CommandError::new(Exit::Failed, "garbled", message).hint("try again"));
     }
-    out.sync_all().map_err(|e| failed("write", &draft.path, &e))?;
-    // Unlike a rename, a link replaces nothing that somebody has put there meanwhile.
-    match fs::hard_link(&draft.path, file) {
+    out.sync_all().map_err(|e| failed("write", &partial.path, &e))?;
+    // Unlike a rename, a hard link never replaces a file created meanwhile.
+    match fs::hard_link(&partial.path, file) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(failed("create", file, &error)),
-        // Not every file system has links.
+        // Not every file system supports hard links.
         Err(_) => {
-            fs::rename(&draft.path, file).map_err(|e| failed("create", file, &e))?;
-            draft.done = true;
+            fs::rename(&partial.path, file).map_err(|e| failed("create", file, &e))?;
+            partial.renamed = true;
         }
     }
-    drop(draft);
-    let shown = json!({"file": file, "bytes": made.bytes, "sha256": made.sha256});
+    drop(partial);
+    let shown = json!({"file": file, "bytes": exported.bytes, "sha256": exported.sha256});
     session.out.one(&shown, Some(file.display().to_string()), |out, _| {
-        let facts = Facts::default()
+        let fields = FieldList::default()
             .add("file", file.display().to_string())
-            .add("size", bytes(made.bytes))
-            .add("sha256", &made.sha256);
-        out.facts(&facts)
+            .add("size", bytes(exported.bytes))
+            .add("sha256", &exported.sha256);
+        out.fields(&fields)
     })?;
     Ok(())
 }
 
-/// Makes a checkpoint of a file.
-pub fn import(session: &mut Session, project: ProjectName, file: &Path) -> Result<CheckpointCreateResult, Failure> {
+pub fn import(
+    session: &mut DaemonSession,
+    project: ProjectName,
+    file: &Path,
+) -> Result<CheckpointCreateResult, CommandError> {
     let mut from = File::open(file).map_err(|e| failed("open", file, &e))?;
-    let about = from.metadata().map_err(|e| failed("open", file, &e))?;
-    if !about.is_file() {
-        return Err(Failure::new(Exit::Failed, "file_failed", format!("{} is no file", file.display())));
+    let metadata = from.metadata().map_err(|e| failed("open", file, &e))?;
+    if !metadata.is_file() {
+        return Err(CommandError::new(
+            Exit::Failed,
+            "file_failed",
+            format!("{} is not a regular file", file.display()),
+        ));
     }
     let label = format!("import {project}");
-    let progress = Progress::begin(&label, session.out.format() == Format::Human);
+    let progress = ProgressLine::begin(&label, session.out.format() == Format::Human);
     let (mut hash, mut offset) = (Sha256::new(), 0);
     loop {
         let mut piece = Vec::with_capacity(MAX_PIECE);
@@ -122,7 +131,7 @@ pub fn import(session: &mut Session, project: ProjectName, file: &Path) -> Resul
         hash.update(&piece);
         let last = piece.is_empty();
         offset = session.call(&CheckpointUpload { offset, data: Bytes(piece) })?.bytes;
-        told(&progress, "upload", offset, about.len());
+        report_bytes(&progress, "upload", offset, metadata.len());
         if last {
             break;
         }
@@ -131,24 +140,18 @@ pub fn import(session: &mut Session, project: ProjectName, file: &Path) -> Resul
     session.call_long(&label, &CheckpointImport { project, sha256: hex(&hash.finalize()) })
 }
 
-/// Has the packs of a project written as one.
-pub fn consolidate(session: &mut Session, params: &CheckpointConsolidate) -> Result<(), Failure> {
+pub fn consolidate(session: &mut DaemonSession, params: &CheckpointConsolidate) -> Result<(), CommandError> {
     let result = session.call_long(&format!("consolidate {}", params.project), params)?;
     session.out.one(&result, None, |out, result| {
         if result.packs == 0 {
-            return out.line(format!("nothing to do: the packs take {}", bytes(result.bytes)));
+            return out.line(format!("nothing to consolidate; the packs take {}", bytes(result.bytes)));
         }
-        let facts = Facts::default()
-            .add("packs", format!("{} became one", result.packs))
-            .add("before", bytes(result.bytes_before))
-            .add("after", bytes(result.bytes_after))
-            .add("objects", format!("{}, {} of them as differences", result.objects, result.deltas))
-            .add("history", bytes(result.bytes));
-        out.facts(&facts)
+        let fields = FieldList::default()
+            .add("packs", format!("{} -> 1", result.packs))
+            .add("size", format!("{} -> {}", bytes(result.bytes_before), bytes(result.bytes_after)))
+            .add("objects", format!("{} ({} as deltas)", number(result.objects), number(result.deltas)))
+            .add("total size", bytes(result.bytes));
+        out.fields(&fields)
     })?;
     Ok(())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,4 +1,4 @@
-//! `up`: brings a project to what its `fermata.toml` declares. What runs as declared is left alone.
+//! `up`: starts the agents that a `fermata.toml` declares. Agents that run as declared are left alone.
 
 use std::collections::BTreeMap;
 
@@ -9,52 +9,54 @@ use fermata_protocol::supervision::Declared;
 use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 
-use super::Ended;
-use super::declared_agents::{self as declared, Action, Row, Rows, chosen, refused, stop_all};
-use super::run::{own_limits, own_umask, text};
-use crate::cli::workspace::UpArgs;
-use crate::declaration::{Declaration, DeclaredAgent, environment, order};
-use crate::errors::{Exit, Failure};
+use super::declared_agents::{self, Action, ActionReport, ActionRow, refusal_row, selected, stop_all};
+use super::readiness;
+use super::run::{own_limits, own_umask};
+use super::status::agent_state;
+use crate::agent_environment::inherited;
+use crate::cli::UpArgs;
+use crate::declaration::{Declaration, DeclaredAgent, order};
+use crate::errors::{CommandError, CommandResult, Exit};
 use crate::output::note;
-use crate::session::Session;
+use crate::paths::to_utf8;
+use crate::session::DaemonSession;
 
-/// Runs `up`.
-pub fn up(session: &mut Session, args: &UpArgs) -> Ended {
-    let declaration = declared::load(session, &args.declared)?;
-    let agents = chosen(&declaration, &args.declared.agents, true)?;
-    let known = declared::project(session, &declaration)?;
-    refuse_while_held(known.as_ref())?;
+pub fn up(session: &mut DaemonSession, args: &UpArgs) -> CommandResult {
+    let declaration = declared_agents::load(session, &args.declared)?;
+    let agents = selected(&declaration, &args.declared.agents, true)?;
+    let existing = declared_agents::project(session, &declaration)?;
+    refuse_while_paused(existing.as_ref())?;
     let names: Vec<AgentName> = order::layers(&agents).into_iter().flatten().collect();
     let all_names: Vec<AgentName> =
-        names.iter().cloned().chain(known.iter().flat_map(|k| &k.agents).map(|a| a.name.clone())).collect();
-    let mut rows = Rows::begin(&declaration.project, &all_names, args.dry_run);
-    settle_project(session, &declaration, known.as_ref(), &mut rows, args.dry_run)?;
-    let callers = environment::callers(std::env::vars_os());
+        names.iter().cloned().chain(existing.iter().flat_map(|k| &k.agents).map(|a| a.name.clone())).collect();
+    let mut report = ActionReport::new(&declaration.project, &all_names, args.dry_run);
+    apply_project(session, &declaration, existing.as_ref(), &mut report, args.dry_run)?;
+    let caller_env = inherited(std::env::vars_os());
     for name in &names {
         let Some(agent) = agents.get(name) else { continue };
-        let mut one = One { session, declaration: &declaration, name, agent, callers: &callers };
-        let stands = match &known {
-            Some(_) => one.look()?,
+        let mut agent_up = AgentUp { session, declaration: &declaration, name, agent, caller_env: &caller_env };
+        let current = match &existing {
+            Some(_) => agent_up.show()?,
             None => None,
         };
-        let row = one.bring_up(stands.as_ref(), args)?;
-        rows.add(session, row)?;
+        let row = agent_up.bring_up(current.as_ref(), args)?;
+        report.add(session, row)?;
     }
     if args.declared.agents.is_empty() {
-        orphans(session, &declaration, known.as_ref(), args, &mut rows)?;
+        handle_orphans(session, &declaration, existing.as_ref(), args, &mut report)?;
     }
-    let ready = !args.wait || super::readiness::wait(session, &declaration.project, &names)?;
+    let ready = !args.wait || readiness::wait(session, &declaration.project, &names)?;
     if session.out.is_human() {
-        note(&summary(&declaration, &rows, args, ready));
+        note(&summary(&declaration, &report, args, ready));
     }
-    Ok(u8::from(rows.failed() || !ready))
+    Ok(u8::from(report.has_failures() || !ready))
 }
 
-/// Starting something in a project that is held would undo what the person who holds it wants.
-fn refuse_while_held(project: Option<&ProjectDetail>) -> Result<(), Failure> {
+/// A project that is paused, or in transition, must not get new agents.
+fn refuse_while_paused(project: Option<&ProjectDetail>) -> Result<(), CommandError> {
     let Some(ProjectDetail { project, .. }) = project else { return Ok(()) };
     let name = &project.name;
-    let (code, what) = match project.status {
+    let (code, state) = match project.status {
         ProjectStatus::Paused => (Code::ProjectPaused, "is paused"),
         ProjectStatus::Pausing => (Code::PauseInProgress, "is being paused"),
         ProjectStatus::Resuming => (Code::ResumeInProgress, "is being resumed"),
@@ -66,132 +68,133 @@ fn refuse_while_held(project: Option<&ProjectDetail>) -> Result<(), Failure> {
         | ProjectStatus::Completed
         | ProjectStatus::Failed => return Ok(()),
     };
-    let failure = Failure::new(Exit::Failed, code.as_str(), format!("project '{name}' {what}; nothing was changed"));
+    let error =
+        CommandError::new(Exit::Failed, code.as_str(), format!("project '{name}' {state}; nothing was changed"));
     Err(match project.status {
-        ProjectStatus::Paused => failure.hint(format!("fermatactl resume {name}, then again: fermatactl up")),
-        _ => failure.hint(format!("wait until that is done: fermatactl status {name}")),
+        ProjectStatus::Paused => error.hint(format!("fermatactl resume {name} && fermatactl up")),
+        _ => error.hint(format!("wait until it is done: fermatactl status {name}")),
     })
 }
 
-/// Creates the project, or gives it the settings of the file.
-fn settle_project(
-    session: &mut Session,
+/// Creates the project, or applies the settings of the file to it.
+fn apply_project(
+    session: &mut DaemonSession,
     declaration: &Declaration,
-    known: Option<&ProjectDetail>,
-    rows: &mut Rows,
+    existing: Option<&ProjectDetail>,
+    report: &mut ActionReport,
     dry_run: bool,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let name = declaration.project.clone();
     let target = Target::project(name.clone());
-    let Some(known) = known else {
+    let Some(existing) = existing else {
         if !dry_run {
             session.call(&ProjectCreate {
                 name,
-                workspace: text(&declaration.workspace)?,
+                workspace: to_utf8(&declaration.workspace)?,
                 description: declaration.description.clone().unwrap_or_default(),
                 source: None,
                 config: declaration.config.clone(),
             })?;
         }
-        let row = Row::new(target, Action::Created).detail(declaration.workspace.to_string_lossy());
-        return rows.add(session, row);
+        let row = ActionRow::new(target, Action::Created).detail(declaration.workspace.to_string_lossy());
+        return report.add(session, row);
     };
-    // What the file does not speak of stays as a person has set it.
-    let description = declaration.description.clone().filter(|description| *description != known.project.description);
-    let config = declaration.config.clone().filter(|config| *config != known.config);
-    let what: Vec<&str> = [description.as_ref().map(|_| "description"), config.as_ref().map(|_| "config")]
+    // Settings that the file does not mention are kept.
+    let description =
+        declaration.description.clone().filter(|description| *description != existing.project.description);
+    let config = declaration.config.clone().filter(|config| *config != existing.config);
+    let changed: Vec<&str> = [description.as_ref().map(|_| "description"), config.as_ref().map(|_| "config")]
         .into_iter()
         .flatten()
         .collect();
-    if what.is_empty() {
+    if changed.is_empty() {
         return Ok(());
     }
-    let row = Row::new(target, Action::Configured).detail(what.join(", "));
+    let row = ActionRow::new(target, Action::Configured).detail(changed.join(", "));
     if !dry_run {
         session.call(&ProjectSet { project: name, description, phase: None, config })?;
     }
-    rows.add(session, row)
+    report.add(session, row)
 }
 
-/// One agent that is being brought up.
-struct One<'a> {
-    session: &'a mut Session,
+/// Brings up one agent.
+struct AgentUp<'a> {
+    session: &'a mut DaemonSession,
     declaration: &'a Declaration,
     name: &'a AgentName,
     agent: &'a DeclaredAgent,
-    callers: &'a BTreeMap<String, String>,
+    caller_env: &'a BTreeMap<String, String>,
 }
 
-impl One<'_> {
+impl AgentUp<'_> {
     fn target(&self) -> Target {
         Target::agent(self.declaration.project.clone(), self.name.clone())
     }
 
-    /// Asks how the agent stands, `None` when there is none.
-    fn look(&mut self) -> Result<Option<AgentDetail>, Failure> {
+    /// Returns the current agent; `None` when it does not exist.
+    fn show(&mut self) -> Result<Option<AgentDetail>, CommandError> {
         let params = AgentShow { target: self.target(), env: self.agent.env.set.clone() };
         match self.session.call(&params) {
             Ok(detail) => Ok(Some(detail)),
-            Err(failure) if failure.is(Code::AgentNotFound) => Ok(None),
-            Err(failure) => Err(failure),
+            Err(error) if error.is(Code::AgentNotFound) => Ok(None),
+            Err(error) => Err(error),
         }
     }
 
-    /// Does what is to be done; what the daemon refuses becomes a row, what breaks the conversation
-    /// with it an error.
-    fn bring_up(&mut self, stands: Option<&AgentDetail>, args: &UpArgs) -> Result<Row, Failure> {
-        let Some(stands) = stands else { return self.start(Action::Started, args) };
-        let changes = differences(self.agent, stands);
-        let view = &stands.agent;
-        if stands.completed && changes.is_empty() {
-            return Ok(Row::new(self.target(), Action::Completed).agent(view));
+    /// Starts, restarts or leaves the agent. A refusal of the daemon becomes a row, a lost connection an error.
+    fn bring_up(&mut self, current: Option<&AgentDetail>, args: &UpArgs) -> Result<ActionRow, CommandError> {
+        let Some(current) = current else { return self.start(Action::Started, args) };
+        let changes = differences(self.agent, current);
+        let view = &current.agent;
+        if current.completed && changes.is_empty() {
+            return Ok(ActionRow::new(self.target(), Action::Completed).agent(view));
         }
         if view.status.is_terminal() {
             return self.start(Action::Started, args);
         }
         if view.status == AgentStatus::Stopping {
             if !args.dry_run {
-                self.session.call_lasting(&AgentWait { target: self.target(), timeout_ms: None })?;
+                self.session.call_across_restarts(&AgentWait { target: self.target(), timeout_ms: None })?;
             }
             return self.start(Action::Started, args);
         }
         if changes.is_empty() {
-            return Ok(Row::new(self.target(), Action::UpToDate).agent(view).detail(standing(view)));
+            return Ok(ActionRow::new(self.target(), Action::UpToDate).agent(view).detail(agent_state(view)));
         }
-        let what = changes.join(", ");
+        let changes = changes.join(", ");
         if !args.recreate {
-            return Ok(Row::new(self.target(), Action::Changed).agent(view).detail(what));
+            return Ok(ActionRow::new(self.target(), Action::Changed).agent(view).detail(changes));
         }
         if !args.dry_run {
             for (_, result) in stop_all(self.session, &self.declaration.project, std::slice::from_ref(self.name)) {
-                if let Err(failure) = result {
-                    return refused(self.target(), failure);
+                if let Err(error) = result {
+                    return refusal_row(self.target(), error);
                 }
             }
         }
         let row = self.start(Action::Recreated, args)?;
-        Ok(if row.action == Action::Recreated { row.detail(what) } else { row })
+        Ok(if row.action == Action::Recreated { row.detail(changes) } else { row })
     }
 
-    fn start(&mut self, action: Action, args: &UpArgs) -> Result<Row, Failure> {
+    fn start(&mut self, action: Action, args: &UpArgs) -> Result<ActionRow, CommandError> {
         let target = self.target();
         if args.dry_run {
             let on: Vec<&str> = self.agent.supervision.depends_on.iter().map(|d| d.agent.as_str()).collect();
-            let row = Row::new(target, action);
+            let row = ActionRow::new(target, action);
             return Ok(if on.is_empty() { row } else { row.detail(format!("after {}", on.join(", "))) });
         }
-        let (env, missing) = self.agent.env.over(self.callers);
+        let (env, missing) = self.agent.env.over(self.caller_env);
         if !missing.is_empty() {
-            note(&format!("warning: {target} does not get {}: not set here", missing.join(", ")));
+            note(&format!("warning: {target} is started without {}: not set in this environment", missing.join(", ")));
         }
-        let declared = Declared { file: text(&self.declaration.file)?, sha256: self.agent.digest() };
+        let declared = Declared { file: to_utf8(&self.declaration.file)?, sha256: self.agent.digest() };
         let params = AgentRun {
             project: self.declaration.project.clone(),
-            workspace: Some(text(&self.declaration.workspace)?),
+            workspace: Some(to_utf8(&self.declaration.workspace)?),
             name: Some(self.name.clone()),
             argv: self.agent.argv.clone(),
             env,
-            cwd: Some(text(&self.agent.cwd)?),
+            cwd: Some(to_utf8(&self.agent.cwd)?),
             umask: Some(own_umask()),
             limits: own_limits(),
             resume_argv: self.agent.resume_argv.clone(),
@@ -200,31 +203,18 @@ impl One<'_> {
             supervision: Box::new(Supervision { declared: Some(declared), ..self.agent.supervision.clone() }),
         };
         match self.session.call(&params) {
-            Ok(view) => Ok(Row::new(target, action).agent(&view).detail(standing(&view))),
-            Err(failure) => refused(target, failure),
+            Ok(view) => Ok(ActionRow::new(target, action).agent(&view).detail(agent_state(&view))),
+            Err(error) => refusal_row(target, error),
         }
     }
 }
 
-/// Says how an agent stands, in a few words.
-pub fn standing(agent: &AgentView) -> String {
-    let status = match agent.exit {
-        Some(exit) if agent.status.is_terminal() => format!("{} ({exit})", agent.status),
-        _ => agent.status.to_string(),
-    };
-    match (&agent.detail, agent.pid) {
-        (Some(detail), _) => format!("{status}, {detail}"),
-        (None, Some(pid)) if !agent.status.is_terminal() => format!("{status}, pid {pid}"),
-        (None, _) => status,
-    }
-}
-
-/// Names what of a declaration is another than what the agent was started with.
-fn differences(wanted: &DeclaredAgent, stands: &AgentDetail) -> Vec<String> {
-    let (spec, has) = (&stands.spec, &*stands.spec.supervision);
-    let wants = &wanted.supervision;
+/// Lists the keys in which a declaration differs from what the agent was started with.
+fn differences(wanted: &DeclaredAgent, current: &AgentDetail) -> Vec<String> {
+    let (spec, has) = (&current.spec, &*current.spec.supervision);
+    let wanted_supervision = &wanted.supervision;
     let Some(declared) = &has.declared else {
-        return vec!["it was started by hand, not from this file".into()];
+        return vec!["it was not started from this file".into()];
     };
     let mut names: Vec<String> = Vec::new();
     if declared.sha256 != wanted.digest() {
@@ -237,42 +227,42 @@ fn differences(wanted: &DeclaredAgent, stands: &AgentDetail) -> Vec<String> {
             ("resume_command", wanted.resume_argv != spec.resume_argv),
             ("profile", profile_differs),
             ("stop_grace", grace_differs),
-            ("restart", wants.restart != has.restart),
-            ("recover", wants.recover != has.recover),
-            ("depends_on", wants.depends_on != has.depends_on),
-            ("ready", wants.ready != has.ready),
-            ("timeout", wants.timeout_ms != has.timeout_ms),
-            ("stale_after", wants.stale_after_ms != has.stale_after_ms),
-            ("on_stale", wants.on_stale != has.on_stale),
-            ("pre_start", wants.pre_start != has.pre_start),
-            ("post_stop", wants.post_stop != has.post_stop),
-            ("tty", wants.terminal != has.terminal),
-            ("memory_max", wants.resources.memory_max_bytes != has.resources.memory_max_bytes),
-            ("cpus", wants.resources.cpu_max_percent != has.resources.cpu_max_percent),
-            ("pids_max", wants.resources.pids_max != has.resources.pids_max),
-            ("output", wants.output != has.output),
+            ("restart", wanted_supervision.restart != has.restart),
+            ("recover", wanted_supervision.recover != has.recover),
+            ("depends_on", wanted_supervision.depends_on != has.depends_on),
+            ("ready", wanted_supervision.ready != has.ready),
+            ("timeout", wanted_supervision.timeout_ms != has.timeout_ms),
+            ("stale_after", wanted_supervision.stale_after_ms != has.stale_after_ms),
+            ("on_stale", wanted_supervision.on_stale != has.on_stale),
+            ("pre_start", wanted_supervision.pre_start != has.pre_start),
+            ("post_stop", wanted_supervision.post_stop != has.post_stop),
+            ("tty", wanted_supervision.terminal != has.terminal),
+            ("memory_max", wanted_supervision.resources.memory_max_bytes != has.resources.memory_max_bytes),
+            ("cpus", wanted_supervision.resources.cpu_max_percent != has.resources.cpu_max_percent),
+            ("pids_max", wanted_supervision.resources.pids_max != has.resources.pids_max),
+            ("output", wanted_supervision.output != has.output),
         ];
         names.extend(all.iter().filter(|(_, differs)| *differs).map(|(name, _)| (*name).to_owned()));
-        if names.is_empty() && stands.env_differs.is_empty() {
-            // A variable, or a key that is left out now, of which the daemon knows only what came of it.
-            names.push("a key or variable was added or taken out".into());
+        if names.is_empty() && current.env_differs.is_empty() {
+            // The digest also covers variables and keys whose values the daemon does not return.
+            names.push("a key or variable was added or removed".into());
         }
     }
-    names.extend(stands.env_differs.iter().map(|name| format!("env.{name}")));
+    names.extend(current.env_differs.iter().map(|name| format!("env.{name}")));
     names
 }
 
-/// Names the agents that run and are not declared, or stops them.
-fn orphans(
-    session: &mut Session,
+/// Reports the running agents that are not declared, or stops them with `--remove-orphans`.
+fn handle_orphans(
+    session: &mut DaemonSession,
     declaration: &Declaration,
-    known: Option<&ProjectDetail>,
+    existing: Option<&ProjectDetail>,
     args: &UpArgs,
-    rows: &mut Rows,
-) -> Result<(), Failure> {
-    let running: Vec<&AgentView> = known
+    report: &mut ActionReport,
+) -> Result<(), CommandError> {
+    let running: Vec<&AgentView> = existing
         .iter()
-        .flat_map(|known| &known.agents)
+        .flat_map(|existing| &existing.agents)
         .filter(|agent| !agent.status.is_terminal() && !declaration.agents.contains_key(&agent.name))
         .collect();
     let project: &ProjectName = &declaration.project;
@@ -281,40 +271,40 @@ fn orphans(
         for (name, result) in stop_all(session, project, &names) {
             let target = Target::agent(project.clone(), name);
             let row = match result {
-                Ok(_) => Row::new(target, Action::Stopped).detail("not declared"),
-                Err(failure) => refused(target, failure)?,
+                Ok(_) => ActionRow::new(target, Action::Stopped).detail("not declared"),
+                Err(error) => refusal_row(target, error)?,
             };
-            rows.add(session, row)?;
+            report.add(session, row)?;
         }
         return Ok(());
     }
     for agent in running {
         let action = if args.remove_orphans { Action::Stopped } else { Action::Orphan };
-        rows.add(session, Row::new(Target::agent(project.clone(), agent.name.clone()), action).agent(agent))?;
+        report.add(session, ActionRow::new(Target::agent(project.clone(), agent.name.clone()), action).agent(agent))?;
     }
     Ok(())
 }
 
-fn summary(declaration: &Declaration, rows: &Rows, args: &UpArgs, ready: bool) -> String {
+fn summary(declaration: &Declaration, report: &ActionReport, args: &UpArgs, ready: bool) -> String {
     let project = &declaration.project;
     let mut hints = Vec::new();
-    if rows.count(Action::Changed) > 0 {
-        hints.push("what has changed is started anew by: fermatactl up --recreate");
+    if report.count(Action::Changed) > 0 {
+        hints.push("restart changed agents with: fermatactl up --recreate");
     }
-    if rows.count(Action::Orphan) > 0 {
-        hints.push("what is not declared is stopped by: fermatactl up --remove-orphans");
+    if report.count(Action::Orphan) > 0 {
+        hints.push("stop undeclared agents with: fermatactl up --remove-orphans");
     }
-    let failed = rows.count(Action::Failed);
+    let failed = report.count(Action::Failed);
     let first = if failed > 0 {
         format!("{project}: {failed} failed")
     } else if !ready {
-        format!("{project}: not all are ready; see fermatactl logs {project}/AGENT")
-    } else if rows.changed() {
+        format!("{project}: not all agents are ready; see: fermatactl logs {project}/AGENT")
+    } else if report.has_changes() {
         let done = if args.dry_run { "nothing was changed" } else { "done" };
         format!("{project}: {done}")
     } else if declaration.agents.is_empty() {
         format!("{project}: up to date; {} declares no agents", declaration.file.display())
-    } else if rows.count(Action::Changed) > 0 {
+    } else if report.count(Action::Changed) > 0 {
         format!("{project}: nothing was changed")
     } else {
         format!("{project}: up to date")

@@ -1,16 +1,17 @@
-//! One agent of a file: `[agents.NAME]`.
+//! The table of one agent: `[agents.NAME]`.
 
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::supervision::Dependency;
 
-use super::section::{At, Section, nearest};
-use super::{DeclaredAgent, environment, supervision};
+use super::model::DeclaredAgent;
+use super::section::{Located, Section, nearest};
+use super::{environment, supervision};
 
-/// Reads an agent; `None` where it has no command. What it depends on comes with its places.
-pub fn read(mut table: Section<'_>, workspace: &Path) -> (Option<DeclaredAgent>, Vec<At<Dependency>>) {
+/// Reads an agent, and its dependencies with their locations; `None` when it has no valid command.
+pub fn read(mut table: Section<'_>, workspace: &Path) -> (Option<DeclaredAgent>, Vec<Located<Dependency>>) {
     let argv = table.command("command");
-    // Who wrote 'comand' is told about that alone.
+    // A misspelt 'comand' is reported as such, not also as missing.
     let misspelt = |name: &String| nearest(name, &["command"]).is_some();
     if !table.members().keys().any(misspelt) {
         let span = table.span();
@@ -32,7 +33,7 @@ pub fn read(mut table: Section<'_>, workspace: &Path) -> (Option<DeclaredAgent>,
     (agent, depends_on)
 }
 
-/// Reads the working directory: below the workspace, unless it is absolute.
+/// Reads the working directory: relative to the workspace and inside it, or absolute.
 fn directory(table: &mut Section<'_>, workspace: &Path) -> PathBuf {
     let Some(cwd) = table.text("cwd") else { return workspace.to_owned() };
     let given = Path::new(&cwd.value);
@@ -40,7 +41,7 @@ fn directory(table: &mut Section<'_>, workspace: &Path) -> PathBuf {
         Ok(full) => full,
         Err(error) => {
             let why = match error.kind() {
-                std::io::ErrorKind::NotFound => "is not there".to_owned(),
+                std::io::ErrorKind::NotFound => "does not exist".to_owned(),
                 _ => format!("cannot be used: {error}"),
             };
             table.problem(&cwd.span, "cwd", format!("the directory {} {why}", workspace.join(given).display()));
@@ -53,8 +54,8 @@ fn directory(table: &mut Section<'_>, workspace: &Path) -> PathBuf {
         table.problem_with_hint(
             &cwd.span,
             "cwd",
-            format!("\"{}\" leads out of the workspace, to {}", cwd.value, full.display()),
-            "write an absolute path when that is meant",
+            format!("\"{}\" leads outside the workspace, to {}", cwd.value, full.display()),
+            "write an absolute path if that is intended",
         );
     }
     full

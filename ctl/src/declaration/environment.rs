@@ -1,29 +1,27 @@
-//! The environment that a file gives an agent: `env`, `env_file` and `pass_env`.
+//! The environment of a declared agent: `env`, `env_file` and `pass_env`.
 //!
-//! Nothing is expanded and no file is read that is not named: what is written is what the agent gets.
+//! Values are taken literally, without expansion, and only the named files are read.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::Path;
 
 use super::problems::Problem;
-use super::section::{At, Section, path};
+use super::section::{Located, Section, path};
 use super::source_file;
-use super::tree::Kind;
-use crate::autostart::IDENTITY;
+use super::tree::TomlValue;
+use crate::agent_environment::IDENTITY;
 
-/// The environment of one agent, before that of the caller is added.
+/// The environment that a file declares, without the inherited variables.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Environment {
-    /// The variables that the file sets, those of its env_files among them.
+    /// The variables of `env` and of the files in `env_file`.
     pub set: BTreeMap<String, String>,
-    /// Which of the caller's variables are handed on; all when none is said. A name may end in `*`.
+    /// The variables inherited from the caller; all when `None`. A name may end in `*`.
     pub pass: Option<Vec<String>>,
 }
 
 impl Environment {
-    /// Makes the environment of an agent: the caller's variables, then those that are set. Returns
-    /// the names of those that were to be handed on and are not there as well.
+    /// Returns the complete environment of the agent, and the names in `pass_env` that the caller's environment lacks.
     pub fn over(&self, callers: &BTreeMap<String, String>) -> (BTreeMap<String, String>, Vec<String>) {
         let mut missing = Vec::new();
         let mut env: BTreeMap<String, String> = match &self.pass {
@@ -46,7 +44,7 @@ impl Environment {
     }
 }
 
-/// Reads the keys of an agent.
+/// Reads `env`, `env_file` and `pass_env`.
 pub fn read(agent: &mut Section<'_>, workspace: &Path) -> Environment {
     let mut set = BTreeMap::new();
     for file in agent.texts("env_file").unwrap_or_default() {
@@ -65,22 +63,22 @@ pub fn read(agent: &mut Section<'_>, workspace: &Path) -> Environment {
         && let Some(table) = Section::of(agent.path_of("env"), member, agent.problems())
     {
         for (name, member) in table.members() {
-            let key = At { value: name.clone(), span: member.key.clone() };
+            let key = Located { value: name.clone(), span: member.key.clone() };
             if !may_be_set(agent, &key, "env", name) {
                 continue;
             }
             match &member.node.kind {
-                Kind::Text(value) if !value.contains('\0') => {
+                TomlValue::Text(value) if !value.contains('\0') => {
                     set.insert(name.clone(), value.clone());
                 }
-                Kind::Text(_) => {
+                TomlValue::Text(_) => {
                     table.problem(&member.node.span, name, format!("'{}' holds a NUL character", table.path_of(name)));
                 }
                 other => {
                     let written = match other {
-                        Kind::Integer(Some(number)) => number.to_string(),
-                        Kind::Float(number) => number.to_string(),
-                        Kind::Bool(yes) => yes.to_string(),
+                        TomlValue::Integer(Some(number)) => number.to_string(),
+                        TomlValue::Float(number) => number.to_string(),
+                        TomlValue::Bool(yes) => yes.to_string(),
                         _ => "…".into(),
                     };
                     let message = format!("'{}' must be a text, not {}", table.path_of(name), other.name());
@@ -94,7 +92,7 @@ pub fn read(agent: &mut Section<'_>, workspace: &Path) -> Environment {
         for name in names {
             let plain = name.value.strip_suffix('*').unwrap_or(&name.value);
             if plain.contains(['*', '=']) {
-                let message = format!("\"{}\" is no name of a variable; only a last '*' stands for more", name.value);
+                let message = format!("\"{}\" is not a variable name; '*' is allowed at the end only", name.value);
                 agent.problem(&name.span, "pass_env", message);
             } else {
                 good.push(name.value);
@@ -107,12 +105,12 @@ pub fn read(agent: &mut Section<'_>, workspace: &Path) -> Environment {
     Environment { set, pass }
 }
 
-/// What says who the agent is comes from the daemon.
-fn may_be_set(agent: &Section<'_>, at: &At<String>, key: &str, name: &str) -> bool {
+/// Reports names that are invalid or reserved by Fermata.
+fn may_be_set(agent: &Section<'_>, at: &Located<String>, key: &str, name: &str) -> bool {
     let why = if IDENTITY.contains(&name) {
-        format!("the variable {name} is set by Fermata itself")
+        format!("the variable {name} is reserved by Fermata")
     } else if !is_name(name) {
-        format!("'{name}' is no name for an environment variable")
+        format!("'{name}' is not a valid variable name")
     } else {
         return true;
     };
@@ -125,9 +123,9 @@ fn is_name(name: &str) -> bool {
     !name.is_empty() && !name.contains(['=', '\0', ' ', '\n'])
 }
 
-/// Reads a file of variables: `NAME=value` lines, comments, values in quotes; nothing is expanded.
+/// Reads a file of `NAME=value` lines with comments and quoted values, without expansion.
 fn variables_of(file: &Path) -> Result<Vec<(String, String)>, String> {
-    let text = source_file::read_trusted(file).map_err(|refused| refused.sentence)?;
+    let text = source_file::read_trusted(file).map_err(|refusal| refusal.message)?;
     parse(&text).map_err(|(line, why)| format!("{}, line {line}: {why}", file.display()))
 }
 
@@ -140,11 +138,11 @@ fn parse(text: &str) -> Result<Vec<(String, String)>, (usize, String)> {
         }
         let line = line.strip_prefix("export ").unwrap_or(line).trim_start();
         let Some((name, value)) = line.split_once('=') else {
-            return Err((i + 1, "this is no NAME=value".into()));
+            return Err((i + 1, "expected NAME=value".into()));
         };
         let name = name.trim_end();
         if !is_name(name) {
-            return Err((i + 1, format!("'{name}' is no name for an environment variable")));
+            return Err((i + 1, format!("'{name}' is not a valid variable name")));
         }
         let value = value_of(value.trim()).map_err(|why| (i + 1, why))?;
         if value.contains('\0') {
@@ -155,7 +153,7 @@ fn parse(text: &str) -> Result<Vec<(String, String)>, (usize, String)> {
     Ok(variables)
 }
 
-/// Takes the quotes off a value; without quotes a comment may follow after a blank.
+/// Removes the quotes of a value; an unquoted value ends at a comment that follows a blank.
 fn value_of(text: &str) -> Result<String, String> {
     let quote = match text.chars().next() {
         Some(quote @ ('"' | '\'')) => quote,
@@ -171,19 +169,18 @@ fn value_of(text: &str) -> Result<String, String> {
                 Some('t') => value.push('\t'),
                 Some(c @ ('"' | '\\' | '$')) => value.push(c),
                 Some(c) => value.extend(['\\', c]),
-                None => return Err("a quote is not closed".into()),
+                None => return Err("unterminated quote".into()),
             },
             Some(c) => value.push(c),
-            None => return Err("a quote is not closed".into()),
+            None => return Err("unterminated quote".into()),
         }
     }
     let rest = chars.as_str().trim_start();
-    if rest.is_empty() || rest.starts_with('#') { Ok(value) } else { Err(format!("'{rest}' follows after the quote")) }
-}
-
-/// Takes what can be handed on out of the caller's environment.
-pub fn callers(variables: impl Iterator<Item = (OsString, OsString)>) -> BTreeMap<String, String> {
-    crate::commands::environment(variables)
+    if rest.is_empty() || rest.starts_with('#') {
+        Ok(value)
+    } else {
+        Err(format!("unexpected '{rest}' after the closing quote"))
+    }
 }
 
 #[cfg(test)]
@@ -191,7 +188,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn files_of_variables_are_read_as_they_are_written() {
+    fn files_of_variables_are_read_literally() {
         let text = "# a comment\n\nA=1\nexport B = two words # and a comment\nC=\"x\\n\\\"y\\\" $A\" # c\nD='a # b\\n'\nE=\nF=a#b\n";
         let read = parse(text).expect("valid");
         let expected =
@@ -204,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_set_lies_over_what_is_handed_on() {
+    fn set_variables_override_inherited_ones() {
         let of = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
             pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
         };

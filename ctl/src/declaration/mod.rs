@@ -1,15 +1,16 @@
-//! A workspace's `fermata.toml`: the project and the agents that it declares.
+//! The `fermata.toml` of a workspace: the project and the agents that it declares.
 //!
 //! ```text
-//!   place ─► text ─► tree ─► section by section ─► Declaration
-//!                      │            │      ▲
-//!                      └─ problems ◄┘      order: names, circles
+//!   source_file ─► text ─► tree ─► section by section ─► Declaration
+//!                            │            │      ▲
+//!                            └─ problems ◄┘      order: names, cycles
 //! ```
-//! Everything that can be found wrong without the daemon is found here, all of it at once, before
-//! anything is started. `docs/fermata-toml.md` is the reference; a test reads its example.
+//! All errors that can be detected without the daemon are reported at once, before anything is started.
+//! `docs/fermata-toml.md` is the reference; a test reads its example.
 
 mod agent;
-pub mod environment;
+mod environment;
+mod model;
 pub mod order;
 
 mod problems;
@@ -20,96 +21,38 @@ mod supervision;
 mod tree;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use fermata_protocol::project::ProjectConfig;
-use fermata_protocol::supervision::Supervision;
 use fermata_protocol::{AgentName, ProjectName};
-use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
-use crate::errors::Failure;
-use environment::Environment;
+pub use model::{Declaration, DeclaredAgent};
+
+use crate::errors::CommandError;
 use problems::Problem;
 use section::{Problems, Section};
-use source_file::Source;
-use tree::{Kind, Member};
+use source_file::SourceFile;
+use tree::{TomlEntry, TomlValue};
 
-/// What a file declares, checked.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Declaration {
-    /// The file.
-    pub file: PathBuf,
-    /// The workspace: the directory of the file.
-    pub workspace: PathBuf,
-    /// The project.
-    pub project: ProjectName,
-    /// What it is for, where the file says so.
-    pub description: Option<String>,
-    /// Its settings, where the file has any.
-    pub config: Option<ProjectConfig>,
-    /// The agents.
-    pub agents: BTreeMap<AgentName, DeclaredAgent>,
-}
-
-/// An agent that a file declares.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DeclaredAgent {
-    /// The program and its arguments.
-    pub argv: Vec<String>,
-    /// The working directory, absolute.
-    pub cwd: PathBuf,
-    /// The environment.
-    pub env: Environment,
-    /// The profile that knows the tool.
-    pub profile: Option<String>,
-    /// The program and arguments that bring it back.
-    pub resume_argv: Option<Vec<String>>,
-    /// Between SIGTERM and SIGKILL, milliseconds.
-    pub stop_grace_ms: Option<u64>,
-    /// How it is looked after.
-    pub supervision: Supervision,
-}
-
-impl DeclaredAgent {
-    /// Returns the SHA-256 of what is declared, in hexadecimal: the same for the same meaning,
-    /// however it is written. Of variables only the names count here; their values are compared by
-    /// the daemon, which keeps them.
-    pub fn digest(&self) -> String {
-        let text = json!({
-            "argv": self.argv,
-            "cwd": self.cwd.to_string_lossy(),
-            "variables": self.env.set.keys().collect::<Vec<_>>(),
-            "pass_env": self.env.pass,
-            "profile": self.profile,
-            "resume_argv": self.resume_argv,
-            "stop_grace_ms": self.stop_grace_ms,
-            "supervision": self.supervision,
-        })
-        .to_string();
-        Sha256::digest(text.as_bytes()).iter().map(|byte| format!("{byte:02x}")).collect()
-    }
-}
-
-/// Reads what a file says.
+/// Parses and checks a file.
 ///
 /// # Errors
-/// All problems of the file, with their places.
-pub fn read(source: &Source) -> Result<Declaration, Failure> {
-    understand(&source.text, &source.file, &source.workspace)
-        .map_err(|found| problems::failure(&source.file.to_string_lossy(), &source.text, found))
+/// All problems of the file, with their locations.
+pub fn read(source: &SourceFile) -> Result<Declaration, CommandError> {
+    parse(&source.text, &source.file, &source.workspace)
+        .map_err(|list| problems::into_error(&source.file.to_string_lossy(), &source.text, list))
 }
 
-fn understand(text: &str, file: &Path, workspace: &Path) -> Result<Declaration, Vec<Problem>> {
-    // What a broken syntax leaves over would only be complained about once more.
+fn parse(text: &str, file: &Path, workspace: &Path) -> Result<Declaration, Vec<Problem>> {
+    // With a syntax error the other checks would only report follow-up errors.
     let table = tree::parse(text)?;
     let problems = Problems::default();
     let mut root = Section::new(String::new(), 0..0, &table, &problems);
-    let about = project(root.member("project"), workspace, &problems);
+    let project = project(root.member("project"), workspace, &problems);
     let agents = agents(root.member("agents"), workspace, &problems);
     daemon_settings(&mut root);
     root.finish();
-    match about {
+    match project {
         Some((project, description, config)) if problems.is_empty() => Ok(Declaration {
             file: file.to_owned(),
             workspace: workspace.to_owned(),
@@ -122,7 +65,7 @@ fn understand(text: &str, file: &Path, workspace: &Path) -> Result<Declaration, 
     }
 }
 
-/// The daemon's own file has the same name; whoever mixes them up is told.
+/// Reports settings that belong into the file of the daemon, which has the same name.
 fn daemon_settings(root: &mut Section<'_>) {
     for key in ["log", "operator_group", "others_may_look", "on_shutdown", "pause", "context"] {
         if let Some(member) = root.members().get(key) {
@@ -131,7 +74,7 @@ fn daemon_settings(root: &mut Section<'_>) {
                 &member.key.clone(),
                 key,
                 format!("'{key}' is a setting of the daemon, not of a workspace"),
-                "it belongs into the daemon's own file: /etc/fermata/fermata.toml, or ~/.config/fermata/fermata.toml",
+                "move it to the file of the daemon: /etc/fermata/fermata.toml or ~/.config/fermata/fermata.toml",
             );
         }
     }
@@ -141,23 +84,23 @@ fn daemon_settings(root: &mut Section<'_>) {
             root.problem_with_hint(
                 &member.key.clone(),
                 key,
-                "when checkpoints are taken, and how many are kept, cannot be set in this version",
-                "what they cover can: [project.config] has include, exclude, use_gitignore and max_file_bytes",
+                format!("'{key}' is not supported"),
+                "settings of checkpoints are in [project.config]: automatic, retention, include, exclude and others",
             );
         }
     }
 }
 
-type About = (ProjectName, Option<String>, Option<ProjectConfig>);
+type ProjectSection = (ProjectName, Option<String>, Option<ProjectConfig>);
 
-fn project(member: Option<&Member>, workspace: &Path, problems: &Problems) -> Option<About> {
+fn project(member: Option<&TomlEntry>, workspace: &Path, problems: &Problems) -> Option<ProjectSection> {
     let mut description = None;
     let mut config = None;
     let mut named = None;
     let mut span = 0..0;
     if let Some(member) = member {
         span = member.key.clone();
-        if let Kind::Text(name) = &member.node.kind {
+        if let TomlValue::Text(name) = &member.node.kind {
             named = Some((name.clone(), member.node.span.clone(), "project"));
         } else {
             let mut section = Section::of("project".into(), member, problems)?;
@@ -178,7 +121,7 @@ fn project(member: Option<&Member>, workspace: &Path, problems: &Problems) -> Op
         None => {
             let name = name_of(workspace);
             if name.is_none() {
-                let message = format!("no name can be made of the directory {}", workspace.display());
+                let message = format!("the directory name of {} is not usable as a project name", workspace.display());
                 problems.add(Problem::new(span, "project.name", message).hint("write [project] with name = \"…\""));
             }
             name
@@ -187,33 +130,33 @@ fn project(member: Option<&Member>, workspace: &Path, problems: &Problems) -> Op
     Some((name?, description, config))
 }
 
-/// Makes a project's name of a directory's.
+/// Derives a project name from the name of the workspace.
 fn name_of(workspace: &Path) -> Option<ProjectName> {
     let name = workspace.file_name()?.to_string_lossy();
-    let fitting = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
-    let name: String = name.chars().map(fitting).collect();
+    let valid = |c: char| if c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-') { c } else { '-' };
+    let name: String = name.chars().map(valid).collect();
     let name: String = name.trim_start_matches(['.', '_', '-']).chars().take(64).collect();
     ProjectName::new(name.trim_end_matches('-')).ok()
 }
 
-fn agents(member: Option<&Member>, workspace: &Path, problems: &Problems) -> BTreeMap<AgentName, DeclaredAgent> {
+fn agents(member: Option<&TomlEntry>, workspace: &Path, problems: &Problems) -> BTreeMap<AgentName, DeclaredAgent> {
     let mut agents = BTreeMap::new();
     let Some(section) = member.and_then(|member| Section::of("agents".into(), member, problems)) else { return agents };
     let mut declared = BTreeSet::new();
-    let mut wishes = order::Wishes::new();
+    let mut graph = order::DependencyGraph::new();
     for (written, member) in section.members() {
         let name = AgentName::new(written.clone()).map_err(|error| {
             section.problem(&member.key, written, error.to_string());
         });
-        // One that cannot be read, or has no good name, is there nevertheless for those that wait for it.
+        // Invalid agents count as declared, so that dependencies on them are not reported as unknown.
         declared.extend(name.clone());
         let Some(table) = Section::of(section.path_of(written), member, problems) else { continue };
         let (agent, depends_on) = agent::read(table, workspace);
         let Ok(name) = name else { continue };
-        wishes.insert(name.clone(), depends_on);
+        graph.insert(name.clone(), depends_on);
         agents.extend(agent.map(|agent| (name, agent)));
     }
-    order::check(&wishes, &agents, &declared, problems);
+    order::check(&graph, &agents, &declared, problems);
     agents
 }
 

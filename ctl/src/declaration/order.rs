@@ -1,29 +1,28 @@
-//! Which agent comes before which: names that are not there, circles, and the order of a start.
+//! The dependencies between agents: unknown names, cycles, and the order of starts.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use fermata_protocol::AgentName;
 use fermata_protocol::supervision::{Dependency, DependencyState, RestartPolicy};
 
-use super::DeclaredAgent;
+use super::model::DeclaredAgent;
 use super::problems::Problem;
-use super::section::{At, Problems, nearest, path};
+use super::section::{Located, Problems, nearest, path};
 use super::supervision::table_of;
 
-/// What each agent depends on, with the places where it says so.
-pub type Wishes = BTreeMap<AgentName, Vec<At<Dependency>>>;
+/// The dependencies of each agent, with their locations in the file.
+pub type DependencyGraph = BTreeMap<AgentName, Vec<Located<Dependency>>>;
 
-/// Checks what the agents depend on; `declared` are all names of the file, those of agents that
-/// could not be read among them.
+/// Reports invalid dependencies. `declared` are all agent names of the file, including those of invalid agents.
 pub fn check(
-    wishes: &Wishes,
+    graph: &DependencyGraph,
     agents: &BTreeMap<AgentName, DeclaredAgent>,
     declared: &BTreeSet<AgentName>,
     problems: &Problems,
 ) {
-    for (agent, dependencies) in wishes {
+    for (agent, dependencies) in graph {
         let key = path(&table_of(agent.as_str()), "depends_on");
-        let add = |at: &At<Dependency>, message: String, hint: Option<String>| {
+        let add = |at: &Located<Dependency>, message: String, hint: Option<String>| {
             problems.add(Problem { span: at.span.clone(), key: key.clone(), message, hint });
         };
         for (i, at) in dependencies.iter().enumerate() {
@@ -36,8 +35,8 @@ pub fn check(
                 let names: Vec<&str> = declared.iter().filter(|name| *name != agent).map(AgentName::as_str).collect();
                 let hint = match nearest(other.as_str(), &names) {
                     Some(near) => format!("did you mean '{near}'?"),
-                    None if names.is_empty() => "it is the only one".to_owned(),
-                    None => format!("the file has: {}", names.join(", ")),
+                    None if names.is_empty() => "it is the only declared agent".to_owned(),
+                    None => format!("declared agents: {}", names.join(", ")),
                 };
                 add(at, format!("agent '{agent}' depends on '{other}', which this file does not declare"), Some(hint));
             } else if *until == DependencyState::Completed
@@ -45,72 +44,70 @@ pub fn check(
             {
                 add(
                     at,
-                    format!(
-                        "agent '{agent}' waits for '{other}' to complete, which never comes: it is always restarted"
-                    ),
-                    Some(format!("give '{other}' restart = \"on-failure\"")),
+                    format!("agent '{agent}' waits for '{other}' to complete, but '{other}' is always restarted"),
+                    Some(format!("give '{other}' restart = \"on-error\"")),
                 );
             }
         }
     }
-    for circle in circles(wishes) {
-        let Some(at) = closing(wishes, &circle) else { continue };
-        let names: Vec<&str> = circle.iter().chain(circle.first()).map(AgentName::as_str).collect();
+    for cycle in cycles(graph) {
+        let Some(at) = first_edge(graph, &cycle) else { continue };
+        let names: Vec<&str> = cycle.iter().chain(cycle.first()).map(AgentName::as_str).collect();
         problems.add(Problem::new(
             at.span.clone(),
-            path(&table_of(circle[0].as_str()), "depends_on"),
-            format!("these agents wait for each other: {}", names.join(" -> ")),
+            path(&table_of(cycle[0].as_str()), "depends_on"),
+            format!("dependency cycle: {}", names.join(" -> ")),
         ));
     }
 }
 
-/// The dependency of a circle's first agent on its second one.
-fn closing<'a>(wishes: &'a Wishes, circle: &[AgentName]) -> Option<&'a At<Dependency>> {
-    wishes.get(circle.first()?)?.iter().find(|at| Some(&at.value.agent) == circle.get(1))
+/// Returns the dependency of the first agent of a cycle on the second one.
+fn first_edge<'a>(graph: &'a DependencyGraph, cycle: &[AgentName]) -> Option<&'a Located<Dependency>> {
+    graph.get(cycle.first()?)?.iter().find(|at| Some(&at.value.agent) == cycle.get(1))
 }
 
-/// Finds circles of two agents and more, beginning with their first name: at least one of those that
-/// have agents in common. Without recursion, since a file may hold a very long chain.
-fn circles(wishes: &Wishes) -> BTreeSet<Vec<AgentName>> {
+/// Finds cycles of two or more agents, rotated to begin with the smallest name; of cycles with common agents at least
+/// one. Iterative, since a file may hold a very long chain.
+fn cycles(graph: &DependencyGraph) -> BTreeSet<Vec<AgentName>> {
     let mut found = BTreeSet::new();
     let mut done = BTreeSet::new();
-    for start in wishes.keys() {
-        // The way from the start to here: each agent and how many of its dependencies were followed.
-        let mut way: Vec<(&AgentName, usize)> = vec![(start, 0)];
+    for start in graph.keys() {
+        // The path from the start: each agent, and how many of its dependencies were followed.
+        let mut path: Vec<(&AgentName, usize)> = vec![(start, 0)];
         let mut places: BTreeMap<&AgentName, usize> = [(start, 0)].into();
-        while let Some((agent, followed)) = way.last_mut() {
+        while let Some((agent, followed)) = path.last_mut() {
             let agent = *agent;
-            let next = wishes.get(agent).filter(|_| !done.contains(agent)).and_then(|on| on.get(*followed));
+            let next = graph.get(agent).filter(|_| !done.contains(agent)).and_then(|on| on.get(*followed));
             *followed += 1;
             let Some(next) = next.map(|at| &at.value.agent) else {
                 done.insert(agent);
                 places.remove(agent);
-                way.pop();
+                path.pop();
                 continue;
             };
             if let Some(&place) = places.get(next) {
-                let mut circle: Vec<AgentName> = way[place..].iter().map(|(name, _)| (*name).clone()).collect();
-                let first = circle.iter().enumerate().min_by_key(|(_, name)| *name).map_or(0, |(i, _)| i);
-                circle.rotate_left(first);
-                if circle.len() > 1 {
-                    found.insert(circle);
+                let mut cycle: Vec<AgentName> = path[place..].iter().map(|(name, _)| (*name).clone()).collect();
+                let first = cycle.iter().enumerate().min_by_key(|(_, name)| *name).map_or(0, |(i, _)| i);
+                cycle.rotate_left(first);
+                if cycle.len() > 1 {
+                    found.insert(cycle);
                 }
             } else if !done.contains(next) {
-                places.insert(next, way.len());
-                way.push((next, 0));
+                places.insert(next, path.len());
+                path.push((next, 0));
             }
         }
     }
     found
 }
 
-/// Puts agents into layers: an agent depends only on agents of earlier layers. Sorted by name inside.
+/// Groups agents into layers, each sorted by name: an agent depends only on agents of earlier layers.
 pub fn layers(agents: &BTreeMap<AgentName, DeclaredAgent>) -> Vec<Vec<AgentName>> {
     let mut waits: BTreeMap<&AgentName, usize> = agents.keys().map(|name| (name, 0)).collect();
     let mut dependents: BTreeMap<&AgentName, Vec<&AgentName>> = BTreeMap::new();
     for (name, agent) in agents {
         for dependency in &agent.supervision.depends_on {
-            // What is not among these agents is waited for elsewhere.
+            // Dependencies on other agents do not affect the order of these.
             if agents.contains_key(&dependency.agent) {
                 dependents.entry(&dependency.agent).or_default().push(name);
                 *waits.entry(name).or_default() += 1;
@@ -136,7 +133,7 @@ pub fn layers(agents: &BTreeMap<AgentName, DeclaredAgent>) -> Vec<Vec<AgentName>
     layers
 }
 
-/// Returns the named agents and all that they depend on, directly or not.
+/// Returns the named agents and their direct and indirect dependencies.
 pub fn with_dependencies(agents: &BTreeMap<AgentName, DeclaredAgent>, names: &[AgentName]) -> BTreeSet<AgentName> {
     let mut found = BTreeSet::new();
     let mut next = names.to_vec();

@@ -1,5 +1,4 @@
-//! How an agent is looked after, as a file says it: the keys of `[agents.NAME]` that become
-//! [`Supervision`].
+//! The keys of `[agents.NAME]` that become [`Supervision`].
 
 use fermata_protocol::AgentName;
 use fermata_protocol::budget::Budget;
@@ -8,21 +7,21 @@ use fermata_protocol::supervision::{
     TerminalSize,
 };
 
-use super::section::{At, Section, path};
-use super::tree::{Kind, Member, Node};
+use super::section::{Located, Section, path};
+use super::tree::{TomlEntry, TomlNode, TomlValue};
 use crate::cli::supervision::{DEPENDENCY_STATES, OUTPUT_POLICIES, RECOVERIES, RESTART_POLICIES, STALE_ACTIONS};
 
-/// The size of a terminal that nobody asked for.
+/// The default size of a terminal.
 const TERMINAL: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
-/// More dollars than anybody lends to an agent.
+/// Larger budgets are taken for mistakes.
 const MAX_USD: f64 = 1e9;
 
-/// More processors than any machine has.
+/// More cores than any machine has.
 const MAX_CPUS: f64 = 65_536.0;
 
-/// Reads the keys of an agent; what it depends on comes with its places, for the check of the graph.
-pub fn read(agent: &mut Section<'_>) -> (Supervision, Vec<At<Dependency>>) {
+/// Reads the keys of an agent; the dependencies come with their locations, for the check of the graph.
+pub fn read(agent: &mut Section<'_>) -> (Supervision, Vec<Located<Dependency>>) {
     let depends_on = dependencies(agent);
     let supervision = Supervision {
         restart: restart(agent).unwrap_or_default(),
@@ -36,14 +35,14 @@ pub fn read(agent: &mut Section<'_>) -> (Supervision, Vec<At<Dependency>>) {
         post_stop: hook(agent, "post_stop"),
         terminal: terminal(agent),
         resources: Resources {
-            memory_max_bytes: agent.size("memory_max").and_then(|size| more_than_nothing(agent, "memory_max", size)),
-            // Percent of one core, which is as fine as the kernel's quota is meant to be.
+            memory_max_bytes: agent.size("memory_max").and_then(|size| greater_than_zero(agent, "memory_max", size)),
+            // In percent of one core.
             cpu_max_percent: agent.amount("cpus", MAX_CPUS).map(|cpus| (cpus * 100.0).round().max(1.0) as u64),
             pids_max: agent.count("pids_max", 1, u64::from(u32::MAX)),
         },
         budget: Budget {
             tokens: agent.count("token_budget", 1, u64::MAX),
-            // Millionths, which is as fine as usage is reported.
+            // In millionths, like reported usage.
             cost_micro_usd: agent.amount("cost_budget", MAX_USD).map(|usd| (usd * 1e6).round().max(1.0) as u64),
             ..Budget::default()
         },
@@ -53,9 +52,9 @@ pub fn read(agent: &mut Section<'_>) -> (Supervision, Vec<At<Dependency>>) {
     (supervision, depends_on)
 }
 
-fn more_than_nothing(section: &Section<'_>, key: &str, amount: At<u64>) -> Option<u64> {
+fn greater_than_zero(section: &Section<'_>, key: &str, amount: Located<u64>) -> Option<u64> {
     if amount.value == 0 {
-        section.problem(&amount.span, key, format!("'{}' must be more than nothing", section.path_of(key)));
+        section.problem(&amount.span, key, format!("'{}' must be greater than zero", section.path_of(key)));
         return None;
     }
     Some(amount.value)
@@ -63,25 +62,25 @@ fn more_than_nothing(section: &Section<'_>, key: &str, amount: At<u64>) -> Optio
 
 fn positive(section: &mut Section<'_>, key: &'static str) -> Option<u64> {
     let duration = section.duration(key)?;
-    more_than_nothing(section, key, duration)
+    greater_than_zero(section, key, duration)
 }
 
 fn stale_after(agent: &mut Section<'_>) -> Option<u64> {
     let member = agent.member("stale_after")?;
     match &member.node.kind {
-        Kind::Text(text) if text == "never" => Some(0),
+        TomlValue::Text(text) if text == "never" => Some(0),
         _ => positive(agent, "stale_after"),
     }
 }
 
-/// Begins to read a member that is a table.
-fn inner<'a>(section: &Section<'a>, key: &str, member: &'a Member) -> Option<Section<'a>> {
+/// Opens an entry that is a table.
+fn inner<'a>(section: &Section<'a>, key: &str, member: &'a TomlEntry) -> Option<Section<'a>> {
     Section::of(section.path_of(key), member, section.problems())
 }
 
 fn restart(agent: &mut Section<'_>) -> Option<Restart> {
     let member = agent.member("restart")?;
-    if !matches!(member.node.kind, Kind::Table(_)) {
+    if !matches!(member.node.kind, TomlValue::Table(_)) {
         let policy = agent.choice_of("restart", &member.node, RESTART_POLICIES)?;
         return Some(Restart { policy, ..Restart::default() });
     }
@@ -91,7 +90,7 @@ fn restart(agent: &mut Section<'_>) -> Option<Restart> {
     let delay = table.duration("delay");
     let max_delay = table.duration("max_delay");
     let restart = Restart {
-        // A table without a policy is there because a restart is wanted.
+        // A table without a policy asks for restarts.
         policy: policy.unwrap_or(RestartPolicy::OnFailure),
         delay_ms: delay.as_ref().map_or(default.delay_ms, |delay| delay.value),
         max_delay_ms: max_delay.as_ref().map_or(default.max_delay_ms, |delay| delay.value),
@@ -100,27 +99,27 @@ fn restart(agent: &mut Section<'_>) -> Option<Restart> {
     };
     if let Some(at) = max_delay.as_ref().or(delay.as_ref()).filter(|_| restart.delay_ms > restart.max_delay_ms) {
         let key = if max_delay.is_some() { "max_delay" } else { "delay" };
-        table.problem(&at.span, key, "the first wait ('delay') is longer than the longest ('max_delay')");
+        table.problem(&at.span, key, "'delay' is longer than 'max_delay'");
     }
     table.finish();
     Some(restart)
 }
 
-fn dependencies(agent: &mut Section<'_>) -> Vec<At<Dependency>> {
+fn dependencies(agent: &mut Section<'_>) -> Vec<Located<Dependency>> {
     let Some(member) = agent.member("depends_on") else { return Vec::new() };
-    let items: Vec<&Node> = match &member.node.kind {
-        Kind::List(items) => items.iter().collect(),
+    let items: Vec<&TomlNode> = match &member.node.kind {
+        TomlValue::List(items) => items.iter().collect(),
         _ => vec![&member.node],
     };
-    let mut found: Vec<At<Dependency>> = items.into_iter().filter_map(|item| dependency(agent, item)).collect();
-    // Their order means nothing, and another one is no other declaration.
+    let mut found: Vec<Located<Dependency>> = items.into_iter().filter_map(|item| dependency(agent, item)).collect();
+    // Sorted, since another order is not another declaration.
     found.sort_by(|a, b| a.value.agent.cmp(&b.value.agent));
     found
 }
 
-fn dependency(agent: &Section<'_>, node: &Node) -> Option<At<Dependency>> {
+fn dependency(agent: &Section<'_>, node: &TomlNode) -> Option<Located<Dependency>> {
     let key = "depends_on";
-    let name_of = |text: &str, section: &Section<'_>, node: &Node, key: &str| match AgentName::new(text) {
+    let name_of = |text: &str, section: &Section<'_>, node: &TomlNode, key: &str| match AgentName::new(text) {
         Ok(name) => Some(name),
         Err(error) => {
             section.problem(&node.span, key, error.to_string());
@@ -128,12 +127,12 @@ fn dependency(agent: &Section<'_>, node: &Node) -> Option<At<Dependency>> {
         }
     };
     match &node.kind {
-        Kind::Text(text) => {
+        TomlValue::Text(text) => {
             let name = name_of(text, agent, node, key)?;
             let value = Dependency { agent: name, until: DependencyState::default() };
-            Some(At { value, span: node.span.clone() })
+            Some(Located { value, span: node.span.clone() })
         }
-        Kind::Table(table) => {
+        TomlValue::Table(table) => {
             let mut section = Section::new(agent.path_of(key), node.span.clone(), table, agent.problems());
             let target = section.text("agent");
             let until = section.choice("until", DEPENDENCY_STATES).unwrap_or_default();
@@ -141,16 +140,16 @@ fn dependency(agent: &Section<'_>, node: &Node) -> Option<At<Dependency>> {
                 section.problem(&node.span, "agent", format!("'{}' names no agent", section.path_of("agent")));
             }
             let name = target.and_then(|target| {
-                let node = Node { span: target.span, kind: Kind::Text(target.value.clone()) };
-                Some(At { value: name_of(&target.value, &section, &node, "agent")?, span: node.span })
+                let node = TomlNode { span: target.span, kind: TomlValue::Text(target.value.clone()) };
+                Some(Located { value: name_of(&target.value, &section, &node, "agent")?, span: node.span })
             });
             section.finish();
             let name = name?;
-            Some(At { value: Dependency { agent: name.value, until }, span: name.span })
+            Some(Located { value: Dependency { agent: name.value, until }, span: name.span })
         }
         other => {
             let message = format!(
-                "'{}' must be agents' names, or tables such as {{ agent = \"db\", until = \"completed\" }}, not {}",
+                "'{}' must be agent names, or tables such as {{ agent = \"db\", until = \"completed\" }}, not {}",
                 agent.path_of(key),
                 other.name()
             );
@@ -172,10 +171,10 @@ fn readiness(agent: &mut Section<'_>) -> Option<Readiness> {
         ["reported", "output", "command"].into_iter().filter(|key| table.members().contains_key(*key)).collect();
     if given.len() != 1 {
         let message = match &given[..] {
-            [] => format!("'{}' does not say how it is found out", agent.path_of("ready")),
-            several => format!("'{}' has {}, and takes one", agent.path_of("ready"), several.join(" and ")),
+            [] => format!("'{}' has no condition", agent.path_of("ready")),
+            several => format!("'{}' has {}; only one is allowed", agent.path_of("ready"), several.join(" and ")),
         };
-        let hint = "one of reported = true, output = \"a text of its output\", command = \"a command that succeeds\"";
+        let hint = "write one of reported = true, output = \"TEXT\" or command = \"COMMAND\"";
         agent.problem_with_hint(&member.key, "ready", message, hint);
     }
     if let (Some(span), Some(false)) = (reported, reported_flag) {
@@ -183,7 +182,7 @@ fn readiness(agent: &mut Section<'_>) -> Option<Readiness> {
             &span,
             "reported",
             "'reported' can only be true",
-            "leave 'ready' out: the agent then counts as ready as soon as it runs",
+            "omit 'ready': the agent is then ready as soon as it runs",
         );
     }
     table.finish();
@@ -198,7 +197,7 @@ fn readiness(agent: &mut Section<'_>) -> Option<Readiness> {
 
 fn hook(agent: &mut Section<'_>, key: &'static str) -> Option<Hook> {
     let member = agent.member(key)?;
-    if !matches!(member.node.kind, Kind::Table(_)) {
+    if !matches!(member.node.kind, TomlValue::Table(_)) {
         return Some(Hook { argv: agent.command_of(key, &member.node)?, timeout_ms: None });
     }
     let mut table = inner(agent, key, member)?;
@@ -213,7 +212,7 @@ fn hook(agent: &mut Section<'_>, key: &'static str) -> Option<Hook> {
 
 fn terminal(agent: &mut Section<'_>) -> Option<TerminalSize> {
     let member = agent.member("tty")?;
-    if !matches!(member.node.kind, Kind::Table(_)) {
+    if !matches!(member.node.kind, TomlValue::Table(_)) {
         return agent.flag("tty")?.then_some(TERMINAL);
     }
     let mut table = inner(agent, "tty", member)?;
@@ -226,7 +225,7 @@ fn terminal(agent: &mut Section<'_>) -> Option<TerminalSize> {
     Some(size)
 }
 
-/// Returns the name of an agent's table.
+/// Returns the path of the table of an agent.
 pub fn table_of(agent: &str) -> String {
     path("agents", agent)
 }

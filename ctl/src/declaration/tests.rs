@@ -1,10 +1,11 @@
-//! Files that are read as they are meant, and files with every kind of error in them.
+//! Valid files, and files with every kind of error.
 
 use std::fs;
 use std::path::Path;
 
 use fermata_protocol::supervision::{DependencyState, ReadyWhen, RestartPolicy};
 
+use super::environment::Environment;
 use super::*;
 
 /// A workspace with a few files in it.
@@ -17,29 +18,29 @@ fn workspace() -> tempfile::TempDir {
     dir
 }
 
-fn understood(text: &str) -> Declaration {
+fn valid(text: &str) -> Declaration {
     let dir = workspace();
     let root = dir.path().canonicalize().expect("it is there");
-    let source = Source { file: root.join("fermata.toml"), workspace: root, text: text.to_owned() };
+    let source = SourceFile { file: root.join("fermata.toml"), workspace: root, text: text.to_owned() };
     match read(&source) {
         Ok(declaration) => declaration,
-        Err(Failure::Said(report)) => panic!("{}", report.message),
-        Err(Failure::ReaderGone) => panic!("nobody reads"),
+        Err(CommandError::Reported(report)) => panic!("{}", report.message),
+        Err(CommandError::OutputClosed) => panic!("not reported"),
     }
 }
 
-/// Returns what is said of a file, without its name.
-fn complaint(text: &str) -> String {
+/// Returns the error message for a file, with its directory replaced by `WS`.
+fn error_of(text: &str) -> String {
     let dir = workspace();
     let root = dir.path().canonicalize().expect("it is there");
-    let source = Source { file: root.join("fermata.toml"), workspace: root.clone(), text: text.to_owned() };
+    let source = SourceFile { file: root.join("fermata.toml"), workspace: root.clone(), text: text.to_owned() };
     match read(&source) {
-        Err(Failure::Said(report)) => {
+        Err(CommandError::Reported(report)) => {
             assert_eq!(report.exit.number(), 2);
             let above = format!("to {}", root.parent().expect("it has one").display());
             report.message.replace(&*root.to_string_lossy(), "WS").replace(&above, "to ABOVE")
         }
-        other => panic!("it was understood: {other:?}\n{text}"),
+        other => panic!("valid: {other:?}\n{text}"),
     }
 }
 
@@ -48,10 +49,10 @@ fn agent<'a>(declaration: &'a Declaration, name: &str) -> &'a DeclaredAgent {
 }
 
 #[test]
-fn the_example_of_the_reference_is_understood() {
+fn the_example_of_the_reference_is_valid() {
     let page = include_str!("../../../docs/fermata-toml.md");
     let example = page.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("an example");
-    let shop = understood(example);
+    let shop = valid(example);
     assert_eq!(shop.project.as_str(), "shop");
     let config = shop.config.as_ref().expect("it has settings");
     assert_eq!((config.max_file_bytes, config.exclude.len(), config.token_limit), (64 << 20, 2, 180_000));
@@ -78,31 +79,31 @@ fn the_example_of_the_reference_is_understood() {
 #[test]
 fn the_reference_names_every_key() {
     let page = include_str!("../../../docs/fermata-toml.md");
-    let said = complaint("[agents.a]\ncommand = \"x\"\nzzzzzzzzzz = 1\nrestart = { qqqqqqqqqq = 1 }\n");
-    let known = said.lines().filter_map(|line| line.trim().strip_prefix("= known are: "));
+    let message = error_of("[agents.a]\ncommand = \"x\"\nzzzzzzzzzz = 1\nrestart = { qqqqqqqqqq = 1 }\n");
+    let known = message.lines().filter_map(|line| line.trim().strip_prefix("= known keys: "));
     let keys: Vec<String> = known.flat_map(|line| line.split(", ").map(str::to_owned)).collect();
-    assert!(keys.len() > 20, "{said}");
+    assert!(keys.len() > 20, "{message}");
     for key in keys {
         assert!(page.contains(&format!("| `{key}` |")), "the reference says nothing of '{key}'");
     }
 }
 
 #[test]
-fn what_is_left_out_has_its_default() {
-    let plain = understood("[agents.a]\ncommand = \"true\"\n");
+fn missing_keys_have_their_defaults() {
+    let plain = valid("[agents.a]\ncommand = \"true\"\n");
     let directory = plain.workspace.file_name().expect("it has one").to_string_lossy().into_owned();
     assert_eq!(plain.project.as_str(), directory);
     assert_eq!((plain.config.as_ref(), plain.description.as_ref()), (None, None));
     let a = agent(&plain, "a");
     assert!(a.supervision.is_plain());
     assert_eq!((&a.cwd, &a.env), (&plain.workspace, &Environment::default()));
-    let empty = understood("");
+    let empty = valid("");
     assert!(empty.agents.is_empty());
-    assert_eq!(understood("project = \"x\"").project.as_str(), "x");
+    assert_eq!(valid("project = \"x\"").project.as_str(), "x");
 }
 
 #[test]
-fn a_directory_becomes_a_name() {
+fn a_project_name_is_derived_from_the_directory() {
     for (directory, name) in [
         ("/a/shop", Some("shop")),
         ("/a/My Shop (2)", Some("My-Shop--2")),
@@ -115,11 +116,11 @@ fn a_directory_becomes_a_name() {
 }
 
 #[test]
-fn every_form_of_a_value_means_what_it_says() {
+fn every_form_of_a_value_is_read() {
     let text = "[agents.a]\ncommand = ['x', '&&', '']\nready = {command = \"nc -z h 1\"}\ntty = true\nrestart = {}\n\
                 depends_on = \"b\"\nstale_after = \"never\"\ncwd = \"deep/../deep/er\"\nmemory_max = \"1.5G\"\n\
                 [agents.b]\ncommand = \"x 'a b'\"\ntty = false\nrestart = \"no\"\npre_start = [\"y\"]\n";
-    let read = understood(text);
+    let read = valid(text);
     let a = agent(&read, "a");
     assert_eq!(a.argv, ["x", "&&", ""]);
     assert_eq!(a.cwd, read.workspace.join("deep/er"));
@@ -135,8 +136,8 @@ fn every_form_of_a_value_means_what_it_says() {
 }
 
 #[test]
-fn the_same_meaning_has_the_same_digest_and_another_one_has_not() {
-    let digest = |text: &str| agent(&understood(&format!("[agents.a]\ncwd = \"/\"\n{text}")), "a").digest();
+fn the_digest_depends_on_the_meaning_and_not_on_the_formatting() {
+    let digest = |text: &str| agent(&valid(&format!("[agents.a]\ncwd = \"/\"\n{text}")), "a").digest();
     let first = digest("command = \"x y\"\ntimeout = \"90s\"\nenv = {A = \"1\"}\n");
     assert_eq!(first, digest("# a comment\nenv = {A = \"2\"}\ntimeout = '1m30s'\ncommand = ['x', \"y\"]\n"));
     assert_eq!(digest("command = \"x\"\n"), digest("command = \"x\"\nrestart = \"no\"\n"));
@@ -148,57 +149,56 @@ fn the_same_meaning_has_the_same_digest_and_another_one_has_not() {
     ] {
         assert_ne!(first, digest(other), "{other}");
     }
-    // A digest that changes with a release would tell everybody that everything has changed.
+    // If the digest changed with a release, every agent would be reported as changed.
     assert_eq!(
         digest("command = \"x\"\nrestart = \"always\"\nready = {reported = true}\n"),
         "8a5b8e5956685f3b950a41a0ba7a7f5bc8bc444d5a273a1f1ba982870c41e7d2"
     );
 }
 
-/// Each file of `broken.txt` with what is said of it, as a person sees it. `UPDATE_GOLDEN=1` writes
-/// what is said now.
+/// `broken.txt` has files and their error messages; `UPDATE_GOLDEN=1` rewrites the messages.
 #[test]
-fn broken_files_are_told_with_line_column_and_key() {
+fn errors_are_reported_with_line_column_and_key() {
     let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/declaration/broken.txt");
     let before = fs::read_to_string(&golden).expect("it is in the repository");
     let mut now = String::new();
     for case in before.split("=== ").skip(1) {
-        let (head, _) = case.split_once("---\n").expect("a file and what is said of it");
+        let (head, _) = case.split_once("---\n").expect("a file and its message");
         let (_, text) = head.split_once('\n').expect("a name and a file");
-        let said = complaint(text);
-        let said = said.strip_prefix("WS/fermata.toml has ").expect("it begins with the file");
-        now.push_str(&format!("=== {head}---\n{said}\n\n"));
+        let message = error_of(text);
+        let message = message.strip_prefix("WS/fermata.toml has ").expect("the name of the file");
+        now.push_str(&format!("=== {head}---\n{message}\n\n"));
     }
     if std::env::var_os("UPDATE_GOLDEN").is_some() {
         fs::write(&golden, &now).expect("write the golden file");
     } else {
-        assert!(now == before, "what is said of a broken file has changed; now it is:\n{now}");
+        assert!(now == before, "messages have changed; they are now:\n{now}");
     }
 }
 
 #[test]
-fn all_errors_of_a_file_are_told_at_once() {
-    let said = complaint(
+fn all_errors_of_a_file_are_reported_at_once() {
+    let message = error_of(
         "prject = \"x\"\n[agents.a]\ncomand = \"x\"\nstop_grace = 5\n[agents.\"b c\"]\ncommand = \"x\"\n[agents.d]\ncommand = \"\"\n",
     );
-    assert!(said.starts_with("WS/fermata.toml has 5 errors; nothing was changed\n\nline 1, column 1:"), "{said}");
-    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("line ")).collect();
-    let places: Vec<&str> = lines.iter().filter_map(|line| line.split(':').next()).collect();
+    assert!(message.starts_with("WS/fermata.toml has 5 errors; nothing was changed\n\nline 1, column 1:"), "{message}");
+    let lines: Vec<&str> = message.lines().filter(|line| line.starts_with("line ")).collect();
+    let locations: Vec<&str> = lines.iter().filter_map(|line| line.split(':').next()).collect();
     assert_eq!(
-        places,
+        locations,
         ["line 1, column 1", "line 3, column 1", "line 4, column 14", "line 5, column 9", "line 8, column 11"]
     );
 }
 
 #[test]
-fn programs_get_the_problems_with_their_places() {
+fn the_json_error_has_the_problems_with_their_locations() {
     let dir = workspace();
-    let source = Source {
+    let source = SourceFile {
         file: dir.path().join("fermata.toml"),
         workspace: dir.path().to_owned(),
         text: "[agents.a]\ncommand = \"x\"\nretsart = \"no\"\n".into(),
     };
-    let Err(Failure::Said(report)) = read(&source) else { panic!("it is refused") };
+    let Err(CommandError::Reported(report)) = read(&source) else { panic!("not reported") };
     let details = report.details.expect("for programs");
     let problem = &details["problems"][0];
     assert_eq!((problem["line"].as_u64(), problem["column"].as_u64()), (Some(3), Some(1)));
@@ -208,14 +208,14 @@ fn programs_get_the_problems_with_their_places() {
 }
 
 #[test]
-fn a_chain_of_many_agents_is_put_in_order_and_a_long_circle_is_found() {
+fn a_long_chain_of_agents_is_ordered_and_a_long_cycle_is_found() {
     let mut text = String::new();
     for i in 0..5_000 {
         text.push_str(&format!("[agents.a{i}]\ncommand = \"x\"\ndepends_on = [\"a{}\"]\n", i + 1));
     }
     text.push_str("[agents.a5000]\ncommand = \"x\"\n");
-    assert_eq!(order::layers(&understood(&text).agents).len(), 5_001);
+    assert_eq!(order::layers(&valid(&text).agents).len(), 5_001);
     text.push_str("depends_on = [\"a0\"]\n");
-    let said = complaint(&text);
-    assert!(said.contains("these agents wait for each other: a0 -> a1 -> a2"), "{}", &said[..200]);
+    let message = error_of(&text);
+    assert!(message.contains("dependency cycle: a0 -> a1 -> a2"), "{}", &message[..200]);
 }

@@ -1,4 +1,4 @@
-//! TOML as a tree of owned values that know where in the file they stand.
+//! A parsed TOML file: owned values with their locations.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -8,43 +8,35 @@ use toml::de::{DeTable, DeValue};
 
 use super::problems::Problem;
 
-/// A place in the file, bytes.
+/// A range of bytes in the file.
 pub type Span = Range<usize>;
 
-/// A value.
+/// A value with its location.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Node {
-    /// Where it stands.
+pub struct TomlNode {
     pub span: Span,
-    /// What it is.
-    pub kind: Kind,
+    pub kind: TomlValue,
 }
 
-/// What a value is.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Kind {
-    /// A text.
+pub enum TomlValue {
     Text(String),
-    /// A whole number; none when it is too large.
+    /// `None` when it does not fit.
     Integer(Option<i64>),
-    /// A number with a fraction.
     Float(f64),
-    /// True or false.
     Bool(bool),
-    /// A date or a time, as it is written.
+    /// A date or time, as written.
     Time(String),
-    /// A list.
-    List(Vec<Node>),
-    /// A table.
-    Table(Table),
+    List(Vec<TomlNode>),
+    Table(TomlTable),
 }
 
-impl Kind {
-    /// Returns what to call it in a sentence.
+impl TomlValue {
+    /// Returns the name of the type, for messages.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Text(_) => "a text",
-            Self::Integer(_) => "a whole number",
+            Self::Text(_) => "a string",
+            Self::Integer(_) => "an integer",
             Self::Float(_) => "a number",
             Self::Bool(_) => "true or false",
             Self::Time(_) => "a date or time",
@@ -54,23 +46,20 @@ impl Kind {
     }
 }
 
-/// A table: by name, where the name stands and the value.
-pub type Table = BTreeMap<String, Member>;
+pub type TomlTable = BTreeMap<String, TomlEntry>;
 
-/// One member of a table.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Member {
-    /// Where its name stands.
+pub struct TomlEntry {
+    /// The location of the key.
     pub key: Span,
-    /// Its value.
-    pub node: Node,
+    pub node: TomlNode,
 }
 
-/// Reads a file's text.
+/// Parses the text of a file.
 ///
 /// # Errors
-/// Everything that keeps it from being TOML, each with its place.
-pub fn parse(text: &str) -> Result<Table, Vec<Problem>> {
+/// All syntax errors, each with its location.
+pub fn parse(text: &str) -> Result<TomlTable, Vec<Problem>> {
     let (root, errors) = DeTable::parse_recoverable(text);
     if errors.is_empty() {
         return Ok(table(root.into_inner()));
@@ -78,28 +67,28 @@ pub fn parse(text: &str) -> Result<Table, Vec<Problem>> {
     Err(errors.iter().map(|error| Problem::new(error.span().unwrap_or(0..0), "", error.message())).collect())
 }
 
-fn table(table: DeTable<'_>) -> Table {
+fn table(table: DeTable<'_>) -> TomlTable {
     table
         .into_iter()
         .map(|(key, value)| {
             let span = key.span();
-            (key.into_inner().into_owned(), Member { key: span, node: node(value) })
+            (key.into_inner().into_owned(), TomlEntry { key: span, node: node(value) })
         })
         .collect()
 }
 
-fn node(value: Spanned<DeValue<'_>>) -> Node {
+fn node(value: Spanned<DeValue<'_>>) -> TomlNode {
     let span = value.span();
     let kind = match value.into_inner() {
-        DeValue::String(text) => Kind::Text(text.into_owned()),
-        DeValue::Integer(number) => Kind::Integer(i64::from_str_radix(number.as_str(), number.radix()).ok()),
-        DeValue::Float(number) => Kind::Float(number.as_str().parse().unwrap_or(f64::NAN)),
-        DeValue::Boolean(yes) => Kind::Bool(yes),
-        DeValue::Datetime(time) => Kind::Time(time.to_string()),
-        DeValue::Array(items) => Kind::List(items.into_iter().map(node).collect()),
-        DeValue::Table(members) => Kind::Table(table(members)),
+        DeValue::String(text) => TomlValue::Text(text.into_owned()),
+        DeValue::Integer(number) => TomlValue::Integer(i64::from_str_radix(number.as_str(), number.radix()).ok()),
+        DeValue::Float(number) => TomlValue::Float(number.as_str().parse().unwrap_or(f64::NAN)),
+        DeValue::Boolean(yes) => TomlValue::Bool(yes),
+        DeValue::Datetime(time) => TomlValue::Time(time.to_string()),
+        DeValue::Array(items) => TomlValue::List(items.into_iter().map(node).collect()),
+        DeValue::Table(members) => TomlValue::Table(table(members)),
     };
-    Node { span, kind }
+    TomlNode { span, kind }
 }
 
 #[cfg(test)]
@@ -107,20 +96,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_kind_of_value_keeps_its_place() {
+    fn every_type_of_value_keeps_its_location() {
         let text = "a = \"x\"\nb = 0x1F\nc = 1_000.5\nd = true\ne = 2026-01-02\nf = [1, \"y\"]\n[g.h]\ni = {j = inf}\n";
         let root = parse(text).expect("valid");
         let kinds: Vec<_> = root.iter().map(|(name, member)| (name.as_str(), member.node.kind.name())).collect();
-        let expected = ["a text", "a whole number", "a number", "true or false", "a date or time", "a list", "a table"];
+        let expected = ["a string", "an integer", "a number", "true or false", "a date or time", "a list", "a table"];
         assert_eq!(kinds.iter().map(|(_, kind)| *kind).collect::<Vec<_>>(), expected);
-        assert_eq!(root["b"].node.kind, Kind::Integer(Some(31)));
-        assert_eq!(root["c"].node.kind, Kind::Float(1000.5));
+        assert_eq!(root["b"].node.kind, TomlValue::Integer(Some(31)));
+        assert_eq!(root["c"].node.kind, TomlValue::Float(1000.5));
         assert_eq!(&text[root["b"].key.clone()], "b");
         assert_eq!(&text[root["a"].node.span.clone()], "\"x\"");
     }
 
     #[test]
-    fn all_errors_of_the_syntax_are_told_at_once() {
+    fn all_syntax_errors_are_reported_at_once() {
         let problems = parse("a = \nb = 1\nb = 2\n[c\n").expect_err("broken");
         let lines: Vec<_> = problems.iter().map(|p| p.span.start).collect();
         assert!(problems.len() >= 3, "{problems:?}");
@@ -128,8 +117,8 @@ mod tests {
     }
 
     #[test]
-    fn a_number_that_is_too_large_is_not_another_one() {
-        let root = parse("a = 99999999999999999999").expect("the form is good");
-        assert_eq!(root["a"].node.kind, Kind::Integer(None));
+    fn an_integer_that_does_not_fit_has_no_value() {
+        let root = parse("a = 99999999999999999999").expect("valid syntax");
+        assert_eq!(root["a"].node.kind, TomlValue::Integer(None));
     }
 }

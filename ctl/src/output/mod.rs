@@ -1,4 +1,4 @@
-//! Everything that reaches stdout: data for people, for programs (`--json`) or ids alone (`-q`).
+//! Everything that reaches stdout: for people, for programs (`--json`), or ids alone (`-q`).
 //!
 //! Messages (warnings, hints, progress) go to stderr; errors are printed by [`crate::errors`].
 
@@ -8,32 +8,42 @@ pub mod table;
 use std::fmt::Display;
 use std::io::{self, BufWriter, IsTerminal as _, Stdout, Write as _};
 
+use clap::ValueEnum;
 use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::project::ProjectStatus;
 use serde::Serialize;
 
-pub use table::{Cell, Facts, Paint, Table, clean};
+pub use table::{Cell, FieldList, Paint, TextTable};
 
-use crate::cli::{ColorChoice, Globals};
+use crate::terminal_text::clean;
+use crate::units;
 
 /// For whom the output is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// For people.
     Human,
-    /// For programs: the protocol's own fields, one object per line.
+    /// The protocol's own fields, one object per line.
     Json,
     /// Ids only, one per line.
     Ids,
 }
 
-/// How much is collected before it is written: a thousand rows in a few writes.
-const OUTPUT_BYTES: usize = 64 << 10;
+/// When to use colours.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum ColorChoice {
+    #[default]
+    Auto,
+    Always,
+    Never,
+}
 
-/// Writes results to stdout.
+/// The size of stdout's buffer: a thousand rows are written with a few system calls.
+const BUFFER_BYTES: usize = 64 << 10;
+
+/// Writes results to stdout, buffered.
 #[derive(Debug)]
-pub struct Output {
+pub struct Printer {
     format: Format,
     color: bool,
     width: Option<usize>,
@@ -41,67 +51,49 @@ pub struct Output {
     stdout: BufWriter<Stdout>,
 }
 
-impl Output {
-    /// Looks at the flags, the environment and the terminal.
-    pub fn new(globals: &Globals) -> Self {
+impl Printer {
+    /// Reads `NO_COLOR`, `TERM` and the terminal's width.
+    pub fn new(format: Format, color: ColorChoice) -> Self {
         let terminal = io::stdout().is_terminal();
-        let format = if globals.json {
-            Format::Json
-        } else if globals.quiet {
-            Format::Ids
-        } else {
-            Format::Human
-        };
-        let color = match globals.color {
+        let color = match color {
             ColorChoice::Always => true,
             ColorChoice::Never => false,
             ColorChoice::Auto => {
-                let refused = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+                let disabled = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
                 let dumb = std::env::var_os("TERM").is_some_and(|v| v == "dumb");
-                terminal && !refused && !dumb
+                terminal && !disabled && !dumb
             }
         };
         let width = if terminal { terminal_size::terminal_size().map(|(width, _)| usize::from(width.0)) } else { None };
-        Self {
-            format,
-            color,
-            width,
-            now: crate::units::now(),
-            stdout: BufWriter::with_capacity(OUTPUT_BYTES, io::stdout()),
-        }
+        Self { format, color, width, now: units::now(), stdout: BufWriter::with_capacity(BUFFER_BYTES, io::stdout()) }
     }
 
-    /// Returns for whom the output is.
     pub fn format(&self) -> Format {
         self.format
     }
 
-    /// Says whether the output is for people.
     pub fn is_human(&self) -> bool {
         self.format == Format::Human
     }
 
-    /// Says whether colours are on.
     pub fn color(&self) -> bool {
         self.color
     }
 
-    /// Writes how long ago a time was.
+    /// Formats how long ago a time was, counted from the start of the command.
     pub fn ago(&self, at: UnixMillis) -> String {
-        crate::units::ago(at, self.now)
+        units::ago(at, self.now)
     }
 
-    /// Returns the time at which the command began.
+    /// Returns the time at which the command began, which all ages in its output are counted from.
     pub fn now(&self) -> UnixMillis {
         self.now
     }
 
-    /// Writes text as it is.
     pub fn text(&mut self, text: &str) -> io::Result<()> {
         self.stdout.write_all(text.as_bytes())
     }
 
-    /// Writes a line.
     pub fn line(&mut self, line: impl Display) -> io::Result<()> {
         writeln!(self.stdout, "{line}")
     }
@@ -112,31 +104,29 @@ impl Output {
         self.stdout.write_all(b"\n")
     }
 
-    /// Writes a table.
-    pub fn table(&mut self, table: &Table) -> io::Result<()> {
+    pub fn table(&mut self, table: &TextTable) -> io::Result<()> {
         let text = table.render(self.width, self.color);
         self.text(&text)
     }
 
-    /// Writes facts.
-    pub fn facts(&mut self, facts: &Facts) -> io::Result<()> {
-        let text = facts.render(self.color);
+    pub fn fields(&mut self, fields: &FieldList) -> io::Result<()> {
+        let text = fields.render(self.color);
         self.text(&text)
     }
 
-    /// Writes a list: one JSON line per row, ids, or a table (`nothing` to stderr when it is empty).
+    /// Writes a list: one JSON line per row, one id per row, or a table. `empty` goes to stderr when there are no rows.
     pub fn rows<T: Serialize, I: Display>(
         &mut self,
         rows: &[T],
-        nothing: &str,
+        empty: &str,
         id: impl Fn(&T) -> I,
-        table: impl FnOnce(&Self, &[T]) -> Table,
+        table: impl FnOnce(&Self, &[T]) -> TextTable,
     ) -> io::Result<()> {
         match self.format {
             Format::Json => rows.iter().try_for_each(|row| self.json(row)),
             Format::Ids => rows.iter().try_for_each(|row| self.line(id(row))),
             Format::Human if rows.is_empty() => {
-                note(nothing);
+                note(empty);
                 Ok(())
             }
             Format::Human => {
@@ -146,7 +136,7 @@ impl Output {
         }
     }
 
-    /// Writes one object: as JSON, as its id (nothing when it has none), or as people want it.
+    /// Writes one object: as JSON, as its id (nothing when it has none), or by `human`.
     pub fn one<T: Serialize>(
         &mut self,
         value: &T,
@@ -163,12 +153,12 @@ impl Output {
         }
     }
 
-    /// Writes one object for programs and one sentence for people.
-    pub fn said<T: Serialize>(&mut self, value: &T, sentence: impl Display) -> io::Result<()> {
+    /// Writes one object for programs, or one sentence for people.
+    pub fn sentence<T: Serialize>(&mut self, value: &T, sentence: impl Display) -> io::Result<()> {
         self.one(value, None, |out, _| out.line(clean(&sentence.to_string())))
     }
 
-    /// Tells warnings on stderr, after the data that they are about.
+    /// Writes warnings to stderr, after the output before them.
     pub fn warnings(&mut self, warnings: &[String]) -> io::Result<()> {
         self.flush()?;
         for warning in warnings {
@@ -177,19 +167,17 @@ impl Output {
         Ok(())
     }
 
-    /// Hands everything to the reader.
     pub fn flush(&mut self) -> io::Result<()> {
         self.stdout.flush()
     }
 }
 
-/// Tells something on stderr that is neither data nor an error.
+/// Writes a message to stderr that is neither output nor an error.
 pub fn note(text: &str) {
-    // There is no third place to complain when stderr is closed.
+    // When stderr is closed there is nowhere to report that.
     let _ = writeln!(io::stderr(), "{}", clean(text)).is_ok();
 }
 
-/// Paints an agent's status.
 pub fn agent_status(status: AgentStatus) -> Cell {
     let paint = match status {
         AgentStatus::Starting | AgentStatus::Running => Paint::Good,
@@ -204,7 +192,6 @@ pub fn agent_status(status: AgentStatus) -> Cell {
     Cell::painted(status.as_str(), paint)
 }
 
-/// Paints a project's status.
 pub fn project_status(status: ProjectStatus) -> Cell {
     let paint = match status {
         ProjectStatus::Active => Paint::Good,

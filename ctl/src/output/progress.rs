@@ -1,4 +1,4 @@
-//! The progress bar of long work: fed by `$/progress`, drawn on stderr, and only on a terminal.
+//! The progress line of a long call: fed by `$/progress` notifications, drawn on stderr if that is a terminal.
 
 use std::io::IsTerminal as _;
 use std::time::Duration;
@@ -7,26 +7,26 @@ use fermata_protocol::rpc::Notification;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Deserialize;
 
-use super::table::clean;
+use crate::terminal_text::clean;
 
-/// What a `$/progress` notification carries; unknown fields are left alone.
+/// The parameters of a `$/progress` notification; unknown members are ignored.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct Step {
-    /// The step under way.
+pub struct ProgressUpdate {
+    /// The name of the step in progress.
     pub step: String,
-    /// How much of it is done.
+    /// How many units of the step are done.
     #[serde(default)]
     pub done: Option<u64>,
-    /// How much there is to do.
+    /// How many units the step has.
     #[serde(default)]
     pub total: Option<u64>,
-    /// What is counted: `bytes`, `files`, `agents` …
+    /// The unit: `bytes`, `files`, `agents` …
     #[serde(default)]
     pub unit: Option<String>,
 }
 
-impl Step {
-    /// Reads a notification, `None` when it is no progress.
+impl ProgressUpdate {
+    /// Returns `None` for a notification of another kind.
     pub fn read(notification: &Notification) -> Option<Self> {
         if notification.method != "$/progress" {
             return None;
@@ -35,14 +35,14 @@ impl Step {
     }
 }
 
-/// A bar that shows itself once there is something to show, and leaves nothing behind.
+/// A spinner or bar that is erased when dropped.
 #[derive(Debug)]
-pub struct Progress {
+pub struct ProgressLine {
     bar: Option<ProgressBar>,
 }
 
-impl Progress {
-    /// Begins; nothing is ever drawn off a terminal or when `wanted` is false.
+impl ProgressLine {
+    /// Draws nothing when `wanted` is false or stderr is not a terminal.
     pub fn begin(label: &str, wanted: bool) -> Self {
         if !wanted || !std::io::stderr().is_terminal() {
             return Self { bar: None };
@@ -54,25 +54,24 @@ impl Progress {
         Self { bar: Some(bar) }
     }
 
-    /// Shows what a notification says.
-    pub fn watch(&self, notification: &Notification) {
+    pub fn show(&self, notification: &Notification) {
         let Some(bar) = &self.bar else { return };
-        let Some(step) = Step::read(notification) else {
+        let Some(update) = ProgressUpdate::read(notification) else {
             return;
         };
-        bar.set_message(clean(&step.step));
-        match step.total {
+        bar.set_message(clean(&update.step));
+        match update.total {
             Some(total) if total > 0 => {
-                bar.set_style(counted(step.unit.as_deref()));
+                bar.set_style(bar_style(update.unit.as_deref()));
                 bar.set_length(total);
-                bar.set_position(step.done.unwrap_or(0).min(total));
+                bar.set_position(update.done.unwrap_or(0).min(total));
             }
             _ => bar.set_style(spinner()),
         }
     }
 }
 
-impl Drop for Progress {
+impl Drop for ProgressLine {
     fn drop(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();
@@ -80,18 +79,18 @@ impl Drop for Progress {
     }
 }
 
-/// The looks of a step whose size is not known.
+/// The template of a step whose size is not known.
 const SPINNER: &str = "{spinner} {prefix}: {msg} [{elapsed}]";
 
 fn spinner() -> ProgressStyle {
     style(SPINNER)
 }
 
-fn counted(unit: Option<&str>) -> ProgressStyle {
-    style(&counted_template(unit))
+fn bar_style(unit: Option<&str>) -> ProgressStyle {
+    style(&bar_template(unit))
 }
 
-fn counted_template(unit: Option<&str>) -> String {
+fn bar_template(unit: Option<&str>) -> String {
     let counts = match unit {
         Some("bytes") => "{bytes}/{total_bytes}".into(),
         // Braces would begin a placeholder.
@@ -101,7 +100,7 @@ fn counted_template(unit: Option<&str>) -> String {
     format!("{{spinner}} {{prefix}}: {{msg}} [{{bar:24}}] {counts}")
 }
 
-/// A template that does not parse costs the looks, not the command.
+/// Falls back to the default style for a template that does not parse.
 fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner()).progress_chars("=> ")
 }
@@ -117,15 +116,15 @@ mod tests {
             "$/progress",
             json!({"operation_id": "op-1", "step": "snapshot", "done": 3, "total": 9, "unit": "files"}),
         );
-        let step = Step::read(&progress).expect("progress");
-        assert_eq!((step.done, step.total), (Some(3), Some(9)));
-        assert_eq!(Step::read(&Notification::new("event", json!({}))), None);
+        let update = ProgressUpdate::read(&progress).expect("progress");
+        assert_eq!((update.done, update.total), (Some(3), Some(9)));
+        assert_eq!(ProgressUpdate::read(&Notification::new("event", json!({}))), None);
     }
 
     #[test]
     fn every_template_parses() {
         let units = [None, Some("bytes"), Some("files"), Some("{x}")];
-        for template in units.map(counted_template).into_iter().chain([SPINNER.into()]) {
+        for template in units.map(bar_template).into_iter().chain([SPINNER.into()]) {
             assert!(ProgressStyle::with_template(&template).is_ok(), "{template}");
         }
     }

@@ -1,25 +1,27 @@
-//! Tables and lists of facts: aligned, cut to the terminal's width, never wrapped.
+//! Tables and lists of fields: aligned, truncated to the terminal's width, never wrapped.
 //!
-//! Pure: a table becomes a string; what comes from outside is cleaned of control characters here.
+//! Pure: a table becomes a string. Control characters in cells are replaced here.
 
-/// How a cell is painted where colours are on.
+use crate::terminal_text::{clean, text_width, truncate};
+
+/// The colour of a cell, by what the cell says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Paint {
-    /// Not at all.
+    /// No colour.
     #[default]
     Plain,
-    /// Runs, is good.
+    /// Green: running, intact.
     Good,
-    /// Is held or wants attention.
+    /// Yellow: paused, in transition, or waiting for a person.
     Attention,
-    /// Failed.
+    /// Red: failed, damaged.
     Bad,
-    /// Of lesser interest.
+    /// Grey: of lesser interest.
     Dim,
 }
 
 impl Paint {
-    /// Wraps a text in the colour's escape sequences.
+    /// Wraps a text in the escape sequences of the colour when `color` is set.
     pub fn apply(self, text: &str, color: bool) -> String {
         let code = match self {
             Self::Good => "32",
@@ -32,7 +34,7 @@ impl Paint {
     }
 }
 
-/// One cell: a text and its paint.
+/// A text, free of control characters, and its colour.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Cell {
     text: String,
@@ -40,7 +42,6 @@ pub struct Cell {
 }
 
 impl Cell {
-    /// Makes a painted cell.
     pub fn painted(text: impl AsRef<str>, paint: Paint) -> Self {
         Self { text: clean(text.as_ref()), paint }
     }
@@ -52,21 +53,20 @@ impl<T: AsRef<str>> From<T> for Cell {
     }
 }
 
-/// A table with headers; a header that begins with `>` has its column aligned to the right.
+/// A table with headers; the column of a header that begins with `>` is aligned to the right.
 #[derive(Debug)]
-pub struct Table {
+pub struct TextTable {
     headers: Vec<&'static str>,
     rows: Vec<Vec<Cell>>,
 }
 
-/// Between two columns.
+/// Blanks between two columns.
 const GAP: usize = 2;
 
-/// Down to this width the last column gives way before the others do.
-const LAST: usize = 16;
+/// The last column (free text) is narrowed first, down to this width.
+const MIN_LAST_WIDTH: usize = 16;
 
-impl Table {
-    /// Makes an empty table.
+impl TextTable {
     pub fn new(headers: &[&'static str]) -> Self {
         Self { headers: headers.to_vec(), rows: Vec::new() }
     }
@@ -78,7 +78,7 @@ impl Table {
         self.rows.push(cells);
     }
 
-    /// Writes the table; `width` is the terminal's, when there is one.
+    /// Renders the table, one line per row; `width` is that of the terminal, when stdout is one.
     pub fn render(&self, width: Option<usize>, color: bool) -> String {
         let header: Vec<Cell> =
             self.headers.iter().map(|h| Cell::painted(h.trim_start_matches('>'), Paint::Dim)).collect();
@@ -97,7 +97,7 @@ impl Table {
             let last = row.len().saturating_sub(1);
             for (i, cell) in row.iter().enumerate() {
                 let right = self.headers[i].starts_with('>');
-                let cut = cut(&cell.text, widths[i]);
+                let cut = truncate(&cell.text, widths[i]);
                 let padding = " ".repeat(widths[i].saturating_sub(text_width(&cut)));
                 let painted = cell.paint.apply(&cut, color);
                 if right {
@@ -125,39 +125,39 @@ fn fit(widths: &mut [usize], limit: usize) {
     while total(widths) > limit {
         let last = widths.len() - 1;
         let widest = widths.iter().enumerate().max_by_key(|(_, w)| **w);
-        let victim = match widest {
-            _ if widths[last] > LAST => last,
+        let narrowed = match widest {
+            _ if widths[last] > MIN_LAST_WIDTH => last,
             Some((i, &width)) if width > 1 => i,
             _ => return,
         };
-        widths[victim] -= 1;
+        widths[narrowed] -= 1;
     }
 }
 
-/// Facts about one thing, one per line with aligned names.
+/// FieldList about one thing, one per line with aligned names.
 #[derive(Debug, Default)]
-pub struct Facts {
+pub struct FieldList {
     lines: Vec<(&'static str, Cell)>,
 }
 
-impl Facts {
-    /// Adds a fact.
+impl FieldList {
+    /// Adds a field.
     #[must_use]
     pub fn add(mut self, name: &'static str, value: impl Into<Cell>) -> Self {
         self.lines.push((name, value.into()));
         self
     }
 
-    /// Adds a fact when there is one.
+    /// Adds a field when it has a value.
     #[must_use]
-    pub fn maybe(self, name: &'static str, value: Option<impl Into<Cell>>) -> Self {
+    pub fn add_some(self, name: &'static str, value: Option<impl Into<Cell>>) -> Self {
         match value {
             Some(value) => self.add(name, value),
             None => self,
         }
     }
 
-    /// Writes the facts.
+    /// Renders the fields, one line each.
     pub fn render(&self, color: bool) -> String {
         let widest = self.lines.iter().map(|(name, _)| name.len()).max();
         let width = widest.unwrap_or(0) + 1;
@@ -172,73 +172,19 @@ impl Facts {
     }
 }
 
-/// Makes a text from outside harmless on a terminal: one line, no control or direction characters.
-pub fn clean(text: &str) -> String {
-    text.chars()
-        .map(|c| match c {
-            '\n' | '\r' | '\t' => ' ',
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
-            c if c.is_control() => '\u{fffd}',
-            c => c,
-        })
-        .collect()
-}
-
-/// Cuts a text to so many columns and shows that it did.
-pub fn cut(text: &str, width: usize) -> String {
-    if text_width(text) <= width {
-        return text.into();
-    }
-    let mut short = String::new();
-    let mut used = 0;
-    for c in text.chars() {
-        if used + char_width(c) + 1 > width {
-            break;
-        }
-        used += char_width(c);
-        short.push(c);
-    }
-    if width > 0 {
-        short.push('…');
-    }
-    short
-}
-
-/// Returns how many columns a text takes.
-pub fn text_width(text: &str) -> usize {
-    text.chars().map(char_width).sum()
-}
-
-/// How many columns a character takes: the blocks that terminals draw over two, and marks over none.
-fn char_width(c: char) -> usize {
-    match u32::from(c) {
-        0x300..=0x36f | 0x200b..=0x200f | 0xfe00..=0xfe0f => 0,
-        0x1100..=0x115f
-        | 0x2e80..=0xa4cf
-        | 0xac00..=0xd7a3
-        | 0xf900..=0xfaff
-        | 0xfe30..=0xfe6f
-        | 0xff00..=0xff60
-        | 0xffe0..=0xffe6
-        | 0x1f300..=0x1faff
-        | 0x20000..=0x3fffd => 2,
-        _ => 1,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn sample() -> Table {
-        let mut table = Table::new(&["NAME", ">SIZE", "COMMAND"]);
+    fn sample() -> TextTable {
+        let mut table = TextTable::new(&["NAME", ">SIZE", "COMMAND"]);
         table.row(["web".into(), "7".into(), "codex exec".into()]);
         table.row(["api-server".into(), "1200".into(), "a very long command line".into()]);
         table
     }
 
     #[test]
-    fn columns_are_aligned_and_nothing_is_cut_off_a_terminal() {
+    fn columns_are_aligned_and_nothing_is_truncated_without_a_terminal() {
         assert_eq!(
             sample().render(None, false),
             "NAME        SIZE  COMMAND\n\
@@ -258,14 +204,8 @@ mod tests {
     }
 
     #[test]
-    fn wide_characters_count_twice() {
-        assert_eq!(text_width("漢字"), 4);
-        assert_eq!(cut("漢字漢字", 5), "漢字…");
-    }
-
-    #[test]
     fn escape_sequences_from_outside_do_not_reach_the_terminal() {
-        let mut table = Table::new(&["TEXT"]);
+        let mut table = TextTable::new(&["TEXT"]);
         table.row(["\x1b[2Jgone\nnext\u{202e}".into()]);
         let text = table.render(None, true);
         assert!(text.contains("\u{fffd}[2Jgone next\u{fffd}"), "{text:?}");
@@ -273,14 +213,14 @@ mod tests {
 
     #[test]
     fn colours_do_not_count_as_width() {
-        let mut table = Table::new(&["A", "B"]);
+        let mut table = TextTable::new(&["A", "B"]);
         table.row([Cell::painted("x", Paint::Good), "y".into()]);
         assert!(table.render(Some(10), true).contains("\x1b[32mx\x1b[0m  y\n"));
     }
 
     #[test]
     fn facts_are_aligned() {
-        let facts = Facts::default().add("mode", "freeze").add("checkpoint", "3").maybe("reason", None::<&str>);
-        assert_eq!(facts.render(false), "mode:       freeze\ncheckpoint: 3\n");
+        let fields = FieldList::default().add("mode", "freeze").add("checkpoint", "3").add_some("reason", None::<&str>);
+        assert_eq!(fields.render(false), "mode:       freeze\ncheckpoint: 3\n");
     }
 }

@@ -40,7 +40,7 @@ fn a_daemon_that_does_not_start_is_shown_with_its_log() {
     assert_eq!(ended.code, 4, "{ended:?}");
     assert!(ended.stderr.contains("args: --background\nno such disk"), "{ended:?}");
     let log = dir.path().join("state/fermatad.log");
-    assert!(ended.stderr.contains(&format!("hint: its whole log is {}", log.display())));
+    assert!(ended.stderr.contains(&format!("hint: the complete log is {}", log.display())));
     let mode = fs::metadata(dir.path().join("state")).expect("made").permissions().mode();
     assert_eq!(mode & 0o777, 0o700);
 }

@@ -27,7 +27,7 @@ fn a_list_is_a_table_json_lines_or_ids() {
 }
 
 #[test]
-fn colours_can_be_had_everywhere() {
+fn colours_can_be_forced() {
     let stub = Stub::new([("agent.list", two_agents())]);
     let table = stub.run(&["ps", "--color", "always"]).stdout;
     assert!(table.contains("\u{1b}[32mrunning"), "{table}");
@@ -42,7 +42,7 @@ fn an_empty_list_leaves_stdout_empty() {
 }
 
 #[test]
-fn a_pause_tells_people_everything_and_programs_the_reply() {
+fn a_pause_prints_all_fields_for_people_and_the_reply_for_programs() {
     let reply = json!({
         "success": true, "operation_id": "op-1", "checkpoint_id": 3,
         "tokens_before": 150_000, "tokens_after": 60_000, "reduction_percentage": 60.0,
@@ -61,13 +61,14 @@ fn a_pause_tells_people_everything_and_programs_the_reply() {
     ]);
     let people = stub.run(&["pause", "web"]);
     for part in [
-        "checkpoint: 3\n",
-        "mode:       freeze\n",
-        "mechanism:  cgroup\n",
-        "processes:  12\n",
-        "frozen:     34 ms (freeze 4.0 ms, snapshot 21 ms)\n",
-        "150,000 before, 60,000 after (60.0 % less)",
-        "41 items; 5 hot and 9 warm stay",
+        "checkpoint:           3\n",
+        "mode:                 freeze\n",
+        "mechanism:            cgroup\n",
+        "processes:            12\n",
+        "frozen before commit: 34 ms\n",
+        "steps:                freeze 4.0 ms, snapshot 21 ms\n",
+        "150,000 -> 60,000 (60.0% reduction)",
+        "41 items (5 hot and 9 warm kept)",
     ] {
         assert!(people.stdout.contains(part), "{part} in {}", people.stdout);
     }
@@ -107,7 +108,7 @@ fn settings_that_are_not_given_are_kept() {
         "context": {"items": 0, "archived": 0, "tokens": 0, "hot": 0, "warm": 0, "cold": 0}});
     let stub = Stub::new([("project.show", Answer::Result(detail)), ("project.set", Answer::Result(project))]);
     let ended = stub.run(&["project", "set", "web", "--max-file-size", "64KiB"]);
-    assert_eq!((ended.code, ended.stdout.as_str()), (0, "web changed\n"), "{ended:?}");
+    assert_eq!((ended.code, ended.stdout.as_str()), (0, "web updated\n"), "{ended:?}");
     let sent = &stub.calls("project.set")[0]["config"];
     assert_eq!((&sent["max_file_bytes"], &sent["exclude"]), (&65_536.into(), &json!(["target/"])));
 }
