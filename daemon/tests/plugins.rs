@@ -7,7 +7,9 @@
 
 mod plugin_bench;
 
-use fermata_daemon::plugins::{CrashPolicy, Kind, PluginError, PluginFailure, PluginState, PluginStatus, SaveRequest};
+use fermata_daemon::plugins::{
+    CrashPolicy, PluginError, PluginFailure, PluginKind, PluginState, PluginStatus, SaveRequest,
+};
 use plugin_bench::{Bench, alive, code, event, exec_plugin};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -21,7 +23,7 @@ async fn a_good_plugin_runs_saves_and_is_told() {
     let plugins = bench.start().await;
     let status = bench.running(&plugins, "good").await;
     assert_eq!(status.version.as_deref(), Some("1"));
-    assert_eq!(status.kinds, [Kind::Checkpoint, Kind::Notify]);
+    assert_eq!(status.kinds, [PluginKind::Checkpoint, PluginKind::Notify]);
     assert!(status.pid.is_some());
 
     let saved = plugins.checkpoint_save(&bench.save_request()).await;

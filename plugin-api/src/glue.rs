@@ -1,12 +1,11 @@
-//! Turns a [`Plugin`] into a table of C functions.
+//! Converts a [`Plugin`] into a table of C functions.
 //!
-//! The functions here are the only ones that C calls. No panic leaves them, and every reply is a
-//! boxed slice that [`table`]'s `free` takes back. Use [`export_plugin!`](crate::export_plugin),
+//! No panic leaves these functions, and every reply is a boxed slice, which the `free` of the [`table`] takes back. Use [`export_plugin!`](crate::export_plugin),
 //! not this module.
 
 use crate::abi::{self, FermataBytes, FermataHostV1, FermataPluginV1};
 use crate::message::{
-    CHECKPOINT_RESTORE, CHECKPOINT_SAVE, Failure, NOTIFY, NotifyRequest, RestoreRequest, SaveReply, SaveRequest,
+    CHECKPOINT_RESTORE, CHECKPOINT_SAVE, CallError, NOTIFY, NotifyRequest, RestoreRequest, SaveReply, SaveRequest,
 };
 use crate::plugin::{Host, Plugin};
 use serde::Serialize;
@@ -16,12 +15,12 @@ use std::any::Any;
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Exports a type that implements [`Plugin`] as this shared object's plugin.
+/// Exports a type that implements [`Plugin`] as the plugin of this shared object.
 #[macro_export]
 macro_rules! export_plugin {
     ($plugin:ty) => {
-        /// The entry of the plugin ABI.
-        // SAFETY: the name belongs to Fermata; a shared object exports it at most once.
+        /// The entry point of the plugin ABI.
+        // SAFETY: the name is reserved by Fermata; a shared object exports it at most once.
         #[unsafe(no_mangle)]
         pub extern "C" fn fermata_plugin_v1() -> *const $crate::abi::FermataPluginV1 {
             static TABLE: $crate::abi::FermataPluginV1 = $crate::glue::table::<$plugin>();
@@ -30,7 +29,7 @@ macro_rules! export_plugin {
     };
 }
 
-/// The table of a plugin's functions.
+/// Returns the table of functions of a plugin.
 pub const fn table<P: Plugin>() -> FermataPluginV1 {
     FermataPluginV1 {
         size: size_of::<FermataPluginV1>(),
@@ -44,7 +43,7 @@ pub const fn table<P: Plugin>() -> FermataPluginV1 {
 }
 
 unsafe extern "C" fn describe<P: Plugin>(reply: *mut FermataBytes) -> i32 {
-    // SAFETY: the host hands in a place for the reply.
+    // SAFETY: the host passes a valid place for the reply.
     unsafe { answer(reply, || encode(&P::describe())) }
 }
 
@@ -55,16 +54,16 @@ unsafe extern "C" fn create<P: Plugin>(
     reply: *mut FermataBytes,
 ) -> i32 {
     let make = || {
-        // SAFETY: the host lends the settings for the length of this call.
+        // SAFETY: the settings are valid during this call.
         let settings: Value = decode(unsafe { settings.view() })?;
-        // SAFETY: the ABI promises that the host's table outlives the instance.
+        // SAFETY: by the ABI the table of the host outlives the instance.
         let host = unsafe { Host::from_raw(host) };
         let plugin = Box::new(P::create(settings, host)?);
-        // SAFETY: the host hands in a place for the instance; `destroy` takes the box back.
+        // SAFETY: the host passes a valid place for the instance; `destroy` takes the box back.
         unsafe { instance.write(Box::into_raw(plugin).cast()) };
         Ok(Vec::new())
     };
-    // SAFETY: the host hands in a place for the reply.
+    // SAFETY: the host passes a valid place for the reply.
     unsafe { answer(reply, make) }
 }
 
@@ -75,18 +74,17 @@ unsafe extern "C" fn call<P: Plugin>(
     reply: *mut FermataBytes,
 ) -> i32 {
     let run = || {
-        // SAFETY: `create` made the instance, `destroy` has not been called, and only shared
-        // references are ever made to it.
+        // SAFETY: `create` returned the instance, `destroy` has not been called, and there are only shared references to it.
         let plugin = unsafe { &*instance.cast_const().cast::<P>() };
-        // SAFETY: the host lends method and request for the length of this call.
+        // SAFETY: method and request are valid during this call.
         let (method, request) = unsafe { (method.view(), request.view()) };
         dispatch(plugin, method.unwrap_or_default(), request)
     };
-    // SAFETY: the host hands in a place for the reply.
+    // SAFETY: the host passes a valid place for the reply.
     unsafe { answer(reply, run) }
 }
 
-fn dispatch<P: Plugin>(plugin: &P, method: &[u8], request: Option<&[u8]>) -> Result<Vec<u8>, Failure> {
+fn dispatch<P: Plugin>(plugin: &P, method: &[u8], request: Option<&[u8]>) -> Result<Vec<u8>, CallError> {
     let method = std::str::from_utf8(method).unwrap_or_default();
     match (method, plugin.checkpointer(), plugin.notifier()) {
         (CHECKPOINT_SAVE, Some(checkpointer), _) => {
@@ -100,19 +98,19 @@ fn dispatch<P: Plugin>(plugin: &P, method: &[u8], request: Option<&[u8]>) -> Res
             notifier.notify(&decode::<NotifyRequest>(request)?.event)?;
             Ok(Vec::new())
         }
-        _ => Err(Failure::unsupported(method)),
+        _ => Err(CallError::unsupported(method)),
     }
 }
 
 unsafe extern "C" fn cancel<P: Plugin>(instance: *mut c_void) {
     // SAFETY: as in `call`.
     let plugin = unsafe { &*instance.cast_const().cast::<P>() };
-    // A panic has been reported by the panic hook; there is nobody to answer to.
+    // The panic hook has reported a panic; `cancel` has no result.
     drop(catch_unwind(AssertUnwindSafe(|| plugin.cancel())));
 }
 
 unsafe extern "C" fn destroy<P: Plugin>(instance: *mut c_void) {
-    // SAFETY: `create` made the box, and `destroy` is the last call for it.
+    // SAFETY: `create` allocated the box, and `destroy` is the last call for it.
     let plugin = unsafe { Box::from_raw(instance.cast::<P>()) };
     drop(catch_unwind(AssertUnwindSafe(move || drop(plugin))));
 }
@@ -121,41 +119,41 @@ unsafe extern "C" fn free(ptr: *mut u8, len: usize) {
     if ptr.is_null() {
         return;
     }
-    // SAFETY: `give` made this very box from a slice of `len` bytes.
+    // SAFETY: `into_reply` allocated this box from a slice of `len` bytes.
     drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(ptr, len)) });
 }
 
-/// Runs `work` without letting a panic out, and puts its result or its failure into `*reply`.
+/// Runs `work`, catches its panics, and writes its result or error to `*reply`.
 ///
 /// # Safety
-/// `reply` must be null or point to a place for the reply.
-unsafe fn answer(reply: *mut FermataBytes, work: impl FnOnce() -> Result<Vec<u8>, Failure>) -> i32 {
+/// `reply` must be null or valid for writes.
+unsafe fn answer(reply: *mut FermataBytes, work: impl FnOnce() -> Result<Vec<u8>, CallError>) -> i32 {
     let (status, bytes) = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(bytes)) => (abi::STATUS_OK, bytes),
         Ok(Err(failure)) => (
             match failure.code.as_str() {
-                Failure::UNSUPPORTED => abi::STATUS_UNSUPPORTED,
-                Failure::CANCELLED => abi::STATUS_CANCELLED,
+                CallError::UNSUPPORTED => abi::STATUS_UNSUPPORTED,
+                CallError::CANCELLED => abi::STATUS_CANCELLED,
                 _ => abi::STATUS_ERROR,
             },
             encode(&failure).unwrap_or_default(),
         ),
         Err(panic) => {
-            let failure = Failure::new("panic", format!("the plugin panicked: {}", text(&*panic)));
-            // Dropping a panic's payload may panic again, and there is no room for that here.
+            let failure = CallError::new("panic", format!("the plugin panicked: {}", panic_message(&*panic)));
+            // Dropping the payload of a panic may panic again.
             std::mem::forget(panic);
             (abi::STATUS_PANIC, encode(&failure).unwrap_or_default())
         }
     };
     if !reply.is_null() {
-        // SAFETY: by this function's contract; the old value is plain data.
-        unsafe { reply.write(give(bytes)) };
+        // SAFETY: by the contract of this function; the old value needs no drop.
+        unsafe { reply.write(into_reply(bytes)) };
     }
     status
 }
 
-/// Hands bytes over to the host, which gives them back through `free`.
-fn give(bytes: Vec<u8>) -> FermataBytes {
+/// Passes bytes to the host, which returns them through `free`.
+fn into_reply(bytes: Vec<u8>) -> FermataBytes {
     if bytes.is_empty() {
         return FermataBytes::EMPTY;
     }
@@ -164,19 +162,19 @@ fn give(bytes: Vec<u8>) -> FermataBytes {
     FermataBytes { ptr, len }
 }
 
-fn text(panic: &(dyn Any + Send)) -> &str {
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&str>()
         .copied()
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("for an unnamed reason")
+        .unwrap_or("with a payload that is not a string")
 }
 
-fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, Failure> {
-    serde_json::to_vec(value).map_err(|error| Failure::new("encoding", format!("the reply is not JSON: {error}")))
+fn encode<T: Serialize>(value: &T) -> Result<Vec<u8>, CallError> {
+    serde_json::to_vec(value).map_err(|error| CallError::new("encoding", format!("the reply is not JSON: {error}")))
 }
 
-fn decode<T: DeserializeOwned>(bytes: Option<&[u8]>) -> Result<T, Failure> {
+fn decode<T: DeserializeOwned>(bytes: Option<&[u8]>) -> Result<T, CallError> {
     serde_json::from_slice(bytes.unwrap_or_default())
-        .map_err(|error| Failure::new("bad_request", format!("the request is not valid: {error}")))
+        .map_err(|error| CallError::new("bad_request", format!("the request is not valid: {error}")))
 }

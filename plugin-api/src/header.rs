@@ -1,32 +1,32 @@
 //! Renders the C header from the descriptions in [`crate::abi`].
 //!
-//! `include/fermata_plugin.h` is the output of [`render`]; `tests/header.rs` compares the two
-//! (and rewrites the file when `FERMATA_BLESS=1` is set).
+//! `include/fermata_plugin.h` is the output of [`render`]; `tests/header.rs` compares the two, and rewrites the file when
+//! `FERMATA_BLESS=1` is set.
 
 use crate::abi::{self, CConstant, CStruct};
 
-/// Where a declaration is broken into two lines.
+/// The maximum width of a declaration; longer ones are wrapped.
 const WIDTH: usize = 96;
 
-/// Renders the whole header.
+/// Returns the text of the header.
 pub fn render() -> String {
     let mut out = String::new();
     out.push_str(
         "/* fermata_plugin.h: the C ABI of Fermata plugins, version 1.\n\
          \x20*\n\
          \x20* Generated from plugin-api/src/abi.rs; do not edit.\n\
-         \x20* Layouts are frozen: a table begins with its size and only grows at its end.\n\
+         \x20* Layouts are frozen: a table begins with its size and only grows at the end.\n\
          \x20*/\n\
          #ifndef FERMATA_PLUGIN_H\n#define FERMATA_PLUGIN_H\n\n\
          #include <stddef.h>\n#include <stdint.h>\n\n\
          #ifdef __cplusplus\nextern \"C\" {\n#endif\n\n",
     );
     out.push_str(&format!(
-        "#define FERMATA_PLUGIN_ABI {}\n\n/* Longest reply, in bytes. */\n#define FERMATA_MAX_REPLY {}\n\n",
+        "#define FERMATA_PLUGIN_ABI {}\n\n/* The maximum size of a reply, in bytes. */\n#define FERMATA_MAX_REPLY {}\n\n",
         abi::VERSION,
         abi::MAX_REPLY_BYTES
     ));
-    out.push_str("/* What a function of a plugin returns. */\n");
+    out.push_str("/* Return values of the functions of a plugin. */\n");
     constants(&mut out, abi::STATUSES);
     out.push_str("\n/* Levels of log lines. */\n");
     constants(&mut out, abi::LEVELS);
@@ -35,7 +35,7 @@ pub fn render() -> String {
         structure(&mut out, description);
     }
     out.push_str(&format!(
-        "\n/* The one symbol that a plugin exports. */\nconst FermataPluginV1 *{}(void);\n\n\
+        "\n/* The symbol that a plugin exports. */\nconst FermataPluginV1 *{}(void);\n\n\
          #ifdef __cplusplus\n}}\n#endif\n\n#endif /* FERMATA_PLUGIN_H */\n",
         abi::SYMBOL
     ));
@@ -67,7 +67,7 @@ fn comment(out: &mut String, indent: &str, lines: &[&str]) {
     }
 }
 
-/// One declaration, broken before the argument that would pass [`WIDTH`].
+/// Wraps a declaration before the argument that would exceed [`WIDTH`].
 fn wrapped(declaration: &str) -> String {
     let mut lines = vec![String::from("    ")];
     for (number, part) in declaration.split(", ").enumerate() {

@@ -1,27 +1,26 @@
-//! The host's side of the ABI: a plugin's table of C functions as safe calls.
+//! The ABI from the side of the host: safe calls of the C functions of a plugin.
 //!
-//! Checks what can be checked (sizes, null pointers, JSON) and copies every reply before it is
-//! given back. A plugin that breaks the ABI on purpose can still crash the process: that is why
-//! only `fermata-plugin-host` uses this, never the daemon itself.
+//! Sizes, null pointers and JSON are checked, and every reply is copied before it is freed. A plugin that violates the ABI
+//! can still crash the process, which is why only `fermata-plugin-host` uses this module, never the daemon.
 
 use crate::abi::{self, FermataBytes, FermataHostV1, FermataPluginV1};
-use crate::message::{Description, Failure};
-use crate::plugin::Level;
+use crate::message::{CallError, Description};
+use crate::plugin::LogLevel;
 use serde_json::Value;
 use std::ffi::c_void;
 use std::sync::Arc;
 
-/// What the host does for its plugin.
-pub trait Services: Send + Sync + 'static {
-    /// Takes a line for the daemon's log.
-    fn log(&self, level: Level, message: &str);
-    /// Says whether the current call should be given up soon.
+/// The functions that the host offers to its plugin.
+pub trait HostServices: Send + Sync + 'static {
+    /// Writes a line to the log of the daemon.
+    fn log(&self, level: LogLevel, message: &str);
+    /// Says whether the current call was cancelled.
     fn cancelled(&self) -> bool;
 }
 
 /// The functions of a loaded plugin.
 #[derive(Clone, Copy)]
-pub struct Table {
+pub struct PluginTable {
     describe: unsafe extern "C" fn(*mut FermataBytes) -> i32,
     create: unsafe extern "C" fn(FermataBytes, *const FermataHostV1, *mut *mut c_void, *mut FermataBytes) -> i32,
     call: unsafe extern "C" fn(*mut c_void, FermataBytes, FermataBytes, *mut FermataBytes) -> i32,
@@ -30,23 +29,23 @@ pub struct Table {
     free: unsafe extern "C" fn(*mut u8, usize),
 }
 
-impl Table {
-    /// Takes over what a plugin's entry has returned; refuses null, short and incomplete tables.
+impl PluginTable {
+    /// Checks and copies the table that a plugin returned; rejects null, short and incomplete tables.
     ///
     /// # Safety
-    /// `raw` must be null or point to a plugin's table in a shared object that is never unloaded
-    /// and that keeps to the ABI.
-    pub unsafe fn from_raw(raw: *const FermataPluginV1) -> Result<Self, Failure> {
-        let incomplete = |what: String| Failure::new("bad_table", what);
-        // SAFETY: by this function's contract.
+    /// `raw` must be null or point to the table of a plugin that conforms to the ABI, in a shared object that is never
+    /// unloaded.
+    pub unsafe fn from_raw(raw: *const FermataPluginV1) -> Result<Self, CallError> {
+        let incomplete = |what: String| CallError::new("bad_table", what);
+        // SAFETY: by the contract of this function.
         let Some((size, table)) = (unsafe { abi::copy_table(raw) }) else {
-            return Err(incomplete("the plugin returned no table".to_owned()));
+            return Err(incomplete("the plugin returned a null table".to_owned()));
         };
-        let least = size_of::<FermataPluginV1>();
-        if size < least {
-            return Err(incomplete(format!("the plugin's table has {size} bytes, at least {least} are needed")));
+        let min_size = size_of::<FermataPluginV1>();
+        if size < min_size {
+            return Err(incomplete(format!("the plugin's table has {size} bytes, at least {min_size} are required")));
         }
-        let missing = |name: &str| incomplete(format!("the plugin's table lacks `{name}`"));
+        let missing = |name: &str| incomplete(format!("the plugin's table has no function `{name}`"));
         Ok(Self {
             describe: table.describe.ok_or_else(|| missing("describe"))?,
             create: table.create.ok_or_else(|| missing("create"))?,
@@ -57,18 +56,19 @@ impl Table {
         })
     }
 
-    /// Asks the plugin who it is.
-    pub fn describe(&self) -> Result<Description, Failure> {
+    /// Returns the description of the plugin.
+    pub fn describe(&self) -> Result<Description, CallError> {
         let mut reply = FermataBytes::EMPTY;
-        // SAFETY: the plugin keeps to the ABI, and the place for the reply is valid.
+        // SAFETY: the plugin conforms to the ABI, and `reply` is a valid place.
         let status = unsafe { (self.describe)(&mut reply) };
         let bytes = self.conclude("describe", status, reply)?;
-        serde_json::from_slice(&bytes)
-            .map_err(|error| Failure::new("bad_description", format!("the plugin's description is not valid: {error}")))
+        serde_json::from_slice(&bytes).map_err(|error| {
+            CallError::new("bad_description", format!("the plugin's description is not valid: {error}"))
+        })
     }
 
-    /// Makes an instance.
-    pub fn create(&self, settings: &Value, services: Arc<dyn Services>) -> Result<Instance, Failure> {
+    /// Creates an instance.
+    pub fn create(&self, settings: &Value, services: Arc<dyn HostServices>) -> Result<Instance, CallError> {
         let settings = settings.to_string();
         let context = Box::into_raw(Box::new(services));
         let host = Box::into_raw(Box::new(FermataHostV1 {
@@ -79,68 +79,72 @@ impl Table {
         }));
         let mut pointer = std::ptr::null_mut();
         let mut reply = FermataBytes::EMPTY;
-        // SAFETY: the plugin keeps to the ABI. The table of the host and its context are leaked
-        // on purpose: a thread that the plugin forgot about may use them until the process ends.
+        // SAFETY: the plugin conforms to the ABI. The table of the host and its context are leaked on purpose: a detached
+        // thread of the plugin may use them until the process exits.
         let status = unsafe { (self.create)(FermataBytes::lend(settings.as_bytes()), host, &mut pointer, &mut reply) };
         self.conclude("create", status, reply)?;
         Ok(Instance { table: *self, pointer })
     }
 
-    /// Copies a reply, gives it back, and turns the status into a result.
-    fn conclude(&self, what: &str, status: i32, reply: FermataBytes) -> Result<Vec<u8>, Failure> {
-        // The length is checked before anything is copied: a reply of 4 GiB is not worth a copy.
+    /// Copies and frees a reply, and converts the status to a result.
+    fn conclude(&self, what: &str, status: i32, reply: FermataBytes) -> Result<Vec<u8>, CallError> {
+        // Checked before copying, since a reply could have gigabytes.
         let bytes = if reply.len > abi::MAX_REPLY_BYTES {
-            Err(Failure::new(
+            Err(CallError::new(
                 "reply_too_long",
                 format!("the reply to {what} has {} bytes, at most {} are allowed", reply.len, abi::MAX_REPLY_BYTES),
             ))
         } else {
-            // SAFETY: the plugin keeps to the ABI: the reply is valid until it is freed.
+            // SAFETY: the plugin conforms to the ABI, so the reply is valid until it is freed.
             match unsafe { reply.view() } {
                 Some(bytes) => Ok(bytes.to_vec()),
-                None => Err(Failure::new("bad_reply", format!("the reply to {what} is a null pointer with a length"))),
+                None => {
+                    Err(CallError::new("bad_reply", format!("the reply to {what} is a null pointer with a length")))
+                }
             }
         };
         if !reply.ptr.is_null() {
-            // SAFETY: the plugin made this reply, and nobody looks at it any more.
+            // SAFETY: the plugin allocated this reply, and it is not used any more.
             unsafe { (self.free)(reply.ptr.cast_mut(), reply.len) };
         }
         let bytes = bytes?;
-        let said = |code: &str, message: String| {
-            serde_json::from_slice::<Failure>(&bytes).unwrap_or_else(|_| Failure::new(code, message))
+        let reported = |code: &str, message: String| {
+            serde_json::from_slice::<CallError>(&bytes).unwrap_or_else(|_| CallError::new(code, message))
         };
         match status {
             abi::STATUS_OK => Ok(bytes),
-            abi::STATUS_UNSUPPORTED => Err(Failure::unsupported(what)),
-            abi::STATUS_CANCELLED => Err(Failure::cancelled()),
-            abi::STATUS_PANIC => Err(said("panic", format!("the plugin panicked in {what}"))),
-            abi::STATUS_ERROR => Err(said("plugin_error", format!("the plugin failed in {what} without saying why"))),
+            abi::STATUS_UNSUPPORTED => Err(CallError::unsupported(what)),
+            abi::STATUS_CANCELLED => Err(CallError::cancelled()),
+            abi::STATUS_PANIC => Err(reported("panic", format!("the plugin panicked in {what}"))),
+            abi::STATUS_ERROR => {
+                Err(reported("plugin_error", format!("the plugin failed in {what} without a message")))
+            }
             other => {
-                Err(Failure::new("bad_status", format!("the plugin answered {what} with the unknown status {other}")))
+                Err(CallError::new("bad_status", format!("the plugin answered {what} with the unknown status {other}")))
             }
         }
     }
 }
 
-/// A plugin's instance; it is destroyed when this is dropped.
+/// An instance of a plugin; dropping it destroys the instance.
 pub struct Instance {
-    table: Table,
+    table: PluginTable,
     pointer: *mut c_void,
 }
 
-// SAFETY: the ABI binds an instance to no thread. `call` and `destroy` must not overlap: `call`
-// takes the caller's word for it (see there), `destroy` needs the only owner.
+// SAFETY: the ABI does not bind an instance to a thread. `call` and `destroy` must not overlap: the callers of `call`
+// guarantee it (see there), `destroy` runs in `drop` with exclusive access.
 unsafe impl Send for Instance {}
 // SAFETY: `cancel` may come from any thread at any time; for `call` see above.
 unsafe impl Sync for Instance {}
 
 impl Instance {
-    /// Runs a method and returns its reply (empty, or JSON).
+    /// Runs a method and returns its reply, which is empty or JSON.
     ///
-    /// The caller runs one call at a time; [`Instance::cancel`] may come from another thread.
-    pub fn call(&self, method: &str, request: &[u8]) -> Result<Vec<u8>, Failure> {
+    /// The caller must make one call at a time; [`Instance::cancel`] may be called from another thread.
+    pub fn call(&self, method: &str, request: &[u8]) -> Result<Vec<u8>, CallError> {
         let mut reply = FermataBytes::EMPTY;
-        // SAFETY: the instance is alive, the plugin keeps to the ABI, the bytes outlive the call.
+        // SAFETY: the instance is alive, the plugin conforms to the ABI, and the bytes outlive the call.
         let status = unsafe {
             (self.table.call)(
                 self.pointer,
@@ -152,7 +156,7 @@ impl Instance {
         self.table.conclude(method, status, reply)
     }
 
-    /// Asks a running call to return soon.
+    /// Asks the current call to return soon.
     pub fn cancel(&self) {
         // SAFETY: the instance is alive, and `cancel` may overlap with `call`.
         unsafe { (self.table.cancel)(self.pointer) };
@@ -161,27 +165,27 @@ impl Instance {
 
 impl Drop for Instance {
     fn drop(&mut self) {
-        // SAFETY: nobody else has the instance any more.
+        // SAFETY: `drop` has the only reference to the instance.
         unsafe { (self.table.destroy)(self.pointer) };
     }
 }
 
 unsafe extern "C" fn log(context: *mut c_void, level: u32, message: FermataBytes) {
-    // SAFETY: the context is the leaked `Arc<dyn Services>` of `create`.
-    let services = unsafe { &*context.cast_const().cast::<Arc<dyn Services>>() };
-    // SAFETY: the plugin lends the message for the length of this call.
+    // SAFETY: the context is the leaked `Arc<dyn HostServices>` of `create`.
+    let services = unsafe { &*context.cast_const().cast::<Arc<dyn HostServices>>() };
+    // SAFETY: the message is valid during this call.
     let message = unsafe { message.view() }.unwrap_or_default();
     let message = String::from_utf8_lossy(message);
-    shielded(|| services.log(Level::from_number(level), &message));
+    catch_panic(|| services.log(LogLevel::from_number(level), &message));
 }
 
 unsafe extern "C" fn cancelled(context: *mut c_void) -> u32 {
-    // SAFETY: the context is the leaked `Arc<dyn Services>` of `create`.
-    let services = unsafe { &*context.cast_const().cast::<Arc<dyn Services>>() };
-    u32::from(shielded(|| services.cancelled()).unwrap_or(true))
+    // SAFETY: the context is the leaked `Arc<dyn HostServices>` of `create`.
+    let services = unsafe { &*context.cast_const().cast::<Arc<dyn HostServices>>() };
+    u32::from(catch_panic(|| services.cancelled()).unwrap_or(true))
 }
 
-/// Keeps a panic of the host's own services from unwinding into the plugin.
-fn shielded<T>(work: impl FnOnce() -> T) -> Option<T> {
+/// Keeps a panic of the services from unwinding into the plugin.
+fn catch_panic<T>(work: impl FnOnce() -> T) -> Option<T> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).ok()
 }

@@ -6,20 +6,20 @@
 //! change gets a new symbol name.
 //!
 //! ```text
-//!   abi      the layouts and numbers, described once; the C header is rendered from them
-//!   header   that rendering (include/fermata_plugin.h is its output, a test compares them)
-//!   message  the JSON documents that travel through the ABI
-//!   plugin   what a Rust author implements: Plugin, Checkpointer, Notifier
+//!   abi      the layouts and constants, described once; the C header is rendered from them
+//!   header   renders include/fermata_plugin.h, which a test compares with the file
+//!   message  the JSON documents that cross the ABI
+//!   plugin   the traits that a plugin in Rust implements: Plugin, Checkpointer, Notifier
 //!   glue     Plugin -> table of C functions (used by export_plugin!)
 //!   host     table of C functions -> safe calls (used by fermata-plugin-host)
 //! ```
 //!
-//! This crate loads nothing and starts nothing: opening a shared object is the host's business.
+//! This crate does not load shared objects; fermata-plugin-host does.
 //!
 //! # A plugin in Rust
 //!
 //! ```
-//! use fermata_plugin_api::{Description, Failure, Host, Kind, Notifier, Plugin, export_plugin};
+//! use fermata_plugin_api::{Description, CallError, Host, PluginKind, Notifier, Plugin, export_plugin};
 //! use serde_json::Value;
 //!
 //! struct Bell {
@@ -28,9 +28,9 @@
 //!
 //! impl Plugin for Bell {
 //!     fn describe() -> Description {
-//!         Description::new("bell", env!("CARGO_PKG_VERSION"), [Kind::Notify])
+//!         Description::new("bell", env!("CARGO_PKG_VERSION"), [PluginKind::Notify])
 //!     }
-//!     fn create(_settings: Value, host: Host) -> Result<Self, Failure> {
+//!     fn create(_settings: Value, host: Host) -> Result<Self, CallError> {
 //!         Ok(Bell { host })
 //!     }
 //!     fn notifier(&self) -> Option<&dyn Notifier> {
@@ -39,7 +39,7 @@
 //! }
 //!
 //! impl Notifier for Bell {
-//!     fn notify(&self, event: &Value) -> Result<(), Failure> {
+//!     fn notify(&self, event: &Value) -> Result<(), CallError> {
 //!         self.host.info(&format!("ding: {event}"));
 //!         Ok(())
 //!     }
@@ -57,7 +57,7 @@ pub mod message;
 pub mod plugin;
 
 pub use message::{
-    AgentProcess, Artifact, Description, Failure, Kind, NotifyRequest, RestoreReply, RestoreRequest, SaveReply,
+    AgentProcess, Artifact, CallError, Description, NotifyRequest, PluginKind, RestoreReply, RestoreRequest, SaveReply,
     SaveRequest, event_matches, event_name,
 };
-pub use plugin::{Checkpointer, Host, Level, Notifier, Plugin};
+pub use plugin::{Checkpointer, Host, LogLevel, Notifier, Plugin};

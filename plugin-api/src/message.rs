@@ -1,87 +1,87 @@
-//! The JSON documents that travel through the ABI, as serde types.
+//! The JSON documents that cross the ABI, as serde types.
 //!
-//! Documents grow: unknown members are ignored on both sides and new ones are optional.
+//! For compatibility, both sides ignore unknown members, and new members are optional.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::path::PathBuf;
 
-/// Method that writes artifacts of a checkpoint: [`SaveRequest`] -> [`SaveReply`].
+/// Writes artifacts of a checkpoint: [`SaveRequest`] -> [`SaveReply`].
 pub const CHECKPOINT_SAVE: &str = "checkpoint.save";
-/// Method that brings artifacts back: [`RestoreRequest`] -> [`RestoreReply`].
+/// Restores artifacts: [`RestoreRequest`] -> [`RestoreReply`].
 pub const CHECKPOINT_RESTORE: &str = "checkpoint.restore";
-/// Method that delivers one event: [`NotifyRequest`] -> nothing.
+/// Delivers one event: [`NotifyRequest`] -> an empty reply.
 pub const NOTIFY: &str = "notify";
 
-/// What a plugin can do.
+/// A capability of a plugin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum PluginKind {
     /// Adds artifacts to checkpoints.
     Checkpoint,
     /// Delivers notifications.
     Notify,
-    /// Something that this version does not know.
+    /// A capability that this version does not know.
     #[serde(other)]
     Unknown,
 }
 
-/// Who a plugin says it is.
+/// What a plugin reports about itself.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Description {
-    /// Its own name.
+    /// The name of the plugin.
     pub name: String,
-    /// Its own version.
+    /// The version of the plugin.
     pub version: String,
-    /// What it can do.
+    /// The capabilities.
     #[serde(default)]
-    pub kind: Vec<Kind>,
-    /// JSON schema of its settings.
+    pub kind: Vec<PluginKind>,
+    /// The JSON schema of the settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settings: Option<Value>,
 }
 
 impl Description {
     /// Describes a plugin without a schema for its settings.
-    pub fn new(name: &str, version: &str, kind: impl IntoIterator<Item = Kind>) -> Self {
+    pub fn new(name: &str, version: &str, kind: impl IntoIterator<Item = PluginKind>) -> Self {
         Self { name: name.to_owned(), version: version.to_owned(), kind: kind.into_iter().collect(), settings: None }
     }
 }
 
-/// Why a plugin could not do what it was asked for.
+/// The error of a call to a plugin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Failure {
+pub struct CallError {
     /// Stable snake_case code.
     pub code: String,
-    /// A sentence for people.
+    /// One sentence for users.
     pub message: String,
-    /// What to do next.
+    /// What the user can do about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<String>,
 }
 
-impl Failure {
-    /// The code that means "not offered": the host does not treat it as an error.
+impl CallError {
+    /// The code of a method that the plugin does not offer; the host does not treat it as an error.
     pub const UNSUPPORTED: &'static str = "unsupported";
-    /// The code that means "given up because the host asked for it".
+    /// The code of a call that was cancelled by the host.
     pub const CANCELLED: &'static str = "cancelled";
 
-    /// Makes a failure without a hint.
+    /// Creates an error without a hint.
     pub fn new(code: &str, message: impl Into<String>) -> Self {
         Self { code: code.to_owned(), message: message.into(), hint: None }
     }
 
-    /// Says that this is not offered, by this plugin or with its present settings.
+    /// The plugin, or its configuration, does not offer this method.
     pub fn unsupported(what: &str) -> Self {
-        Self::new(Self::UNSUPPORTED, format!("{what} is not offered"))
+        Self::new(Self::UNSUPPORTED, format!("{what} is not supported"))
     }
 
-    /// Says that the call was given up because the host asked for it.
+    /// The call was cancelled by the host.
     pub fn cancelled() -> Self {
         Self::new(Self::CANCELLED, "the call was cancelled")
     }
 
-    /// Adds what to do next.
+    /// Adds a hint.
     #[must_use]
     pub fn with_hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -89,23 +89,23 @@ impl Failure {
     }
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for CallError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(&self.message)
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for CallError {}
 
-/// One agent of the project, as it runs at this instant.
+/// A running agent of the project.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentProcess {
-    /// Name inside its project.
+    /// The name of the agent, unique in the project.
     pub name: String,
-    /// Its first process, when it has one.
+    /// The pid of its main process, if it runs.
     #[serde(default)]
     pub pid: Option<i32>,
-    /// Its cgroup (absolute path in the file system), when it has one.
+    /// The absolute path of its cgroup directory, if it has one.
     #[serde(default)]
     pub cgroup: Option<PathBuf>,
 }
@@ -113,36 +113,36 @@ pub struct AgentProcess {
 /// Parameters of `checkpoint.save`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SaveRequest {
-    /// Name of the project.
+    /// The name of the project.
     pub project: String,
-    /// Id of the checkpoint that is being made.
+    /// The number of the checkpoint.
     pub checkpoint: String,
-    /// Id of the operation it belongs to.
+    /// The id of the operation.
     pub operation: String,
-    /// Absolute path of the workspace.
+    /// The absolute path of the workspace.
     pub workspace: PathBuf,
-    /// Absolute path of an empty directory to put artifacts into.
+    /// The absolute path of an empty directory for the artifacts.
     pub directory: PathBuf,
     /// The agents of the project.
     #[serde(default)]
     pub agents: Vec<AgentProcess>,
-    /// Whether the agents are frozen for as long as the call lasts.
+    /// Whether the agents are frozen during the call.
     #[serde(default)]
     pub frozen: bool,
-    /// Milliseconds until the host gives up on this call.
+    /// The time in milliseconds after which the host gives up on the call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
 }
 
-/// One file that a plugin has left in the directory it was given.
+/// A file that a plugin has written to the directory of a [`SaveRequest`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {
-    /// Path relative to the directory; a regular file.
+    /// The path of a regular file, relative to the directory.
     pub path: PathBuf,
-    /// Media type, such as `application/octet-stream`.
+    /// The media type, such as `application/octet-stream`.
     #[serde(default)]
     pub media_type: Option<String>,
-    /// A few words for people.
+    /// A short description for users.
     #[serde(default)]
     pub description: Option<String>,
 }
@@ -150,7 +150,7 @@ pub struct Artifact {
 /// Result of `checkpoint.save`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SaveReply {
-    /// Every file that belongs to the checkpoint.
+    /// All files that belong to the checkpoint.
     #[serde(default)]
     pub artifacts: Vec<Artifact>,
 }
@@ -158,20 +158,20 @@ pub struct SaveReply {
 /// Parameters of `checkpoint.restore`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreRequest {
-    /// Name of the project.
+    /// The name of the project.
     pub project: String,
-    /// Id of the checkpoint that is brought back.
+    /// The number of the restored checkpoint.
     pub checkpoint: String,
-    /// Id of the operation it belongs to.
+    /// The id of the operation.
     pub operation: String,
-    /// Absolute path of the workspace.
+    /// The absolute path of the workspace.
     pub workspace: PathBuf,
-    /// Absolute path of the directory with the artifacts; not to be changed.
+    /// The absolute path of the directory with the artifacts, which must not be modified.
     pub directory: PathBuf,
-    /// The agents as they were when the checkpoint was made.
+    /// The agents at the time of the checkpoint.
     #[serde(default)]
     pub agents: Vec<AgentProcess>,
-    /// Milliseconds until the host gives up on this call.
+    /// The time in milliseconds after which the host gives up on the call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
 }
@@ -179,7 +179,7 @@ pub struct RestoreRequest {
 /// Result of `checkpoint.restore`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreReply {
-    /// Agents that run again, with their new pids.
+    /// The agents that the plugin has restarted, with their new pids.
     #[serde(default)]
     pub agents: Vec<AgentProcess>,
 }
@@ -187,40 +187,40 @@ pub struct RestoreReply {
 /// Parameters of `notify`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct NotifyRequest {
-    /// The event, as on the wire.
+    /// The event, as in the wire protocol.
     pub event: Value,
-    /// Milliseconds until the host gives up on this call.
+    /// The time in milliseconds after which the host gives up on the call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
 }
 
-/// Finds the name of an event (`project.paused`): its member `type`, or else `kind`.
+/// Returns the name of an event, such as `project.paused`: its member `type`, else `kind`.
 pub fn event_name(event: &Value) -> Option<&str> {
     ["type", "kind"].iter().find_map(|member| event.get(member).and_then(Value::as_str))
 }
 
-/// Says whether an event's name fits one of the patterns: `project.paused`, `project.*` or `*`.
+/// Says whether the name of an event matches one of the patterns, such as `project.paused`, `project.*` or `*`.
 ///
-/// A `*` stands for any number of any characters, dots included.
+/// A `*` matches any number of characters, including dots.
 pub fn event_matches<S: AsRef<str>>(patterns: &[S], name: &str) -> bool {
     patterns.iter().any(|pattern| glob(pattern.as_ref().as_bytes(), name.as_bytes()))
 }
 
-/// Matches with one mark to go back to, hence in O(pattern * name) at worst.
+/// Backtracks to the last `*` only, hence takes O(pattern * name) in the worst case.
 fn glob(pattern: &[u8], name: &[u8]) -> bool {
     let (mut p, mut n) = (0, 0);
-    let mut mark: Option<(usize, usize)> = None;
+    let mut last_star: Option<(usize, usize)> = None;
     while n < name.len() {
         if pattern.get(p) == Some(&b'*') {
-            mark = Some((p, n));
+            last_star = Some((p, n));
             p += 1;
         } else if pattern.get(p) == name.get(n) {
             p += 1;
             n += 1;
-        } else if let Some((star, start)) = mark {
+        } else if let Some((star, start)) = last_star {
             p = star + 1;
             n = start + 1;
-            mark = Some((star, n));
+            last_star = Some((star, n));
         } else {
             return false;
         }
@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn an_event_is_named_by_its_type() {
+    fn the_name_of_an_event_is_its_type() {
         assert_eq!(event_name(&json!({"type": "a.b", "kind": "c"})), Some("a.b"));
         assert_eq!(event_name(&json!({"kind": "c"})), Some("c"));
         assert_eq!(event_name(&json!([1])), None);
@@ -259,6 +259,6 @@ mod tests {
             "name": "x", "version": "1", "kind": ["notify", "teleport"], "later": true
         }))
         .unwrap();
-        assert_eq!(description.kind, [Kind::Notify, Kind::Unknown]);
+        assert_eq!(description.kind, [PluginKind::Notify, PluginKind::Unknown]);
     }
 }

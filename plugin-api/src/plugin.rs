@@ -1,86 +1,86 @@
-//! What a Rust author implements: [`Plugin`], and [`Checkpointer`] or [`Notifier`] or both.
+//! The traits that a plugin in Rust implements: [`Plugin`], and [`Checkpointer`], [`Notifier`] or both.
 
 use crate::abi::{self, FermataBytes, FermataHostV1};
-use crate::message::{Artifact, Description, Failure, RestoreReply, RestoreRequest, SaveRequest};
+use crate::message::{Artifact, CallError, Description, RestoreReply, RestoreRequest, SaveRequest};
 use serde_json::Value;
 
-/// A plugin: how it is described and made, and what it offers.
+/// A plugin: its description, construction and capabilities.
 ///
-/// Calls come one at a time; [`Plugin::cancel`] may come from another thread while one runs.
+/// The host makes one call at a time; it may call [`Plugin::cancel`] from another thread during a call.
 pub trait Plugin: Sized + Send + Sync + 'static {
-    /// Says who this is, before any instance exists.
+    /// Describes the plugin; called before any instance exists.
     fn describe() -> Description;
 
-    /// Makes an instance from its settings (a JSON object, empty when there are none).
-    fn create(settings: Value, host: Host) -> Result<Self, Failure>;
+    /// Creates an instance. `settings` is a JSON object, empty when none are configured.
+    fn create(settings: Value, host: Host) -> Result<Self, CallError>;
 
-    /// The side that adds artifacts to checkpoints, if there is one.
+    /// Returns the implementation of checkpoint artifacts, if the plugin has one.
     fn checkpointer(&self) -> Option<&dyn Checkpointer> {
         None
     }
 
-    /// The side that delivers notifications, if there is one.
+    /// Returns the implementation of notifications, if the plugin has one.
     fn notifier(&self) -> Option<&dyn Notifier> {
         None
     }
 
-    /// Asks the running call to return soon; must not block. [`Host::cancelled`] is already true.
+    /// Asks the current call to return soon; must not block. [`Host::cancelled`] is already true.
     fn cancel(&self) {}
 }
 
 /// Adds artifacts to checkpoints.
 pub trait Checkpointer {
-    /// Writes files into `request.directory` and names them.
-    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, Failure>;
+    /// Writes files into `request.directory` and returns them.
+    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, CallError>;
 
-    /// Brings back what [`Checkpointer::save`] has written.
-    fn restore(&self, _request: &RestoreRequest) -> Result<RestoreReply, Failure> {
-        Err(Failure::unsupported("checkpoint.restore"))
+    /// Restores what [`Checkpointer::save`] has written.
+    fn restore(&self, _request: &RestoreRequest) -> Result<RestoreReply, CallError> {
+        Err(CallError::unsupported("checkpoint.restore"))
     }
 }
 
 /// Delivers notifications.
 pub trait Notifier {
     /// Delivers one event.
-    fn notify(&self, event: &Value) -> Result<(), Failure>;
+    fn notify(&self, event: &Value) -> Result<(), CallError>;
 }
 
-/// How much a log line matters.
+/// The severity of a log line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Level {
-    /// Something failed.
+pub enum LogLevel {
+    /// An operation failed.
     Error,
-    /// Something looks wrong.
+    /// A problem that does not prevent the operation.
     Warn,
-    /// Something worth knowing happened.
+    /// A notable event.
     Info,
-    /// Detail for whoever looks for a fault.
+    /// Details for debugging.
     Debug,
 }
 
-impl Level {
-    /// The number in the ABI.
+impl LogLevel {
+    /// Returns the number in the ABI.
     pub fn number(self) -> u32 {
         match self {
-            Level::Error => abi::LEVEL_ERROR,
-            Level::Warn => abi::LEVEL_WARN,
-            Level::Info => abi::LEVEL_INFO,
-            Level::Debug => abi::LEVEL_DEBUG,
+            LogLevel::Error => abi::LEVEL_ERROR,
+            LogLevel::Warn => abi::LEVEL_WARN,
+            LogLevel::Info => abi::LEVEL_INFO,
+            LogLevel::Debug => abi::LEVEL_DEBUG,
         }
     }
 
-    /// The level with this number; a number from the future is detail.
+    /// Returns the level with this number; unknown numbers are [`LogLevel::Debug`].
     pub fn from_number(number: u32) -> Self {
         match number {
-            abi::LEVEL_ERROR => Level::Error,
-            abi::LEVEL_WARN => Level::Warn,
-            abi::LEVEL_INFO => Level::Info,
-            _ => Level::Debug,
+            abi::LEVEL_ERROR => LogLevel::Error,
+            abi::LEVEL_WARN => LogLevel::Warn,
+            abi::LEVEL_INFO => LogLevel::Info,
+            _ => LogLevel::Debug,
         }
     }
 }
 
-/// The host, as a plugin sees it. Cheap to copy, usable from any thread.
+/// The functions of the host that a plugin may call, from any thread. Cheap to copy.
 #[derive(Clone, Copy)]
 pub struct Host {
     table: Option<FermataHostV1>,
@@ -93,48 +93,48 @@ unsafe impl Send for Host {}
 unsafe impl Sync for Host {}
 
 impl Host {
-    /// A host that logs nothing and cancels nothing, for an author's own tests.
+    /// Creates a host that logs nothing and never cancels, for tests of a plugin.
     pub fn detached() -> Self {
         Self { table: None }
     }
 
-    /// Takes over the table that `create` received.
+    /// Wraps the table that `create` received.
     ///
     /// # Safety
-    /// `table` must be null or a host's table that outlives the plugin's instance.
+    /// `table` must be null or point to a host table that outlives the instance of the plugin.
     pub(crate) unsafe fn from_raw(table: *const FermataHostV1) -> Self {
-        // SAFETY: by this function's contract it is a table, and tables begin with their size.
+        // SAFETY: by the contract of this function it is null or a table, and tables begin with their size.
         let table = unsafe { abi::copy_table(table) }.map(|(_, table)| table);
         Self { table }
     }
 
-    /// Writes a line to the daemon's log.
-    pub fn log(&self, level: Level, message: &str) {
+    /// Writes a line to the log of the daemon.
+    pub fn log(&self, level: LogLevel, message: &str) {
         if let Some(table) = &self.table
             && let Some(log) = table.log
         {
-            // SAFETY: the table is valid for the instance's life; the bytes outlive the call.
+            // SAFETY: the table is valid for the lifetime of the instance; the bytes outlive the call.
             unsafe {
                 log(table.context, level.number(), FermataBytes::lend(message.as_bytes()));
             }
         }
     }
 
-    /// Logs something worth knowing.
+    /// Logs at level [`LogLevel::Info`].
     pub fn info(&self, message: &str) {
-        self.log(Level::Info, message);
+        self.log(LogLevel::Info, message);
     }
 
-    /// Logs something that looks wrong.
+    /// Logs at level [`LogLevel::Warn`].
     pub fn warn(&self, message: &str) {
-        self.log(Level::Warn, message);
+        self.log(LogLevel::Warn, message);
     }
 
-    /// Says whether the current call should be given up soon.
+    /// Says whether the host has cancelled the current call, which should then return soon.
     pub fn cancelled(&self) -> bool {
         match &self.table {
             Some(table) => table.cancelled.is_some_and(|cancelled| {
-                // SAFETY: the table is valid for the instance's life.
+                // SAFETY: the table is valid for the lifetime of the instance.
                 unsafe { cancelled(table.context) != 0 }
             }),
             None => false,

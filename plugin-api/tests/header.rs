@@ -1,4 +1,4 @@
-//! The shipped C header says what the Rust side means: same text, same layouts, same numbers.
+//! The shipped C header agrees with the Rust types: text, layouts and constants.
 
 use fermata_plugin_api::{abi, header};
 use std::fmt::Write;
@@ -25,7 +25,7 @@ fn the_shipped_header_is_the_rendered_one() {
 }
 
 #[test]
-fn a_c_compiler_sees_the_layouts_and_numbers_of_the_rust_side() {
+fn a_c_compiler_computes_the_layouts_and_constants_of_the_rust_types() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let mut expected = String::new();
     let mut program =
@@ -72,10 +72,10 @@ fn a_c_compiler_sees_the_layouts_and_numbers_of_the_rust_side() {
     assert_eq!(String::from_utf8_lossy(&output.stdout), expected);
 }
 
-/// Freezes version 1 on the platforms that exist: these numbers never change, only follow.
+/// The offsets of version 1 on 64-bit platforms; new fields are only appended.
 #[test]
 #[cfg(target_pointer_width = "64")]
-fn version_1_keeps_its_offsets_for_ever() {
+fn version_1_keeps_its_offsets() {
     let offsets: Vec<Vec<(&str, usize)>> =
         abi::STRUCTS.iter().map(|structure| structure.fields.iter().map(|f| (f.name, f.offset)).collect()).collect();
     assert_eq!(offsets[0][..2], [("ptr", 0), ("len", 8)]);

@@ -1,8 +1,10 @@
 //! Plugins through the ABI for real: one in C, compiled here, and one in Rust.
 
 use fermata_plugin_api::abi::{FermataPluginV1, PluginEntry, SYMBOL};
-use fermata_plugin_api::host::{Services, Table};
-use fermata_plugin_api::{Artifact, Checkpointer, Description, Failure, Host, Kind, Level, Plugin, SaveRequest, glue};
+use fermata_plugin_api::host::{HostServices, PluginTable};
+use fermata_plugin_api::{
+    Artifact, CallError, Checkpointer, Description, Host, LogLevel, Plugin, PluginKind, SaveRequest, glue,
+};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::Command;
@@ -11,12 +13,12 @@ use std::sync::{Arc, Mutex};
 
 #[derive(Default)]
 struct Recorder {
-    lines: Mutex<Vec<(Level, String)>>,
+    lines: Mutex<Vec<(LogLevel, String)>>,
     cancelled: AtomicBool,
 }
 
-impl Services for Recorder {
-    fn log(&self, level: Level, message: &str) {
+impl HostServices for Recorder {
+    fn log(&self, level: LogLevel, message: &str) {
         self.lines.lock().unwrap().push((level, message.to_owned()));
     }
     fn cancelled(&self) -> bool {
@@ -24,7 +26,7 @@ impl Services for Recorder {
     }
 }
 
-fn c_plugin(flags: &[&str]) -> Result<Table, Failure> {
+fn c_plugin(flags: &[&str]) -> Result<PluginTable, CallError> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let dir = tempfile::tempdir().expect("a temporary directory");
     let object = dir.path().join("libecho.so");
@@ -45,14 +47,14 @@ fn c_plugin(flags: &[&str]) -> Result<Table, Failure> {
     unsafe {
         let table = library.get::<PluginEntry>(SYMBOL).expect("the symbol is there")();
         std::mem::forget(library);
-        Table::from_raw(table)
+        PluginTable::from_raw(table)
     }
 }
 
 #[test]
 fn a_plugin_written_in_c_is_described_created_called_and_cancelled() {
     let table = c_plugin(&[]).expect("a complete table");
-    assert_eq!(table.describe().unwrap(), Description::new("echo", "1.2.3", [Kind::Notify]));
+    assert_eq!(table.describe().unwrap(), Description::new("echo", "1.2.3", [PluginKind::Notify]));
 
     let recorder = Arc::new(Recorder::default());
     let refused = table.create(&json!({"a": 1}), recorder.clone()).err().expect("settings are refused");
@@ -70,7 +72,7 @@ fn a_plugin_written_in_c_is_described_created_called_and_cancelled() {
         assert_eq!(waiting.join().unwrap().unwrap_err().code, "cancelled");
     });
     let lines = recorder.lines.lock().unwrap();
-    assert_eq!(lines[0], (Level::Warn, "notify".to_owned()));
+    assert_eq!(lines[0], (LogLevel::Warn, "notify".to_owned()));
 }
 
 #[test]
@@ -84,9 +86,9 @@ struct Saver;
 
 impl Plugin for Saver {
     fn describe() -> Description {
-        Description::new("saver", "0.1.0", [Kind::Checkpoint])
+        Description::new("saver", "0.1.0", [PluginKind::Checkpoint])
     }
-    fn create(settings: Value, _host: Host) -> Result<Self, Failure> {
+    fn create(settings: Value, _host: Host) -> Result<Self, CallError> {
         match settings.get("panic") {
             Some(_) => panic!("asked for"),
             None => Ok(Saver),
@@ -98,16 +100,16 @@ impl Plugin for Saver {
 }
 
 impl Checkpointer for Saver {
-    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, Failure> {
+    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, CallError> {
         assert!(request.frozen, "only frozen projects are saved");
         Ok(vec![Artifact { path: "state.bin".into(), media_type: None, description: Some(request.project.clone()) }])
     }
 }
 
-fn saver() -> Table {
+fn saver() -> PluginTable {
     let table = Box::leak(Box::new(glue::table::<Saver>()));
     // SAFETY: the table is leaked and was made by the glue.
-    unsafe { Table::from_raw(table) }.expect("a complete table")
+    unsafe { PluginTable::from_raw(table) }.expect("a complete table")
 }
 
 fn save_request(frozen: bool) -> Vec<u8> {
@@ -146,11 +148,11 @@ fn no_panic_leaves_a_rust_plugin() {
 #[test]
 fn a_short_or_absent_table_is_refused() {
     // SAFETY: null is allowed.
-    let none = unsafe { Table::from_raw(std::ptr::null()) };
+    let none = unsafe { PluginTable::from_raw(std::ptr::null()) };
     assert_eq!(none.err().map(|f| f.code).as_deref(), Some("bad_table"));
     let mut short: FermataPluginV1 = glue::table::<Saver>();
     short.size = 16;
     // SAFETY: the table lives until the end of the test, and nothing is called.
-    let short = unsafe { Table::from_raw(&short) };
+    let short = unsafe { PluginTable::from_raw(&short) };
     assert!(short.err().is_some_and(|f| f.message.contains("16 bytes")));
 }

@@ -3,7 +3,7 @@
 //! A plugin names its files; the daemon believes none of it. Paths are opened beneath the
 //! plugin's directory without following any symlink, and only regular files count.
 
-use fermata_plugin_api::{Artifact, Failure};
+use fermata_plugin_api::{Artifact, CallError};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -42,16 +42,16 @@ pub struct PluginFailure {
 }
 
 impl PluginFailure {
-    pub(super) fn new(plugin: &str, failure: Failure) -> Self {
+    pub(super) fn new(plugin: &str, failure: CallError) -> Self {
         Self { plugin: plugin.to_owned(), code: failure.code, message: failure.message }
     }
 }
 
 /// Makes the empty directory for one plugin's artifacts; `parent` must exist.
-pub(super) fn make_directory(directory: &Path) -> Result<(), Failure> {
+pub(super) fn make_directory(directory: &Path) -> Result<(), CallError> {
     fs::DirBuilder::new().mode(0o700).create(directory).map_err(|error| {
         let message = format!("{} cannot be made: {error}", directory.display());
-        Failure::new("artifact_directory", message)
+        CallError::new("artifact_directory", message)
     })
 }
 
@@ -66,10 +66,10 @@ pub(super) fn discard(directory: &Path) {
 }
 
 /// Checks, hashes and syncs the artifacts that a plugin has named.
-pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> Result<Vec<PluginArtifact>, Failure> {
+pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> Result<Vec<PluginArtifact>, CallError> {
     let invalid = |path: &Path, why: &dyn std::fmt::Display| {
         let message = format!("artifact {} cannot be used: {why}", path.display());
-        Failure::new("artifact_invalid", message)
+        CallError::new("artifact_invalid", message)
     };
     let root = File::open(directory).map_err(|error| invalid(directory, &error))?;
     let mut seen = BTreeSet::new();

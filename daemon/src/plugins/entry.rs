@@ -11,7 +11,7 @@ use super::status::{PluginState, PluginStatus, now_ms};
 use super::supervisor::{Request, Supervisor};
 use super::{blocking, chain};
 use fermata_plugin_api::message::CHECKPOINT_SAVE;
-use fermata_plugin_api::{Failure, Kind, SaveReply, SaveRequest, event_matches};
+use fermata_plugin_api::{CallError, PluginKind, SaveReply, SaveRequest, event_matches};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -132,7 +132,7 @@ impl Plugin {
     }
 
     /// Says whether the plugin offers this, or may do so once it has been started.
-    pub(super) fn may_offer(&self, kind: Kind) -> bool {
+    pub(super) fn may_offer(&self, kind: PluginKind) -> bool {
         let status = self.status.borrow();
         let unknown = status.version.is_none() && status.state == PluginState::Starting;
         self.task.is_some() && (unknown || status.kinds.contains(&kind))
@@ -141,7 +141,7 @@ impl Plugin {
     /// Queues an event for the plugin if it wants it; never waits.
     pub(super) fn notify(&self, event: &Arc<Value>, name: &str) {
         let Some(task) = &self.task else { return };
-        if !self.may_offer(Kind::Notify) || !event_matches(&self.file.events, name) {
+        if !self.may_offer(PluginKind::Notify) || !event_matches(&self.file.events, name) {
             return;
         }
         let state = self.state();
@@ -156,7 +156,7 @@ impl Plugin {
         self: Arc<Self>,
         mut request: SaveRequest,
         grace: Duration,
-    ) -> (String, Result<Vec<PluginArtifact>, Failure>) {
+    ) -> (String, Result<Vec<PluginArtifact>, CallError>) {
         let name = self.found.name.clone();
         let directory = request.directory.join(&name);
         request.directory = directory.clone();
@@ -187,13 +187,13 @@ impl Plugin {
         method: &'static str,
         params: &impl Serialize,
         grace: Duration,
-    ) -> Result<Box<RawValue>, Failure> {
-        let not_running = || Failure::new("not_running", "the plugin is not running");
+    ) -> Result<Box<RawValue>, CallError> {
+        let not_running = || CallError::new("not_running", "the plugin is not running");
         let task = self.task.as_ref().ok_or_else(not_running)?;
-        let params = serde_json::to_value(params).map_err(|error| Failure::new("encoding", error.to_string()))?;
+        let params = serde_json::to_value(params).map_err(|error| CallError::new("encoding", error.to_string()))?;
         let deadline = Instant::now() + self.deadline;
         let (reply, answer) = oneshot::channel();
-        let request = Request { kind: Kind::Checkpoint, method, params, deadline, reply };
+        let request = Request { kind: PluginKind::Checkpoint, method, params, deadline, reply };
         let exchange = async {
             task.requests.send(request).await.map_err(|_| not_running())?;
             answer.await.map_err(|_| not_running())?
@@ -203,7 +203,7 @@ impl Plugin {
         let last = deadline + grace + Duration::from_secs(7);
         timeout_at(last, exchange)
             .await
-            .unwrap_or_else(|_| Err(Failure::new("deadline", format!("{method} was not answered in time"))))
+            .unwrap_or_else(|_| Err(CallError::new("deadline", format!("{method} was not answered in time"))))
     }
 
     /// Asks the task to end.
@@ -234,7 +234,7 @@ impl Drop for Plugin {
     }
 }
 
-pub(super) fn parsed<T: DeserializeOwned>(reply: &RawValue) -> Result<T, Failure> {
+pub(super) fn parsed<T: DeserializeOwned>(reply: &RawValue) -> Result<T, CallError> {
     serde_json::from_str(reply.get())
-        .map_err(|error| Failure::new("bad_reply", format!("the plugin's reply is not valid: {error}")))
+        .map_err(|error| CallError::new("bad_reply", format!("the plugin's reply is not valid: {error}")))
 }

@@ -4,7 +4,7 @@
 //! one for the daemon. The daemon trusts nothing that comes in: a length over the cap or a body
 //! that is no frame ends the connection.
 
-use fermata_plugin_api::{Description, Failure};
+use fermata_plugin_api::{CallError, Description};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -53,12 +53,12 @@ pub enum FromHost {
     /// The plugin cannot be used as things are; the host is about to exit.
     Refused {
         /// Why.
-        error: Failure,
+        error: CallError,
     },
     /// The host has to give up on its plugin now (memory); it is about to exit.
     Dying {
         /// Why.
-        error: Failure,
+        error: CallError,
     },
     /// A call has ended.
     Reply {
@@ -69,7 +69,7 @@ pub enum FromHost {
         ok: Option<Box<RawValue>>,
         /// Why it failed, otherwise.
         #[serde(default, skip_serializing_if = "Option::is_none")]
-        error: Option<Failure>,
+        error: Option<CallError>,
     },
     /// A line for the log.
     Log {

@@ -12,8 +12,8 @@
 use super::frame::{self, FrameError, FromHost, ToHost};
 use super::{config, loader};
 use crate::os::socket_child;
-use fermata_plugin_api::host::{Instance, Services};
-use fermata_plugin_api::{Description, Failure, Level, abi};
+use fermata_plugin_api::host::{HostServices, Instance};
+use fermata_plugin_api::{CallError, Description, LogLevel, abi};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, getpid, getsid};
@@ -95,11 +95,11 @@ fn serve(arguments: &HostArguments, mut stream: UnixStream) -> Result<(), FrameE
 }
 
 /// Loads, describes and (unless it is only to be described) creates the plugin.
-fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description, Option<Arc<Instance>>), Failure> {
+fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description, Option<Arc<Instance>>), CallError> {
     let settings = match &arguments.settings_file {
         Some(path) => config::read_plugin_file(path)
             .and_then(|file| file.settings_json(path))
-            .map_err(|error| Failure::new("bad_settings_file", super::chain(&error)))?,
+            .map_err(|error| CallError::new("bad_settings_file", super::chain(&error)))?,
         None => Value::Object(serde_json::Map::new()),
     };
     let table = loader::load(&arguments.plugin)?;
@@ -107,7 +107,7 @@ fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description,
     if arguments.describe_only {
         return Ok((describe, None));
     }
-    let services: Arc<dyn Services> = Arc::clone(shared) as Arc<dyn Services>;
+    let services: Arc<dyn HostServices> = Arc::clone(shared) as Arc<dyn HostServices>;
     let instance = table.create(&settings, services)?;
     Ok((describe, Some(Arc::new(instance))))
 }
@@ -213,7 +213,7 @@ impl Caller {
         let id = call.id;
         self.shared.current.store(id, Ordering::SeqCst);
         let result = if self.shared.cancelled() {
-            Err(Failure::cancelled())
+            Err(CallError::cancelled())
         } else {
             instance.call(&call.method, call.params.to_string().as_bytes())
         };
@@ -226,8 +226,8 @@ impl Caller {
 }
 
 /// A failure that fits into a frame, whatever the plugin has put into it.
-fn bounded(failure: Failure) -> Failure {
-    Failure {
+fn bounded(failure: CallError) -> CallError {
+    CallError {
         code: super::output::shortened(&failure.code),
         message: super::output::shortened(&failure.message),
         hint: failure.hint.as_deref().map(super::output::shortened),
@@ -235,12 +235,12 @@ fn bounded(failure: Failure) -> Failure {
 }
 
 /// Takes a plugin's reply as JSON without building a tree of it; an empty reply is `null`.
-fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, Failure> {
+fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, CallError> {
     if bytes.is_empty() {
         return Ok(RawValue::NULL.to_owned());
     }
     let invalid =
-        |error: &dyn std::fmt::Display| Failure::new("bad_reply", format!("the plugin's reply is not JSON: {error}"));
+        |error: &dyn std::fmt::Display| CallError::new("bad_reply", format!("the plugin's reply is not JSON: {error}"));
     let text = String::from_utf8(bytes).map_err(|error| invalid(&error))?;
     RawValue::from_string(text).map_err(|error| invalid(&error))
 }
@@ -271,13 +271,13 @@ impl Shared {
     }
 }
 
-impl Services for Shared {
-    fn log(&self, level: Level, message: &str) {
+impl HostServices for Shared {
+    fn log(&self, level: LogLevel, message: &str) {
         let level = match level {
-            Level::Error => "error",
-            Level::Warn => "warn",
-            Level::Info => "info",
-            Level::Debug => "debug",
+            LogLevel::Error => "error",
+            LogLevel::Warn => "warn",
+            LogLevel::Info => "info",
+            LogLevel::Debug => "debug",
         };
         let frame = FromHost::Log { level: level.to_owned(), message: super::output::shortened(message) };
         // A line that cannot be sent has nowhere else to go.
@@ -313,7 +313,7 @@ fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
             thread::sleep(MEMORY_PERIOD);
             let resident = resident_bytes().unwrap_or(0);
             if resident > limit {
-                let error = Failure::new(
+                let error = CallError::new(
                     "memory_limit",
                     format!("the plugin used {resident} bytes of memory, the limit is {limit}"),
                 );

@@ -3,18 +3,18 @@
 //! The only file of the library besides `os` that may use `unsafe`.
 
 use super::trust;
-use fermata_plugin_api::Failure;
+use fermata_plugin_api::CallError;
 use fermata_plugin_api::abi::{PluginEntry, SYMBOL};
-use fermata_plugin_api::host::Table;
+use fermata_plugin_api::host::PluginTable;
 use std::path::Path;
 
 /// Loads the shared object at `path`, after checking who could have written it.
 ///
 /// It is never unloaded: its threads and its functions may be in use until the process ends.
-pub fn load(path: &Path) -> Result<Table, Failure> {
-    let real = trust::trusted_file(path).map_err(|error| Failure::new("untrusted", super::chain(&error)))?;
+pub fn load(path: &Path) -> Result<PluginTable, CallError> {
+    let real = trust::trusted_file(path).map_err(|error| CallError::new("untrusted", super::chain(&error)))?;
     let not_loaded = |error: libloading::Error| {
-        Failure::new("not_loadable", format!("{} cannot be loaded: {}", real.display(), super::chain(&error)))
+        CallError::new("not_loadable", format!("{} cannot be loaded: {}", real.display(), super::chain(&error)))
     };
     // SAFETY: running the initialisers of a file that only root or the daemon's user can have
     // put there is what the administrator asked for; this process is there to bear the risk.
@@ -22,7 +22,7 @@ pub fn load(path: &Path) -> Result<Table, Failure> {
     let table = {
         // SAFETY: a shared object that exports this name promises this type.
         let entry = unsafe { library.get::<PluginEntry>(SYMBOL) }.map_err(|error| {
-            Failure::new("no_entry", format!("{} is no plugin: {}", real.display(), super::chain(&error)))
+            CallError::new("no_entry", format!("{} is no plugin: {}", real.display(), super::chain(&error)))
                 .with_hint(format!("a plugin exports the function {SYMBOL}"))
         })?;
         // SAFETY: as above; the entry takes no arguments.
@@ -30,5 +30,5 @@ pub fn load(path: &Path) -> Result<Table, Failure> {
     };
     std::mem::forget(library);
     // SAFETY: the entry returned it, and the library stays loaded.
-    unsafe { Table::from_raw(table) }
+    unsafe { PluginTable::from_raw(table) }
 }

@@ -38,7 +38,9 @@ pub mod trust;
 pub use artifact::{PluginArtifact, PluginFailure};
 pub use config::{ConfigError, PluginConfig};
 pub use crash::CrashPolicy;
-pub use fermata_plugin_api::{AgentProcess, Description, Failure, Kind, RestoreReply, RestoreRequest, SaveRequest};
+pub use fermata_plugin_api::{
+    AgentProcess, CallError, Description, PluginKind, RestoreReply, RestoreRequest, SaveRequest,
+};
 pub use registry::{PluginError, Plugins, ReloadReport};
 pub use status::{PluginState, PluginStatus};
 

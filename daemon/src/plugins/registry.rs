@@ -11,7 +11,7 @@ use super::process::{HostError, HostProcess, Launch};
 use super::status::{PluginState, PluginStatus};
 use super::{blocking, chain, supervisor, trust};
 use fermata_plugin_api::message::CHECKPOINT_RESTORE;
-use fermata_plugin_api::{Description, Failure, Kind, RestoreReply, RestoreRequest, SaveRequest, event_name};
+use fermata_plugin_api::{CallError, Description, PluginKind, RestoreReply, RestoreRequest, SaveRequest, event_name};
 use serde::Serialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -157,14 +157,14 @@ impl Plugins {
     }
 
     /// Loads a file in a throw-away host, and says what it describes itself as.
-    pub async fn check(&self, path: &Path) -> Result<Description, Failure> {
+    pub async fn check(&self, path: &Path) -> Result<Description, CallError> {
         let name = config::plugin_name(path).ok_or_else(|| {
-            Failure::new("bad_name", format!("{} is not named like a plugin", path.display()))
+            CallError::new("bad_name", format!("{} is not named like a plugin", path.display()))
                 .with_hint("plugins are files like libNAME.so")
         })?;
         let output = Output::new(&name);
         let launch = Launch { describe_only: true, ..Launch::new(&self.inner.config, path, None) };
-        let broken = |error: HostError| Failure::new("crashed", chain(&error));
+        let broken = |error: HostError| CallError::new("crashed", chain(&error));
         let mut host = HostProcess::spawn(&launch, &output).map_err(broken)?;
         let limit = self.inner.config.start_deadline;
         let greeting = timeout(limit, supervisor::greet(&mut host, &output)).await;
@@ -177,12 +177,12 @@ impl Plugins {
             Err(_) => HostError::Silent(limit),
         };
         let ending = host.finish(&error).await;
-        Err(Failure::new("crashed", format!("{}; {ending}", chain(&error))))
+        Err(CallError::new("crashed", format!("{}; {ending}", chain(&error))))
     }
 
     /// Says whether any plugin may have artifacts for a checkpoint.
     pub fn may_save(&self) -> bool {
-        self.snapshot().iter().any(|plugin| plugin.may_offer(Kind::Checkpoint))
+        self.snapshot().iter().any(|plugin| plugin.may_offer(PluginKind::Checkpoint))
     }
 
     /// Asks every checkpoint plugin for its artifacts, all at once, each within its own deadline.
@@ -193,7 +193,7 @@ impl Plugins {
     pub async fn checkpoint_save(&self, request: &SaveRequest) -> Vec<Result<PluginArtifact, PluginFailure>> {
         let mut tasks = JoinSet::new();
         for plugin in self.snapshot() {
-            if plugin.may_offer(Kind::Checkpoint) {
+            if plugin.may_offer(PluginKind::Checkpoint) {
                 tasks.spawn(plugin.save(request.clone(), self.inner.config.cancel_grace));
             }
         }
@@ -204,14 +204,14 @@ impl Plugins {
                     let artifacts = artifacts.into_iter().map(Ok).collect();
                     results.insert(plugin, artifacts);
                 }
-                Ok((_, Err(failure))) if failure.code == Failure::UNSUPPORTED => {}
+                Ok((_, Err(failure))) if failure.code == CallError::UNSUPPORTED => {}
                 Ok((plugin, Err(failure))) => {
                     let failure = PluginFailure::new(&plugin, failure);
                     results.insert(plugin, vec![Err(failure)]);
                 }
                 Err(error) => {
                     // Only a panic of our own code; it must not cost the other plugins' results.
-                    let failure = Failure::new("internal", error.to_string());
+                    let failure = CallError::new("internal", error.to_string());
                     let failures = results.entry(String::new()).or_insert_with(Vec::new);
                     failures.push(Err(PluginFailure::new("", failure)));
                 }
@@ -229,7 +229,7 @@ impl Plugins {
         let wrap = |failure| PluginFailure::new(plugin, failure);
         let found = self
             .find(plugin)
-            .ok_or_else(|| wrap(Failure::new("no_such_plugin", format!("there is no plugin `{plugin}`"))))?;
+            .ok_or_else(|| wrap(CallError::new("no_such_plugin", format!("there is no plugin `{plugin}`"))))?;
         let grace = self.inner.config.cancel_grace;
         let reply = found.call(CHECKPOINT_RESTORE, request, grace).await;
         reply.and_then(|reply| parsed(&reply)).map_err(wrap)

@@ -1,6 +1,6 @@
 //! What can be seen of a plugin from outside: the rows of `plugin ls`.
 
-use fermata_plugin_api::Kind;
+use fermata_plugin_api::PluginKind;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -39,7 +39,7 @@ pub struct PluginStatus {
     /// Its version, once it has said so.
     pub version: Option<String>,
     /// What it can do, once it has said so.
-    pub kinds: Vec<Kind>,
+    pub kinds: Vec<PluginKind>,
     /// Where it stands.
     pub state: PluginState,
     /// How often its host was started again after a crash.

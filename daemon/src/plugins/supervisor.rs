@@ -21,7 +21,7 @@ use super::output::Output;
 use super::process::{Ending, HostError, HostProcess, Launch};
 use super::status::{PluginState, PluginStatus, now_ms};
 use fermata_plugin_api::message::NOTIFY;
-use fermata_plugin_api::{Description, Failure, Kind, abi};
+use fermata_plugin_api::{CallError, Description, PluginKind, abi};
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug)]
 pub struct Request {
     /// What the plugin must be able to do for it.
-    pub kind: Kind,
+    pub kind: PluginKind,
     /// Name of the method.
     pub method: &'static str,
     /// Its parameters.
@@ -42,7 +42,7 @@ pub struct Request {
     /// When the daemon gives up, waiting in the queue included.
     pub deadline: Instant,
     /// Where the answer goes; once nobody listens there, the call is cancelled.
-    pub reply: oneshot::Sender<Result<Box<RawValue>, Failure>>,
+    pub reply: oneshot::Sender<Result<Box<RawValue>, CallError>>,
 }
 
 /// One plugin's task.
@@ -76,13 +76,13 @@ enum Next {
 /// Why a start or a run ended.
 enum Stopped {
     Shutdown,
-    Refused(Failure),
+    Refused(CallError),
     Crashed(String),
 }
 
 /// How waiting for a reply ended.
 enum Waited {
-    Reply(Result<Box<RawValue>, Failure>),
+    Reply(Result<Box<RawValue>, CallError>),
     Broken(HostError),
     TimeUp,
     Abandoned,
@@ -163,14 +163,14 @@ impl Supervisor {
             let Some(request) = request else { return };
             let status = self.status.borrow();
             let failure = match status.kinds.contains(&request.kind) {
-                true => Failure::new(
+                true => CallError::new(
                     "not_running",
                     format!(
                         "the plugin is not running: {}",
                         status.last_error.as_deref().unwrap_or("it was not started")
                     ),
                 ),
-                false => Failure::unsupported(request.method),
+                false => CallError::unsupported(request.method),
             };
             drop(status);
             // Whoever asked may have gone.
@@ -263,7 +263,7 @@ impl Supervisor {
                 Next::Event(event) => {
                     let params = json!({ "event": &*event });
                     let deadline = Instant::now() + self.deadline;
-                    (None, Kind::Notify, NOTIFY, params, deadline)
+                    (None, PluginKind::Notify, NOTIFY, params, deadline)
                 }
             };
             let outcome = if description.kind.contains(&kind) {
@@ -271,7 +271,7 @@ impl Supervisor {
                 let call = Call { id: last_id, method, deadline };
                 self.call(&mut host, call, params, reply.as_mut()).await
             } else {
-                Ok(Err(Failure::unsupported(method)))
+                Ok(Err(CallError::unsupported(method)))
             };
             let crash = match outcome {
                 Ok(result) => {
@@ -283,7 +283,7 @@ impl Supervisor {
             };
             let stopped = self.bury(host, &crash, &format!("in {method}")).await;
             if let Stopped::Crashed(reason) = &stopped {
-                let failure = Failure::new("crashed", reason.as_str());
+                let failure = CallError::new("crashed", reason.as_str());
                 self.concluded(method, Some(&failure));
                 answer(reply, Err(failure));
             }
@@ -292,8 +292,8 @@ impl Supervisor {
     }
 
     /// Counts a call and remembers its failure.
-    fn concluded(&self, method: &str, failure: Option<&Failure>) {
-        let failure = failure.filter(|failure| failure.code != Failure::UNSUPPORTED);
+    fn concluded(&self, method: &str, failure: Option<&CallError>) {
+        let failure = failure.filter(|failure| failure.code != CallError::UNSUPPORTED);
         if let Some(failure) = failure {
             let plugin = self.status.borrow().name.clone();
             tracing::warn!(plugin, method, code = failure.code, message = failure.message, "a plugin's call failed");
@@ -313,11 +313,11 @@ impl Supervisor {
         host: &mut HostProcess,
         call: Call,
         params: Value,
-        mut reply: Option<&mut oneshot::Sender<Result<Box<RawValue>, Failure>>>,
-    ) -> Result<Result<Box<RawValue>, Failure>, HostError> {
+        mut reply: Option<&mut oneshot::Sender<Result<Box<RawValue>, CallError>>>,
+    ) -> Result<Result<Box<RawValue>, CallError>, HostError> {
         let started = Instant::now();
         let limit = call.deadline.saturating_duration_since(started);
-        let expired = |what: &str| Failure::new("deadline", format!("{} {what}", call.method));
+        let expired = |what: &str| CallError::new("deadline", format!("{} {what}", call.method));
         if limit.is_zero() {
             return Ok(Err(expired("waited too long behind other calls")));
         }
@@ -331,7 +331,7 @@ impl Supervisor {
             Ok(Err(super::frame::FrameError::TooLong { len })) => {
                 // Nothing was sent: the host is as good as before.
                 let message = format!("the request of {len} bytes is too long for a plugin");
-                return Ok(Err(Failure::new("request_too_long", message)));
+                return Ok(Err(CallError::new("request_too_long", message)));
             }
             Ok(sent) => sent?,
             Err(_) => return Err(HostError::Deaf(limit)),
@@ -352,7 +352,7 @@ impl Supervisor {
             Waited::Reply(result) => return Ok(result),
             Waited::Broken(error) => return Err(error),
             Waited::TimeUp => expired(&format!("took longer than {limit:?}")),
-            Waited::Abandoned => Failure::cancelled(),
+            Waited::Abandoned => CallError::cancelled(),
         };
         let grace = Instant::now() + self.config.cancel_grace;
         match timeout_at(grace, host.send(&ToHost::Cancel { id: call.id })).await {
@@ -401,7 +401,7 @@ async fn wait(host: &mut HostProcess, output: &Output, call: &Call, until: Insta
 }
 
 /// Waits for a host's hello, or for its refusal.
-pub async fn greet(host: &mut HostProcess, output: &Output) -> Result<Result<Description, Failure>, HostError> {
+pub async fn greet(host: &mut HostProcess, output: &Output) -> Result<Result<Description, CallError>, HostError> {
     loop {
         match host.next().await? {
             FromHost::Log { level, message } => output.logged(&level, &message),
@@ -409,7 +409,7 @@ pub async fn greet(host: &mut HostProcess, output: &Output) -> Result<Result<Des
             FromHost::Hello { abi, describe } if abi == abi::VERSION => return Ok(Ok(describe)),
             FromHost::Hello { abi, .. } => {
                 let message = format!("the host speaks version {abi} of the ABI, not {}", abi::VERSION);
-                return Ok(Err(Failure::new("abi_version", message)));
+                return Ok(Err(CallError::new("abi_version", message)));
             }
             frame => return Err(unexpected(&frame)),
         }
@@ -427,7 +427,7 @@ fn unexpected(frame: &FromHost) -> HostError {
     HostError::Unexpected { what }
 }
 
-fn answer(reply: Option<oneshot::Sender<Result<Box<RawValue>, Failure>>>, result: Result<Box<RawValue>, Failure>) {
+fn answer(reply: Option<oneshot::Sender<Result<Box<RawValue>, CallError>>>, result: Result<Box<RawValue>, CallError>) {
     if let Some(reply) = reply {
         // Whoever asked may have gone.
         reply.send(result).ok();

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::dispatch::wire;
 use crate::errors::Failure;
-use crate::plugins::{self, Kind, PluginError, PluginStatus};
+use crate::plugins::{self, PluginError, PluginKind, PluginStatus};
 use crate::project::Projects;
 
 pub(super) fn list(projects: &Projects) -> Result<Value, Failure> {
@@ -37,7 +37,7 @@ fn view(status: PluginStatus) -> PluginView {
     }
 }
 
-fn kind(kind: &Kind) -> String {
+fn kind(kind: &PluginKind) -> String {
     serde_json::to_value(kind).ok().and_then(|v| v.as_str().map(str::to_owned)).unwrap_or_default()
 }
 

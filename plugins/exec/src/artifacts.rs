@@ -1,24 +1,24 @@
-//! Lists the regular files that a program has left in its artifact directory.
+//! Lists the regular files that a program has written to its artifact directory.
 
-use fermata_plugin_api::{Artifact, Failure};
+use fermata_plugin_api::{Artifact, CallError};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// More files than this are a mistake in the configuration, not artifacts.
-const MOST: usize = 10_000;
+/// More files than this are taken for a configuration error.
+const MAX_ARTIFACTS: usize = 10_000;
 
-/// Lists every regular file below `directory`, in the order of their names; symlinks and special
-/// files are left out. `program` goes into the descriptions.
-pub fn list(directory: &Path, program: &str) -> Result<Vec<Artifact>, Failure> {
+/// Lists all regular files below `directory`, sorted by path, without symbolic links and special files. `program` is
+/// named in the descriptions.
+pub fn list(directory: &Path, program: &str) -> Result<Vec<Artifact>, CallError> {
     let mut files = Vec::new();
     collect(directory, Path::new(""), &mut files).map_err(|error| {
         let message = format!("{} cannot be listed: {error}", directory.display());
-        Failure::new("artifacts_unreadable", message)
+        CallError::new("artifacts_unreadable", message)
     })?;
-    if files.len() > MOST {
-        let message = format!("{program} left more than {MOST} files");
-        return Err(Failure::new("too_many_artifacts", message));
+    if files.len() > MAX_ARTIFACTS {
+        let message = format!("{program} wrote more than {MAX_ARTIFACTS} files");
+        return Err(CallError::new("too_many_artifacts", message));
     }
     files.sort();
     let describe = |path| Artifact { path, media_type: None, description: Some(format!("written by {program}")) };
@@ -35,7 +35,7 @@ fn collect(root: &Path, below: &Path, files: &mut Vec<PathBuf>) -> io::Result<()
         } else if kind.is_file() {
             files.push(path);
         }
-        if files.len() > MOST {
+        if files.len() > MAX_ARTIFACTS {
             return Ok(());
         }
     }
@@ -53,9 +53,9 @@ mod tests {
         fs::write(dir.join("sub/b"), "").unwrap();
         fs::write(dir.join("a"), "").unwrap();
         std::os::unix::fs::symlink("a", dir.join("link")).unwrap();
-        let found = list(&dir, "dump").unwrap();
+        let artifacts = list(&dir, "dump").unwrap();
         fs::remove_dir_all(&dir).unwrap();
-        let paths: Vec<_> = found.iter().map(|artifact| artifact.path.as_path()).collect();
+        let paths: Vec<_> = artifacts.iter().map(|artifact| artifact.path.as_path()).collect();
         assert_eq!(paths, [Path::new("a"), Path::new("sub/b")]);
     }
 }

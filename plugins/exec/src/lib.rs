@@ -5,41 +5,41 @@
 //! events = ["project.paused", "question.*"]      # default: all
 //! notify = ["notify-send", "Fermata"]            # the event on stdin, FERMATA_EVENT is its name
 //! checkpoint = ["pg_dump", "--file=dump.sql"]    # runs in the artifact directory
-//! restore = ["psql", "--file=dump.sql"]          # runs there too, when a checkpoint comes back
+//! restore = ["psql", "--file=dump.sql"]          # runs there too, when a checkpoint is restored
 //! timeout_ms = 20000
 //! ```
 //!
-//! No shell is involved, no variable is expanded. Each program gets its request as JSON on stdin;
-//! what it prints goes to the daemon's log. `program` runs it, `settings` checks the table above,
-//! `artifacts` lists what it has left.
+//! Programs are run without a shell, and variables are not expanded. Each program gets its request as JSON on stdin; its
+//! output goes to the log of the daemon. `program` runs it, `settings` parses the table above, `artifacts` lists the
+//! files that it has written.
 
 mod artifacts;
 mod program;
 mod settings;
 
 use fermata_plugin_api::{
-    Artifact, Checkpointer, Description, Failure, Host, Kind, Notifier, Plugin, RestoreReply, RestoreRequest,
+    Artifact, CallError, Checkpointer, Description, Host, Notifier, Plugin, PluginKind, RestoreReply, RestoreRequest,
     SaveRequest, event_matches, event_name, export_plugin,
 };
-use program::{Canceller, Program};
+use program::{Canceller, Invocation};
 use serde_json::Value;
-use settings::Settings;
+use settings::ExecSettings;
 use std::time::Duration;
 
 struct Exec {
-    settings: Settings,
+    settings: ExecSettings,
     host: Host,
     canceller: Canceller,
 }
 
 impl Exec {
-    /// How long a program may run: the settings' limit, or what the host leaves if that is less.
+    /// The time limit of a program: that of the settings, or the deadline of the host if it is sooner.
     fn limit(&self, deadline_ms: Option<u64>) -> Duration {
         let own = self.settings.timeout_ms;
         Duration::from_millis(deadline_ms.map_or(own, |deadline| deadline.min(own)))
     }
 
-    fn run(&self, program: Program<'_>) -> Result<(), Failure> {
+    fn run(&self, program: Invocation<'_>) -> Result<(), CallError> {
         program.run(&self.canceller, &self.host)
     }
 }
@@ -47,13 +47,13 @@ impl Exec {
 impl Plugin for Exec {
     fn describe() -> Description {
         Description {
-            settings: Some(Settings::schema()),
-            ..Description::new("exec", env!("CARGO_PKG_VERSION"), [Kind::Checkpoint, Kind::Notify])
+            settings: Some(ExecSettings::schema()),
+            ..Description::new("exec", env!("CARGO_PKG_VERSION"), [PluginKind::Checkpoint, PluginKind::Notify])
         }
     }
 
-    fn create(settings: Value, host: Host) -> Result<Self, Failure> {
-        Ok(Self { settings: Settings::parse(settings)?, host, canceller: Canceller::default() })
+    fn create(settings: Value, host: Host) -> Result<Self, CallError> {
+        Ok(Self { settings: ExecSettings::parse(settings)?, host, canceller: Canceller::default() })
     }
 
     fn checkpointer(&self) -> Option<&dyn Checkpointer> {
@@ -70,12 +70,12 @@ impl Plugin for Exec {
 }
 
 impl Checkpointer for Exec {
-    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, Failure> {
+    fn save(&self, request: &SaveRequest) -> Result<Vec<Artifact>, CallError> {
         let Some(argv) = &self.settings.checkpoint else {
-            return Err(Failure::unsupported("checkpoint.save"));
+            return Err(CallError::unsupported("checkpoint.save"));
         };
         let frozen = if request.frozen { "1" } else { "0" };
-        self.run(Program {
+        self.run(Invocation {
             argv,
             directory: Some(&request.directory),
             input: json(request)?,
@@ -92,11 +92,11 @@ impl Checkpointer for Exec {
         artifacts::list(&request.directory, &argv[0])
     }
 
-    fn restore(&self, request: &RestoreRequest) -> Result<RestoreReply, Failure> {
+    fn restore(&self, request: &RestoreRequest) -> Result<RestoreReply, CallError> {
         let Some(argv) = &self.settings.restore else {
-            return Err(Failure::unsupported("checkpoint.restore"));
+            return Err(CallError::unsupported("checkpoint.restore"));
         };
-        self.run(Program {
+        self.run(Invocation {
             argv,
             directory: Some(&request.directory),
             input: json(request)?,
@@ -114,9 +114,9 @@ impl Checkpointer for Exec {
 }
 
 impl Notifier for Exec {
-    fn notify(&self, event: &Value) -> Result<(), Failure> {
+    fn notify(&self, event: &Value) -> Result<(), CallError> {
         let Some(argv) = &self.settings.notify else {
-            return Err(Failure::unsupported("notify"));
+            return Err(CallError::unsupported("notify"));
         };
         let name = event_name(event).unwrap_or_default();
         if !event_matches(&self.settings.events, name) {
@@ -126,12 +126,12 @@ impl Notifier for Exec {
         if let Some(project) = event.get("project").and_then(Value::as_str) {
             environment.push(("FERMATA_PROJECT", project.as_ref()));
         }
-        self.run(Program { argv, directory: None, input: json(event)?, environment, limit: self.limit(None) })
+        self.run(Invocation { argv, directory: None, input: json(event)?, environment, limit: self.limit(None) })
     }
 }
 
-fn json(value: &impl serde::Serialize) -> Result<Vec<u8>, Failure> {
-    serde_json::to_vec(value).map_err(|error| Failure::new("encoding", error.to_string()))
+fn json(value: &impl serde::Serialize) -> Result<Vec<u8>, CallError> {
+    serde_json::to_vec(value).map_err(|error| CallError::new("encoding", error.to_string()))
 }
 
 export_plugin!(Exec);

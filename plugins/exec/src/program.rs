@@ -1,17 +1,17 @@
-//! Runs one program to its end, or to the end of its time.
+//! Runs one program until it exits, is cancelled or times out.
 //!
 //! ```text
-//!   this thread      starts it, waits for the first of: exited, cancelled, time is up;
-//!                    then kills its process group, reaps it and reports
-//!   feeder           writes the request to its stdin
-//!   reader           keeps the beginning of its stderr, discards the rest
-//!   watcher          waits for its exit without reaping it
+//!   calling thread   spawns the program, waits for the first of: exit, cancellation, timeout;
+//!                    then kills its process group, reaps it and returns the result
+//!   stdin thread     writes the request to stdin
+//!   stderr thread    keeps the beginning of stderr, discards the rest
+//!   wait thread      waits for the exit without reaping
 //! ```
 //!
-//! The program is reaped last and here alone, so the number of its group cannot have passed to
-//! somebody else when the group is killed. Its stdout is the host's, hence the daemon's log.
+//! The program is reaped last, so that its process group id cannot be reused before the group is killed. Its stdout is
+//! that of the host, which goes to the log of the daemon.
 
-use fermata_plugin_api::{Failure, Host};
+use fermata_plugin_api::{CallError, Host};
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
@@ -25,66 +25,65 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How much of stderr is kept.
+/// How many bytes of stderr are kept.
 const STDERR_BYTES: usize = 4096;
-/// How many lines of it an error shows.
+/// How many lines of stderr an error message shows.
 const STDERR_LINES: usize = 5;
-/// How long the end of stderr is waited for once the program is gone: a process that has left
-/// the group may still hold it.
-const STDERR_PATIENCE: Duration = Duration::from_millis(200);
+/// How long to wait for the end of stderr after the exit: a process outside the group may hold it open.
+const STDERR_TIMEOUT: Duration = Duration::from_millis(200);
 
-/// What is to be run.
-pub struct Program<'a> {
-    /// Program and arguments; never empty.
+/// A program to run.
+pub struct Invocation<'a> {
+    /// The program and its arguments; not empty.
     pub argv: &'a [String],
-    /// Where it runs; the host's own directory if not said.
+    /// The working directory; that of the host when `None`.
     pub directory: Option<&'a Path>,
-    /// What it gets on stdin.
+    /// The bytes for stdin.
     pub input: Vec<u8>,
-    /// Variables in addition to the host's.
+    /// Variables in addition to those of the host.
     pub environment: Vec<(&'static str, &'a OsStr)>,
-    /// How long it may run.
+    /// The time limit.
     pub limit: Duration,
 }
 
-/// How waiting for a program ended.
-enum Outcome {
+/// Why the wait for a program ended.
+enum WaitEvent {
     Exited,
     Cancelled,
 }
 
-/// Lets another thread cancel the program that is running, if one is.
+/// Cancels the current program from another thread.
 #[derive(Default)]
 pub struct Canceller {
-    running: Mutex<Option<Sender<Outcome>>>,
+    running: Mutex<Option<Sender<WaitEvent>>>,
 }
 
 impl Canceller {
-    /// Cancels the program that is running.
+    /// Does nothing when no program is running.
     pub fn cancel(&self) {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(outcome) = &*running {
-            // It may have ended just now.
-            outcome.send(Outcome::Cancelled).ok();
+            // Fails when the program has just ended.
+            outcome.send(WaitEvent::Cancelled).ok();
         }
     }
 
-    fn set(&self, outcome: Option<Sender<Outcome>>) {
+    fn set(&self, outcome: Option<Sender<WaitEvent>>) {
         *self.running.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
     }
 }
 
-impl Program<'_> {
-    /// Runs the program; its failure says what it has written to stderr.
-    pub fn run(self, canceller: &Canceller, host: &Host) -> Result<(), Failure> {
+impl Invocation<'_> {
+    /// Runs the program. The error of a failed program contains the first lines of its stderr.
+    pub fn run(self, canceller: &Canceller, host: &Host) -> Result<(), CallError> {
         let name = self.argv[0].clone();
         let limit = self.limit;
         let until = Instant::now() + limit;
         let (outcome, outcomes) = channel();
         canceller.set(Some(outcome.clone()));
-        // A cancel from before the sender was there is seen here.
+        // Covers a cancellation that came before the sender was set.
         let result = if host.cancelled() {
-            Err(Failure::cancelled())
+            Err(CallError::cancelled())
         } else {
             self.spawn().and_then(|running| running.wait(&name, outcome, &outcomes, until, limit))
         };
@@ -92,9 +91,10 @@ impl Program<'_> {
         result
     }
 
-    fn spawn(self) -> Result<Running, Failure> {
+    fn spawn(self) -> Result<Running, CallError> {
         let name = &self.argv[0];
-        let failed = |what: &str, error: std::io::Error| Failure::new("not_started", format!("{name} {what}: {error}"));
+        let failed =
+            |what: &str, error: std::io::Error| CallError::new("not_started", format!("{name} {what}: {error}"));
         let mut command = Command::new(name);
         command
             .args(&self.argv[1..])
@@ -109,8 +109,10 @@ impl Program<'_> {
         let mut running = Running { child, stderr: channel().1 };
         if let Some(mut stdin) = running.child.stdin.take() {
             let input = self.input;
-            // A program that does not read its input is none the worse for it.
-            thread::Builder::new().spawn(move || stdin.write_all(&input)).map_err(|e| failed("cannot be fed", e))?;
+            // Fails when the program does not read its input, which is not an error.
+            thread::Builder::new()
+                .spawn(move || stdin.write_all(&input))
+                .map_err(|e| failed("cannot be given its input", e))?;
         }
         if let Some(stderr) = running.child.stderr.take() {
             let (text, receiver) = channel();
@@ -123,7 +125,7 @@ impl Program<'_> {
     }
 }
 
-/// A program that was started; dropping it kills and reaps it.
+/// A started program; dropping it kills and reaps it.
 struct Running {
     child: Child,
     stderr: Receiver<String>,
@@ -133,34 +135,34 @@ impl Running {
     fn wait(
         mut self,
         name: &str,
-        outcome: Sender<Outcome>,
-        outcomes: &Receiver<Outcome>,
+        outcome: Sender<WaitEvent>,
+        outcomes: &Receiver<WaitEvent>,
         until: Instant,
         limit: Duration,
-    ) -> Result<(), Failure> {
+    ) -> Result<(), CallError> {
         let pid = self.pid();
         thread::Builder::new()
             .spawn(move || {
                 let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
                 while waitid(Id::Pid(pid), flags) == Err(nix::errno::Errno::EINTR) {}
-                // Whoever waited may have given up.
-                outcome.send(Outcome::Exited).ok();
+                // Fails when the caller has timed out.
+                outcome.send(WaitEvent::Exited).ok();
             })
-            .map_err(|error| Failure::new("not_watched", error.to_string()))?;
-        let patience = until.saturating_duration_since(Instant::now());
-        let failure = match outcomes.recv_timeout(patience) {
-            Ok(Outcome::Exited) => None,
-            Ok(Outcome::Cancelled) | Err(RecvTimeoutError::Disconnected) => Some(Failure::cancelled()),
+            .map_err(|error| CallError::new("not_watched", error.to_string()))?;
+        let timeout = until.saturating_duration_since(Instant::now());
+        let failure = match outcomes.recv_timeout(timeout) {
+            Ok(WaitEvent::Exited) => None,
+            Ok(WaitEvent::Cancelled) | Err(RecvTimeoutError::Disconnected) => Some(CallError::cancelled()),
             Err(RecvTimeoutError::Timeout) => {
-                Some(Failure::new("timeout", format!("{name} took longer than {limit:?}")))
+                Some(CallError::new("timeout", format!("{name} exceeded its time limit of {limit:?}")))
             }
         };
-        let status = self.end();
+        let status = self.terminate();
         match (failure, status) {
             (Some(failure), _) => Err(failure),
             (None, Ok(status)) if status.success() => Ok(()),
             (None, Ok(status)) => Err(self.explain(name, status)),
-            (None, Err(error)) => Err(Failure::new("not_watched", error.to_string())),
+            (None, Err(error)) => Err(CallError::new("not_watched", error.to_string())),
         }
     }
 
@@ -169,45 +171,44 @@ impl Running {
         Pid::from_raw(self.child.id().cast_signed())
     }
 
-    /// Kills what is left of the program's group, then reaps the program.
-    fn end(&mut self) -> std::io::Result<ExitStatus> {
-        // The program is not reaped, so the group is still its own. A group that is only a zombie
-        // by now is no error.
+    /// Kills the process group, then reaps the program.
+    fn terminate(&mut self) -> std::io::Result<ExitStatus> {
+        // The program is not reaped yet, so the group id is still its own. A group of only a zombie is not an error.
         killpg(self.pid(), Signal::SIGKILL).ok();
         self.child.wait()
     }
 
-    fn explain(&self, name: &str, status: ExitStatus) -> Failure {
+    fn explain(&self, name: &str, status: ExitStatus) -> CallError {
         let ended = match (status.code(), status.signal()) {
             (Some(code), _) => format!("exited with code {code}"),
             (None, Some(signal)) => format!("was killed by signal {signal}"),
-            (None, None) => "ended strangely".to_owned(),
+            (None, None) => "ended with an unknown status".to_owned(),
         };
-        let stderr = self.stderr.recv_timeout(STDERR_PATIENCE).unwrap_or_default();
+        let stderr = self.stderr.recv_timeout(STDERR_TIMEOUT).unwrap_or_default();
         let lines: Vec<&str> =
             stderr.lines().map(str::trim_end).filter(|line| !line.is_empty()).take(STDERR_LINES).collect();
         let message = match lines.is_empty() {
             true => format!("{name} {ended}"),
             false => format!("{name} {ended}: {}", lines.join("; ")),
         };
-        Failure::new("program_failed", message)
+        CallError::new("program_failed", message)
     }
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // After `end` the child is reaped and remembers it: then nothing must be killed.
+        // `try_wait` returns a status after `terminate`; then the group must not be killed again.
         if matches!(self.child.try_wait(), Ok(None)) {
-            self.end().ok();
+            self.terminate().ok();
         }
     }
 }
 
-/// Reads to the end, and returns the beginning.
+/// Reads a stream to its end and returns the first bytes.
 fn beginning(mut stream: impl Read) -> String {
     let mut kept = Vec::new();
     let mut chunk = [0; 4096];
-    // An error ends it as well as the end does.
+    // An error counts as the end.
     while let Ok(count @ 1..) = stream.read(&mut chunk) {
         let room = STDERR_BYTES - kept.len();
         kept.extend_from_slice(&chunk[..count.min(room)]);
@@ -219,9 +220,9 @@ fn beginning(mut stream: impl Read) -> String {
 mod tests {
     use super::*;
 
-    fn run(script: &str, limit: Duration, canceller: &Canceller) -> Result<(), Failure> {
+    fn run(script: &str, limit: Duration, canceller: &Canceller) -> Result<(), CallError> {
         let argv = ["sh", "-c", script].map(str::to_owned);
-        let program = Program {
+        let program = Invocation {
             argv: &argv,
             directory: None,
             input: b"{\"a\":1}".to_vec(),
@@ -250,7 +251,8 @@ mod tests {
     #[test]
     fn a_missing_program_is_a_failure_that_names_it() {
         let argv = ["/nonexistent/program".to_owned()];
-        let program = Program { argv: &argv, directory: None, input: Vec::new(), environment: Vec::new(), limit: LONG };
+        let program =
+            Invocation { argv: &argv, directory: None, input: Vec::new(), environment: Vec::new(), limit: LONG };
         let failure = program.run(&Canceller::default(), &Host::detached()).unwrap_err();
         assert_eq!(failure.code, "not_started");
         assert!(failure.message.starts_with("/nonexistent/program cannot be started"));

@@ -1,24 +1,23 @@
-//! The table `settings` of the plugin's TOML file. Unknown members are refused: a misspelt one
-//! would otherwise mean that nothing happens, at the worst moment.
+//! The table `settings` of the configuration of the plugin. Unknown keys are rejected, since a misspelt one would disable
+//! a program without notice.
 
-use fermata_plugin_api::Failure;
+use fermata_plugin_api::CallError;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// What the plugin is to do.
 #[derive(Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Settings {
-    /// Patterns of the events that `notify` is run for.
+pub struct ExecSettings {
+    /// Patterns of the events for which `notify` is run.
     #[serde(default = "all")]
     pub events: Vec<String>,
-    /// Program and arguments for an event.
+    /// The program and arguments that handle an event.
     pub notify: Option<Vec<String>>,
-    /// Program and arguments that write artifacts.
+    /// The program and arguments that write artifacts.
     pub checkpoint: Option<Vec<String>>,
-    /// Program and arguments that bring artifacts back.
+    /// The program and arguments that restore artifacts.
     pub restore: Option<Vec<String>>,
-    /// How long a program may run.
+    /// The time limit of each program in milliseconds.
     #[serde(default = "twenty_seconds")]
     pub timeout_ms: u64,
 }
@@ -31,10 +30,13 @@ fn twenty_seconds() -> u64 {
     20_000
 }
 
-impl Settings {
-    /// Checks the settings; an empty command line or an empty program name is refused.
-    pub fn parse(settings: Value) -> Result<Self, Failure> {
-        let bad = |message: String| Failure::new("bad_settings", message);
+impl ExecSettings {
+    /// Parses and checks the settings.
+    ///
+    /// # Errors
+    /// For unknown keys, empty commands, and a time limit of 0.
+    pub fn parse(settings: Value) -> Result<Self, CallError> {
+        let bad = |message: String| CallError::new("bad_settings", message);
         let settings: Self =
             serde_json::from_value(settings).map_err(|error| bad(format!("the settings are not valid: {error}")))?;
         let programs =
@@ -47,12 +49,12 @@ impl Settings {
             }
         }
         if settings.timeout_ms == 0 {
-            return Err(bad("`timeout_ms` must be more than 0".to_owned()));
+            return Err(bad("`timeout_ms` must be greater than 0".to_owned()));
         }
         Ok(settings)
     }
 
-    /// The JSON schema of the settings.
+    /// Returns the JSON schema of the settings.
     pub fn schema() -> Value {
         let argv = json!({"type": "array", "items": {"type": "string"}, "minItems": 1});
         json!({
@@ -82,22 +84,22 @@ mod tests {
             json!({"timeout_ms": 0}),
             json!({"notify": "notify-send x"}),
         ] {
-            let failure = Settings::parse(bad.clone()).unwrap_err();
+            let failure = ExecSettings::parse(bad.clone()).unwrap_err();
             assert_eq!(failure.code, "bad_settings", "{bad}");
         }
-        let settings = Settings::parse(json!({"notify": ["true"]})).unwrap();
+        let settings = ExecSettings::parse(json!({"notify": ["true"]})).unwrap();
         assert_eq!(settings.events, ["*"]);
         assert_eq!(settings.timeout_ms, 20_000);
     }
 
     #[test]
     fn the_schema_knows_every_setting() {
-        let schema = Settings::schema();
-        let known = schema["properties"].as_object().unwrap();
-        let error = Settings::parse(json!({"?": 1})).unwrap_err().message;
-        for name in known.keys() {
+        let schema = ExecSettings::schema();
+        let properties = schema["properties"].as_object().unwrap();
+        let error = ExecSettings::parse(json!({"?": 1})).unwrap_err().message;
+        for name in properties.keys() {
             assert!(error.contains(&format!("`{name}`")), "{error}");
         }
-        assert_eq!(known.len(), 5);
+        assert_eq!(properties.len(), 5);
     }
 }
