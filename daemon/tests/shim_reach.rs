@@ -14,6 +14,7 @@ use fermata_daemon::shim::reach::{Reached, connect, reach};
 use fermata_daemon::shim::record::RunRecord;
 use fermata_daemon::shim::spec::{MechanismChoice, files};
 use fermata_daemon::shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
+use serde_json::error::Category;
 use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
 /// Lines as shims of this version sent them when it was new, and lines of shims that know more.
@@ -175,7 +176,8 @@ async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: MechanismCho
     std::fs::write(bed.spec.run_dir.join(files::RUN), serde_json::to_vec(&crafted).unwrap()).unwrap();
     let reached = reach(&bed.spec.run_dir, &boot(), PATIENCE).await;
     assert!(matches!(reached, Reached::Lost { left: None, .. }));
-    assert!(connect(&crafted, Duration::from_millis(100)).await.is_err());
+    let unreached = connect(&crafted, Duration::from_millis(100)).await.map(drop);
+    assert_eq!(unreached, Err("its shim is gone".to_owned()));
     for (mut child, id) in strangers.into_iter().zip(ids) {
         let stat = process::stat_of(id).unwrap().expect("a stranger was killed");
         assert!(!matches!(stat.letter, b'T' | b'Z'), "a stranger was signalled: {}", stat.letter as char);
@@ -251,8 +253,11 @@ fn lines_of_older_and_newer_shims_of_this_version_are_understood() {
             Heard::Known(_) => {}
         }
     }
-    for line in ["rubbish", r#"{"hello":7}"#, r#"{"from_the_future":{}}"#] {
-        assert!(hear(line.as_bytes()).is_err(), "{line}");
+    let data = Category::Data;
+    for (line, category) in
+        [("rubbish", Category::Syntax), (r#"{"hello":7}"#, data), (r#"{"from_the_future":{}}"#, data)]
+    {
+        assert_eq!(hear(line.as_bytes()).map(drop).unwrap_err().classify(), category, "{line}");
     }
 }
 

@@ -132,8 +132,14 @@ mod tests {
         assert_eq!(inside(None, b"./src/../a%b\xff").unwrap(), "a%25b%FF");
         assert_eq!(inside(Some("/w"), b"/w/src/main.rs").unwrap(), "src/main.rs");
         assert_eq!(inside(Some("/w"), b"/w").unwrap(), ".");
-        assert!(inside(Some("/w"), b"/wide/x").is_err());
-        assert!(inside(None, b"a/../../x").is_err());
-        assert!(inside(None, b"").is_err(), "an unset variable must not select the whole workspace");
+        for (workspace, typed, why) in [
+            (Some("/w"), &b"/wide/x"[..], "is not in the workspace /w"),
+            (None, b"a/../../x", "leads out of the workspace"),
+            // An unset variable must not select the whole workspace.
+            (None, b"", "a path is empty"),
+        ] {
+            let error = inside(workspace, typed).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
     }
 }

@@ -368,12 +368,12 @@ mod tests {
     #[test]
     fn a_delta_that_makes_no_sense_is_refused() {
         let delta = encode(b"0123456789abcdef0123", b"0123456789abcdef0123 and more", usize::MAX).unwrap();
-        assert!(apply(b"another base", &delta).is_err());
+        assert_eq!(apply(b"another base", &delta), Err(BadDelta("belongs to another base")));
         for cut in 0..delta.len() {
             assert!(apply(b"0123456789abcdef0123", &delta[..cut]).is_err());
         }
         assert_eq!(apply(b"", &[0, 1, 0]), Err(BadDelta("holds an operation that git has reserved")));
-        assert!(apply(b"", &[0x80; 12]).is_err());
+        assert_eq!(apply(b"", &[0x80; 12]), Err(BadDelta("has a size that cannot be")));
     }
 
     proptest! {

@@ -295,10 +295,10 @@ mod tests {
         ];
         let text = encode(lines.len(), lines.clone());
         assert_eq!(decode(text.as_bytes()).unwrap(), lines);
-        assert!(decode(b"fermata-meta 2\n").is_err());
-        assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - ..\n").is_err());
-        assert!(decode(b"fermata-meta 1\nf 644 0.0 1 - .Git\n").is_err());
-        assert!(decode(b"fermata-meta 1\nx 0 0.0 0 reserved ..\n").is_err());
+        assert_eq!(decode(b"fermata-meta 2\n").unwrap_err().0, 1);
+        for bad in ["f 644 0.0 1 - ..", "f 644 0.0 1 - .Git", "x 0 0.0 0 reserved .."] {
+            assert_eq!(decode(format!("fermata-meta 1\n{bad}\n").as_bytes()).unwrap_err().0, 2, "{bad}");
+        }
     }
 
     #[test]

@@ -191,6 +191,9 @@ mod tests {
         reserve.commit(b"{\"a\":1}").unwrap();
         let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
         assert_eq!(value["a"], 1);
-        assert!(reserve.commit(&[b'x'; RESERVE_BYTES]).is_err());
+        let error = reserve.commit(&[b'x'; RESERVE_BYTES]).unwrap_err();
+        assert_eq!((error.step, error.source.kind()), ("fit the record into the reserve", io::ErrorKind::InvalidInput));
+        let value: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        assert_eq!(value["a"], 1, "the record that was committed stays");
     }
 }
