@@ -3,7 +3,9 @@
 use std::io::Read as _;
 use std::process::Stdio;
 
+use fermata_protocol::Code;
 use fermata_protocol::agent::AgentStatus;
+use fermata_protocol::client::ClientError;
 use fermata_tests::Sandbox;
 use fermata_tests::sandbox::output_of;
 use fermata_tests::waiting::{SOON, wait_until};
@@ -117,7 +119,9 @@ fn cursors_and_agents_that_do_not_exist_are_refused() {
     failed(&sandbox.ctl_output(&["logs", "nothing/a"]), 3);
     for cursor in ["", "x", "../../../etc:1:2:3", "run-1:1:2:3:4"] {
         let logs = serde_json::json!({ "target": "web/a", "cursor": cursor });
-        assert!(call(&sandbox, "agent.logs", logs).is_err(), "{cursor}");
+        let error = call(&sandbox, "agent.logs", logs).expect_err(cursor);
+        let ClientError::Refused(refusal) = error else { panic!("{cursor}: {error}") };
+        assert_eq!(refusal.code, Code::InvalidParams, "{cursor}");
     }
 }
 

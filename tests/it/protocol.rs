@@ -329,16 +329,26 @@ fn a_repeated_run_or_stop_shows_the_same_agent_as_the_first() {
 #[test]
 fn a_signal_with_a_key_is_sent_once() {
     let sandbox = Sandbox::start();
-    run_agent(&sandbox, "a", "trap 'echo x >> got' USR1; echo y > ready; while :; do sleep 0.02; done");
+    let traps = "trap 'echo 1 >> got' USR1; trap 'echo 2 >> got' USR2";
+    run_agent(&sandbox, "a", &format!("touch got; {traps}; echo y > ready; while :; do sleep 0.02; done"));
     wait_for_file(&sandbox, "ready");
-    let kill = |key: &str| json!({ "target": "web/a", "signal": "USR1", "idempotency_key": key });
-    for key in ["one", "one", "two"] {
-        call(&sandbox, "agent.kill", kill(key)).expect("signal");
-        wait_until(SOON, "the signal to arrive", || web(&sandbox).has("got"));
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    wait_until(SOON, "the second signal", || web(&sandbox).read("got").lines().count() >= 2);
-    assert_eq!(web(&sandbox).read("got"), "x\nx\n");
+    let kill = |signal: &str, key: &str| {
+        let params = json!({ "target": "web/a", "signal": signal, "idempotency_key": key });
+        call(&sandbox, "agent.kill", params).expect("signal");
+    };
+    let expect = |signals: &[&str]| {
+        let got = || web(&sandbox).read("got").lines().map(str::to_owned).collect::<Vec<_>>();
+        wait_until(SOON, "the signals to arrive", || got().len() >= signals.len());
+        assert_eq!(got(), signals);
+    };
+    kill("USR1", "one");
+    expect(&["1"]);
+    // A shell that has received both runs the trap of SIGUSR1 before that of SIGUSR2.
+    kill("USR1", "one");
+    kill("USR2", "two");
+    expect(&["1", "2"]);
+    kill("USR1", "three");
+    expect(&["1", "2", "1"]);
 }
 
 #[test]

@@ -233,7 +233,8 @@ fn a_daemon_that_dies_late_in_a_removal_leaves_nothing_of_them_either() {
 fn a_removal_that_cannot_be_written_or_carried_out_is_refused_or_tried_again() {
     let sandbox = Sandbox::builder().env(FAILPOINT, "retention.commit=error,retention.directory=error").start();
     with_checkpoints(&sandbox, 3);
-    assert!(sandbox.rpc().call(&remove(&[1])).is_err(), "the rows cannot be written");
+    let refusal = refused(&sandbox, &remove(&[1]));
+    assert_eq!(refusal.code, Code::InternalError, "the rows cannot be written: {refusal:?}");
     only_these_are_left(&sandbox, &[1, 2, 3]);
     all_verify(&sandbox);
     done(&sandbox, &remove(&[1]));
