@@ -17,11 +17,12 @@ use fermata_protocol::operation::{OperationList, OperationView};
 use fermata_protocol::pause::{PauseMode, PauseResult, ProjectPause, ProjectResume, ResumeResult};
 use fermata_protocol::project::{ProjectConfig, ProjectDetail, ProjectSet, ProjectShow, ProjectStatus};
 use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
-use fermata_tests::waiting::{SOON, look_for, wait_until};
+use fermata_tests::metronome::wait_for_beats;
+use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, Workspace, process};
 
-/// For how long nobody may leave a mark who is said to stand still; ten marks' worth.
-const STILL: Duration = Duration::from_millis(200);
+/// How many marks an agent that runs would leave while another is seen to leave none.
+const BEATS: u64 = 10;
 
 /// Leaves a mark every 20 ms.
 pub const TICK: &str = "while :; do printf . >> \"$MARKS\"; sleep 0.02; done";
@@ -117,21 +118,22 @@ impl Ticker {
         wait_until(deadline, &format!("marks in {}", self.marks.display()), || self.count() > before + 1);
     }
 
-    /// Waits until there is no mark for a while.
+    /// Waits until there is no mark any more.
     #[track_caller]
     pub fn comes_to_rest(&self) {
         wait_until(SOON, &format!("{} to get no more marks", self.marks.display()), || {
             let before = self.count();
-            look_for(STILL, || (self.count() != before).then_some(())).is_none()
+            wait_for_beats(BEATS);
+            self.count() == before
         });
     }
 
-    /// Sees no mark for a while.
+    /// Sees no mark while a process that nobody stops leaves ten.
     #[track_caller]
     pub fn stands_still(&self) {
         let before = self.count();
-        let moved = look_for(STILL, || (self.count() != before).then_some(()));
-        assert!(moved.is_none(), "{} gets marks, but nobody may run", self.marks.display());
+        wait_for_beats(BEATS);
+        assert_eq!(self.count(), before, "{} gets marks, but nobody may run", self.marks.display());
     }
 }
 

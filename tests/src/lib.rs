@@ -6,6 +6,7 @@
 
 pub mod cgroup;
 pub mod disk;
+pub mod metronome;
 pub mod process;
 pub mod sandbox;
 pub mod waiting;

@@ -1,0 +1,31 @@
+//! A measure for how long nothing has to happen: the deeds of a process that nobody stops.
+
+use std::fs;
+use std::process::{Child, Command};
+
+use crate::waiting::{SOON, wait_until};
+
+/// Waits until a process has written so many times, once every 20 ms if it is given a processor. What stands still
+/// meanwhile would have moved if it could: a busy machine slows both down.
+///
+/// # Panics
+/// When the process cannot be started or does not write.
+#[track_caller]
+pub fn wait_for_beats(count: u64) {
+    let dir = tempfile::Builder::new().prefix("metronome").tempdir().expect("create a temporary directory");
+    let beats = dir.path().join("beats");
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "while :; do printf . >> \"$0\"; sleep 0.02; done"]).arg(&beats);
+    let _writer = Writer(command.spawn().expect("start /bin/sh"));
+    wait_until(SOON, "a process that nobody stops to write", || {
+        fs::metadata(&beats).is_ok_and(|meta| meta.len() >= count)
+    });
+}
+
+struct Writer(Child);
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.0.kill().and_then(|()| self.0.wait()).expect("end the metronome");
+    }
+}
