@@ -1,5 +1,6 @@
 //! Tests of the checkpoint store with real files and, where they compare with git, the real git.
 
+mod costs;
 mod coverage;
 mod exact;
 mod ignoring;
