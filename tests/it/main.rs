@@ -12,6 +12,7 @@ mod checkpoint;
 mod checkpoint_crash;
 mod concurrent_git;
 mod context_snapshot;
+mod costs;
 mod disk_full;
 mod down;
 mod hooks;

@@ -8,6 +8,7 @@ pub mod cgroup;
 pub mod disk;
 pub mod metronome;
 pub mod process;
+pub mod recorder;
 pub mod sandbox;
 pub mod waiting;
 pub mod workspace;
