@@ -84,14 +84,14 @@ fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Opt
             AgentState::Starting(_) => decision.events.push(stopping(name, false)),
             AgentState::Running(run) | AgentState::Frozen(run) | AgentState::Stopping { run, .. } => {
                 decision.events.push(stopping(name.clone(), false));
-                match grace(agent) {
-                    // A grace thaws the agent, whose memory must not meet files that were restored.
-                    Some(grace_ms) if !files_are_restored(project) => {
-                        thawed.get_or_insert(name.clone());
-                        decision.effects.push(Effect::Stop { agent: name, run: run.id.clone(), grace_ms });
-                    }
-                    Some(_) | None => decision.effects.push(Effect::Kill { agent: name, run: run.id.clone() }),
+                let effect = match grace(agent) {
+                    Some(grace_ms) => stop_effect(project, name.clone(), run.id.clone(), grace_ms),
+                    None => Effect::Kill { agent: name.clone(), run: run.id.clone() },
+                };
+                if matches!(effect, Effect::Stop { .. }) {
+                    thawed.get_or_insert(name);
                 }
+                decision.effects.push(effect);
             }
         }
     }
@@ -112,6 +112,12 @@ fn end(project: &Project, name: Option<AgentName>, grace: impl Fn(&Agent) -> Opt
 
 fn stopping(agent: AgentName, restart: bool) -> Event {
     Event::AgentStopping { agent, restart, cause: StopCause::Asked }
+}
+
+/// Ends the processes of a run with a grace where that is allowed: a grace thaws the agent, whose memory must not meet
+/// files that were restored.
+pub(super) fn stop_effect(project: &Project, agent: AgentName, run: RunId, grace_ms: u64) -> Effect {
+    if files_are_restored(project) { Effect::Kill { agent, run } } else { Effect::Stop { agent, run, grace_ms } }
 }
 
 /// Says whether files were, or are being, restored beneath frozen processes.

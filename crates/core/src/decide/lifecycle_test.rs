@@ -49,6 +49,25 @@ fn resume(model: &mut Model) {
     model.settle();
 }
 
+#[test]
+fn a_stop_over_restored_files_has_no_grace_after_a_crash_either() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    pause(&mut model, PauseMode::Freeze);
+    let operation = model.operation();
+    model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("it is paused");
+    model.settle();
+    let run = model.run_of(&name(0)).expect("it has a run");
+    let kill = Effect::Kill { agent: name(0), run };
+    model.tell(Command::Stop { agent: Some(name(0)), grace_ms: Some(10) }).expect("it is frozen");
+    assert_eq!(model.pending, [kill.clone()]);
+    // The daemon dies before it has killed anything.
+    model.recover();
+    assert_eq!(model.pending, [kill]);
+    model.settle();
+    assert_eq!(status(&model, 0), AgentStatus::Exited);
+}
+
 /// An observation that is refused would be reported again and again.
 #[test]
 fn a_late_observation_of_readiness_is_left_alone() {

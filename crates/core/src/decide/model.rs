@@ -285,8 +285,15 @@ impl Model {
     pub(super) fn conclude(&mut self, effect: Effect, well: bool) {
         match effect {
             Effect::Launch { agent, run, .. } => self.launch(agent, run, well),
-            Effect::Stop { agent, run, .. } | Effect::Kill { agent, run } => {
+            Effect::Stop { agent, run, .. } => {
+                // It is thawed to hear its SIGTERM.
+                self.freeze(&[(agent.clone(), run.clone())], false);
+                self.invariant_nothing_runs_over_restored_files();
                 self.end(&run, 15);
+                self.report_end(agent, run);
+            }
+            Effect::Kill { agent, run } => {
+                self.end(&run, 9);
                 self.report_end(agent, run);
             }
             Effect::PauseStep { operation, step } => {

@@ -1,6 +1,8 @@
 //! Random commands, outcomes and crashes against a small model of the world, with invariants
 //! checked after every event and whenever nothing is under way.
 
+use std::sync::Arc;
+
 use fermata_protocol::agent::Progress;
 use fermata_protocol::budget::Usage;
 use fermata_protocol::checkpoint::Trigger;
@@ -9,7 +11,7 @@ use fermata_protocol::{AgentName, Refusal, UnixMillis};
 use proptest::prelude::*;
 
 use super::model::*;
-use crate::agent::AgentState;
+use crate::agent::{Agent, AgentState};
 use crate::command::Command;
 use crate::effect::Effect;
 use crate::project::{ProjectState, RestoreStage, StableState};
@@ -42,6 +44,8 @@ enum Move {
     Cancel,
     /// Somebody writes into the workspace.
     Touch,
+    /// Everything under way concludes well.
+    Settle,
     /// An effect under way concludes, well or not.
     Conclude {
         which: u8,
@@ -83,6 +87,7 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => Just(Move::FailRestore),
         1 => Just(Move::Cancel),
         2 => Just(Move::Touch),
+        6 => Just(Move::Settle),
         20 => (any::<u8>(), prop::bool::weighted(0.85)).prop_map(|(which, well)| Move::Conclude { which, well }),
         2 => ((0u8..3), (0i32..2)).prop_map(|(agent, code)| Move::Exit(agent, code)),
         2 => Just(Move::Crash),
@@ -151,6 +156,7 @@ impl Model {
             Move::LateReady(which) => self.observe_ready(which),
             Move::FailRestore => self.fail_restore(),
             Move::Touch => self.dirty = true,
+            Move::Settle => self.settle(),
             Move::Conclude { which, well } => {
                 if !self.pending.is_empty() {
                     let effect = self.pending.remove(usize::from(which) % self.pending.len());
@@ -246,10 +252,21 @@ impl Model {
         self.invariant_nothing_runs_over_restored_files();
         self.invariant_nothing_is_saved_by_itself_in_an_idle_project();
         self.invariant_what_is_saved_is_never_more_than_there_was();
+        let coming_back: Vec<AgentName> = match &*self.project.state {
+            ProjectState::Resuming(_) => {
+                let comes = |agent: &&Arc<Agent>| agent.is_paused() || matches!(agent.state, AgentState::Starting(_));
+                self.project.agents.values().filter(comes).map(|agent| agent.name.clone()).collect()
+            }
+            _ => Vec::new(),
+        };
         for happens in [None, Some(Move::Crash), Some(Move::Reboot)] {
             let mut model = self.clone();
             happens.into_iter().for_each(|what| model.make(what));
             model.settle();
+            for agent in &coming_back {
+                let state = &model.project.agents[agent].state;
+                assert!(!matches!(state, AgentState::Interrupted { .. }), "the resume has lost {agent}: {state:?}");
+            }
             model.invariant_nothing_is_left_between();
             model.invariant_the_kernel_agrees_with_the_state();
             model.invariant_a_broken_project_is_mended_by_a_restore();
@@ -270,7 +287,7 @@ impl Model {
     }
 
     /// What was frozen before a restore remembers other files than there are now.
-    fn invariant_nothing_runs_over_restored_files(&self) {
+    pub(super) fn invariant_nothing_runs_over_restored_files(&self) {
         let restored = match &*self.project.state {
             ProjectState::Restoring(run) => run.stage == RestoreStage::Applying,
             ProjectState::Broken(_) => true,

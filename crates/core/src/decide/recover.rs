@@ -38,11 +38,10 @@ pub(super) fn recover(
         decision.events.extend(agent_events(project, agent, found, last_seen.get(&agent.name).copied(), now));
         let AgentState::Stopping { run, then } = &agent.state else { continue };
         match (found, then) {
-            (Some(RecoveredRun::Alive(_)), _) => decision.effects.push(Effect::Stop {
-                agent: agent.name.clone(),
-                run: run.id.clone(),
-                grace_ms: agent.spec.stop_grace_ms,
-            }),
+            (Some(RecoveredRun::Alive(_)), _) => {
+                let (name, run) = (agent.name.clone(), run.id.clone());
+                decision.effects.push(agents::stop_effect(project, name, run, agent.spec.stop_grace_ms));
+            }
             (_, AfterStop::Restart) => {
                 if let Some(prepared) = respawn.remove(&agent.name) {
                     let name = agent.name.clone();
