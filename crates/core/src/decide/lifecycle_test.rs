@@ -60,12 +60,39 @@ fn a_stop_over_restored_files_has_no_grace_after_a_crash_either() {
     let run = model.run_of(&name(0)).expect("it has a run");
     let kill = Effect::Kill { agent: name(0), run };
     model.tell(Command::Stop { agent: Some(name(0)), grace_ms: Some(10) }).expect("it is frozen");
-    assert_eq!(model.pending, [kill.clone()]);
+    assert_eq!(model.pending, std::slice::from_ref(&kill));
     // The daemon dies before it has killed anything.
     model.recover();
     assert_eq!(model.pending, [kill]);
     model.settle();
     assert_eq!(status(&model, 0), AgentStatus::Exited);
+}
+
+#[test]
+fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
+    let mut model = Model::new();
+    run(&mut model, 0);
+    pause(&mut model, PauseMode::Freeze);
+    let restore = |model: &mut Model| {
+        let operation = model.operation();
+        model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("it stands still");
+    };
+    restore(&mut model);
+    let plan = model.pending.remove(0);
+    model.conclude(plan, true);
+    while matches!(&*model.project.state, ProjectState::Restoring(_)) {
+        let apply = model.pending.remove(0);
+        model.conclude(apply, false);
+    }
+    // The agent could not be ended yet, and somebody tries another restore.
+    let park = Effect::Park { runs: model.project.frozen_runs() };
+    assert!(model.pending.contains(&park), "{:?}", model.pending);
+    restore(&mut model);
+    model.recover();
+    assert!(matches!(&*model.project.state, ProjectState::Broken(_)));
+    assert!(model.pending.contains(&park), "{:?}", model.pending);
+    model.settle();
+    assert!(model.world.alive.is_empty());
 }
 
 /// An observation that is refused would be reported again and again.

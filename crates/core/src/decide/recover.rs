@@ -58,6 +58,16 @@ pub(super) fn recover(
             (_, AfterStop::Stay | AfterStop::GoesOn | AfterStop::TimedOut | AfterStop::NotReady) => {}
         }
     }
+    if let ProjectState::Restoring(restoring) = &*project.state
+        && restoring.stage == RestoreStage::Preparing
+    {
+        let operation = restoring.operation.clone();
+        let error =
+            Refusal::new(Code::RestoreFailed, "the daemon exited before the restore changed anything".to_owned())
+                .hint("try again");
+        decision.events.push(Event::RestoreFailed { operation: operation.clone(), error: error.into() });
+        decision.effects.push(Effect::ForgetPlan { operation });
+    }
     // The rest is decided on the state that these events lead to.
     let mut next = project.clone();
     for event in &decision.events {
@@ -159,20 +169,8 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
                 resume::bring_back(next, &resuming.operation, &resuming.paused, respawns, &mut decision.events);
             decision.effects.push(effect);
         }
-        ProjectState::Restoring(restoring) => match restoring.stage {
-            RestoreStage::Preparing => {
-                let error = Refusal::new(
-                    Code::RestoreFailed,
-                    "the daemon exited before the restore changed anything".to_owned(),
-                )
-                .hint("try again");
-                decision
-                    .events
-                    .push(Event::RestoreFailed { operation: restoring.operation.clone(), error: error.into() });
-                decision.effects.push(Effect::ForgetPlan { operation: restoring.operation.clone() });
-            }
-            RestoreStage::Applying => decision.effects.push(restore::apply_effect(restoring, 0)),
-        },
+        // A restore without a plan has failed above.
+        ProjectState::Restoring(restoring) => decision.effects.push(restore::apply_effect(restoring, 0)),
         ProjectState::Broken(_) => {
             let frozen = next.frozen_runs();
             if !frozen.is_empty() {
