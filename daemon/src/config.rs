@@ -5,6 +5,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::os::cgroup::FreezerSetting;
+
 use serde::Deserialize;
 use thiserror::Error;
 
@@ -137,17 +139,6 @@ pub enum OnShutdown {
     Park,
 }
 
-/// Which mechanism freezes agents.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Freezer {
-    /// A control group where one can be made, signals elsewhere.
-    #[default]
-    Auto,
-    /// Signals, always.
-    Signals,
-}
-
 /// The section `[pause]`.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -181,7 +172,7 @@ impl Default for PauseSettings {
 #[serde(deny_unknown_fields, default)]
 pub struct AgentSettings {
     /// Which mechanism freezes agents.
-    pub freezer: Freezer,
+    pub freezer: FreezerSetting,
     /// Where agents' control groups go; below the daemon's own when left out.
     pub cgroup_parent: Option<PathBuf>,
     /// How long a stop waits between SIGTERM and SIGKILL.
@@ -205,7 +196,7 @@ pub struct AgentSettings {
 impl Default for AgentSettings {
     fn default() -> Self {
         Self {
-            freezer: Freezer::Auto,
+            freezer: FreezerSetting::Auto,
             cgroup_parent: None,
             stop_grace_ms: 10_000,
             log_max_bytes: 16 << 20,

@@ -23,7 +23,7 @@ use tracing_subscriber::reload::Handle;
 
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
 use crate::errors::chain;
-use crate::os::cgroup::Freezer;
+use crate::os::cgroup::{Freezer, FreezerSetting};
 use crate::os::limits::Limit;
 use crate::os::lock::{LockError, StateLock};
 use crate::os::{limits, memory, peer, process};
@@ -251,7 +251,7 @@ fn find_program(name: &'static str) -> Result<PathBuf, StartError> {
 /// Finds out how agents will be frozen by making a group as their shims will, and removing it again.
 fn describe_freezer(services: &Services) -> String {
     let agents = &services.settings().agents;
-    if agents.freezer == crate::config::Freezer::Signals {
+    if agents.freezer == FreezerSetting::Signals {
         return "signals: the configuration says so".to_owned();
     }
     let name = format!("fermata-probe-{}", std::process::id());

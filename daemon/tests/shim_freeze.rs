@@ -4,11 +4,11 @@ mod shim_bed;
 
 use std::time::Duration;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::process::{self, RunState};
 use fermata_daemon::shim::link::LinkError;
-use fermata_daemon::shim::record::Mechanism;
-use fermata_daemon::shim::spec::MechanismChoice;
 use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_protocol::pause::FreezerKind;
 use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 
 for_both_mechanisms!(
@@ -36,7 +36,7 @@ fn refused(result: Result<impl std::fmt::Debug, LinkError>) -> RefusalCode {
     }
 }
 
-async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: MechanismChoice) {
+async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -44,8 +44,8 @@ async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: Mechan
     bed.still(&THREE_FILES).await;
     assert_eq!(frozen.mechanism, launched.mechanism);
     assert!(frozen.processes >= 3, "{frozen:?}");
-    if mechanism == MechanismChoice::Signals {
-        assert_eq!(frozen.mechanism, Mechanism::Signals);
+    if mechanism == FreezerSetting::Signals {
+        assert_eq!(frozen.mechanism, FreezerKind::Signals);
         assert!(launched.why.is_some());
     }
     let status = link.status().await.unwrap();
@@ -56,7 +56,7 @@ async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: Mechan
     assert_eq!(link.status().await.unwrap().state, AgentState::Running);
 }
 
-async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: MechanismChoice) {
+async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -71,7 +71,7 @@ async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: MechanismC
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism: MechanismChoice) {
+async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -89,7 +89,7 @@ async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism:
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism: MechanismChoice) {
+async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -108,7 +108,7 @@ async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism:
     }
 }
 
-async fn a_frozen_agent_can_be_stopped(mechanism: MechanismChoice) {
+async fn a_frozen_agent_can_be_stopped(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "");
     bed.spec.argv = one_writer("$SIG{TERM} = sub { print \"bye\\n\"; exit 7 };");
     let (_, link, mut events) = bed.launch().await;
@@ -121,7 +121,7 @@ async fn a_frozen_agent_can_be_stopped(mechanism: MechanismChoice) {
     assert_eq!(bed.logs().last().unwrap().bytes, b"bye");
 }
 
-async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: MechanismChoice) {
+async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -133,7 +133,7 @@ async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: 
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: MechanismChoice) {
+async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "while :; do echo x >> near; sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -147,7 +147,7 @@ async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: MechanismChoic
     assert!(events.try_recv().is_err(), "our own stop was told as somebody else's");
 }
 
-async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: MechanismChoice) {
+async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "trap '' TSTP; while :; do echo x >> near; sleep 0.01; done");
     let (_, link, _events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -160,7 +160,7 @@ async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: MechanismChoic
     bed.growing(&["near"]).await;
 }
 
-async fn quiesce_waits_for_a_handler_that_saves_and_stops(mechanism: MechanismChoice) {
+async fn quiesce_waits_for_a_handler_that_saves_and_stops(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "");
     bed.spec.argv = one_writer(
         "$SIG{TSTP} = sub { note('state', 'saved '); kill 'STOP', $$ };
@@ -178,7 +178,7 @@ async fn quiesce_waits_for_a_handler_that_saves_and_stops(mechanism: MechanismCh
     .await;
 }
 
-async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: MechanismChoice) {
+async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -201,7 +201,7 @@ async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: Mechanis
     bed.growing(&["near"]).await;
 }
 
-async fn a_quiesce_without_a_freeze_is_undone_by_its_lease(mechanism: MechanismChoice) {
+async fn a_quiesce_without_a_freeze_is_undone_by_its_lease(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "while :; do echo x >> near; sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -210,7 +210,7 @@ async fn a_quiesce_without_a_freeze_is_undone_by_its_lease(mechanism: MechanismC
     bed.growing(&["near"]).await;
 }
 
-async fn a_second_freeze_answers_the_same_and_a_thaw_may_come_twice(mechanism: MechanismChoice) {
+async fn a_second_freeze_answers_the_same_and_a_thaw_may_come_twice(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -225,7 +225,7 @@ async fn a_second_freeze_answers_the_same_and_a_thaw_may_come_twice(mechanism: M
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_forking_tree_is_frozen_completely(mechanism: MechanismChoice) {
+async fn a_forking_tree_is_frozen_completely(mechanism: FreezerSetting) {
     // Eight loops that fork without a pause, half of them out of the session, and orphans that
     // fork in their turn.
     let script = r#"
@@ -251,7 +251,7 @@ async fn a_forking_tree_is_frozen_completely(mechanism: MechanismChoice) {
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn an_agent_that_ends_while_quiescing_is_answered(mechanism: MechanismChoice) {
+async fn an_agent_that_ends_while_quiescing_is_answered(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "");
     bed.spec.argv = one_writer("$SIG{TSTP} = sub { exit 4 };");
     let (_, link, mut events) = bed.launch().await;
@@ -262,7 +262,7 @@ async fn an_agent_that_ends_while_quiescing_is_answered(mechanism: MechanismChoi
 }
 
 /// The check that the other tests rely on can fail.
-async fn a_tree_of_which_a_part_runs_is_not_taken_for_frozen(mechanism: MechanismChoice) {
+async fn a_tree_of_which_a_part_runs_is_not_taken_for_frozen(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;

@@ -5,10 +5,10 @@ mod shim_bed;
 
 use std::time::Duration;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::cgroup::Group;
 use fermata_daemon::os::process::{self, ProcessId, RunState};
 use fermata_daemon::shim::link::{LinkError, ShimLink};
-use fermata_daemon::shim::spec::MechanismChoice;
 use fermata_daemon::shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
 use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use tokio::sync::mpsc;
@@ -35,7 +35,7 @@ fn others(bed: &Bed, main: ProcessId) -> Vec<ProcessId> {
 
 /// A process and its child that never wait for one of their own: SIGCONT lets each of them run at once. A shell may stand
 /// in vfork, which SIGCONT does not end while the child is stopped.
-fn two_writers(mechanism: MechanismChoice) -> Bed {
+fn two_writers(mechanism: FreezerSetting) -> Bed {
     let mut bed = Bed::new(mechanism, "");
     bed.spec.argv = one_writer("fork;");
     bed
@@ -64,7 +64,7 @@ async fn nothing_was_broken(link: &ShimLink, events: &mut mpsc::Receiver<ShimEve
     assert!(events.try_recv().is_err(), "SIGCONT does not thaw a group");
 }
 
-async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: MechanismChoice) {
+async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: FreezerSetting) {
     let bed = two_writers(mechanism);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -92,7 +92,7 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Mecha
     bed.growing(&["near"]).await;
 }
 
-async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: MechanismChoice) {
+async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSetting) {
     let bed = two_writers(mechanism);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -127,7 +127,7 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: Mechanism
     bed.growing(&["near"]).await;
 }
 
-async fn a_freeze_after_a_broken_one_counts_again(mechanism: MechanismChoice) {
+async fn a_freeze_after_a_broken_one_counts_again(mechanism: FreezerSetting) {
     let bed = two_writers(mechanism);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -142,7 +142,7 @@ async fn a_freeze_after_a_broken_one_counts_again(mechanism: MechanismChoice) {
     bed.still(&["near"]).await;
 }
 
-async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: MechanismChoice) {
+async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -161,7 +161,7 @@ async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: MechanismCho
 
 #[tokio::test]
 async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
-    let bed = Bed::new(MechanismChoice::Auto, THREE_WRITERS);
+    let bed = Bed::new(FreezerSetting::Auto, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     let Some(group) = bed.run().cgroup else { return };
     bed.growing(&THREE_FILES).await;
@@ -183,7 +183,7 @@ async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
 #[tokio::test]
 async fn a_peer_of_the_first_build_is_not_told_what_it_cannot_read() {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-    let bed = two_writers(MechanismChoice::Signals);
+    let bed = two_writers(FreezerSetting::Signals);
     let (launched, link, mut events) = bed.launch().await;
     let mut old = tokio::net::UnixStream::connect(&bed.spec.socket).await.unwrap();
     old.write_all(b"{\"hello\":{\"version\":1}}\n").await.unwrap();
@@ -208,7 +208,7 @@ async fn ready(bed: &Bed) {
     until("everybody to sleep", || bed.path("ready").exists() && bed.living().len() >= 6).await;
 }
 
-async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed(mechanism: MechanismChoice) {
+async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed(mechanism: FreezerSetting) {
     for _ in 0..5 {
         let bed = Bed::new(mechanism, GOES_ON);
         let (_, link, mut events) = bed.launch().await;
@@ -223,9 +223,7 @@ async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed(mechani
     }
 }
 
-async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed_with_a_frozen_tree(
-    mechanism: MechanismChoice,
-) {
+async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed_with_a_frozen_tree(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, GOES_ON);
     let (_, link, mut events) = bed.launch().await;
     ready(&bed).await;
@@ -238,7 +236,7 @@ async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed_with_a_
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn leftovers_do_not_go_on_with_their_scripts(mechanism: MechanismChoice) {
+async fn leftovers_do_not_go_on_with_their_scripts(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, GOES_ON);
     let (launched, _link, mut events) = bed.launch().await;
     ready(&bed).await;
@@ -250,7 +248,7 @@ async fn leftovers_do_not_go_on_with_their_scripts(mechanism: MechanismChoice) {
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn a_forking_tree_is_killed_completely(mechanism: MechanismChoice) {
+async fn a_forking_tree_is_killed_completely(mechanism: FreezerSetting) {
     let script = r#"
         loop() { while :; do (: ; echo y >> $1) & done; }
         loop b1 & loop b2 &
@@ -267,7 +265,7 @@ async fn a_forking_tree_is_killed_completely(mechanism: MechanismChoice) {
     bed.unchanged(&["b1", "b2", "b3"]).await;
 }
 
-async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_same(mechanism: MechanismChoice) {
+async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_same(mechanism: FreezerSetting) {
     // The group of `far` and of `orphan` is orphaned: the default action of SIGTSTP is ignored there,
     // and it is sent to the main process's group alone.
     let bed = Bed::new(mechanism, THREE_WRITERS);
@@ -281,7 +279,7 @@ async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_sam
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_parent_in_vfork_counts_as_stopped(mechanism: MechanismChoice) {
+async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
     // The child of a vfork that was stopped before it could call exec keeps its parent waiting, in a
     // state that no signal changes.
     let mut bed = Bed::new(mechanism, "");
@@ -314,7 +312,7 @@ async fn a_parent_in_vfork_counts_as_stopped(mechanism: MechanismChoice) {
     assert!(!bed.path("after").exists());
 }
 
-async fn an_agent_that_dies_between_its_steps_is_answered(mechanism: MechanismChoice) {
+async fn an_agent_that_dies_between_its_steps_is_answered(mechanism: FreezerSetting) {
     // After the quiesce, after the freeze, after the hold.
     for died_after in 0..3 {
         let bed = Bed::new(mechanism, THREE_WRITERS);

@@ -4,12 +4,13 @@ mod shim_bed;
 
 use std::time::Duration;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::process;
 use fermata_daemon::shim::link::LinkError;
 use fermata_daemon::shim::log_line::Stream;
 use fermata_daemon::shim::lost::end_lost_tree;
 use fermata_daemon::shim::record::{read_cut_short, read_exit};
-use fermata_daemon::shim::spec::{HookSpec, MechanismChoice};
+use fermata_daemon::shim::spec::HookSpec;
 use fermata_daemon::shim::wire::{AgentState, RefusalCode};
 use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
@@ -34,7 +35,7 @@ fn texts(bed: &Bed, stream: Stream) -> Vec<String> {
     lines.map(|line| String::from_utf8_lossy(&line.bytes).into_owned()).collect()
 }
 
-async fn a_pre_start_runs_in_the_agents_place_and_then_the_agent_does(mechanism: MechanismChoice) {
+async fn a_pre_start_runs_in_the_agents_place_and_then_the_agent_does(mechanism: FreezerSetting) {
     let place = "pwd; umask; cat /proc/self/cgroup; cut -d' ' -f6 /proc/self/stat; echo $FERMATA_RUN_ID";
     let mut bed = Bed::new(mechanism, &format!("{place} > agent; echo from the agent; echo $$ > pid; exit 4"));
     bed.spec.umask = 0o027;
@@ -63,7 +64,7 @@ async fn a_pre_start_runs_in_the_agents_place_and_then_the_agent_does(mechanism:
     assert!(place(Stream::Stderr, "late") < order[3]);
 }
 
-async fn a_failing_pre_start_is_a_failed_start_with_its_reason(mechanism: MechanismChoice) {
+async fn a_failing_pre_start_is_a_failed_start_with_its_reason(mechanism: FreezerSetting) {
     let cases = [
         (hook("echo no; exit 7"), "exit 0", "the pre-start command 'sh -c echo no; exit 7' ended with exit code 7"),
         (hook("kill -SEGV $$"), "exit 0", "ended with signal 11"),
@@ -92,7 +93,7 @@ async fn a_failing_pre_start_is_a_failed_start_with_its_reason(mechanism: Mechan
     }
 }
 
-async fn a_pre_start_that_takes_too_long_is_killed_with_its_whole_tree(mechanism: MechanismChoice) {
+async fn a_pre_start_that_takes_too_long_is_killed_with_its_whole_tree(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "touch ran");
     bed.spec.pre_start = hook("setsid sleep 600 & (setsid sh -c 'sleep 600; :' &) ; trap '' TERM; sleep 600");
     if let Some(hook) = &mut bed.spec.pre_start {
@@ -107,7 +108,7 @@ async fn a_pre_start_that_takes_too_long_is_killed_with_its_whole_tree(mechanism
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn a_pre_start_is_frozen_stopped_and_killed_like_the_agent(mechanism: MechanismChoice) {
+async fn a_pre_start_is_frozen_stopped_and_killed_like_the_agent(mechanism: FreezerSetting) {
     let script = "while [ ! -e go ]; do echo x >> near; sleep 0.01; done";
     let start = || {
         let mut bed = Bed::new(mechanism, "echo the agent > ran");
@@ -143,7 +144,7 @@ async fn a_pre_start_is_frozen_stopped_and_killed_like_the_agent(mechanism: Mech
     }
 }
 
-async fn frozen_time_does_not_count_against_a_pre_start(mechanism: MechanismChoice) {
+async fn frozen_time_does_not_count_against_a_pre_start(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "exit 5");
     bed.spec.pre_start = hook("while [ ! -e go ]; do echo x >> near; sleep 0.01; done");
     let limit = Duration::from_secs(4);
@@ -160,7 +161,7 @@ async fn frozen_time_does_not_count_against_a_pre_start(mechanism: MechanismChoi
     assert_eq!((exit.start_failure, exit.code), (None, Some(5)));
 }
 
-async fn a_post_stop_runs_when_the_tree_is_gone_and_learns_the_exit(mechanism: MechanismChoice) {
+async fn a_post_stop_runs_when_the_tree_is_gone_and_learns_the_exit(mechanism: FreezerSetting) {
     let alive = "ls /proc | grep -E '^[0-9]+$' | while read p; do \
         tr '\\0' '\\n' < /proc/$p/cmdline 2>/dev/null | grep -qx 61.7 && echo alive; done";
     let script = format!("{alive}; echo code=$FERMATA_EXIT_CODE signal=$FERMATA_EXIT_SIGNAL; pwd; test ! -e $EXIT");
@@ -181,7 +182,7 @@ async fn a_post_stop_runs_when_the_tree_is_gone_and_learns_the_exit(mechanism: M
     }
 }
 
-async fn nothing_of_a_post_stop_stays_whether_it_ends_is_late_or_killed(mechanism: MechanismChoice) {
+async fn nothing_of_a_post_stop_stays_whether_it_ends_is_late_or_killed(mechanism: FreezerSetting) {
     let leave = "setsid sleep 600 & (setsid sh -c 'sleep 600; :' &) ;";
     for (rest, limit_ms, kill, reason) in [
         ("exit 3", 60_000, false, "ended with exit code 3"),
@@ -222,7 +223,7 @@ async fn nothing_of_a_post_stop_stays_whether_it_ends_is_late_or_killed(mechanis
     }
 }
 
-async fn no_exit_is_lost_when_the_shim_is_killed_in_a_post_stop(mechanism: MechanismChoice) {
+async fn no_exit_is_lost_when_the_shim_is_killed_in_a_post_stop(mechanism: FreezerSetting) {
     let mut bed = Bed::new(mechanism, "exit 42");
     bed.spec.post_stop = hook("echo up > up; setsid sleep 600 & sleep 600");
     let launched = bed.try_launch().await.unwrap();

@@ -2,10 +2,11 @@
 
 mod shim_bed;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::process::{self, ProcessId};
 use fermata_daemon::shim::log_line::{LogLine, Stream};
 use fermata_daemon::shim::reach::{Reached, reach};
-use fermata_daemon::shim::spec::{LogLimits, MechanismChoice, files};
+use fermata_daemon::shim::spec::{LogLimits, files};
 use fermata_protocol::supervision::OutputPolicy;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
@@ -53,7 +54,7 @@ fn shims(bed: &Bed) -> Vec<ProcessId> {
 async fn a_line_of_ten_megabytes_and_bytes_that_are_no_text_cost_the_shim_no_memory() {
     let script = "head -c 10000000 /dev/zero | tr '\\0' x; echo; head -c 3000000 bytes; echo; echo end; \
         while [ ! -e go ]; do sleep 0.01; done";
-    let bed = Bed::new(MechanismChoice::Auto, script);
+    let bed = Bed::new(FreezerSetting::Auto, script);
     // Every byte, with newlines, carriage returns, NULs, and halves of characters among them.
     let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     std::fs::write(bed.path("bytes"), &bytes).unwrap();
@@ -74,7 +75,7 @@ async fn a_line_of_ten_megabytes_and_bytes_that_are_no_text_cost_the_shim_no_mem
 async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
     let script = "echo up; while [ ! -e go ]; do sleep 0.01; done; seq 1 3000000; touch written; \
         while [ ! -e end ]; do sleep 0.01; done; echo last";
-    let mut bed = Bed::new(MechanismChoice::Auto, script);
+    let mut bed = Bed::new(FreezerSetting::Auto, script);
     bed.spec.output = OutputPolicy::Drop;
     let (launched, _link, mut events) = bed.launch().await;
     until("the first line", || !bed.logs().is_empty()).await;
@@ -108,7 +109,7 @@ async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
 async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_held() {
     let script = "echo one; echo two >&2; while [ ! -e go ]; do sleep 0.01; done; seq 1 1000; echo three";
     for kill in [false, true] {
-        let mut bed = Bed::new(MechanismChoice::Auto, script);
+        let mut bed = Bed::new(FreezerSetting::Auto, script);
         bed.spec.output = OutputPolicy::Drop;
         let (launched, _link, mut events) = bed.launch().await;
         until("two lines", || bed.logs().len() == 2).await;
@@ -134,7 +135,7 @@ async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_
 
 #[tokio::test]
 async fn a_shim_that_is_killed_while_it_waits_for_its_keeper_costs_no_exit_code() {
-    let mut bed = Bed::new(MechanismChoice::Auto, "echo one; while [ ! -e go ]; do sleep 0.01; done; exit 7");
+    let mut bed = Bed::new(FreezerSetting::Auto, "echo one; while [ ! -e go ]; do sleep 0.01; done; exit 7");
     bed.spec.output = OutputPolicy::Drop;
     let (launched, _link, _events) = bed.launch().await;
     until("a line", || bed.logs().len() == 1).await;
@@ -170,7 +171,7 @@ async fn a_full_disk_never_holds_an_agent_up_and_what_it_cost_is_told() {
     }
     for policy in [OutputPolicy::Block, OutputPolicy::Drop] {
         let script = "seq 1 400000; touch written; while [ ! -e go ]; do sleep 0.01; done; echo again; exit 3";
-        let mut bed = Bed::new(MechanismChoice::Auto, script);
+        let mut bed = Bed::new(FreezerSetting::Auto, script);
         bed.spec.output = policy;
         bed.spec.log = LogLimits { max_bytes: 0, max_files: 0, max_age_ms: 0 };
         let logs = bed.spec.run_dir.join("logs");

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::process::{self, ProcessId};
 use fermata_daemon::shim::link::{LinkError, ShimLink};
 use fermata_daemon::shim::reach::{Reached, connect, reach};
 use fermata_daemon::shim::record::RunRecord;
-use fermata_daemon::shim::spec::{MechanismChoice, files};
+use fermata_daemon::shim::spec::files;
 use fermata_daemon::shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
 use serde_json::error::Category;
 use shim_bed::{Bed, LONG, PATIENCE, exited, until};
@@ -36,7 +37,7 @@ fn boot() -> String {
 
 const TICKS: &str = "trap '' PIPE; i=0; while :; do i=$((i+1)); echo $i; echo x >> near; sleep 0.01; done";
 
-async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: MechanismChoice) {
+async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
@@ -53,7 +54,7 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Mecha
     bed.growing(&["near"]).await;
 }
 
-async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: MechanismChoice) {
+async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     // Asked for no reason it changes nothing.
@@ -77,7 +78,7 @@ async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: MechanismChoic
     bed.growing(&["near"]).await;
 }
 
-async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanism: MechanismChoice) {
+async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -104,7 +105,7 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
     link.closed().await;
 }
 
-async fn a_record_that_cannot_be_read_ends_nobody(mechanism: MechanismChoice) {
+async fn a_record_that_cannot_be_read_ends_nobody(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, _link, _events) = bed.launch().await;
     // A folder in its place: read(2) fails, also for root.
@@ -125,7 +126,7 @@ async fn a_record_that_cannot_be_read_ends_nobody(mechanism: MechanismChoice) {
     bed.growing(&["near"]).await;
 }
 
-async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: MechanismChoice) {
+async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: FreezerSetting) {
     let bed = Bed::new(
         mechanism,
         "seq 1 100; echo error 1 >&2; touch begun; while [ ! -e go ]; do sleep 0.01; done; \
@@ -153,7 +154,7 @@ async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: Mechanism
     assert_eq!(err, ["error 1", "error 2"]);
 }
 
-async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: MechanismChoice) {
+async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "exec sleep 1000");
     let (_launched, link, mut events) = bed.launch().await;
     let record = bed.run();
@@ -196,7 +197,7 @@ fn answering(listener: UnixListener, line: String) -> std::thread::JoinHandle<()
     })
 }
 
-async fn a_shim_of_another_version_is_left_alone(mechanism: MechanismChoice) {
+async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     let run_id = &bed.spec.run_id;
@@ -226,7 +227,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: MechanismChoice) {
 
 #[tokio::test]
 async fn what_a_newer_daemon_may_ask_is_refused_by_its_id_and_harms_nothing() {
-    let bed = Bed::new(MechanismChoice::Signals, TICKS);
+    let bed = Bed::new(FreezerSetting::Signals, TICKS);
     let (_, link, _events) = bed.launch().await;
     let stream = std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap()).lines().map(Result::unwrap);

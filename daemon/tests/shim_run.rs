@@ -7,6 +7,7 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::limits::{Limit, LimitKind};
 use fermata_daemon::os::process;
 use fermata_daemon::shim::launch::LaunchError;
@@ -15,7 +16,7 @@ use fermata_daemon::shim::link::{LinkError, ShimLink};
 use fermata_daemon::shim::log_line::Stream;
 use fermata_daemon::shim::log_reader::{LogReader, Start};
 use fermata_daemon::shim::lost::{LostTreeError, end_lost_tree};
-use fermata_daemon::shim::spec::{LogLimits, MechanismChoice, files};
+use fermata_daemon::shim::spec::{LogLimits, files};
 use shim_bed::{Bed, LONG, PATIENCE, SHIM, THREE_FILES, THREE_WRITERS, exited, until};
 
 for_both_mechanisms!(
@@ -29,7 +30,7 @@ for_both_mechanisms!(
     the_death_of_the_launching_process_does_not_matter,
 );
 
-async fn an_exit_code_is_recorded_and_told(mechanism: MechanismChoice) {
+async fn an_exit_code_is_recorded_and_told(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "echo out; echo err >&2; read line; exit 42");
     // stdin is empty, so the read ends at once: the exit may come before the link.
     let launched = bed.try_launch().await.unwrap();
@@ -47,7 +48,7 @@ async fn an_exit_code_is_recorded_and_told(mechanism: MechanismChoice) {
     assert!(matches!(ShimLink::connect(&bed.spec.socket).await, Err(LinkError::Connect { .. })));
 }
 
-async fn a_death_by_signal_is_recorded(mechanism: MechanismChoice) {
+async fn a_death_by_signal_is_recorded(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "while :; do sleep 60; done");
     let (_, link, mut events) = bed.launch().await;
     link.signal(libc::SIGUSR1).await.unwrap();
@@ -58,14 +59,14 @@ async fn a_death_by_signal_is_recorded(mechanism: MechanismChoice) {
     assert!(matches!(link.status().await, Err(LinkError::Closed)));
 }
 
-async fn a_real_time_signal_is_recorded_too(mechanism: MechanismChoice) {
+async fn a_real_time_signal_is_recorded_too(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "while :; do sleep 60; done");
     let (_, link, mut events) = bed.launch().await;
     link.signal(libc::SIGRTMIN() + 3).await.unwrap();
     assert_eq!(exited(&mut events).await.signal, Some(libc::SIGRTMIN() + 3));
 }
 
-async fn leftovers_are_killed_when_the_main_process_ends(mechanism: MechanismChoice) {
+async fn leftovers_are_killed_when_the_main_process_ends(mechanism: FreezerSetting) {
     let script = "setsid sleep 600 & (setsid sh -c 'sleep 600; :' &) ; trap '' HUP; sleep 600 &
         while [ ! -e go ]; do sleep 0.01; done; exit 3";
     let bed = Bed::new(mechanism, script);
@@ -79,7 +80,7 @@ async fn leftovers_are_killed_when_the_main_process_ends(mechanism: MechanismCho
     drop(link);
 }
 
-async fn a_stop_is_obeyed_or_becomes_a_kill(mechanism: MechanismChoice) {
+async fn a_stop_is_obeyed_or_becomes_a_kill(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "trap 'exit 5' TERM; echo up; while :; do sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     until("the trap", || !bed.logs().is_empty()).await;
@@ -96,7 +97,7 @@ async fn a_stop_is_obeyed_or_becomes_a_kill(mechanism: MechanismChoice) {
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn an_agent_stopped_by_somebody_else_can_be_stopped_for_good(mechanism: MechanismChoice) {
+async fn an_agent_stopped_by_somebody_else_can_be_stopped_for_good(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "trap 'exit 5' TERM; echo up; while :; do sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     until("the trap", || !bed.logs().is_empty()).await;
@@ -105,7 +106,7 @@ async fn an_agent_stopped_by_somebody_else_can_be_stopped_for_good(mechanism: Me
     assert_eq!(exited(&mut events).await.code, Some(5));
 }
 
-async fn nothing_is_left_after_a_lost_shim_was_cleaned_up(mechanism: MechanismChoice) {
+async fn nothing_is_left_after_a_lost_shim_was_cleaned_up(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -123,7 +124,7 @@ async fn nothing_is_left_after_a_lost_shim_was_cleaned_up(mechanism: MechanismCh
     assert_eq!(end_lost_tree(&run, &boot, PATIENCE).unwrap(), 0);
 }
 
-async fn the_death_of_the_launching_process_does_not_matter(mechanism: MechanismChoice) {
+async fn the_death_of_the_launching_process_does_not_matter(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "echo up; while [ ! -e go ]; do sleep 0.01; done; exit 9");
     std::fs::create_dir_all(&bed.spec.run_dir).unwrap();
     std::fs::write(bed.spec.run_dir.join(files::LAUNCH), serde_json::to_vec(&bed.spec).unwrap()).unwrap();
@@ -180,7 +181,7 @@ async fn a_launch_that_cannot_work_says_why_and_leaves_nothing() {
         (LaunchCode::SocketPathTooLong, |bed| bed.spec.socket = bed.path(&"x".repeat(120))),
     ];
     for (expected, change) in cases {
-        let mut bed = Bed::new(MechanismChoice::Auto, "exit 0");
+        let mut bed = Bed::new(FreezerSetting::Auto, "exit 0");
         script(&bed, "plain", "text", 0o644);
         script(&bed, "script", "#!/no/such/interpreter\n", 0o755);
         change(&mut bed);
@@ -194,7 +195,7 @@ async fn a_launch_that_cannot_work_says_why_and_leaves_nothing() {
 
 #[tokio::test]
 async fn a_spec_of_another_version_is_refused_with_both_versions() {
-    let mut bed = Bed::new(MechanismChoice::Auto, "exit 0");
+    let mut bed = Bed::new(FreezerSetting::Auto, "exit 0");
     bed.spec.version = 99;
     let (_, message) = refusal(bed.try_launch().await);
     assert!(message.contains("99") && message.contains("knows 1"), "{message}");
@@ -206,7 +207,7 @@ async fn the_agent_gets_its_own_environment_limits_mask_and_default_signals() {
     let script = r#"echo "pwd=$(pwd)"; echo "umask=$(umask)"; echo "files=$(ulimit -Sn)"; grep ^Sig /proc/self/status;
         echo "fds=$(ls /proc/self/fd | wc -l)"; read -r _ _ _ _ pgrp sid _ < /proc/$$/stat; echo "pid=$$ pgrp=$pgrp sid=$sid";
         /bin/echo "raw=$RAW"; echo "odd=$FERMATA_RUN_ID""#;
-    let mut bed = Bed::new(MechanismChoice::Auto, script);
+    let mut bed = Bed::new(FreezerSetting::Auto, script);
     bed.spec.umask = 0o027;
     bed.spec.rlimits = vec![Limit { kind: LimitKind::Nofile, soft: Some(123), hard: Some(456) }];
     bed.spec.env.push(("RAW".into(), std::ffi::OsStr::from_bytes(b"\xff\x01").into()));
@@ -239,7 +240,7 @@ async fn the_agent_gets_its_own_environment_limits_mask_and_default_signals() {
 #[tokio::test]
 async fn a_hundred_thousand_lines_arrive_in_order_across_rotation() {
     let script = "i=0; while [ $i -lt 100000 ]; do echo \"line $i\"; i=$((i+1)); done";
-    let mut bed = Bed::new(MechanismChoice::Auto, script);
+    let mut bed = Bed::new(FreezerSetting::Auto, script);
     bed.spec.log = LogLimits { max_bytes: 60_000, max_files: 0, max_age_ms: 0 };
     let launched = bed.try_launch().await.unwrap();
     let mut reader = LogReader::open(&bed.spec.run_dir.join("logs"), Start::Begin).unwrap();
@@ -267,7 +268,7 @@ async fn a_hundred_thousand_lines_arrive_in_order_across_rotation() {
 
 #[tokio::test]
 async fn a_silent_peer_never_holds_the_shim_up() {
-    let bed = Bed::new(MechanismChoice::Auto, "while :; do sleep 60; done");
+    let bed = Bed::new(FreezerSetting::Auto, "while :; do sleep 60; done");
     let (_, link, mut events) = bed.launch().await;
     let silent: Vec<_> = (0..5).map(|_| std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap()).collect();
     let mut flood = std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap();
@@ -284,7 +285,7 @@ async fn a_silent_peer_never_holds_the_shim_up() {
 
 #[tokio::test]
 async fn a_group_that_cannot_be_used_falls_back_to_signals_and_says_why() {
-    let mut bed = Bed::new(MechanismChoice::Auto, "exit 0");
+    let mut bed = Bed::new(FreezerSetting::Auto, "exit 0");
     bed.spec.cgroup_parent = Some(bed.path("no-group"));
     let launched = bed.try_launch().await.unwrap();
     assert!(launched.why.unwrap().contains("no-group"));
@@ -293,7 +294,7 @@ async fn a_group_that_cannot_be_used_falls_back_to_signals_and_says_why() {
 
 #[tokio::test]
 async fn the_shim_is_small() {
-    let bed = Bed::new(MechanismChoice::Auto, "while :; do sleep 60; done");
+    let bed = Bed::new(FreezerSetting::Auto, "while :; do sleep 60; done");
     let (launched, _link, _events) = bed.launch().await;
     let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", launched.shim.pid)).unwrap();
     let dirty: u64 = rollup

@@ -4,9 +4,9 @@ mod shim_bed;
 
 use std::time::Instant;
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::process;
 use fermata_daemon::shim::link::LinkError;
-use fermata_daemon::shim::spec::MechanismChoice;
 use fermata_daemon::shim::viewing::{self, Seen, Typing, Viewing};
 use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
 use fermata_protocol::supervision::TerminalSize;
@@ -23,7 +23,7 @@ for_both_mechanisms!(
 
 const SIZE: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
-fn bed(mechanism: MechanismChoice, script: &str) -> Bed {
+fn bed(mechanism: FreezerSetting, script: &str) -> Bed {
     let mut bed = Bed::new(mechanism, script);
     bed.spec.terminal = Some(SIZE);
     bed.spec.env.push(("TERM".into(), "xterm-256color".into()));
@@ -31,7 +31,7 @@ fn bed(mechanism: MechanismChoice, script: &str) -> Bed {
 }
 
 fn plain(script: &str) -> Bed {
-    bed(MechanismChoice::Auto, script)
+    bed(FreezerSetting::Auto, script)
 }
 
 async fn connect(bed: &Bed) -> (Viewing, Typing) {
@@ -222,13 +222,13 @@ async fn an_agent_that_does_not_read_takes_only_so_much() {
 
 #[tokio::test]
 async fn an_agent_without_a_terminal_refuses() {
-    let bed = Bed::new(MechanismChoice::Auto, "sleep 1000");
+    let bed = Bed::new(FreezerSetting::Auto, "sleep 1000");
     let (_launched, link, _events) = bed.launch().await;
     assert_eq!(refused(link.type_in(b"x".to_vec()).await), RefusalCode::NoTerminal);
     assert_eq!(refused(viewing::connect(&bed.spec.socket).await.map(drop)), RefusalCode::NoTerminal);
 }
 
-async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: MechanismChoice) {
+async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: FreezerSetting) {
     let bed = bed(mechanism, "stty -echo; while read line; do echo \"got $line\"; done");
     let (_launched, link, _events) = bed.launch().await;
     let (mut viewing, typing) = watch(&bed).await;
@@ -245,7 +245,7 @@ async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: Mecha
     assert!(!shown.contains("two"), "{shown:?}");
 }
 
-async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: MechanismChoice) {
+async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: FreezerSetting) {
     // One process: a shell that is stopped while it starts a child cannot be seen to be stopped.
     let bed = bed(mechanism, "echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'");
     let (launched, link, mut events) = bed.launch().await;
@@ -286,7 +286,7 @@ async fn ctrl_z_stops_the_whole_group_and_a_continue_lets_all_of_it_go_on() {
     bed.growing(&["child"]).await;
 }
 
-async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: MechanismChoice) {
+async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: FreezerSetting) {
     let bed = bed(mechanism, "echo ready; while :; do sleep 0.02; done");
     let (_launched, link, _events) = bed.launch().await;
     let (mut viewing, typing) = watch(&bed).await;
@@ -298,7 +298,7 @@ async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: Mechanism
     type_in(&typing, "x").await;
 }
 
-async fn stop_and_kill_reach_who_reads_the_terminal(mechanism: MechanismChoice) {
+async fn stop_and_kill_reach_who_reads_the_terminal(mechanism: FreezerSetting) {
     for kill in [false, true] {
         // The job has a process group of its own, which is the foreground; the shell waits for it.
         let bed = bed(mechanism, "set -m; cat; echo the shell went on");

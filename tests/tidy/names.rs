@@ -252,7 +252,6 @@ const STILL_SHARED: &[&str] = &[
     "Extent",
     "Failure",
     "Found",
-    "Freezer",
     "Frozen",
     "Hashed",
     "Held",

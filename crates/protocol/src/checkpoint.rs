@@ -1,12 +1,16 @@
 //! Checkpoints: restorable points of a project.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
 use crate::ids::{CheckpointNumber, OperationId, ProjectName, UnixMillis};
+use crate::rpc::shorten;
 use crate::task::Phase;
 
 /// The longest name of a checkpoint, in characters.
@@ -193,11 +197,80 @@ pub struct SkippedPath {
     pub detail: Option<String>,
 }
 
+/// The kind of a part of a checkpoint; on the wire and in manifests its text, for instance `plugin:exec`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PartKind {
+    /// The snapshot of the workspace: a commit in Fermata's own store, the only part that is no file.
+    Workspace,
+    /// The database backup.
+    Database,
+    /// The context snapshot.
+    Context,
+    /// A transcript of a tool's session.
+    Transcript,
+    /// An artifact of the plugin of this name.
+    Plugin(String),
+}
+
+impl fmt::Display for PartKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Workspace => f.pad("workspace"),
+            Self::Database => f.pad("database"),
+            Self::Context => f.pad("context"),
+            Self::Transcript => f.pad("transcript"),
+            Self::Plugin(name) => f.pad(&format!("plugin:{name}")),
+        }
+    }
+}
+
+impl FromStr for PartKind {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "workspace" => Ok(Self::Workspace),
+            "database" => Ok(Self::Database),
+            "context" => Ok(Self::Context),
+            "transcript" => Ok(Self::Transcript),
+            _ => match text.strip_prefix("plugin:") {
+                Some(name) => Ok(Self::Plugin(name.to_owned())),
+                None => Err(format!("'{}' is no kind of checkpoint part", shorten(text))),
+            },
+        }
+    }
+}
+
+impl Serialize for PartKind {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PartKind {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+impl JsonSchema for PartKind {
+    fn schema_name() -> Cow<'static, str> {
+        "PartKind".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "type": "string",
+            "description": "`workspace`, `database`, `context`, `transcript` or `plugin:<name>`.",
+            "pattern": "^(workspace|database|context|transcript|plugin:.*)$",
+        })
+    }
+}
+
 /// One part of a checkpoint, as its manifest names it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ManifestPart {
-    /// `workspace`, `database`, `context`, `transcript`, `plugin:<name>`.
-    pub kind: String,
+    pub kind: PartKind,
     /// The path inside the checkpoint's directory; the commit for the workspace.
     pub path: String,
     /// Its size.
@@ -391,4 +464,25 @@ pub struct CheckpointPin {
     pub checkpoint: CheckpointNumber,
     /// Whether retention must leave it alone.
     pub pinned: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kinds_of_parts_are_texts_and_unknown_ones_are_refused() {
+        for (kind, text) in [
+            (PartKind::Workspace, "workspace"),
+            (PartKind::Database, "database"),
+            (PartKind::Context, "context"),
+            (PartKind::Transcript, "transcript"),
+            (PartKind::Plugin("exec".into()), "plugin:exec"),
+        ] {
+            assert_eq!(serde_json::to_value(&kind).expect("serialises"), text);
+            assert_eq!(text.parse(), Ok(kind));
+        }
+        let error = "picture".parse::<PartKind>().expect_err("unknown");
+        assert!(error.contains("picture"), "{error}");
+    }
 }

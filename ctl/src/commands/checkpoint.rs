@@ -188,7 +188,7 @@ fn shown(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
     let mut parts = TextTable::new(&["PART", ">SIZE", "HASH", "PATH"]);
     for part in &detail.manifest.parts {
         parts.row([
-            Cell::from(&part.kind),
+            Cell::from(part.kind.to_string()),
             bytes(part.bytes).into(),
             part.sha256.chars().take(16).collect::<String>().into(),
             Cell::from(&part.path),

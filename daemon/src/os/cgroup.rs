@@ -17,6 +17,7 @@ use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 
 use super::mounts;
 use super::procfs;
@@ -138,7 +139,18 @@ impl Hierarchy {
     }
 }
 
-/// How one agent's tree is frozen.
+/// Which freezers may be used: the setting `agents.freezer`, and a launch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FreezerSetting {
+    /// A control group where one can be made, otherwise signals.
+    #[default]
+    Auto,
+    /// Signals, always.
+    Signals,
+}
+
+/// The freezer of one agent's tree.
 #[derive(Debug)]
 pub enum Freezer {
     /// By its control group.

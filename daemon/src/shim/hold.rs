@@ -26,13 +26,13 @@ mod keep;
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
+use fermata_protocol::pause::FreezerKind;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::connection::ConnectionId;
 use super::guard::Guard;
-use super::record::Mechanism;
 use super::wire::{AgentState, FreezeBroken, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
 use crate::os::cgroup::{CgroupError, Freezer, Group, Watch};
 use crate::os::process::{self, Look, ProcessId, RunState};
@@ -154,10 +154,10 @@ impl Hold {
     }
 
     /// How the tree is frozen.
-    pub fn mechanism(&self) -> Mechanism {
+    pub fn mechanism(&self) -> FreezerKind {
         match &self.freezer {
-            Freezer::Cgroup(_) => Mechanism::Cgroup,
-            Freezer::Signals { .. } => Mechanism::Signals,
+            Freezer::Cgroup(_) => FreezerKind::Cgroup,
+            Freezer::Signals { .. } => FreezerKind::Signals,
         }
     }
 

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use fermata_protocol::pause::FreezerKind;
 use tokio::process::Command;
 
 use super::launcher::{LaunchCode, LaunchReport};
-use super::record::Mechanism;
 use super::spec::{LaunchSpec, files};
 use crate::os::fsync::{DurableWriteError, write_atomic};
 use crate::os::process::ProcessId;
@@ -24,7 +24,7 @@ pub struct Launched {
     /// Its main process.
     pub agent: ProcessId,
     /// How its tree will be frozen.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// Why that is not done by a control group.
     pub why: Option<String>,
 }

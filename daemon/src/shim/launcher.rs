@@ -13,6 +13,7 @@ use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::supervision::OutputPolicy;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
@@ -23,10 +24,11 @@ use super::keeper;
 use super::log::LogWriter;
 use super::log_sink::{Kept, LogSink};
 use super::raw::Raw;
-use super::record::{Mechanism, RunRecord};
-use super::spec::{HookSpec, LaunchSpec, MechanismChoice, RUN_ID_VARIABLE, files};
+use super::record::RunRecord;
+use super::spec::{HookSpec, LaunchSpec, RUN_ID_VARIABLE, files};
 use super::supervise::{Parts, Supervisor};
 use super::terminal::Terminal;
+use crate::os::cgroup::FreezerSetting;
 use crate::os::cgroup::{Freezer, Group};
 use crate::os::fsync::{Reserve, write_atomic};
 use crate::os::prelude::Prelude;
@@ -81,7 +83,7 @@ pub enum LaunchReport {
         /// The main process.
         agent: ProcessId,
         /// How the tree will be frozen.
-        mechanism: Mechanism,
+        mechanism: FreezerKind,
         /// Why it is not done by a control group.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
@@ -247,8 +249,8 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
     crate::failpoint::hit("shim.agent_started");
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
-        Freezer::Cgroup(group) => (Mechanism::Cgroup, None, Some(group.path().to_path_buf())),
-        Freezer::Signals { why } => (Mechanism::Signals, Some(why.clone()), None),
+        Freezer::Cgroup(group) => (FreezerKind::Cgroup, None, Some(group.path().to_path_buf())),
+        Freezer::Signals { why } => (FreezerKind::Signals, Some(why.clone()), None),
     };
     let hold = Hold::new(shim.pid, agent, freezer);
     let record = RunRecord {
@@ -434,8 +436,8 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
     let Streams { stdout, stderr, terminal, theirs: [stdin, agent_stdout, agent_stderr] } = streams(spec)?;
     let program = if terminal.is_some() { program.in_foreground() } else { program };
     let mut freezer = match spec.mechanism {
-        MechanismChoice::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
-        MechanismChoice::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
+        FreezerSetting::Signals => Freezer::Signals { why: "the launch spec asks for signals".to_owned() },
+        FreezerSetting::Auto => Freezer::prepare(spec.cgroup_parent.as_deref(), &spec.cgroup_name),
     };
     set_tree_limits(spec, &freezer)?;
     let run = |procs: Option<&File>| {

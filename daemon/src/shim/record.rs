@@ -3,22 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use fermata_protocol::pause::FreezerKind;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::raw;
 use super::spec::{LaunchSpec, files};
 use crate::os::controllers::OutOfMemory;
 use crate::os::process::ProcessId;
-
-/// How a tree is frozen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Mechanism {
-    /// `cgroup.freeze`.
-    Cgroup,
-    /// SIGSTOP over the tree.
-    Signals,
-}
 
 /// Who runs: written (atomically, synced) before the launch is reported as a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,7 +25,7 @@ pub struct RunRecord {
     /// When the agent started, Unix milliseconds.
     pub started_at_ms: i64,
     /// How the tree is frozen.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// Why it is not done by a control group, if it is not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,

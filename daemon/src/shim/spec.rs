@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use fermata_protocol::supervision::TerminalSize;
 
 use super::raw::{self, Raw};
+use crate::os::cgroup::FreezerSetting;
 use crate::os::controllers::TreeLimits;
 use crate::os::limits::Limit;
 
@@ -38,17 +39,6 @@ pub mod files {
     pub const LOGS: &str = "logs";
     /// What the shim itself had to say (normally empty).
     pub const SHIM_LOG: &str = "shim.log";
-}
-
-/// Whether control groups may be used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum MechanismChoice {
-    /// A control group if possible, signals otherwise.
-    #[default]
-    Auto,
-    /// Signals.
-    Signals,
 }
 
 /// How large the logs may grow.
@@ -124,7 +114,7 @@ pub struct LaunchSpec {
     pub cgroup_name: String,
     /// Whether control groups may be used.
     #[serde(default)]
-    pub mechanism: MechanismChoice,
+    pub mechanism: FreezerSetting,
     /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<TerminalSize>,

@@ -20,12 +20,13 @@
 //! - The daemon says in its hello up to which [`LEVEL`] it knows the additions; the shim keeps
 //!   events from a peer that is too old for them.
 
+use fermata_protocol::pause::FreezerKind;
 use serde::{Deserialize, Serialize};
 
 use fermata_protocol::supervision::TerminalSize;
 use fermata_protocol::terminal::Bytes;
 
-use super::record::{ExitRecord, Mechanism};
+use super::record::ExitRecord;
 use crate::os::process::ProcessId;
 
 /// The version of this protocol.
@@ -231,7 +232,7 @@ pub struct Status {
     /// What it does.
     pub state: AgentState,
     /// How frozen it would be.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// Milliseconds until the shim thaws by itself; none when nothing is pending.
     pub lease_remaining_ms: Option<u64>,
     /// Whether the freeze is permanent.
@@ -284,7 +285,7 @@ pub struct Typed {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Frozen {
     /// How it was done.
-    pub mechanism: Mechanism,
+    pub mechanism: FreezerKind,
     /// How many processes stand still.
     pub processes: u64,
     /// How long it took, in microseconds.

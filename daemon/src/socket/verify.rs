@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use fermata_protocol::checkpoint::PartKind;
 use fermata_protocol::checkpoint::{
     CheckpointVerify, CheckpointVerifyResult, CheckpointView, Manifest, VerifiedCheckpoint,
 };
@@ -160,7 +161,7 @@ async fn files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure
 fn changed_parts(dir: &Path, view: &CheckpointView, manifest: &Manifest) -> Vec<String> {
     let mut problems = Vec::new();
     for part in &manifest.parts {
-        if part.kind == "workspace" {
+        if part.kind == PartKind::Workspace {
             if part.path != view.git_commit {
                 problems.push(format!("manifest: it names the snapshot {}, not {}", part.path, view.git_commit));
             }

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use fermata_core::agent::RunKey;
-use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, Trigger};
+use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, PartKind, Trigger};
 use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
 use sha2::{Digest as _, Sha256};
@@ -140,7 +140,7 @@ pub async fn capture(
     });
     match others {
         Ok((rows, transcripts)) => {
-            let parts_ms = [("workspace".to_owned(), workspace_ms)].into();
+            let parts_ms = [(PartKind::Workspace.to_string(), workspace_ms)].into();
             Ok(Captured { observed, taken_at: now, transcripts, rows, parts_ms })
         }
         Err(failure) => {
@@ -236,7 +236,7 @@ pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMilli
     parts_ms.insert("snapshot".to_owned(), ms_since(start));
     let finished = async {
         let (database, database_ms) = database?;
-        parts_ms.insert("database".to_owned(), database_ms);
+        parts_ms.insert(PartKind::Database.to_string(), database_ms);
         let beside = Beside { database, transcripts: transcripts?, parts_ms };
         finish(site, order, &snapshot, beside, partial, now).await
     };
@@ -276,7 +276,7 @@ async fn finish(
     parts.insert(
         0,
         ManifestPart {
-            kind: "workspace".into(),
+            kind: PartKind::Workspace,
             path: commit.clone(),
             bytes: snapshot.stats.bytes,
             sha256: snapshot.files.to_string(),
@@ -385,7 +385,7 @@ async fn artifacts(
     for result in saved {
         match result {
             Ok(artifact) => parts.push(ManifestPart {
-                kind: format!("plugin:{}", artifact.plugin),
+                kind: PartKind::Plugin(artifact.plugin),
                 path: Path::new("plugins").join(&artifact.path).to_string_lossy().into_owned(),
                 bytes: artifact.bytes,
                 sha256: artifact.sha256,
@@ -481,10 +481,10 @@ fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn part(kind: &str, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
+pub fn part(kind: PartKind, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
     let file = directory.join(path);
     let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
-    Ok(ManifestPart { kind: kind.into(), path: path.into(), bytes, sha256 })
+    Ok(ManifestPart { kind, path: path.into(), bytes, sha256 })
 }
 
 /// Returns size and SHA-256 of a file.

@@ -15,7 +15,7 @@ use std::sync::mpsc;
 use std::time::Instant;
 
 use fermata_core::Project;
-use fermata_protocol::checkpoint::ManifestPart;
+use fermata_protocol::checkpoint::{ManifestPart, PartKind};
 use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use sha2::{Digest as _, Sha256};
@@ -234,13 +234,13 @@ impl Draft {
         let (item_count, tokens) = (copied.item_count, file.tokens);
         let (context_file, bytes, sha256) =
             file.finish(&project.name, number, now, project.facts.phase).map_err(context)?;
-        let context_part = ManifestPart { kind: "context".into(), path: CONTEXT.into(), bytes, sha256 };
+        let context_part = ManifestPart { kind: PartKind::Context, path: CONTEXT.into(), bytes, sha256 };
         let (rows_file, content) = copied.finish().map_err(rows)?;
         let (bytes, sha256) = match content {
             Some(content) => (content.len() as u64, hex(&Sha256::digest(&content))),
             None => hash(&rows_file).map_err(|e| fault("hash the copy of the rows", &e))?,
         };
-        let rows_part = ManifestPart { kind: "database".into(), path: DATABASE.into(), bytes, sha256 };
+        let rows_part = ManifestPart { kind: PartKind::Database, path: DATABASE.into(), bytes, sha256 };
         let parts = vec![rows_part, context_part];
         Ok(DatabasePart { unsynced: vec![rows_file, context_file], parts, item_count, tokens })
     }

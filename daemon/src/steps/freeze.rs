@@ -48,7 +48,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
         match result {
             Ok(one) => {
                 frozen.processes += one.processes;
-                if one.mechanism == record::Mechanism::Signals {
+                if one.mechanism == FreezerKind::Signals {
                     frozen.mechanism = FreezerKind::Signals;
                 }
                 frozen.agents.push(agent);

@@ -7,14 +7,12 @@ use std::time::Duration;
 use fermata_core::agent::Agent;
 use fermata_core::effect::Continuation;
 use fermata_protocol::agent::RunProcesses;
-use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
 use super::limits::tree_limits;
 use super::{Site, blocking, leftovers, session};
-use crate::config::Freezer;
 use crate::errors::{Failure, chain};
 use crate::os::death::Death;
 use crate::os::limits::{Limit, LimitKind};
@@ -27,7 +25,7 @@ use crate::shim::raw::Raw;
 use crate::shim::reach::{self, Reached};
 use crate::shim::record;
 use crate::shim::record::RunRecord;
-use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, SPEC_VERSION};
 use crate::shim::wire::ShimEvent;
 
 /// How long the processes of a run that is to be ended may take to go.
@@ -82,7 +80,7 @@ pub async fn run(
         shim_pid: launched.shim.pid,
         shim_start_ticks: launched.shim.start_time_ticks,
         boot_id: site.services.boot_id.clone(),
-        mechanism: mechanism(launched.mechanism),
+        mechanism: launched.mechanism,
     };
     Ok(Started { processes, link })
 }
@@ -96,14 +94,6 @@ async fn give_up(site: &Site, agent: &AgentName, spec: &LaunchSpec, reason: Stri
     reason
 }
 
-/// Translates the shim's word for the mechanism into the wire's.
-pub fn mechanism(mechanism: record::Mechanism) -> FreezerKind {
-    match mechanism {
-        record::Mechanism::Cgroup => FreezerKind::Cgroup,
-        record::Mechanism::Signals => FreezerKind::Signals,
-    }
-}
-
 /// Returns the processes of a recorded run.
 pub fn processes_of(record: &RunRecord) -> RunProcesses {
     RunProcesses {
@@ -112,7 +102,7 @@ pub fn processes_of(record: &RunRecord) -> RunProcesses {
         shim_pid: record.shim.pid,
         shim_start_ticks: record.shim.start_time_ticks,
         boot_id: record.boot_id.clone(),
-        mechanism: mechanism(record.mechanism),
+        mechanism: record.mechanism,
     }
 }
 
@@ -141,10 +131,7 @@ async fn spec(
         socket: site.services.shim_socket(run),
         cgroup_parent: settings.agents.cgroup_parent.clone(),
         cgroup_name: format!("fermata-{run}"),
-        mechanism: match settings.agents.freezer {
-            Freezer::Auto => MechanismChoice::Auto,
-            Freezer::Signals => MechanismChoice::Signals,
-        },
+        mechanism: settings.agents.freezer,
         tree_limits: agent.map(|agent| tree_limits(&agent.spec.supervision.resources)).unwrap_or_default(),
         terminal: agent.and_then(|agent| agent.spec.supervision.terminal),
         log: LogLimits {

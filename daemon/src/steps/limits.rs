@@ -6,8 +6,8 @@ use fermata_protocol::supervision::Resources;
 use fermata_protocol::{Code, Refusal};
 
 use super::blocking;
-use crate::config::Freezer;
 use crate::errors::{Failure, chain};
+use crate::os::cgroup::FreezerSetting;
 use crate::os::controllers::{TreeLimits, Unavailable, make_available};
 use crate::services::Services;
 
@@ -39,7 +39,7 @@ pub async fn prepare(services: &Services, resources: &Resources) -> Result<(), F
         return Ok(());
     }
     let settings = services.settings();
-    if settings.agents.freezer == Freezer::Signals {
+    if settings.agents.freezer == FreezerSetting::Signals {
         let message = "resources cannot be limited: that needs control groups, and agents.freezer is \"signals\"";
         let hint = "set freezer = \"auto\" in the section [agents] of fermata.toml, or run it without limits";
         return Err(Refusal::new(Code::LimitsUnavailable, message).hint(hint).into());

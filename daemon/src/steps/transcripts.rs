@@ -15,7 +15,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::AgentName;
-use fermata_protocol::checkpoint::ManifestPart;
+use fermata_protocol::checkpoint::{ManifestPart, PartKind};
 use sha2::{Digest as _, Sha256};
 
 use super::checkpoint::hex;
@@ -159,7 +159,7 @@ fn copy_one(one: Transcript, partial: &Path, directories: &mut BTreeSet<PathBuf>
     }
     copy.sync_all()?;
     Ok(ManifestPart {
-        kind: "transcript".into(),
+        kind: PartKind::Transcript,
         path: one.relative.to_string_lossy().into_owned(),
         bytes,
         sha256: hex(&hash.finalize()),

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use fermata_protocol::checkpoint::{
-    CheckpointView, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME, Manifest, ManifestPart,
+    CheckpointView, MAX_CHECKPOINT_DESCRIPTION, MAX_CHECKPOINT_NAME, Manifest, ManifestPart, PartKind,
 };
 use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::{Value, json};
@@ -89,7 +89,7 @@ fn refuse(why: impl std::fmt::Display) -> Failure {
 
 /// Lists the parts of a checkpoint that are files.
 fn files(manifest: &Manifest) -> impl Iterator<Item = &ManifestPart> {
-    manifest.parts.iter().filter(|part| part.kind != "workspace")
+    manifest.parts.iter().filter(|part| part.kind != PartKind::Workspace)
 }
 
 /// Returns the first file of a manifest that is not among the parts with its size and hash.
@@ -261,7 +261,7 @@ fn check(partial: &Path, parts: &[Part], from: &CheckpointView) -> Result<Manife
     if !files(&manifest).any(|part| part.path == DATABASE) || !files(&manifest).any(|part| part.path == CONTEXT) {
         return Err(refuse("it has no database or no context"));
     }
-    if !manifest.parts.iter().any(|part| part.kind == "workspace" && part.path == from.git_commit) {
+    if !manifest.parts.iter().any(|part| part.kind == PartKind::Workspace && part.path == from.git_commit) {
         return Err(refuse("its manifest names another snapshot than its header"));
     }
     Ok(manifest)
@@ -285,7 +285,7 @@ async fn adapt(site: &Site, order: &Order, partial: &Path, manifest: Manifest) -
         let mut parts = Vec::with_capacity(manifest.parts.len());
         for old in manifest.parts {
             let new = match old.path.as_str() {
-                DATABASE | CONTEXT => part(&old.kind, &partial, &old.path)?,
+                DATABASE | CONTEXT => part(old.kind, &partial, &old.path)?,
                 _ => old,
             };
             parts.push(new);

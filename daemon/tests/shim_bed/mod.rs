@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
+use fermata_daemon::os::cgroup::FreezerSetting;
 use fermata_daemon::os::cgroup::Group;
 use fermata_daemon::os::process;
 use fermata_daemon::shim::launch::{LaunchError, Launched, launch};
@@ -17,7 +18,7 @@ use fermata_daemon::shim::log_reader::{LogReader, Start};
 use fermata_daemon::shim::lost::end_lost_tree;
 use fermata_daemon::shim::raw::Raw;
 use fermata_daemon::shim::record::{ExitRecord, RunRecord, read_exit, read_run};
-use fermata_daemon::shim::spec::{LaunchSpec, LogLimits, MechanismChoice, SPEC_VERSION};
+use fermata_daemon::shim::spec::{LaunchSpec, LogLimits, SPEC_VERSION};
 use fermata_daemon::shim::wire::ShimEvent;
 use tokio::sync::mpsc;
 
@@ -36,7 +37,7 @@ pub struct Bed {
 
 impl Bed {
     /// A bed for `sh -c script`.
-    pub fn new(mechanism: MechanismChoice, script: &str) -> Self {
+    pub fn new(mechanism: FreezerSetting, script: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("shim-").tempdir().unwrap();
         let name = dir.path().file_name().unwrap().to_string_lossy().into_owned();
         let path = std::env::var_os("PATH").unwrap_or_else(|| "/usr/bin:/bin".into());
@@ -274,15 +275,15 @@ pub fn one_writer(setup: &str) -> Vec<Raw> {
     ["perl", "-e", &script].into_iter().map(Into::into).collect()
 }
 
-/// Makes one test per mechanism out of each async function that takes a `MechanismChoice`.
+/// Makes one test per mechanism out of each async function that takes a `FreezerSetting`.
 #[macro_export]
 macro_rules! for_both_mechanisms {
     ($($name:ident),+ $(,)?) => {
         mod with_a_control_group_if_possible {
-            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::shim::spec::MechanismChoice::Auto).await; })+
+            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::os::cgroup::FreezerSetting::Auto).await; })+
         }
         mod with_signals {
-            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::shim::spec::MechanismChoice::Signals).await; })+
+            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::os::cgroup::FreezerSetting::Signals).await; })+
         }
     };
 }
