@@ -146,15 +146,7 @@ impl DaemonSession {
         hello.map_err(|error| self.explain(error))
     }
 
-    /// Returns the connection, for polling; connects first if needed.
-    ///
-    /// # Errors
-    /// When no daemon answers.
-    pub fn live(&mut self) -> Result<&mut Client, CommandError> {
-        self.client()
-    }
-
-    pub fn live_if_connected(&self) -> Option<&Client> {
+    pub fn current_client(&self) -> Option<&Client> {
         self.connection.as_ref()
     }
 
@@ -180,7 +172,11 @@ impl DaemonSession {
         Err(connect::explain(last, token().is_some()))
     }
 
-    fn client(&mut self) -> Result<&mut Client, CommandError> {
+    /// Returns the connection; connects first if needed.
+    ///
+    /// # Errors
+    /// When no daemon answers.
+    pub fn client(&mut self) -> Result<&mut Client, CommandError> {
         let connected = match self.connection.take() {
             Some(connected) => connected,
             None => self.connect()?,

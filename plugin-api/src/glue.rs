@@ -130,19 +130,19 @@ unsafe extern "C" fn free(ptr: *mut u8, len: usize) {
 unsafe fn answer(reply: *mut FermataBytes, work: impl FnOnce() -> Result<Vec<u8>, CallError>) -> i32 {
     let (status, bytes) = match catch_unwind(AssertUnwindSafe(work)) {
         Ok(Ok(bytes)) => (abi::STATUS_OK, bytes),
-        Ok(Err(failure)) => (
-            match failure.code.as_str() {
+        Ok(Err(error)) => (
+            match error.code.as_str() {
                 CallError::UNSUPPORTED => abi::STATUS_UNSUPPORTED,
                 CallError::CANCELLED => abi::STATUS_CANCELLED,
                 _ => abi::STATUS_ERROR,
             },
-            encode(&failure).unwrap_or_default(),
+            encode(&error).unwrap_or_default(),
         ),
         Err(panic) => {
-            let failure = CallError::new("panic", format!("the plugin panicked: {}", panic_message(&*panic)));
+            let error = CallError::new("panic", format!("the plugin panicked: {}", panic_message(&*panic)));
             // Dropping the payload of a panic may panic again.
             std::mem::forget(panic);
-            (abi::STATUS_PANIC, encode(&failure).unwrap_or_default())
+            (abi::STATUS_PANIC, encode(&error).unwrap_or_default())
         }
     };
     if !reply.is_null() {

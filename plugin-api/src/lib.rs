@@ -47,7 +47,7 @@
 //!
 //! export_plugin!(Bell);
 //! ```
-#![warn(missing_docs)]
+#![warn(missing_docs, clippy::too_many_lines)]
 
 pub mod abi;
 pub mod glue;

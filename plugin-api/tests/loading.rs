@@ -1,4 +1,4 @@
-//! Plugins through the ABI for real: one in C, compiled here, and one in Rust.
+//! Calls of two plugins through the ABI: one in C, compiled by the test, and one in Rust.
 
 use fermata_plugin_api::abi::{FermataPluginV1, PluginEntry, SYMBOL};
 use fermata_plugin_api::host::{HostServices, PluginTable};

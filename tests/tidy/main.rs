@@ -1,5 +1,5 @@
-//! The house rules that a compiler does not check: who may import whom, where `unsafe` lives, how
-//! large a room may grow.
+//! Rules of the repository that the compiler does not check: imports between packages and modules, places of `unsafe`,
+//! sizes of files, names.
 //!
 //! Each rule is one test that names every place that breaks it. A rule that is wrong is changed
 //! here, together with ARCHITECTURE.md.
@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 
 use rust_text::{code_only, find_word, paths_after, without_tests};
 
-/// The rooms of the daemon. A room uses rooms that stand later in the list, never earlier ones.
-const ROOMS: &[&str] = &[
+/// The top-level modules of the daemon. A module imports modules later in the list only.
+const DAEMON_MODULES: &[&str] = &[
     "bin",
     "server",
     "socket",
@@ -110,8 +110,8 @@ impl Source {
             || name.ends_with("_tests")
     }
 
-    /// Returns the room of the daemon that the file belongs to, `None` outside of the daemon.
-    fn room(&self) -> Option<&str> {
+    /// Returns the top-level module of the daemon that the file belongs to; `None` outside the daemon.
+    fn daemon_module(&self) -> Option<&str> {
         let inside = self.path.strip_prefix("daemon/src/")?;
         let first = inside.split('/').next()?;
         Some(first.strip_suffix(".rs").unwrap_or(first))
@@ -198,13 +198,13 @@ fn the_core_is_pure() {
 }
 
 #[test]
-fn rooms_of_the_daemon_import_downward() {
-    let rank = |room: &str| ROOMS.iter().position(|r| *r == room);
+fn modules_of_the_daemon_import_downward() {
+    let rank = |module: &str| DAEMON_MODULES.iter().position(|m| *m == module);
     let mut faults = Vec::new();
     for source in sources() {
-        let Some(room) = source.room().filter(|room| *room != "lib") else { continue };
-        let Some(own) = rank(room) else {
-            faults.push(format!("{}: the room '{room}' is not in the list of rooms", source.path));
+        let Some(module) = source.daemon_module().filter(|module| *module != "lib") else { continue };
+        let Some(own) = rank(module) else {
+            faults.push(format!("{}: the module '{module}' is not in DAEMON_MODULES", source.path));
             continue;
         };
         let mut used = paths_after(source.shipped(), "crate::");
@@ -212,28 +212,32 @@ fn rooms_of_the_daemon_import_downward() {
         used.extend(paths_after(source.shipped(), "super::"));
         for (name, line) in used {
             if rank(&name).is_some_and(|other| other < own) {
-                faults.push(format!("{}:{line}: '{room}' uses '{name}', which stands above it", source.path));
+                faults.push(format!("{}:{line}: '{module}' imports '{name}', which is above it", source.path));
             }
         }
     }
-    no_faults(faults, &format!("inside the daemon imports run downward: {}", ROOMS.join(" > ")));
+    no_faults(faults, &format!("inside the daemon imports run downward: {}", DAEMON_MODULES.join(" > ")));
 }
 
 #[test]
-fn the_architecture_names_every_room_and_stays_short() {
+fn the_architecture_names_every_module_of_the_daemon_and_stays_short() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).expect("read ARCHITECTURE.md");
     let mut faults = Vec::new();
     let lines = text.lines().count();
     if lines >= MAX_ARCHITECTURE_LINES {
         faults.push(format!("it has {lines} lines, and {MAX_ARCHITECTURE_LINES} are too many"));
     }
-    faults
-        .extend(ROOMS.iter().filter(|room| find_word(&text, room, "").is_none()).map(|r| format!("no word on '{r}'")));
+    faults.extend(
+        DAEMON_MODULES
+            .iter()
+            .filter(|module| find_word(&text, module, "").is_none())
+            .map(|m| format!("'{m}' is missing")),
+    );
     no_faults(faults, "ARCHITECTURE.md");
 }
 
 #[test]
-fn unsafe_lives_in_its_few_homes() {
+fn unsafe_is_in_few_places_only() {
     let home = |path: &str| UNSAFE_HOMES.iter().any(|h| path == *h || (h.ends_with('/') && path.starts_with(h)));
     let faults = sources()
         .iter()
@@ -268,7 +272,7 @@ fn only_programs_end_the_process() {
 }
 
 #[test]
-fn files_are_rooms_not_halls() {
+fn files_are_not_too_long() {
     let mut faults = Vec::new();
     for source in sources() {
         let lines = without_tests(&source.text).lines().count();
@@ -276,13 +280,13 @@ fn files_are_rooms_not_halls() {
             faults.push(format!("{}: {lines} lines without its tests", source.path));
         }
     }
-    no_faults(faults, &format!("a file of more than {MAX_LINES} lines wants a second room"));
+    no_faults(faults, &format!("a file of more than {MAX_LINES} lines should be divided"));
 }
 
 #[test]
-fn every_file_begins_with_what_it_owns() {
+fn every_file_begins_with_a_module_comment() {
     let faults = sources().into_iter().filter(|s| !s.text.starts_with("//!")).map(|s| s.path).collect();
-    no_faults(faults, "a file begins with //! and what it owns");
+    no_faults(faults, "a file begins with //! and its responsibility");
 }
 
 #[test]
@@ -303,7 +307,7 @@ fn documentation_tests_stand_where_they_are_run() {
 }
 
 #[test]
-fn every_file_has_a_name_that_says_something() {
+fn file_names_are_not_generic() {
     let empty =
         |path: &str| path.split('/').any(|part| EMPTY_NAMES.contains(&part.strip_suffix(".rs").unwrap_or(part)));
     let faults = sources().into_iter().map(|s| s.path).filter(|path| empty(path)).collect();

@@ -14,16 +14,16 @@ pub fn run(session: &mut DaemonSession, command: AgentCommand) -> CommandResult 
     match command {
         AgentCommand::Progress { percent, message, units, phase, target } => {
             let done = session.call(&AgentProgress { target, percent, message, units_done: units, phase })?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
         AgentCommand::Heartbeat { target } => {
             let heartbeat = AgentProgress { target, percent: None, message: None, units_done: None, phase: None };
             let done = session.call(&heartbeat)?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
         AgentCommand::Ready { target } => {
             let done = session.call(&AgentReady { target })?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
         AgentCommand::Context { item, target } => context::add(session, target, item),
         AgentCommand::Task { title, id, state, target } => {
@@ -35,13 +35,13 @@ pub fn run(session: &mut DaemonSession, command: AgentCommand) -> CommandResult 
                 return question::wait(session, Some(asked.project), asked.id);
             }
             let id = asked.id.to_string();
-            session.out.one(&asked, Some(id), |out, asked| out.line(asked.id))?;
+            session.out.object(&asked, Some(id), |out, asked| out.line(asked.id))?;
             Ok(0)
         }
         AgentCommand::WaitAnswer { question } => question::wait(session, question.project, question.id),
         AgentCommand::Ack { target } => {
             let done = session.call(&AgentAck { target })?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
         AgentCommand::State(command) => state(session, command),
         AgentCommand::Usage { input, output, cost, target } => {
@@ -51,15 +51,15 @@ pub fn run(session: &mut DaemonSession, command: AgentCommand) -> CommandResult 
                 output_tokens: output,
                 cost_micro_usd: cost,
             })?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
         AgentCommand::Listen => listen(session),
     }
 }
 
 /// Prints nothing for people: agents report often.
-fn silent(session: &mut DaemonSession, done: &impl serde::Serialize) -> CommandResult {
-    session.out.one(done, None, |_, _| Ok(()))?;
+fn print_as_json(session: &mut DaemonSession, done: &impl serde::Serialize) -> CommandResult {
+    session.out.object(done, None, |_, _| Ok(()))?;
     Ok(0)
 }
 
@@ -67,7 +67,7 @@ fn state(session: &mut DaemonSession, command: StateCommand) -> CommandResult {
     match command {
         StateCommand::Get { target } => {
             let result = session.call(&StateGet { target })?;
-            session.out.one(&result, None, |out, result| out.json(&result.state))?;
+            session.out.object(&result, None, |out, result| out.json(&result.state))?;
             Ok(0)
         }
         StateCommand::Put { value, target } => {
@@ -75,7 +75,7 @@ fn state(session: &mut DaemonSession, command: StateCommand) -> CommandResult {
             let state = serde_json::from_str(&text)
                 .map_err(|e| CommandError::usage(format!("the state is not valid JSON: {e}")))?;
             let done = session.call(&StatePut { target, state })?;
-            silent(session, &done)
+            print_as_json(session, &done)
         }
     }
 }

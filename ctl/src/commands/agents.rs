@@ -15,12 +15,12 @@ use crate::units::millis;
 pub fn stop(session: &mut DaemonSession, target: Target, grace: Option<Duration>) -> CommandResult {
     let params = AgentStop { target, grace_ms: grace.map(millis) };
     let agents = session.call_long("stop", &params)?.agents;
-    shown(session, &agents)
+    print_agents(session, &agents)
 }
 
 pub fn kill(session: &mut DaemonSession, target: Target, signal: Option<String>) -> CommandResult {
     let agents = session.call(&AgentKill { target, signal })?.agents;
-    shown(session, &agents)
+    print_agents(session, &agents)
 }
 
 pub fn restart(session: &mut DaemonSession, target: &Target) -> CommandResult {
@@ -34,7 +34,7 @@ pub fn restart(session: &mut DaemonSession, target: &Target) -> CommandResult {
     for target in targets {
         agents.push(session.call_long("restart", &AgentRestart { target })?);
     }
-    shown(session, &agents)
+    print_agents(session, &agents)
 }
 
 pub fn remove(session: &mut DaemonSession, target: Target, with_checkpoints: bool) -> CommandResult {
@@ -57,7 +57,7 @@ fn remove_project(session: &mut DaemonSession, target: Target, with_checkpoints:
     Ok(0)
 }
 
-fn shown(session: &mut DaemonSession, agents: &[AgentView]) -> CommandResult {
+fn print_agents(session: &mut DaemonSession, agents: &[AgentView]) -> CommandResult {
     let rows = session.out.rows(agents, "no agents", target_of, status::agent_table);
     rows?;
     Ok(0)
@@ -86,7 +86,7 @@ pub fn wait(session: &mut DaemonSession, target: &Target, propagate: bool) -> Co
             Some(exit) => exit.shell_code().to_string(),
             None => agent.status.to_string(),
         };
-        session.out.one(&agent, Some(text.clone()), |out, _| {
+        session.out.object(&agent, Some(text.clone()), |out, _| {
             if several { out.line(format_args!("{target} {text}")) } else { out.line(&text) }
         })?;
         session.out.flush()?;

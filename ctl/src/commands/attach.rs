@@ -196,7 +196,7 @@ impl AttachedTerminal<'_> {
             }
             if ready.keys && self.read_keys()? {
                 // Best effort: otherwise the daemon notices the closed connection.
-                if let Ok(client) = self.session.live() {
+                if let Ok(client) = self.session.client() {
                     client.begin(&AgentDetach { attachment: self.attachment }).ok();
                 }
                 return Ok(AttachExit::Detached);
@@ -212,7 +212,7 @@ impl AttachedTerminal<'_> {
     fn wait(&mut self, timeout: PollTimeout) -> Result<ReadyInputs, AttachError> {
         let stdin = io::stdin();
         let keys = if self.typed.len() < MAX_PENDING_INPUT { PollFlags::POLLIN } else { PollFlags::empty() };
-        let client = self.session.live_if_connected();
+        let client = self.session.current_client();
         let mut fds = vec![PollFd::new(self.terminal.signals(), PollFlags::POLLIN), PollFd::new(stdin.as_fd(), keys)];
         if let Some(client) = client {
             fds.push(PollFd::new(client.as_fd(), PollFlags::POLLIN));
@@ -254,18 +254,18 @@ impl AttachedTerminal<'_> {
         }
         let count = self.typed.len().min(MAX_INPUT_BYTES);
         let input = AgentInput { attachment: self.attachment, data: Bytes(self.typed[..count].to_vec()) };
-        let id = self.live()?.begin(&input)?;
+        let id = self.client()?.begin(&input)?;
         self.pending = Some((id, count));
         Ok(())
     }
 
-    fn live(&mut self) -> Result<&mut fermata_protocol::client::Client, AttachError> {
-        self.session.live().map_err(|_| AttachError::Connection)
+    fn client(&mut self) -> Result<&mut fermata_protocol::client::Client, AttachError> {
+        self.session.client().map_err(|_| AttachError::Connection)
     }
 
     /// Handles the messages that are buffered already.
     fn receive_all(&mut self) -> Result<Option<AttachExit>, AttachError> {
-        while self.live()?.has_whole_message() {
+        while self.client()?.has_whole_message() {
             if let Some(end) = self.receive()? {
                 return Ok(Some(end));
             }
@@ -274,7 +274,7 @@ impl AttachedTerminal<'_> {
     }
 
     fn receive(&mut self) -> Result<Option<AttachExit>, AttachError> {
-        match self.live()?.try_receive()? {
+        match self.client()?.try_receive()? {
             Some(Incoming::Notification(notification)) => self.handle_notification(notification),
             Some(Incoming::Answer(id, answer)) => {
                 if self.pending.is_some_and(|(pending, _)| pending == id) {
@@ -295,7 +295,7 @@ impl AttachedTerminal<'_> {
                 self.typed.drain(..accepted);
                 if typed.claimed {
                     self.writing = true;
-                    self.tell_size()?;
+                    self.send_size()?;
                 }
                 if accepted < count {
                     self.typed.clear();
@@ -350,7 +350,7 @@ impl AttachedTerminal<'_> {
     fn take_signals(&mut self) -> Result<Option<AttachExit>, AttachError> {
         while let Some(signal) = self.terminal.signal() {
             match signal {
-                Signal::SIGWINCH if self.writing => self.tell_size()?,
+                Signal::SIGWINCH if self.writing => self.send_size()?,
                 Signal::SIGWINCH => {}
                 // Another program may have changed the mode meanwhile.
                 Signal::SIGCONT => self.terminal.set_raw().map_err(io::Error::from)?,
@@ -360,10 +360,10 @@ impl AttachedTerminal<'_> {
         Ok(None)
     }
 
-    fn tell_size(&mut self) -> Result<(), AttachError> {
+    fn send_size(&mut self) -> Result<(), AttachError> {
         if let Some(size) = raw_terminal::size() {
             let attachment = self.attachment;
-            self.live()?.begin(&AgentResize { attachment, size })?;
+            self.client()?.begin(&AgentResize { attachment, size })?;
         }
         Ok(())
     }

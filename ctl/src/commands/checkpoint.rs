@@ -29,7 +29,7 @@ pub fn run(session: &mut DaemonSession, command: CheckpointCommand) -> CommandRe
             let params = CheckpointCreate { project, name, description };
             let result = session.call_long("checkpoint", &params)?;
             let id = result.checkpoint_id.to_string();
-            session.out.one(&result, Some(id), created)?;
+            session.out.object(&result, Some(id), print_created)?;
         }
         CheckpointCommand::Ls { project, limit } => {
             let (checkpoints, disk_bytes) = list(session, &project, limit)?;
@@ -43,7 +43,7 @@ pub fn run(session: &mut DaemonSession, command: CheckpointCommand) -> CommandRe
         CheckpointCommand::Show { project, checkpoint } => {
             let detail = session.call(&CheckpointShow { project, checkpoint })?;
             let id = detail.checkpoint.id.to_string();
-            session.out.one(&detail, Some(id), shown)?;
+            session.out.object(&detail, Some(id), print_checkpoint)?;
         }
         CheckpointCommand::Diff { project, from, to, stat, patch } => {
             let params = CheckpointDiff { project, from, to, patch };
@@ -55,17 +55,17 @@ pub fn run(session: &mut DaemonSession, command: CheckpointCommand) -> CommandRe
             let params = CheckpointRestore { project: project.clone(), checkpoint, dry_run, paths };
             let result = session.call_long(&format!("restore {project}"), &params)?;
             let id = result.safety_checkpoint_id.map(|n| n.to_string());
-            session.out.one(&result, id, |out, result| restore::shown(out, result, dry_run))?;
+            session.out.object(&result, id, |out, result| restore::print_restore(out, result, dry_run))?;
         }
         CheckpointCommand::Rm { project, checkpoints } => {
             let result = session.call_long("remove", &CheckpointRemove { project, checkpoints })?;
-            removed(session, &result, false)?;
+            print_removed(session, &result, false)?;
         }
         CheckpointCommand::Prune { project, keep, older_than, max_bytes, dry_run } => {
             let older_than_ms = older_than.map(millis);
             let params = CheckpointPrune { project, keep, older_than_ms, max_bytes, dry_run };
             let result = session.call_long("prune", &params)?;
-            removed(session, &result, dry_run)?;
+            print_removed(session, &result, dry_run)?;
         }
         CheckpointCommand::Verify { project, checkpoint, all: _ } => {
             let params = CheckpointVerify { project, checkpoint };
@@ -77,7 +77,7 @@ pub fn run(session: &mut DaemonSession, command: CheckpointCommand) -> CommandRe
         CheckpointCommand::Import { project, file } => {
             let result = transfer::import(session, project, &file)?;
             let id = result.checkpoint_id.to_string();
-            session.out.one(&result, Some(id), created)?;
+            session.out.object(&result, Some(id), print_created)?;
         }
         CheckpointCommand::Consolidate { project, everything } => {
             transfer::consolidate(session, &CheckpointConsolidate { project, everything })?;
@@ -133,7 +133,7 @@ fn table(out: &Printer, checkpoints: &[CheckpointView]) -> TextTable {
     table
 }
 
-fn created(out: &mut Printer, result: &CheckpointCreateResult) -> io::Result<()> {
+fn print_created(out: &mut Printer, result: &CheckpointCreateResult) -> io::Result<()> {
     let metadata = &result.checkpoint.metadata;
     let fields = FieldList::default()
         .add("checkpoint", result.checkpoint_id.to_string())
@@ -152,7 +152,7 @@ fn files_text(metadata: &CheckpointMetadata) -> String {
     format!("{} ({})", number(metadata.files), bytes(metadata.bytes))
 }
 
-fn shown(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
+fn print_checkpoint(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
     let checkpoint = &detail.checkpoint;
     let metadata = &checkpoint.metadata;
     let filled = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
@@ -204,7 +204,7 @@ fn shown(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
             skipped.row([Cell::from(&path.path), reason.into()]);
         }
         out.table(&skipped)?;
-        restore::more(out, detail.skipped.len(), detail.skipped_total)?;
+        restore::print_remaining(out, detail.skipped.len(), detail.skipped_total)?;
     }
     if !detail.torn.is_empty() {
         out.line("")?;
@@ -213,7 +213,7 @@ fn shown(out: &mut Printer, detail: &CheckpointDetail) -> io::Result<()> {
             torn.row([Cell::from(path)]);
         }
         out.table(&torn)?;
-        restore::more(out, detail.torn.len(), detail.torn_total)?;
+        restore::print_remaining(out, detail.torn.len(), detail.torn_total)?;
     }
     out.warnings(&metadata.warnings)
 }
@@ -228,7 +228,7 @@ fn diff(session: &mut DaemonSession, result: &CheckpointDiffResult, stat: bool) 
             let path = |change: &ChangedPath| clean(&change.path);
             out.rows(&result.changes, "no differences", path, |_, changes| restore::change_table(changes))?;
             if out.format() == Format::Human {
-                restore::more(out, result.changes.len(), result.changes_total)?;
+                restore::print_remaining(out, result.changes.len(), result.changes_total)?;
             } else if result.changes_total > result.changes.len() as u64 {
                 note(&format!("{} changed in total", counted(result.changes_total, "path")));
             }
@@ -241,7 +241,11 @@ fn diff(session: &mut DaemonSession, result: &CheckpointDiffResult, stat: bool) 
     Ok(())
 }
 
-fn removed(session: &mut DaemonSession, result: &CheckpointRemoveResult, dry_run: bool) -> Result<(), CommandError> {
+fn print_removed(
+    session: &mut DaemonSession,
+    result: &CheckpointRemoveResult,
+    dry_run: bool,
+) -> Result<(), CommandError> {
     let out = &mut session.out;
     match out.format() {
         Format::Json => out.json(result)?,
@@ -304,7 +308,7 @@ fn pin(
 ) -> Result<(), CommandError> {
     let view = session.call(&CheckpointPin { project, checkpoint, pinned })?;
     let id = view.id.to_string();
-    session.out.one(&view, Some(id), |out, view| {
+    session.out.object(&view, Some(id), |out, view| {
         let word = if view.pinned { "pinned" } else { "unpinned" };
         out.line(format_args!("checkpoint {} of {} {word}", view.id, view.project))
     })?;

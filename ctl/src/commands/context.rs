@@ -22,12 +22,12 @@ pub fn run(session: &mut DaemonSession, command: ContextCommand) -> CommandResul
         ContextCommand::Ls { target, tier, archived, limit, before } => {
             let params = ContextList { target, tier, archived, before, limit };
             let items = session.call(&params)?.items;
-            listed(session, &items)
+            print_items(session, &items)
         }
         ContextCommand::Show { item } => {
             let (project, id) = item_key(item)?;
             let item = session.call(&ContextShow { project, id })?;
-            session.out.one(&item, Some(item.id.to_string()), shown)?;
+            session.out.object(&item, Some(item.id.to_string()), print_item)?;
             Ok(0)
         }
         ContextCommand::Add { target, item } => add(session, Some(target), item),
@@ -36,12 +36,12 @@ pub fn run(session: &mut DaemonSession, command: ContextCommand) -> CommandResul
         ContextCommand::Search { target, limit, words } => {
             let params = ContextSearch { target, query: words.join(" "), limit };
             let items = session.call(&params)?.items;
-            listed(session, &items)
+            print_items(session, &items)
         }
         ContextCommand::Recall { items } => recall(session, items),
         ContextCommand::FlashSave { target } => {
             let result = session.call(&ContextFlashSave { target })?;
-            session.out.one(&result, None, flash_saved)?;
+            session.out.object(&result, None, print_flash_save)?;
             Ok(0)
         }
     }
@@ -52,11 +52,11 @@ pub fn add(session: &mut DaemonSession, target: Option<Target>, item: ItemArgs) 
     let item = NewItem { kind: item.kind, text: text_or_stdin(item.text)?, pinned: item.pinned };
     let result = session.call(&ContextPut { target, items: vec![item] })?;
     let id = result.ids.first().map(|id| id.to_string());
-    session.out.one(&result, id, put)?;
+    session.out.object(&result, id, print_added)?;
     Ok(0)
 }
 
-fn put(out: &mut Printer, result: &ContextPutResult) -> io::Result<()> {
+fn print_added(out: &mut Printer, result: &ContextPutResult) -> io::Result<()> {
     let ids: Vec<String> = result.ids.iter().map(|id| id.to_string()).collect();
     let archived = match result.items_archived {
         0 => String::new(),
@@ -70,7 +70,7 @@ fn put(out: &mut Printer, result: &ContextPutResult) -> io::Result<()> {
     ))
 }
 
-fn listed(session: &mut DaemonSession, items: &[ContextItem]) -> CommandResult {
+fn print_items(session: &mut DaemonSession, items: &[ContextItem]) -> CommandResult {
     let id = |item: &ContextItem| item.id;
     session.out.rows(items, "no context items", id, |out, items| {
         let mut table = TextTable::new(&[">ID", "AGENT", "TYPE", "TIER", ">SCORE", ">TOKENS", "ADDED", "TEXT"]);
@@ -104,7 +104,7 @@ fn tier(item: &ContextItem) -> Cell {
     Cell::painted(format!("{}{pin}", item.tier.as_str()), paint)
 }
 
-fn shown(out: &mut Printer, item: &ContextItem) -> io::Result<()> {
+fn print_item(out: &mut Printer, item: &ContextItem) -> io::Result<()> {
     let fields = FieldList::default()
         .add("item", item.id.to_string())
         .add("agent", item.agent.as_str())
@@ -122,7 +122,7 @@ fn shown(out: &mut Printer, item: &ContextItem) -> io::Result<()> {
     Ok(())
 }
 
-fn flash_saved(out: &mut Printer, result: &FlashSaveResult) -> io::Result<()> {
+fn print_flash_save(out: &mut Printer, result: &FlashSaveResult) -> io::Result<()> {
     let fields = FieldList::default()
         .add("tokens", format!("{} -> {}", number(result.tokens_before), number(result.tokens_after)))
         .add(

@@ -68,14 +68,14 @@ pub fn doctor(session: &mut DaemonSession) -> CommandResult {
     checks.extend(watches());
     let id = |check: &Check| check.check;
     if session.out.format() == Format::Human {
-        show(session, &checks)?;
+        print_checks(session, &checks)?;
     } else {
         session.out.rows(&checks, "", id, |_, _| TextTable::new(&[]))?;
     }
     Ok(if checks.iter().all(|c| c.good) { 0 } else { 1 })
 }
 
-fn show(session: &mut DaemonSession, checks: &[Check]) -> Result<(), CommandError> {
+fn print_checks(session: &mut DaemonSession, checks: &[Check]) -> Result<(), CommandError> {
     let mut table = TextTable::new(&["CHECK", "STATE", "DETAIL"]);
     for check in checks {
         let state = if check.good { Cell::painted("ok", Paint::Good) } else { Cell::painted("failed", Paint::Bad) };

@@ -23,7 +23,7 @@ pub fn run(session: &mut DaemonSession, command: OperationCommand) -> CommandRes
         OperationCommand::Cancel { operation } => session.call(&OperationCancel { operation_id: operation })?,
     };
     let id = operation.id.to_string();
-    session.out.one(&operation, Some(id), shown)?;
+    session.out.object(&operation, Some(id), print_operation)?;
     Ok(0)
 }
 
@@ -58,7 +58,7 @@ fn table(out: &Printer, operations: &[OperationView]) -> TextTable {
     table
 }
 
-fn shown(out: &mut Printer, operation: &OperationView) -> io::Result<()> {
+fn print_operation(out: &mut Printer, operation: &OperationView) -> io::Result<()> {
     let error = operation.error.as_ref();
     let fields = FieldList::default()
         .add("operation", operation.id.as_str())

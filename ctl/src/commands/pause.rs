@@ -19,11 +19,11 @@ pub fn pause(session: &mut DaemonSession, args: PauseArgs) -> CommandResult {
         ProjectPause { project: args.project, reason: args.reason, mode: args.mode, grace_ms: args.grace.map(millis) };
     let result = session.call_long(&label, &params)?;
     let id = Some(result.checkpoint_id.to_string());
-    session.out.one(&result, id, paused)?;
+    session.out.object(&result, id, print_pause)?;
     Ok(0)
 }
 
-fn paused(out: &mut Printer, result: &PauseResult) -> io::Result<()> {
+fn print_pause(out: &mut Printer, result: &PauseResult) -> io::Result<()> {
     let tokens = format!(
         "{} -> {} ({:.1}% reduction)",
         number(result.tokens_before),
@@ -83,20 +83,20 @@ pub fn resume(
     let params = ProjectResume { project, checkpoint, over_budget };
     let result = session.call_long(&label, &params)?;
     let id = Some(result.operation_id.to_string());
-    session.out.one(&result, id, resumed)?;
+    session.out.object(&result, id, print_resume)?;
     Ok(if result.success { 0 } else { 1 })
 }
 
 fn resume_agent(session: &mut DaemonSession, target: Target) -> CommandResult {
     let agent = session.call(&AgentResume { target: target.clone() })?;
-    session.out.one(&agent, Some(target.to_string()), |out, agent| match agent.pid {
+    session.out.object(&agent, Some(target.to_string()), |out, agent| match agent.pid {
         Some(pid) => out.line(format_args!("{target} resumed, pid {pid}")),
         None => out.line(format_args!("{target} is {}", agent.status)),
     })?;
     Ok(0)
 }
 
-fn resumed(out: &mut Printer, result: &ResumeResult) -> io::Result<()> {
+fn print_resume(out: &mut Printer, result: &ResumeResult) -> io::Result<()> {
     let restored = result.restored.map(|n| format!("checkpoint {n}"));
     let fields = FieldList::default()
         .add_some("restored", restored)

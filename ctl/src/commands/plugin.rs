@@ -17,7 +17,7 @@ pub fn run(session: &mut DaemonSession, command: PluginCommand) -> CommandResult
         PluginCommand::Check { path } => {
             let path = to_utf8(&canonical(&path)?)?;
             let plugin = session.call(&PluginCheck { path })?;
-            session.out.one(&plugin, Some(plugin.name.clone()), |out, plugin| {
+            session.out.object(&plugin, Some(plugin.name.clone()), |out, plugin| {
                 let fields = FieldList::default()
                     .add("plugin", &plugin.name)
                     .add("version", &plugin.version)

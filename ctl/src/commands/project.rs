@@ -34,7 +34,7 @@ pub fn run(session: &mut DaemonSession, command: ProjectCommand) -> CommandResul
                 config: config.apply(ProjectConfig::default()),
             })?;
             let id = project.name.to_string();
-            session.out.one(&project, Some(id), |out, project| {
+            session.out.object(&project, Some(id), |out, project| {
                 out.line(format_args!("{} created for {}", project.name, project.workspace))
             })?;
             Ok(0)
@@ -53,7 +53,9 @@ pub fn run(session: &mut DaemonSession, command: ProjectCommand) -> CommandResul
             }
             let project = session.call(&ProjectSet { project, description, phase, config })?;
             let id = project.name.to_string();
-            session.out.one(&project, Some(id), |out, project| out.line(format_args!("{} updated", project.name)))?;
+            session
+                .out
+                .object(&project, Some(id), |out, project| out.line(format_args!("{} updated", project.name)))?;
             Ok(0)
         }
         ProjectCommand::Ls => {

@@ -50,7 +50,7 @@ pub fn version(session: &mut DaemonSession) -> CommandResult {
             "role": hello.role,
         })),
     });
-    session.out.one(&value, Some(own.into()), |out, _| {
+    session.out.object(&value, Some(own.into()), |out, _| {
         let daemon = match &daemon {
             Some(hello) => format!("{} (protocol {})", hello.version, hello.protocol),
             None => "not reachable".into(),
@@ -66,7 +66,7 @@ pub fn version(session: &mut DaemonSession) -> CommandResult {
 pub fn daemon(session: &mut DaemonSession, command: DaemonCommand) -> CommandResult {
     let DaemonCommand::Reload = command;
     let result = session.call(&DaemonReload {})?;
-    session.out.one(&result, None, |out, result| {
+    session.out.object(&result, None, |out, result| {
         if result.changed.is_empty() && result.needs_restart.is_empty() {
             return out.line("nothing changed");
         }

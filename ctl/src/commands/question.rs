@@ -47,9 +47,9 @@ pub fn answer(session: &mut DaemonSession, question: ItemRef, text: &[String]) -
             .hint("write PROJECT/NUMBER, as shown by fermatactl inbox"));
     };
     let question = session.call(&QuestionAnswer { project, id: question.id, answer: text.join(" ") })?;
-    session
-        .out
-        .one(&question, Some(name(&question)), |out, question| out.line(format_args!("{} answered", name(question))))?;
+    session.out.object(&question, Some(name(&question)), |out, question| {
+        out.line(format_args!("{} answered", name(question)))
+    })?;
     Ok(0)
 }
 
@@ -65,7 +65,7 @@ pub fn wait(session: &mut DaemonSession, project: Option<ProjectName>, id: u64) 
         return Err(still_open(id));
     };
     // Not cleaned: an agent reads the answer as data.
-    session.out.one(&question, Some(answer.clone()), |out, _| out.line(&answer))?;
+    session.out.object(&question, Some(answer.clone()), |out, _| out.line(&answer))?;
     Ok(0)
 }
 

@@ -81,7 +81,7 @@ pub(super) fn change_table(changes: &[ChangedPath]) -> TextTable {
 }
 
 /// Writes how many rows are not shown.
-pub(super) fn more(out: &mut Printer, shown: usize, total: u64) -> io::Result<()> {
+pub(super) fn print_remaining(out: &mut Printer, shown: usize, total: u64) -> io::Result<()> {
     match total.saturating_sub(shown as u64) {
         0 => Ok(()),
         left => out.line(format_args!("… and {} more", number(left))),
@@ -99,10 +99,10 @@ pub(super) fn totals(changes: &[ChangedPath]) -> String {
     format!("{changed} modified, {added} added, {removed} removed; {} -> {}", bytes(before), bytes(after))
 }
 
-pub(super) fn shown(out: &mut Printer, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
+pub(super) fn print_restore(out: &mut Printer, result: &CheckpointRestoreResult, dry_run: bool) -> io::Result<()> {
     if !result.changes.is_empty() {
         out.table(&change_table(&result.changes))?;
-        more(out, result.changes.len(), result.changes_total)?;
+        print_remaining(out, result.changes.len(), result.changes_total)?;
         out.line("")?;
     }
     let (label, counts) = if dry_run {

@@ -37,7 +37,7 @@ pub fn run(session: &mut DaemonSession, args: RunArgs) -> CommandResult {
     if follow {
         logs::follow(session, &target)?;
     } else if !wait || session.out.format() == Format::Ids {
-        session.out.one(&agent, Some(target.to_string()), |out, agent| match agent.pid {
+        session.out.object(&agent, Some(target.to_string()), |out, agent| match agent.pid {
             Some(pid) => out.line(format_args!("{target} started, pid {pid}")),
             None => out.line(format_args!("{target} is {}", agent.status)),
         })?;

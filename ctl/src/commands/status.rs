@@ -204,7 +204,7 @@ fn tasks(project: &ProjectView) -> String {
 pub fn show(session: &mut DaemonSession, project: ProjectName) -> CommandResult {
     let detail = session.call(&ProjectShow { project })?;
     let id = Some(detail.project.name.to_string());
-    session.out.one(&detail, id, print_project)?;
+    session.out.object(&detail, id, print_project)?;
     Ok(0)
 }
 

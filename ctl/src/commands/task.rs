@@ -59,7 +59,7 @@ pub fn put(session: &mut DaemonSession, params: TaskPut) -> CommandResult {
     let task = session.call(&params)?;
     let word = if params.id.is_some() { "changed" } else { "added" };
     let id = task.id.to_string();
-    session.out.one(&task, Some(id), |out, task| {
+    session.out.object(&task, Some(id), |out, task| {
         let line = format!("task {} {word}: {} ({})", task.id, task.title, task.status.as_str());
         out.line(clean(&line))
     })?;

@@ -95,7 +95,7 @@ pub fn export(session: &mut DaemonSession, params: &CheckpointExport, file: &Pat
     }
     drop(partial);
     let shown = json!({"file": file, "bytes": exported.bytes, "sha256": exported.sha256});
-    session.out.one(&shown, Some(file.display().to_string()), |out, _| {
+    session.out.object(&shown, Some(file.display().to_string()), |out, _| {
         let fields = FieldList::default()
             .add("file", file.display().to_string())
             .add("size", bytes(exported.bytes))
@@ -142,7 +142,7 @@ pub fn import(
 
 pub fn consolidate(session: &mut DaemonSession, params: &CheckpointConsolidate) -> Result<(), CommandError> {
     let result = session.call_long(&format!("consolidate {}", params.project), params)?;
-    session.out.one(&result, None, |out, result| {
+    session.out.object(&result, None, |out, result| {
         if result.packs == 0 {
             return out.line(format!("nothing to consolidate; the packs take {}", bytes(result.bytes)));
         }

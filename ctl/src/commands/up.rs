@@ -183,7 +183,7 @@ impl AgentUp<'_> {
             let row = ActionRow::new(target, action);
             return Ok(if on.is_empty() { row } else { row.detail(format!("after {}", on.join(", "))) });
         }
-        let (env, missing) = self.agent.env.over(self.caller_env);
+        let (env, missing) = self.agent.env.resolve(self.caller_env);
         if !missing.is_empty() {
             note(&format!("warning: {target} is started without {}: not set in this environment", missing.join(", ")));
         }

@@ -22,7 +22,7 @@ pub struct Environment {
 
 impl Environment {
     /// Returns the complete environment of the agent, and the names in `pass_env` that the caller's environment lacks.
-    pub fn over(&self, callers: &BTreeMap<String, String>) -> (BTreeMap<String, String>, Vec<String>) {
+    pub fn resolve(&self, callers: &BTreeMap<String, String>) -> (BTreeMap<String, String>, Vec<String>) {
         let mut missing = Vec::new();
         let mut env: BTreeMap<String, String> = match &self.pass {
             None => callers.clone(),
@@ -207,8 +207,8 @@ mod tests {
         };
         let callers = of(&[("PATH", "/bin"), ("LC_ALL", "C"), ("SECRET", "s")]);
         let all = Environment { set: of(&[("PATH", "/x")]), pass: None };
-        assert_eq!(all.over(&callers).0, of(&[("PATH", "/x"), ("LC_ALL", "C"), ("SECRET", "s")]));
+        assert_eq!(all.resolve(&callers).0, of(&[("PATH", "/x"), ("LC_ALL", "C"), ("SECRET", "s")]));
         let some = Environment { set: of(&[("A", "1")]), pass: Some(vec!["LC_*".into(), "A".into(), "GONE".into()]) };
-        assert_eq!(some.over(&callers), (of(&[("LC_ALL", "C"), ("A", "1")]), vec!["GONE".to_owned()]));
+        assert_eq!(some.resolve(&callers), (of(&[("LC_ALL", "C"), ("A", "1")]), vec!["GONE".to_owned()]));
     }
 }

@@ -117,7 +117,7 @@ impl<'a> Section<'a> {
         }
     }
 
-    fn wrong(&self, key: &str, node: &TomlNode, wanted: &str) {
+    fn type_error(&self, key: &str, node: &TomlNode, wanted: &str) {
         let name = self.path_of(key);
         self.problem(&node.span, key, format!("'{name}' must be {wanted}, not {}", node.kind.name()));
     }
@@ -130,7 +130,7 @@ impl<'a> Section<'a> {
 
     fn text_of(&self, key: &str, node: &TomlNode) -> Option<Located<String>> {
         let TomlValue::Text(text) = &node.kind else {
-            self.wrong(key, node, "a string");
+            self.type_error(key, node, "a string");
             return None;
         };
         if text.is_empty() || text.contains('\0') {
@@ -147,7 +147,7 @@ impl<'a> Section<'a> {
         match node.kind {
             TomlValue::Bool(yes) => Some(yes),
             _ => {
-                self.wrong(key, node, "true or false");
+                self.type_error(key, node, "true or false");
                 None
             }
         }
@@ -191,7 +191,7 @@ impl<'a> Section<'a> {
                 return None;
             }
             _ => {
-                self.wrong(key, node, wanted);
+                self.type_error(key, node, wanted);
                 return None;
             }
         };
@@ -211,7 +211,7 @@ impl<'a> Section<'a> {
         let number = match node.kind {
             TomlValue::Integer(number) => number.and_then(|number| u64::try_from(number).ok()),
             _ => {
-                self.wrong(key, node, "an integer");
+                self.type_error(key, node, "an integer");
                 return None;
             }
         };
@@ -230,7 +230,7 @@ impl<'a> Section<'a> {
             TomlValue::Integer(number) => number.map_or(f64::INFINITY, |number| number as f64),
             TomlValue::Float(number) => number,
             _ => {
-                self.wrong(key, node, "a number");
+                self.type_error(key, node, "a number");
                 return None;
             }
         };
@@ -252,7 +252,7 @@ impl<'a> Section<'a> {
         let words: Vec<&str> = choices.iter().map(|(word, _)| *word).collect();
         let wanted = format!("one of \"{}\"", words.join("\", \""));
         let TomlValue::Text(text) = &node.kind else {
-            self.wrong(key, node, &wanted);
+            self.type_error(key, node, &wanted);
             return None;
         };
         if let Some((_, value)) = choices.iter().find(|(word, _)| word == text) {
@@ -275,7 +275,7 @@ impl<'a> Section<'a> {
             TomlValue::Text(_) => self.text_of(key, node).map(|text| vec![text]),
             TomlValue::List(items) => Some(items.iter().filter_map(|item| self.text_of(key, item)).collect()),
             _ => {
-                self.wrong(key, node, "a string or a list of strings");
+                self.type_error(key, node, "a string or a list of strings");
                 None
             }
         }
@@ -307,7 +307,7 @@ impl<'a> Section<'a> {
                 let mut words = Vec::new();
                 for item in items {
                     let TomlValue::Text(word) = &item.kind else {
-                        self.wrong(key, item, "a list of strings");
+                        self.type_error(key, item, "a list of strings");
                         return None;
                     };
                     words.push(word.clone());
@@ -315,7 +315,7 @@ impl<'a> Section<'a> {
                 words
             }
             _ => {
-                self.wrong(key, node, "a string or a list of strings");
+                self.type_error(key, node, "a string or a list of strings");
                 return None;
             }
         };

@@ -137,7 +137,7 @@ impl Printer {
     }
 
     /// Writes one object: as JSON, as its id (nothing when it has none), or by `human`.
-    pub fn one<T: Serialize>(
+    pub fn object<T: Serialize>(
         &mut self,
         value: &T,
         id: Option<String>,
@@ -155,7 +155,7 @@ impl Printer {
 
     /// Writes one object for programs, or one sentence for people.
     pub fn sentence<T: Serialize>(&mut self, value: &T, sentence: impl Display) -> io::Result<()> {
-        self.one(value, None, |out, _| out.line(clean(&sentence.to_string())))
+        self.object(value, None, |out, _| out.line(clean(&sentence.to_string())))
     }
 
     /// Writes warnings to stderr, after the output before them.

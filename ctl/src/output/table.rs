@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn facts_are_aligned() {
+    fn fields_are_aligned() {
         let fields = FieldList::default().add("mode", "freeze").add("checkpoint", "3").add_some("reason", None::<&str>);
         assert_eq!(fields.render(false), "mode:       freeze\ncheckpoint: 3\n");
     }

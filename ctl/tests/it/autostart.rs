@@ -1,6 +1,6 @@
-//! A daemon that is started by the first command: found beside fermatactl, watched, waited for.
+//! The start of a daemon by the first command.
 //!
-//! The daemon here is a shell script beside a copy of fermatactl; what it would do is done by the test.
+//! The daemon is a shell script in the directory of a copy of fermatactl; the test does its work.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -33,7 +33,7 @@ fn installed(dir: &Path, script: &str) -> Command {
 }
 
 #[test]
-fn a_daemon_that_does_not_start_is_shown_with_its_log() {
+fn the_log_of_a_daemon_that_fails_to_start_is_shown() {
     let dir = TempDir::new().expect("temp dir");
     let mut command = installed(dir.path(), "echo \"args: $*\"; echo 'no such disk' >&2; exit 3");
     let ended = Ended::from(command.arg("ps").output().expect("runs"));
@@ -46,7 +46,7 @@ fn a_daemon_that_does_not_start_is_shown_with_its_log() {
 }
 
 #[test]
-fn the_loser_of_two_starts_waits_for_the_winner() {
+fn of_two_starts_the_one_without_the_lock_waits_for_the_other() {
     let dir = TempDir::new().expect("temp dir");
     let mark = dir.path().join("lost");
     let script = format!("env > '{}.tmp'; mv '{0}.tmp' '{0}'; exit 75", mark.display());

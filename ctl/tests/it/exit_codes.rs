@@ -1,4 +1,4 @@
-//! Which exit code and which words go with which ending.
+//! Exit codes and error messages.
 
 use std::process::Stdio;
 
@@ -46,7 +46,7 @@ fn no_such_agent_exits_3() {
 }
 
 #[test]
-fn a_daemon_that_is_not_there_exits_4() {
+fn an_unreachable_daemon_exits_4() {
     let dir = TempDir::new().expect("temp dir");
     let output = bare_command(dir.path(), &["--no-autostart", "ps"]).output();
     let ended = Ended::from(output.expect("runs"));
@@ -56,7 +56,7 @@ fn a_daemon_that_is_not_there_exits_4() {
 }
 
 #[test]
-fn a_command_line_that_makes_no_sense_exits_2() {
+fn an_invalid_command_line_exits_2() {
     let dir = TempDir::new().expect("temp dir");
     for args in [
         &["fly"][..],
@@ -74,7 +74,7 @@ fn a_command_line_that_makes_no_sense_exits_2() {
 }
 
 #[test]
-fn wait_prints_the_code_and_exits_with_it_only_when_told() {
+fn wait_prints_the_exit_code_and_returns_it_only_with_propagate() {
     for (args, code) in [(&["wait", "web/coder"][..], 0), (&["wait", "web/coder", "--propagate"], 7)] {
         let ended_agent = agent("coder", "failed", json!({"code": 7}));
         let stub = Stub::new([("agent.wait", Answer::Result(ended_agent))]);
@@ -103,7 +103,7 @@ fn waiting_for_a_project_waits_for_all_of_its_agents() {
 }
 
 #[test]
-fn a_wait_that_is_over_exits_6_or_5_when_a_person_is_waited_for() {
+fn a_wait_that_times_out_exits_6_or_5_when_a_question_is_open() {
     for (status, code) in [("running", 6), ("waiting_for_input", 5)] {
         let stub = Stub::new([
             ("agent.wait", Answer::Refusal("timed_out", "web/coder still runs", "wait longer")),
@@ -145,7 +145,7 @@ fn a_question_that_stays_open_exits_5_and_an_answer_is_printed() {
 }
 
 #[test]
-fn a_resume_that_lost_an_agent_and_a_damaged_checkpoint_exit_1() {
+fn a_resume_without_one_agent_and_a_damaged_checkpoint_exit_1() {
     let stub = Stub::new([
         (
             "project.resume",
@@ -172,7 +172,7 @@ fn a_resume_that_lost_an_agent_and_a_damaged_checkpoint_exit_1() {
 }
 
 #[test]
-fn a_reader_that_leaves_early_is_no_error() {
+fn a_stdout_that_is_closed_early_is_no_error() {
     let rows: Vec<Value> = (0..2_000).map(|n| agent(&format!("agent-{n}"), "running", Value::Null)).collect();
     let stub = Stub::new([("agent.list", Answer::Result(json!({"agents": rows})))]);
     let mut command = stub.command(&["ps", "--json"]);
@@ -184,7 +184,7 @@ fn a_reader_that_leaves_early_is_no_error() {
 }
 
 #[test]
-fn doctor_without_a_daemon_exits_1_and_says_what_to_do() {
+fn doctor_without_a_daemon_exits_1_with_a_hint() {
     let dir = TempDir::new().expect("temp dir");
     let output = bare_command(dir.path(), &["doctor", "--json"]).output();
     let ended = Ended::from(output.expect("runs"));

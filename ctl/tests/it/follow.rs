@@ -1,4 +1,4 @@
-//! What goes on: logs, events and pause requests, also across the daemon's restart.
+//! Commands that follow logs, events and pause requests, also across a restart of the daemon.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::Child;
@@ -12,7 +12,7 @@ fn batch(lines: &[Value], cursor: &str, end: bool) -> Answer {
 }
 
 #[test]
-fn logs_go_on_until_the_end_and_keep_the_streams_apart() {
+fn followed_logs_end_with_the_agent_and_keep_the_streams_apart() {
     let mut part = line("stdout", "half ");
     part["partial"] = true.into();
     let stub = Stub::new([
@@ -32,7 +32,7 @@ fn logs_go_on_until_the_end_and_keep_the_streams_apart() {
 }
 
 #[test]
-fn logs_without_follow_end_with_what_is_there() {
+fn logs_without_follow_end_with_the_existing_output() {
     let stub = Stub::new([
         ("agent.logs", batch(&[line("stdout", "one")], "c1", false)),
         ("agent.logs", batch(&[], "c1", false)),
@@ -43,7 +43,7 @@ fn logs_without_follow_end_with_what_is_there() {
 }
 
 #[test]
-fn logs_go_on_from_their_cursor_when_the_daemon_restarts() {
+fn followed_logs_continue_from_their_cursor_when_the_daemon_restarts() {
     let stub = Stub::new([
         ("agent.logs", batch(&[line("stdout", "before")], "c1", false)),
         ("agent.logs", Answer::HangUp),

@@ -1,4 +1,4 @@
-//! fermatactl against a scripted peer: exit codes, streams, formats.
+//! fermatactl against a scripted daemon: exit codes, streams, formats.
 
 mod autostart;
 mod exit_codes;

@@ -1,4 +1,4 @@
-//! What is written, for people and for programs.
+//! Output for people and for programs.
 
 use serde_json::{Value, json};
 
@@ -79,7 +79,7 @@ fn a_pause_prints_all_fields_for_people_and_the_reply_for_programs() {
 }
 
 #[test]
-fn text_from_agents_cannot_drive_the_terminal() {
+fn text_from_agents_cannot_control_the_terminal() {
     let question = json!({"project": "web", "id": 1, "agent": "coder", "asked_at": 0,
                           "text": "\u{1b}]0;owned\u{7}Ship?\nNow?"});
     let stub = Stub::new([("question.list", Answer::Result(json!({"questions": [question]})))]);

@@ -1,4 +1,4 @@
-//! `run`: what is sent with an agent, and how its end is shown.
+//! `run`: the parameters that it sends, and its output.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! A scripted peer on a Unix socket: answers `hello`, then exactly the calls that a test wrote down.
+//! A scripted daemon on a Unix socket: answers `hello`, then exactly the calls of a script.
 
 use std::collections::VecDeque;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// What follows one call.
+/// The answer to one call.
 pub enum Answer {
     /// A result.
     Result(Value),
@@ -22,11 +22,11 @@ pub enum Answer {
     After(Vec<Value>, Value),
     /// A result, then notifications.
     Before(Value, Vec<Value>),
-    /// A result, notifications, then the connection ends.
+    /// A result and notifications, then the connection is closed.
     HangUpAfter(Value, Vec<Value>),
-    /// The connection ends without an answer.
+    /// The connection is closed without an answer.
     HangUp,
-    /// Nothing, ever.
+    /// No answer, and the connection stays open.
     Silence,
 }
 
@@ -40,7 +40,7 @@ struct Shared {
     stopped: AtomicBool,
 }
 
-/// A scripted peer and the directory that everything of the test lies in.
+/// A scripted daemon, and the directory for all files of the test.
 pub struct Stub {
     pub dir: TempDir,
     socket: PathBuf,
@@ -49,14 +49,12 @@ pub struct Stub {
 }
 
 impl Stub {
-    /// Listens with a script.
     pub fn new(script: impl IntoIterator<Item = Exchange>) -> Self {
         let dir = TempDir::new().expect("temp dir");
         let socket = dir.path().join("s");
         Self::listen(dir, socket, script)
     }
 
-    /// Listens on a given socket.
     pub fn listen(dir: TempDir, socket: PathBuf, script: impl IntoIterator<Item = Exchange>) -> Self {
         let listener = UnixListener::bind(&socket).expect("bind");
         let shared = Arc::new(Shared {
@@ -71,14 +69,14 @@ impl Stub {
                 if serving.stopped.load(Ordering::SeqCst) {
                     return;
                 }
-                // One connection at a time: the program under test has never more.
+                // One connection at a time: the program under test never has more.
                 serve(stream.expect("accept"), &serving);
             }
         });
         Self { dir, socket, shared, thread: Some(thread) }
     }
 
-    /// A command that talks to this peer.
+    /// A command that connects to this daemon.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = bare_command(self.dir.path(), args);
         command.env("FERMATA_SOCKET", &self.socket);
@@ -90,7 +88,7 @@ impl Stub {
         Ended::from(self.command(args).output().expect("runs"))
     }
 
-    /// Starts a command whose stdout is read meanwhile.
+    /// Starts a command with a piped stdout.
     pub fn spawn(&self, args: &[&str]) -> Child {
         let mut command = self.command(args);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -130,7 +128,7 @@ fn serve(stream: UnixStream, shared: &Shared) {
         let id = request["id"].clone();
         let call = (method.clone(), request["params"].clone());
         shared.calls.lock().expect("no panic").push(call);
-        // A peer that left while it was answered is the test's business, not the stub's.
+        // A client that disconnects during an answer is no error of the stub.
         let mut send = |value: Value| drop(writer.write_all(format!("{value}\n").as_bytes()));
         let result = |value: Value| json!({"jsonrpc": "2.0", "id": id, "result": value});
         if method == "hello" {
@@ -175,7 +173,7 @@ fn serve(stream: UnixStream, shared: &Shared) {
     }
 }
 
-/// How a command ended.
+/// The exit code and output of a command.
 #[derive(Debug)]
 pub struct Ended {
     pub code: i32,
@@ -193,7 +191,7 @@ impl From<Output> for Ended {
     }
 }
 
-/// A command with nothing of the caller's environment but PATH.
+/// A command whose environment has only PATH.
 pub fn bare_command(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fermatactl"));
     isolate(&mut command, dir);
@@ -201,7 +199,7 @@ pub fn bare_command(dir: &Path, args: &[&str]) -> Command {
     command
 }
 
-/// Takes the caller's environment away, and with it every way to a real daemon.
+/// Clears the environment, so that the command cannot find a real daemon.
 pub fn isolate(command: &mut Command, dir: &Path) {
     command
         .env_clear()
@@ -213,7 +211,7 @@ pub fn isolate(command: &mut Command, dir: &Path) {
         .stdin(Stdio::null());
 }
 
-/// An agent as the daemon shows it.
+/// An agent, as in a reply of the daemon.
 pub fn agent(name: &str, status: &str, exit: Value) -> Value {
     let mut agent = json!({
         "project": "web", "name": name, "status": status, "argv": ["codex", "exec"],

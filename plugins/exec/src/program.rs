@@ -62,14 +62,14 @@ impl Canceller {
     /// Does nothing when no program is running.
     pub fn cancel(&self) {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(outcome) = &*running {
+        if let Some(sender) = &*running {
             // Fails when the program has just ended.
-            outcome.send(WaitEvent::Cancelled).ok();
+            sender.send(WaitEvent::Cancelled).ok();
         }
     }
 
-    fn set(&self, outcome: Option<Sender<WaitEvent>>) {
-        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = outcome;
+    fn set(&self, sender: Option<Sender<WaitEvent>>) {
+        *self.running.lock().unwrap_or_else(PoisonError::into_inner) = sender;
     }
 }
 
@@ -79,13 +79,13 @@ impl Invocation<'_> {
         let name = self.argv[0].clone();
         let limit = self.limit;
         let until = Instant::now() + limit;
-        let (outcome, outcomes) = channel();
-        canceller.set(Some(outcome.clone()));
+        let (sender, events) = channel();
+        canceller.set(Some(sender.clone()));
         // Covers a cancellation that came before the sender was set.
         let result = if host.cancelled() {
             Err(CallError::cancelled())
         } else {
-            self.spawn().and_then(|running| running.wait(&name, outcome, &outcomes, until, limit))
+            self.spawn().and_then(|running| running.wait(&name, sender, &events, until, limit))
         };
         canceller.set(None);
         result
@@ -135,8 +135,8 @@ impl Running {
     fn wait(
         mut self,
         name: &str,
-        outcome: Sender<WaitEvent>,
-        outcomes: &Receiver<WaitEvent>,
+        sender: Sender<WaitEvent>,
+        events: &Receiver<WaitEvent>,
         until: Instant,
         limit: Duration,
     ) -> Result<(), CallError> {
@@ -146,11 +146,11 @@ impl Running {
                 let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT;
                 while waitid(Id::Pid(pid), flags) == Err(nix::errno::Errno::EINTR) {}
                 // Fails when the caller has timed out.
-                outcome.send(WaitEvent::Exited).ok();
+                sender.send(WaitEvent::Exited).ok();
             })
             .map_err(|error| CallError::new("not_watched", error.to_string()))?;
         let timeout = until.saturating_duration_since(Instant::now());
-        let failure = match outcomes.recv_timeout(timeout) {
+        let error = match events.recv_timeout(timeout) {
             Ok(WaitEvent::Exited) => None,
             Ok(WaitEvent::Cancelled) | Err(RecvTimeoutError::Disconnected) => Some(CallError::cancelled()),
             Err(RecvTimeoutError::Timeout) => {
@@ -158,8 +158,8 @@ impl Running {
             }
         };
         let status = self.terminate();
-        match (failure, status) {
-            (Some(failure), _) => Err(failure),
+        match (error, status) {
+            (Some(error), _) => Err(error),
             (None, Ok(status)) if status.success() => Ok(()),
             (None, Ok(status)) => Err(self.explain(name, status)),
             (None, Err(error)) => Err(CallError::new("not_watched", error.to_string())),
@@ -243,9 +243,9 @@ mod tests {
     #[test]
     fn a_failure_shows_the_first_lines_of_stderr() {
         let script = "for i in 1 2 3 4 5 6 7; do echo line $i >&2; done; exit 3";
-        let failure = run(script, LONG, &Canceller::default()).unwrap_err();
-        assert_eq!(failure.code, "program_failed");
-        assert_eq!(failure.message, "sh exited with code 3: line 1; line 2; line 3; line 4; line 5");
+        let error = run(script, LONG, &Canceller::default()).unwrap_err();
+        assert_eq!(error.code, "program_failed");
+        assert_eq!(error.message, "sh exited with code 3: line 1; line 2; line 3; line 4; line 5");
     }
 
     #[test]
@@ -253,24 +253,24 @@ mod tests {
         let argv = ["/nonexistent/program".to_owned()];
         let program =
             Invocation { argv: &argv, directory: None, input: Vec::new(), environment: Vec::new(), limit: LONG };
-        let failure = program.run(&Canceller::default(), &Host::detached()).unwrap_err();
-        assert_eq!(failure.code, "not_started");
-        assert!(failure.message.starts_with("/nonexistent/program cannot be started"));
+        let error = program.run(&Canceller::default(), &Host::detached()).unwrap_err();
+        assert_eq!(error.code, "not_started");
+        assert!(error.message.starts_with("/nonexistent/program cannot be started"));
     }
 
     #[test]
     fn a_program_that_takes_too_long_is_killed_with_its_children() {
         let started = Instant::now();
         let canceller = Canceller::default();
-        let failure = run("sleep 1000 & sleep 1000", Duration::from_millis(100), &canceller);
-        assert_eq!(failure.unwrap_err().code, "timeout");
+        let error = run("sleep 1000 & sleep 1000", Duration::from_millis(100), &canceller);
+        assert_eq!(error.unwrap_err().code, "timeout");
         assert!(started.elapsed() < LONG);
     }
 
     #[test]
     fn a_program_is_killed_when_another_thread_cancels_it() {
         let canceller = Canceller::default();
-        let failure = thread::scope(|scope| {
+        let error = thread::scope(|scope| {
             let running = scope.spawn(|| run("sleep 1000", LONG, &canceller));
             while canceller.running.lock().unwrap().is_none() {
                 thread::yield_now();
@@ -278,7 +278,7 @@ mod tests {
             canceller.cancel();
             running.join().unwrap().unwrap_err()
         });
-        assert_eq!(failure.code, "cancelled");
+        assert_eq!(error.code, "cancelled");
     }
 
     #[test]

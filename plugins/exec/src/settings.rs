@@ -84,8 +84,8 @@ mod tests {
             json!({"timeout_ms": 0}),
             json!({"notify": "notify-send x"}),
         ] {
-            let failure = ExecSettings::parse(bad.clone()).unwrap_err();
-            assert_eq!(failure.code, "bad_settings", "{bad}");
+            let error = ExecSettings::parse(bad.clone()).unwrap_err();
+            assert_eq!(error.code, "bad_settings", "{bad}");
         }
         let settings = ExecSettings::parse(json!({"notify": ["true"]})).unwrap();
         assert_eq!(settings.events, ["*"]);
