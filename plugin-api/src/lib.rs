@@ -19,7 +19,7 @@
 //! # A plugin in Rust
 //!
 //! ```
-//! use fermata_plugin_api::{Description, CallError, Host, PluginKind, Notifier, Plugin, export_plugin};
+//! use fermata_plugin_api::{CallError, Description, Host, Notifier, Plugin, PluginKind, export_plugin};
 //! use serde_json::Value;
 //!
 //! struct Bell {
