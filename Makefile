@@ -41,9 +41,14 @@ build: bootstrap ## build everything for development, plugins and tests included
 # is there (libc6-dev has it, elsewhere it is a package of its own), the client is linked with that.
 STATIC_CLIENT := $(if $(findstring /,$(shell $(or $(CC),cc) -print-file-name=libc.a)),yes)
 
+# Without the tests, which would turn failpoints on.
 release: bootstrap ## build everything optimised
-	$(CARGO) build --workspace --release $(if $(STATIC_CLIENT),--exclude fermata-ctl)
+	$(CARGO) build --workspace --exclude fermata-tests --release $(if $(STATIC_CLIENT),--exclude fermata-ctl)
 	$(if $(STATIC_CLIENT),$(CARGO) rustc --release -p fermata-ctl --bin fermatactl -- -C target-feature=+crt-static)
+	@for program in $(BINARIES); do \
+	    ! grep -q FERMATA_FAILPOINT $(TARGET_DIR)/release/$$program || \
+	        { echo "release: $$program has failpoints: a package of this build enables them" >&2; exit 1; }; \
+	done
 
 test: build ## run all tests
 	CARGO="$(CARGO)" scripts/test

@@ -8,10 +8,10 @@ use fermata_protocol::{Code, ProjectName, Refusal, Target};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Settings;
-use crate::os::peer::{PeerCredentials, group_id};
-use crate::os::process;
 use crate::project::Projects;
 use crate::steps::checkpoint::hex;
+use fermata_os::peer::{PeerCredentials, group_id};
+use fermata_os::process;
 
 /// Longer lines of ancestors are not followed; whoever has one is nobody known.
 const MAX_ANCESTORS: usize = 4096;

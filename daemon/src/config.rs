@@ -5,7 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::os::cgroup::FreezerSetting;
+use fermata_os::cgroup::FreezerSetting;
 
 use serde::Deserialize;
 use thiserror::Error;

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use fermata_protocol::{Code, ErrorObject, Refusal};
+use fermata_protocol::{Code, ErrorObject, Refusal, error_chain};
 
 /// Why a call did not succeed.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -25,7 +25,7 @@ pub struct Fault {
 impl Fault {
     /// Makes a fault of an error and its causes.
     pub fn of(doing: &str, error: &(dyn Error + 'static)) -> Self {
-        Self { code: code_of(error), text: format!("failed to {doing}: {}", chain(error)) }
+        Self { code: code_of(error), text: format!("failed to {doing}: {}", error_chain(error)) }
     }
 }
 
@@ -48,22 +48,6 @@ fn code_of(error: &(dyn Error + 'static)) -> Code {
         next = error.source();
     }
     Code::InternalError
-}
-
-/// An error and its causes in one line.
-pub fn chain(error: &(dyn Error + 'static)) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        // Some errors of libraries repeat their cause.
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        cause = error.source();
-    }
-    line
 }
 
 impl Failure {

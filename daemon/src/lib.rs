@@ -1,4 +1,4 @@
-//! The library behind `fermatad`, `fermata-shim` and `fermata-plugin-host`.
+//! The library behind `fermatad` and `fermata-plugin-host`.
 //!
 //! The rooms are listed in the order in which they may import each other: downward only. The
 //! blank lines keep rustfmt from sorting them; the tidy test checks the imports.
@@ -26,19 +26,12 @@ pub mod tokens;
 
 pub mod load;
 
-pub mod history;
-
 pub mod plugins;
 
-pub mod shim;
+pub mod shims;
 
 pub mod profile;
 
 pub mod config;
 
 pub mod errors;
-
-pub mod failpoint;
-
-#[allow(unsafe_code)]
-pub mod os;

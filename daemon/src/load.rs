@@ -15,9 +15,9 @@ use fermata_protocol::{RunId, UnixMillis};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
-use crate::os::usage::{self, Memory};
-use crate::os::{clock, process};
-use crate::shim::record::read_run;
+use fermata_os::usage::{self, Memory};
+use fermata_os::{clock, process};
+use fermata_shim::record::read_run;
 
 /// A sample that is younger is fresh enough for everybody.
 const FRESH: Duration = Duration::from_secs(2);

@@ -22,9 +22,9 @@ use tokio::task::JoinHandle;
 
 use crate::config::{OnPressure, PressureSettings, Settings};
 use crate::errors::Failure;
-use crate::os::pressure;
 use crate::project::{ProjectHandle, Projects, automatic, subjects};
 use crate::services::{Services, now};
+use fermata_os::pressure;
 
 /// How often it looks.
 const PACE: Duration = Duration::from_secs(2);

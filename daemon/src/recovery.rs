@@ -13,10 +13,10 @@ use fermata_protocol::{AgentName, RunId, UnixMillis};
 use crate::errors::Failure;
 use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe};
 use crate::services::Services;
-use crate::shim::log::CURRENT;
-use crate::shim::spec::files;
 use crate::steps::{Site, launch, leftovers, session, side_by_side, storage};
 use crate::store::{events, rows};
+use fermata_shim::log::CURRENT;
+use fermata_shim::spec::files;
 
 /// Brings every stored project back to life; returns what a person should know.
 ///

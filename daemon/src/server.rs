@@ -22,11 +22,6 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::reload::Handle;
 
 use crate::config::{ConfigError, OnShutdown, Paths, Settings};
-use crate::errors::chain;
-use crate::os::cgroup::{Freezer, FreezerSetting};
-use crate::os::limits::Limit;
-use crate::os::lock::{LockError, StateLock};
-use crate::os::{limits, memory, peer, process};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
 use crate::pressure;
 use crate::profile::{ProfileError, Profiles};
@@ -36,6 +31,11 @@ use crate::services::{self, Programs, Services};
 use crate::socket::listener::{BindError, Listener};
 use crate::socket::{Daemon, resume_quietly};
 use crate::store::{Store, StoreError};
+use fermata_os::cgroup::{Freezer, FreezerSetting};
+use fermata_os::limits::Limit;
+use fermata_os::lock::{LockError, StateLock};
+use fermata_os::{limits, memory, peer, process};
+use fermata_protocol::error_chain;
 
 /// The exit code of a daemon that finds another one on its state: `EX_TEMPFAIL` of sysexits(3).
 pub const ALREADY_RUNNING: i32 = 75;
@@ -258,7 +258,7 @@ fn describe_freezer(services: &Services) -> String {
     match Freezer::prepare(agents.cgroup_parent.as_deref(), &name) {
         Freezer::Cgroup(group) => {
             if let Err(error) = group.remove(Duration::from_secs(1)) {
-                tracing::warn!(error = chain(&error), "a probe group stays");
+                tracing::warn!(error = error_chain(&error), "a probe group stays");
             }
             "cgroup".to_owned()
         }
@@ -278,7 +278,7 @@ fn reloader(services: Arc<Services>, log: LogHandle) -> impl Fn() -> Result<Vec<
             }
             Ok(services.reload(settings, profiles))
         };
-        read().map_err(|error| chain(&error))
+        read().map_err(|error| error_chain(&error))
     }
 }
 
@@ -361,7 +361,7 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
                     Err(error) => tracing::error!(error, "the settings are as they were before"),
                 }
                 if let Err(error) = daemon.projects.services().plugins.reload().await {
-                    tracing::error!(error = chain(&error), "the plugins are as they were before");
+                    tracing::error!(error = error_chain(&error), "the plugins are as they were before");
                 }
                 notify(&[sd_notify::NotifyState::Ready]);
             }

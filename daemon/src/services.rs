@@ -16,14 +16,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::{Paths, Settings};
-use crate::history::Watcher;
 use crate::load::Loads;
-use crate::os::clock;
-use crate::os::limits::Limit;
 use crate::plugins::Plugins;
 use crate::profile::Profiles;
 use crate::store::{Store, StoreError, rows};
 use crate::tokens::TokenCounter;
+use fermata_history::Watcher;
+use fermata_os::clock;
+use fermata_os::limits::Limit;
 
 /// How many snapshots, comparisons and verifications run at the same time.
 const HEAVY: usize = 8;

@@ -4,11 +4,11 @@ mod shim_bed;
 
 use std::time::Duration;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::process::{self, RunState};
-use fermata_daemon::shim::link::LinkError;
-use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_daemon::shims::link::LinkError;
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::process::{self, RunState};
 use fermata_protocol::pause::FreezerKind;
+use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
 use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 
 for_both_mechanisms!(

@@ -5,11 +5,11 @@ mod shim_bed;
 
 use std::time::Duration;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::cgroup::Group;
-use fermata_daemon::os::process::{self, ProcessId, RunState};
-use fermata_daemon::shim::link::{LinkError, ShimLink};
-use fermata_daemon::shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_daemon::shims::link::{LinkError, ShimLink};
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::cgroup::Group;
+use fermata_os::process::{self, ProcessId, RunState};
+use fermata_shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
 use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use tokio::sync::mpsc;
 

@@ -4,14 +4,14 @@ mod shim_bed;
 
 use std::time::Duration;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::process;
-use fermata_daemon::shim::link::LinkError;
-use fermata_daemon::shim::log_line::Stream;
-use fermata_daemon::shim::lost::end_lost_tree;
-use fermata_daemon::shim::record::{read_cut_short, read_exit};
-use fermata_daemon::shim::spec::HookSpec;
-use fermata_daemon::shim::wire::{AgentState, RefusalCode};
+use fermata_daemon::shims::link::LinkError;
+use fermata_daemon::shims::lost::end_lost_tree;
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::process;
+use fermata_shim::log_line::Stream;
+use fermata_shim::record::{read_cut_short, read_exit};
+use fermata_shim::spec::HookSpec;
+use fermata_shim::wire::{AgentState, RefusalCode};
 use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
 for_both_mechanisms!(

@@ -2,12 +2,12 @@
 
 mod shim_bed;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::process::{self, ProcessId};
-use fermata_daemon::shim::log_line::{LogLine, Stream};
-use fermata_daemon::shim::reach::{Reached, reach};
-use fermata_daemon::shim::spec::{LogLimits, files};
+use fermata_daemon::shims::reach::{Reached, reach};
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::process::{self, ProcessId};
 use fermata_protocol::supervision::OutputPolicy;
+use fermata_shim::log_line::{LogLine, Stream};
+use fermata_shim::spec::{LogLimits, files};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use shim_bed::{Bed, PATIENCE, exited, until};

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::process::{self, ProcessId};
-use fermata_daemon::shim::link::{LinkError, ShimLink};
-use fermata_daemon::shim::reach::{Reached, connect, reach};
-use fermata_daemon::shim::record::RunRecord;
-use fermata_daemon::shim::spec::files;
-use fermata_daemon::shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
+use fermata_daemon::shims::link::{LinkError, ShimLink};
+use fermata_daemon::shims::reach::{Reached, connect, reach};
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::process::{self, ProcessId};
+use fermata_shim::record::RunRecord;
+use fermata_shim::spec::files;
+use fermata_shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
 use serde_json::error::Category;
 use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
@@ -47,7 +47,7 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     let woken = async {
         link.doubted().await;
-        fermata_daemon::shim::reach::wake(launched.shim)
+        fermata_daemon::shims::reach::wake(launched.shim)
     };
     let (status, woken) = tokio::join!(link.status(), woken);
     assert!(woken && status.unwrap().state == AgentState::Running);

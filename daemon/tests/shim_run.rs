@@ -7,17 +7,17 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::limits::{Limit, LimitKind};
-use fermata_daemon::os::process;
-use fermata_daemon::shim::launch::LaunchError;
-use fermata_daemon::shim::launcher::LaunchCode;
-use fermata_daemon::shim::link::{LinkError, ShimLink};
-use fermata_daemon::shim::log_line::Stream;
-use fermata_daemon::shim::log_reader::{LogReader, Start};
-use fermata_daemon::shim::lost::{LostTreeError, end_lost_tree};
-use fermata_daemon::shim::spec::{LogLimits, files};
-use shim_bed::{Bed, LONG, PATIENCE, SHIM, THREE_FILES, THREE_WRITERS, exited, until};
+use fermata_daemon::shims::launch::LaunchError;
+use fermata_daemon::shims::link::{LinkError, ShimLink};
+use fermata_daemon::shims::lost::{LostTreeError, end_lost_tree};
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::limits::{Limit, LimitKind};
+use fermata_os::process;
+use fermata_shim::launcher::LaunchCode;
+use fermata_shim::log_line::Stream;
+use fermata_shim::log_reader::{LogReader, Start};
+use fermata_shim::spec::{LogLimits, files};
+use shim_bed::{Bed, LONG, PATIENCE, THREE_FILES, THREE_WRITERS, exited, shim_program, until};
 
 for_both_mechanisms!(
     an_exit_code_is_recorded_and_told,
@@ -130,7 +130,8 @@ async fn the_death_of_the_launching_process_does_not_matter(mechanism: FreezerSe
     std::fs::write(bed.spec.run_dir.join(files::LAUNCH), serde_json::to_vec(&bed.spec).unwrap()).unwrap();
     // A stand-in for the daemon: runs the launcher, then dies with its whole process group.
     let mut parent = Command::new("setsid")
-        .args(["-w", "sh", "-c", "\"$0\" \"$1\"; echo launched; read never", SHIM])
+        .args(["-w", "sh", "-c", "\"$0\" \"$1\"; echo launched; read never"])
+        .arg(shim_program())
         .arg(&bed.spec.run_dir)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())

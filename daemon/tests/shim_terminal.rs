@@ -4,12 +4,12 @@ mod shim_bed;
 
 use std::time::Instant;
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::process;
-use fermata_daemon::shim::link::LinkError;
-use fermata_daemon::shim::viewing::{self, Seen, Typing, Viewing};
-use fermata_daemon::shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_daemon::shims::link::LinkError;
+use fermata_daemon::shims::viewing::{self, Seen, Typing, Viewing};
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::process;
 use fermata_protocol::supervision::TerminalSize;
+use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
 use nix::sys::signal::Signal;
 use shim_bed::{Bed, LONG, PATIENCE, exited, next, until};
 use tokio::sync::mpsc;

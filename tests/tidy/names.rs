@@ -136,6 +136,7 @@ const NOT_YET_RENAMED: &[(&str, &[&str])] = &[
             "Looks",
             "News",
             "Outcome",
+            "Seen",
             "Site",
             "Taken",
             "Told",
@@ -222,8 +223,8 @@ const NOT_YET_RENAMED: &[(&str, &[&str])] = &[
     (
         "shim",
         &[
-            "Found", "Hold", "Kept", "News", "Outcome", "Salvage", "Seen", "Taken", "Verdict", "hold", "keep",
-            "keeper", "look", "reach", "salvage", "suspect", "told",
+            "Found", "Hold", "Kept", "News", "Salvage", "Seen", "Taken", "Verdict", "hold", "keep", "keeper", "look",
+            "salvage", "suspect",
         ],
     ),
     ("tests", &["Known", "hold", "known", "look", "seen"]),

@@ -240,6 +240,23 @@ impl From<ErrorObject> for Refusal {
     }
 }
 
+/// Formats an error and its causes in one line, separated by `: `. A cause whose text the line ends with already is left
+/// out, since errors of some libraries repeat theirs.
+pub fn error_chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = error.to_string();
+        let text = text.trim_end();
+        if !line.ends_with(text) {
+            line.push_str(": ");
+            line.push_str(text);
+        }
+        cause = error.source();
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -32,7 +32,7 @@ pub mod task;
 pub mod terminal;
 pub mod transfer;
 
-pub use error::{Code, ErrorObject, Refusal};
+pub use error::{Code, ErrorObject, Refusal, error_chain};
 pub use ids::{AgentName, CheckpointNumber, OperationId, ProjectName, RunId, Target, UnixMillis};
 pub use rpc::PROTOCOL_VERSION;
 

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use fermata_daemon::config::{Overrides, Paths, Settings};
-use fermata_daemon::errors::chain;
-use fermata_daemon::os::memory;
 use fermata_daemon::server::{self, ALREADY_RUNNING, LogHandle, Options, StartError};
+use fermata_os::memory;
+use fermata_protocol::error_chain;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, reload};
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("fermatad: failed to {}", chain(&error));
+            eprintln!("fermatad: failed to {}", error_chain(&error));
             match error {
                 StartError::AlreadyRunning { .. } => ExitCode::from(u8::try_from(ALREADY_RUNNING).unwrap_or(1)),
                 _ => ExitCode::FAILURE,

@@ -9,7 +9,9 @@ use super::output::Output;
 use super::process::Launch;
 use super::status::{PluginState, PluginStatus, now_ms};
 use super::supervisor::{Request, Supervisor};
-use super::{blocking, chain};
+use fermata_protocol::error_chain;
+
+use super::blocking;
 use fermata_plugin_api::message::CHECKPOINT_SAVE;
 use fermata_plugin_api::{CallError, PluginKind, SaveReply, SaveRequest, event_matches};
 use serde::Serialize;
@@ -56,7 +58,7 @@ impl Plugin {
     ) -> Self {
         let (file, error) = match file {
             Ok(file) => (file, None),
-            Err(error) => (PluginFile::default(), Some(chain(&error))),
+            Err(error) => (PluginFile::default(), Some(error_chain(&error))),
         };
         let state = match (choice.unwrap_or(file.enabled), &error) {
             (false, _) => PluginState::Disabled,

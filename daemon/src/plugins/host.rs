@@ -11,7 +11,7 @@
 
 use super::frame::{self, FrameError, FromHost, ToHost};
 use super::{config, loader};
-use crate::os::socket_child;
+use fermata_os::socket_child;
 use fermata_plugin_api::host::{HostServices, Instance};
 use fermata_plugin_api::{CallError, Description, LogLevel, abi};
 use nix::sys::signal::{Signal, kill};
@@ -68,7 +68,7 @@ pub fn run(arguments: &HostArguments) -> ExitCode {
     match serve(arguments, stream) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("the connection to the daemon failed: {}", super::chain(&error));
+            eprintln!("the connection to the daemon failed: {}", fermata_protocol::error_chain(&error));
             ExitCode::FAILURE
         }
     }
@@ -99,7 +99,7 @@ fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description,
     let settings = match &arguments.settings_file {
         Some(path) => config::read_plugin_file(path)
             .and_then(|file| file.settings_json(path))
-            .map_err(|error| CallError::new("bad_settings_file", super::chain(&error)))?,
+            .map_err(|error| CallError::new("bad_settings_file", fermata_protocol::error_chain(&error)))?,
         None => Value::Object(serde_json::Map::new()),
     };
     let table = loader::load(&arguments.plugin)?;

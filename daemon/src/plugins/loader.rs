@@ -12,9 +12,13 @@ use std::path::Path;
 ///
 /// It is never unloaded: its threads and its functions may be in use until the process ends.
 pub fn load(path: &Path) -> Result<PluginTable, CallError> {
-    let real = trust::trusted_file(path).map_err(|error| CallError::new("untrusted", super::chain(&error)))?;
+    let real = trust::trusted_file(path)
+        .map_err(|error| CallError::new("untrusted", fermata_protocol::error_chain(&error)))?;
     let not_loaded = |error: libloading::Error| {
-        CallError::new("not_loadable", format!("{} cannot be loaded: {}", real.display(), super::chain(&error)))
+        CallError::new(
+            "not_loadable",
+            format!("{} cannot be loaded: {}", real.display(), fermata_protocol::error_chain(&error)),
+        )
     };
     // SAFETY: running the initialisers of a file that only root or the daemon's user can have
     // put there is what the administrator asked for; this process is there to bear the risk.
@@ -22,8 +26,11 @@ pub fn load(path: &Path) -> Result<PluginTable, CallError> {
     let table = {
         // SAFETY: a shared object that exports this name promises this type.
         let entry = unsafe { library.get::<PluginEntry>(SYMBOL) }.map_err(|error| {
-            CallError::new("no_entry", format!("{} is no plugin: {}", real.display(), super::chain(&error)))
-                .with_hint(format!("a plugin exports the function {SYMBOL}"))
+            CallError::new(
+                "no_entry",
+                format!("{} is no plugin: {}", real.display(), fermata_protocol::error_chain(&error)),
+            )
+            .with_hint(format!("a plugin exports the function {SYMBOL}"))
         })?;
         // SAFETY: as above; the entry takes no arguments.
         unsafe { entry() }

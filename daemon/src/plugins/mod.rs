@@ -44,18 +44,6 @@ pub use fermata_plugin_api::{
 pub use registry::{PluginError, Plugins, ReloadReport};
 pub use status::{PluginState, PluginStatus};
 
-/// An error and its causes in one line, for a log or for the other side of a process boundary.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(error.to_string().trim_end());
-        cause = error.source();
-    }
-    line
-}
-
 /// Runs work that touches the disk off the async threads.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {

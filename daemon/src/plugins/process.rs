@@ -6,7 +6,7 @@
 use super::config::PluginConfig;
 use super::frame::{self, FrameError, FrameReader, FromHost, ToHost};
 use super::output::Output;
-use crate::os::socket_child;
+use fermata_os::socket_child;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::io;
@@ -273,7 +273,7 @@ fn start(launch: &Launch, output: &Output) -> io::Result<HostProcess> {
 type Watch = (AsyncFd<OwnedFd>, Vec<JoinHandle<()>>);
 
 fn watch(child: &mut Child, output: &Output) -> io::Result<Watch> {
-    let exit = socket_child::watch_exit(child.id())?;
+    let exit = fermata_os::death::watch_exit(child.id())?;
     let stdout = child.stdout.take().map(tokio::process::ChildStdout::from_std);
     let stderr = child.stderr.take().map(tokio::process::ChildStderr::from_std);
     let (stdout, stderr) = (stdout.transpose()?, stderr.transpose()?);

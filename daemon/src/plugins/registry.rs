@@ -9,7 +9,9 @@ use super::entry::{Plugin, parsed};
 use super::output::Output;
 use super::process::{HostError, HostProcess, Launch};
 use super::status::{PluginState, PluginStatus};
-use super::{blocking, chain, supervisor, trust};
+use fermata_protocol::error_chain;
+
+use super::{blocking, supervisor, trust};
 use fermata_plugin_api::message::CHECKPOINT_RESTORE;
 use fermata_plugin_api::{CallError, Description, PluginKind, RestoreReply, RestoreRequest, SaveRequest, event_name};
 use serde::Serialize;
@@ -164,7 +166,7 @@ impl Plugins {
         })?;
         let output = Output::new(&name);
         let launch = Launch { describe_only: true, ..Launch::new(&self.inner.config, path, None) };
-        let broken = |error: HostError| CallError::new("crashed", chain(&error));
+        let broken = |error: HostError| CallError::new("crashed", error_chain(&error));
         let mut host = HostProcess::spawn(&launch, &output).map_err(broken)?;
         let limit = self.inner.config.start_deadline;
         let greeting = timeout(limit, supervisor::greet(&mut host, &output)).await;
@@ -177,7 +179,7 @@ impl Plugins {
             Err(_) => HostError::Silent(limit),
         };
         let ending = host.finish(&error).await;
-        Err(CallError::new("crashed", format!("{}; {ending}", chain(&error))))
+        Err(CallError::new("crashed", format!("{}; {ending}", error_chain(&error))))
     }
 
     /// Says whether any plugin may have artifacts for a checkpoint.

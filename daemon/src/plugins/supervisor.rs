@@ -13,7 +13,6 @@
 //! A request always gets an answer, in every state. Enabling, disabling and reloading replace the
 //! whole task; it has no such commands.
 
-use super::chain;
 use super::config::PluginConfig;
 use super::crash::{AfterCrash, CrashHistory};
 use super::frame::{FromHost, ToHost};
@@ -22,6 +21,7 @@ use super::process::{Ending, HostError, HostProcess, Launch};
 use super::status::{PluginState, PluginStatus, now_ms};
 use fermata_plugin_api::message::NOTIFY;
 use fermata_plugin_api::{CallError, Description, PluginKind, abi};
+use fermata_protocol::error_chain;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -185,7 +185,7 @@ impl Supervisor {
         }
         let mut host = match HostProcess::spawn(&self.launch, &self.output) {
             Ok(host) => host,
-            Err(error) => return Err(Stopped::Crashed(chain(&error))),
+            Err(error) => return Err(Stopped::Crashed(error_chain(&error))),
         };
         self.status.send_modify(|status| status.pid = Some(host.pid()));
         let limit = self.config.start_deadline;
@@ -225,7 +225,7 @@ impl Supervisor {
             (HostError::Closed, Ending::ByItself(_)) => format!("{ending} {when}"),
             (HostError::Closed, _) => format!("the plugin closed descriptor 3 {when}"),
             (HostError::Dying { message }, _) => format!("{message} ({when})"),
-            _ => format!("{} {when}; {ending}", chain(error)),
+            _ => format!("{} {when}; {ending}", error_chain(error)),
         })
     }
 

@@ -25,13 +25,13 @@ use super::links::Watcher;
 use super::look::Looks;
 use crate::errors::Failure;
 use crate::services::{self, Services};
-use crate::shim::link::ShimLink;
-use crate::shim::reach::Linked;
-use crate::shim::wire::ShimEvent;
+use crate::shims::link::ShimLink;
+use crate::shims::reach::Linked;
 use crate::steps::{Cancel, HistoryCell, Link, Site, prime, readiness};
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};
+use fermata_shim::wire::ShimEvent;
 
 /// How many messages may wait; further senders wait for a place.
 const MAILBOX: usize = 256;

@@ -65,7 +65,7 @@ impl Actor {
                 self.hold(runs).await;
                 // The pause has come to its end: nobody renews what is held.
                 *self.work.lock().await = PauseWork::default();
-                crate::failpoint::hit("pause.held");
+                fermata_failpoint::hit("pause.held");
             }
             Effect::Park { runs } => self.park(runs).await,
             Effect::Thaw { runs } => {
@@ -132,7 +132,7 @@ impl Actor {
             if let Err(error) = asked
                 && !link.shim.is_closed()
             {
-                tracing::error!(%agent, error = crate::errors::chain(&error), "the shim does not stop its agent");
+                tracing::error!(%agent, error = fermata_protocol::error_chain(&error), "the shim does not stop its agent");
             }
         });
     }
@@ -217,12 +217,12 @@ impl Actor {
                     let ended = async {
                         link.shim.kill().await?;
                         link.shim.closed().await;
-                        Ok::<(), crate::shim::link::LinkError>(())
+                        Ok::<(), crate::shims::link::LinkError>(())
                     };
                     match tokio::time::timeout(PARKING, ended).await {
-                        Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => {}
+                        Ok(Ok(()) | Err(crate::shims::link::LinkError::Closed)) => {}
                         Ok(Err(error)) => {
-                            tracing::error!(%project, %agent, error = crate::errors::chain(&error), "cannot be parked");
+                            tracing::error!(%project, %agent, error = fermata_protocol::error_chain(&error), "cannot be parked");
                             return None;
                         }
                         Err(_) => {
@@ -235,7 +235,7 @@ impl Actor {
             }
         });
         let parked = crate::steps::side_by_side(each.collect::<Vec<_>>()).await;
-        crate::failpoint::hit("pause.parked");
+        fermata_failpoint::hit("pause.parked");
         for (agent, run) in parked.into_iter().flatten() {
             self.report(Command::Parked { agent, run }).await;
         }
@@ -260,7 +260,7 @@ impl Actor {
                 let end = end_of(&site, agent, run, gone.detail.clone().unwrap_or_default());
                 drop(mailbox.send(Message::Outcome(Box::new(end))).await);
             }
-            crate::failpoint::hit("resume.thawed");
+            fermata_failpoint::hit("resume.thawed");
             let again = Instant::now();
             let each = respawn.into_iter().zip(tokens).map(|((agent, run), token)| {
                 let (site, mailbox) = (site.clone(), mailbox.clone());

@@ -14,7 +14,7 @@ use super::look::Found;
 use super::retain::Retain;
 use crate::errors::Failure;
 use crate::services::Services;
-use crate::shim::link::ShimLink;
+use crate::shims::link::ShimLink;
 use crate::steps::launch::Started;
 use crate::steps::transfer::Held;
 use crate::steps::{Cancel, HistoryCell, Site};

@@ -4,8 +4,8 @@ use fermata_core::command::NewRun;
 use fermata_protocol::{OperationId, RunId};
 use sha2::{Digest as _, Sha256};
 
-use crate::os::clock;
 use crate::steps::checkpoint::hex;
+use fermata_os::clock;
 
 fn random<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];

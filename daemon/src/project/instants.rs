@@ -8,15 +8,15 @@ use crate::errors::Failure;
 pub(super) fn after(events: &[Event]) {
     for event in events {
         match event {
-            Event::PauseStarted { .. } => crate::failpoint::hit("pause.started"),
-            Event::ProjectPaused { .. } => crate::failpoint::hit("pause.committed"),
-            Event::OperationUndoing { .. } => crate::failpoint::hit("pause.undoing"),
-            Event::ResumeStarted { .. } => crate::failpoint::hit("resume.started"),
-            Event::CheckpointCreated { .. } => crate::failpoint::hit("checkpoint.committed"),
-            Event::CheckpointRemoved { .. } => crate::failpoint::hit("retention.committed"),
-            Event::RestorePlanned { .. } => crate::failpoint::hit("restore.announced"),
-            Event::ProjectRestored { .. } => crate::failpoint::hit("restore.committed"),
-            Event::RestoreGivenUp { .. } => crate::failpoint::hit("restore.given_up"),
+            Event::PauseStarted { .. } => fermata_failpoint::hit("pause.started"),
+            Event::ProjectPaused { .. } => fermata_failpoint::hit("pause.committed"),
+            Event::OperationUndoing { .. } => fermata_failpoint::hit("pause.undoing"),
+            Event::ResumeStarted { .. } => fermata_failpoint::hit("resume.started"),
+            Event::CheckpointCreated { .. } => fermata_failpoint::hit("checkpoint.committed"),
+            Event::CheckpointRemoved { .. } => fermata_failpoint::hit("retention.committed"),
+            Event::RestorePlanned { .. } => fermata_failpoint::hit("restore.announced"),
+            Event::ProjectRestored { .. } => fermata_failpoint::hit("restore.committed"),
+            Event::RestoreGivenUp { .. } => fermata_failpoint::hit("restore.given_up"),
             _ => {}
         }
     }

@@ -18,17 +18,17 @@ use tokio_util::sync::CancellationToken;
 
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
-use crate::errors::chain;
-use crate::os::controllers::OutOfMemory;
-use crate::os::death::Death;
-use crate::os::process::{self, RunState};
-use crate::shim::link::{LinkError, ShimLink, read_exit, read_run};
-use crate::shim::lost::end_unrecorded_run;
-use crate::shim::reach::{self, Linked, Reached};
-use crate::shim::record::{ExitRecord, abandon};
-use crate::shim::wire::{FreezeBroken, ShimEvent};
+use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};
+use crate::shims::lost::end_unrecorded_run;
+use crate::shims::reach::{self, Linked, Reached};
 use crate::steps::Site;
 use crate::steps::launch::processes_of;
+use fermata_os::controllers::OutOfMemory;
+use fermata_os::death::Death;
+use fermata_os::process::{self, RunState};
+use fermata_protocol::error_chain;
+use fermata_shim::record::{ExitRecord, abandon};
+use fermata_shim::wire::{FreezeBroken, ShimEvent};
 
 /// How often to look, at most, whether somebody has stopped a shim. One small file is read, which with
 /// a thousand agents adds up: the pace is the patience with a shim that does not answer.
@@ -334,7 +334,7 @@ pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &st
             match tokio::task::spawn_blocking(move || end_unrecorded_run(&dir, ENDING)).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {
-                    tracing::error!(run_dir = %run_dir.display(), error = chain(&error), "end a launch without a record");
+                    tracing::error!(run_dir = %run_dir.display(), error = error_chain(&error), "end a launch without a record");
                 }
                 // The runtime ends, or it has panicked, which was told.
                 Err(_) => {}
@@ -346,7 +346,9 @@ pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &st
         (Ok(Some(run)), _) => RecoveredRun::Alive(processes_of(&run)),
         (Err(_), Some(known)) => RecoveredRun::Alive(known),
         (Ok(None), _) => RecoveredRun::Lost { detail: "its record is gone".to_owned() },
-        (Err(error), None) => RecoveredRun::Lost { detail: format!("its record cannot be read: {}", chain(&error)) },
+        (Err(error), None) => {
+            RecoveredRun::Lost { detail: format!("its record cannot be read: {}", error_chain(&error)) }
+        }
     };
     match reach::reach(&run_dir, boot_id, patience).await {
         Reached::Ended(record) => found(ended(&record)),

@@ -14,12 +14,12 @@ use serde_json::{Value, json};
 use super::actor::Actor;
 use super::handle::{ProjectHandle, Tell, View};
 use crate::errors::Failure;
-use crate::os::process;
 use crate::services::{self, Services};
 use crate::steps::{blocking, leftovers, validate};
 use crate::store::commit::{Commit, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, checkpoints};
+use fermata_os::process;
 
 /// All projects by name.
 pub struct Projects {
@@ -135,7 +135,7 @@ impl Projects {
         let dir = self.services.project_dirs(name).root;
         blocking("look for files of an earlier project", move || {
             let mut aside = dir.clone().into_os_string();
-            aside.push(format!(".unknown-{}", crate::os::clock::unix_ms()));
+            aside.push(format!(".unknown-{}", fermata_os::clock::unix_ms()));
             match std::fs::rename(&dir, &aside) {
                 Ok(()) => tracing::warn!(aside = ?aside, "files of a project that the database does not know"),
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}

@@ -3,8 +3,8 @@
 use fermata_core::Project;
 
 use crate::load::Subject;
-use crate::os::process::ProcessId;
 use crate::services::Services;
+use fermata_os::process::ProcessId;
 
 /// Returns the runs that have processes.
 pub fn subjects(services: &Services, project: &Project) -> Vec<Subject> {

@@ -21,15 +21,15 @@ use super::attach::check_size;
 use super::dispatch::wire;
 use super::loads;
 use crate::errors::Failure;
-use crate::os::process::{self, ProcessId};
 use crate::project::{ProjectHandle, Projects, Tell, View, new_run};
 use crate::services;
-use crate::shim::link::{LinkError, ShimLink};
-use crate::shim::wire::RefusalCode;
+use crate::shims::link::{LinkError, ShimLink};
 use crate::steps::{blocking, limits};
 use crate::store::commit::Write;
 use crate::store::idempotency::{self, Keyed};
 use crate::store::{Connection, Durability};
+use fermata_os::process::{self, ProcessId};
+use fermata_shim::wire::RefusalCode;
 
 /// How long a stop or kill waits for the end beyond the grace.
 const ENDING: Duration = Duration::from_secs(20);

@@ -33,11 +33,11 @@ use super::connection::Connection;
 use super::dispatch::wire;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Tell};
-use crate::shim::link::{LinkError, ShimLink};
-use crate::shim::record::ExitRecord;
-use crate::shim::viewing::{self, Seen, Typing, Viewing};
-use crate::shim::wire::RefusalCode;
+use crate::shims::link::{LinkError, ShimLink};
+use crate::shims::viewing::{self, Seen, Typing, Viewing};
 use crate::store::idempotency::Keyed;
+use fermata_shim::record::ExitRecord;
+use fermata_shim::wire::RefusalCode;
 
 /// How long an agent may take to read what is typed before the rest of it is given back.
 const TYPING: Duration = Duration::from_secs(5);

@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 
 use super::dispatch::wire;
 use crate::errors::Failure;
-use crate::history::{Point, RelPath, SkipReason, TextDiff};
 use crate::project::{ProjectHandle, Projects, Tell};
 use crate::steps::checkpoint::MANIFEST;
 use crate::steps::{Site, blocking, restore};
 use crate::store::checkpoints;
 use crate::store::commit::Write;
 use crate::store::idempotency::Keyed;
+use fermata_history::{Point, RelPath, SkipReason, TextDiff};
 
 /// How many rows one list shows at most.
 const MAX_ROWS: u32 = 1000;

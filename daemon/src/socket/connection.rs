@@ -22,8 +22,8 @@ use super::attach::Attachment;
 use super::transfers::Transfers;
 use super::{Daemon, dispatch};
 use crate::auth::{self, Peer};
-use crate::os::peer::{self, PeerCredentials};
 use crate::services::ChannelGuard;
+use fermata_os::peer::{self, PeerCredentials};
 
 /// How many lines may wait to be written; whoever has more to say waits.
 const OUT_QUEUE: usize = 128;

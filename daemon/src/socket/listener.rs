@@ -13,7 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use super::Daemon;
 use super::connection;
-use crate::os::peer::{self, PeerCredentials};
+use fermata_os::peer::{self, PeerCredentials};
 
 /// How many connections one user may have; an agent that listens keeps one open.
 const CONNECTIONS_PER_USER: usize = 4096;

@@ -14,10 +14,10 @@ use super::dispatch::wire;
 use super::reports::secrets;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects};
-use crate::shim::log_line::Stream;
-use crate::shim::log_reader::{Batch, LogPosition, Start, read_once};
-use crate::shim::spec::files;
 use crate::steps::blocking;
+use fermata_shim::log_line::Stream;
+use fermata_shim::log_reader::{Batch, LogPosition, Start, read_once};
+use fermata_shim::spec::files;
 
 /// How many bytes of log one reply holds.
 const BATCH_BYTES: usize = 256 << 10;

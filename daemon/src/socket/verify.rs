@@ -17,13 +17,14 @@ use super::checkpoints::find;
 use super::connection::Connection;
 use super::dispatch::wire;
 use super::operations::with_progress;
-use crate::errors::{Failure, chain};
-use crate::history::HistoryError;
+use crate::errors::Failure;
 use crate::project::{ProjectHandle, new_operation};
 use crate::services::ProgressNote;
 use crate::steps::checkpoint::{DATABASE, MANIFEST, hash_file, hex};
 use crate::steps::{Cancel, Site, blocking};
 use crate::store::{backup, checkpoints};
+use fermata_history::HistoryError;
+use fermata_protocol::error_chain;
 
 /// Ends the work when whoever asked for it no longer waits.
 struct Asked(Cancel);
@@ -122,7 +123,7 @@ async fn snapshots(
                     let place = if bad.path.is_empty() { String::new() } else { format!("{}: ", bad.path) };
                     format!("workspace: {place}object {}: {}", bad.oid, bad.problem)
                 })),
-                Some(Err(error)) => problems.push(format!("workspace: {}", chain(&error))),
+                Some(Err(error)) => problems.push(format!("workspace: {}", error_chain(&error))),
                 None => problems.push("workspace: it was not verified".to_owned()),
             }
             (number, problems)
@@ -150,7 +151,7 @@ async fn files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure
         match backup::check(&dir.join(DATABASE), &project) {
             Ok(None) => {}
             Ok(Some(problem)) => problems.push(format!("database: {problem}")),
-            Err(error) => problems.push(format!("database: {}", chain(&error))),
+            Err(error) => problems.push(format!("database: {}", error_chain(&error))),
         }
         Ok(problems)
     })

@@ -30,11 +30,11 @@ use super::session::Scouted;
 use super::transcripts::{self, Copied, Opened};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::failpoint;
-use crate::history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
-use crate::os::fsync::{sync_together, write_unsynced};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, Prepared};
+use fermata_failpoint as failpoint;
+use fermata_history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
+use fermata_os::fsync::{sync_together, write_unsynced};
 
 /// The version of a checkpoint's files.
 pub const FORMAT: u32 = 1;

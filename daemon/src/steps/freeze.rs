@@ -8,11 +8,12 @@ use fermata_protocol::{AgentName, Code, Refusal, RunId};
 use tokio::task::JoinHandle;
 
 use super::{Site, side_by_side};
-use crate::errors::{Failure, chain};
-use crate::os::process;
-use crate::shim::link::{LinkError, read_exit, read_run};
-use crate::shim::record;
-use crate::shim::wire::RefusalCode;
+use crate::errors::Failure;
+use crate::shims::link::{LinkError, read_exit, read_run};
+use fermata_os::process;
+use fermata_protocol::error_chain;
+use fermata_shim::record;
+use fermata_shim::wire::RefusalCode;
 
 /// What was frozen.
 #[derive(Debug, Clone)]
@@ -55,7 +56,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
             }
             Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
             Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
-            Err(error) => failed = Some((agent, chain(&error))),
+            Err(error) => failed = Some((agent, error_chain(&error))),
         }
     }
     // A run without a link may be alive all the same, for instance while its link is made anew.
@@ -103,7 +104,7 @@ pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Option<In
             Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
             Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
             Err(error) => {
-                let message = format!("agent '{agent}' did not stay frozen: {}", chain(&error));
+                let message = format!("agent '{agent}' did not stay frozen: {}", error_chain(&error));
                 return Err(Refusal::new(Code::PauseFailed, message).into());
             }
         }
@@ -171,7 +172,7 @@ pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, R
                 Ok(()) => tracing::warn!(%project, %agent, "ran for a moment in a paused project; frozen again"),
                 Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => return None,
                 Err(error) => {
-                    tracing::error!(%project, %agent, error = chain(&error), "cannot be held");
+                    tracing::error!(%project, %agent, error = error_chain(&error), "cannot be held");
                     return None;
                 }
             }

@@ -13,20 +13,21 @@ use tokio::sync::mpsc;
 
 use super::limits::tree_limits;
 use super::{Site, blocking, leftovers, session};
-use crate::errors::{Failure, chain};
-use crate::os::death::Death;
-use crate::os::limits::{Limit, LimitKind};
-use crate::os::process;
-use crate::shim::launch::LaunchError;
-use crate::shim::launcher::LaunchCode;
-use crate::shim::link::{ShimLink, launch, read_exit, read_run};
-use crate::shim::lost::end_unrecorded_run;
-use crate::shim::raw::Raw;
-use crate::shim::reach::{self, Reached};
-use crate::shim::record;
-use crate::shim::record::RunRecord;
-use crate::shim::spec::{HookSpec, LaunchSpec, LogLimits, SPEC_VERSION};
-use crate::shim::wire::ShimEvent;
+use crate::errors::Failure;
+use crate::shims::launch::LaunchError;
+use crate::shims::link::{ShimLink, launch, read_exit, read_run};
+use crate::shims::lost::end_unrecorded_run;
+use crate::shims::reach::{self, Reached};
+use fermata_os::death::Death;
+use fermata_os::limits::{Limit, LimitKind};
+use fermata_os::process;
+use fermata_protocol::error_chain;
+use fermata_shim::launcher::LaunchCode;
+use fermata_shim::raw::Raw;
+use fermata_shim::record;
+use fermata_shim::record::RunRecord;
+use fermata_shim::spec::{HookSpec, LaunchSpec, LogLimits, SPEC_VERSION};
+use fermata_shim::wire::ShimEvent;
 
 /// How long the processes of a run that is to be ended may take to go.
 const ENDING: Duration = Duration::from_secs(10);
@@ -68,7 +69,7 @@ pub async fn run(
         }
         // The shim's own sentence is the one for people.
         Err(LaunchError::Refused { message, .. }) => return Err(message),
-        Err(other) => return Err(give_up(site, agent, &spec, chain(&other)).await),
+        Err(other) => return Err(give_up(site, agent, &spec, error_chain(&other)).await),
     };
     if let Err(failure) = super::failpoint("launch.after") {
         return Err(give_up(site, agent, &spec, failure.to_string()).await);
@@ -305,11 +306,11 @@ pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failu
                 let ended = async {
                     link.kill().await?;
                     link.closed().await;
-                    Ok::<(), crate::shim::link::LinkError>(())
+                    Ok::<(), crate::shims::link::LinkError>(())
                 };
                 match tokio::time::timeout(ENDING, ended).await {
-                    Ok(Ok(()) | Err(crate::shim::link::LinkError::Closed)) => return Ok(()),
-                    Ok(Err(error)) => why = Some(chain(&error)),
+                    Ok(Ok(()) | Err(crate::shims::link::LinkError::Closed)) => return Ok(()),
+                    Ok(Err(error)) => why = Some(error_chain(&error)),
                     Err(_) => why = Some("its processes did not end in time".to_owned()),
                 }
             }

@@ -64,7 +64,7 @@ pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result
         let published = history.list()?;
         for number in going.into_iter().filter(|number| published.contains(number)) {
             history.remove(number)?;
-            crate::failpoint::hit("retention.ref");
+            fermata_failpoint::hit("retention.ref");
         }
         history.sweep().map(drop)
     })
@@ -143,7 +143,7 @@ const ASIDE: &str = ".removed-";
 /// When it cannot be renamed.
 pub fn put_aside(path: &Path) -> io::Result<Option<PathBuf>> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
-    let stamp = crate::os::clock::unix_ns();
+    let stamp = fermata_os::clock::unix_ns();
     let aside = parent.join(format!("{ASIDE}{}-{stamp}", name.to_string_lossy()));
     match fs::rename(path, &aside) {
         Ok(()) => Ok(Some(aside)),

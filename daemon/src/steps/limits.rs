@@ -6,10 +6,11 @@ use fermata_protocol::supervision::Resources;
 use fermata_protocol::{Code, Refusal};
 
 use super::blocking;
-use crate::errors::{Failure, chain};
-use crate::os::cgroup::FreezerSetting;
-use crate::os::controllers::{TreeLimits, Unavailable, make_available};
+use crate::errors::Failure;
 use crate::services::Services;
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::controllers::{TreeLimits, Unavailable, make_available};
+use fermata_protocol::error_chain;
 
 /// The least memory: less does not even hold a shell.
 const MIN_MEMORY: u64 = 1 << 20;
@@ -93,7 +94,7 @@ fn unavailable(error: &Unavailable) -> Refusal {
             "set agents.cgroup_parent in fermata.toml to a group that belongs to the daemon's user".to_owned()
         }
     };
-    Refusal::new(Code::LimitsUnavailable, format!("resources cannot be limited: {}", chain(error)))
+    Refusal::new(Code::LimitsUnavailable, format!("resources cannot be limited: {}", error_chain(error)))
         .hint(hint)
         .details(serde_json::json!({ "controllers": missing(error) }))
 }

@@ -47,9 +47,9 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::errors::Failure;
-use crate::history::{self, History, HistoryError, Rules};
 use crate::services::{ProgressNote, ProjectDirs, Services};
-use crate::shim::link::ShimLink;
+use crate::shims::link::ShimLink;
+use fermata_history::{History, HistoryError, Rules};
 
 /// The link to the shim of one run.
 #[derive(Clone)]
@@ -116,7 +116,9 @@ impl Site {
         &self,
         operation: Option<&OperationId>,
         doing: &'static str,
-        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+        work: impl FnOnce(&History, fermata_history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError>
+        + Send
+        + 'static,
     ) -> Result<T, Failure> {
         self.history_work(&self.services.heavy, operation, doing, work).await
     }
@@ -129,7 +131,9 @@ impl Site {
         &self,
         operation: &OperationId,
         doing: &'static str,
-        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+        work: impl FnOnce(&History, fermata_history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError>
+        + Send
+        + 'static,
     ) -> Result<T, Failure> {
         self.history_work(&self.services.urgent, Some(operation), doing, work).await
     }
@@ -139,7 +143,9 @@ impl Site {
         permits: &tokio::sync::Semaphore,
         operation: Option<&OperationId>,
         doing: &'static str,
-        work: impl FnOnce(&History, history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError> + Send + 'static,
+        work: impl FnOnce(&History, fermata_history::OnProgress<'_>, &AtomicBool) -> Result<T, HistoryError>
+        + Send
+        + 'static,
     ) -> Result<T, Failure> {
         let _permit = permits.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
         let (cell, services) = (self.history.clone(), Arc::clone(&self.services));
@@ -149,7 +155,7 @@ impl Site {
         let operation = operation.cloned();
         blocking(doing, move || {
             let history = cell.open(&dir, services.watcher()).map_err(|e| history_failure("open the history", &e))?;
-            let tell = move |progress: history::Progress| {
+            let tell = move |progress: fermata_history::Progress| {
                 if let Some(operation) = &operation {
                     // Nobody may be listening.
                     drop(notes.send(note(operation, progress)));
@@ -164,10 +170,10 @@ impl Site {
 }
 
 /// A look at a workspace that is told of, until it ends.
-struct Looking(Arc<Mutex<Option<history::Progress>>>);
+struct Looking(Arc<Mutex<Option<fermata_history::Progress>>>);
 
 impl Looking {
-    fn tell(&self, progress: history::Progress) {
+    fn tell(&self, progress: fermata_history::Progress) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 }
@@ -179,19 +185,19 @@ impl Drop for Looking {
 }
 
 /// What a part of the history's work is called, and what is counted in it.
-fn words(phase: history::Phase) -> (&'static str, &'static str) {
+fn words(phase: fermata_history::Phase) -> (&'static str, &'static str) {
     match phase {
-        history::Phase::Scan => ("scan", "paths"),
-        history::Phase::Read => ("read", "files"),
-        history::Phase::Trees => ("trees", "directories"),
-        history::Phase::Pack => ("pack", "objects"),
-        history::Phase::Verify => ("verify", "objects"),
-        history::Phase::Apply => ("apply", "paths"),
-        history::Phase::Recheck => ("recheck", "paths"),
+        fermata_history::Phase::Scan => ("scan", "paths"),
+        fermata_history::Phase::Read => ("read", "files"),
+        fermata_history::Phase::Trees => ("trees", "directories"),
+        fermata_history::Phase::Pack => ("pack", "objects"),
+        fermata_history::Phase::Verify => ("verify", "objects"),
+        fermata_history::Phase::Apply => ("apply", "paths"),
+        fermata_history::Phase::Recheck => ("recheck", "paths"),
     }
 }
 
-fn note(operation: &OperationId, progress: history::Progress) -> ProgressNote {
+fn note(operation: &OperationId, progress: fermata_history::Progress) -> ProgressNote {
     let (step, unit) = words(progress.phase);
     ProgressNote {
         operation_id: operation.clone(),
@@ -214,9 +220,11 @@ fn cancelled_by_request() -> Failure {
 /// Turns an error of the history into a refusal where a person can do something about it.
 fn history_failure(doing: &str, error: &HistoryError) -> Failure {
     match error {
-        HistoryError::WorkspaceRefused { .. } => Refusal::new(Code::WorkspaceRefused, crate::errors::chain(error))
-            .hint("choose a directory of its own as the workspace")
-            .into(),
+        HistoryError::WorkspaceRefused { .. } => {
+            Refusal::new(Code::WorkspaceRefused, fermata_protocol::error_chain(error))
+                .hint("choose a directory of its own as the workspace")
+                .into()
+        }
         HistoryError::NoSuchCheckpoint { number } => {
             Refusal::new(Code::CheckpointNotFound, format!("there is no checkpoint {number}")).into()
         }
@@ -226,9 +234,11 @@ fn history_failure(doing: &str, error: &HistoryError) -> Failure {
                 .hint("paths are those inside the workspace; fermatactl checkpoint diff shows what differs")
                 .into()
         }
-        HistoryError::Unrestorable { .. } => Refusal::new(Code::CheckpointDamaged, crate::errors::chain(error))
-            .hint("fermatactl checkpoint verify tells which checkpoints are good")
-            .into(),
+        HistoryError::Unrestorable { .. } => {
+            Refusal::new(Code::CheckpointDamaged, fermata_protocol::error_chain(error))
+                .hint("fermatactl checkpoint verify tells which checkpoints are good")
+                .into()
+        }
         HistoryError::Cancelled => cancelled_by_request(),
         _ => Failure::fault(doing, error),
     }
@@ -254,7 +264,7 @@ pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
     sizes: Arc<Mutex<storage::Sizes>>,
-    looking: Arc<Mutex<Option<history::Progress>>>,
+    looking: Arc<Mutex<Option<fermata_history::Progress>>>,
     /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
     unreclaimed: Arc<AtomicU64>,
     upkeep: upkeep::Upkeep,
@@ -268,7 +278,7 @@ impl HistoryCell {
     pub fn open(
         &self,
         dir: &std::path::Path,
-        watcher: Option<&Arc<history::Watcher>>,
+        watcher: Option<&Arc<fermata_history::Watcher>>,
     ) -> Result<Arc<History>, HistoryError> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(history) = &*opened {
@@ -287,7 +297,7 @@ impl HistoryCell {
     /// Returns how far a look at the workspace has come that is under way while agents run.
     pub fn look_under_way(&self) -> Option<LookView> {
         let progress = *self.looking.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.map(|history::Progress { phase, done, total }| {
+        progress.map(|fermata_history::Progress { phase, done, total }| {
             let (step, unit) = words(phase);
             LookView { step: step.to_owned(), done, total, unit: unit.to_owned() }
         })
@@ -370,5 +380,5 @@ pub fn ms_since(start: Instant) -> f64 {
 /// # Errors
 /// When the failpoint is armed with `error`.
 pub fn failpoint(name: &'static str) -> Result<(), Failure> {
-    crate::failpoint::check(name).map_err(|error| Failure::fault(name, &error))
+    fermata_failpoint::check(name).map_err(|error| Failure::fault(name, &error))
 }

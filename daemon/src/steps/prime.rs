@@ -7,8 +7,8 @@ use fermata_protocol::OperationId;
 
 use super::{Cancel, Site, storage};
 use crate::errors::Failure;
-use crate::history::{Mapped, Primed, RelPath, SnapshotRequest};
-use crate::os::{mappings, process};
+use fermata_history::{Mapped, Primed, RelPath, SnapshotRequest};
+use fermata_os::{mappings, process};
 
 /// Describes a snapshot that becomes no checkpoint.
 fn request(site: &Site) -> SnapshotRequest {

@@ -23,8 +23,8 @@ use serde_json::json;
 
 use super::{Link, Site, side_by_side};
 use crate::errors::Failure;
-use crate::shim::link::LinkError;
-use crate::shim::wire::QuiesceOutcome;
+use crate::shims::link::LinkError;
+use fermata_shim::wire::QuiesceOutcome;
 
 /// What is asked of the agents.
 #[derive(Debug, Clone)]
@@ -97,7 +97,7 @@ async fn one(site: &Site, agent: AgentName, link: &Link, request: &Request) -> O
         },
         // An agent that ends just now is no failure; the freeze finds out about everything else.
         Err(LinkError::Closed | LinkError::Refused { .. }) => {}
-        Err(error) => return Some(format!("agent '{agent}': {}", crate::errors::chain(&error))),
+        Err(error) => return Some(format!("agent '{agent}': {}", fermata_protocol::error_chain(&error))),
     }
     late
 }

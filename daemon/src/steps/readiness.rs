@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Site, blocking, session};
 use crate::errors::Failure;
-use crate::shim::log_reader::{Batch, LogPosition, Start, read_once};
-use crate::shim::spec::files;
+use fermata_shim::log_reader::{Batch, LogPosition, Start, read_once};
+use fermata_shim::spec::files;
 
 /// How often output is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -173,7 +173,7 @@ mod tests {
         let stamp = "2026-01-02T03:04:05.123456789Z";
         let mut log = format!("{stamp} note F it is listening\n{stamp} gap F listening was lost\n");
         let holds = |log: &str| {
-            std::fs::write(dir.path().join(crate::shim::log::CURRENT), log).expect("write");
+            std::fs::write(dir.path().join(fermata_shim::log::CURRENT), log).expect("write");
             let (found, read, _) = look(dir.path(), Start::Begin, b"listening").expect("read");
             assert!(read, "the lines are lines of a log");
             found

@@ -17,12 +17,12 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::{self, Made, Order};
 use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
-use crate::history::{
+use crate::store::backup::{self, RestoredRows};
+use fermata_history::{
     Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
     Time,
 };
-use crate::os::fsync::write_atomic;
-use crate::store::backup::{self, RestoredRows};
+use fermata_os::fsync::write_atomic;
 
 /// The file that carries a restore over a crash.
 #[derive(Debug, Serialize, Deserialize)]
@@ -114,7 +114,7 @@ async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failur
         match backup::check(&file, &project) {
             Ok(None) => Ok(()),
             Ok(Some(problem)) => Err(damaged(problem)),
-            Err(error) => Err(damaged(crate::errors::chain(&error))),
+            Err(error) => Err(damaged(fermata_protocol::error_chain(&error))),
         }
     })
     .await
@@ -165,7 +165,7 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     let (plan, report) = restored?;
     super::failpoint("restore.applied")?;
     let rows = rows?;
-    let ns = crate::os::clock::unix_ns();
+    let ns = fermata_os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };
     let done = Done { plan, report, ended };
     Ok(Applied { rows, done, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
@@ -377,7 +377,7 @@ const EXAMPLES: usize = 20;
 /// Compares the whole workspace with the checkpoint that was restored, until somebody else works in it; `None` when it
 /// could not be done.
 pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
-    crate::failpoint::hit("restore.check");
+    fermata_failpoint::hit("restore.check");
     let rules = site.rules();
     let checking = site.with_history(None, "look through the restored workspace", move |history, progress, cancel| {
         history.check_restored(&done.plan, &done.report, &rules, done.ended, progress, cancel)
@@ -394,7 +394,7 @@ pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) 
             checking.await
         }
     };
-    crate::failpoint::hit("restore.checked");
+    fermata_failpoint::hit("restore.checked");
     match checked {
         Ok(check) => {
             for one in &check.mismatches {
@@ -469,7 +469,7 @@ pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::history::EntryKind;
+    use fermata_history::EntryKind;
 
     fn diff(paths: impl Iterator<Item = String>) -> Diff {
         let entry = |path: String| DiffEntry {

@@ -8,9 +8,9 @@ use fermata_protocol::pause::{AgentResumed, ResumeMethod};
 use fermata_protocol::{AgentName, RunId};
 
 use super::{Site, launch, side_by_side};
-use crate::errors::chain;
-use crate::shim::link::{LinkError, ShimLink, read_run};
-use crate::shim::reach;
+use crate::shims::link::{LinkError, ShimLink, read_run};
+use crate::shims::reach;
+use fermata_protocol::error_chain;
 
 /// How often a thaw is tried: a link may just be broken, or its shim wait for a slow disk.
 const TRIES: u32 = 4;
@@ -56,8 +56,8 @@ async fn thaw_one(site: &Site, agent: &AgentName, run: &RunId) -> Result<(), Str
         let Some(shim) = &link else { break };
         match shim.thaw().await {
             Ok(()) => return Ok(()),
-            Err(error @ LinkError::Refused { .. }) => return Err(chain(&error)),
-            Err(error) => last = chain(&error),
+            Err(error @ LinkError::Refused { .. }) => return Err(error_chain(&error)),
+            Err(error) => last = error_chain(&error),
         }
         tokio::time::sleep(PAUSE * attempt).await;
     }

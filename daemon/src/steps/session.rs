@@ -7,9 +7,9 @@ use fermata_protocol::AgentName;
 
 use super::{Site, blocking};
 use crate::errors::Failure;
-use crate::os::process::{self, Look};
 use crate::profile::{Profile, RunOf, Session};
 use crate::store::rows;
+use fermata_os::process::{self, Look};
 
 /// An agent whose tool has a profile, with its environment.
 struct Known {

@@ -17,7 +17,7 @@ use fermata_protocol::CheckpointNumber;
 
 use super::{Site, blocking, leftovers, upkeep};
 use crate::errors::Failure;
-use crate::history::Extent;
+use fermata_history::Extent;
 
 /// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
 const BLOCK: u64 = 512;

@@ -24,9 +24,9 @@ use super::bundle::{self, Bundle, INDEX, PACK, Part};
 use super::checkpoint::{CONTEXT, Contents, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, row};
 use super::{Site, blocking, ms_since, note_bytes, validate};
 use crate::errors::Failure;
-use crate::history::{Incoming, Oid};
-use crate::os::fsync::write_atomic;
 use crate::store::backup;
+use fermata_history::{Incoming, Oid};
+use fermata_os::fsync::write_atomic;
 
 /// A file that was made for, or sent by, somebody: it has no name and goes when nobody holds it.
 #[derive(Debug, Clone)]
@@ -130,8 +130,8 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
         })
         .await?
         .map_err(|e| match e {
-            crate::history::HistoryError::Cancelled => super::cancelled_by_request(),
-            e => refuse(format!("its snapshot is damaged: {}", crate::errors::chain(&e))),
+            fermata_history::HistoryError::Cancelled => super::cancelled_by_request(),
+            e => refuse(format!("its snapshot is damaged: {}", fermata_protocol::error_chain(&e))),
         })?;
     let manifest = adapt(site, order, &partial, manifest).await?;
     let packed: u64 = header.parts.iter().filter(|p| p.name == PACK || p.name == INDEX).map(|p| p.bytes).sum();
@@ -276,7 +276,7 @@ async fn adapt(site: &Site, order: &Order, partial: &Path, manifest: Manifest) -
         match backup::check(&database, &from) {
             Ok(None) => {}
             Ok(Some(problem)) => return Err(refuse(format!("its database is damaged: {problem}"))),
-            Err(error) => return Err(refuse(format!("its database: {}", crate::errors::chain(&error)))),
+            Err(error) => return Err(refuse(format!("its database: {}", fermata_protocol::error_chain(&error)))),
         }
         if from != project {
             backup::rename(&database, &from, &project).map_err(|e| Failure::fault("adapt the database", &e))?;

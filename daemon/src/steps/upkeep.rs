@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 
 use super::{Cancel, Site, history_failure, storage};
 use crate::errors::Failure;
-use crate::history::{Attempt, Consolidated, Extent};
+use fermata_history::{Attempt, Consolidated, Extent};
 
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
 const AFTER_FAILURE: Duration = Duration::from_secs(600);
@@ -174,7 +174,7 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure
     let removed = site.history.unreclaimed_bytes();
     let (answer, mut answered) = oneshot::channel();
     let work = move || {
-        crate::os::priority::stand_back();
+        fermata_os::priority::stand_back();
         let start = Instant::now();
         let done = cell.open(&dir, services.watcher()).and_then(|history| {
             if let Err(error) = history.keep() {

@@ -1,10 +1,10 @@
 //! A place for plugin tests: folders that only we can write, compiled plugins, and waiting.
 
-use fermata_daemon::os::socket_child::spawn_with_fd3;
 use fermata_daemon::plugins::frame::{FromHost, ToHost, read_frame, write_frame};
 use fermata_daemon::plugins::{
     CrashPolicy, PluginArtifact, PluginConfig, PluginFailure, PluginState, PluginStatus, Plugins, SaveRequest,
 };
+use fermata_os::socket_child::spawn_with_fd3;
 use serde_json::{Value, json};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

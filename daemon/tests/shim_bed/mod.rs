@@ -8,21 +8,27 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-use fermata_daemon::os::cgroup::FreezerSetting;
-use fermata_daemon::os::cgroup::Group;
-use fermata_daemon::os::process;
-use fermata_daemon::shim::launch::{LaunchError, Launched, launch};
-use fermata_daemon::shim::link::ShimLink;
-use fermata_daemon::shim::log_line::LogLine;
-use fermata_daemon::shim::log_reader::{LogReader, Start};
-use fermata_daemon::shim::lost::end_lost_tree;
-use fermata_daemon::shim::raw::Raw;
-use fermata_daemon::shim::record::{ExitRecord, RunRecord, read_exit, read_run};
-use fermata_daemon::shim::spec::{LaunchSpec, LogLimits, SPEC_VERSION};
-use fermata_daemon::shim::wire::ShimEvent;
+use fermata_daemon::shims::launch::{LaunchError, Launched, launch};
+use fermata_daemon::shims::link::ShimLink;
+use fermata_daemon::shims::lost::end_lost_tree;
+use fermata_os::cgroup::FreezerSetting;
+use fermata_os::cgroup::Group;
+use fermata_os::process;
+use fermata_shim::log_line::LogLine;
+use fermata_shim::log_reader::{LogReader, Start};
+use fermata_shim::raw::Raw;
+use fermata_shim::record::{ExitRecord, RunRecord, read_exit, read_run};
+use fermata_shim::spec::{LaunchSpec, LogLimits, SPEC_VERSION};
+use fermata_shim::wire::ShimEvent;
 use tokio::sync::mpsc;
 
-pub const SHIM: &str = env!("CARGO_BIN_EXE_fermata-shim");
+/// Returns the path of the shim: `cargo build --workspace` puts it beside the programs of this package.
+pub fn shim_program() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_fermata-plugin-host")).with_file_name("fermata-shim");
+    assert!(path.exists(), "{} is missing: run the tests with --workspace", path.display());
+    path
+}
+
 /// More than anything takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// A lease that does not end within a test.
@@ -72,7 +78,7 @@ impl Bed {
     }
 
     pub async fn try_launch(&self) -> Result<Launched, LaunchError> {
-        launch(Path::new(SHIM), &self.spec).await
+        launch(&shim_program(), &self.spec).await
     }
 
     pub async fn launch(&self) -> (Launched, ShimLink, mpsc::Receiver<ShimEvent>) {
@@ -280,10 +286,10 @@ pub fn one_writer(setup: &str) -> Vec<Raw> {
 macro_rules! for_both_mechanisms {
     ($($name:ident),+ $(,)?) => {
         mod with_a_control_group_if_possible {
-            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::os::cgroup::FreezerSetting::Auto).await; })+
+            $(#[tokio::test] async fn $name() { super::$name(fermata_os::cgroup::FreezerSetting::Auto).await; })+
         }
         mod with_signals {
-            $(#[tokio::test] async fn $name() { super::$name(fermata_daemon::os::cgroup::FreezerSetting::Signals).await; })+
+            $(#[tokio::test] async fn $name() { super::$name(fermata_os::cgroup::FreezerSetting::Signals).await; })+
         }
     };
 }

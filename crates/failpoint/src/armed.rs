@@ -1,0 +1,105 @@
+//! What a failpoint does in a build that has them: reads the list from the environment once, counts passages, and kills,
+//! fails or stops at the passage that was asked for.
+
+use std::io;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use nix::sys::signal::{Signal, raise};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    Abort,
+    Error,
+    Stop,
+}
+
+#[derive(Debug)]
+struct Armed {
+    name: String,
+    passage: u64,
+    effect: Effect,
+    passed: AtomicU64,
+}
+
+static ARMED: OnceLock<Vec<Armed>> = OnceLock::new();
+
+fn armed(variable: &str) -> &'static [Armed] {
+    ARMED.get_or_init(|| parse(&std::env::var(variable).unwrap_or_default()))
+}
+
+fn parse(value: &str) -> Vec<Armed> {
+    let one = |text: &str| {
+        let (place, effect) = text.split_once('=')?;
+        let effect = match effect.trim() {
+            "abort" => Effect::Abort,
+            "error" => Effect::Error,
+            "stop" => Effect::Stop,
+            _ => return None,
+        };
+        let (name, passage) = match place.split_once('@') {
+            Some((name, passage)) => (name, passage.trim().parse().ok()?),
+            None => (place, 1),
+        };
+        Some(Armed { name: name.trim().to_owned(), passage, effect, passed: AtomicU64::new(0) })
+    };
+    value.split(',').filter_map(one).collect()
+}
+
+fn effect_of(armed: &[Armed], name: &str) -> Option<Effect> {
+    let point = armed.iter().find(|point| point.name == name)?;
+    let passage = point.passed.fetch_add(1, Ordering::Relaxed) + 1;
+    (passage == point.passage).then_some(point.effect)
+}
+
+pub fn hit(variable: &str, name: &str) {
+    match effect_of(armed(variable), name) {
+        Some(Effect::Abort) => abort(),
+        Some(Effect::Stop) => stop(),
+        Some(Effect::Error) | None => {}
+    }
+}
+
+pub fn check(variable: &str, name: &str) -> io::Result<()> {
+    match effect_of(armed(variable), name) {
+        Some(Effect::Abort) => abort(),
+        Some(Effect::Error) => Err(io::Error::other(format!("failpoint {name}"))),
+        Some(Effect::Stop) => {
+            stop();
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+fn stop() {
+    // SIGSTOP cannot be refused; whoever goes on has been sent SIGCONT.
+    let _refused = raise(Signal::SIGSTOP);
+}
+
+fn abort() -> ! {
+    // SIGKILL cannot be caught, so that nothing is cleaned up; `abort` is for a kernel that would refuse it.
+    let _refused = raise(Signal::SIGKILL);
+    std::process::abort()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_is_parsed_and_nonsense_is_left_out() {
+        let armed = parse("a=abort, b@3=error,c,d=later,e=stop");
+        let names: Vec<_> = armed.iter().map(|point| point.name.as_str()).collect();
+        assert_eq!(names, ["a", "b", "e"]);
+        assert_eq!(armed[1].passage, 3);
+    }
+
+    #[test]
+    fn only_the_named_passage_has_an_effect() {
+        let armed = parse("b@2=error");
+        let effects: Vec<_> = (0..3).map(|_| effect_of(&armed, "b")).collect();
+        assert_eq!(effects, [None, Some(Effect::Error), None]);
+        assert_eq!(effect_of(&armed, "other"), None);
+    }
+}

@@ -1,0 +1,588 @@
+//! Quiescing, freezing and thawing one agent's tree, as a state machine that never waits.
+//!
+//! ```text
+//!            quiesce            leader stopped | grace over
+//!  Running ──────────> Quiescing ──────────────────────────> Quiesced
+//!   ^  ^  └──────────────────────┐ freeze            freeze    │   │
+//!   │  │ failed, too late        v                             │   │ lease over, thaw
+//!   │  └──────────────────── Freezing <────────────────────────┘   │
+//!   │                            │ all stand still                 │
+//!   │ lease over, thaw           v                                 │
+//!   ├───────────────────────  Frozen ── hold ──> Frozen (held)     │
+//!   └──────────────────────────────────────────────────────────────┘
+//! ```
+//!
+//! Whatever is not held is a lease: a daemon that dies in mid-pause never leaves an agent frozen.
+//! Leases count `CLOCK_MONOTONIC` (`Instant`), which stands still while the machine is suspended:
+//! daemon and shim sleep together, and a lease must not be over at the moment both wake up, before
+//! the daemon had a chance to renew it.
+//!
+//! A frozen tree that somebody else continues is frozen again, see `hold/keep.rs`.
+//!
+//! The undo touches only what was done here: a process that somebody else had stopped stays so.
+
+mod keep;
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use fermata_protocol::error_chain;
+use fermata_protocol::pause::FreezerKind;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::connection::ConnectionId;
+use super::guard::Guard;
+use super::wire::{AgentState, FreezeBroken, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
+use fermata_os::cgroup::{CgroupError, Freezer, Group, Watch};
+use fermata_os::process::{self, Look, ProcessId, RunState};
+use fermata_os::tree::{self, Progress, StopWork};
+
+/// How long a freeze may take. A process that waits for a dead network drive never gets there.
+const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often to look at a leader that was asked to stop.
+const QUIESCE_TICK: Duration = Duration::from_millis(10);
+
+/// Who waits for an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Caller {
+    /// On which connection.
+    pub connection: ConnectionId,
+    /// To which request.
+    pub id: u64,
+}
+
+/// A refusal with its sentence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refused {
+    /// The stable code.
+    pub code: RefusalCode,
+    /// The sentence.
+    pub message: String,
+}
+
+impl Refused {
+    /// Refuses.
+    pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into() }
+    }
+}
+
+/// What a request is answered.
+pub type Answer = Result<Value, Refused>;
+
+/// What became known.
+#[derive(Debug, PartialEq)]
+pub enum News {
+    /// Somebody's request can be answered.
+    Answer(Caller, Answer),
+    /// The lease is over and everything has been undone.
+    LeaseExpired,
+    /// Somebody else has let processes run; they are frozen again, or cannot be.
+    Broken(FreezeBroken),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Lease {
+    Until(Instant),
+    Held,
+}
+
+/// What has been done and must be undone.
+#[derive(Debug, Default)]
+struct Undo {
+    /// Those that got our SIGTSTP and were running then.
+    quiesced: Vec<ProcessId>,
+    /// Members of the group that were stopped before, by somebody else.
+    stopped_before: HashSet<ProcessId>,
+    /// Those that our SIGSTOP stopped, parents first.
+    stopped: Vec<ProcessId>,
+}
+
+#[derive(Debug)]
+enum FreezeWork {
+    /// Waiting for the kernel's `frozen 1`.
+    Group { watch: Watch },
+    /// Stopping by signals; `inside` is frozen by the group already.
+    Tree { work: StopWork, inside: HashSet<i32> },
+}
+
+#[derive(Debug)]
+enum Phase {
+    Running,
+    Quiescing { undo: Undo, caller: Caller, started: Instant, until: Instant, lease: Duration },
+    Quiesced { undo: Undo, until: Instant },
+    Freezing { undo: Undo, work: FreezeWork, caller: Caller, started: Instant, lease: Duration },
+    Frozen { undo: Undo, frozen: Frozen, lease: Lease, guard: Guard, broken: Broken },
+}
+
+/// What became of a freeze that somebody else has ended.
+#[derive(Debug, Default)]
+struct Broken {
+    /// Under way: stopping everybody again, and since when.
+    again: Option<(FreezeWork, Instant)>,
+    /// How often, and how many processes have run, since this was told last.
+    times: u64,
+    processes: u64,
+    told_at: Option<Instant>,
+    /// Whether nobody may say any more that everybody stood still since the freeze was asked for.
+    disproved: bool,
+}
+
+/// The tree of one agent and what is done to it.
+#[derive(Debug)]
+pub struct Hold {
+    root: i32,
+    agent: ProcessId,
+    freezer: Freezer,
+    phase: Phase,
+}
+
+impl Hold {
+    /// `root` is the shim, above everything that the agent starts.
+    pub fn new(root: i32, agent: ProcessId, freezer: Freezer) -> Self {
+        Self { root, agent, freezer, phase: Phase::Running }
+    }
+
+    /// The agent's group, if it has one.
+    pub fn group(&self) -> Option<&Group> {
+        match &self.freezer {
+            Freezer::Cgroup(group) => Some(group),
+            Freezer::Signals { .. } => None,
+        }
+    }
+
+    /// How the tree is frozen.
+    pub fn mechanism(&self) -> FreezerKind {
+        match &self.freezer {
+            Freezer::Cgroup(_) => FreezerKind::Cgroup,
+            Freezer::Signals { .. } => FreezerKind::Signals,
+        }
+    }
+
+    /// What the agent does.
+    pub fn state(&self) -> AgentState {
+        if matches!(self.phase, Phase::Frozen { .. }) {
+            return AgentState::Frozen;
+        }
+        match self.leader() {
+            RunState::Live => AgentState::Running,
+            RunState::Stopped => AgentState::Stopped,
+            RunState::Dead => AgentState::Ending,
+        }
+    }
+
+    /// Whether the main process runs; one that waits in vfork for a stopped child does not.
+    fn leader(&self) -> RunState {
+        match process::stat_of(self.agent) {
+            Ok(Some(stat)) if stat.letter == b'D' => {
+                let below = process::descendants(self.agent.pid, Look::Quick).unwrap_or_default();
+                if process::waits_for_stopped_child(&stat, &below) { RunState::Stopped } else { RunState::Live }
+            }
+            Ok(Some(stat)) => stat.state(),
+            Ok(None) => RunState::Dead,
+            // Unreadable says nothing; it was started, and its end has not been seen.
+            Err(_) => RunState::Live,
+        }
+    }
+
+    /// Whether stops and continues of the main process are of our own making now.
+    pub fn is_idle(&self) -> bool {
+        matches!(self.phase, Phase::Running)
+    }
+
+    /// Milliseconds until the shim undoes everything by itself, and whether it never does.
+    pub fn lease(&self, now: Instant) -> (Option<u64>, bool) {
+        match &self.phase {
+            Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
+                (Some(millis(until.saturating_duration_since(now))), false)
+            }
+            Phase::Frozen { lease: Lease::Held, .. } => (None, true),
+            Phase::Running | Phase::Quiescing { .. } | Phase::Freezing { .. } => (None, false),
+        }
+    }
+
+    /// How many processes the tree has.
+    pub fn count(&self) -> u64 {
+        let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
+        let below = process::descendants(self.root, Look::Quick).unwrap_or_default();
+        let outside =
+            below.iter().filter(|stat| stat.state() != RunState::Dead && !inside.contains(&stat.id.pid)).count();
+        (inside.len() + outside) as u64
+    }
+
+    /// Begins to quiesce; the answer comes as [`News`] from here or from a later [`Hold::tick`].
+    pub fn quiesce(&mut self, caller: Caller, grace: Duration, lease: Duration, now: Instant) -> Vec<News> {
+        let refused = match &self.phase {
+            Phase::Running => None,
+            // Again: what is stopped stays, and the undo list must not be lost.
+            Phase::Quiesced { .. } => None,
+            Phase::Quiescing { .. } | Phase::Freezing { .. } => Some(busy()),
+            Phase::Frozen { .. } => Some(Refused::new(RefusalCode::AlreadyFrozen, "the tree is frozen already")),
+        };
+        if let Some(refused) = refused {
+            return vec![News::Answer(caller, Err(refused))];
+        }
+        let mut undo = self.take_undo();
+        let leader = self.leader();
+        let outcome = match leader {
+            RunState::Dead => Some(QuiesceOutcome::Exited),
+            RunState::Stopped if undo.quiesced.contains(&self.agent) => Some(QuiesceOutcome::Stopped),
+            RunState::Stopped => Some(QuiesceOutcome::AlreadyStopped),
+            RunState::Live => None,
+        };
+        for stat in process::descendants(self.root, Look::Quick).unwrap_or_default() {
+            if stat.pgid != self.agent.pid || undo.quiesced.contains(&stat.id) {
+                continue;
+            }
+            match stat.state() {
+                RunState::Live => undo.quiesced.push(stat.id),
+                RunState::Stopped => {
+                    undo.stopped_before.insert(stat.id);
+                }
+                RunState::Dead => {}
+            }
+        }
+        // Stopped members discard it at their next SIGCONT. ESRCH: the group has just ended.
+        killpg(Pid::from_raw(self.agent.pid), Signal::SIGTSTP).ok();
+        if let Some(outcome) = outcome {
+            self.phase = Phase::Quiesced { undo, until: now + lease };
+            return vec![News::Answer(caller, encode(&Quiesced { outcome, waited_ms: 0 }))];
+        }
+        self.phase = Phase::Quiescing { undo, caller, started: now, until: now + grace, lease };
+        self.tick(now)
+    }
+
+    /// Begins to freeze; the answer comes as [`News`] from here or from a later [`Hold::tick`].
+    pub fn freeze(&mut self, caller: Caller, lease: Duration, now: Instant) -> Vec<News> {
+        match &mut self.phase {
+            Phase::Quiescing { .. } | Phase::Freezing { .. } => {
+                return vec![News::Answer(caller, Err(busy()))];
+            }
+            Phase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
+                // Asked twice: the same answer. A held freeze does not become a lease again.
+                if let Lease::Until(until) = current {
+                    *until = now + lease;
+                }
+                let again = Frozen { took_us: 0, ..frozen.clone() };
+                return vec![News::Answer(caller, encode(&again))];
+            }
+            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => {}
+        }
+        let undo = self.take_undo();
+        match self.begin_to_freeze() {
+            Ok(work) => {
+                self.phase = Phase::Freezing { undo, work, caller, started: now, lease };
+                self.tick(now)
+            }
+            Err(error) => {
+                let refused = Refused::new(RefusalCode::FreezeFailed, failed_to(&error));
+                self.undo(undo).ok();
+                vec![News::Answer(caller, Err(refused))]
+            }
+        }
+    }
+
+    fn begin_to_freeze(&self) -> Result<FreezeWork, CgroupError> {
+        match &self.freezer {
+            Freezer::Signals { .. } => Ok(FreezeWork::Tree { work: StopWork::new(self.root), inside: HashSet::new() }),
+            Freezer::Cgroup(group) => {
+                group.begin_freeze().and_then(|()| group.watch()).map(|watch| FreezeWork::Group { watch })
+            }
+        }
+    }
+
+    /// Extends the lease: the proof that nobody has run since the freeze.
+    pub fn renew(&mut self, lease: Duration, now: Instant) -> Answer {
+        self.look(now);
+        match &mut self.phase {
+            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
+            Phase::Frozen { lease: Lease::Held, .. } => Ok(Value::Object(Default::default())),
+            Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
+                *until = now + lease;
+                Ok(Value::Object(Default::default()))
+            }
+            Phase::Running | Phase::Quiescing { .. } | Phase::Freezing { .. } => Err(not_frozen()),
+        }
+    }
+
+    /// Makes the freeze permanent.
+    pub fn hold(&mut self, now: Instant) -> Answer {
+        self.look(now);
+        match &mut self.phase {
+            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
+            Phase::Frozen { lease, .. } => {
+                *lease = Lease::Held;
+                Ok(Value::Object(Default::default()))
+            }
+            Phase::Running | Phase::Quiesced { .. } | Phase::Quiescing { .. } | Phase::Freezing { .. } => {
+                Err(not_frozen())
+            }
+        }
+    }
+
+    /// Undoes everything; whoever still waits is told that this came in between.
+    pub fn thaw(&mut self) -> (Answer, Vec<News>) {
+        let waiting = match &self.phase {
+            Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => Some(*caller),
+            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => None,
+        };
+        let news = waiting
+            .map(|caller| {
+                let refused = Refused::new(RefusalCode::Cancelled, "a thaw, stop or kill came in between");
+                News::Answer(caller, Err(refused))
+            })
+            .into_iter()
+            .collect();
+        let undo = self.take_undo();
+        (self.undo(undo).map(|()| Value::Object(Default::default())), news)
+    }
+
+    /// The agent has ended or is to be killed: answers who still waits and thaws nothing.
+    pub fn abandon(&mut self, agent_ended: bool, now: Instant) -> Vec<News> {
+        match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Quiescing { caller, started, .. } if agent_ended => {
+                let waited_ms = millis(now - started);
+                let exited = Quiesced { outcome: QuiesceOutcome::Exited, waited_ms };
+                vec![News::Answer(caller, encode(&exited))]
+            }
+            Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => {
+                let refused = Refused::new(RefusalCode::Ending, "the agent is ending");
+                vec![News::Answer(caller, Err(refused))]
+            }
+            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => Vec::new(),
+        }
+    }
+
+    /// When [`Hold::tick`] must be called at the latest.
+    pub fn next_tick(&self, now: Instant) -> Option<Instant> {
+        match &self.phase {
+            Phase::Running => None,
+            // A leader that stops sends SIGCHLD, but one that is held by its stopped child does not.
+            Phase::Quiescing { until, .. } => Some((now + QUIESCE_TICK).min(*until)),
+            Phase::Quiesced { until, .. } => Some(*until),
+            Phase::Frozen { broken: Broken { again: Some((work, began)), .. }, .. } => match work {
+                FreezeWork::Group { .. } => Some(*began + FREEZE_PATIENCE),
+                FreezeWork::Tree { .. } => Some(now),
+            },
+            Phase::Frozen { lease, guard, broken, .. } => {
+                let until = match lease {
+                    Lease::Until(until) => Some(*until),
+                    Lease::Held => None,
+                };
+                until.into_iter().chain(guard.next()).chain(broken.next()).min()
+            }
+            Phase::Freezing { work: FreezeWork::Group { .. }, started, .. } => Some(*started + FREEZE_PATIENCE),
+            Phase::Freezing { work: FreezeWork::Tree { .. }, .. } => Some(now),
+        }
+    }
+
+    /// What announces that the group is frozen, or is no longer, to be polled for POLLPRI.
+    pub fn watch(&self) -> Option<&Watch> {
+        match &self.phase {
+            Phase::Freezing { work: FreezeWork::Group { watch }, .. }
+            | Phase::Frozen { broken: Broken { again: Some((FreezeWork::Group { watch }, _)), .. }, .. } => Some(watch),
+            Phase::Frozen { guard, .. } => guard.watch(),
+            Phase::Running | Phase::Quiescing { .. } | Phase::Quiesced { .. } | Phase::Freezing { .. } => None,
+        }
+    }
+
+    /// Goes on: to be called after every wake-up.
+    pub fn tick(&mut self, now: Instant) -> Vec<News> {
+        match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Quiescing { undo, caller, started, until, lease } => {
+                let outcome = match self.leader() {
+                    RunState::Dead => QuiesceOutcome::Exited,
+                    RunState::Stopped => QuiesceOutcome::Stopped,
+                    RunState::Live if now >= until => QuiesceOutcome::Ignored,
+                    RunState::Live => {
+                        self.phase = Phase::Quiescing { undo, caller, started, until, lease };
+                        return Vec::new();
+                    }
+                };
+                self.phase = Phase::Quiesced { undo, until: now + lease };
+                let answer = encode(&Quiesced { outcome, waited_ms: millis(now - started) });
+                vec![News::Answer(caller, answer)]
+            }
+            Phase::Freezing { undo, work, caller, started, lease } => {
+                self.go_on_freezing(undo, work, caller, started, lease, now)
+            }
+            phase @ (Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. })
+                if now >= until =>
+            {
+                self.phase = phase;
+                let undo = self.take_undo();
+                if let Err(refused) = self.undo(undo) {
+                    eprintln!("fermata-shim: failed to thaw after the lease: {}", refused.message);
+                }
+                vec![News::LeaseExpired]
+            }
+            Phase::Frozen { undo, frozen, lease, guard, broken } => {
+                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken };
+                self.keep_frozen(now)
+            }
+            other => {
+                self.phase = other;
+                Vec::new()
+            }
+        }
+    }
+
+    fn go_on_freezing(
+        &mut self,
+        mut undo: Undo,
+        work: FreezeWork,
+        caller: Caller,
+        started: Instant,
+        lease: Duration,
+        now: Instant,
+    ) -> Vec<News> {
+        let late = now - started >= FREEZE_PATIENCE;
+        let problem = match self.freeze_step(work) {
+            Ok(Step::Done { stopped, inside, watch }) => {
+                undo.stopped.extend(stopped);
+                let guard = Guard::new(self.root, watch, &inside, Instant::now());
+                let frozen = Frozen {
+                    mechanism: self.mechanism(),
+                    processes: inside.len() as u64 + self.count_outside_group(),
+                    took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
+                };
+                let answer = encode(&frozen);
+                let lease = Lease::Until(Instant::now() + lease);
+                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken: Broken::default() };
+                return vec![News::Answer(caller, answer)];
+            }
+            Ok(Step::Working(work)) if !late => {
+                self.phase = Phase::Freezing { undo, work, caller, started, lease };
+                return Vec::new();
+            }
+            Ok(Step::Working(work)) => {
+                if let FreezeWork::Tree { work, .. } = work {
+                    undo.stopped.extend(work.into_stopped());
+                }
+                let message = format!("not everybody stood still within {} ms", FREEZE_PATIENCE.as_millis());
+                Refused::new(RefusalCode::FreezeTimeout, message)
+            }
+            Err((stopped, refused)) => {
+                undo.stopped.extend(stopped);
+                refused
+            }
+        };
+        self.undo(undo).ok();
+        vec![News::Answer(caller, Err(problem))]
+    }
+
+    fn freeze_step(&self, work: FreezeWork) -> Result<Step, (Vec<ProcessId>, Refused)> {
+        let failed =
+            |error: &(dyn std::error::Error + 'static)| Refused::new(RefusalCode::FreezeFailed, failed_to(error));
+        match (work, self.group()) {
+            (FreezeWork::Group { mut watch }, Some(group)) => {
+                let events = watch.read().map_err(|error| (Vec::new(), failed(&error)))?;
+                if !events.frozen {
+                    return Ok(Step::Working(FreezeWork::Group { watch }));
+                }
+                let inside = group.procs().map_err(|error| (Vec::new(), failed(&error)))?;
+                // A descendant may have been moved out of the group (a root agent's job runner,
+                // for instance): signals for those. The frozen ones make a quick look reliable.
+                let escaped = process::descendants(self.root, Look::Quick)
+                    .unwrap_or_default()
+                    .iter()
+                    .any(|stat| stat.state() == RunState::Live && !inside.contains(&stat.id.pid));
+                if escaped {
+                    let work = StopWork::new(self.root);
+                    return self.freeze_step(FreezeWork::Tree { work, inside });
+                }
+                Ok(Step::Done { stopped: Vec::new(), inside, watch: Some(watch) })
+            }
+            (FreezeWork::Tree { mut work, inside }, _) => match work.step(&inside) {
+                Ok(Progress::Done) => {
+                    let watch = self.group().and_then(|group| group.watch().ok());
+                    Ok(Step::Done { stopped: work.into_stopped(), inside, watch })
+                }
+                Ok(Progress::Working(_)) => Ok(Step::Working(FreezeWork::Tree { work, inside })),
+                Err(error) => Err((work.into_stopped(), failed(&error))),
+            },
+            (FreezeWork::Group { .. }, None) => {
+                Err((Vec::new(), Refused::new(RefusalCode::FreezeFailed, "the agent has no control group")))
+            }
+        }
+    }
+
+    /// Counts the living that no group holds; all of them when there is no group.
+    fn count_outside_group(&self) -> u64 {
+        let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
+        process::descendants(self.root, Look::Quick)
+            .unwrap_or_default()
+            .iter()
+            .filter(|stat| stat.state() != RunState::Dead && !inside.contains(&stat.id.pid))
+            .count() as u64
+    }
+
+    /// Leaves the phase behind and takes over what it must undo.
+    fn take_undo(&mut self) -> Undo {
+        match std::mem::replace(&mut self.phase, Phase::Running) {
+            Phase::Running => Undo::default(),
+            Phase::Quiescing { undo, .. }
+            | Phase::Quiesced { undo, .. }
+            | Phase::Frozen { undo, broken: Broken { again: None, .. }, .. } => undo,
+            Phase::Freezing { mut undo, work, .. }
+            | Phase::Frozen { mut undo, broken: Broken { again: Some((work, _)), .. }, .. } => {
+                if let FreezeWork::Tree { work, .. } = work {
+                    undo.stopped.extend(work.into_stopped());
+                }
+                undo
+            }
+        }
+    }
+
+    fn undo(&self, undo: Undo) -> Result<(), Refused> {
+        let thawed = match self.group() {
+            // Also when we did not freeze it: nobody else has business with this group.
+            Some(group) => group.thaw().map_err(|error| Refused::new(RefusalCode::ThawFailed, failed_to(&error))),
+            None => Ok(()),
+        };
+        tree::continue_all(&undo.stopped);
+        if !undo.quiesced.is_empty() {
+            tree::continue_all(&undo.quiesced);
+            // Born into the group after the first look, but stopped by the same signal.
+            for stat in process::descendants(self.root, Look::Quick).unwrap_or_default() {
+                if stat.pgid == self.agent.pid
+                    && stat.state() == RunState::Stopped
+                    && !undo.stopped_before.contains(&stat.id)
+                {
+                    process::signal(stat.id, libc::SIGCONT).ok();
+                }
+            }
+        }
+        thawed
+    }
+}
+
+enum Step {
+    Working(FreezeWork),
+    Done { stopped: Vec<ProcessId>, inside: HashSet<i32>, watch: Option<Watch> },
+}
+
+fn busy() -> Refused {
+    Refused::new(RefusalCode::Busy, "another quiesce or freeze is under way")
+}
+
+fn not_frozen() -> Refused {
+    Refused::new(RefusalCode::NotFrozen, "the tree is not frozen (the lease may have expired)")
+}
+
+/// Encodes a result.
+pub fn encode(result: &impl serde::Serialize) -> Answer {
+    serde_json::to_value(result).map_err(|error| Refused::new(RefusalCode::Other, error.to_string()))
+}
+
+/// Formats an error and its causes as a failure in one line.
+pub fn failed_to(error: &(dyn std::error::Error + 'static)) -> String {
+    format!("failed to {}", error_chain(error))
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,17 @@
+//! `fermata-shim RUN_DIR`: starts the agent that RUN_DIR/launch.json describes, and stays with it.
+//!
+//! Only for the daemon. Prints one JSON line and returns; the shim itself goes on in the background.
+
+use std::path::PathBuf;
+use std::process::exit;
+
+fn main() {
+    let mut args = std::env::args_os().skip(1);
+    match (args.next(), args.next()) {
+        (Some(run_dir), None) => exit(fermata_shim::launcher::main(&PathBuf::from(run_dir))),
+        _ => {
+            eprintln!("usage: fermata-shim RUN_DIR (started by fermatad, not by hand)");
+            exit(2);
+        }
+    }
+}

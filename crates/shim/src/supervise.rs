@@ -1,0 +1,584 @@
+//! The shim's event loop: one thread, one poll, nobody waits.
+//!
+//! ```text
+//!  Running ── stop ──> Stopping ── grace over ──> Killing
+//!     │ kill ──────────────┼────────────────────────^ │
+//!     └────────────────────┴──────────────────────────┤ the main process ended
+//!                                                     v
+//!        Clearing (kill leftovers) ──> Draining (pipes) ──> [After] ──> Recording (exit.json) ──> end
+//! ```
+//!
+//! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
+
+mod hooks;
+mod killing;
+mod output;
+mod requests;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signalfd::SignalFd;
+use serde_json::Value;
+
+use self::hooks::{AfterStop, Beginning, Flow};
+use self::killing::Killing;
+use super::connection::{Connection, ConnectionId};
+use super::hold::{Answer, Caller, Hold, News, Refused, failed_to};
+use super::intake::Intake;
+use super::log_sink::LogSink;
+use super::record::ExitRecord;
+use super::spec::LaunchSpec;
+use super::terminal::Terminal;
+use super::wire::{FromShim, ShimEvent};
+use fermata_os::clock;
+use fermata_os::controllers::OutOfMemory;
+use fermata_os::fsync::Reserve;
+use fermata_os::prelude::Prelude;
+use fermata_os::process::{self, Change, ProcessId};
+use fermata_os::tree::{KillWork, Progress};
+
+/// More peers than this cannot be real: the oldest goes.
+const MAX_CONNECTIONS: usize = 16;
+/// How long killed processes may take to vanish (one may wait for a dead disk).
+const CLEAR_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait for the end of the pipes when somebody outside the tree holds them open.
+const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
+/// How often and how long an exit that cannot be recorded is tried again.
+const RECORD_RETRY: Duration = Duration::from_millis(200);
+const RECORD_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a group that is to be killed may take to stand still first.
+const KILL_FREEZE: Duration = Duration::from_millis(200);
+
+/// How the main process ended.
+#[derive(Debug, Clone, Copy)]
+struct MainEnd {
+    code: Option<i32>,
+    signal: Option<i32>,
+    core_dumped: bool,
+    at_ms: i64,
+}
+
+#[derive(Debug)]
+enum Life {
+    Running,
+    Stopping { kill_at: Instant },
+    Killing { work: Killing },
+    Clearing { end: MainEnd, work: Killing, until: Instant },
+    Draining { end: MainEnd, leftovers: u64, until: Instant },
+    After(AfterStop),
+    Recording { record: ExitRecord, next: Instant, until: Instant },
+    Over { record: ExitRecord },
+}
+
+/// What made poll return.
+#[derive(Debug, Clone, Copy)]
+enum Source {
+    Child,
+    Beginning,
+    Stdout,
+    Stderr,
+    Terminal,
+    Listener,
+    Freeze,
+    Connection(ConnectionId),
+}
+
+/// Everything that the loop owns.
+#[derive(Debug)]
+pub struct Supervisor {
+    spec: LaunchSpec,
+    shim: ProcessId,
+    agent: ProcessId,
+    hold: Hold,
+    life: Life,
+    log: LogSink,
+    intake: Intake,
+    reserve: Reserve,
+    /// For the exit of an agent after whose end there is more to do that takes time.
+    ended: Option<Reserve>,
+    beginning: Option<Beginning>,
+    start_failure: Option<String>,
+    children: SignalFd,
+    listener: UnixListener,
+    stdout: Option<File>,
+    stderr: Option<File>,
+    terminal: Option<Terminal>,
+    connections: Vec<Connection>,
+    next_connection: u64,
+    stopped_by_others: bool,
+    /// Which file the listener is reached by.
+    socket_file: Option<(u64, u64, i64, i64)>,
+}
+
+/// What the launcher hands to the loop.
+#[derive(Debug)]
+pub struct Parts {
+    /// What was asked for.
+    pub spec: LaunchSpec,
+    /// This process.
+    pub shim: ProcessId,
+    /// The main process.
+    pub agent: ProcessId,
+    /// How to freeze it.
+    pub hold: Hold,
+    /// Where its output goes.
+    pub log: LogSink,
+    /// Where its exit will be recorded.
+    pub reserve: Reserve,
+    /// Where its exit is noted while a command runs after it or its log is written.
+    pub ended: Option<Reserve>,
+    /// SIGCHLD and SIGHUP.
+    pub children: SignalFd,
+    /// The socket, non-blocking.
+    pub listener: UnixListener,
+    /// The reading end of its pipe, or of its terminal; non-blocking.
+    pub stdout: OwnedFd,
+    /// The reading end of its other pipe; a terminal carries both.
+    pub stderr: Option<OwnedFd>,
+    /// Its terminal.
+    pub terminal: Option<Terminal>,
+    /// The command that runs in its place first.
+    pub prelude: Option<Prelude>,
+}
+
+impl Supervisor {
+    /// Takes over.
+    pub fn new(parts: Parts) -> Self {
+        let Parts {
+            spec,
+            shim,
+            agent,
+            hold,
+            log,
+            reserve,
+            ended,
+            children,
+            listener,
+            stdout,
+            stderr,
+            terminal,
+            prelude,
+        } = parts;
+        let socket_file = file_identity(&spec.socket);
+        let mut supervisor = Self {
+            spec,
+            socket_file,
+            shim,
+            agent,
+            hold,
+            life: Life::Running,
+            log,
+            intake: Intake::default(),
+            reserve,
+            ended,
+            beginning: None,
+            start_failure: None,
+            children,
+            listener,
+            stdout: Some(File::from(stdout)),
+            stderr: stderr.map(File::from),
+            terminal,
+            connections: Vec::new(),
+            next_connection: 0,
+            stopped_by_others: false,
+        };
+        if let Some(prelude) = prelude {
+            supervisor.begin(prelude);
+        }
+        supervisor
+    }
+
+    /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
+    pub fn run(mut self) {
+        loop {
+            let ready = self.wait();
+            self.take_output(&ready);
+            for source in ready {
+                match source {
+                    Source::Child => self.reap(),
+                    Source::Listener => self.accept(),
+                    Source::Connection(id) => self.serve(id),
+                    Source::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
+                    // Read above; `tick` looks at the freeze, `watch_beginning` at the start.
+                    Source::Stdout | Source::Stderr | Source::Freeze | Source::Beginning => {}
+                }
+            }
+            let now = Instant::now();
+            let news = self.hold.tick(now);
+            self.tell(news);
+            self.watch_beginning(now);
+            self.go_on(now);
+            if let Some(terminal) = &mut self.terminal {
+                terminal.feed(&mut self.connections);
+            }
+            self.connections.retain(|connection| !connection.is_dead());
+            if let Life::Over { record } = self.life {
+                let event = FromShim::Event(ShimEvent::Exited(Box::new(record)));
+                if let Some(terminal) = &mut self.terminal {
+                    terminal.feed_last(&mut self.connections);
+                }
+                for mut connection in self.connections {
+                    if connection.is_open() {
+                        connection.send(&event);
+                    }
+                    connection.send_rest(Duration::from_millis(100));
+                }
+                // The daemon may have removed the whole folder already.
+                std::fs::remove_file(&self.spec.socket).ok();
+                return;
+            }
+        }
+    }
+
+    fn wait(&self) -> Vec<Source> {
+        let mut fds = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
+        let mut sources = vec![Source::Child];
+        for (file, source) in [(&self.stdout, Source::Stdout), (&self.stderr, Source::Stderr)] {
+            if let Some(file) = file {
+                fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
+                sources.push(source);
+            }
+        }
+        if let Some(fd) = self.beginning_fd() {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            sources.push(Source::Beginning);
+        }
+        if let Some(terminal) = self.terminal.as_ref().filter(|terminal| terminal.wants_write()) {
+            fds.push(PollFd::new(terminal.as_fd(), PollFlags::POLLOUT));
+            sources.push(Source::Terminal);
+        }
+        fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
+        sources.push(Source::Listener);
+        if let Some(watch) = self.hold.watch() {
+            fds.push(PollFd::new(watch.as_fd(), PollFlags::POLLPRI));
+            sources.push(Source::Freeze);
+        }
+        for connection in &self.connections {
+            let mut flags = PollFlags::POLLIN;
+            flags.set(PollFlags::POLLOUT, connection.wants_write());
+            fds.push(PollFd::new(connection.as_fd(), flags));
+            sources.push(Source::Connection(connection.id()));
+        }
+        // An interrupted or failed poll is an empty one: every tick looks at the state itself.
+        if poll(&mut fds, self.timeout()).is_err() {
+            return Vec::new();
+        }
+        fds.iter().zip(sources).filter(|(fd, _)| fd.any() == Some(true)).map(|(_, source)| source).collect()
+    }
+
+    fn timeout(&self) -> PollTimeout {
+        let now = Instant::now();
+        let life = match &self.life {
+            Life::Running => None,
+            Life::Stopping { kill_at } => Some(*kill_at),
+            Life::Killing { work } | Life::Clearing { work, .. } => Some(now + work.tick(now)),
+            Life::Draining { until, .. } => Some(*until),
+            Life::After(stage) => Some(Self::after_due(stage, now)),
+            Life::Recording { next, .. } => Some(*next),
+            Life::Over { .. } => Some(now),
+        };
+        match life.into_iter().chain(self.hold.next_tick(now)).chain(self.beginning_due(now)).min() {
+            None => PollTimeout::NONE,
+            Some(at) => {
+                let left = at.saturating_duration_since(now);
+                // Rounded up: a timeout that is a fraction too early would spin.
+                let left = if left.is_zero() { left } else { left + Duration::from_millis(1) };
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+            }
+        }
+    }
+
+    fn reap(&mut self) {
+        // One wake-up can stand for many children.
+        while let Ok(Some(signal)) = self.children.read_signal() {
+            if signal.ssi_signo == libc::SIGHUP as u32 {
+                self.listen_again();
+            }
+        }
+        loop {
+            let (pid, change) = match process::next_child_change() {
+                Ok(Some(found)) => found,
+                Ok(None) => return,
+                Err(error) => {
+                    eprintln!("fermata-shim: failed to wait for children: {error}");
+                    return;
+                }
+            };
+            if matches!(change, Change::Stopped(_) | Change::Continued) {
+                self.hold.suspect(Instant::now());
+            }
+            let is_agent = pid == self.agent.pid && !self.has_ended();
+            if !is_agent {
+                // Or an adopted orphan: reaping it was all there was to do.
+                self.reaped_post_stop(pid, change, Instant::now());
+                continue;
+            }
+            match change {
+                Change::Exited(code) => self.agent_ended(Some(code), None, false),
+                Change::Signaled { signal, core_dumped } => {
+                    self.agent_ended(None, Some(signal), core_dumped);
+                }
+                Change::Stopped(signal) if self.hold.is_idle() && matches!(self.life, Life::Running) => {
+                    self.stopped_by_others = true;
+                    self.broadcast(ShimEvent::Stopped { signal });
+                }
+                Change::Continued if self.stopped_by_others && self.hold.is_idle() => {
+                    self.stopped_by_others = false;
+                    self.broadcast(ShimEvent::Continued {});
+                }
+                // Our own quiesce, freeze or thaw.
+                Change::Stopped(_) | Change::Continued => {}
+            }
+        }
+    }
+
+    /// Makes the socket anew where its file is gone: a daemon that cannot find it asks for that.
+    fn listen_again(&mut self) {
+        if self.socket_file.is_some() && self.socket_file == file_identity(&self.spec.socket) {
+            return;
+        }
+        match super::launcher::listen(&self.spec.socket) {
+            Ok(listener) => {
+                self.listener = listener;
+                self.socket_file = file_identity(&self.spec.socket);
+            }
+            Err(failure) => eprintln!("fermata-shim: {}", failure.message),
+        }
+    }
+
+    fn has_ended(&self) -> bool {
+        match self.life {
+            Life::Running | Life::Stopping { .. } | Life::Killing { .. } => false,
+            Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::After(_)
+            | Life::Recording { .. }
+            | Life::Over { .. } => true,
+        }
+    }
+
+    fn agent_ended(&mut self, code: Option<i32>, signal: Option<i32>, core_dumped: bool) {
+        let now = Instant::now();
+        // What it said before it ended: perhaps why it never became the agent.
+        self.watch_beginning(now);
+        self.beginning = None;
+        let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
+        let news = self.hold.abandon(true, now);
+        self.tell(news);
+        let work = match std::mem::replace(&mut self.life, Life::Running) {
+            Life::Killing { work } => work,
+            Life::Running
+            | Life::Stopping { .. }
+            | Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::After(_)
+            | Life::Recording { .. }
+            | Life::Over { .. } => self.kill_tree(),
+        };
+        self.life = Life::Clearing { end, work, until: now + CLEAR_PATIENCE };
+    }
+
+    /// Begins to kill everything below. A frozen group stays frozen until all carry their SIGKILL.
+    fn kill_tree(&mut self) -> Killing {
+        let mut work = KillWork::new(self.shim.pid);
+        if let Some(group) = self.hold.group() {
+            for pid in group.procs().unwrap_or_default() {
+                if let Ok(Some(id)) = process::identify(pid) {
+                    work.note(id);
+                }
+            }
+            // So that nobody sees another's death and goes on to the next line of its script. Who
+            // waits for a dead disk cannot be frozen, and must not keep the others from dying.
+            group.freeze(KILL_FREEZE).ok();
+            if let Err(error) = group.kill() {
+                eprintln!("fermata-shim: {}", failed_to(&error));
+                // Signals go on where this failed, but frozen processes must be able to die.
+                group.thaw().ok();
+            }
+        }
+        Killing::new(work, Instant::now())
+    }
+
+    /// Continues whatever part of the agent's end is under way.
+    fn go_on(&mut self, now: Instant) {
+        loop {
+            self.life = match std::mem::replace(&mut self.life, Life::Running) {
+                Life::Stopping { kill_at } if now >= kill_at => {
+                    let news = self.hold.abandon(false, now);
+                    self.tell(news);
+                    Life::Killing { work: self.kill_tree() }
+                }
+                Life::Killing { mut work } => {
+                    // The main process is below us: its end moves us on, in `reap`.
+                    work.step();
+                    self.life = Life::Killing { work };
+                    return;
+                }
+                Life::Clearing { end, mut work, until } => {
+                    let below = matches!(work.step(), Some(Progress::Done));
+                    let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
+                    if !(below && group) && now < until {
+                        self.life = Life::Clearing { end, work, until };
+                        return;
+                    }
+                    let leftovers = work.killed().iter().filter(|id| **id != self.agent).count() as u64;
+                    self.terminal.iter_mut().for_each(Terminal::hang_up);
+                    Life::Draining { end, leftovers, until: now + DRAIN_PATIENCE }
+                }
+                Life::Draining { end, leftovers, until } => {
+                    if (self.stdout.is_some() || self.stderr.is_some()) && now < until {
+                        self.life = Life::Draining { end, leftovers, until };
+                        return;
+                    }
+                    // A slow disk can have taken up the time: nothing of the agent's stays behind.
+                    self.drain_output();
+                    let out_of_memory = self.hold.group().map(OutOfMemory::of).unwrap_or_default();
+                    let record = ExitRecord {
+                        run_id: self.spec.run_id.clone(),
+                        code: end.code,
+                        signal: end.signal,
+                        core_dumped: end.core_dumped,
+                        ended_at_ms: end.at_ms,
+                        leftovers_killed: leftovers,
+                        log_bytes_lost: self.log.lost(),
+                        start_failure: self.start_failure.take(),
+                        post_stop_failure: None,
+                        out_of_memory,
+                    };
+                    self.after(record, now)
+                }
+                Life::After(stage) => match self.go_on_after(stage, now) {
+                    Flow::On(life) => life,
+                    Flow::Wait(life) => {
+                        self.life = life;
+                        return;
+                    }
+                },
+                Life::Recording { record, next, until } => {
+                    if now < next {
+                        self.life = Life::Recording { record, next, until };
+                        return;
+                    }
+                    match Self::record(&self.reserve, &record) {
+                        Err(message) if now < until => {
+                            eprintln!("fermata-shim: {message}");
+                            self.life = Life::Recording { record, next: now + RECORD_RETRY, until };
+                            return;
+                        }
+                        // Who is connected learns it even if the disk never does.
+                        _ => Life::Over { record },
+                    }
+                }
+                life @ (Life::Running | Life::Stopping { .. } | Life::Over { .. }) => {
+                    self.life = life;
+                    return;
+                }
+            };
+        }
+    }
+
+    /// The last thing before the exit is recorded.
+    fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
+        // The keeper is waited for: a disk that takes nothing must not cost the exit code as well. Where
+        // a command has run it is noted already.
+        if self.spec.post_stop.is_none()
+            && let Some(Err(message)) = self.ended.as_ref().map(|reserve| Self::record(reserve, &record))
+        {
+            eprintln!("fermata-shim: {message}");
+        }
+        self.log.finish(clock::unix_ns());
+        self.remove_group();
+        record.log_bytes_lost = self.log.lost();
+        Life::Recording { record, next: now, until: now + RECORD_PATIENCE }
+    }
+
+    fn record(reserve: &Reserve, record: &ExitRecord) -> Result<(), String> {
+        let bytes = serde_json::to_vec(record).map_err(|error| failed_to(&error))?;
+        reserve.commit(&bytes).map_err(|error| failed_to(&error))
+    }
+
+    fn remove_group(&self) {
+        if let Some(group) = self.hold.group()
+            && let Err(error) = group.remove(Duration::from_millis(500))
+        {
+            eprintln!("fermata-shim: {}", failed_to(&error));
+        }
+    }
+
+    fn accept(&mut self) {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => {
+                    let id = ConnectionId(self.next_connection);
+                    self.next_connection += 1;
+                    if self.connections.len() >= MAX_CONNECTIONS {
+                        self.connections.remove(0);
+                    }
+                    match Connection::new(id, stream) {
+                        Ok(connection) => self.connections.push(connection),
+                        Err(error) => {
+                            eprintln!("fermata-shim: failed to take a connection: {error}")
+                        }
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) => {
+                    eprintln!("fermata-shim: failed to accept: {error}");
+                    // Out of descriptors, most likely: do not spin on it.
+                    std::thread::sleep(Duration::from_millis(10));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn tell(&mut self, news: Vec<News>) {
+        for item in news {
+            match item {
+                News::Answer(caller, answer) => self.answer(caller, answer),
+                News::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
+                News::Broken(broken) => self.broadcast(ShimEvent::FreezeBroken(broken)),
+            }
+        }
+    }
+
+    fn answer(&mut self, caller: Caller, answer: Answer) {
+        let line = match answer {
+            Ok(ok) => FromShim::Reply { id: caller.id, ok },
+            Err(Refused { code, message }) => FromShim::Refusal { id: Some(caller.id), code, message },
+        };
+        self.send(caller.connection, &line);
+    }
+
+    fn send(&mut self, id: ConnectionId, line: &FromShim) {
+        // A caller that has gone needs no answer.
+        if let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) {
+            connection.send(line);
+        }
+    }
+
+    fn broadcast(&mut self, event: ShimEvent) {
+        let level = event.level();
+        let line = FromShim::Event(event);
+        for connection in self.connections.iter_mut().filter(|c| c.is_open() && c.level() >= level) {
+            connection.send(&line);
+        }
+    }
+}
+
+/// Tells one file from another that has taken its path, also where inodes are used again.
+fn file_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::symlink_metadata(path).ok()?;
+    Some((meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec()))
+}
+
+fn done() -> Answer {
+    Ok(Value::Object(Default::default()))
+}
