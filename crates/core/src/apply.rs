@@ -131,7 +131,7 @@ fn fold(project: &mut Project, event: &Event, at: UnixMillis) {
             }
         }
         Event::OperationStepped { step, concluded, .. } => operations::stepped(project, step, concluded.as_ref()),
-        Event::OperationUndoing { error, .. } => operations::undoing(project, error),
+        Event::OperationUndoing { operation, error, .. } => operations::undoing(project, operation, error),
         Event::PauseStarted { operation, checkpoint, mode, cause, reason, grace_ms } => {
             let begun = PauseOperation {
                 operation: operation.clone(),

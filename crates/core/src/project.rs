@@ -64,9 +64,10 @@ impl PauseStep {
 }
 
 /// Whether an operation goes forward or is being undone.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Direction {
+    #[default]
     Forward,
     /// Its steps are being undone because of this error.
     Undoing(ErrorObject),
@@ -256,6 +257,8 @@ pub struct CheckpointOperation {
     /// The counters when it began.
     #[serde(default, rename = "tally")]
     pub activity: ActivityCounters,
+    #[serde(default)]
+    pub direction: Direction,
 }
 
 /// The state of a project.

@@ -172,10 +172,7 @@ pub fn operation(project: &Project) -> Option<OperationView> {
             let mut view = running(&run.operation, OperationKind::Pause, run.started_at);
             view.step = Some(run.step.as_str().to_owned());
             view.steps_ms.clone_from(&run.steps_ms);
-            if let Direction::Undoing(error) = &run.direction {
-                view.state = OperationState::Undoing;
-                view.error = Some(error.clone());
-            }
+            undoing(&mut view, &run.direction);
             Some(view)
         }
         ProjectState::Resuming(run) => Some(running(&run.operation, OperationKind::Resume, run.started_at)),
@@ -192,7 +189,17 @@ pub fn operation(project: &Project) -> Option<OperationView> {
             Some(view)
         }
         ProjectState::Resting(_) | ProjectState::Paused(_) | ProjectState::Broken(_) => {
-            project.checkpointing.as_ref().map(|run| running(&run.operation, OperationKind::Checkpoint, run.started_at))
+            let making = project.checkpointing.as_ref()?;
+            let mut view = running(&making.operation, OperationKind::Checkpoint, making.started_at);
+            undoing(&mut view, &making.direction);
+            Some(view)
         }
+    }
+}
+
+fn undoing(view: &mut OperationView, direction: &Direction) {
+    if let Direction::Undoing(error) = direction {
+        view.state = OperationState::Undoing;
+        view.error = Some(error.clone());
     }
 }

@@ -32,9 +32,12 @@ pub(super) fn stepped(project: &mut Project, step: &str, concluded: Option<&(Str
     }
 }
 
-pub(super) fn undoing(project: &mut Project, error: &ErrorObject) {
+pub(super) fn undoing(project: &mut Project, operation: &OperationId, error: &ErrorObject) {
     if let ProjectState::Pausing(pause) = Arc::make_mut(&mut project.state) {
         pause.direction = Direction::Undoing(error.clone());
+    }
+    if let Some(making) = project.checkpointing.as_mut().filter(|making| making.operation == *operation) {
+        Arc::make_mut(making).direction = Direction::Undoing(error.clone());
     }
 }
 
@@ -131,6 +134,7 @@ pub(super) fn checkpoint_started(
         trigger,
         started_at: at,
         activity: project.counters.activity.counters,
+        direction: Direction::Forward,
     }));
 }
 

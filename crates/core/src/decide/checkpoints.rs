@@ -2,12 +2,12 @@
 
 use fermata_protocol::checkpoint::{CheckpointView, Trigger};
 use fermata_protocol::event::Event;
-use fermata_protocol::{ErrorObject, OperationId, Refusal};
+use fermata_protocol::{Code, ErrorObject, OperationId, Refusal};
 
 use super::checks::refuse_during_operation;
 use crate::command::Decision;
 use crate::effect::Effect;
-use crate::project::Project;
+use crate::project::{CheckpointOperation, Direction, Project};
 use crate::retention::{self, Removal};
 
 pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger) -> Result<Decision, Refusal> {
@@ -22,13 +22,58 @@ pub(super) fn begin(project: &Project, operation: OperationId, trigger: Trigger)
     }))
 }
 
+/// Finds the checkpoint with that id.
+fn in_progress<'a>(project: &'a Project, operation: &OperationId) -> Option<&'a CheckpointOperation> {
+    project.checkpointing.as_deref().filter(|making| making.operation == *operation)
+}
+
+/// Cancels the checkpoint with that id, if it is in progress. Nothing else begins before it is undone: the undo thaws
+/// agents.
+pub(super) fn cancel(project: &Project, operation: &OperationId) -> Option<Decision> {
+    let making = in_progress(project, operation)?;
+    if making.direction != Direction::Forward {
+        return Some(Decision::default());
+    }
+    let error = Refusal::new(
+        Code::OperationCancelled,
+        format!("checkpoint {} of project '{}' was cancelled", making.checkpoint, project.name),
+    );
+    let event =
+        Event::OperationUndoing { operation: operation.clone(), step: "checkpoint".into(), error: error.into() };
+    Some(Decision::events(vec![event]).then(undo_effect(project, making)))
+}
+
+/// The undo of a checkpoint; recovery decides on it too.
+pub(super) fn undo_effect(project: &Project, making: &CheckpointOperation) -> Effect {
+    Effect::Undo {
+        operation: making.operation.clone(),
+        checkpoint: making.checkpoint,
+        runs: if project.stays_frozen() { Vec::new() } else { project.runs(project.alive_agents()) },
+    }
+}
+
+/// The checkpoint with that id is undone: cancelled before, or by the end of the daemon.
+pub(super) fn undone(project: &Project, operation: OperationId) -> Decision {
+    let Some(making) = in_progress(project, &operation) else { return Decision::default() };
+    let error = match &making.direction {
+        Direction::Undoing(error) => error.clone(),
+        Direction::Forward => Refusal::new(
+            Code::CheckpointFailed,
+            format!("the daemon exited while it was making checkpoint {}", making.checkpoint),
+        )
+        .into(),
+    };
+    Decision::events(vec![Event::CheckpointFailed { operation, error }])
+}
+
 pub(super) fn done(
     project: &Project,
     operation: OperationId,
     outcome: Result<(Box<CheckpointView>, f64), ErrorObject>,
     imported: bool,
 ) -> Decision {
-    if project.checkpointing.as_ref().is_none_or(|run| run.operation != operation) {
+    // The report of one that is being undone comes late: what it made is discarded.
+    if in_progress(project, &operation).is_none_or(|making| making.direction != Direction::Forward) {
         return Decision::default();
     }
     Decision::events(vec![match outcome {

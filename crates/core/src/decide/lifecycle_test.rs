@@ -95,6 +95,40 @@ fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
     assert!(model.world.alive.is_empty());
 }
 
+/// The undo thaws agents, which a pause that began before it would have frozen.
+#[test]
+fn nothing_begins_before_a_cancelled_checkpoint_is_undone() {
+    for crashes in [false, true] {
+        let mut model = Model::new();
+        run(&mut model, 0);
+        let operation = model.operation();
+        model.tell(Command::Checkpoint { operation: operation.clone(), trigger: Trigger::Manual }).expect("it begins");
+        model.tell(Command::Cancel { operation: operation.clone() }).expect("it is in progress");
+        model.tell(Command::Cancel { operation: operation.clone() }).expect("it is being undone");
+        let outcome = Ok((Box::new(model.view(1, &operation)), 1.0));
+        model.tell(Command::Checkpointed { operation: operation.clone(), outcome, imported: false }).expect("late");
+        let shown = crate::view::operation(&model.project).expect("it is being undone");
+        assert_eq!(shown.error.map(|error| error.data.code), Some(Code::OperationCancelled));
+        let pause = Command::Pause {
+            operation: model.operation(),
+            cause: PauseCause::Person,
+            reason: None,
+            mode: PauseMode::Freeze,
+            grace_ms: None,
+        };
+        let refusal = model.tell(pause.clone()).expect_err("a checkpoint is being undone");
+        assert_eq!(refusal.code, Code::OperationInProgress);
+        if crashes {
+            model.recover();
+        }
+        model.settle();
+        assert!(model.project.checkpointing.is_none());
+        model.tell(pause).expect("it may pause");
+        model.settle();
+        assert!(model.project.agents[&name(0)].is_frozen());
+    }
+}
+
 /// An observation that is refused would be reported again and again.
 #[test]
 fn a_late_observation_of_readiness_is_left_alone() {

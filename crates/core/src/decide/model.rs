@@ -326,7 +326,11 @@ impl Model {
                 }
                 let operation = operation.clone();
                 // A step that still ran is stopped and joined before its work is undone.
-                self.pending.retain(|e| !matches!(e, Effect::PauseStep { operation: o, .. } if *o == operation));
+                let is_its_step = |effect: &Effect| {
+                    matches!(effect, Effect::PauseStep { operation: of, .. } | Effect::Checkpoint { operation: of, .. }
+                        if *of == operation)
+                };
+                self.pending.retain(|effect| !is_its_step(effect));
                 self.freeze(&runs.clone(), false);
                 self.tell(Command::Undone { operation }).expect("not refused");
             }

@@ -5,6 +5,7 @@ use fermata_protocol::operation::OperationKind;
 use fermata_protocol::pause::{PauseCause, PauseMode, PauseResult};
 use fermata_protocol::{AgentName, Code, ErrorObject, OperationId, Refusal, UnixMillis};
 
+use super::checkpoints;
 use super::checks::{half_restored, refuse_during_operation};
 use crate::agent::AgentState;
 use crate::command::{Decision, PauseCommit, StepReport};
@@ -178,16 +179,7 @@ pub(super) fn undone(project: &Project, operation: OperationId) -> Decision {
     {
         return Decision::events(vec![Event::PauseFailed { operation, error: error.clone() }]);
     }
-    match &project.checkpointing {
-        Some(making) if making.operation == operation => {
-            let error = Refusal::new(
-                Code::CheckpointFailed,
-                format!("the daemon exited while it was making checkpoint {}", making.checkpoint),
-            );
-            Decision::events(vec![Event::CheckpointFailed { operation, error: error.into() }])
-        }
-        _ => Decision::default(),
-    }
+    checkpoints::undone(project, operation)
 }
 
 pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decision, Refusal> {
@@ -204,16 +196,8 @@ pub(super) fn cancel(project: &Project, operation: OperationId) -> Result<Decisi
             }
         };
     }
-    if let Some(making) = project.checkpointing.as_ref().filter(|making| making.operation == operation) {
-        let runs = if project.stays_frozen() { Vec::new() } else { project.runs(project.alive_agents()) };
-        let error = Refusal::new(
-            Code::OperationCancelled,
-            format!("checkpoint {} of project '{}' was cancelled", making.checkpoint, project.name),
-        );
-        // The event comes first: the report of a step that has just succeeded is ignored then, and its checkpoint discarded.
-        let failed = Event::CheckpointFailed { operation: operation.clone(), error: error.into() };
-        let undo = Effect::Undo { operation, checkpoint: making.checkpoint, runs };
-        return Ok(Decision::events(vec![failed]).then(undo));
+    if let Some(decision) = checkpoints::cancel(project, &operation) {
+        return Ok(decision);
     }
     if project.operation() == Some(&operation) {
         return Err(Refusal::new(

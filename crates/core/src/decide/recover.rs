@@ -9,7 +9,7 @@ use fermata_protocol::agent::StartCause;
 use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, RunId, UnixMillis};
 
-use super::{agents, lifecycle, pause, restore, resume, start};
+use super::{agents, checkpoints, lifecycle, pause, restore, resume, start};
 use crate::agent::{AfterStop, Agent, AgentState};
 use crate::apply::apply;
 use crate::command::{Decision, RecoveredRun, Respawn};
@@ -180,11 +180,7 @@ fn operation(next: &Project, respawn: BTreeMap<AgentName, Respawn>, unstarted: &
         ProjectState::Resting(_) => {}
     }
     if let Some(making) = &next.checkpointing {
-        decision.effects.push(Effect::Undo {
-            operation: making.operation.clone(),
-            checkpoint: making.checkpoint,
-            runs: if next.stays_frozen() { Vec::new() } else { alive() },
-        });
+        decision.effects.push(checkpoints::undo_effect(next, making));
     } else if let ProjectState::Resting(_) = &*next.state {
         // The freeze of a checkpoint beside running agents must not outlive the daemon that made it.
         let runs = alive();
