@@ -1,6 +1,6 @@
 //! What checkpoints, pauses and restores cost, as counts: files flushed and transactions committed.
 //!
-//! What they read and write is counted in `history/tests/costs.rs`.
+//! The files and objects that they read and write are counted in `crates/history/src/tests/costs.rs`.
 
 use fermata_protocol::checkpoint::CheckpointRestore;
 use fermata_protocol::pause::PauseMode;
