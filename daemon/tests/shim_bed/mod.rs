@@ -29,10 +29,10 @@ pub fn shim_program() -> PathBuf {
     path
 }
 
-/// More than anything takes on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(20);
-/// A lease that does not end within a test.
-pub const LONG: Duration = Duration::from_secs(60);
+/// When a test is taken to hang. No test waits so long for something that does not come.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+/// A lease or a grace that does not end within a test.
+pub const LONG: Duration = Duration::from_secs(600);
 /// How often a process outside the tree writes while nothing of the tree may.
 pub const BEATS: u64 = 20;
 

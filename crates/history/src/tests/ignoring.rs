@@ -128,10 +128,12 @@ proptest! {
         // Some files are tracked although a rule may ignore them.
         let all = walk(&sandbox.path());
         let files = all.iter().filter(|path| !path.is_dir() || path.is_symlink()).filter(|path| !path.starts_with(sandbox.at(".git")));
-        for (path, _) in files.zip(tracked).filter(|(_, tracked)| *tracked) {
+        let names = files.zip(tracked).filter(|(_, tracked)| *tracked).map(|(path, _)| {
             let name = path.strip_prefix(sandbox.path()).expect("it is below the workspace");
-            sandbox.git(&["--literal-pathspecs", "add", "-f", "--", name.to_str().expect("the names are UTF-8")]);
-        }
+            name.to_str().expect("the names are UTF-8")
+        });
+        let add: Vec<&str> = ["--literal-pathspecs", "add", "-f", "--"].into_iter().chain(names).collect();
+        sandbox.git(&add);
         prop_assert_eq!(shown(&covered(&sandbox, 1)), shown(&listed(&sandbox)));
     }
 }
