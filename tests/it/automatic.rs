@@ -308,7 +308,7 @@ fn the_command_line_and_the_declaration_set_them() {
         AutomaticCheckpoints { every_units: 0, every_ms: 300_000, on_phase_change: false, before_shutdown: true }
     );
     let shown = sandbox.ctl(&["status", "web"]);
-    assert!(shown.contains("of running, before the daemon ends"), "{shown}");
+    assert!(shown.contains("every 5m of run time, on daemon shutdown"), "{shown}");
     workspace.write(
         "fermata.toml",
         "[project]\nname = \"web\"\n[project.config]\nautomatic = { every_ms = \"30s\", every_units = 5 }\n\

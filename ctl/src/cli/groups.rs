@@ -376,7 +376,7 @@ pub enum DaemonCommand {
 /// Subcommands of `agent`. People who report in place of an agent name it with `--target`.
 #[derive(Debug, Subcommand)]
 pub enum AgentCommand {
-    /// ErrorReport progress.
+    /// Report progress.
     Progress {
         /// The percentage done, 0 to 100.
         #[arg(value_parser = percent)]
@@ -457,7 +457,7 @@ pub enum AgentCommand {
     /// Store or show the agent's own state, a JSON value that is part of every checkpoint.
     #[command(subcommand)]
     State(StateCommand),
-    /// ErrorReport tokens and cost since the last report.
+    /// Report tokens and cost since the last report.
     Usage {
         /// Tokens sent to the model.
         #[arg(long, value_name = "TOKENS", default_value_t = 0)]

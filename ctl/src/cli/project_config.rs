@@ -98,7 +98,7 @@ pub struct RetentionArgs {
     /// Keep safety checkpoints of restores for this long, for example 7d; 0s keeps them forever.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     pub keep_safety: Option<Duration>,
-    /// Limit the disk space of the project's checkpoints, for example 5G; 0 sets no limit.
+    /// Limit the disk space of the project's checkpoints, for example 5G; 0 means no limit.
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub max_checkpoint_bytes: Option<u64>,
 }

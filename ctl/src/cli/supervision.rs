@@ -26,7 +26,7 @@ pub struct SupervisionArgs {
     /// Maximum delay before a restart.
     #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "restart")]
     pub restart_max_delay: Option<Duration>,
-    /// Maximum number of consecutive restarts; 0 sets no limit.
+    /// Maximum number of consecutive restarts; 0 means no limit.
     #[arg(long, value_name = "N", requires = "restart")]
     pub restart_limit: Option<u32>,
     /// Restarts within this time count as consecutive.

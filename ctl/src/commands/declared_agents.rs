@@ -76,7 +76,7 @@ impl Action {
     }
 }
 
-/// AgentUp row of `up` and `down`.
+/// One row of the output of `up` and `down`.
 #[derive(Debug, Clone, Serialize)]
 pub struct ActionRow {
     pub target: Target,

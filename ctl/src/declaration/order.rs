@@ -45,7 +45,7 @@ pub fn check(
                 add(
                     at,
                     format!("agent '{agent}' waits for '{other}' to complete, but '{other}' is always restarted"),
-                    Some(format!("give '{other}' restart = \"on-error\"")),
+                    Some(format!("give '{other}' restart = \"on-failure\"")),
                 );
             }
         }

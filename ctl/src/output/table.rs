@@ -134,7 +134,7 @@ fn fit(widths: &mut [usize], limit: usize) {
     }
 }
 
-/// FieldList about one thing, one per line with aligned names.
+/// The fields of one object, one per line with aligned names.
 #[derive(Debug, Default)]
 pub struct FieldList {
     lines: Vec<(&'static str, Cell)>,

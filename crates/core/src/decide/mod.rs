@@ -33,7 +33,6 @@ use crate::project::Project;
 ///
 /// # Errors
 /// A refusal: the state does not allow the command, or the command names an object that does not exist.
-#[expect(clippy::too_many_lines, reason = "a table of all commands")]
 pub fn decide(project: &Project, command: Command, now: UnixMillis) -> Result<Decision, Refusal> {
     match command {
         Command::Set { description, phase, config } => Ok(project::set(project, description, phase, config)),
