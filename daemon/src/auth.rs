@@ -3,7 +3,7 @@
 //! A call that passed is an [`Authorised`], which only this room can make.
 
 use fermata_protocol::daemon::Role;
-use fermata_protocol::method::Call;
+use fermata_protocol::method::{Call, CallSubject, SubjectParam};
 use fermata_protocol::{Code, ProjectName, Refusal, Target};
 use sha2::{Digest as _, Sha256};
 
@@ -163,8 +163,7 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
     let denied = |why: String| Err(Refusal::new(Code::PermissionDenied, why));
     match &peer.agent {
         Some(_) => {
-            let harmless = matches!(call, Call::Hello(_) | Call::Discover(_));
-            if !harmless && info.role != Role::Agent {
+            if info.subject == CallSubject::Named {
                 return denied(format!("an agent may not call {}", info.name));
             }
         }
@@ -178,7 +177,7 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
         }
         None => {}
     }
-    if reaches_files(&call) && nix::unistd::geteuid().is_root() && peer.uid != 0 && peer.agent.is_none() {
+    if call.reaches_files() && nix::unistd::geteuid().is_root() && peer.uid != 0 && peer.agent.is_none() {
         return Err(Refusal::new(
             Code::PermissionDenied,
             format!("{} would act with the rights of root, to whom this daemon belongs", info.name),
@@ -189,49 +188,14 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
     Ok(Authorised { call })
 }
 
-/// Says whether a call runs a program or chooses, shows or writes files with the daemon's own
-/// rights, or tells something of an environment. Until agents run as their own users, a root daemon does that for root alone.
-fn reaches_files(call: &Call) -> bool {
-    match call {
-        Call::AgentRun(_)
-        | Call::ProjectCreate(_)
-        | Call::ProjectSet(_)
-        | Call::CheckpointDiff(_)
-        | Call::CheckpointRestore(_) => true,
-        // Typing into a shell runs programs.
-        Call::AgentAttach(params) => !params.read_only,
-        Call::AgentSend(_) => true,
-        Call::ProjectResume(params) => params.checkpoint.is_some(),
-        // An answer to a guess is as good as the secret, when it is short.
-        Call::AgentShow(params) => !params.env.is_empty(),
-        _ => false,
-    }
-}
-
 /// Fills in, or checks, what an agent's call is about.
 fn aim(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
-    match call {
-        Call::AgentAck(p) => agent_target(own, &mut p.target),
-        Call::AgentProgress(p) => agent_target(own, &mut p.target),
-        Call::AgentReady(p) => agent_target(own, &mut p.target),
-        Call::AgentUsage(p) => agent_target(own, &mut p.target),
-        Call::StatePut(p) => agent_target(own, &mut p.target),
-        Call::StateGet(p) => agent_target(own, &mut p.target),
-        Call::QuestionAsk(p) => agent_target(own, &mut p.target),
-        Call::ContextPut(p) => agent_target(own, &mut p.target),
-        Call::TaskPut(p) => any_target(own, &mut p.target),
-        Call::ContextList(p) => any_target(own, &mut p.target),
-        Call::ContextSearch(p) => any_target(own, &mut p.target),
-        Call::ContextFlashSave(p) => any_target(own, &mut p.target),
-        Call::QuestionWait(p) => project(own, &mut p.project),
-        Call::ContextShow(p) => project(own, &mut p.project),
-        Call::ContextPin(p) => project(own, &mut p.project),
-        Call::ContextRecall(p) => project(own, &mut p.project),
-        Call::TaskList(p) => project(own, &mut p.project),
-        Call::CheckpointCreate(p) => project(own, &mut p.project),
-        Call::ProjectShow(p) => same_project(own, &p.project),
-        Call::ProjectPause(p) => same_project(own, &p.project),
-        _ => Ok(()),
+    match call.subject() {
+        SubjectParam::Connection | SubjectParam::Named => Ok(()),
+        SubjectParam::Agent(target) => agent_target(own, target),
+        SubjectParam::AgentOrProject(target) => any_target(own, target),
+        SubjectParam::OwnProject(name) => project(own, name),
+        SubjectParam::Project(name) => same_project(own, name),
     }
 }
 

@@ -1,7 +1,18 @@
-//! The table of methods: name, parameters, result, the least role, and whether it changes anything.
+//! The table of methods: one row says everything that distinguishes a method from the others.
 //!
-//! One row per method; parsing, the client's typing, role checks and the OpenRPC document all
-//! read this table.
+//! | column | meaning |
+//! |---|---|
+//! | parameters | the type of the parameters, which names the method's variant of [`Call`] |
+//! | name | the name on the wire |
+//! | result | the type of the result |
+//! | role | the least role of a caller ([`MethodInfo::role`]) |
+//! | `Read`, `Change` | whether it changes anything, and so takes an `idempotency_key` |
+//! | files | whether it uses files or runs programs with the daemon's rights ([`FileAccess`]) |
+//! | subject | what an agent's call may be about ([`CallSubject`]) |
+//! | summary | one sentence for the OpenRPC document |
+//!
+//! Parsing, the typed client, the checks of roles and subjects, and the OpenRPC document are derived from it. A row
+//! that leaves a column out, or whose role and subject contradict each other, does not compile.
 
 use serde::de::DeserializeOwned;
 use serde::{Serialize, de::Error as _};
@@ -12,6 +23,7 @@ use crate::checkpoint::*;
 use crate::context::*;
 use crate::daemon::*;
 use crate::error::{Code, Refusal};
+use crate::ids::{ProjectName, Target};
 use crate::operation::*;
 use crate::pause::*;
 use crate::plugin::*;
@@ -32,24 +44,127 @@ pub trait Method: Serialize + DeserializeOwned {
     type Result: Serialize + DeserializeOwned;
 }
 
-/// What the table says of one method.
+/// The row of one method.
 pub struct MethodInfo {
     /// The name on the wire.
     pub name: &'static str,
     /// One sentence.
     pub summary: &'static str,
-    /// The least role that may call it; `Agent` methods concern the caller's own agent.
+    /// The least role that may call it. `Agent` methods are open to agents, and to people from `Operator` on.
     pub role: Role,
     /// Whether it changes anything, and so takes an `idempotency_key`.
     pub mutating: bool,
+    pub files: FileAccess,
+    pub subject: CallSubject,
     /// The schema of the parameters.
     pub params: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
     /// The schema of the result.
     pub result: fn(&mut schemars::SchemaGenerator) -> schemars::Schema,
 }
 
+/// Whether a method runs a program, chooses, shows or writes files with the daemon's own rights, or reveals something
+/// of an environment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FileAccess {
+    Never,
+    Always,
+    /// Depending on the parameters: [`Call::reaches_files`].
+    When,
+}
+
+/// What a method is about: it decides whether an agent may call it, and for which agent or project.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CallSubject {
+    /// The connection itself: any peer may call it.
+    Connection,
+    /// What the parameters name, whatever that is: no agent may call it.
+    Named,
+    /// One agent; the caller itself when an agent leaves it out.
+    Agent,
+    /// A project or one of its agents; the caller itself when an agent leaves it out.
+    AgentOrProject,
+    /// A project; the caller's own when an agent leaves it out.
+    OwnProject,
+    /// A project, which the parameters always name.
+    Project,
+}
+
+impl CallSubject {
+    /// Says whether a method of this role may have this subject.
+    const fn suits(self, role: Role) -> bool {
+        match self {
+            Self::Connection => true,
+            Self::Named => !matches!(role, Role::Agent),
+            Self::Agent | Self::AgentOrProject | Self::OwnProject | Self::Project => matches!(role, Role::Agent),
+        }
+    }
+}
+
+/// The [`CallSubject`] of one call: the parameter that names it.
+#[derive(Debug)]
+pub enum SubjectParam<'a> {
+    Connection,
+    Named,
+    Agent(&'a mut Option<Target>),
+    AgentOrProject(&'a mut Option<Target>),
+    OwnProject(&'a mut Option<ProjectName>),
+    Project(&'a ProjectName),
+}
+
+macro_rules! mutating {
+    (Read) => {
+        false
+    };
+    (Change) => {
+        true
+    };
+}
+
+macro_rules! reaches_files {
+    ($params:ident, Never) => {{
+        let _ = $params;
+        false
+    }};
+    ($params:ident, Always) => {{
+        let _ = $params;
+        true
+    }};
+    ($params:ident, When, $when:expr) => {
+        holds($params, $when)
+    };
+}
+
+/// Gives the closure of a row the type of the row's parameters.
+fn holds<P>(params: &P, when: impl FnOnce(&P) -> bool) -> bool {
+    when(params)
+}
+
+macro_rules! subject_param {
+    ($params:ident, Connection) => {{
+        let _ = $params;
+        SubjectParam::Connection
+    }};
+    ($params:ident, Named) => {{
+        let _ = $params;
+        SubjectParam::Named
+    }};
+    ($params:ident, Agent) => {
+        SubjectParam::Agent(&mut $params.target)
+    };
+    ($params:ident, AgentOrProject) => {
+        SubjectParam::AgentOrProject(&mut $params.target)
+    };
+    ($params:ident, OwnProject) => {
+        SubjectParam::OwnProject(&mut $params.project)
+    };
+    ($params:ident, Project) => {
+        SubjectParam::Project(&$params.project)
+    };
+}
+
 macro_rules! methods {
-    ($($params:ident => $name:literal, $result:ty, $role:ident, $mutating:literal, $summary:literal;)*) => {
+    ($($params:ident => $name:literal, $result:ty, $role:ident, $access:ident,
+       $files:ident $(($when:expr))?, $subject:ident, $summary:literal;)*) => {
         /// A call with its parameters, checked for shape but not yet for permission.
         #[derive(Debug, Clone, PartialEq)]
         pub enum Call {
@@ -81,6 +196,16 @@ macro_rules! methods {
             pub fn info(&self) -> &'static MethodInfo {
                 match self { $(Call::$params(_) => &infos::$params,)* }
             }
+
+            /// Says whether this call uses files or runs programs with the daemon's own rights, as [`FileAccess`] says.
+            pub fn reaches_files(&self) -> bool {
+                match self { $(Call::$params(params) => reaches_files!(params, $files $(, $when)?),)* }
+            }
+
+            /// Returns the parameter that names what the call is about.
+            pub fn subject(&mut self) -> SubjectParam<'_> {
+                match self { $(Call::$params(params) => subject_param!(params, $subject),)* }
+            }
         }
 
         #[allow(non_upper_case_globals)]
@@ -90,11 +215,15 @@ macro_rules! methods {
                 name: $name,
                 summary: $summary,
                 role: Role::$role,
-                mutating: $mutating,
+                mutating: mutating!($access),
+                files: FileAccess::$files,
+                subject: CallSubject::$subject,
                 params: |g| g.subschema_for::<super::$params>(),
                 result: |g| g.subschema_for::<$result>(),
             };)*
         }
+
+        $(const _: () = assert!(CallSubject::$subject.suits(Role::$role), $name);)*
 
         /// Every method, in the order of the documentation.
         pub static METHODS: &[&MethodInfo] = &[$(&infos::$params),*];
@@ -102,76 +231,76 @@ macro_rules! methods {
 }
 
 methods! {
-    Hello => "hello", HelloResult, Reader, false, "Agrees on a protocol version and tells the peer its role.";
-    Discover => "rpc.discover", Value, Reader, false, "Returns the OpenRPC description of the protocol.";
-    DaemonStatus => "daemon.status", DaemonStatusResult, Reader, false, "Shows the daemon.";
-    DaemonReload => "daemon.reload", DaemonReloadResult, Admin, true, "Reads the configuration again.";
-    ProjectCreate => "project.create", ProjectView, Operator, true, "Creates a project.";
-    ProjectSet => "project.set", ProjectView, Operator, true, "Changes a project's description, phase or settings.";
-    ProjectList => "project.list", ProjectListResult, Reader, false, "Lists the projects.";
-    ProjectShow => "project.show", ProjectDetail, Agent, false, "Shows a project with its agents.";
-    ProjectRemove => "project.remove", Done, Operator, true, "Removes a project whose agents have ended.";
-    ProjectPause => "project.pause", PauseResult, Agent, true, "Pauses a project: quiesce, freeze, flash save, checkpoint, one commit.";
-    ProjectResume => "project.resume", ResumeResult, Operator, true, "Resumes a project: thaw, or start again.";
-    AgentRun => "agent.run", AgentView, Operator, true, "Starts an agent.";
-    AgentList => "agent.list", AgentListResult, Reader, false, "Lists the agents.";
-    AgentShow => "agent.show", AgentDetail, Operator, false, "Shows how an agent is started, and compares its environment with a given one.";
-    AgentStop => "agent.stop", AgentListResult, Operator, true, "Stops agents: SIGTERM, grace, SIGKILL to the whole tree.";
-    AgentKill => "agent.kill", AgentListResult, Operator, true, "Kills agents' whole trees, or sends a signal to their main process.";
-    AgentRestart => "agent.restart", AgentView, Operator, true, "Stops an agent and starts it again.";
-    AgentRemove => "agent.remove", Done, Operator, true, "Removes an agent that has ended.";
-    AgentWait => "agent.wait", AgentView, Reader, false, "Waits until an agent has ended.";
-    AgentLogs => "agent.logs", AgentLogsResult, Operator, false, "Reads an agent's output.";
-    AgentAttach => "agent.attach", AgentAttachResult, Operator, false, "Shows an agent's terminal on this connection, and lets one connection type into it.";
-    AgentInput => "agent.input", TypedResult, Operator, false, "Types into the terminal of an attachment.";
-    AgentResize => "agent.resize", Done, Operator, false, "Gives the terminal of an attachment another size.";
-    AgentDetach => "agent.detach", Done, Operator, false, "Ends an attachment; the agent goes on.";
-    AgentSend => "agent.send", TypedResult, Operator, true, "Types into an agent's terminal without attaching to it.";
-    AgentListen => "agent.listen", Done, Agent, false, "Makes this connection the agent's channel for pause requests.";
-    AgentAck => "agent.ack", Done, Agent, true, "Acknowledges a pause request.";
-    AgentProgress => "agent.progress", Done, Agent, true, "Reports progress.";
-    AgentReady => "agent.ready", Done, Agent, true, "Reports that the agent is ready for those that depend on it.";
-    AgentResume => "agent.resume", AgentView, Operator, true, "Brings back an agent that timed out, was interrupted, failed or was stopped: by its resume command, with the last checkpoint's context.";
-    AgentUsage => "agent.usage", Done, Agent, true, "Reports tokens and cost.";
-    StatePut => "state.put", Done, Agent, true, "Saves the agent's own state blob.";
-    StateGet => "state.get", StateGetResult, Agent, false, "Returns the agent's own state blob.";
-    TaskPut => "task.put", TaskView, Agent, true, "Creates or changes a task.";
-    TaskList => "task.list", TaskListResult, Agent, false, "Lists the tasks of a project.";
-    QuestionAsk => "question.ask", QuestionView, Agent, true, "Asks a person.";
-    QuestionWait => "question.wait", QuestionView, Agent, false, "Waits for an answer.";
-    QuestionList => "question.list", QuestionListResult, Reader, false, "Lists questions.";
-    QuestionAnswer => "question.answer", QuestionView, Operator, true, "Answers a question.";
-    ContextPut => "context.put", ContextPutResult, Agent, true, "Adds context items.";
-    ContextList => "context.list", ContextListResult, Agent, false, "Lists context items.";
-    ContextShow => "context.show", ContextItem, Agent, true, "Shows a context item whole and counts the access.";
-    ContextPin => "context.pin", Done, Agent, true, "Pins or unpins a context item.";
-    ContextSearch => "context.search", ContextListResult, Agent, false, "Searches the context, archived items included.";
-    ContextRecall => "context.recall", Done, Agent, true, "Brings archived context items back.";
-    ContextFlashSave => "context.flash_save", FlashSaveResult, Agent, true, "Re-scores, re-tiers and archives the cold items.";
-    CheckpointCreate => "checkpoint.create", CheckpointCreateResult, Agent, true, "Makes a checkpoint.";
-    CheckpointList => "checkpoint.list", CheckpointListResult, Reader, false, "Lists checkpoints.";
-    CheckpointShow => "checkpoint.show", CheckpointDetail, Reader, false, "Shows a checkpoint with its parts and what it left out.";
-    CheckpointDiff => "checkpoint.diff", CheckpointDiffResult, Operator, false, "Compares a checkpoint with another or with the workspace.";
-    CheckpointRestore => "checkpoint.restore", CheckpointRestoreResult, Operator, true, "Restores a checkpoint after taking a safety checkpoint.";
-    CheckpointVerify => "checkpoint.verify", CheckpointVerifyResult, Operator, false, "Rehashes every part of checkpoints.";
-    CheckpointRemove => "checkpoint.remove", CheckpointRemoveResult, Operator, true, "Removes checkpoints.";
-    CheckpointPrune => "checkpoint.prune", CheckpointRemoveResult, Operator, true, "Removes the checkpoints that the retention, or given bounds, no longer keep.";
-    CheckpointPin => "checkpoint.pin", CheckpointView, Operator, true, "Pins or unpins a checkpoint.";
-    CheckpointExport => "checkpoint.export", CheckpointExportResult, Operator, false, "Makes one file of a checkpoint, to be read with checkpoint.download.";
-    CheckpointDownload => "checkpoint.download", CheckpointDownloadResult, Operator, false, "Reads a piece of the file that checkpoint.export has made on this connection.";
-    CheckpointUpload => "checkpoint.upload", CheckpointUploadResult, Operator, false, "Sends a piece of a file for checkpoint.import on this connection.";
-    CheckpointImport => "checkpoint.import", CheckpointCreateResult, Operator, true, "Makes a checkpoint of the file that was sent with checkpoint.upload.";
-    CheckpointConsolidate => "checkpoint.consolidate", CheckpointConsolidateResult, Operator, true, "Writes many packs of a project's history as one.";
-    OperationList => "operation.list", OperationListResult, Reader, false, "Lists operations.";
-    OperationShow => "operation.show", OperationView, Reader, false, "Shows an operation.";
-    OperationCancel => "operation.cancel", OperationView, Operator, true, "Cancels an operation and undoes it.";
-    EventsSubscribe => "events.subscribe", EventsSubscribeResult, Reader, false, "Sends events from a cursor on, without gap.";
-    EventsUnsubscribe => "events.unsubscribe", Done, Reader, false, "Ends a subscription.";
-    EventsList => "events.list", EventsListResult, Reader, false, "Lists events from a cursor on.";
-    PluginList => "plugin.list", PluginListResult, Reader, false, "Lists plugins.";
-    PluginReload => "plugin.reload", PluginListResult, Admin, true, "Picks up new, changed and removed plugins.";
-    PluginEnable => "plugin.enable", PluginListResult, Admin, true, "Switches a plugin on or off.";
-    PluginCheck => "plugin.check", PluginCheckResult, Admin, false, "Loads a shared object in a host of its own and describes it.";
+    Hello => "hello", HelloResult, Reader, Read, Never, Connection, "Agrees on a protocol version and tells the peer its role.";
+    Discover => "rpc.discover", Value, Reader, Read, Never, Connection, "Returns the OpenRPC description of the protocol.";
+    DaemonStatus => "daemon.status", DaemonStatusResult, Reader, Read, Never, Named, "Shows the status of the daemon.";
+    DaemonReload => "daemon.reload", DaemonReloadResult, Admin, Change, Never, Named, "Reads the configuration again.";
+    ProjectCreate => "project.create", ProjectView, Operator, Change, Always, Named, "Creates a project.";
+    ProjectSet => "project.set", ProjectView, Operator, Change, Always, Named, "Changes a project's description, phase or settings.";
+    ProjectList => "project.list", ProjectListResult, Reader, Read, Never, Named, "Lists the projects.";
+    ProjectShow => "project.show", ProjectDetail, Agent, Read, Never, Project, "Shows a project with its agents.";
+    ProjectRemove => "project.remove", Done, Operator, Change, Never, Named, "Removes a project whose agents have ended.";
+    ProjectPause => "project.pause", PauseResult, Agent, Change, Never, Project, "Pauses a project: quiesce, freeze, flash save, checkpoint, one commit.";
+    ProjectResume => "project.resume", ResumeResult, Operator, Change, When(|params| params.checkpoint.is_some()), Named, "Resumes a project: thaws its agents, or starts them again.";
+    AgentRun => "agent.run", AgentView, Operator, Change, Always, Named, "Starts an agent.";
+    AgentList => "agent.list", AgentListResult, Reader, Read, Never, Named, "Lists the agents.";
+    AgentShow => "agent.show", AgentDetail, Operator, Read, When(|params| !params.env.is_empty()), Named, "Shows how an agent is started, and which of the given variables differ from its environment.";
+    AgentStop => "agent.stop", AgentListResult, Operator, Change, Never, Named, "Stops agents: SIGTERM to the whole tree, and SIGKILL after the grace.";
+    AgentKill => "agent.kill", AgentListResult, Operator, Change, Never, Named, "Kills the whole trees of agents, or sends a signal to their main processes.";
+    AgentRestart => "agent.restart", AgentView, Operator, Change, Never, Named, "Stops an agent and starts it again.";
+    AgentRemove => "agent.remove", Done, Operator, Change, Never, Named, "Removes an agent that has ended.";
+    AgentWait => "agent.wait", AgentView, Reader, Read, Never, Named, "Waits until an agent has ended.";
+    AgentLogs => "agent.logs", AgentLogsResult, Operator, Read, Never, Named, "Reads an agent's output.";
+    AgentAttach => "agent.attach", AgentAttachResult, Operator, Read, When(|params| !params.read_only), Named, "Shows an agent's terminal on this connection, and lets one connection type into it.";
+    AgentInput => "agent.input", TypedResult, Operator, Read, Never, Named, "Types into the terminal of an attachment.";
+    AgentResize => "agent.resize", Done, Operator, Read, Never, Named, "Changes the size of the terminal of an attachment.";
+    AgentDetach => "agent.detach", Done, Operator, Read, Never, Named, "Ends an attachment; the agent runs on.";
+    AgentSend => "agent.send", TypedResult, Operator, Change, Always, Named, "Types into an agent's terminal without attaching to it.";
+    AgentListen => "agent.listen", Done, Agent, Read, Never, Connection, "Makes this connection the agent's channel for pause requests.";
+    AgentAck => "agent.ack", Done, Agent, Change, Never, Agent, "Acknowledges a pause request.";
+    AgentProgress => "agent.progress", Done, Agent, Change, Never, Agent, "Reports progress.";
+    AgentReady => "agent.ready", Done, Agent, Change, Never, Agent, "Reports that the agent is ready for the agents that depend on it.";
+    AgentResume => "agent.resume", AgentView, Operator, Change, Never, Named, "Starts an agent that timed out, was interrupted, failed or was stopped again: by its resume command, with the context of the last checkpoint.";
+    AgentUsage => "agent.usage", Done, Agent, Change, Never, Agent, "Reports tokens and cost.";
+    StatePut => "state.put", Done, Agent, Change, Never, Agent, "Saves the agent's own JSON state.";
+    StateGet => "state.get", StateGetResult, Agent, Read, Never, Agent, "Returns the agent's own JSON state.";
+    TaskPut => "task.put", TaskView, Agent, Change, Never, AgentOrProject, "Creates or changes a task.";
+    TaskList => "task.list", TaskListResult, Agent, Read, Never, OwnProject, "Lists the tasks of a project.";
+    QuestionAsk => "question.ask", QuestionView, Agent, Change, Never, Agent, "Asks a person a question.";
+    QuestionWait => "question.wait", QuestionView, Agent, Read, Never, OwnProject, "Waits for an answer.";
+    QuestionList => "question.list", QuestionListResult, Reader, Read, Never, Named, "Lists questions.";
+    QuestionAnswer => "question.answer", QuestionView, Operator, Change, Never, Named, "Answers a question.";
+    ContextPut => "context.put", ContextPutResult, Agent, Change, Never, Agent, "Adds context items.";
+    ContextList => "context.list", ContextListResult, Agent, Read, Never, AgentOrProject, "Lists context items.";
+    ContextShow => "context.show", ContextItem, Agent, Change, Never, OwnProject, "Shows the whole text of a context item and counts the access.";
+    ContextPin => "context.pin", Done, Agent, Change, Never, OwnProject, "Pins or unpins a context item.";
+    ContextSearch => "context.search", ContextListResult, Agent, Read, Never, AgentOrProject, "Searches the context, archived items included.";
+    ContextRecall => "context.recall", Done, Agent, Change, Never, OwnProject, "Restores archived context items.";
+    ContextFlashSave => "context.flash_save", FlashSaveResult, Agent, Change, Never, AgentOrProject, "Scores all context items anew and archives the cold ones.";
+    CheckpointCreate => "checkpoint.create", CheckpointCreateResult, Agent, Change, Never, OwnProject, "Makes a checkpoint.";
+    CheckpointList => "checkpoint.list", CheckpointListResult, Reader, Read, Never, Named, "Lists checkpoints.";
+    CheckpointShow => "checkpoint.show", CheckpointDetail, Reader, Read, Never, Named, "Shows a checkpoint with its parts and the paths that it skipped.";
+    CheckpointDiff => "checkpoint.diff", CheckpointDiffResult, Operator, Read, Always, Named, "Compares a checkpoint with another or with the workspace.";
+    CheckpointRestore => "checkpoint.restore", CheckpointRestoreResult, Operator, Change, Always, Named, "Restores a checkpoint after taking a safety checkpoint.";
+    CheckpointVerify => "checkpoint.verify", CheckpointVerifyResult, Operator, Read, Never, Named, "Rehashes every part of checkpoints.";
+    CheckpointRemove => "checkpoint.remove", CheckpointRemoveResult, Operator, Change, Never, Named, "Removes checkpoints.";
+    CheckpointPrune => "checkpoint.prune", CheckpointRemoveResult, Operator, Change, Never, Named, "Removes the checkpoints that the retention policy, or the given bounds, no longer keep.";
+    CheckpointPin => "checkpoint.pin", CheckpointView, Operator, Change, Never, Named, "Pins or unpins a checkpoint.";
+    CheckpointExport => "checkpoint.export", CheckpointExportResult, Operator, Read, Never, Named, "Exports a checkpoint as one file, to be read with checkpoint.download.";
+    CheckpointDownload => "checkpoint.download", CheckpointDownloadResult, Operator, Read, Never, Named, "Reads a piece of the file that checkpoint.export has made for this connection.";
+    CheckpointUpload => "checkpoint.upload", CheckpointUploadResult, Operator, Read, Never, Named, "Sends a piece of a file for checkpoint.import on this connection.";
+    CheckpointImport => "checkpoint.import", CheckpointCreateResult, Operator, Change, Never, Named, "Imports the file that was sent with checkpoint.upload as a checkpoint.";
+    CheckpointConsolidate => "checkpoint.consolidate", CheckpointConsolidateResult, Operator, Change, Never, Named, "Merges the packs of a project's history into one.";
+    OperationList => "operation.list", OperationListResult, Reader, Read, Never, Named, "Lists operations.";
+    OperationShow => "operation.show", OperationView, Reader, Read, Never, Named, "Shows an operation.";
+    OperationCancel => "operation.cancel", OperationView, Operator, Change, Never, Named, "Cancels an operation and undoes its steps.";
+    EventsSubscribe => "events.subscribe", EventsSubscribeResult, Reader, Read, Never, Named, "Sends all events after a cursor, without a gap.";
+    EventsUnsubscribe => "events.unsubscribe", Done, Reader, Read, Never, Named, "Ends a subscription.";
+    EventsList => "events.list", EventsListResult, Reader, Read, Never, Named, "Lists the events after a cursor.";
+    PluginList => "plugin.list", PluginListResult, Reader, Read, Never, Named, "Lists plugins.";
+    PluginReload => "plugin.reload", PluginListResult, Admin, Change, Never, Named, "Loads new and changed plugins and unloads removed ones.";
+    PluginEnable => "plugin.enable", PluginListResult, Admin, Change, Never, Named, "Switches a plugin on or off.";
+    PluginCheck => "plugin.check", PluginCheckResult, Admin, Read, Never, Named, "Loads a shared object in a host process of its own and describes it.";
 }
 
 fn read<P: DeserializeOwned>(method: &str, params: Map<String, Value>) -> Result<P, Refusal> {
