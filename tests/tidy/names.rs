@@ -219,7 +219,6 @@ const NOT_YET_RENAMED: &[(&str, &[&str])] = &[
         ],
     ),
     ("os", &["Look", "held"]),
-    ("protocol", &["Standing"]),
     (
         "shim",
         &[

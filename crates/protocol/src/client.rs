@@ -103,9 +103,9 @@ impl Client {
     pub fn hello(&mut self) -> Result<&HelloResult, ClientError> {
         while self.is_hello_awaited() {
             match self.whole_message()? {
-                Some(Message::Notification(notification)) => self.notifications.push_back(notification),
+                Some(ServerMessage::Notification(notification)) => self.notifications.push_back(notification),
                 // The connection was refused before the greeting was read.
-                Some(Message::Response(response)) => drop(outcome::<Value>(Hello::NAME, response)?),
+                Some(ServerMessage::Response(response)) => drop(outcome::<Value>(Hello::NAME, response)?),
                 None if self.is_hello_awaited() => self.read_some()?,
                 None => {}
             }
@@ -184,11 +184,11 @@ impl Client {
         let id = self.send(method, &params)?;
         loop {
             match self.read_message()? {
-                Message::Notification(notification) => {
+                ServerMessage::Notification(notification) => {
                     watch(&notification);
                     self.notifications.push_back(notification);
                 }
-                Message::Response(response) => {
+                ServerMessage::Response(response) => {
                     if response.id.as_u64() != Some(id) && !response.id.is_null() {
                         continue;
                     }
@@ -203,10 +203,11 @@ impl Client {
     /// # Errors
     /// A broken connection.
     pub fn begin<M: Method>(&mut self, params: &M) -> Result<u64, ClientError> {
-        match serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))? {
-            Value::Object(params) => self.send(M::NAME, &params),
-            _ => Err(ClientError::Garbled("parameters are not an object".into())),
-        }
+        let Value::Object(params) = serde_json::to_value(params).map_err(|e| ClientError::Garbled(e.to_string()))?
+        else {
+            return Err(ClientError::Garbled("parameters are not an object".into()));
+        };
+        self.send(M::NAME, &params)
     }
 
     /// Takes the next message that is there; reads at most once, so that it does not wait when the
@@ -229,8 +230,8 @@ impl Client {
             }
         };
         Ok(Some(match message {
-            Message::Notification(notification) => Incoming::Notification(notification),
-            Message::Response(response) => {
+            ServerMessage::Notification(notification) => Incoming::Notification(notification),
+            ServerMessage::Response(response) => {
                 Incoming::Answer(response.id.as_u64().unwrap_or_default(), outcome("a request", response))
             }
         }))
@@ -275,7 +276,7 @@ impl Client {
             if let Some(notification) = self.notifications.pop_front() {
                 return Ok(notification);
             }
-            if let Message::Notification(notification) = self.read_message()? {
+            if let ServerMessage::Notification(notification) = self.read_message()? {
                 return Ok(notification);
             }
         }
@@ -289,7 +290,7 @@ impl Client {
         self.stream.set_read_timeout(timeout)
     }
 
-    fn read_message(&mut self) -> Result<Message, ClientError> {
+    fn read_message(&mut self) -> Result<ServerMessage, ClientError> {
         loop {
             if let Some(message) = self.whole_message()? {
                 return Ok(message);
@@ -299,10 +300,12 @@ impl Client {
     }
 
     /// Takes the next message out of what was read, but for the answer to the greeting.
-    fn whole_message(&mut self) -> Result<Option<Message>, ClientError> {
+    fn whole_message(&mut self) -> Result<Option<ServerMessage>, ClientError> {
         loop {
             match (self.whole_line()?, &self.greeting) {
-                (Some(Message::Response(response)), Greeting::Awaited(id)) if response.id.as_u64() == Some(*id) => {
+                (Some(ServerMessage::Response(response)), Greeting::Awaited(id))
+                    if response.id.as_u64() == Some(*id) =>
+                {
                     self.greeting = Greeting::Answered(outcome(Hello::NAME, response)?);
                     self.stream.set_read_timeout(None).map_err(ClientError::Broken)?;
                 }
@@ -311,14 +314,16 @@ impl Client {
         }
     }
 
-    fn whole_line(&mut self) -> Result<Option<Message>, ClientError> {
+    fn whole_line(&mut self) -> Result<Option<ServerMessage>, ClientError> {
         let line = self.lines.next_line().map_err(|e| ClientError::Garbled(e.to_string()))?;
         let Some(line) = line else { return Ok(None) };
         let garbled = |e: serde_json::Error| ClientError::Garbled(e.to_string());
         let reply: Reply = serde_json::from_slice(&line).map_err(garbled)?;
         match reply.method {
-            Some(_) => serde_json::from_slice(&line).map(|value| Some(Message::Notification(value))).map_err(garbled),
-            None => Ok(Some(Message::Response(reply))),
+            Some(_) => {
+                serde_json::from_slice(&line).map(|value| Some(ServerMessage::Notification(value))).map_err(garbled)
+            }
+            None => Ok(Some(ServerMessage::Response(reply))),
         }
     }
 
@@ -374,7 +379,7 @@ pub enum Incoming {
     Answer(u64, Result<Value, ClientError>),
 }
 
-enum Message {
+enum ServerMessage {
     Response(Reply),
     Notification(Notification),
 }

@@ -263,7 +263,7 @@ pub struct BrokenView {
 
 /// How far a look at a workspace has come that is taken while agents run, for instance the first one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct LookView {
+pub struct ScanProgress {
     /// The part that is under way: `scan`, `read`, `trees`, `pack`.
     pub step: String,
     /// How much of it is done.
@@ -313,7 +313,7 @@ pub struct ProjectView {
     pub disk_bytes: Option<u64>,
     /// A look at the workspace that is under way.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub look: Option<LookView>,
+    pub look: Option<ScanProgress>,
 }
 
 /// A project as `project.show` shows it.

@@ -52,7 +52,7 @@ impl Request {
                     "batches are not supported: send one request object per line".into(),
                 ));
             }
-            _ => {
+            Value::Null | Value::Bool(_) | Value::Number(_) | Value::String(_) => {
                 return Err(bad(Value::Null, Code::InvalidRequest, "a request is a JSON object".into()));
             }
         };

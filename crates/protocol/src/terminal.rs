@@ -101,13 +101,13 @@ pub struct AgentAttachResult {
     /// The size of the agent's terminal.
     pub size: TerminalSize,
     /// Whether the agent can run.
-    pub standing: Standing,
+    pub standing: InputState,
 }
 
 /// Whether what is typed can reach the agent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", tag = "is")]
-pub enum Standing {
+pub enum InputState {
     /// It runs.
     Running,
     /// A signal stopped it, for instance by Ctrl-Z: `agent.kill` with `CONT` lets it go on.
@@ -204,7 +204,8 @@ pub enum Notice {
         by: String,
     },
     /// The agent stands otherwise than before.
-    Standing(Standing),
+    #[serde(rename = "standing")]
+    InputState(InputState),
 }
 
 /// Parameters of a `$/attach.end` notification: the run has ended.
@@ -231,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_notice_has_one_shape() {
-        let notice = AttachNotice { attachment: 3, notice: Notice::Standing(Standing::Held) };
+        let notice = AttachNotice { attachment: 3, notice: Notice::InputState(InputState::Held) };
         let text = serde_json::to_string(&notice).expect("serialises");
         assert_eq!(text, r#"{"attachment":3,"notice":"standing","data":{"is":"held"}}"#);
         assert_eq!(serde_json::from_str::<AttachNotice>(&text).expect("reads"), notice);

@@ -9,7 +9,7 @@ use fermata_protocol::client::{ClientError, Incoming};
 use fermata_protocol::rpc::Notification;
 use fermata_protocol::terminal::{
     AgentAttach, AgentAttachResult, AgentDetach, AgentInput, AgentResize, AttachEnd, AttachNotice, AttachOutput, Bytes,
-    MAX_INPUT_BYTES, Notice, Standing, TypedResult,
+    InputState, MAX_INPUT_BYTES, Notice, TypedResult,
 };
 use fermata_protocol::{Code, Refusal, Target};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -177,7 +177,7 @@ impl AttachedTerminal<'_> {
             (Some(by), _) => {
                 format!("watching {}, {by} has the input; {} detaches, --steal takes over", self.target, self.keys_name)
             }
-            (None, Standing::Running) => format!("attached to {}; {} detaches", self.target, self.keys_name),
+            (None, InputState::Running) => format!("attached to {}; {} detaches", self.target, self.keys_name),
             (None, run_state) => run_state_text(self.target, run_state),
         };
         self.terminal.show_message(&message).map_err(CommandError::from)
@@ -333,7 +333,7 @@ impl AttachedTerminal<'_> {
                         self.typed.clear();
                         format!("{by} has taken over the input of {}; {} detaches", self.target, self.keys_name)
                     }
-                    Notice::Standing(run_state) => run_state_text(self.target, run_state),
+                    Notice::InputState(run_state) => run_state_text(self.target, run_state),
                 };
                 self.terminal.show_message(&text)?;
             }
@@ -431,12 +431,12 @@ fn refusal_text(refusal: &Refusal) -> String {
     }
 }
 
-fn run_state_text(target: &Target, run_state: Standing) -> String {
+fn run_state_text(target: &Target, run_state: InputState) -> String {
     match run_state {
-        Standing::Running => format!("{target} is running"),
-        Standing::Suspended { .. } => {
+        InputState::Running => format!("{target} is running"),
+        InputState::Suspended { .. } => {
             format!("{target} is suspended; continue with: fermatactl kill -s CONT {target}")
         }
-        Standing::Held => format!("{target} is paused; resume with: fermatactl resume {}", target.project),
+        InputState::Held => format!("{target} is paused; resume with: fermatactl resume {}", target.project),
     }
 }

@@ -8,7 +8,7 @@ use fermata_protocol::budget::{Budget, Usage};
 use fermata_protocol::context::ContextSummary;
 use fermata_protocol::daemon::DaemonStatus;
 use fermata_protocol::project::{
-    AutomaticCheckpoints, LookView, PauseView, ProjectDetail, ProjectList, ProjectShow, ProjectView,
+    AutomaticCheckpoints, PauseView, ProjectDetail, ProjectList, ProjectShow, ProjectView, ScanProgress,
 };
 use serde_json::json;
 
@@ -186,8 +186,8 @@ pub fn project_table(out: &Printer, projects: &[ProjectView]) -> TextTable {
 }
 
 /// Formats the progress of a workspace scan.
-fn scan_progress(scan: &LookView) -> String {
-    let LookView { step, done, total, unit } = scan;
+fn scan_progress(scan: &ScanProgress) -> String {
+    let ScanProgress { step, done, total, unit } = scan;
     match total {
         0 => step.clone(),
         _ => format!("{step}, {} of {} {unit}", number(*done), number(*total)),

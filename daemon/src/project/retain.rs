@@ -13,7 +13,7 @@ use fermata_core::command::Command;
 use fermata_core::retention::{self, Removal, RemovalRequest, RetentionCandidate};
 use fermata_protocol::CheckpointNumber;
 use fermata_protocol::event::Event;
-use fermata_protocol::project::LookView;
+use fermata_protocol::project::ScanProgress;
 use fermata_protocol::retention::{CheckpointRemoveResult, RemovalReason, RemovedCheckpoint};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
@@ -63,7 +63,7 @@ impl ProjectHandle {
     }
 
     /// Returns how far a look at the workspace has come that is under way while agents run.
-    pub fn look_under_way(&self) -> Option<LookView> {
+    pub fn look_under_way(&self) -> Option<ScanProgress> {
         self.history.look_under_way()
     }
 }

@@ -19,7 +19,7 @@ use fermata_protocol::rpc::Notification;
 use fermata_protocol::supervision::TerminalSize;
 use fermata_protocol::terminal::{
     AgentAttach, AgentAttachResult, AgentDetach, AgentInput, AgentResize, AgentSend, AttachEnd, AttachNotice,
-    AttachOutput, AttachScreen, MAX_INPUT_BYTES, MAX_TERMINAL_SIDE, Notice, Standing, TypedResult,
+    AttachOutput, AttachScreen, InputState, MAX_INPUT_BYTES, MAX_TERMINAL_SIDE, Notice, TypedResult,
 };
 use fermata_protocol::{AgentName, Code, Refusal, RunId, Target};
 use serde::Serialize;
@@ -178,7 +178,7 @@ fn not_running(target: &Target, agent: &Agent) -> Refusal {
 }
 
 /// Says what keeps an agent from reading what is typed.
-fn standing(project: &Project, agent: &AgentName) -> Standing {
+fn standing(project: &Project, agent: &AgentName) -> InputState {
     match &*project.state {
         ProjectState::Resting(_) => {}
         ProjectState::Pausing(_)
@@ -186,11 +186,11 @@ fn standing(project: &Project, agent: &AgentName) -> Standing {
         | ProjectState::Resuming(_)
         | ProjectState::Restoring(_)
         | ProjectState::Broken(_) => {
-            return Standing::Held;
+            return InputState::Held;
         }
     }
     let run = project.agents.get(agent).and_then(|agent| agent.run());
-    run.and_then(|run| run.suspended_at).map_or(Standing::Running, |since| Standing::Suspended { since })
+    run.and_then(|run| run.suspended_at).map_or(InputState::Running, |since| InputState::Suspended { since })
 }
 
 fn failed(target: &Target, error: LinkError) -> Failure {
@@ -282,7 +282,7 @@ struct Show {
     token: CancellationToken,
     agent: AgentName,
     handle: ProjectHandle,
-    standing: Standing,
+    standing: InputState,
 }
 
 enum News {
@@ -326,7 +326,7 @@ impl Show {
                         continue;
                     }
                     self.standing = now;
-                    self.notice(Notice::Standing(now)).await
+                    self.notice(Notice::InputState(now)).await
                 }
                 News::Replaced => {
                     let by = replaced.borrow_and_update().clone();
@@ -406,7 +406,7 @@ pub(super) async fn input(connection: &Arc<Connection>, params: AgentInput) -> R
     let attachment = attachment(connection, params.attachment)?;
     let handle = connection.daemon.projects.get(&attachment.target.project)?;
     let agent = attachment.target.agent.clone();
-    let is_held = move || agent.as_ref().is_some_and(|agent| standing(&handle.look(), agent) == Standing::Held);
+    let is_held = move || agent.as_ref().is_some_and(|agent| standing(&handle.look(), agent) == InputState::Held);
     if is_held() {
         return Err(held(&attachment.target).into());
     }
@@ -502,7 +502,7 @@ pub(super) async fn send(
             .details(json!({ "writer": by }))
             .into());
     }
-    let is_held = || standing(&handle.look(), &agent) == Standing::Held;
+    let is_held = || standing(&handle.look(), &agent) == InputState::Held;
     if is_held() {
         return Err(held(&target).into());
     }

@@ -41,7 +41,7 @@ use std::time::Instant;
 
 use fermata_core::Project;
 use fermata_core::retention::RetentionPolicy;
-use fermata_protocol::project::LookView;
+use fermata_protocol::project::ScanProgress;
 use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -295,11 +295,11 @@ impl HistoryCell {
     }
 
     /// Returns how far a look at the workspace has come that is under way while agents run.
-    pub fn look_under_way(&self) -> Option<LookView> {
+    pub fn look_under_way(&self) -> Option<ScanProgress> {
         let progress = *self.looking.lock().unwrap_or_else(PoisonError::into_inner);
         progress.map(|fermata_history::Progress { phase, done, total }| {
             let (step, unit) = words(phase);
-            LookView { step: step.to_owned(), done, total, unit: unit.to_owned() }
+            ScanProgress { step: step.to_owned(), done, total, unit: unit.to_owned() }
         })
     }
 

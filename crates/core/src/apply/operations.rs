@@ -199,8 +199,8 @@ pub(super) fn restored(project: &mut Project, checkpoint: CheckpointNumber, phas
     }
     project.state = Arc::new(match before {
         // A restore of some paths leaves the others as the broken restore left them.
-        BeforeRestore::Broken(broken) if !everything => ProjectState::Broken(broken),
-        before => match before.stable() {
+        BeforeRestore::Broken(ref broken) if !everything => ProjectState::Broken(broken.clone()),
+        BeforeRestore::Broken(_) | BeforeRestore::Paused(_) | BeforeRestore::Resting(_) => match before.stable() {
             StableState::Resting(resting) => ProjectState::Resting(resting),
             StableState::Paused(mut paused) => {
                 paused.restored = Some(checkpoint);

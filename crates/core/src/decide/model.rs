@@ -282,6 +282,7 @@ impl Model {
         self.tell(Command::Launched { agent, run, outcome }).expect("the world is not refused");
     }
 
+    #[expect(clippy::too_many_lines, reason = "a table of all effects")]
     pub(super) fn conclude(&mut self, effect: Effect, well: bool) {
         match effect {
             Effect::Launch { agent, run, .. } => self.launch(agent, run, well),
