@@ -8,8 +8,8 @@ use fermata_protocol::{Code, ProjectName, Refusal, Target};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Settings;
+use crate::operations::checkpoint::hex;
 use crate::project::Projects;
-use crate::steps::checkpoint::hex;
 use fermata_os::peer::{PeerCredentials, group_id};
 use fermata_os::process;
 

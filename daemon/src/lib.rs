@@ -16,7 +16,7 @@ pub mod pressure;
 
 pub mod project;
 
-pub mod steps;
+pub mod operations;
 
 pub mod services;
 

@@ -11,9 +11,11 @@ use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::{AgentName, RunId, UnixMillis};
 
 use crate::errors::Failure;
+use crate::operations::maintenance::{leftovers, storage};
+use crate::operations::run::{launch, session};
+use crate::operations::{Site, side_by_side};
 use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe};
 use crate::services::Services;
-use crate::steps::{Site, launch, leftovers, session, side_by_side, storage};
 use crate::store::{events, rows};
 use fermata_shim::log::CURRENT;
 use fermata_shim::spec::files;
@@ -179,7 +181,7 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, RecoveredRun>) -> Vec<(
 }
 
 /// Prepares a new run for every agent that recovery may have to start.
-async fn respawns(site: &crate::steps::Site) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
+async fn respawns(site: &crate::operations::Site) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
     let mut respawn = BTreeMap::new();
     let mut tokens = Vec::new();
     for agent in site.project.agents.values().filter(|agent| !agent.is_terminal()) {

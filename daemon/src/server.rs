@@ -432,7 +432,7 @@ async fn pause_all(
             }
         }
     });
-    crate::steps::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
+    crate::operations::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
 }
 
 /// Saves every project whose agents run, where anything has changed: the machine may be about to go down.
@@ -442,7 +442,7 @@ async fn save_all(daemon: &Daemon) {
             tracing::error!(project = %handle.name(), %failure, "not saved before the end");
         }
     });
-    drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+    drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
 }
 
 /// Resumes the projects that these pauses still hold: one that was resumed and paused again since is
@@ -459,7 +459,7 @@ async fn resume_all(daemon: &Daemon, pauses: Vec<(ProjectName, OperationId)>) {
             tracing::error!(project = %handle.name(), %failure, "not resumed");
         }
     });
-    drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+    drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
 }
 
 fn log_status(daemon: &Daemon) {

@@ -34,7 +34,7 @@ const KNOWN_CYCLES: &[&str] = &[
     "hooks launcher supervise",
     "agent_detail agents attach checkpoints connection context dispatch events logs operations plugins projects reports retention transfers verify",
     "checkpoint context_file database transcripts",
-    "leftovers steps storage upkeep",
+    "leftovers operations storage upkeep",
     "context migrations pinned rows store writer",
 ];
 

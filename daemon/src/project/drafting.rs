@@ -1,9 +1,9 @@
-//! The draft of a pause's database part: being written, or written; see [`crate::steps::database`].
+//! The draft of a pause's database part: being written, or written; see [`crate::operations::checkpoint::database`].
 
 use tokio::task::JoinHandle;
 
 use crate::errors::Failure;
-use crate::steps::database::Draft;
+use crate::operations::checkpoint::database::Draft;
 
 /// The database part, written before anybody is frozen.
 #[derive(Default)]

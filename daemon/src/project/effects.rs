@@ -20,13 +20,17 @@ use super::links::end_of;
 use super::retain::make_room;
 use super::stuck::PATIENT_TRIES;
 use crate::errors::Failure;
-use crate::steps::checkpoint::{self, Order, Rows};
-use crate::steps::database;
-use crate::steps::flash_save::{self, Plans};
-use crate::steps::freeze::{self, Frozen, Renewer};
-use crate::steps::launch;
-use crate::steps::session::Scouted;
-use crate::steps::{Site, leftovers, ms_since, prime, quiesce, restore, resume, transcripts, transfer};
+use crate::operations::checkpoint::database;
+use crate::operations::checkpoint::{self, Order, Rows};
+use crate::operations::checkpoint::{prime, transcripts, transfer};
+use crate::operations::maintenance::leftovers;
+use crate::operations::pause::flash_save::{self, Plans};
+use crate::operations::pause::freeze::{self, Frozen, Renewer};
+use crate::operations::pause::quiesce;
+use crate::operations::restore::resume;
+use crate::operations::run::launch;
+use crate::operations::run::session::Scouted;
+use crate::operations::{Site, ms_since, restore};
 use crate::store::commit::Write;
 use crate::store::pinned::Prepared;
 
@@ -185,11 +189,11 @@ impl Actor {
             retry("undo", &site, Some(&mailbox), |site| {
                 let (runs, work) = (runs.clone(), Arc::clone(&work));
                 async move {
-                    crate::steps::failpoint("undo.thaw")?;
+                    crate::operations::failpoint("undo.thaw")?;
                     freeze::thaw(&site, &runs).await?;
                     // Nobody may write into what is discarded.
                     drop(work.lock().await.draft.take().await);
-                    crate::steps::failpoint("undo.discard")?;
+                    crate::operations::failpoint("undo.discard")?;
                     leftovers::discard(&site, number).await
                 }
             })
@@ -234,7 +238,7 @@ impl Actor {
                 Some((agent, run))
             }
         });
-        let parked = crate::steps::side_by_side(each.collect::<Vec<_>>()).await;
+        let parked = crate::operations::side_by_side(each.collect::<Vec<_>>()).await;
         fermata_failpoint::hit("pause.parked");
         for (agent, run) in parked.into_iter().flatten() {
             self.report(Command::Parked { agent, run }).await;
@@ -266,7 +270,7 @@ impl Actor {
                 let (site, mailbox) = (site.clone(), mailbox.clone());
                 async move { respawn_one(&site, &mailbox, agent, run, &token, checkpoint).await }
             });
-            agents.extend(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+            agents.extend(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
             agents.sort_by(|a, b| a.agent.cmp(&b.agent));
             let steps_ms = [("thaw".to_owned(), thaw_ms), ("respawn".to_owned(), ms_since(again))].into();
             let command = Command::Resumed { operation, agents, steps_ms, warnings: Vec::new() };
@@ -371,7 +375,7 @@ async fn run_pause_step(
             work.renewer = Some(Renewer::start(site, runs));
         }
         PauseStep::PlanFlashSave => {
-            crate::steps::failpoint("pause.plan_flash_save")?;
+            crate::operations::failpoint("pause.plan_flash_save")?;
             work.plans = flash_save::plan(site, None, crate::services::now()).await?;
         }
         PauseStep::Checkpoint => {

@@ -15,8 +15,9 @@ use super::actor::Actor;
 use super::handle::{Message, Outcome};
 use super::ids::{NewToken, new_operation, new_run};
 use crate::errors::Failure;
+use crate::operations::run::session;
+use crate::operations::{Cancel, Site};
 use crate::services;
-use crate::steps::{Cancel, Site, session};
 
 /// How often things may fall due one after the other before others get their turn.
 const ROUNDS: u32 = 8;

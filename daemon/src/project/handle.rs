@@ -13,11 +13,11 @@ use super::ids::NewToken;
 use super::look::Found;
 use super::retain::Retain;
 use crate::errors::Failure;
+use crate::operations::checkpoint::transfer::Held;
+use crate::operations::run::launch::Started;
+use crate::operations::{Cancel, HistoryCell, Site};
 use crate::services::Services;
 use crate::shims::link::ShimLink;
-use crate::steps::launch::Started;
-use crate::steps::transfer::Held;
-use crate::steps::{Cancel, HistoryCell, Site};
 use crate::store::commit::{Write, Written};
 use crate::store::idempotency::Keyed;
 

@@ -29,14 +29,14 @@ pub(super) fn after(events: &[Event]) {
 pub(super) fn before(events: &[Event]) -> Result<(), Failure> {
     for event in events {
         match event {
-            Event::ProjectPaused { .. } => crate::steps::failpoint("pause.commit")?,
-            Event::PauseFailed { .. } => crate::steps::failpoint("pause.undone")?,
-            Event::ProjectResumed { .. } => crate::steps::failpoint("resume.commit")?,
-            Event::CheckpointCreated { .. } => crate::steps::failpoint("checkpoint.commit")?,
-            Event::CheckpointRemoved { .. } => crate::steps::failpoint("retention.commit")?,
-            Event::RestorePlanned { .. } => crate::steps::failpoint("restore.announce")?,
-            Event::ProjectRestored { .. } => crate::steps::failpoint("restore.commit")?,
-            Event::RestoreGivenUp { .. } => crate::steps::failpoint("restore.give_up")?,
+            Event::ProjectPaused { .. } => crate::operations::failpoint("pause.commit")?,
+            Event::PauseFailed { .. } => crate::operations::failpoint("pause.undone")?,
+            Event::ProjectResumed { .. } => crate::operations::failpoint("resume.commit")?,
+            Event::CheckpointCreated { .. } => crate::operations::failpoint("checkpoint.commit")?,
+            Event::CheckpointRemoved { .. } => crate::operations::failpoint("retention.commit")?,
+            Event::RestorePlanned { .. } => crate::operations::failpoint("restore.announce")?,
+            Event::ProjectRestored { .. } => crate::operations::failpoint("restore.commit")?,
+            Event::RestoreGivenUp { .. } => crate::operations::failpoint("restore.give_up")?,
             _ => {}
         }
     }

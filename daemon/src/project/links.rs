@@ -18,11 +18,11 @@ use tokio_util::sync::CancellationToken;
 
 use super::handle::{Message, Outcome};
 use super::ids::new_run;
+use crate::operations::Site;
+use crate::operations::run::launch::processes_of;
 use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
 use crate::shims::reach::{self, Linked, Reached};
-use crate::steps::Site;
-use crate::steps::launch::processes_of;
 use fermata_os::controllers::OutOfMemory;
 use fermata_os::death::Death;
 use fermata_os::process::{self, RunState};

@@ -21,8 +21,9 @@ use super::actor::Actor;
 use super::handle::{Begin, Label, Message, ProjectHandle};
 use super::ids::new_operation;
 use crate::errors::Failure;
+use crate::operations::checkpoint::prime;
+use crate::operations::{Cancel, Site, blocking};
 use crate::services;
-use crate::steps::{Cancel, Site, blocking, prime};
 
 /// When to look again where a checkpoint could not even be begun.
 const RETRY: Duration = Duration::from_secs(1);

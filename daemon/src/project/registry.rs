@@ -14,8 +14,10 @@ use serde_json::{Value, json};
 use super::actor::Actor;
 use super::handle::{ProjectHandle, Tell, View};
 use crate::errors::Failure;
+use crate::operations::blocking;
+use crate::operations::maintenance::leftovers;
+use crate::operations::pause::validate;
 use crate::services::{self, Services};
-use crate::steps::{blocking, leftovers, validate};
 use crate::store::commit::{Commit, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, checkpoints};
@@ -231,6 +233,6 @@ impl Projects {
     /// Ends every actor in order.
     pub async fn shut_down(&self) {
         let each = self.all().into_iter().map(|handle| async move { handle.shut_down().await });
-        drop(crate::steps::side_by_side(each.collect::<Vec<_>>()).await);
+        drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
     }
 }

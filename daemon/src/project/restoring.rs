@@ -16,7 +16,7 @@ use super::actor::{Actor, reply};
 use super::effects::discard;
 use super::handle::{Message, Outcome};
 use super::retain::make_room;
-use crate::steps::restore;
+use crate::operations::restore;
 use crate::store::commit::Write;
 
 impl Actor {

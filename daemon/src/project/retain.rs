@@ -22,7 +22,9 @@ use super::actor::Actor;
 use super::effects::retry;
 use super::handle::{Answer, Message, ProjectHandle, Tell};
 use crate::errors::Failure;
-use crate::steps::{Site, storage, upkeep, validate};
+use crate::operations::Site;
+use crate::operations::maintenance::{storage, upkeep};
+use crate::operations::pause::validate;
 use crate::store::checkpoints;
 use crate::store::idempotency::Keyed;
 
@@ -175,7 +177,7 @@ impl Actor {
 /// # Errors
 /// A refusal that says what is missing.
 pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> Result<(), Failure> {
-    crate::steps::failpoint("pause.validate")?;
+    crate::operations::failpoint("pause.validate")?;
     let Some(mut shortage) = validate::look(site).await? else { return Ok(()) };
     // By a quota the policy's answer is the oldest as well; a disk is not the project's alone.
     let mut ask = match shortage.reason {

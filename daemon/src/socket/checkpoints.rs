@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 
 use super::dispatch::wire;
 use crate::errors::Failure;
+use crate::operations::checkpoint::MANIFEST;
+use crate::operations::{Site, blocking, restore};
 use crate::project::{ProjectHandle, Projects, Tell};
-use crate::steps::checkpoint::MANIFEST;
-use crate::steps::{Site, blocking, restore};
 use crate::store::checkpoints;
 use crate::store::commit::Write;
 use crate::store::idempotency::Keyed;

@@ -17,8 +17,8 @@ use super::{
 };
 use crate::auth;
 use crate::errors::Failure;
+use crate::operations::checkpoint::hex;
 use crate::project::Projects;
-use crate::steps::checkpoint::hex;
 use crate::store::idempotency::{self, Keyed, Known};
 
 /// The longest idempotency key, in bytes.

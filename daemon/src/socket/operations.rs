@@ -23,9 +23,10 @@ use super::connection::Connection;
 use super::dispatch::wire;
 use super::reports::project_of;
 use crate::errors::Failure;
+use crate::operations::restore as restoring;
+use crate::operations::run::session;
 use crate::project::{Begin, Label, NewToken, ProjectHandle, Tell, new_operation, new_run};
 use crate::services::now;
-use crate::steps::{restore as restoring, session};
 use crate::store::idempotency::Keyed;
 use crate::store::{checkpoints, operations};
 

@@ -25,10 +25,12 @@ use super::connection::Connection;
 use super::dispatch::wire;
 use super::operations::{begin, watched, with_progress};
 use crate::errors::Failure;
+use crate::operations::checkpoint::hex;
+use crate::operations::checkpoint::transfer::{self, Held};
+use crate::operations::maintenance::upkeep;
+use crate::operations::pause::validate;
+use crate::operations::{Cancel, Site, blocking};
 use crate::project::{Begin, Label, Projects, new_operation};
-use crate::steps::checkpoint::hex;
-use crate::steps::transfer::{self, Held};
-use crate::steps::{Cancel, Site, blocking, upkeep, validate};
 use crate::store::idempotency::Keyed;
 use fermata_history::{Attempt, Consolidated, Extent};
 

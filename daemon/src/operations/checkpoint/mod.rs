@@ -7,7 +7,15 @@
 //!   refs/fermata/checkpoints/<n> published
 //!   the row in the database: only now the checkpoint exists     (the caller's transaction)
 //! ```
-//! What a crash leaves before the row is swept by [`super::leftovers`].
+//! What a crash leaves before the row is swept by [`crate::operations::maintenance::leftovers`].
+
+mod aside;
+pub mod bundle;
+pub mod context_file;
+pub mod database;
+pub mod prime;
+pub mod transcripts;
+pub mod transfer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -23,13 +31,13 @@ use fermata_protocol::task::TaskStatus;
 use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
-use super::aside::Aside;
-use super::database::{self, DatabasePart, Draft};
-use super::flash_save::Plans;
-use super::session::Scouted;
-use super::transcripts::{self, Copied, Opened};
-use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
+use crate::operations::checkpoint::aside::Aside;
+use crate::operations::checkpoint::database::{DatabasePart, Draft};
+use crate::operations::checkpoint::transcripts::{Copied, Opened};
+use crate::operations::pause::flash_save::Plans;
+use crate::operations::run::session::Scouted;
+use crate::operations::{Site, blocking, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, Prepared};
 use fermata_failpoint as failpoint;
@@ -120,7 +128,7 @@ pub async fn capture(
     rows: Rows,
     scouted: Option<Scouted>,
 ) -> Result<Captured, Failure> {
-    super::failpoint("checkpoint.begin")?;
+    crate::operations::failpoint("checkpoint.begin")?;
     let partial = site.dirs().partial_checkpoint(order.number);
     let database = async {
         match rows {
@@ -135,7 +143,7 @@ pub async fn capture(
     let (observed, workspace_ms) = observed?;
     let others = rows.and_then(|rows| {
         let opened = opened?;
-        super::failpoint("checkpoint.captured")?;
+        crate::operations::failpoint("checkpoint.captured")?;
         Ok((rows, opened))
     });
     match others {
@@ -180,7 +188,7 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64),
         mapped: Mapped::default(),
         whole_after: None,
     };
-    let mapped = super::prime::mapped(site, &order.runs);
+    let mapped = crate::operations::checkpoint::prime::mapped(site, &order.runs);
     let observed = site
         .with_history_at_once(&order.operation, "save the workspace", move |history, progress, cancel| {
             let mut request = request;
@@ -298,7 +306,7 @@ async fn finish(
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
     let view = row(site, order, &place, Contents { created_at: now, commit, manifest_sha256, size_bytes, metadata });
-    super::failpoint("checkpoint.sealed")?;
+    crate::operations::failpoint("checkpoint.sealed")?;
     let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
     Ok(Made { view, sessions, warnings })
 }
@@ -420,7 +428,7 @@ async fn publish(
             Ok(Ok(hex(&Sha256::digest(&bytes))))
         })
         .await??;
-    super::failpoint("checkpoint.placed")?;
+    crate::operations::failpoint("checkpoint.placed")?;
     Ok(sha256)
 }
 
@@ -452,7 +460,7 @@ pub(super) async fn place(manifest: &Manifest, partial: PathBuf, place: PathBuf)
         Ok(hex(&Sha256::digest(&bytes)))
     })
     .await?;
-    super::failpoint("checkpoint.placed")?;
+    crate::operations::failpoint("checkpoint.placed")?;
     Ok(sha256)
 }
 

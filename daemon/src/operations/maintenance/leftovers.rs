@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use fermata_core::project::{ProjectState, RestoreStage};
 use fermata_protocol::CheckpointNumber;
 
-use super::{Site, blocking};
 use crate::errors::Failure;
+use crate::operations::{Site, blocking};
 use crate::store::checkpoints;
 
 /// Removes everything of one checkpoint that has no row.
@@ -55,7 +55,7 @@ pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result
     blocking("remove checkpoints", move || {
         for path in numbers.into_iter().map(|number| dirs.checkpoint(number)) {
             remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
-            super::failpoint("retention.directory")?;
+            crate::operations::failpoint("retention.directory")?;
         }
         Ok(())
     })
@@ -69,7 +69,7 @@ pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result
         history.sweep().map(drop)
     })
     .await?;
-    super::failpoint("retention.swept")
+    crate::operations::failpoint("retention.swept")
 }
 
 /// Removes what earlier crashes have left of any checkpoint, and plans of restores that have ended.

@@ -4,8 +4,8 @@ use fermata_core::context::{FlashSavePlan, TokenLimit, plan_flash_save};
 use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::{AgentName, UnixMillis};
 
-use super::Site;
 use crate::errors::Failure;
+use crate::operations::Site;
 use crate::store::context;
 
 /// The plans, by agent.

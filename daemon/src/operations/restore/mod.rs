@@ -1,6 +1,8 @@
 //! Restores a checkpoint: safety checkpoint, plan on disk, then the plan is carried out until it
 //! has succeeded.
 
+pub mod resume;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -14,9 +16,9 @@ use fermata_protocol::paths::unescape;
 use fermata_protocol::{CheckpointNumber, Code, OperationId, ProjectName, Refusal};
 use serde::{Deserialize, Serialize};
 
-use super::checkpoint::{self, Made, Order};
-use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
+use crate::operations::checkpoint::{self, Made, Order};
+use crate::operations::{Site, blocking, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
     Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
@@ -52,9 +54,9 @@ pub async fn plan(
     paths: &[String],
 ) -> Result<Made, Failure> {
     let start = Instant::now();
-    super::failpoint("restore.begin")?;
+    crate::operations::failpoint("restore.begin")?;
     let paths = parse_paths(paths)?;
-    super::validate::run(site).await?;
+    crate::operations::pause::validate::run(site).await?;
     let order = Order {
         operation: operation.clone(),
         number: safety,
@@ -98,7 +100,7 @@ pub async fn plan(
         write_atomic(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the plan", &e))
     })
     .await?;
-    super::failpoint("restore.planned")?;
+    crate::operations::failpoint("restore.planned")?;
     Ok(made)
 }
 
@@ -146,7 +148,7 @@ pub struct Done {
 /// When it could not be finished; then it may be tried again.
 pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumber) -> Result<Applied, Failure> {
     let start = Instant::now();
-    super::failpoint("restore.apply")?;
+    crate::operations::failpoint("restore.apply")?;
     let path = site.dirs().restore_plan(operation);
     let file = blocking("read the plan", move || {
         let bytes = std::fs::read(&path).map_err(|e| Failure::fault(&format!("read {}", path.display()), &e))?;
@@ -163,7 +165,7 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     let reading = async { if whole { read_rows(site, number).await.map(Some) } else { Ok(None) } };
     let (restored, rows) = tokio::join!(restoring, reading);
     let (plan, report) = restored?;
-    super::failpoint("restore.applied")?;
+    crate::operations::failpoint("restore.applied")?;
     let rows = rows?;
     let ns = fermata_os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };

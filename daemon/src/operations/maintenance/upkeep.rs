@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use fermata_protocol::event::Event;
 use tokio::sync::oneshot;
 
-use super::{Cancel, Site, history_failure, storage};
 use crate::errors::Failure;
+use crate::operations::maintenance::storage;
+use crate::operations::{Cancel, Site, history_failure};
 use fermata_history::{Attempt, Consolidated, Extent};
 
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
@@ -168,7 +169,7 @@ pub async fn reclaim(site: &Site) -> Result<bool, Failure> {
 /// When the history cannot be opened, when an object is damaged, or when the disk is full.
 pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure> {
     const DOING: &str = "consolidate the history";
-    super::failpoint("upkeep.consolidate")?;
+    crate::operations::failpoint("upkeep.consolidate")?;
     let (cell, dir, flag) = (site.history.clone(), site.dirs().history(), Arc::clone(&site.cancel.flag));
     let services = Arc::clone(&site.services);
     let removed = site.history.unreclaimed_bytes();

@@ -17,7 +17,7 @@ use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use serde_json::json;
 use sha2::{Digest as _, Sha256};
 
-use super::checkpoint::{FORMAT, hex};
+use crate::operations::checkpoint::{FORMAT, hex};
 use crate::store::pinned::States;
 
 /// How much is hashed and handed to the kernel at once, bytes.

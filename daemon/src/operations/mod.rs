@@ -12,27 +12,11 @@
 //! A step knows the state that it was started with and changes none: what follows from its report
 //! is `fermata_core`'s decision.
 
-mod aside;
-pub mod bundle;
 pub mod checkpoint;
-pub mod context_file;
-pub mod database;
-pub mod flash_save;
-pub mod freeze;
-pub mod launch;
-pub mod leftovers;
-pub mod limits;
-pub mod prime;
-pub mod quiesce;
-pub mod readiness;
+pub mod maintenance;
+pub mod pause;
 pub mod restore;
-pub mod resume;
-pub mod session;
-pub mod storage;
-pub mod transcripts;
-pub mod transfer;
-pub mod upkeep;
-pub mod validate;
+pub mod run;
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -263,11 +247,11 @@ pub async fn blocking<T: Send + 'static>(
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     used_bytes: Arc<AtomicU64>,
-    sizes: Arc<Mutex<storage::Sizes>>,
+    sizes: Arc<Mutex<maintenance::storage::Sizes>>,
     looking: Arc<Mutex<Option<fermata_history::Progress>>>,
     /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
     unreclaimed: Arc<AtomicU64>,
-    upkeep: upkeep::Upkeep,
+    upkeep: maintenance::upkeep::Upkeep,
 }
 
 impl HistoryCell {

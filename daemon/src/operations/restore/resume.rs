@@ -1,5 +1,5 @@
 //! Brings agents back: thaws those that are frozen. Those that are started again are launched by
-//! the project itself, one [`super::launch`] each.
+//! the project itself, one [`crate::operations::run::launch`] each.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,7 +7,8 @@ use std::time::Duration;
 use fermata_protocol::pause::{AgentResumed, ResumeMethod};
 use fermata_protocol::{AgentName, RunId};
 
-use super::{Site, launch, side_by_side};
+use crate::operations::run::launch;
+use crate::operations::{Site, side_by_side};
 use crate::shims::link::{LinkError, ShimLink, read_run};
 use crate::shims::reach;
 use fermata_protocol::error_chain;

@@ -21,8 +21,8 @@ use fermata_protocol::rpc::Notification;
 use fermata_protocol::{AgentName, RunId, Target};
 use serde_json::json;
 
-use super::{Link, Site, side_by_side};
 use crate::errors::Failure;
+use crate::operations::{Link, Site, side_by_side};
 use crate::shims::link::LinkError;
 use fermata_shim::wire::QuiesceOutcome;
 
@@ -44,14 +44,14 @@ pub struct Request {
 /// # Errors
 /// When a failpoint says so.
 pub async fn run(site: &Site, runs: &[(AgentName, RunId)], request: &Request) -> Result<Vec<String>, Failure> {
-    super::failpoint("pause.quiesce")?;
+    crate::operations::failpoint("pause.quiesce")?;
     let each = site.links_of(runs).map(|(agent, link)| {
         let (site, agent, link, request) = (site.clone(), agent.clone(), link.clone(), request.clone());
         async move { one(&site, agent, &link, &request).await }
     });
     let mut warnings: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
     warnings.sort();
-    super::failpoint("pause.quiesced")?;
+    crate::operations::failpoint("pause.quiesced")?;
     Ok(warnings)
 }
 

@@ -20,11 +20,11 @@ use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
-use super::checkpoint::{CONTEXT, DATABASE, Order, hash, hex};
-use super::context_file::{ContextFile, Piece};
-use super::flash_save::{self, Plans};
-use super::{Site, blocking, ms_since};
 use crate::errors::Failure;
+use crate::operations::checkpoint::context_file::{ContextFile, Piece};
+use crate::operations::checkpoint::{CONTEXT, DATABASE, Order, hash, hex};
+use crate::operations::pause::flash_save::{self, Plans};
+use crate::operations::{Site, blocking, ms_since};
 use crate::store::pinned::{self, Copied, Pinned, Prepared, Told};
 use crate::store::{Store, StoreError};
 
@@ -161,7 +161,7 @@ pub async fn save(
 /// # Errors
 /// When a row cannot be read, or a file cannot be written; nothing depends on it.
 pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failure> {
-    super::failpoint("checkpoint.draft")?;
+    crate::operations::failpoint("checkpoint.draft")?;
     let partial = site.dirs().partial_checkpoint(number);
     let plans = flash_save::plan(&site, None, crate::services::now()).await?;
     let pinned = begin(&site, &partial, None).await?;
@@ -177,7 +177,7 @@ pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failur
         Ok(draft)
     })
     .await?;
-    super::failpoint("checkpoint.drafted")?;
+    crate::operations::failpoint("checkpoint.drafted")?;
     Ok(draft)
 }
 

@@ -15,8 +15,9 @@ use std::time::Duration;
 
 use fermata_protocol::CheckpointNumber;
 
-use super::{Site, blocking, leftovers, upkeep};
 use crate::errors::Failure;
+use crate::operations::maintenance::{leftovers, upkeep};
+use crate::operations::{Site, blocking};
 use fermata_history::Extent;
 
 /// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
@@ -61,7 +62,7 @@ pub async fn measure(site: &Site) -> Result<u64, Failure> {
 }
 
 /// What things take that do not change under their name, bytes.
-pub(super) type Sizes = HashMap<PathBuf, u64>;
+pub(in crate::operations) type Sizes = HashMap<PathBuf, u64>;
 
 /// A measurement.
 struct Count<'a> {

@@ -5,8 +5,8 @@ use std::path::Path;
 use fermata_protocol::supervision::Resources;
 use fermata_protocol::{Code, Refusal};
 
-use super::blocking;
 use crate::errors::Failure;
+use crate::operations::blocking;
 use crate::services::Services;
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::controllers::{TreeLimits, Unavailable, make_available};

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use fermata_core::agent::Agent;
 use fermata_protocol::AgentName;
 
-use super::{Site, blocking};
 use crate::errors::Failure;
+use crate::operations::{Site, blocking};
 use crate::profile::{Profile, RunOf, Session};
 use crate::store::rows;
 use fermata_os::process::{self, Look};

@@ -11,9 +11,11 @@ use fermata_protocol::supervision::Hook;
 use fermata_protocol::{AgentName, RunId};
 use tokio::sync::mpsc;
 
-use super::limits::tree_limits;
-use super::{Site, blocking, leftovers, session};
 use crate::errors::Failure;
+use crate::operations::maintenance::leftovers;
+use crate::operations::run::limits::tree_limits;
+use crate::operations::run::session;
+use crate::operations::{Site, blocking};
 use crate::shims::launch::LaunchError;
 use crate::shims::link::{ShimLink, launch, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
@@ -56,11 +58,13 @@ pub async fn run(
     if let Some(found) = site.project.agents.get(agent) {
         // Once more: after a reboot nothing is enabled that was enabled when it was run first.
         let resources = &found.spec.supervision.resources;
-        super::limits::prepare(&site.services, resources).await.map_err(|failure| failure.to_string())?;
+        crate::operations::run::limits::prepare(&site.services, resources)
+            .await
+            .map_err(|failure| failure.to_string())?;
     }
     prune_runs(site, agent, run).await;
     let spec = spec(site, agent, run, token, continuation).await.map_err(|failure| failure.to_string())?;
-    super::failpoint("launch.before").map_err(|failure| failure.to_string())?;
+    crate::operations::failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&site.services.programs.shim, &spec).await {
         Ok(launched) => launched,
         // It may have been killed when the agent was there and its record was not.
@@ -71,7 +75,7 @@ pub async fn run(
         Err(LaunchError::Refused { message, .. }) => return Err(message),
         Err(other) => return Err(give_up(site, agent, &spec, error_chain(&other)).await),
     };
-    if let Err(failure) = super::failpoint("launch.after") {
+    if let Err(failure) = crate::operations::failpoint("launch.after") {
         return Err(give_up(site, agent, &spec, failure.to_string()).await);
     }
     let link = ShimLink::connect(&spec.socket).await.ok();
@@ -178,7 +182,7 @@ fn environment(
     if let Some(Continuation { checkpoint }) = continuation {
         set("FERMATA_RESUME", "1".to_owned());
         if let Some(number) = checkpoint {
-            let context = site.dirs().checkpoint(number).join(super::checkpoint::CONTEXT);
+            let context = site.dirs().checkpoint(number).join(crate::operations::checkpoint::CONTEXT);
             set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
             set("FERMATA_CHECKPOINT", number.to_string());
         }

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use fermata_core::agent::RunKey;
 use fermata_protocol::OperationId;
 
-use super::{Cancel, Site, storage};
 use crate::errors::Failure;
+use crate::operations::maintenance::storage;
+use crate::operations::{Cancel, Site};
 use fermata_history::{Mapped, Primed, RelPath, SnapshotRequest};
 use fermata_os::{mappings, process};
 

@@ -18,8 +18,8 @@ use fermata_protocol::{Code, Refusal, UnixMillis};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::checkpoint::{hash_file, hex};
 use crate::errors::Failure;
+use crate::operations::checkpoint::{hash_file, hex};
 
 /// The version of the file, raised when an older program could not read it.
 pub const FORMAT: u32 = 1;
@@ -199,7 +199,7 @@ impl Bundle {
             let mut left = part.bytes;
             while left > 0 {
                 if cancelled() {
-                    return Err(super::cancelled_by_request());
+                    return Err(crate::operations::cancelled_by_request());
                 }
                 let n = buffer.len().min(left as usize);
                 self.file.read_exact(&mut buffer[..n]).map_err(failed)?;

@@ -17,8 +17,9 @@ use tokio::process::Command;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::{Site, blocking, session};
 use crate::errors::Failure;
+use crate::operations::run::session;
+use crate::operations::{Site, blocking};
 use fermata_shim::log_reader::{Batch, LogPosition, Start, read_once};
 use fermata_shim::spec::files;
 

@@ -6,8 +6,9 @@ use fermata_protocol::retention::RemovalReason;
 use fermata_protocol::{Code, Refusal};
 use serde_json::json;
 
-use super::{Site, blocking, storage};
 use crate::errors::Failure;
+use crate::operations::maintenance::storage;
+use crate::operations::{Site, blocking};
 
 /// Why there is no room for a checkpoint.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ pub struct Shortage {
 /// # Errors
 /// A refusal that says what is missing.
 pub async fn run(site: &Site) -> Result<(), Failure> {
-    super::failpoint("pause.validate")?;
+    crate::operations::failpoint("pause.validate")?;
     match look(site).await? {
         None => Ok(()),
         Some(shortage) => Err(shortage.refusal.into()),

@@ -7,8 +7,8 @@ use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::{AgentName, Code, Refusal, RunId};
 use tokio::task::JoinHandle;
 
-use super::{Site, side_by_side};
 use crate::errors::Failure;
+use crate::operations::{Site, side_by_side};
 use crate::shims::link::{LinkError, read_exit, read_run};
 use fermata_os::process;
 use fermata_protocol::error_chain;
@@ -33,7 +33,7 @@ pub struct Frozen {
 /// # Errors
 /// When one of them cannot be frozen; the others may be frozen then, and the undo thaws them.
 pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Failure> {
-    super::failpoint("pause.freeze")?;
+    crate::operations::failpoint("pause.freeze")?;
     let since = Instant::now();
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
     let each = site.links_of(runs).map(|(agent, link)| {
@@ -69,7 +69,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
         return Err(Refusal::new(Code::PauseFailed, message).hint("try again, or stop the agent").into());
     }
     frozen.agents.sort();
-    super::failpoint("pause.frozen")?;
+    crate::operations::failpoint("pause.frozen")?;
     Ok(frozen)
 }
 

@@ -20,10 +20,11 @@ use fermata_protocol::checkpoint::{
 use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::{Value, json};
 
-use super::bundle::{self, Bundle, INDEX, PACK, Part};
-use super::checkpoint::{CONTEXT, Contents, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, row};
-use super::{Site, blocking, ms_since, note_bytes, validate};
 use crate::errors::Failure;
+use crate::operations::checkpoint::bundle::{self, Bundle, INDEX, PACK, Part};
+use crate::operations::checkpoint::{CONTEXT, Contents, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, row};
+use crate::operations::pause::validate;
+use crate::operations::{Site, blocking, ms_since, note_bytes};
 use crate::store::backup;
 use fermata_history::{Incoming, Oid};
 use fermata_os::fsync::write_atomic;
@@ -111,14 +112,14 @@ fn portable(view: CheckpointView) -> CheckpointView {
 /// Refuses what is damaged, newer or unsafe before anything of it is visible; fails when the disk is full.
 pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Failure> {
     let start = Instant::now();
-    super::failpoint("import.begin")?;
+    crate::operations::failpoint("import.begin")?;
     let number = order.number;
     // What is unpacked takes as much again.
     has_room(site, held.bytes).await?;
     let incoming = site.with_history(None, "receive the workspace", move |h, _, _| h.receive(number)).await?;
     let partial = site.dirs().partial_checkpoint(number);
     let (bundle, incoming) = unpack(site, order, held, incoming, partial.clone()).await?;
-    super::failpoint("import.unpacked")?;
+    crate::operations::failpoint("import.unpacked")?;
     let header = bundle.header;
     let from = bounded(header.checkpoint)?;
     let manifest = check(&partial, &header.parts, &from)?;
@@ -130,7 +131,7 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
         })
         .await?
         .map_err(|e| match e {
-            fermata_history::HistoryError::Cancelled => super::cancelled_by_request(),
+            fermata_history::HistoryError::Cancelled => crate::operations::cancelled_by_request(),
             e => refuse(format!("its snapshot is damaged: {}", fermata_protocol::error_chain(&e))),
         })?;
     let manifest = adapt(site, order, &partial, manifest).await?;
@@ -153,7 +154,7 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
         pause_reason: from.pause_reason,
         ..row(site, order, &placed, contents)
     };
-    super::failpoint("import.sealed")?;
+    crate::operations::failpoint("import.sealed")?;
     Ok(Made { view, sessions: Vec::new(), warnings })
 }
 
