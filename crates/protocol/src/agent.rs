@@ -22,7 +22,7 @@ pub enum AgentStatus {
     Running,
     /// It runs and waits for the answer to a question.
     WaitingForInput,
-    /// It is held: frozen in memory, or ended to be brought back.
+    /// It is paused: frozen in memory, or ended until a resume starts it again.
     Paused,
     /// It failed and will be started again.
     Backoff,
@@ -100,7 +100,7 @@ pub struct AgentSpec {
     pub profile: Option<String>,
     /// How long a stop waits between SIGTERM and SIGKILL, milliseconds.
     pub stop_grace_ms: u64,
-    /// How it is looked after.
+    /// How it is supervised.
     #[serde(default, skip_serializing_if = "Supervision::is_plain")]
     pub supervision: Box<Supervision>,
 }
@@ -156,7 +156,7 @@ pub struct AgentRun {
     /// How long a stop waits between SIGTERM and SIGKILL, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stop_grace_ms: Option<u64>,
-    /// How it is looked after.
+    /// How it is supervised.
     #[serde(default, skip_serializing_if = "Supervision::is_plain")]
     pub supervision: Box<Supervision>,
 }
@@ -434,7 +434,7 @@ pub struct AgentLogs {
     /// Where to go on, from an earlier reply.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cursor: Option<String>,
-    /// Begin with the last so many lines; everything when left out.
+    /// Begin with this number of last lines; everything when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tail: Option<u64>,
     /// Begin with lines written at or after this time; of the last lines, if both are given.
@@ -443,7 +443,7 @@ pub struct AgentLogs {
     /// Only the output of this run; of the present one and those that follow it when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub run: Option<RunId>,
-    /// Only the output of the run so many before the present one; 0 for the present one and those
+    /// Only the output of the run this number of runs before the current one; 0 for the present one and those
     /// that follow it.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub runs_back: u32,
@@ -543,7 +543,7 @@ pub struct AgentUsage {
     pub cost_micro_usd: u64,
 }
 
-/// Parameters of `agent.ack`: the agent stands at a good place for the pause that was requested.
+/// Parameters of `agent.ack`: the agent is ready to be frozen by the pause that was requested.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentAck {

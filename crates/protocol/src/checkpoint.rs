@@ -54,7 +54,7 @@ impl Trigger {
     }
 }
 
-/// What is worth knowing of the project at the moment of the checkpoint.
+/// The state of the project at the moment of the checkpoint, in numbers.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointMetadata {
     /// The phase of the work.
@@ -83,7 +83,6 @@ pub struct CheckpointMetadata {
     pub bytes: u64,
     /// How many paths were left out although no rule excludes them.
     pub skipped: u64,
-    /// What a person should know.
     pub warnings: Vec<String>,
     /// How long each part took, milliseconds.
     pub parts_ms: BTreeMap<String, f64>,
@@ -117,11 +116,10 @@ pub struct CheckpointView {
     pub context_snapshot: String,
     /// SHA-256 of the manifest, in hexadecimal.
     pub manifest_sha256: String,
-    /// Bytes that it added to the disk: its own files, and the contents that no checkpoint before it held.
+    /// Bytes that it added to the disk: its own files, and the contents that no earlier checkpoint has.
     pub size_bytes: u64,
     /// Whether retention must leave it alone.
     pub pinned: bool,
-    /// What is worth knowing of that moment.
     pub metadata: CheckpointMetadata,
 }
 
@@ -149,7 +147,6 @@ pub struct CheckpointCreateResult {
     pub frozen_ms: f64,
     /// How long each step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
-    /// What a person should know.
     pub warnings: Vec<String>,
 }
 
@@ -161,7 +158,7 @@ pub struct CheckpointList {
     /// Only those before this number; for the next page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<CheckpointNumber>,
-    /// At most so many, newest first; 200 when left out.
+    /// The most entries, newest first; 200 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -295,13 +292,13 @@ pub struct Manifest {
 pub struct CheckpointDetail {
     pub checkpoint: CheckpointView,
     pub manifest: Manifest,
-    /// What the snapshot left out although no rule excludes it; the first so many by path.
+    /// What the snapshot left out although no rule excludes it; the first ones by path.
     pub skipped: Vec<SkippedPath>,
     /// How many there are in all.
     #[serde(default)]
     pub skipped_total: u64,
     /// Files that changed whenever they were read: what is saved of them may be of several moments.
-    /// The first so many by path.
+    /// The first ones by path.
     #[serde(default)]
     pub torn: Vec<String>,
     /// How many there are in all.
@@ -426,7 +423,6 @@ pub struct CheckpointRestoreResult {
     pub undo: Option<String>,
     /// How long each step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
-    /// What a person should know.
     pub warnings: Vec<String>,
 }
 

@@ -25,7 +25,7 @@ const MAX_REPLY_BYTES: usize = 64 << 20;
 /// Why a call did not succeed.
 #[derive(Debug, Error)]
 pub enum ClientError {
-    /// Nobody listens on the socket.
+    /// No daemon listens on the socket.
     #[error("connect to {}", path.display())]
     Unreachable {
         /// The socket.
@@ -74,7 +74,7 @@ impl Client {
     /// Connects and greets; `token` makes the connection an agent's.
     ///
     /// # Errors
-    /// When nobody listens, or the daemon does not speak this protocol version.
+    /// When no daemon listens, or the daemon does not speak this protocol version.
     pub fn connect(path: &Path, client: &str, token: Option<String>) -> Result<(Self, HelloResult), ClientError> {
         let mut client_side = Self::connect_greeting(path, client, token)?;
         let hello = client_side.hello()?.clone();
@@ -85,7 +85,7 @@ impl Client {
     /// refuses the call with it, which fails of that then.
     ///
     /// # Errors
-    /// When nobody listens.
+    /// When no daemon listens.
     pub fn connect_greeting(path: &Path, client: &str, token: Option<String>) -> Result<Self, ClientError> {
         let mut client_side = Self::connect_silently(path)?;
         let version = crate::rpc::PROTOCOL_VERSION;
@@ -124,7 +124,7 @@ impl Client {
     /// Connects without a greeting.
     ///
     /// # Errors
-    /// When nobody listens.
+    /// When no daemon listens.
     pub fn connect_silently(path: &Path) -> Result<Self, ClientError> {
         let stream =
             UnixStream::connect(path).map_err(|source| ClientError::Unreachable { path: path.to_owned(), source })?;

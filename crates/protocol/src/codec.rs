@@ -14,7 +14,7 @@ pub struct LineTooLong {
 #[derive(Debug)]
 pub struct LineBuffer {
     bytes: Vec<u8>,
-    /// How far `bytes` was searched for a newline, so that no byte is looked at twice.
+    /// How far `bytes` was searched for a newline, so that no byte is searched twice.
     searched: usize,
     /// Where the first line that was not handed out begins.
     start: usize,

@@ -142,7 +142,7 @@ pub struct ContextList {
     /// Only ids below this one; for the next page.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub before: Option<i64>,
-    /// At most so many, newest first; 100 when left out.
+    /// The most entries, newest first; 100 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }
@@ -184,7 +184,7 @@ pub struct ContextSearch {
     pub target: Option<Target>,
     /// Words that the text must hold, archived items included.
     pub query: String,
-    /// At most so many, best first; 20 when left out.
+    /// The most entries, best first; 20 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }

@@ -9,7 +9,7 @@ use crate::ids::{Target, UnixMillis};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Role {
-    /// May look.
+    /// May read.
     Reader,
     /// May report for one agent, and see that agent's own things.
     Agent,
@@ -51,7 +51,7 @@ pub struct Hello {
 pub struct Limits {
     /// The longest line, bytes.
     pub line_bytes: u64,
-    /// Requests under way on one connection.
+    /// The most concurrent requests on one connection.
     pub in_flight: u64,
 }
 

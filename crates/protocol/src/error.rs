@@ -50,7 +50,7 @@ codes! {
     BadToken = "bad_token", -32001;
     /// The daemon is shutting down and takes no new work.
     ShuttingDown = "shutting_down", -32002;
-    /// Too many requests are under way on this connection, or too many connections of this user.
+    /// Too many concurrent requests on this connection, or too many connections of this user.
     TooManyRequests = "too_many_requests", -32003;
     /// The request was cancelled by its sender.
     RequestCancelled = "request_cancelled", -32800;
@@ -68,11 +68,11 @@ codes! {
     AgentRunning = "agent_running", -32011;
     /// The agent is not running.
     AgentNotRunning = "agent_not_running", -32011;
-    /// Agents of the project run, and the command needs them held or ended.
+    /// Agents of the project run, and the command needs them paused or ended.
     AgentsRunning = "agents_running", -32011;
     /// The agent has no terminal.
     NoTerminal = "no_terminal", -32012;
-    /// Somebody else types into the agent's terminal.
+    /// Another attachment writes to the agent's terminal.
     TerminalBusy = "terminal_busy", -32011;
     /// The agent's terminal has as many viewers as it can have.
     TooManyViewers = "too_many_viewers", -32003;
@@ -104,13 +104,13 @@ codes! {
     OperationNotCancellable = "operation_not_cancellable", -32011;
     /// The operation was cancelled and undone.
     OperationCancelled = "operation_cancelled", -32014;
-    /// Another operation of the project is under way.
+    /// Another operation of the project is in progress.
     OperationInProgress = "operation_in_progress", -32011;
-    /// A pause of the project is under way.
+    /// A pause of the project is in progress.
     PauseInProgress = "pause_in_progress", -32011;
-    /// A resume of the project is under way.
+    /// A resume of the project is in progress.
     ResumeInProgress = "resume_in_progress", -32011;
-    /// A restore of the project is under way.
+    /// A restore of the project is in progress.
     RestoreInProgress = "restore_in_progress", -32011;
     /// The project is paused already.
     AlreadyPaused = "already_paused", -32011;

@@ -66,8 +66,8 @@ pub enum Event {
     /// the agent runs on, but can only be ended.
     #[serde(rename = "agent.unreachable")]
     AgentUnreachable { agent: AgentName, run: RunId, detail: String },
-    /// A frozen agent ran although nobody had let it: somebody else continued it, or its lease was
-    /// over too soon. A pause that was under way has failed; one that was committed holds it again.
+    /// A frozen agent ran although Fermata had not thawed it: another program continued it, or its lease
+    /// expired. A pause in progress fails; the freeze of a committed pause is repeated.
     #[serde(rename = "agent.freeze_broken")]
     AgentFreezeBroken {
         agent: AgentName,

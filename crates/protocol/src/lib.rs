@@ -41,5 +41,5 @@ pub use rpc::PROTOCOL_VERSION;
 /// The longest line, in bytes without its newline, that either side accepts.
 pub const MAX_LINE_BYTES: usize = 1 << 20;
 
-/// How many requests one connection may have under way.
+/// The most concurrent requests of one connection.
 pub const MAX_IN_FLIGHT: usize = 64;

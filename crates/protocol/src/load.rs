@@ -18,7 +18,7 @@ pub enum MemoryKind {
 /// What an agent's whole tree uses: a sample of its current run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Load {
-    /// When the sample was taken. Nobody samples while nobody looks, so it may be older than the call.
+    /// When the sample was taken. Samples are taken only while clients ask, so it may be older than the call.
     pub sampled_at: UnixMillis,
     /// Processor time since the run began, microseconds.
     pub cpu_us: u64,

@@ -39,7 +39,7 @@ impl OperationKind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OperationState {
-    /// A step is under way.
+    /// A step is in progress.
     Running,
     /// A step failed, and what was done is being undone.
     Undoing,
@@ -71,7 +71,7 @@ pub struct OperationView {
     pub project: ProjectName,
     pub kind: OperationKind,
     pub state: OperationState,
-    /// The step under way, or the one that failed.
+    /// The step in progress, or the one that failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub step: Option<String>,
     /// How long each concluded step took, milliseconds.
@@ -94,7 +94,7 @@ pub struct OperationList {
     /// Only those of this project.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub project: Option<ProjectName>,
-    /// At most so many, newest first; 50 when left out.
+    /// The most entries, newest first; 50 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::ids::{AgentName, CheckpointNumber, OperationId, ProjectName, UnixMillis};
 
-/// How a paused project is held.
+/// How the processes of a paused project are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum PauseMode {
@@ -114,7 +114,7 @@ pub struct ProjectPause {
     /// How to hold it.
     #[serde(default)]
     pub mode: PauseMode,
-    /// How long the agents have to come to a good place, milliseconds; the configured grace when left out.
+    /// How long agents with a channel have to acknowledge, milliseconds; the configured grace when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub grace_ms: Option<u64>,
 }
@@ -141,7 +141,6 @@ pub struct PauseResult {
     pub warm_items_retained: u64,
     /// When the pause was committed.
     pub paused_at: UnixMillis,
-    /// How the project is held.
     pub mode: PauseMode,
     /// Who or what brought it about.
     #[serde(default, skip_serializing_if = "PauseCause::is_person")]
@@ -154,7 +153,6 @@ pub struct PauseResult {
     pub frozen_ms: f64,
     /// How long each step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
-    /// What a person should know.
     pub warnings: Vec<String>,
 }
 
@@ -214,6 +212,5 @@ pub struct ResumeResult {
     pub paused_ms: i64,
     /// How long each step took, milliseconds.
     pub steps_ms: BTreeMap<String, f64>,
-    /// What a person should know.
     pub warnings: Vec<String>,
 }

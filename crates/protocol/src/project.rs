@@ -24,13 +24,13 @@ pub enum ProjectStatus {
     Planning,
     /// At least one agent runs or is meant to.
     Active,
-    /// A pause is under way.
+    /// A pause is in progress.
     Pausing,
     /// Held: frozen, parked or as an image.
     Paused,
-    /// A resume is under way.
+    /// A resume is in progress.
     Resuming,
-    /// A restore is under way.
+    /// A restore is in progress.
     Restoring,
     /// Ended by a person.
     Stopped,
@@ -100,17 +100,17 @@ pub struct ProjectConfig {
     /// Which checkpoints are kept, where that differs from the daemon's settings.
     #[serde(skip_serializing_if = "Retention::is_unset")]
     pub retention: Retention,
-    /// When checkpoints are made by themselves.
+    /// When automatic checkpoints are made.
     #[serde(skip_serializing_if = "AutomaticCheckpoints::is_default")]
     pub automatic: AutomaticCheckpoints,
 }
 
-/// When checkpoints are made by themselves: only while agents run, and none where nothing has
+/// When automatic checkpoints are made: only while agents run, and none where nothing has
 /// changed since the newest checkpoint. What is left out has its default.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct AutomaticCheckpoints {
-    /// After so many units of progress since the newest checkpoint; 0 for never. A unit is what agents
+    /// The units of progress since the newest checkpoint after which one is made; 0 for never. A unit is what agents
     /// count in `units_done`, and a task that is completed.
     pub every_units: u64,
     /// After the agents have run for so long since the newest checkpoint, milliseconds; 0 for never.
@@ -128,7 +128,7 @@ impl Default for AutomaticCheckpoints {
 }
 
 impl AutomaticCheckpoints {
-    /// No checkpoint is made by itself.
+    /// No automatic checkpoints.
     pub const NEVER: Self = Self { every_units: 0, every_ms: 0, on_phase_change: false, before_shutdown: false };
 
     /// Says whether nothing of it was changed.
@@ -241,7 +241,7 @@ pub struct PauseView {
     /// The checkpoint that was restored since; a thaw is then impossible.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub restored: Option<CheckpointNumber>,
-    /// What a person should know of it, for instance that somebody else continued an agent.
+    /// Warnings for people, for instance that another program continued an agent.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
 }
@@ -261,10 +261,10 @@ pub struct BrokenView {
     pub error: ErrorObject,
 }
 
-/// How far a look at a workspace has come that is taken while agents run, for instance the first one.
+/// The progress of a scan of a workspace that runs beside the agents, for instance the warm-up scan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ScanProgress {
-    /// The part that is under way: `scan`, `read`, `trees`, `pack`.
+    /// The current part: `scan`, `read`, `trees`, `pack`.
     pub step: String,
     /// How much of it is done.
     pub done: u64,
@@ -311,7 +311,7 @@ pub struct ProjectView {
     /// Bytes that all of its checkpoints take on disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_bytes: Option<u64>,
-    /// A look at the workspace that is under way.
+    /// A scan of the workspace that is in progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub look: Option<ScanProgress>,
 }
@@ -324,7 +324,7 @@ pub struct ProjectDetail {
     pub config: ProjectConfig,
     /// Its agents, by name.
     pub agents: Vec<AgentView>,
-    /// The operation under way.
+    /// The operation in progress.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub operation: Option<OperationView>,
     /// The newest checkpoint.

@@ -11,31 +11,31 @@ use crate::ids::{CheckpointNumber, ProjectName};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Retention {
-    /// So many manual checkpoints are kept, the newest; 0 for all.
+    /// The number of manual checkpoints kept, the newest; 0 for all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_manual: Option<u64>,
-    /// So many checkpoints of pauses are kept, the newest; 0 for all.
+    /// The number of checkpoints of pauses kept, the newest; 0 for all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_pause: Option<u64>,
-    /// So many checkpoints before timeouts and so many of shutdowns are kept, the newest; 0 for all.
+    /// The number of checkpoints before timeouts, and of those of shutdowns, kept, the newest; 0 for all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_ends: Option<u64>,
-    /// For so long safety checkpoints of restores are kept, milliseconds; 0 for ever.
+    /// The age up to which safety checkpoints of restores are kept, milliseconds; 0 for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub keep_safety_ms: Option<u64>,
-    /// For so long every automatic checkpoint is kept, milliseconds.
+    /// The age up to which every automatic checkpoint is kept, milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_all_ms: Option<u64>,
-    /// For so long one automatic checkpoint of every ten minutes is kept, milliseconds.
+    /// The age up to which one automatic checkpoint of every ten minutes is kept, milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_ten_minutes_ms: Option<u64>,
-    /// For so long one automatic checkpoint of every hour is kept, milliseconds.
+    /// The age up to which one automatic checkpoint of every hour is kept, milliseconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_hourly_ms: Option<u64>,
-    /// For so long one automatic checkpoint of every day is kept, milliseconds; older ones go. 0 for ever.
+    /// The age up to which one automatic checkpoint of every day is kept, milliseconds; older ones are removed. 0 for ever.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub auto_daily_ms: Option<u64>,
-    /// So many bytes all checkpoints of the project may take on disk; 0 for no bound.
+    /// The bytes that all checkpoints of the project may take on disk; 0 for no bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
 }
@@ -96,13 +96,13 @@ pub struct CheckpointRemove {
 #[serde(deny_unknown_fields)]
 pub struct CheckpointPrune {
     pub project: ProjectName,
-    /// The newest so many stay, whatever made them.
+    /// The number of newest checkpoints that stay, whatever made them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub keep: Option<u64>,
     /// Those younger than this stay, milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub older_than_ms: Option<u64>,
-    /// No more go once the project's checkpoints take at most so many bytes.
+    /// No more are removed once the project's checkpoints take at most this, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_bytes: Option<u64>,
     /// Only shows what would go.

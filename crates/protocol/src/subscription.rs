@@ -76,7 +76,7 @@ pub struct EventsList {
     pub cursor: Option<String>,
     #[serde(default)]
     pub filter: EventFilter,
-    /// At most so many; 200 when left out.
+    /// The most entries; 200 when left out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limit: Option<u32>,
 }

@@ -1,4 +1,4 @@
-//! How an agent is looked after: when it is started, started again, held back, ended; what it may
+//! How an agent is supervised: when it is started, started again, delayed, ended; what it may
 //! use; and how it is connected. One value, the same in `agent.run`, in what is stored of an agent
 //! and in a workspace's `fermata.toml`.
 
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::budget::Budget;
 use crate::ids::AgentName;
 
-/// How an agent is looked after. Everything has a default; an empty object is a plain process.
+/// How an agent is supervised. Everything has a default; an empty object is a plain process.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Supervision {

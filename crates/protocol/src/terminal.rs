@@ -32,7 +32,7 @@ pub const MAX_TERMINAL_SIDE: u16 = 1000;
 #[derive(Clone, PartialEq, Eq, Default)]
 pub struct Bytes(pub Vec<u8>);
 
-/// What somebody types may be a password: logs get to see how much it is, not what.
+/// Input may be a password: logs show its length, not its bytes.
 impl std::fmt::Debug for Bytes {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{} bytes", self.0.len())
@@ -65,8 +65,8 @@ impl JsonSchema for Bytes {
 /// Parameters of `agent.attach`. The connection gets the agent's screen and what follows as
 /// `$/attach.…` notifications, until `agent.detach`, the end of the run or of the connection.
 ///
-/// One attachment writes, the others watch. Who attaches first writes; when the one who writes
-/// leaves, nobody does until the next one types or attaches.
+/// One attachment writes, the others watch. The first one writes; when the writer leaves, the
+/// next one that types or attaches becomes the writer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct AgentAttach {
@@ -75,7 +75,7 @@ pub struct AgentAttach {
     /// Only watch, and never write.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub read_only: bool,
-    /// Write even if somebody else does, who only watches from then on.
+    /// Write even if another attachment does, which only watches from then on.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub steal: bool,
     /// Begin with lines that have left the screen, as many as are kept.
@@ -115,7 +115,7 @@ pub enum InputState {
         /// When that became known.
         since: UnixMillis,
     },
-    /// Its project is paused, or a pause or resume is under way: it takes no input.
+    /// Its project is paused, or a pause or resume is in progress: it takes no input.
     Held,
 }
 
@@ -134,7 +134,7 @@ pub struct AgentInput {
 pub struct TypedResult {
     /// How many of the bytes were taken. Less than were given when the agent reads none of them.
     pub bytes: u64,
-    /// Nobody wrote, and this attachment does from now on: the caller tells its size.
+    /// No attachment wrote, and this one does from now on: the caller reports its size.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub claimed: bool,
 }
@@ -163,7 +163,7 @@ pub struct AgentSend {
     pub target: Target,
     /// What is typed, in one piece, at most 32 KiB.
     pub data: Bytes,
-    /// Type even if somebody is attached who writes.
+    /// Type even if an attachment writes.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub anyway: bool,
 }
@@ -198,12 +198,12 @@ pub struct AttachNotice {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", tag = "notice", content = "data")]
 pub enum Notice {
-    /// Somebody else writes now.
+    /// Another attachment writes now.
     Replaced {
         /// Who.
         by: String,
     },
-    /// The agent stands otherwise than before.
+    /// Whether input reaches the agent has changed.
     #[serde(rename = "standing")]
     InputState(InputState),
 }
@@ -212,7 +212,7 @@ pub enum Notice {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AttachEnd {
     pub attachment: u64,
-    /// How it ended; none when nobody saw it.
+    /// How it ended; none when the shim did not record it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit: Option<ExitStatus>,
 }

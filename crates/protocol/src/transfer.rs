@@ -86,7 +86,7 @@ pub struct CheckpointConsolidate {
 /// Result of `checkpoint.consolidate`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct CheckpointConsolidateResult {
-    /// How many packs became one; 0 when there was nothing to do, or a snapshot was under way.
+    /// How many packs became one; 0 when there was nothing to do, or a snapshot was in progress.
     pub packs: u64,
     pub bytes_before: u64,
     /// The bytes of the pack that replaces them.
