@@ -13,7 +13,8 @@ use fermata_protocol::subscription::EventsList;
 use fermata_protocol::task::Phase;
 use fermata_protocol::task::{TaskPut, TaskStatus};
 use fermata_protocol::{Code, ProjectName};
-use fermata_tests::waiting::{SOON, look_for, wait_until};
+use fermata_tests::passages::passages;
+use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, process};
 use serde_json::json;
 
@@ -24,8 +25,10 @@ const FAILPOINT: &str = "FERMATA_FAILPOINT";
 /// As often as can be: a second apart.
 const OFTEN: AutomaticCheckpoints = AutomaticCheckpoints { every_ms: 1_000, ..AutomaticCheckpoints::NEVER };
 
-/// Longer than several intervals and looks take.
-const LONG: Duration = Duration::from_millis(3_500);
+const TELLING: &str = "scan.begun=tell,scan.unchanged=tell";
+
+/// Longer than the interval of [`OFTEN`].
+const LONGER: Duration = Duration::from_millis(1_500);
 
 /// Creates a project with a furnished workspace whose checkpoints are made so.
 fn project_with(sandbox: &Sandbox, name: &str, automatic: AutomaticCheckpoints) {
@@ -65,13 +68,28 @@ fn events(sandbox: &Sandbox) -> Vec<Event> {
     done(sandbox, &list).events.into_iter().map(|recorded| recorded.event).collect()
 }
 
-/// Sees that nothing at all is told or written for a while.
+/// Starts a daemon that tells of its scans for automatic checkpoints.
+fn telling() -> Sandbox {
+    Sandbox::builder().env(FAILPOINT, TELLING).start()
+}
+
+/// Sees that scans find nothing changed, and that nothing is told or written for them.
 #[track_caller]
-fn nothing_happens(sandbox: &Sandbox) {
+fn scans_find_nothing(sandbox: &Sandbox) {
     let (told, tried) = (events(sandbox).len(), operations(sandbox).len());
-    let more = look_for(LONG, || (events(sandbox).len() != told).then(|| events(sandbox)));
-    assert!(more.is_none(), "{:?}", more.map(|events| events[told..].to_vec()));
+    let before = passages(sandbox.path(), "scan.unchanged");
+    wait_until(SOON, "two scans without a change", || passages(sandbox.path(), "scan.unchanged") >= before + 2);
+    assert_eq!(events(sandbox)[told..], []);
     assert_eq!(operations(sandbox).len(), tried);
+}
+
+/// Counts the scans that were begun by all that the project was told before.
+#[track_caller]
+fn scans_begun(sandbox: &Sandbox) -> usize {
+    // The actor takes one command after the other, and begins the scans that are due after each.
+    let again = ProjectSet { project: web(), description: Some("again".into()), phase: None, config: None };
+    done(sandbox, &again);
+    passages(sandbox.path(), "scan.begun")
 }
 
 fn units(sandbox: &Sandbox, units_done: u64) {
@@ -87,11 +105,11 @@ fn units(sandbox: &Sandbox, units_done: u64) {
 
 #[test]
 fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
-    let sandbox = Sandbox::start();
+    let sandbox = telling();
     let ticker = at_work(&sandbox, OFTEN);
     let first = wait_for_checkpoints(&sandbox, 1);
     assert_eq!((first[0].trigger, first[0].name.as_str()), (Trigger::Auto, "auto 1"));
-    nothing_happens(&sandbox);
+    scans_find_nothing(&sandbox);
     is_untouched(&sandbox, &ticker, &[1]);
     sandbox.workspace("web").write("src/lib.rs", "//! Changed.\n");
     wait_for_checkpoints(&sandbox, 2);
@@ -102,17 +120,17 @@ fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
     assert_eq!(third[2].metadata.context_items, 1);
     // A mode is a change, a file that is read is none.
     sandbox.workspace("web").read("README.md");
-    nothing_happens(&sandbox);
+    scans_find_nothing(&sandbox);
     is_untouched(&sandbox, &ticker, &[1, 2, 3]);
     all_verify(&sandbox);
 }
 
 #[test]
 fn units_of_progress_make_one_and_so_do_completed_tasks() {
-    let mut sandbox = Sandbox::start();
+    let mut sandbox = telling();
     at_work(&sandbox, AutomaticCheckpoints { every_units: 10, ..AutomaticCheckpoints::NEVER });
     units(&sandbox, 9);
-    nothing_happens(&sandbox);
+    assert_eq!(scans_begun(&sandbox), 0);
     // What was counted survives the daemon.
     sandbox.crash_and_restart();
     units(&sandbox, 10);
@@ -133,7 +151,7 @@ fn units_of_progress_make_one_and_so_do_completed_tasks() {
 
 #[test]
 fn a_new_phase_makes_one_and_an_idle_project_none() {
-    let sandbox = Sandbox::start();
+    let sandbox = telling();
     at_work(&sandbox, AutomaticCheckpoints::default());
     let phase = |phase| ProjectSet { project: web(), description: None, phase: Some(phase), config: None };
     done(&sandbox, &phase(Phase::Review));
@@ -141,8 +159,9 @@ fn a_new_phase_makes_one_and_an_idle_project_none() {
     assert_eq!((made[0].trigger, made[0].metadata.phase), (Trigger::PhaseTransition, Phase::Review));
     sandbox.ctl(&["kill", "web"]);
     wait_until(SOON, "the agent to end", || show(&sandbox).project.agents_running == 0);
+    let begun = scans_begun(&sandbox);
     done(&sandbox, &phase(Phase::Complete));
-    nothing_happens(&sandbox);
+    assert_eq!(scans_begun(&sandbox), begun);
     only_these_are_left(&sandbox, &[1]);
 }
 
@@ -162,12 +181,15 @@ fn where_only_signals_can_stop_an_agent_it_runs_on() {
 
 #[test]
 fn paused_time_does_not_count() {
-    let sandbox = Sandbox::start();
+    let sandbox = telling();
     let ticker = at_work(&sandbox, OFTEN);
     wait_for_checkpoints(&sandbox, 1);
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     sandbox.workspace("web").write("README.md", "# Changed while it is paused\n");
-    nothing_happens(&sandbox);
+    let begun = scans_begun(&sandbox);
+    // There is nothing to wait for but the clock.
+    std::thread::sleep(LONGER);
+    assert_eq!(scans_begun(&sandbox), begun);
     resume(&sandbox).expect("resume");
     let made = wait_for_checkpoints(&sandbox, 3);
     assert_eq!(
@@ -184,17 +206,19 @@ fn one_that_fails_is_told_once_and_tried_again_later() {
     wait_for_checkpoints(&sandbox, 1);
     let (workspace, aside) = (sandbox.workspace("web").path().to_owned(), sandbox.path().join("aside"));
     std::fs::rename(&workspace, &aside).expect("take the workspace away");
-    let failed = || -> Vec<Code> {
-        let codes = events(&sandbox).into_iter().filter_map(|event| match event {
-            Event::CheckpointFailed { error, .. } => Some(error.data.code),
+    let failed = || -> Vec<(i64, Code)> {
+        let list = EventsList { cursor: None, filter: Default::default(), limit: Some(1_000) };
+        let failures = done(&sandbox, &list).events.into_iter().filter_map(|recorded| match recorded.event {
+            Event::CheckpointFailed { error, .. } => Some((recorded.at.0, error.data.code)),
             _ => None,
         });
-        codes.collect()
+        failures.collect()
     };
-    wait_until(SOON, "a failure to be told", || !failed().is_empty());
-    assert_eq!(failed()[0], Code::WorkspaceRefused);
-    // After 2 s, then 4 s: no storm.
-    assert!(look_for(LONG, || (failed().len() > 2).then_some(())).is_none(), "{:?}", failed());
+    wait_until(SOON, "two failures to be told", || failed().len() >= 2);
+    let failures = failed();
+    assert_eq!(failures[0].1, Code::WorkspaceRefused);
+    // No storm: after 2 s, then 4 s.
+    assert!(failures[1].0 - failures[0].0 >= 2_000, "{failures:?}");
     std::fs::rename(&aside, &workspace).expect("bring the workspace back");
     std::fs::write(workspace.join("new.txt"), "new\n").expect("write");
     wait_until(SOON, "the next try", || views(&sandbox, web()).len() == 2);
@@ -235,9 +259,10 @@ fn a_look_leaves_nothing_behind_when_the_daemon_dies_in_it() {
     sandbox.restart_to_its_death();
     ticker.runs(SOON);
     sandbox.forget_env(FAILPOINT);
+    sandbox.give_env(FAILPOINT, TELLING);
     sandbox.start_daemon();
     settled(&sandbox);
-    nothing_happens(&sandbox);
+    scans_find_nothing(&sandbox);
     is_untouched(&sandbox, &ticker, &[1]);
 }
 

@@ -7,6 +7,7 @@
 pub mod cgroup;
 pub mod disk;
 pub mod metronome;
+pub mod passages;
 pub mod process;
 pub mod recorder;
 pub mod sandbox;

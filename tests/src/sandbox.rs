@@ -29,9 +29,9 @@ use serde_json::Value;
 
 use crate::cgroup::Group;
 use crate::disk::{Disk, Medium};
-use crate::process;
 use crate::waiting::{SOON, look_for, wait_until};
 use crate::workspace::Workspace;
+use crate::{passages, process};
 
 /// After how long a daemon or a command that says nothing is taken to hang.
 const HANGING: Duration = Duration::from_secs(120);
@@ -232,7 +232,9 @@ impl Sandbox {
         command.arg(binary("fermatad")).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("duplicate a descriptor")).stderr(log);
         self.set_env(&mut command);
-        command.envs(self.env.iter().map(|(name, value)| (name, value)));
+        command
+            .env("FERMATA_FAILPOINT_EVENTS", passages::file_in(&self.path))
+            .envs(self.env.iter().map(|(name, value)| (name, value)));
         command.spawn().expect("start /bin/sh")
     }
 

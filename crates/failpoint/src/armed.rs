@@ -1,17 +1,22 @@
 //! What a failpoint does in a build that has them: reads the list from the environment once, counts passages, and kills,
-//! fails or stops at the passage that was asked for.
+//! fails or stops at the passage that was asked for, or writes down every passage.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use nix::sys::signal::{Signal, raise};
+
+/// The environment variable that names the file of failpoint events.
+const EVENTS: &str = "FERMATA_FAILPOINT_EVENTS";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Effect {
     Abort,
     Error,
     Stop,
+    Tell,
 }
 
 #[derive(Debug)]
@@ -35,6 +40,7 @@ fn parse(value: &str) -> Vec<Armed> {
             "abort" => Effect::Abort,
             "error" => Effect::Error,
             "stop" => Effect::Stop,
+            "tell" => Effect::Tell,
             _ => return None,
         };
         let (name, passage) = match place.split_once('@') {
@@ -49,13 +55,14 @@ fn parse(value: &str) -> Vec<Armed> {
 fn effect_of(armed: &[Armed], name: &str) -> Option<Effect> {
     let point = armed.iter().find(|point| point.name == name)?;
     let passage = point.passed.fetch_add(1, Ordering::Relaxed) + 1;
-    (passage == point.passage).then_some(point.effect)
+    (passage == point.passage || point.effect == Effect::Tell).then_some(point.effect)
 }
 
 pub fn hit(variable: &str, name: &str) {
     match effect_of(armed(variable), name) {
         Some(Effect::Abort) => abort(),
         Some(Effect::Stop) => stop(),
+        Some(Effect::Tell) => tell(name),
         Some(Effect::Error) | None => {}
     }
 }
@@ -68,6 +75,10 @@ pub fn check(variable: &str, name: &str) -> io::Result<()> {
             stop();
             Ok(())
         }
+        Some(Effect::Tell) => {
+            tell(name);
+            Ok(())
+        }
         None => Ok(()),
     }
 }
@@ -75,6 +86,16 @@ pub fn check(variable: &str, name: &str) -> io::Result<()> {
 fn stop() {
     // SIGSTOP cannot be refused; whoever goes on has been sent SIGCONT.
     let _refused = raise(Signal::SIGSTOP);
+}
+
+fn tell(name: &str) {
+    let told = std::env::var_os(EVENTS).map(|path| {
+        // One write, so that the lines of several threads and processes do not mix.
+        OpenOptions::new().append(true).create(true).open(path)?.write_all(format!("{name}\n").as_bytes())
+    });
+    if !matches!(told, Some(Ok(()))) {
+        eprintln!("failpoint {name}: nobody can be told: {told:?}");
+    }
 }
 
 fn abort() -> ! {
@@ -86,6 +107,13 @@ fn abort() -> ! {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_passage_is_told() {
+        let armed = parse("a=tell");
+        let effects: Vec<_> = (0..3).map(|_| effect_of(&armed, "a")).collect();
+        assert_eq!(effects, [Some(Effect::Tell); 3]);
+    }
 
     #[test]
     fn a_list_is_parsed_and_nonsense_is_left_out() {

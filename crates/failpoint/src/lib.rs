@@ -9,7 +9,9 @@
 //!
 //! - `abort`: the process kills itself with SIGKILL, so that no destructor runs and no buffer is flushed;
 //! - `error`: [`check`] returns an error; [`hit`] ignores it;
-//! - `stop`: the process stops itself with SIGSTOP and goes on after SIGCONT.
+//! - `stop`: the process stops itself with SIGSTOP and goes on after SIGCONT;
+//! - `tell`: every passage appends the name, in a line of its own, to the file that `FERMATA_FAILPOINT_EVENTS`
+//!   names, and the process goes on.
 //!
 //! An entry that cannot be parsed is left out.
 #![forbid(unsafe_code)]

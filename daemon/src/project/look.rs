@@ -68,6 +68,7 @@ impl Actor {
     pub(super) fn look_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
         let due = automatic::due_trigger(&self.project, &self.looks.looked, now).is_some();
         if due && self.looks.under_way.is_none() {
+            fermata_failpoint::hit("scan.begun");
             let cancel = Cancel::default();
             self.looks.under_way = Some(cancel.clone());
             let (handle, mailbox, looked) = (self.handle(), self.mailbox.clone(), self.looks.looked);
@@ -88,6 +89,7 @@ impl Actor {
         }
         if !changed {
             self.looks.looked = looked;
+            fermata_failpoint::hit("scan.unchanged");
             return;
         }
         let Some(trigger) = automatic::due_trigger(&self.project, &self.looks.looked, services::now()) else { return };
