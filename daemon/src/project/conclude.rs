@@ -48,6 +48,53 @@ fn conclusion(event: &Event, reply: Option<&Value>) -> Option<Conclusion> {
         | Event::RestoreGivenUp { operation, error, .. } => {
             Some(Conclusion { operation: operation.clone(), result: Err(error.clone()) })
         }
-        _ => None,
+        Event::ProjectCreated { .. }
+        | Event::ProjectChanged { .. }
+        | Event::PhaseChanged { .. }
+        | Event::ProjectRemoved {}
+        | Event::AgentCreated { .. }
+        | Event::AgentStarting { .. }
+        | Event::AgentStarted { .. }
+        | Event::AgentLaunchFailed { .. }
+        | Event::AgentAdopted { .. }
+        | Event::AgentUnreachable { .. }
+        | Event::AgentFreezeBroken { .. }
+        | Event::AgentStopping { .. }
+        | Event::AgentWaiting { .. }
+        | Event::AgentReady { .. }
+        | Event::AgentTimeUp { .. }
+        | Event::AgentStale { .. }
+        | Event::AgentBackoff { .. }
+        | Event::AgentGivenUp { .. }
+        | Event::AgentExited { .. }
+        | Event::AgentInterrupted { .. }
+        | Event::AgentParked { .. }
+        | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
+        | Event::AgentTyped { .. }
+        | Event::AgentSessionFound { .. }
+        | Event::AgentProgressed { .. }
+        | Event::AgentUsed { .. }
+        | Event::AgentStateSaved { .. }
+        | Event::TaskChanged { .. }
+        | Event::QuestionAsked { .. }
+        | Event::QuestionAnswered { .. }
+        | Event::ContextAdded { .. }
+        | Event::FlashSaved { .. }
+        | Event::ContextPinned { .. }
+        | Event::ContextRecalled { .. }
+        | Event::OperationStepped { .. }
+        | Event::OperationUndoing { .. }
+        | Event::PauseStarted { .. }
+        | Event::PauseWithheld { .. }
+        | Event::ResumeStarted { .. }
+        | Event::CheckpointStarted { .. }
+        | Event::CheckpointPinned { .. }
+        | Event::CheckpointRemoved { .. }
+        | Event::RestoreStarted { .. }
+        | Event::RestorePlanned { .. }
+        | Event::RestoreRetried { .. }
+        | Event::RestoreChecked { .. } => None,
     }
 }
