@@ -8,7 +8,7 @@ use fermata_protocol::{Code, ProjectName, Refusal, Target};
 use sha2::{Digest as _, Sha256};
 
 use crate::config::Settings;
-use crate::operations::checkpoint::hex;
+use crate::hashing::hex;
 use crate::project::Projects;
 use fermata_os::peer::{PeerCredentials, group_id};
 use fermata_os::process;

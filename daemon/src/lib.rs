@@ -34,4 +34,6 @@ pub mod profile;
 
 pub mod config;
 
+pub mod hashing;
+
 pub mod errors;

@@ -29,13 +29,8 @@ const KNOWN_CYCLES: &[&str] = &[
     "consolidate sweep",
     "user_index user_repository",
     "prelude spawn",
-    "actor automatic effects follow_up handle links look retain stuck",
     "hold keep",
     "hooks launcher supervise",
-    "agent_detail agents attach checkpoints connection context dispatch events logs operations plugins projects reports retention transfers verify",
-    "checkpoint context_file database transcripts",
-    "leftovers operations storage upkeep",
-    "context migrations pinned rows store writer",
 ];
 
 /// Returns the name of the module in a file: its stem, of a `mod.rs` the directory, of a root the crate.

@@ -17,12 +17,14 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::conclude::{Conclusion, conclusions};
-use super::effects::{PauseWork, discard};
-use super::handle::{Answer, Begin, Label, Message, Outcome, ProjectHandle, Tell, View};
+use super::effects::PauseWork;
+use super::handle::ProjectHandle;
 use super::ids::NewToken;
 use super::instants;
 use super::links::Watcher;
 use super::look::Looks;
+use super::message::{Answer, Begin, Label, Message, Outcome, Tell, View, reply};
+use super::retry::discard;
 use crate::errors::Failure;
 use crate::operations::checkpoint::prime;
 use crate::operations::run::readiness;
@@ -566,11 +568,6 @@ async fn sleep_until(alarm: Option<tokio::time::Instant>) {
 pub(super) struct Carried {
     reply: Option<Value>,
     removed: bool,
-}
-
-pub(super) fn reply(answer: Answer, result: Result<Value, Failure>) {
-    // A caller that no longer waits has lost interest, not the fact.
-    drop(answer.send(result));
 }
 
 /// What the loss of the last moments would cost: announcements of steps and progress are worth

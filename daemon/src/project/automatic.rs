@@ -9,8 +9,9 @@ use fermata_protocol::pause::{PauseCause, PauseMode};
 use fermata_protocol::project::ProjectStatus;
 use serde_json::Value;
 
-use super::handle::{Begin, Label, ProjectHandle, Tell};
+use super::handle::ProjectHandle;
 use super::ids::new_operation;
+use super::message::{Begin, Label, Tell};
 use crate::errors::Failure;
 
 /// How often a pause for a budget is tried while something is in its way, for instance an agent that

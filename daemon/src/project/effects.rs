@@ -15,13 +15,14 @@ use tokio::sync::mpsc;
 
 use super::actor::Actor;
 use super::drafting::Drafting;
-use super::handle::{Message, Outcome};
 use super::links::end_of;
+use super::message::{Message, Outcome};
 use super::retain::make_room;
-use super::stuck::PATIENT_TRIES;
+use super::retry::{discard, retry};
 use crate::errors::Failure;
 use crate::operations::checkpoint::database;
-use crate::operations::checkpoint::{self, Order, Rows};
+use crate::operations::checkpoint::order::CheckpointOrder;
+use crate::operations::checkpoint::{self, Rows};
 use crate::operations::checkpoint::{prime, transcripts, transfer};
 use crate::operations::maintenance::leftovers;
 use crate::operations::pause::flash_save::{self, Plans};
@@ -36,9 +37,6 @@ use crate::store::pinned::Prepared;
 
 /// How long a parked agent's processes may take to end.
 const PARKING: Duration = Duration::from_secs(10);
-
-/// The longest pause between two tries of something that has to succeed.
-const MAX_BACKOFF: Duration = Duration::from_secs(30);
 
 /// What the steps of one pause hand on to each other.
 #[derive(Default)]
@@ -281,7 +279,7 @@ impl Actor {
     fn checkpoint(&mut self, operation: OperationId, number: CheckpointNumber, trigger: Trigger, runs: Vec<RunKey>) {
         let label = std::mem::take(&mut self.label);
         let imported = label.import.is_some();
-        let order = Order {
+        let order = CheckpointOrder {
             operation: operation.clone(),
             number,
             name: label.name.unwrap_or_else(|| checkpoint::default_name(trigger, number)),
@@ -379,7 +377,7 @@ async fn run_pause_step(
             work.plans = flash_save::plan(site, None, crate::services::now()).await?;
         }
         PauseStep::Checkpoint => {
-            let order = Order {
+            let order = CheckpointOrder {
                 operation: operation.clone(),
                 number: run.checkpoint,
                 name: checkpoint::default_name(Trigger::Pause, run.checkpoint),
@@ -401,7 +399,7 @@ async fn run_pause_step(
 
 async fn pause_checkpoint(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     work: &mut PauseWork,
     runs: &[RunKey],
 ) -> Result<Stepped, Failure> {
@@ -436,7 +434,7 @@ async fn pause_checkpoint(
 async fn live_checkpoint(
     site: &Site,
     mailbox: &mpsc::Sender<Message>,
-    mut order: Order,
+    mut order: CheckpointOrder,
     runs: &[RunKey],
 ) -> Result<(checkpoint::Made, f64), Failure> {
     let settings = site.services.settings();
@@ -486,7 +484,7 @@ async fn live_checkpoint(
 /// Captures and proves that nobody ran meanwhile: an expired lease cannot be renewed.
 async fn capture_frozen(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     runs: &[RunKey],
     now: fermata_protocol::UnixMillis,
     prepared: Prepared,
@@ -518,42 +516,6 @@ async fn respawn_one(
     drop(mailbox.send(Message::Started { agent: agent.clone(), run, outcome }).await);
     let method = if failed.is_some() { ResumeMethod::Failed } else { ResumeMethod::Respawned };
     AgentResumed { agent, method, argv, detail: failed }
-}
-
-/// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.
-pub(super) async fn discard(site: &Site, number: CheckpointNumber, mailbox: &mpsc::Sender<Message>) {
-    let attempt = |site| async move { leftovers::discard(&site, number).await };
-    retry("discard the checkpoint", site, Some(mailbox), attempt).await;
-}
-
-/// Does something until it has worked or the daemon ends; whoever waits for it at the actor of that mailbox is told when
-/// that takes long.
-pub(super) async fn retry<F>(
-    what: &str,
-    site: &Site,
-    mailbox: Option<&mpsc::Sender<Message>>,
-    mut attempt: impl FnMut(Site) -> F,
-) where
-    F: Future<Output = Result<(), Failure>>,
-{
-    let mut tries = 0;
-    while let Err(failure) = attempt(site.clone()).await {
-        tries += 1;
-        tracing::error!(project = %site.project.name, %failure, tries, "{what}: trying again");
-        if tries >= PATIENT_TRIES
-            && let Some(mailbox) = mailbox
-        {
-            drop(mailbox.send(Message::Stuck(Box::new(failure))).await);
-        }
-        if site.services.stopping.is_cancelled() {
-            return;
-        }
-        tokio::time::sleep(backoff(tries)).await;
-    }
-}
-
-fn backoff(tries: u32) -> Duration {
-    (Duration::from_millis(50) * 2_u32.saturating_pow(tries.min(10))).min(MAX_BACKOFF)
 }
 
 fn cancelled() -> Failure {

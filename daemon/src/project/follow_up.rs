@@ -12,8 +12,8 @@ use fermata_protocol::AgentName;
 use tokio::time::Instant;
 
 use super::actor::Actor;
-use super::handle::{Message, Outcome};
-use super::ids::{NewToken, new_operation, new_run};
+use super::ids::{new_operation, new_run};
+use super::message::{Message, Outcome, Prepared};
 use crate::errors::Failure;
 use crate::operations::run::session;
 use crate::operations::{Cancel, Site};
@@ -27,9 +27,6 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// The longest sleep: a wall clock that is set forward makes things due earlier than a sleep ends.
 const LONGEST: Duration = Duration::from_secs(60);
-
-/// A start whose run and command are known, or why they are not.
-pub type Prepared = Result<(PreparedStart, NewToken), Failure>;
 
 impl Actor {
     /// Decides what is due; returns when to look again.

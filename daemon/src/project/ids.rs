@@ -4,7 +4,7 @@ use fermata_core::command::NewRun;
 use fermata_protocol::{OperationId, RunId};
 use sha2::{Digest as _, Sha256};
 
-use crate::operations::checkpoint::hex;
+use crate::hashing::hex;
 use fermata_os::clock;
 
 fn random<const N: usize>() -> [u8; N] {

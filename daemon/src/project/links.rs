@@ -16,8 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
-use super::handle::{Message, Outcome};
 use super::ids::new_run;
+use super::message::{Message, Outcome};
 use crate::operations::Site;
 use crate::operations::run::launch::processes_of;
 use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};

@@ -18,8 +18,9 @@ use fermata_protocol::{CheckpointNumber, UnixMillis};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::actor::Actor;
-use super::handle::{Begin, Label, Message, ProjectHandle};
+use super::handle::ProjectHandle;
 use super::ids::new_operation;
+use super::message::{Begin, Found, Label, Message};
 use crate::errors::Failure;
 use crate::operations::checkpoint::prime;
 use crate::operations::{Cancel, Site, blocking};
@@ -36,16 +37,6 @@ pub(super) struct Looks {
     /// How the one that is under way is cut short.
     under_way: Option<Cancel>,
     /// The turn of the checkpoint that followed from one.
-    turn: Option<OwnedSemaphorePermit>,
-}
-
-/// What a look found.
-pub struct Found {
-    /// Whether anything has changed; none when the look was cut short, or is no longer due.
-    changed: Option<bool>,
-    /// What it has seen.
-    looked: UnchangedScan,
-    /// The turn in which a checkpoint may be made.
     turn: Option<OwnedSemaphorePermit>,
 }
 

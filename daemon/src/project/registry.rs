@@ -12,7 +12,8 @@ use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
 use super::actor::Actor;
-use super::handle::{ProjectHandle, Tell, View};
+use super::handle::ProjectHandle;
+use super::message::{Tell, View};
 use crate::errors::Failure;
 use crate::operations::blocking;
 use crate::operations::maintenance::leftovers;

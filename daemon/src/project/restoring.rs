@@ -12,10 +12,10 @@ use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
 use serde_json::json;
 use tokio::sync::watch;
 
-use super::actor::{Actor, reply};
-use super::effects::discard;
-use super::handle::{Message, Outcome};
+use super::actor::Actor;
+use super::message::{Message, Outcome, reply};
 use super::retain::make_room;
+use super::retry::discard;
 use crate::operations::restore;
 use crate::store::commit::Write;
 

@@ -19,25 +19,17 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Actor;
-use super::effects::retry;
-use super::handle::{Answer, Message, ProjectHandle, Tell};
+use super::handle::ProjectHandle;
+use super::message::{Answer, Message, Retain, Tell};
+use super::retry::retry;
 use crate::errors::Failure;
 use crate::operations::Site;
-use crate::operations::maintenance::{storage, upkeep};
+use crate::operations::maintenance::{removal, storage, upkeep};
 use crate::operations::pause::validate;
 use crate::store::checkpoints;
-use crate::store::idempotency::Keyed;
 
 /// How long whoever asks for a removal waits for the room to be given back; it goes on without them.
 const PATIENCE: Duration = Duration::from_secs(20);
-
-/// A wish to remove checkpoints.
-pub struct Retain {
-    /// Which.
-    pub ask: RemovalRequest,
-    /// The caller's idempotency key.
-    pub keyed: Option<Keyed>,
-}
 
 impl ProjectHandle {
     /// Removes checkpoints and waits until their room is given back.
@@ -136,7 +128,7 @@ impl Actor {
         self.discarding = Some(self.services.tracker.spawn(async move {
             retry("remove what is left of checkpoints", &site, None, |site| {
                 let checkpoints = checkpoints.clone();
-                async move { storage::discard(&site, &checkpoints).await }
+                async move { removal::discard(&site, &checkpoints).await }
             })
             .await;
         }));

@@ -6,11 +6,10 @@
 use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{Code, Refusal};
 
-use super::actor::{Actor, reply};
+use super::actor::Actor;
+use super::message::reply;
+use super::retry::PATIENT_TRIES;
 use crate::errors::Failure;
-
-/// After so many tries in vain nobody is kept waiting.
-pub(super) const PATIENT_TRIES: u32 = 5;
 
 impl Actor {
     /// Counts reports that could not be persisted; after several in a row whoever waits is told.

@@ -7,7 +7,7 @@ use fermata_protocol::agent::{AgentDetail, AgentShow};
 use serde_json::Value;
 
 use super::agents::{not_found, one_agent};
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::project::Projects;
 use crate::services::now;

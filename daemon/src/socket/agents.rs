@@ -17,9 +17,9 @@ use nix::sys::signal::Signal;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::attach::check_size;
-use super::dispatch::wire;
 use super::loads;
+use super::reply::wire;
+use super::terminals::check_size;
 use crate::errors::Failure;
 use crate::operations::blocking;
 use crate::operations::run::limits;

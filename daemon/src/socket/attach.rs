@@ -4,10 +4,9 @@
 //! An attachment is a task that passes on what its own connection to the shim tells, as fast as the
 //! peer takes it. Nothing is kept here: a slow peer is shown the present screen by the shim.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use fermata_core::Project;
@@ -16,10 +15,9 @@ use fermata_core::command::Command;
 use fermata_core::project::ProjectState;
 use fermata_protocol::agent::ExitStatus;
 use fermata_protocol::rpc::Notification;
-use fermata_protocol::supervision::TerminalSize;
 use fermata_protocol::terminal::{
     AgentAttach, AgentAttachResult, AgentDetach, AgentInput, AgentResize, AgentSend, AttachEnd, AttachNotice,
-    AttachOutput, AttachScreen, InputState, MAX_INPUT_BYTES, MAX_TERMINAL_SIDE, Notice, TypedResult,
+    AttachOutput, AttachScreen, InputState, MAX_INPUT_BYTES, Notice, TypedResult,
 };
 use fermata_protocol::{AgentName, Code, Refusal, RunId, Target};
 use serde::Serialize;
@@ -30,7 +28,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::agents::{not_found, remember};
 use super::connection::Connection;
-use super::dispatch::wire;
+use super::reply::wire;
+use super::terminals::{Attachment, Claim, check_size};
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Tell};
 use crate::shims::link::{LinkError, ShimLink};
@@ -47,86 +46,6 @@ const PACE: Duration = Duration::from_millis(20);
 
 /// How long the end of a run that a viewer has seen may take to be in the project's state.
 const RECORDING: Duration = Duration::from_secs(5);
-
-/// One connection that looks at a terminal.
-pub struct Attachment {
-    /// Unique among all attachments of this daemon.
-    key: u64,
-    target: Target,
-    run: RunId,
-    by: String,
-    read_only: bool,
-    typing: Typing,
-    /// Who took over writing.
-    replaced: watch::Sender<Option<String>>,
-}
-
-/// Who writes to which terminal.
-#[derive(Default)]
-pub struct Terminals {
-    writers: Mutex<BTreeMap<RunId, Arc<Attachment>>>,
-}
-
-/// What came of the wish to write.
-#[derive(Debug, PartialEq, Eq)]
-enum Claim {
-    /// It writes already.
-    Had,
-    /// It writes from now on.
-    Got,
-    /// Somebody else does.
-    Taken(String),
-}
-
-impl Terminals {
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<RunId, Arc<Attachment>>> {
-        self.writers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn claim(&self, attachment: &Arc<Attachment>, steal: bool) -> Claim {
-        let mut writers = self.lock();
-        match writers.get(&attachment.run) {
-            Some(writer) if writer.key == attachment.key => return Claim::Had,
-            Some(writer) if !steal => return Claim::Taken(writer.by.clone()),
-            Some(writer) => {
-                writer.replaced.send_replace(Some(attachment.by.clone()));
-            }
-            None => {}
-        }
-        writers.insert(attachment.run.clone(), Arc::clone(attachment));
-        Claim::Got
-    }
-
-    fn writer(&self, run: &RunId) -> Option<String> {
-        self.lock().get(run).map(|writer| writer.by.clone())
-    }
-
-    fn writes(&self, attachment: &Attachment) -> bool {
-        self.lock().get(&attachment.run).is_some_and(|writer| writer.key == attachment.key)
-    }
-
-    fn leave(&self, attachment: &Attachment) {
-        let mut writers = self.lock();
-        if writers.get(&attachment.run).is_some_and(|writer| writer.key == attachment.key) {
-            writers.remove(&attachment.run);
-        }
-    }
-}
-
-/// Refuses sizes that no terminal has.
-///
-/// # Errors
-/// `invalid_params`.
-pub(super) fn check_size(size: TerminalSize) -> Result<(), Refusal> {
-    let fits = |side: u16| (1..=MAX_TERMINAL_SIDE).contains(&side);
-    if fits(size.rows) && fits(size.cols) {
-        return Ok(());
-    }
-    Err(Refusal::new(
-        Code::InvalidParams,
-        format!("a terminal of {} x {} is not possible: each side has 1 to {MAX_TERMINAL_SIDE}", size.rows, size.cols),
-    ))
-}
 
 /// A run with a terminal.
 struct Found {
@@ -515,18 +434,4 @@ pub(super) async fn send(
     let command = Command::Typed { agent, run, by, bytes };
     let view = Box::new(move |_: &Project, _: &_| json!(TypedResult { bytes, claimed: false }));
     handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed: None, view }).await
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_of_nothing_and_of_too_much_are_refused() {
-        assert!(check_size(TerminalSize { rows: 1, cols: MAX_TERMINAL_SIDE }).is_ok());
-        for (rows, cols) in [(0, 80), (24, 0), (MAX_TERMINAL_SIDE + 1, 80)] {
-            let refusal = check_size(TerminalSize { rows, cols }).expect_err("refused");
-            assert_eq!(refusal.code, Code::InvalidParams);
-        }
-    }
 }

@@ -11,9 +11,9 @@ use fermata_protocol::checkpoint::{
 use fermata_protocol::{CheckpointNumber, Code, Refusal};
 use serde_json::{Value, json};
 
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
-use crate::operations::checkpoint::MANIFEST;
+use crate::operations::checkpoint::layout::MANIFEST;
 use crate::operations::{Site, blocking, restore};
 use crate::project::{ProjectHandle, Projects, Tell};
 use crate::store::checkpoints;

@@ -10,7 +10,7 @@ use fermata_protocol::context::{
 use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
-use super::dispatch::wire;
+use super::reply::wire;
 use super::reports::{agent_of, owns, project_of, secrets};
 use crate::errors::Failure;
 use crate::operations::blocking;

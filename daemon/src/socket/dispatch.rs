@@ -6,28 +6,23 @@ use fermata_protocol::daemon::{DaemonReloadResult, DaemonStatusResult, Hello, He
 use fermata_protocol::method::Call;
 use fermata_protocol::rpc::Request;
 use fermata_protocol::{Code, MAX_IN_FLIGHT, MAX_LINE_BYTES, PROTOCOL_VERSION, Refusal};
-use serde::Serialize;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::connection::Connection;
+use super::reply::wire;
 use super::{
     agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports,
     retention, transfers, verify,
 };
 use crate::auth;
 use crate::errors::Failure;
-use crate::operations::checkpoint::hex;
+use crate::hashing::hex;
 use crate::project::Projects;
 use crate::store::idempotency::{self, Keyed, Known};
 
 /// The longest idempotency key, in bytes.
 const MAX_KEY_BYTES: usize = 128;
-
-/// Turns a result into what the wire carries.
-pub(super) fn wire(value: &impl Serialize) -> Result<Value, Failure> {
-    serde_json::to_value(value).map_err(|error| Failure::fault("encode the reply", &error))
-}
 
 /// Carries a request out.
 ///

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
 use super::connection::Connection;
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::store::Store;
 use crate::store::events::{self, Cursor, Page, Read};

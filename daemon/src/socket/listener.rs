@@ -11,8 +11,8 @@ use fermata_protocol::{Code, Refusal};
 use thiserror::Error;
 use tokio::net::{UnixListener, UnixStream};
 
-use super::Daemon;
-use super::connection;
+use super::daemon::Daemon;
+use super::serve;
 use fermata_os::peer::{self, PeerCredentials};
 
 /// How many connections one user may have; an agent that listens keeps one open.
@@ -119,10 +119,10 @@ impl Listener {
         let daemon = Arc::clone(daemon);
         daemon.projects.services().tracker.clone().spawn(async move {
             match slot {
-                Some(_slot) => connection::serve(stream, credentials, &daemon).await,
+                Some(_slot) => serve::serve(stream, credentials, &daemon).await,
                 None => {
                     let refusal = Refusal::new(Code::TooManyRequests, "too many connections of this user".to_owned());
-                    connection::refuse(stream, refusal).await;
+                    serve::refuse(stream, refusal).await;
                 }
             }
         });

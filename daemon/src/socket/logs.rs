@@ -10,7 +10,7 @@ use fermata_protocol::{AgentName, Code, Refusal, RunId, Target};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::dispatch::wire;
+use super::reply::wire;
 use super::reports::secrets;
 use crate::errors::Failure;
 use crate::operations::blocking;

@@ -14,6 +14,7 @@ mod attach;
 mod checkpoints;
 mod connection;
 mod context;
+mod daemon;
 mod dispatch;
 mod events;
 pub mod listener;
@@ -22,34 +23,15 @@ mod logs;
 mod operations;
 mod plugins;
 mod projects;
+mod reply;
 mod reports;
 mod retention;
+mod serve;
+mod terminals;
+mod transfer_files;
 mod transfers;
 mod verify;
 
-use std::sync::Arc;
-
-use fermata_protocol::UnixMillis;
-
-pub use attach::Terminals;
+pub use daemon::Daemon;
 pub use operations::resume_quietly;
-
-use crate::project::Projects;
-
-/// What every connection knows of the daemon.
-pub struct Daemon {
-    /// The projects, and through them all that rooms share.
-    pub projects: Arc<Projects>,
-    /// When the daemon started.
-    pub started_at: UnixMillis,
-    /// Changes with every start.
-    pub boot_epoch: String,
-    /// Who writes to agents' terminals.
-    pub terminals: Terminals,
-    /// What recovery did.
-    pub recovery: Vec<String>,
-    /// How agents are frozen.
-    pub freezer: String,
-    /// Reads the configuration again.
-    pub reload: Box<dyn Fn() -> Result<Vec<String>, String> + Send + Sync>,
-}
+pub use terminals::Terminals;

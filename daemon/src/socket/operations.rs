@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast::error::TryRecvError;
 
 use super::connection::Connection;
-use super::dispatch::wire;
+use super::reply::wire;
 use super::reports::project_of;
 use crate::errors::Failure;
 use crate::operations::restore as restoring;

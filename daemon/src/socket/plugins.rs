@@ -6,7 +6,7 @@ use fermata_protocol::plugin::{PluginCheckResult, PluginEnable, PluginListResult
 use fermata_protocol::{Code, Refusal, UnixMillis};
 use serde_json::Value;
 
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::plugins::{self, PluginError, PluginKind, PluginStatus};
 use crate::project::Projects;

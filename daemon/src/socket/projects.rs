@@ -6,8 +6,8 @@ use fermata_protocol::ProjectName;
 use fermata_protocol::project::{ProjectCreate, ProjectDetail, ProjectListResult, ProjectSet, ProjectView};
 use serde_json::{Value, json};
 
-use super::dispatch::wire;
 use super::loads;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects, Tell};
 use crate::services::now;

@@ -13,7 +13,7 @@ use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
 use super::connection::Connection;
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects, Tell, View};
 use crate::services::{Channels, now};

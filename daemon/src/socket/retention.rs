@@ -5,7 +5,7 @@ use fermata_protocol::retention::{CheckpointPrune, CheckpointRemove};
 use fermata_protocol::{Code, Refusal};
 use serde_json::Value;
 
-use super::dispatch::wire;
+use super::reply::wire;
 use crate::errors::Failure;
 use crate::project::{Projects, Retain};
 use crate::store::idempotency::Keyed;

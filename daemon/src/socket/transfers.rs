@@ -4,10 +4,9 @@
 //! that the daemon may open and the client may not. What is under way belongs to the connection and
 //! goes with it; it has no name on the disk.
 
-use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::unix::fs::FileExt as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use fermata_core::command::Command;
 use fermata_protocol::checkpoint::Trigger;
@@ -22,10 +21,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::checkpoints::find;
 use super::connection::Connection;
-use super::dispatch::wire;
 use super::operations::{begin, watched, with_progress};
+use super::reply::wire;
+use super::transfer_files::{Sent, lock};
 use crate::errors::Failure;
-use crate::operations::checkpoint::hex;
+use crate::hashing::hex;
 use crate::operations::checkpoint::transfer::{self, Held};
 use crate::operations::maintenance::upkeep;
 use crate::operations::pause::validate;
@@ -33,24 +33,6 @@ use crate::operations::{Cancel, Site, blocking};
 use crate::project::{Begin, Label, Projects, new_operation};
 use crate::store::idempotency::Keyed;
 use fermata_history::{Attempt, Consolidated, Extent};
-
-/// The files of one connection.
-#[derive(Default)]
-pub(super) struct Transfers {
-    exported: Mutex<Option<Held>>,
-    sent: Mutex<Option<Sent>>,
-}
-
-/// A file that a client sends.
-struct Sent {
-    file: File,
-    bytes: u64,
-    hash: Sha256,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 pub(super) async fn export(connection: &Arc<Connection>, params: CheckpointExport) -> Result<Value, Failure> {
     let handle = connection.daemon.projects.get(&params.project)?;

@@ -15,10 +15,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::checkpoints::find;
 use super::connection::Connection;
-use super::dispatch::wire;
 use super::operations::with_progress;
+use super::reply::wire;
 use crate::errors::Failure;
-use crate::operations::checkpoint::{DATABASE, MANIFEST, hash_file, hex};
+use crate::hashing::{hash_file, hex};
+use crate::operations::checkpoint::layout::{DATABASE, MANIFEST};
 use crate::operations::{Cancel, Site, blocking};
 use crate::project::{ProjectHandle, new_operation};
 use crate::services::ProgressNote;

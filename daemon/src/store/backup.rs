@@ -10,9 +10,11 @@ use fermata_protocol::task::Phase;
 use fermata_protocol::task::TaskView;
 use rusqlite::{Connection, OpenFlags, OptionalExtension as _};
 
+use super::connection::connect;
+use super::error::{Doing, StoreError};
 use super::pinned::SMALL;
 use super::rows::{load_tasks, word};
-use super::{Doing, StoreError, connect, context, migrations};
+use super::{context, migrations};
 
 const RESTORE: &str = "restore the project's rows";
 

@@ -6,8 +6,9 @@ use fermata_protocol::checkpoint::CheckpointView;
 use fermata_protocol::{CheckpointNumber, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 use super::rows::{json, text, word};
-use super::{Cached as _, Doing, StoreError};
 
 const READ: &str = "read checkpoints";
 

@@ -13,12 +13,12 @@ use rusqlite::{Connection, params};
 use serde_json::Value;
 
 use super::backup::RestoredRows;
+use super::connection::Cached as _;
 use super::context::NewRow;
+use super::error::{Doing, StoreError};
 use super::idempotency::Keyed;
 use super::writer::Durability;
-use super::{
-    Cached as _, Doing, Store, StoreError, backup, checkpoints, context, events, idempotency, operations, rows,
-};
+use super::{Store, backup, checkpoints, context, events, idempotency, operations, rows};
 
 /// A write that belongs to a command but not to the state that `fermata_core` holds.
 #[derive(Clone)]

@@ -7,8 +7,9 @@ use fermata_protocol::context::{ContextItem, ContextSummary, ItemType, Tier};
 use fermata_protocol::{AgentName, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 use super::rows::word;
-use super::{Cached as _, Doing, StoreError};
 
 const PUT: &str = "add context items";
 const READ: &str = "read context items";

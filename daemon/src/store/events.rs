@@ -6,8 +6,9 @@ use fermata_protocol::subscription::RecordedEvent;
 use fermata_protocol::{Code, ProjectName, Refusal, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
 
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 use super::rows::{json, text, word};
-use super::{Cached as _, Doing, StoreError};
 
 /// How many events are kept; older ones go when their cursor is far behind everybody.
 const KEPT: i64 = 200_000;

@@ -4,8 +4,9 @@ use fermata_protocol::{OperationId, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
 use serde_json::Value;
 
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 use super::rows::{json, text, word};
-use super::{Cached as _, Doing, StoreError};
 
 /// How long a key is remembered, milliseconds.
 const REMEMBERED_MS: i64 = 24 * 3_600_000;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::Connection;
 
-use super::{Doing, StoreError};
+use super::error::{Doing, StoreError};
 
 /// Every migration, in order; the schema's version is the number of them that ran.
 const MIGRATIONS: &[(&str, &str)] = &[("0001_initial", include_str!("../../../migrations/0001_initial.sql"))];

@@ -14,7 +14,9 @@
 pub mod backup;
 pub mod checkpoints;
 pub mod commit;
+mod connection;
 pub mod context;
+mod error;
 pub mod events;
 pub mod idempotency;
 mod migrations;
@@ -28,147 +30,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use rusqlite::Connection;
 use rusqlite::OpenFlags;
-use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
 
+use connection::connect;
+use error::Doing;
+pub use error::StoreError;
 pub use writer::Durability;
 use writer::Writer;
 
 /// How many queries run at the same time.
 const READERS: usize = 4;
-
-/// Why the store could not do what it was told.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// The database's file could not be opened.
-    #[error("open the database {}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What SQLite said.
-        #[source]
-        source: rusqlite::Error,
-    },
-    /// The moment before which it had to be done has passed; nothing was written.
-    #[error("write it in time")]
-    TooLate,
-    /// A newer program has written the database.
-    #[error(
-        "open the database {}: it has schema {found}, and this program knows only up to {known}; \
-         use the newer program again, or another state directory",
-        path.display()
-    )]
-    TooNew {
-        /// The file.
-        path: PathBuf,
-        /// The schema found.
-        found: u32,
-        /// The newest schema that this program knows.
-        known: u32,
-    },
-    /// A migration failed; the database is as it was.
-    #[error("migrate the database {} to schema {version}", path.display())]
-    Migrate {
-        /// The file.
-        path: PathBuf,
-        /// The schema that could not be reached.
-        version: u32,
-        /// What SQLite said.
-        #[source]
-        source: rusqlite::Error,
-    },
-    /// The copy that is taken before a migration could not be written.
-    #[error("back up the database to {} before a migration", path.display())]
-    BackUp {
-        /// The copy.
-        path: PathBuf,
-        /// What went wrong.
-        #[source]
-        source: rusqlite::Error,
-    },
-    /// A statement failed.
-    #[error("{what}")]
-    Sql {
-        /// What was to be done.
-        what: &'static str,
-        /// What SQLite said.
-        #[source]
-        source: rusqlite::Error,
-    },
-    /// A stored value could not be read or written as JSON.
-    #[error("{what}: a stored value has an unknown form")]
-    Json {
-        /// What was to be done.
-        what: &'static str,
-        /// What is wrong with it.
-        #[source]
-        source: serde_json::Error,
-    },
-    /// A file beside the database could not be written or read.
-    #[error("{what} {}", path.display())]
-    File {
-        /// What was to be done.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The transaction of this and other jobs could not be committed.
-    #[error("commit to the database: {0}")]
-    Commit(String),
-    /// The store is closed.
-    #[error("the database is closed")]
-    Closed,
-}
-
-/// Names what was to be done when a statement fails.
-pub(crate) trait Doing<T> {
-    /// Adds what was to be done.
-    fn doing(self, what: &'static str) -> Result<T, StoreError>;
-}
-
-impl<T> Doing<T> for Result<T, rusqlite::Error> {
-    fn doing(self, what: &'static str) -> Result<T, StoreError> {
-        self.map_err(|source| StoreError::Sql { what, source })
-    }
-}
-
-impl<T> Doing<T> for Result<T, serde_json::Error> {
-    fn doing(self, what: &'static str) -> Result<T, StoreError> {
-        self.map_err(|source| StoreError::Json { what, source })
-    }
-}
-
-/// Carries out statements that are prepared once and kept.
-pub(crate) trait Cached {
-    /// Carries one out; returns how many rows it has changed.
-    fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error>;
-
-    /// Carries one out and reads its first row.
-    fn query_row_cached<T>(
-        &self,
-        sql: &str,
-        params: impl rusqlite::Params,
-        read: impl FnOnce(&rusqlite::Row<'_>) -> Result<T, rusqlite::Error>,
-    ) -> Result<T, rusqlite::Error>;
-}
-
-impl Cached for Connection {
-    fn query_row_cached<T>(
-        &self,
-        sql: &str,
-        params: impl rusqlite::Params,
-        read: impl FnOnce(&rusqlite::Row<'_>) -> Result<T, rusqlite::Error>,
-    ) -> Result<T, rusqlite::Error> {
-        self.prepare_cached(sql)?.query_row(params, read)
-    }
-
-    fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error> {
-        self.prepare_cached(sql)?.execute(params)
-    }
-}
 
 /// The open database.
 #[derive(Clone)]
@@ -275,21 +146,4 @@ impl Store {
     pub async fn close(&self) {
         self.inner.writer.close().await;
     }
-}
-
-/// Opens a connection with the settings that every connection has.
-fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
-    let open = |source| StoreError::Open { path: path.to_owned(), source };
-    let connection = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(open)?;
-    connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(open)?;
-    connection.pragma_update(None, "foreign_keys", true).map_err(open)?;
-    connection.set_prepared_statement_cache_capacity(64);
-    if flags.contains(OpenFlags::SQLITE_OPEN_READ_WRITE) {
-        // A thousand agents' reports go through this one all the time; the default of 2 MB thrashes.
-        // Readers keep to it: there are several, and the kernel has the file's pages anyway.
-        connection.pragma_update(None, "cache_size", -4096).map_err(open)?;
-        connection.pragma_update(None, "journal_mode", "wal").map_err(open)?;
-        connection.pragma_update(None, "synchronous", "full").map_err(open)?;
-    }
-    Ok(connection)
 }

@@ -8,8 +8,9 @@ use fermata_protocol::{ErrorObject, OperationId, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use serde_json::{Value, json};
 
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 use super::rows::{json as parse, text, word};
-use super::{Cached as _, Doing, StoreError};
 
 const WRITE: &str = "write the operation";
 const READ: &str = "read operations";

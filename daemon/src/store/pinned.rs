@@ -20,8 +20,10 @@ use fermata_protocol::context::ContextItem;
 use fermata_protocol::{AgentName, ProjectName};
 use rusqlite::{Connection, OpenFlags};
 
+use super::connection::{Cached as _, connect};
+use super::error::{Doing, StoreError};
 use super::rows::word;
-use super::{Cached as _, Doing, StoreError, connect, context, migrations};
+use super::{context, migrations};
 
 /// What a checkpoint keeps of the database besides context, `(table, column that names the project)`:
 /// few rows. Events, usage, operations, checkpoints and environments are not in it: a restore must

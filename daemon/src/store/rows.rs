@@ -16,7 +16,7 @@ use fermata_protocol::{AgentName, ProjectName, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, Row, named_params, params};
 use serde::de::DeserializeOwned;
 
-use super::{Doing, StoreError};
+use super::error::{Doing, StoreError};
 
 const LOAD: &str = "load the projects";
 const SAVE: &str = "save the project";

@@ -7,7 +7,8 @@ use std::thread::JoinHandle;
 use rusqlite::Connection;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::{Cached as _, Doing, StoreError};
+use super::connection::Cached as _;
+use super::error::{Doing, StoreError};
 
 /// How many jobs may wait; further writers wait for a place.
 const QUEUE: usize = 1024;

@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
-use crate::operations::checkpoint::{hash_file, hex};
+use crate::hashing::{HashingWriter, hash_file, hex};
 
 /// The version of the file, raised when an older program could not read it.
 pub const FORMAT: u32 = 1;
@@ -80,7 +80,7 @@ pub fn write(
         parts: described.collect::<io::Result<_>>()?,
     };
     let text = serde_json::to_string(&header)?;
-    let mut out = Hashed { inner: io::BufWriter::new(to), hash: Sha256::new(), bytes: 0 };
+    let mut out = HashingWriter::new(io::BufWriter::new(to));
     write!(out, "{MAGIC}{FORMAT}\n{}\n{text}\n", text.len())?;
     for ((_, path), part) in parts.iter().zip(&header.parts) {
         let copied = io::copy(&mut File::open(path)?.take(part.bytes), &mut out)?;
@@ -88,30 +88,11 @@ pub fn write(
             return Err(io::Error::other(format!("{} has become shorter", path.display())));
         }
     }
-    let sum = hex(&out.hash.clone().finalize());
+    let sum = out.sha256();
     writeln!(out, "{sum}")?;
     out.flush()?;
-    Ok((out.bytes, hex(&out.hash.finalize())))
-}
-
-/// Hashes and counts what passes through.
-struct Hashed<T> {
-    inner: T,
-    hash: Sha256,
-    bytes: u64,
-}
-
-impl<W: io::Write> io::Write for Hashed<W> {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(bytes)?;
-        self.hash.update(&bytes[..n]);
-        self.bytes += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
+    let (_, bytes, sha256) = out.into_parts();
+    Ok((bytes, sha256))
 }
 
 fn refuse(why: impl std::fmt::Display) -> Failure {
@@ -199,7 +180,7 @@ impl Bundle {
             let mut left = part.bytes;
             while left > 0 {
                 if cancelled() {
-                    return Err(crate::operations::cancelled_by_request());
+                    return Err(crate::operations::context::cancelled_by_request());
                 }
                 let n = buffer.len().min(left as usize);
                 self.file.read_exact(&mut buffer[..n]).map_err(failed)?;

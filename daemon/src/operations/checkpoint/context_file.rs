@@ -15,9 +15,9 @@ use fermata_protocol::context::ContextItem;
 use fermata_protocol::task::Phase;
 use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use serde_json::json;
-use sha2::{Digest as _, Sha256};
 
-use crate::operations::checkpoint::{FORMAT, hex};
+use crate::hashing::HashingWriter;
+use crate::operations::checkpoint::layout::FORMAT;
 use crate::store::pinned::States;
 
 /// How much is hashed and handed to the kernel at once, bytes.
@@ -33,30 +33,10 @@ pub enum Piece {
 
 /// A context snapshot whose agents are written and whose end is not.
 pub struct ContextFile {
-    out: BufWriter<Hashed>,
+    out: BufWriter<HashingWriter<File>>,
     path: PathBuf,
     /// Tokens of the items in it.
     pub tokens: u64,
-}
-
-/// A file whose bytes are hashed on their way.
-struct Hashed {
-    file: File,
-    hash: Sha256,
-    bytes: u64,
-}
-
-impl Write for Hashed {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let n = self.file.write(bytes)?;
-        self.hash.update(&bytes[..n]);
-        self.bytes += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
-    }
 }
 
 impl ContextFile {
@@ -72,7 +52,7 @@ impl ContextFile {
         pieces: &Receiver<Piece>,
     ) -> io::Result<Self> {
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        let hashed = Hashed { file, hash: Sha256::new(), bytes: 0 };
+        let hashed = HashingWriter::new(file);
         let mut made = Self { out: BufWriter::with_capacity(BLOCK, hashed), path: path.to_owned(), tokens: 0 };
         made.out.write_all(br#"{"agents":{"#)?;
         let mut states = States::new();
@@ -130,7 +110,7 @@ impl ContextFile {
     /// When it cannot be written.
     pub fn sync(&mut self) -> io::Result<()> {
         self.out.flush()?;
-        self.out.get_ref().file.sync_all()
+        self.out.get_ref().get_ref().sync_all()
     }
 
     /// Writes the end; returns the file, which is yet to be synced, its size and SHA-256.
@@ -154,8 +134,8 @@ impl ContextFile {
         let end = end.to_string();
         self.out.write_all(b",")?;
         self.out.write_all(&end.as_bytes()[1..])?;
-        let Hashed { file, hash, bytes } = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
-        Ok((file, bytes, hex(&hash.finalize())))
+        let hashed = self.out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        Ok(hashed.into_parts())
     }
 
     /// Where it is.
@@ -169,6 +149,9 @@ mod tests {
     use super::*;
     use fermata_protocol::context::{ItemType, Tier};
     use serde_json::Value;
+    use sha2::{Digest as _, Sha256};
+
+    use crate::hashing::hex;
 
     fn name(text: &str) -> AgentName {
         AgentName::new(text).expect("valid")

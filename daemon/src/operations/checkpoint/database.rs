@@ -21,8 +21,10 @@ use fermata_protocol::{AgentName, CheckpointNumber, ProjectName, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
+use crate::hashing::{hash, hex};
 use crate::operations::checkpoint::context_file::{ContextFile, Piece};
-use crate::operations::checkpoint::{CONTEXT, DATABASE, Order, hash, hex};
+use crate::operations::checkpoint::layout::{CONTEXT, DATABASE};
+use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::pause::flash_save::{self, Plans};
 use crate::operations::{Site, blocking, ms_since};
 use crate::store::pinned::{self, Copied, Pinned, Prepared, Told};
@@ -112,7 +114,7 @@ pub async fn begin(site: &Site, partial: &Path, prepared: Option<Prepared>) -> R
 pub async fn copy(
     site: &Site,
     pinned: Pinned,
-    order: &Order,
+    order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
     partial: &Path,
@@ -129,7 +131,7 @@ pub async fn copy(
 /// When a row cannot be read, or a file cannot be written.
 pub async fn save(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
     partial: &Path,

@@ -13,27 +13,31 @@ mod aside;
 pub mod bundle;
 pub mod context_file;
 pub mod database;
+pub mod layout;
+pub mod order;
 pub mod prime;
 pub mod transcripts;
 pub mod transfer;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use fermata_core::agent::RunKey;
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, PartKind, Trigger};
 use fermata_protocol::task::TaskStatus;
-use fermata_protocol::{AgentName, CheckpointNumber, Code, OperationId, Refusal, UnixMillis};
+use fermata_protocol::{AgentName, CheckpointNumber, Code, Refusal, UnixMillis};
 use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
+use crate::hashing::{hash_file, hex};
 use crate::operations::checkpoint::aside::Aside;
 use crate::operations::checkpoint::database::{DatabasePart, Draft};
+use crate::operations::checkpoint::layout::{CONTEXT, DATABASE, FORMAT, MANIFEST};
+use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::transcripts::{Copied, Opened};
 use crate::operations::pause::flash_save::Plans;
 use crate::operations::run::session::Scouted;
@@ -43,37 +47,6 @@ use crate::store::pinned::{Pinned, Prepared};
 use fermata_failpoint as failpoint;
 use fermata_history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
 use fermata_os::fsync::{sync_together, write_unsynced};
-
-/// The version of a checkpoint's files.
-pub const FORMAT: u32 = 1;
-
-/// The database backup's file name.
-pub const DATABASE: &str = "database.sqlite";
-/// The context snapshot's file name.
-pub const CONTEXT: &str = "context.json";
-/// The manifest's file name.
-pub const MANIFEST: &str = "manifest.json";
-
-/// What checkpoint is wanted.
-#[derive(Debug, Clone)]
-pub struct Order {
-    /// The operation that makes it.
-    pub operation: OperationId,
-    /// Its number.
-    pub number: CheckpointNumber,
-    /// Its name.
-    pub name: String,
-    /// Its description.
-    pub description: String,
-    /// What makes it.
-    pub trigger: Trigger,
-    /// The reason of the pause.
-    pub reason: Option<String>,
-    /// Whether the agents stand still meanwhile.
-    pub frozen: bool,
-    /// The runs that may be writing to the workspace.
-    pub runs: Vec<RunKey>,
-}
 
 /// A checkpoint that is complete on disk and lacks only its row.
 #[derive(Debug, Clone)]
@@ -122,7 +95,7 @@ enum Taken {
 /// When any of it cannot be read or written.
 pub async fn capture(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
     rows: Rows,
@@ -161,7 +134,7 @@ pub async fn capture(
 /// Completes the database part, where that was not done while the agents stood still.
 async fn written(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     rows: Taken,
     taken_at: UnixMillis,
     partial: &Path,
@@ -177,7 +150,7 @@ async fn written(
 }
 
 /// Looks at the workspace and reads what has changed.
-async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64), Failure> {
+async fn workspace(site: &Site, order: &CheckpointOrder) -> Result<(Aside<Observed>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
@@ -207,7 +180,7 @@ async fn workspace(site: &Site, order: &Order) -> Result<(Aside<Observed>, f64),
 /// Makes a snapshot of what was read: agents need not stand still for it.
 async fn complete(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     observed: Aside<Observed>,
     taken_at: UnixMillis,
 ) -> Result<Aside<Snapshot>, Failure> {
@@ -231,7 +204,7 @@ struct Beside {
 ///
 /// # Errors
 /// When anything cannot be written. A plugin's failure is a warning.
-pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
+pub async fn seal(site: &Site, order: &CheckpointOrder, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
     let start = Instant::now();
     let Captured { observed, taken_at, transcripts, rows, mut parts_ms } = captured;
     let partial = site.dirs().partial_checkpoint(order.number);
@@ -260,7 +233,7 @@ pub async fn seal(site: &Site, order: &Order, captured: Captured, now: UnixMilli
 
 async fn finish(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     snapshot: &Aside<Snapshot>,
     beside: Beside,
     partial: PathBuf,
@@ -326,7 +299,7 @@ pub(super) struct Contents {
 }
 
 /// Describes the checkpoint that was ordered, in its place.
-pub(super) fn row(site: &Site, order: &Order, place: &Path, contents: Contents) -> CheckpointView {
+pub(super) fn row(site: &Site, order: &CheckpointOrder, place: &Path, contents: Contents) -> CheckpointView {
     let text = |name: &str| place.join(name).to_string_lossy().into_owned();
     let Contents { created_at, commit, manifest_sha256, size_bytes, metadata } = contents;
     CheckpointView {
@@ -351,7 +324,7 @@ pub(super) fn row(site: &Site, order: &Order, place: &Path, contents: Contents) 
 
 async fn artifacts(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     partial: &Path,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<ManifestPart>, Failure> {
@@ -493,43 +466,6 @@ pub fn part(kind: PartKind, directory: &Path, path: &str) -> Result<ManifestPart
     let file = directory.join(path);
     let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
     Ok(ManifestPart { kind, path: path.into(), bytes, sha256 })
-}
-
-/// Returns size and SHA-256 of a file.
-///
-/// # Errors
-/// When it cannot be read.
-pub fn hash_file(path: &Path) -> io::Result<(u64, String)> {
-    hash(&File::open(path)?)
-}
-
-/// Returns size and SHA-256 of what is left to be read of a file.
-///
-/// # Errors
-/// When it cannot be read.
-pub(super) fn hash(mut file: &File) -> io::Result<(u64, String)> {
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 128 << 10];
-    let mut bytes = 0;
-    loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            return Ok((bytes, hex(&hash.finalize())));
-        }
-        hash.update(&buffer[..n]);
-        bytes += n as u64;
-    }
-}
-
-/// Writes bytes in hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len() * 2);
-    for byte in bytes {
-        for digit in [byte >> 4, byte & 15] {
-            text.extend(char::from_digit(u32::from(digit), 16));
-        }
-    }
-    text
 }
 
 /// The default name of a checkpoint.

@@ -19,7 +19,7 @@ use fermata_protocol::checkpoint::{ManifestPart, PartKind};
 use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
-use crate::operations::checkpoint::hex;
+use crate::hashing::hex;
 use crate::operations::run::session::{self, Scouted};
 use crate::operations::{Site, blocking};
 use crate::profile::{self, Session};
@@ -195,7 +195,7 @@ mod tests {
         let copied = copy(opened, &partial).await.expect("copied");
         let place = partial.join("transcripts/a/s.jsonl");
         assert_eq!(fs::read_to_string(&place).expect("there"), "before\n");
-        let (bytes, sha256) = crate::operations::checkpoint::hash_file(&place).expect("hashed");
+        let (bytes, sha256) = crate::hashing::hash_file(&place).expect("hashed");
         assert_eq!((copied.parts[0].bytes, &copied.parts[0].sha256), (bytes, &sha256));
         assert_eq!(copied.warnings, [""; 0]);
     }

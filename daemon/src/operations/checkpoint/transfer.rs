@@ -22,9 +22,12 @@ use serde_json::{Value, json};
 
 use crate::errors::Failure;
 use crate::operations::checkpoint::bundle::{self, Bundle, INDEX, PACK, Part};
-use crate::operations::checkpoint::{CONTEXT, Contents, DATABASE, FORMAT, MANIFEST, Made, Order, part, place, row};
+use crate::operations::checkpoint::layout::{CONTEXT, DATABASE, FORMAT, MANIFEST};
+use crate::operations::checkpoint::order::CheckpointOrder;
+use crate::operations::checkpoint::{Contents, Made, part, place, row};
 use crate::operations::pause::validate;
-use crate::operations::{Site, blocking, ms_since, note_bytes};
+use crate::operations::progress::note_bytes;
+use crate::operations::{Site, blocking, ms_since};
 use crate::store::backup;
 use fermata_history::{Incoming, Oid};
 use fermata_os::fsync::write_atomic;
@@ -110,7 +113,7 @@ fn portable(view: CheckpointView) -> CheckpointView {
 ///
 /// # Errors
 /// Refuses what is damaged, newer or unsafe before anything of it is visible; fails when the disk is full.
-pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Failure> {
+pub async fn import(site: &Site, order: &CheckpointOrder, held: Held) -> Result<Made, Failure> {
     let start = Instant::now();
     crate::operations::failpoint("import.begin")?;
     let number = order.number;
@@ -131,7 +134,7 @@ pub async fn import(site: &Site, order: &Order, held: Held) -> Result<Made, Fail
         })
         .await?
         .map_err(|e| match e {
-            fermata_history::HistoryError::Cancelled => crate::operations::cancelled_by_request(),
+            fermata_history::HistoryError::Cancelled => crate::operations::context::cancelled_by_request(),
             e => refuse(format!("its snapshot is damaged: {}", fermata_protocol::error_chain(&e))),
         })?;
     let manifest = adapt(site, order, &partial, manifest).await?;
@@ -205,7 +208,7 @@ fn plain_value(value: Value) -> Value {
 /// Writes the parts of a file to their places, each compared with its hash.
 async fn unpack(
     site: &Site,
-    order: &Order,
+    order: &CheckpointOrder,
     held: Held,
     incoming: Incoming,
     partial: PathBuf,
@@ -269,7 +272,7 @@ fn check(partial: &Path, parts: &[Part], from: &CheckpointView) -> Result<Manife
 }
 
 /// Makes the files those of this project and number.
-async fn adapt(site: &Site, order: &Order, partial: &Path, manifest: Manifest) -> Result<Manifest, Failure> {
+async fn adapt(site: &Site, order: &CheckpointOrder, partial: &Path, manifest: Manifest) -> Result<Manifest, Failure> {
     let (project, number, partial) = (site.project.name.clone(), order.number, partial.to_owned());
     blocking("adapt the checkpoint", move || {
         let from = manifest.project.clone();

@@ -1,10 +1,9 @@
-//! What the checkpoints of a project take on disk, and giving it back.
+//! Measures what the checkpoints of a project take on disk.
 //!
 //! It is measured whenever it may have changed (a start, a checkpoint, a removal, packs that were joined) and
 //! kept in memory, so that looking at it costs nothing. The database knows nothing of it. Measuring lists names; the size
 //! of what never changes under its name is asked for once.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt as _;
@@ -13,12 +12,9 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use fermata_protocol::CheckpointNumber;
-
 use crate::errors::Failure;
-use crate::operations::maintenance::{leftovers, upkeep};
+use crate::operations::history_cell::Sizes;
 use crate::operations::{Site, blocking};
-use fermata_history::Extent;
 
 /// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
 const BLOCK: u64 = 512;
@@ -60,9 +56,6 @@ pub async fn measure(site: &Site) -> Result<u64, Failure> {
     })
     .await
 }
-
-/// What things take that do not change under their name, bytes.
-pub(in crate::operations) type Sizes = HashMap<PathBuf, u64>;
 
 /// A measurement.
 struct Count<'a> {
@@ -151,21 +144,6 @@ fn bytes_in(dir: &Path, mut found: impl FnMut(PathBuf)) -> io::Result<u64> {
     }
     Ok(bytes)
 }
-/// Removes the files and snapshots of checkpoints that have no row any more, and gives the room back that
-/// nobody else needs.
-///
-/// # Errors
-/// When something cannot be removed; it may be tried again, and the next start sweeps it.
-pub async fn discard(site: &Site, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
-    let before = site.history.used_bytes();
-    leftovers::remove_rowless(site, numbers).await?;
-    let after = measure(site).await?;
-    site.history.reclaimed(before.saturating_sub(after));
-    // Packs in which others have contents stay; what nobody needs in them goes with time.
-    upkeep::wish(site, Extent::Waste);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,16 +4,16 @@
 //! thread that stands back, one project at a time, and ends at once when the project pauses. Nobody waits for it, and
 //! whatever it did not come to is done at the next wish. Decides nothing about checkpoints.
 
-use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use fermata_protocol::event::Event;
 use tokio::sync::oneshot;
 
 use crate::errors::Failure;
+use crate::operations::context::history_failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{Cancel, Site, history_failure};
+use crate::operations::{Cancel, Site};
 use fermata_history::{Attempt, Consolidated, Extent};
 
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
@@ -25,59 +25,6 @@ pub const BREATH: Duration = Duration::from_millis(20);
 /// How long whoever needs room waits for others who consolidate, and how often it asks.
 const PATIENCE: Duration = Duration::from_secs(60);
 const TURN: Duration = Duration::from_millis(20);
-
-/// The upkeep of one project; clones are the same.
-#[derive(Clone, Default)]
-pub struct Upkeep(Arc<Mutex<State>>);
-
-#[derive(Default)]
-struct State {
-    wanted: BTreeSet<Extent>,
-    /// What the run that is under way does.
-    current: Option<Extent>,
-    /// Ends the run that is under way.
-    running: Option<Cancel>,
-    /// Until when nothing is tried, after a failure that was told.
-    failed: Option<Instant>,
-}
-
-impl Upkeep {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Takes the largest wish, if there is one; otherwise, or when it is told to end, the run is over.
-    fn next(&self, cancel: &Cancel) -> Option<Extent> {
-        let mut state = self.lock();
-        if cancel.is_cancelled() {
-            return None;
-        }
-        state.current = state.wanted.pop_last();
-        if state.current.is_none() {
-            state.running = None;
-        }
-        state.current
-    }
-
-    /// Ends the run that is under way; what it did becomes a wish again.
-    fn hold_off(&self) {
-        let mut state = self.lock();
-        let current = state.current.take();
-        state.wanted.extend(current);
-        if let Some(cancel) = state.running.take() {
-            cancel.cancel();
-        }
-    }
-
-    /// Ends a run that found somebody else at work; its wish waits for the next one.
-    fn put_off(&self, extent: Extent, cancel: &Cancel) {
-        let mut state = self.lock();
-        if !cancel.is_cancelled() {
-            state.wanted.insert(extent);
-            (state.current, state.running) = (None, None);
-        }
-    }
-}
 
 /// Wishes for what the events of a project make worth it: a consolidation after a checkpoint, and none while it pauses.
 pub fn follow(site: &Site, events: &[Event]) {
@@ -214,40 +161,4 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure
         site.services.settled.notify_one();
     }
     Ok(done)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn with_wishes(wanted: &[Extent]) -> (Upkeep, Cancel) {
-        let (upkeep, cancel) = (Upkeep::default(), Cancel::default());
-        upkeep.lock().wanted.extend(wanted);
-        upkeep.lock().running = Some(cancel.clone());
-        (upkeep, cancel)
-    }
-
-    #[test]
-    fn what_a_pause_interrupts_is_still_wished_for_afterwards() {
-        let (upkeep, cancel) = with_wishes(&[Extent::Waste, Extent::Due]);
-        assert_eq!(upkeep.next(&cancel), Some(Extent::Due));
-        upkeep.hold_off();
-        assert!(cancel.is_cancelled());
-        assert_eq!(upkeep.next(&cancel), None, "the run ends and takes no wish with it");
-        let next = Cancel::default();
-        assert_eq!(upkeep.next(&next), Some(Extent::Due));
-        assert_eq!(upkeep.next(&next), Some(Extent::Waste), "a look that costs nothing is no substitute");
-        assert_eq!(upkeep.next(&next), None);
-        upkeep.hold_off();
-        assert_eq!(upkeep.next(&next), None, "what was done is not done again");
-    }
-
-    #[test]
-    fn a_run_that_finds_others_at_work_ends_and_leaves_its_wish() {
-        let (upkeep, cancel) = with_wishes(&[Extent::Waste]);
-        assert_eq!(upkeep.next(&cancel), Some(Extent::Waste));
-        upkeep.put_off(Extent::Waste, &cancel);
-        assert!(upkeep.lock().running.is_none(), "the next wish starts a run");
-        assert_eq!(upkeep.next(&Cancel::default()), Some(Extent::Waste));
-    }
 }

@@ -17,7 +17,9 @@ use fermata_protocol::{CheckpointNumber, Code, OperationId, ProjectName, Refusal
 use serde::{Deserialize, Serialize};
 
 use crate::errors::Failure;
-use crate::operations::checkpoint::{self, Made, Order};
+use crate::operations::checkpoint::layout::DATABASE;
+use crate::operations::checkpoint::order::CheckpointOrder;
+use crate::operations::checkpoint::{self, Made};
 use crate::operations::{Site, blocking, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
@@ -57,7 +59,7 @@ pub async fn plan(
     crate::operations::failpoint("restore.begin")?;
     let paths = parse_paths(paths)?;
     crate::operations::pause::validate::run(site).await?;
-    let order = Order {
+    let order = CheckpointOrder {
         operation: operation.clone(),
         number: safety,
         name: checkpoint::default_name(Trigger::Safety, safety),
@@ -106,7 +108,7 @@ pub async fn plan(
 
 /// Refuses a checkpoint whose database part cannot be restored, before anything in the workspace is changed.
 async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failure> {
-    let (file, project) = (site.dirs().checkpoint(number).join(checkpoint::DATABASE), site.project.name.clone());
+    let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
     blocking("check the checkpoint", move || {
         let damaged = |why: String| -> Failure {
             Refusal::new(Code::CheckpointDamaged, format!("checkpoint {number} cannot be restored: {why}"))
@@ -174,7 +176,7 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
 }
 
 async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(RestoredProject, Arc<RestoredRows>), Failure> {
-    let (file, project) = (site.dirs().checkpoint(number).join(checkpoint::DATABASE), site.project.name.clone());
+    let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
     blocking("read the backup", move || {
         let failed = |e| Failure::fault("read the backup", &e);
         let backed = backup::open(&file, &project).map_err(failed)?;

@@ -182,7 +182,7 @@ fn environment(
     if let Some(Continuation { checkpoint }) = continuation {
         set("FERMATA_RESUME", "1".to_owned());
         if let Some(number) = checkpoint {
-            let context = site.dirs().checkpoint(number).join(crate::operations::checkpoint::CONTEXT);
+            let context = site.dirs().checkpoint(number).join(crate::operations::checkpoint::layout::CONTEXT);
             set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
             set("FERMATA_CHECKPOINT", number.to_string());
         }

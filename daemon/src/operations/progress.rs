@@ -1,0 +1,34 @@
+//! Turns the progress of work on files into notes for those who follow an operation.
+
+use fermata_protocol::OperationId;
+
+use crate::services::ProgressNote;
+
+/// What a part of the history's work is called, and what is counted in it.
+pub(super) fn words(phase: fermata_history::Phase) -> (&'static str, &'static str) {
+    match phase {
+        fermata_history::Phase::Scan => ("scan", "paths"),
+        fermata_history::Phase::Read => ("read", "files"),
+        fermata_history::Phase::Trees => ("trees", "directories"),
+        fermata_history::Phase::Pack => ("pack", "objects"),
+        fermata_history::Phase::Verify => ("verify", "objects"),
+        fermata_history::Phase::Apply => ("apply", "paths"),
+        fermata_history::Phase::Recheck => ("recheck", "paths"),
+    }
+}
+
+pub(super) fn note(operation: &OperationId, progress: fermata_history::Progress) -> ProgressNote {
+    let (step, unit) = words(progress.phase);
+    ProgressNote {
+        operation_id: operation.clone(),
+        step: step.to_owned(),
+        done: progress.done,
+        total: progress.total,
+        unit,
+    }
+}
+
+/// Makes the note of work that is counted in bytes.
+pub(super) fn note_bytes(operation: OperationId, step: &str, done: u64, total: u64) -> ProgressNote {
+    ProgressNote { operation_id: operation, step: step.to_owned(), done, total, unit: "bytes" }
+}
