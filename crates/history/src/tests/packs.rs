@@ -279,7 +279,7 @@ fn a_consolidation_killed_at_any_instant_leaves_every_checkpoint_and_is_cleared_
         let wanted: Vec<_> = (2..=4).map(|n| sandbox.history.listing_of(n).unwrap().items).collect();
         sandbox.history.remove(1).unwrap();
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "history::tests::packs::killed_consolidation_body"])
+            .args(["--exact", "tests::packs::killed_consolidation_body"])
             .env("FERMATA_TEST_CONSOLIDATION", sandbox.outside("state"))
             .env("FERMATA_FAILPOINT", format!("{point}=abort"))
             .stdout(std::process::Stdio::null())

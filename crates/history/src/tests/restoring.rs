@@ -282,7 +282,7 @@ fn without_privileges_read_only_directories_are_restored_and_unreadable_ones_ski
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     set_mode(&program, 0o755);
     let output = Command::new(program)
-        .args(["--exact", "history::tests::restoring::unprivileged_body", "--nocapture"])
+        .args(["--exact", "tests::restoring::unprivileged_body", "--nocapture"])
         .env("FERMATA_TEST_UNPRIVILEGED", "1")
         .env("HOME", "/nonexistent")
         .env("TMPDIR", "/tmp")

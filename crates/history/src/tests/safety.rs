@@ -168,7 +168,7 @@ fn a_restore_killed_at_any_step_rolls_forward_to_the_same_end() {
         let state = sandbox.outside("state");
         fs::write(state.join("plan.json"), serde_json::to_vec(&plan).unwrap()).unwrap();
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "history::tests::safety::killed_restore_body"])
+            .args(["--exact", "tests::safety::killed_restore_body"])
             .env("FERMATA_TEST_RESTORE", &state)
             .env(fermata_failpoint::VARIABLE, &point)
             .stdout(std::process::Stdio::null())
@@ -221,7 +221,7 @@ fn a_checkpoint_killed_at_any_instant_is_there_or_is_swept() {
         sandbox.write("a", "22");
         let packs = walk(&sandbox.history.repository().join("objects/pack"));
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "history::tests::safety::killed_publication_body"])
+            .args(["--exact", "tests::safety::killed_publication_body"])
             .env("FERMATA_TEST_PUBLISH", sandbox.outside("state"))
             .env(fermata_failpoint::VARIABLE, point)
             .stdout(std::process::Stdio::null())
