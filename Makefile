@@ -1,7 +1,7 @@
 # The one entry to build, test and install Fermata. `make` alone lists the targets.
 #
-# All cargo calls of `build` and the tests use --workspace --all-targets: with any other selection
-# cargo unifies features differently and compiles dependencies a second time.
+# `build` and the tests use --workspace --all-targets. `programs` builds what `make demo` needs and nothing else, with the
+# same features of every package: with others cargo would compile them a second time.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -26,13 +26,18 @@ BINARIES := fermatad fermatactl fermata-shim fermata-plugin-host
 PLUGINS := exec
 
 .DEFAULT_GOAL := help
-.PHONY: help bootstrap build release test test-stress test-agents test-systemd test-machine demo bench bench-checkpoints bench-scale lint deny install clean
+.PHONY: help bootstrap programs build release test test-stress test-agents test-systemd test-machine demo bench bench-checkpoints bench-scale lint deny install clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 bootstrap: ## check for a C compiler, git and the pinned Rust toolchain
 	@scripts/bootstrap
+
+PACKAGES := fermata-daemon fermata-shim fermata-ctl fermata-plugin-exec
+
+programs: bootstrap ## build the programs and the exec plugin for development
+	$(CARGO) build $(addprefix -p ,$(PACKAGES)) -p fermata-failpoint --features fermata-failpoint/enabled
 
 build: bootstrap ## build everything for development, plugins and tests included
 	$(CARGO) build --workspace --all-targets
@@ -43,7 +48,7 @@ STATIC_CLIENT := $(if $(findstring /,$(shell $(or $(CC),cc) -print-file-name=lib
 
 # Without the tests, which would turn failpoints on.
 release: bootstrap ## build everything optimised
-	$(CARGO) build --workspace --exclude fermata-tests --release $(if $(STATIC_CLIENT),--exclude fermata-ctl)
+	$(CARGO) build --release $(addprefix -p ,$(if $(STATIC_CLIENT),$(filter-out fermata-ctl,$(PACKAGES)),$(PACKAGES)))
 	$(if $(STATIC_CLIENT),$(CARGO) rustc --release -p fermata-ctl --bin fermatactl -- -C target-feature=+crt-static)
 	@for program in $(BINARIES); do \
 	    ! grep -q FERMATA_FAILPOINT $(TARGET_DIR)/release/$$program || \
@@ -65,7 +70,7 @@ test-systemd: build ## boot a real systemd in a container and run the system ser
 test-machine: build ## boot a machine with every controller on cgroup v2 and test limits in it
 	scripts/test-machine
 
-demo: build ## see a pause, a crash, a restore and a resume in a throw-away daemon
+demo: programs ## see a pause, a crash, a restore and a resume in a throw-away daemon
 	scripts/demo
 
 bench: release ## compare with pueue and supervisord (where installed), with plain files, and checkpoints with git
