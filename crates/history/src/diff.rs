@@ -8,14 +8,14 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
-use super::beneath::{FileKind, Root};
-use super::errors::{HistoryError, Result};
-use super::listing::{CheckpointRoot, Item, Listing, What};
-use super::names::RelPath;
-use super::oid::{ObjectKind, Oid};
-use super::rules::Rules;
-use super::scan::check_workspace;
-use super::{History, OnProgress};
+use crate::errors::{HistoryError, Result};
+use crate::rules::coverage::Rules;
+use crate::scan::walk::check_workspace;
+use crate::store::oid::{ObjectKind, Oid};
+use crate::tree::confined_dir::{FileKind, Root};
+use crate::tree::listing::{CheckpointRoot, Item, Listing, What};
+use crate::tree::names::RelPath;
+use crate::{History, OnProgress};
 
 /// One side of a comparison.
 #[derive(Clone, Debug)]
@@ -175,7 +175,7 @@ impl History {
         let mut at = CheckpointRoot::read(&self.objects, &commit)?.files;
         let mut names = path.bytes().split(|b| *b == b'/').peekable();
         while let Some(name) = names.next() {
-            let entries = super::tree::decode_tree(&at, &self.objects.read(&at, ObjectKind::Tree)?)?;
+            let entries = crate::tree::trees::decode_tree(&at, &self.objects.read(&at, ObjectKind::Tree)?)?;
             match entries.into_iter().find(|entry| entry.name == name) {
                 Some(entry) if names.peek().is_none() && !entry.is_tree() => {
                     return Ok(Some(entry.oid));
@@ -198,7 +198,7 @@ fn kind_of(item: &Item) -> EntryKind {
 }
 
 /// Compares two listings.
-pub(super) fn compare(old: &Listing, new: &Listing) -> Diff {
+pub(crate) fn compare(old: &Listing, new: &Listing) -> Diff {
     let (full_old, full_new) = (with_children(old), with_children(new));
     let paths: BTreeSet<&RelPath> = old.items.keys().chain(new.items.keys()).collect();
     let mut diff = Diff::default();

@@ -5,7 +5,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::oid::Oid;
+use crate::store::oid::Oid;
 
 /// The result of an operation on the store.
 pub type Result<T, E = HistoryError> = std::result::Result<T, E>;
@@ -63,7 +63,7 @@ pub enum HistoryError {
     #[error("restore: {} objects are damaged or missing, the first is {:?}", .bad.len(), .bad.first())]
     Unrestorable {
         /// Every bad object.
-        bad: Vec<super::BadObject>,
+        bad: Vec<crate::BadObject>,
     },
     /// A plan or a checkpoint names a path that must not be written.
     #[error("use path {path}: it is unsafe")]
@@ -112,19 +112,19 @@ pub enum HistoryError {
 
 impl HistoryError {
     /// Makes the closure that dresses a system error, for `map_err`.
-    pub(super) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Self + use<E> {
+    pub(crate) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Self + use<E> {
         let path = path.to_owned();
         move |source| HistoryError::Io { action, path, source: source.into() }
     }
 
     /// Says whether there was no room on the disk.
-    pub(super) fn is_disk_full(&self) -> bool {
+    pub(crate) fn is_disk_full(&self) -> bool {
         let full = |kind| matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         matches!(self, HistoryError::Io { source, .. } if full(source.kind()))
     }
 
     /// Makes the closure that dresses an error of the git library, for `map_err`.
-    pub(super) fn git(action: &'static str) -> impl FnOnce(git2::Error) -> Self {
+    pub(crate) fn git(action: &'static str) -> impl FnOnce(git2::Error) -> Self {
         move |source| HistoryError::Git { action, source }
     }
 }

@@ -17,63 +17,18 @@
 //! - A snapshot relies only on published packs and its own; another unpublished snapshot's objects do not count.
 //! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
 
-mod attributes;
-mod beneath;
-mod bundle;
-mod cache;
-mod consolidate;
-mod content;
-mod covered_then;
-mod deflate;
-mod delta;
 mod diff;
-mod distrust;
-mod draft;
 mod errors;
-mod found;
-mod heads;
-mod ignore_file;
-mod links;
-mod listing;
-mod meta;
-mod names;
-mod objects;
-mod observe;
-mod oid;
-mod pack;
-mod pack_entry;
-mod pack_index;
-mod pack_reader;
-mod picture;
-mod plan;
-mod planner;
-mod pool;
-mod prime;
-mod publish;
-mod reach;
-mod recheck;
-mod refs;
-mod repack;
 mod restore;
 mod rules;
 mod scan;
 mod snapshot;
-mod standing;
-mod stranger;
-mod sweep;
+mod store;
 #[cfg(test)]
 mod tests;
-mod tracked;
+mod transfer;
 mod tree;
-mod unchanged;
-mod user_index;
-mod user_repository;
-mod verdict;
 mod verify;
-mod watch;
-mod whole;
-mod wildcard;
-mod xattrs;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
@@ -84,39 +39,39 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-pub use beneath::Time;
-pub use bundle::{Exported, Incoming};
-pub use consolidate::{Attempt, Consolidated, Extent, PackStats};
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{HistoryError, Result};
-pub use found::{SkipReason, Skipped};
-pub use meta::{FORMAT, Manifest};
-pub use names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
-pub use observe::Observed;
-pub use oid::{NotAnOid, Oid};
-pub use plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
-pub use prime::Primed;
-pub use publish::Publication;
-pub use restore::{Mismatch, RestoreReport};
-pub use rules::Rules;
+pub use restore::apply::{Mismatch, RestoreReport};
+pub use restore::full_verification::WholeCheck;
+pub use restore::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
+pub use rules::coverage::Rules;
+pub use rules::user_repository::UserRepository;
+pub use scan::scan_result::{SkipReason, Skipped};
+pub use scan::warm_up::Primed;
+pub use scan::watcher::Watcher;
+pub use scan::workspace_scan::Observed;
 pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
-pub use sweep::SweepReport;
-pub use user_repository::UserRepository;
+pub use store::consolidate::{Attempt, Consolidated, Extent, PackStats};
+pub use store::oid::{NotAnOid, Oid};
+pub use store::publish::Publication;
+pub use store::sweep::SweepReport;
+pub use transfer::bundle::{Exported, Incoming};
+pub use tree::confined_dir::Time;
+pub use tree::metadata::{FORMAT, Manifest};
+pub use tree::names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
 pub use verify::{BadObject, VerifyReport};
-pub use watch::Watcher;
-pub use whole::WholeCheck;
 
-use beneath::{Root, sync_dir};
-use content::Reading;
-use listing::{CheckpointRoot, Listing};
-use objects::ObjectStore;
-use observe::Looking;
-use picture::Picture;
-use pool::Hurry;
-use refs::Refs;
-use standing::Standings;
-use tree::ObjectSink;
-use watch::Watched;
+use rules::rule_cache::Standings;
+use scan::content::Reading;
+use scan::pool::Hurry;
+use scan::watcher::Watched;
+use scan::workspace_scan::Looking;
+use scan::workspace_state::Picture;
+use store::objects::ObjectStore;
+use store::refs::Refs;
+use tree::confined_dir::{Root, sync_dir};
+use tree::listing::{CheckpointRoot, Listing};
+use tree::trees::ObjectSink;
 
 /// The part of a long action that is under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -318,7 +273,7 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Listing> {
-        let started_ns = observe::nanos_now();
+        let started_ns = scan::workspace_scan::nanos_now();
         let none = Mapped::default();
         let hurry = Hurry::Background;
         let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, hurry, afresh: false, cancel };
@@ -332,9 +287,9 @@ impl History {
             progress,
             cancel,
         };
-        reading.read_all(&observe::unread_in(&look.found))?;
+        reading.read_all(&scan::workspace_scan::unread_in(&look.found))?;
         let sink = ObjectSink { store: &self.objects, pack: None };
-        let dir = tree::seal(look.found, started_ns, hurry, true, &sink)?;
+        let dir = tree::trees::seal(look.found, started_ns, hurry, true, &sink)?;
         Ok(Listing::of_workspace(&dir))
     }
 
@@ -365,7 +320,7 @@ impl History {
         {
             return Ok(real.clone());
         }
-        let real = scan::check_workspace(workspace)?;
+        let real = scan::walk::check_workspace(workspace)?;
         *checked = Some((workspace.to_owned(), real.clone()));
         Ok(real)
     }
@@ -389,7 +344,7 @@ impl History {
         let mut known = self.lock_known();
         if !known.loaded {
             known.loaded = true;
-            known.picture = pool::apart(|| cache::load(&self.cache_path()).map(Arc::new));
+            known.picture = scan::pool::apart(|| scan::state_file::load(&self.cache_path()).map(Arc::new));
             let base = self.refs.base().ok().flatten();
             known.trusted = known
                 .picture

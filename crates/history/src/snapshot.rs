@@ -14,24 +14,24 @@ use std::time::{Duration, Instant};
 use fermata_protocol::paths::escape;
 use serde::{Deserialize, Serialize};
 
-use super::errors::{HistoryError, Result};
-use super::found::Skipped;
-use super::listing::{CheckpointRoot, root_tree_of};
-use super::meta::{FORMAT, Manifest};
-use super::names::RelPath;
-use super::observe::{Forced, Look, Observed};
-use super::oid::{ObjectKind, Oid};
-use super::picture::Picture;
-use super::pool::Hurry;
-use super::rules::Rules;
-use super::scan::MANY;
-use super::tree::{ObjectSink, Trees, build_root, seal};
-use super::user_repository::UserRepository;
-use super::{History, Live, OnProgress, Phase, Progress};
+use crate::errors::{HistoryError, Result};
+use crate::rules::coverage::Rules;
+use crate::rules::user_repository::UserRepository;
+use crate::scan::pool::Hurry;
+use crate::scan::scan_result::Skipped;
+use crate::scan::walk::MANY;
+use crate::scan::workspace_scan::{Forced, Look, Observed};
+use crate::scan::workspace_state::Picture;
+use crate::store::oid::{ObjectKind, Oid};
+use crate::tree::listing::{CheckpointRoot, root_tree_of};
+use crate::tree::metadata::{FORMAT, Manifest};
+use crate::tree::names::RelPath;
+use crate::tree::trees::{ObjectSink, Trees, build_root, seal};
+use crate::{History, Live, OnProgress, Phase, Progress};
 use fermata_failpoint as failpoint;
 
 /// A look at everything is worth keeping on the disk at once; of smaller ones, as many as this.
-pub(super) const WHOLE_LOOK: u64 = 50;
+pub(crate) const WHOLE_LOOK: u64 = 50;
 
 /// What to take a snapshot of.
 #[derive(Clone, Debug)]
@@ -54,12 +54,12 @@ pub struct SnapshotRequest {
 
 impl SnapshotRequest {
     /// Says who waits for it.
-    pub(super) fn hurry(&self) -> Hurry {
+    pub(crate) fn hurry(&self) -> Hurry {
         if self.is_checkpoint() { Hurry::Urgent } else { Hurry::Background }
     }
 
     /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
-    pub(super) fn is_checkpoint(&self) -> bool {
+    pub(crate) fn is_checkpoint(&self) -> bool {
         self.number > 0
     }
 }
@@ -129,38 +129,38 @@ pub struct Snapshot {
     /// How long each part took.
     pub took: Timings,
     /// The name of its pack; none where an earlier checkpoint has all of it.
-    pub(super) pack: Option<String>,
+    pub(crate) pack: Option<String>,
     /// What its ref will say, not flushed yet; none where it is to have no number.
-    pub(super) named: Option<File>,
+    pub(crate) named: Option<File>,
     /// Where it lies.
-    pub(super) draft: Draft,
+    pub(crate) draft: Draft,
     /// What it shows.
-    pub(super) picture: Arc<Picture>,
+    pub(crate) picture: Arc<Picture>,
     /// Up to where the watcher's events are dealt with.
-    pub(super) epoch: Option<u64>,
+    pub(crate) epoch: Option<u64>,
     /// Whether everything was looked at.
-    pub(super) whole: bool,
+    pub(crate) whole: bool,
 }
 
 impl Snapshot {
     /// Says whether the store holds all of this under the commit of a picture that is known.
-    pub(super) fn shows_the_same(&self, known: &Picture) -> bool {
+    pub(crate) fn shows_the_same(&self, known: &Picture) -> bool {
         (known.root.files, known.root.meta) == (self.picture.root.files, self.picture.root.meta)
     }
 
     /// Puts that picture's commit in the place of its own.
-    pub(super) fn stands_for(&mut self, known: &Picture) {
+    pub(crate) fn stands_for(&mut self, known: &Picture) {
         Arc::make_mut(&mut self.picture).commit = known.commit;
     }
 }
 
 /// The directory of a snapshot that is not published; it goes when its owner does.
 #[derive(Debug)]
-pub(super) struct Draft {
+pub(crate) struct Draft {
     /// The directory.
     pub dir: PathBuf,
     /// Its name, below the drafts.
-    pub(super) name: String,
+    pub(crate) name: String,
     live: Live,
 }
 
@@ -320,7 +320,7 @@ impl History {
     }
 
     /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
-    pub(super) fn start_draft(&self, number: u64) -> Result<Draft> {
+    pub(crate) fn start_draft(&self, number: u64) -> Result<Draft> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
         let dir = self.pending().join(&name);
@@ -341,7 +341,7 @@ impl History {
 }
 
 /// Returns the microseconds since an instant.
-pub(super) fn micros(clock: Instant) -> u64 {
+pub(crate) fn micros(clock: Instant) -> u64 {
     clock.elapsed().as_micros() as u64
 }
 

@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use super::errors::{HistoryError, Result};
-use super::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
-use super::objects::ObjectStore;
-use super::oid::{ObjectHasher, ObjectKind, Oid};
-use super::pack_index::PackIndex;
-use super::pack_reader::PackReader;
-use super::tree::decode_tree;
-use super::{History, OnProgress, Phase, Progress, RelPath};
+use crate::errors::{HistoryError, Result};
+use crate::store::objects::ObjectStore;
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::store::pack_index::PackIndex;
+use crate::store::pack_reader::PackReader;
+use crate::tree::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
+use crate::tree::trees::decode_tree;
+use crate::{History, OnProgress, Phase, Progress, RelPath};
 
 /// An object that is missing or damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +41,7 @@ pub struct VerifyReport {
 
 /// What a verification of several checkpoints knows already, so that what they share is read once.
 #[derive(Default)]
-pub(super) struct Known {
+pub(crate) struct Known {
     /// Trees below which everything is good.
     trees: HashSet<Oid>,
     /// Objects that are good by themselves.
@@ -203,7 +203,7 @@ impl History {
 ///
 /// # Errors
 /// Fails with what is damaged, or when cancelled.
-pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known, cancel: &AtomicBool) -> Result<()> {
+pub(crate) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known, cancel: &AtomicBool) -> Result<()> {
     let root = CheckpointRoot::read(store, commit)?;
     root.manifest(store)?;
     let mut read = HashSet::new();
@@ -224,7 +224,7 @@ pub(super) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Kno
 }
 
 /// Streams an object, compares kind, size and hash, and returns its size.
-pub(super) fn check_object(store: &ObjectStore, oid: &Oid, kind: ObjectKind) -> Result<u64> {
+pub(crate) fn check_object(store: &ObjectStore, oid: &Oid, kind: ObjectKind) -> Result<u64> {
     let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
     let mut object = store.open_object(oid)?;
     if object.kind != kind {

@@ -4,8 +4,8 @@
 use std::os::unix::fs::FileExt;
 
 use super::*;
-use crate::beneath::Time;
-use crate::listing::{CheckpointRoot, Listing};
+use crate::tree::confined_dir::Time;
+use crate::tree::listing::{CheckpointRoot, Listing};
 
 /// Replaces a file by one of the same content, mode and time, as an editor does.
 fn break_link(path: &Path) {

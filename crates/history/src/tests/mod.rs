@@ -123,14 +123,14 @@ impl Sandbox {
 
     pub fn covered(&self, number: u64) -> Vec<String> {
         let listing = self.history.listing_of(number).unwrap();
-        let files = listing.items.iter().filter(|(_, item)| item.what != listing::What::Directory);
+        let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::What::Directory);
         files.map(|(path, _)| path.to_string()).collect()
     }
 
     /// Waits until all that was written so far is old enough for its state to vouch for it.
     pub fn let_files_age(&self) {
         // The clock of the file system lags behind this one.
-        let grain = std::time::Duration::from_nanos(picture::TICK_NS as u64 + 1);
+        let grain = std::time::Duration::from_nanos(crate::scan::workspace_state::TICK_NS as u64 + 1);
         let written = std::time::SystemTime::now();
         while std::time::SystemTime::now() <= written + grain {
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -201,7 +201,7 @@ pub(super) fn finer(dir: &Path) -> Finer {
     }
     let one = |(meta, path): &(fs::Metadata, PathBuf)| {
         let attributes = if meta.is_file() || meta.is_dir() {
-            let pairs = super::xattrs::read(fs::File::open(path).unwrap()).unwrap();
+            let pairs = crate::tree::xattrs::read(fs::File::open(path).unwrap()).unwrap();
             pairs.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
         } else {
             Vec::new()

@@ -100,7 +100,7 @@ fn git_reads_what_was_consolidated_and_finds_chains_short() {
         let depths =
             shown.lines().filter_map(|line| line.strip_prefix("chain length = ")?.split(':').next()?.parse().ok());
         let deepest: u32 = depths.max().unwrap();
-        assert!((2..=repack::MAX_DEPTH).contains(&deepest), "{deepest}");
+        assert!((2..=crate::store::repack::MAX_DEPTH).contains(&deepest), "{deepest}");
     }
 }
 

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use proptest::prelude::*;
 
 use super::*;
-use crate::beneath::Time;
+use crate::tree::confined_dir::Time;
 
 #[derive(Clone, Debug)]
 enum Act {

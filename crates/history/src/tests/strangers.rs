@@ -1,13 +1,13 @@
 //! Checkpoints from elsewhere that somebody has made up: they are refused as a whole.
 
-use super::super::errors::Result;
-use super::super::listing::CheckpointRoot;
-use super::super::meta::{self, MetaKind, MetaLine};
-use super::super::oid::ObjectKind;
-use super::super::pack::{PackWriter, Packed};
-use super::super::pack_index::{self, Line, PackIndex};
-use super::super::tree::{MODE_LINK, MODE_TREE, TreeEntry, encode_tree};
 use super::*;
+use crate::errors::Result;
+use crate::store::oid::ObjectKind;
+use crate::store::pack::{PackWriter, Packed};
+use crate::store::pack_index::{self, Line, PackIndex};
+use crate::tree::listing::CheckpointRoot;
+use crate::tree::metadata::{self, MetaKind, MetaLine};
+use crate::tree::trees::{MODE_LINK, MODE_TREE, TreeEntry, encode_tree};
 
 /// A pack of anything.
 struct Forge {
@@ -46,7 +46,7 @@ impl Forge {
         };
         let mut lines = vec![line(MetaKind::Itself, "")];
         lines.extend(links.iter().map(|name| line(MetaKind::Link, name)));
-        self.object(ObjectKind::Blob, meta::encode(lines.len(), lines).as_bytes())
+        self.object(ObjectKind::Blob, metadata::encode(lines.len(), lines).as_bytes())
     }
 
     /// Makes a checkpoint of it, and lets a store check it.
@@ -158,16 +158,16 @@ fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
 
 #[test]
 fn what_would_fill_the_memory_is_not_put_together() {
-    use super::super::pack_reader::{PackReader, Remembered};
+    use crate::store::pack_reader::{PackReader, Remembered};
     use std::sync::Arc;
     let mut forge = Forge::new();
     let base: Vec<u8> = (0..2000_u32).flat_map(|n| (n * n).to_le_bytes()).collect();
     let target = [&base[..], &base].concat();
     let base_oid = forge.object(ObjectKind::Blob, &base);
-    let steps = super::super::delta::encode(&base, &target, 1000).unwrap();
-    assert_eq!(super::super::delta::target_size(&steps).unwrap(), 16_000);
+    let steps = crate::store::delta::encode(&base, &target, 1000).unwrap();
+    assert_eq!(crate::store::delta::target_size(&steps).unwrap(), 16_000);
     let mut zlib = Vec::new();
-    super::super::deflate::deflate(&steps, super::super::deflate::Effort::Fast, &mut zlib).unwrap();
+    crate::store::deflate::deflate(&steps, crate::store::deflate::Effort::Fast, &mut zlib).unwrap();
     let oid = Oid::of(ObjectKind::Blob, &target);
     forge.pack.append_deflated(oid, ObjectKind::Blob, Some(&base_oid), steps.len() as u64, &zlib).unwrap();
     let finished = forge.pack.finish().unwrap();

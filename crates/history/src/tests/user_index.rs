@@ -2,9 +2,9 @@
 
 use sha1::Digest as _;
 
-use super::super::user_index;
-use super::super::user_repository::Location;
 use super::*;
+use crate::rules::user_index;
+use crate::rules::user_repository::Location;
 
 /// What git says is tracked: files and links, but for those that a sparse checkout has left out.
 fn listed(sandbox: &Sandbox) -> Vec<String> {

@@ -1,0 +1,365 @@
+//! Applies a persisted plan to the workspace.
+//!
+//! ```text
+//! check every object -> clear the way -> write -> remove -> attributes -> flush -> recheck
+//! ```
+//!
+//! Each step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A file is
+//! written under a temporary name, flushed and renamed, a few of them side by side; nothing is opened through a link;
+//! what is not what the plan expects is left alone and reported. Must not decide anything: that is the plan's work.
+//! Writing files is `draft`'s, setting what needs no writing is `attributes`'.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+use nix::sys::stat::{Mode, mkdirat};
+use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
+use serde::{Deserialize, Serialize};
+
+use crate::errors::{HistoryError, Result};
+use crate::restore::plan::{Conflict, Held, Operation, RestorePlan, workspace_of};
+use crate::restore::recheck::{Standing, recheck, steadily_standing};
+use crate::restore::staging::{DRAFTS, Drafted, FileWish, side_by_side, unlink_if_there};
+use crate::scan::walk::check_workspace;
+use crate::store::oid::ObjectKind;
+use crate::tree::confined_dir::{FileKind, Root, stat_at, stat_fd};
+use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
+use crate::verify::{BadObject, check_object};
+use crate::{History, OnProgress, Phase, Progress};
+use fermata_failpoint as failpoint;
+
+/// A path that is not what the plan wanted it to be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mismatch {
+    /// The path.
+    pub path: RelPath,
+    /// What is different.
+    pub problem: String,
+}
+
+/// The outcome of a restore.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RestoreReport {
+    /// Files and links written.
+    pub written: u64,
+    /// Files and links that were right already, as after a crash.
+    pub already_right: u64,
+    /// Files, links and directories removed.
+    pub removed: u64,
+    /// Directories that stay, since something that is not covered is in them.
+    pub kept: Vec<RelPath>,
+    /// What the plan left alone.
+    pub conflicts: Vec<Conflict>,
+    /// Paths that are not what they should be.
+    pub mismatches: Vec<Mismatch>,
+    /// Paths whose extended attributes the file system does not keep.
+    pub without_xattrs: BTreeSet<RelPath>,
+    /// Names that could not be linked, and are files of their own.
+    pub unlinked: BTreeSet<RelPath>,
+    /// What the user should know.
+    pub warnings: Vec<String>,
+}
+
+impl History {
+    /// Applies a plan that the caller has persisted, from the start or again after a crash.
+    ///
+    /// # Errors
+    /// Fails before anything is touched when an object is missing or damaged or the plan names an unsafe path, and in
+    /// between when the file system fails: then the same plan can be applied again.
+    pub fn apply_restore(&self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<RestoreReport> {
+        if let Some(step) = plan.operations.iter().find(|step| !step.path().is_restorable()) {
+            return Err(HistoryError::UnsafePath { path: step.path().to_string() });
+        }
+        self.check_objects(plan, progress)?;
+        let workspace = workspace_of(plan)?;
+        let real = check_workspace(&workspace)?;
+        if real != workspace {
+            let reason = "a link stands on the way to it since the plan was made";
+            return Err(HistoryError::WorkspaceRefused { path: real, reason });
+        }
+        let root = Root::open(&real)?;
+        let mut applying = Applying {
+            history: self,
+            root: &root,
+            temporary: temporary_name(plan)?,
+            drafted: Drafted::default(),
+            touched: BTreeSet::new(),
+            looked_at: BTreeSet::new(),
+            opened: BTreeMap::new(),
+            without_xattrs: BTreeSet::new(),
+            unlinked: BTreeSet::new(),
+            report: RestoreReport { conflicts: plan.conflicts.clone(), ..RestoreReport::default() },
+        };
+        if let Err(error) = applying.apply_all(plan, progress) {
+            // It may be given up: then nothing of it stays. What fails here is cleared by the next try.
+            applying.clear_up(plan);
+            return Err(error);
+        }
+        failpoint::check("history.restore.flushed").map_err(HistoryError::io("restore", root.path()))?;
+        progress(Progress { phase: Phase::Recheck, done: 0, total: plan.operations.len() as u64 });
+        let Applying { mut report, without_xattrs, unlinked, .. } = applying;
+        (report.without_xattrs, report.unlinked) = (without_xattrs, unlinked);
+        recheck(&root, plan, &mut report);
+        Ok(report)
+    }
+
+    fn check_objects(&self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<()> {
+        let mut needed = BTreeMap::new();
+        for step in &plan.operations {
+            if let Operation::WriteFile { path, oid, .. } | Operation::WriteLink { path, oid, .. } = step {
+                needed.entry(*oid).or_insert(path);
+            }
+        }
+        let total = needed.len() as u64;
+        let mut bad = Vec::new();
+        for (done, (oid, path)) in needed.into_iter().enumerate() {
+            if let Err(error) = check_object(&self.objects, &oid, ObjectKind::Blob) {
+                bad.push(BadObject { oid, path: path.to_string(), problem: error.to_string() });
+            }
+            progress(Progress { phase: Phase::Verify, done: done as u64 + 1, total });
+        }
+        if bad.is_empty() {
+            return Ok(());
+        }
+        self.distrust(&bad.iter().map(|bad| bad.oid).collect::<Vec<_>>());
+        Err(HistoryError::Unrestorable { bad })
+    }
+}
+
+/// What the names of a plan's drafts begin with. The next run gives each path the same name, and removes what it finds.
+fn temporary_name(plan: &RestorePlan) -> Result<OsString> {
+    if !is_plan_id(plan.id.as_bytes()) {
+        return Err(HistoryError::UnsafePath { path: plan.id.clone() });
+    }
+    Ok(OsString::from_vec([RESTORE_PREFIX, plan.id.as_bytes()].concat()))
+}
+
+/// A restore that is under way.
+pub(crate) struct Applying<'a> {
+    /// Where the contents are.
+    pub history: &'a History,
+    /// The workspace.
+    pub root: &'a Root,
+    /// What the drafts' names begin with.
+    temporary: OsString,
+    /// Files that are written and not in place yet.
+    pub drafted: Drafted,
+    /// Directories whose names changed.
+    touched: BTreeSet<RelPath>,
+    /// Directories that were looked at for being closed to their owner.
+    pub looked_at: BTreeSet<RelPath>,
+    /// Those that were opened for the time being, with the mode that they had.
+    pub opened: BTreeMap<RelPath, u32>,
+    /// Paths whose extended attributes the file system does not keep.
+    pub without_xattrs: BTreeSet<RelPath>,
+    /// Names that could not be linked.
+    pub unlinked: BTreeSet<RelPath>,
+    /// What was done.
+    pub report: RestoreReport,
+}
+
+impl Applying<'_> {
+    fn apply_all(&mut self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<()> {
+        for path in &plan.drafts {
+            self.remove_draft(path)?;
+        }
+        let total = plan.operations.len() as u64;
+        for (done, step) in plan.operations.iter().enumerate() {
+            // A name is used again only when its draft is in place.
+            if done.is_multiple_of(DRAFTS) || self.drafted.is_full() || !goes_beside_drafts(step) {
+                self.put_all_in_place()?;
+            }
+            let name = self.draft_name_of(done);
+            match self.apply(step, &name) {
+                // What gets its name sets free what it replaces.
+                Err(error) if error.is_disk_full() && !self.drafted.is_empty() => {
+                    self.put_all_in_place()?;
+                    self.apply(step, &name)?;
+                }
+                result => result?,
+            }
+            failpoint::check("history.restore.step").map_err(HistoryError::io("restore", self.root.path()))?;
+            progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
+        }
+        self.put_all_in_place()?;
+        self.close_again(plan)?;
+        self.flush()
+    }
+
+    /// Removes the draft and closes what was opened, as far as that can be done.
+    fn clear_up(&mut self, plan: &RestorePlan) {
+        let dirs: BTreeSet<RelPath> = plan.operations.iter().filter_map(|step| step.path().parent()).collect();
+        let cleared = dirs.iter().try_for_each(|dir| self.clear_drafts_in(dir));
+        if let Err(error) = cleared.and_then(|()| self.close_again(plan)) {
+            tracing::warn!(%error, "a restore that failed leaves something behind until the next try");
+        }
+    }
+
+    /// Makes the closure that dresses a system error.
+    pub(crate) fn failed<E: Into<io::Error>>(
+        &self,
+        action: &'static str,
+        path: &RelPath,
+    ) -> impl FnOnce(E) -> HistoryError + use<E> {
+        HistoryError::io(action, &self.root.show(path))
+    }
+
+    /// Reports a path that is not as it should be.
+    pub(crate) fn mismatch(&mut self, path: &RelPath, problem: impl Into<String>) {
+        self.report.mismatches.push(Mismatch { path: path.clone(), problem: problem.into() });
+    }
+
+    /// Notes that a name in the path's directory changed.
+    pub(crate) fn touch(&mut self, path: &RelPath) {
+        self.touched.extend(path.parent());
+    }
+
+    fn draft_name_of(&self, step: usize) -> OsString {
+        let number = format!("-{}", step % DRAFTS);
+        OsString::from_vec([self.temporary.as_bytes(), number.as_bytes()].concat())
+    }
+
+    fn apply(&mut self, step: &Operation, temporary: &OsStr) -> Result<()> {
+        if !matches!(step, Operation::SetAttributes { .. }) {
+            self.open_up(step.path())?;
+        }
+        match step {
+            Operation::MakeDirectory { path } => self.make_directory(path),
+            Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to } => {
+                let (oid, mode, mtime, sparse) = (*oid, *mode, *mtime, *sparse);
+                let wish = FileWish { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
+                self.write_file(path, &wish, replaces.as_ref(), temporary)
+            }
+            Operation::WriteLink { path, oid, mtime, replaces } => {
+                self.write_link(path, *oid, *mtime, replaces.as_ref(), temporary)
+            }
+            Operation::RemoveFile { path, holds } => self.remove_file(path, holds),
+            Operation::RemoveDirectory { path } => self.remove_directory(path),
+            Operation::SetAttributes { path, mode, mtime, xattrs, names } => {
+                self.set_attributes(path, *mode, *mtime, xattrs.as_ref(), *names)
+            }
+        }
+    }
+
+    /// Opens the directory of a path; `None`, with a report, when there is none that can be entered without a link.
+    pub(crate) fn parent<'p>(&mut self, path: &'p RelPath) -> Result<Option<(OwnedFd, &'p OsStr)>> {
+        match self.root.open_parent(path) {
+            Ok(opened) => Ok(Some(opened)),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
+                self.mismatch(path, "there is no directory for it");
+                Ok(None)
+            }
+            Err(errno) => Err(self.failed("open the directory of", path)(errno)),
+        }
+    }
+
+    fn make_directory(&mut self, path: &RelPath) -> Result<()> {
+        let Some((dir, name)) = self.parent(path)? else {
+            return Ok(());
+        };
+        match mkdirat(&dir, name, Mode::S_IRWXU) {
+            Ok(()) => {
+                let owner = stat_fd(&dir).map_err(self.failed("look at the directory of", path))?;
+                self.give_name(&dir, name, &owner).map_err(self.failed("give away", path))?;
+                self.touch(path);
+            }
+            Err(Errno::EEXIST) => match stat_at(&dir, name).map(|stat| stat.kind()) {
+                Ok(FileKind::Directory) => {}
+                _ => self.mismatch(path, "something else stands where a directory must go"),
+            },
+            Err(errno) => return Err(self.failed("make directory", path)(errno)),
+        }
+        Ok(())
+    }
+
+    fn remove_file(&mut self, path: &RelPath, holds: &Held) -> Result<()> {
+        let (dir, name) = match self.root.open_parent(path) {
+            Ok(opened) => opened,
+            // Its directory is gone or became something else: an earlier run came further than this.
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
+            Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
+        };
+        match steadily_standing(&dir, name).map_err(self.failed("look at", path))? {
+            Some(Standing::Content(held)) if held == *holds => {
+                unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
+                self.report.removed += 1;
+                self.touch(path);
+            }
+            Some(Standing::Nothing | Standing::Directory) => {}
+            Some(Standing::Content(_) | Standing::Other) => {
+                self.mismatch(path, "it has changed since the plan was made, and is kept");
+            }
+            None => self.mismatch(path, "somebody keeps changing it, and it is kept"),
+        }
+        Ok(())
+    }
+
+    /// Removes an unfinished file of an earlier restore.
+    fn remove_draft(&mut self, path: &RelPath) -> Result<()> {
+        self.open_up(path)?;
+        match self.root.open_parent(path) {
+            Ok((dir, name)) if is_restore_draft(name.as_bytes()) => {
+                unlink_if_there(&dir, name).map_err(self.failed("remove", path))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn remove_directory(&mut self, path: &RelPath) -> Result<()> {
+        let (dir, name) = match self.root.open_parent(path) {
+            Ok(opened) => opened,
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
+            Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
+        };
+        self.clear_drafts_in(path)?;
+        match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
+            Ok(()) => {
+                self.report.removed += 1;
+                self.touch(path);
+                // What was touched in it cannot be flushed any more.
+                self.touched.retain(|touched| !touched.is_within(path));
+            }
+            Err(Errno::ENOENT | Errno::ENOTDIR) => {}
+            Err(Errno::ENOTEMPTY | Errno::EEXIST) => self.report.kept.push(path.clone()),
+            Err(errno) => return Err(self.failed("remove directory", path)(errno)),
+        }
+        Ok(())
+    }
+
+    /// Removes this plan's own drafts from a directory, should a crash or a failure have left any.
+    fn clear_drafts_in(&self, path: &RelPath) -> Result<()> {
+        let Ok(mut dir) = self.root.open_dir(path).and_then(Dir::from_fd) else {
+            return Ok(());
+        };
+        let is_own = |name: &[u8]| is_restore_draft(name) && name.starts_with(self.temporary.as_bytes());
+        let names = dir.iter().filter_map(std::result::Result::ok).map(|entry| entry.file_name().to_owned());
+        let own: Vec<_> = names.filter(|name| is_own(name.to_bytes())).collect();
+        own.iter()
+            .try_for_each(|name| unlink_if_there(&dir, OsStr::from_bytes(name.to_bytes())))
+            .map_err(self.failed("clear drafts in", path))
+    }
+
+    fn flush(&self) -> Result<()> {
+        let touched: Vec<&RelPath> = self.touched.iter().collect();
+        side_by_side(&touched, |path| match self.root.open_dir(path) {
+            Ok(dir) => fsync(&dir).map_err(self.failed("flush", path)),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
+            Err(errno) => Err(self.failed("flush", path)(errno)),
+        })
+    }
+}
+
+/// Says whether a step may be done while others' drafts wait to be put in place. Another name of a file needs that file
+/// in its place.
+fn goes_beside_drafts(step: &Operation) -> bool {
+    match step {
+        Operation::MakeDirectory { .. } | Operation::WriteLink { .. } => true,
+        Operation::WriteFile { linked_to, .. } => linked_to.is_none(),
+        Operation::RemoveFile { .. } | Operation::RemoveDirectory { .. } | Operation::SetAttributes { .. } => false,
+    }
+}

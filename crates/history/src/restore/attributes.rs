@@ -1,0 +1,150 @@
+//! Sets permission bits, times and extended attributes of what a restore found to be right otherwise, and opens closed
+//! directories for the time of the restore.
+//!
+//! Must not change a file that has more names than the plan knows of: they would all change.
+
+use nix::errno::Errno;
+use nix::sys::stat::{FchmodatFlags, Mode, UtimensatFlags, fchmod, fchmodat, futimens, utimensat};
+use nix::sys::time::TimeSpec;
+use nix::unistd::geteuid;
+
+use crate::errors::Result;
+use crate::restore::apply::Applying;
+use crate::restore::plan::{Operation, RestorePlan};
+use crate::tree::confined_dir::{FileKind, Stat, Time, stat_at};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+use crate::tree::xattrs::{self, Outcome};
+
+impl Applying<'_> {
+    /// Lets the owner write into the directory of a path, as a daemon without privileges must for read-only ones.
+    pub(crate) fn open_up(&mut self, path: &RelPath) -> Result<()> {
+        let Some(dir) = path.parent() else {
+            return Ok(());
+        };
+        if geteuid().is_root() || !self.looked_at.insert(dir.clone()) {
+            return Ok(());
+        }
+        // What cannot be looked at is reported by the step itself.
+        let Ok(stat) = self.root.stat(&dir) else {
+            return Ok(());
+        };
+        let closed = stat.kind() == FileKind::Directory && is_closed(&stat);
+        if closed && stat.uid == geteuid().as_raw() {
+            self.set_mode(&dir, opened(stat.permissions()))?;
+            self.opened.insert(dir, stat.permissions());
+        }
+        Ok(())
+    }
+
+    /// Closes what was opened, also by a run before this one, except where the plan itself has set a mode.
+    pub(crate) fn close_again(&mut self, plan: &RestorePlan) -> Result<()> {
+        for step in &plan.operations {
+            if let Operation::SetAttributes { path, .. } = step {
+                self.opened.remove(path);
+            }
+        }
+        let mut closing = std::mem::take(&mut self.opened);
+        for (path, mode) in plan.closed.iter().filter(|_| !geteuid().is_root()) {
+            if !closing.contains_key(path) && self.root.stat(path).is_ok_and(|it| it.permissions() == opened(*mode)) {
+                closing.insert(path.clone(), *mode);
+            }
+        }
+        for (path, mode) in closing {
+            if self.root.stat(&path).is_ok_and(|stat| stat.kind() == FileKind::Directory) {
+                self.set_mode(&path, mode)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the permission bits of a file or directory, without following a link.
+    fn set_mode(&self, path: &RelPath, mode: u32) -> Result<()> {
+        let mode = Mode::from_bits_truncate(mode);
+        let set = match self.root.open_parent(path) {
+            Ok((dir, name)) => fchmodat(&dir, name, mode, FchmodatFlags::NoFollowSymlink),
+            Err(Errno::EINVAL) if path.is_root() => self.root.open_dir(path).and_then(|dir| fchmod(&dir, mode)),
+            Err(errno) => Err(errno),
+        };
+        set.map_err(self.failed("set the mode of", path))
+    }
+
+    /// Sets what is given; a link has no mode, and a file with more than so many names is left alone.
+    pub(crate) fn set_attributes(
+        &mut self,
+        path: &RelPath,
+        mode: Option<u32>,
+        mtime: Time,
+        xattrs: Option<&Xattrs>,
+        names: u64,
+    ) -> Result<()> {
+        let time = time_spec(mtime);
+        if path.is_root() {
+            let stat = self.root.stat(path).map_err(self.failed("look at", path))?;
+            self.set_xattrs(path, &stat, xattrs)?;
+            let dir = self.root.open_dir(path).map_err(self.failed("open", path))?;
+            if let Some(mode) = mode {
+                self.set_mode(path, mode)?;
+            }
+            return futimens(&dir, &TimeSpec::UTIME_OMIT, &time).map_err(self.failed("set the time of", path));
+        }
+        let Some((dir, name)) = self.parent(path)? else {
+            return Ok(());
+        };
+        let stat = stat_at(&dir, name);
+        match (stat.as_ref().map(Stat::kind), &stat, mode) {
+            (Ok(FileKind::Regular), Ok(stat), Some(_)) if stat.nlink > names => {
+                self.mismatch(path, "it has other names by now, which would change too");
+                return Ok(());
+            }
+            (Ok(FileKind::Regular | FileKind::Directory), Ok(stat), Some(mode)) => {
+                self.set_xattrs(path, stat, xattrs)?;
+                self.set_mode(path, mode)?;
+            }
+            (Ok(FileKind::Symlink), _, None) => {}
+            _ => {
+                self.mismatch(path, "it is not what it was when the plan was made");
+                return Ok(());
+            }
+        }
+        utimensat(&dir, name, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)
+            .map_err(self.failed("set the time of", path))
+    }
+
+    fn set_xattrs(&mut self, path: &RelPath, stat: &Stat, wanted: Option<&Xattrs>) -> Result<()> {
+        let Some(wanted) = wanted else {
+            return Ok(());
+        };
+        let (directory, mode) = (stat.kind() == FileKind::Directory, stat.permissions());
+        let needed = if directory { 0o700 } else { 0o600 };
+        // An owner without privileges needs to read and write it; its own mode follows.
+        if !geteuid().is_root() && stat.uid == geteuid().as_raw() && mode & needed != needed {
+            self.set_mode(path, mode | needed)?;
+        }
+        let set = if directory {
+            self.root.open_dir(path).map(|dir| xattrs::set(dir, wanted))
+        } else {
+            self.root.open_file(path).map(|file| xattrs::set(file, wanted))
+        };
+        let outcome = set.map_err(self.failed("open", path))?;
+        if outcome.map_err(self.failed("set the attributes of", path))? == Outcome::NotKept {
+            self.without_xattrs.insert(path.clone());
+        }
+        Ok(())
+    }
+}
+
+/// Says whether the owner of a directory cannot change what is in it.
+pub(crate) fn is_closed(stat: &Stat) -> bool {
+    stat.permissions() & 0o300 != 0o300
+}
+
+/// Returns the mode that a closed directory has while it is open.
+fn opened(mode: u32) -> u32 {
+    mode | 0o700
+}
+
+/// Turns a time into the system's own form.
+pub(crate) fn time_spec(time: Time) -> TimeSpec {
+    TimeSpec::new(time.sec, i64::from(time.nsec))
+}

@@ -1,0 +1,122 @@
+//! The full check after a restore: the whole workspace against the whole checkpoint, while nobody waits for it.
+//!
+//! What the restore touched was compared before it was answered; this finds what was wrong elsewhere. What somebody has
+//! changed since is not the restore's business. Must not change anything.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::AtomicBool;
+
+use crate::errors::Result;
+use crate::restore::apply::{Mismatch, RestoreReport};
+use crate::restore::plan::RestorePlan;
+use crate::restore::recheck::Times;
+use crate::rules::coverage::Rules;
+use crate::scan::walk::check_workspace;
+use crate::scan::workspace_state::TICK_NS;
+use crate::tree::confined_dir::{Root, Time};
+use crate::tree::listing::{Item, What};
+use crate::tree::names::RelPath;
+use crate::{History, OnProgress};
+
+/// What a full check found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WholeCheck {
+    /// How many paths were compared.
+    pub paths: u64,
+    /// Those that are not as the checkpoint has them, in byte order.
+    pub mismatches: Vec<Mismatch>,
+}
+
+impl History {
+    /// Compares the workspace with the checkpoint of a plan that was carried out. Paths that have changed after
+    /// `ended` are passed over.
+    ///
+    /// # Errors
+    /// Fails when the checkpoint is damaged, when the workspace cannot be read, and when cancelled.
+    pub fn check_restored(
+        &self,
+        plan: &RestorePlan,
+        report: &RestoreReport,
+        rules: &Rules,
+        ended: Time,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<WholeCheck> {
+        let real = check_workspace(&crate::restore::plan::workspace_of(plan)?)?;
+        let root = Root::open(&real)?;
+        let target = self.listing_of(plan.number)?;
+        let now = self.workspace_listing(&root, rules, progress, cancel)?;
+        let left_alone = |path: &RelPath| {
+            let chosen = plan.paths.as_ref().is_none_or(|paths| paths.iter().any(|one| path.is_within(one)));
+            let apart = plan.conflicts.iter().any(|conflict| path.is_within(&conflict.path))
+                || report.mismatches.iter().any(|one| path.is_within(&one.path))
+                || report.kept.contains(path);
+            !chosen || apart || target.is_unknown(path) || now.is_unknown(path)
+        };
+        let mut check = WholeCheck::default();
+        let mut times = Times::default();
+        let paths: BTreeSet<&RelPath> = target.items.keys().chain(now.items.keys()).collect();
+        for path in paths {
+            if left_alone(path) {
+                continue;
+            }
+            check.paths += 1;
+            let (wanted, there) = (target.items.get(path), now.items.get(path));
+            let problem = match (wanted, there) {
+                (Some(wanted), Some(there)) => {
+                    let problem = difference(wanted, there, report.without_xattrs.contains(path));
+                    let counts = || wanted.mtime == there.mtime || is_older(&root, path, ended);
+                    if problem.is_none() && counts() {
+                        times.compare(path, wanted.mtime, there.mtime);
+                    }
+                    problem
+                }
+                (Some(wanted), None) if is_special(wanted) => None,
+                (Some(_), None) => Some("it is not there".to_owned()),
+                (None, Some(there)) if is_special(there) => None,
+                (None, Some(_)) => Some("the checkpoint does not have it".to_owned()),
+                (None, None) => None,
+            };
+            if let Some(problem) = problem.filter(|_| is_older(&root, path, ended)) {
+                check.mismatches.push(Mismatch { path: path.clone(), problem });
+            }
+        }
+        // Coarse times were told of already, with the paths that the restore touched.
+        check.mismatches.extend(times.conclude().0);
+        check.mismatches.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(check)
+    }
+}
+
+fn is_special(item: &Item) -> bool {
+    matches!(item.what, What::Special(_))
+}
+
+fn difference(wanted: &Item, there: &Item, without_xattrs: bool) -> Option<String> {
+    if is_special(wanted) || is_special(there) {
+        return None;
+    }
+    if !wanted.same_content(there) {
+        return Some("its content is another one".to_owned());
+    }
+    let link = matches!(wanted.what, What::Symlink(_));
+    if !link && wanted.mode != there.mode {
+        return Some(format!("its mode is {:o}", there.mode));
+    }
+    let differ = !link && !without_xattrs && wanted.xattrs != there.xattrs;
+    differ.then(|| "its extended attributes are other ones".to_owned())
+}
+
+/// Says whether a path, or the directory that it is missing from, has not changed since the restore.
+fn is_older(root: &Root, path: &RelPath, ended: Time) -> bool {
+    let mut at = Some(path.clone());
+    while let Some(path) = at {
+        match root.stat_if_there(&path) {
+            // The files' clock may lag behind the one that `ended` was read from.
+            Ok(Some(stat)) => return stat.ctime.nanos() < ended.nanos() - TICK_NS,
+            Ok(None) => at = path.parent(),
+            Err(_) => return false,
+        }
+    }
+    false
+}

@@ -1,0 +1,153 @@
+//! Decides what becomes of files that have several names, or had at the checkpoint.
+//!
+//! A file is changed in place only where each of its names is to change so; else a name is given a file of its own.
+//! So what is written through one name never reaches another one that the checkpoint does not link to it. Looks at
+//! listings only, which must be whole where links differ.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::store::oid::Oid;
+use crate::tree::confined_dir::Time;
+use crate::tree::listing::{Item, Listing, What};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+
+/// What becomes of a name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It is written as a file of its own, even where the content is right.
+    Alone,
+    /// It becomes another name of this file.
+    LinkedTo(RelPath),
+    /// It is linked as it should be; the file has at most so many names at the end.
+    Kept {
+        /// How many.
+        names: u64,
+    },
+}
+
+/// The fates of the names that links concern.
+#[derive(Debug, Default)]
+pub(crate) struct Links {
+    fates: BTreeMap<RelPath, Fate>,
+    /// Names of files whose other names the checkpoint does not cover.
+    lone: BTreeSet<RelPath>,
+}
+
+/// What is the same for all names of one file. The inode alone says too little: a workspace may span file systems.
+type Identity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
+
+fn identity(item: &Item) -> Option<Identity<'_>> {
+    match item.what {
+        What::File(oid) => Some((item.ino?, oid, item.mode, item.mtime, &item.xattrs)),
+        What::Symlink(_) | What::Directory | What::Special(_) => None,
+    }
+}
+
+type Groups<'a> = BTreeMap<Identity<'a>, BTreeSet<&'a RelPath>>;
+
+fn groups(listing: &Listing) -> Groups<'_> {
+    let mut groups = Groups::new();
+    for (path, item) in &listing.items {
+        if let Some(identity) = identity(item) {
+            groups.entry(identity).or_default().insert(path);
+        }
+    }
+    groups
+}
+
+/// Says whether files with several names differ between the two, so that whole listings are needed to decide.
+pub(crate) fn differ(target: &Listing, now: &Listing) -> bool {
+    let differs = |here: &Listing, there: &Listing| {
+        here.items.iter().any(|(path, item)| item.ino.is_some() && there.items.get(path) != Some(item))
+    };
+    differs(target, now) || differs(now, target)
+}
+
+impl Links {
+    /// Decides the fates of all selected names. `names_of` tells how many names the file at a path has now.
+    pub fn decide(
+        target: &Listing,
+        now: &Listing,
+        is_selected: impl Fn(&RelPath) -> bool,
+        names_of: impl Fn(&RelPath) -> Option<u64>,
+    ) -> Links {
+        let (wanted, there) = (groups(target), groups(now));
+        let mut links = Links::default();
+        let mut claimed = BTreeSet::new();
+        for (path, item) in target.items.iter().filter(|(path, _)| is_selected(path)) {
+            let group = identity(item).and_then(|identity| wanted.get(&identity));
+            if group.is_some_and(|group| group.len() > 1) || !matches!(item.what, What::File(_)) {
+                continue;
+            }
+            if item.ino.is_some() {
+                links.lone.insert(path.clone());
+            }
+            let current = now.items.get(path).and_then(|item| Some((item, there.get(&identity(item)?)?)));
+            if let Some((current, names)) = current
+                && (names.len() > 1 || item.ino.is_none() || !item.same_attributes(current))
+            {
+                links.fates.insert(path.clone(), Fate::Alone);
+            }
+        }
+        for group in wanted.values().filter(|group| group.len() > 1) {
+            let selected: Vec<&RelPath> = group.iter().copied().filter(|path| is_selected(path)).collect();
+            let kept = best_kept(group, target, now, &there, &claimed, (&is_selected, &names_of));
+            claimed.extend(kept.iter().copied());
+            let leader = group.iter().find(|path| kept.contains(*path)).or(selected.first()).copied();
+            for path in selected {
+                let fate = match leader {
+                    _ if kept.contains(path) => Fate::Kept { names: group.len() as u64 },
+                    Some(leader) if leader != path => Fate::LinkedTo(leader.clone()),
+                    _ => Fate::Alone,
+                };
+                links.fates.insert(path.clone(), fate);
+            }
+        }
+        links
+    }
+
+    /// Returns the fate of a name; none where links do not concern it.
+    pub fn fate(&self, path: &RelPath) -> Option<&Fate> {
+        self.fates.get(path)
+    }
+
+    /// Says whether the file had names that the checkpoint does not cover.
+    pub fn is_lone(&self, path: &RelPath) -> bool {
+        self.lone.contains(path)
+    }
+}
+
+/// Finds the file with the most names of a group that can stay as it is: all of its covered names.
+fn best_kept<'a>(
+    group: &BTreeSet<&RelPath>,
+    target: &Listing,
+    now: &'a Listing,
+    there: &Groups<'a>,
+    claimed: &BTreeSet<&RelPath>,
+    (is_selected, names_of): (&impl Fn(&RelPath) -> bool, &impl Fn(&RelPath) -> Option<u64>),
+) -> BTreeSet<&'a RelPath> {
+    let mut best = BTreeSet::new();
+    let mut best_count = 0;
+    for member in group {
+        let (Some(wanted), Some((path, current))) = (target.items.get(*member), now.items.get_key_value(*member))
+        else {
+            continue;
+        };
+        if best.contains(path) || claimed.contains(path) || !wanted.same_content(current) {
+            continue;
+        }
+        let names = identity(current).and_then(|identity| there.get(&identity)).cloned();
+        let names = names.unwrap_or_else(|| BTreeSet::from([path]));
+        // Names that do not belong to the group get a file of their own, or go: if they may be touched.
+        let freed = names.iter().all(|name| group.contains(name) || is_selected(name));
+        let whole = names.iter().all(|name| group.contains(name) && is_selected(name));
+        let settable = || whole && names_of(path) == Some(names.len() as u64);
+        let holes = current.sparse || !wanted.sparse;
+        let count = names.iter().filter(|name| group.contains(*name)).count();
+        if count > best_count && freed && holes && (wanted.same_attributes(current) || settable()) {
+            (best, best_count) = (names, count);
+        }
+    }
+    best
+}

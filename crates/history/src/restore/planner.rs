@@ -1,0 +1,538 @@
+//! Plans a restore: the operations that turn the workspace as it is now into what a checkpoint holds.
+//!
+//! It never names a path that the rules ignore, and it replaces or removes only what the safety checkpoint holds with
+//! the same content; everything else becomes a conflict and stays as it is. Must not change anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use fermata_protocol::paths::escape;
+
+use nix::dir::Dir;
+use nix::errno::Errno;
+
+use crate::diff::compare;
+use crate::errors::{HistoryError, Result};
+use crate::restore::attributes::is_closed;
+use crate::restore::hard_links::{self, Fate, Links};
+use crate::restore::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
+use crate::restore::repository_heads;
+use crate::rules::checkpoint_rules::CoveredThen;
+use crate::rules::coverage::IgnoreChain;
+use crate::rules::user_repository::Location;
+use crate::scan::walk::check_workspace;
+use crate::store::objects::ObjectStore;
+use crate::store::oid::{ObjectKind, Oid};
+use crate::tree::confined_dir::{FileKind, Root};
+use crate::tree::listing::{CheckpointRoot, Item, Known, Listing, What};
+use crate::tree::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
+use crate::{History, OnProgress};
+
+impl History {
+    /// Plans a restore. Changes nothing.
+    ///
+    /// # Errors
+    /// Fails when a checkpoint does not exist or is damaged, or when the workspace cannot be read.
+    pub fn plan_restore(
+        &self,
+        request: &RestoreRequest<'_>,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Planned> {
+        let real = check_workspace(request.workspace)?;
+        let root = Root::open(&real)?;
+        let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(request.number)?)?;
+        let manifest = wanted.manifest(&self.objects)?;
+        let mut drafts = Vec::new();
+        let (target, now) = match request.safety {
+            Some(safety) => {
+                let there = CheckpointRoot::read(&self.objects, &self.refs.get(safety)?)?;
+                let (target, now) = Listing::of_both(&self.objects, &wanted, &there, request.paths)?;
+                drafts = drafts_in(&root, &now);
+                if hard_links::differ(&target, &now) {
+                    // The other names may be where nothing else differs.
+                    (self.listing_of(request.number)?, self.listing_of(safety)?)
+                } else {
+                    (target, now)
+                }
+            }
+            None => (self.listing_of(request.number)?, self.workspace_listing(&root, request.rules, progress, cancel)?),
+        };
+        let is_selected = |path: &RelPath| is_selected(request.paths, path);
+        let names_of = |path: &RelPath| root.stat(path).ok().map(|stat| stat.nlink);
+        let location = Location::find(&real);
+        let above = IgnoreChain::above(&real, location.as_ref(), &mut Vec::new());
+        let mut planner = Planner {
+            root: &root,
+            target: &target,
+            now: &now,
+            paths: request.paths,
+            links: Links::decide(&target, &now, is_selected, names_of),
+            steps: Steps::default(),
+            made: BTreeSet::new(),
+            cleared: BTreeSet::new(),
+            then: CoveredThen::of(&self.objects, &root, &wanted, &manifest, above)?,
+            blocked: BTreeMap::new(),
+            special: 0,
+            unlinked: 0,
+        };
+        planner.write_all()?;
+        planner.remove_rest()?;
+        planner.set_directories();
+        planner.report_uncovered(&self.objects, &wanted)?;
+        let there = location.map(|location| location.describe());
+        let mut warnings: Vec<String> = Vec::new();
+        warnings.extend(repository_heads::moved(manifest.user_repository.as_ref(), there.as_ref()));
+        let torn = manifest.torn.iter().filter(|path| is_selected(path)).count();
+        if torn > 0 {
+            warnings.push(format!("{torn} files changed while the checkpoint was taken"));
+        }
+        if planner.special > 0 {
+            warnings.push(format!("{} special files are not made again", planner.special));
+        }
+        if planner.unlinked > 0 {
+            warnings.push(format!(
+                "{} files had other names outside of what the checkpoint covers; they are files of their own now",
+                planner.unlinked
+            ));
+        }
+        let conflicts = planner.blocked.iter();
+        let conflicts = conflicts.map(|(path, reason)| Conflict { path: path.clone(), reason: *reason }).collect();
+        let operations = planner.steps.in_order();
+        let text = format!("{} {:?} {} {operations:?}", request.number, request.safety, real.display());
+        let closed = closed_dirs(&root, &operations, &drafts);
+        let plan = RestorePlan {
+            id: Oid::of(ObjectKind::Blob, text.as_bytes()).to_string()[..PLAN_ID_DIGITS].to_owned(),
+            number: request.number,
+            safety: request.safety,
+            paths: request.paths.map(<[RelPath]>::to_vec),
+            workspace: escape(real.as_os_str().as_bytes()),
+            operations,
+            drafts,
+            closed,
+            conflicts,
+            warnings,
+        };
+        let mut diff = compare(&now, &target);
+        // What stays for good reason is no change.
+        let stays = |path: &RelPath| {
+            let stays = |one: &Conflict| {
+                matches!(one.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
+                    && path.is_within(&one.path)
+            };
+            plan.conflicts.iter().any(stays)
+        };
+        diff.entries.retain(|entry| is_selected(&entry.path) && !stays(&entry.path));
+        Ok(Planned { plan, diff })
+    }
+
+    /// Refuses paths that neither the checkpoint nor the workspace has, and those that are never restored.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint, when it is damaged, and when a path is refused.
+    pub fn check_paths(&self, number: u64, workspace: &Path, paths: &[RelPath]) -> Result<()> {
+        let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?;
+        let root = Root::open(&check_workspace(workspace)?)?;
+        for path in paths {
+            if !path.is_restorable() {
+                return Err(HistoryError::UnsafePath { path: path.to_string() });
+            }
+            let there = || root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if wanted.top().knows(&self.objects, path)?.is_none() && !there() {
+                return Err(HistoryError::NoSuchPath { path: path.to_string(), number });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
+    paths.is_none_or(|paths| paths.iter().any(|chosen| path.is_within(chosen)))
+}
+
+/// Finds what restores that were given up have left behind: in directories that differ, since a draft changes its
+/// directory.
+fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
+    let mut drafts = Vec::new();
+    for (path, _) in now.items.iter().filter(|(_, item)| item.what == What::Directory) {
+        let Ok(mut dir) = root.open_dir(path).and_then(Dir::from_fd) else {
+            continue;
+        };
+        let names = dir.iter().filter_map(std::result::Result::ok);
+        let names = names.filter(|entry| is_restore_draft(entry.file_name().to_bytes()));
+        drafts.extend(names.map(|entry| path.join(entry.file_name().to_bytes())));
+    }
+    drafts
+}
+
+/// Finds the directories that a restore without privileges opens, and for which it sets no mode.
+fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec<(RelPath, u32)> {
+    let sets_mode = |step: &&Operation| matches!(step, Operation::SetAttributes { .. });
+    let set: BTreeSet<&RelPath> = operations.iter().filter(sets_mode).map(Operation::path).collect();
+    let changed = operations.iter().filter(|step| !sets_mode(step)).map(Operation::path).chain(drafts);
+    let dirs: BTreeSet<RelPath> = changed.filter_map(RelPath::parent).filter(|dir| !set.contains(dir)).collect();
+    let closed = |dir: RelPath| {
+        let stat = root.stat(&dir).ok().filter(|stat| stat.kind() == FileKind::Directory && is_closed(stat))?;
+        Some((dir, stat.permissions()))
+    };
+    dirs.into_iter().filter_map(closed).collect()
+}
+
+#[derive(Default)]
+struct Steps {
+    /// What is in the way of another kind of thing, with the deepest last.
+    clear: BTreeMap<RelPath, Operation>,
+    write: Vec<Operation>,
+    /// Further names of files, once those are there.
+    link: Vec<Operation>,
+    remove: BTreeMap<RelPath, Operation>,
+    attributes: BTreeMap<RelPath, Operation>,
+}
+
+impl Steps {
+    fn in_order(self) -> Vec<Operation> {
+        let clear = self.clear.into_values().rev();
+        let remove = self.remove.into_values().rev();
+        // A directory's time changes with what is made in it: children first, and all after the removals.
+        let attributes = self.attributes.into_values().rev();
+        clear.chain(self.write).chain(self.link).chain(remove).chain(attributes).collect()
+    }
+}
+
+struct Planner<'a> {
+    root: &'a Root,
+    target: &'a Listing,
+    /// What is there: as the safety checkpoint has it.
+    now: &'a Listing,
+    paths: Option<&'a [RelPath]>,
+    links: Links,
+    steps: Steps,
+    /// Directories that the plan makes.
+    made: BTreeSet<RelPath>,
+    /// Paths that the plan frees for something else, each with all that is below it.
+    cleared: BTreeSet<RelPath>,
+    /// The rules of the checkpoint.
+    then: CoveredThen<'a>,
+    blocked: BTreeMap<RelPath, ConflictReason>,
+    special: u64,
+    unlinked: u64,
+}
+
+impl Planner<'_> {
+    fn is_selected(&self, path: &RelPath) -> bool {
+        is_selected(self.paths, path)
+    }
+
+    fn is_below(set: &BTreeSet<RelPath>, path: &RelPath) -> bool {
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            if set.contains(&path) {
+                return true;
+            }
+            at = path.parent();
+        }
+        false
+    }
+
+    fn is_blocked(&self, path: &RelPath) -> bool {
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            if self.blocked.contains_key(&path) {
+                return true;
+            }
+            at = path.parent();
+        }
+        false
+    }
+
+    fn write_all(&mut self) -> Result<()> {
+        let target = self.target;
+        for (path, item) in &target.items {
+            if !path.is_restorable() {
+                return Err(HistoryError::UnsafePath { path: path.to_string() });
+            }
+            if path.is_root() || !self.is_selected(path) || self.is_blocked(path) {
+                continue;
+            }
+            if let Err(reason) = self.write_one(path, item)? {
+                self.blocked.insert(path.clone(), reason);
+            }
+        }
+        Ok(())
+    }
+
+    fn write_one(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+        let now = self.now;
+        let current = now.items.get(path).filter(|_| !Self::is_below(&self.cleared, path));
+        let Some(current) = current else {
+            return self.write_new(path, item);
+        };
+        match (&item.what, &current.what) {
+            (What::Special(kind), What::Special(now)) if kind == now => Ok(Ok(())),
+            (What::Special(_), _) => Ok(Err(ConflictReason::WasSpecial)),
+            (_, What::Special(_)) => Ok(Err(ConflictReason::Special)),
+            (What::Directory, What::Directory) => Ok(Ok(())),
+            (What::Directory, What::File(_) | What::Symlink(_)) => {
+                if let Some(holds) = held(current) {
+                    self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
+                }
+                self.cleared.insert(path.clone());
+                self.write_new(path, item)
+            }
+            (What::File(_) | What::Symlink(_), What::Directory) => {
+                if let Err(reason) = self.clear_directory(path) {
+                    return Ok(Err(reason));
+                }
+                self.write_new(path, item)
+            }
+            (What::File(_) | What::Symlink(_), What::File(_) | What::Symlink(_)) => {
+                let separate = matches!(self.links.fate(path), Some(Fate::Alone | Fate::LinkedTo(_)));
+                let holes = current.sparse || !item.sparse;
+                if item.same_content(current) && !separate && holes {
+                    self.set_file(path, item, current);
+                } else {
+                    self.push_write(path, item, held(current));
+                }
+                Ok(Ok(()))
+            }
+        }
+    }
+
+    /// Sets what differs of a file or link whose content is right.
+    fn set_file(&mut self, path: &RelPath, item: &Item, current: &Item) {
+        let link = matches!(item.what, What::Symlink(_));
+        let same = if link { item.mtime == current.mtime } else { item.same_attributes(current) };
+        if same {
+            return;
+        }
+        let names = match self.links.fate(path) {
+            Some(Fate::Kept { names }) => *names,
+            Some(Fate::Alone | Fate::LinkedTo(_)) | None => 1,
+        };
+        let xattrs = (item.xattrs != current.xattrs).then(|| item.xattrs.clone());
+        let (path, mode, mtime) = (path.clone(), (!link).then_some(item.mode), item.mtime);
+        self.steps.write.push(Operation::SetAttributes { path, mode, mtime, xattrs, names });
+    }
+
+    /// Writes where nothing covered stands.
+    fn write_new(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+        if !Self::is_below(&self.cleared, path) {
+            match self.root.stat_if_there(path) {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == What::Directory => {
+                    // An ignored directory stays as it is; what the checkpoint has in it is looked at by itself.
+                    return Ok(Ok(()));
+                }
+                Ok(Some(stat)) if matches!(item.what, What::Special(_)) => {
+                    let special = matches!(stat.kind(), FileKind::Special(_));
+                    return Ok(if special { Ok(()) } else { Err(ConflictReason::WasSpecial) });
+                }
+                Ok(Some(_)) => return Ok(Err(ConflictReason::NotCovered)),
+                Ok(None) => {}
+                // A link that is not covered stands above it.
+                Err(Errno::ELOOP) => return Ok(Err(ConflictReason::BlockedAbove)),
+                // A directory that may not be entered was not covered either.
+                Err(Errno::EACCES) => return Ok(Err(ConflictReason::NotCovered)),
+                Err(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(path))(errno));
+                }
+            }
+        }
+        if matches!(item.what, What::Special(_)) {
+            self.special += 1;
+            return Ok(Ok(()));
+        }
+        if !self.make_parents(path)? {
+            return Ok(Err(ConflictReason::BlockedAbove));
+        }
+        if item.what == What::Directory {
+            self.make_directory(path);
+        } else {
+            self.push_write(path, item, None);
+        }
+        Ok(Ok(()))
+    }
+
+    fn make_directory(&mut self, path: &RelPath) {
+        if self.made.insert(path.clone()) {
+            self.steps.write.push(Operation::MakeDirectory { path: path.clone() });
+        }
+    }
+
+    /// Makes the directories above a path, when only some paths are restored; `false` when something is in the way.
+    fn make_parents(&mut self, path: &RelPath) -> Result<bool> {
+        let mut above = Vec::new();
+        let mut at = path.parent();
+        while let Some(dir) = at {
+            at = dir.parent();
+            above.push(dir);
+        }
+        for dir in above.into_iter().rev().filter(|dir| !dir.is_root()) {
+            if self.made.contains(&dir) {
+                continue;
+            }
+            if self.now.items.get(&dir).is_some_and(|item| item.what == What::Directory)
+                && !Self::is_below(&self.cleared, &dir)
+            {
+                continue;
+            }
+            match self.root.stat_if_there(&dir) {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory => {}
+                Ok(None) => self.make_directory(&dir),
+                Ok(Some(_)) | Err(Errno::ELOOP | Errno::EACCES) => return Ok(false),
+                Err(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(&dir))(errno));
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<Held>) {
+        let (mode, mtime) = (item.mode, item.mtime);
+        match item.what {
+            What::File(oid) => {
+                let linked_to = match self.links.fate(path) {
+                    Some(Fate::LinkedTo(leader)) => Some(leader.clone()),
+                    Some(Fate::Alone | Fate::Kept { .. }) | None => None,
+                };
+                self.unlinked += u64::from(self.links.is_lone(path));
+                let steps = if linked_to.is_some() { &mut self.steps.link } else { &mut self.steps.write };
+                let (path, xattrs, sparse) = (path.clone(), item.xattrs.clone(), item.sparse);
+                steps.push(Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to });
+            }
+            What::Symlink(oid) => {
+                self.steps.write.push(Operation::WriteLink { path: path.clone(), oid, mtime, replaces });
+            }
+            What::Directory | What::Special(_) => {}
+        }
+    }
+
+    /// Frees the place of a directory for a file, when all that is in it is held by the safety checkpoint.
+    fn clear_directory(&mut self, path: &RelPath) -> std::result::Result<(), ConflictReason> {
+        let mut steps = vec![Operation::RemoveDirectory { path: path.clone() }];
+        let mut dirs = vec![path.clone()];
+        while let Some(dir) = dirs.pop() {
+            let opened = self.root.open_dir(&dir).and_then(Dir::from_fd);
+            let mut handle = opened.map_err(|_| ConflictReason::HoldsUncovered)?;
+            for entry in handle.iter() {
+                let entry = entry.map_err(|_| ConflictReason::HoldsUncovered)?;
+                let name = entry.file_name().to_bytes();
+                if name == b"." || name == b".." {
+                    continue;
+                }
+                // It is removed before anything else.
+                if is_restore_draft(name) {
+                    continue;
+                }
+                let below = dir.join(name);
+                if is_git(name) || self.target.is_unknown(&below) {
+                    return Err(ConflictReason::HoldsUncovered);
+                }
+                let is_dir = self.now.items.get(&below).is_some_and(|item| item.what == What::Directory);
+                if !self.then.covers(&below, is_dir).unwrap_or(false) {
+                    return Err(ConflictReason::HoldsUncovered);
+                }
+                let item = self.now.items.get(&below).ok_or(ConflictReason::HoldsUncovered)?;
+                match item.what {
+                    What::Directory => {
+                        steps.push(Operation::RemoveDirectory { path: below.clone() });
+                        dirs.push(below);
+                    }
+                    What::Special(_) => return Err(ConflictReason::Special),
+                    What::File(_) | What::Symlink(_) => {
+                        let holds = held(item).ok_or(ConflictReason::Special)?;
+                        steps.push(Operation::RemoveFile { path: below, holds });
+                    }
+                }
+            }
+        }
+        self.steps.clear.extend(steps.into_iter().map(|step| (step.path().clone(), step)));
+        self.cleared.insert(path.clone());
+        Ok(())
+    }
+
+    /// Removes what the checkpoint does not have.
+    fn remove_rest(&mut self) -> Result<()> {
+        let now = self.now;
+        for (path, item) in &now.items {
+            let wanted = self.target.items.contains_key(path) || self.target.is_unknown(path);
+            if path.is_root() || wanted || !self.is_selected(path) {
+                continue;
+            }
+            if self.steps.clear.contains_key(path) || self.is_blocked(path) {
+                continue;
+            }
+            if !self.then.covers(path, item.what == What::Directory)? {
+                self.blocked.insert(path.clone(), ConflictReason::IgnoredThen);
+                continue;
+            }
+            match &item.what {
+                What::Directory => {
+                    let step = Operation::RemoveDirectory { path: path.clone() };
+                    self.steps.remove.insert(path.clone(), step);
+                }
+                // It cannot be brought back, and it holds nothing.
+                What::Special(_) => {}
+                What::File(_) | What::Symlink(_) => {
+                    if let Some(holds) = held(item) {
+                        let step = Operation::RemoveFile { path: path.clone(), holds };
+                        self.steps.remove.insert(path.clone(), step);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sets the attributes of directories that differ, or that the plan touches.
+    fn set_directories(&mut self) {
+        let steps = &self.steps;
+        let all = steps.clear.values().chain(&steps.write).chain(&steps.link).chain(steps.remove.values());
+        let touched: BTreeSet<RelPath> = all.filter_map(|step| step.path().parent()).collect();
+        for (path, item) in &self.target.items {
+            if item.what != What::Directory || self.is_blocked(path) {
+                continue;
+            }
+            let current = self.now.items.get(path).filter(|current| current.what == What::Directory);
+            let made = self.made.contains(path);
+            let selected = self.is_selected(path);
+            let differs = current.is_none_or(|now| !now.same_attributes(item));
+            // What was not asked for keeps its attributes, and an ignored directory is not ours to change.
+            if made || (selected && current.is_some() && (differs || touched.contains(path))) {
+                let xattrs = current.map_or(&[][..], |now| &now.xattrs);
+                let xattrs = (*item.xattrs != *xattrs).then(|| item.xattrs.clone());
+                let (mode, mtime) = (Some(item.mode), item.mtime);
+                let step = Operation::SetAttributes { path: path.clone(), mode, mtime, xattrs, names: u64::MAX };
+                self.steps.attributes.insert(path.clone(), step);
+            }
+        }
+    }
+
+    /// Tells of paths that were asked for by name although the checkpoint, or this moment, does not cover them.
+    fn report_uncovered(&mut self, store: &ObjectStore, wanted: &CheckpointRoot) -> Result<()> {
+        for path in self.paths.unwrap_or_default() {
+            let listed = |listing: &Listing| listing.items.keys().any(|one| one.is_within(path));
+            let covered = match wanted.top().knows(store, path)? {
+                Some(Known::Stored) => true,
+                Some(Known::LeftOut) => false,
+                None => listed(self.now),
+            };
+            let there = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if !covered && there() {
+                self.blocked.insert(path.clone(), ConflictReason::NotCovered);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Returns what may be replaced, since the safety checkpoint holds it.
+fn held(item: &Item) -> Option<Held> {
+    match item.what {
+        What::File(oid) => Some(Held { kind: HeldKind::File, oid }),
+        What::Symlink(oid) => Some(Held { kind: HeldKind::Symlink, oid }),
+        What::Directory | What::Special(_) => None,
+    }
+}

@@ -1,0 +1,284 @@
+//! Looks what stands at a path, and compares it with what a restore wanted there.
+//!
+//! Must not change anything.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStrExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, openat, readlinkat};
+use nix::sys::stat::Mode;
+
+use crate::restore::apply::{Mismatch, RestoreReport};
+use crate::restore::plan::{Held, HeldKind, Operation, RestorePlan};
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::tree::confined_dir::{FileKind, Root, Stat, Time, stat_at, stat_fd};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+use crate::tree::xattrs;
+
+/// What stands at a path, as far as a restore cares.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Nothing.
+    Nothing,
+    /// A file or link with this content.
+    Content(Held),
+    /// A directory.
+    Directory,
+    /// A FIFO, socket or device.
+    Other,
+}
+
+/// What a path must be at the end, its content apart.
+struct Attributes<'a> {
+    path: &'a RelPath,
+    mode: Option<u32>,
+    mtime: Time,
+    xattrs: Option<&'a Xattrs>,
+}
+
+/// Compares each path with what the plan wanted at the end, and reports what differs.
+pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreReport) {
+    let mut found = std::mem::take(&mut report.mismatches);
+    let mut mismatch = |path: &RelPath, problem: String| {
+        found.push(Mismatch { path: path.clone(), problem });
+    };
+    // The last step about a path says what it must be: attributes apart, which come after a directory is made.
+    let mut last: BTreeMap<&RelPath, &Operation> = BTreeMap::new();
+    let mut attributes = Vec::new();
+    for step in &plan.operations {
+        match step {
+            Operation::SetAttributes { path, mode, mtime, xattrs, .. } => {
+                attributes.push(Attributes { path, mode: *mode, mtime: *mtime, xattrs: xattrs.as_ref() });
+            }
+            _ => {
+                last.insert(step.path(), step);
+            }
+        }
+    }
+    for (path, step) in last {
+        let problem = match step {
+            Operation::MakeDirectory { .. } => recheck_kind(root, path, &Standing::Directory),
+            Operation::WriteFile { oid, mode, mtime, xattrs, linked_to, .. } => {
+                attributes.push(Attributes { path, mode: Some(*mode), mtime: *mtime, xattrs: Some(xattrs) });
+                let wanted = Standing::Content(Held { kind: HeldKind::File, oid: *oid });
+                let linked = linked_to.as_ref().filter(|_| !report.unlinked.contains(path));
+                recheck_kind(root, path, &wanted).or_else(|| recheck_link(root, path, linked?))
+            }
+            Operation::WriteLink { oid, mtime, .. } => {
+                attributes.push(Attributes { path, mode: None, mtime: *mtime, xattrs: None });
+                recheck_kind(root, path, &Standing::Content(Held { kind: HeldKind::Symlink, oid: *oid }))
+            }
+            Operation::RemoveFile { .. } => recheck_kind(root, path, &Standing::Nothing),
+            Operation::RemoveDirectory { .. } if report.kept.contains(path) => None,
+            Operation::RemoveDirectory { .. } => recheck_kind(root, path, &Standing::Nothing),
+            Operation::SetAttributes { .. } => None,
+        };
+        if let Some(problem) = problem {
+            mismatch(path, problem);
+        }
+    }
+    let mut times = Times::default();
+    for Attributes { path, mode, mtime, xattrs } in attributes {
+        match root.stat(path) {
+            Ok(stat) if mode.is_some_and(|mode| mode != stat.permissions()) => {
+                mismatch(path, format!("its mode is {:o}", stat.permissions()));
+            }
+            Ok(stat) => {
+                times.compare(path, mtime, stat.mtime);
+                let kept = xattrs.filter(|_| !report.without_xattrs.contains(path));
+                if kept.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|there| there != *wanted)) {
+                    mismatch(path, "its extended attributes are other ones".to_owned());
+                }
+            }
+            Err(errno) => mismatch(path, errno.desc().to_owned()),
+        }
+    }
+    let (wrong, warning) = times.conclude();
+    found.extend(wrong);
+    // One path is told once, by the first thing that was found of it.
+    found.sort_by(|a, b| a.path.cmp(&b.path));
+    found.dedup_by(|a, b| a.path == b.path);
+    report.mismatches = found;
+    report.warnings.extend(warning);
+    let (xattrs, unlinked) = (report.without_xattrs.len(), report.unlinked.len());
+    if xattrs > 0 {
+        report.warnings.push(format!("the file system does not keep the extended attributes of {xattrs} paths"));
+    }
+    if unlinked > 0 {
+        report.warnings.push(format!("{unlinked} hard links could not be made again and are files of their own"));
+    }
+}
+
+/// Reads the extended attributes of a file or directory; none where it cannot be opened.
+fn xattrs_at(root: &Root, path: &RelPath, stat: &Stat) -> Option<Xattrs> {
+    match stat.kind() {
+        FileKind::Directory => xattrs::read(root.open_dir(path).ok()?).ok(),
+        FileKind::Regular => xattrs::read(root.open_file(path).ok()?).ok(),
+        FileKind::Symlink | FileKind::Special(_) => None,
+    }
+}
+
+fn recheck_link(root: &Root, path: &RelPath, leader: &RelPath) -> Option<String> {
+    let file = |path: &RelPath| root.stat(path).ok().map(|stat| (stat.dev, stat.ino));
+    (file(path) != file(leader)).then(|| format!("it is not the same file as {leader}"))
+}
+
+/// Compares times, where a file system may keep them only coarsely.
+#[derive(Debug, Default)]
+pub(crate) struct Times {
+    differing: Vec<(RelPath, i128, i128)>,
+    /// Every time that was found, nanoseconds since 1970.
+    seen: Vec<i128>,
+}
+
+/// How coarse file systems are, nanoseconds, and how people call it.
+const GRANULARITIES: [(i128, &str); 6] = [
+    (2_000_000_000, "2 s"),
+    (1_000_000_000, "1 s"),
+    (10_000_000, "10 ms"),
+    (1_000_000, "1 ms"),
+    (1_000, "1 µs"),
+    (100, "100 ns"),
+];
+
+impl Times {
+    /// Notes what a time was to be and what it is.
+    pub fn compare(&mut self, path: &RelPath, wanted: Time, found: Time) {
+        let ns = |time: Time| i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
+        let (wanted, found) = (ns(wanted), ns(found));
+        self.seen.push(found);
+        if wanted != found {
+            self.differing.push((path.clone(), wanted, found));
+        }
+    }
+
+    /// Returns the times that are wrong, and a warning about those that are only as coarse as the file system is: as
+    /// coarse as every time that was seen on it.
+    pub fn conclude(self) -> (Vec<Mismatch>, Option<String>) {
+        let coarse = GRANULARITIES.iter().find(|(unit, _)| self.seen.iter().all(|time| time % unit == 0));
+        let (mut wrong, mut cut) = (Vec::new(), 0);
+        for (path, wanted, found) in self.differing {
+            match coarse {
+                Some((unit, _)) if wanted.div_euclid(*unit) * unit == found => cut += 1,
+                _ => wrong.push(Mismatch { path, problem: "its time is another one".to_owned() }),
+            }
+        }
+        let warning = coarse.filter(|_| cut > 0);
+        let warning =
+            warning.map(|(_, name)| format!("the file system keeps times only to {name}: {cut} are coarser now"));
+        (wrong, warning)
+    }
+}
+
+/// Says in which way a path is not what is wanted.
+fn recheck_kind(root: &Root, path: &RelPath, wanted: &Standing) -> Option<String> {
+    let found = match root.open_parent(path) {
+        Ok((dir, name)) => standing(&dir, name),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(Standing::Nothing),
+        Err(errno) => Err(errno.into()),
+    };
+    match found {
+        Ok(found) if found == *wanted => None,
+        Ok(Standing::Nothing) => Some("it is not there".to_owned()),
+        Ok(Standing::Content(_)) => Some("its content is another one".to_owned()),
+        Ok(Standing::Directory) => Some("it is a directory".to_owned()),
+        Ok(Standing::Other) => Some("it is a special file".to_owned()),
+        Err(error) => Some(error.to_string()),
+    }
+}
+
+/// How often something that changes meanwhile is looked at again.
+pub(crate) const TRIES: usize = 8;
+
+/// Says whether what stands at a name can be taken as unchanged between two looks.
+pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
+    match (before, now) {
+        (Some(before), Some(now)) => before.same_content(&now),
+        (None, None) => true,
+        (Some(_), None) | (None, Some(_)) => false,
+    }
+}
+
+/// Looks what stands at a name, once it has stood still for as long as that took; `None` when it never does. Whoever
+/// removes it does so at once.
+pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<Standing>> {
+    for _ in 0..TRIES {
+        let before = stat_at(&dir, name).ok();
+        let found = standing(&dir, name)?;
+        if same(before, stat_at(&dir, name).ok()) {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// Looks what stands at a name and, for a file or link, hashes it.
+pub(crate) fn standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Standing> {
+    let stat = match stat_at(&dir, name) {
+        Ok(stat) => stat,
+        Err(Errno::ENOENT) => return Ok(Standing::Nothing),
+        Err(errno) => return Err(errno.into()),
+    };
+    match stat.kind() {
+        FileKind::Directory => Ok(Standing::Directory),
+        FileKind::Special(_) => Ok(Standing::Other),
+        FileKind::Symlink => {
+            let target = readlinkat(&dir, name)?;
+            let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
+            Ok(Standing::Content(Held { kind: HeldKind::Symlink, oid }))
+        }
+        FileKind::Regular => {
+            let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
+            let mut file = File::from(openat(&dir, name, flags, Mode::empty())?);
+            let stat = stat_fd(&file)?;
+            if stat.kind() != FileKind::Regular {
+                return Ok(Standing::Other);
+            }
+            let mut hasher = ObjectHasher::new(ObjectKind::Blob, stat.size);
+            let mut buffer = vec![0; 64 * 1024];
+            loop {
+                match file.read(&mut buffer) {
+                    Ok(0) => break,
+                    Ok(n) => hasher.update(&buffer[..n]),
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            Ok(Standing::Content(Held { kind: HeldKind::File, oid: hasher.finish() }))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn time(sec: i64, nsec: u32) -> Time {
+        Time { sec, nsec }
+    }
+
+    #[test]
+    fn times_that_a_file_system_cuts_off_are_told_and_others_are_wrong() {
+        let path = |name: &str| RelPath::new(name).unwrap();
+        let mut times = Times::default();
+        times.compare(&path("a"), time(5, 123_456_789), time(5, 0));
+        times.compare(&path("b"), time(-5, 1), time(-5, 0));
+        times.compare(&path("c"), time(9, 5), time(7, 0));
+        let (wrong, warning) = times.conclude();
+        assert_eq!(wrong.iter().map(|one| one.path.to_string()).collect::<Vec<_>>(), ["c"]);
+        assert_eq!(warning.unwrap(), "the file system keeps times only to 1 s: 2 are coarser now");
+
+        // A file system that has kept one time exactly keeps them all.
+        let mut times = Times::default();
+        times.compare(&path("a"), time(5, 123_456_789), time(5, 0));
+        times.compare(&path("b"), time(6, 7), time(6, 7));
+        let (wrong, warning) = times.conclude();
+        assert_eq!((wrong.len(), warning), (1, None));
+    }
+}

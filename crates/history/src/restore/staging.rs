@@ -1,0 +1,413 @@
+//! Writes files and links of a plan: under a temporary name, flushed, then renamed into place.
+//!
+//! ```text
+//! draft, draft, draft …   ─►   flush, side by side   ─►   rename, rename, rename …
+//! ```
+//! A flush waits for the disk: several at once wait together. Each file is whole on the disk before it has its name.
+//! Never writes into a file that is there: what is replaced keeps its bytes under its other names, if it has any. Must
+//! not decide what a path is to be.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nix::errno::Errno;
+use nix::fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat, renameat2};
+use nix::sys::stat::{Mode, UtimensatFlags, fchmod, fstatat, futimens, utimensat};
+use nix::sys::time::TimeSpec;
+use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, geteuid, linkat, symlinkat, unlinkat};
+
+use crate::errors::{HistoryError, Result};
+use crate::restore::apply::Applying;
+use crate::restore::attributes::time_spec;
+use crate::restore::plan::{Held, HeldKind};
+use crate::restore::recheck::{Standing, TRIES, same, standing};
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::tree::confined_dir::{Stat, Time, stat_at, stat_fd};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+use crate::tree::xattrs::{self, Outcome};
+use fermata_failpoint as failpoint;
+
+/// Holes are made of whole blocks of this size, in bytes.
+const BLOCK: usize = 4096;
+
+/// How many drafts wait for each other at most.
+pub(crate) const DRAFTS: usize = 32;
+/// How many bytes they have at most, the last one apart: so much more room is needed for a while.
+const DRAFTED_BYTES: u64 = 32 << 20;
+/// How many flushes are under way at once.
+const FLUSHES: usize = 8;
+
+/// What a file is to be.
+pub(crate) struct FileWish<'a> {
+    /// The content.
+    pub oid: Oid,
+    /// Permission bits.
+    pub mode: u32,
+    /// Last change.
+    pub mtime: Time,
+    /// Extended attributes.
+    pub xattrs: &'a Xattrs,
+    /// Whether it is written with holes.
+    pub sparse: bool,
+    /// The file that it becomes another name of.
+    pub linked_to: Option<&'a RelPath>,
+}
+
+/// Where something is to be written.
+struct Place {
+    dir: OwnedFd,
+    name: OsString,
+    /// The name of the draft.
+    temporary: OsString,
+    wanted: Held,
+    replaces: Option<Held>,
+    /// What stood there; `None` for nothing.
+    seen: Option<Stat>,
+    /// Whether the wanted content stands there already.
+    right: bool,
+}
+
+impl Place {
+    fn look(&self) -> Option<Stat> {
+        stat_at(&self.dir, &self.name).ok()
+    }
+}
+
+/// What is written and waits for its flush and its name.
+#[derive(Default)]
+pub(crate) struct Drafted {
+    files: Vec<Draft>,
+    bytes: u64,
+}
+
+struct Draft {
+    path: RelPath,
+    place: Place,
+    /// The file to flush; a link is flushed with its directory.
+    file: Option<File>,
+}
+
+impl Drafted {
+    /// Says whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.files.is_empty()
+    }
+
+    /// Says whether it is time to put them in place.
+    pub fn is_full(&self) -> bool {
+        self.bytes >= DRAFTED_BYTES
+    }
+}
+
+impl Applying<'_> {
+    /// Writes a file, or makes the path another name of one.
+    pub(crate) fn write_file(
+        &mut self,
+        path: &RelPath,
+        wish: &FileWish<'_>,
+        replaces: Option<&Held>,
+        temporary: &OsStr,
+    ) -> Result<()> {
+        let wanted = Held { kind: HeldKind::File, oid: wish.oid };
+        let Some(place) = self.place(path, wanted, replaces, temporary)? else {
+            return Ok(());
+        };
+        if place.right && self.is_its_own(&place, wish) {
+            self.report.already_right += 1;
+            return match wish.linked_to {
+                // It has the attributes of the file that it is a name of.
+                Some(_) => Ok(()),
+                None => self.set_attributes(path, Some(wish.mode), wish.mtime, Some(wish.xattrs), 1),
+            };
+        }
+        let linked = match wish.linked_to {
+            Some(leader) => self.draft_name(&place, path, leader, wanted)?,
+            None => false,
+        };
+        let mut file = None;
+        if !linked {
+            if wish.linked_to.is_some() {
+                self.unlinked.insert(path.clone());
+            }
+            file = Some(self.draft_file(&place, path, wish)?);
+        }
+        self.drafted.files.push(Draft { path: path.clone(), place, file });
+        Ok(())
+    }
+
+    /// Makes a symbolic link.
+    pub(crate) fn write_link(
+        &mut self,
+        path: &RelPath,
+        oid: Oid,
+        mtime: Time,
+        replaces: Option<&Held>,
+        temporary: &OsStr,
+    ) -> Result<()> {
+        let Some(place) = self.place(path, Held { kind: HeldKind::Symlink, oid }, replaces, temporary)? else {
+            return Ok(());
+        };
+        if place.right {
+            self.report.already_right += 1;
+            return self.set_attributes(path, None, mtime, None, 1);
+        }
+        self.draft_link(&place, path, oid, mtime)?;
+        self.drafted.files.push(Draft { path: path.clone(), place, file: None });
+        Ok(())
+    }
+
+    /// Opens the directory of a path that may be written; `None`, with a report, when something else stands there.
+    fn place(
+        &mut self,
+        path: &RelPath,
+        wanted: Held,
+        replaces: Option<&Held>,
+        temporary: &OsStr,
+    ) -> Result<Option<Place>> {
+        let Some((dir, name)) = self.parent(path)? else {
+            return Ok(None);
+        };
+        unlink_if_there(&dir, temporary).map_err(self.failed("clear the draft of", path))?;
+        let (name, temporary, replaces) = (name.to_owned(), temporary.to_owned(), replaces.copied());
+        let mut place = Place { dir, name, temporary, wanted, replaces, seen: None, right: false };
+        // Looked at before its content is: whoever changes it afterwards changes this too.
+        place.seen = place.look();
+        let Some(right) = self.may_write(&place, path)? else {
+            return Ok(None);
+        };
+        place.right = right;
+        Ok(Some(place))
+    }
+
+    /// Says whether what must be written stands there already; `None`, with a report, when something else does.
+    fn may_write(&mut self, place: &Place, path: &RelPath) -> Result<Option<bool>> {
+        match standing(&place.dir, &place.name).map_err(self.failed("look at", path))? {
+            Standing::Content(held) if held == place.wanted => Ok(Some(true)),
+            Standing::Content(held) if Some(held) == place.replaces => Ok(Some(false)),
+            Standing::Nothing => Ok(Some(false)),
+            Standing::Content(_) => {
+                self.mismatch(path, "it has changed since the plan was made, and is kept");
+                Ok(None)
+            }
+            Standing::Directory | Standing::Other => {
+                self.mismatch(path, "something else stands where a file must go");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Says whether a file with the right content has the right names and holes, so that it can stay.
+    fn is_its_own(&self, place: &Place, wish: &FileWish<'_>) -> bool {
+        let Some(stat) = place.look() else {
+            return false;
+        };
+        match wish.linked_to {
+            Some(leader) => self.root.stat(leader).is_ok_and(|other| (other.dev, other.ino) == (stat.dev, stat.ino)),
+            None => {
+                let raw = fstatat(&place.dir, &*place.name, AtFlags::AT_SYMLINK_NOFOLLOW);
+                let has_holes = || raw.is_ok_and(|raw| raw.st_blocks * 512 < raw.st_size);
+                stat.nlink == 1 && (!wish.sparse || has_holes())
+            }
+        }
+    }
+
+    /// Flushes all drafts and gives each its name.
+    pub(crate) fn put_all_in_place(&mut self) -> Result<()> {
+        let Drafted { files, .. } = std::mem::take(&mut self.drafted);
+        side_by_side(&files, |draft| match &draft.file {
+            Some(file) => file.sync_all().map_err(self.failed("flush", &draft.path)),
+            None => Ok(()),
+        })?;
+        files.into_iter().try_for_each(|draft| self.put_in_place(&draft.place, &draft.path))
+    }
+
+    fn put_in_place(&mut self, place: &Place, path: &RelPath) -> Result<()> {
+        failpoint::check("history.restore.drafted").map_err(self.failed("write", path))?;
+        let mut seen = place.seen;
+        for _ in 0..TRIES {
+            let now = place.look();
+            if same(seen, now) {
+                match rename_over(place, now.is_none()) {
+                    Ok(()) => {
+                        self.report.written += 1;
+                        self.touch(path);
+                        return Ok(());
+                    }
+                    // Made in this very instant.
+                    Err(Errno::EEXIST) if now.is_none() => continue,
+                    Err(errno) => return Err(self.failed("put in place", path)(errno)),
+                }
+            }
+            // Somebody was at work there while others were drafted: it may go on while this looks.
+            if self.may_write(place, path)?.is_none() {
+                return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path));
+            }
+            seen = now;
+        }
+        self.mismatch(path, "somebody keeps changing it, and it is kept");
+        unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))
+    }
+
+    /// The owner stays who it was; a new file belongs to the owner of its directory, not to the daemon's user.
+    fn owner_of(&self, place: &Place, path: &RelPath) -> Result<Stat> {
+        let owner = stat_at(&place.dir, &place.name).or_else(|_| stat_fd(&place.dir));
+        owner.map_err(self.failed("look at the directory of", path))
+    }
+
+    fn draft_file(&mut self, place: &Place, path: &RelPath, wish: &FileWish<'_>) -> Result<File> {
+        let owner = self.owner_of(place, path)?;
+        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let fd = openat(&place.dir, &*place.temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let file = File::from(fd.map_err(self.failed("draft", path))?);
+        let mut object = self.history.objects.open_object(&wish.oid)?;
+        let mut hasher = ObjectHasher::new(ObjectKind::Blob, object.size);
+        let mut buffer = vec![0; 16 * BLOCK];
+        let mut at = 0;
+        loop {
+            let n = fill(&mut object, &mut buffer).map_err(self.failed("read the content of", path))?;
+            if n == 0 {
+                break;
+            }
+            hasher.update(&buffer[..n]);
+            write_at(&file, &buffer[..n], at, wish.sparse).map_err(self.failed("write", path))?;
+            at += n as u64;
+        }
+        if hasher.finish() != wish.oid {
+            return Err(HistoryError::DamagedObject {
+                oid: wish.oid,
+                problem: "its content has another hash".to_owned(),
+            });
+        }
+        // A hole at the end is made by the length alone.
+        file.set_len(at).map_err(self.failed("write", path))?;
+        if xattrs::set(&file, wish.xattrs).map_err(self.failed("set the attributes of", path))? == Outcome::NotKept {
+            self.without_xattrs.insert(path.clone());
+        }
+        if geteuid().is_root() {
+            fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
+                .map_err(self.failed("give away", path))?;
+        }
+        // After the change of owner, which takes set-id bits away.
+        fchmod(&file, Mode::from_bits_truncate(wish.mode)).map_err(self.failed("set the mode of", path))?;
+        futimens(&file, &TimeSpec::UTIME_OMIT, &time_spec(wish.mtime)).map_err(self.failed("set the time of", path))?;
+        self.drafted.bytes += at;
+        Ok(file)
+    }
+
+    /// Drafts another name of a file; `false` when that cannot be, or when the file is not what it should be.
+    fn draft_name(&self, place: &Place, path: &RelPath, leader: &RelPath, wanted: Held) -> Result<bool> {
+        let Ok((dir, name)) = self.root.open_parent(leader) else {
+            return Ok(false);
+        };
+        match linkat(&dir, name, &place.dir, &*place.temporary, AtFlags::empty()) {
+            Ok(()) => {}
+            // Another file system, too many names, not allowed, or not there.
+            Err(Errno::EXDEV | Errno::EMLINK | Errno::EPERM | Errno::ENOENT | Errno::ENOTDIR | Errno::EOPNOTSUPP) => {
+                return Ok(false);
+            }
+            Err(errno) => return Err(self.failed("link", path)(errno)),
+        }
+        // What was linked is looked at, since the name could have become another file's.
+        let linked = standing(&place.dir, &place.temporary).map_err(self.failed("look at the draft of", path))?;
+        let right = linked == Standing::Content(wanted);
+        if !right {
+            unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))?;
+        }
+        Ok(right)
+    }
+
+    fn draft_link(&self, place: &Place, path: &RelPath, oid: Oid, mtime: Time) -> Result<()> {
+        let owner = self.owner_of(place, path)?;
+        let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
+        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary).map_err(self.failed("make link", path))?;
+        self.give_name(&place.dir, &place.temporary, &owner).map_err(self.failed("give away", path))?;
+        let time = time_spec(mtime);
+        utimensat(&place.dir, &*place.temporary, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)
+            .map_err(self.failed("set the time of", path))
+    }
+
+    /// Gives a name to an owner, where that can be done.
+    pub(crate) fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &Stat) -> nix::Result<()> {
+        if !geteuid().is_root() {
+            return Ok(());
+        }
+        let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
+        fchownat(dir, name, Some(uid), Some(gid), AtFlags::AT_SYMLINK_NOFOLLOW)
+    }
+}
+
+/// Gives a draft its name; where nothing stood, nothing is replaced.
+fn rename_over(place: &Place, nothing_stood: bool) -> nix::Result<()> {
+    if nothing_stood {
+        let flags = RenameFlags::RENAME_NOREPLACE;
+        match renameat2(&place.dir, &*place.temporary, &place.dir, &*place.name, flags) {
+            // A file system that cannot promise it.
+            Err(Errno::EINVAL | Errno::ENOSYS) => {}
+            result => return result,
+        }
+    }
+    renameat(&place.dir, &*place.temporary, &place.dir, &*place.name)
+}
+
+/// Reads until the buffer is full or the source has ended.
+fn fill(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match source.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+/// Writes bytes; of a file with holes, no block that is all zeroes.
+fn write_at(file: &File, bytes: &[u8], at: u64, sparse: bool) -> io::Result<()> {
+    if !sparse {
+        return file.write_all_at(bytes, at);
+    }
+    for (n, block) in bytes.chunks(BLOCK).enumerate() {
+        if block.iter().any(|byte| *byte != 0) {
+            file.write_all_at(block, at + (n * BLOCK) as u64)?;
+        }
+    }
+    Ok(())
+}
+
+/// Does a work that waits for the disk for several things at once, and returns the first error; what has begun ends.
+pub(crate) fn side_by_side<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let run = || {
+        while let Some(thing) = things.get(next.fetch_add(1, Ordering::Relaxed)) {
+            work(thing)?;
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        // A thread that cannot be had is no error: the others do its part.
+        let begin = |_| std::thread::Builder::new().name("flush".to_owned()).spawn_scoped(scope, run).ok();
+        let others: Vec<_> = (1..things.len().min(FLUSHES)).filter_map(begin).collect();
+        let own = run();
+        let end = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| match thread.join() {
+            Ok(done) => done,
+            Err(panic) => std::panic::resume_unwind(panic),
+        };
+        others.into_iter().map(end).fold(own, Result::and)
+    })
+}
+
+/// Removes a name, where nothing being there is fine.
+pub(crate) fn unlink_if_there<Fd: AsFd>(dir: Fd, name: &OsStr) -> nix::Result<()> {
+    match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
+        Err(Errno::ENOENT) => Ok(()),
+        result => result,
+    }
+}

@@ -1,0 +1,214 @@
+//! The patterns of one ignore file: read as git reads them, asked as git asks them, the last that matches first.
+//!
+//! Most patterns are a name (`target`) or an ending (`*.o`); they are found by look-up, so that only the others
+//! have to be tried one by one.
+
+use std::collections::HashMap;
+
+use crate::rules::wildcard::Wildcard;
+
+/// What is special in a pattern; up to the first of it, a pattern is plain text.
+const SPECIAL: &[u8] = b"*?[\\";
+
+/// One pattern.
+#[derive(Clone, Debug)]
+struct Pattern {
+    /// Whether it takes back what an earlier one says.
+    negated: bool,
+    /// Whether it speaks of directories alone.
+    only_dirs: bool,
+    what: What,
+}
+
+/// What a pattern is compared with, and how.
+#[derive(Clone, Debug)]
+enum What {
+    /// The name is this; found by look-up.
+    Name,
+    /// The name ends with this.
+    Ending(Vec<u8>),
+    /// The name matches.
+    NameLike(Wildcard),
+    /// The path from the file's directory begins with this text, and the rest matches; without a wildcard there is no rest.
+    Path(Vec<u8>, Option<Wildcard>),
+}
+
+/// The patterns of one file.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct IgnoreFile {
+    patterns: Vec<Pattern>,
+    /// Of each plain name the patterns that are just that, the last first.
+    names: HashMap<Vec<u8>, Vec<usize>>,
+    /// Of what follows the last dot of an ending the patterns that are such an ending, the last first.
+    endings: HashMap<Vec<u8>, Vec<usize>>,
+    /// All others, the last first.
+    others: Vec<usize>,
+}
+
+impl IgnoreFile {
+    /// Reads the lines of a file; also counts the patterns that can match nothing.
+    pub fn parse(text: &[u8]) -> (IgnoreFile, usize) {
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+        let mut file = IgnoreFile::default();
+        let mut useless = 0;
+        for line in text.split(|byte| *byte == b'\n') {
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            useless += usize::from(!file.add_line(line));
+        }
+        for list in file.names.values_mut().chain(file.endings.values_mut()).chain([&mut file.others]) {
+            list.reverse();
+        }
+        (file, useless)
+    }
+
+    /// Says whether there is no pattern in it.
+    pub fn is_empty(&self) -> bool {
+        self.patterns.is_empty()
+    }
+
+    /// Adds a line; returns whether it is understood. What means nothing on purpose is understood.
+    fn add_line(&mut self, line: &[u8]) -> bool {
+        if line.is_empty() || line[0] == b'#' {
+            return true;
+        }
+        let line = without_last_spaces(line);
+        let (negated, line) = match line {
+            [b'!', rest @ ..] => (true, rest),
+            line => (false, line),
+        };
+        let (only_dirs, text) = match line {
+            [rest @ .., b'/'] => (true, rest),
+            line => (false, line),
+        };
+        if text.is_empty() {
+            return true;
+        }
+        let plain = text.iter().take_while(|byte| !SPECIAL.contains(byte)).count();
+        let place = self.patterns.len();
+        let what = if text.contains(&b'/') {
+            let (text, plain) = match text {
+                [b'/', rest @ ..] => (rest, plain - 1),
+                text => (text, plain),
+            };
+            let rest = match &text[plain..] {
+                [] => None,
+                // Compiled on its own, as git does: stars that follow plain text stand at its beginning.
+                rest => match Wildcard::compile(rest) {
+                    None => return false,
+                    wildcard => wildcard,
+                },
+            };
+            self.others.push(place);
+            What::Path(text[..plain].to_vec(), rest)
+        } else if plain == text.len() {
+            self.names.entry(text.to_vec()).or_default().push(place);
+            What::Name
+        } else if text[0] == b'*' && !text[1..].iter().any(|byte| SPECIAL.contains(byte)) {
+            match extension(&text[1..]) {
+                Some(key) => self.endings.entry(key.to_vec()).or_default().push(place),
+                None => self.others.push(place),
+            }
+            What::Ending(text[1..].to_vec())
+        } else {
+            let Some(wildcard) = Wildcard::compile(text) else { return false };
+            self.others.push(place);
+            What::NameLike(wildcard)
+        };
+        self.patterns.push(Pattern { negated, only_dirs, what });
+        true
+    }
+
+    /// Says what the file says of a path below its directory: ignored, not ignored, or nothing.
+    pub fn says(&self, path: &[u8], is_dir: bool) -> Option<bool> {
+        let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(path);
+        let first = |places: Option<&Vec<usize>>, least: Option<usize>| {
+            let later = places?.iter().copied().take_while(|place| least.is_none_or(|least| *place > least));
+            later.into_iter().find(|place| self.matches(*place, path, name, is_dir))
+        };
+        let mut last = first(self.names.get(name), None);
+        if let Some(key) = extension(name) {
+            last = first(self.endings.get(key), last).or(last);
+        }
+        last = first(Some(&self.others), last).or(last);
+        last.map(|place| !self.patterns[place].negated)
+    }
+
+    fn matches(&self, place: usize, path: &[u8], name: &[u8], is_dir: bool) -> bool {
+        let pattern = &self.patterns[place];
+        if pattern.only_dirs && !is_dir {
+            return false;
+        }
+        match &pattern.what {
+            What::Name => true,
+            What::Ending(ending) => name.ends_with(ending),
+            What::NameLike(wildcard) => wildcard.matches(name),
+            What::Path(text, rest) => path.strip_prefix(&text[..]).is_some_and(|left| match rest {
+                None => left.is_empty(),
+                Some(wildcard) => wildcard.matches(left),
+            }),
+        }
+    }
+}
+
+/// Returns what follows the last dot.
+fn extension(name: &[u8]) -> Option<&[u8]> {
+    name.iter().rposition(|byte| *byte == b'.').map(|dot| &name[dot + 1..])
+}
+
+/// Takes spaces off the end, but for one that a backslash stands before.
+fn without_last_spaces(line: &[u8]) -> &[u8] {
+    let mut end = None;
+    let mut at = 0;
+    while at < line.len() {
+        match line[at] {
+            b' ' => {
+                end.get_or_insert(at);
+            }
+            b'\\' => {
+                if at + 1 == line.len() {
+                    return line;
+                }
+                at += 1;
+                end = None;
+            }
+            _ => end = None,
+        }
+        at += 1;
+    }
+    &line[..end.unwrap_or(line.len())]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn says(text: &str, path: &str, is_dir: bool) -> Option<bool> {
+        IgnoreFile::parse(text.as_bytes()).0.says(path.as_bytes(), is_dir)
+    }
+
+    #[test]
+    fn the_last_pattern_that_matches_counts_whatever_its_kind() {
+        assert_eq!(says("*.o\n!a.o\n", "x/a.o", false), Some(false));
+        assert_eq!(says("!a.o\n*.o\n", "x/a.o", false), Some(true));
+        assert_eq!(says("a.o\n!?.o\n", "a.o", false), Some(false));
+        assert_eq!(says("!?.o\nx/\na.o\n", "a.o", false), Some(true));
+        assert_eq!(says("/x/*.o\n!*.o\n", "x/a.o", false), Some(false));
+        assert_eq!(says("build/\n", "build", false), None);
+        assert_eq!(says("build/\n", "a/build", true), Some(true));
+        assert_eq!(says("/build\n", "a/build", true), None);
+        assert_eq!(says("*.tar.gz", "a.tar.gz", false), Some(true));
+        assert_eq!(says("*z", "a.tar.gz", false), Some(true));
+    }
+
+    #[test]
+    fn spaces_comments_and_escapes_are_read_as_git_reads_them() {
+        assert_eq!(says("a  \n", "a", false), Some(true));
+        assert_eq!(says("a\\ \n", "a ", false), Some(true));
+        assert_eq!(says("a\t\n", "a", false), None);
+        assert_eq!(says("#a\n", "#a", false), None);
+        assert_eq!(says("\\#a\n", "#a", false), Some(true));
+        assert_eq!(says("\\!a\r\n", "!a", false), Some(true));
+        assert_eq!(says("\u{feff}a\n", "a", false), Some(true));
+        assert_eq!(IgnoreFile::parse(b"a[\n# b[\n\n!\n/\n").1, 1);
+    }
+}

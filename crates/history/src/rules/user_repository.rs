@@ -1,0 +1,217 @@
+//! Looks at the repository that the workspace belongs to, without ever writing to it.
+//!
+//! `HEAD` and refs are read as plain files; the index is parsed in memory (`user_index`). No repository is opened with the library,
+//! which could refresh the index, read somebody's configuration, or refuse a repository of another user.
+
+use std::fs;
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::rules::user_index::{self, IndexError};
+use crate::tree::names::RelPath;
+
+const MAX_SMALL_FILE: u64 = 64 * 1024;
+const MAX_PACKED_REFS: u64 = 256 * 1024 * 1024;
+
+/// What the user's repository looked like at the instant of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserRepository {
+    /// The top of the working tree, escaped.
+    pub top: String,
+    /// Whether the workspace is a linked worktree or a submodule (`.git` is a file).
+    pub linked: bool,
+    /// The ref that `HEAD` names; none when it is detached.
+    pub head_ref: Option<String>,
+    /// The branch, when `HEAD` names one.
+    pub branch: Option<String>,
+    /// The commit that `HEAD` stands for; none before the first commit, or when it cannot be found in plain files.
+    pub head: Option<String>,
+    /// What is in progress: `rebase`, `merge`, `cherry_pick`, `revert` or `bisect`.
+    pub in_progress: Option<String>,
+}
+
+/// Where a repository keeps its parts.
+#[derive(Clone, Debug)]
+pub struct Location {
+    /// The top of the working tree.
+    pub top: PathBuf,
+    /// The worktree's own directory: `HEAD`, `index`.
+    pub git_dir: PathBuf,
+    /// What all worktrees share: refs, `info/exclude`.
+    pub common_dir: PathBuf,
+    /// The workspace below the top; the root when they are the same.
+    pub prefix: RelPath,
+    linked: bool,
+}
+
+impl Location {
+    /// Finds the repository that a directory belongs to.
+    pub fn find(workspace: &Path) -> Option<Location> {
+        workspace.ancestors().find_map(|top| Location::at(top, workspace))
+    }
+
+    /// Looks whether `top` is the top of a working tree.
+    pub fn at(top: &Path, workspace: &Path) -> Option<Location> {
+        let dot_git = top.join(".git");
+        let meta = fs::metadata(&dot_git).ok()?;
+        let (git_dir, linked) = if meta.is_dir() {
+            (dot_git, false)
+        } else {
+            let text = read_small(&dot_git)?;
+            let target = text.strip_prefix(b"gitdir:")?.trim_ascii();
+            (top.join(std::ffi::OsStr::from_bytes(target)), true)
+        };
+        if !fs::metadata(git_dir.join("HEAD")).ok()?.is_file() {
+            return None;
+        }
+        let common_dir = match read_small(&git_dir.join("commondir")) {
+            Some(text) => git_dir.join(std::ffi::OsStr::from_bytes(text.trim_ascii())),
+            None => git_dir.clone(),
+        };
+        let prefix = workspace.strip_prefix(top).ok()?;
+        let prefix = RelPath::new(prefix.as_os_str().as_bytes()).ok()?;
+        Some(Location { top: top.to_owned(), git_dir, common_dir, prefix, linked })
+    }
+
+    /// Describes the state of the repository.
+    pub fn describe(&self) -> UserRepository {
+        let head = read_small(&self.git_dir.join("HEAD")).unwrap_or_default();
+        let head = String::from_utf8_lossy(&head).trim().to_owned();
+        let head_ref = head.strip_prefix("ref:").map(|name| name.trim().to_owned());
+        let commit = match &head_ref {
+            Some(name) => self.resolve(name),
+            None => as_commit(&head),
+        };
+        let progress = [
+            ("rebase-merge", "rebase"),
+            ("rebase-apply", "rebase"),
+            ("MERGE_HEAD", "merge"),
+            ("CHERRY_PICK_HEAD", "cherry_pick"),
+            ("REVERT_HEAD", "revert"),
+            ("BISECT_LOG", "bisect"),
+        ];
+        let in_progress = progress.iter().find(|(file, _)| self.git_dir.join(file).exists());
+        UserRepository {
+            top: fermata_protocol::paths::escape(self.top.as_os_str().as_bytes()),
+            linked: self.linked,
+            branch: head_ref.as_deref().and_then(|name| name.strip_prefix("refs/heads/")).map(str::to_owned),
+            head_ref,
+            head: commit,
+            in_progress: in_progress.map(|(_, name)| (*name).to_owned()),
+        }
+    }
+
+    fn resolve(&self, name: &str) -> Option<String> {
+        // A ref's name becomes a path: it must be one below `refs`.
+        if !name.starts_with("refs/") || RelPath::new(name).is_err() {
+            return None;
+        }
+        let loose = [&self.git_dir, &self.common_dir].into_iter().find_map(|dir| read_small(&dir.join(name)));
+        if let Some(text) = loose {
+            return as_commit(String::from_utf8_lossy(&text).trim());
+        }
+        let packed = read_at_most(&self.common_dir.join("packed-refs"), MAX_PACKED_REFS)?;
+        packed.split(|b| *b == b'\n').find_map(|line| {
+            let line = std::str::from_utf8(line).ok()?;
+            let (commit, line_name) = line.split_once(' ')?;
+            (line_name == name).then(|| as_commit(commit))?
+        })
+    }
+
+    /// Returns where the index is.
+    pub fn index(&self) -> PathBuf {
+        self.git_dir.join("index")
+    }
+
+    /// Lists what is tracked below the workspace, but for what a sparse checkout has left out and nobody had made when the
+    /// index was read.
+    ///
+    /// # Errors
+    /// Fails when there is an index that cannot be read.
+    pub(crate) fn tracked(&self) -> Result<Indexed, IndexError> {
+        let (path, mut indexed) = (self.index(), Indexed::default());
+        if fs::metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+            return Ok(indexed);
+        }
+        let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;
+        let mut there = There { top: &self.top, known: None };
+        let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
+        for entry in user_index::tracked(&self.git_dir, &content)? {
+            let into = if entry.is_module() { &mut indexed.modules } else { &mut indexed.files };
+            let Ok(path) = RelPath::new(entry.path) else { continue };
+            if path.is_within(&self.prefix) && path.bytes().len() > start && (!entry.skipped || there.has(&path)) {
+                into.extend(RelPath::new(&path.bytes()[start..]));
+            }
+        }
+        Ok(indexed)
+    }
+}
+
+/// What an index tracks, relative to the workspace.
+#[derive(Debug, Default)]
+pub(crate) struct Indexed {
+    /// Files and symbolic links.
+    pub files: Vec<RelPath>,
+    /// Submodules.
+    pub modules: Vec<RelPath>,
+}
+
+/// Says which paths exist. Those of one directory are asked for one after the other, and a sparse checkout leaves out
+/// whole trees of them: for these one question is enough.
+struct There<'a> {
+    top: &'a Path,
+    /// The directory that was asked for last.
+    known: Option<(RelPath, bool)>,
+}
+
+impl There<'_> {
+    fn has(&mut self, path: &RelPath) -> bool {
+        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.look(path).is_some()
+    }
+
+    fn has_dir(&mut self, dir: &RelPath) -> bool {
+        match &self.known {
+            Some((known, there)) if dir == known || (!there && dir.is_within(known)) => return *there,
+            _ => {}
+        }
+        let Some(above) = dir.parent() else { return true };
+        // Where what is above is missing, that is what is remembered.
+        if !self.has_dir(&above) {
+            return false;
+        }
+        let there = self.look(dir).is_some_and(|meta| meta.is_dir());
+        self.known = Some((dir.clone(), there));
+        there
+    }
+
+    fn look(&self, path: &RelPath) -> Option<fs::Metadata> {
+        fs::symlink_metadata(self.top.join(path.as_path())).ok()
+    }
+}
+
+fn as_commit(text: &str) -> Option<String> {
+    let whole = matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_hexdigit());
+    whole.then(|| text.to_owned())
+}
+
+/// Reads a small regular file; `None` for anything else.
+pub(crate) fn read_small(path: &Path) -> Option<Vec<u8>> {
+    read_at_most(path, MAX_SMALL_FILE)
+}
+
+/// Reads a regular file of at most so many bytes; `None` for anything else.
+pub(crate) fn read_at_most(path: &Path, limit: u64) -> Option<Vec<u8>> {
+    use std::os::unix::fs::OpenOptionsExt;
+    // A FIFO in this place must not hold the daemon up.
+    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
+    let meta = file.metadata().ok()?;
+    if !meta.is_file() || meta.len() > limit {
+        return None;
+    }
+    let mut content = Vec::with_capacity(meta.len() as usize);
+    file.take(limit).read_to_end(&mut content).ok()?;
+    Some(content)
+}

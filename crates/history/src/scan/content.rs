@@ -1,0 +1,340 @@
+//! Reads the contents of covered files and turns them into blobs, in parallel.
+//!
+//! Small files pass through memory, large ones are streamed twice: once for their id, once into the pack when that id
+//! is new. A file that changes while it is read is tried again, then taken as it was read last and marked torn. Bytes
+//! are stored as they are: no filter, no conversion.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use nix::errno::Errno;
+use rayon::prelude::*;
+
+use crate::errors::{HistoryError, Result};
+use crate::scan::pool::{self, Hurry};
+use crate::scan::scan_result::{SkipReason, Unread};
+use crate::scan::walk::{MANY, is_our_shortage};
+use crate::store::objects::ObjectStore;
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::store::pack::{PackWriter, Packed, Streamed};
+use crate::tree::confined_dir::{FileKind, Root, Stat, stat_fd};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+use crate::tree::xattrs;
+use crate::{OnProgress, Phase, Progress};
+
+/// Files up to this size are read into memory.
+const SMALL: u64 = 1024 * 1024;
+const ATTEMPTS: u32 = 4;
+
+/// How often progress is told, milliseconds.
+const TOLD_EVERY_MS: u64 = 50;
+
+/// Where new blobs go.
+pub(crate) struct BlobSink<'a> {
+    /// The published objects.
+    pub store: &'a ObjectStore,
+    /// The pack of this checkpoint.
+    pub pack: &'a Mutex<PackWriter>,
+}
+
+impl BlobSink<'_> {
+    fn is_new(&self, oid: &Oid) -> bool {
+        !self.pack.lock().unwrap_or_else(PoisonError::into_inner).holds(oid) && !self.store.contains(oid)
+    }
+
+    fn put(&self, oid: Oid, content: &[u8]) -> io::Result<()> {
+        if !self.is_new(&oid) {
+            return Ok(());
+        }
+        let pack = || self.pack.lock().unwrap_or_else(PoisonError::into_inner);
+        let hastens = pack().hastens(content.len());
+        // Compressed outside the lock: this is where the time goes.
+        let packed = match hastens {
+            true => Packed::in_haste(oid, ObjectKind::Blob, content),
+            false => Packed::new(oid, ObjectKind::Blob, content)?,
+        };
+        pack().append(&packed)
+    }
+
+    fn put_stream(&self, oid: Oid, size: u64, source: &mut File) -> io::Result<Streamed> {
+        if !self.is_new(&oid) {
+            return Ok(Streamed::Stored);
+        }
+        if let Err(error) = source.seek(SeekFrom::Start(0)) {
+            return Ok(Streamed::Unreadable(error));
+        }
+        let mut pack = self.pack.lock().unwrap_or_else(PoisonError::into_inner);
+        pack.append_stream(oid, ObjectKind::Blob, size, source)
+    }
+}
+
+/// Everything that reading files needs.
+pub(crate) struct Reading<'a> {
+    /// The workspace.
+    pub root: &'a Root,
+    /// Where new blobs go; none to compute ids only.
+    pub sink: Option<BlobSink<'a>>,
+    /// A directory of ours for copies of files that do not hold still.
+    pub spool: &'a Path,
+    /// Larger files are skipped.
+    pub max_file_bytes: u64,
+    /// Who waits for it.
+    pub hurry: Hurry,
+    /// Told about progress.
+    pub progress: OnProgress<'a>,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+}
+
+/// What reading a file or link came to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Its content is known, and stored where there is a sink.
+    Stored(Content),
+    /// It could not be read.
+    Skipped(SkipReason, String),
+    /// It is gone.
+    Vanished,
+}
+
+/// The content of a file or link.
+#[derive(Debug)]
+pub(crate) struct Content {
+    /// The state in which it was read.
+    pub stat: Stat,
+    /// The content.
+    pub oid: Oid,
+    /// How many bytes were stored.
+    pub size: u64,
+    /// Whether it changed at every attempt to read it.
+    pub torn: bool,
+    /// Extended attributes.
+    pub xattrs: Xattrs,
+}
+
+/// What one attempt to read a file found.
+enum Attempt {
+    Done(Outcome),
+    Changed,
+}
+
+impl Reading<'_> {
+    /// Reads files and links, side by side, and notes in each what it came to.
+    pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
+        let (done, total) = (AtomicU64::new(0), unread.len() as u64);
+        let (clock, told_at) = (Instant::now(), AtomicU64::new(0));
+        (self.progress)(Progress { phase: Phase::Read, done: 0, total });
+        let read = |entry: &&Unread| {
+            if self.cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
+            }
+            let outcome = self.read_one(entry)?;
+            entry.outcome.get_or_init(|| outcome);
+            let done = done.fetch_add(1, Ordering::Relaxed) + 1;
+            let (now, before) = (clock.elapsed().as_millis() as u64, told_at.load(Ordering::Relaxed));
+            // Whoever comes first tells for all.
+            let due = now >= before + TOLD_EVERY_MS
+                && told_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+            if due || done == total {
+                (self.progress)(Progress { phase: Phase::Read, done, total });
+            }
+            Ok(())
+        };
+        match unread.len() > MANY {
+            true => pool::on(self.hurry, || unread.par_iter().try_for_each(read)),
+            false => unread.iter().try_for_each(read),
+        }
+    }
+
+    fn read_one(&self, entry: &Unread) -> Result<Outcome> {
+        if entry.stat.kind() == FileKind::Symlink {
+            return self.read_link(entry);
+        }
+        for attempt in 1..=ATTEMPTS {
+            if let Attempt::Done(outcome) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
+                return Ok(outcome);
+            }
+        }
+        Ok(Outcome::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
+    }
+
+    fn read_link(&self, entry: &Unread) -> Result<Outcome> {
+        let target = match self.root.read_link(&entry.path) {
+            Ok(target) => target,
+            Err(errno) if is_our_shortage(errno) => {
+                return Err(HistoryError::io("read", &self.root.show(&entry.path))(errno));
+            }
+            Err(errno) => return Ok(refused(errno)),
+        };
+        let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
+        if let Some(sink) = &self.sink {
+            sink.put(oid, target.as_bytes()).map_err(HistoryError::io("store", self.spool))?;
+        }
+        // The link could have been replaced since the walk; then the walk's state must not vouch for this target.
+        let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
+        Ok(Outcome::Stored(Content {
+            stat: entry.stat,
+            oid,
+            size: target.len() as u64,
+            torn,
+            xattrs: Xattrs::default(),
+        }))
+    }
+
+    fn try_file(&self, path: &RelPath, last: bool) -> Result<Attempt> {
+        let mut file = match self.root.open_file(path) {
+            Ok(file) => file,
+            Err(errno) if is_our_shortage(errno) => {
+                return Err(HistoryError::io("open", &self.root.show(path))(errno));
+            }
+            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+        };
+        let before = match stat_fd(&file) {
+            Ok(stat) => stat,
+            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+        };
+        if before.kind() != FileKind::Regular {
+            let detail = "it became something else".to_owned();
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unsteady, detail)));
+        }
+        if before.size > self.max_file_bytes {
+            let detail = format!("{} bytes", before.size);
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::TooLarge, detail)));
+        }
+        if before.size <= SMALL {
+            self.try_small(file, before, last)
+        } else if last {
+            self.spool(file, before)
+        } else {
+            self.try_large(&mut file, before)
+        }
+    }
+
+    fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<Attempt> {
+        let mut content = Vec::with_capacity(before.size as usize + 1);
+        // A file that grows without end is cut at twice the size of a small one.
+        if let Err(error) = (&mut file).take(2 * SMALL).read_to_end(&mut content) {
+            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string())));
+        }
+        let steady = is_steady(&file, &before, content.len() as u64);
+        if !steady && !last {
+            return Ok(Attempt::Changed);
+        }
+        let oid = Oid::of(ObjectKind::Blob, &content);
+        if let Some(sink) = &self.sink {
+            sink.put(oid, &content).map_err(HistoryError::io("store", self.spool))?;
+        }
+        let (stat, size, torn) = (before, content.len() as u64, !steady);
+        Ok(done(&file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
+    }
+
+    fn try_large(&self, file: &mut File, before: Stat) -> Result<Attempt> {
+        let (oid, read) = match hash_stream(file, before.size) {
+            Ok(hashed) => hashed,
+            Err(error) => return Ok(unreadable(&error)),
+        };
+        if !is_steady(file, &before, read) {
+            return Ok(Attempt::Changed);
+        }
+        match self.store(oid, read, file)? {
+            Streamed::Unreadable(error) => return Ok(unreadable(&error)),
+            Streamed::Stored if is_steady(file, &before, read) => {}
+            Streamed::Stored | Streamed::Different => return Ok(Attempt::Changed),
+        }
+        let (stat, size, torn) = (before, read, false);
+        Ok(done(file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
+    }
+
+    fn store(&self, oid: Oid, size: u64, source: &mut File) -> Result<Streamed> {
+        match &self.sink {
+            Some(sink) => sink.put_stream(oid, size, source).map_err(HistoryError::io("store", self.spool)),
+            None => Ok(Streamed::Stored),
+        }
+    }
+
+    /// Copies a large file that does not hold still, so that its id and its bytes are of one reading; of a file that
+    /// grows, as much as there was at first.
+    fn spool(&self, mut file: File, before: Stat) -> Result<Attempt> {
+        let failed = |error| HistoryError::io("copy to", self.spool)(error);
+        let mut copy = tempfile::tempfile_in(self.spool).map_err(failed)?;
+        let mut source = (&mut file).take(before.size);
+        let mut buffer = vec![0; 256 * 1024];
+        let mut size = 0;
+        loop {
+            // The two sides are kept apart: a file that cannot be read is skipped, a store that is full is an error.
+            match source.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => copy.write_all(&buffer[..n]).map_err(failed)?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Ok(unreadable(&error)),
+            }
+            size = copy.stream_position().map_err(failed)?;
+        }
+        let steady = is_steady(&file, &before, size);
+        copy.seek(SeekFrom::Start(0)).map_err(failed)?;
+        let (oid, read) = hash_stream(&mut copy, size).map_err(failed)?;
+        match self.store(oid, read, &mut copy)? {
+            Streamed::Stored => {}
+            Streamed::Different => {
+                return Err(failed(io::Error::other("a private copy changed while it was read")));
+            }
+            Streamed::Unreadable(error) => return Err(failed(error)),
+        }
+        let (stat, torn) = (before, !steady);
+        Ok(done(&file, Content { stat, oid, size: read, torn, xattrs: Xattrs::default() }))
+    }
+}
+
+/// Adds the attributes of a file that was read.
+fn done(file: &File, mut content: Content) -> Attempt {
+    Attempt::Done(match xattrs::read(file) {
+        Ok(found) => {
+            content.xattrs = found;
+            Outcome::Stored(content)
+        }
+        Err(errno) => Outcome::Skipped(SkipReason::Unreadable, format!("its attributes: {}", errno.desc())),
+    })
+}
+
+fn unreadable(error: &io::Error) -> Attempt {
+    Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string()))
+}
+
+fn is_steady(file: &File, before: &Stat, read: u64) -> bool {
+    read == before.size && stat_fd(file).is_ok_and(|after| after.same_content(before))
+}
+
+/// Hashes up to one byte more than `size` bytes and returns how many there were.
+fn hash_stream(source: &mut impl Read, size: u64) -> io::Result<(Oid, u64)> {
+    let mut hasher = ObjectHasher::new(ObjectKind::Blob, size);
+    let mut buffer = vec![0; 256 * 1024];
+    let mut source = source.take(size + 1);
+    let mut total = 0;
+    loop {
+        match source.read(&mut buffer) {
+            Ok(0) => return Ok((hasher.finish(), total)),
+            Ok(n) => {
+                hasher.update(&buffer[..n]);
+                total += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+fn refused(errno: Errno) -> Outcome {
+    match errno {
+        Errno::ENOENT | Errno::ENOTDIR => Outcome::Vanished,
+        Errno::ELOOP | Errno::ENXIO | Errno::EINVAL => {
+            Outcome::Skipped(SkipReason::Unsteady, "it became something else".to_owned())
+        }
+        errno => Outcome::Skipped(SkipReason::Unreadable, errno.desc().to_owned()),
+    }
+}

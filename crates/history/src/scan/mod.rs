@@ -1,0 +1,12 @@
+//! Finding what has changed in a workspace: the watcher, the workspace state, the walk, and reading contents.
+
+pub(crate) mod content;
+pub(crate) mod pool;
+pub(crate) mod scan_result;
+pub(crate) mod state_file;
+pub(crate) mod unchanged;
+pub(crate) mod walk;
+pub(crate) mod warm_up;
+pub(crate) mod watcher;
+pub(crate) mod workspace_scan;
+pub(crate) mod workspace_state;

@@ -1,0 +1,352 @@
+//! Keeps the known picture of a workspace on the disk, so that a new daemon need not read every file again.
+//!
+//! It is only ever an acceleration: a file that is missing, damaged or from another version is ignored, and the next
+//! snapshot looks at everything. It may be older than the newest checkpoint: what has changed since shows in the
+//! files' states.
+//!
+//! The file: a line with the version; the commit that the picture belongs to; a counted JSON text with rules and what
+//! else is small; the directories, depth first, in fixed fields in little-endian order; the SHA-1 of all before.
+
+use std::collections::BTreeSet;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde::{Deserialize, Serialize};
+use sha1::{Digest, Sha1};
+
+use crate::rules::coverage::Rules;
+use crate::scan::scan_result::SkipReason;
+use crate::scan::workspace_state::{Child, Dir, File, Node, Picture, Remarks, Seen, Source, total};
+use crate::store::oid::Oid;
+use crate::tree::confined_dir::Time;
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::RelPath;
+
+const HEADER: &[u8] = b"fermata picture 3\n";
+
+/// Directories deeper than any path can lead are not ours.
+const MAX_DEPTH: u32 = 4096;
+
+/// The kinds of special files, by their number in the cache.
+const SPECIAL: [&str; 5] = ["fifo", "socket", "character_device", "block_device", "unknown"];
+const REASONS: [SkipReason; 5] =
+    [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady, SkipReason::Reserved];
+
+#[derive(Serialize, Deserialize)]
+struct Small {
+    rules: Rules,
+    above: Vec<Source>,
+    nested: Vec<Source>,
+    mounts: Vec<String>,
+    indexes: Vec<Source>,
+    forced: BTreeSet<RelPath>,
+    notes: Vec<String>,
+}
+
+/// Reads a picture; `None` when there is none that can be trusted.
+pub(crate) fn load(path: &Path) -> Option<Picture> {
+    let bytes = fs::read(path).ok()?;
+    let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(20)?)?;
+    if <[u8; 20]>::from(Sha1::digest(body)) != checksum {
+        return None;
+    }
+    let mut reader = Reader(body.strip_prefix(HEADER)?);
+    let commit = reader.oid()?;
+    let small: Small = serde_json::from_slice(reader.counted()?).ok()?;
+    let root = Arc::new(reader.dir(0)?);
+    reader.0.is_empty().then_some(Picture {
+        commit,
+        rules: small.rules,
+        above: small.above,
+        nested: small.nested,
+        mounts: small.mounts,
+        indexes: small.indexes,
+        forced: Arc::new(small.forced),
+        notes: small.notes,
+        root,
+    })
+}
+
+/// Writes a picture to a new file. It is not flushed: a torn one fails its checksum.
+pub(crate) fn save(picture: &Picture, path: &Path) -> io::Result<()> {
+    let mut out = Writer(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
+    out.0.extend_from_slice(HEADER);
+    out.0.extend_from_slice(picture.commit.raw());
+    let small = Small {
+        rules: picture.rules.clone(),
+        above: picture.above.clone(),
+        nested: picture.nested.clone(),
+        mounts: picture.mounts.clone(),
+        indexes: picture.indexes.clone(),
+        forced: BTreeSet::clone(&picture.forced),
+        notes: picture.notes.clone(),
+    };
+    out.counted(&serde_json::to_vec(&small)?);
+    out.dir(&picture.root);
+    let checksum: [u8; 20] = Sha1::digest(&out.0).into();
+    out.0.extend_from_slice(&checksum);
+    OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(&out.0)
+}
+
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn counted(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
+        self.0.extend_from_slice(bytes);
+    }
+
+    fn seen(&mut self, seen: &Seen) {
+        [seen.dev, seen.ino, seen.size].iter().for_each(|n| self.0.extend_from_slice(&n.to_le_bytes()));
+        self.0.extend_from_slice(&seen.mode.to_le_bytes());
+        for time in [seen.mtime, seen.ctime] {
+            self.0.extend_from_slice(&time.sec.to_le_bytes());
+            self.0.extend_from_slice(&time.nsec.to_le_bytes());
+        }
+    }
+
+    fn flags(&mut self, flags: &[bool]) {
+        self.0.push(flags.iter().rev().fold(0, |byte, flag| byte << 1 | u8::from(*flag)));
+    }
+
+    fn xattrs(&mut self, xattrs: &Xattrs) {
+        self.0.extend_from_slice(&(xattrs.len() as u32).to_le_bytes());
+        for (name, value) in xattrs {
+            self.counted(name);
+            self.counted(value);
+        }
+    }
+
+    fn dir(&mut self, dir: &Dir) {
+        self.seen(&dir.seen);
+        let (listed, ignoring, filled) = (dir.unreadable.is_none(), dir.ignore_file.is_some(), dir.files.is_some());
+        self.flags(&[dir.covered, dir.settled, dir.nested, listed, ignoring, filled, dir.ignore_settled]);
+        self.xattrs(&dir.xattrs);
+        if let Some(why) = &dir.unreadable {
+            self.counted(why.as_bytes());
+        }
+        dir.ignore_file.iter().for_each(|seen| self.seen(seen));
+        dir.files.iter().for_each(|oid| self.0.extend_from_slice(oid.raw()));
+        self.0.extend_from_slice(dir.meta.raw());
+        self.0.extend_from_slice(&(dir.children.len() as u32).to_le_bytes());
+        for child in &dir.children {
+            self.counted(&child.name);
+            self.node(&child.node);
+        }
+    }
+
+    fn node(&mut self, node: &Node) {
+        match node {
+            Node::File(file) => {
+                self.0.push(0);
+                self.seen(&file.seen);
+                self.0.extend_from_slice(file.oid.raw());
+                self.0.extend_from_slice(&file.size.to_le_bytes());
+                let Remarks { torn, sparse, forced, linked, doubtful } = file.remarks;
+                self.flags(&[torn, sparse, forced, linked, doubtful]);
+                self.xattrs(&file.xattrs);
+            }
+            Node::Dir(dir) => {
+                self.0.push(1);
+                self.dir(dir);
+            }
+            Node::Special { seen, kind } => {
+                self.0.push(2);
+                self.seen(seen);
+                self.0.push(SPECIAL.iter().position(|known| known == kind).unwrap_or(SPECIAL.len() - 1) as u8);
+            }
+            Node::Skipped { reason, detail } => {
+                self.0.push(3);
+                self.0.push(REASONS.iter().position(|known| known == reason).unwrap_or(0) as u8);
+                self.counted(detail.as_bytes());
+            }
+            Node::Draft => self.0.push(4),
+        }
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, n: usize) -> Option<&'a [u8]> {
+        let (head, rest) = self.0.split_at_checked(n)?;
+        self.0 = rest;
+        Some(head)
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        self.take(1)?.first().copied()
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        Some(u32::from_le_bytes(self.take(4)?.try_into().ok()?))
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        Some(u64::from_le_bytes(self.take(8)?.try_into().ok()?))
+    }
+
+    fn counted(&mut self) -> Option<&'a [u8]> {
+        let n = self.u32()? as usize;
+        self.take(n)
+    }
+
+    fn text(&mut self) -> Option<Box<str>> {
+        std::str::from_utf8(self.counted()?).ok().map(Into::into)
+    }
+
+    fn oid(&mut self) -> Option<Oid> {
+        Some(Oid::from_raw(self.take(20)?.try_into().ok()?))
+    }
+
+    fn time(&mut self) -> Option<Time> {
+        let sec = self.u64()? as i64;
+        Some(Time { sec, nsec: self.u32()? })
+    }
+
+    fn seen(&mut self) -> Option<Seen> {
+        Some(Seen {
+            dev: self.u64()?,
+            ino: self.u64()?,
+            size: self.u64()?,
+            mode: self.u32()?,
+            mtime: self.time()?,
+            ctime: self.time()?,
+        })
+    }
+
+    fn flags<const N: usize>(&mut self) -> Option<[bool; N]> {
+        let byte = self.byte()?;
+        Some(std::array::from_fn(|n| byte >> n & 1 == 1))
+    }
+
+    fn xattrs(&mut self) -> Option<Xattrs> {
+        (0..self.u32()?).map(|_| Some((self.counted()?.into(), self.counted()?.into()))).collect()
+    }
+
+    fn dir(&mut self, depth: u32) -> Option<Dir> {
+        if depth > MAX_DEPTH {
+            return None;
+        }
+        let seen = self.seen()?;
+        let [covered, settled, nested, listed, ignoring, filled, ignore_settled] = self.flags()?;
+        let xattrs = self.xattrs()?;
+        let unreadable = if listed { None } else { Some(self.text()?) };
+        let ignore_file = if ignoring { Some(self.seen()?) } else { None };
+        let files = if filled { Some(self.oid()?) } else { None };
+        let meta = self.oid()?;
+        let children = (0..self.u32()?).map(|_| {
+            let name = self.counted()?.into();
+            Some(Arc::new(Child { name, node: self.node(depth)? }))
+        });
+        let children: Box<[Arc<Child>]> = children.collect::<Option<_>>()?;
+        let totals = total(&children);
+        Some(Dir {
+            seen,
+            xattrs,
+            covered,
+            settled,
+            unreadable,
+            ignore_file,
+            ignore_settled,
+            nested,
+            children,
+            totals,
+            files,
+            meta,
+        })
+    }
+
+    fn node(&mut self, depth: u32) -> Option<Node> {
+        Some(match self.byte()? {
+            0 => {
+                let (seen, oid, size) = (self.seen()?, self.oid()?, self.u64()?);
+                let [torn, sparse, forced, linked, doubtful] = self.flags()?;
+                let remarks = Remarks { torn, sparse, forced, linked, doubtful };
+                Node::File(File { seen, oid, size, remarks, xattrs: self.xattrs()? })
+            }
+            1 => Node::Dir(Arc::new(self.dir(depth + 1)?)),
+            2 => Node::Special { seen: self.seen()?, kind: SPECIAL.get(self.byte()? as usize).copied()? },
+            3 => {
+                let reason = REASONS.get(self.byte()? as usize).copied()?;
+                Node::Skipped { reason, detail: self.text()? }
+            }
+            4 => Node::Draft,
+            _ => return None,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(sec: i64) -> Seen {
+        let time = Time { sec, nsec: 7 };
+        Seen { dev: 1, ino: 2, size: 3, mode: 0o100644, mtime: time, ctime: time }
+    }
+
+    fn picture() -> Picture {
+        let oid = Oid::from_raw([9; 20]);
+        let remarks = Remarks { sparse: true, linked: true, ..Remarks::default() };
+        let xattrs: Xattrs = Box::new([((*b"user.a").into(), (*b"\0").into())]);
+        let child = |name: &[u8], node| Arc::new(Child { name: name.into(), node });
+        let dir = |children: Box<[Arc<Child>]>, unreadable: Option<&str>| Dir {
+            seen: seen(-5),
+            xattrs: xattrs.clone(),
+            covered: true,
+            settled: true,
+            unreadable: unreadable.map(Into::into),
+            ignore_file: Some(seen(1)),
+            ignore_settled: true,
+            nested: false,
+            totals: total(&children),
+            children,
+            files: Some(oid),
+            meta: oid,
+        };
+        let children = [
+            child(b"a\xff\n", Node::File(File { seen: seen(100), oid, size: 5, remarks, xattrs: xattrs.clone() })),
+            child(b"b", Node::Dir(Arc::new(dir(Box::default(), Some("closed"))))),
+            child(b"c", Node::Special { seen: seen(3), kind: "socket" }),
+            child(b"d", Node::Skipped { reason: SkipReason::Unsteady, detail: "it changed".into() }),
+            child(b"e", Node::Draft),
+        ];
+        Picture {
+            commit: oid,
+            rules: Rules::default(),
+            above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
+            nested: vec![("/c".into(), None)],
+            mounts: vec!["/d ext4".to_owned()],
+            indexes: vec![("/w/.git/index".into(), Some(seen(9))), ("/w/m/.git".into(), None)],
+            forced: Arc::new([RelPath::new("x/y").unwrap()].into()),
+            notes: vec!["a note".to_owned()],
+            root: Arc::new(dir(children.into(), None)),
+        }
+    }
+
+    #[test]
+    fn a_saved_picture_is_read_back_and_a_damaged_one_is_ignored() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("cache");
+        let picture = picture();
+        save(&picture, &file).unwrap();
+        let read = load(&file).unwrap();
+        assert_eq!(format!("{picture:?}"), format!("{read:?}"));
+
+        let bytes = fs::read(&file).unwrap();
+        for at in [0, HEADER.len() + 3, bytes.len() / 2, bytes.len() - 1] {
+            let mut bad = bytes.clone();
+            bad[at] ^= 1;
+            fs::write(dir.path().join("bad"), &bad).unwrap();
+            assert!(load(&dir.path().join("bad")).is_none(), "byte {at}");
+        }
+        for length in [0, 15, bytes.len() / 2, bytes.len() - 1] {
+            fs::write(dir.path().join("short"), &bytes[..length]).unwrap();
+            assert!(load(&dir.path().join("short")).is_none(), "{length} bytes");
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Says whether a workspace is still what the newest checkpoint holds of it. Stores nothing.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use crate::errors::Result;
+use crate::rules::coverage::Rules;
+use crate::snapshot::SnapshotRequest;
+use crate::{History, Mapped, OnProgress};
+
+impl History {
+    /// Says whether a workspace is exactly what a checkpoint holds of it: contents, modes and times.
+    ///
+    /// The answer is no where that checkpoint is not the newest one, or a file changed at every attempt to read it.
+    ///
+    /// # Errors
+    /// As for [`History::snapshot`].
+    pub fn is_unchanged(
+        &self,
+        workspace: &Path,
+        rules: &Rules,
+        mapped: Mapped,
+        number: u64,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<bool> {
+        if self.list()?.last() != Some(&number) {
+            return Ok(false);
+        }
+        let (files, meta) = self.trees_of(number)?;
+        let request = SnapshotRequest {
+            workspace: workspace.to_owned(),
+            number: number + 1,
+            message: "A look\n".into(),
+            parent: Some(number),
+            rules: rules.clone(),
+            mapped,
+            whole_after: None,
+        };
+        // Dropped without being published, and gone with all that it has written.
+        let now = self.snapshot(&request, 0, progress, cancel)?;
+        Ok(now.torn.is_empty() && (now.files, now.meta) == (files, meta))
+    }
+}

@@ -1,0 +1,563 @@
+//! Walks a workspace, whole or only where something may have changed, and sketches what is there now, without opening
+//! any file but `.gitignore`.
+//!
+//! ```text
+//! whole: open -> watch -> list -> lstat each -> decide -> below, side by side
+//!        a directory whose state is the known one needs no listing: its names are the known ones
+//! part:  from the root down to what events have named; everything else is the known directory itself
+//! ```
+//! The walk is our own, from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is never
+//! covered. Must not read contents: that is `content`'s work.
+
+use std::collections::{BTreeSet, HashSet};
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use nix::dir::Dir as Listed;
+use nix::errno::Errno;
+use rayon::prelude::*;
+
+use crate::errors::{HistoryError, Result};
+use crate::rules::coverage::{OwnPatterns, Rules};
+use crate::rules::decision::Verdict;
+use crate::rules::rule_cache::{Standing, Standings};
+use crate::rules::tracked::Tracked;
+use crate::scan::pool::{self, Hurry};
+use crate::scan::scan_result::{Entry, Found, NewDir, SkipReason, Unread, What};
+use crate::scan::watcher::{Dirty, Watched};
+use crate::scan::workspace_state::{Dir, File, Node, Seen};
+use crate::store::objects::ObjectStore;
+use crate::tree::confined_dir::{FileKind, Root, Stat, stat_at, stat_fd, tells_of_changes};
+use crate::tree::metadata::Xattrs;
+use crate::tree::names::{RelPath, is_git, is_restore_draft};
+use crate::tree::xattrs;
+
+/// The system opens no longer paths (`PATH_MAX`).
+const MAX_PATH: usize = 4096;
+
+/// From so many directories or files on, it is worth waking other threads for a part of the workspace.
+pub(crate) const MANY: usize = 16;
+
+/// Refuses workspaces that must never be covered.
+pub(crate) fn check_workspace(workspace: &Path) -> Result<PathBuf> {
+    let refuse = |reason| HistoryError::WorkspaceRefused { path: workspace.to_owned(), reason };
+    if !workspace.is_absolute() {
+        return Err(refuse("its path is not absolute"));
+    }
+    let real = std::fs::canonicalize(workspace).map_err(HistoryError::io("find workspace", workspace))?;
+    if real == Path::new("/") {
+        return Err(refuse("it is the root of the file system"));
+    }
+    let meta = std::fs::metadata(&real).map_err(HistoryError::io("find workspace", workspace))?;
+    if !meta.is_dir() {
+        return Err(refuse("it is not a directory"));
+    }
+    let owner = nix::unistd::Uid::from_raw(std::os::unix::fs::MetadataExt::uid(&meta));
+    let mut homes: Vec<PathBuf> = std::env::var_os("HOME").map(PathBuf::from).into_iter().collect();
+    for uid in [owner, nix::unistd::geteuid()] {
+        homes.extend(nix::unistd::User::from_uid(uid).ok().flatten().map(|user| user.dir));
+    }
+    if homes.iter().any(|home| std::fs::canonicalize(home).is_ok_and(|home| home == real)) {
+        return Err(refuse("it is a home directory"));
+    }
+    Ok(real)
+}
+
+/// Everything that a walk needs.
+pub(crate) struct Walk<'a> {
+    /// The workspace.
+    pub root: &'a Root,
+    /// The device that it is on.
+    pub device: u64,
+    /// What is covered.
+    pub rules: &'a Rules,
+    /// The project's own patterns.
+    pub own: OwnPatterns,
+    /// How the ignore files stand.
+    pub standings: &'a Standings,
+    /// The store itself, when it lies in the workspace.
+    pub hidden: Option<RelPath>,
+    /// What is tracked although the rules leave it out, as far as it is known.
+    pub forced: &'a BTreeSet<RelPath>,
+    /// The whole index, when it is not known what of it the rules leave out.
+    pub tracked: Option<&'a Tracked>,
+    /// Watches every directory before it is listed.
+    pub watch: Option<&'a Watched>,
+    /// Files whose state does not vouch for their content.
+    pub mapped: &'a BTreeSet<RelPath>,
+    /// Set when the objects of the known picture may be gone: each content must be looked up before it is relied on.
+    pub check_in: Option<&'a ObjectStore>,
+    /// When the look began, in nanoseconds since 1970.
+    pub started_ns: i128,
+    /// Who waits for it.
+    pub hurry: Hurry,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+    /// How many names the rules left out.
+    pub ignored: AtomicU64,
+    /// Files with several names that were left out under one of them, by inode.
+    pub linked_out: Mutex<HashSet<u64>>,
+    /// What the user should know of this look.
+    pub warnings: Mutex<Vec<String>>,
+    /// Whether other rules were met than those of the known picture.
+    pub redecided: AtomicBool,
+}
+
+/// How far what is known of a directory may be relied on.
+#[derive(Clone, Copy)]
+struct Known<'k> {
+    dir: Option<&'k Arc<Dir>>,
+    /// Whether the rules have decided about its names as they would now.
+    decided: bool,
+}
+
+/// One directory that is being walked.
+struct Place<'p> {
+    path: &'p RelPath,
+    standing: Standing,
+    covered: bool,
+}
+
+impl Walk<'_> {
+    /// Walks the whole workspace; directories that are known and unchanged are not listed again, where the rules are
+    /// what they were (`decided`).
+    pub fn whole(&self, known: Option<&Arc<Dir>>, top: Standing, decided: bool) -> Result<Found> {
+        let path = RelPath::root();
+        let place = Place { path: &path, standing: top, covered: true };
+        let found = self.whole_dir(&place, Known { dir: known, decided })?;
+        found.ok_or_else(|| self.vanished())
+    }
+
+    /// Looks again at what events have named.
+    pub fn part(&self, known: &Arc<Dir>, top: Standing, dirty: &Dirty) -> Result<Found> {
+        let path = RelPath::root();
+        let place = Place { path: &path, standing: top, covered: true };
+        let found = self.part_dir(&place, known, dirty)?;
+        found.ok_or_else(|| self.vanished())
+    }
+
+    fn vanished(&self) -> HistoryError {
+        HistoryError::io("list workspace", self.root.path())(std::io::Error::from(std::io::ErrorKind::NotFound))
+    }
+
+    /// Has the next look come back to a path, whatever it finds by then.
+    fn look_again(&self, path: &RelPath) {
+        if let Some(watch) = self.watch {
+            watch.note(path);
+        }
+    }
+
+    fn warn(&self, text: String) {
+        self.warnings.lock().unwrap_or_else(PoisonError::into_inner).push(text);
+    }
+
+    fn check_cancel(&self) -> Result<()> {
+        if self.cancel.load(Ordering::Relaxed) { Err(HistoryError::Cancelled) } else { Ok(()) }
+    }
+
+    /// Opens a directory; `None` when it is gone or became something else, as its parent will show next time.
+    fn open(&self, path: &RelPath) -> Result<Option<std::result::Result<OwnedFd, Errno>>> {
+        match self.root.open_dir(path) {
+            Ok(fd) => Ok(Some(Ok(fd))),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
+            // Our own trouble is no reason to leave out somebody's files.
+            Err(errno) if is_our_shortage(errno) => {
+                Err(HistoryError::io("open directory", &self.root.show(path))(errno))
+            }
+            Err(errno) => Ok(Some(Err(errno))),
+        }
+    }
+
+    /// Walks a directory and all below it, which may be many and may be deep.
+    fn whole_dir(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+        pool::on(self.hurry, || self.walk_whole(place, known))
+    }
+
+    fn walk_whole(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+        self.check_cancel()?;
+        let fd = match self.open(place.path)? {
+            None => return Ok(None),
+            Some(Ok(fd)) => fd,
+            Some(Err(errno)) => return self.closed_dir(place, errno),
+        };
+        if let Some(watch) = self.watch {
+            watch.add(fd.as_fd(), place.path);
+        }
+        let seen = self.seen_of(&fd, place.path)?;
+        // Another file system may be mounted here, one that tells nobody of what changes.
+        let elsewhere = seen.dev != self.device && !tells_of_changes(&fd);
+        if elsewhere && let Some(watch) = self.watch {
+            watch.distrust("a file system in the workspace does not tell of changes");
+        }
+        let ignore_file = self.ignore_file(&fd);
+        let same = known.dir.filter(|dir| {
+            known.decided
+                && !elsewhere
+                && dir.settled
+                && dir.seen == seen
+                && dir.covered == place.covered
+                && dir.unreadable.is_none()
+        });
+        if let Some(dir) = same {
+            let unchanged_rules = dir.ignore_file.is_none_or(|_| dir.ignore_settled && ignore_file == dir.ignore_file);
+            if unchanged_rules {
+                let names = dir.children.iter().map(|child| child.name.clone()).collect();
+                return self.list(place, (fd, ignore_file), seen, known, Names::Covered(names), None);
+            }
+        }
+        let names = match read_names(&fd) {
+            Ok(names) => names,
+            Err(errno) => return self.closed_dir(place, errno),
+        };
+        self.list(place, (fd, ignore_file), seen, known, Names::All(names), None)
+    }
+
+    fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
+        self.check_cancel()?;
+        let fd = match self.open(place.path)? {
+            None => return Ok(None),
+            Some(Ok(fd)) => fd,
+            Some(Err(errno)) => return self.closed_dir(place, errno),
+        };
+        let seen = self.seen_of(&fd, place.path)?;
+        let ignore_file = self.ignore_file(&fd);
+        let unsure = known.ignore_file.is_some() && !known.ignore_settled;
+        let rules_changed = dirty.names.contains(&b".gitignore"[..]) || ignore_file != known.ignore_file || unsure;
+        let top_changed = dirty.names.contains(&b".git"[..]) && !place.path.is_root();
+        let other = dirty.anew || known.unreadable.is_some() || !seen.same_file(&known.seen);
+        if other || rules_changed || top_changed {
+            drop(fd);
+            return self.whole_dir(place, Known { dir: Some(known), decided: true });
+        }
+        let names = if dirty.all {
+            match read_names(&fd) {
+                Ok(names) => Names::All(names),
+                Err(errno) => return self.closed_dir(place, errno),
+            }
+        } else {
+            let mut names = dirty.names.clone();
+            names.extend(dirty.below.keys().cloned());
+            Names::Some(names)
+        };
+        let known = Known { dir: Some(known), decided: true };
+        self.list(place, (fd, ignore_file), seen, known, names, Some(dirty))
+    }
+
+    fn seen_of(&self, fd: &OwnedFd, path: &RelPath) -> Result<Seen> {
+        let stat = stat_fd(fd).map_err(HistoryError::io("look at", &self.root.show(path)))?;
+        Ok(Seen::from(&stat))
+    }
+
+    fn ignore_file(&self, fd: &OwnedFd) -> Option<Seen> {
+        let stat = stat_at(fd, OsStr::new(".gitignore")).ok()?;
+        // A link in this place is followed by nobody, not by git either.
+        let counts = stat.kind() == FileKind::Regular && self.rules.use_gitignore;
+        counts.then(|| Seen::from(&stat))
+    }
+
+    /// Sketches a directory that may not be listed.
+    fn closed_dir(&self, place: &Place<'_>, errno: Errno) -> Result<Option<Found>> {
+        if place.path.is_root() {
+            return Err(HistoryError::io("list workspace", self.root.path())(errno));
+        }
+        let stat = match self.root.stat_if_there(place.path) {
+            Ok(Some(stat)) if stat.kind() == FileKind::Directory => stat,
+            Ok(_) | Err(Errno::ELOOP) => return Ok(None),
+            Err(errno) => return Err(HistoryError::io("look at", &self.root.show(place.path))(errno)),
+        };
+        Ok(Some(Found::New(Box::new(NewDir {
+            seen: Seen::from(&stat),
+            xattrs: Xattrs::default(),
+            covered: place.covered,
+            settled: false,
+            unreadable: Some(errno.desc().into()),
+            ignore_file: None,
+            ignore_settled: false,
+            nested: false,
+            entries: Vec::new(),
+        }))))
+    }
+
+    fn list(
+        &self,
+        place: &Place<'_>,
+        (fd, ignore_file): (OwnedFd, Option<Seen>),
+        seen: Seen,
+        known: Known<'_>,
+        names: Names,
+        dirty: Option<&Dirty>,
+    ) -> Result<Option<Found>> {
+        let nested = !place.path.is_root()
+            && match &names {
+                Names::All(names) => names.contains(&b".git"[..]),
+                Names::Covered(_) | Names::Some(_) => known.dir.is_some_and(|dir| dir.nested),
+            };
+        // Other rules here are other rules below, too; and what is tracked may be ignored now that was not.
+        let ignore_settled = ignore_file.is_none_or(|seen| seen.is_settled(self.started_ns));
+        let same_rules = known.dir.is_none_or(|dir| {
+            (dir.ignore_file, dir.nested) == (ignore_file, nested) && (dir.ignore_settled || ignore_file.is_none())
+        });
+        if !same_rules {
+            self.redecided.store(true, Ordering::Relaxed);
+        }
+        let known = Known { decided: known.decided && same_rules, ..known };
+        let standing =
+            self.standings.within(place.path, &place.standing, self.root, ignore_file, nested, self.started_ns);
+        let same_state = known.dir.filter(|dir| dir.seen == seen);
+        let xattrs = match same_state {
+            Some(dir) => dir.xattrs.clone(),
+            None => xattrs::read(&fd).unwrap_or_else(|errno| {
+                self.warn(format!("the extended attributes of {} cannot be read: {}", place.path, errno.desc()));
+                Xattrs::default()
+            }),
+        };
+        let mut settled = seen.is_settled(self.started_ns);
+        let mut changed = same_state.is_none_or(|dir| {
+            dir.settled != settled
+                || (dir.ignore_file, dir.nested, dir.covered) != (ignore_file, nested, place.covered)
+                || dir.ignore_settled != ignore_settled
+                || dir.unreadable.is_some()
+        });
+
+        // Those that nobody has named stay as they are.
+        let mut entries: Vec<Entry> = Vec::new();
+        if let (Names::Some(names), Some(dir)) = (&names, known.dir) {
+            let kept = dir.children.iter().filter(|child| !names.contains(&child.name));
+            entries.extend(kept.cloned().map(Entry::Kept));
+        }
+        let mut dirs: Vec<(Box<[u8]>, RelPath, Standing, bool)> = Vec::new();
+        for name in names.iter() {
+            if matches!(&**name, b"." | b".." | b".git") {
+                continue;
+            }
+            let path = place.path.join(name);
+            if self.hidden.as_ref() == Some(&path) {
+                continue;
+            }
+            let known_child = known.dir.and_then(|dir| dir.child(name));
+            let before = known_child.map(|child| &child.node);
+            if is_git(name) {
+                let there = stat_at(&fd, OsStr::from_bytes(name)).is_ok();
+                changed |= there != before.is_some();
+                if there {
+                    let (reason, detail) = (SkipReason::Reserved, "git takes this name for its own".into());
+                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                }
+                continue;
+            }
+            let is_gone = |fd| matches!(stat_at(fd, OsStr::from_bytes(name)), Err(Errno::ENOENT));
+            if path.bytes().len() >= MAX_PATH && !is_gone(&fd) {
+                let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
+                changed |= !matches!(before, Some(Node::Skipped { .. }));
+                entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                continue;
+            }
+            if is_restore_draft(name) {
+                match stat_at(&fd, OsStr::from_bytes(name)) {
+                    Ok(_) => {
+                        changed |= before.is_none();
+                        entries.push(Entry::Anew(name.clone(), What::Known(Node::Draft)));
+                    }
+                    Err(_) => changed |= before.is_some(),
+                }
+                continue;
+            }
+            let stat = match stat_at(&fd, OsStr::from_bytes(name)) {
+                Ok(stat) => stat,
+                Err(Errno::ENOENT) => {
+                    changed |= before.is_some();
+                    continue;
+                }
+                Err(errno) if is_our_shortage(errno) => {
+                    return Err(HistoryError::io("look at", &self.root.show(&path))(errno));
+                }
+                Err(errno) => {
+                    let (reason, detail) = (SkipReason::Unreadable, errno.desc().into());
+                    changed = true;
+                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                    continue;
+                }
+            };
+            let is_dir = stat.kind() == FileKind::Directory;
+            let verdict = match (&names, before) {
+                // What is decided stays decided.
+                (Names::Covered(_), Some(Node::File(file))) if !is_dir && !file.remarks.forced => {
+                    Verdict::Covered(Standing::Everything)
+                }
+                (Names::Covered(_), Some(Node::Dir(dir))) if is_dir && !self.own.has_includes() => {
+                    if dir.covered {
+                        Verdict::Covered(standing.clone())
+                    } else {
+                        Verdict::Through
+                    }
+                }
+                _ => self.verdict(&path, is_dir, &standing),
+            };
+            let (below, covered, forced) = match verdict {
+                Verdict::Out => {
+                    self.ignored.fetch_add(1, Ordering::Relaxed);
+                    // It may be another name of a file that is covered.
+                    if stat.kind() == FileKind::Regular && stat.nlink > 1 {
+                        let mut linked = self.linked_out.lock().unwrap_or_else(PoisonError::into_inner);
+                        linked.insert(stat.ino);
+                    }
+                    changed |= before.is_some();
+                    continue;
+                }
+                Verdict::Covered(below) => (below, true, false),
+                Verdict::Through if is_dir => {
+                    self.ignored.fetch_add(1, Ordering::Relaxed);
+                    (Standing::OnlyIncluded, false, false)
+                }
+                Verdict::Through | Verdict::Forced => (Standing::OnlyIncluded, true, true),
+            };
+            if is_dir {
+                dirs.push((name.clone(), path, below, covered));
+                continue;
+            }
+            let written = dirty.is_some_and(|dirty| dirty.written.contains(name));
+            let entry = match known_child.filter(|child| !written && self.is_kept(&path, &stat, forced, &child.node)) {
+                Some(child) => Entry::Kept(Arc::clone(child)),
+                None => Entry::Anew(name.clone(), self.sketch(path, &stat, forced, before.filter(|_| !written))),
+            };
+            changed |= matches!(entry, Entry::Anew(..));
+            entries.push(entry);
+        }
+
+        drop(fd);
+        let walk_below =
+            |(name, path, standing, covered): &(Box<[u8]>, RelPath, Standing, bool)| -> Result<Option<Entry>> {
+                let place = Place { path, standing: standing.clone(), covered: *covered };
+                let known_child = known.dir.and_then(|dir| dir.child(name));
+                let before = match known_child.map(|child| &child.node) {
+                    Some(Node::Dir(dir)) => Some(dir),
+                    _ => None,
+                };
+                let nothing = Dirty::default();
+                let found = match (dirty, before) {
+                    (Some(dirty), Some(dir)) => {
+                        self.part_dir(&place, dir, dirty.below.get(name).unwrap_or(&nothing))?
+                    }
+                    _ => self.whole_dir(&place, Known { dir: before, decided: known.decided })?,
+                };
+                Ok(found.map(|found| match (&found, before, known_child) {
+                    (Found::Same(same), Some(before), Some(child)) if Arc::ptr_eq(same, before) => {
+                        Entry::Kept(Arc::clone(child))
+                    }
+                    _ => Entry::Anew(name.clone(), What::Below(found)),
+                }))
+            };
+        let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
+            pool::on(self.hurry, || dirs.par_iter().map(walk_below).collect::<Result<_>>())?
+        } else {
+            dirs.iter().map(walk_below).collect::<Result<_>>()?
+        };
+        for ((name, path, ..), entry) in dirs.iter().zip(below) {
+            if entry.is_none() {
+                // It was there a moment ago; whoever moves it about may bring it back without a trace.
+                settled = false;
+                self.look_again(path);
+            }
+            let before = known.dir.and_then(|dir| dir.child(name));
+            changed |= match (&entry, before) {
+                (Some(Entry::Kept(_)), Some(_)) | (None, None) => false,
+                (Some(_), _) | (None, Some(_)) => true,
+            };
+            entries.extend(entry);
+        }
+        // What an earlier picture's trees consist of may be gone, where it is not relied on.
+        if let (false, Some(dir), None) = (changed, known.dir, self.check_in) {
+            return Ok(Some(Found::Same(Arc::clone(dir))));
+        }
+        entries.sort_by(|a, b| a.name().cmp(b.name()));
+        Ok(Some(Found::New(Box::new(NewDir {
+            seen,
+            xattrs,
+            covered: place.covered,
+            settled,
+            unreadable: None,
+            ignore_file,
+            ignore_settled,
+            nested,
+            entries,
+        }))))
+    }
+
+    /// Says whether what is no directory is what it was, in every respect.
+    fn is_kept(&self, path: &RelPath, stat: &Stat, forced: bool, before: &Node) -> bool {
+        match before {
+            Node::File(file) => {
+                let too_large = stat.kind() == FileKind::Regular && stat.size > self.rules.max_file_bytes;
+                !too_large && file.remarks.forced == forced && self.vouches(path, stat, file)
+            }
+            Node::Special { seen, kind } => {
+                *seen == Seen::from(stat) && matches!(stat.kind(), FileKind::Special(now) if now == *kind)
+            }
+            Node::Dir(_) | Node::Skipped { .. } | Node::Draft => false,
+        }
+    }
+
+    /// Says whether the state of a file vouches for its having the content that is known.
+    fn vouches(&self, path: &RelPath, stat: &Stat, file: &File) -> bool {
+        file.seen == Seen::from(stat)
+            && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(path))
+            && self.check_in.is_none_or(|store| store.contains(&file.oid))
+    }
+
+    /// Sketches what is no directory.
+    fn sketch(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> What {
+        let seen = Seen::from(stat);
+        match stat.kind() {
+            FileKind::Special(kind) => What::Known(Node::Special { seen, kind }),
+            FileKind::Regular if stat.size > self.rules.max_file_bytes => {
+                let detail = format!("{} bytes", stat.size).into();
+                What::Known(Node::Skipped { reason: SkipReason::TooLarge, detail })
+            }
+            FileKind::Regular | FileKind::Symlink | FileKind::Directory => {
+                if let Some(Node::File(file)) = before
+                    && self.vouches(&path, stat, file)
+                {
+                    let mut file = file.clone();
+                    file.remarks.forced = forced;
+                    return What::Known(Node::File(file));
+                }
+                let mapped = self.mapped.contains(&path);
+                What::Unread(Box::new(Unread { path, stat: *stat, forced, mapped, outcome: OnceLock::new() }))
+            }
+        }
+    }
+}
+
+/// The names of a directory that a walk looks at.
+enum Names {
+    /// All that are there.
+    All(BTreeSet<Box<[u8]>>),
+    /// The covered ones that are known; the directory has not changed.
+    Covered(BTreeSet<Box<[u8]>>),
+    /// Those that events have named.
+    Some(BTreeSet<Box<[u8]>>),
+}
+
+impl Names {
+    fn iter(&self) -> impl Iterator<Item = &Box<[u8]>> {
+        match self {
+            Names::All(names) | Names::Covered(names) | Names::Some(names) => names.iter(),
+        }
+    }
+}
+
+/// Says whether an error speaks of this process, not of the file: then it is no reason to leave the file out.
+pub(crate) fn is_our_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
+}
+
+fn read_names(fd: &OwnedFd) -> nix::Result<BTreeSet<Box<[u8]>>> {
+    // The listing closes the descriptor that it is given.
+    let copy = fd.try_clone().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
+    let mut handle = Listed::from_fd(copy)?;
+    handle.iter().map(|entry| entry.map(|entry| entry.file_name().to_bytes().into())).collect()
+}

@@ -1,0 +1,519 @@
+//! Watches covered directories, so that a snapshot knows where to look again.
+//!
+//! ```text
+//! kernel queue ─► reader thread, or whoever drains ─► bucket of the project ─► take(): all buckets, a new one begins
+//!                                                                               settle(): those of a published look go
+//! ```
+//! One inotify instance serves all projects (there are 128 per user). Its events are queued before the call that caused
+//! them returns, so that whoever has drained the queue knows of everything that frozen processes have done. A cookie
+//! file in the state directory proves it: drained without the cookie's own event, the queue is not trusted.
+//!
+//! Where the queue has overflowed, a directory could not be watched, or the file system tells nobody of what others do
+//! to it, the bucket is *lost*: the next look is at everything. Watches directories by descriptor, so that no link can
+//! lead a watch elsewhere.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDescriptor};
+
+use crate::scan::pool;
+use crate::tree::names::RelPath;
+
+/// Everything that can change what a checkpoint holds. What is written through a mapping raises nothing.
+const MASK: AddWatchFlags = AddWatchFlags::IN_MODIFY
+    .union(AddWatchFlags::IN_ATTRIB)
+    .union(AddWatchFlags::IN_CLOSE_WRITE)
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_CREATE)
+    .union(AddWatchFlags::IN_DELETE)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVE_SELF)
+    .union(AddWatchFlags::IN_ONLYDIR);
+
+/// Above so many names in one bucket, it is quicker to look at everything.
+const MANY_NAMES: usize = 100_000;
+
+/// Where to look again: a directory's part of it, with the parts of the directories below.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Dirty {
+    /// Names that may have changed, come or gone.
+    pub names: BTreeSet<Box<[u8]>>,
+    /// Those that somebody has written to, or may have through a mapping: their state does not vouch for them.
+    pub written: BTreeSet<Box<[u8]>>,
+    /// All names.
+    pub all: bool,
+    /// The directory is another one than before, and nobody watches it.
+    pub anew: bool,
+    /// Directories below.
+    pub below: BTreeMap<Box<[u8]>, Dirty>,
+}
+
+impl Dirty {
+    /// Returns the part of a directory, made where there is none.
+    pub fn at(&mut self, dir: &RelPath) -> &mut Dirty {
+        let names = dir.bytes().split(|b| *b == b'/').filter(|name| !name.is_empty());
+        names.fold(self, |at, name| at.below.entry(name.into()).or_default())
+    }
+
+    /// Marks one path.
+    pub fn mark(&mut self, path: &RelPath) {
+        match path.split() {
+            Some((parent, name)) => {
+                self.at(&parent).names.insert(name.into());
+            }
+            None => self.all = true,
+        }
+    }
+
+    /// Marks a path whose state does not vouch for its content.
+    pub fn mark_written(&mut self, path: &RelPath) {
+        self.mark(path);
+        if let Some((parent, name)) = path.split() {
+            self.at(&parent).written.insert(name.into());
+        }
+    }
+
+    /// Lists the paths whose state does not vouch for their content.
+    pub fn written(&self) -> Vec<RelPath> {
+        let mut found = Vec::new();
+        let mut open = vec![(RelPath::root(), self)];
+        while let Some((path, dirty)) = open.pop() {
+            found.extend(dirty.written.iter().map(|name| path.join(name)));
+            open.extend(dirty.below.iter().map(|(name, below)| (path.join(name), below)));
+        }
+        found
+    }
+
+    /// Says whether there is anything so far down, without going there step by step.
+    pub fn is_deeper_than(&self, depth: usize) -> bool {
+        let mut open = vec![(self, 0)];
+        while let Some((dirty, at)) = open.pop() {
+            if at > depth {
+                return true;
+            }
+            open.extend(dirty.below.values().map(|below| (below, at + 1)));
+        }
+        false
+    }
+
+    /// Counts the marked names.
+    fn count(&self) -> usize {
+        self.names.len() + self.below.values().map(Dirty::count).sum::<usize>()
+    }
+
+    /// Takes in what another look would have to look at.
+    pub fn merge(&mut self, other: Dirty) {
+        self.names.extend(other.names);
+        self.written.extend(other.written);
+        self.all |= other.all;
+        self.anew |= other.anew;
+        for (name, below) in other.below {
+            self.below.entry(name).or_default().merge(below);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Bucket {
+    epoch: u64,
+    dirty: Dirty,
+    names: usize,
+    /// Why not everything is in it.
+    lost: Option<Lost>,
+}
+
+/// Why not all changes are known.
+#[derive(Clone, Copy, Debug)]
+struct Lost {
+    /// In words.
+    why: &'static str,
+    /// Whether it will be so after the next look, too.
+    lasting: bool,
+}
+
+#[derive(Debug, Default)]
+struct Watches {
+    /// With the epoch in which each was added.
+    by_path: BTreeMap<RelPath, (WatchDescriptor, u64)>,
+    buckets: VecDeque<Bucket>,
+    /// Whether somebody was told that not everything can be watched.
+    told: bool,
+}
+
+impl Watches {
+    fn current(&mut self) -> Option<&mut Bucket> {
+        self.buckets.back_mut()
+    }
+
+    fn lose(&mut self, why: &'static str) {
+        self.lose_as(Lost { why, lasting: false });
+    }
+
+    fn lose_as(&mut self, lost: Lost) {
+        if let Some(bucket) = self.current() {
+            bucket.lost.get_or_insert(lost);
+            bucket.dirty = Dirty::default();
+        }
+    }
+}
+
+#[derive(Default)]
+struct Table {
+    /// A directory may belong to several projects, or stand at several places.
+    by_watch: HashMap<WatchDescriptor, Vec<(u64, RelPath)>>,
+    projects: HashMap<u64, Watches>,
+    /// The cookies that were seen and not yet asked for.
+    cookies: HashSet<u64>,
+    next_project: u64,
+}
+
+/// The one inotify instance, with the thread that reads it; it ends with the last who holds this.
+pub struct Watcher {
+    queue: Arc<Queue>,
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.queue.stopped.store(true, Ordering::Relaxed);
+        if let Err(error) = self.queue.stop.write(1) {
+            tracing::warn!(%error, "the watcher could not be told to stop");
+        }
+    }
+}
+
+/// The kernel's queue of events and where they go.
+struct Queue {
+    inotify: Inotify,
+    table: Mutex<Table>,
+    cookies: PathBuf,
+    cookie_watch: WatchDescriptor,
+    next_cookie: AtomicU64,
+    stop: EventFd,
+    stopped: AtomicBool,
+}
+
+impl Watcher {
+    /// Starts watching, with a directory of ours for cookies.
+    ///
+    /// # Errors
+    /// Fails when the kernel gives no more instances, or the directory cannot be made.
+    pub fn start(cookies: &Path) -> io::Result<Arc<Watcher>> {
+        if cookies.exists() {
+            fs::remove_dir_all(cookies)?;
+        }
+        fs::create_dir_all(cookies)?;
+        let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+        let cookie_watch = inotify.add_watch(cookies, AddWatchFlags::IN_CREATE | AddWatchFlags::IN_ONLYDIR)?;
+        let queue = Arc::new(Queue {
+            inotify,
+            table: Mutex::default(),
+            cookies: cookies.to_owned(),
+            cookie_watch,
+            next_cookie: AtomicU64::new(1),
+            stop: EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?,
+            stopped: AtomicBool::new(false),
+        });
+        let reader = Arc::clone(&queue);
+        std::thread::Builder::new().name("watcher".to_owned()).spawn(move || reader.read_on())?;
+        Ok(Arc::new(Watcher { queue }))
+    }
+
+    /// Takes in a project, of which nothing is known yet.
+    pub(crate) fn watch_project(self: &Arc<Self>, name: String) -> Watched {
+        let mut table = self.queue.table();
+        table.next_project += 1;
+        let project = table.next_project;
+        let nothing_known =
+            Bucket { lost: Some(Lost { why: "nothing was watched before", lasting: false }), ..Bucket::default() };
+        table.projects.insert(project, Watches { buckets: [nothing_known].into(), ..Watches::default() });
+        Watched { watcher: Arc::clone(self), project, name }
+    }
+}
+
+impl Queue {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads all that is queued.
+    fn drain(&self, table: &mut Table) {
+        loop {
+            match self.inotify.read_events() {
+                Ok(events) if events.is_empty() => return,
+                Ok(events) => events.into_iter().for_each(|event| self.take_in(table, event)),
+                Err(Errno::EAGAIN) => return,
+                Err(Errno::EINTR) => {}
+                Err(errno) => {
+                    tracing::error!(%errno, "the kernel's queue of changes cannot be read");
+                    table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be read"));
+                    return;
+                }
+            }
+        }
+    }
+
+    fn take_in(&self, table: &mut Table, event: InotifyEvent) {
+        if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
+            tracing::info!(
+                "more changed at once than the kernel's queue holds; the next checkpoints look at everything"
+            );
+            table.projects.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
+            return;
+        }
+        if event.wd == self.cookie_watch {
+            use std::os::unix::ffi::OsStrExt;
+            let number: Option<u64> =
+                event.name.and_then(|name| std::str::from_utf8(name.as_bytes()).ok()?.parse().ok());
+            table.cookies.extend(number);
+            return;
+        }
+        let gone = event.mask.contains(AddWatchFlags::IN_IGNORED);
+        let places = if gone { table.by_watch.remove(&event.wd) } else { table.by_watch.get(&event.wd).cloned() };
+        for (project, path) in places.unwrap_or_default() {
+            let Some(watches) = table.projects.get_mut(&project) else { continue };
+            if gone && watches.by_path.get(&path).is_some_and(|(watch, _)| *watch == event.wd) {
+                watches.by_path.remove(&path);
+            }
+            let unmounted = event.mask.contains(AddWatchFlags::IN_UNMOUNT);
+            let moved = event.mask.intersects(AddWatchFlags::IN_MOVE_SELF | AddWatchFlags::IN_DELETE_SELF);
+            if unmounted || (path.is_root() && (moved || gone)) {
+                watches.lose("the workspace itself was moved, removed or unmounted");
+                continue;
+            }
+            let Some(bucket) = watches.current() else { continue };
+            if bucket.lost.is_some() {
+                continue;
+            }
+            let dir = bucket.dirty.at(&path);
+            // Another directory may stand there by now, with the same number even.
+            dir.anew |= gone;
+            if let Some(name) = &event.name {
+                use std::os::unix::ffi::OsStrExt;
+                bucket.names += usize::from(dir.names.insert(name.as_bytes().into()));
+                if event.mask.intersects(AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CLOSE_WRITE) {
+                    dir.written.insert(name.as_bytes().into());
+                }
+                if bucket.names > MANY_NAMES {
+                    watches.lose("very much has changed");
+                }
+            }
+        }
+    }
+
+    /// Takes a path from a watch, and gives the watch up with the last.
+    fn forget(&self, table: &mut Table, project: u64, watch: WatchDescriptor, path: &RelPath) {
+        let Some(places) = table.by_watch.get_mut(&watch) else { return };
+        places.retain(|(owner, known)| *owner != project || known != path);
+        if places.is_empty() {
+            table.by_watch.remove(&watch);
+            // It may be gone already, with its directory.
+            if let Err(errno) = self.inotify.rm_watch(watch) {
+                tracing::trace!(%path, %errno, "a watch was gone before it was given up");
+            }
+        }
+    }
+
+    /// Reads until it is told to stop.
+    fn read_on(&self) {
+        loop {
+            let mut fds = [
+                PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
+                PollFd::new(self.stop.as_fd(), PollFlags::POLLIN),
+            ];
+            let waited = poll(&mut fds, PollTimeout::NONE);
+            if self.stopped.load(Ordering::Relaxed) {
+                return;
+            }
+            let mut table = self.table();
+            match waited {
+                Ok(_) | Err(Errno::EINTR) => self.drain(&mut table),
+                Err(errno) => {
+                    tracing::error!(%errno, "the watcher cannot wait; checkpoints look at everything");
+                    table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be waited for"));
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// What has changed up to an instant.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    /// The last bucket of it.
+    pub epoch: u64,
+    /// Where to look again; or why that is not known.
+    pub dirty: Result<Dirty, &'static str>,
+}
+
+/// One project's directories.
+pub(crate) struct Watched {
+    watcher: Arc<Watcher>,
+    project: u64,
+    /// For messages.
+    name: String,
+}
+
+impl Watched {
+    /// Watches a directory, from now on. Where that cannot be done, the next look is at everything.
+    pub fn add(&self, dir: BorrowedFd<'_>, path: &RelPath) {
+        // By way of the descriptor: the directory that is listed is the one that is watched, whatever its path leads to.
+        let place = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+        let mut table = self.watcher.queue.table();
+        let added = self.watcher.queue.inotify.add_watch(&place, MASK);
+        let Some(watches) = table.projects.get_mut(&self.project) else { return };
+        match added {
+            Ok(watch) => {
+                let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
+                let before = watches.by_path.insert(path.clone(), (watch, epoch)).map(|(watch, _)| watch);
+                if before.is_some_and(|before| before != watch)
+                    && let Some(bucket) = watches.current()
+                {
+                    // Two looks saw different directories here: whichever comes last, the next one decides.
+                    bucket.dirty.at(path).anew = true;
+                }
+                let places = table.by_watch.entry(watch).or_default();
+                if !places.iter().any(|(project, known)| *project == self.project && known == path) {
+                    places.push((self.project, path.clone()));
+                }
+                if let Some(before) = before.filter(|before| *before != watch) {
+                    self.watcher.queue.forget(&mut table, self.project, before, path);
+                }
+            }
+            Err(Errno::ENOSPC) => {
+                const WHY: &str = "there are more directories than may be watched (fs.inotify.max_user_watches)";
+                if !std::mem::replace(&mut watches.told, true) {
+                    tracing::warn!(store = %self.name, "{WHY}; checkpoints compare all files' states");
+                }
+                watches.lose_as(Lost { why: WHY, lasting: true });
+            }
+            Err(errno) => {
+                tracing::debug!(%path, %errno, "a directory cannot be watched");
+                watches.lose_as(Lost { why: "a directory could not be watched", lasting: true });
+            }
+        }
+    }
+
+    /// Ends the current bucket, once all that happened before is in it, and returns what all buckets hold.
+    pub fn take(&self) -> Taken {
+        let cookie = self.watcher.queue.next_cookie.fetch_add(1, Ordering::Relaxed);
+        let file = self.watcher.queue.cookies.join(cookie.to_string());
+        // First, so that the reader, whom the cookie wakes, waits for this and not the other way round.
+        let mut table = self.watcher.queue.table();
+        let baked =
+            fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
+        self.watcher.queue.drain(&mut table);
+        let seen = table.cookies.remove(&cookie);
+        let Some(watches) = table.projects.get_mut(&self.project) else {
+            return Taken { epoch: 0, dirty: Err("the project is not watched") };
+        };
+        if let Err(error) = baked {
+            tracing::warn!(%error, "no cookie could be made in the state directory");
+            watches.lose("no cookie could be made");
+        } else if !seen {
+            watches.lose("the cookie did not come");
+        }
+        // One bucket from now on for all that is not settled: nobody may ever publish a look.
+        let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
+        let mut all = Bucket { epoch, ..Bucket::default() };
+        for bucket in std::mem::take(&mut watches.buckets) {
+            all.lost = all.lost.or(bucket.lost);
+            all.dirty.merge(bucket.dirty);
+        }
+        all.names = all.dirty.count();
+        if all.names > MANY_NAMES {
+            all.lost.get_or_insert(Lost { why: "very much has changed", lasting: false });
+        }
+        if all.lost.is_some() {
+            all.dirty = Dirty::default();
+        }
+        let dirty = match all.lost {
+            Some(lost) => Err(lost.why),
+            None => Ok(all.dirty.clone()),
+        };
+        watches.buckets.push_back(all);
+        watches.buckets.push_back(Bucket { epoch: epoch + 1, ..Bucket::default() });
+        Taken { epoch, dirty }
+    }
+
+    /// Says whether something has changed far below the top, so that whoever follows it down needs a deep stack.
+    pub fn is_deep(&self) -> bool {
+        let mut table = self.watcher.queue.table();
+        self.watcher.queue.drain(&mut table);
+        let watches = table.projects.get(&self.project);
+        watches.is_some_and(|watches| watches.buckets.iter().any(|bucket| bucket.dirty.is_deeper_than(pool::DEEP)))
+    }
+
+    /// Has the next look come back to a path.
+    pub fn note(&self, path: &RelPath) {
+        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project)
+            && let Some(bucket) = watches.current()
+        {
+            bucket.dirty.mark_written(path);
+        }
+    }
+
+    /// Drops what a look has dealt with that has become the known picture.
+    pub fn settle(&self, epoch: u64) {
+        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
+            watches.buckets.retain(|bucket| bucket.epoch > epoch);
+        }
+    }
+
+    /// Says that not everything can be known here.
+    pub fn distrust(&self, why: &'static str) {
+        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
+            watches.lose_as(Lost { why, lasting: true });
+        }
+    }
+
+    /// Gives up the watches of directories that `keep` does not know any more; later looks than the one of `epoch` may
+    /// have added others.
+    pub fn retain(&self, epoch: u64, keep: impl Fn(&RelPath) -> bool) {
+        let mut table = self.watcher.queue.table();
+        let Some(watches) = table.projects.get_mut(&self.project) else { return };
+        // A look adds its watches after its own bucket has ended.
+        let gone = |path: &RelPath, added: u64| added <= epoch.saturating_add(1) && !keep(path);
+        let all = watches.by_path.iter().filter(|(path, (_, added))| gone(path, *added));
+        let lost: Vec<_> = all.map(|(path, (watch, _))| (path.clone(), *watch)).collect();
+        lost.iter().for_each(|(path, _)| {
+            watches.by_path.remove(path);
+        });
+        for (path, watch) in &lost {
+            self.watcher.queue.forget(&mut table, self.project, *watch, path);
+        }
+    }
+
+    /// Keeps the reader from the queue while something is done.
+    #[cfg(test)]
+    pub fn hold_up(&self, meanwhile: impl FnOnce()) {
+        let _table = self.watcher.queue.table();
+        meanwhile();
+    }
+
+    /// Says whether the changes since the last look are known and no more than `few`, or cannot be known anyway.
+    pub fn is_complete(&self, few: usize) -> bool {
+        let table = self.watcher.queue.table();
+        table.projects.get(&self.project).is_some_and(|watches| {
+            let known = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
+            known && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
+        })
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.retain(u64::MAX, |_| false);
+        self.watcher.queue.table().projects.remove(&self.project);
+    }
+}

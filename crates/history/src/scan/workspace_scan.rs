@@ -1,0 +1,449 @@
+//! Looks at a workspace: the part of a snapshot for which agents have to stand still.
+//!
+//! ```text
+//! take what the watcher knows ─► part of the known picture ─┐
+//!        it knows nothing     ─► the whole workspace       ─┴─► read what is not known ─► Observed
+//! ```
+//! Decides how much has to be looked at and gathers what that needs: rules, the user's index, suspects, other names of
+//! linked files. What is read goes into the pack of the snapshot to be; making trees and flushing is `snapshot`'s work.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::errors::{HistoryError, Result};
+use crate::rules::coverage::{IgnoreChain, OwnPatterns, Rules};
+use crate::rules::rule_cache::{Standing, with_state};
+use crate::rules::tracked::{Tracked, indexes_hold};
+use crate::rules::user_repository::{Location, UserRepository};
+use crate::scan::content::{BlobSink, Outcome, Reading};
+use crate::scan::pool::{self, Hurry};
+use crate::scan::scan_result::{Entry, Found, Unread, What};
+use crate::scan::walk::Walk;
+use crate::scan::watcher::{Dirty, Watched};
+use crate::scan::workspace_state::{Child, Node, Picture, Source};
+use crate::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
+use crate::store::pack::PackWriter;
+use crate::tree::confined_dir::{FileKind, Root};
+use crate::tree::names::RelPath;
+use crate::{History, OnProgress, Phase, Progress};
+use fermata_os::mounts;
+
+/// What a look needs to know.
+pub(crate) struct Looking<'a> {
+    /// The workspace, opened.
+    pub root: &'a Root,
+    /// What is covered.
+    pub rules: &'a Rules,
+    /// Files that agents have mapped writable.
+    pub mapped: &'a Mapped,
+    /// When the look began, in nanoseconds since 1970.
+    pub started_ns: i128,
+    /// Whether what is not known will be stored, so that it must not rely on what may be gone.
+    pub stores: bool,
+    /// Who waits for it.
+    pub hurry: Hurry,
+    /// Whether everything is to be looked at, although the watcher knows what has changed.
+    pub afresh: bool,
+    /// Set by the caller to end early.
+    pub cancel: &'a AtomicBool,
+}
+
+/// What a look found.
+pub(crate) struct Look {
+    /// The workspace.
+    pub found: Found,
+    /// Up to where the watcher's events are dealt with.
+    pub epoch: Option<u64>,
+    /// Whether everything was looked at.
+    pub whole: bool,
+    /// The files above the workspace that decided, too.
+    pub above: Vec<Source>,
+    /// The files of nested repositories that decided, too.
+    pub nested: Vec<Source>,
+    /// What is mounted below the workspace.
+    pub mounts: Vec<String>,
+    /// The user's index, and those of the submodules in it.
+    pub indexes: Vec<Source>,
+    /// What the rules leave out although it is tracked; not known yet where the whole index was at hand.
+    pub forced: Forced,
+    /// What the user should know, beside what is wrong with ignore files.
+    pub notes: Vec<String>,
+    /// What is wrong with ignore files.
+    pub complaints: Vec<String>,
+    /// The user's repository.
+    pub repository: Option<UserRepository>,
+}
+
+/// What is known of tracked files that the rules leave out.
+pub(crate) enum Forced {
+    /// All of them.
+    These(Arc<BTreeSet<RelPath>>),
+    /// They follow from the index and the finished picture.
+    Follow(Tracked),
+}
+
+/// A workspace as it stood at one instant, read but not yet stored as a checkpoint.
+pub struct Observed {
+    pub(crate) request: SnapshotRequest,
+    pub(crate) look: Look,
+    pub(crate) pack: Mutex<PackWriter>,
+    pub(crate) draft: Draft,
+    pub(crate) read: u64,
+    pub(crate) started_ns: i128,
+    pub(crate) took: Timings,
+}
+
+impl History {
+    /// Looks at the workspace and reads what is not known. When this returns, agents may go on.
+    ///
+    /// # Errors
+    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be written. A
+    /// file that cannot be read is no error: it is skipped and reported.
+    pub fn observe(
+        &self,
+        request: &SnapshotRequest,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<Observed> {
+        let real = self.checked_workspace(&request.workspace)?;
+        let draft = self.start_draft(request.number)?;
+        let dir = draft.dir.clone();
+        let pack = Mutex::new(PackWriter::create(&dir).map_err(HistoryError::io("start a pack in", &dir))?);
+        let started_ns = nanos_now();
+        let mut took = Timings::default();
+
+        progress(Progress { phase: Phase::Scan, done: 0, total: 0 });
+        let clock = Instant::now();
+        let root = Root::open(&real)?;
+        let (rules, mapped) = (&request.rules, &request.mapped);
+        let afresh = self.is_overdue(request);
+        let hurry = request.hurry();
+        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, hurry, afresh, cancel };
+        let look = self.look(&looking)?;
+        took.scan_us = micros(clock);
+
+        let clock = Instant::now();
+        let unread = unread_in(&look.found);
+        let reading = Reading {
+            root: &root,
+            sink: Some(BlobSink { store: &self.objects, pack: &pack }),
+            spool: &dir,
+            max_file_bytes: rules.max_file_bytes,
+            hurry,
+            progress,
+            cancel,
+        };
+        reading.read_all(&unread)?;
+        self.come_back_to(&unread);
+        took.read_us = micros(clock);
+        let read = unread.len() as u64;
+        Ok(Observed { request: request.clone(), look, pack, draft, read, started_ns, took })
+    }
+
+    /// Walks as much of the workspace as has to be looked at.
+    pub(crate) fn look(&self, looking: &Looking<'_>) -> Result<Look> {
+        match self.goes_deep(looking) {
+            true => pool::on(looking.hurry, || self.look_around(looking)),
+            false => self.look_around(looking),
+        }
+    }
+
+    /// Says whether what has to be looked at may lie so far down that it takes a deep stack to follow it.
+    fn goes_deep(&self, looking: &Looking<'_>) -> bool {
+        let known = self.known().0.is_some_and(|before| before.root.totals.height > pool::DEEP);
+        let mut mapped = looking.mapped.paths.keys().chain(&looking.mapped.open);
+        known || self.watch.as_ref().is_some_and(Watched::is_deep) || mapped.any(|path| path.depth() > pool::DEEP)
+    }
+
+    fn look_around(&self, looking: &Looking<'_>) -> Result<Look> {
+        let Looking { root, rules, .. } = looking;
+        let real = root.path();
+        let tells = root.tells_of_changes();
+        let watch = self.watch.as_ref().filter(|_| tells);
+        if let (Some(watch), false) = (&self.watch, tells) {
+            watch.distrust("the file system does not tell of changes");
+        }
+        // The events first: what a look publishes in between is missing from neither then.
+        let taken = watch.map(|watch| watch.take());
+        let (before, trusted) = self.known();
+        let mounts = mounts::below(real);
+        let location = Location::find(real);
+        let chain = match rules.use_gitignore {
+            true => Standing::Rules(self.standings.above(real, location.as_ref())),
+            false => Standing::Everything,
+        };
+        let as_before = before.as_ref().filter(|before| {
+            before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
+        });
+        let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
+
+        // What is tracked though ignored: known, or to be found out anew.
+        let mut dirty = Dirty::default();
+        let mut forced_changed = false;
+        let mut indexes = Vec::new();
+        let mut forced = match as_before {
+            Some(before) if indexes_hold(before, location.as_ref()) => {
+                indexes.clone_from(&before.indexes);
+                Forced::These(Arc::clone(&before.forced))
+            }
+            Some(before) => {
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
+                let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
+                for path in now.symmetric_difference(&before.forced) {
+                    dirty.mark(path);
+                    // What leads to it may be ignored, and so unknown.
+                    let mut above = path.parent();
+                    while let Some(dir) = above.filter(|dir| !dir.is_root()) {
+                        dirty.mark(&dir);
+                        above = dir.parent();
+                    }
+                    forced_changed = true;
+                }
+                Forced::These(Arc::new(now))
+            }
+            None => {
+                notes.clear();
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
+                Forced::Follow(tracked)
+            }
+        };
+        let hidden = self.place_in(real);
+        let mut mapped = mapped_paths(looking.mapped, before.as_deref());
+        let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
+        let epoch = taken.as_ref().map(|taken| taken.epoch);
+        let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
+        let partly = match (as_before.filter(|_| trusted && !looking.afresh), events) {
+            (Some(before), Ok(events)) => {
+                dirty.merge(events);
+                before.suspects().iter().for_each(|path| dirty.mark(path));
+                // A file that is mounted by itself is written to elsewhere, where nobody watches.
+                mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
+                mapped.iter().for_each(|path| dirty.mark_written(path));
+                looking.mapped.open.iter().for_each(|path| dirty.mark(path));
+                Some((before, dirty))
+            }
+            (_, events) => {
+                // What was written to may look as it did, also to whoever looks at everything.
+                mapped.extend(events.iter().flat_map(Dirty::written));
+                tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
+                None
+            }
+        };
+        let whole = partly.is_none();
+        let none = BTreeSet::new();
+        let mut complaints;
+        let found = loop {
+            let (forced_paths, tracked) = match &forced {
+                Forced::These(paths) => (&**paths, None),
+                Forced::Follow(tracked) => (&none, Some(tracked)),
+            };
+            let walk = Walk {
+                root,
+                device,
+                rules,
+                own: OwnPatterns::compile(rules)?,
+                standings: &self.standings,
+                hidden: hidden.clone(),
+                forced: forced_paths,
+                tracked,
+                watch,
+                mapped: &mapped,
+                check_in: (looking.stores && !trusted).then_some(&self.objects),
+                started_ns: looking.started_ns,
+                hurry: looking.hurry,
+                cancel: looking.cancel,
+                ignored: AtomicU64::new(0),
+                linked_out: Mutex::default(),
+                warnings: Mutex::default(),
+                redecided: AtomicBool::new(false),
+            };
+            let found = match &partly {
+                Some((before, dirty)) if dirty.is_deeper_than(pool::DEEP) => {
+                    pool::on(looking.hurry, || part(&walk, before, chain.clone(), dirty.clone()))?
+                }
+                Some((before, dirty)) => part(&walk, before, chain.clone(), dirty.clone())?,
+                None => {
+                    let decided = as_before.is_some() && !forced_changed && tells;
+                    walk.whole(before.as_ref().map(|before| &before.root), chain.clone(), decided)?
+                }
+            };
+            // What was covered anyway may be ignored now: then it counts whether it is tracked.
+            if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
+                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
+                indexes.clone_from(&tracked.indexes);
+                forced = Forced::Follow(tracked);
+                continue;
+            }
+            if as_before.is_none() {
+                notes.extend(walk.warn_if_nearly_empty(count_files(&found)));
+            }
+            complaints = walk.warnings.into_inner().unwrap_or_else(PoisonError::into_inner);
+            break found;
+        };
+        if as_before.is_none() && hidden.is_some() {
+            notes.push("the state directory lies in the workspace; it is not covered".to_owned());
+        }
+        if looking.mapped.untold > 0 {
+            let processes = looking.mapped.untold;
+            complaints.push(format!("what {processes} processes write to files through memory is not known"));
+        }
+        self.standings.retain_telling(|path| holds_dir(&found, path));
+        let (above, nested, of_rules) = self.standings.sources();
+        complaints.extend(of_rules);
+        let repository = location.as_ref().map(Location::describe);
+        Ok(Look { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
+    }
+
+    /// Says whether what decides about a workspace, apart from what the watcher tells, is as it was when it was looked
+    /// at last.
+    pub(crate) fn is_as_before(&self, workspace: &Path, before: &Picture) -> bool {
+        let location = Location::find(workspace);
+        indexes_hold(before, location.as_ref())
+            && before.mounts == mounts::below(workspace)
+            && rules_hold(before, workspace, location.as_ref())
+    }
+
+    /// Has the next look come back to what vanished while it was read: it may be back without a trace.
+    fn come_back_to(&self, unread: &[&Unread]) {
+        let Some(watch) = &self.watch else { return };
+        let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(Outcome::Vanished));
+        unread.iter().filter(vanished).for_each(|unread| watch.note(&unread.path));
+    }
+
+    /// Says where the store lies in the workspace, if it does.
+    fn place_in(&self, real: &Path) -> Option<RelPath> {
+        use std::os::unix::ffi::OsStrExt;
+        let store = std::fs::canonicalize(&self.dir).ok()?;
+        RelPath::new(store.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
+    }
+}
+
+/// Looks again at what is dirty, and then at the other names of files that have become linked.
+fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> Result<Found> {
+    let mut asked = HashSet::new();
+    loop {
+        let found = walk.part(&before.root, top.clone(), &dirty)?;
+        let linked: HashSet<u64> = unread_in(&found)
+            .iter()
+            .filter(|unread| unread.stat.kind() == FileKind::Regular && unread.stat.nlink > 1)
+            .map(|unread| unread.stat.ino)
+            .chain(walk.linked_out.lock().unwrap_or_else(PoisonError::into_inner).iter().copied())
+            .filter(|file| !asked.contains(file))
+            .collect();
+        if linked.is_empty() {
+            return Ok(found);
+        }
+        // What was written under one name is in the others, whatever their state says.
+        before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
+        asked.extend(linked);
+    }
+}
+
+/// Says whether the files outside the tree that decided are what they were.
+fn rules_hold(before: &Picture, real: &Path, location: Option<&Location>) -> bool {
+    let above = if before.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
+    above.into_iter().map(with_state).eq(before.above.iter().cloned())
+        && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
+}
+
+/// Returns where below the workspace something is mounted.
+fn place_below(real: &Path, mount: &str) -> Option<RelPath> {
+    use std::os::unix::ffi::OsStrExt;
+    let place = mounts::place(mount.as_bytes())?;
+    RelPath::new(place.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
+}
+
+/// Lists the paths under which files that are mapped writable are known, all names of linked ones included.
+fn mapped_paths(mapped: &Mapped, before: Option<&Picture>) -> BTreeSet<RelPath> {
+    let mut paths: BTreeSet<RelPath> = mapped.paths.keys().cloned().collect();
+    let Some(before) = before else { return paths };
+    let mut inodes = mapped.inodes.clone();
+    for (path, inode) in &mapped.paths {
+        // By another name, or behind another one's: in a container, or since it was renamed.
+        let alone =
+            matches!(before.root.find(path), Some(Node::File(file)) if file.seen.ino == *inode && !file.remarks.linked);
+        if !alone {
+            inodes.insert(*inode);
+        }
+    }
+    if !inodes.is_empty() {
+        paths.extend(before.names_of(&inodes));
+    }
+    paths
+}
+
+/// Says whether a directory is part of what was found.
+fn holds_dir(found: &Found, path: &RelPath) -> bool {
+    let mut at = found;
+    let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
+    while let Found::New(dir) = at {
+        let Some(name) = names.next() else { return true };
+        match dir.entries.binary_search_by(|entry| entry.name().cmp(name)).ok().map(|at| &dir.entries[at]) {
+            Some(Entry::Anew(_, What::Below(below))) => at = below,
+            Some(Entry::Kept(child)) => return holds_dir_in(child, names),
+            _ => return false,
+        }
+    }
+    let Found::Same(dir) = at else { return false };
+    match names.next() {
+        None => true,
+        Some(name) => dir.child(name).is_some_and(|child| holds_dir_in(child, names)),
+    }
+}
+
+/// Says whether a child, and what follows below it, are directories.
+fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> bool {
+    let mut node = &child.node;
+    for name in names {
+        let Node::Dir(dir) = node else { return false };
+        let Some(child) = dir.child(name) else { return false };
+        node = &child.node;
+    }
+    matches!(node, Node::Dir(_))
+}
+
+/// Lists what has to be read, in the order of the tree.
+pub(crate) fn unread_in(found: &Found) -> Vec<&Unread> {
+    fn gather<'f>(found: &'f Found, unread: &mut Vec<&'f Unread>) {
+        if let Found::New(dir) = found {
+            for entry in &dir.entries {
+                match entry {
+                    Entry::Anew(_, What::Unread(entry)) => unread.push(entry),
+                    Entry::Anew(_, What::Below(found)) => gather(found, unread),
+                    Entry::Anew(_, What::Known(_)) | Entry::Kept(_) => {}
+                }
+            }
+        }
+    }
+    let mut unread = Vec::new();
+    gather(found, &mut unread);
+    unread
+}
+
+fn count_files(found: &Found) -> u64 {
+    match found {
+        Found::Same(dir) => dir.totals.files + dir.totals.skipped,
+        Found::New(dir) => dir
+            .entries
+            .iter()
+            .map(|entry| match entry {
+                Entry::Anew(_, What::Known(_) | What::Unread(_)) => 1,
+                Entry::Anew(_, What::Below(found)) => count_files(found),
+                Entry::Kept(child) => match &child.node {
+                    Node::Dir(dir) => dir.totals.files + dir.totals.skipped,
+                    Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => 1,
+                },
+            })
+            .sum(),
+    }
+}
+
+/// Returns the time of the system's clock in nanoseconds since 1970.
+pub(crate) fn nanos_now() -> i128 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128)
+}

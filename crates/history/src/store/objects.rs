@@ -1,0 +1,334 @@
+//! Finds and reads objects in the store's packs.
+//!
+//! The indexes are kept in memory, so that asking for an object costs a binary search per pack and no system call.
+//! Whole objects stream out of their pack, so that a large file never stands in memory; deltas (consolidated packs) are
+//! put together in memory. What no pack holds is looked for with the git library, from the same directory and without
+//! any configuration of anybody's: somebody may have run git in the store.
+
+use std::collections::{HashSet, VecDeque};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::SystemTime;
+
+use crate::errors::{HistoryError, Result};
+use crate::store::damaged_objects::Distrusted;
+use crate::store::oid::{ObjectKind, Oid};
+use crate::store::pack_entry::Stored;
+use crate::store::pack_index::PackIndex;
+use crate::store::pack_reader::{Content, PackReader, Remembered};
+
+const OPEN_PACKS: usize = 16;
+/// How often packs may be replaced under a reader before it gives up.
+const PATIENCE: usize = 4;
+
+/// The packs of one store.
+pub struct ObjectStore {
+    objects: PathBuf,
+    /// The time of the directory of packs when it was listed last; held while it is.
+    listed: Mutex<Option<SystemTime>>,
+    packs: RwLock<Vec<Arc<PackIndex>>>,
+    open: Mutex<VecDeque<PackReader>>,
+    remembered: Remembered,
+    /// The most that an object may come to in memory, bytes.
+    limit: u64,
+    /// Locked after `packs`, where both are.
+    distrusted: RwLock<Distrusted>,
+}
+
+/// An object whose content is read as a stream.
+pub struct ObjectReader {
+    /// What it is.
+    pub kind: ObjectKind,
+    /// How many bytes it has.
+    pub size: u64,
+    content: Box<dyn Read + Send>,
+}
+
+impl Read for ObjectReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.content.read(buffer)
+    }
+}
+
+impl ObjectReader {
+    fn of((kind, content): Content) -> ObjectReader {
+        ObjectReader { kind, size: content.len() as u64, content: Box::new(io::Cursor::new(content)) }
+    }
+}
+
+impl ObjectStore {
+    /// Loads the indexes of all packs in the `objects` directory.
+    ///
+    /// # Errors
+    /// Fails when the directory cannot be read; a damaged index only hides its own objects.
+    pub fn open(objects: &Path) -> Result<ObjectStore> {
+        let store = ObjectStore {
+            objects: objects.to_owned(),
+            listed: Mutex::default(),
+            packs: RwLock::new(Vec::new()),
+            open: Mutex::new(VecDeque::new()),
+            remembered: Remembered::default(),
+            limit: u64::MAX,
+            distrusted: RwLock::new(Distrusted::load(objects.parent().unwrap_or(objects))),
+        };
+        store.refresh()?;
+        Ok(store)
+    }
+
+    /// Puts no object together in memory that comes to more bytes, and reads packs alone: for what is not yet trusted.
+    #[must_use]
+    pub(crate) fn limited(self, limit: u64) -> ObjectStore {
+        ObjectStore { limit, ..self }
+    }
+
+    /// Returns where the packs lie.
+    pub fn pack_dir(&self) -> PathBuf {
+        self.objects.join("pack")
+    }
+
+    /// Looks again which packs there are.
+    pub fn refresh(&self) -> Result<()> {
+        // One after the other: what was listed earlier must not replace what was listed later.
+        let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        *listed = None;
+        let time = self.changed();
+        self.list()?;
+        *listed = time;
+        Ok(())
+    }
+
+    /// The same, if the directory has changed since; otherwise one system call.
+    pub(crate) fn refresh_if_changed(&self) -> Result<()> {
+        let listed = *self.listed.lock().unwrap_or_else(PoisonError::into_inner);
+        if listed.is_some() && listed == self.changed() { Ok(()) } else { self.refresh() }
+    }
+
+    fn changed(&self) -> Option<SystemTime> {
+        std::fs::metadata(self.pack_dir()).and_then(|meta| meta.modified()).ok()
+    }
+
+    fn list(&self) -> Result<()> {
+        let dir = self.pack_dir();
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(&dir).map_err(HistoryError::io("list", &dir))? {
+            let name = entry.map_err(HistoryError::io("list", &dir))?.file_name();
+            if let Some(name) = name.to_str().and_then(|name| name.strip_suffix(".idx")) {
+                names.push(name.to_owned());
+            }
+        }
+        let known = self.indexes();
+        let mut packs = Vec::with_capacity(names.len());
+        for name in names {
+            match known.iter().find(|pack| pack.name == name) {
+                Some(pack) => packs.push(Arc::clone(pack)),
+                None => match PackIndex::load(&dir, &name) {
+                    Ok(pack) => packs.push(Arc::new(pack)),
+                    Err(error) => {
+                        tracing::warn!(%name, %error, "a pack of the checkpoint store is unreadable")
+                    }
+                },
+            }
+        }
+        *self.packs.write().unwrap_or_else(PoisonError::into_inner) = packs;
+        self.open.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        Ok(())
+    }
+
+    /// Gives back the memory that only makes reading faster.
+    pub fn rest(&self) {
+        self.remembered.forget();
+    }
+
+    /// Returns the indexes of all packs.
+    pub(crate) fn indexes(&self) -> Vec<Arc<PackIndex>> {
+        self.packs.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn distrusted(&self) -> RwLockReadGuard<'_, Distrusted> {
+        self.distrusted.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds an object; a damaged copy only where there is no other.
+    fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let distrusted = self.distrusted();
+        let mut copies = packs.iter().filter_map(|pack| pack.find(oid).map(|offset| (pack, offset)));
+        let first = copies.next()?;
+        let good = |(pack, _): &(&Arc<PackIndex>, u64)| !distrusted.is_bad(oid, &pack.name);
+        let (pack, offset) = if good(&first) { first } else { copies.find(good).unwrap_or(first) };
+        Some((Arc::clone(pack), offset))
+    }
+
+    /// Says whether a published pack holds a copy of the object that is not known to be damaged, so that nobody needs to
+    /// write another.
+    pub fn contains(&self, oid: &Oid) -> bool {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let distrusted = self.distrusted();
+        packs.iter().any(|pack| pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name))
+    }
+
+    /// Says whether a published pack holds any copy of the object, be it a damaged one.
+    pub(crate) fn has(&self, oid: &Oid) -> bool {
+        self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.position(oid).is_some())
+    }
+
+    /// Notes that these objects cannot be read from where they are found now.
+    pub(crate) fn distrust(&self, ids: &[Oid]) {
+        let found: Vec<_> = ids.iter().filter_map(|oid| Some((*oid, self.pack_of(oid)?))).collect();
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let mut distrusted = self.distrusted.write().unwrap_or_else(PoisonError::into_inner);
+        distrusted.retain(|name| packs.iter().any(|pack| pack.name == name));
+        found.into_iter().for_each(|(oid, pack)| distrusted.add(oid, pack));
+        if let Err(error) = distrusted.save() {
+            tracing::warn!(%error, "which objects are damaged is forgotten with the daemon's end");
+        }
+    }
+
+    /// Says whether every object has a copy that is not known to be damaged.
+    pub(crate) fn is_sound(&self) -> bool {
+        let bad: Vec<Oid> = self.distrusted().all().map(|(oid, _)| *oid).collect();
+        bad.iter().all(|oid| self.contains(oid) || !self.has(oid))
+    }
+
+    /// Says whether the copy of an object in a pack is damaged and another one is not.
+    pub(crate) fn is_replaced(&self, pack: &str, oid: &Oid) -> bool {
+        // Bound to a name, since the lock must not be held for the look-up.
+        let bad = self.distrusted().is_bad(oid, pack);
+        bad && self.contains(oid)
+    }
+
+    /// Lists the packs with damaged copies, without those where one that is `needed` has no other.
+    pub(crate) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
+        if self.distrusted().is_empty() {
+            return HashSet::new();
+        }
+        let bad: Vec<(Oid, String)> = self.distrusted().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
+        let (good, lost): (Vec<_>, Vec<_>) = bad.into_iter().partition(|(oid, _)| self.contains(oid) || !needed(oid));
+        let mut packs: HashSet<String> = good.into_iter().map(|(_, pack)| pack).collect();
+        packs.retain(|name| self.has_pack(name));
+        packs.retain(|name| lost.iter().all(|(_, pack)| pack != name));
+        packs
+    }
+
+    /// Returns the name of the pack in which an object is found.
+    pub(crate) fn pack_of(&self, oid: &Oid) -> Option<String> {
+        self.find(oid).map(|(pack, _)| pack.name.clone())
+    }
+
+    /// Says whether there is a pack of this name.
+    pub(crate) fn has_pack(&self, name: &str) -> bool {
+        self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.name == name)
+    }
+
+    /// Says whether a pack other than these holds the object, in a copy that is not known to be damaged.
+    pub(crate) fn contains_outside(&self, oid: &Oid, without: &HashSet<String>) -> bool {
+        let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
+        let distrusted = self.distrusted();
+        packs.iter().any(|pack| {
+            !without.contains(&pack.name) && pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name)
+        })
+    }
+
+    /// Opens the pack of an index, or returns it from among those that are open.
+    pub(crate) fn reader(&self, index: &Arc<PackIndex>) -> io::Result<PackReader> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(reader) = open.iter().find(|reader| reader.index.serial == index.serial) {
+            return Ok(reader.clone());
+        }
+        let reader = PackReader::open(&self.pack_dir(), Arc::clone(index))?.limited(self.limit);
+        if open.len() >= OPEN_PACKS {
+            open.pop_front();
+        }
+        open.push_back(reader.clone());
+        Ok(reader)
+    }
+
+    /// Finds the pack of an object and opens it; `None` when no pack holds the object.
+    fn locate(&self, oid: &Oid) -> Result<Option<(PackReader, u64)>> {
+        for _ in 0..PATIENCE {
+            let Some((pack, offset)) = self.find(oid) else {
+                return Ok(None);
+            };
+            match self.reader(&pack) {
+                Ok(reader) => return Ok(Some((reader, offset))),
+                // Consolidated since the indexes were read: now it lies in another pack.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => self.refresh()?,
+                Err(error) => {
+                    let problem = format!("its pack is unreadable: {error}");
+                    return Err(HistoryError::DamagedObject { oid: *oid, problem });
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Opens an object as a stream.
+    ///
+    /// # Errors
+    /// Fails when the object is missing or its pack cannot be read.
+    pub fn open_object(&self, oid: &Oid) -> Result<ObjectReader> {
+        let damaged = |error: io::Error| HistoryError::DamagedObject { oid: *oid, problem: error.to_string() };
+        let Some((reader, at)) = self.locate(oid)? else {
+            return self.through_library(oid);
+        };
+        let head = reader.head(at).map_err(damaged)?;
+        match head.stored {
+            Stored::Whole(kind) => {
+                Ok(ObjectReader { kind, size: head.size, content: Box::new(reader.inflate(at, &head)) })
+            }
+            Stored::Behind(_) | Stored::Named(_) => {
+                reader.resolve(at, &self.remembered).map(ObjectReader::of).map_err(damaged)
+            }
+        }
+    }
+
+    fn through_library(&self, oid: &Oid) -> Result<ObjectReader> {
+        let missing = HistoryError::MissingObject { oid: *oid };
+        let Some(path) = self.objects.to_str().filter(|_| self.limit == u64::MAX) else {
+            return Err(missing);
+        };
+        let read = || -> std::result::Result<Option<(git2::ObjectType, Vec<u8>)>, git2::Error> {
+            let odb = git2::Odb::new()?;
+            odb.add_disk_alternate(path)?;
+            let id = git2::Oid::from_bytes(oid.raw())?;
+            if !odb.exists(id) {
+                return Ok(None);
+            }
+            let object = odb.read(id)?;
+            Ok(Some((object.kind(), object.data().to_vec())))
+        };
+        let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
+        let (kind, content) = read().map_err(|error| damaged(error.to_string()))?.ok_or(missing)?;
+        let kind = match kind {
+            git2::ObjectType::Commit => ObjectKind::Commit,
+            git2::ObjectType::Tree => ObjectKind::Tree,
+            git2::ObjectType::Blob => ObjectKind::Blob,
+            other => return Err(damaged(format!("it is a {other}"))),
+        };
+        Ok(ObjectReader::of((kind, content.into())))
+    }
+
+    /// Reads an object of a known kind that is small enough for memory: a tree, a commit or metadata.
+    pub fn read(&self, oid: &Oid, kind: ObjectKind) -> Result<Vec<u8>> {
+        self.share(oid, kind).map(|content| content.to_vec())
+    }
+
+    /// The same, shared with whoever else has read it lately.
+    pub(crate) fn share(&self, oid: &Oid, kind: ObjectKind) -> Result<Arc<[u8]>> {
+        let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
+        let (found, content) = match self.locate(oid)? {
+            Some((reader, at)) => reader.resolve(at, &self.remembered).map_err(|error| damaged(error.to_string()))?,
+            None => {
+                let mut object = self.through_library(oid)?;
+                let mut content = Vec::new();
+                object.read_to_end(&mut content).map_err(|error| damaged(error.to_string()))?;
+                (object.kind, content.into())
+            }
+        };
+        if found != kind {
+            return Err(damaged(format!("a {} was expected, it is a {}", kind.word(), found.word())));
+        }
+        Ok(content)
+    }
+}

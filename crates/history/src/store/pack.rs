@@ -1,0 +1,342 @@
+//! Writes one pack and its index: exactly the new objects of one checkpoint.
+//!
+//! Layout of a pack (git's version 2): `PACK`, version, number of objects, then per object a length header and its
+//! content as one zlib stream, then the SHA-1 of all that. The index holds the sorted ids with checksums and offsets.
+//! Nothing here knows what the objects mean or which is a good base for which: consolidation is another room's work.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use flate2::Compression;
+use flate2::write::ZlibEncoder;
+use sha1::{Digest, Sha1};
+
+use crate::store::deflate::{Effort, deflate, store};
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::store::pack_entry::{Stored, bad, encode_head};
+use crate::store::pack_index::{self, Line};
+use crate::store::pack_reader::PackReader;
+use fermata_os::fsync::{begin_to_write, sync_together};
+
+const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
+const COPY_BUFFER: usize = 256 * 1024;
+
+/// Larger trees are compressed at once: a consolidation copies very large objects as they are.
+const MAX_WRAPPED: usize = 1 << 20;
+
+/// So many bytes of files a pack takes as they are: agents stand still while the few files of a small change are read, and
+/// to compress them takes longer than everything else. A consolidation makes up for it.
+const MOST_IN_HASTE: u64 = 1 << 20;
+
+/// An object compressed in memory, ready to be appended.
+#[derive(Debug)]
+pub struct Packed {
+    oid: Oid,
+    bytes: Vec<u8>,
+    crc: u32,
+}
+
+impl Packed {
+    /// Compresses an object, where that is worth it while somebody waits; a consolidation compresses the rest.
+    ///
+    /// # Errors
+    /// Only memory can fail here.
+    pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
+        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+        match kind {
+            ObjectKind::Tree if content.len() <= MAX_WRAPPED => store(content, &mut bytes),
+            ObjectKind::Tree | ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
+        }
+        Ok(Packed { oid, crc: crc_of(&bytes), bytes })
+    }
+
+    /// Wraps an object without compressing it.
+    pub fn in_haste(oid: Oid, kind: ObjectKind, content: &[u8]) -> Packed {
+        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+        store(content, &mut bytes);
+        Packed { oid, crc: crc_of(&bytes), bytes }
+    }
+}
+
+/// A finished pack.
+#[derive(Clone, Debug)]
+pub struct FinishedPack {
+    /// The name without extension, `pack-<checksum>`.
+    pub name: String,
+    /// How many objects are in it.
+    pub objects: u64,
+    /// Its size in bytes.
+    pub bytes: u64,
+}
+
+/// How appending a stream went.
+#[derive(Debug)]
+pub enum Streamed {
+    /// The pack has the object.
+    Stored,
+    /// The stream turned out not to be that object.
+    Different,
+    /// The stream failed.
+    Unreadable(io::Error),
+}
+
+/// A pack that is being written.
+pub struct PackWriter {
+    dir: PathBuf,
+    path: PathBuf,
+    file: BufWriter<File>,
+    length: u64,
+    lines: Vec<Line>,
+    seen: HashMap<Oid, u64>,
+    /// How many bytes it has taken as they are.
+    in_haste: u64,
+}
+
+impl PackWriter {
+    /// Starts a pack in a directory of its own.
+    pub fn create(dir: &Path) -> io::Result<PackWriter> {
+        let path = dir.join("incoming.pack");
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path)?;
+        let mut file = BufWriter::with_capacity(COPY_BUFFER, file);
+        file.write_all(SIGNATURE)?;
+        // The number of objects, filled in at the end.
+        file.write_all(&[0; 4])?;
+        Ok(PackWriter {
+            dir: dir.to_owned(),
+            path,
+            file,
+            length: 12,
+            lines: Vec::new(),
+            seen: HashMap::new(),
+            in_haste: 0,
+        })
+    }
+
+    /// Says whether so many bytes of a file are better taken as they are, and counts them then.
+    pub fn hastens(&mut self, bytes: usize) -> bool {
+        let in_haste = self.in_haste + bytes as u64;
+        let hastens = in_haste <= MOST_IN_HASTE;
+        if hastens {
+            self.in_haste = in_haste;
+        }
+        hastens
+    }
+
+    /// Says whether nothing was appended yet.
+    pub fn is_empty(&self) -> bool {
+        self.lines.is_empty()
+    }
+
+    /// Says whether the object is already in this pack.
+    pub fn holds(&self, oid: &Oid) -> bool {
+        self.seen.contains_key(oid)
+    }
+
+    /// Appends an object, unless the pack has it.
+    pub fn append(&mut self, packed: &Packed) -> io::Result<()> {
+        if !self.holds(&packed.oid) {
+            self.file.write_all(&packed.bytes)?;
+            self.enter(packed.oid, packed.crc, packed.bytes.len() as u64);
+        }
+        Ok(())
+    }
+
+    fn enter(&mut self, oid: Oid, crc: u32, length: u64) {
+        self.seen.insert(oid, self.length);
+        self.lines.push(Line { oid, crc, offset: self.length });
+        self.length += length;
+    }
+
+    /// Says how an object is stored that is whole, or a delta to one that the pack holds already.
+    fn stored(&self, kind: ObjectKind, base: Option<&Oid>) -> io::Result<Stored> {
+        let Some(base) = base else { return Ok(Stored::Whole(kind)) };
+        let at = self.seen.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
+        Ok(Stored::Behind(self.length - at))
+    }
+
+    /// Appends an object, or its delta to a base that the pack holds already, compressed by the caller; `size` is that
+    /// of what was compressed.
+    pub(crate) fn append_deflated(
+        &mut self,
+        oid: Oid,
+        kind: ObjectKind,
+        base: Option<&Oid>,
+        size: u64,
+        zlib: &[u8],
+    ) -> io::Result<()> {
+        let head = encode_head(self.stored(kind, base)?, size);
+        let mut crc = flate2::Crc::new();
+        crc.update(&head);
+        crc.update(zlib);
+        self.file.write_all(&head)?;
+        self.file.write_all(zlib)?;
+        self.enter(oid, crc.sum(), (head.len() + zlib.len()) as u64);
+        Ok(())
+    }
+
+    /// Appends an entry of another pack without inflating it: `length` bytes at `at`, which must have the checksum `crc`.
+    ///
+    /// # Errors
+    /// Fails when the other pack is damaged there; then this pack is of no use.
+    pub(crate) fn append_copy(
+        &mut self,
+        oid: Oid,
+        kind: ObjectKind,
+        base: Option<&Oid>,
+        from: &PackReader,
+        (at, length, expected): (u64, u64, u32),
+    ) -> io::Result<()> {
+        let head = from.head(at)?;
+        let old_head = head.length;
+        let new_head = encode_head(self.stored(kind, base)?, head.size);
+        let (mut old, mut new) = (flate2::Crc::new(), flate2::Crc::new());
+        let mut buffer = vec![0; COPY_BUFFER.min(length as usize)];
+        let first = buffer.len();
+        if first <= old_head {
+            return Err(bad(format!("the entry of {oid} has no content")));
+        }
+        from.bytes_at(&mut buffer, at)?;
+        old.update(&buffer);
+        new.update(&new_head);
+        new.update(&buffer[old_head..]);
+        self.file.write_all(&new_head)?;
+        self.file.write_all(&buffer[old_head..])?;
+        let mut done = first as u64;
+        while done < length {
+            let n = buffer.len().min((length - done) as usize);
+            from.bytes_at(&mut buffer[..n], at + done)?;
+            old.update(&buffer[..n]);
+            new.update(&buffer[..n]);
+            self.file.write_all(&buffer[..n])?;
+            done += n as u64;
+        }
+        if old.sum() != expected {
+            return Err(bad(format!(
+                "the entry of {oid} in {} has another checksum than its index says",
+                from.index.name
+            )));
+        }
+        self.enter(oid, new.sum(), new_head.len() as u64 + length - old_head as u64);
+        Ok(())
+    }
+
+    /// Appends an object of `size` bytes from a stream; unless it is stored, the pack stays as it was.
+    ///
+    /// # Errors
+    /// Fails when the pack cannot be written; a failing source is an outcome.
+    pub fn append_stream(
+        &mut self,
+        oid: Oid,
+        kind: ObjectKind,
+        size: u64,
+        source: &mut dyn Read,
+    ) -> io::Result<Streamed> {
+        if self.holds(&oid) {
+            return Ok(Streamed::Stored);
+        }
+        let start = self.length;
+        let mut sink =
+            ZlibEncoder::new(Counted { inner: &mut self.file, crc: flate2::Crc::new(), count: 0 }, Compression::fast());
+        sink.get_mut().write_all(&encode_head(Stored::Whole(kind), size))?;
+        let mut hasher = ObjectHasher::new(kind, size);
+        let mut buffer = vec![0; COPY_BUFFER];
+        let mut total = 0;
+        loop {
+            let n = match source.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    sink.finish()?;
+                    self.rewind(start)?;
+                    return Ok(Streamed::Unreadable(error));
+                }
+            };
+            hasher.update(&buffer[..n]);
+            sink.write_all(&buffer[..n])?;
+            total += n as u64;
+            if total > size {
+                break;
+            }
+        }
+        let counted = sink.finish()?;
+        let (crc, count) = (counted.crc.sum(), counted.count);
+        if total != size || hasher.finish() != oid {
+            self.rewind(start)?;
+            return Ok(Streamed::Different);
+        }
+        self.enter(oid, crc, count);
+        Ok(Streamed::Stored)
+    }
+
+    fn rewind(&mut self, to: u64) -> io::Result<()> {
+        self.file.flush()?;
+        self.file.get_mut().set_len(to)?;
+        self.file.seek(SeekFrom::Start(to)).map(drop)
+    }
+
+    /// Completes pack and index and makes both durable.
+    pub fn finish(mut self) -> io::Result<FinishedPack> {
+        self.file.flush()?;
+        let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let count = u32::try_from(self.lines.len()).map_err(|_| io::Error::other("too many objects for one pack"))?;
+        file.write_all_at(&count.to_be_bytes(), 8)?;
+
+        // The disk takes it in meanwhile.
+        begin_to_write(&file);
+        // The trailer covers the count, which was unknown until now, so that the pack is read once more.
+        file.seek(SeekFrom::Start(0))?;
+        let mut hasher = Sha1::new();
+        let mut reader = BufReader::with_capacity(COPY_BUFFER, &file);
+        let mut buffer = vec![0; COPY_BUFFER];
+        loop {
+            let n = reader.read(&mut buffer)?;
+            if n == 0 {
+                break;
+            }
+            hasher.update(&buffer[..n]);
+        }
+        let checksum: [u8; 20] = hasher.finalize().into();
+        file.seek(SeekFrom::End(0))?;
+        file.write_all(&checksum)?;
+
+        let name = format!("pack-{}", Oid::from_raw(checksum));
+        let index = pack_index::encode(&mut self.lines, &checksum);
+        let index_path = self.dir.join(format!("{name}.idx"));
+        let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
+        out.write_all(&index)?;
+        // Their names are made durable where they will stay.
+        sync_together(&[&file, &out])?;
+        std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
+        Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
+    }
+}
+
+/// Counts and checksums what passes through.
+struct Counted<W> {
+    inner: W,
+    crc: flate2::Crc,
+    count: u64,
+}
+
+impl<W: Write> Write for Counted<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(bytes)?;
+        self.crc.update(&bytes[..n]);
+        self.count += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+fn crc_of(bytes: &[u8]) -> u32 {
+    let mut crc = flate2::Crc::new();
+    crc.update(bytes);
+    crc.sum()
+}

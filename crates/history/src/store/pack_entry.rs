@@ -1,0 +1,141 @@
+//! The head of a pack's entry: what an object is stored as, and how large it is.
+//!
+//! Encoding and decoding only; whoever reads or writes packs agrees here on what the bytes mean.
+
+use std::io;
+
+use crate::store::oid::{ObjectKind, Oid};
+
+/// No head is longer.
+pub(crate) const MAX_HEAD: usize = 32;
+
+/// How an object is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stored {
+    /// As it is.
+    Whole(ObjectKind),
+    /// As a delta to the entry that begins so many bytes earlier.
+    Behind(u64),
+    /// As a delta to the object with this name, in the same pack.
+    Named(Oid),
+}
+
+/// The head of an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// How the object is stored.
+    pub stored: Stored,
+    /// The size of what follows once inflated: of the object, or of the delta.
+    pub size: u64,
+    /// How many bytes the head itself has.
+    pub length: usize,
+}
+
+/// Encodes type and size, four bits of it beside the type, then seven per byte, low bits first; then the base.
+pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
+    let number = match stored {
+        Stored::Whole(ObjectKind::Commit) => 1,
+        Stored::Whole(ObjectKind::Tree) => 2,
+        Stored::Whole(ObjectKind::Blob) => 3,
+        Stored::Behind(_) => 6,
+        Stored::Named(_) => 7,
+    };
+    let mut bytes = vec![(number << 4) | (size & 0x0f) as u8];
+    let mut rest = size >> 4;
+    while rest > 0 {
+        if let Some(last) = bytes.last_mut() {
+            *last |= 0x80;
+        }
+        bytes.push((rest & 0x7f) as u8);
+        rest >>= 7;
+    }
+    match stored {
+        Stored::Whole(_) => {}
+        Stored::Behind(distance) => {
+            // High bits first, each continuation counting one more than it says.
+            let mut reversed = vec![(distance & 0x7f) as u8];
+            let mut rest = distance >> 7;
+            while rest > 0 {
+                rest -= 1;
+                reversed.push((rest & 0x7f) as u8 | 0x80);
+                rest >>= 7;
+            }
+            bytes.extend(reversed.into_iter().rev());
+        }
+        Stored::Named(base) => bytes.extend_from_slice(base.raw()),
+    }
+    bytes
+}
+
+/// Reads a head from the first bytes of an entry.
+///
+/// # Errors
+/// Fails when it is cut off or of an unknown type.
+pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
+    let mut at = 0;
+    let mut next = || {
+        let byte = bytes.get(at).copied().ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof));
+        at += 1;
+        byte
+    };
+    let first = next()?;
+    let mut byte = first;
+    let mut size = u64::from(byte & 0x0f);
+    let mut shift = 4;
+    while byte & 0x80 != 0 {
+        byte = next()?;
+        size |= u64::from(byte & 0x7f).checked_shl(shift).unwrap_or(0);
+        shift += 7;
+    }
+    let stored = match (first >> 4) & 7 {
+        1 => Stored::Whole(ObjectKind::Commit),
+        2 => Stored::Whole(ObjectKind::Tree),
+        3 => Stored::Whole(ObjectKind::Blob),
+        6 => {
+            let mut byte = next()?;
+            let mut distance = u64::from(byte & 0x7f);
+            while byte & 0x80 != 0 {
+                byte = next()?;
+                let more = distance.checked_add(1).and_then(|d| d.checked_mul(128));
+                distance = more.ok_or_else(|| bad("its base is out of reach".to_owned()))? | u64::from(byte & 0x7f);
+            }
+            Stored::Behind(distance)
+        }
+        7 => {
+            let mut raw = [0; 20];
+            for byte in &mut raw {
+                *byte = next()?;
+            }
+            Stored::Named(Oid::from_raw(raw))
+        }
+        other => return Err(bad(format!("its pack entry has the unknown type {other}"))),
+    };
+    Ok(Head { stored, size, length: at })
+}
+
+/// Makes the error of bytes that make no sense.
+pub(crate) fn bad(problem: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, problem)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_head_is_read_back() {
+        let oid = Oid::of(ObjectKind::Blob, b"x");
+        let sizes = [0, 1, 15, 16, 2047, 2048, 1 << 31, u64::MAX >> 4];
+        let distances = [1, 127, 128, 129, 16_511, 16_512, 2_113_663, 2_113_664, 1 << 40];
+        let kinds = [ObjectKind::Commit, ObjectKind::Tree, ObjectKind::Blob].map(Stored::Whole);
+        let stored = kinds.into_iter().chain(distances.map(Stored::Behind)).chain([Stored::Named(oid)]);
+        for stored in stored {
+            for size in sizes {
+                let bytes = encode_head(stored, size);
+                assert!(bytes.len() <= MAX_HEAD);
+                assert_eq!(decode_head(&bytes).unwrap(), Head { stored, size, length: bytes.len() });
+                assert!(decode_head(&bytes[..bytes.len() - 1]).is_err());
+            }
+        }
+    }
+}

@@ -1,0 +1,471 @@
+//! Writes several packs as one: what is needed of them, compressed with patience, versions as deltas.
+//!
+//! ```text
+//! gather   every needed entry of the packs, deltas with the base that they have
+//! choose   bases for the others: the version before, in steps that keep chains short
+//! write    bases first; what is good already is copied without inflating it
+//! check    everything is read back from the new pack
+//! ```
+//!
+//! The pack stands on its own: a delta's base is always in it, as git wants it. Changes nothing of what exists.
+
+use std::collections::HashMap;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::errors::{HistoryError, Result};
+use crate::store::deflate::{Effort, deflate};
+use crate::store::delta;
+use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
+use crate::store::pack::{FinishedPack, PackWriter};
+use crate::store::pack_entry::{Head, Stored, bad};
+use crate::store::pack_index::PackIndex;
+use crate::store::pack_reader::{PackReader, Remembered};
+use crate::store::reachability::{Node, Reach};
+use crate::{OnProgress, Phase, Progress};
+
+/// Chains of deltas are never longer.
+pub(crate) const MAX_DEPTH: u32 = 50;
+/// Every so many versions a delta skips as many, so that chains grow with the logarithm of the versions.
+const STRIDE: u32 = 16;
+/// Larger objects are copied as they are: they must not stand in memory.
+const LARGE: u64 = 8 << 20;
+/// Larger files are not compared with others that are only named alike.
+const LARGEST_LIKENESS: u64 = 512 << 10;
+/// Deltas to files that are only named alike form no longer chains, so that a first version is read fast.
+const LIKENESS_DEPTH: u32 = 6;
+/// Smaller objects gain nothing from a base.
+const SMALLEST_DELTA: u64 = 48;
+/// Up to this size an object is always compressed anew, so that packs of snapshots and of this room can be told apart.
+const ALWAYS_ANEW: u64 = 64 << 10;
+
+/// What became of the entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    /// Entries that nobody needs, or that another pack holds too.
+    pub dropped: u64,
+    /// Entries that are deltas now.
+    pub deltas: u64,
+}
+
+/// An entry that goes into the new pack.
+struct Item {
+    node: u32,
+    kind: ObjectKind,
+    pack: usize,
+    at: u64,
+    length: u64,
+    crc: u32,
+    head: Head,
+    base: Option<u32>,
+    way: Way,
+    /// The longest chain of deltas that leads to this one.
+    height: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Way {
+    /// Take the compressed bytes as they are.
+    Copy,
+    /// Compress anew, as a delta if there is a base and that is smaller.
+    Anew,
+}
+
+/// How much is done for a small result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manner {
+    /// Entries are copied as they are, except where that is impossible.
+    Hurry,
+    /// What was compressed in haste is compressed anew, versions as deltas.
+    Patience,
+}
+
+/// The packs that become one, and what is planned for their entries.
+pub(crate) struct Repack<'a> {
+    reach: &'a Reach,
+    packs: Vec<PackReader>,
+    fresh: Vec<bool>,
+    items: Vec<Item>,
+    /// The items by the number of their node.
+    by_node: HashMap<u32, u32>,
+    remembered: Remembered,
+    counts: Counts,
+}
+
+impl<'a> Repack<'a> {
+    /// Gathers what is needed of the packs and chooses how each entry is to be stored. `elsewhere` says of an object
+    /// in a pack that it is taken from another one, or stays there.
+    ///
+    /// # Errors
+    /// Fails when a pack is damaged.
+    pub fn plan(
+        reach: &'a Reach,
+        packs: Vec<PackReader>,
+        manner: Manner,
+        elsewhere: impl Fn(&str, &Oid) -> bool,
+    ) -> Result<Repack<'a>> {
+        let fresh = packs.iter().map(|pack| manner == Manner::Patience && pack.is_fresh()).collect();
+        let (items, by_node, counts) = (Vec::new(), HashMap::new(), Counts::default());
+        let mut repack = Repack { reach, packs, fresh, items, by_node, remembered: Remembered::default(), counts };
+        for pack in 0..repack.packs.len() {
+            repack.gather(pack, &elsewhere).map_err(HistoryError::io("read pack", name(&repack.packs[pack])))?;
+        }
+        repack.keep_deltas().map_err(HistoryError::io("read packs of", Path::new("history.git")))?;
+        if manner == Manner::Patience {
+            repack.choose_bases();
+            repack.choose_likenesses();
+        }
+        Ok(repack)
+    }
+
+    /// Returns how many objects the new pack will hold.
+    pub fn objects(&self) -> usize {
+        self.items.len()
+    }
+
+    fn gather(&mut self, pack: usize, elsewhere: impl Fn(&str, &Oid) -> bool) -> io::Result<()> {
+        let reader = self.packs[pack].clone();
+        let layout = reader.index.layout()?;
+        let end = reader.length()?.saturating_sub(20);
+        let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([end]);
+        for ((at, n), end) in layout.iter().copied().zip(ends) {
+            let Some(oid) = reader.index.oid(n as usize) else { continue };
+            let node = self.reach.number(&oid).filter(|_| !elsewhere(&reader.index.name, &oid));
+            let Some(node) = node.filter(|node| !self.by_node.contains_key(node)) else {
+                self.counts.dropped += 1;
+                continue;
+            };
+            let head = reader.head(at)?;
+            let length = end.checked_sub(at).filter(|length| *length > head.length as u64);
+            let length = length.ok_or_else(|| bad(format!("the entry of {oid} has no content")))?;
+            let way = if self.fresh[pack] && head.size <= LARGE { Way::Anew } else { Way::Copy };
+            self.by_node.insert(node, self.items.len() as u32);
+            let (kind, crc) = (self.reach.nodes()[node as usize].kind, reader.index.crc(n as usize));
+            self.items.push(Item { node, kind, pack, at, length, crc, head, base: None, way, height: 0 });
+        }
+        Ok(())
+    }
+
+    /// Finds the bases of the entries that are deltas; where one is gone, its entry is compressed anew.
+    fn keep_deltas(&mut self) -> io::Result<()> {
+        let mut layouts = HashMap::new();
+        for n in 0..self.items.len() {
+            let Item { pack, at, head, .. } = self.items[n];
+            let reader = &self.packs[pack];
+            let Some(base) = reader.base_of(at, &head)? else { continue };
+            let layout = match layouts.entry(pack) {
+                std::collections::hash_map::Entry::Occupied(layout) => layout.into_mut(),
+                std::collections::hash_map::Entry::Vacant(place) => place.insert(reader.index.layout()?),
+            };
+            let position = layout.binary_search_by_key(&base, |(at, _)| *at);
+            let position = position.map_err(|_| bad("a delta has no base".to_owned()))?;
+            let base = reader.index.oid(layout[position].1 as usize);
+            let base = base.and_then(|oid| self.by_node.get(&self.reach.number(&oid)?)).copied();
+            match base {
+                Some(base) if self.can_be_base(base, n as u32) => self.set_base(n as u32, base),
+                Some(_) | None => self.items[n].way = Way::Anew,
+            }
+        }
+        Ok(())
+    }
+
+    /// Says whether a delta to `base` keeps chains finite and short.
+    fn can_be_base(&self, base: u32, of: u32) -> bool {
+        let mut depth = 1;
+        let mut at = base;
+        loop {
+            if at == of || depth + self.items[of as usize].height > MAX_DEPTH {
+                return false;
+            }
+            match self.items[at as usize].base {
+                Some(next) => at = next,
+                None => return true,
+            }
+            depth += 1;
+        }
+    }
+
+    fn set_base(&mut self, of: u32, base: u32) {
+        self.items[of as usize].base = Some(base);
+        let mut height = self.items[of as usize].height;
+        let mut at = Some(base);
+        while let Some(n) = at {
+            height += 1;
+            let item = &mut self.items[n as usize];
+            item.height = item.height.max(height);
+            at = item.base;
+        }
+    }
+
+    fn choose_bases(&mut self) {
+        let mut order: Vec<u32> = (0..self.items.len() as u32).collect();
+        order.sort_unstable_by_key(|n| self.items[*n as usize].node);
+        for n in order {
+            let item = &self.items[n as usize];
+            if item.base.is_some() || item.head.size > LARGE || item.length < SMALLEST_DELTA {
+                continue;
+            }
+            let pack = item.pack;
+            let chosen = self.candidates(item.node).into_iter().find(|base| {
+                let there = &self.items[*base as usize];
+                // Two that lie in one consolidated pack were compared when it was written.
+                there.head.size <= LARGE && (there.pack != pack || self.fresh[pack]) && self.can_be_base(*base, n)
+            });
+            if let Some(base) = chosen {
+                self.set_base(n, base);
+                self.items[n as usize].way = Way::Anew;
+            }
+        }
+    }
+
+    /// Tries files without an earlier version against one that is named alike and a little larger. The order is git's.
+    fn choose_likenesses(&mut self) {
+        let nodes = self.reach.nodes();
+        let lone = |n: &u32| {
+            let item = &self.items[*n as usize];
+            let sizes = SMALLEST_DELTA * 2..LARGEST_LIKENESS;
+            self.fresh[item.pack]
+                && item.kind == ObjectKind::Blob
+                && item.base.is_none()
+                && sizes.contains(&item.head.size)
+        };
+        let mut order: Vec<u32> = (0..self.items.len() as u32).filter(lone).collect();
+        let key = |n: &u32| {
+            let item = &self.items[*n as usize];
+            (nodes[item.node as usize].likeness, std::cmp::Reverse(item.head.size), item.node)
+        };
+        order.sort_unstable_by_key(key);
+        for pair in 1..order.len() {
+            let (base, n) = (order[pair - 1], order[pair]);
+            let (larger, smaller) = (self.items[base as usize].head.size, self.items[n as usize].head.size);
+            if smaller <= larger
+                && larger / 4 <= smaller
+                && self.depth(base) < LIKENESS_DEPTH
+                && self.can_be_base(base, n)
+            {
+                self.set_base(n, base);
+            }
+        }
+    }
+
+    fn depth(&self, n: u32) -> u32 {
+        let mut depth = 0;
+        let mut at = n;
+        while let Some(base) = self.items[at as usize].base {
+            depth += 1;
+            at = base;
+        }
+        depth
+    }
+
+    /// Lists bases for a version, the best first: the one before it, except that every 16th refers to the one 16 before,
+    /// every 256th to the one 256 before, and so on.
+    fn candidates(&self, node: u32) -> Vec<u32> {
+        let nodes = self.reach.nodes();
+        let Node { version, before, .. } = nodes[node as usize];
+        let mut step = 1;
+        while version > 0 && version.is_multiple_of(step * STRIDE) {
+            step *= STRIDE;
+        }
+        let mut far = Some(node);
+        for _ in 0..step {
+            far = far.and_then(|node| nodes[node as usize].before);
+        }
+        let item = |node: Option<u32>| node.and_then(|node| self.by_node.get(&node)).copied();
+        let mut found: Vec<u32> = item(far).into_iter().chain(item(before)).collect();
+        found.dedup();
+        found
+    }
+
+    /// Writes the new pack into a directory of its own, flushes it and reads everything back.
+    ///
+    /// # Errors
+    /// Fails when an old pack is damaged, when the new one cannot be written, or when cancelled.
+    pub fn write(
+        mut self,
+        dir: &Path,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<(FinishedPack, Counts)> {
+        let failed = |error| HistoryError::io("write a pack in", dir)(error);
+        let mut pack = PackWriter::create(dir).map_err(failed)?;
+        let mut written = vec![false; self.items.len()];
+        let mut order: Vec<u32> = (0..self.items.len() as u32).collect();
+        let rank = |item: &Item| match item.kind {
+            ObjectKind::Commit => 0,
+            ObjectKind::Tree => 1,
+            ObjectKind::Blob => 2 + u8::from(item.head.size > LARGE),
+        };
+        order.sort_unstable_by_key(|n| (rank(&self.items[*n as usize]), self.items[*n as usize].node));
+        let total = 2 * order.len() as u64;
+        let mut done = 0;
+        for n in order {
+            // Whatever it is a delta to comes first.
+            let mut chain = vec![n];
+            while let Some(base) = self.items[chain[chain.len() - 1] as usize].base {
+                if written[base as usize] {
+                    break;
+                }
+                chain.push(base);
+            }
+            for n in chain.into_iter().rev().filter(|n| !std::mem::replace(&mut written[*n as usize], true)) {
+                if cancel.load(Ordering::Relaxed) {
+                    return Err(HistoryError::Cancelled);
+                }
+                self.put(n, &mut pack)?;
+                done += 1;
+                if done % 256 == 0 {
+                    progress(Progress { phase: Phase::Pack, done, total });
+                }
+            }
+        }
+        self.remembered.forget();
+        let finished = pack.finish().map_err(failed)?;
+        self.check(&finished, dir, done, progress, cancel)?;
+        Ok((finished, self.counts))
+    }
+
+    fn put(&mut self, n: u32, pack: &mut PackWriter) -> Result<()> {
+        let item = &self.items[n as usize];
+        let (oid, reader) = (self.oid(n), &self.packs[item.pack]);
+        let anew = match item.way {
+            Way::Copy => None,
+            Way::Anew => self.compress(n).map_err(HistoryError::io("read an object of", name(reader)))?,
+        };
+        let failed = HistoryError::io("write to the pack beside", name(reader));
+        match anew {
+            Some(Anew { base, size, zlib }) => {
+                self.counts.deltas += u64::from(base.is_some());
+                pack.append_deflated(oid, item.kind, base.as_ref(), size, &zlib).map_err(failed)
+            }
+            None => {
+                let base = match item.head.stored {
+                    Stored::Whole(_) => None,
+                    Stored::Behind(_) | Stored::Named(_) => item.base.map(|base| self.oid(base)),
+                };
+                self.counts.deltas += u64::from(base.is_some());
+                let place = (item.at, item.length, item.crc);
+                pack.append_copy(oid, item.kind, base.as_ref(), reader, place).map_err(failed)
+            }
+        }
+    }
+
+    fn oid(&self, n: u32) -> Oid {
+        self.reach.nodes()[self.items[n as usize].node as usize].oid
+    }
+
+    fn content(&self, n: u32) -> io::Result<Arc<[u8]>> {
+        let item = &self.items[n as usize];
+        let (kind, content) = self.packs[item.pack].resolve(item.at, &self.remembered)?;
+        let oid = self.oid(n);
+        if kind != item.kind || Oid::of(kind, &content) != oid {
+            return Err(bad(format!("object {oid} has another hash")));
+        }
+        Ok(content)
+    }
+
+    /// Compresses an object with patience; `None` when it is whole and better copied as it is.
+    fn compress(&self, n: u32) -> io::Result<Option<Anew>> {
+        let item = &self.items[n as usize];
+        let content = self.content(n)?;
+        let whole_now = matches!(item.head.stored, Stored::Whole(_));
+        let mut best: Option<Anew> = None;
+        if let Some(base) = item.base {
+            let from = self.content(base)?;
+            if let Some(delta) = delta::encode(&from, &content, content.len() / 2 + 32) {
+                best = Some(Anew { base: Some(self.oid(base)), size: delta.len() as u64, zlib: compressed(&delta)? });
+            }
+        }
+        // A delta far smaller than the object compressed in haste will not be beaten by compressing with patience.
+        let clear = best.as_ref().is_some_and(|best| (best.zlib.len() as u64) < item.length / 3);
+        if !clear && (!whole_now || self.fresh[item.pack]) {
+            let whole = Anew { base: None, size: content.len() as u64, zlib: compressed(&content)? };
+            if best.as_ref().is_none_or(|best| best.zlib.len() + 4 >= whole.zlib.len()) {
+                best = Some(whole);
+            }
+        }
+        let must = !whole_now || (self.fresh[item.pack] && item.head.size <= ALWAYS_ANEW);
+        Ok(best.filter(|best| must || (best.zlib.len() as u64) < item.length))
+    }
+
+    /// Reads everything back from the pack that was written.
+    fn check(
+        &self,
+        finished: &FinishedPack,
+        dir: &Path,
+        before: u64,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<()> {
+        let failed = |error| HistoryError::io("read back the pack in", dir)(error);
+        let index = PackIndex::load(dir, &finished.name).map_err(failed)?;
+        let new = PackReader::open(dir, Arc::new(index)).map_err(failed)?;
+        new.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
+        let layout = new.index.layout().map_err(failed)?;
+        if layout.len() != self.items.len() {
+            return Err(failed(bad("objects are missing in the new pack".to_owned())));
+        }
+        for (done, (at, n)) in layout.into_iter().enumerate() {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
+            }
+            let oid = new.index.oid(n as usize).unwrap_or(Oid::from_raw([0; 20]));
+            let item = self.reach.number(&oid).and_then(|node| self.by_node.get(&node));
+            let item = item.map(|item| &self.items[*item as usize]);
+            let item = item.ok_or_else(|| failed(bad(format!("object {oid} was not asked for"))))?;
+            rehash(&new, at, item.kind, &oid, &self.remembered).map_err(failed)?;
+            if done % 256 == 0 {
+                progress(Progress { phase: Phase::Verify, done: before + done as u64, total: 2 * before });
+            }
+        }
+        self.remembered.forget();
+        Ok(())
+    }
+}
+
+struct Anew {
+    base: Option<Oid>,
+    size: u64,
+    zlib: Vec<u8>,
+}
+
+fn name(reader: &PackReader) -> &Path {
+    Path::new(&reader.index.name)
+}
+
+fn compressed(content: &[u8]) -> io::Result<Vec<u8>> {
+    let mut zlib = Vec::new();
+    deflate(content, Effort::Thorough, &mut zlib)?;
+    Ok(zlib)
+}
+
+/// Compares the object at a place of a pack with its name; whole ones are not held in memory.
+pub(crate) fn rehash(
+    reader: &PackReader,
+    at: u64,
+    kind: ObjectKind,
+    oid: &Oid,
+    remembered: &Remembered,
+) -> io::Result<()> {
+    let head = reader.head(at)?;
+    let (found, sum) = match head.stored {
+        Stored::Whole(found) => {
+            let mut hasher = ObjectHasher::new(found, head.size);
+            let mut content = reader.inflate(at, &head);
+            let mut buffer = vec![0; head.size.clamp(1, 64 << 10) as usize];
+            loop {
+                match io::Read::read(&mut content, &mut buffer)? {
+                    0 => break (found, hasher.finish()),
+                    n => hasher.update(&buffer[..n]),
+                }
+            }
+        }
+        Stored::Behind(_) | Stored::Named(_) => {
+            let (found, content) = reader.resolve(at, remembered)?;
+            (found, Oid::of(found, &content))
+        }
+    };
+    if found == kind && sum == *oid { Ok(()) } else { Err(bad(format!("object {oid} has another hash"))) }
+}

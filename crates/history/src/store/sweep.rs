@@ -1,0 +1,196 @@
+//! Clears away what a crash left behind: drafts, and packs that no checkpoint needs.
+//!
+//! Everything here errs on the side of keeping: a pack goes only when every published checkpoint was read completely
+//! and none of them reaches any of its objects, or when other packs hold all of those too.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use crate::History;
+use crate::errors::{HistoryError, Result};
+use crate::store::consolidate::{Ahead, DRAFT, Old};
+use crate::store::oid::Oid;
+use crate::store::pack_index::PackIndex;
+use crate::store::reachability::Reach;
+use fermata_failpoint as failpoint;
+
+/// What a sweep cleared away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SweepReport {
+    /// Drafts of snapshots that were never published.
+    pub drafts: u64,
+    /// Packs that no checkpoint needs.
+    pub packs: u64,
+    /// Bytes of those packs.
+    pub bytes: u64,
+}
+
+impl History {
+    /// Clears away what no checkpoint needs; called at start, and harmless at any time. Whoever wants to start a snapshot
+    /// waits at most for the removal of names.
+    ///
+    /// # Errors
+    /// Fails when the store cannot be listed or changed. A damaged checkpoint is no error: then every pack stays.
+    pub fn sweep(&self) -> Result<SweepReport> {
+        let mut report = SweepReport::default();
+        self.sweep_drafts(&mut report)?;
+        // Who holds this lock is at work in the draft; after a crash nobody does.
+        let left_behind = self.consolidating.try_lock().ok().filter(|_| self.pending().join(DRAFT).exists());
+        let swept = self.sweep_packs(&mut report, left_behind.is_some() && self.swap_has_begun())?;
+        if swept && left_behind.is_some() {
+            self.remove_draft()?;
+            report.drafts += 1;
+        }
+        Ok(report)
+    }
+
+    fn sweep_drafts(&self, report: &mut SweepReport) -> Result<()> {
+        let _writer = self.lock_writer();
+        let live = self.live().clone();
+        for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name) && name != DRAFT) {
+            let path = self.pending().join(&name);
+            match if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) } {
+                Ok(()) => {
+                    report.drafts += 1;
+                    failpoint::hit("history.sweep.draft");
+                }
+                // Another sweep was faster.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(HistoryError::io("remove", &path)(error)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes packs that nobody needs; if `doubles`, also those of which other packs hold everything that is needed.
+    /// `false` when that has to wait, for a snapshot under way or for one that was just published. If `doubles`, the caller
+    /// sees to it that nobody consolidates.
+    pub(crate) fn sweep_packs(&self, report: &mut SweepReport, doubles: bool) -> Result<bool> {
+        if !self.live().is_empty() {
+            return Ok(false);
+        }
+        self.objects.refresh()?;
+        let roots = self.roots()?;
+        let suspects = self.suspects(&roots, doubles);
+        let reach = if suspects.is_empty() {
+            Reach::default()
+        } else {
+            match Reach::of(&self.objects, &roots, &[], &AtomicBool::new(false)) {
+                Ok(reach) => reach,
+                Err(error) => {
+                    tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
+                    return Ok(true);
+                }
+            }
+        };
+        let names = self.unneeded(suspects, &reach, doubles);
+        failpoint::check("history.sweep.walked").map_err(HistoryError::io("sweep", &self.repository))?;
+        let old = Old { names, walked: roots.into_iter().collect(), reach: &reach };
+        let mut gone = Vec::new();
+        let swept = self.remove_packs(&old, &mut gone, report);
+        // To free a large file takes longer than anybody should wait for the lock.
+        for path in gone {
+            remove(&path)?;
+        }
+        swept
+    }
+
+    /// Lists the packs that could be nobody's: a checkpoint's own pack holds its commit.
+    fn suspects(&self, roots: &[Oid], doubles: bool) -> Vec<Arc<PackIndex>> {
+        let commits: HashSet<&Oid> = roots.iter().collect();
+        let mut packs = self.objects.indexes();
+        if !doubles {
+            packs.retain(|pack| !pack.ids().any(|id| commits.contains(&id)));
+        }
+        packs
+    }
+
+    /// Names those packs that can go, as far as is known.
+    fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, reach: &Reach, doubles: bool) -> HashSet<String> {
+        // The small ones first: they are those that a larger one has replaced.
+        packs.sort_by_key(|pack| pack.count());
+        let mut gone = HashSet::new();
+        for pack in packs {
+            gone.insert(pack.name.clone());
+            let needed = |id: &Oid| reach.needs(id) && !(doubles && self.objects.contains_outside(id, &gone));
+            if pack.ids().any(|id| needed(&id)) {
+                gone.remove(&pack.name);
+            }
+        }
+        gone
+    }
+
+    /// Takes the names of packs away, unless somebody has come to need them since they were chosen; the files that are
+    /// left are added to `gone`.
+    fn remove_packs(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
+        let _writer = self.lock_writer();
+        // A snapshot under way relies on published packs, of which one could be about to go.
+        if !self.live().is_empty() {
+            return Ok(false);
+        }
+        let removed = self.remove_packs_now(old, gone, report);
+        // Also where it failed half-way: whoever comes next must not rely on what is gone.
+        self.objects.refresh()?;
+        removed
+    }
+
+    /// The same, for whoever holds the writer's lock and knows that no snapshot is under way.
+    fn remove_packs_now(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
+        let dir = self.objects.pack_dir();
+        self.objects.refresh()?;
+        match self.allows(old, &Ahead::default(), &AtomicBool::new(false)) {
+            Ok(true) => {}
+            Ok(false) => return Ok(false),
+            Err(error) => {
+                tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
+                return Ok(true);
+            }
+        }
+        for name in old.names.iter().filter(|name| self.objects.has_pack(name)) {
+            // The index goes first: without it the pack does not count.
+            remove(&dir.join(format!("{name}.idx")))?;
+            failpoint::hit("history.sweep.index");
+            self.put_aside(name, gone, report)?;
+        }
+        let names = list(&dir)?;
+        let known: HashSet<&String> = names.iter().collect();
+        for name in names.iter().filter_map(|name| name.strip_suffix(".pack")) {
+            if !known.contains(&format!("{name}.idx")) {
+                self.put_aside(name, gone, report)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn put_aside(&self, name: &str, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<()> {
+        let pack = self.objects.pack_dir().join(format!("{name}.pack"));
+        let aside = self.pending().join(format!("{name}.gone"));
+        let size = fs::metadata(&pack).map_or(0, |meta| meta.len());
+        match fs::rename(&pack, &aside) {
+            Ok(()) => gone.push(aside),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(HistoryError::io("put aside", &pack)(error)),
+        }
+        report.bytes += size;
+        report.packs += 1;
+        Ok(())
+    }
+}
+
+fn list(dir: &Path) -> Result<Vec<String>> {
+    let entries = fs::read_dir(dir).map_err(HistoryError::io("list", dir))?;
+    let names = entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+    names.collect::<std::io::Result<_>>().map_err(HistoryError::io("list", dir))
+}
+
+/// Removes a file that may be gone already, and returns its size.
+pub(crate) fn remove(path: &Path) -> Result<u64> {
+    let size = fs::metadata(path).map_or(0, |meta| meta.len());
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HistoryError::io("remove", path)(error)),
+        _ => Ok(size),
+    }
+}

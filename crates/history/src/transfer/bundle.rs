@@ -1,0 +1,202 @@
+//! One checkpoint's objects as a pack that stands on its own, to leave with it; and such a pack from elsewhere.
+//!
+//! What comes from elsewhere is believed in nothing: pack and index are compared with their checksums, every object is
+//! hashed, and everything that the commit needs must be there and describe a workspace with safe names. Only then is it
+//! published, in the way of every other checkpoint.
+
+use std::fs::{self, File};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::errors::{HistoryError, Result};
+use crate::snapshot::Draft;
+use crate::store::objects::ObjectStore;
+use crate::store::oid::Oid;
+use crate::store::pack_entry::bad;
+use crate::store::pack_index::PackIndex;
+use crate::store::pack_reader::PackReader;
+use crate::store::reachability::Reach;
+use crate::store::repack::{Manner, Repack, rehash};
+use crate::transfer::import_validation::{MAX_IN_MEMORY, check_stranger};
+use crate::tree::confined_dir::sync_dir;
+use crate::verify::{Known, check_described};
+use crate::{History, OnProgress, Phase, Progress};
+use fermata_failpoint as failpoint;
+
+/// A checkpoint's objects as one pack; the files go when this does.
+#[derive(Debug)]
+pub struct Exported {
+    /// The commit.
+    pub commit: Oid,
+    /// The pack.
+    pub pack: PathBuf,
+    /// Its index.
+    pub index: PathBuf,
+    _draft: Draft,
+}
+
+/// A pack from elsewhere that is not published; it goes when this does.
+#[derive(Debug)]
+pub struct Incoming {
+    number: u64,
+    draft: Draft,
+}
+
+impl Incoming {
+    /// Returns where the pack has to be written.
+    pub fn pack(&self) -> PathBuf {
+        self.draft.dir.join("objects/pack/incoming.pack")
+    }
+
+    /// Returns where its index has to be written.
+    pub fn index(&self) -> PathBuf {
+        self.draft.dir.join("objects/pack/incoming.idx")
+    }
+}
+
+impl History {
+    /// Writes everything that a checkpoint needs as one pack, without compressing it anew.
+    ///
+    /// # Errors
+    /// Fails when there is no such checkpoint, when an object is damaged, when the disk is full, or when cancelled.
+    pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
+        let draft = self.start_draft(number)?;
+        let commit = self.refs.get(number)?;
+        let reach = Reach::of(&self.objects, &[commit], &[], cancel)?;
+        let indexes = self.objects.indexes();
+        let open = |index| self.objects.reader(index);
+        let packs = indexes.iter().filter(|index| index.ids().any(|oid| reach.needs(&oid)));
+        let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
+        let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
+        let plan = Repack::plan(&reach, packs, Manner::Hurry, |pack, oid| self.objects.is_replaced(pack, oid))?;
+        // Somebody may have run git in the store and left objects outside of packs.
+        if plan.objects() != reach.nodes().len() {
+            let packed = |oid: &Oid| self.objects.has(oid);
+            let missing = reach.nodes().iter().find(|node| !packed(&node.oid));
+            return Err(HistoryError::MissingObject { oid: missing.map_or(commit, |node| node.oid) });
+        }
+        let (finished, _) = plan.write(&draft.dir, progress, cancel)?;
+        let file = |end: &str| draft.dir.join(format!("{}.{end}", finished.name));
+        Ok(Exported { commit, pack: file("pack"), index: file("idx"), _draft: draft })
+    }
+
+    /// Starts a checkpoint from elsewhere, whose pack and index are written to [`Incoming::pack`] and
+    /// [`Incoming::index`].
+    ///
+    /// # Errors
+    /// Fails when the store cannot be written.
+    pub fn receive(&self, number: u64) -> Result<Incoming> {
+        let draft = self.start_draft(number)?;
+        let dir = draft.dir.join("objects/pack");
+        fs::create_dir_all(&dir).map_err(HistoryError::io("create", &dir))?;
+        Ok(Incoming { number, draft })
+    }
+
+    /// Checks what was received, to the last byte.
+    ///
+    /// # Errors
+    /// Fails when anything is damaged, missing or unsafe, or when cancelled; nothing was published then.
+    pub fn check_received(
+        &self,
+        incoming: &Incoming,
+        commit: Oid,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<()> {
+        let objects = incoming.draft.dir.join("objects");
+        let dir = objects.join("pack");
+        let name = settle(incoming).map_err(HistoryError::io("read the pack in", &dir))?;
+        let failed = |error: io::Error| HistoryError::io("check the pack in", &dir)(error);
+        let index = PackIndex::load(&dir, &name).map_err(failed)?;
+        let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?.limited(MAX_IN_MEMORY);
+        pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
+        let store = ObjectStore::open(&objects)?.limited(MAX_IN_MEMORY);
+        let reach = Reach::of(&store, &[commit], &[], cancel)?;
+        // Nothing else is hashed below, and so nothing else may be in the index: the store would believe it.
+        if pack.index.count() != reach.nodes().len() {
+            return Err(failed(bad("it holds objects that the checkpoint does not need".to_owned())));
+        }
+        pack.check_entries(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
+        let remembered = crate::store::pack_reader::Remembered::default();
+        let total = reach.nodes().len() as u64;
+        for (done, node) in reach.nodes().iter().enumerate() {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(HistoryError::Cancelled);
+            }
+            let at = pack.index.find(&node.oid).ok_or(HistoryError::MissingObject { oid: node.oid })?;
+            rehash(&pack, at, node.kind, &node.oid, &remembered).map_err(failed)?;
+            if done % 256 == 0 {
+                progress(Progress { phase: Phase::Verify, done: done as u64, total });
+            }
+        }
+        check_stranger(&store, &commit, cancel)?;
+        check_described(&store, &commit, &mut Known::default(), cancel)
+    }
+
+    /// Makes what was received, and checked, the checkpoint that it was received for.
+    ///
+    /// # Errors
+    /// Fails when the number is taken or when the store cannot be written; then the checkpoint does not exist.
+    pub fn publish_received(&self, incoming: &Incoming, commit: Oid) -> Result<()> {
+        let _writer = self.lock_writer();
+        let number = incoming.number;
+        if self.refs.find(number)?.is_some() {
+            return Err(HistoryError::NumberTaken { number });
+        }
+        let from = incoming.draft.dir.join("objects/pack");
+        let name = settle(incoming).map_err(HistoryError::io("read the pack in", &from))?;
+        self.install(&from, &name, || failpoint::check("history.import.moved"))?;
+        let draft = self.refs.draft(commit, &incoming.draft.dir)?;
+        draft.sync_all().map_err(HistoryError::io("flush a ref in", &incoming.draft.dir))?;
+        self.refs.create(number, &incoming.draft.dir)?;
+        let refs = self.refs.dir();
+        sync_dir(refs).map_err(HistoryError::io("flush", refs)).inspect_err(|_| self.refs.take_back(number))?;
+        failpoint::hit("history.import.published");
+        Ok(())
+    }
+
+    /// Moves a pack that is complete and flushed among the others; after each of its two files `moved` is passed.
+    pub(crate) fn install(&self, from: &Path, name: &str, moved: impl Fn() -> io::Result<()>) -> Result<()> {
+        let to = self.objects.pack_dir();
+        // Equal names are equal packs. An index that is good stays: it was made here.
+        let stays = PackIndex::load(&to, name).is_ok_and(|index| index.check().is_ok());
+        // The index comes last: a pack counts from the instant that it has one.
+        for end in ["pack", "idx"] {
+            let target = to.join(format!("{name}.{end}"));
+            if !(stays && end == "idx") {
+                fs::rename(from.join(format!("{name}.{end}")), &target)
+                    .map_err(HistoryError::io("move a pack to", &target))?;
+            }
+            moved().map_err(HistoryError::io("move a pack to", &target))?;
+        }
+        sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
+        self.objects.refresh()
+    }
+}
+
+/// Gives pack and index the name that the pack's own checksum makes, flushes them, and returns the name.
+fn settle(incoming: &Incoming) -> io::Result<String> {
+    let dir = incoming.draft.dir.join("objects/pack");
+    for entry in fs::read_dir(&dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if let Some(name) = name.strip_suffix(".pack").filter(|name| name.starts_with("pack-")) {
+            return Ok(name.to_owned());
+        }
+    }
+    let mut pack = File::open(incoming.pack())?;
+    if pack.metadata()?.len() < 32 {
+        return Err(bad("the pack is too short".to_owned()));
+    }
+    let mut checksum = [0; 20];
+    pack.seek(SeekFrom::End(-20))?;
+    pack.read_exact(&mut checksum)?;
+    pack.sync_all()?;
+    File::open(incoming.index())?.sync_all()?;
+    let name = format!("pack-{}", Oid::from_raw(checksum));
+    fs::rename(incoming.index(), dir.join(format!("{name}.idx")))?;
+    fs::rename(incoming.pack(), dir.join(format!("{name}.pack")))?;
+    sync_dir(&dir)?;
+    Ok(name)
+}

@@ -1,0 +1,115 @@
+//! What a checkpoint from elsewhere may not be although it is whole: something that no workspace could have been, made
+//! so that whoever lists or restores it never ends, or fails half-way.
+//!
+//! Equal directories are looked at once, however many paths lead to them; paths are counted, not listed. Must not
+//! change anything, and relies on the hashes having been checked.
+
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::errors::{HistoryError, Result};
+use crate::store::objects::ObjectStore;
+use crate::store::oid::Oid;
+use crate::tree::listing::{CheckpointRoot, Directory, Listing, What};
+use crate::tree::names::RelPath;
+
+/// The most that a tree, a metadata blob or a delta from elsewhere may come to in memory, bytes: some million names in
+/// one directory.
+pub(crate) const MAX_IN_MEMORY: u64 = 256 << 20;
+/// The most paths that it may have.
+const MAX_PATHS: u64 = 10_000_000;
+/// The longest path that the system takes, and the longest target of a link, bytes.
+const MAX_PATH: usize = 4095;
+
+/// How much lies in a directory.
+#[derive(Clone, Copy, Default)]
+struct Extent {
+    paths: u64,
+    /// Bytes of the longest path in it, counted from the directory.
+    length: usize,
+}
+
+/// A directory that is being measured.
+struct Open {
+    path: RelPath,
+    directory: Directory,
+    extent: Extent,
+    below: std::vec::IntoIter<(Vec<u8>, Directory)>,
+}
+
+/// Checks that a checkpoint has paths and links that the system takes, and not too many of them.
+///
+/// # Errors
+/// Fails with what is out of bounds, when an object cannot be read, or when cancelled.
+pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicBool) -> Result<()> {
+    let mut measured: HashMap<Directory, Extent> = HashMap::new();
+    let mut open = vec![enter(store, RelPath::root(), CheckpointRoot::read(store, commit)?.top())?];
+    while let Some(here) = open.last_mut() {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(HistoryError::Cancelled);
+        }
+        if let Some((name, directory)) = here.below.next() {
+            let path = here.path.join(&name);
+            match measured.get(&directory) {
+                Some(inner) => here.add(commit, &path, *inner)?,
+                None => {
+                    within_bounds(commit, path.bytes().len(), 0)?;
+                    let next = enter(store, path, directory)?;
+                    open.push(next);
+                }
+            }
+        } else if let Some(done) = open.pop() {
+            within_bounds(commit, done.path.bytes().len() + done.extent.length, done.extent.paths)?;
+            measured.insert(done.directory, done.extent);
+            if let Some(above) = open.last_mut() {
+                above.add(commit, &done.path, done.extent)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+impl Open {
+    fn add(&mut self, commit: &Oid, path: &RelPath, inner: Extent) -> Result<()> {
+        let length = path.bytes().len() - self.path.bytes().len() + inner.length;
+        self.extent.length = self.extent.length.max(length);
+        self.extent.paths = self.extent.paths.saturating_add(inner.paths);
+        within_bounds(commit, self.path.bytes().len() + self.extent.length, self.extent.paths)
+    }
+}
+
+fn within_bounds(commit: &Oid, length: usize, paths: u64) -> Result<()> {
+    let refused = |problem: String| Err(HistoryError::DamagedObject { oid: *commit, problem });
+    if length > MAX_PATH {
+        return refused(format!("it has a path of more than {MAX_PATH} bytes"));
+    }
+    if paths > MAX_PATHS {
+        return refused(format!("it has more than {MAX_PATHS} paths"));
+    }
+    Ok(())
+}
+
+fn enter(store: &ObjectStore, path: RelPath, directory: Directory) -> Result<Open> {
+    let mut listing = Listing::default();
+    let below = directory.read(store, &path, &mut listing)?;
+    let mut extent = Extent { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
+    for (at, item) in &listing.items {
+        extent.length = extent.length.max(at.bytes().len() - path.bytes().len());
+        if let What::Symlink(oid) = &item.what {
+            check_target(store, oid)?;
+        }
+    }
+    Ok(Open { path, directory, extent, below: below.into_iter() })
+}
+
+fn check_target(store: &ObjectStore, oid: &Oid) -> Result<()> {
+    let refused = |problem: &str| HistoryError::DamagedObject { oid: *oid, problem: problem.to_owned() };
+    let object = store.open_object(oid)?;
+    if object.size == 0 || object.size > MAX_PATH as u64 {
+        return Err(refused("no link can have such a target"));
+    }
+    let mut target = Vec::new();
+    object.take(MAX_PATH as u64 + 1).read_to_end(&mut target).map_err(|error| refused(&error.to_string()))?;
+    if target.contains(&0) { Err(refused("no link can have such a target")) } else { Ok(()) }
+}

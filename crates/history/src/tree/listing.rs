@@ -1,0 +1,327 @@
+//! A flat list of what a checkpoint, or the workspace as it is now, consists of.
+//!
+//! Comparing and restoring both work on such lists, so that they mean the same by "the same".
+
+use std::collections::BTreeMap;
+
+use crate::errors::{HistoryError, Result};
+use crate::scan::scan_result::SkipReason;
+use crate::scan::workspace_state::{Dir, Node, Seen};
+use crate::store::objects::ObjectStore;
+use crate::store::oid::{ObjectKind, Oid};
+use crate::tree::confined_dir::Time;
+use crate::tree::metadata::{self, Manifest, MetaKind, MetaLine, Xattrs};
+use crate::tree::names::{RelPath, is_safe_name};
+use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
+
+/// What stands at a path.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum What {
+    /// A file with this content.
+    File(Oid),
+    /// A link with this target.
+    Symlink(Oid),
+    /// A directory.
+    Directory,
+    /// A special file of this kind, whose content is nobody's business.
+    Special(String),
+}
+
+/// One path of a listing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Item {
+    /// What stands there.
+    pub what: What,
+    /// Permission bits.
+    pub mode: u32,
+    /// Last change.
+    pub mtime: Time,
+    /// Bytes of content.
+    pub size: u64,
+    /// Extended attributes of the `user` namespace, of a file or directory.
+    pub xattrs: Xattrs,
+    /// The inode of a file that had several names: equal for the names of one file.
+    pub ino: Option<u64>,
+    /// Whether the file has holes.
+    pub sparse: bool,
+}
+
+impl Item {
+    /// Says whether kind and content are equal, whatever mode and time are.
+    pub fn same_content(&self, other: &Item) -> bool {
+        self.what == other.what
+    }
+
+    /// Says whether what can be set without writing the content is equal.
+    pub fn same_attributes(&self, other: &Item) -> bool {
+        (self.mode, self.mtime) == (other.mode, other.mtime) && self.xattrs == other.xattrs
+    }
+}
+
+/// All paths, the workspace itself included.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Listing {
+    /// By path.
+    pub items: BTreeMap<RelPath, Item>,
+    /// What is covered but not stored.
+    pub skipped: BTreeMap<RelPath, SkipReason>,
+    /// Files that changed while they were read.
+    pub torn: Vec<RelPath>,
+}
+
+impl Listing {
+    /// Says whether the path, or a directory above it, was skipped: then nothing is known about it.
+    pub fn is_unknown(&self, path: &RelPath) -> bool {
+        if self.skipped.is_empty() {
+            return false;
+        }
+        let mut at = Some(path.clone());
+        while let Some(path) = at {
+            if self.skipped.contains_key(&path) {
+                return true;
+            }
+            at = path.parent();
+        }
+        false
+    }
+
+    /// Lists what a look at the workspace has seen.
+    pub fn of_workspace(root: &Dir) -> Listing {
+        let mut listing = Listing::default();
+        listing.add_dir(&RelPath::root(), root);
+        listing
+    }
+
+    fn add_dir(&mut self, path: &RelPath, dir: &Dir) {
+        if dir.is_bare() {
+            return;
+        }
+        let attributes = |seen: &Seen| Item {
+            what: What::Directory,
+            mode: seen.permissions(),
+            mtime: seen.mtime,
+            size: 0,
+            xattrs: Xattrs::default(),
+            ino: None,
+            sparse: false,
+        };
+        self.items.insert(path.clone(), Item { xattrs: dir.xattrs.clone(), ..attributes(&dir.seen) });
+        if dir.unreadable.is_some() {
+            self.skipped.insert(path.clone(), SkipReason::Unreadable);
+        }
+        for child in &dir.children {
+            let path = path.join(&child.name);
+            match &child.node {
+                Node::Dir(dir) => self.add_dir(&path, dir),
+                Node::File(file) => {
+                    let what = if file.is_link() { What::Symlink(file.oid) } else { What::File(file.oid) };
+                    self.torn.extend(file.remarks.torn.then(|| path.clone()));
+                    let item = Item {
+                        what,
+                        size: file.size,
+                        xattrs: file.xattrs.clone(),
+                        ino: (file.remarks.linked && !file.is_link()).then_some(file.seen.ino),
+                        sparse: file.remarks.sparse,
+                        ..attributes(&file.seen)
+                    };
+                    self.items.insert(path, item);
+                }
+                Node::Special { seen, kind } => {
+                    let what = What::Special((*kind).to_owned());
+                    self.items.insert(path, Item { what, ..attributes(seen) });
+                }
+                Node::Skipped { reason, .. } => drop(self.skipped.insert(path, *reason)),
+                // A restore looks for them itself, where it is to clear them away.
+                Node::Draft => {}
+            }
+        }
+    }
+
+    /// Lists what a checkpoint holds.
+    pub fn of_checkpoint(store: &ObjectStore, commit: &Oid) -> Result<Listing> {
+        let root = CheckpointRoot::read(store, commit)?;
+        let mut listing = Listing::default();
+        let mut open = vec![(RelPath::root(), root.top())];
+        while let Some((path, directory)) = open.pop() {
+            let below = directory.read(store, &path, &mut listing)?;
+            open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
+        }
+        Ok(listing)
+    }
+
+    /// Lists of two checkpoints what can differ: a directory that is equal in both, with all that is below it, is in
+    /// neither list. Where only some paths are wanted, nothing that is neither above nor below them is looked at.
+    pub fn of_both(
+        store: &ObjectStore,
+        one: &CheckpointRoot,
+        other: &CheckpointRoot,
+        wanted: Option<&[RelPath]>,
+    ) -> Result<(Listing, Listing)> {
+        let is_wanted = |path: &RelPath| {
+            wanted.is_none_or(|paths| paths.iter().any(|one| path.is_within(one) || one.is_within(path)))
+        };
+        let (mut left, mut right) = (Listing::default(), Listing::default());
+        let mut open = vec![(RelPath::root(), Some(one.top()), Some(other.top()))];
+        while let Some((path, one, other)) = open.pop() {
+            if one == other {
+                continue;
+            }
+            let mut below: BTreeMap<Vec<u8>, (Option<Directory>, Option<Directory>)> = BTreeMap::new();
+            for (name, directory) in one.map_or(Ok(Vec::new()), |dir| dir.read(store, &path, &mut left))? {
+                below.entry(name).or_default().0 = Some(directory);
+            }
+            for (name, directory) in other.map_or(Ok(Vec::new()), |dir| dir.read(store, &path, &mut right))? {
+                below.entry(name).or_default().1 = Some(directory);
+            }
+            let below = below.into_iter().map(|(name, (one, other))| (path.join(&name), one, other));
+            open.extend(below.filter(|(path, _, _)| is_wanted(path)));
+        }
+        Ok((left, right))
+    }
+}
+
+/// The three parts of a checkpoint's root tree.
+pub(crate) struct CheckpointRoot {
+    /// The tree of the files.
+    pub files: Oid,
+    /// The tree of the metadata.
+    pub meta: Oid,
+    /// The manifest.
+    pub manifest: Oid,
+}
+
+impl CheckpointRoot {
+    /// Returns the workspace itself.
+    pub fn top(&self) -> Directory {
+        Directory { files: Some(self.files), meta: self.meta }
+    }
+
+    /// Reads a checkpoint's commit and root tree.
+    pub fn read(store: &ObjectStore, commit: &Oid) -> Result<CheckpointRoot> {
+        let damaged = |problem: &str| HistoryError::DamagedObject { oid: *commit, problem: problem.to_owned() };
+        let tree = root_tree_of(store, commit)?;
+        let entries = decode_tree(&tree, &store.read(&tree, ObjectKind::Tree)?)?;
+        let part = |name: &str| entries.iter().find(|entry| entry.name == name.as_bytes()).map(|entry| entry.oid);
+        Ok(CheckpointRoot {
+            files: part("files").ok_or_else(|| damaged("it has no files"))?,
+            meta: part("meta").ok_or_else(|| damaged("it has no metadata"))?,
+            manifest: part("manifest").ok_or_else(|| damaged("it has no manifest"))?,
+        })
+    }
+
+    /// Reads the manifest.
+    pub fn manifest(&self, store: &ObjectStore) -> Result<Manifest> {
+        let bytes = store.read(&self.manifest, ObjectKind::Blob)?;
+        let damaged = |problem| HistoryError::DamagedObject { oid: self.manifest, problem };
+        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        if manifest.format > metadata::FORMAT {
+            return Err(damaged(format!("format {} is newer than this program", manifest.format)));
+        }
+        Ok(manifest)
+    }
+}
+
+/// Returns the root tree of a commit.
+pub(crate) fn root_tree_of(store: &ObjectStore, commit: &Oid) -> Result<Oid> {
+    let bytes = store.read(commit, ObjectKind::Commit)?;
+    let tree = bytes.strip_prefix(b"tree ").and_then(|rest| std::str::from_utf8(rest.get(..40)?).ok()?.parse().ok());
+    tree.ok_or_else(|| HistoryError::DamagedObject { oid: *commit, problem: "it names no tree".to_owned() })
+}
+
+/// A directory of a checkpoint: equal for equal contents, modes, times and all that is below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Directory {
+    /// The tree of its files; none when nothing below it is stored.
+    files: Option<Oid>,
+    /// The tree of its metadata.
+    meta: Oid,
+}
+
+impl Directory {
+    /// Adds what is in the directory to a listing, and returns the directories in it.
+    pub fn read(self, store: &ObjectStore, path: &RelPath, listing: &mut Listing) -> Result<Vec<(Vec<u8>, Directory)>> {
+        let damaged = |oid: Oid, problem: &str| HistoryError::DamagedObject { oid, problem: problem.to_owned() };
+        let files = self.stored(store)?;
+        let mut below = Vec::new();
+        // Each stored file needs its line of metadata: what git can say about it is not enough to restore it.
+        let mut described = 0;
+        for entry in decode_tree(&self.meta, &store.read(&self.meta, ObjectKind::Tree)?)? {
+            if let Some(name) = entry.name.strip_prefix(b"d.") {
+                if !is_safe_name(name) {
+                    return Err(HistoryError::UnsafePath { path: path.join(name).to_string() });
+                }
+                let files = files.get(name).filter(|entry| entry.is_tree()).map(|entry| entry.oid);
+                described += usize::from(files.is_some());
+                below.push((name.to_vec(), Directory { files, meta: entry.oid }));
+                continue;
+            }
+            let lines = metadata::decode(&store.read(&entry.oid, ObjectKind::Blob)?);
+            for line in lines.map_err(|error| damaged(entry.oid, &error.to_string()))? {
+                let at = if line.kind == MetaKind::Itself { path.clone() } else { path.join(&line.name) };
+                let (mut ino, mut sparse) = (None, false);
+                let what = match &line.kind {
+                    MetaKind::Itself => What::Directory,
+                    MetaKind::Special(kind) => What::Special(kind.to_string()),
+                    MetaKind::Skipped(reason) => {
+                        listing.skipped.insert(at, *reason);
+                        continue;
+                    }
+                    MetaKind::File { .. } | MetaKind::Link => {
+                        let stored = files.get(&*line.name).filter(|entry| !entry.is_tree());
+                        let stored =
+                            stored.ok_or_else(|| damaged(self.meta, "it describes a file that is not stored"))?;
+                        described += 1;
+                        if let MetaKind::File { torn, ino: shared, sparse: holes } = &line.kind {
+                            (ino, sparse) = (*shared, *holes);
+                            listing.torn.extend(torn.then(|| at.clone()));
+                        }
+                        if stored.mode == MODE_LINK { What::Symlink(stored.oid) } else { What::File(stored.oid) }
+                    }
+                };
+                let MetaLine { mode, mtime, size, xattrs, .. } = line;
+                listing
+                    .items
+                    .insert(at, Item { what, mode, mtime, size, xattrs: xattrs.into_owned().into(), ino, sparse });
+            }
+        }
+        if described != files.len() {
+            return Err(damaged(self.meta, "it does not describe every file"));
+        }
+        Ok(below)
+    }
+
+    fn stored(self, store: &ObjectStore) -> Result<BTreeMap<Vec<u8>, TreeEntry>> {
+        let Some(oid) = self.files else {
+            return Ok(BTreeMap::new());
+        };
+        let entries = decode_tree(&oid, &store.read(&oid, ObjectKind::Tree)?)?;
+        Ok(entries.into_iter().map(|entry| (entry.name.clone(), entry)).collect())
+    }
+
+    /// Says what is known of a path in the directory; nothing where there was none.
+    pub fn knows(self, store: &ObjectStore, path: &RelPath) -> Result<Option<Known>> {
+        let (mut at, mut here) = (self, RelPath::root());
+        let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty()).peekable();
+        while let Some(name) = names.next() {
+            let mut listing = Listing::default();
+            let below = at.read(store, &here, &mut listing)?;
+            here = here.join(name);
+            match below.into_iter().find(|(one, _)| one == name) {
+                Some((_, directory)) => at = directory,
+                None if listing.skipped.contains_key(&here) => return Ok(Some(Known::LeftOut)),
+                None if names.peek().is_none() && listing.items.contains_key(&here) => return Ok(Some(Known::Stored)),
+                None => return Ok(None),
+            }
+        }
+        Ok(Some(Known::Stored))
+    }
+}
+
+/// What a checkpoint knows of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// It was covered and stored.
+    Stored,
+    /// It, or a directory above it, was covered and left out.
+    LeftOut,
+}

@@ -1,0 +1,8 @@
+//! Trees of a checkpoint, the metadata that git trees cannot hold, and the confined directory that both are read from.
+
+pub(crate) mod confined_dir;
+pub(crate) mod listing;
+pub(crate) mod metadata;
+pub(crate) mod names;
+pub(crate) mod trees;
+pub(crate) mod xattrs;

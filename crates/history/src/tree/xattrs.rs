@@ -1,0 +1,131 @@
+//! Extended attributes of the `user` namespace: what people and tools attach to files.
+//!
+//! The other namespaces belong to the system (capabilities, labels, ACLs) and are neither read nor touched.
+
+use std::ffi::CStr;
+use std::os::fd::AsFd;
+
+use nix::errno::Errno;
+use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
+
+use crate::tree::metadata::Xattrs;
+
+const PREFIX: &[u8] = b"user.";
+/// The kernel's limit for a name, bytes.
+const MAX_NAME: usize = 255;
+/// The kernel's limit for a value, bytes.
+pub(crate) const MAX_VALUE: usize = 64 * 1024;
+
+/// Says whether a name is one that is kept here, and that the kernel takes.
+pub(crate) fn is_ours(name: &[u8]) -> bool {
+    name.starts_with(PREFIX) && (PREFIX.len() + 1..=MAX_NAME).contains(&name.len()) && !name.contains(&0)
+}
+
+/// Reads the attributes of an open file or directory, sorted by name; none where the file system has none.
+pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
+    let mut buffer = [0u8; 512];
+    let mut longer = Vec::new();
+    let names: &[u8] = match flistxattr(&fd, &mut buffer) {
+        Ok(0) => return Ok(Xattrs::default()),
+        Ok(n) => &buffer[..n],
+        Err(rustix::io::Errno::RANGE) => {
+            longer = whole(|room| flistxattr(&fd, room))?;
+            &longer
+        }
+        Err(errno) if is_unsupported(errno) => return Ok(Xattrs::default()),
+        Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
+    };
+    let mut found = Vec::new();
+    for name in names.split_inclusive(|b| *b == 0).filter(|name| name.starts_with(PREFIX)) {
+        let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
+        match whole(|room| fgetxattr(&fd, name, room)) {
+            Ok(value) => found.push((name.to_bytes().into(), value.into())),
+            // Removed since it was listed.
+            Err(Errno::ENODATA) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    found.sort();
+    drop(longer);
+    Ok(found.into())
+}
+
+/// What became of a wish for attributes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// They are as wished.
+    Set,
+    /// The file system has none, or not enough room for these.
+    NotKept,
+}
+
+/// Sets the attributes of an open file or directory to exactly these.
+pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<Outcome> {
+    let there = read(&fd)?;
+    for (name, _) in there.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
+        match fremovexattr(&fd, &name[..]) {
+            Ok(()) | Err(rustix::io::Errno::NODATA) => {}
+            Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
+        }
+    }
+    let mut outcome = Outcome::Set;
+    for pair in wanted.iter().filter(|pair| !there.contains(pair)) {
+        match fsetxattr(&fd, &pair.0[..], &pair.1, XattrFlags::empty()).map_err(|e| Errno::from_raw(e.raw_os_error())) {
+            Ok(()) => {}
+            // Another file system than the one that they came from. Too little room means the inode's, not the
+            // disk's: that would have failed for the content already.
+            Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::ERANGE | Errno::EPERM) => {
+                outcome = Outcome::NotKept;
+            }
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(outcome)
+}
+
+fn is_unsupported(errno: rustix::io::Errno) -> bool {
+    errno == rustix::io::Errno::OPNOTSUPP || errno == rustix::io::Errno::NOTSUP || errno == rustix::io::Errno::NOSYS
+}
+
+/// Calls with more room until all fits.
+fn whole(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Result<Vec<u8>> {
+    // The kernel's limit for a value and for a list of names is 64 KiB.
+    let mut room = vec![0; 64 * 1024];
+    match call(&mut room) {
+        Ok(n) => {
+            room.truncate(n);
+            Ok(room)
+        }
+        Err(errno) => Err(Errno::from_raw(errno.raw_os_error())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(pairs: &[(&str, &[u8])]) -> Xattrs {
+        pairs.iter().map(|(name, value)| (Box::from(name.as_bytes()), Box::from(*value))).collect()
+    }
+
+    #[test]
+    fn attributes_are_set_changed_and_removed() {
+        // Not every temporary directory has them.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let file = std::fs::File::create(dir.path().join("a")).unwrap();
+        let long = vec![7; 2_000];
+        let wanted = list(&[("user.a", b"1"), ("user.b.ä", b""), ("user.long", &long)]);
+        if set(&file, &wanted).unwrap() == Outcome::NotKept {
+            return;
+        }
+        assert_eq!(read(&file).unwrap(), wanted);
+        let wanted = list(&[("user.a", b"2"), ("user.c", b"\0\xff")]);
+        assert_eq!(set(&file, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(read(&file).unwrap(), wanted);
+        let dir = std::fs::File::open(dir.path()).unwrap();
+        assert_eq!(set(&dir, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(read(&dir).unwrap(), wanted);
+        assert_eq!(set(&dir, &list(&[])).unwrap(), Outcome::Set);
+        assert_eq!(read(&dir).unwrap(), list(&[]));
+    }
+}
