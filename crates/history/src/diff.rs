@@ -8,14 +8,15 @@ use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 
+use crate::History;
 use crate::errors::{HistoryError, Result};
+use crate::progress::OnProgress;
 use crate::rules::coverage::Rules;
 use crate::scan::walk::check_workspace;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::{FileKind, Root};
-use crate::tree::listing::{CheckpointRoot, Item, Listing, What};
+use crate::tree::listing::{CheckpointRoot, Item, ItemContent, Listing};
 use crate::tree::names::RelPath;
-use crate::{History, OnProgress};
 
 /// One side of a comparison.
 #[derive(Clone, Debug)]
@@ -44,7 +45,7 @@ pub enum Change {
     AttributesChanged,
 }
 
-/// What stands at a path.
+/// ItemContent stands at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EntryKind {
@@ -65,7 +66,7 @@ pub struct DiffEntry {
     pub path: RelPath,
     /// How it differs.
     pub change: Change,
-    /// What stands there on the later side, or stood there when it was removed.
+    /// ItemContent stands there on the later side, or stood there when it was removed.
     pub kind: EntryKind,
     /// Bytes on the earlier side.
     pub old_size: Option<u64>,
@@ -190,10 +191,10 @@ impl History {
 
 fn kind_of(item: &Item) -> EntryKind {
     match item.what {
-        What::File(_) => EntryKind::File,
-        What::Symlink(_) => EntryKind::Symlink,
-        What::Directory => EntryKind::Directory,
-        What::Special(_) => EntryKind::Special,
+        ItemContent::File(_) => EntryKind::File,
+        ItemContent::Symlink(_) => EntryKind::Symlink,
+        ItemContent::Directory => EntryKind::Directory,
+        ItemContent::Special(_) => EntryKind::Special,
     }
 }
 
@@ -210,10 +211,10 @@ pub(crate) fn compare(old: &Listing, new: &Listing) -> Diff {
             (Some(before), Some(after)) if before.mode != after.mode => Change::ModeChanged,
             (Some(before), Some(after)) if before.xattrs != after.xattrs => Change::AttributesChanged,
             (Some(_), Some(_)) | (None, None) => continue,
-            (Some(before), None) if before.what == What::Directory && full_old.contains(path) => {
+            (Some(before), None) if before.what == ItemContent::Directory && full_old.contains(path) => {
                 continue;
             }
-            (None, Some(after)) if after.what == What::Directory && full_new.contains(path) => {
+            (None, Some(after)) if after.what == ItemContent::Directory && full_new.contains(path) => {
                 continue;
             }
             (Some(_), None) => Change::Removed,

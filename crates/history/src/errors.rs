@@ -5,6 +5,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use crate::store::oid::Oid;
 
 /// The result of an operation on the store.
@@ -127,4 +129,15 @@ impl HistoryError {
     pub(crate) fn git(action: &'static str) -> impl FnOnce(git2::Error) -> Self {
         move |source| HistoryError::Git { action, source }
     }
+}
+
+/// An object that is missing or damaged.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BadObject {
+    /// The object.
+    pub oid: Oid,
+    /// Where it belongs in the checkpoint, escaped.
+    pub path: String,
+    /// What is wrong with it.
+    pub problem: String,
 }

@@ -19,6 +19,7 @@
 
 mod diff;
 mod errors;
+mod progress;
 mod restore;
 mod rules;
 mod scan;
@@ -40,10 +41,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
-pub use errors::{HistoryError, Result};
+pub use errors::{BadObject, HistoryError, Result};
+pub use progress::{OnProgress, Phase, Progress};
 pub use restore::apply::{Mismatch, RestoreReport};
 pub use restore::full_verification::WholeCheck;
-pub use restore::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
+pub use restore::plan::{
+    Conflict, ConflictReason, ContentKind, Operation, Planned, RestorePlan, RestoreRequest, StoredContent,
+};
 pub use rules::coverage::Rules;
 pub use rules::user_repository::UserRepository;
 pub use scan::scan_result::{SkipReason, Skipped};
@@ -59,52 +63,19 @@ pub use transfer::bundle::{Exported, Incoming};
 pub use tree::confined_dir::Time;
 pub use tree::metadata::{FORMAT, Manifest};
 pub use tree::names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
-pub use verify::{BadObject, VerifyReport};
+pub use verify::VerifyReport;
 
-use rules::rule_cache::Standings;
+use rules::rule_cache::RuleCache;
 use scan::content::Reading;
-use scan::pool::Hurry;
+use scan::pool::Urgency;
 use scan::watcher::Watched;
-use scan::workspace_scan::Looking;
-use scan::workspace_state::Picture;
+use scan::workspace_scan::ScanContext;
+use scan::workspace_state::WorkspaceState;
 use store::objects::ObjectStore;
 use store::refs::Refs;
 use tree::confined_dir::{Root, sync_dir};
 use tree::listing::{CheckpointRoot, Listing};
 use tree::trees::ObjectSink;
-
-/// The part of a long action that is under way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Listing the workspace.
-    Scan,
-    /// Reading files that are not known.
-    Read,
-    /// Building trees.
-    Trees,
-    /// Completing the pack.
-    Pack,
-    /// Checking objects.
-    Verify,
-    /// Changing the workspace.
-    Apply,
-    /// Comparing the workspace with what it should be.
-    Recheck,
-}
-
-/// How far a long action has come.
-#[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    /// The part that is under way.
-    pub phase: Phase,
-    /// Steps done.
-    pub done: u64,
-    /// Steps in all; 0 when that is not known.
-    pub total: u64,
-}
-
-/// Is told about progress, from several threads.
-pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);
 
 /// The names of the drafts that are in use.
 type Live = Arc<Mutex<HashSet<String>>>;
@@ -119,14 +90,14 @@ pub struct History {
     writer: Mutex<()>,
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
-    known: Mutex<Known>,
-    /// Held by whoever consolidates packs.
+    known: Mutex<KnownWorkspace>,
+    /// StoredContent by whoever consolidates packs.
     consolidating: Mutex<()>,
     /// Checkpoints that were removed since somebody looked for what nobody needs any more.
     removed: AtomicU64,
     /// One background look at a time.
     priming: Mutex<()>,
-    standings: Standings,
+    standings: RuleCache,
     /// The workspace that was checked last, with its real path.
     checked: Mutex<Option<(PathBuf, PathBuf)>>,
     watch: Option<Watched>,
@@ -134,9 +105,9 @@ pub struct History {
 
 /// What is known of the workspace.
 #[derive(Default)]
-struct Known {
+struct KnownWorkspace {
     /// The picture of the last look that was published.
-    picture: Option<Arc<Picture>>,
+    picture: Option<Arc<WorkspaceState>>,
     /// Whether all contents that it names are surely in the store.
     trusted: bool,
     /// Up to where it has dealt with the watcher's events.
@@ -191,7 +162,7 @@ impl History {
             consolidating: Mutex::default(),
             removed: AtomicU64::new(0),
             priming: Mutex::default(),
-            standings: Standings::default(),
+            standings: RuleCache::default(),
             checked: Mutex::default(),
             watch: watcher.map(|watcher| watcher.watch_project(dir.display().to_string())),
         })
@@ -275,9 +246,10 @@ impl History {
     ) -> Result<Listing> {
         let started_ns = scan::workspace_scan::nanos_now();
         let none = Mapped::default();
-        let hurry = Hurry::Background;
-        let looking = Looking { root, rules, mapped: &none, started_ns, stores: false, hurry, afresh: false, cancel };
-        let look = self.look(&looking)?;
+        let hurry = Urgency::Background;
+        let looking =
+            ScanContext { root, rules, mapped: &none, started_ns, stores: false, hurry, afresh: false, cancel };
+        let look = self.scan_workspace(&looking)?;
         let reading = Reading {
             root,
             sink: None,
@@ -295,11 +267,11 @@ impl History {
 
     /// Takes note of objects that are missing or damaged: writers write them again, and readers prefer other copies. The
     /// next snapshot compares all files, since what is known of the workspace does not vouch for its objects any more.
-    pub fn distrust(&self, ids: &[Oid]) {
+    pub fn mark_damaged(&self, ids: &[Oid]) {
         if ids.is_empty() {
             return;
         }
-        self.objects.distrust(ids);
+        self.objects.mark_damaged(ids);
         let live = self.live().clone();
         let mut known = self.lock_known();
         known.trusted = false;
@@ -333,13 +305,13 @@ impl History {
         self.dir.join("picture")
     }
 
-    fn lock_known(&self) -> MutexGuard<'_, Known> {
+    fn lock_known(&self) -> MutexGuard<'_, KnownWorkspace> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns what is known of the workspace, from the disk the first time, and whether all that it names is surely
     /// in the store.
-    fn known(&self) -> (Option<Arc<Picture>>, bool) {
+    fn known(&self) -> (Option<Arc<WorkspaceState>>, bool) {
         let live = self.live().clone();
         let mut known = self.lock_known();
         if !known.loaded {

@@ -15,19 +15,20 @@ use fermata_protocol::paths::escape;
 use serde::{Deserialize, Serialize};
 
 use crate::errors::{HistoryError, Result};
+use crate::progress::{OnProgress, Phase, Progress};
 use crate::rules::coverage::Rules;
 use crate::rules::user_repository::UserRepository;
-use crate::scan::pool::Hurry;
+use crate::scan::pool::Urgency;
 use crate::scan::scan_result::Skipped;
 use crate::scan::walk::MANY;
-use crate::scan::workspace_scan::{Forced, Look, Observed};
-use crate::scan::workspace_state::Picture;
+use crate::scan::workspace_scan::{Forced, Observed, WorkspaceScan};
+use crate::scan::workspace_state::WorkspaceState;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::listing::{CheckpointRoot, root_tree_of};
 use crate::tree::metadata::{FORMAT, Manifest};
 use crate::tree::names::RelPath;
 use crate::tree::trees::{ObjectSink, Trees, build_root, seal};
-use crate::{History, Live, OnProgress, Phase, Progress};
+use crate::{History, Live};
 use fermata_failpoint as failpoint;
 
 /// A look at everything is worth keeping on the disk at once; of smaller ones, as many as this.
@@ -54,8 +55,8 @@ pub struct SnapshotRequest {
 
 impl SnapshotRequest {
     /// Says who waits for it.
-    pub(crate) fn hurry(&self) -> Hurry {
-        if self.is_checkpoint() { Hurry::Urgent } else { Hurry::Background }
+    pub(crate) fn hurry(&self) -> Urgency {
+        if self.is_checkpoint() { Urgency::Urgent } else { Urgency::Background }
     }
 
     /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
@@ -133,9 +134,9 @@ pub struct Snapshot {
     /// What its ref will say, not flushed yet; none where it is to have no number.
     pub(crate) named: Option<File>,
     /// Where it lies.
-    pub(crate) draft: Draft,
+    pub(crate) draft: PendingSnapshot,
     /// What it shows.
-    pub(crate) picture: Arc<Picture>,
+    pub(crate) picture: Arc<WorkspaceState>,
     /// Up to where the watcher's events are dealt with.
     pub(crate) epoch: Option<u64>,
     /// Whether everything was looked at.
@@ -144,19 +145,19 @@ pub struct Snapshot {
 
 impl Snapshot {
     /// Says whether the store holds all of this under the commit of a picture that is known.
-    pub(crate) fn shows_the_same(&self, known: &Picture) -> bool {
+    pub(crate) fn shows_the_same(&self, known: &WorkspaceState) -> bool {
         (known.root.files, known.root.meta) == (self.picture.root.files, self.picture.root.meta)
     }
 
     /// Puts that picture's commit in the place of its own.
-    pub(crate) fn stands_for(&mut self, known: &Picture) {
+    pub(crate) fn stands_for(&mut self, known: &WorkspaceState) {
         Arc::make_mut(&mut self.picture).commit = known.commit;
     }
 }
 
 /// The directory of a snapshot that is not published; it goes when its owner does.
 #[derive(Debug)]
-pub(crate) struct Draft {
+pub(crate) struct PendingSnapshot {
     /// The directory.
     pub dir: PathBuf,
     /// Its name, below the drafts.
@@ -164,7 +165,7 @@ pub(crate) struct Draft {
     live: Live,
 }
 
-impl Drop for Draft {
+impl Drop for PendingSnapshot {
     fn drop(&mut self) {
         if let Err(error) = fs::remove_dir_all(&self.dir)
             && error.kind() != std::io::ErrorKind::NotFound
@@ -204,7 +205,19 @@ impl History {
         cancel: &AtomicBool,
     ) -> Result<Snapshot> {
         let Observed { request, look, pack, draft, read, started_ns, mut took } = observed;
-        let Look { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository } = look;
+        let WorkspaceScan {
+            found,
+            epoch,
+            whole,
+            above,
+            nested,
+            mounts,
+            indexes,
+            forced,
+            notes,
+            complaints,
+            repository,
+        } = look;
         let dir = draft.dir.clone();
         let real = self.checked_workspace(&request.workspace)?;
 
@@ -221,7 +234,7 @@ impl History {
             Forced::Follow(tracked) => Arc::new(tracked.left_out_of(&root).cloned().collect()),
         };
         let rules = request.rules.clone();
-        let mut picture = Picture { commit: files, rules, above, nested, mounts, indexes, forced, notes, root };
+        let mut picture = WorkspaceState { commit: files, rules, above, nested, mounts, indexes, forced, notes, root };
         let root = &picture.root;
         let manifest = Manifest {
             format: FORMAT,
@@ -320,7 +333,7 @@ impl History {
     }
 
     /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
-    pub(crate) fn start_draft(&self, number: u64) -> Result<Draft> {
+    pub(crate) fn start_draft(&self, number: u64) -> Result<PendingSnapshot> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
         let dir = self.pending().join(&name);
@@ -334,7 +347,7 @@ impl History {
             self.objects.refresh_if_changed()?;
             self.live().insert(name.clone());
         }
-        let draft = Draft { dir, name, live: Live::clone(&self.live) };
+        let draft = PendingSnapshot { dir, name, live: Live::clone(&self.live) };
         fs::create_dir(&draft.dir).map_err(HistoryError::io("create", &draft.dir))?;
         Ok(draft)
     }

@@ -8,25 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::{Deserialize, Serialize};
 
-use crate::errors::{HistoryError, Result};
+use crate::History;
+use crate::errors::{BadObject, HistoryError, Result};
+use crate::progress::{OnProgress, Phase, Progress};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::PackReader;
 use crate::tree::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
+use crate::tree::names::RelPath;
 use crate::tree::trees::decode_tree;
-use crate::{History, OnProgress, Phase, Progress, RelPath};
-
-/// An object that is missing or damaged.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct BadObject {
-    /// The object.
-    pub oid: Oid,
-    /// Where it belongs in the checkpoint, escaped.
-    pub path: String,
-    /// What is wrong with it.
-    pub problem: String,
-}
 
 /// The outcome of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,7 +32,7 @@ pub struct VerifyReport {
 
 /// What a verification of several checkpoints knows already, so that what they share is read once.
 #[derive(Default)]
-pub(crate) struct Known {
+pub(crate) struct CheckedObjects {
     /// Trees below which everything is good.
     trees: HashSet<Oid>,
     /// Objects that are good by themselves.
@@ -61,9 +52,9 @@ impl History {
     /// # Errors
     /// Fails when there is no such checkpoint or when cancelled; damage is reported, not an error.
     pub fn verify(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<VerifyReport> {
-        let mut known = Known::default();
+        let mut known = CheckedObjects::default();
         let report = self.verify_one(number, &mut known, progress, cancel);
-        self.distrust(&known.unreadable);
+        self.mark_damaged(&known.unreadable);
         report
     }
 
@@ -76,20 +67,20 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> BTreeMap<u64, Result<VerifyReport>> {
-        let mut known = Known::default();
+        let mut known = CheckedObjects::default();
         let mut one = |(done, number): (usize, &u64)| {
             begins(done);
             (*number, self.verify_one(*number, &mut known, progress, cancel))
         };
         let reports = numbers.iter().enumerate().map(&mut one).collect();
-        self.distrust(&known.unreadable);
+        self.mark_damaged(&known.unreadable);
         reports
     }
 
     fn verify_one(
         &self,
         number: u64,
-        known: &mut Known,
+        known: &mut CheckedObjects,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<VerifyReport> {
@@ -156,7 +147,7 @@ impl History {
         oid: &Oid,
         kind: ObjectKind,
         path: &str,
-        known: &mut Known,
+        known: &mut CheckedObjects,
         open: &mut Vec<(Oid, ObjectKind, String)>,
     ) -> Result<Option<u64>> {
         let bytes = match known.objects.contains(oid) {
@@ -203,7 +194,12 @@ impl History {
 ///
 /// # Errors
 /// Fails with what is damaged, or when cancelled.
-pub(crate) fn check_described(store: &ObjectStore, commit: &Oid, known: &mut Known, cancel: &AtomicBool) -> Result<()> {
+pub(crate) fn check_described(
+    store: &ObjectStore,
+    commit: &Oid,
+    known: &mut CheckedObjects,
+    cancel: &AtomicBool,
+) -> Result<()> {
     let root = CheckpointRoot::read(store, commit)?;
     root.manifest(store)?;
     let mut read = HashSet::new();

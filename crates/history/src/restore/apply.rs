@@ -21,16 +21,18 @@ use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
 use serde::{Deserialize, Serialize};
 
+use crate::History;
+use crate::errors::BadObject;
 use crate::errors::{HistoryError, Result};
-use crate::restore::plan::{Conflict, Held, Operation, RestorePlan, workspace_of};
-use crate::restore::recheck::{Standing, recheck, steadily_standing};
-use crate::restore::staging::{DRAFTS, Drafted, FileWish, side_by_side, unlink_if_there};
+use crate::progress::{OnProgress, Phase, Progress};
+use crate::restore::plan::{Conflict, Operation, RestorePlan, StoredContent, workspace_of};
+use crate::restore::recheck::{PathState, recheck, steadily_standing};
+use crate::restore::staging::{DRAFTS, PlannedFile, Staged, side_by_side, unlink_if_there};
 use crate::scan::walk::check_workspace;
 use crate::store::oid::ObjectKind;
 use crate::tree::confined_dir::{FileKind, Root, stat_at, stat_fd};
 use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
-use crate::verify::{BadObject, check_object};
-use crate::{History, OnProgress, Phase, Progress};
+use crate::verify::check_object;
 use fermata_failpoint as failpoint;
 
 /// A path that is not what the plan wanted it to be.
@@ -87,7 +89,7 @@ impl History {
             history: self,
             root: &root,
             temporary: temporary_name(plan)?,
-            drafted: Drafted::default(),
+            drafted: Staged::default(),
             touched: BTreeSet::new(),
             looked_at: BTreeSet::new(),
             opened: BTreeMap::new(),
@@ -126,7 +128,7 @@ impl History {
         if bad.is_empty() {
             return Ok(());
         }
-        self.distrust(&bad.iter().map(|bad| bad.oid).collect::<Vec<_>>());
+        self.mark_damaged(&bad.iter().map(|bad| bad.oid).collect::<Vec<_>>());
         Err(HistoryError::Unrestorable { bad })
     }
 }
@@ -148,7 +150,7 @@ pub(crate) struct Applying<'a> {
     /// What the drafts' names begin with.
     temporary: OsString,
     /// Files that are written and not in place yet.
-    pub drafted: Drafted,
+    pub drafted: Staged,
     /// Directories whose names changed.
     touched: BTreeSet<RelPath>,
     /// Directories that were looked at for being closed to their owner.
@@ -232,7 +234,7 @@ impl Applying<'_> {
             Operation::MakeDirectory { path } => self.make_directory(path),
             Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to } => {
                 let (oid, mode, mtime, sparse) = (*oid, *mode, *mtime, *sparse);
-                let wish = FileWish { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
+                let wish = PlannedFile { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
                 self.write_file(path, &wish, replaces.as_ref(), temporary)
             }
             Operation::WriteLink { path, oid, mtime, replaces } => {
@@ -277,7 +279,7 @@ impl Applying<'_> {
         Ok(())
     }
 
-    fn remove_file(&mut self, path: &RelPath, holds: &Held) -> Result<()> {
+    fn remove_file(&mut self, path: &RelPath, holds: &StoredContent) -> Result<()> {
         let (dir, name) = match self.root.open_parent(path) {
             Ok(opened) => opened,
             // Its directory is gone or became something else: an earlier run came further than this.
@@ -285,13 +287,13 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
         match steadily_standing(&dir, name).map_err(self.failed("look at", path))? {
-            Some(Standing::Content(held)) if held == *holds => {
+            Some(PathState::Content(held)) if held == *holds => {
                 unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
                 self.report.removed += 1;
                 self.touch(path);
             }
-            Some(Standing::Nothing | Standing::Directory) => {}
-            Some(Standing::Content(_) | Standing::Other) => {
+            Some(PathState::Nothing | PathState::Directory) => {}
+            Some(PathState::Content(_) | PathState::Other) => {
                 self.mismatch(path, "it has changed since the plan was made, and is kept");
             }
             None => self.mismatch(path, "somebody keeps changing it, and it is kept"),

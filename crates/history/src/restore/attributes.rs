@@ -14,7 +14,7 @@ use crate::restore::plan::{Operation, RestorePlan};
 use crate::tree::confined_dir::{FileKind, Stat, Time, stat_at};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
-use crate::tree::xattrs::{self, Outcome};
+use crate::tree::xattrs::{self, XattrsRead};
 
 impl Applying<'_> {
     /// Lets the owner write into the directory of a path, as a daemon without privileges must for read-only ones.
@@ -127,7 +127,7 @@ impl Applying<'_> {
             self.root.open_file(path).map(|file| xattrs::set(file, wanted))
         };
         let outcome = set.map_err(self.failed("open", path))?;
-        if outcome.map_err(self.failed("set the attributes of", path))? == Outcome::NotKept {
+        if outcome.map_err(self.failed("set the attributes of", path))? == XattrsRead::NotKept {
             self.without_xattrs.insert(path.clone());
         }
         Ok(())

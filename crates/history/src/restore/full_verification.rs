@@ -1,12 +1,14 @@
 //! The full check after a restore: the whole workspace against the whole checkpoint, while nobody waits for it.
 //!
-//! What the restore touched was compared before it was answered; this finds what was wrong elsewhere. What somebody has
+//! ItemContent the restore touched was compared before it was answered; this finds what was wrong elsewhere. ItemContent somebody has
 //! changed since is not the restore's business. Must not change anything.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
 
+use crate::History;
 use crate::errors::Result;
+use crate::progress::OnProgress;
 use crate::restore::apply::{Mismatch, RestoreReport};
 use crate::restore::plan::RestorePlan;
 use crate::restore::recheck::Times;
@@ -14,11 +16,10 @@ use crate::rules::coverage::Rules;
 use crate::scan::walk::check_workspace;
 use crate::scan::workspace_state::TICK_NS;
 use crate::tree::confined_dir::{Root, Time};
-use crate::tree::listing::{Item, What};
+use crate::tree::listing::{Item, ItemContent};
 use crate::tree::names::RelPath;
-use crate::{History, OnProgress};
 
-/// What a full check found.
+/// ItemContent a full check found.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WholeCheck {
     /// How many paths were compared.
@@ -89,7 +90,7 @@ impl History {
 }
 
 fn is_special(item: &Item) -> bool {
-    matches!(item.what, What::Special(_))
+    matches!(item.what, ItemContent::Special(_))
 }
 
 fn difference(wanted: &Item, there: &Item, without_xattrs: bool) -> Option<String> {
@@ -99,7 +100,7 @@ fn difference(wanted: &Item, there: &Item, without_xattrs: bool) -> Option<Strin
     if !wanted.same_content(there) {
         return Some("its content is another one".to_owned());
     }
-    let link = matches!(wanted.what, What::Symlink(_));
+    let link = matches!(wanted.what, ItemContent::Symlink(_));
     if !link && wanted.mode != there.mode {
         return Some(format!("its mode is {:o}", there.mode));
     }

@@ -8,11 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
-use crate::tree::listing::{Item, Listing, What};
+use crate::tree::listing::{Item, ItemContent, Listing};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 
-/// What becomes of a name.
+/// ItemContent becomes of a name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// It is written as a file of its own, even where the content is right.
@@ -34,13 +34,13 @@ pub(crate) struct Links {
     lone: BTreeSet<RelPath>,
 }
 
-/// What is the same for all names of one file. The inode alone says too little: a workspace may span file systems.
+/// ItemContent is the same for all names of one file. The inode alone says too little: a workspace may span file systems.
 type Identity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
 
 fn identity(item: &Item) -> Option<Identity<'_>> {
     match item.what {
-        What::File(oid) => Some((item.ino?, oid, item.mode, item.mtime, &item.xattrs)),
-        What::Symlink(_) | What::Directory | What::Special(_) => None,
+        ItemContent::File(oid) => Some((item.ino?, oid, item.mode, item.mtime, &item.xattrs)),
+        ItemContent::Symlink(_) | ItemContent::Directory | ItemContent::Special(_) => None,
     }
 }
 
@@ -77,7 +77,7 @@ impl Links {
         let mut claimed = BTreeSet::new();
         for (path, item) in target.items.iter().filter(|(path, _)| is_selected(path)) {
             let group = identity(item).and_then(|identity| wanted.get(&identity));
-            if group.is_some_and(|group| group.len() > 1) || !matches!(item.what, What::File(_)) {
+            if group.is_some_and(|group| group.len() > 1) || !matches!(item.what, ItemContent::File(_)) {
                 continue;
             }
             if item.ino.is_some() {

@@ -20,7 +20,7 @@ use crate::tree::names::RelPath;
 /// Whether a content is a file's or a link's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum HeldKind {
+pub enum ContentKind {
     /// A file.
     File,
     /// A symbolic link.
@@ -29,9 +29,9 @@ pub enum HeldKind {
 
 /// A content that the safety checkpoint holds, and that may therefore be replaced or removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Held {
+pub struct StoredContent {
     /// Whose content.
-    pub kind: HeldKind,
+    pub kind: ContentKind,
     /// The content.
     pub oid: Oid,
 }
@@ -56,7 +56,7 @@ pub enum Operation {
         /// Last change.
         mtime: Time,
         /// What may stand there and be replaced.
-        replaces: Option<Held>,
+        replaces: Option<StoredContent>,
         /// Extended attributes.
         #[serde(default, with = "escaped", skip_serializing_if = "<[_]>::is_empty")]
         xattrs: Xattrs,
@@ -76,14 +76,14 @@ pub enum Operation {
         /// Last change.
         mtime: Time,
         /// What may stand there and be replaced.
-        replaces: Option<Held>,
+        replaces: Option<StoredContent>,
     },
     /// Removes a file or link.
     RemoveFile {
         /// Where.
         path: RelPath,
         /// What must stand there.
-        holds: Held,
+        holds: StoredContent,
     },
     /// Removes a directory, if it is empty by then.
     RemoveDirectory {

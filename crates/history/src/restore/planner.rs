@@ -13,22 +13,25 @@ use fermata_protocol::paths::escape;
 use nix::dir::Dir;
 use nix::errno::Errno;
 
+use crate::History;
 use crate::diff::compare;
 use crate::errors::{HistoryError, Result};
+use crate::progress::OnProgress;
 use crate::restore::attributes::is_closed;
 use crate::restore::hard_links::{self, Fate, Links};
-use crate::restore::plan::{Conflict, ConflictReason, Held, HeldKind, Operation, Planned, RestorePlan, RestoreRequest};
+use crate::restore::plan::{
+    Conflict, ConflictReason, ContentKind, Operation, Planned, RestorePlan, RestoreRequest, StoredContent,
+};
 use crate::restore::repository_heads;
-use crate::rules::checkpoint_rules::CoveredThen;
+use crate::rules::checkpoint_rules::CheckpointRules;
 use crate::rules::coverage::IgnoreChain;
 use crate::rules::user_repository::Location;
 use crate::scan::walk::check_workspace;
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::{FileKind, Root};
-use crate::tree::listing::{CheckpointRoot, Item, Known, Listing, What};
+use crate::tree::listing::{CheckpointRoot, Item, ItemContent, KnownContent, Listing};
 use crate::tree::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
-use crate::{History, OnProgress};
 
 impl History {
     /// Plans a restore. Changes nothing.
@@ -73,7 +76,7 @@ impl History {
             steps: Steps::default(),
             made: BTreeSet::new(),
             cleared: BTreeSet::new(),
-            then: CoveredThen::of(&self.objects, &root, &wanted, &manifest, above)?,
+            then: CheckpointRules::of(&self.objects, &root, &wanted, &manifest, above)?,
             blocked: BTreeMap::new(),
             special: 0,
             unlinked: 0,
@@ -116,7 +119,7 @@ impl History {
             warnings,
         };
         let mut diff = compare(&now, &target);
-        // What stays for good reason is no change.
+        // ItemContent stays for good reason is no change.
         let stays = |path: &RelPath| {
             let stays = |one: &Conflict| {
                 matches!(one.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
@@ -156,7 +159,7 @@ fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
 /// directory.
 fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
     let mut drafts = Vec::new();
-    for (path, _) in now.items.iter().filter(|(_, item)| item.what == What::Directory) {
+    for (path, _) in now.items.iter().filter(|(_, item)| item.what == ItemContent::Directory) {
         let Ok(mut dir) = root.open_dir(path).and_then(Dir::from_fd) else {
             continue;
         };
@@ -182,7 +185,7 @@ fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec
 
 #[derive(Default)]
 struct Steps {
-    /// What is in the way of another kind of thing, with the deepest last.
+    /// ItemContent is in the way of another kind of thing, with the deepest last.
     clear: BTreeMap<RelPath, Operation>,
     write: Vec<Operation>,
     /// Further names of files, once those are there.
@@ -204,7 +207,7 @@ impl Steps {
 struct Planner<'a> {
     root: &'a Root,
     target: &'a Listing,
-    /// What is there: as the safety checkpoint has it.
+    /// ItemContent is there: as the safety checkpoint has it.
     now: &'a Listing,
     paths: Option<&'a [RelPath]>,
     links: Links,
@@ -214,7 +217,7 @@ struct Planner<'a> {
     /// Paths that the plan frees for something else, each with all that is below it.
     cleared: BTreeSet<RelPath>,
     /// The rules of the checkpoint.
-    then: CoveredThen<'a>,
+    then: CheckpointRules<'a>,
     blocked: BTreeMap<RelPath, ConflictReason>,
     special: u64,
     unlinked: u64,
@@ -270,24 +273,24 @@ impl Planner<'_> {
             return self.write_new(path, item);
         };
         match (&item.what, &current.what) {
-            (What::Special(kind), What::Special(now)) if kind == now => Ok(Ok(())),
-            (What::Special(_), _) => Ok(Err(ConflictReason::WasSpecial)),
-            (_, What::Special(_)) => Ok(Err(ConflictReason::Special)),
-            (What::Directory, What::Directory) => Ok(Ok(())),
-            (What::Directory, What::File(_) | What::Symlink(_)) => {
+            (ItemContent::Special(kind), ItemContent::Special(now)) if kind == now => Ok(Ok(())),
+            (ItemContent::Special(_), _) => Ok(Err(ConflictReason::WasSpecial)),
+            (_, ItemContent::Special(_)) => Ok(Err(ConflictReason::Special)),
+            (ItemContent::Directory, ItemContent::Directory) => Ok(Ok(())),
+            (ItemContent::Directory, ItemContent::File(_) | ItemContent::Symlink(_)) => {
                 if let Some(holds) = held(current) {
                     self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
                 }
                 self.cleared.insert(path.clone());
                 self.write_new(path, item)
             }
-            (What::File(_) | What::Symlink(_), What::Directory) => {
+            (ItemContent::File(_) | ItemContent::Symlink(_), ItemContent::Directory) => {
                 if let Err(reason) = self.clear_directory(path) {
                     return Ok(Err(reason));
                 }
                 self.write_new(path, item)
             }
-            (What::File(_) | What::Symlink(_), What::File(_) | What::Symlink(_)) => {
+            (ItemContent::File(_) | ItemContent::Symlink(_), ItemContent::File(_) | ItemContent::Symlink(_)) => {
                 let separate = matches!(self.links.fate(path), Some(Fate::Alone | Fate::LinkedTo(_)));
                 let holes = current.sparse || !item.sparse;
                 if item.same_content(current) && !separate && holes {
@@ -302,7 +305,7 @@ impl Planner<'_> {
 
     /// Sets what differs of a file or link whose content is right.
     fn set_file(&mut self, path: &RelPath, item: &Item, current: &Item) {
-        let link = matches!(item.what, What::Symlink(_));
+        let link = matches!(item.what, ItemContent::Symlink(_));
         let same = if link { item.mtime == current.mtime } else { item.same_attributes(current) };
         if same {
             return;
@@ -320,11 +323,11 @@ impl Planner<'_> {
     fn write_new(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
         if !Self::is_below(&self.cleared, path) {
             match self.root.stat_if_there(path) {
-                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == What::Directory => {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == ItemContent::Directory => {
                     // An ignored directory stays as it is; what the checkpoint has in it is looked at by itself.
                     return Ok(Ok(()));
                 }
-                Ok(Some(stat)) if matches!(item.what, What::Special(_)) => {
+                Ok(Some(stat)) if matches!(item.what, ItemContent::Special(_)) => {
                     let special = matches!(stat.kind(), FileKind::Special(_));
                     return Ok(if special { Ok(()) } else { Err(ConflictReason::WasSpecial) });
                 }
@@ -339,14 +342,14 @@ impl Planner<'_> {
                 }
             }
         }
-        if matches!(item.what, What::Special(_)) {
+        if matches!(item.what, ItemContent::Special(_)) {
             self.special += 1;
             return Ok(Ok(()));
         }
         if !self.make_parents(path)? {
             return Ok(Err(ConflictReason::BlockedAbove));
         }
-        if item.what == What::Directory {
+        if item.what == ItemContent::Directory {
             self.make_directory(path);
         } else {
             self.push_write(path, item, None);
@@ -372,7 +375,7 @@ impl Planner<'_> {
             if self.made.contains(&dir) {
                 continue;
             }
-            if self.now.items.get(&dir).is_some_and(|item| item.what == What::Directory)
+            if self.now.items.get(&dir).is_some_and(|item| item.what == ItemContent::Directory)
                 && !Self::is_below(&self.cleared, &dir)
             {
                 continue;
@@ -389,10 +392,10 @@ impl Planner<'_> {
         Ok(true)
     }
 
-    fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<Held>) {
+    fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<StoredContent>) {
         let (mode, mtime) = (item.mode, item.mtime);
         match item.what {
-            What::File(oid) => {
+            ItemContent::File(oid) => {
                 let linked_to = match self.links.fate(path) {
                     Some(Fate::LinkedTo(leader)) => Some(leader.clone()),
                     Some(Fate::Alone | Fate::Kept { .. }) | None => None,
@@ -402,10 +405,10 @@ impl Planner<'_> {
                 let (path, xattrs, sparse) = (path.clone(), item.xattrs.clone(), item.sparse);
                 steps.push(Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to });
             }
-            What::Symlink(oid) => {
+            ItemContent::Symlink(oid) => {
                 self.steps.write.push(Operation::WriteLink { path: path.clone(), oid, mtime, replaces });
             }
-            What::Directory | What::Special(_) => {}
+            ItemContent::Directory | ItemContent::Special(_) => {}
         }
     }
 
@@ -430,18 +433,18 @@ impl Planner<'_> {
                 if is_git(name) || self.target.is_unknown(&below) {
                     return Err(ConflictReason::HoldsUncovered);
                 }
-                let is_dir = self.now.items.get(&below).is_some_and(|item| item.what == What::Directory);
+                let is_dir = self.now.items.get(&below).is_some_and(|item| item.what == ItemContent::Directory);
                 if !self.then.covers(&below, is_dir).unwrap_or(false) {
                     return Err(ConflictReason::HoldsUncovered);
                 }
                 let item = self.now.items.get(&below).ok_or(ConflictReason::HoldsUncovered)?;
                 match item.what {
-                    What::Directory => {
+                    ItemContent::Directory => {
                         steps.push(Operation::RemoveDirectory { path: below.clone() });
                         dirs.push(below);
                     }
-                    What::Special(_) => return Err(ConflictReason::Special),
-                    What::File(_) | What::Symlink(_) => {
+                    ItemContent::Special(_) => return Err(ConflictReason::Special),
+                    ItemContent::File(_) | ItemContent::Symlink(_) => {
                         let holds = held(item).ok_or(ConflictReason::Special)?;
                         steps.push(Operation::RemoveFile { path: below, holds });
                     }
@@ -464,18 +467,18 @@ impl Planner<'_> {
             if self.steps.clear.contains_key(path) || self.is_blocked(path) {
                 continue;
             }
-            if !self.then.covers(path, item.what == What::Directory)? {
+            if !self.then.covers(path, item.what == ItemContent::Directory)? {
                 self.blocked.insert(path.clone(), ConflictReason::IgnoredThen);
                 continue;
             }
             match &item.what {
-                What::Directory => {
+                ItemContent::Directory => {
                     let step = Operation::RemoveDirectory { path: path.clone() };
                     self.steps.remove.insert(path.clone(), step);
                 }
                 // It cannot be brought back, and it holds nothing.
-                What::Special(_) => {}
-                What::File(_) | What::Symlink(_) => {
+                ItemContent::Special(_) => {}
+                ItemContent::File(_) | ItemContent::Symlink(_) => {
                     if let Some(holds) = held(item) {
                         let step = Operation::RemoveFile { path: path.clone(), holds };
                         self.steps.remove.insert(path.clone(), step);
@@ -492,14 +495,14 @@ impl Planner<'_> {
         let all = steps.clear.values().chain(&steps.write).chain(&steps.link).chain(steps.remove.values());
         let touched: BTreeSet<RelPath> = all.filter_map(|step| step.path().parent()).collect();
         for (path, item) in &self.target.items {
-            if item.what != What::Directory || self.is_blocked(path) {
+            if item.what != ItemContent::Directory || self.is_blocked(path) {
                 continue;
             }
-            let current = self.now.items.get(path).filter(|current| current.what == What::Directory);
+            let current = self.now.items.get(path).filter(|current| current.what == ItemContent::Directory);
             let made = self.made.contains(path);
             let selected = self.is_selected(path);
             let differs = current.is_none_or(|now| !now.same_attributes(item));
-            // What was not asked for keeps its attributes, and an ignored directory is not ours to change.
+            // ItemContent was not asked for keeps its attributes, and an ignored directory is not ours to change.
             if made || (selected && current.is_some() && (differs || touched.contains(path))) {
                 let xattrs = current.map_or(&[][..], |now| &now.xattrs);
                 let xattrs = (*item.xattrs != *xattrs).then(|| item.xattrs.clone());
@@ -515,8 +518,8 @@ impl Planner<'_> {
         for path in self.paths.unwrap_or_default() {
             let listed = |listing: &Listing| listing.items.keys().any(|one| one.is_within(path));
             let covered = match wanted.top().knows(store, path)? {
-                Some(Known::Stored) => true,
-                Some(Known::LeftOut) => false,
+                Some(KnownContent::Stored) => true,
+                Some(KnownContent::LeftOut) => false,
                 None => listed(self.now),
             };
             let there = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
@@ -529,10 +532,10 @@ impl Planner<'_> {
 }
 
 /// Returns what may be replaced, since the safety checkpoint holds it.
-fn held(item: &Item) -> Option<Held> {
+fn held(item: &Item) -> Option<StoredContent> {
     match item.what {
-        What::File(oid) => Some(Held { kind: HeldKind::File, oid }),
-        What::Symlink(oid) => Some(Held { kind: HeldKind::Symlink, oid }),
-        What::Directory | What::Special(_) => None,
+        ItemContent::File(oid) => Some(StoredContent { kind: ContentKind::File, oid }),
+        ItemContent::Symlink(oid) => Some(StoredContent { kind: ContentKind::Symlink, oid }),
+        ItemContent::Directory | ItemContent::Special(_) => None,
     }
 }

@@ -14,7 +14,7 @@ use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
 use crate::restore::apply::{Mismatch, RestoreReport};
-use crate::restore::plan::{Held, HeldKind, Operation, RestorePlan};
+use crate::restore::plan::{ContentKind, Operation, RestorePlan, StoredContent};
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::tree::confined_dir::{FileKind, Root, Stat, Time, stat_at, stat_fd};
 use crate::tree::metadata::Xattrs;
@@ -23,11 +23,11 @@ use crate::tree::xattrs;
 
 /// What stands at a path, as far as a restore cares.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Standing {
+pub(crate) enum PathState {
     /// Nothing.
     Nothing,
     /// A file or link with this content.
-    Content(Held),
+    Content(StoredContent),
     /// A directory.
     Directory,
     /// A FIFO, socket or device.
@@ -63,20 +63,20 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
     }
     for (path, step) in last {
         let problem = match step {
-            Operation::MakeDirectory { .. } => recheck_kind(root, path, &Standing::Directory),
+            Operation::MakeDirectory { .. } => recheck_kind(root, path, &PathState::Directory),
             Operation::WriteFile { oid, mode, mtime, xattrs, linked_to, .. } => {
                 attributes.push(Attributes { path, mode: Some(*mode), mtime: *mtime, xattrs: Some(xattrs) });
-                let wanted = Standing::Content(Held { kind: HeldKind::File, oid: *oid });
+                let wanted = PathState::Content(StoredContent { kind: ContentKind::File, oid: *oid });
                 let linked = linked_to.as_ref().filter(|_| !report.unlinked.contains(path));
                 recheck_kind(root, path, &wanted).or_else(|| recheck_link(root, path, linked?))
             }
             Operation::WriteLink { oid, mtime, .. } => {
                 attributes.push(Attributes { path, mode: None, mtime: *mtime, xattrs: None });
-                recheck_kind(root, path, &Standing::Content(Held { kind: HeldKind::Symlink, oid: *oid }))
+                recheck_kind(root, path, &PathState::Content(StoredContent { kind: ContentKind::Symlink, oid: *oid }))
             }
-            Operation::RemoveFile { .. } => recheck_kind(root, path, &Standing::Nothing),
+            Operation::RemoveFile { .. } => recheck_kind(root, path, &PathState::Nothing),
             Operation::RemoveDirectory { .. } if report.kept.contains(path) => None,
-            Operation::RemoveDirectory { .. } => recheck_kind(root, path, &Standing::Nothing),
+            Operation::RemoveDirectory { .. } => recheck_kind(root, path, &PathState::Nothing),
             Operation::SetAttributes { .. } => None,
         };
         if let Some(problem) = problem {
@@ -177,18 +177,18 @@ impl Times {
 }
 
 /// Says in which way a path is not what is wanted.
-fn recheck_kind(root: &Root, path: &RelPath, wanted: &Standing) -> Option<String> {
+fn recheck_kind(root: &Root, path: &RelPath, wanted: &PathState) -> Option<String> {
     let found = match root.open_parent(path) {
-        Ok((dir, name)) => standing(&dir, name),
-        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(Standing::Nothing),
+        Ok((dir, name)) => path_state(&dir, name),
+        Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(PathState::Nothing),
         Err(errno) => Err(errno.into()),
     };
     match found {
         Ok(found) if found == *wanted => None,
-        Ok(Standing::Nothing) => Some("it is not there".to_owned()),
-        Ok(Standing::Content(_)) => Some("its content is another one".to_owned()),
-        Ok(Standing::Directory) => Some("it is a directory".to_owned()),
-        Ok(Standing::Other) => Some("it is a special file".to_owned()),
+        Ok(PathState::Nothing) => Some("it is not there".to_owned()),
+        Ok(PathState::Content(_)) => Some("its content is another one".to_owned()),
+        Ok(PathState::Directory) => Some("it is a directory".to_owned()),
+        Ok(PathState::Other) => Some("it is a special file".to_owned()),
         Err(error) => Some(error.to_string()),
     }
 }
@@ -207,10 +207,10 @@ pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
 
 /// Looks what stands at a name, once it has stood still for as long as that took; `None` when it never does. Whoever
 /// removes it does so at once.
-pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<Standing>> {
+pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<PathState>> {
     for _ in 0..TRIES {
         let before = stat_at(&dir, name).ok();
-        let found = standing(&dir, name)?;
+        let found = path_state(&dir, name)?;
         if same(before, stat_at(&dir, name).ok()) {
             return Ok(Some(found));
         }
@@ -219,26 +219,26 @@ pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<O
 }
 
 /// Looks what stands at a name and, for a file or link, hashes it.
-pub(crate) fn standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Standing> {
+pub(crate) fn path_state<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<PathState> {
     let stat = match stat_at(&dir, name) {
         Ok(stat) => stat,
-        Err(Errno::ENOENT) => return Ok(Standing::Nothing),
+        Err(Errno::ENOENT) => return Ok(PathState::Nothing),
         Err(errno) => return Err(errno.into()),
     };
     match stat.kind() {
-        FileKind::Directory => Ok(Standing::Directory),
-        FileKind::Special(_) => Ok(Standing::Other),
+        FileKind::Directory => Ok(PathState::Directory),
+        FileKind::Special(_) => Ok(PathState::Other),
         FileKind::Symlink => {
             let target = readlinkat(&dir, name)?;
             let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
-            Ok(Standing::Content(Held { kind: HeldKind::Symlink, oid }))
+            Ok(PathState::Content(StoredContent { kind: ContentKind::Symlink, oid }))
         }
         FileKind::Regular => {
             let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
             let mut file = File::from(openat(&dir, name, flags, Mode::empty())?);
             let stat = stat_fd(&file)?;
             if stat.kind() != FileKind::Regular {
-                return Ok(Standing::Other);
+                return Ok(PathState::Other);
             }
             let mut hasher = ObjectHasher::new(ObjectKind::Blob, stat.size);
             let mut buffer = vec![0; 64 * 1024];
@@ -250,7 +250,7 @@ pub(crate) fn standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Standing> 
                     Err(error) => return Err(error),
                 }
             }
-            Ok(Standing::Content(Held { kind: HeldKind::File, oid: hasher.finish() }))
+            Ok(PathState::Content(StoredContent { kind: ContentKind::File, oid: hasher.finish() }))
         }
     }
 }

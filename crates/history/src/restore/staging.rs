@@ -24,13 +24,13 @@ use nix::unistd::{Gid, Uid, UnlinkatFlags, fchown, fchownat, geteuid, linkat, sy
 use crate::errors::{HistoryError, Result};
 use crate::restore::apply::Applying;
 use crate::restore::attributes::time_spec;
-use crate::restore::plan::{Held, HeldKind};
-use crate::restore::recheck::{Standing, TRIES, same, standing};
+use crate::restore::plan::{ContentKind, StoredContent};
+use crate::restore::recheck::{PathState, TRIES, path_state, same};
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::tree::confined_dir::{Stat, Time, stat_at, stat_fd};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
-use crate::tree::xattrs::{self, Outcome};
+use crate::tree::xattrs::{self, XattrsRead};
 use fermata_failpoint as failpoint;
 
 /// Holes are made of whole blocks of this size, in bytes.
@@ -44,7 +44,7 @@ const DRAFTED_BYTES: u64 = 32 << 20;
 const FLUSHES: usize = 8;
 
 /// What a file is to be.
-pub(crate) struct FileWish<'a> {
+pub(crate) struct PlannedFile<'a> {
     /// The content.
     pub oid: Oid,
     /// Permission bits.
@@ -65,8 +65,8 @@ struct Place {
     name: OsString,
     /// The name of the draft.
     temporary: OsString,
-    wanted: Held,
-    replaces: Option<Held>,
+    wanted: StoredContent,
+    replaces: Option<StoredContent>,
     /// What stood there; `None` for nothing.
     seen: Option<Stat>,
     /// Whether the wanted content stands there already.
@@ -74,26 +74,26 @@ struct Place {
 }
 
 impl Place {
-    fn look(&self) -> Option<Stat> {
+    fn scan_workspace(&self) -> Option<Stat> {
         stat_at(&self.dir, &self.name).ok()
     }
 }
 
 /// What is written and waits for its flush and its name.
 #[derive(Default)]
-pub(crate) struct Drafted {
-    files: Vec<Draft>,
+pub(crate) struct Staged {
+    files: Vec<StagedEntry>,
     bytes: u64,
 }
 
-struct Draft {
+struct StagedEntry {
     path: RelPath,
     place: Place,
     /// The file to flush; a link is flushed with its directory.
     file: Option<File>,
 }
 
-impl Drafted {
+impl Staged {
     /// Says whether there are none.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
@@ -110,11 +110,11 @@ impl Applying<'_> {
     pub(crate) fn write_file(
         &mut self,
         path: &RelPath,
-        wish: &FileWish<'_>,
-        replaces: Option<&Held>,
+        wish: &PlannedFile<'_>,
+        replaces: Option<&StoredContent>,
         temporary: &OsStr,
     ) -> Result<()> {
-        let wanted = Held { kind: HeldKind::File, oid: wish.oid };
+        let wanted = StoredContent { kind: ContentKind::File, oid: wish.oid };
         let Some(place) = self.place(path, wanted, replaces, temporary)? else {
             return Ok(());
         };
@@ -137,7 +137,7 @@ impl Applying<'_> {
             }
             file = Some(self.draft_file(&place, path, wish)?);
         }
-        self.drafted.files.push(Draft { path: path.clone(), place, file });
+        self.drafted.files.push(StagedEntry { path: path.clone(), place, file });
         Ok(())
     }
 
@@ -147,10 +147,11 @@ impl Applying<'_> {
         path: &RelPath,
         oid: Oid,
         mtime: Time,
-        replaces: Option<&Held>,
+        replaces: Option<&StoredContent>,
         temporary: &OsStr,
     ) -> Result<()> {
-        let Some(place) = self.place(path, Held { kind: HeldKind::Symlink, oid }, replaces, temporary)? else {
+        let Some(place) = self.place(path, StoredContent { kind: ContentKind::Symlink, oid }, replaces, temporary)?
+        else {
             return Ok(());
         };
         if place.right {
@@ -158,7 +159,7 @@ impl Applying<'_> {
             return self.set_attributes(path, None, mtime, None, 1);
         }
         self.draft_link(&place, path, oid, mtime)?;
-        self.drafted.files.push(Draft { path: path.clone(), place, file: None });
+        self.drafted.files.push(StagedEntry { path: path.clone(), place, file: None });
         Ok(())
     }
 
@@ -166,8 +167,8 @@ impl Applying<'_> {
     fn place(
         &mut self,
         path: &RelPath,
-        wanted: Held,
-        replaces: Option<&Held>,
+        wanted: StoredContent,
+        replaces: Option<&StoredContent>,
         temporary: &OsStr,
     ) -> Result<Option<Place>> {
         let Some((dir, name)) = self.parent(path)? else {
@@ -177,7 +178,7 @@ impl Applying<'_> {
         let (name, temporary, replaces) = (name.to_owned(), temporary.to_owned(), replaces.copied());
         let mut place = Place { dir, name, temporary, wanted, replaces, seen: None, right: false };
         // Looked at before its content is: whoever changes it afterwards changes this too.
-        place.seen = place.look();
+        place.seen = place.scan_workspace();
         let Some(right) = self.may_write(&place, path)? else {
             return Ok(None);
         };
@@ -187,15 +188,15 @@ impl Applying<'_> {
 
     /// Says whether what must be written stands there already; `None`, with a report, when something else does.
     fn may_write(&mut self, place: &Place, path: &RelPath) -> Result<Option<bool>> {
-        match standing(&place.dir, &place.name).map_err(self.failed("look at", path))? {
-            Standing::Content(held) if held == place.wanted => Ok(Some(true)),
-            Standing::Content(held) if Some(held) == place.replaces => Ok(Some(false)),
-            Standing::Nothing => Ok(Some(false)),
-            Standing::Content(_) => {
+        match path_state(&place.dir, &place.name).map_err(self.failed("look at", path))? {
+            PathState::Content(held) if held == place.wanted => Ok(Some(true)),
+            PathState::Content(held) if Some(held) == place.replaces => Ok(Some(false)),
+            PathState::Nothing => Ok(Some(false)),
+            PathState::Content(_) => {
                 self.mismatch(path, "it has changed since the plan was made, and is kept");
                 Ok(None)
             }
-            Standing::Directory | Standing::Other => {
+            PathState::Directory | PathState::Other => {
                 self.mismatch(path, "something else stands where a file must go");
                 Ok(None)
             }
@@ -203,8 +204,8 @@ impl Applying<'_> {
     }
 
     /// Says whether a file with the right content has the right names and holes, so that it can stay.
-    fn is_its_own(&self, place: &Place, wish: &FileWish<'_>) -> bool {
-        let Some(stat) = place.look() else {
+    fn is_its_own(&self, place: &Place, wish: &PlannedFile<'_>) -> bool {
+        let Some(stat) = place.scan_workspace() else {
             return false;
         };
         match wish.linked_to {
@@ -219,7 +220,7 @@ impl Applying<'_> {
 
     /// Flushes all drafts and gives each its name.
     pub(crate) fn put_all_in_place(&mut self) -> Result<()> {
-        let Drafted { files, .. } = std::mem::take(&mut self.drafted);
+        let Staged { files, .. } = std::mem::take(&mut self.drafted);
         side_by_side(&files, |draft| match &draft.file {
             Some(file) => file.sync_all().map_err(self.failed("flush", &draft.path)),
             None => Ok(()),
@@ -231,7 +232,7 @@ impl Applying<'_> {
         failpoint::check("history.restore.drafted").map_err(self.failed("write", path))?;
         let mut seen = place.seen;
         for _ in 0..TRIES {
-            let now = place.look();
+            let now = place.scan_workspace();
             if same(seen, now) {
                 match rename_over(place, now.is_none()) {
                     Ok(()) => {
@@ -260,7 +261,7 @@ impl Applying<'_> {
         owner.map_err(self.failed("look at the directory of", path))
     }
 
-    fn draft_file(&mut self, place: &Place, path: &RelPath, wish: &FileWish<'_>) -> Result<File> {
+    fn draft_file(&mut self, place: &Place, path: &RelPath, wish: &PlannedFile<'_>) -> Result<File> {
         let owner = self.owner_of(place, path)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = openat(&place.dir, &*place.temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
@@ -286,7 +287,7 @@ impl Applying<'_> {
         }
         // A hole at the end is made by the length alone.
         file.set_len(at).map_err(self.failed("write", path))?;
-        if xattrs::set(&file, wish.xattrs).map_err(self.failed("set the attributes of", path))? == Outcome::NotKept {
+        if xattrs::set(&file, wish.xattrs).map_err(self.failed("set the attributes of", path))? == XattrsRead::NotKept {
             self.without_xattrs.insert(path.clone());
         }
         if geteuid().is_root() {
@@ -301,7 +302,7 @@ impl Applying<'_> {
     }
 
     /// Drafts another name of a file; `false` when that cannot be, or when the file is not what it should be.
-    fn draft_name(&self, place: &Place, path: &RelPath, leader: &RelPath, wanted: Held) -> Result<bool> {
+    fn draft_name(&self, place: &Place, path: &RelPath, leader: &RelPath, wanted: StoredContent) -> Result<bool> {
         let Ok((dir, name)) = self.root.open_parent(leader) else {
             return Ok(false);
         };
@@ -314,8 +315,8 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("link", path)(errno)),
         }
         // What was linked is looked at, since the name could have become another file's.
-        let linked = standing(&place.dir, &place.temporary).map_err(self.failed("look at the draft of", path))?;
-        let right = linked == Standing::Content(wanted);
+        let linked = path_state(&place.dir, &place.temporary).map_err(self.failed("look at the draft of", path))?;
+        let right = linked == PathState::Content(wanted);
         if !right {
             unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))?;
         }

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use crate::errors::Result;
 use crate::rules::coverage::{IgnoreChain, OwnPatterns};
-use crate::rules::rule_cache::{Standing, above_nested, exclude_of};
+use crate::rules::rule_cache::{CompiledRules, above_nested, exclude_of};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::Root;
@@ -23,19 +23,19 @@ use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 struct Place {
     /// What it holds; nothing where the checkpoint has no such directory.
     entries: Rc<[TreeEntry]>,
-    standing: Standing,
+    standing: CompiledRules,
     covered: bool,
 }
 
 /// The rules of one checkpoint.
-pub(crate) struct CoveredThen<'a> {
+pub(crate) struct CheckpointRules<'a> {
     store: &'a ObjectStore,
     root: &'a Root,
     own: OwnPatterns,
     places: HashMap<RelPath, Place>,
 }
 
-impl<'a> CoveredThen<'a> {
+impl<'a> CheckpointRules<'a> {
     /// Reads the rules of a checkpoint; `above` is what counts at the top of the workspace beside its own ignore file.
     pub fn of(
         store: &'a ObjectStore,
@@ -46,8 +46,8 @@ impl<'a> CoveredThen<'a> {
     ) -> Result<Self> {
         let entries = read_tree(store, Some(&checkpoint.files))?;
         let standing = match manifest.rules.use_gitignore {
-            true => Standing::Rules(with_file(store, above, &RelPath::root(), &entries)?),
-            false => Standing::Everything,
+            true => CompiledRules::Rules(with_file(store, above, &RelPath::root(), &entries)?),
+            false => CompiledRules::Everything,
         };
         let top = Place { entries: entries.into(), standing, covered: true };
         let places = HashMap::from([(RelPath::root(), top)]);
@@ -63,21 +63,21 @@ impl<'a> CoveredThen<'a> {
     }
 
     /// Returns how the rules stand inside of what lies in a place; none where they leave it out.
-    fn below(&self, place: &Place, path: &RelPath, is_dir: bool) -> Option<Standing> {
+    fn below(&self, place: &Place, path: &RelPath, is_dir: bool) -> Option<CompiledRules> {
         if !place.covered || self.own.excludes(path, is_dir) {
             return None;
         }
         match &place.standing {
-            Standing::Everything => Some(Standing::Everything),
-            Standing::Rules(chain) if !chain.ignores(path, is_dir) => Some(place.standing.clone()),
-            Standing::Rules(_) | Standing::OnlyIncluded if self.own.includes(path, is_dir) => {
-                Some(Standing::Everything)
+            CompiledRules::Everything => Some(CompiledRules::Everything),
+            CompiledRules::Rules(chain) if !chain.ignores(path, is_dir) => Some(place.standing.clone()),
+            CompiledRules::Rules(_) | CompiledRules::OnlyIncluded if self.own.includes(path, is_dir) => {
+                Some(CompiledRules::Everything)
             }
             // Something in it may be included by a pattern of its own.
-            Standing::Rules(_) | Standing::OnlyIncluded if is_dir && self.own.has_includes() => {
-                Some(Standing::OnlyIncluded)
+            CompiledRules::Rules(_) | CompiledRules::OnlyIncluded if is_dir && self.own.has_includes() => {
+                Some(CompiledRules::OnlyIncluded)
             }
-            Standing::Rules(_) | Standing::OnlyIncluded => None,
+            CompiledRules::Rules(_) | CompiledRules::OnlyIncluded => None,
         }
     }
 
@@ -92,17 +92,17 @@ impl<'a> CoveredThen<'a> {
         let tree = above.entries.iter().find(|entry| entry.is_tree() && entry.name == name).map(|entry| entry.oid);
         let entries = read_tree(self.store, tree.as_ref())?;
         let (standing, covered) = match self.below(&above, dir, true) {
-            Some(Standing::Rules(chain)) => {
+            Some(CompiledRules::Rules(chain)) => {
                 // A repository of its own: what stands above it does not count, as for git itself.
                 let nested = self.root.stat_if_there(&dir.join(b".git")).is_ok_and(|stat| stat.is_some());
                 let chain = match nested {
                     true => above_nested(&exclude_of(self.root, dir), dir, &mut Vec::new()),
                     false => chain,
                 };
-                (Standing::Rules(with_file(self.store, chain, dir, &entries)?), true)
+                (CompiledRules::Rules(with_file(self.store, chain, dir, &entries)?), true)
             }
             Some(standing) => (standing, true),
-            None => (Standing::OnlyIncluded, false),
+            None => (CompiledRules::OnlyIncluded, false),
         };
         let place = Place { entries: entries.into(), standing, covered };
         self.places.insert(dir.clone(), place.clone());

@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 
 use nix::dir::{Dir as Listed, Type};
 
-use crate::rules::rule_cache::Standing;
+use crate::rules::rule_cache::CompiledRules;
 use crate::scan::walk::Walk;
 use crate::tree::names::{RelPath, is_git};
 
@@ -14,11 +14,11 @@ use crate::tree::names::{RelPath, is_git};
 const FEW_FILES: u64 = 1_000;
 
 /// What is to become of a name.
-pub(crate) enum Verdict {
+pub(crate) enum MatchDecision {
     /// It is left out.
     Out,
     /// It is covered, and so the rules stand in it.
-    Covered(Standing),
+    Covered(CompiledRules),
     /// An ignored directory in which something may be covered.
     Through,
     /// It is covered for being tracked, although the rules leave it out.
@@ -27,22 +27,22 @@ pub(crate) enum Verdict {
 
 impl Walk<'_> {
     /// Decides about a path.
-    pub(crate) fn verdict(&self, path: &RelPath, is_dir: bool, standing: &Standing) -> Verdict {
+    pub(crate) fn decide_name(&self, path: &RelPath, is_dir: bool, standing: &CompiledRules) -> MatchDecision {
         if self.own.excludes(path, is_dir) {
-            return Verdict::Out;
+            return MatchDecision::Out;
         }
         match standing {
-            Standing::Everything => Verdict::Covered(Standing::Everything),
-            Standing::Rules(chain) if !chain.ignores(path, is_dir) => Verdict::Covered(standing.clone()),
-            Standing::Rules(_) | Standing::OnlyIncluded => {
+            CompiledRules::Everything => MatchDecision::Covered(CompiledRules::Everything),
+            CompiledRules::Rules(chain) if !chain.ignores(path, is_dir) => MatchDecision::Covered(standing.clone()),
+            CompiledRules::Rules(_) | CompiledRules::OnlyIncluded => {
                 if self.own.includes(path, is_dir) {
-                    Verdict::Covered(Standing::Everything)
+                    MatchDecision::Covered(CompiledRules::Everything)
                 } else if is_dir && (self.own.has_includes() || self.forces_below(path)) {
-                    Verdict::Through
+                    MatchDecision::Through
                 } else if !is_dir && self.forces(path) {
-                    Verdict::Forced
+                    MatchDecision::Forced
                 } else {
-                    Verdict::Out
+                    MatchDecision::Out
                 }
             }
         }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use crate::rules::wildcard::Wildcard;
 
-/// What is special in a pattern; up to the first of it, a pattern is plain text.
+/// PatternKind is special in a pattern; up to the first of it, a pattern is plain text.
 const SPECIAL: &[u8] = b"*?[\\";
 
 /// One pattern.
@@ -17,12 +17,12 @@ struct Pattern {
     negated: bool,
     /// Whether it speaks of directories alone.
     only_dirs: bool,
-    what: What,
+    what: PatternKind,
 }
 
-/// What a pattern is compared with, and how.
+/// PatternKind a pattern is compared with, and how.
 #[derive(Clone, Debug)]
-enum What {
+enum PatternKind {
     /// The name is this; found by look-up.
     Name,
     /// The name ends with this.
@@ -66,7 +66,7 @@ impl IgnoreFile {
         self.patterns.is_empty()
     }
 
-    /// Adds a line; returns whether it is understood. What means nothing on purpose is understood.
+    /// Adds a line; returns whether it is understood. PatternKind means nothing on purpose is understood.
     fn add_line(&mut self, line: &[u8]) -> bool {
         if line.is_empty() || line[0] == b'#' {
             return true;
@@ -99,20 +99,20 @@ impl IgnoreFile {
                 },
             };
             self.others.push(place);
-            What::Path(text[..plain].to_vec(), rest)
+            PatternKind::Path(text[..plain].to_vec(), rest)
         } else if plain == text.len() {
             self.names.entry(text.to_vec()).or_default().push(place);
-            What::Name
+            PatternKind::Name
         } else if text[0] == b'*' && !text[1..].iter().any(|byte| SPECIAL.contains(byte)) {
             match extension(&text[1..]) {
                 Some(key) => self.endings.entry(key.to_vec()).or_default().push(place),
                 None => self.others.push(place),
             }
-            What::Ending(text[1..].to_vec())
+            PatternKind::Ending(text[1..].to_vec())
         } else {
             let Some(wildcard) = Wildcard::compile(text) else { return false };
             self.others.push(place);
-            What::NameLike(wildcard)
+            PatternKind::NameLike(wildcard)
         };
         self.patterns.push(Pattern { negated, only_dirs, what });
         true
@@ -139,10 +139,10 @@ impl IgnoreFile {
             return false;
         }
         match &pattern.what {
-            What::Name => true,
-            What::Ending(ending) => name.ends_with(ending),
-            What::NameLike(wildcard) => wildcard.matches(name),
-            What::Path(text, rest) => path.strip_prefix(&text[..]).is_some_and(|left| match rest {
+            PatternKind::Name => true,
+            PatternKind::Ending(ending) => name.ends_with(ending),
+            PatternKind::NameLike(wildcard) => wildcard.matches(name),
+            PatternKind::Path(text, rest) => path.strip_prefix(&text[..]).is_some_and(|left| match rest {
                 None => left.is_empty(),
                 Some(wildcard) => wildcard.matches(left),
             }),

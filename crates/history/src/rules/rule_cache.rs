@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::rules::coverage::IgnoreChain;
 use crate::rules::user_repository::{Location, read_small};
-use crate::scan::workspace_state::{Seen, Source};
+use crate::scan::workspace_state::{FileFingerprint, Source};
 use crate::tree::confined_dir::{FileKind, Root};
 use crate::tree::names::RelPath;
 
@@ -17,7 +17,7 @@ const MAX_IGNORE_FILE: u64 = 4 * 1024 * 1024;
 
 /// How the rules stand in one directory.
 #[derive(Clone)]
-pub(crate) enum Standing {
+pub(crate) enum CompiledRules {
     /// The ignore files decide.
     Rules(IgnoreChain),
     /// All of it is covered.
@@ -28,7 +28,7 @@ pub(crate) enum Standing {
 
 struct Compiled {
     /// The state of the directory's ignore file.
-    ignore_file: Option<Seen>,
+    ignore_file: Option<FileFingerprint>,
     /// Whether the states vouch for what the files said.
     settled: bool,
     /// What the chain was built on.
@@ -47,7 +47,7 @@ impl Compiled {
 
 /// The rules of the directories that have some of their own.
 #[derive(Default)]
-pub(crate) struct Standings {
+pub(crate) struct RuleCache {
     above: Mutex<Option<Above>>,
     compiled: Mutex<HashMap<RelPath, Compiled>>,
 }
@@ -59,7 +59,7 @@ struct Above {
     warnings: Vec<String>,
 }
 
-impl Standings {
+impl RuleCache {
     /// Returns what counts at the top of the workspace, without the workspace's own `.gitignore`.
     pub fn above(&self, workspace: &Path, location: Option<&Location>) -> IgnoreChain {
         let sources: Vec<Source> =
@@ -80,13 +80,13 @@ impl Standings {
     pub fn within(
         &self,
         dir: &RelPath,
-        outside: &Standing,
+        outside: &CompiledRules,
         root: &Root,
-        ignore_file: Option<Seen>,
+        ignore_file: Option<FileFingerprint>,
         nested: bool,
         started_ns: i128,
-    ) -> Standing {
-        let Standing::Rules(up) = outside else {
+    ) -> CompiledRules {
+        let CompiledRules::Rules(up) = outside else {
             return outside.clone();
         };
         if ignore_file.is_none() && !nested {
@@ -99,7 +99,7 @@ impl Standings {
             && known.source == source
             && known.up.is(up)
         {
-            return Standing::Rules(known.chain.clone());
+            return CompiledRules::Rules(known.chain.clone());
         }
         drop(compiled);
         let (mut chain, mut warnings) = (up.clone(), Vec::new());
@@ -124,7 +124,7 @@ impl Standings {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = Compiled { ignore_file, settled, up: up.clone(), chain: chain.clone(), warnings, source };
         compiled.insert(dir.clone(), entry);
-        Standing::Rules(chain)
+        CompiledRules::Rules(chain)
     }
 
     /// Lists the files above the workspace and those of nested repositories that decided, and what the user should know
@@ -148,7 +148,7 @@ impl Standings {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).retain(|path, _| keep(path));
     }
 
-    /// The same for those only of which [`Standings::sources`] tells; the others cost no more than their room.
+    /// The same for those only of which [`RuleCache::sources`] tells; the others cost no more than their room.
     pub fn retain_telling(&self, keep: impl Fn(&RelPath) -> bool) {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         compiled.retain(|path, entry| !entry.tells() || keep(path));
@@ -172,7 +172,9 @@ pub(crate) fn above_nested(exclude: &Path, dir: &RelPath, warnings: &mut Vec<Str
 
 /// Adds the state of a file.
 pub(crate) fn with_state(path: std::path::PathBuf) -> Source {
-    let state = nix::sys::stat::lstat(&path).ok().map(|stat| Seen::from(&crate::tree::confined_dir::Stat::from(stat)));
+    let state = nix::sys::stat::lstat(&path)
+        .ok()
+        .map(|stat| FileFingerprint::from(&crate::tree::confined_dir::Stat::from(stat)));
     (path, state)
 }
 

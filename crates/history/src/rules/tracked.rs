@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use crate::rules::user_repository::{Indexed, Location};
-use crate::scan::workspace_state::{Dir, Node, Picture, Seen, Source};
+use crate::scan::workspace_state::{Dir, FileFingerprint, Node, Source, WorkspaceState};
 use crate::tree::confined_dir::Stat;
 use crate::tree::names::RelPath;
 
@@ -20,14 +20,14 @@ pub(crate) struct Tracked {
 }
 
 /// Says whether the indexes that a picture goes by are what they were.
-pub(crate) fn indexes_hold(before: &Picture, location: Option<&Location>) -> bool {
+pub(crate) fn indexes_hold(before: &WorkspaceState, location: Option<&Location>) -> bool {
     let own = before.indexes.first().map(|(path, _)| path);
     own == location.map(Location::index).as_ref() && before.indexes.iter().all(|(path, seen)| state_of(path) == *seen)
 }
 
 /// Returns the state of an index. Where it is a link, git writes what that leads to.
-fn state_of(path: &Path) -> Option<Seen> {
-    nix::sys::stat::stat(path).ok().map(|stat| Seen::from(&Stat::from(stat)))
+fn state_of(path: &Path) -> Option<FileFingerprint> {
+    nix::sys::stat::stat(path).ok().map(|stat| FileFingerprint::from(&Stat::from(stat)))
 }
 
 impl Tracked {
@@ -42,7 +42,10 @@ impl Tracked {
         while let Some((at, location)) = open.pop() {
             // The state first: whoever writes meanwhile is noticed by the next look. A young one vouches for nothing.
             let (index, seen) = (location.index(), state_of(&location.index()));
-            indexes.push((index, seen.map(|seen| if seen.is_settled(started_ns) { seen } else { Seen::UNSURE })));
+            indexes.push((
+                index,
+                seen.map(|seen| if seen.is_settled(started_ns) { seen } else { FileFingerprint::UNSURE }),
+            ));
             let Indexed { files, modules } = match location.tracked() {
                 Ok(indexed) => indexed,
                 Err(error) if at.is_root() => {

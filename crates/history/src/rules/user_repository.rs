@@ -137,7 +137,7 @@ impl Location {
             return Ok(indexed);
         }
         let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;
-        let mut there = There { top: &self.top, known: None };
+        let mut there = ExistingPaths { top: &self.top, known: None };
         let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
         for entry in user_index::tracked(&self.git_dir, &content)? {
             let into = if entry.is_module() { &mut indexed.modules } else { &mut indexed.files };
@@ -161,15 +161,15 @@ pub(crate) struct Indexed {
 
 /// Says which paths exist. Those of one directory are asked for one after the other, and a sparse checkout leaves out
 /// whole trees of them: for these one question is enough.
-struct There<'a> {
+struct ExistingPaths<'a> {
     top: &'a Path,
     /// The directory that was asked for last.
     known: Option<(RelPath, bool)>,
 }
 
-impl There<'_> {
+impl ExistingPaths<'_> {
     fn has(&mut self, path: &RelPath) -> bool {
-        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.look(path).is_some()
+        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.scan_workspace(path).is_some()
     }
 
     fn has_dir(&mut self, dir: &RelPath) -> bool {
@@ -182,12 +182,12 @@ impl There<'_> {
         if !self.has_dir(&above) {
             return false;
         }
-        let there = self.look(dir).is_some_and(|meta| meta.is_dir());
+        let there = self.scan_workspace(dir).is_some_and(|meta| meta.is_dir());
         self.known = Some((dir.clone(), there));
         there
     }
 
-    fn look(&self, path: &RelPath) -> Option<fs::Metadata> {
+    fn scan_workspace(&self, path: &RelPath) -> Option<fs::Metadata> {
         fs::symlink_metadata(self.top.join(path.as_path())).ok()
     }
 }

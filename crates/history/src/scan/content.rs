@@ -16,7 +16,8 @@ use nix::errno::Errno;
 use rayon::prelude::*;
 
 use crate::errors::{HistoryError, Result};
-use crate::scan::pool::{self, Hurry};
+use crate::progress::{OnProgress, Phase, Progress};
+use crate::scan::pool::{self, Urgency};
 use crate::scan::scan_result::{SkipReason, Unread};
 use crate::scan::walk::{MANY, is_our_shortage};
 use crate::store::objects::ObjectStore;
@@ -26,7 +27,6 @@ use crate::tree::confined_dir::{FileKind, Root, Stat, stat_fd};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 use crate::tree::xattrs;
-use crate::{OnProgress, Phase, Progress};
 
 /// Files up to this size are read into memory.
 const SMALL: u64 = 1024 * 1024;
@@ -85,7 +85,7 @@ pub(crate) struct Reading<'a> {
     /// Larger files are skipped.
     pub max_file_bytes: u64,
     /// Who waits for it.
-    pub hurry: Hurry,
+    pub hurry: Urgency,
     /// Told about progress.
     pub progress: OnProgress<'a>,
     /// Set by the caller to end early.
@@ -94,7 +94,7 @@ pub(crate) struct Reading<'a> {
 
 /// What reading a file or link came to.
 #[derive(Debug)]
-pub(crate) enum Outcome {
+pub(crate) enum ContentRead {
     /// Its content is known, and stored where there is a sink.
     Stored(Content),
     /// It could not be read.
@@ -119,8 +119,8 @@ pub(crate) struct Content {
 }
 
 /// What one attempt to read a file found.
-enum Attempt {
-    Done(Outcome),
+enum ReadAttempt {
+    Done(ContentRead),
     Changed,
 }
 
@@ -152,19 +152,19 @@ impl Reading<'_> {
         }
     }
 
-    fn read_one(&self, entry: &Unread) -> Result<Outcome> {
+    fn read_one(&self, entry: &Unread) -> Result<ContentRead> {
         if entry.stat.kind() == FileKind::Symlink {
             return self.read_link(entry);
         }
         for attempt in 1..=ATTEMPTS {
-            if let Attempt::Done(outcome) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
+            if let ReadAttempt::Done(outcome) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
                 return Ok(outcome);
             }
         }
-        Ok(Outcome::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
+        Ok(ContentRead::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
     }
 
-    fn read_link(&self, entry: &Unread) -> Result<Outcome> {
+    fn read_link(&self, entry: &Unread) -> Result<ContentRead> {
         let target = match self.root.read_link(&entry.path) {
             Ok(target) => target,
             Err(errno) if is_our_shortage(errno) => {
@@ -178,7 +178,7 @@ impl Reading<'_> {
         }
         // The link could have been replaced since the walk; then the walk's state must not vouch for this target.
         let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
-        Ok(Outcome::Stored(Content {
+        Ok(ContentRead::Stored(Content {
             stat: entry.stat,
             oid,
             size: target.len() as u64,
@@ -187,25 +187,25 @@ impl Reading<'_> {
         }))
     }
 
-    fn try_file(&self, path: &RelPath, last: bool) -> Result<Attempt> {
+    fn try_file(&self, path: &RelPath, last: bool) -> Result<ReadAttempt> {
         let mut file = match self.root.open_file(path) {
             Ok(file) => file,
             Err(errno) if is_our_shortage(errno) => {
                 return Err(HistoryError::io("open", &self.root.show(path))(errno));
             }
-            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+            Err(errno) => return Ok(ReadAttempt::Done(refused(errno))),
         };
         let before = match stat_fd(&file) {
             Ok(stat) => stat,
-            Err(errno) => return Ok(Attempt::Done(refused(errno))),
+            Err(errno) => return Ok(ReadAttempt::Done(refused(errno))),
         };
         if before.kind() != FileKind::Regular {
             let detail = "it became something else".to_owned();
-            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unsteady, detail)));
+            return Ok(ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unsteady, detail)));
         }
         if before.size > self.max_file_bytes {
             let detail = format!("{} bytes", before.size);
-            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::TooLarge, detail)));
+            return Ok(ReadAttempt::Done(ContentRead::Skipped(SkipReason::TooLarge, detail)));
         }
         if before.size <= SMALL {
             self.try_small(file, before, last)
@@ -216,15 +216,15 @@ impl Reading<'_> {
         }
     }
 
-    fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<Attempt> {
+    fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<ReadAttempt> {
         let mut content = Vec::with_capacity(before.size as usize + 1);
         // A file that grows without end is cut at twice the size of a small one.
         if let Err(error) = (&mut file).take(2 * SMALL).read_to_end(&mut content) {
-            return Ok(Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string())));
+            return Ok(ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unreadable, error.to_string())));
         }
         let steady = is_steady(&file, &before, content.len() as u64);
         if !steady && !last {
-            return Ok(Attempt::Changed);
+            return Ok(ReadAttempt::Changed);
         }
         let oid = Oid::of(ObjectKind::Blob, &content);
         if let Some(sink) = &self.sink {
@@ -234,18 +234,18 @@ impl Reading<'_> {
         Ok(done(&file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
     }
 
-    fn try_large(&self, file: &mut File, before: Stat) -> Result<Attempt> {
+    fn try_large(&self, file: &mut File, before: Stat) -> Result<ReadAttempt> {
         let (oid, read) = match hash_stream(file, before.size) {
             Ok(hashed) => hashed,
             Err(error) => return Ok(unreadable(&error)),
         };
         if !is_steady(file, &before, read) {
-            return Ok(Attempt::Changed);
+            return Ok(ReadAttempt::Changed);
         }
         match self.store(oid, read, file)? {
             Streamed::Unreadable(error) => return Ok(unreadable(&error)),
             Streamed::Stored if is_steady(file, &before, read) => {}
-            Streamed::Stored | Streamed::Different => return Ok(Attempt::Changed),
+            Streamed::Stored | Streamed::Different => return Ok(ReadAttempt::Changed),
         }
         let (stat, size, torn) = (before, read, false);
         Ok(done(file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
@@ -260,7 +260,7 @@ impl Reading<'_> {
 
     /// Copies a large file that does not hold still, so that its id and its bytes are of one reading; of a file that
     /// grows, as much as there was at first.
-    fn spool(&self, mut file: File, before: Stat) -> Result<Attempt> {
+    fn spool(&self, mut file: File, before: Stat) -> Result<ReadAttempt> {
         let failed = |error| HistoryError::io("copy to", self.spool)(error);
         let mut copy = tempfile::tempfile_in(self.spool).map_err(failed)?;
         let mut source = (&mut file).take(before.size);
@@ -292,18 +292,18 @@ impl Reading<'_> {
 }
 
 /// Adds the attributes of a file that was read.
-fn done(file: &File, mut content: Content) -> Attempt {
-    Attempt::Done(match xattrs::read(file) {
+fn done(file: &File, mut content: Content) -> ReadAttempt {
+    ReadAttempt::Done(match xattrs::read(file) {
         Ok(found) => {
             content.xattrs = found;
-            Outcome::Stored(content)
+            ContentRead::Stored(content)
         }
-        Err(errno) => Outcome::Skipped(SkipReason::Unreadable, format!("its attributes: {}", errno.desc())),
+        Err(errno) => ContentRead::Skipped(SkipReason::Unreadable, format!("its attributes: {}", errno.desc())),
     })
 }
 
-fn unreadable(error: &io::Error) -> Attempt {
-    Attempt::Done(Outcome::Skipped(SkipReason::Unreadable, error.to_string()))
+fn unreadable(error: &io::Error) -> ReadAttempt {
+    ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unreadable, error.to_string()))
 }
 
 fn is_steady(file: &File, before: &Stat, read: u64) -> bool {
@@ -329,12 +329,12 @@ fn hash_stream(source: &mut impl Read, size: u64) -> io::Result<(Oid, u64)> {
     }
 }
 
-fn refused(errno: Errno) -> Outcome {
+fn refused(errno: Errno) -> ContentRead {
     match errno {
-        Errno::ENOENT | Errno::ENOTDIR => Outcome::Vanished,
+        Errno::ENOENT | Errno::ENOTDIR => ContentRead::Vanished,
         Errno::ELOOP | Errno::ENXIO | Errno::EINVAL => {
-            Outcome::Skipped(SkipReason::Unsteady, "it became something else".to_owned())
+            ContentRead::Skipped(SkipReason::Unsteady, "it became something else".to_owned())
         }
-        errno => Outcome::Skipped(SkipReason::Unreadable, errno.desc().to_owned()),
+        errno => ContentRead::Skipped(SkipReason::Unreadable, errno.desc().to_owned()),
     }
 }

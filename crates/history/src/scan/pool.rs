@@ -16,7 +16,7 @@ const STACK: usize = 256 << 20;
 
 /// Who waits for the work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Hurry {
+pub(crate) enum Urgency {
     /// Agents that stand still.
     Urgent,
     /// Nobody.
@@ -37,10 +37,10 @@ fn pool(name: &'static str) -> Option<ThreadPool> {
 pub(crate) const DEEP: usize = 32;
 
 /// Does work on the threads of a pool; at once for whoever is one of them.
-pub(crate) fn on<T: Send>(hurry: Hurry, work: impl FnOnce() -> T + Send) -> T {
+pub(crate) fn on<T: Send>(hurry: Urgency, work: impl FnOnce() -> T + Send) -> T {
     let pool = match hurry {
-        Hurry::Urgent => &*URGENT,
-        Hurry::Background => &*BACKGROUND,
+        Urgency::Urgent => &*URGENT,
+        Urgency::Background => &*BACKGROUND,
     };
     match pool {
         Some(pool) => pool.install(work),

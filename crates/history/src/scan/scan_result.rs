@@ -1,4 +1,4 @@
-//! What a walk has found: directories that are the known ones, and sketches of those that are not.
+//! ScannedNode a walk has found: directories that are the known ones, and sketches of those that are not.
 //!
 //! Data only: `scan` makes it, `content` reads what is unread in it, `tree` makes directories of it.
 
@@ -6,8 +6,8 @@ use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
-use crate::scan::content::Outcome;
-use crate::scan::workspace_state::{Child, Dir, Node, Seen};
+use crate::scan::content::ContentRead;
+use crate::scan::workspace_state::{Child, Dir, FileFingerprint, Node};
 use crate::tree::confined_dir::Stat;
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
@@ -35,13 +35,13 @@ pub struct Skipped {
     pub path: RelPath,
     /// Why.
     pub reason: SkipReason,
-    /// What the system said, or the size.
+    /// ScannedNode the system said, or the size.
     pub detail: String,
 }
 
 /// A directory as a walk found it.
 #[derive(Debug)]
-pub(crate) enum Found {
+pub(crate) enum ScanResult {
     /// Nothing in it or below it has changed.
     Same(Arc<Dir>),
     /// Something has, or may have.
@@ -52,7 +52,7 @@ pub(crate) enum Found {
 #[derive(Debug)]
 pub(crate) struct NewDir {
     /// Its state.
-    pub seen: Seen,
+    pub seen: FileFingerprint,
     /// Its extended attributes.
     pub xattrs: Xattrs,
     /// Whether the rules cover it.
@@ -62,12 +62,12 @@ pub(crate) struct NewDir {
     /// Why it could not be listed.
     pub unreadable: Option<Box<str>>,
     /// The state of its `.gitignore`.
-    pub ignore_file: Option<Seen>,
+    pub ignore_file: Option<FileFingerprint>,
     /// Whether that state vouches for what it said.
     pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
     pub nested: bool,
-    /// What is in it and covered, sorted by name.
+    /// ScannedNode is in it and covered, sorted by name.
     pub entries: Vec<Entry>,
 }
 
@@ -77,7 +77,7 @@ pub(crate) enum Entry {
     /// It is what it was.
     Kept(Arc<Child>),
     /// This stands there now.
-    Anew(Box<[u8]>, What),
+    Anew(Box<[u8]>, ScannedNode),
 }
 
 impl Entry {
@@ -90,15 +90,15 @@ impl Entry {
     }
 }
 
-/// What stands at a name, as far as a walk can tell.
+/// ScannedNode stands at a name, as far as a walk can tell.
 #[derive(Debug)]
-pub(crate) enum What {
+pub(crate) enum ScannedNode {
     /// All is known.
     Known(Node),
     /// A file or link whose content has to be read.
     Unread(Box<Unread>),
     /// A directory.
-    Below(Found),
+    Below(ScanResult),
 }
 
 /// A file or link whose content has to be read.
@@ -112,6 +112,6 @@ pub(crate) struct Unread {
     pub forced: bool,
     /// Whether an agent can write to it without its state telling.
     pub mapped: bool,
-    /// What reading it came to.
-    pub outcome: OnceLock<Outcome>,
+    /// ScannedNode reading it came to.
+    pub outcome: OnceLock<ContentRead>,
 }

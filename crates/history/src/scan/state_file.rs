@@ -19,7 +19,9 @@ use sha1::{Digest, Sha1};
 
 use crate::rules::coverage::Rules;
 use crate::scan::scan_result::SkipReason;
-use crate::scan::workspace_state::{Child, Dir, File, Node, Picture, Remarks, Seen, Source, total};
+use crate::scan::workspace_state::{
+    Child, Dir, File, FileFingerprint, Node, ScanRemarks, Source, WorkspaceState, total,
+};
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
 use crate::tree::metadata::Xattrs;
@@ -47,7 +49,7 @@ struct Small {
 }
 
 /// Reads a picture; `None` when there is none that can be trusted.
-pub(crate) fn load(path: &Path) -> Option<Picture> {
+pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
     let bytes = fs::read(path).ok()?;
     let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(20)?)?;
     if <[u8; 20]>::from(Sha1::digest(body)) != checksum {
@@ -57,7 +59,7 @@ pub(crate) fn load(path: &Path) -> Option<Picture> {
     let commit = reader.oid()?;
     let small: Small = serde_json::from_slice(reader.counted()?).ok()?;
     let root = Arc::new(reader.dir(0)?);
-    reader.0.is_empty().then_some(Picture {
+    reader.0.is_empty().then_some(WorkspaceState {
         commit,
         rules: small.rules,
         above: small.above,
@@ -71,7 +73,7 @@ pub(crate) fn load(path: &Path) -> Option<Picture> {
 }
 
 /// Writes a picture to a new file. It is not flushed: a torn one fails its checksum.
-pub(crate) fn save(picture: &Picture, path: &Path) -> io::Result<()> {
+pub(crate) fn save(picture: &WorkspaceState, path: &Path) -> io::Result<()> {
     let mut out = Writer(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
     out.0.extend_from_slice(HEADER);
     out.0.extend_from_slice(picture.commit.raw());
@@ -99,7 +101,7 @@ impl Writer {
         self.0.extend_from_slice(bytes);
     }
 
-    fn seen(&mut self, seen: &Seen) {
+    fn seen(&mut self, seen: &FileFingerprint) {
         [seen.dev, seen.ino, seen.size].iter().for_each(|n| self.0.extend_from_slice(&n.to_le_bytes()));
         self.0.extend_from_slice(&seen.mode.to_le_bytes());
         for time in [seen.mtime, seen.ctime] {
@@ -145,7 +147,7 @@ impl Writer {
                 self.seen(&file.seen);
                 self.0.extend_from_slice(file.oid.raw());
                 self.0.extend_from_slice(&file.size.to_le_bytes());
-                let Remarks { torn, sparse, forced, linked, doubtful } = file.remarks;
+                let ScanRemarks { torn, sparse, forced, linked, doubtful } = file.remarks;
                 self.flags(&[torn, sparse, forced, linked, doubtful]);
                 self.xattrs(&file.xattrs);
             }
@@ -207,8 +209,8 @@ impl<'a> Reader<'a> {
         Some(Time { sec, nsec: self.u32()? })
     }
 
-    fn seen(&mut self) -> Option<Seen> {
-        Some(Seen {
+    fn seen(&mut self) -> Option<FileFingerprint> {
+        Some(FileFingerprint {
             dev: self.u64()?,
             ino: self.u64()?,
             size: self.u64()?,
@@ -265,7 +267,7 @@ impl<'a> Reader<'a> {
             0 => {
                 let (seen, oid, size) = (self.seen()?, self.oid()?, self.u64()?);
                 let [torn, sparse, forced, linked, doubtful] = self.flags()?;
-                let remarks = Remarks { torn, sparse, forced, linked, doubtful };
+                let remarks = ScanRemarks { torn, sparse, forced, linked, doubtful };
                 Node::File(File { seen, oid, size, remarks, xattrs: self.xattrs()? })
             }
             1 => Node::Dir(Arc::new(self.dir(depth + 1)?)),
@@ -284,14 +286,14 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
-    fn seen(sec: i64) -> Seen {
+    fn seen(sec: i64) -> FileFingerprint {
         let time = Time { sec, nsec: 7 };
-        Seen { dev: 1, ino: 2, size: 3, mode: 0o100644, mtime: time, ctime: time }
+        FileFingerprint { dev: 1, ino: 2, size: 3, mode: 0o100644, mtime: time, ctime: time }
     }
 
-    fn picture() -> Picture {
+    fn workspace_state() -> WorkspaceState {
         let oid = Oid::from_raw([9; 20]);
-        let remarks = Remarks { sparse: true, linked: true, ..Remarks::default() };
+        let remarks = ScanRemarks { sparse: true, linked: true, ..ScanRemarks::default() };
         let xattrs: Xattrs = Box::new([((*b"user.a").into(), (*b"\0").into())]);
         let child = |name: &[u8], node| Arc::new(Child { name: name.into(), node });
         let dir = |children: Box<[Arc<Child>]>, unreadable: Option<&str>| Dir {
@@ -315,7 +317,7 @@ mod tests {
             child(b"d", Node::Skipped { reason: SkipReason::Unsteady, detail: "it changed".into() }),
             child(b"e", Node::Draft),
         ];
-        Picture {
+        WorkspaceState {
             commit: oid,
             rules: Rules::default(),
             above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
@@ -332,7 +334,7 @@ mod tests {
     fn a_saved_picture_is_read_back_and_a_damaged_one_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("cache");
-        let picture = picture();
+        let picture = workspace_state();
         save(&picture, &file).unwrap();
         let read = load(&file).unwrap();
         assert_eq!(format!("{picture:?}"), format!("{read:?}"));

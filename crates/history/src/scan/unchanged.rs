@@ -3,10 +3,12 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
+use crate::History;
 use crate::errors::Result;
+use crate::progress::OnProgress;
 use crate::rules::coverage::Rules;
+use crate::snapshot::Mapped;
 use crate::snapshot::SnapshotRequest;
-use crate::{History, Mapped, OnProgress};
 
 impl History {
     /// Says whether a workspace is exactly what a checkpoint holds of it: contents, modes and times.

@@ -23,13 +23,13 @@ use rayon::prelude::*;
 
 use crate::errors::{HistoryError, Result};
 use crate::rules::coverage::{OwnPatterns, Rules};
-use crate::rules::decision::Verdict;
-use crate::rules::rule_cache::{Standing, Standings};
+use crate::rules::decision::MatchDecision;
+use crate::rules::rule_cache::{CompiledRules, RuleCache};
 use crate::rules::tracked::Tracked;
-use crate::scan::pool::{self, Hurry};
-use crate::scan::scan_result::{Entry, Found, NewDir, SkipReason, Unread, What};
+use crate::scan::pool::{self, Urgency};
+use crate::scan::scan_result::{Entry, NewDir, ScanResult, ScannedNode, SkipReason, Unread};
 use crate::scan::watcher::{Dirty, Watched};
-use crate::scan::workspace_state::{Dir, File, Node, Seen};
+use crate::scan::workspace_state::{Dir, File, FileFingerprint, Node};
 use crate::store::objects::ObjectStore;
 use crate::tree::confined_dir::{FileKind, Root, Stat, stat_at, stat_fd, tells_of_changes};
 use crate::tree::metadata::Xattrs;
@@ -73,15 +73,15 @@ pub(crate) struct Walk<'a> {
     pub root: &'a Root,
     /// The device that it is on.
     pub device: u64,
-    /// What is covered.
+    /// ScannedNode is covered.
     pub rules: &'a Rules,
     /// The project's own patterns.
     pub own: OwnPatterns,
     /// How the ignore files stand.
-    pub standings: &'a Standings,
+    pub standings: &'a RuleCache,
     /// The store itself, when it lies in the workspace.
     pub hidden: Option<RelPath>,
-    /// What is tracked although the rules leave it out, as far as it is known.
+    /// ScannedNode is tracked although the rules leave it out, as far as it is known.
     pub forced: &'a BTreeSet<RelPath>,
     /// The whole index, when it is not known what of it the rules leave out.
     pub tracked: Option<&'a Tracked>,
@@ -94,14 +94,14 @@ pub(crate) struct Walk<'a> {
     /// When the look began, in nanoseconds since 1970.
     pub started_ns: i128,
     /// Who waits for it.
-    pub hurry: Hurry,
+    pub hurry: Urgency,
     /// Set by the caller to end early.
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
     pub ignored: AtomicU64,
     /// Files with several names that were left out under one of them, by inode.
     pub linked_out: Mutex<HashSet<u64>>,
-    /// What the user should know of this look.
+    /// ScannedNode the user should know of this look.
     pub warnings: Mutex<Vec<String>>,
     /// Whether other rules were met than those of the known picture.
     pub redecided: AtomicBool,
@@ -109,7 +109,7 @@ pub(crate) struct Walk<'a> {
 
 /// How far what is known of a directory may be relied on.
 #[derive(Clone, Copy)]
-struct Known<'k> {
+struct KnownDir<'k> {
     dir: Option<&'k Arc<Dir>>,
     /// Whether the rules have decided about its names as they would now.
     decided: bool,
@@ -118,22 +118,22 @@ struct Known<'k> {
 /// One directory that is being walked.
 struct Place<'p> {
     path: &'p RelPath,
-    standing: Standing,
+    standing: CompiledRules,
     covered: bool,
 }
 
 impl Walk<'_> {
     /// Walks the whole workspace; directories that are known and unchanged are not listed again, where the rules are
     /// what they were (`decided`).
-    pub fn whole(&self, known: Option<&Arc<Dir>>, top: Standing, decided: bool) -> Result<Found> {
+    pub fn whole(&self, known: Option<&Arc<Dir>>, top: CompiledRules, decided: bool) -> Result<ScanResult> {
         let path = RelPath::root();
         let place = Place { path: &path, standing: top, covered: true };
-        let found = self.whole_dir(&place, Known { dir: known, decided })?;
+        let found = self.whole_dir(&place, KnownDir { dir: known, decided })?;
         found.ok_or_else(|| self.vanished())
     }
 
     /// Looks again at what events have named.
-    pub fn part(&self, known: &Arc<Dir>, top: Standing, dirty: &Dirty) -> Result<Found> {
+    pub fn part(&self, known: &Arc<Dir>, top: CompiledRules, dirty: &Dirty) -> Result<ScanResult> {
         let path = RelPath::root();
         let place = Place { path: &path, standing: top, covered: true };
         let found = self.part_dir(&place, known, dirty)?;
@@ -145,7 +145,7 @@ impl Walk<'_> {
     }
 
     /// Has the next look come back to a path, whatever it finds by then.
-    fn look_again(&self, path: &RelPath) {
+    fn scan_changed(&self, path: &RelPath) {
         if let Some(watch) = self.watch {
             watch.note(path);
         }
@@ -173,11 +173,11 @@ impl Walk<'_> {
     }
 
     /// Walks a directory and all below it, which may be many and may be deep.
-    fn whole_dir(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+    fn whole_dir(&self, place: &Place<'_>, known: KnownDir<'_>) -> Result<Option<ScanResult>> {
         pool::on(self.hurry, || self.walk_whole(place, known))
     }
 
-    fn walk_whole(&self, place: &Place<'_>, known: Known<'_>) -> Result<Option<Found>> {
+    fn walk_whole(&self, place: &Place<'_>, known: KnownDir<'_>) -> Result<Option<ScanResult>> {
         self.check_cancel()?;
         let fd = match self.open(place.path)? {
             None => return Ok(None),
@@ -191,7 +191,7 @@ impl Walk<'_> {
         // Another file system may be mounted here, one that tells nobody of what changes.
         let elsewhere = seen.dev != self.device && !tells_of_changes(&fd);
         if elsewhere && let Some(watch) = self.watch {
-            watch.distrust("a file system in the workspace does not tell of changes");
+            watch.mark_damaged("a file system in the workspace does not tell of changes");
         }
         let ignore_file = self.ignore_file(&fd);
         let same = known.dir.filter(|dir| {
@@ -216,7 +216,7 @@ impl Walk<'_> {
         self.list(place, (fd, ignore_file), seen, known, Names::All(names), None)
     }
 
-    fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<Found>> {
+    fn part_dir(&self, place: &Place<'_>, known: &Arc<Dir>, dirty: &Dirty) -> Result<Option<ScanResult>> {
         self.check_cancel()?;
         let fd = match self.open(place.path)? {
             None => return Ok(None),
@@ -231,7 +231,7 @@ impl Walk<'_> {
         let other = dirty.anew || known.unreadable.is_some() || !seen.same_file(&known.seen);
         if other || rules_changed || top_changed {
             drop(fd);
-            return self.whole_dir(place, Known { dir: Some(known), decided: true });
+            return self.whole_dir(place, KnownDir { dir: Some(known), decided: true });
         }
         let names = if dirty.all {
             match read_names(&fd) {
@@ -243,24 +243,24 @@ impl Walk<'_> {
             names.extend(dirty.below.keys().cloned());
             Names::Some(names)
         };
-        let known = Known { dir: Some(known), decided: true };
+        let known = KnownDir { dir: Some(known), decided: true };
         self.list(place, (fd, ignore_file), seen, known, names, Some(dirty))
     }
 
-    fn seen_of(&self, fd: &OwnedFd, path: &RelPath) -> Result<Seen> {
+    fn seen_of(&self, fd: &OwnedFd, path: &RelPath) -> Result<FileFingerprint> {
         let stat = stat_fd(fd).map_err(HistoryError::io("look at", &self.root.show(path)))?;
-        Ok(Seen::from(&stat))
+        Ok(FileFingerprint::from(&stat))
     }
 
-    fn ignore_file(&self, fd: &OwnedFd) -> Option<Seen> {
+    fn ignore_file(&self, fd: &OwnedFd) -> Option<FileFingerprint> {
         let stat = stat_at(fd, OsStr::new(".gitignore")).ok()?;
         // A link in this place is followed by nobody, not by git either.
         let counts = stat.kind() == FileKind::Regular && self.rules.use_gitignore;
-        counts.then(|| Seen::from(&stat))
+        counts.then(|| FileFingerprint::from(&stat))
     }
 
     /// Sketches a directory that may not be listed.
-    fn closed_dir(&self, place: &Place<'_>, errno: Errno) -> Result<Option<Found>> {
+    fn closed_dir(&self, place: &Place<'_>, errno: Errno) -> Result<Option<ScanResult>> {
         if place.path.is_root() {
             return Err(HistoryError::io("list workspace", self.root.path())(errno));
         }
@@ -269,8 +269,8 @@ impl Walk<'_> {
             Ok(_) | Err(Errno::ELOOP) => return Ok(None),
             Err(errno) => return Err(HistoryError::io("look at", &self.root.show(place.path))(errno)),
         };
-        Ok(Some(Found::New(Box::new(NewDir {
-            seen: Seen::from(&stat),
+        Ok(Some(ScanResult::New(Box::new(NewDir {
+            seen: FileFingerprint::from(&stat),
             xattrs: Xattrs::default(),
             covered: place.covered,
             settled: false,
@@ -285,12 +285,12 @@ impl Walk<'_> {
     fn list(
         &self,
         place: &Place<'_>,
-        (fd, ignore_file): (OwnedFd, Option<Seen>),
-        seen: Seen,
-        known: Known<'_>,
+        (fd, ignore_file): (OwnedFd, Option<FileFingerprint>),
+        seen: FileFingerprint,
+        known: KnownDir<'_>,
         names: Names,
         dirty: Option<&Dirty>,
-    ) -> Result<Option<Found>> {
+    ) -> Result<Option<ScanResult>> {
         let nested = !place.path.is_root()
             && match &names {
                 Names::All(names) => names.contains(&b".git"[..]),
@@ -304,7 +304,7 @@ impl Walk<'_> {
         if !same_rules {
             self.redecided.store(true, Ordering::Relaxed);
         }
-        let known = Known { decided: known.decided && same_rules, ..known };
+        let known = KnownDir { decided: known.decided && same_rules, ..known };
         let standing =
             self.standings.within(place.path, &place.standing, self.root, ignore_file, nested, self.started_ns);
         let same_state = known.dir.filter(|dir| dir.seen == seen);
@@ -329,7 +329,7 @@ impl Walk<'_> {
             let kept = dir.children.iter().filter(|child| !names.contains(&child.name));
             entries.extend(kept.cloned().map(Entry::Kept));
         }
-        let mut dirs: Vec<(Box<[u8]>, RelPath, Standing, bool)> = Vec::new();
+        let mut dirs: Vec<(Box<[u8]>, RelPath, CompiledRules, bool)> = Vec::new();
         for name in names.iter() {
             if matches!(&**name, b"." | b".." | b".git") {
                 continue;
@@ -345,7 +345,7 @@ impl Walk<'_> {
                 changed |= there != before.is_some();
                 if there {
                     let (reason, detail) = (SkipReason::Reserved, "git takes this name for its own".into());
-                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                    entries.push(Entry::Anew(name.clone(), ScannedNode::Known(Node::Skipped { reason, detail })));
                 }
                 continue;
             }
@@ -353,14 +353,14 @@ impl Walk<'_> {
             if path.bytes().len() >= MAX_PATH && !is_gone(&fd) {
                 let (reason, detail) = (SkipReason::Unreadable, "its path is longer than the system allows".into());
                 changed |= !matches!(before, Some(Node::Skipped { .. }));
-                entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                entries.push(Entry::Anew(name.clone(), ScannedNode::Known(Node::Skipped { reason, detail })));
                 continue;
             }
             if is_restore_draft(name) {
                 match stat_at(&fd, OsStr::from_bytes(name)) {
                     Ok(_) => {
                         changed |= before.is_none();
-                        entries.push(Entry::Anew(name.clone(), What::Known(Node::Draft)));
+                        entries.push(Entry::Anew(name.clone(), ScannedNode::Known(Node::Draft)));
                     }
                     Err(_) => changed |= before.is_some(),
                 }
@@ -378,27 +378,27 @@ impl Walk<'_> {
                 Err(errno) => {
                     let (reason, detail) = (SkipReason::Unreadable, errno.desc().into());
                     changed = true;
-                    entries.push(Entry::Anew(name.clone(), What::Known(Node::Skipped { reason, detail })));
+                    entries.push(Entry::Anew(name.clone(), ScannedNode::Known(Node::Skipped { reason, detail })));
                     continue;
                 }
             };
             let is_dir = stat.kind() == FileKind::Directory;
             let verdict = match (&names, before) {
-                // What is decided stays decided.
+                // ScannedNode is decided stays decided.
                 (Names::Covered(_), Some(Node::File(file))) if !is_dir && !file.remarks.forced => {
-                    Verdict::Covered(Standing::Everything)
+                    MatchDecision::Covered(CompiledRules::Everything)
                 }
                 (Names::Covered(_), Some(Node::Dir(dir))) if is_dir && !self.own.has_includes() => {
                     if dir.covered {
-                        Verdict::Covered(standing.clone())
+                        MatchDecision::Covered(standing.clone())
                     } else {
-                        Verdict::Through
+                        MatchDecision::Through
                     }
                 }
-                _ => self.verdict(&path, is_dir, &standing),
+                _ => self.decide_name(&path, is_dir, &standing),
             };
             let (below, covered, forced) = match verdict {
-                Verdict::Out => {
+                MatchDecision::Out => {
                     self.ignored.fetch_add(1, Ordering::Relaxed);
                     // It may be another name of a file that is covered.
                     if stat.kind() == FileKind::Regular && stat.nlink > 1 {
@@ -408,12 +408,12 @@ impl Walk<'_> {
                     changed |= before.is_some();
                     continue;
                 }
-                Verdict::Covered(below) => (below, true, false),
-                Verdict::Through if is_dir => {
+                MatchDecision::Covered(below) => (below, true, false),
+                MatchDecision::Through if is_dir => {
                     self.ignored.fetch_add(1, Ordering::Relaxed);
-                    (Standing::OnlyIncluded, false, false)
+                    (CompiledRules::OnlyIncluded, false, false)
                 }
-                Verdict::Through | Verdict::Forced => (Standing::OnlyIncluded, true, true),
+                MatchDecision::Through | MatchDecision::Forced => (CompiledRules::OnlyIncluded, true, true),
             };
             if is_dir {
                 dirs.push((name.clone(), path, below, covered));
@@ -422,7 +422,7 @@ impl Walk<'_> {
             let written = dirty.is_some_and(|dirty| dirty.written.contains(name));
             let entry = match known_child.filter(|child| !written && self.is_kept(&path, &stat, forced, &child.node)) {
                 Some(child) => Entry::Kept(Arc::clone(child)),
-                None => Entry::Anew(name.clone(), self.sketch(path, &stat, forced, before.filter(|_| !written))),
+                None => Entry::Anew(name.clone(), self.scanned_node(path, &stat, forced, before.filter(|_| !written))),
             };
             changed |= matches!(entry, Entry::Anew(..));
             entries.push(entry);
@@ -430,7 +430,7 @@ impl Walk<'_> {
 
         drop(fd);
         let walk_below =
-            |(name, path, standing, covered): &(Box<[u8]>, RelPath, Standing, bool)| -> Result<Option<Entry>> {
+            |(name, path, standing, covered): &(Box<[u8]>, RelPath, CompiledRules, bool)| -> Result<Option<Entry>> {
                 let place = Place { path, standing: standing.clone(), covered: *covered };
                 let known_child = known.dir.and_then(|dir| dir.child(name));
                 let before = match known_child.map(|child| &child.node) {
@@ -442,13 +442,13 @@ impl Walk<'_> {
                     (Some(dirty), Some(dir)) => {
                         self.part_dir(&place, dir, dirty.below.get(name).unwrap_or(&nothing))?
                     }
-                    _ => self.whole_dir(&place, Known { dir: before, decided: known.decided })?,
+                    _ => self.whole_dir(&place, KnownDir { dir: before, decided: known.decided })?,
                 };
                 Ok(found.map(|found| match (&found, before, known_child) {
-                    (Found::Same(same), Some(before), Some(child)) if Arc::ptr_eq(same, before) => {
+                    (ScanResult::Same(same), Some(before), Some(child)) if Arc::ptr_eq(same, before) => {
                         Entry::Kept(Arc::clone(child))
                     }
-                    _ => Entry::Anew(name.clone(), What::Below(found)),
+                    _ => Entry::Anew(name.clone(), ScannedNode::Below(found)),
                 }))
             };
         let below: Vec<Option<Entry>> = if dirs.len() > if dirty.is_none() { 1 } else { MANY } {
@@ -460,7 +460,7 @@ impl Walk<'_> {
             if entry.is_none() {
                 // It was there a moment ago; whoever moves it about may bring it back without a trace.
                 settled = false;
-                self.look_again(path);
+                self.scan_changed(path);
             }
             let before = known.dir.and_then(|dir| dir.child(name));
             changed |= match (&entry, before) {
@@ -469,12 +469,12 @@ impl Walk<'_> {
             };
             entries.extend(entry);
         }
-        // What an earlier picture's trees consist of may be gone, where it is not relied on.
+        // ScannedNode an earlier picture's trees consist of may be gone, where it is not relied on.
         if let (false, Some(dir), None) = (changed, known.dir, self.check_in) {
-            return Ok(Some(Found::Same(Arc::clone(dir))));
+            return Ok(Some(ScanResult::Same(Arc::clone(dir))));
         }
         entries.sort_by(|a, b| a.name().cmp(b.name()));
-        Ok(Some(Found::New(Box::new(NewDir {
+        Ok(Some(ScanResult::New(Box::new(NewDir {
             seen,
             xattrs,
             covered: place.covered,
@@ -495,7 +495,7 @@ impl Walk<'_> {
                 !too_large && file.remarks.forced == forced && self.vouches(path, stat, file)
             }
             Node::Special { seen, kind } => {
-                *seen == Seen::from(stat) && matches!(stat.kind(), FileKind::Special(now) if now == *kind)
+                *seen == FileFingerprint::from(stat) && matches!(stat.kind(), FileKind::Special(now) if now == *kind)
             }
             Node::Dir(_) | Node::Skipped { .. } | Node::Draft => false,
         }
@@ -503,19 +503,19 @@ impl Walk<'_> {
 
     /// Says whether the state of a file vouches for its having the content that is known.
     fn vouches(&self, path: &RelPath, stat: &Stat, file: &File) -> bool {
-        file.seen == Seen::from(stat)
+        file.seen == FileFingerprint::from(stat)
             && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(path))
             && self.check_in.is_none_or(|store| store.contains(&file.oid))
     }
 
     /// Sketches what is no directory.
-    fn sketch(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> What {
-        let seen = Seen::from(stat);
+    fn scanned_node(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> ScannedNode {
+        let seen = FileFingerprint::from(stat);
         match stat.kind() {
-            FileKind::Special(kind) => What::Known(Node::Special { seen, kind }),
+            FileKind::Special(kind) => ScannedNode::Known(Node::Special { seen, kind }),
             FileKind::Regular if stat.size > self.rules.max_file_bytes => {
                 let detail = format!("{} bytes", stat.size).into();
-                What::Known(Node::Skipped { reason: SkipReason::TooLarge, detail })
+                ScannedNode::Known(Node::Skipped { reason: SkipReason::TooLarge, detail })
             }
             FileKind::Regular | FileKind::Symlink | FileKind::Directory => {
                 if let Some(Node::File(file)) = before
@@ -523,10 +523,10 @@ impl Walk<'_> {
                 {
                     let mut file = file.clone();
                     file.remarks.forced = forced;
-                    return What::Known(Node::File(file));
+                    return ScannedNode::Known(Node::File(file));
                 }
                 let mapped = self.mapped.contains(&path);
-                What::Unread(Box::new(Unread { path, stat: *stat, forced, mapped, outcome: OnceLock::new() }))
+                ScannedNode::Unread(Box::new(Unread { path, stat: *stat, forced, mapped, outcome: OnceLock::new() }))
             }
         }
     }

@@ -7,10 +7,11 @@ use std::sync::TryLockError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::History;
 use crate::errors::{HistoryError, Result};
+use crate::progress::OnProgress;
 use crate::scan::state_file;
 use crate::snapshot::{SnapshotRequest, WHOLE_LOOK};
-use crate::{History, OnProgress};
 use fermata_failpoint as failpoint;
 
 /// Up to so many changed names, agents stand still no longer than they would for one.
@@ -38,7 +39,7 @@ impl History {
     ///
     /// # Errors
     /// As for [`History::snapshot`].
-    pub fn prime(
+    pub fn warm_up(
         &self,
         request: &SnapshotRequest,
         now_ms: i64,

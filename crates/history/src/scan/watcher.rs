@@ -349,7 +349,7 @@ impl Queue {
 
 /// What has changed up to an instant.
 #[derive(Debug)]
-pub(crate) struct Taken {
+pub(crate) struct TakenEvents {
     /// The last bucket of it.
     pub epoch: u64,
     /// Where to look again; or why that is not known.
@@ -405,7 +405,7 @@ impl Watched {
     }
 
     /// Ends the current bucket, once all that happened before is in it, and returns what all buckets hold.
-    pub fn take(&self) -> Taken {
+    pub fn take(&self) -> TakenEvents {
         let cookie = self.watcher.queue.next_cookie.fetch_add(1, Ordering::Relaxed);
         let file = self.watcher.queue.cookies.join(cookie.to_string());
         // First, so that the reader, whom the cookie wakes, waits for this and not the other way round.
@@ -415,7 +415,7 @@ impl Watched {
         self.watcher.queue.drain(&mut table);
         let seen = table.cookies.remove(&cookie);
         let Some(watches) = table.projects.get_mut(&self.project) else {
-            return Taken { epoch: 0, dirty: Err("the project is not watched") };
+            return TakenEvents { epoch: 0, dirty: Err("the project is not watched") };
         };
         if let Err(error) = baked {
             tracing::warn!(%error, "no cookie could be made in the state directory");
@@ -443,7 +443,7 @@ impl Watched {
         };
         watches.buckets.push_back(all);
         watches.buckets.push_back(Bucket { epoch: epoch + 1, ..Bucket::default() });
-        Taken { epoch, dirty }
+        TakenEvents { epoch, dirty }
     }
 
     /// Says whether something has changed far below the top, so that whoever follows it down needs a deep stack.
@@ -471,7 +471,7 @@ impl Watched {
     }
 
     /// Says that not everything can be known here.
-    pub fn distrust(&self, why: &'static str) {
+    pub fn mark_damaged(&self, why: &'static str) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
             watches.lose_as(Lost { why, lasting: true });
         }

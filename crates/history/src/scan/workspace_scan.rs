@@ -5,7 +5,7 @@
 //!        it knows nothing     ─► the whole workspace       ─┴─► read what is not known ─► Observed
 //! ```
 //! Decides how much has to be looked at and gathers what that needs: rules, the user's index, suspects, other names of
-//! linked files. What is read goes into the pack of the snapshot to be; making trees and flushing is `snapshot`'s work.
+//! linked files. ScannedNode is read goes into the pack of the snapshot to be; making trees and flushing is `snapshot`'s work.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
@@ -13,29 +13,30 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
+use crate::History;
 use crate::errors::{HistoryError, Result};
+use crate::progress::{OnProgress, Phase, Progress};
 use crate::rules::coverage::{IgnoreChain, OwnPatterns, Rules};
-use crate::rules::rule_cache::{Standing, with_state};
+use crate::rules::rule_cache::{CompiledRules, with_state};
 use crate::rules::tracked::{Tracked, indexes_hold};
 use crate::rules::user_repository::{Location, UserRepository};
-use crate::scan::content::{BlobSink, Outcome, Reading};
-use crate::scan::pool::{self, Hurry};
-use crate::scan::scan_result::{Entry, Found, Unread, What};
+use crate::scan::content::{BlobSink, ContentRead, Reading};
+use crate::scan::pool::{self, Urgency};
+use crate::scan::scan_result::{Entry, ScanResult, ScannedNode, Unread};
 use crate::scan::walk::Walk;
 use crate::scan::watcher::{Dirty, Watched};
-use crate::scan::workspace_state::{Child, Node, Picture, Source};
-use crate::snapshot::{Draft, Mapped, SnapshotRequest, Timings, micros};
+use crate::scan::workspace_state::{Child, Node, Source, WorkspaceState};
+use crate::snapshot::{Mapped, PendingSnapshot, SnapshotRequest, Timings, micros};
 use crate::store::pack::PackWriter;
 use crate::tree::confined_dir::{FileKind, Root};
 use crate::tree::names::RelPath;
-use crate::{History, OnProgress, Phase, Progress};
 use fermata_os::mounts;
 
-/// What a look needs to know.
-pub(crate) struct Looking<'a> {
+/// ScannedNode a look needs to know.
+pub(crate) struct ScanContext<'a> {
     /// The workspace, opened.
     pub root: &'a Root,
-    /// What is covered.
+    /// ScannedNode is covered.
     pub rules: &'a Rules,
     /// Files that agents have mapped writable.
     pub mapped: &'a Mapped,
@@ -44,17 +45,17 @@ pub(crate) struct Looking<'a> {
     /// Whether what is not known will be stored, so that it must not rely on what may be gone.
     pub stores: bool,
     /// Who waits for it.
-    pub hurry: Hurry,
+    pub hurry: Urgency,
     /// Whether everything is to be looked at, although the watcher knows what has changed.
     pub afresh: bool,
     /// Set by the caller to end early.
     pub cancel: &'a AtomicBool,
 }
 
-/// What a look found.
-pub(crate) struct Look {
+/// ScannedNode a look found.
+pub(crate) struct WorkspaceScan {
     /// The workspace.
-    pub found: Found,
+    pub found: ScanResult,
     /// Up to where the watcher's events are dealt with.
     pub epoch: Option<u64>,
     /// Whether everything was looked at.
@@ -63,21 +64,21 @@ pub(crate) struct Look {
     pub above: Vec<Source>,
     /// The files of nested repositories that decided, too.
     pub nested: Vec<Source>,
-    /// What is mounted below the workspace.
+    /// ScannedNode is mounted below the workspace.
     pub mounts: Vec<String>,
     /// The user's index, and those of the submodules in it.
     pub indexes: Vec<Source>,
-    /// What the rules leave out although it is tracked; not known yet where the whole index was at hand.
+    /// ScannedNode the rules leave out although it is tracked; not known yet where the whole index was at hand.
     pub forced: Forced,
-    /// What the user should know, beside what is wrong with ignore files.
+    /// ScannedNode the user should know, beside what is wrong with ignore files.
     pub notes: Vec<String>,
-    /// What is wrong with ignore files.
+    /// ScannedNode is wrong with ignore files.
     pub complaints: Vec<String>,
     /// The user's repository.
     pub repository: Option<UserRepository>,
 }
 
-/// What is known of tracked files that the rules leave out.
+/// ScannedNode is known of tracked files that the rules leave out.
 pub(crate) enum Forced {
     /// All of them.
     These(Arc<BTreeSet<RelPath>>),
@@ -88,9 +89,9 @@ pub(crate) enum Forced {
 /// A workspace as it stood at one instant, read but not yet stored as a checkpoint.
 pub struct Observed {
     pub(crate) request: SnapshotRequest,
-    pub(crate) look: Look,
+    pub(crate) look: WorkspaceScan,
     pub(crate) pack: Mutex<PackWriter>,
-    pub(crate) draft: Draft,
+    pub(crate) draft: PendingSnapshot,
     pub(crate) read: u64,
     pub(crate) started_ns: i128,
     pub(crate) took: Timings,
@@ -121,8 +122,8 @@ impl History {
         let (rules, mapped) = (&request.rules, &request.mapped);
         let afresh = self.is_overdue(request);
         let hurry = request.hurry();
-        let looking = Looking { root: &root, rules, mapped, started_ns, stores: true, hurry, afresh, cancel };
-        let look = self.look(&looking)?;
+        let looking = ScanContext { root: &root, rules, mapped, started_ns, stores: true, hurry, afresh, cancel };
+        let look = self.scan_workspace(&looking)?;
         took.scan_us = micros(clock);
 
         let clock = Instant::now();
@@ -144,27 +145,27 @@ impl History {
     }
 
     /// Walks as much of the workspace as has to be looked at.
-    pub(crate) fn look(&self, looking: &Looking<'_>) -> Result<Look> {
+    pub(crate) fn scan_workspace(&self, looking: &ScanContext<'_>) -> Result<WorkspaceScan> {
         match self.goes_deep(looking) {
-            true => pool::on(looking.hurry, || self.look_around(looking)),
-            false => self.look_around(looking),
+            true => pool::on(looking.hurry, || self.scan_full(looking)),
+            false => self.scan_full(looking),
         }
     }
 
     /// Says whether what has to be looked at may lie so far down that it takes a deep stack to follow it.
-    fn goes_deep(&self, looking: &Looking<'_>) -> bool {
+    fn goes_deep(&self, looking: &ScanContext<'_>) -> bool {
         let known = self.known().0.is_some_and(|before| before.root.totals.height > pool::DEEP);
         let mut mapped = looking.mapped.paths.keys().chain(&looking.mapped.open);
         known || self.watch.as_ref().is_some_and(Watched::is_deep) || mapped.any(|path| path.depth() > pool::DEEP)
     }
 
-    fn look_around(&self, looking: &Looking<'_>) -> Result<Look> {
-        let Looking { root, rules, .. } = looking;
+    fn scan_full(&self, looking: &ScanContext<'_>) -> Result<WorkspaceScan> {
+        let ScanContext { root, rules, .. } = looking;
         let real = root.path();
         let tells = root.tells_of_changes();
         let watch = self.watch.as_ref().filter(|_| tells);
         if let (Some(watch), false) = (&self.watch, tells) {
-            watch.distrust("the file system does not tell of changes");
+            watch.mark_damaged("the file system does not tell of changes");
         }
         // The events first: what a look publishes in between is missing from neither then.
         let taken = watch.map(|watch| watch.take());
@@ -172,15 +173,15 @@ impl History {
         let mounts = mounts::below(real);
         let location = Location::find(real);
         let chain = match rules.use_gitignore {
-            true => Standing::Rules(self.standings.above(real, location.as_ref())),
-            false => Standing::Everything,
+            true => CompiledRules::Rules(self.standings.above(real, location.as_ref())),
+            false => CompiledRules::Everything,
         };
         let as_before = before.as_ref().filter(|before| {
             before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
         });
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
-        // What is tracked though ignored: known, or to be found out anew.
+        // ScannedNode is tracked though ignored: known, or to be found out anew.
         let mut dirty = Dirty::default();
         let mut forced_changed = false;
         let mut indexes = Vec::new();
@@ -195,7 +196,7 @@ impl History {
                 let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
                 for path in now.symmetric_difference(&before.forced) {
                     dirty.mark(path);
-                    // What leads to it may be ignored, and so unknown.
+                    // ScannedNode leads to it may be ignored, and so unknown.
                     let mut above = path.parent();
                     while let Some(dir) = above.filter(|dir| !dir.is_root()) {
                         dirty.mark(&dir);
@@ -220,7 +221,7 @@ impl History {
         let partly = match (as_before.filter(|_| trusted && !looking.afresh), events) {
             (Some(before), Ok(events)) => {
                 dirty.merge(events);
-                before.suspects().iter().for_each(|path| dirty.mark(path));
+                before.volatile_paths().iter().for_each(|path| dirty.mark(path));
                 // A file that is mounted by itself is written to elsewhere, where nobody watches.
                 mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
                 mapped.iter().for_each(|path| dirty.mark_written(path));
@@ -228,7 +229,7 @@ impl History {
                 Some((before, dirty))
             }
             (_, events) => {
-                // What was written to may look as it did, also to whoever looks at everything.
+                // ScannedNode was written to may look as it did, also to whoever looks at everything.
                 mapped.extend(events.iter().flat_map(Dirty::written));
                 tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
                 None
@@ -272,7 +273,7 @@ impl History {
                     walk.whole(before.as_ref().map(|before| &before.root), chain.clone(), decided)?
                 }
             };
-            // What was covered anyway may be ignored now: then it counts whether it is tracked.
+            // ScannedNode was covered anyway may be ignored now: then it counts whether it is tracked.
             if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
                 let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
                 indexes.clone_from(&tracked.indexes);
@@ -296,12 +297,12 @@ impl History {
         let (above, nested, of_rules) = self.standings.sources();
         complaints.extend(of_rules);
         let repository = location.as_ref().map(Location::describe);
-        Ok(Look { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
+        Ok(WorkspaceScan { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
     }
 
     /// Says whether what decides about a workspace, apart from what the watcher tells, is as it was when it was looked
     /// at last.
-    pub(crate) fn is_as_before(&self, workspace: &Path, before: &Picture) -> bool {
+    pub(crate) fn is_as_before(&self, workspace: &Path, before: &WorkspaceState) -> bool {
         let location = Location::find(workspace);
         indexes_hold(before, location.as_ref())
             && before.mounts == mounts::below(workspace)
@@ -311,7 +312,7 @@ impl History {
     /// Has the next look come back to what vanished while it was read: it may be back without a trace.
     fn come_back_to(&self, unread: &[&Unread]) {
         let Some(watch) = &self.watch else { return };
-        let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(Outcome::Vanished));
+        let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(ContentRead::Vanished));
         unread.iter().filter(vanished).for_each(|unread| watch.note(&unread.path));
     }
 
@@ -324,7 +325,7 @@ impl History {
 }
 
 /// Looks again at what is dirty, and then at the other names of files that have become linked.
-fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> Result<Found> {
+fn part(walk: &Walk<'_>, before: &WorkspaceState, top: CompiledRules, mut dirty: Dirty) -> Result<ScanResult> {
     let mut asked = HashSet::new();
     loop {
         let found = walk.part(&before.root, top.clone(), &dirty)?;
@@ -338,14 +339,14 @@ fn part(walk: &Walk<'_>, before: &Picture, top: Standing, mut dirty: Dirty) -> R
         if linked.is_empty() {
             return Ok(found);
         }
-        // What was written under one name is in the others, whatever their state says.
+        // ScannedNode was written under one name is in the others, whatever their state says.
         before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }
 }
 
 /// Says whether the files outside the tree that decided are what they were.
-fn rules_hold(before: &Picture, real: &Path, location: Option<&Location>) -> bool {
+fn rules_hold(before: &WorkspaceState, real: &Path, location: Option<&Location>) -> bool {
     let above = if before.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
     above.into_iter().map(with_state).eq(before.above.iter().cloned())
         && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
@@ -359,7 +360,7 @@ fn place_below(real: &Path, mount: &str) -> Option<RelPath> {
 }
 
 /// Lists the paths under which files that are mapped writable are known, all names of linked ones included.
-fn mapped_paths(mapped: &Mapped, before: Option<&Picture>) -> BTreeSet<RelPath> {
+fn mapped_paths(mapped: &Mapped, before: Option<&WorkspaceState>) -> BTreeSet<RelPath> {
     let mut paths: BTreeSet<RelPath> = mapped.paths.keys().cloned().collect();
     let Some(before) = before else { return paths };
     let mut inodes = mapped.inodes.clone();
@@ -378,18 +379,18 @@ fn mapped_paths(mapped: &Mapped, before: Option<&Picture>) -> BTreeSet<RelPath> 
 }
 
 /// Says whether a directory is part of what was found.
-fn holds_dir(found: &Found, path: &RelPath) -> bool {
+fn holds_dir(found: &ScanResult, path: &RelPath) -> bool {
     let mut at = found;
     let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
-    while let Found::New(dir) = at {
+    while let ScanResult::New(dir) = at {
         let Some(name) = names.next() else { return true };
         match dir.entries.binary_search_by(|entry| entry.name().cmp(name)).ok().map(|at| &dir.entries[at]) {
-            Some(Entry::Anew(_, What::Below(below))) => at = below,
+            Some(Entry::Anew(_, ScannedNode::Below(below))) => at = below,
             Some(Entry::Kept(child)) => return holds_dir_in(child, names),
             _ => return false,
         }
     }
-    let Found::Same(dir) = at else { return false };
+    let ScanResult::Same(dir) = at else { return false };
     match names.next() {
         None => true,
         Some(name) => dir.child(name).is_some_and(|child| holds_dir_in(child, names)),
@@ -408,14 +409,14 @@ fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> boo
 }
 
 /// Lists what has to be read, in the order of the tree.
-pub(crate) fn unread_in(found: &Found) -> Vec<&Unread> {
-    fn gather<'f>(found: &'f Found, unread: &mut Vec<&'f Unread>) {
-        if let Found::New(dir) = found {
+pub(crate) fn unread_in(found: &ScanResult) -> Vec<&Unread> {
+    fn gather<'f>(found: &'f ScanResult, unread: &mut Vec<&'f Unread>) {
+        if let ScanResult::New(dir) = found {
             for entry in &dir.entries {
                 match entry {
-                    Entry::Anew(_, What::Unread(entry)) => unread.push(entry),
-                    Entry::Anew(_, What::Below(found)) => gather(found, unread),
-                    Entry::Anew(_, What::Known(_)) | Entry::Kept(_) => {}
+                    Entry::Anew(_, ScannedNode::Unread(entry)) => unread.push(entry),
+                    Entry::Anew(_, ScannedNode::Below(found)) => gather(found, unread),
+                    Entry::Anew(_, ScannedNode::Known(_)) | Entry::Kept(_) => {}
                 }
             }
         }
@@ -425,15 +426,15 @@ pub(crate) fn unread_in(found: &Found) -> Vec<&Unread> {
     unread
 }
 
-fn count_files(found: &Found) -> u64 {
+fn count_files(found: &ScanResult) -> u64 {
     match found {
-        Found::Same(dir) => dir.totals.files + dir.totals.skipped,
-        Found::New(dir) => dir
+        ScanResult::Same(dir) => dir.totals.files + dir.totals.skipped,
+        ScanResult::New(dir) => dir
             .entries
             .iter()
             .map(|entry| match entry {
-                Entry::Anew(_, What::Known(_) | What::Unread(_)) => 1,
-                Entry::Anew(_, What::Below(found)) => count_files(found),
+                Entry::Anew(_, ScannedNode::Known(_) | ScannedNode::Unread(_)) => 1,
+                Entry::Anew(_, ScannedNode::Below(found)) => count_files(found),
                 Entry::Kept(child) => match &child.node {
                     Node::Dir(dir) => dir.totals.files + dir.totals.skipped,
                     Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => 1,

@@ -1,7 +1,7 @@
 //! The known picture of a workspace: what the last snapshot saw, as a tree of directories in memory.
 //!
 //! ```text
-//! Picture ── root: Arc<Dir> ── children, sorted by name ── File { state, content }
+//! WorkspaceState ── root: Arc<Dir> ── children, sorted by name ── File { state, content }
 //!                                                        ├ Dir(Arc<Dir>)   shared with the picture before
 //!                                                        └ Special, Skipped, Draft
 //! ```
@@ -27,7 +27,7 @@ pub const TICK_NS: i128 = 20_000_000;
 
 /// The state of a file by which an unchanged one is recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct FileFingerprint {
     /// Device.
     pub dev: u64,
     /// Inode.
@@ -42,15 +42,22 @@ pub struct Seen {
     pub ctime: Time,
 }
 
-impl From<&Stat> for Seen {
+impl From<&Stat> for FileFingerprint {
     fn from(stat: &Stat) -> Self {
-        Seen { dev: stat.dev, ino: stat.ino, size: stat.size, mode: stat.mode, mtime: stat.mtime, ctime: stat.ctime }
+        FileFingerprint {
+            dev: stat.dev,
+            ino: stat.ino,
+            size: stat.size,
+            mode: stat.mode,
+            mtime: stat.mtime,
+            ctime: stat.ctime,
+        }
     }
 }
 
-impl Seen {
+impl FileFingerprint {
     /// The state of a file that is there and vouches for nothing: no other state equals it.
-    pub const UNSURE: Seen = Seen {
+    pub const UNSURE: FileFingerprint = FileFingerprint {
         dev: u64::MAX,
         ino: u64::MAX,
         size: u64::MAX,
@@ -71,14 +78,14 @@ impl Seen {
     }
 
     /// Says whether both are of the same file, whatever has happened to it.
-    pub fn same_file(&self, other: &Seen) -> bool {
+    pub fn same_file(&self, other: &FileFingerprint) -> bool {
         (self.dev, self.ino, self.mode & libc::S_IFMT) == (other.dev, other.ino, other.mode & libc::S_IFMT)
     }
 }
 
 /// What has to be remembered of a file beside its state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Remarks {
+pub struct ScanRemarks {
     /// It changed at every attempt to read it.
     pub torn: bool,
     /// It has holes.
@@ -91,7 +98,7 @@ pub struct Remarks {
     pub doubtful: bool,
 }
 
-impl Remarks {
+impl ScanRemarks {
     /// Says whether the file has to be looked at even when no event has named it.
     fn is_suspect(self) -> bool {
         self.torn || self.doubtful || self.linked
@@ -102,13 +109,13 @@ impl Remarks {
 #[derive(Clone, Debug, PartialEq)]
 pub struct File {
     /// Its state when it was read.
-    pub seen: Seen,
+    pub seen: FileFingerprint,
     /// The content.
     pub oid: Oid,
     /// Stored bytes.
     pub size: u64,
     /// What else is known.
-    pub remarks: Remarks,
+    pub remarks: ScanRemarks,
     /// Its extended attributes.
     pub xattrs: Xattrs,
 }
@@ -130,7 +137,7 @@ pub enum Node {
     /// A FIFO, socket or device.
     Special {
         /// Its state.
-        seen: Seen,
+        seen: FileFingerprint,
         /// Its kind.
         kind: &'static str,
     },
@@ -189,7 +196,7 @@ impl Totals {
 #[derive(Debug)]
 pub struct Dir {
     /// Its state.
-    pub seen: Seen,
+    pub seen: FileFingerprint,
     /// Its extended attributes.
     pub xattrs: Xattrs,
     /// Whether the rules cover it; one that they do not is here for what is covered below it.
@@ -199,7 +206,7 @@ pub struct Dir {
     /// Why it could not be listed.
     pub unreadable: Option<Box<str>>,
     /// The state of its `.gitignore`.
-    pub ignore_file: Option<Seen>,
+    pub ignore_file: Option<FileFingerprint>,
     /// Whether that state vouches for what it said.
     pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
@@ -307,11 +314,11 @@ pub fn total(children: &[Arc<Child>]) -> Totals {
 }
 
 /// A file outside the covered tree that decides what is covered, with its state when it was read.
-pub type Source = (PathBuf, Option<Seen>);
+pub type Source = (PathBuf, Option<FileFingerprint>);
 
 /// What one snapshot saw.
 #[derive(Clone, Debug)]
-pub struct Picture {
+pub struct WorkspaceState {
     /// The commit whose objects all contents named here are.
     pub commit: Oid,
     /// The rules that it was seen through.
@@ -332,7 +339,7 @@ pub struct Picture {
     pub root: Arc<Dir>,
 }
 
-impl Picture {
+impl WorkspaceState {
     /// Lists what is covered but not stored, in byte order.
     pub fn skipped(&self) -> Vec<Skipped> {
         let mut found = Vec::new();
@@ -366,7 +373,7 @@ impl Picture {
     }
 
     /// Lists what has to be looked at even when no event has named it.
-    pub fn suspects(&self) -> Vec<RelPath> {
+    pub fn volatile_paths(&self) -> Vec<RelPath> {
         let mut found = Vec::new();
         self.root.walk(&RelPath::root(), &|dir| dir.totals.suspects > 0, &mut |path, node| match node {
             Node::File(file) if file.remarks.is_suspect() => found.push(path.clone()),

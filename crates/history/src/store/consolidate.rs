@@ -20,14 +20,16 @@ use std::sync::TryLockError;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::History;
 use crate::errors::{HistoryError, Result};
+use crate::progress::OnProgress;
 use crate::store::objects::ObjectStore;
+use crate::store::oid::Oid;
 use crate::store::pack_reader::PackReader;
-use crate::store::reachability::Reach;
+use crate::store::reachability::Reachability;
 use crate::store::repack::{Manner, Repack};
 use crate::store::sweep::remove;
 use crate::tree::confined_dir::sync_dir;
-use crate::{History, Oid, OnProgress};
 use fermata_failpoint as failpoint;
 
 /// A consolidated pack is written again when what joins it has at least a quarter of its size.
@@ -173,7 +175,7 @@ impl History {
         cancel: &AtomicBool,
     ) -> Result<Attempt> {
         let roots = self.roots()?;
-        let reach = match Reach::of(&self.objects, &roots, &[], cancel) {
+        let reach = match Reachability::of(&self.objects, &roots, &[], cancel) {
             Ok(reach) => reach,
             // Removed and swept while it was walked; the next try does not see it.
             Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => {
@@ -380,7 +382,7 @@ impl History {
     pub(crate) fn allows(&self, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
         let mut roots = self.roots()?;
         roots.retain(|commit| !old.walked.contains(commit) && !ahead.walked.contains(commit));
-        let since = Reach::of(&self.objects, &roots, &[old.reach, &ahead.reach], cancel)?;
+        let since = Reachability::of(&self.objects, &roots, &[old.reach, &ahead.reach], cancel)?;
         let goes = |oid: &Oid| self.objects.has(oid) && !self.objects.contains_outside(oid, &old.names);
         Ok(!ahead.reach.nodes().iter().chain(since.nodes()).any(|node| goes(&node.oid)))
     }
@@ -393,20 +395,20 @@ pub(crate) struct Old<'a> {
     /// The commits that were known.
     pub walked: HashSet<Oid>,
     /// What these need.
-    pub reach: &'a Reach,
+    pub reach: &'a Reachability,
 }
 
 /// What became known to be needed after packs were chosen.
 #[derive(Default)]
 pub(crate) struct Ahead {
     walked: HashSet<Oid>,
-    reach: Reach,
+    reach: Reachability,
 }
 
 impl Old<'_> {
     fn ahead(&self, mut roots: Vec<Oid>, objects: &ObjectStore, cancel: &AtomicBool) -> Result<Ahead> {
         roots.retain(|commit| !self.walked.contains(commit));
-        let reach = Reach::of(objects, &roots, &[self.reach], cancel)?;
+        let reach = Reachability::of(objects, &roots, &[self.reach], cancel)?;
         Ok(Ahead { walked: roots.into_iter().collect(), reach })
     }
 }
@@ -418,7 +420,7 @@ fn is_due(candidates: &[Candidate]) -> bool {
 /// Chooses the packs that become one, and says how many bytes nobody needs in the others.
 fn choose(
     candidates: Vec<Candidate>,
-    reach: &Reach,
+    reach: &Reachability,
     mendable: &HashSet<String>,
     extent: Extent,
 ) -> Result<(Vec<Candidate>, u64)> {
@@ -463,7 +465,7 @@ fn choose(
 }
 
 /// Returns how many bytes of a pack nobody needs.
-fn waste(one: &Candidate, reach: &Reach) -> Result<u64> {
+fn waste(one: &Candidate, reach: &Reachability) -> Result<u64> {
     let name = Path::new(&one.reader.index.name);
     let layout = one.reader.index.layout().map_err(HistoryError::io("read the index of", name))?;
     let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([one.bytes]);

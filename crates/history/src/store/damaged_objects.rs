@@ -15,14 +15,14 @@ const FILE: &str = "distrusted";
 
 /// Copies that are damaged: for each object, the names of the packs.
 #[derive(Default)]
-pub(crate) struct Distrusted {
+pub(crate) struct DamagedObjects {
     place: PathBuf,
     copies: HashMap<Oid, Vec<String>>,
 }
 
-impl Distrusted {
+impl DamagedObjects {
     /// Reads what is kept in a directory. A line that makes no sense is passed over.
-    pub fn load(dir: &Path) -> Distrusted {
+    pub fn load(dir: &Path) -> DamagedObjects {
         let place = dir.join(FILE);
         let mut copies: HashMap<Oid, Vec<String>> = HashMap::new();
         let text = match fs::read_to_string(&place) {
@@ -40,7 +40,7 @@ impl Distrusted {
                 copies.entry(oid).or_default().push(pack.to_owned());
             }
         }
-        Distrusted { place, copies }
+        DamagedObjects { place, copies }
     }
 
     /// Says whether nothing is distrusted.

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::SystemTime;
 
 use crate::errors::{HistoryError, Result};
-use crate::store::damaged_objects::Distrusted;
+use crate::store::damaged_objects::DamagedObjects;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::store::pack_entry::Stored;
 use crate::store::pack_index::PackIndex;
@@ -33,7 +33,7 @@ pub struct ObjectStore {
     /// The most that an object may come to in memory, bytes.
     limit: u64,
     /// Locked after `packs`, where both are.
-    distrusted: RwLock<Distrusted>,
+    distrusted: RwLock<DamagedObjects>,
 }
 
 /// An object whose content is read as a stream.
@@ -70,7 +70,7 @@ impl ObjectStore {
             open: Mutex::new(VecDeque::new()),
             remembered: Remembered::default(),
             limit: u64::MAX,
-            distrusted: RwLock::new(Distrusted::load(objects.parent().unwrap_or(objects))),
+            distrusted: RwLock::new(DamagedObjects::load(objects.parent().unwrap_or(objects))),
         };
         store.refresh()?;
         Ok(store)
@@ -145,14 +145,14 @@ impl ObjectStore {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn distrusted(&self) -> RwLockReadGuard<'_, Distrusted> {
+    fn is_marked_damaged(&self) -> RwLockReadGuard<'_, DamagedObjects> {
         self.distrusted.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Finds an object; a damaged copy only where there is no other.
     fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.distrusted();
+        let distrusted = self.is_marked_damaged();
         let mut copies = packs.iter().filter_map(|pack| pack.find(oid).map(|offset| (pack, offset)));
         let first = copies.next()?;
         let good = |(pack, _): &(&Arc<PackIndex>, u64)| !distrusted.is_bad(oid, &pack.name);
@@ -164,7 +164,7 @@ impl ObjectStore {
     /// write another.
     pub fn contains(&self, oid: &Oid) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.distrusted();
+        let distrusted = self.is_marked_damaged();
         packs.iter().any(|pack| pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name))
     }
 
@@ -174,7 +174,7 @@ impl ObjectStore {
     }
 
     /// Notes that these objects cannot be read from where they are found now.
-    pub(crate) fn distrust(&self, ids: &[Oid]) {
+    pub(crate) fn mark_damaged(&self, ids: &[Oid]) {
         let found: Vec<_> = ids.iter().filter_map(|oid| Some((*oid, self.pack_of(oid)?))).collect();
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         let mut distrusted = self.distrusted.write().unwrap_or_else(PoisonError::into_inner);
@@ -187,23 +187,24 @@ impl ObjectStore {
 
     /// Says whether every object has a copy that is not known to be damaged.
     pub(crate) fn is_sound(&self) -> bool {
-        let bad: Vec<Oid> = self.distrusted().all().map(|(oid, _)| *oid).collect();
+        let bad: Vec<Oid> = self.is_marked_damaged().all().map(|(oid, _)| *oid).collect();
         bad.iter().all(|oid| self.contains(oid) || !self.has(oid))
     }
 
     /// Says whether the copy of an object in a pack is damaged and another one is not.
     pub(crate) fn is_replaced(&self, pack: &str, oid: &Oid) -> bool {
         // Bound to a name, since the lock must not be held for the look-up.
-        let bad = self.distrusted().is_bad(oid, pack);
+        let bad = self.is_marked_damaged().is_bad(oid, pack);
         bad && self.contains(oid)
     }
 
     /// Lists the packs with damaged copies, without those where one that is `needed` has no other.
     pub(crate) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
-        if self.distrusted().is_empty() {
+        if self.is_marked_damaged().is_empty() {
             return HashSet::new();
         }
-        let bad: Vec<(Oid, String)> = self.distrusted().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
+        let bad: Vec<(Oid, String)> =
+            self.is_marked_damaged().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
         let (good, lost): (Vec<_>, Vec<_>) = bad.into_iter().partition(|(oid, _)| self.contains(oid) || !needed(oid));
         let mut packs: HashSet<String> = good.into_iter().map(|(_, pack)| pack).collect();
         packs.retain(|name| self.has_pack(name));
@@ -224,7 +225,7 @@ impl ObjectStore {
     /// Says whether a pack other than these holds the object, in a copy that is not known to be damaged.
     pub(crate) fn contains_outside(&self, oid: &Oid, without: &HashSet<String>) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.distrusted();
+        let distrusted = self.is_marked_damaged();
         packs.iter().any(|pack| {
             !without.contains(&pack.name) && pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name)
         })

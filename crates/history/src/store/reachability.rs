@@ -15,7 +15,7 @@ use crate::tree::trees::{TreeEntry, decode_tree};
 
 /// One object that is needed.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Node {
+pub(crate) struct ReachableObject {
     /// The object.
     pub oid: Oid,
     /// What it is.
@@ -30,12 +30,12 @@ pub(crate) struct Node {
 
 /// Everything that was reached.
 #[derive(Default)]
-pub(crate) struct Reach {
-    nodes: Vec<Node>,
+pub(crate) struct Reachability {
+    nodes: Vec<ReachableObject>,
     numbers: HashMap<Oid, u32>,
 }
 
-impl Reach {
+impl Reachability {
     /// Returns the number of an object, `None` when nobody needs it.
     pub fn number(&self, oid: &Oid) -> Option<u32> {
         self.numbers.get(oid).copied()
@@ -47,7 +47,7 @@ impl Reach {
     }
 
     /// Returns all nodes, by number.
-    pub fn nodes(&self) -> &[Node] {
+    pub fn nodes(&self) -> &[ReachableObject] {
         &self.nodes
     }
 
@@ -58,7 +58,7 @@ impl Reach {
         let before = before.and_then(|oid| self.number(&oid)).filter(|n| self.nodes[*n as usize].kind == kind);
         let version = before.map_or(0, |n| self.nodes[n as usize].version + 1);
         self.numbers.insert(oid, self.nodes.len() as u32);
-        self.nodes.push(Node { oid, kind, before, version, likeness: likeness(name) });
+        self.nodes.push(ReachableObject { oid, kind, before, version, likeness: likeness(name) });
         true
     }
 
@@ -66,8 +66,13 @@ impl Reach {
     ///
     /// # Errors
     /// Fails when a tree cannot be read, or when cancelled.
-    pub fn of(store: &ObjectStore, commits: &[Oid], known: &[&Reach], cancel: &AtomicBool) -> Result<Reach> {
-        let mut walk = Walk { reach: Reach::default(), store, known, cancel };
+    pub fn of(
+        store: &ObjectStore,
+        commits: &[Oid],
+        known: &[&Reachability],
+        cancel: &AtomicBool,
+    ) -> Result<Reachability> {
+        let mut walk = Walk { reach: Reachability::default(), store, known, cancel };
         let mut before = None;
         for commit in commits {
             let tree = root_tree_of(store, commit)?;
@@ -89,9 +94,9 @@ fn likeness(name: &[u8]) -> u64 {
 }
 
 struct Walk<'a> {
-    reach: Reach,
+    reach: Reachability,
     store: &'a ObjectStore,
-    known: &'a [&'a Reach],
+    known: &'a [&'a Reachability],
     cancel: &'a AtomicBool,
 }
 

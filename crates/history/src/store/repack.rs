@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::errors::{HistoryError, Result};
+use crate::progress::{OnProgress, Phase, Progress};
 use crate::store::deflate::{Effort, deflate};
 use crate::store::delta;
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
@@ -23,8 +24,7 @@ use crate::store::pack::{FinishedPack, PackWriter};
 use crate::store::pack_entry::{Head, Stored, bad};
 use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::{PackReader, Remembered};
-use crate::store::reachability::{Node, Reach};
-use crate::{OnProgress, Phase, Progress};
+use crate::store::reachability::{Reachability, ReachableObject};
 
 /// Chains of deltas are never longer.
 pub(crate) const MAX_DEPTH: u32 = 50;
@@ -77,14 +77,14 @@ enum Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Manner {
     /// Entries are copied as they are, except where that is impossible.
-    Hurry,
+    Urgency,
     /// What was compressed in haste is compressed anew, versions as deltas.
     Patience,
 }
 
 /// The packs that become one, and what is planned for their entries.
 pub(crate) struct Repack<'a> {
-    reach: &'a Reach,
+    reach: &'a Reachability,
     packs: Vec<PackReader>,
     fresh: Vec<bool>,
     items: Vec<Item>,
@@ -101,7 +101,7 @@ impl<'a> Repack<'a> {
     /// # Errors
     /// Fails when a pack is damaged.
     pub fn plan(
-        reach: &'a Reach,
+        reach: &'a Reachability,
         packs: Vec<PackReader>,
         manner: Manner,
         elsewhere: impl Fn(&str, &Oid) -> bool,
@@ -264,7 +264,7 @@ impl<'a> Repack<'a> {
     /// every 256th to the one 256 before, and so on.
     fn candidates(&self, node: u32) -> Vec<u32> {
         let nodes = self.reach.nodes();
-        let Node { version, before, .. } = nodes[node as usize];
+        let ReachableObject { version, before, .. } = nodes[node as usize];
         let mut step = 1;
         while version > 0 && version.is_multiple_of(step * STRIDE) {
             step *= STRIDE;

@@ -14,7 +14,7 @@ use crate::errors::{HistoryError, Result};
 use crate::store::consolidate::{Ahead, DRAFT, Old};
 use crate::store::oid::Oid;
 use crate::store::pack_index::PackIndex;
-use crate::store::reachability::Reach;
+use crate::store::reachability::Reachability;
 use fermata_failpoint as failpoint;
 
 /// What a sweep cleared away.
@@ -74,11 +74,11 @@ impl History {
         }
         self.objects.refresh()?;
         let roots = self.roots()?;
-        let suspects = self.suspects(&roots, doubles);
+        let suspects = self.volatile_paths(&roots, doubles);
         let reach = if suspects.is_empty() {
-            Reach::default()
+            Reachability::default()
         } else {
-            match Reach::of(&self.objects, &roots, &[], &AtomicBool::new(false)) {
+            match Reachability::of(&self.objects, &roots, &[], &AtomicBool::new(false)) {
                 Ok(reach) => reach,
                 Err(error) => {
                     tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
@@ -99,7 +99,7 @@ impl History {
     }
 
     /// Lists the packs that could be nobody's: a checkpoint's own pack holds its commit.
-    fn suspects(&self, roots: &[Oid], doubles: bool) -> Vec<Arc<PackIndex>> {
+    fn volatile_paths(&self, roots: &[Oid], doubles: bool) -> Vec<Arc<PackIndex>> {
         let commits: HashSet<&Oid> = roots.iter().collect();
         let mut packs = self.objects.indexes();
         if !doubles {
@@ -109,7 +109,7 @@ impl History {
     }
 
     /// Names those packs that can go, as far as is known.
-    fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, reach: &Reach, doubles: bool) -> HashSet<String> {
+    fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, reach: &Reachability, doubles: bool) -> HashSet<String> {
         // The small ones first: they are those that a larger one has replaced.
         packs.sort_by_key(|pack| pack.count());
         let mut gone = HashSet::new();

@@ -18,16 +18,16 @@ fn break_link(path: &Path) {
 
 /// Restores, compares, and restores what was there before.
 fn there_and_back(sandbox: &Sandbox, numbers: (u64, u64)) {
-    let (wanted, fine) = (picture(&sandbox.path()), finer(&sandbox.path()));
+    let (wanted, fine) = (files_on_disk(&sandbox.path()), finer(&sandbox.path()));
     let (one, two) = numbers;
     let original = (picture_at(sandbox, one), finer_at(sandbox, one));
     sandbox.restore_cleanly(one, two);
-    assert_eq!((picture(&sandbox.path()), finer(&sandbox.path())), original);
+    assert_eq!((files_on_disk(&sandbox.path()), finer(&sandbox.path())), original);
     sandbox.restore_cleanly(two, two + 1);
-    assert_eq!((picture(&sandbox.path()), finer(&sandbox.path())), (wanted, fine));
+    assert_eq!((files_on_disk(&sandbox.path()), finer(&sandbox.path())), (wanted, fine));
 }
 
-fn picture_at(sandbox: &Sandbox, number: u64) -> Picture {
+fn picture_at(sandbox: &Sandbox, number: u64) -> FilesOnDisk {
     serde_json::from_slice(&fs::read(sandbox.outside(&format!("picture-{number}"))).unwrap()).unwrap()
 }
 
@@ -39,7 +39,7 @@ fn finer_at(sandbox: &Sandbox, number: u64) -> Finer {
 fn remember(sandbox: &Sandbox, number: u64) {
     sandbox.checkpoint(number);
     let keep = |what: &str, text: Vec<u8>| fs::write(sandbox.outside(&format!("{what}-{number}")), text).unwrap();
-    keep("picture", serde_json::to_vec(&picture(&sandbox.path())).unwrap());
+    keep("picture", serde_json::to_vec(&files_on_disk(&sandbox.path())).unwrap());
     keep("finer", serde_json::to_vec(&finer(&sandbox.path())).unwrap());
 }
 
@@ -205,7 +205,7 @@ fn files_with_holes_come_back_with_holes() {
     sandbox.write("empty", vec![0; 1 << 20]);
     fs::remove_file(sandbox.at("dense")).unwrap();
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture(&sandbox.path()), picture_at(&sandbox, 1));
+    assert_eq!(files_on_disk(&sandbox.path()), picture_at(&sandbox, 1));
     assert!(fs::metadata(sandbox.at("image")).unwrap().blocks() * 512 < 1 << 20);
     assert!(fs::metadata(sandbox.at("empty")).unwrap().blocks() * 512 < 1 << 20);
 }

@@ -95,20 +95,20 @@ fn make(sandbox: &Sandbox, steps: &[Made]) {
     }
 }
 
-/// What git lists: tracked, and untracked that no rule ignores.
+/// ItemContent git lists: tracked, and untracked that no rule ignores.
 fn listed(sandbox: &Sandbox) -> BTreeSet<Vec<u8>> {
     let text = sandbox.git(&["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let names = text.split(|byte| *byte == 0).filter(|name| !name.is_empty());
-    // What is tracked and gone is no file.
+    // ItemContent is tracked and gone is no file.
     let there = |name: &&[u8]| sandbox.path().join(Path::new(OsStr::from_bytes(name))).symlink_metadata().is_ok();
     names.filter(there).map(<[u8]>::to_vec).collect()
 }
 
-/// What a snapshot covers, directories aside.
+/// ItemContent a snapshot covers, directories aside.
 fn covered(sandbox: &Sandbox, number: u64) -> BTreeSet<Vec<u8>> {
     sandbox.checkpoint(number);
     let listing = sandbox.history.listing_of(number).expect("listing");
-    let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::What::Directory);
+    let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::ItemContent::Directory);
     files.map(|(path, _)| path.bytes().to_vec()).collect()
 }
 

@@ -123,7 +123,7 @@ impl Sandbox {
 
     pub fn covered(&self, number: u64) -> Vec<String> {
         let listing = self.history.listing_of(number).unwrap();
-        let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::What::Directory);
+        let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::ItemContent::Directory);
         files.map(|(path, _)| path.to_string()).collect()
     }
 
@@ -169,10 +169,10 @@ pub(super) fn walk(dir: &Path) -> Vec<PathBuf> {
     found
 }
 
-pub(super) type Picture = BTreeMap<String, (u32, i64, i64, Vec<u8>)>;
+pub(super) type FilesOnDisk = BTreeMap<String, (u32, i64, i64, Vec<u8>)>;
 
 /// Describes a directory completely: modes, times and contents.
-pub(super) fn picture(dir: &Path) -> Picture {
+pub(super) fn files_on_disk(dir: &Path) -> FilesOnDisk {
     let one = |path: PathBuf| {
         let meta = fs::symlink_metadata(&path).unwrap();
         let content = match meta.file_type() {
@@ -188,7 +188,7 @@ pub(super) fn picture(dir: &Path) -> Picture {
     walk(dir).into_iter().map(one).collect()
 }
 
-/// What a picture leaves out: extended attributes, the other names of a file, and whether it has holes.
+/// ItemContent a picture leaves out: extended attributes, the other names of a file, and whether it has holes.
 pub(super) type Finer = BTreeMap<String, (Vec<(Vec<u8>, Vec<u8>)>, Vec<String>, bool)>;
 
 /// Describes what a picture leaves out.
@@ -227,8 +227,8 @@ pub(super) fn set_mtime(path: &Path, ns: u64) {
 }
 
 /// The picture of a workspace without `.git`.
-pub(super) fn picture_of_work(dir: &Path) -> Picture {
-    let mut picture = picture(dir);
+pub(super) fn picture_of_work(dir: &Path) -> FilesOnDisk {
+    let mut picture = files_on_disk(dir);
     picture.retain(|name, _| !name.split('/').any(|part| part == ".git"));
     picture
 }

@@ -212,7 +212,7 @@ fn a_cancelled_consolidation_leaves_everything_as_it_was() {
 
 /// Everything in the repository, by name.
 fn contents(history: &History) -> Vec<(String, Vec<u8>)> {
-    picture(history.repository()).into_iter().map(|(name, (_, _, _, bytes))| (name, bytes)).collect()
+    files_on_disk(history.repository()).into_iter().map(|(name, (_, _, _, bytes))| (name, bytes)).collect()
 }
 
 #[test]

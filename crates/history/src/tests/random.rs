@@ -164,10 +164,10 @@ fn perform(root: &Path, act: &Act) {
 }
 
 /// Everything that a restore must bring back, holes apart: how a file system lays bytes out is its own business.
-fn all_of(sandbox: &Sandbox) -> (Picture, Finer) {
+fn all_of(sandbox: &Sandbox) -> (FilesOnDisk, Finer) {
     let mut finer = finer(&sandbox.path());
     finer.values_mut().for_each(|one| one.2 = false);
-    (picture(&sandbox.path()), finer)
+    (files_on_disk(&sandbox.path()), finer)
 }
 
 /// Applies a plan that is cut off after some steps, like a daemon that dies there, and then applies it again.
@@ -251,7 +251,7 @@ proptest! {
             if within(name, &blocked) {
                 continue;
             }
-            let is_dir = |picture: &Picture| picture.get(name).is_some_and(|one| one.0 & 0o170_000 == 0o040_000);
+            let is_dir = |picture: &FilesOnDisk| picture.get(name).is_some_and(|one| one.0 & 0o170_000 == 0o040_000);
             let attributes = |finer: &Finer| finer.get(name).map(|one| one.0.clone());
             if is_chosen(name) {
                 prop_assert_eq!(now.get(name), original.get(name), "{}", name);

@@ -4,8 +4,8 @@
 use super::*;
 
 /// Everything that belongs to git below a directory.
-fn gits(dir: &Path) -> Picture {
-    let mut picture = picture(dir);
+fn gits(dir: &Path) -> FilesOnDisk {
+    let mut picture = files_on_disk(dir);
     picture.retain(|name, _| name.split('/').any(|part| part == ".git"));
     picture
 }
@@ -109,12 +109,12 @@ fn names_that_differ_only_in_case_are_kept_apart() {
     sandbox.write("readme", "quiet");
     sandbox.write("Dir/a", "1");
     sandbox.checkpoint(1);
-    let before = picture(&sandbox.path());
+    let before = files_on_disk(&sandbox.path());
     fs::remove_file(sandbox.at("readme")).unwrap();
     fs::rename(sandbox.at("README"), sandbox.at("readme")).unwrap();
     fs::rename(sandbox.at("Dir"), sandbox.at("dir")).unwrap();
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture(&sandbox.path()), before);
+    assert_eq!(files_on_disk(&sandbox.path()), before);
 }
 
 #[test]

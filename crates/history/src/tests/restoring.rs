@@ -56,7 +56,7 @@ fn files_links_and_directories_change_places() {
     sandbox.write("dir/sub/x", "x");
     symlink("dir", sandbox.at("link")).unwrap();
     sandbox.checkpoint(1);
-    let before = picture(&sandbox.path());
+    let before = files_on_disk(&sandbox.path());
 
     fs::remove_file(sandbox.at("file")).unwrap();
     sandbox.write("file/now/dir", "d");
@@ -65,11 +65,11 @@ fn files_links_and_directories_change_places() {
     fs::remove_file(sandbox.at("link")).unwrap();
     sandbox.write("link", "now a file");
     sandbox.checkpoint(2);
-    let between = picture(&sandbox.path());
+    let between = files_on_disk(&sandbox.path());
     sandbox.restore_cleanly(1, 3);
-    assert_eq!(picture(&sandbox.path()), before);
+    assert_eq!(files_on_disk(&sandbox.path()), before);
     sandbox.restore_cleanly(2, 4);
-    assert_eq!(picture(&sandbox.path()), between);
+    assert_eq!(files_on_disk(&sandbox.path()), between);
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn ignored_files_are_neither_touched_nor_deleted() {
     sandbox.write("cache/c", "4");
     let report = sandbox.restore(1, 2);
     assert_eq!((report.mismatches, report.kept), (vec![], vec![rel("new")]));
-    let left: Vec<_> = picture(&sandbox.path()).into_keys().collect();
+    let left: Vec<_> = files_on_disk(&sandbox.path()).into_keys().collect();
     let expected = ["", ".gitignore", "cache", "cache/c", "new", "new/b.o", "src", "src/a", "src/a.o"];
     assert_eq!(left, expected);
 }
@@ -190,13 +190,13 @@ fn what_a_given_up_restore_left_behind_is_not_covered_and_goes_with_the_next() {
     let sandbox = Sandbox::new();
     sandbox.write("dir/a", "1");
     sandbox.checkpoint(1);
-    let before = picture(&sandbox.path());
+    let before = files_on_disk(&sandbox.path());
     sandbox.write("dir/.fermata-restore-0123456789ab", "half");
     sandbox.write("new/.fermata-restore-0123456789ab", "half");
     sandbox.checkpoint(2);
     assert_eq!(sandbox.covered(2), ["dir/a"]);
     sandbox.restore_cleanly(1, 3);
-    assert_eq!(picture(&sandbox.path()), before);
+    assert_eq!(files_on_disk(&sandbox.path()), before);
 
     // A name that only begins like one is the user's own.
     sandbox.write(".fermata-restore-notes", "mine");
@@ -223,7 +223,7 @@ fn unprivileged_scenario() {
     let skipped: Vec<_> = snapshot.skipped.iter().map(|skip| (skip.path.to_string(), skip.reason)).collect();
     let expected = [("closed", SkipReason::Unreadable), ("secret", SkipReason::Unreadable)];
     assert_eq!(skipped, expected.map(|(path, reason)| (path.to_owned(), reason)));
-    let before = (picture(&sandbox.at("ro")), finer(&sandbox.at("ro")));
+    let before = (files_on_disk(&sandbox.at("ro")), finer(&sandbox.at("ro")));
 
     ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
     set_mode(&sandbox.at("ro/marked"), 0o644);
@@ -237,7 +237,7 @@ fn unprivileged_scenario() {
     open(0o555);
     let report = sandbox.restore(1, 2);
     assert_eq!((report.mismatches, report.conflicts), (vec![], vec![]));
-    assert_eq!((picture(&sandbox.at("ro")), finer(&sandbox.at("ro"))), before);
+    assert_eq!((files_on_disk(&sandbox.at("ro")), finer(&sandbox.at("ro"))), before);
 
     // Only some paths: the directory above them keeps its mode.
     ["ro", "ro/sub"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
@@ -305,12 +305,12 @@ fn more_files_than_are_drafted_at_once_are_restored_and_leave_no_draft() {
     symlink("f1", sandbox.at("d1/link")).unwrap();
     fs::hard_link(sandbox.at("d0/f0"), sandbox.at("d1/other-name")).unwrap();
     sandbox.checkpoint(1);
-    let before = picture(&sandbox.path());
+    let before = files_on_disk(&sandbox.path());
     write("another");
     fs::remove_file(sandbox.at("d1/link")).unwrap();
     fs::remove_file(sandbox.at("d1/other-name")).unwrap();
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture(&sandbox.path()), before);
+    assert_eq!(files_on_disk(&sandbox.path()), before);
 }
 
 /// Brings `a`, `b` and `c` back from what `change` has made of them, while somebody writes `a` once so many are drafted:

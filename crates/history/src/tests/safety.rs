@@ -16,7 +16,7 @@ fn the_users_git_stays_byte_identical_over_twenty_checkpoints_and_restores() {
     sandbox.git(&["commit", "-qm", "one"]);
     // A touched file makes git want to refresh its index.
     sandbox.write("f0", "1");
-    let before = picture(&sandbox.at(".git"));
+    let before = files_on_disk(&sandbox.at(".git"));
     for round in 0..20 {
         sandbox.write(format!("f{}", round % 10), format!("{round}"));
         sandbox.checkpoint(2 * round + 1);
@@ -24,7 +24,7 @@ fn the_users_git_stays_byte_identical_over_twenty_checkpoints_and_restores() {
             sandbox.restore_cleanly(2 * round - 1, 2 * round + 2);
         }
     }
-    assert_eq!(picture(&sandbox.at(".git")), before);
+    assert_eq!(files_on_disk(&sandbox.at(".git")), before);
 }
 
 #[test]
@@ -43,20 +43,20 @@ fn a_link_planted_in_the_middle_is_not_followed() {
     fs::create_dir_all(outside.join("sub")).unwrap();
     fs::write(outside.join("sub/a"), "22").unwrap();
     fs::write(outside.join("sub/extra"), "x").unwrap();
-    let before = picture(&outside);
+    let before = files_on_disk(&outside);
     fs::rename(sandbox.at("dir"), sandbox.at("moved")).unwrap();
     symlink(&outside, sandbox.at("dir")).unwrap();
     let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
     let wrong: Vec<_> = report.mismatches.iter().map(|mismatch| mismatch.path.to_string()).collect();
     assert!(wrong.iter().any(|path| path.starts_with("dir/")), "{wrong:?}");
-    assert_eq!(picture(&outside), before);
+    assert_eq!(files_on_disk(&outside), before);
 
     // Nor is it when the plan is made, or when a checkpoint is taken.
     sandbox.checkpoint(3);
     assert!(sandbox.covered(3).contains(&"dir".to_owned()));
     assert!(!sandbox.covered(3).contains(&"dir/sub/a".to_owned()));
     sandbox.restore(1, 4);
-    assert_eq!(picture(&outside), before);
+    assert_eq!(files_on_disk(&outside), before);
     assert_eq!(fs::read(sandbox.at("dir/sub/a")).unwrap(), b"1");
 }
 
@@ -78,7 +78,7 @@ fn a_directory_that_is_swapped_for_a_link_while_a_restore_runs_leads_nowhere() {
     sandbox.write("dir/sub/extra", "x");
     set_mode(&sandbox.at("dir/sub/f3"), 0o600);
     sandbox.checkpoint(2);
-    let before = (picture(&outside), finer(&outside));
+    let before = (files_on_disk(&outside), finer(&outside));
     let (real, aside) = (sandbox.at("dir"), sandbox.at("aside"));
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -99,7 +99,7 @@ fn a_directory_that_is_swapped_for_a_link_while_a_restore_runs_leads_nowhere() {
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
-    assert_eq!((picture(&outside), finer(&outside)), before);
+    assert_eq!((files_on_disk(&outside), finer(&outside)), before);
     // And once it is quiet again, all is done.
     sandbox.restore_cleanly(1, 3);
     assert_eq!(fs::read(sandbox.at("dir/sub/f7")).unwrap(), b"old 7");
@@ -120,14 +120,14 @@ fn a_plan_with_an_unsafe_path_is_refused_as_a_whole() {
 }
 
 /// Lays out the two states between which the killed restore moves.
-fn two_states(sandbox: &Sandbox) -> (Picture, RestorePlan) {
+fn two_states(sandbox: &Sandbox) -> (FilesOnDisk, RestorePlan) {
     for n in 0..6 {
         sandbox.write(format!("d{n}/a"), format!("old {n}"));
     }
     sandbox.write("swap", "a file");
     symlink("swap", sandbox.at("link")).unwrap();
     sandbox.checkpoint(1);
-    let wanted = picture(&sandbox.path());
+    let wanted = files_on_disk(&sandbox.path());
     for n in 0..3 {
         sandbox.write(format!("d{n}/a"), format!("newer {n}"));
         sandbox.write(format!("d{n}/b"), "unwanted");
@@ -178,7 +178,7 @@ fn a_restore_killed_at_any_step_rolls_forward_to_the_same_end() {
         assert_eq!(status.signal(), Some(9), "{point}");
         let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
         assert_eq!(report.mismatches, [], "{point}");
-        assert_eq!(picture(&sandbox.path()), wanted, "{point}");
+        assert_eq!(files_on_disk(&sandbox.path()), wanted, "{point}");
     }
 }
 

@@ -93,7 +93,7 @@ fn a_checkpoint_of_what_is_the_same_is_another_name_for_the_one_before() {
     let fourth = take(&after(3));
 
     // What cannot be relied on is not shared.
-    sandbox.history.distrust(&[fourth.commit]);
+    sandbox.history.mark_damaged(&[fourth.commit]);
     let fifth = take(&after(4));
     assert_ne!(fifth.commit, fourth.commit);
     fs::write(sandbox.outside("state/history.git/refs/fermata/checkpoints/5"), "nonsense\n").unwrap();
@@ -254,9 +254,9 @@ fn verify_names_the_path_of_a_damaged_object() {
     fs::remove_file(sandbox.at("dir/a")).unwrap();
     sandbox.checkpoint(2);
     let plan = sandbox.plan(1, 2, None);
-    let before = picture(&sandbox.path());
+    let before = files_on_disk(&sandbox.path());
     assert!(matches!(sandbox.history.apply_restore(&plan, &quiet), Err(HistoryError::Unrestorable { .. })));
-    assert_eq!(picture(&sandbox.path()), before);
+    assert_eq!(files_on_disk(&sandbox.path()), before);
 }
 
 #[test]

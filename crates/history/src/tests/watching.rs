@@ -240,9 +240,9 @@ fn a_primed_workspace_costs_only_what_changes_later() {
         sandbox.write(format!("d{}/f{n}", n % 4), format!("content {n}"));
     }
     sandbox.let_files_age();
-    let prime = |history: &History| history.prime(&sandbox.request(0), 5, &quiet, &NEVER).unwrap();
-    assert_eq!(prime(&sandbox.history), Primed::Looked { read: 30, files: 30 });
-    assert_eq!(prime(&sandbox.history), Primed::Already);
+    let warm_up = |history: &History| history.warm_up(&sandbox.request(0), 5, &quiet, &NEVER).unwrap();
+    assert_eq!(warm_up(&sandbox.history), Primed::Looked { read: 30, files: 30 });
+    assert_eq!(warm_up(&sandbox.history), Primed::Already);
     assert_eq!(sandbox.history.list().unwrap(), [0u64; 0]);
     assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
     let first = sandbox.checkpoint(1);
@@ -250,7 +250,7 @@ fn a_primed_workspace_costs_only_what_changes_later() {
     // A new daemon looks at all states once, and reads nothing.
     let watcher = Watcher::start(&sandbox.outside("cookies-again")).unwrap();
     let again = History::open_watched(&sandbox.outside("state"), Some(&watcher)).unwrap();
-    assert_eq!(prime(&again), Primed::Looked { read: 0, files: 30 });
+    assert_eq!(warm_up(&again), Primed::Looked { read: 0, files: 30 });
     assert_eq!(again.verify(1, &quiet, &NEVER).unwrap().bad, []);
 }
 
@@ -310,7 +310,7 @@ fn what_is_out_of_sight_while_it_is_read_is_not_forgotten() {
             }
         });
         for _ in 0..20 {
-            sandbox.history.prime(&SnapshotRequest { number: 0, ..sandbox.request(1) }, 5, &quiet, &NEVER).unwrap();
+            sandbox.history.warm_up(&SnapshotRequest { number: 0, ..sandbox.request(1) }, 5, &quiet, &NEVER).unwrap();
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
@@ -349,13 +349,13 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     assert!(looked_at_a_part(&seen) && seen.stats.files - seen.stats.unchanged == 1);
     drop(seen);
 
-    let prime = |whole_after| {
+    let warm_up = |whole_after| {
         let request = SnapshotRequest { number: 0, whole_after, ..sandbox.request(1) };
-        sandbox.history.prime(&request, 5, &quiet, &NEVER).unwrap()
+        sandbox.history.warm_up(&request, 5, &quiet, &NEVER).unwrap()
     };
-    assert_eq!(prime(None), Primed::Already);
-    assert_eq!(prime(Some(Duration::from_secs(3600))), Primed::Already, "it is not time yet");
-    assert_eq!(prime(Some(Duration::ZERO)), Primed::Looked { read: 1, files: 2 });
+    assert_eq!(warm_up(None), Primed::Already);
+    assert_eq!(warm_up(Some(Duration::from_secs(3600))), Primed::Already, "it is not time yet");
+    assert_eq!(warm_up(Some(Duration::ZERO)), Primed::Looked { read: 1, files: 2 });
     agrees(&sandbox, 4);
     // A checkpoint itself never takes the time for it.
     let request = SnapshotRequest { whole_after: Some(Duration::ZERO), ..sandbox.request(5) };

@@ -10,19 +10,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::History;
 use crate::errors::{HistoryError, Result};
-use crate::snapshot::Draft;
+use crate::progress::{OnProgress, Phase, Progress};
+use crate::snapshot::PendingSnapshot;
 use crate::store::objects::ObjectStore;
 use crate::store::oid::Oid;
 use crate::store::pack_entry::bad;
 use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::PackReader;
-use crate::store::reachability::Reach;
+use crate::store::reachability::Reachability;
 use crate::store::repack::{Manner, Repack, rehash};
 use crate::transfer::import_validation::{MAX_IN_MEMORY, check_stranger};
 use crate::tree::confined_dir::sync_dir;
-use crate::verify::{Known, check_described};
-use crate::{History, OnProgress, Phase, Progress};
+use crate::verify::{CheckedObjects, check_described};
 use fermata_failpoint as failpoint;
 
 /// A checkpoint's objects as one pack; the files go when this does.
@@ -34,14 +35,14 @@ pub struct Exported {
     pub pack: PathBuf,
     /// Its index.
     pub index: PathBuf,
-    _draft: Draft,
+    _draft: PendingSnapshot,
 }
 
 /// A pack from elsewhere that is not published; it goes when this does.
 #[derive(Debug)]
 pub struct Incoming {
     number: u64,
-    draft: Draft,
+    draft: PendingSnapshot,
 }
 
 impl Incoming {
@@ -64,13 +65,13 @@ impl History {
     pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
         let draft = self.start_draft(number)?;
         let commit = self.refs.get(number)?;
-        let reach = Reach::of(&self.objects, &[commit], &[], cancel)?;
+        let reach = Reachability::of(&self.objects, &[commit], &[], cancel)?;
         let indexes = self.objects.indexes();
         let open = |index| self.objects.reader(index);
         let packs = indexes.iter().filter(|index| index.ids().any(|oid| reach.needs(&oid)));
         let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
         let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
-        let plan = Repack::plan(&reach, packs, Manner::Hurry, |pack, oid| self.objects.is_replaced(pack, oid))?;
+        let plan = Repack::plan(&reach, packs, Manner::Urgency, |pack, oid| self.objects.is_replaced(pack, oid))?;
         // Somebody may have run git in the store and left objects outside of packs.
         if plan.objects() != reach.nodes().len() {
             let packed = |oid: &Oid| self.objects.has(oid);
@@ -113,7 +114,7 @@ impl History {
         let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?.limited(MAX_IN_MEMORY);
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let store = ObjectStore::open(&objects)?.limited(MAX_IN_MEMORY);
-        let reach = Reach::of(&store, &[commit], &[], cancel)?;
+        let reach = Reachability::of(&store, &[commit], &[], cancel)?;
         // Nothing else is hashed below, and so nothing else may be in the index: the store would believe it.
         if pack.index.count() != reach.nodes().len() {
             return Err(failed(bad("it holds objects that the checkpoint does not need".to_owned())));
@@ -132,7 +133,7 @@ impl History {
             }
         }
         check_stranger(&store, &commit, cancel)?;
-        check_described(&store, &commit, &mut Known::default(), cancel)
+        check_described(&store, &commit, &mut CheckedObjects::default(), cancel)
     }
 
     /// Makes what was received, and checked, the checkpoint that it was received for.

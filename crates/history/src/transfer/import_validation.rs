@@ -1,4 +1,4 @@
-//! What a checkpoint from elsewhere may not be although it is whole: something that no workspace could have been, made
+//! ItemContent a checkpoint from elsewhere may not be although it is whole: something that no workspace could have been, made
 //! so that whoever lists or restores it never ends, or fails half-way.
 //!
 //! Equal directories are looked at once, however many paths lead to them; paths are counted, not listed. Must not
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::errors::{HistoryError, Result};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::Oid;
-use crate::tree::listing::{CheckpointRoot, Directory, Listing, What};
+use crate::tree::listing::{CheckpointRoot, Directory, ItemContent, Listing};
 use crate::tree::names::RelPath;
 
 /// The most that a tree, a metadata blob or a delta from elsewhere may come to in memory, bytes: some million names in
@@ -24,7 +24,7 @@ const MAX_PATH: usize = 4095;
 
 /// How much lies in a directory.
 #[derive(Clone, Copy, Default)]
-struct Extent {
+struct ImportedSize {
     paths: u64,
     /// Bytes of the longest path in it, counted from the directory.
     length: usize,
@@ -34,7 +34,7 @@ struct Extent {
 struct Open {
     path: RelPath,
     directory: Directory,
-    extent: Extent,
+    extent: ImportedSize,
     below: std::vec::IntoIter<(Vec<u8>, Directory)>,
 }
 
@@ -43,7 +43,7 @@ struct Open {
 /// # Errors
 /// Fails with what is out of bounds, when an object cannot be read, or when cancelled.
 pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicBool) -> Result<()> {
-    let mut measured: HashMap<Directory, Extent> = HashMap::new();
+    let mut measured: HashMap<Directory, ImportedSize> = HashMap::new();
     let mut open = vec![enter(store, RelPath::root(), CheckpointRoot::read(store, commit)?.top())?];
     while let Some(here) = open.last_mut() {
         if cancel.load(Ordering::Relaxed) {
@@ -71,7 +71,7 @@ pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicB
 }
 
 impl Open {
-    fn add(&mut self, commit: &Oid, path: &RelPath, inner: Extent) -> Result<()> {
+    fn add(&mut self, commit: &Oid, path: &RelPath, inner: ImportedSize) -> Result<()> {
         let length = path.bytes().len() - self.path.bytes().len() + inner.length;
         self.extent.length = self.extent.length.max(length);
         self.extent.paths = self.extent.paths.saturating_add(inner.paths);
@@ -93,10 +93,10 @@ fn within_bounds(commit: &Oid, length: usize, paths: u64) -> Result<()> {
 fn enter(store: &ObjectStore, path: RelPath, directory: Directory) -> Result<Open> {
     let mut listing = Listing::default();
     let below = directory.read(store, &path, &mut listing)?;
-    let mut extent = Extent { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
+    let mut extent = ImportedSize { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
     for (at, item) in &listing.items {
         extent.length = extent.length.max(at.bytes().len() - path.bytes().len());
-        if let What::Symlink(oid) = &item.what {
+        if let ItemContent::Symlink(oid) = &item.what {
             check_target(store, oid)?;
         }
     }

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use crate::errors::{HistoryError, Result};
 use crate::scan::scan_result::SkipReason;
-use crate::scan::workspace_state::{Dir, Node, Seen};
+use crate::scan::workspace_state::{Dir, FileFingerprint, Node};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::Time;
@@ -14,9 +14,9 @@ use crate::tree::metadata::{self, Manifest, MetaKind, MetaLine, Xattrs};
 use crate::tree::names::{RelPath, is_safe_name};
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 
-/// What stands at a path.
+/// ItemContent stands at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum What {
+pub(crate) enum ItemContent {
     /// A file with this content.
     File(Oid),
     /// A link with this target.
@@ -30,8 +30,8 @@ pub(crate) enum What {
 /// One path of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
-    /// What stands there.
-    pub what: What,
+    /// ItemContent stands there.
+    pub what: ItemContent,
     /// Permission bits.
     pub mode: u32,
     /// Last change.
@@ -63,7 +63,7 @@ impl Item {
 pub(crate) struct Listing {
     /// By path.
     pub items: BTreeMap<RelPath, Item>,
-    /// What is covered but not stored.
+    /// ItemContent is covered but not stored.
     pub skipped: BTreeMap<RelPath, SkipReason>,
     /// Files that changed while they were read.
     pub torn: Vec<RelPath>,
@@ -96,8 +96,8 @@ impl Listing {
         if dir.is_bare() {
             return;
         }
-        let attributes = |seen: &Seen| Item {
-            what: What::Directory,
+        let attributes = |seen: &FileFingerprint| Item {
+            what: ItemContent::Directory,
             mode: seen.permissions(),
             mtime: seen.mtime,
             size: 0,
@@ -114,7 +114,8 @@ impl Listing {
             match &child.node {
                 Node::Dir(dir) => self.add_dir(&path, dir),
                 Node::File(file) => {
-                    let what = if file.is_link() { What::Symlink(file.oid) } else { What::File(file.oid) };
+                    let what =
+                        if file.is_link() { ItemContent::Symlink(file.oid) } else { ItemContent::File(file.oid) };
                     self.torn.extend(file.remarks.torn.then(|| path.clone()));
                     let item = Item {
                         what,
@@ -127,7 +128,7 @@ impl Listing {
                     self.items.insert(path, item);
                 }
                 Node::Special { seen, kind } => {
-                    let what = What::Special((*kind).to_owned());
+                    let what = ItemContent::Special((*kind).to_owned());
                     self.items.insert(path, Item { what, ..attributes(seen) });
                 }
                 Node::Skipped { reason, .. } => drop(self.skipped.insert(path, *reason)),
@@ -260,8 +261,8 @@ impl Directory {
                 let at = if line.kind == MetaKind::Itself { path.clone() } else { path.join(&line.name) };
                 let (mut ino, mut sparse) = (None, false);
                 let what = match &line.kind {
-                    MetaKind::Itself => What::Directory,
-                    MetaKind::Special(kind) => What::Special(kind.to_string()),
+                    MetaKind::Itself => ItemContent::Directory,
+                    MetaKind::Special(kind) => ItemContent::Special(kind.to_string()),
                     MetaKind::Skipped(reason) => {
                         listing.skipped.insert(at, *reason);
                         continue;
@@ -275,7 +276,11 @@ impl Directory {
                             (ino, sparse) = (*shared, *holes);
                             listing.torn.extend(torn.then(|| at.clone()));
                         }
-                        if stored.mode == MODE_LINK { What::Symlink(stored.oid) } else { What::File(stored.oid) }
+                        if stored.mode == MODE_LINK {
+                            ItemContent::Symlink(stored.oid)
+                        } else {
+                            ItemContent::File(stored.oid)
+                        }
                     }
                 };
                 let MetaLine { mode, mtime, size, xattrs, .. } = line;
@@ -299,7 +304,7 @@ impl Directory {
     }
 
     /// Says what is known of a path in the directory; nothing where there was none.
-    pub fn knows(self, store: &ObjectStore, path: &RelPath) -> Result<Option<Known>> {
+    pub fn knows(self, store: &ObjectStore, path: &RelPath) -> Result<Option<KnownContent>> {
         let (mut at, mut here) = (self, RelPath::root());
         let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty()).peekable();
         while let Some(name) = names.next() {
@@ -308,18 +313,20 @@ impl Directory {
             here = here.join(name);
             match below.into_iter().find(|(one, _)| one == name) {
                 Some((_, directory)) => at = directory,
-                None if listing.skipped.contains_key(&here) => return Ok(Some(Known::LeftOut)),
-                None if names.peek().is_none() && listing.items.contains_key(&here) => return Ok(Some(Known::Stored)),
+                None if listing.skipped.contains_key(&here) => return Ok(Some(KnownContent::LeftOut)),
+                None if names.peek().is_none() && listing.items.contains_key(&here) => {
+                    return Ok(Some(KnownContent::Stored));
+                }
                 None => return Ok(None),
             }
         }
-        Ok(Some(Known::Stored))
+        Ok(Some(KnownContent::Stored))
     }
 }
 
-/// What a checkpoint knows of a path.
+/// ItemContent a checkpoint knows of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Known {
+pub(crate) enum KnownContent {
     /// It was covered and stored.
     Stored,
     /// It, or a directory above it, was covered and left out.

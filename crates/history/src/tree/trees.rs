@@ -12,10 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rayon::prelude::*;
 
 use crate::errors::{HistoryError, Result};
-use crate::scan::content::{Content, Outcome};
-use crate::scan::pool::{self, Hurry};
-use crate::scan::scan_result::{Entry, Found, NewDir, SkipReason, Unread, What};
-use crate::scan::workspace_state::{Child, Dir, File, Node, Remarks, Seen, total};
+use crate::scan::content::{Content, ContentRead};
+use crate::scan::pool::{self, Urgency};
+use crate::scan::scan_result::{Entry, NewDir, ScanResult, ScannedNode, SkipReason, Unread};
+use crate::scan::workspace_state::{Child, Dir, File, FileFingerprint, Node, ScanRemarks, total};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::store::pack::{PackWriter, Packed};
@@ -59,7 +59,7 @@ pub(crate) fn encode_tree(entries: &[TreeEntry]) -> Vec<u8> {
 
 /// A line of a tree that is being made.
 struct Line<'a> {
-    /// What comes before the name.
+    /// ScannedNode comes before the name.
     prefix: &'static [u8],
     name: &'a [u8],
     mode: u32,
@@ -157,9 +157,9 @@ pub(crate) struct Trees {
 /// Makes the trees of a directory that a walk has sketched and a reading completed, and of all below it.
 /// Where `many` files were read, that is done side by side.
 pub(crate) fn seal(
-    found: Found,
+    found: ScanResult,
     started_ns: i128,
-    hurry: Hurry,
+    hurry: Urgency,
     many: bool,
     sink: &ObjectSink<'_>,
 ) -> Result<Arc<Dir>> {
@@ -169,17 +169,17 @@ pub(crate) fn seal(
 struct Sealing<'a> {
     /// When the look began, in nanoseconds since 1970.
     started_ns: i128,
-    hurry: Hurry,
+    hurry: Urgency,
     many: bool,
     sink: &'a ObjectSink<'a>,
 }
 
 impl Sealing<'_> {
-    fn dir(&self, found: Found, depth: usize) -> Result<Arc<Dir>> {
+    fn dir(&self, found: ScanResult, depth: usize) -> Result<Arc<Dir>> {
         match found {
-            Found::Same(dir) => Ok(dir),
-            Found::New(new) if depth == pool::DEEP => pool::on(self.hurry, || self.new_dir(*new, depth)),
-            Found::New(new) => self.new_dir(*new, depth),
+            ScanResult::Same(dir) => Ok(dir),
+            ScanResult::New(new) if depth == pool::DEEP => pool::on(self.hurry, || self.new_dir(*new, depth)),
+            ScanResult::New(new) => self.new_dir(*new, depth),
         }
     }
 
@@ -191,14 +191,17 @@ impl Sealing<'_> {
                 Entry::Anew(name, what) => (name, what),
             };
             let node = match what {
-                What::Known(node) => Some(node),
-                What::Below(found) => Some(Node::Dir(self.dir(found, depth + 1)?)),
-                What::Unread(unread) => read_node(*unread, self.started_ns),
+                ScannedNode::Known(node) => Some(node),
+                ScannedNode::Below(found) => Some(Node::Dir(self.dir(found, depth + 1)?)),
+                ScannedNode::Unread(unread) => read_node(*unread, self.started_ns),
             };
             Ok(node.map(|node| Arc::new(Child { name, node })))
         };
-        let below =
-            new.entries.iter().filter(|entry| matches!(entry, Entry::Anew(_, What::Below(Found::New(_))))).count();
+        let below = new
+            .entries
+            .iter()
+            .filter(|entry| matches!(entry, Entry::Anew(_, ScannedNode::Below(ScanResult::New(_)))))
+            .count();
         let children: Vec<Option<Arc<Child>>> = if self.many && below > 1 {
             pool::on(self.hurry, || new.entries.into_par_iter().map(child).collect::<Result<_>>())?
         } else {
@@ -229,7 +232,7 @@ impl Sealing<'_> {
             seen: new.seen,
             xattrs: new.xattrs,
             covered: new.covered,
-            // What was listed and is not there any more may come back without a trace.
+            // ScannedNode was listed and is not there any more may come back without a trace.
             settled: new.settled && !vanished,
             ignore_settled: new.ignore_settled,
             unreadable: new.unreadable,
@@ -245,9 +248,9 @@ impl Sealing<'_> {
 
 fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
     match unread.outcome.into_inner() {
-        Some(Outcome::Stored(Content { stat, oid, size, torn, xattrs })) => {
-            let seen = Seen::from(&stat);
-            let remarks = Remarks {
+        Some(ContentRead::Stored(Content { stat, oid, size, torn, xattrs })) => {
+            let seen = FileFingerprint::from(&stat);
+            let remarks = ScanRemarks {
                 torn,
                 sparse: stat.kind() == FileKind::Regular && stat.blocks.saturating_mul(512) < stat.size,
                 forced: unread.forced,
@@ -256,12 +259,12 @@ fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
             };
             Some(Node::File(File { seen, oid, size, remarks, xattrs }))
         }
-        Some(Outcome::Skipped(reason, detail)) => Some(Node::Skipped { reason, detail: detail.into() }),
-        Some(Outcome::Vanished) | None => None,
+        Some(ContentRead::Skipped(reason, detail)) => Some(Node::Skipped { reason, detail: detail.into() }),
+        Some(ContentRead::Vanished) | None => None,
     }
 }
 
-/// What a directory's metadata says of a child; nothing of a directory that could be read: it says that itself.
+/// ScannedNode a directory's metadata says of a child; nothing of a directory that could be read: it says that itself.
 fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     let name = Cow::Borrowed(&*child.name);
     let skipped = |reason, name| {
@@ -270,7 +273,7 @@ fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     };
     match &child.node {
         Node::File(file) => {
-            let Remarks { torn, sparse, linked, .. } = file.remarks;
+            let ScanRemarks { torn, sparse, linked, .. } = file.remarks;
             let kind = match file.is_link() {
                 true => MetaKind::Link,
                 false => MetaKind::File { torn, ino: linked.then_some(file.seen.ino), sparse },
@@ -289,7 +292,7 @@ fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     }
 }
 
-/// What a directory's tree says of a child.
+/// ScannedNode a directory's tree says of a child.
 fn file_line(child: &Child) -> Option<Line<'_>> {
     let (mode, oid) = match &child.node {
         Node::File(file) if file.is_link() => (MODE_LINK, &file.oid),

@@ -52,7 +52,7 @@ pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
 
 /// What became of a wish for attributes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
+pub(crate) enum XattrsRead {
     /// They are as wished.
     Set,
     /// The file system has none, or not enough room for these.
@@ -60,7 +60,7 @@ pub(crate) enum Outcome {
 }
 
 /// Sets the attributes of an open file or directory to exactly these.
-pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<Outcome> {
+pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<XattrsRead> {
     let there = read(&fd)?;
     for (name, _) in there.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
         match fremovexattr(&fd, &name[..]) {
@@ -68,14 +68,14 @@ pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<Outcome> {
             Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
         }
     }
-    let mut outcome = Outcome::Set;
+    let mut outcome = XattrsRead::Set;
     for pair in wanted.iter().filter(|pair| !there.contains(pair)) {
         match fsetxattr(&fd, &pair.0[..], &pair.1, XattrFlags::empty()).map_err(|e| Errno::from_raw(e.raw_os_error())) {
             Ok(()) => {}
             // Another file system than the one that they came from. Too little room means the inode's, not the
             // disk's: that would have failed for the content already.
             Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::ERANGE | Errno::EPERM) => {
-                outcome = Outcome::NotKept;
+                outcome = XattrsRead::NotKept;
             }
             Err(errno) => return Err(errno),
         }
@@ -115,17 +115,17 @@ mod tests {
         let file = std::fs::File::create(dir.path().join("a")).unwrap();
         let long = vec![7; 2_000];
         let wanted = list(&[("user.a", b"1"), ("user.b.ä", b""), ("user.long", &long)]);
-        if set(&file, &wanted).unwrap() == Outcome::NotKept {
+        if set(&file, &wanted).unwrap() == XattrsRead::NotKept {
             return;
         }
         assert_eq!(read(&file).unwrap(), wanted);
         let wanted = list(&[("user.a", b"2"), ("user.c", b"\0\xff")]);
-        assert_eq!(set(&file, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(set(&file, &wanted).unwrap(), XattrsRead::Set);
         assert_eq!(read(&file).unwrap(), wanted);
         let dir = std::fs::File::open(dir.path()).unwrap();
-        assert_eq!(set(&dir, &wanted).unwrap(), Outcome::Set);
+        assert_eq!(set(&dir, &wanted).unwrap(), XattrsRead::Set);
         assert_eq!(read(&dir).unwrap(), wanted);
-        assert_eq!(set(&dir, &list(&[])).unwrap(), Outcome::Set);
+        assert_eq!(set(&dir, &list(&[])).unwrap(), XattrsRead::Set);
         assert_eq!(read(&dir).unwrap(), list(&[]));
     }
 }

@@ -48,7 +48,7 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
                 looking.tell(now);
                 progress(now);
             };
-            history.prime(&request, now.0, &tell, cancel).map(Ok)
+            history.warm_up(&request, now.0, &tell, cancel).map(Ok)
         })
         .await??;
     if let Primed::Looked { read, files } = primed {
