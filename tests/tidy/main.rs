@@ -16,8 +16,24 @@ use rust_text::{code_only, find_word, paths_after, without_tests};
 
 /// The top-level modules of the daemon. A module imports modules later in the list only.
 const DAEMON_MODULES: &[&str] = &[
-    "bin", "server", "socket", "auth", "recovery", "pressure", "project", "operations", "services", "store", "tokens",
-    "load", "plugins", "shims", "profile", "config", "hashing", "errors",
+    "bin",
+    "server",
+    "socket",
+    "auth",
+    "recovery",
+    "pressure",
+    "project",
+    "operations",
+    "services",
+    "store",
+    "tokens",
+    "load",
+    "plugins",
+    "shims",
+    "profile",
+    "config",
+    "hashing",
+    "errors",
 ];
 
 /// A package of the workspace.
