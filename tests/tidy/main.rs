@@ -259,6 +259,46 @@ fn the_architecture_names_every_module_of_the_daemon_and_stays_short() {
     no_faults(faults, "ARCHITECTURE.md");
 }
 
+/// Documents that name files and directories of the repository.
+const DOCUMENTS: &[&str] = &["ARCHITECTURE.md", "CONTRIBUTING.md", "README.md"];
+
+/// The directories that a path in a document begins with.
+const PATH_ROOTS: &[&str] = &[
+    "crates/",
+    "daemon/",
+    "ctl/",
+    "plugin-api/",
+    "plugins/",
+    "profiles/",
+    "migrations/",
+    "tests/",
+    "scripts/",
+    "docs/",
+];
+
+#[test]
+fn documents_name_paths_that_exist() {
+    let root = root();
+    let mut faults = Vec::new();
+    let mut named = 0;
+    for document in DOCUMENTS {
+        let text = fs::read_to_string(root.join(document)).unwrap_or_else(|e| panic!("read {document}: {e}"));
+        // Code spans that are a path and nothing else: no blank, no placeholder.
+        let paths = text.split('`').skip(1).step_by(2).filter(|code| {
+            let plain = code.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
+            plain && PATH_ROOTS.iter().any(|first| code.starts_with(first))
+        });
+        for path in paths {
+            named += 1;
+            if !root.join(path).exists() {
+                faults.push(format!("{document}: {path}"));
+            }
+        }
+    }
+    assert!(named > 20, "the rule looks into the wrong place: {named} paths");
+    no_faults(faults, "a document names a path that does not exist");
+}
+
 #[test]
 fn unsafe_is_in_few_places_only() {
     let home = |path: &str| UNSAFE_HOMES.iter().any(|h| path == *h || (h.ends_with('/') && path.starts_with(h)));
