@@ -56,27 +56,27 @@ pub type Samples = BTreeMap<RunId, Load>;
 /// The samples that are known.
 #[derive(Clone)]
 pub struct Loads {
-    known: Arc<Mutex<Known>>,
+    known: Arc<Mutex<SampledRuns>>,
     done: watch::Sender<()>,
     tracker: TaskTracker,
 }
 
 #[derive(Default)]
-struct Known {
-    runs: HashMap<RunId, Kept>,
+struct SampledRuns {
+    runs: HashMap<RunId, SampledRun>,
     /// A thread is sampling.
     busy: bool,
     /// How long the last sample took.
     took: Duration,
 }
 
-struct Kept {
+struct SampledRun {
     load: Load,
     taken: Instant,
     group: Option<PathBuf>,
 }
 
-impl Known {
+impl SampledRuns {
     fn is_stale(&self, run: &RunId) -> bool {
         self.runs.get(run).is_none_or(|kept| kept.taken.elapsed() >= FRESH.max(self.took * SHARE))
     }
@@ -88,18 +88,18 @@ impl Loads {
         Self { known: Arc::default(), done: watch::channel(()).0, tracker }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, SampledRuns> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Returns what is known of these runs, and sees to it that more is known soon.
-    pub async fn look(&self, subjects: Vec<Subject>) -> Samples {
+    pub async fn sample(&self, subjects: Vec<Subject>) -> Samples {
         let patience = if subjects.len() <= FEW { PATIENCE } else { Duration::ZERO };
         self.within(patience, subjects).await
     }
 
     /// Returns samples by which something is decided: fresh ones, unless that takes too long.
-    pub async fn look_closely(&self, subjects: Vec<Subject>) -> Samples {
+    pub async fn sample_closely(&self, subjects: Vec<Subject>) -> Samples {
         self.within(DECIDING, subjects).await
     }
 
@@ -162,7 +162,7 @@ impl Drop for Work {
 impl Work {
     fn run(self, subjects: Vec<Subject>) {
         let began = Instant::now();
-        let taken: Vec<(RunId, Kept)> = subjects.into_iter().filter_map(|subject| self.take(subject)).collect();
+        let taken: Vec<(RunId, SampledRun)> = subjects.into_iter().filter_map(|subject| self.take(subject)).collect();
         let mut known = self.0.lock();
         known.runs.retain(|_, kept| kept.taken.elapsed() < FORGET);
         known.runs.extend(taken);
@@ -170,7 +170,7 @@ impl Work {
     }
 
     /// Samples one run; a run that has just ended keeps its last sample for a while.
-    fn take(&self, subject: Subject) -> Option<(RunId, Kept)> {
+    fn take(&self, subject: Subject) -> Option<(RunId, SampledRun)> {
         let before = self.0.lock().runs.get(&subject.run).map(|kept| (kept.load, kept.group.clone()));
         let (before, group) = match before {
             Some((load, group)) => (Some(load), group),
@@ -203,6 +203,6 @@ impl Work {
             processes: used.processes,
         };
         let load = sample(before.as_ref(), &reading, subject.started_at);
-        Some((subject.run, Kept { load, taken: Instant::now(), group }))
+        Some((subject.run, SampledRun { load, taken: Instant::now(), group }))
     }
 }

@@ -1,4 +1,4 @@
-//! Looks after memory and disks, where the settings ask for it, and pauses projects before the
+//! AutomaticScans after memory and disks, where the settings ask for it, and pauses projects before the
 //! machine suffers. What follows from what it sees is `fermata_core::pressure`'s decision.
 //!
 //! Nothing is read while no rule is set. The kernel could wake it by a trigger on its pressure file,
@@ -61,7 +61,7 @@ fn rules(settings: &PressureSettings) -> PressureRules {
     }
 }
 
-/// Looks until the daemon ends.
+/// AutomaticScans until the daemon ends.
 pub async fn watch(projects: Arc<Projects>) {
     let services = Arc::clone(projects.services());
     // The daemon may have died between a report of usage and the pause that followed from it.
@@ -79,7 +79,7 @@ pub async fn watch(projects: Arc<Projects>) {
             history = PressureHistory::default();
             services.reloaded.notified().await;
         } else {
-            look(&projects, &rules, &mut history, &mut reader).await;
+            check(&projects, &rules, &mut history, &mut reader).await;
             tokio::select! {
                 () = tokio::time::sleep(PACE) => continue,
                 () = services.reloaded.notified() => {}
@@ -129,7 +129,7 @@ impl<T: Send + 'static> Reader<T> {
     }
 }
 
-async fn look(
+async fn check(
     projects: &Projects,
     rules: &PressureRules,
     history: &mut PressureHistory,
@@ -137,8 +137,8 @@ async fn look(
 ) {
     let services = projects.services();
     let active: Vec<ProjectHandle> =
-        projects.all().into_iter().filter(|handle| handle.look().state.status() == ProjectStatus::Active).collect();
-    let found: Vec<Arc<Project>> = active.iter().map(ProjectHandle::look).collect();
+        projects.all().into_iter().filter(|handle| handle.project().state.status() == ProjectStatus::Active).collect();
+    let found: Vec<Arc<Project>> = active.iter().map(ProjectHandle::project).collect();
     let places: Vec<PathBuf> = found.iter().map(|project| PathBuf::from(&project.facts.workspace)).collect();
     let (wanted, parent) = (*rules, services.settings().agents.cgroup_parent.clone());
     let state = services.paths.state.clone();
@@ -192,7 +192,7 @@ fn read(rules: &PressureRules, parent: Option<&Path>, state: &Path, places: &[Pa
 
 async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devices) -> Vec<PressureCandidate> {
     let all = found.iter().flat_map(|project| subjects(services, project)).collect();
-    let samples = services.loads.look_closely(all).await;
+    let samples = services.loads.sample_closely(all).await;
     let of_project = |project: &Arc<Project>| {
         let runs = project.agents.values().filter_map(|agent| agent.run());
         let (mut memory_bytes, mut written_bytes) = (0, 0);

@@ -179,7 +179,7 @@ impl SessionFiles {
         self.at(&directory, file)
     }
 
-    /// Finds the session whose file the run's processes have open. Looks at nothing but them, however many sessions
+    /// Finds the session whose file the run's processes have open. AutomaticScans at nothing but them, however many sessions
     /// there are.
     pub fn held_open(&self, run: RunOf<'_>) -> Option<Session> {
         let directory = self.directory_of(run)?;

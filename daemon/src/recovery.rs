@@ -13,8 +13,8 @@ use fermata_protocol::{AgentName, RunId, UnixMillis};
 use crate::errors::Failure;
 use crate::operations::maintenance::{leftovers, storage};
 use crate::operations::run::{launch, session};
-use crate::operations::{Site, side_by_side};
-use crate::project::{Actor, Adopted, Found, NewToken, Projects, new_run, observe};
+use crate::operations::{StepContext, side_by_side};
+use crate::project::{Actor, Adopted, NewToken, Projects, RunInspection, inspect_run, new_run};
 use crate::services::Services;
 use crate::store::{events, rows};
 use fermata_shim::log::CURRENT;
@@ -60,7 +60,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
     let name = project.name.clone();
     let (mut actor, handle) = Actor::new(Arc::clone(services), project);
     let mut report = Vec::new();
-    let site = handle.site();
+    let site = handle.step_context();
     if let Err(failure) = leftovers::sweep(&site).await {
         report.push(format!("{name}: {failure}"));
     }
@@ -70,7 +70,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
     }
     let mut observed = BTreeMap::new();
     let mut adopted = Vec::new();
-    for (agent, run, seen) in side_by_side(looks(&site)).await {
+    for (agent, run, seen) in side_by_side(inspections(&site)).await {
         match seen {
             Ok(Some(found)) => {
                 if let Some(why) = &found.unreachable {
@@ -112,7 +112,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
 /// Says when each agent was last known to run: when it wrote to its log, or when any event was told,
 /// whichever was later. What ran then may have gone on for a while, but a machine that is off runs
 /// nothing.
-fn last_seen(site: &Site, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
+fn last_seen(site: &StepContext, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
     let seen = |agent: &Arc<Agent>| {
         let run = agent.run()?;
         let log = site.dirs().run(&agent.name, &run.id).join(files::LOGS).join(CURRENT);
@@ -124,11 +124,11 @@ fn last_seen(site: &Site, before: Option<UnixMillis>) -> BTreeMap<AgentName, Uni
     site.project.agents.values().filter_map(seen).collect()
 }
 
-type Look = (AgentName, RunId, Result<Option<Found>, Failure>);
+type InspectedRun = (AgentName, RunId, Result<Option<RunInspection>, Failure>);
 
-/// Looks at every agent: ends what is left of its older runs, and finds out what has become of the
+/// AutomaticScans at every agent: ends what is left of its older runs, and finds out what has become of the
 /// one that should be alive.
-fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
+fn inspections(site: &StepContext) -> Vec<impl Future<Output = InspectedRun> + Send + use<>> {
     let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run().cloned()?)));
     let look = |(agent, run): (Arc<Agent>, Run)| {
         let site = site.clone();
@@ -137,7 +137,7 @@ fn looks(site: &Site) -> Vec<impl Future<Output = Look> + Send + use<>> {
             let seen = if agent.is_alive() {
                 let run_dir = site.dirs().run(&agent.name, &run.id);
                 let found =
-                    observe(run_dir, run.processes, &site.services.boot_id, site.services.shim_patience()).await;
+                    inspect_run(run_dir, run.processes, &site.services.boot_id, site.services.shim_patience()).await;
                 if let Err(failure) = ended {
                     // What lives is worth more than what is left of the past.
                     tracing::error!(project = %site.project.name, agent = %agent.name, %failure, "at the start");
@@ -181,7 +181,7 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, RecoveredRun>) -> Vec<(
 }
 
 /// Prepares a new run for every agent that recovery may have to start.
-async fn respawns(site: &crate::operations::Site) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
+async fn respawns(site: &crate::operations::StepContext) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
     let mut respawn = BTreeMap::new();
     let mut tokens = Vec::new();
     for agent in site.project.agents.values().filter(|agent| !agent.is_terminal()) {

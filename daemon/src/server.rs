@@ -409,7 +409,7 @@ async fn pause_all(
     cause: PauseCause,
     reason: &str,
 ) -> Vec<(ProjectName, OperationId)> {
-    let active = daemon.projects.all().into_iter().filter(|h| h.look().state.status() == ProjectStatus::Active);
+    let active = daemon.projects.all().into_iter().filter(|h| h.project().state.status() == ProjectStatus::Active);
     let each = active.map(|handle| {
         let reason = Some(reason.to_owned());
         async move {
@@ -450,7 +450,7 @@ async fn save_all(daemon: &Daemon) {
 async fn resume_all(daemon: &Daemon, pauses: Vec<(ProjectName, OperationId)>) {
     let held = |(name, pause): &(ProjectName, OperationId)| {
         let handle = daemon.projects.get(name).ok()?;
-        let ours = matches!(&*handle.look().state, ProjectState::Paused(paused) if paused.operation == *pause);
+        let ours = matches!(&*handle.project().state, ProjectState::Paused(paused) if paused.operation == *pause);
         ours.then_some(handle)
     };
     let handles = pauses.iter().filter_map(held);
@@ -464,7 +464,7 @@ async fn resume_all(daemon: &Daemon, pauses: Vec<(ProjectName, OperationId)>) {
 
 fn log_status(daemon: &Daemon) {
     for handle in daemon.projects.all() {
-        let project = handle.look();
+        let project = handle.project();
         tracing::info!(
             project = %project.name,
             status = %project.state.status(),

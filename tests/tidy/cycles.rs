@@ -14,10 +14,10 @@ const SPLIT_IMPLS: &[(&str, &str)] = &[
     // The project's actor: one file per kind of message.
     ("effects", "Actor"),
     ("follow_up", "Actor"),
-    ("look", "Actor"),
+    ("scan", "Actor"),
     ("restoring", "Actor"),
     ("retain", "Actor"),
-    ("stuck", "Actor"),
+    ("blocked", "Actor"),
     // The shim's supervisor: what it does around hooks.
     ("hooks", "Supervisor"),
 ];

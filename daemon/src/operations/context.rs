@@ -29,7 +29,7 @@ pub struct Link {
 
 /// What a step knows: the project as it was when the step began, and the links to its agents.
 #[derive(Clone)]
-pub struct Site {
+pub struct StepContext {
     /// What all rooms share.
     pub services: Arc<Services>,
     /// The project.
@@ -42,7 +42,7 @@ pub struct Site {
     pub cancel: Cancel,
 }
 
-impl Site {
+impl StepContext {
     /// Returns the project's directories.
     pub fn dirs(&self) -> ProjectDirs {
         self.services.project_dirs(&self.project.name)

@@ -8,22 +8,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use fermata_history::{History, HistoryError};
 use fermata_protocol::project::ScanProgress;
 
-use crate::operations::maintenance::consolidation_queue::Upkeep;
+use crate::operations::maintenance::consolidation_queue::ConsolidationQueue;
 use crate::operations::progress::words;
 
 /// The sizes of files that do not change under their name, bytes.
 pub(super) type Sizes = HashMap<PathBuf, u64>;
 
 /// A look at a workspace that is told of, until it ends.
-pub(super) struct Looking(Arc<Mutex<Option<fermata_history::Progress>>>);
+pub(super) struct ScanInProgress(Arc<Mutex<Option<fermata_history::Progress>>>);
 
-impl Looking {
+impl ScanInProgress {
     pub(super) fn tell(&self, progress: fermata_history::Progress) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 }
 
-impl Drop for Looking {
+impl Drop for ScanInProgress {
     fn drop(&mut self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
@@ -38,7 +38,7 @@ pub struct HistoryCell {
     looking: Arc<Mutex<Option<fermata_history::Progress>>>,
     /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
     unreclaimed: Arc<AtomicU64>,
-    pub(super) upkeep: Upkeep,
+    pub(super) consolidations: ConsolidationQueue,
 }
 
 impl HistoryCell {
@@ -61,12 +61,12 @@ impl HistoryCell {
     }
 
     /// Begins to tell of a look at the workspace.
-    pub(super) fn looking(&self) -> Looking {
-        Looking(Arc::clone(&self.looking))
+    pub(super) fn begin_scan(&self) -> ScanInProgress {
+        ScanInProgress(Arc::clone(&self.looking))
     }
 
     /// Returns how far a look at the workspace has come that is under way while agents run.
-    pub fn look_under_way(&self) -> Option<ScanProgress> {
+    pub fn scan_under_way(&self) -> Option<ScanProgress> {
         let progress = *self.looking.lock().unwrap_or_else(PoisonError::into_inner);
         progress.map(|fermata_history::Progress { phase, done, total }| {
             let (step, unit) = words(phase);

@@ -23,5 +23,5 @@ pub mod restore;
 pub mod run;
 
 pub use cancel::Cancel;
-pub use context::{Link, Site, blocking, failpoint, ms_since, side_by_side};
+pub use context::{Link, StepContext, blocking, failpoint, ms_since, side_by_side};
 pub use history_cell::HistoryCell;

@@ -176,7 +176,7 @@ impl Identity {
 
 /// A plugin as it was found on disk.
 #[derive(Debug, Clone)]
-pub struct Found {
+pub struct ConfiguredPlugin {
     /// Name from the file name: `libfermata_exec.so` is `exec`.
     pub name: String,
     /// The shared object.
@@ -190,7 +190,7 @@ pub struct Found {
 /// Finds the plugins of all directories, in the order of their names.
 ///
 /// A directory that does not exist has no plugins; one that cannot be read is an error.
-pub fn discover(config: &PluginConfig) -> Result<Vec<Found>, ConfigError> {
+pub fn discover(config: &PluginConfig) -> Result<Vec<ConfiguredPlugin>, ConfigError> {
     let mut found = BTreeMap::new();
     for directory in &config.directories {
         let unreadable = |source| ConfigError::Read { path: directory.clone(), source };
@@ -204,7 +204,7 @@ pub fn discover(config: &PluginConfig) -> Result<Vec<Found>, ConfigError> {
             let Some(name) = plugin_name(&path) else {
                 continue;
             };
-            if let Some(Found { path: first, .. }) = found.get(&name) {
+            if let Some(ConfiguredPlugin { path: first, .. }) = found.get(&name) {
                 let first: &PathBuf = first;
                 tracing::warn!(plugin = name, used = %first.display(), ignored = %path.display(),
                     "two plugins have the same name");
@@ -212,7 +212,7 @@ pub fn discover(config: &PluginConfig) -> Result<Vec<Found>, ConfigError> {
             }
             let settings = config.settings_dir.join(format!("{name}.toml"));
             let settings_identity = Identity::of(&settings).ok();
-            let plugin = Found {
+            let plugin = ConfiguredPlugin {
                 name: name.clone(),
                 identity: (Identity::of(&path).ok(), settings_identity),
                 path,

@@ -4,7 +4,7 @@
 //! An entry never changes: enabling, disabling and reloading put another one in its place.
 
 use super::artifact::{self, PluginArtifact};
-use super::config::{ConfigError, Found, PluginConfig, PluginFile};
+use super::config::{ConfigError, ConfiguredPlugin, PluginConfig, PluginFile};
 use super::output::Output;
 use super::process::Launch;
 use super::status::{PluginState, PluginStatus, now_ms};
@@ -31,7 +31,7 @@ const MAILBOX: usize = 16;
 
 /// One plugin as the registry holds it.
 pub(super) struct Plugin {
-    pub(super) found: Found,
+    pub(super) found: ConfiguredPlugin,
     file: PluginFile,
     deadline: Duration,
     status: watch::Receiver<PluginStatus>,
@@ -52,7 +52,7 @@ impl Plugin {
     /// Makes the plugin and, unless it is switched off or unusable, starts its task.
     pub(super) fn new(
         config: &Arc<PluginConfig>,
-        found: Found,
+        found: ConfiguredPlugin,
         file: Result<PluginFile, ConfigError>,
         choice: Option<bool>,
     ) -> Self {
@@ -127,7 +127,7 @@ impl Plugin {
     }
 
     /// Says whether the files are those that this plugin was made from, and it got along with them.
-    pub(super) fn is_current(&self, found: &Found) -> bool {
+    pub(super) fn is_current(&self, found: &ConfiguredPlugin) -> bool {
         let state = self.state();
         // Whose file it is and who may write it is not part of its content: look again.
         state != PluginState::Failed && self.found.path == found.path && self.found.identity == found.identity

@@ -4,7 +4,7 @@
 //! each other; reading it, calling and notifying never wait for them.
 
 use super::artifact::{PluginArtifact, PluginFailure};
-use super::config::{self, Choices, ConfigError, Found, PluginConfig, PluginFile};
+use super::config::{self, Choices, ConfigError, ConfiguredPlugin, PluginConfig, PluginFile};
 use super::entry::{Plugin, parsed};
 use super::output::Output;
 use super::process::{HostError, HostProcess, Launch};
@@ -97,7 +97,7 @@ impl Plugins {
         Some(plugin.status())
     }
 
-    /// Looks at the directories again: starts what is new or changed, ends what is gone.
+    /// AutomaticScans at the directories again: starts what is new or changed, ends what is gone.
     pub async fn reload(&self) -> Result<ReloadReport, PluginError> {
         let _permit = self.permit().await?;
         let config = Arc::clone(&self.inner.config);
@@ -278,7 +278,7 @@ impl Plugins {
     }
 
     /// Ends the old plugin, if any, and puts the new one, if any, in its place.
-    async fn replace(&self, old: Option<Arc<Plugin>>, found: Option<Found>, choice: Option<bool>) {
+    async fn replace(&self, old: Option<Arc<Plugin>>, found: Option<ConfiguredPlugin>, choice: Option<bool>) {
         let name = old.as_ref().map(|old| old.found.name.clone());
         if let Some(old) = old {
             old.cancel();
@@ -306,7 +306,7 @@ impl Plugins {
 }
 
 /// Reads a plugin's settings and looks at who could have written the plugin.
-fn read_file(found: &Found) -> Result<PluginFile, ConfigError> {
+fn read_file(found: &ConfiguredPlugin) -> Result<PluginFile, ConfigError> {
     trust::trusted_file(&found.path)?;
     match &found.settings_file {
         Some(path) => config::read_plugin_file(path),

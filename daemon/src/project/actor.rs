@@ -22,13 +22,13 @@ use super::handle::ProjectHandle;
 use super::ids::NewToken;
 use super::instants;
 use super::links::Watcher;
-use super::look::Looks;
-use super::message::{Answer, Begin, Label, Message, Outcome, Tell, View, reply};
+use super::message::{Answer, Begin, CommandReport, Label, Message, Tell, View, reply};
 use super::retry::discard;
+use super::scan::AutomaticScans;
 use crate::errors::Failure;
-use crate::operations::checkpoint::prime;
+use crate::operations::checkpoint::warm_up;
 use crate::operations::run::readiness;
-use crate::operations::{Cancel, HistoryCell, Link, Site};
+use crate::operations::{Cancel, HistoryCell, Link, StepContext};
 use crate::services::{self, Services};
 use crate::shims::link::ShimLink;
 use crate::shims::reach::Linked;
@@ -77,7 +77,7 @@ pub struct Actor {
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
     /// The looks for what automatic checkpoints would save.
-    pub(super) looks: Looks,
+    pub(super) scans: AutomaticScans,
     inbox: mpsc::Receiver<Message>,
     published: watch::Sender<Arc<Project>>,
     deferred: VecDeque<(Box<Begin>, Answer)>,
@@ -121,7 +121,7 @@ impl Actor {
             waiters: BTreeMap::new(),
             unwritten: 0,
             preparing: BTreeSet::new(),
-            looks: Looks::default(),
+            scans: AutomaticScans::default(),
             inbox,
             published,
             deferred: VecDeque::new(),
@@ -147,15 +147,15 @@ impl Actor {
     pub async fn recover(&mut self, command: Command, tokens: Vec<NewToken>) -> Result<(), Failure> {
         self.keep_tokens(tokens.clone());
         let Err(failure) = self.carry(command.clone(), Extras::default()).await else { return Ok(()) };
-        let outcome = Outcome { tokens, ..command.into() };
+        let outcome = CommandReport { tokens, ..command.into() };
         // The mailbox is empty: nobody has the handle yet.
-        drop(self.mailbox.try_send(Message::Outcome(Box::new(outcome))));
+        drop(self.mailbox.try_send(Message::CommandReport(Box::new(outcome))));
         Err(failure)
     }
 
     /// Returns what a step needs to know now.
-    pub(super) fn site(&self) -> Site {
-        Site {
+    pub(super) fn step_context(&self) -> StepContext {
+        StepContext {
             services: Arc::clone(&self.services),
             project: Arc::clone(&self.project),
             history: self.history.clone(),
@@ -197,12 +197,12 @@ impl Actor {
         if !asks {
             return;
         }
-        let (site, state, mailbox) = (self.site(), self.published.subscribe(), self.mailbox.clone());
+        let (site, state, mailbox) = (self.step_context(), self.published.subscribe(), self.mailbox.clone());
         let (agent, run) = (agent.clone(), run.clone());
         self.services.tracker.spawn(async move {
             if readiness::wait(&site, state, &agent, &run).await {
                 let command = Command::Ready { agent, run: Some(run) };
-                drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+                drop(mailbox.send(Message::CommandReport(Box::new(command.into()))).await);
             }
         });
     }
@@ -210,7 +210,7 @@ impl Actor {
     /// Finds out what has become of a run whose shim could not be connected to.
     fn look_for_end(&self, agent: AgentName, run: RunId) {
         self.watch_readiness(&agent, &run);
-        self.services.tracker.spawn(self.watcher(&agent, &run).look());
+        self.services.tracker.spawn(self.watcher(&agent, &run).find_end());
     }
 
     fn watcher(&self, agent: &AgentName, run: &RunId) -> Watcher {
@@ -236,7 +236,7 @@ impl Actor {
             | ProjectStatus::Paused
             | ProjectStatus::Resuming
             | ProjectStatus::Restoring
-            | ProjectStatus::Failed => prime::in_background(self.site()),
+            | ProjectStatus::Failed => warm_up::in_background(self.step_context()),
         }
         let mut alarm = self.follow_up().await;
         loop {
@@ -254,7 +254,7 @@ impl Actor {
                 break;
             }
             if self.project.checkpointing.is_none() {
-                self.looks.end_turn();
+                self.scans.end_turn();
             }
             while self.project.checkpointing.is_none()
                 && let Some((begin, answer)) = self.deferred.pop_front()
@@ -277,7 +277,7 @@ impl Actor {
     async fn take(&mut self, message: Message) -> bool {
         match message {
             Message::Tell(tell, answer) => {
-                let done = self.told(*tell).await;
+                let done = self.carry_told(*tell).await;
                 let removed = matches!(&done, Ok(Carried { removed: true, .. }));
                 reply(answer, done.map(|carried| carried.reply.unwrap_or(Value::Null)));
                 return !removed;
@@ -293,7 +293,7 @@ impl Actor {
                 }
             }
             Message::Retain(retain, answer) => self.retain(*retain, answer).await,
-            Message::Outcome(outcome) => self.outcome(*outcome).await,
+            Message::CommandReport(outcome) => self.outcome(*outcome).await,
             Message::Started { agent, run, outcome } => {
                 let outcome = match outcome {
                     Ok(started) => {
@@ -311,20 +311,20 @@ impl Actor {
                 let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run_id());
                 if current == Some(&run) {
                     Arc::make_mut(&mut self.links).insert(agent.clone(), Link { run: run.clone(), shim: link });
-                    self.hold_again(agent, run).await;
+                    self.refreeze(agent, run).await;
                 }
             }
             Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
-            Message::Looked(found) => self.looked(*found).await,
-            Message::Stuck(failure) => self.tell_waiters(&failure),
-            Message::Thawed { agent, run } => self.hold_again(agent, run).await,
+            Message::Scanned(found) => self.scanned(*found).await,
+            Message::Blocked(failure) => self.tell_waiters(&failure),
+            Message::Thawed { agent, run } => self.refreeze(agent, run).await,
             Message::Shutdown(done) => self.leave(done).await,
         }
         true
     }
 
     /// Paused stays paused: what was committed as held is held, whatever has happened to its lease.
-    async fn hold_again(&mut self, agent: AgentName, run: RunId) {
+    async fn refreeze(&mut self, agent: AgentName, run: RunId) {
         let held = matches!(&*self.project.state, ProjectState::Paused(_))
             && self
                 .project
@@ -332,7 +332,7 @@ impl Actor {
                 .get(&agent)
                 .is_some_and(|found| found.current_run_id() == Some(&run) && found.is_frozen());
         if held {
-            self.hold(vec![(agent, run)]).await;
+            self.commit_freeze(vec![(agent, run)]).await;
         }
     }
 
@@ -340,7 +340,7 @@ impl Actor {
     /// other operations are short and come to their own end, or are rolled forward by the next daemon.
     async fn leave(&mut self, done: oneshot::Sender<()>) {
         self.leaving = Some(done);
-        self.looks.give_way();
+        self.scans.give_way();
         let operation = match &*self.project.state {
             ProjectState::Pausing(run) if run.direction == Direction::Forward => run.operation.clone(),
             _ => return,
@@ -361,7 +361,7 @@ impl Actor {
             return;
         }
         let Begin { command, operation, label, tokens, keyed } = *begin;
-        self.looks.give_way();
+        self.scans.give_way();
         self.keep_tokens(tokens);
         let (cancel, old_label) = (Cancel::default(), std::mem::replace(&mut self.label, label));
         let old_cancel = std::mem::replace(&mut self.cancel, cancel);
@@ -382,7 +382,7 @@ impl Actor {
     }
 
     /// Carries out a command that is done with one transaction.
-    pub(super) async fn told(&mut self, tell: Tell) -> Result<Carried, Failure> {
+    pub(super) async fn carry_told(&mut self, tell: Tell) -> Result<Carried, Failure> {
         let Tell { command, writes, tokens, keyed, view } = tell;
         self.keep_tokens(tokens);
         let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
@@ -395,16 +395,16 @@ impl Actor {
     }
 
     /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
-    pub(super) async fn outcome(&mut self, outcome: Outcome) {
-        let Outcome { command, writes, reply, tokens } = outcome;
+    pub(super) async fn outcome(&mut self, outcome: CommandReport) {
+        let CommandReport { command, writes, reply, tokens } = outcome;
         self.keep_tokens(tokens.clone());
-        let again = Outcome { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
+        let again = CommandReport { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
         let extras = Extras { writes, reply, ..Extras::default() };
         let Err(failure) = self.carry(command, extras).await else {
             self.unwritten = 0;
             return;
         };
-        self.is_stuck(&failure);
+        self.note_blocked(&failure);
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
         // The commit of a pause that cannot be written is a pause that failed. Its undo discards the
         // checkpoint; the others' has no row either, and nobody else would.
@@ -430,13 +430,13 @@ impl Actor {
             // Whatever the disk says, the agents do not wait for it frozen.
             self.thaw_at_once().await;
         }
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
             if let Some(number) = in_vain {
                 discard(&site, number, &mailbox).await;
             }
             tokio::time::sleep(RETRY).await;
-            drop(mailbox.send(Message::Outcome(Box::new(again))).await);
+            drop(mailbox.send(Message::CommandReport(Box::new(again))).await);
         });
     }
 

@@ -60,7 +60,7 @@ pub async fn pause_for_budget(handle: ProjectHandle) {
         if !at_rest(&handle).await {
             return;
         }
-        let project = handle.look();
+        let project = handle.project();
         let Some(reached) = budget::reached(&project) else { return };
         if project.state.status() != ProjectStatus::Active {
             return;
@@ -74,7 +74,7 @@ pub async fn pause_for_budget(handle: ProjectHandle) {
             () = handle.services.stopping.cancelled() => return,
         }
     }
-    if let Some(reached) = budget::reached(&handle.look()) {
+    if let Some(reached) = budget::reached(&handle.project()) {
         let because = format!("the pause could not be made in {TRIES} tries; the log says why");
         withhold(&handle, reached.cause, &reached.reason, &because).await;
     }

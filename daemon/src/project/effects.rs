@@ -14,16 +14,16 @@ use serde_json::json;
 use tokio::sync::mpsc;
 
 use super::actor::Actor;
-use super::drafting::Drafting;
 use super::links::end_of;
-use super::message::{Message, Outcome};
+use super::message::{CommandReport, Message};
 use super::retain::make_room;
 use super::retry::{discard, retry};
+use super::staging::DatabaseStaging;
 use crate::errors::Failure;
 use crate::operations::checkpoint::database;
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::{self, Rows};
-use crate::operations::checkpoint::{prime, transcripts, transfer};
+use crate::operations::checkpoint::{transcripts, transfer, warm_up};
 use crate::operations::maintenance::leftovers;
 use crate::operations::pause::flash_save::{self, Plans};
 use crate::operations::pause::freeze::{self, Frozen, Renewer};
@@ -31,7 +31,7 @@ use crate::operations::pause::quiesce;
 use crate::operations::restore::resume;
 use crate::operations::run::launch;
 use crate::operations::run::session::Scouted;
-use crate::operations::{Site, ms_since, restore};
+use crate::operations::{StepContext, ms_since, restore};
 use crate::store::commit::Write;
 use crate::store::pinned::Prepared;
 
@@ -45,7 +45,7 @@ pub struct PauseWork {
     renewer: Option<Renewer>,
     /// Until when the pause may be committed: then the lease of the last proof is over.
     pub(super) proven_until: Option<Instant>,
-    draft: Drafting,
+    draft: DatabaseStaging,
     /// The agents' sessions, looked for before anybody was frozen.
     scouted: Option<Scouted>,
     plans: Plans,
@@ -64,14 +64,14 @@ impl Actor {
             Effect::PauseStep { operation, step } => self.pause_step(operation, step),
             Effect::Undo { operation, checkpoint, runs } => self.undo(operation, checkpoint, runs),
             Effect::CommitFreeze { runs } => {
-                self.hold(runs).await;
+                self.commit_freeze(runs).await;
                 // The pause has come to its end: nobody renews what is held.
                 *self.work.lock().await = PauseWork::default();
                 fermata_failpoint::hit("pause.held");
             }
             Effect::Park { runs } => self.park(runs).await,
             Effect::Thaw { runs } => {
-                if let Err(failure) = freeze::thaw(&self.site(), &runs).await {
+                if let Err(failure) = freeze::thaw(&self.step_context(), &runs).await {
                     tracing::error!(project = %self.project.name, %failure, "thaw after a restart");
                 }
             }
@@ -88,14 +88,14 @@ impl Actor {
             Effect::ApplyRestore { operation, checkpoint, safety, after_ms } => {
                 self.apply_restore(operation, checkpoint, safety, Duration::from_millis(after_ms));
             }
-            Effect::ForgetPlan { operation } => restore::forget(&self.site(), &operation),
+            Effect::ForgetPlan { operation } => restore::forget(&self.step_context(), &operation),
             Effect::ForgetAgent { agent } => self.forget(&agent),
         }
     }
 
     /// Makes freezes permanent; of those that had to be made anew it is told that their agents ran.
-    pub(super) async fn hold(&mut self, runs: Vec<RunKey>) {
-        for (agent, run) in freeze::hold(&self.site(), &runs).await {
+    pub(super) async fn commit_freeze(&mut self, runs: Vec<RunKey>) {
+        for (agent, run) in freeze::commit(&self.step_context(), &runs).await {
             let detail = "its lease was over before the daemon could make the freeze permanent; \
                           it was frozen again"
                 .to_owned();
@@ -104,7 +104,7 @@ impl Actor {
     }
 
     fn launch(&mut self, agent: AgentName, run: RunId, continuation: Option<Continuation>) {
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         let token = self.tokens.remove(&run).unwrap_or_default();
         self.services.tracker.spawn(async move {
             let outcome = launch::run(&site, &agent, &run, &token, continuation).await.map(Box::new);
@@ -115,7 +115,7 @@ impl Actor {
     /// Stops a run, or kills it where there is no grace.
     fn stop(&self, agent: &AgentName, run: &RunId, grace_ms: Option<u64>) {
         let Some(link) = self.links.get(agent).filter(|link| link.run == *run).cloned() else {
-            let (site, agent, run) = (self.site(), agent.clone(), run.clone());
+            let (site, agent, run) = (self.step_context(), agent.clone(), run.clone());
             let grace = Duration::from_millis(grace_ms.unwrap_or(0));
             self.services.tracker.spawn(async move {
                 if let Err(failure) = launch::stop_unreachable(&site, &agent, &run, grace).await {
@@ -140,7 +140,7 @@ impl Actor {
     }
 
     fn pause_step(&mut self, operation: OperationId, step: PauseStep) {
-        let (site, mailbox, work) = (self.site(), self.mailbox.clone(), Arc::clone(&self.work));
+        let (site, mailbox, work) = (self.step_context(), self.mailbox.clone(), Arc::clone(&self.work));
         let task = async move {
             let start = Instant::now();
             // Only waiting is cut short. Work on a blocking thread ends by its own flag, so that the
@@ -161,7 +161,12 @@ impl Actor {
             let command = Command::PauseStepped { operation, step, took_ms: ms_since(start), outcome };
             drop(
                 mailbox
-                    .send(Message::Outcome(Box::new(Outcome { command, writes, reply: None, tokens: Vec::new() })))
+                    .send(Message::CommandReport(Box::new(CommandReport {
+                        command,
+                        writes,
+                        reply: None,
+                        tokens: Vec::new(),
+                    })))
                     .await,
             );
         };
@@ -173,7 +178,7 @@ impl Actor {
     fn undo(&mut self, operation: OperationId, number: CheckpointNumber, runs: Vec<RunKey>) {
         self.cancel.cancel();
         let step = self.step.take();
-        let (mut site, mailbox, work) = (self.site(), self.mailbox.clone(), Arc::clone(&self.work));
+        let (mut site, mailbox, work) = (self.step_context(), self.mailbox.clone(), Arc::clone(&self.work));
         self.services.tracker.spawn(async move {
             if let Some(step) = step {
                 // It has reported, or its report is ignored; a panic in it is in the log.
@@ -196,21 +201,21 @@ impl Actor {
                 }
             })
             .await;
-            drop(mailbox.send(Message::Outcome(Box::new(Command::Undone { operation }.into()))).await);
+            drop(mailbox.send(Message::CommandReport(Box::new(Command::Undone { operation }.into()))).await);
         });
     }
 
     /// Lets all agents of a failed pause run, whether or not that can be written down.
     pub(super) async fn thaw_at_once(&self) {
         let runs = self.project.runs(self.project.alive_agents());
-        if let Err(failure) = freeze::thaw(&self.site(), &runs).await {
+        if let Err(failure) = freeze::thaw(&self.step_context(), &runs).await {
             tracing::error!(project = %self.project.name, %failure, "thaw after a failed pause");
         }
     }
 
     /// Ends frozen processes. Done before the pause is answered: the memory is free then.
     async fn park(&mut self, runs: Vec<RunKey>) {
-        let site = self.site();
+        let site = self.step_context();
         let each = runs.into_iter().map(|(agent, run)| {
             let link = site.links.get(&agent).filter(|link| link.run == run).cloned();
             let project = site.project.name.clone();
@@ -250,7 +255,7 @@ impl Actor {
         respawn: Vec<RunKey>,
         checkpoint: CheckpointNumber,
     ) {
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         let tokens: Vec<String> = respawn.iter().map(|(_, run)| self.tokens.remove(run).unwrap_or_default()).collect();
         self.services.tracker.spawn(async move {
             let start = Instant::now();
@@ -260,7 +265,7 @@ impl Actor {
                 let Some((agent, run)) = thaw.iter().find(|(agent, _)| *agent == gone.agent) else { continue };
                 // Told before the resume is: the watcher of the run, who may be late, is then ignored.
                 let end = end_of(&site, agent, run, gone.detail.clone().unwrap_or_default());
-                drop(mailbox.send(Message::Outcome(Box::new(end))).await);
+                drop(mailbox.send(Message::CommandReport(Box::new(end))).await);
             }
             fermata_failpoint::hit("resume.thawed");
             let again = Instant::now();
@@ -272,7 +277,7 @@ impl Actor {
             agents.sort_by(|a, b| a.agent.cmp(&b.agent));
             let steps_ms = [("thaw".to_owned(), thaw_ms), ("respawn".to_owned(), ms_since(again))].into();
             let command = Command::Resumed { operation, agents, steps_ms, warnings: Vec::new() };
-            drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+            drop(mailbox.send(Message::CommandReport(Box::new(command.into()))).await);
         });
     }
 
@@ -289,7 +294,7 @@ impl Actor {
             frozen: false,
             runs: runs.clone(),
         };
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         let task = async move {
             let making = match label.import {
                 Some(file) => transfer::import(&site, &order, file).await.map(|made| (made, 0.0)),
@@ -308,7 +313,7 @@ impl Actor {
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let outcome = Ok((Box::new(made.view), frozen_ms));
                     let command = Command::Checkpointed { operation, outcome, imported };
-                    Outcome { command, writes, reply: Some(json!(result)), tokens: Vec::new() }
+                    CommandReport { command, writes, reply: Some(json!(result)), tokens: Vec::new() }
                 }
                 Err(failure) => {
                     let error = failure.into_error(Code::CheckpointFailed);
@@ -316,14 +321,14 @@ impl Actor {
                     Command::Checkpointed { operation, outcome: Err(error), imported }.into()
                 }
             };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+            drop(mailbox.send(Message::CommandReport(Box::new(outcome))).await);
         };
         self.step = Some(self.services.tracker.spawn(task));
     }
 
     fn forget(&mut self, agent: &AgentName) {
         Arc::make_mut(&mut self.links).remove(agent);
-        let site = self.site();
+        let site = self.step_context();
         // Put aside at once, so that a new agent of the same name finds a place of its own.
         match leftovers::put_aside(&site.dirs().agent(agent)) {
             Ok(aside) => {
@@ -337,7 +342,7 @@ impl Actor {
 type Stepped = (StepReport, Vec<Write>);
 
 async fn run_pause_step(
-    site: &Site,
+    site: &StepContext,
     mailbox: &mpsc::Sender<Message>,
     operation: &OperationId,
     step: PauseStep,
@@ -353,9 +358,9 @@ async fn run_pause_step(
             *work = PauseWork::default();
             make_room(site, mailbox).await?;
             // Beside the look at the workspace and the wait for the agents.
-            let draft = site.services.tracker.spawn(database::draft(site.clone(), run.checkpoint));
-            work.draft = Drafting::Writing(draft);
-            prime::run(site, Some(operation)).await?;
+            let draft = site.services.tracker.spawn(database::stage(site.clone(), run.checkpoint));
+            work.draft = DatabaseStaging::Writing(draft);
+            warm_up::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
             let request = quiesce::Request {
@@ -398,7 +403,7 @@ async fn run_pause_step(
 }
 
 async fn pause_checkpoint(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
     work: &mut PauseWork,
     runs: &[RunKey],
@@ -432,7 +437,7 @@ async fn pause_checkpoint(
 /// A checkpoint beside running agents: they stand still while workspace and database are read,
 /// where that can be done without waking their system calls.
 async fn live_checkpoint(
-    site: &Site,
+    site: &StepContext,
     mailbox: &mpsc::Sender<Message>,
     mut order: CheckpointOrder,
     runs: &[RunKey],
@@ -441,7 +446,7 @@ async fn live_checkpoint(
     make_room(site, mailbox).await?;
     let partial = site.dirs().partial_checkpoint(order.number);
     // What can be done before anybody stands still.
-    let (primed, prepared) = tokio::join!(prime::run(site, Some(&order.operation)), database::open(site, &partial));
+    let (primed, prepared) = tokio::join!(warm_up::run(site, Some(&order.operation)), database::open(site, &partial));
     let prepared = primed.and(prepared)?;
     let by_signals = |(agent, _): &RunKey| {
         let processes = site.project.agents.get(agent).and_then(|a| a.run()?.processes.as_ref());
@@ -483,7 +488,7 @@ async fn live_checkpoint(
 
 /// Captures and proves that nobody ran meanwhile: an expired lease cannot be renewed.
 async fn capture_frozen(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
     runs: &[RunKey],
     now: fermata_protocol::UnixMillis,
@@ -502,7 +507,7 @@ async fn capture_frozen(
 }
 
 async fn respawn_one(
-    site: &Site,
+    site: &StepContext,
     mailbox: &mpsc::Sender<Message>,
     agent: AgentName,
     run: RunId,

@@ -13,10 +13,10 @@ use tokio::time::Instant;
 
 use super::actor::Actor;
 use super::ids::{new_operation, new_run};
-use super::message::{Message, Outcome, Prepared};
+use super::message::{CommandReport, Message, Prepared};
 use crate::errors::Failure;
 use crate::operations::run::session;
-use crate::operations::{Cancel, Site};
+use crate::operations::{Cancel, StepContext};
 use crate::services;
 
 /// How often things may fall due one after the other before others get their turn.
@@ -60,7 +60,7 @@ impl Actor {
                 }
             }
             if !decided {
-                let next = [deadlines::next(&self.project, now), self.look_if_due(now)].into_iter().flatten().min()?;
+                let next = [deadlines::next(&self.project, now), self.scan_if_due(now)].into_iter().flatten().min()?;
                 let wait = Duration::from_millis(u64::try_from(next.since(now)).unwrap_or(0));
                 return Some(Instant::now() + wait.min(LONGEST));
             }
@@ -73,7 +73,7 @@ impl Actor {
         if !self.preparing.insert(agent.clone()) {
             return;
         }
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
             let prepared = match site.project.agents.get(&agent) {
                 Some(found) => start(&site, found, again(found)).await,
@@ -96,7 +96,7 @@ impl Actor {
         match prepared {
             Ok((start, token)) => {
                 let command = Command::Start { agent, start, requested: false };
-                self.outcome(Outcome { tokens: vec![token], ..command.into() }).await;
+                self.outcome(CommandReport { tokens: vec![token], ..command.into() }).await;
             }
             Err(failure) => {
                 tracing::error!(project = %self.project.name, %agent, %failure, "a start is tried again");
@@ -125,7 +125,7 @@ fn again(agent: &Agent) -> RestartKind {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn start(site: &Site, agent: &Agent, again: RestartKind) -> Prepared {
+pub async fn start(site: &StepContext, agent: &Agent, again: RestartKind) -> Prepared {
     let (new, token) = new_run();
     let start = match again {
         RestartKind::Anew => PreparedStart { new, argv: agent.spec.argv.clone(), session: None, continuation: None },

@@ -9,7 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::message::{Answer, Begin, Message, Tell};
 use crate::errors::Failure;
-use crate::operations::{Cancel, HistoryCell, Site};
+use crate::operations::{Cancel, HistoryCell, StepContext};
 use crate::services::Services;
 
 /// How others reach a project.
@@ -23,7 +23,7 @@ pub struct ProjectHandle {
 
 impl ProjectHandle {
     /// Returns the state as it is now.
-    pub fn look(&self) -> Arc<Project> {
+    pub fn project(&self) -> Arc<Project> {
         Arc::clone(&self.state.borrow())
     }
 
@@ -38,10 +38,10 @@ impl ProjectHandle {
     }
 
     /// Returns what a read-only step needs; it has no links to agents.
-    pub fn site(&self) -> Site {
-        Site {
+    pub fn step_context(&self) -> StepContext {
+        StepContext {
             services: Arc::clone(&self.services),
-            project: self.look(),
+            project: self.project(),
             history: self.history.clone(),
             links: Default::default(),
             cancel: Cancel::default(),

@@ -17,8 +17,8 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 
 use super::ids::new_run;
-use super::message::{Message, Outcome};
-use crate::operations::Site;
+use super::message::{CommandReport, Message};
+use crate::operations::StepContext;
 use crate::operations::run::launch::processes_of;
 use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
@@ -123,7 +123,7 @@ impl Watcher {
     }
 
     /// Watches a run that there is no link to yet.
-    pub async fn look(self) {
+    pub async fn find_end(self) {
         if let Some((link, events)) = self.link_again(self.patience).await {
             self.watch(link, events).await;
         }
@@ -184,12 +184,12 @@ impl Watcher {
             new,
             then: AfterEnd::ByPolicy,
         };
-        self.send(Outcome { tokens: vec![token], ..command.into() }).await;
+        self.send(CommandReport { tokens: vec![token], ..command.into() }).await;
     }
 
-    async fn send(&self, outcome: Outcome) {
+    async fn send(&self, outcome: CommandReport) {
         // The mailbox is gone only when the daemon ends; the next one reads the same records.
-        drop(self.mailbox.send(Message::Outcome(Box::new(outcome))).await);
+        drop(self.mailbox.send(Message::CommandReport(Box::new(outcome))).await);
     }
 
     async fn tell_broken(&self, broken: &FreezeBroken) {
@@ -255,7 +255,7 @@ impl Watcher {
 }
 
 /// Says how a run ended that could not be brought back: as its shim has recorded, or without.
-pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String) -> Outcome {
+pub(super) fn end_of(site: &StepContext, agent: &AgentName, run: &RunId, detail: String) -> CommandReport {
     let (agent, run) = (agent.clone(), run.clone());
     match read_exit(&site.dirs().run(&agent, &run)) {
         Ok(Some(record)) => {
@@ -263,7 +263,7 @@ pub(super) fn end_of(site: &Site, agent: &AgentName, run: &RunId, detail: String
             let ended_at = UnixMillis(record.ended_at_ms);
             let (exit, detail, then) = (exit_status(&record), exit_detail(&record), AfterEnd::ByPolicy);
             let command = Command::RunEnded { agent, run, exit, detail, ended_at, new, then };
-            Outcome { tokens: vec![token], ..command.into() }
+            CommandReport { tokens: vec![token], ..command.into() }
         }
         Ok(None) | Err(_) => Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into(),
     }
@@ -312,7 +312,7 @@ fn ended(record: &ExitRecord) -> RecoveredRun {
 }
 
 /// What a new daemon found of a run.
-pub struct Found {
+pub struct RunInspection {
     /// What recovery is told.
     pub observed: RecoveredRun,
     /// The link and its events, when it is alive and can be spoken to.
@@ -323,8 +323,13 @@ pub struct Found {
 
 /// Finds out what has become of a run while no daemon looked. `known` are its processes as they were
 /// told last: what cannot be seen now is taken to be as it was.
-pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &str, patience: Duration) -> Found {
-    let found = |observed| Found { observed, link: None, unreachable: None };
+pub async fn inspect_run(
+    run_dir: PathBuf,
+    known: Option<RunProcesses>,
+    boot_id: &str,
+    patience: Duration,
+) -> RunInspection {
+    let found = |observed| RunInspection { observed, link: None, unreachable: None };
     if matches!((read_exit(&run_dir), read_run(&run_dir)), (Ok(None), Ok(None))) {
         if let Err(error) = abandon(&run_dir) {
             tracing::warn!(run_dir = %run_dir.display(), %error, "a launch may still be under way");
@@ -353,7 +358,9 @@ pub async fn observe(run_dir: PathBuf, known: Option<RunProcesses>, boot_id: &st
     match reach::reach(&run_dir, boot_id, patience).await {
         Reached::Ended(record) => found(ended(&record)),
         Reached::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
-        Reached::Linked(linked) => Found { link: Some(*linked), ..found(alive(&run_dir)) },
-        Reached::Foreign(why) | Reached::Unknown(why) => Found { unreachable: Some(why), ..found(alive(&run_dir)) },
+        Reached::Linked(linked) => RunInspection { link: Some(*linked), ..found(alive(&run_dir)) },
+        Reached::Foreign(why) | Reached::Unknown(why) => {
+            RunInspection { unreachable: Some(why), ..found(alive(&run_dir)) }
+        }
     }
 }

@@ -12,7 +12,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 
 use super::ids::NewToken;
 use crate::errors::Failure;
-use crate::operations::checkpoint::transfer::Held;
+use crate::operations::checkpoint::transfer::BundleFile;
 use crate::operations::run::launch::Started;
 use crate::shims::link::ShimLink;
 use crate::store::commit::{Write, Written};
@@ -22,11 +22,11 @@ use crate::store::idempotency::Keyed;
 pub type Prepared = Result<(PreparedStart, NewToken), Failure>;
 
 /// What a look found.
-pub struct Found {
+pub struct AutomaticScan {
     /// Whether anything has changed; none when the look was cut short, or is no longer due.
     pub(super) changed: Option<bool>,
     /// What it has seen.
-    pub(super) looked: UnchangedScan,
+    pub(super) unchanged: UnchangedScan,
     /// The turn in which a checkpoint may be made.
     pub(super) turn: Option<OwnedSemaphorePermit>,
 }
@@ -81,11 +81,11 @@ pub struct Label {
     /// Its description.
     pub description: String,
     /// The file that it is made of, where it is imported instead of made.
-    pub import: Option<Held>,
+    pub import: Option<BundleFile>,
 }
 
 /// What a step, a shim or recovery reports.
-pub struct Outcome {
+pub struct CommandReport {
     /// What.
     pub command: Command,
     /// What goes with it, if it leads to anything.
@@ -96,7 +96,7 @@ pub struct Outcome {
     pub tokens: Vec<NewToken>,
 }
 
-impl From<Command> for Outcome {
+impl From<Command> for CommandReport {
     fn from(command: Command) -> Self {
         Self { command, writes: Vec::new(), reply: None, tokens: Vec::new() }
     }
@@ -113,7 +113,7 @@ pub enum Message {
     /// A wish to remove checkpoints.
     Retain(Box<Retain>, Answer),
     /// A report.
-    Outcome(Box<Outcome>),
+    CommandReport(Box<CommandReport>),
     /// A launch was carried out.
     Started {
         /// The agent.
@@ -140,9 +140,9 @@ pub enum Message {
         link: Arc<ShimLink>,
     },
     /// A look for what an automatic checkpoint would save is over.
-    Looked(Box<Found>),
+    Scanned(Box<AutomaticScan>),
     /// What an operation needs to end cannot be done for now.
-    Stuck(Box<Failure>),
+    Blocked(Box<Failure>),
     /// A freeze has ended by itself.
     Thawed {
         /// The agent.

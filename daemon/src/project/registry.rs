@@ -213,7 +213,7 @@ impl Projects {
             .map(PathBuf::from)
             .collect();
         self.all().into_iter().find_map(|handle| {
-            let project = handle.look();
+            let project = handle.project();
             let dirs = self.services.project_dirs(&project.name);
             let is_meant = |agent: &&Arc<fermata_core::agent::Agent>| {
                 agent.run().is_some_and(|run| folders.contains(&dirs.run(&agent.name, &run.id)))
@@ -225,7 +225,7 @@ impl Projects {
 
     fn find_agent(&self, wanted: impl Fn(&fermata_core::agent::Agent) -> bool) -> Option<Target> {
         self.all().into_iter().find_map(|handle| {
-            let project = handle.look();
+            let project = handle.project();
             let name: AgentName = project.agents.values().find(|agent| wanted(agent))?.name.clone();
             Some(Target::agent(project.name.clone(), name))
         })

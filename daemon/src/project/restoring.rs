@@ -13,7 +13,7 @@ use serde_json::json;
 use tokio::sync::watch;
 
 use super::actor::Actor;
-use super::message::{Message, Outcome, reply};
+use super::message::{CommandReport, Message, reply};
 use super::retain::make_room;
 use super::retry::discard;
 use crate::operations::restore;
@@ -27,7 +27,7 @@ impl Actor {
         safety: CheckpointNumber,
         paths: Vec<String>,
     ) {
-        let (site, mailbox) = (self.site(), self.mailbox.clone());
+        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
         let task = async move {
             let planned = match make_room(&site, &mailbox).await {
                 Ok(()) => restore::plan(&site, &operation, number, safety, &paths).await,
@@ -37,7 +37,7 @@ impl Actor {
                 Ok(made) => {
                     let writes = vec![Write::Checkpoint(Box::new(made.view.clone()))];
                     let command = Command::RestorePlanned { operation, outcome: Ok(Box::new(made.view)) };
-                    Outcome { command, writes, reply: None, tokens: Vec::new() }
+                    CommandReport { command, writes, reply: None, tokens: Vec::new() }
                 }
                 Err(failure) => {
                     discard(&site, safety, &mailbox).await;
@@ -45,7 +45,7 @@ impl Actor {
                     Command::RestorePlanned { operation, outcome }.into()
                 }
             };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+            drop(mailbox.send(Message::CommandReport(Box::new(outcome))).await);
         };
         self.step = Some(self.services.tracker.spawn(task));
     }
@@ -57,7 +57,7 @@ impl Actor {
         safety: CheckpointNumber,
         after: Duration,
     ) {
-        let (mut site, mailbox, state) = (self.site(), self.mailbox.clone(), self.handle().watch());
+        let (mut site, mailbox, state) = (self.step_context(), self.mailbox.clone(), self.handle().watch());
         // From here on the restore only rolls forward.
         site.cancel = Default::default();
         self.services.tracker.spawn(async move {
@@ -77,7 +77,7 @@ impl Actor {
                         _ => settings.patience_ms,
                     };
                     let command = Command::RestoreFailing { operation, error, patience_ms };
-                    drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+                    drop(mailbox.send(Message::CommandReport(Box::new(command.into()))).await);
                     return;
                 }
             };
@@ -89,8 +89,8 @@ impl Actor {
             };
             let (written, removed) = (reply.written, reply.removed);
             let command = Command::Restored { operation: operation.clone(), rows: rewound, written, removed };
-            let outcome = Outcome { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
-            drop(mailbox.send(Message::Outcome(Box::new(outcome))).await);
+            let outcome = CommandReport { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
+            drop(mailbox.send(Message::CommandReport(Box::new(outcome))).await);
 
             if let Some(check) = restore::check(&site, done, moved_on(state, &operation)).await {
                 let command = Command::RestoreChecked {
@@ -100,7 +100,7 @@ impl Actor {
                     differing: check.differing,
                     examples: check.examples,
                 };
-                drop(mailbox.send(Message::Outcome(Box::new(command.into()))).await);
+                drop(mailbox.send(Message::CommandReport(Box::new(command.into()))).await);
             }
         });
     }

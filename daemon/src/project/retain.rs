@@ -23,8 +23,8 @@ use super::handle::ProjectHandle;
 use super::message::{Answer, Message, Retain, Tell};
 use super::retry::retry;
 use crate::errors::Failure;
-use crate::operations::Site;
-use crate::operations::maintenance::{removal, storage, upkeep};
+use crate::operations::StepContext;
+use crate::operations::maintenance::{consolidation, removal, storage};
 use crate::operations::pause::validate;
 use crate::store::checkpoints;
 
@@ -45,7 +45,7 @@ impl ProjectHandle {
     /// # Errors
     /// A refusal, or when the rows cannot be read.
     pub async fn would_remove(&self, ask: &RemovalRequest) -> Result<CheckpointRemoveResult, Failure> {
-        let site = self.site();
+        let site = self.step_context();
         let points = points(&site).await?;
         let going = choose(&site, &points, ask)?;
         Ok(CheckpointRemoveResult { disk_bytes: Some(self.disk_bytes()), ..result(&points, &going) })
@@ -57,18 +57,18 @@ impl ProjectHandle {
     }
 
     /// Returns how far a look at the workspace has come that is under way while agents run.
-    pub fn look_under_way(&self) -> Option<ScanProgress> {
-        self.history.look_under_way()
+    pub fn scan_under_way(&self) -> Option<ScanProgress> {
+        self.history.scan_under_way()
     }
 }
 
-async fn points(site: &Site) -> Result<Vec<RetentionCandidate>, Failure> {
+async fn points(site: &StepContext) -> Result<Vec<RetentionCandidate>, Failure> {
     let name = site.project.name.clone();
     let read = site.services.store.read(move |c| checkpoints::points(c, &name)).await;
     read.map_err(|e| Failure::fault("list checkpoints", &e))
 }
 
-fn choose(site: &Site, points: &[RetentionCandidate], ask: &RemovalRequest) -> Result<Vec<Removal>, Failure> {
+fn choose(site: &StepContext, points: &[RetentionCandidate], ask: &RemovalRequest) -> Result<Vec<Removal>, Failure> {
     let used = site.history.needed_bytes();
     Ok(retention::choose(&site.project, points, ask, used, crate::services::now())?)
 }
@@ -103,7 +103,7 @@ impl Actor {
 
     async fn remove_rows(&mut self, retain: Retain) -> Result<Value, Failure> {
         let Retain { ask, keyed } = retain;
-        let site = self.site();
+        let site = self.step_context();
         let points = points(&site).await?;
         let removals = choose(&site, &points, &ask)?;
         let reply = json!(result(&points, &removals));
@@ -113,7 +113,7 @@ impl Actor {
         let command = Command::RemoveCheckpoints { removals };
         let remembered = reply.clone();
         let view = Box::new(move |_: &fermata_core::Project, _: &crate::store::commit::Written| remembered);
-        match self.told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await {
+        match self.carry_told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await {
             Ok(_) => Ok(reply),
             Err(failure) => {
                 site.history.reclaimed(bytes);
@@ -124,7 +124,7 @@ impl Actor {
 
     /// Removes what is left of checkpoints, again and again until it has worked.
     pub(super) fn discard_checkpoints(&mut self, checkpoints: Vec<CheckpointNumber>) {
-        let site = self.site();
+        let site = self.step_context();
         self.discarding = Some(self.services.tracker.spawn(async move {
             retry("remove what is left of checkpoints", &site, None, |site| {
                 let checkpoints = checkpoints.clone();
@@ -136,7 +136,7 @@ impl Actor {
 
     /// Has packs joined, measures what a new checkpoint takes, and lets go what is kept no longer.
     pub(super) fn look_after_checkpoints(&self, events: &[Event]) {
-        upkeep::follow(&self.site(), events);
+        consolidation::follow(&self.step_context(), events);
         let made = events.iter().any(|event| {
             matches!(
                 event,
@@ -146,9 +146,9 @@ impl Actor {
         if !made {
             return;
         }
-        let (site, handle) = (self.site(), self.handle());
+        let (site, handle) = (self.step_context(), self.handle());
         self.services.tracker.spawn(async move {
-            tokio::time::sleep(upkeep::BREATH).await;
+            tokio::time::sleep(consolidation::BREATH).await;
             if let Err(failure) = storage::measure(&site).await {
                 tracing::warn!(project = %site.project.name, %failure, "what the checkpoints take is not known");
             }
@@ -168,9 +168,9 @@ impl Actor {
 ///
 /// # Errors
 /// A refusal that says what is missing.
-pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> Result<(), Failure> {
+pub(super) async fn make_room(site: &StepContext, mailbox: &mpsc::Sender<Message>) -> Result<(), Failure> {
     crate::operations::failpoint("pause.validate")?;
-    let Some(mut shortage) = validate::look(site).await? else { return Ok(()) };
+    let Some(mut shortage) = validate::shortage(site).await? else { return Ok(()) };
     // By a quota the policy's answer is the oldest as well; a disk is not the project's alone.
     let mut ask = match shortage.reason {
         RemovalReason::DiskFloor => RemovalRequest::Policy(site.retention()),
@@ -189,14 +189,14 @@ pub(super) async fn make_room(site: &Site, mailbox: &mpsc::Sender<Message>) -> R
         if !removed && !by_policy {
             return Err(shortage.refusal.into());
         }
-        shortage = match validate::look(site).await? {
+        shortage = match validate::shortage(site).await? {
             None => return Ok(()),
             Some(shortage) => shortage,
         };
         if removed {
             // What was removed may lie in packs that others need as well.
-            match upkeep::reclaim(site).await {
-                Ok(true) => match validate::look(site).await? {
+            match consolidation::reclaim(site).await {
+                Ok(true) => match validate::shortage(site).await? {
                     None => return Ok(()),
                     Some(still) => shortage = still,
                 },

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::message::Message;
 use crate::errors::Failure;
-use crate::operations::Site;
+use crate::operations::StepContext;
 use crate::operations::maintenance::leftovers;
 
 /// The longest pause between two tries of something that has to succeed.
@@ -17,7 +17,7 @@ const MAX_BACKOFF: Duration = Duration::from_secs(30);
 pub(super) const PATIENT_TRIES: u32 = 5;
 
 /// Discards an unfinished checkpoint; its failure must not be hidden by a leftover.
-pub(super) async fn discard(site: &Site, number: CheckpointNumber, mailbox: &mpsc::Sender<Message>) {
+pub(super) async fn discard(site: &StepContext, number: CheckpointNumber, mailbox: &mpsc::Sender<Message>) {
     let attempt = |site| async move { leftovers::discard(&site, number).await };
     retry("discard the checkpoint", site, Some(mailbox), attempt).await;
 }
@@ -26,9 +26,9 @@ pub(super) async fn discard(site: &Site, number: CheckpointNumber, mailbox: &mps
 /// that takes long.
 pub(super) async fn retry<F>(
     what: &str,
-    site: &Site,
+    site: &StepContext,
     mailbox: Option<&mpsc::Sender<Message>>,
-    mut attempt: impl FnMut(Site) -> F,
+    mut attempt: impl FnMut(StepContext) -> F,
 ) where
     F: Future<Output = Result<(), Failure>>,
 {
@@ -39,7 +39,7 @@ pub(super) async fn retry<F>(
         if tries >= PATIENT_TRIES
             && let Some(mailbox) = mailbox
         {
-            drop(mailbox.send(Message::Stuck(Box::new(failure))).await);
+            drop(mailbox.send(Message::Blocked(Box::new(failure))).await);
         }
         if site.services.stopping.is_cancelled() {
             return;

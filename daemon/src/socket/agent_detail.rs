@@ -15,7 +15,7 @@ use crate::store::rows;
 
 pub(super) async fn show(projects: &Projects, params: AgentShow) -> Result<Value, Failure> {
     let AgentShow { target, env } = params;
-    let project = projects.get(&target.project)?.look();
+    let project = projects.get(&target.project)?.project();
     let name = one_agent(&target)?.clone();
     let Some(agent) = project.agents.get(&name) else { return Err(not_found(&target)) };
     let env_differs = if env.is_empty() {

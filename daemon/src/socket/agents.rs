@@ -64,7 +64,7 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
             projects.get(&params.project)?
         }
     };
-    let project = handle.look();
+    let project = handle.project();
     if let Some(workspace) = &params.workspace {
         same_workspace(&project, workspace).await?;
     }
@@ -91,7 +91,7 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
         supervision: params.supervision,
     };
     loop {
-        let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.look()), Ok)?;
+        let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.project()), Ok)?;
         let (new, token) = new_run();
         let run = new.id.clone();
         let shown = name.clone();
@@ -241,7 +241,7 @@ pub(super) async fn list(projects: &Projects, params: &AgentList) -> Result<Valu
         Some(name) => vec![projects.get(name)?],
         None => projects.all(),
     };
-    let found: Vec<_> = handles.iter().map(ProjectHandle::look).collect();
+    let found: Vec<_> = handles.iter().map(ProjectHandle::project).collect();
     let found: Vec<&Project> = found.iter().map(|project| &**project).collect();
     let views = found.iter().flat_map(|project| project.agents.values().map(|agent| shown(project, agent)));
     let after = params.after.as_ref().map(|after| (&after.project, after.agent.as_ref()));
@@ -280,7 +280,7 @@ fn aimed(project: &Project, agent: Option<&AgentName>) -> Vec<AgentName> {
 
 pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
-    let project = handle.look();
+    let project = handle.project();
     let names = aimed(&project, params.target.agent.as_ref());
     let grace = params.grace_ms.unwrap_or_else(|| longest_grace(&project, &names));
     let command = Command::Stop { agent: params.target.agent.clone(), grace_ms: params.grace_ms };
@@ -290,15 +290,15 @@ pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<
 
 pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
-    if params.target.agent.as_ref().is_some_and(|name| !handle.look().agents.contains_key(name)) {
+    if params.target.agent.as_ref().is_some_and(|name| !handle.project().agents.contains_key(name)) {
         return Err(not_found(&params.target));
     }
-    let names = aimed(&handle.look(), params.target.agent.as_ref());
+    let names = aimed(&handle.project(), params.target.agent.as_ref());
     match &params.signal {
         Some(signal) => send_signal(projects, &handle, params, signal, &names, keyed).await,
         None => {
             if !names.is_empty() {
-                remember(projects, keyed, &wire(&list_of(&handle.look(), &names))?).await?;
+                remember(projects, keyed, &wire(&list_of(&handle.project(), &names))?).await?;
             }
             let command = Command::Kill { agent: params.target.agent.clone() };
             let told = tell_list(&handle, command, names, None).await?;
@@ -325,7 +325,7 @@ async fn send_signal(
         .ok_or_else(|| {
             Refusal::new(Code::InvalidParams, format!("'{signal}' is no signal")).hint("for instance TERM, USR1 or 10")
         })?;
-    let project = handle.look();
+    let project = handle.project();
     if names.is_empty() {
         return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
     }
@@ -387,7 +387,7 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
     let handle = projects.get(&target.project)?;
     let name = one_agent(target)?;
     let (new, token) = new_run();
-    let before = handle.look().agents.get(name).and_then(|agent| agent.run().map(|run| run.id.clone()));
+    let before = handle.project().agents.get(name).and_then(|agent| agent.run().map(|run| run.id.clone()));
     let command = Command::Restart { agent: name.clone(), new };
     let (tokens, shown) = (vec![token], name.clone());
     let view: View = Box::new(move |project, _| view_of(project, &shown));
@@ -399,7 +399,7 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
 pub(super) async fn resume(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&target.project)?;
     let name = one_agent(target)?;
-    let site = handle.site();
+    let site = handle.step_context();
     let agent = site.project.agents.get(name).ok_or_else(|| not_found(target))?;
     let (start, token) = crate::project::start(&site, agent, RestartKind::GoesOn).await?;
     let before = agent.run().map(|run| run.id.clone());
@@ -453,7 +453,7 @@ pub(super) async fn finish_end(
 ) -> Result<Value, Failure> {
     let Ok(handle) = projects.get(project) else { return Ok(reply) };
     let names: Vec<_> = from_memory::<AgentListResult>(&reply)?.agents.into_iter().map(|agent| agent.name).collect();
-    let patience = Duration::from_millis(grace_ms.unwrap_or(longest_grace(&handle.look(), &names))) + ENDING;
+    let patience = Duration::from_millis(grace_ms.unwrap_or(longest_grace(&handle.project(), &names))) + ENDING;
     runs_ended(&handle, &reply, patience).await
 }
 
@@ -486,7 +486,7 @@ pub(super) async fn remove(projects: &Projects, target: &Target, keyed: Option<K
 pub(super) async fn wait(projects: &Projects, params: &AgentWait) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
     let name = one_agent(&params.target)?;
-    if !handle.look().agents.contains_key(name) {
+    if !handle.project().agents.contains_key(name) {
         return Err(not_found(&params.target));
     }
     let names = [name.clone()];

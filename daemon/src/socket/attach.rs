@@ -48,7 +48,7 @@ const PACE: Duration = Duration::from_millis(20);
 const RECORDING: Duration = Duration::from_secs(5);
 
 /// A run with a terminal.
-struct Found {
+struct TerminalRun {
     handle: ProjectHandle,
     agent: AgentName,
     run: RunId,
@@ -56,14 +56,14 @@ struct Found {
 }
 
 /// Finds the terminal of an agent.
-fn find(connection: &Connection, target: &Target) -> Result<Found, Failure> {
+fn find(connection: &Connection, target: &Target) -> Result<TerminalRun, Failure> {
     let projects = &connection.daemon.projects;
     let handle = projects.get(&target.project)?;
     let name = target.agent.clone().ok_or_else(|| {
         Refusal::new(Code::InvalidParams, format!("'{target}' is a project, not one of its agents"))
             .hint(format!("{target}/AGENT"))
     })?;
-    let project = handle.look();
+    let project = handle.project();
     let agent = project.agents.get(&name).ok_or_else(|| not_found(target))?;
     if agent.spec.supervision.terminal.is_none() {
         return Err(Refusal::new(Code::NoTerminal, format!("agent {target} has no terminal"))
@@ -76,7 +76,7 @@ fn find(connection: &Connection, target: &Target) -> Result<Found, Failure> {
     let Some(run) = run else { return Err(not_running(target, agent).into()) };
     let run = run.id.clone();
     let socket = projects.services().shim_socket(&run);
-    Ok(Found { handle, agent: name, run, socket })
+    Ok(TerminalRun { handle, agent: name, run, socket })
 }
 
 fn not_running(target: &Target, agent: &Agent) -> Refusal {
@@ -97,7 +97,7 @@ fn not_running(target: &Target, agent: &Agent) -> Refusal {
 }
 
 /// Says what keeps an agent from reading what is typed.
-fn standing(project: &Project, agent: &AgentName) -> InputState {
+fn input_state(project: &Project, agent: &AgentName) -> InputState {
     match &*project.state {
         ProjectState::Resting(_) => {}
         ProjectState::Pausing(_)
@@ -127,12 +127,12 @@ fn failed(target: &Target, error: LinkError) -> Failure {
         LinkError::Refused { code: RefusalCode::TooManyViewers, message } => {
             Refusal::new(Code::TooManyViewers, format!("agent {target}: {message}")).into()
         }
-        LinkError::Refused { code: RefusalCode::Held, .. } => held(target).into(),
+        LinkError::Refused { code: RefusalCode::Held, .. } => refuse_input(target).into(),
         other => Failure::fault(&format!("reach the terminal of agent {target}"), &other),
     }
 }
 
-fn held(target: &Target) -> Refusal {
+fn refuse_input(target: &Target) -> Refusal {
     Refusal::new(
         Code::ProjectPaused,
         format!("agent {target} is held: nothing is typed into it, since it would read that by surprise later"),
@@ -149,7 +149,7 @@ pub(super) async fn attach(connection: &Arc<Connection>, params: AgentAttach) ->
         return Err(Refusal::new(Code::InvalidParams, "'read_only' and 'steal' contradict each other").into());
     }
     let target = params.target;
-    let Found { handle, agent, run, socket } = find(connection, &target)?;
+    let TerminalRun { handle, agent, run, socket } = find(connection, &target)?;
     let (mut viewing, typing) = viewing::connect(&socket).await.map_err(|error| failed(&target, error))?;
     let attachment = Arc::new(Attachment {
         key: KEYS.fetch_add(1, Ordering::Relaxed),
@@ -177,7 +177,7 @@ pub(super) async fn attach(connection: &Arc<Connection>, params: AgentAttach) ->
         }
     };
     connection.keep_attachment(id, Arc::clone(&attachment));
-    let now = standing(&handle.look(), &agent);
+    let now = input_state(&handle.project(), &agent);
     let show = Show { connection: Arc::clone(connection), attachment, id, token, agent, handle, standing: now };
     connection.daemon.projects.services().tracker.spawn(show.run(viewing));
     wire(&AgentAttachResult {
@@ -204,7 +204,7 @@ struct Show {
     standing: InputState,
 }
 
-enum News {
+enum AttachmentEvent {
     Seen(Seen),
     Project,
     Replaced,
@@ -217,44 +217,44 @@ impl Show {
         let mut replaced = self.attachment.replaced.subscribe();
         loop {
             let news = tokio::select! {
-                seen = viewing.next() => News::Seen(seen),
-                changed = project.changed() => if changed.is_ok() { News::Project } else { News::Over },
-                changed = replaced.changed() => if changed.is_ok() { News::Replaced } else { News::Over },
-                () = self.token.cancelled() => News::Over,
+                seen = viewing.next() => AttachmentEvent::Seen(seen),
+                changed = project.changed() => if changed.is_ok() { AttachmentEvent::Project } else { AttachmentEvent::Over },
+                changed = replaced.changed() => if changed.is_ok() { AttachmentEvent::Replaced } else { AttachmentEvent::Over },
+                () = self.token.cancelled() => AttachmentEvent::Over,
             };
             let go_on = match news {
-                News::Seen(Seen::Screen(size)) => {
+                AttachmentEvent::Seen(Seen::Screen(size)) => {
                     self.tell("$/attach.screen", &AttachScreen { attachment: self.id, size }).await
                 }
-                News::Seen(Seen::Output(data)) => {
+                AttachmentEvent::Seen(Seen::Output(data)) => {
                     self.tell("$/attach.output", &AttachOutput { attachment: self.id, data }).await
                 }
-                News::Seen(Seen::Exited(record)) => {
+                AttachmentEvent::Seen(Seen::Exited(record)) => {
                     self.until_recorded(&mut project).await;
                     let end = AttachEnd { attachment: self.id, exit: Some(exit_of(&record)) };
                     self.tell("$/attach.end", &end).await;
                     false
                 }
-                News::Seen(Seen::Gone) => {
+                AttachmentEvent::Seen(Seen::Gone) => {
                     self.tell("$/attach.end", &AttachEnd { attachment: self.id, exit: None }).await;
                     false
                 }
-                News::Project => {
-                    let now = standing(&project.borrow_and_update(), &self.agent);
+                AttachmentEvent::Project => {
+                    let now = input_state(&project.borrow_and_update(), &self.agent);
                     if now == self.standing {
                         continue;
                     }
                     self.standing = now;
                     self.notice(Notice::InputState(now)).await
                 }
-                News::Replaced => {
+                AttachmentEvent::Replaced => {
                     let by = replaced.borrow_and_update().clone();
                     match by {
                         Some(by) => self.notice(Notice::Replaced { by }).await,
                         None => true,
                     }
                 }
-                News::Over => false,
+                AttachmentEvent::Over => false,
             };
             if !go_on {
                 break;
@@ -325,9 +325,9 @@ pub(super) async fn input(connection: &Arc<Connection>, params: AgentInput) -> R
     let attachment = attachment(connection, params.attachment)?;
     let handle = connection.daemon.projects.get(&attachment.target.project)?;
     let agent = attachment.target.agent.clone();
-    let is_held = move || agent.as_ref().is_some_and(|agent| standing(&handle.look(), agent) == InputState::Held);
+    let is_held = move || agent.as_ref().is_some_and(|agent| input_state(&handle.project(), agent) == InputState::Held);
     if is_held() {
-        return Err(held(&attachment.target).into());
+        return Err(refuse_input(&attachment.target).into());
     }
     let claimed = claim(connection, &attachment)? == Claim::Got;
     let keyboard = Keyboard::Attached(&attachment.typing);
@@ -414,16 +414,16 @@ pub(super) async fn send(
 ) -> Result<Value, Failure> {
     check_input(&params.data.0)?;
     let target = params.target;
-    let Found { handle, agent, run, socket } = find(connection, &target)?;
+    let TerminalRun { handle, agent, run, socket } = find(connection, &target)?;
     if let Some(by) = connection.daemon.terminals.writer(&run).filter(|_| !params.anyway) {
         return Err(Refusal::new(Code::TerminalBusy, format!("{by} is attached to agent {target} and types"))
             .hint("give --anyway to type all the same")
             .details(json!({ "writer": by }))
             .into());
     }
-    let is_held = || standing(&handle.look(), &agent) == InputState::Held;
+    let is_held = || input_state(&handle.project(), &agent) == InputState::Held;
     if is_held() {
-        return Err(held(&target).into());
+        return Err(refuse_input(&target).into());
     }
     let (link, _events) = ShimLink::connect(&socket).await.map_err(|error| failed(&target, error))?;
     let all = TypedResult { bytes: params.data.0.len() as u64, claimed: false };

@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::reply::wire;
 use crate::errors::Failure;
 use crate::operations::checkpoint::layout::MANIFEST;
-use crate::operations::{Site, blocking, restore};
+use crate::operations::{StepContext, blocking, restore};
 use crate::project::{ProjectHandle, Projects, Tell};
 use crate::store::checkpoints;
 use crate::store::commit::Write;
@@ -51,7 +51,7 @@ pub(super) async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Re
     let name = handle.name();
     let shown = name.clone();
     let found = handle
-        .site()
+        .step_context()
         .services
         .store
         .read(move |c| checkpoints::find(c, &name, number))
@@ -68,7 +68,7 @@ pub(super) async fn show(projects: &Projects, params: &CheckpointShow) -> Result
     let handle = projects.get(&params.project)?;
     let checkpoint = find(&handle, params.checkpoint).await?;
     let number = params.checkpoint;
-    let site = handle.site();
+    let site = handle.step_context();
     let path = site.dirs().checkpoint(number).join(MANIFEST);
     let manifest = blocking("read the manifest", move || {
         let damaged = |why: String| -> Failure {
@@ -111,7 +111,7 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
     if let Some(to) = params.to {
         find(&handle, to).await?;
     }
-    let site = handle.site();
+    let site = handle.step_context();
     let diff = restore::diff(&site, params.from, params.to).await?;
     let (changes, changes_total) = (restore::changed_paths(&diff), diff.entries.len() as u64);
     let mut patch = None;
@@ -139,7 +139,7 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
     wire(&CheckpointDiffResult { changes, changes_total, patch })
 }
 
-fn points(site: &Site, params: &CheckpointDiff) -> (Point, Point) {
+fn points(site: &StepContext, params: &CheckpointDiff) -> (Point, Point) {
     let to = match params.to {
         Some(number) => Point::Checkpoint(number),
         None => Point::Workspace(Path::new(&site.project.facts.workspace).to_owned(), site.rules()),

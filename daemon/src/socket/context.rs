@@ -49,7 +49,7 @@ pub(super) async fn put(projects: &Projects, params: ContextPut, keyed: Option<K
     let writes = vec![Write::ContextInsert(agent.clone(), rows)];
     let reply = handle.tell(Tell { command, writes, tokens: Vec::new(), keyed, view }).await?;
     let mut result = with_total(projects, &handle, &agent, reply).await?;
-    let config = handle.look().facts.config.clone();
+    let config = handle.project().facts.config.clone();
     let limit = TokenLimit { tokens: config.token_limit, due_percent: config.flash_save_at_percent };
     if limit.is_due(result.total_tokens) {
         match save(&handle, Some(agent), None).await {
@@ -231,7 +231,7 @@ async fn save(
     agent: Option<AgentName>,
     keyed: Option<Keyed>,
 ) -> Result<FlashSaveResult, Failure> {
-    let planned = plans::plan(&handle.site(), agent, now()).await?;
+    let planned = plans::plan(&handle.step_context(), agent, now()).await?;
     let total = plans::total(&planned);
     let results = planned.iter().map(|(agent, plan)| (agent.clone(), plan.result)).collect();
     let writes = planned.into_iter().map(|(_, plan)| Write::FlashSave(plan)).collect();

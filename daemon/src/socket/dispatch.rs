@@ -19,7 +19,7 @@ use crate::auth;
 use crate::errors::Failure;
 use crate::hashing::hex;
 use crate::project::Projects;
-use crate::store::idempotency::{self, Keyed, Known};
+use crate::store::idempotency::{self, Keyed, KeyedAnswer};
 
 /// The longest idempotency key, in bytes.
 const MAX_KEY_BYTES: usize = 128;
@@ -83,9 +83,9 @@ async fn repeated(connection: &Connection, keyed: &Keyed, call: &Call) -> Result
         .map_err(|e| Failure::fault("look up the idempotency key", &e))?;
     match known {
         None => Ok(None),
-        Some(Known::Reply(reply)) => finish(&connection.daemon.projects, call, reply).await.map(Some),
-        Some(Known::Operation(operation)) => operations::end_of(connection, &operation).await.map(Some),
-        Some(Known::OtherRequest) => Err(Refusal::new(
+        Some(KeyedAnswer::Reply(reply)) => finish(&connection.daemon.projects, call, reply).await.map(Some),
+        Some(KeyedAnswer::Operation(operation)) => operations::end_of(connection, &operation).await.map(Some),
+        Some(KeyedAnswer::OtherRequest) => Err(Refusal::new(
             Code::IdempotencyConflict,
             format!("the idempotency key '{}' was used before for another request", keyed.key),
         )
@@ -219,7 +219,7 @@ fn status(connection: &Connection) -> Result<Value, Failure> {
     let daemon = &connection.daemon;
     let services = daemon.projects.services();
     let projects = daemon.projects.all();
-    let running = projects.iter().map(|handle| handle.look().alive_agents().count() as u64).sum();
+    let running = projects.iter().map(|handle| handle.project().alive_agents().count() as u64).sum();
     wire(&DaemonStatusResult {
         version: env!("CARGO_PKG_VERSION").into(),
         pid: std::process::id(),

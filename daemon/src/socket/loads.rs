@@ -9,7 +9,7 @@ use crate::services::Services;
 /// Fills the views of one or several projects' agents.
 pub(super) async fn fill(services: &Services, projects: &[&Project], views: &mut [AgentView]) {
     let subjects = projects.iter().flat_map(|project| subjects(services, project)).collect();
-    let samples = services.loads.look(subjects).await;
+    let samples = services.loads.sample(subjects).await;
     for view in views.iter_mut().filter(|view| view.pid.is_some()) {
         view.load = view.run.as_ref().and_then(|run| samples.get(run)).copied();
     }

@@ -87,7 +87,7 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
     loop {
         // Looked at before reading: what was written before the end is read after this.
         let over = is_over(&handle, name, &place.run);
-        let dir = handle.site().dirs().run(name, &place.run).join(files::LOGS);
+        let dir = handle.step_context().dirs().run(name, &place.run).join(files::LOGS);
         let (lines, position) = batch(dir, start).await?;
         place.position = position.or(place.position);
         start = place.position.map_or(start, Start::At);
@@ -127,7 +127,7 @@ fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> R
     if params.run.is_none() && params.runs_back == 0 {
         return Ok(current);
     }
-    let dir = handle.site().dirs().runs(name);
+    let dir = handle.step_context().dirs().runs(name);
     let entries = std::fs::read_dir(&dir).into_iter().flatten().flatten();
     let mut kept: Vec<RunId> = entries
         .filter_map(|entry| RunId::new(entry.file_name().to_str()?).ok())
@@ -150,7 +150,7 @@ fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> R
 }
 
 fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Result<RunId, Failure> {
-    let project = handle.look();
+    let project = handle.project();
     let agent = project.agents.get(name).ok_or_else(|| {
         Failure::from(
             Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
@@ -163,7 +163,7 @@ fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Res
 
 /// Says whether nothing more will be written to the logs of a run.
 fn is_over(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> bool {
-    let project = handle.look();
+    let project = handle.project();
     project.agents.get(name).is_none_or(|agent| match agent.run() {
         Some(current) if current.id == *run => agent.is_terminal(),
         _ => true,

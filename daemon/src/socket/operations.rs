@@ -102,11 +102,11 @@ pub(super) async fn resume(
     let handle = connection.daemon.projects.get(&params.project)?;
     if !params.over_budget {
         // Before anything is restored for a resume that would then be refused.
-        refuse_over_budget(&handle.look())?;
+        refuse_over_budget(&handle.project())?;
     }
     if let Some(number) = params.checkpoint {
-        if !matches!(&*handle.look().state, ProjectState::Paused(_)) {
-            return Err(not_paused(&handle.look()));
+        if !matches!(&*handle.project().state, ProjectState::Paused(_)) {
+            return Err(not_paused(&handle.project()));
         }
         exists(connection, &handle, number).await?;
         restored(connection, &handle, number, Vec::new(), None).await?;
@@ -138,7 +138,7 @@ fn not_paused(project: &Project) -> Failure {
 async fn respawns(
     handle: &ProjectHandle,
 ) -> Result<(BTreeMap<fermata_protocol::AgentName, Respawn>, Vec<NewToken>), Failure> {
-    let site = handle.site();
+    let site = handle.step_context();
     let stale_after = i64::try_from(site.services.settings().agents.stale_after_ms).unwrap_or(i64::MAX);
     let frozen_ms = match &*site.project.state {
         ProjectState::Paused(paused) => now().since(paused.since),
@@ -189,10 +189,10 @@ pub(super) async fn restore(
     let paths = restoring::parse_paths(&params.paths)?;
     exists(connection, &handle, params.checkpoint).await?;
     if let Some(paths) = &paths {
-        restoring::check_paths(&handle.site(), params.checkpoint, paths.clone()).await?;
+        restoring::check_paths(&handle.step_context(), params.checkpoint, paths.clone()).await?;
     }
     if params.dry_run {
-        return wire(&restoring::preview(&handle.site(), params.checkpoint, paths).await?);
+        return wire(&restoring::preview(&handle.step_context(), params.checkpoint, paths).await?);
     }
     let paths = paths.into_iter().flatten().map(|path| path.to_string()).collect();
     restored(connection, &handle, params.checkpoint, paths, keyed).await
@@ -259,7 +259,7 @@ pub(super) async fn show(connection: &Connection, id: &OperationId) -> Result<Va
         .projects
         .get(&stored.project)
         .ok()
-        .and_then(|handle| view::operation(&handle.look()))
+        .and_then(|handle| view::operation(&handle.project()))
         .filter(|current| current.id == *id);
     wire(&current.unwrap_or(stored))
 }

@@ -33,20 +33,20 @@ pub(super) async fn set(projects: &Projects, params: ProjectSet, keyed: Option<K
 }
 
 /// Adds what the database does not know.
-fn seen(handle: &ProjectHandle, view: ProjectView) -> ProjectView {
-    ProjectView { disk_bytes: Some(handle.disk_bytes()), look: handle.look_under_way(), ..view }
+fn with_daemon_state(handle: &ProjectHandle, view: ProjectView) -> ProjectView {
+    ProjectView { disk_bytes: Some(handle.disk_bytes()), look: handle.scan_under_way(), ..view }
 }
 
 pub(super) fn list(projects: &Projects) -> Result<Value, Failure> {
     let now = now();
-    let shown = |handle: &ProjectHandle| seen(handle, view::project(&handle.look(), now));
+    let shown = |handle: &ProjectHandle| with_daemon_state(handle, view::project(&handle.project(), now));
     let views = projects.all().iter().map(shown).collect();
     wire(&ProjectListResult { projects: views })
 }
 
 pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Value, Failure> {
     let handle = projects.get(name)?;
-    let project = handle.look();
+    let project = handle.project();
     let name = name.clone();
     let (context, count, last) = projects
         .services()
@@ -60,7 +60,7 @@ pub(super) async fn show(projects: &Projects, name: &ProjectName) -> Result<Valu
     let mut agents: Vec<_> = project.agents.values().map(|agent| view::agent(&project, agent, now())).collect();
     loads::fill(projects.services(), &[&project], &mut agents).await;
     wire(&ProjectDetail {
-        project: seen(&handle, view::project(&project, now())),
+        project: with_daemon_state(&handle, view::project(&project, now())),
         config: project.facts.config.clone(),
         agents,
         operation: view::operation(&project),

@@ -30,7 +30,7 @@ pub(super) fn agent_of(projects: &Projects, target: Option<&Target>) -> Result<(
     let target = target.ok_or_else(missing)?;
     let handle = projects.get(&target.project)?;
     let name = target.agent.clone().ok_or_else(missing)?;
-    if !handle.look().agents.contains_key(&name) {
+    if !handle.project().agents.contains_key(&name) {
         return Err(Refusal::new(Code::AgentNotFound, format!("there is no agent {target}"))
             .hint(format!("fermatactl ps {}", target.project))
             .into());
@@ -162,7 +162,7 @@ pub(super) async fn put_task(
 ) -> Result<Value, Failure> {
     let target = params.target.as_ref();
     let handle = project_of(projects, target.map(|t| &t.project))?;
-    if let (Some(own), Some(task)) = (own, params.id.and_then(|id| handle.look().tasks.get(&id).cloned()))
+    if let (Some(own), Some(task)) = (own, params.id.and_then(|id| handle.project().tasks.get(&id).cloned()))
         && !owns(Some(own), task.agent.as_ref())
     {
         let message = format!("agent {own} may not touch task {}, which is another agent's", task.id);
@@ -180,7 +180,7 @@ pub(super) async fn put_task(
 }
 
 pub(super) fn list_tasks(projects: &Projects, project: Option<&ProjectName>) -> Result<Value, Failure> {
-    let project = project_of(projects, project)?.look();
+    let project = project_of(projects, project)?.project();
     wire(&TaskListResult { tasks: project.tasks.values().map(|task| (**task).clone()).collect() })
 }
 
@@ -236,7 +236,7 @@ pub(super) fn list_questions(projects: &Projects, params: &QuestionList) -> Resu
         None => projects.all(),
     };
     let questions = handles.iter().flat_map(|handle| {
-        let project = handle.look();
+        let project = handle.project();
         let wanted = project.questions.values().filter(|q| params.all || q.answer.is_none());
         wanted.map(|q| (**q).clone()).collect::<Vec<_>>()
     });

@@ -32,7 +32,7 @@ pub(super) async fn prune(
     let handle = projects.get(&params.project)?;
     let bounds = RemovalBounds { keep: params.keep, older_than_ms: params.older_than_ms, max_bytes: params.max_bytes };
     let ask = match bounds == RemovalBounds::default() {
-        true => RemovalRequest::Policy(handle.site().retention()),
+        true => RemovalRequest::Policy(handle.step_context().retention()),
         false => RemovalRequest::Bounds(bounds),
     };
     match params.dry_run {

@@ -5,12 +5,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use sha2::Sha256;
 
-use crate::operations::checkpoint::transfer::Held;
+use crate::operations::checkpoint::transfer::BundleFile;
 
 /// The files of one connection.
 #[derive(Default)]
 pub(super) struct Transfers {
-    pub exported: Mutex<Option<Held>>,
+    pub exported: Mutex<Option<BundleFile>>,
     pub sent: Mutex<Option<Sent>>,
 }
 

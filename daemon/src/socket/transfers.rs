@@ -26,10 +26,10 @@ use super::reply::wire;
 use super::transfer_files::{Sent, lock};
 use crate::errors::Failure;
 use crate::hashing::hex;
-use crate::operations::checkpoint::transfer::{self, Held};
-use crate::operations::maintenance::upkeep;
+use crate::operations::checkpoint::transfer::{self, BundleFile};
+use crate::operations::maintenance::consolidation;
 use crate::operations::pause::validate;
-use crate::operations::{Cancel, Site, blocking};
+use crate::operations::{Cancel, StepContext, blocking};
 use crate::project::{Begin, Label, Projects, new_operation};
 use crate::store::idempotency::Keyed;
 use fermata_history::{Attempt, Consolidated, Extent};
@@ -40,7 +40,7 @@ pub(super) async fn export(connection: &Arc<Connection>, params: CheckpointExpor
     let operation = new_operation();
     // An export is no operation of the project: it changes nothing, and others go on beside it.
     let cancel = Cancel::default();
-    let site = Site { cancel: cancel.clone(), ..handle.site() };
+    let site = StepContext { cancel: cancel.clone(), ..handle.step_context() };
     let making = with_progress(connection, &operation, transfer::export(&site, view, &operation));
     tokio::pin!(making);
     let held = tokio::select! {
@@ -113,7 +113,7 @@ pub(super) async fn import(
     let held = match &*lock(&connection.transfers.sent) {
         Some(sent) => {
             let file = sent.file.try_clone().map_err(|e| Failure::fault("open the file that was sent", &e))?;
-            Held { file: Arc::new(file), bytes: sent.bytes, sha256: hex(&sent.hash.clone().finalize()) }
+            BundleFile { file: Arc::new(file), bytes: sent.bytes, sha256: hex(&sent.hash.clone().finalize()) }
         }
         None => {
             let message = "no file was sent on this connection".to_owned();
@@ -132,11 +132,11 @@ pub(super) async fn import(
 
 pub(super) async fn consolidate(all: &Projects, params: CheckpointConsolidate) -> Result<Value, Failure> {
     let handle = all.get(&params.project)?;
-    let site = Site { cancel: Cancel::default(), ..handle.site() };
+    let site = StepContext { cancel: Cancel::default(), ..handle.step_context() };
     let doing = "consolidate the history";
     let permit = site.services.background.acquire().await.map_err(|e| Failure::fault(doing, &e))?;
     let extent = if params.everything { Extent::Everything } else { Extent::Fresh };
-    let done = match upkeep::consolidate(&site, extent).await? {
+    let done = match consolidation::consolidate(&site, extent).await? {
         Attempt::Done(done) => done,
         Attempt::Nothing(_) | Attempt::Busy => Consolidated::default(),
     };

@@ -20,7 +20,7 @@ use super::reply::wire;
 use crate::errors::Failure;
 use crate::hashing::{hash_file, hex};
 use crate::operations::checkpoint::layout::{DATABASE, MANIFEST};
-use crate::operations::{Cancel, Site, blocking};
+use crate::operations::{Cancel, StepContext, blocking};
 use crate::project::{ProjectHandle, new_operation};
 use crate::services::ProgressNote;
 use crate::store::{backup, checkpoints};
@@ -49,7 +49,7 @@ async fn verify(
     params: &CheckpointVerify,
     operation: &OperationId,
 ) -> Result<Vec<VerifiedCheckpoint>, Failure> {
-    let site = handle.site();
+    let site = handle.step_context();
     let _asked = Asked(site.cancel.clone());
     let views = match params.checkpoint {
         Some(number) => vec![find(handle, number).await?],
@@ -88,7 +88,7 @@ async fn is_gone(handle: &ProjectHandle, number: u64) -> Result<bool, Failure> {
 
 /// Returns the problems of each snapshot.
 async fn snapshots(
-    site: &Site,
+    site: &StepContext,
     views: &[CheckpointView],
     operation: &OperationId,
 ) -> Result<BTreeMap<CheckpointNumber, Vec<String>>, Failure> {
@@ -135,7 +135,7 @@ async fn snapshots(
 }
 
 /// Returns the problems of a checkpoint's files.
-async fn files(site: &Site, view: CheckpointView) -> Result<Vec<String>, Failure> {
+async fn files(site: &StepContext, view: CheckpointView) -> Result<Vec<String>, Failure> {
     let (dir, project) = (site.dirs().checkpoint(view.id), site.project.name.clone());
     blocking("verify the files", move || {
         let mut problems = Vec::new();

@@ -24,7 +24,7 @@ pub struct Keyed {
 
 /// What is known of a key.
 #[derive(Debug, Clone)]
-pub enum Known {
+pub enum KeyedAnswer {
     /// The same call had this reply.
     Reply(Value),
     /// The same call began this operation.
@@ -33,11 +33,11 @@ pub enum Known {
     OtherRequest,
 }
 
-/// Looks a key up.
+/// AutomaticScans a key up.
 ///
 /// # Errors
 /// When the row cannot be read.
-pub fn find(connection: &Connection, keyed: &Keyed) -> Result<Option<Known>, StoreError> {
+pub fn find(connection: &Connection, keyed: &Keyed) -> Result<Option<KeyedAnswer>, StoreError> {
     let what = "look up an idempotency key";
     let sql = "SELECT request, operation, reply FROM idempotency_keys WHERE principal = ?1 AND key = ?2";
     let found: Option<(String, Option<String>, Option<String>)> = connection
@@ -46,9 +46,9 @@ pub fn find(connection: &Connection, keyed: &Keyed) -> Result<Option<Known>, Sto
         .doing(what)?;
     let Some((request, operation, reply)) = found else { return Ok(None) };
     Ok(Some(match (request == keyed.request, operation, reply) {
-        (false, _, _) => Known::OtherRequest,
-        (true, Some(operation), _) => Known::Operation(word(&operation)?),
-        (true, None, reply) => Known::Reply(json(reply.as_deref().unwrap_or("null"))?),
+        (false, _, _) => KeyedAnswer::OtherRequest,
+        (true, Some(operation), _) => KeyedAnswer::Operation(word(&operation)?),
+        (true, None, reply) => KeyedAnswer::Reply(json(reply.as_deref().unwrap_or("null"))?),
     }))
 }
 

@@ -68,20 +68,20 @@ pub type States = Vec<(AgentName, String)>;
 
 /// What a copy leaves to the next one, since making it takes longer than a small copy does: a connection to the database.
 #[derive(Default)]
-pub struct Spare(Mutex<Option<Kept>>);
+pub struct Spare(Mutex<Option<SpareConnection>>);
 
-struct Kept {
+struct SpareConnection {
     connection: Connection,
     /// Whether a copy in memory is attached to it, with its tables.
     has_copy: bool,
 }
 
 impl Spare {
-    fn take(&self) -> Option<Kept> {
+    fn take(&self) -> Option<SpareConnection> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn keep(&self, kept: Kept) {
+    fn keep(&self, kept: SpareConnection) {
         // What it has read of a large context is nobody's need any more.
         if kept.connection.execute_batch("PRAGMA shrink_memory").is_ok() {
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
@@ -106,7 +106,7 @@ pub struct Pinned {
 }
 
 /// What is told of the context while it is copied, in this order.
-pub enum Told<'a> {
+pub enum CopiedRows<'a> {
     /// The agents' blobs.
     States(&'a States),
     /// An unarchived item, whole; by agent, and then oldest first.
@@ -135,12 +135,12 @@ struct AsOf {
 /// # Errors
 /// When the database cannot be read, or the file cannot be made.
 pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
-    let Kept { connection, has_copy } = match spare.take() {
+    let SpareConnection { connection, has_copy } = match spare.take() {
         Some(kept) => kept,
         None => {
             // One of its own, with the right to create: the attached file inherits its flags.
             let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
-            Kept { connection: connect(database, flags)?, has_copy: false }
+            SpareConnection { connection: connect(database, flags)?, has_copy: false }
         }
     };
     let (few_items, few_rows) = are_few(&connection, project)?;
@@ -218,14 +218,14 @@ impl Pinned {
     ///
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
-    pub fn copy(self, mut tell: impl FnMut(Told)) -> Result<Copied, StoreError> {
+    pub fn copy(self, mut tell: impl FnMut(CopiedRows)) -> Result<Copied, StoreError> {
         let prepared = self.prepared;
         let Prepared { connection, project, .. } = &prepared;
         let states = read_states(connection, project)?;
-        tell(Told::States(&states));
+        tell(CopiedRows::States(&states));
         // Read first: whoever writes them out works beside the copy then.
-        context::each_unarchived(connection, project, |item| tell(Told::Item(item)))?;
-        tell(Told::All);
+        context::each_unarchived(connection, project, |item| tell(CopiedRows::Item(item)))?;
+        tell(CopiedRows::All);
         copy_small(connection, project)?;
         for sql in [
             "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1",
@@ -310,7 +310,7 @@ impl Copied {
         if in_memory && !has_copy {
             connection.execute_batch("DETACH backup").doing(BACKUP)?;
         }
-        spare.keep(Kept { connection, has_copy });
+        spare.keep(SpareConnection { connection, has_copy });
         Ok(finished)
     }
 }
@@ -432,9 +432,9 @@ mod tests {
     fn copy(pinned: Pinned) -> (Copied, Vec<String>) {
         let mut told = Vec::new();
         let copied = pinned.copy(|one| match one {
-            Told::States(states) => told.extend(states.iter().map(|(agent, state)| format!("{agent} {state}"))),
-            Told::Item(item) => told.push(item.text),
-            Told::All => told.push("all".to_owned()),
+            CopiedRows::States(states) => told.extend(states.iter().map(|(agent, state)| format!("{agent} {state}"))),
+            CopiedRows::Item(item) => told.push(item.text),
+            CopiedRows::All => told.push("all".to_owned()),
         });
         (copied.expect("copied"), told)
     }

@@ -26,8 +26,8 @@ use crate::operations::checkpoint::context_file::{ContextFile, Piece};
 use crate::operations::checkpoint::layout::{CONTEXT, DATABASE};
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::pause::flash_save::{self, Plans};
-use crate::operations::{Site, blocking, ms_since};
-use crate::store::pinned::{self, Copied, Pinned, Prepared, Told};
+use crate::operations::{StepContext, blocking, ms_since};
+use crate::store::pinned::{self, Copied, CopiedRows, Pinned, Prepared};
 use crate::store::{Store, StoreError};
 
 /// How many items are handed to the writer of the context at once.
@@ -46,7 +46,7 @@ pub struct DatabasePart {
 }
 
 /// Both files, complete but for what is known last.
-pub struct Draft {
+pub struct StagedDatabase {
     copied: Copied,
     context: ContextFile,
     agents: Vec<AgentName>,
@@ -73,7 +73,7 @@ fn archived_by(plans: &Plans) -> HashSet<i64> {
 ///
 /// # Errors
 /// When either cannot be made.
-pub async fn open(site: &Site, partial: &Path) -> Result<Prepared, Failure> {
+pub async fn open(site: &StepContext, partial: &Path) -> Result<Prepared, Failure> {
     let (store, project, partial) = (site.services.store.clone(), site.project.name.clone(), partial.to_owned());
     blocking("begin to save the database", move || make(&store, &project, &partial)).await
 }
@@ -98,7 +98,7 @@ fn make(store: &Store, project: &ProjectName, partial: &Path) -> Result<Prepared
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be made where it is not `prepared` yet.
-pub async fn begin(site: &Site, partial: &Path, prepared: Option<Prepared>) -> Result<Pinned, Failure> {
+pub async fn begin(site: &StepContext, partial: &Path, prepared: Option<Prepared>) -> Result<Pinned, Failure> {
     let (store, project, partial) = (site.services.store.clone(), site.project.name.clone(), partial.to_owned());
     blocking("begin to save the database", move || {
         let prepared = prepared.map_or_else(|| make(&store, &project, &partial), Ok)?;
@@ -112,7 +112,7 @@ pub async fn begin(site: &Site, partial: &Path, prepared: Option<Prepared>) -> R
 /// # Errors
 /// When a row cannot be read, or a file cannot be written.
 pub async fn copy(
-    site: &Site,
+    site: &StepContext,
     pinned: Pinned,
     order: &CheckpointOrder,
     plans: &Plans,
@@ -130,12 +130,12 @@ pub async fn copy(
 /// # Errors
 /// When a row cannot be read, or a file cannot be written.
 pub async fn save(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
     partial: &Path,
-    draft: Option<Draft>,
+    draft: Option<StagedDatabase>,
 ) -> Result<(DatabasePart, f64), Failure> {
     let start = Instant::now();
     if let Some(mut draft) = draft {
@@ -162,7 +162,7 @@ pub async fn save(
 ///
 /// # Errors
 /// When a row cannot be read, or a file cannot be written; nothing depends on it.
-pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failure> {
+pub async fn stage(site: StepContext, number: CheckpointNumber) -> Result<StagedDatabase, Failure> {
     crate::operations::failpoint("checkpoint.draft")?;
     let partial = site.dirs().partial_checkpoint(number);
     let plans = flash_save::plan(&site, None, crate::services::now()).await?;
@@ -184,7 +184,7 @@ pub async fn draft(site: Site, number: CheckpointNumber) -> Result<Draft, Failur
 }
 
 /// Copies the rows; beside it another thread writes what the agents know as it is read, where that is much.
-fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Path) -> Result<Draft, Failure> {
+fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Path) -> Result<StagedDatabase, Failure> {
     let agents: Vec<AgentName> = project.agents.keys().cloned().collect();
     // A few batches: a writer that is behind must not let the whole context pile up.
     let (sender, pieces) = mpsc::sync_channel(16);
@@ -200,14 +200,14 @@ fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Pa
             // A writer that has failed takes nothing more; its own error is the one that is told.
             let send = |piece: Piece| drop(open.send(piece));
             match told {
-                Told::States(states) => send(Piece::States(states.clone())),
-                Told::Item(item) => {
+                CopiedRows::States(states) => send(Piece::States(states.clone())),
+                CopiedRows::Item(item) => {
                     batch.push(item);
                     if batch.len() >= BATCH {
                         send(Piece::Items(std::mem::replace(&mut batch, Vec::with_capacity(BATCH))));
                     }
                 }
-                Told::All => {
+                CopiedRows::All => {
                     send(Piece::Items(std::mem::take(&mut batch)));
                     // The writer comes to its end beside the copy of the rows.
                     sender = None;
@@ -221,7 +221,7 @@ fn write(pinned: Pinned, project: &Project, archived: HashSet<i64>, partial: &Pa
         };
         Ok((copied.map_err(rows)?, context))
     })
-    .map(|(copied, context)| Draft { copied, context, agents, archived })
+    .map(|(copied, context)| StagedDatabase { copied, context, agents, archived })
 }
 
 fn join<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, Failure>>) -> Result<T, Failure> {
@@ -229,7 +229,7 @@ fn join<T>(thread: std::thread::ScopedJoinHandle<'_, Result<T, Failure>>) -> Res
     thread.join().unwrap_or_else(|_| Err(panicked()))
 }
 
-impl Draft {
+impl StagedDatabase {
     /// Completes both files.
     fn finish(self, project: &Project, number: CheckpointNumber, now: UnixMillis) -> Result<DatabasePart, Failure> {
         let Self { copied, context: file, .. } = self;

@@ -9,15 +9,15 @@
 //! ```
 //! What a crash leaves before the row is swept by [`crate::operations::maintenance::leftovers`].
 
-mod aside;
 pub mod bundle;
 pub mod context_file;
 pub mod database;
+mod deferred_removal;
 pub mod layout;
 pub mod order;
-pub mod prime;
 pub mod transcripts;
 pub mod transfer;
+pub mod warm_up;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -34,14 +34,14 @@ use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
 use crate::hashing::{hash_file, hex};
-use crate::operations::checkpoint::aside::Aside;
-use crate::operations::checkpoint::database::{DatabasePart, Draft};
+use crate::operations::checkpoint::database::{DatabasePart, StagedDatabase};
+use crate::operations::checkpoint::deferred_removal::DeferredRemoval;
 use crate::operations::checkpoint::layout::{CONTEXT, DATABASE, FORMAT, MANIFEST};
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::transcripts::{Copied, Opened};
 use crate::operations::pause::flash_save::Plans;
 use crate::operations::run::session::Scouted;
-use crate::operations::{Site, blocking, ms_since};
+use crate::operations::{StepContext, blocking, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, Prepared};
 use fermata_failpoint as failpoint;
@@ -61,10 +61,10 @@ pub struct Made {
 
 /// What is read while the agents stand still.
 pub struct Captured {
-    observed: Aside<Observed>,
+    observed: DeferredRemoval<Observed>,
     taken_at: UnixMillis,
     transcripts: Opened,
-    rows: Taken,
+    rows: DatabaseCapture,
     parts_ms: BTreeMap<String, f64>,
 }
 
@@ -78,12 +78,12 @@ impl Captured {
 /// When the database part is written.
 pub enum Rows {
     /// While the agents stand still: from the draft, as far as it holds.
-    Now(Option<Box<Draft>>),
+    Now(Option<Box<StagedDatabase>>),
     /// Once they run again: only its instant is pinned. Its file may be there already.
     Later(Option<Prepared>),
 }
 
-enum Taken {
+enum DatabaseCapture {
     Written(DatabasePart, f64),
     Pinned(Pinned),
 }
@@ -94,7 +94,7 @@ enum Taken {
 /// # Errors
 /// When any of it cannot be read or written.
 pub async fn capture(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
@@ -107,8 +107,8 @@ pub async fn capture(
         match rows {
             Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft.map(|draft| *draft))
                 .await
-                .map(|(part, ms)| Taken::Written(part, ms)),
-            Rows::Later(opened) => database::begin(site, &partial, opened).await.map(Taken::Pinned),
+                .map(|(part, ms)| DatabaseCapture::Written(part, ms)),
+            Rows::Later(opened) => database::begin(site, &partial, opened).await.map(DatabaseCapture::Pinned),
         }
     };
     let (observed, rows, opened) = tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
@@ -133,15 +133,15 @@ pub async fn capture(
 
 /// Completes the database part, where that was not done while the agents stood still.
 async fn written(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
-    rows: Taken,
+    rows: DatabaseCapture,
     taken_at: UnixMillis,
     partial: &Path,
 ) -> Result<(DatabasePart, f64), Failure> {
     match rows {
-        Taken::Written(part, ms) => Ok((part, ms)),
-        Taken::Pinned(pinned) => {
+        DatabaseCapture::Written(part, ms) => Ok((part, ms)),
+        DatabaseCapture::Pinned(pinned) => {
             let start = Instant::now();
             let part = database::copy(site, pinned, order, &Vec::new(), taken_at, partial).await?;
             Ok((part, ms_since(start)))
@@ -149,8 +149,8 @@ async fn written(
     }
 }
 
-/// Looks at the workspace and reads what has changed.
-async fn workspace(site: &Site, order: &CheckpointOrder) -> Result<(Aside<Observed>, f64), Failure> {
+/// AutomaticScans at the workspace and reads what has changed.
+async fn workspace(site: &StepContext, order: &CheckpointOrder) -> Result<(DeferredRemoval<Observed>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
@@ -161,7 +161,7 @@ async fn workspace(site: &Site, order: &CheckpointOrder) -> Result<(Aside<Observ
         mapped: Mapped::default(),
         whole_after: None,
     };
-    let mapped = crate::operations::checkpoint::prime::mapped(site, &order.runs);
+    let mapped = crate::operations::checkpoint::warm_up::mapped(site, &order.runs);
     let observed = site
         .with_history_at_once(&order.operation, "save the workspace", move |history, progress, cancel| {
             let mut request = request;
@@ -171,7 +171,7 @@ async fn workspace(site: &Site, order: &CheckpointOrder) -> Result<(Aside<Observ
             };
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.observe(&request, progress, cancel).map(Aside::new).map(Ok)
+            history.observe(&request, progress, cancel).map(DeferredRemoval::new).map(Ok)
         })
         .await??;
     Ok((observed, ms_since(start)))
@@ -179,15 +179,15 @@ async fn workspace(site: &Site, order: &CheckpointOrder) -> Result<(Aside<Observ
 
 /// Makes a snapshot of what was read: agents need not stand still for it.
 async fn complete(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
-    observed: Aside<Observed>,
+    observed: DeferredRemoval<Observed>,
     taken_at: UnixMillis,
-) -> Result<Aside<Snapshot>, Failure> {
+) -> Result<DeferredRemoval<Snapshot>, Failure> {
     site.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
         // Nobody else has it.
         let observed = observed.take().ok_or(HistoryError::Cancelled)?;
-        history.complete(observed, taken_at.0, progress, cancel).map(Aside::new)
+        history.complete(observed, taken_at.0, progress, cancel).map(DeferredRemoval::new)
     })
     .await
 }
@@ -204,7 +204,12 @@ struct Beside {
 ///
 /// # Errors
 /// When anything cannot be written. A plugin's failure is a warning.
-pub async fn seal(site: &Site, order: &CheckpointOrder, captured: Captured, now: UnixMillis) -> Result<Made, Failure> {
+pub async fn seal(
+    site: &StepContext,
+    order: &CheckpointOrder,
+    captured: Captured,
+    now: UnixMillis,
+) -> Result<Made, Failure> {
     let start = Instant::now();
     let Captured { observed, taken_at, transcripts, rows, mut parts_ms } = captured;
     let partial = site.dirs().partial_checkpoint(order.number);
@@ -232,9 +237,9 @@ pub async fn seal(site: &Site, order: &CheckpointOrder, captured: Captured, now:
 }
 
 async fn finish(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
-    snapshot: &Aside<Snapshot>,
+    snapshot: &DeferredRemoval<Snapshot>,
     beside: Beside,
     partial: PathBuf,
     now: UnixMillis,
@@ -299,7 +304,7 @@ pub(super) struct Contents {
 }
 
 /// Describes the checkpoint that was ordered, in its place.
-pub(super) fn row(site: &Site, order: &CheckpointOrder, place: &Path, contents: Contents) -> CheckpointView {
+pub(super) fn row(site: &StepContext, order: &CheckpointOrder, place: &Path, contents: Contents) -> CheckpointView {
     let text = |name: &str| place.join(name).to_string_lossy().into_owned();
     let Contents { created_at, commit, manifest_sha256, size_bytes, metadata } = contents;
     CheckpointView {
@@ -323,7 +328,7 @@ pub(super) fn row(site: &Site, order: &CheckpointOrder, place: &Path, contents: 
 }
 
 async fn artifacts(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
     partial: &Path,
     warnings: &mut Vec<String>,
@@ -382,7 +387,7 @@ async fn artifacts(
 /// Publishes a snapshot, and gives what is beside it its place: all that is not durable yet, `unsynced` among it, becomes so
 /// together. Returns the SHA-256 of the manifest.
 async fn publish(
-    site: &Site,
+    site: &StepContext,
     snapshot: Arc<Snapshot>,
     manifest: &Manifest,
     unsynced: Vec<File>,
@@ -437,7 +442,7 @@ pub(super) async fn place(manifest: &Manifest, partial: PathBuf, place: PathBuf)
     Ok(sha256)
 }
 
-fn metadata(site: &Site, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
+fn metadata(site: &StepContext, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
     let project = &site.project;
     let done = || project.tasks.values().filter(|task| task.status == TaskStatus::Completed);
     CheckpointMetadata {

@@ -21,7 +21,7 @@ use sha2::{Digest as _, Sha256};
 use crate::errors::Failure;
 use crate::hashing::hex;
 use crate::operations::run::session::{self, Scouted};
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 use crate::profile::{self, Session};
 
 /// The directory of the transcripts inside a checkpoint's.
@@ -48,11 +48,11 @@ pub(super) struct Opened {
     transcripts: Vec<Transcript>,
 }
 
-/// Looks for the sessions of all agents.
+/// AutomaticScans for the sessions of all agents.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn scout(site: &Site) -> Result<Scouted, Failure> {
+pub async fn scout(site: &StepContext) -> Result<Scouted, Failure> {
     let agents: Vec<AgentName> = site.project.agents.keys().cloned().collect();
     session::scout(site, &agents).await
 }
@@ -61,7 +61,7 @@ pub async fn scout(site: &Site) -> Result<Scouted, Failure> {
 ///
 /// # Errors
 /// When one of them cannot be opened; one that is gone, or is no file, is left out.
-pub(super) async fn open(site: &Site, scouted: Option<Scouted>) -> Result<Opened, Failure> {
+pub(super) async fn open(site: &StepContext, scouted: Option<Scouted>) -> Result<Opened, Failure> {
     let scouted = match scouted {
         Some(scouted) => scouted,
         None => scout(site).await?,

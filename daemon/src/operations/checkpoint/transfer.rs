@@ -27,14 +27,14 @@ use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::{Contents, Made, part, place, row};
 use crate::operations::pause::validate;
 use crate::operations::progress::note_bytes;
-use crate::operations::{Site, blocking, ms_since};
+use crate::operations::{StepContext, blocking, ms_since};
 use crate::store::backup;
 use fermata_history::{Incoming, Oid};
 use fermata_os::fsync::write_atomic;
 
 /// A file that was made for, or sent by, somebody: it has no name and goes when nobody holds it.
 #[derive(Debug, Clone)]
-pub struct Held {
+pub struct BundleFile {
     /// The file.
     pub file: Arc<File>,
     /// Its size.
@@ -47,7 +47,7 @@ pub struct Held {
 ///
 /// # Errors
 /// When any part is missing or damaged, or the disk is full.
-pub async fn export(site: &Site, view: CheckpointView, operation: &OperationId) -> Result<Held, Failure> {
+pub async fn export(site: &StepContext, view: CheckpointView, operation: &OperationId) -> Result<BundleFile, Failure> {
     let number = view.id;
     has_room(site, view.size_bytes).await?;
     let exported = site
@@ -75,7 +75,7 @@ pub async fn export(site: &Site, view: CheckpointView, operation: &OperationId) 
         let bundle = Bundle::open(file.try_clone().map_err(failed)?)?;
         match changed(&manifest, &bundle.header.parts) {
             Some(path) => Err(damaged(number, &format!("its file {path} has changed"))),
-            None => Ok(Held { file: Arc::new(file), bytes, sha256 }),
+            None => Ok(BundleFile { file: Arc::new(file), bytes, sha256 }),
         }
     })
     .await
@@ -113,7 +113,7 @@ fn portable(view: CheckpointView) -> CheckpointView {
 ///
 /// # Errors
 /// Refuses what is damaged, newer or unsafe before anything of it is visible; fails when the disk is full.
-pub async fn import(site: &Site, order: &CheckpointOrder, held: Held) -> Result<Made, Failure> {
+pub async fn import(site: &StepContext, order: &CheckpointOrder, held: BundleFile) -> Result<Made, Failure> {
     let start = Instant::now();
     crate::operations::failpoint("import.begin")?;
     let number = order.number;
@@ -161,7 +161,7 @@ pub async fn import(site: &Site, order: &CheckpointOrder, held: Held) -> Result<
     Ok(Made { view, sessions: Vec::new(), warnings })
 }
 
-async fn has_room(site: &Site, bytes: u64) -> Result<(), Failure> {
+async fn has_room(site: &StepContext, bytes: u64) -> Result<(), Failure> {
     validate::keeps_quota(site, bytes)?;
     let (state, floor) = (site.services.paths.state.clone(), site.services.settings().pause.disk_floor_bytes);
     blocking("look for free space", move || validate::leaves_room(&state, floor, bytes)).await
@@ -207,9 +207,9 @@ fn plain_value(value: Value) -> Value {
 
 /// Writes the parts of a file to their places, each compared with its hash.
 async fn unpack(
-    site: &Site,
+    site: &StepContext,
     order: &CheckpointOrder,
-    held: Held,
+    held: BundleFile,
     incoming: Incoming,
     partial: PathBuf,
 ) -> Result<(Bundle, Incoming), Failure> {
@@ -272,7 +272,12 @@ fn check(partial: &Path, parts: &[Part], from: &CheckpointView) -> Result<Manife
 }
 
 /// Makes the files those of this project and number.
-async fn adapt(site: &Site, order: &CheckpointOrder, partial: &Path, manifest: Manifest) -> Result<Manifest, Failure> {
+async fn adapt(
+    site: &StepContext,
+    order: &CheckpointOrder,
+    partial: &Path,
+    manifest: Manifest,
+) -> Result<Manifest, Failure> {
     let (project, number, partial) = (site.project.name.clone(), order.number, partial.to_owned());
     blocking("adapt the checkpoint", move || {
         let from = manifest.project.clone();

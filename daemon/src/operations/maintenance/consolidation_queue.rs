@@ -8,9 +8,9 @@ use fermata_history::Extent;
 
 use crate::operations::cancel::Cancel;
 
-/// The upkeep of one project; clones are the same.
+/// The consolidations of one project; clones share them.
 #[derive(Clone, Default)]
-pub struct Upkeep(Arc<Mutex<State>>);
+pub struct ConsolidationQueue(Arc<Mutex<State>>);
 
 #[derive(Default)]
 pub(super) struct State {
@@ -23,7 +23,7 @@ pub(super) struct State {
     pub(super) failed: Option<Instant>,
 }
 
-impl Upkeep {
+impl ConsolidationQueue {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -65,34 +65,34 @@ impl Upkeep {
 mod tests {
     use super::*;
 
-    fn with_wishes(wanted: &[Extent]) -> (Upkeep, Cancel) {
-        let (upkeep, cancel) = (Upkeep::default(), Cancel::default());
-        upkeep.lock().wanted.extend(wanted);
-        upkeep.lock().running = Some(cancel.clone());
-        (upkeep, cancel)
+    fn with_wishes(wanted: &[Extent]) -> (ConsolidationQueue, Cancel) {
+        let (queue, cancel) = (ConsolidationQueue::default(), Cancel::default());
+        queue.lock().wanted.extend(wanted);
+        queue.lock().running = Some(cancel.clone());
+        (queue, cancel)
     }
 
     #[test]
     fn what_a_pause_interrupts_is_still_wished_for_afterwards() {
-        let (upkeep, cancel) = with_wishes(&[Extent::Waste, Extent::Due]);
-        assert_eq!(upkeep.next(&cancel), Some(Extent::Due));
-        upkeep.hold_off();
+        let (queue, cancel) = with_wishes(&[Extent::Waste, Extent::Due]);
+        assert_eq!(queue.next(&cancel), Some(Extent::Due));
+        queue.hold_off();
         assert!(cancel.is_cancelled());
-        assert_eq!(upkeep.next(&cancel), None, "the run ends and takes no wish with it");
+        assert_eq!(queue.next(&cancel), None, "the run ends and takes no wish with it");
         let next = Cancel::default();
-        assert_eq!(upkeep.next(&next), Some(Extent::Due));
-        assert_eq!(upkeep.next(&next), Some(Extent::Waste), "a look that costs nothing is no substitute");
-        assert_eq!(upkeep.next(&next), None);
-        upkeep.hold_off();
-        assert_eq!(upkeep.next(&next), None, "what was done is not done again");
+        assert_eq!(queue.next(&next), Some(Extent::Due));
+        assert_eq!(queue.next(&next), Some(Extent::Waste), "a look that costs nothing is no substitute");
+        assert_eq!(queue.next(&next), None);
+        queue.hold_off();
+        assert_eq!(queue.next(&next), None, "what was done is not done again");
     }
 
     #[test]
     fn a_run_that_finds_others_at_work_ends_and_leaves_its_wish() {
-        let (upkeep, cancel) = with_wishes(&[Extent::Waste]);
-        assert_eq!(upkeep.next(&cancel), Some(Extent::Waste));
-        upkeep.put_off(Extent::Waste, &cancel);
-        assert!(upkeep.lock().running.is_none(), "the next wish starts a run");
-        assert_eq!(upkeep.next(&Cancel::default()), Some(Extent::Waste));
+        let (queue, cancel) = with_wishes(&[Extent::Waste]);
+        assert_eq!(queue.next(&cancel), Some(Extent::Waste));
+        queue.put_off(Extent::Waste, &cancel);
+        assert!(queue.lock().running.is_none(), "the next wish starts a run");
+        assert_eq!(queue.next(&Cancel::default()), Some(Extent::Waste));
     }
 }

@@ -9,14 +9,14 @@ use fermata_core::project::{ProjectState, RestoreStage};
 use fermata_protocol::CheckpointNumber;
 
 use crate::errors::Failure;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 use crate::store::checkpoints;
 
 /// Removes everything of one checkpoint that has no row.
 ///
 /// # Errors
 /// When something cannot be removed; it may be tried again.
-pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failure> {
+pub async fn discard(site: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
     if rows(site).await?.contains(&number) {
         return Ok(());
     }
@@ -48,7 +48,7 @@ pub async fn discard(site: &Site, number: CheckpointNumber) -> Result<(), Failur
 ///
 /// # Errors
 /// When something cannot be removed; it may be tried again.
-pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
+pub async fn remove_rowless(site: &StepContext, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
     let known = rows(site).await?;
     let going: Vec<CheckpointNumber> = numbers.iter().copied().filter(|number| !known.contains(number)).collect();
     let (dirs, numbers) = (site.dirs(), going.clone());
@@ -77,7 +77,7 @@ pub async fn remove_rowless(site: &Site, numbers: &[CheckpointNumber]) -> Result
 ///
 /// # Errors
 /// When something cannot be removed; the next start tries again.
-pub async fn sweep(site: &Site) -> Result<(), Failure> {
+pub async fn sweep(site: &StepContext) -> Result<(), Failure> {
     sweep_plans(site).await?;
     let known: HashSet<CheckpointNumber> = rows(site).await?.into_iter().collect();
     let (dir, numbers) = (site.dirs().checkpoints(), known.clone());
@@ -111,7 +111,7 @@ pub async fn sweep(site: &Site) -> Result<(), Failure> {
 }
 
 /// Removes plans, drafts of them included; all but the one that is still being carried out.
-async fn sweep_plans(site: &Site) -> Result<(), Failure> {
+async fn sweep_plans(site: &StepContext) -> Result<(), Failure> {
     let needed = match &*site.project.state {
         ProjectState::Restoring(run) if run.stage == RestoreStage::Applying => {
             Some(site.dirs().restore_plan(&run.operation))
@@ -171,7 +171,7 @@ pub fn sweep_aside(dir: &Path) {
     }
 }
 
-async fn rows(site: &Site) -> Result<Vec<CheckpointNumber>, Failure> {
+async fn rows(site: &StepContext) -> Result<Vec<CheckpointNumber>, Failure> {
     let project = site.project.name.clone();
     site.services
         .store

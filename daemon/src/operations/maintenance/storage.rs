@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use crate::errors::Failure;
 use crate::operations::history_cell::Sizes;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 
 /// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
 const BLOCK: u64 = 512;
@@ -37,7 +37,7 @@ const SETTLED: Duration = Duration::from_secs(60);
 ///
 /// # Errors
 /// When a directory cannot be listed.
-pub async fn measure(site: &Site) -> Result<u64, Failure> {
+pub async fn measure(site: &StepContext) -> Result<u64, Failure> {
     let (dirs, cell) = (site.dirs(), site.history.clone());
     let history = dirs.history();
     let drafts = history.join(DRAFTS);

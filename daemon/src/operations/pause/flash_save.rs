@@ -5,7 +5,7 @@ use fermata_protocol::context::FlashSaveResult;
 use fermata_protocol::{AgentName, UnixMillis};
 
 use crate::errors::Failure;
-use crate::operations::Site;
+use crate::operations::StepContext;
 use crate::store::context;
 
 /// The plans, by agent.
@@ -15,7 +15,7 @@ pub type Plans = Vec<(AgentName, FlashSavePlan)>;
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn plan(site: &Site, agent: Option<AgentName>, now: UnixMillis) -> Result<Plans, Failure> {
+pub async fn plan(site: &StepContext, agent: Option<AgentName>, now: UnixMillis) -> Result<Plans, Failure> {
     let name = site.project.name.clone();
     let weights = site.services.weights();
     let config = &site.project.facts.config;

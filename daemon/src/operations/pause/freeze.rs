@@ -8,7 +8,7 @@ use fermata_protocol::{AgentName, Code, Refusal, RunId};
 use tokio::task::JoinHandle;
 
 use crate::errors::Failure;
-use crate::operations::{Site, side_by_side};
+use crate::operations::{StepContext, side_by_side};
 use crate::shims::link::{LinkError, read_exit, read_run};
 use fermata_os::process;
 use fermata_protocol::error_chain;
@@ -32,7 +32,7 @@ pub struct Frozen {
 ///
 /// # Errors
 /// When one of them cannot be frozen; the others may be frozen then, and the undo thaws them.
-pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Failure> {
+pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Frozen, Failure> {
     crate::operations::failpoint("pause.freeze")?;
     let since = Instant::now();
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
@@ -75,7 +75,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Frozen, Fai
 
 /// Says whether a run whose link is closed has ended: its exit is recorded, or its shim is gone.
 /// A link may break while the agent runs on, and then nobody may say that it stands still.
-fn has_ended(site: &Site, agent: &AgentName, runs: &[(AgentName, RunId)]) -> bool {
+fn has_ended(site: &StepContext, agent: &AgentName, runs: &[(AgentName, RunId)]) -> bool {
     let Some((_, run)) = runs.iter().find(|(name, _)| name == agent) else { return true };
     let run_dir = site.dirs().run(agent, run);
     if read_exit(&run_dir).is_ok_and(|exit| exit.is_some()) {
@@ -90,7 +90,7 @@ fn has_ended(site: &Site, agent: &AgentName, runs: &[(AgentName, RunId)]) -> boo
 ///
 /// # Errors
 /// When a tree is no longer frozen, or somebody else has let it run.
-pub async fn renew(site: &Site, runs: &[(AgentName, RunId)]) -> Result<Option<Instant>, Failure> {
+pub async fn renew(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Option<Instant>, Failure> {
     let asked = Instant::now();
     let mut proven = None;
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
@@ -120,7 +120,7 @@ pub struct Renewer {
 
 impl Renewer {
     /// Begins to renew.
-    pub fn start(site: &Site, runs: Vec<(AgentName, RunId)>) -> Self {
+    pub fn start(site: &StepContext, runs: Vec<(AgentName, RunId)>) -> Self {
         let site = site.clone();
         let pace = Duration::from_millis(site.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
         let lost = Arc::new(OnceLock::new());
@@ -155,7 +155,7 @@ impl Drop for Renewer {
 
 /// Makes the freeze of these runs permanent. One that has ended in the meantime is frozen again:
 /// the pause is committed, and paused stays paused. Returns those whose lease was over.
-pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, RunId)> {
+pub async fn commit(site: &StepContext, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, RunId)> {
     let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
     let each = site.links_of(runs).map(|(agent, link)| {
         let (agent, link, project) = (agent.clone(), link.clone(), site.project.name.clone());
@@ -187,7 +187,7 @@ pub async fn hold(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, R
 ///
 /// # Errors
 /// When one of them may still be frozen.
-pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
+pub async fn thaw(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
     let each = site.links_of(runs).map(|(agent, link)| {
         let (agent, link) = (agent.clone(), link.clone());
         async move { (agent, link.shim.thaw().await) }

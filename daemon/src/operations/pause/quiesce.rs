@@ -22,7 +22,7 @@ use fermata_protocol::{AgentName, RunId, Target};
 use serde_json::json;
 
 use crate::errors::Failure;
-use crate::operations::{Link, Site, side_by_side};
+use crate::operations::{Link, StepContext, side_by_side};
 use crate::shims::link::LinkError;
 use fermata_shim::wire::QuiesceOutcome;
 
@@ -43,7 +43,7 @@ pub struct Request {
 ///
 /// # Errors
 /// When a failpoint says so.
-pub async fn run(site: &Site, runs: &[(AgentName, RunId)], request: &Request) -> Result<Vec<String>, Failure> {
+pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)], request: &Request) -> Result<Vec<String>, Failure> {
     crate::operations::failpoint("pause.quiesce")?;
     let each = site.links_of(runs).map(|(agent, link)| {
         let (site, agent, link, request) = (site.clone(), agent.clone(), link.clone(), request.clone());
@@ -55,7 +55,7 @@ pub async fn run(site: &Site, runs: &[(AgentName, RunId)], request: &Request) ->
     Ok(warnings)
 }
 
-async fn one(site: &Site, agent: AgentName, link: &Link, request: &Request) -> Option<String> {
+async fn one(site: &StepContext, agent: AgentName, link: &Link, request: &Request) -> Option<String> {
     let settings = site.services.settings();
     let target = Target::agent(site.project.name.clone(), agent.clone());
     let channel_grace = Duration::from_millis(request.grace_ms.unwrap_or(settings.pause.channel_grace_ms));

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::errors::Failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 
 /// Why there is no room for a checkpoint.
 #[derive(Debug)]
@@ -25,9 +25,9 @@ pub struct Shortage {
 ///
 /// # Errors
 /// A refusal that says what is missing.
-pub async fn run(site: &Site) -> Result<(), Failure> {
+pub async fn run(site: &StepContext) -> Result<(), Failure> {
     crate::operations::failpoint("pause.validate")?;
-    match look(site).await? {
+    match shortage(site).await? {
         None => Ok(()),
         Some(shortage) => Err(shortage.refusal.into()),
     }
@@ -37,7 +37,7 @@ pub async fn run(site: &Site) -> Result<(), Failure> {
 ///
 /// # Errors
 /// A refusal of the workspace.
-pub async fn look(site: &Site) -> Result<Option<Shortage>, Failure> {
+pub async fn shortage(site: &StepContext) -> Result<Option<Shortage>, Failure> {
     let workspace = site.project.facts.workspace.clone();
     let state = site.services.paths.state.clone();
     let floor = site.services.settings().pause.disk_floor_bytes;
@@ -60,7 +60,7 @@ pub async fn look(site: &Site) -> Result<Option<Shortage>, Failure> {
 ///
 /// # Errors
 /// `quota_exceeded`.
-pub fn keeps_quota(site: &Site, bytes: u64) -> Result<(), Failure> {
+pub fn keeps_quota(site: &StepContext, bytes: u64) -> Result<(), Failure> {
     let used = site.history.needed_bytes();
     match site.retention().quota() {
         Some(quota) if used.saturating_add(bytes) > quota => {
@@ -76,7 +76,7 @@ pub fn keeps_quota(site: &Site, bytes: u64) -> Result<(), Failure> {
     }
 }
 
-fn quota_refusal(site: &Site, text: String, used: u64, quota: u64) -> Refusal {
+fn quota_refusal(site: &StepContext, text: String, used: u64, quota: u64) -> Refusal {
     Refusal::new(Code::QuotaExceeded, text)
         .hint(format!(
             "unpin or remove checkpoints (fermatactl checkpoint ls {0}), or raise the quota: \
@@ -86,7 +86,7 @@ fn quota_refusal(site: &Site, text: String, used: u64, quota: u64) -> Refusal {
         .details(json!({ "used_bytes": used, "max_bytes": quota }))
 }
 
-fn over_quota(site: &Site, used: u64, quota: u64) -> Option<Shortage> {
+fn over_quota(site: &StepContext, used: u64, quota: u64) -> Option<Shortage> {
     (used >= quota).then(|| {
         let text = format!(
             "the checkpoints of project '{0}' take {1} MiB, of {2} MiB that they may, and none of them may go",

@@ -20,7 +20,7 @@ use crate::errors::Failure;
 use crate::operations::checkpoint::layout::DATABASE;
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::{self, Made};
-use crate::operations::{Site, blocking, ms_since};
+use crate::operations::{StepContext, blocking, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
     Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
@@ -49,7 +49,7 @@ const MAX_CHANGES_BYTES: usize = 16 << 20;
 /// # Errors
 /// When either fails; nothing in the workspace was changed then.
 pub async fn plan(
-    site: &Site,
+    site: &StepContext,
     operation: &OperationId,
     number: CheckpointNumber,
     safety: CheckpointNumber,
@@ -107,7 +107,7 @@ pub async fn plan(
 }
 
 /// Refuses a checkpoint whose database part cannot be restored, before anything in the workspace is changed.
-async fn check_parts(site: &Site, number: CheckpointNumber) -> Result<(), Failure> {
+async fn check_parts(site: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
     let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
     blocking("check the checkpoint", move || {
         let damaged = |why: String| -> Failure {
@@ -148,7 +148,7 @@ pub struct Done {
 ///
 /// # Errors
 /// When it could not be finished; then it may be tried again.
-pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumber) -> Result<Applied, Failure> {
+pub async fn apply(site: &StepContext, operation: &OperationId, number: CheckpointNumber) -> Result<Applied, Failure> {
     let start = Instant::now();
     crate::operations::failpoint("restore.apply")?;
     let path = site.dirs().restore_plan(operation);
@@ -175,7 +175,10 @@ pub async fn apply(site: &Site, operation: &OperationId, number: CheckpointNumbe
     Ok(Applied { rows, done, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
 }
 
-async fn read_rows(site: &Site, number: CheckpointNumber) -> Result<(RestoredProject, Arc<RestoredRows>), Failure> {
+async fn read_rows(
+    site: &StepContext,
+    number: CheckpointNumber,
+) -> Result<(RestoredProject, Arc<RestoredRows>), Failure> {
     let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
     blocking("read the backup", move || {
         let failed = |e| Failure::fault("read the backup", &e);
@@ -190,7 +193,7 @@ impl Applied {
     /// Returns the answer to whoever asked for the restore.
     pub fn reply(
         &self,
-        site: &Site,
+        site: &StepContext,
         operation: &OperationId,
         number: CheckpointNumber,
         safety: CheckpointNumber,
@@ -226,7 +229,7 @@ impl Applied {
 /// # Errors
 /// When the checkpoint or the workspace cannot be read.
 pub async fn preview(
-    site: &Site,
+    site: &StepContext,
     number: CheckpointNumber,
     paths: Option<Vec<RelPath>>,
 ) -> Result<CheckpointRestoreResult, Failure> {
@@ -359,7 +362,7 @@ pub fn parse_paths(paths: &[String]) -> Result<Option<Vec<RelPath>>, Failure> {
 ///
 /// # Errors
 /// When there is such a path, or when the checkpoint cannot be read.
-pub async fn check_paths(site: &Site, number: CheckpointNumber, paths: Vec<RelPath>) -> Result<(), Failure> {
+pub async fn check_paths(site: &StepContext, number: CheckpointNumber, paths: Vec<RelPath>) -> Result<(), Failure> {
     let workspace = PathBuf::from(&site.project.facts.workspace);
     site.with_history(None, "find the paths", move |history, _, _| history.check_paths(number, &workspace, &paths))
         .await
@@ -380,7 +383,7 @@ const EXAMPLES: usize = 20;
 
 /// Compares the whole workspace with the checkpoint that was restored, until somebody else works in it; `None` when it
 /// could not be done.
-pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
+pub async fn check(site: &StepContext, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
     fermata_failpoint::hit("restore.check");
     let rules = site.rules();
     let checking = site.with_history(None, "look through the restored workspace", move |history, progress, cancel| {
@@ -419,7 +422,7 @@ pub async fn check(site: &Site, done: Done, moved_on: impl Future<Output = ()>) 
 }
 
 /// Forgets the plan of a restore that has ended.
-pub fn forget(site: &Site, operation: &OperationId) {
+pub fn forget(site: &StepContext, operation: &OperationId) {
     let path = site.dirs().restore_plan(operation);
     if let Err(error) = std::fs::remove_file(&path)
         && error.kind() != std::io::ErrorKind::NotFound
@@ -432,7 +435,7 @@ pub fn forget(site: &Site, operation: &OperationId) {
 ///
 /// # Errors
 /// When a point cannot be read.
-pub async fn diff(site: &Site, from: CheckpointNumber, to: Option<CheckpointNumber>) -> Result<Diff, Failure> {
+pub async fn diff(site: &StepContext, from: CheckpointNumber, to: Option<CheckpointNumber>) -> Result<Diff, Failure> {
     let to = match to {
         Some(number) => Point::Checkpoint(number),
         None => Point::Workspace(PathBuf::from(&site.project.facts.workspace), site.rules()),

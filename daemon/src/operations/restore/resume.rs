@@ -8,7 +8,7 @@ use fermata_protocol::pause::{AgentResumed, ResumeMethod};
 use fermata_protocol::{AgentName, RunId};
 
 use crate::operations::run::launch;
-use crate::operations::{Site, side_by_side};
+use crate::operations::{StepContext, side_by_side};
 use crate::shims::link::{LinkError, ShimLink, read_run};
 use crate::shims::reach;
 use fermata_protocol::error_chain;
@@ -23,7 +23,7 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Thaws these runs and says how each came back.
-pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed> {
+pub async fn thaw(site: &StepContext, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed> {
     let each = runs.iter().map(|(agent, run)| {
         let (site, agent, run) = (site.clone(), agent.clone(), run.clone());
         async move {
@@ -47,12 +47,12 @@ pub async fn thaw(site: &Site, runs: &[(AgentName, RunId)]) -> Vec<AgentResumed>
     side_by_side(each.collect::<Vec<_>>()).await
 }
 
-async fn thaw_one(site: &Site, agent: &AgentName, run: &RunId) -> Result<(), String> {
+async fn thaw_one(site: &StepContext, agent: &AgentName, run: &RunId) -> Result<(), String> {
     let mut link = site.links.get(agent).filter(|link| link.run == *run).map(|link| Arc::clone(&link.shim));
     let mut last = "its processes are gone".to_owned();
     for attempt in 1..=TRIES {
         if link.as_ref().is_none_or(|link| link.is_closed()) {
-            link = reach(site, agent, run).await.map(Arc::new);
+            link = reconnect(site, agent, run).await.map(Arc::new);
         }
         let Some(shim) = &link else { break };
         match shim.thaw().await {
@@ -66,7 +66,7 @@ async fn thaw_one(site: &Site, agent: &AgentName, run: &RunId) -> Result<(), Str
 }
 
 /// Makes a link of its own to a shim whose other link is broken.
-async fn reach(site: &Site, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
+async fn reconnect(site: &StepContext, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
     let record = read_run(&site.dirs().run(agent, run)).ok().flatten()?;
     reach::connect(&record, PATIENCE).await.ok().map(|(link, _events)| link)
 }

@@ -15,7 +15,7 @@ use crate::errors::Failure;
 use crate::operations::maintenance::leftovers;
 use crate::operations::run::limits::tree_limits;
 use crate::operations::run::session;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 use crate::shims::launch::LaunchError;
 use crate::shims::link::{ShimLink, launch, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
@@ -48,7 +48,7 @@ pub struct Started {
 /// # Errors
 /// A sentence for people: the program is missing, the working directory is, …
 pub async fn run(
-    site: &Site,
+    site: &StepContext,
     agent: &AgentName,
     run: &RunId,
     token: &str,
@@ -92,7 +92,7 @@ pub async fn run(
 
 /// Ends a launch of which nobody knows how far it came: a run that is told to have failed must not
 /// go on unseen.
-async fn give_up(site: &Site, agent: &AgentName, spec: &LaunchSpec, reason: String) -> String {
+async fn give_up(site: &StepContext, agent: &AgentName, spec: &LaunchSpec, reason: String) -> String {
     if let Err(failure) = end_run(site, &spec.run_dir).await {
         tracing::error!(project = %site.project.name, %agent, %failure, "end a run that nobody can reach");
     }
@@ -112,7 +112,7 @@ pub fn processes_of(record: &RunRecord) -> RunProcesses {
 }
 
 async fn spec(
-    site: &Site,
+    site: &StepContext,
     name: &AgentName,
     run: &RunId,
     token: &str,
@@ -159,7 +159,7 @@ fn hook(hook: &Hook) -> HookSpec {
 }
 
 fn environment(
-    site: &Site,
+    site: &StepContext,
     agent: &AgentName,
     mut env: BTreeMap<String, String>,
     token: &str,
@@ -211,7 +211,7 @@ fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
 ///
 /// # Errors
 /// When a process cannot be ended.
-pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
+pub async fn end_older_runs(site: &StepContext, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
     let (dir, current) = (site.dirs().runs(agent), current.clone());
     let older = blocking("list runs", move || {
         let entries = match std::fs::read_dir(&dir) {
@@ -231,7 +231,7 @@ pub async fn end_older_runs(site: &Site, agent: &AgentName, current: &RunId) -> 
 
 /// Removes what older runs have left, but for the newest ones. All of them have ended: the caller
 /// has seen to that, and a checkpoint has copies of its own.
-async fn prune_runs(site: &Site, agent: &AgentName, current: &RunId) {
+async fn prune_runs(site: &StepContext, agent: &AgentName, current: &RunId) {
     let keep = site.services.settings().agents.keep_runs as usize;
     if keep == 0 {
         return;
@@ -262,7 +262,12 @@ async fn prune_runs(site: &Site, agent: &AgentName, current: &RunId) {
 ///
 /// # Errors
 /// When a process cannot be ended.
-pub async fn stop_unreachable(site: &Site, agent: &AgentName, run: &RunId, grace: Duration) -> Result<(), Failure> {
+pub async fn stop_unreachable(
+    site: &StepContext,
+    agent: &AgentName,
+    run: &RunId,
+    grace: Duration,
+) -> Result<(), Failure> {
     let run_dir = site.dirs().run(agent, run);
     if let Ok(Some(record)) = read_run(&run_dir)
         && record.boot_id == site.services.boot_id
@@ -283,7 +288,7 @@ pub async fn stop_unreachable(site: &Site, agent: &AgentName, run: &RunId, grace
 ///
 /// # Errors
 /// When a process cannot be ended.
-pub async fn end_run(site: &Site, run_dir: &std::path::Path) -> Result<(), Failure> {
+pub async fn end_run(site: &StepContext, run_dir: &std::path::Path) -> Result<(), Failure> {
     let mut record = read_run(run_dir);
     if matches!(record, Ok(None)) {
         record::abandon(run_dir).map_err(|e| Failure::fault("give an older launch up", &e))?;

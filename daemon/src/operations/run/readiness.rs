@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::errors::Failure;
 use crate::operations::run::session;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 use fermata_shim::log_reader::{Batch, LogPosition, Start, read_once};
 use fermata_shim::spec::files;
 
@@ -38,7 +38,12 @@ const BATCH_BYTES: usize = 256 << 10;
 /// Waits until a run is ready; returns whether it is. Ends without an answer when the run is no
 /// longer the agent's current one or there is nothing to find out. What cannot be read now is tried
 /// again: nobody else would look.
-pub async fn wait(site: &Site, mut state: watch::Receiver<Arc<Project>>, agent: &AgentName, run: &RunId) -> bool {
+pub async fn wait(
+    site: &StepContext,
+    mut state: watch::Receiver<Arc<Project>>,
+    agent: &AgentName,
+    run: &RunId,
+) -> bool {
     let Some(found) = site.project.agents.get(agent) else { return false };
     let ready = match found.spec.supervision.ready.as_ref().map(|ready| &ready.when) {
         None | Some(ReadyWhen::Reported) => return false,
@@ -67,7 +72,7 @@ pub async fn wait(site: &Site, mut state: watch::Receiver<Arc<Project>>, agent: 
         let (looked, pace) = match &ready {
             ReadyWhen::Reported => return false,
             ReadyWhen::Output(wanted) => (output.holds(wanted).await, LOOK),
-            ReadyWhen::Command(argv) => match known(&mut env, site, agent).await {
+            ReadyWhen::Command(argv) => match environment_of(&mut env, site, agent).await {
                 Ok(env) => (Ok(succeeds(argv, env, &cwd, &site.services.stopping).await), TRY),
                 Err(failure) => (Err(failure), TRY),
             },
@@ -95,9 +100,9 @@ pub async fn wait(site: &Site, mut state: watch::Receiver<Arc<Project>>, agent: 
 }
 
 /// The environment of a command, read once.
-async fn known<'a>(
+async fn environment_of<'a>(
     env: &'a mut Option<BTreeMap<String, String>>,
-    site: &Site,
+    site: &StepContext,
     agent: &AgentName,
 ) -> Result<&'a BTreeMap<String, String>, Failure> {
     let read = match env.take() {
@@ -119,7 +124,7 @@ impl Output {
         loop {
             let (dir, start, needle) = (self.dir.clone(), self.start, wanted.as_bytes().to_vec());
             let (found, read, position) = blocking("read the log", move || {
-                look(&dir, start, &needle).map_err(|e| Failure::fault(&format!("read {}", dir.display()), &e))
+                search_log(&dir, start, &needle).map_err(|e| Failure::fault(&format!("read {}", dir.display()), &e))
             })
             .await?;
             self.start = position.map_or(self.start, Start::At);
@@ -130,7 +135,7 @@ impl Output {
     }
 }
 
-fn look(dir: &Path, start: Start, wanted: &[u8]) -> std::io::Result<(bool, bool, Option<LogPosition>)> {
+fn search_log(dir: &Path, start: Start, wanted: &[u8]) -> std::io::Result<(bool, bool, Option<LogPosition>)> {
     let Batch { lines, position, .. } = read_once(dir, start, BATCH_BYTES)?;
     // What Fermata itself notes in the log is no word of the agent's.
     let mut output = lines.iter().filter(|line| line.stream.is_output());
@@ -175,7 +180,7 @@ mod tests {
         let mut log = format!("{stamp} note F it is listening\n{stamp} gap F listening was lost\n");
         let holds = |log: &str| {
             std::fs::write(dir.path().join(fermata_shim::log::CURRENT), log).expect("write");
-            let (found, read, _) = look(dir.path(), Start::Begin, b"listening").expect("read");
+            let (found, read, _) = search_log(dir.path(), Start::Begin, b"listening").expect("read");
             assert!(read, "the lines are lines of a log");
             found
         };

@@ -6,13 +6,13 @@ use fermata_core::agent::Agent;
 use fermata_protocol::AgentName;
 
 use crate::errors::Failure;
-use crate::operations::{Site, blocking};
+use crate::operations::{StepContext, blocking};
 use crate::profile::{Profile, RunOf, Session};
 use crate::store::rows;
 use fermata_os::process::{self, Look};
 
 /// An agent whose tool has a profile, with its environment.
-struct Known {
+struct ProfiledAgent {
     agent: AgentName,
     profile: Profile,
     env: BTreeMap<String, String>,
@@ -23,7 +23,7 @@ struct Known {
 }
 
 /// What was found of agents' sessions, and what it takes to see whether that still holds.
-pub struct Scouted(Vec<(Known, Option<Session>)>);
+pub struct Scouted(Vec<(ProfiledAgent, Option<Session>)>);
 
 impl Scouted {
     /// Says whether no agent has a tool whose sessions are known of.
@@ -34,7 +34,9 @@ impl Scouted {
     /// Returns the sessions as they are now, by agent: those that agents have open, else those that were found. Walks
     /// through no directory, so that agents may stand still for it.
     pub fn now(self) -> Vec<(AgentName, Session)> {
-        let one = |(known, found): (Known, Option<Session>)| Some((known.agent.clone(), held_open(&known).or(found)?));
+        let one = |(known, found): (ProfiledAgent, Option<Session>)| {
+            Some((known.agent.clone(), held_open(&known).or(found)?))
+        };
         self.0.into_iter().filter_map(one).collect()
     }
 }
@@ -43,23 +45,23 @@ impl Scouted {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn find(site: &Site, agents: &[AgentName]) -> Result<Vec<(AgentName, Session)>, Failure> {
+pub async fn find(site: &StepContext, agents: &[AgentName]) -> Result<Vec<(AgentName, Session)>, Failure> {
     let Scouted(found) = scout(site, agents).await?;
     Ok(found.into_iter().filter_map(|(known, session)| Some((known.agent, session?))).collect())
 }
 
-/// Looks for the sessions of these agents. What takes long is done here: agents need not stand still for it.
+/// AutomaticScans for the sessions of these agents. What takes long is done here: agents need not stand still for it.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn scout(site: &Site, agents: &[AgentName]) -> Result<Scouted, Failure> {
+pub async fn scout(site: &StepContext, agents: &[AgentName]) -> Result<Scouted, Failure> {
     let profiles = site.services.profiles();
     let mut known = Vec::new();
     for name in agents {
         let Some(agent) = site.project.agents.get(name) else { continue };
         let profile = agent.spec.profile.as_deref().and_then(|name| profiles.get(name));
         let Some(profile) = profile.filter(|profile| profile.session.is_some()) else { continue };
-        known.push(Known {
+        known.push(ProfiledAgent {
             agent: name.clone(),
             profile: profile.clone(),
             env: environment(site, name).await?,
@@ -73,7 +75,7 @@ pub async fn scout(site: &Site, agents: &[AgentName]) -> Result<Scouted, Failure
         return Ok(Scouted(Vec::new()));
     }
     blocking("find sessions", move || {
-        let one = |known: Known| {
+        let one = |known: ProfiledAgent| {
             let session = session_of(&known);
             (known, session)
         };
@@ -86,7 +88,7 @@ pub async fn scout(site: &Site, agents: &[AgentName]) -> Result<Scouted, Failure
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn environment(site: &Site, agent: &AgentName) -> Result<BTreeMap<String, String>, Failure> {
+pub async fn environment(site: &StepContext, agent: &AgentName) -> Result<BTreeMap<String, String>, Failure> {
     let (project, agent) = (site.project.name.clone(), agent.clone());
     site.services
         .store
@@ -99,15 +101,15 @@ fn main_process(agent: &Agent) -> Option<i32> {
     agent.run()?.processes.as_ref().map(|processes| processes.pid)
 }
 
-fn session_of(known: &Known) -> Option<Session> {
+fn session_of(known: &ProfiledAgent) -> Option<Session> {
     known.profile.session.as_ref()?.find(known.run(&known.pids()))
 }
 
-fn held_open(known: &Known) -> Option<Session> {
+fn held_open(known: &ProfiledAgent) -> Option<Session> {
     known.profile.session.as_ref()?.held_open(known.run(&known.pids()))
 }
 
-impl Known {
+impl ProfiledAgent {
     fn pids(&self) -> Vec<i32> {
         let below = self.pid.map(|pid| process::descendants(pid, Look::Quick).unwrap_or_default()).unwrap_or_default();
         self.pid.into_iter().chain(below.iter().map(|stat| stat.id.pid)).collect()
@@ -133,7 +135,7 @@ pub struct Again {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn start_again(site: &Site, agent: &Agent) -> Result<Again, Failure> {
+pub async fn start_again(site: &StepContext, agent: &Agent) -> Result<Again, Failure> {
     if let Some(argv) = &agent.spec.resume_argv {
         return Ok(Again { argv: argv.clone(), goes_on: true, session: agent.session.clone() });
     }

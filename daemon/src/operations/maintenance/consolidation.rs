@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use crate::errors::Failure;
 use crate::operations::context::history_failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{Cancel, Site};
+use crate::operations::{Cancel, StepContext};
 use fermata_history::{Attempt, Consolidated, Extent};
 
 /// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
@@ -27,22 +27,22 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const TURN: Duration = Duration::from_millis(20);
 
 /// Wishes for what the events of a project make worth it: a consolidation after a checkpoint, and none while it pauses.
-pub fn follow(site: &Site, events: &[Event]) {
+pub fn follow(site: &StepContext, events: &[Event]) {
     for event in events {
         match event {
             Event::PauseStarted { .. } | Event::ProjectRemoved {} => hold_off(site),
             Event::CheckpointCreated { .. }
             | Event::ProjectPaused { .. }
             | Event::PauseFailed { .. }
-            | Event::RestorePlanned { .. } => wish(site, Extent::Due),
+            | Event::RestorePlanned { .. } => request(site, Extent::Due),
             _ => {}
         }
     }
 }
 
 /// Asks for a consolidation as soon as one can be made. Returns at once.
-pub fn wish(site: &Site, extent: Extent) {
-    let mut state = site.history.upkeep.lock();
+pub fn request(site: &StepContext, extent: Extent) {
+    let mut state = site.history.consolidations.lock();
     let now = Instant::now();
     if state.failed.is_some_and(|until| now < until) || site.services.stopping.is_cancelled() {
         return;
@@ -51,20 +51,20 @@ pub fn wish(site: &Site, extent: Extent) {
     if state.running.is_none() {
         let cancel = Cancel::default();
         state.running = Some(cancel.clone());
-        site.services.tracker.spawn(run(Site { cancel, ..site.clone() }));
+        site.services.tracker.spawn(run(StepContext { cancel, ..site.clone() }));
     }
 }
 
 /// Ends what is under way: the project pauses, and nothing else shall use the disk. What was wished for waits for the
 /// next wish, which the end of the pause brings.
-pub fn hold_off(site: &Site) {
-    site.history.upkeep.hold_off();
+pub fn hold_off(site: &StepContext) {
+    site.history.consolidations.hold_off();
 }
 
-async fn run(site: Site) {
-    let upkeep = site.history.upkeep.clone();
+async fn run(site: StepContext) {
+    let queue = site.history.consolidations.clone();
     tokio::time::sleep(BREATH).await;
-    while let Some(extent) = upkeep.next(&site.cancel) {
+    while let Some(extent) = queue.next(&site.cancel) {
         let done = tokio::select! {
             permit = site.services.background.acquire() => match permit {
                 Ok(_permit) => consolidate(&site, extent).await,
@@ -74,12 +74,12 @@ async fn run(site: Site) {
             () = site.services.stopping.cancelled() => return,
         };
         if let Ok(Attempt::Busy) = done {
-            return upkeep.put_off(extent, &site.cancel);
+            return queue.put_off(extent, &site.cancel);
         }
         if let Err(failure) = done
             && !site.cancel.is_cancelled()
         {
-            let mut state = upkeep.lock();
+            let mut state = queue.lock();
             state.wanted.clear();
             let first = state.failed.replace(Instant::now() + AFTER_FAILURE).is_none();
             drop(state);
@@ -94,11 +94,11 @@ async fn run(site: Site) {
 }
 
 /// Gives back what nobody needs any more, down to the last of it, since somebody waits for the room; `false` when others
-/// were at work for too long. What the upkeep does is ended.
+/// were at work for too long. A consolidation that is under way is ended.
 ///
 /// # Errors
 /// As for [`consolidate`].
-pub async fn reclaim(site: &Site) -> Result<bool, Failure> {
+pub async fn reclaim(site: &StepContext) -> Result<bool, Failure> {
     let start = Instant::now();
     hold_off(site);
     while consolidate(site, Extent::Room).await? == Attempt::Busy {
@@ -114,7 +114,7 @@ pub async fn reclaim(site: &Site) -> Result<bool, Failure> {
 ///
 /// # Errors
 /// When the history cannot be opened, when an object is damaged, or when the disk is full.
-pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure> {
+pub async fn consolidate(site: &StepContext, extent: Extent) -> Result<Attempt, Failure> {
     const DOING: &str = "consolidate the history";
     crate::operations::failpoint("upkeep.consolidate")?;
     let (cell, dir, flag) = (site.history.clone(), site.dirs().history(), Arc::clone(&site.cancel.flag));
@@ -145,7 +145,7 @@ pub async fn consolidate(site: &Site, extent: Extent) -> Result<Attempt, Failure
     };
     let (done, took) = answered.map_err(|e| Failure::fault(DOING, &e))?;
     let done = done.map_err(|e| history_failure(DOING, &e))?;
-    site.history.upkeep.lock().failed = None;
+    site.history.consolidations.lock().failed = None;
     match done {
         Attempt::Done(Consolidated { wasted, .. }) | Attempt::Nothing(Some(wasted)) => {
             site.history.counted(removed, wasted);

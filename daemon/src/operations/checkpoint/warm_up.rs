@@ -7,12 +7,12 @@ use fermata_protocol::OperationId;
 
 use crate::errors::Failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{Cancel, Site};
+use crate::operations::{Cancel, StepContext};
 use fermata_history::{Mapped, Primed, RelPath, SnapshotRequest};
 use fermata_os::{mappings, process};
 
 /// Describes a snapshot that becomes no checkpoint.
-fn request(site: &Site) -> SnapshotRequest {
+fn request(site: &StepContext) -> SnapshotRequest {
     SnapshotRequest {
         workspace: PathBuf::from(&site.project.facts.workspace),
         number: 0,
@@ -28,7 +28,7 @@ fn request(site: &Site) -> SnapshotRequest {
 ///
 /// # Errors
 /// When the workspace cannot be read or the store not be written.
-pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Failure> {
+pub async fn run(site: &StepContext, operation: Option<&OperationId>) -> Result<(), Failure> {
     let runs = site.project.runs(site.project.running_agents());
     let (mut request, now) = (request(site), crate::services::now());
     let mapped = mapped(site, &runs);
@@ -43,7 +43,7 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
                 Err(failure) => return Ok(Err(failure)),
             };
             // Only who looks tells of it: whoever finds nothing to do must not end what another one tells.
-            let looking = cell.looking();
+            let looking = cell.begin_scan();
             let tell = |now| {
                 looking.tell(now);
                 progress(now);
@@ -58,7 +58,7 @@ pub async fn run(site: &Site, operation: Option<&OperationId>) -> Result<(), Fai
 }
 
 /// The same in the background; what goes wrong will be told by the operation that needs it.
-pub fn in_background(mut site: Site) {
+pub fn in_background(mut site: StepContext) {
     let (services, cancel) = (std::sync::Arc::clone(&site.services), Cancel::default());
     site.cancel = cancel.clone();
     services.tracker.clone().spawn(async move {
@@ -90,7 +90,7 @@ pub fn in_background(mut site: Site) {
 
 /// Returns what finds the files of the workspace that agents can write to through memory. It blocks, and fails when
 /// that cannot be found out.
-pub fn mapped(site: &Site, runs: &[RunKey]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
+pub fn mapped(site: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
     let shims: Vec<i32> = runs
         .iter()
         .filter_map(|(agent, _)| site.project.agents.get(agent)?.processes())

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use tokio::runtime::Handle;
 
 /// A value that is never dropped on an async thread.
-pub(super) struct Aside<T: Send + Sync + 'static> {
+pub(super) struct DeferredRemoval<T: Send + Sync + 'static> {
     value: Arc<T>,
     /// Dropped after the one above, as fields are: whoever shares the value has let go of it before.
     last: Last<T>,
@@ -17,7 +17,7 @@ pub(super) struct Aside<T: Send + Sync + 'static> {
 
 struct Last<T: Send + Sync + 'static>(Option<Arc<T>>);
 
-impl<T: Send + Sync + 'static> Aside<T> {
+impl<T: Send + Sync + 'static> DeferredRemoval<T> {
     /// Takes a value into care.
     pub fn new(value: T) -> Self {
         let value = Arc::new(value);
@@ -43,7 +43,7 @@ impl<T: Send + Sync + 'static> Aside<T> {
     }
 }
 
-impl<T: Send + Sync + 'static> Deref for Aside<T> {
+impl<T: Send + Sync + 'static> Deref for DeferredRemoval<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -79,11 +79,11 @@ mod tests {
     #[tokio::test]
     async fn what_an_async_thread_lets_go_of_goes_on_another_one() {
         let (tell, told) = mpsc::channel();
-        drop(Aside::new(Tells(tell.clone())));
+        drop(DeferredRemoval::new(Tells(tell.clone())));
         let elsewhere = tokio::task::spawn_blocking(move || told.recv().map(|on| (on, told))).await;
         let (on, told) = elsewhere.expect("no panic").expect("dropped");
         assert_ne!(on, thread::current().id());
-        Aside::new(Tells(tell)).gone().await;
+        DeferredRemoval::new(Tells(tell)).gone().await;
         assert_ne!(told.try_recv().expect("gone by now"), thread::current().id());
     }
 }

@@ -20,10 +20,10 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::actor::Actor;
 use super::handle::ProjectHandle;
 use super::ids::new_operation;
-use super::message::{Begin, Found, Label, Message};
+use super::message::{AutomaticScan, Begin, Label, Message};
 use crate::errors::Failure;
-use crate::operations::checkpoint::prime;
-use crate::operations::{Cancel, Site, blocking};
+use crate::operations::checkpoint::warm_up;
+use crate::operations::{Cancel, StepContext, blocking};
 use crate::services;
 
 /// When to look again where a checkpoint could not even be begun.
@@ -31,16 +31,16 @@ const RETRY: Duration = Duration::from_secs(1);
 
 /// What the actor knows of its looks.
 #[derive(Default)]
-pub(super) struct Looks {
+pub(super) struct AutomaticScans {
     /// The last one that found nothing changed.
-    looked: UnchangedScan,
+    unchanged: UnchangedScan,
     /// How the one that is under way is cut short.
     under_way: Option<Cancel>,
     /// The turn of the checkpoint that followed from one.
     turn: Option<OwnedSemaphorePermit>,
 }
 
-impl Looks {
+impl AutomaticScans {
     /// Cuts a look short: something more important begins.
     pub(super) fn give_way(&self) {
         if let Some(cancel) = &self.under_way {
@@ -56,47 +56,49 @@ impl Looks {
 
 impl Actor {
     /// Begins to look where a checkpoint is due by itself; returns when one will be due next.
-    pub(super) fn look_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
-        let due = automatic::due_trigger(&self.project, &self.looks.looked, now).is_some();
-        if due && self.looks.under_way.is_none() {
+    pub(super) fn scan_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
+        let due = automatic::due_trigger(&self.project, &self.scans.unchanged, now).is_some();
+        if due && self.scans.under_way.is_none() {
             fermata_failpoint::hit("scan.begun");
             let cancel = Cancel::default();
-            self.looks.under_way = Some(cancel.clone());
-            let (handle, mailbox, looked) = (self.handle(), self.mailbox.clone(), self.looks.looked);
+            self.scans.under_way = Some(cancel.clone());
+            let (handle, mailbox, unchanged) = (self.handle(), self.mailbox.clone(), self.scans.unchanged);
             self.services.tracker.spawn(async move {
-                let found = look_in_turn(&handle, cancel, looked).await;
-                drop(mailbox.send(Message::Looked(Box::new(found))).await);
+                let found = scan_in_turn(&handle, cancel, unchanged).await;
+                drop(mailbox.send(Message::Scanned(Box::new(found))).await);
             });
         }
-        automatic::next(&self.project, &self.looks.looked, now)
+        automatic::next(&self.project, &self.scans.unchanged, now)
     }
 
     /// Takes what a look found.
-    pub(super) async fn looked(&mut self, found: Found) {
-        self.looks.under_way = None;
-        let Found { changed: Some(changed), looked, turn } = found else { return };
+    pub(super) async fn scanned(&mut self, found: AutomaticScan) {
+        self.scans.under_way = None;
+        let AutomaticScan { changed: Some(changed), unchanged, turn } = found else { return };
         if self.leaving() {
             return;
         }
         if !changed {
-            self.looks.looked = looked;
+            self.scans.unchanged = unchanged;
             fermata_failpoint::hit("scan.unchanged");
             return;
         }
-        let Some(trigger) = automatic::due_trigger(&self.project, &self.looks.looked, services::now()) else { return };
+        let Some(trigger) = automatic::due_trigger(&self.project, &self.scans.unchanged, services::now()) else {
+            return;
+        };
         // Nobody has named or cancelled this one.
         self.label = Label::default();
         self.cancel = Cancel::default();
         match self.carry_due(Command::Checkpoint { operation: new_operation(), trigger }).await {
-            Ok(()) => self.looks.turn = turn,
+            Ok(()) => self.scans.turn = turn,
             Err(failure) => {
                 tracing::error!(project = %self.project.name, %failure, "an automatic checkpoint is tried again");
-                self.looks.under_way = Some(Cancel::default());
-                let (mailbox, looked) = (self.mailbox.clone(), self.looks.looked);
+                self.scans.under_way = Some(Cancel::default());
+                let (mailbox, unchanged) = (self.mailbox.clone(), self.scans.unchanged);
                 self.services.tracker.spawn(async move {
                     tokio::time::sleep(RETRY).await;
-                    let found = Found { changed: None, looked, turn: None };
-                    drop(mailbox.send(Message::Looked(Box::new(found))).await);
+                    let found = AutomaticScan { changed: None, unchanged, turn: None };
+                    drop(mailbox.send(Message::Scanned(Box::new(found))).await);
                 });
             }
         }
@@ -104,8 +106,8 @@ impl Actor {
 }
 
 /// Waits for a turn, then looks.
-async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: UnchangedScan) -> Found {
-    let cut_short = Found { changed: None, looked, turn: None };
+async fn scan_in_turn(handle: &ProjectHandle, cancel: Cancel, unchanged: UnchangedScan) -> AutomaticScan {
+    let cut_short = AutomaticScan { changed: None, unchanged, turn: None };
     let turn = tokio::select! {
         turn = Arc::clone(&handle.services.automatic).acquire_owned() => turn.ok(),
         () = cancel.cancelled() => None,
@@ -115,21 +117,21 @@ async fn look_in_turn(handle: &ProjectHandle, cancel: Cancel, looked: UnchangedS
         return cut_short;
     }
     // The wait may have been long.
-    let site = Site { cancel: cancel.clone(), ..handle.site() };
+    let site = StepContext { cancel: cancel.clone(), ..handle.step_context() };
     let now = services::now();
-    if automatic::due_trigger(&site.project, &looked, now).is_none() {
+    if automatic::due_trigger(&site.project, &unchanged, now).is_none() {
         return cut_short;
     }
     let changed = has_changed(&site).await;
     if cancel.is_cancelled() {
         return cut_short;
     }
-    Found { changed: Some(changed), looked: UnchangedScan::at(&site.project, now), turn }
+    AutomaticScan { changed: Some(changed), unchanged: UnchangedScan::at(&site.project, now), turn }
 }
 
 /// Says whether anything differs from the newest checkpoint. A look that fails counts as a change: the
 /// checkpoint then fails of the same, and that is told.
-async fn has_changed(site: &Site) -> bool {
+async fn has_changed(site: &StepContext) -> bool {
     let since = site.project.counters.activity;
     if since.has_changed() {
         return true;
@@ -143,9 +145,9 @@ async fn has_changed(site: &Site) -> bool {
     }
 }
 
-async fn is_unchanged(site: &Site, newest: CheckpointNumber) -> Result<bool, Failure> {
+async fn is_unchanged(site: &StepContext, newest: CheckpointNumber) -> Result<bool, Failure> {
     let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let mapped = prime::mapped(site, &site.project.runs(site.project.running_agents()));
+    let mapped = warm_up::mapped(site, &site.project.runs(site.project.running_agents()));
     let mapped = blocking("look at what agents have mapped", mapped).await?;
     site.with_history(None, "look for changes", move |history, progress, cancel| {
         history.is_unchanged(&workspace, &rules, mapped, newest, progress, cancel)
@@ -159,11 +161,11 @@ async fn is_unchanged(site: &Site, newest: CheckpointNumber) -> Result<bool, Fai
 /// # Errors
 /// When the checkpoint fails.
 pub async fn before_shutdown(handle: &ProjectHandle) -> Result<(), Failure> {
-    if !automatic::due_before_shutdown(&handle.look()) {
+    if !automatic::due_before_shutdown(&handle.project()) {
         return Ok(());
     }
     let Ok(_turn) = handle.services.automatic.acquire().await else { return Ok(()) };
-    if !automatic::due_before_shutdown(&handle.look()) || !has_changed(&handle.site()).await {
+    if !automatic::due_before_shutdown(&handle.project()) || !has_changed(&handle.step_context()).await {
         return Ok(());
     }
     let operation = new_operation();

@@ -3,21 +3,21 @@
 use tokio::task::JoinHandle;
 
 use crate::errors::Failure;
-use crate::operations::checkpoint::database::Draft;
+use crate::operations::checkpoint::database::StagedDatabase;
 
 /// The database part, written before anybody is frozen.
 #[derive(Default)]
-pub(super) enum Drafting {
+pub(super) enum DatabaseStaging {
     /// There is none.
     #[default]
     No,
     /// It is being written.
-    Writing(JoinHandle<Result<Draft, Failure>>),
+    Writing(JoinHandle<Result<StagedDatabase, Failure>>),
     /// It is written.
-    Written(Box<Draft>),
+    Written(Box<StagedDatabase>),
 }
 
-impl Drafting {
+impl DatabaseStaging {
     /// Waits until nobody writes any more; whoever gives up waiting may do so again. A draft that could not
     /// be made is only missed: what is wrong is told when all is written anew.
     pub(super) async fn settle(&mut self) {
@@ -34,7 +34,7 @@ impl Drafting {
     }
 
     /// Waits for the draft and takes it.
-    pub(super) async fn take(&mut self) -> Option<Draft> {
+    pub(super) async fn take(&mut self) -> Option<StagedDatabase> {
         self.settle().await;
         match std::mem::take(self) {
             Self::Written(draft) => Some(*draft),

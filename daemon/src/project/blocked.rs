@@ -13,7 +13,7 @@ use crate::errors::Failure;
 
 impl Actor {
     /// Counts reports that could not be persisted; after several in a row whoever waits is told.
-    pub(super) fn is_stuck(&mut self, failure: &Failure) {
+    pub(super) fn note_blocked(&mut self, failure: &Failure) {
         self.unwritten += 1;
         if self.unwritten >= PATIENT_TRIES {
             self.tell_waiters(failure);
