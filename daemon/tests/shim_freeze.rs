@@ -64,7 +64,7 @@ async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSet
     bed.still(&THREE_FILES).await;
     link.renew(Duration::from_millis(50)).await.unwrap();
     assert_eq!(next(&mut events).await, Some(ShimEvent::LeaseExpired {}));
-    assert_eq!(refused(link.hold().await), RefusalCode::NotFrozen);
+    assert_eq!(refused(link.commit_freeze().await), RefusalCode::NotFrozen);
 
     link.freeze(Duration::from_millis(300)).await.unwrap();
     link.shutdown().await;
@@ -79,7 +79,7 @@ async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism:
     link.renew(LONG * 2).await.unwrap();
     assert!(link.status().await.unwrap().lease_remaining_ms.unwrap() > LONG.as_millis() as u64);
     link.renew(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     link.shutdown().await;
     bed.still(&THREE_FILES).await;
     let (link, _events) = bed.connect().await;
@@ -94,7 +94,7 @@ async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism:
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
     link.freeze(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     let before = THREE_FILES.map(|name| bed.size(name));
     link.kill().await.unwrap();
     let exit = exited(&mut events).await;
@@ -114,7 +114,7 @@ async fn a_frozen_agent_can_be_stopped(mechanism: FreezerSetting) {
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
     link.freeze(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     link.stop(Some(LONG)).await.unwrap();
     let exit = exited(&mut events).await;
     assert_eq!((exit.code, exit.signal), (Some(7), None));
@@ -126,7 +126,7 @@ async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: 
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
     link.freeze(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     assert!(process::signal(launched.agent, libc::SIGKILL).unwrap());
     let exit = exited(&mut events).await;
     assert_eq!(exit.signal, Some(libc::SIGKILL));

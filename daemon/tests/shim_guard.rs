@@ -70,7 +70,7 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Freez
     bed.growing(&["near"]).await;
     until("both to work", || bed.living().len() == 2).await;
     link.freeze(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     bed.still(&["near"]).await;
     let by_signals = bed.run().cgroup.is_none();
     // The shim is told of its own children by the kernel; for the others it has to look.
@@ -105,7 +105,7 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSe
     if bed.run().cgroup.is_some() {
         nothing_was_broken(&link, &mut events).await;
         link.renew(LONG).await.unwrap();
-        return link.hold().await.unwrap();
+        return link.commit_freeze().await.unwrap();
     }
     // Longer than what may be the last steps of one that is just being stopped, or so long that the shim has seen it.
     let ns = |ran: Option<process::Ran>| ran.expect("this kernel counts").ns;
@@ -118,11 +118,11 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSe
     // Stopped again before the shim could see it run: it has run all the same.
     assert!(process::signal(victim, libc::SIGSTOP).unwrap());
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
-    assert_eq!(refused(link.hold().await), RefusalCode::FreezeBroken);
+    assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken);
     let told = broken(&mut events).await;
     assert!(!told.held && told.frozen_again && told.processes >= 1, "{told:?}");
     bed.still(&["near"]).await;
-    assert_eq!(refused(link.hold().await), RefusalCode::FreezeBroken, "it stays so");
+    assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken, "it stays so");
     link.thaw().await.unwrap();
     bed.growing(&["near"]).await;
 }
@@ -138,7 +138,7 @@ async fn a_freeze_after_a_broken_one_counts_again(mechanism: FreezerSetting) {
     }
     link.freeze(LONG).await.unwrap();
     link.renew(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     bed.still(&["near"]).await;
 }
 
@@ -171,7 +171,7 @@ async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
     assert!(!told.held && told.frozen_again, "{told:?}");
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
     link.freeze(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     Group::open(&group).unwrap().thaw().unwrap();
     until("the group to be frozen again", || {
         std::fs::read_to_string(group.join("cgroup.events")).is_ok_and(|text| text.contains("frozen 1"))
@@ -297,7 +297,7 @@ async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
     }
     let (launched, link, mut events) = bed.launch().await;
     until("the parent to wait in vfork", || {
-        let children = process::descendants(launched.agent.pid, process::Look::Quick).unwrap();
+        let children = process::descendants(launched.agent.pid, process::ProcScan::Quick).unwrap();
         let waits = process::stat_of(launched.agent).unwrap().is_some_and(|stat| stat.letter == b'D');
         waits && children.iter().any(|child| child.state() == RunState::Stopped)
     })
@@ -306,7 +306,7 @@ async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
     assert_eq!(outcome, QuiesceOutcome::AlreadyStopped);
     link.freeze(LONG).await.unwrap();
     link.renew(LONG).await.unwrap();
-    link.hold().await.unwrap();
+    link.commit_freeze().await.unwrap();
     link.kill().await.unwrap();
     assert_eq!(exited(&mut events).await.signal, Some(libc::SIGKILL));
     assert!(!bed.path("after").exists());
@@ -323,7 +323,7 @@ async fn an_agent_that_dies_between_its_steps_is_answered(mechanism: FreezerSett
             link.freeze(LONG).await.unwrap();
         }
         if died_after > 1 {
-            link.hold().await.unwrap();
+            link.commit_freeze().await.unwrap();
         }
         assert!(process::signal(launched.agent, libc::SIGKILL).unwrap());
         let exit = exited(&mut events).await;

@@ -2,7 +2,7 @@
 
 mod shim_bed;
 
-use fermata_daemon::shims::reach::{Reached, reach};
+use fermata_daemon::shims::reconnect::{ReconnectOutcome, reconnect};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, ProcessId};
 use fermata_protocol::supervision::OutputPolicy;
@@ -40,7 +40,7 @@ fn bytes_in_gaps(lines: &[LogLine]) -> u64 {
     .sum()
 }
 
-/// The processes that run as `fermata-shim RUN_DIR`: the shim, and the keeper of its log.
+/// The processes that run as `fermata-shim RUN_DIR`: the shim, and its log writer process.
 fn shims(bed: &Bed) -> Vec<ProcessId> {
     let run_dir = bed.spec.run_dir.to_string_lossy().into_owned();
     let is_ours = |pid: i32| {
@@ -79,14 +79,14 @@ async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
     bed.spec.output = OutputPolicy::Drop;
     let (launched, _link, mut events) = bed.launch().await;
     until("the first line", || !bed.logs().is_empty()).await;
-    let keepers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
-    let [keeper] = keepers[..] else { panic!("one keeper, not {keepers:?}") };
+    let log_writers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
+    let [log_writer] = log_writers[..] else { panic!("one log writer process, not {log_writers:?}") };
     // A disk that takes nothing: who writes to it stands still.
-    process::signal(keeper, libc::SIGSTOP).unwrap();
+    process::signal(log_writer, libc::SIGSTOP).unwrap();
     std::fs::write(bed.path("go"), "").unwrap();
     until("the agent to have written everything", || bed.path("written").exists()).await;
     assert!(output(&bed.logs()).len() < 10_000, "the log stands still");
-    process::signal(keeper, libc::SIGCONT).unwrap();
+    process::signal(log_writer, libc::SIGCONT).unwrap();
     std::fs::write(bed.path("end"), "").unwrap();
     let exit = exited(&mut events).await;
     let lines = bed.logs();
@@ -102,11 +102,11 @@ async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
         .sum();
     assert_eq!(kept as u64 + lost, written as u64);
     assert_eq!(lines.last().unwrap().bytes, b"last");
-    until("the keeper's end", || !process::is_alive(keeper).unwrap()).await;
+    until("the end of the log writer process", || !process::is_alive(log_writer).unwrap()).await;
 }
 
 #[tokio::test]
-async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_held() {
+async fn nothing_is_dropped_without_need_and_a_killed_log_writer_costs_only_what_it_held() {
     let script = "echo one; echo two >&2; while [ ! -e go ]; do sleep 0.01; done; seq 1 1000; echo three";
     for kill in [false, true] {
         let mut bed = Bed::new(FreezerSetting::Auto, script);
@@ -114,9 +114,9 @@ async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_
         let (launched, _link, mut events) = bed.launch().await;
         until("two lines", || bed.logs().len() == 2).await;
         if kill {
-            for keeper in shims(&bed).into_iter().filter(|id| *id != launched.shim) {
-                process::signal(keeper, libc::SIGKILL).unwrap();
-                until("its end", || !process::is_alive(keeper).unwrap()).await;
+            for log_writer in shims(&bed).into_iter().filter(|id| *id != launched.shim) {
+                process::signal(log_writer, libc::SIGKILL).unwrap();
+                until("its end", || !process::is_alive(log_writer).unwrap()).await;
             }
         }
         std::fs::write(bed.path("go"), "").unwrap();
@@ -134,24 +134,26 @@ async fn nothing_is_dropped_without_need_and_a_killed_keeper_costs_only_what_it_
 }
 
 #[tokio::test]
-async fn a_shim_that_is_killed_while_it_waits_for_its_keeper_costs_no_exit_code() {
+async fn a_shim_that_is_killed_while_it_waits_for_its_log_writer_costs_no_exit_code() {
     let mut bed = Bed::new(FreezerSetting::Auto, "echo one; while [ ! -e go ]; do sleep 0.01; done; exit 7");
     bed.spec.output = OutputPolicy::Drop;
     let (launched, _link, _events) = bed.launch().await;
     until("a line", || bed.logs().len() == 1).await;
-    let keepers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
-    assert_eq!(keepers.len(), 1);
-    assert!(process::signal(keepers[0], libc::SIGSTOP).unwrap());
+    let log_writers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
+    assert_eq!(log_writers.len(), 1);
+    assert!(process::signal(log_writers[0], libc::SIGSTOP).unwrap());
     std::fs::write(bed.path("go"), "").unwrap();
     until("the exit to be noted", || bed.spec.file(files::ENDED).exists()).await;
     assert!(process::signal(launched.shim, libc::SIGKILL).unwrap());
     until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
     assert!(bed.exit().is_none(), "it waited");
     let boot = process::boot_id().unwrap();
-    let Reached::Ended(exit) = reach(&bed.spec.run_dir, &boot, PATIENCE).await else { panic!("its exit is noted") };
+    let ReconnectOutcome::Ended(exit) = reconnect(&bed.spec.run_dir, &boot, PATIENCE).await else {
+        panic!("its exit is noted")
+    };
     assert_eq!((exit.code, exit.post_stop_failure), (Some(7), None));
-    process::signal(keepers[0], libc::SIGCONT).unwrap();
-    until("the keeper's end", || !process::is_alive(keepers[0]).unwrap()).await;
+    process::signal(log_writers[0], libc::SIGCONT).unwrap();
+    until("the end of the log writer process", || !process::is_alive(log_writers[0]).unwrap()).await;
 }
 
 /// A file system of its own, unmounted at the end.

@@ -144,7 +144,7 @@ async fn the_death_of_the_launching_process_does_not_matter(mechanism: FreezerSe
         stdout.read_exact(&mut byte).unwrap();
         said.push(byte[0]);
     }
-    let tree = process::descendants(parent.id() as i32, process::Look::Thorough).unwrap();
+    let tree = process::descendants(parent.id() as i32, process::ProcScan::Thorough).unwrap();
     for stat in tree.iter().rev() {
         process::signal(stat.id, libc::SIGKILL).unwrap();
     }

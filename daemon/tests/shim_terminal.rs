@@ -5,7 +5,7 @@ mod shim_bed;
 use std::time::Instant;
 
 use fermata_daemon::shims::link::LinkError;
-use fermata_daemon::shims::viewing::{self, Seen, Typing, Viewing};
+use fermata_daemon::shims::viewing::{self, Typing, Viewing, ViewingEvent};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process;
 use fermata_protocol::supervision::TerminalSize;
@@ -41,13 +41,13 @@ async fn connect(bed: &Bed) -> (Viewing, Typing) {
 }
 
 /// Watches, and reads at once what comes: answers come the same way.
-async fn watch(bed: &Bed) -> (mpsc::UnboundedReceiver<Seen>, Typing) {
+async fn watch(bed: &Bed) -> (mpsc::UnboundedReceiver<ViewingEvent>, Typing) {
     let (mut viewing, typing) = connect(bed).await;
     let (seen, out) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         loop {
             let next = viewing.next().await;
-            let over = matches!(next, Seen::Gone | Seen::Exited(_));
+            let over = matches!(next, ViewingEvent::Gone | ViewingEvent::Exited(_));
             if seen.send(next).is_err() || over {
                 return;
             }
@@ -57,7 +57,7 @@ async fn watch(bed: &Bed) -> (mpsc::UnboundedReceiver<Seen>, Typing) {
 }
 
 /// Reads what a viewer is given until it holds a text; returns all of it since the last new screen.
-async fn see(viewing: &mut mpsc::UnboundedReceiver<Seen>, text: &str) -> String {
+async fn see(viewing: &mut mpsc::UnboundedReceiver<ViewingEvent>, text: &str) -> String {
     let mut seen = Vec::new();
     let until = Instant::now() + PATIENCE;
     loop {
@@ -67,8 +67,8 @@ async fn see(viewing: &mut mpsc::UnboundedReceiver<Seen>, text: &str) -> String 
         }
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, viewing.recv()).await {
-            Ok(Some(Seen::Screen(_))) => seen.clear(),
-            Ok(Some(Seen::Output(bytes))) => seen.extend_from_slice(&bytes.0),
+            Ok(Some(ViewingEvent::Screen(_))) => seen.clear(),
+            Ok(Some(ViewingEvent::Output(bytes))) => seen.extend_from_slice(&bytes.0),
             other => panic!("waited for {text:?}, got {other:?} after {shown:?}"),
         }
     }
@@ -130,9 +130,9 @@ async fn what_is_typed_arrives_and_ctrl_c_interrupts() {
     assert_eq!(exited(&mut events).await.code, Some(3));
     loop {
         match viewing.recv().await {
-            Some(Seen::Exited(record)) => break assert_eq!(record.code, Some(3)),
-            Some(Seen::Screen(_) | Seen::Output(_)) => {}
-            Some(Seen::Gone) | None => panic!("the end was not told"),
+            Some(ViewingEvent::Exited(record)) => break assert_eq!(record.code, Some(3)),
+            Some(ViewingEvent::Screen(_) | ViewingEvent::Output(_)) => {}
+            Some(ViewingEvent::Gone) | None => panic!("the end was not told"),
         }
     }
 }

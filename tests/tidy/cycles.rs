@@ -29,7 +29,7 @@ const KNOWN_CYCLES: &[&str] = &[
     "consolidate sweep",
     "user_index user_repository",
     "prelude spawn",
-    "hold keep",
+    "freeze refreeze",
     "hooks launcher supervise",
 ];
 

@@ -68,7 +68,7 @@ impl StateLock {
                 if file.read_to_string(&mut text).is_err() {
                     NOBODY.clone_into(&mut text);
                 }
-                return Err(held(path, &text));
+                return Err(held_by(path, &text));
             }
             Err((_, errno)) => return Err(io_error(errno.into())),
         };
@@ -92,7 +92,7 @@ fn own_identity() -> io::Result<String> {
     Ok(format!("{} {} {}", process::boot_id()?, id.pid, id.start_time_ticks))
 }
 
-fn held(path: &Path, text: &str) -> LockError {
+fn held_by(path: &Path, text: &str) -> LockError {
     let mut lines = text.lines();
     let name = lines.next().map(str::trim).filter(|name| !name.is_empty());
     let passing = name.is_none() || lines.next().is_some_and(|line| is_gone(line).unwrap_or(false));

@@ -264,7 +264,7 @@ pub fn all() -> io::Result<Vec<Stat>> {
 
 /// How hard to look for descendants.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub enum ProcScan {
     /// Walks `/proc/PID/task/*/children`: its cost grows with the tree, not with the machine. The
     /// kernel may skip a child whose sibling ends meanwhile (proc(5)).
     Quick,
@@ -281,9 +281,9 @@ pub enum Look {
 const WALKS: usize = 4;
 
 /// Finds the descendants of a process, parents before their children, without the process itself.
-pub fn descendants(root: i32, look: Look) -> io::Result<Vec<Stat>> {
+pub fn descendants(root: i32, look: ProcScan) -> io::Result<Vec<Stat>> {
     let Some(mut last) = walk(root)? else { return Ok(below(root, all()?)) };
-    if look == Look::Quick {
+    if look == ProcScan::Quick {
         return Ok(last.found);
     }
     for _ in 1..WALKS {
@@ -498,13 +498,13 @@ mod tests {
         let mut byte = [0u8; 1];
         io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
         let root = child.id() as i32;
-        for look in [Look::Quick, Look::Thorough] {
+        for look in [ProcScan::Quick, ProcScan::Thorough] {
             let found = descendants(root, look).unwrap();
             assert_eq!(found.len(), 2, "{look:?}: {found:?}");
             assert_eq!(found[0].ppid, root);
             assert_eq!(found[1].ppid, found[0].id.pid);
         }
-        let tree = descendants(root, Look::Thorough).unwrap();
+        let tree = descendants(root, ProcScan::Thorough).unwrap();
         for stat in tree.iter().rev() {
             signal(stat.id, libc::SIGKILL).unwrap();
         }

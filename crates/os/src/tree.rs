@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use std::io;
 use std::time::{Duration, Instant};
 
-use super::process::{self, Look, ProcessId, RunState};
+use super::process::{self, ProcScan, ProcessId, RunState};
 
 /// Why a tree could not be stopped or killed.
 #[derive(Debug, thiserror::Error)]
@@ -67,13 +67,13 @@ pub struct StopWork {
     stopped: Vec<ProcessId>,
     known: HashSet<ProcessId>,
     quiet_passes: u8,
-    look: Look,
+    look: ProcScan,
 }
 
 impl StopWork {
     /// Prepares to stop everything below `root`.
     pub fn new(root: i32) -> Self {
-        Self { root, stopped: Vec::new(), known: HashSet::new(), quiet_passes: 0, look: Look::Quick }
+        Self { root, stopped: Vec::new(), known: HashSet::new(), quiet_passes: 0, look: ProcScan::Quick }
     }
 
     /// Goes on for some milliseconds. Processes in `skip` are left alone (somebody else froze them).
@@ -105,7 +105,7 @@ impl StopWork {
             match stat.state() {
                 RunState::Live => {}
                 // Its first thread obeyed; the others are on their way.
-                RunState::Stopped if self.look == Look::Thorough && stat.threads > 1 => {
+                RunState::Stopped if self.look == ProcScan::Thorough && stat.threads > 1 => {
                     let stand = process::all_threads_stand(stat.id.pid)
                         .map_err(|source| TreeError::Unreadable { root: self.root, source })?;
                     moving += usize::from(!stand);
@@ -127,11 +127,11 @@ impl StopWork {
         }
         // While things move a quick look reaches the most; only a thorough one may call it quiet.
         match (moving, self.look) {
-            (0, Look::Thorough) => self.quiet_passes += 1,
-            (0, Look::Quick) => self.look = Look::Thorough,
-            (_, Look::Quick | Look::Thorough) => {
+            (0, ProcScan::Thorough) => self.quiet_passes += 1,
+            (0, ProcScan::Quick) => self.look = ProcScan::Thorough,
+            (_, ProcScan::Quick | ProcScan::Thorough) => {
                 self.quiet_passes = 0;
-                self.look = Look::Quick;
+                self.look = ProcScan::Quick;
             }
         }
         Ok(moving)
@@ -186,10 +186,10 @@ impl KillWork {
             }
         }
         let unreadable = |source| TreeError::Unreadable { root: self.root, source };
-        let mut found = process::descendants(self.root, Look::Quick).map_err(unreadable)?;
+        let mut found = process::descendants(self.root, ProcScan::Quick).map_err(unreadable)?;
         found.retain(|stat| stat.state() != RunState::Dead);
         if found.is_empty() {
-            found = process::descendants(self.root, Look::Thorough).map_err(unreadable)?;
+            found = process::descendants(self.root, ProcScan::Thorough).map_err(unreadable)?;
             found.retain(|stat| stat.state() != RunState::Dead);
         }
         let mut denied = None;

@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 
 use super::cgroup::Group;
-use super::process::{self, Look};
+use super::process::{self, ProcScan};
 use super::procfs;
 
 /// What one tree has used and uses.
@@ -54,7 +54,7 @@ pub fn of_tree(group: Option<&Path>, shim: i32) -> io::Result<TreeUsage> {
     if let Some(found) = group.and_then(of_group) {
         return Ok(found);
     }
-    let members: Vec<i32> = process::descendants(shim, Look::Quick)?.into_iter().map(|stat| stat.id.pid).collect();
+    let members: Vec<i32> = process::descendants(shim, ProcScan::Quick)?.into_iter().map(|stat| stat.id.pid).collect();
     let mut usage = sum(&members);
     // Orphans of the tree are waited for by the shim, so what they used is counted there.
     if let Some(shim) = ProcessUsage::read(shim) {

@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use fermata_os::cgroup::Watch;
-use fermata_os::process::{self, Look, ProcessId, Ran, RunState};
+use fermata_os::process::{self, ProcScan, ProcessId, Ran, RunState};
 
 /// How often to look under a lease: a pause is under way and wants to know soon.
 const LEASED_PACE: Duration = Duration::from_millis(100);
@@ -39,7 +39,7 @@ struct Watched {
 
 /// What a look has shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Seen {
+pub enum GuardReading {
     /// Nobody has run.
     Still,
     /// So many processes have run; 0 for a group that was thawed as a whole.
@@ -52,7 +52,7 @@ pub struct Guard {
     group: Option<Watch>,
     watched: Vec<Watched>,
     /// Whether SIGCHLD tells of every continuation, because all are children of the shim.
-    told: bool,
+    notified: bool,
     since: Instant,
     next: Instant,
     pace: Duration,
@@ -62,16 +62,16 @@ impl Guard {
     /// Begins to watch over a tree that has just come to a standstill; `inside` is held by the
     /// group, all other descendants of `root` by signals.
     pub fn new(root: i32, group: Option<Watch>, inside: &HashSet<i32>, now: Instant) -> Self {
-        let mut told = true;
+        let mut notified = true;
         let mut watched = Vec::new();
-        for stat in process::descendants(root, Look::Quick).unwrap_or_default() {
+        for stat in process::descendants(root, ProcScan::Quick).unwrap_or_default() {
             if stat.state() == RunState::Dead || inside.contains(&stat.id.pid) {
                 continue;
             }
-            told &= stat.ppid == root;
+            notified &= stat.ppid == root;
             watched.push(Watched { id: stat.id, ran: process::ran(stat.id.pid).ok().flatten() });
         }
-        Self { group, watched, told, since: now, next: now + LEASED_PACE, pace: FIRST_PACE }
+        Self { group, watched, notified, since: now, next: now + LEASED_PACE, pace: FIRST_PACE }
     }
 
     /// What tells that the group was thawed, to be polled for POLLPRI.
@@ -81,11 +81,11 @@ impl Guard {
 
     /// When to look again; never, where every change is told.
     pub fn next(&self) -> Option<Instant> {
-        (!self.told).then_some(self.next)
+        (!self.notified).then_some(self.next)
     }
 
     /// Looks at once at the next tick: somebody of the tree has changed.
-    pub fn suspect(&mut self, now: Instant) {
+    pub fn check_soon(&mut self, now: Instant) {
         self.next = now;
     }
 
@@ -101,7 +101,7 @@ impl Guard {
     }
 
     /// Looks at everybody. A tree that is `held` is looked at more and more rarely.
-    pub fn look(&mut self, held: bool, now: Instant) -> Seen {
+    pub fn check(&mut self, held: bool, now: Instant) -> GuardReading {
         self.next = now + if held { self.pace } else { LEASED_PACE };
         if held {
             self.pace = (self.pace * 2).min(LAST_PACE);
@@ -109,12 +109,12 @@ impl Guard {
         let thawed = self.is_thawed();
         let settling = now.saturating_duration_since(self.since) < SETTLING;
         let mut count = 0;
-        let told = self.told;
+        let notified = self.notified;
         self.watched.retain_mut(|one| {
             let ran = process::ran(one.id.pid).ok().flatten();
             // Where changes are told there is no later scan to find a process that was continued and has not got a
             // processor yet.
-            if ran.is_some() && ran == one.ran && !(told && is_live(one.id)) {
+            if ran.is_some() && ran == one.ran && !(notified && is_live(one.id)) {
                 return true;
             }
             match process::stat_of(one.id) {
@@ -138,7 +138,7 @@ impl Guard {
             }
             true
         });
-        if thawed || count > 0 { Seen::Ran(count) } else { Seen::Still }
+        if thawed || count > 0 { GuardReading::Ran(count) } else { GuardReading::Still }
     }
 }
 
@@ -181,7 +181,7 @@ mod tests {
         let now = Instant::now();
         let watched = vec![Watched { id: looper.1, ran: process::ran(looper.1.pid).unwrap() }];
         let since = now.checked_sub(SETTLING).unwrap();
-        Guard { group: None, watched, told: false, since, next: now, pace: FIRST_PACE }
+        Guard { group: None, watched, notified: false, since, next: now, pace: FIRST_PACE }
     }
 
     #[test]
@@ -190,14 +190,14 @@ mod tests {
         // It may be on its way off the processor for a moment.
         std::thread::sleep(SETTLING);
         let mut guard = guard(&looper);
-        assert_eq!(guard.look(true, Instant::now()), Seen::Still);
+        assert_eq!(guard.check(true, Instant::now()), GuardReading::Still);
         let before = process::ran(looper.1.pid).unwrap();
         process::signal(looper.1, libc::SIGCONT).unwrap();
         while process::ran(looper.1.pid).unwrap() == before {
             std::thread::yield_now();
         }
         looper.stop();
-        assert_eq!(guard.look(true, Instant::now()), Seen::Ran(1));
+        assert_eq!(guard.check(true, Instant::now()), GuardReading::Ran(1));
     }
 
     #[test]
@@ -211,8 +211,8 @@ mod tests {
         }
         let now = Instant::now();
         let watched = vec![Watched { id, ran: process::ran(id.pid).unwrap() }];
-        let mut guard = Guard { group: None, watched, told: true, since: now, next: now, pace: FIRST_PACE };
-        assert_eq!(guard.look(false, now), Seen::Ran(1));
+        let mut guard = Guard { group: None, watched, notified: true, since: now, next: now, pace: FIRST_PACE };
+        assert_eq!(guard.check(false, now), GuardReading::Ran(1));
         child.kill().unwrap();
         child.wait().unwrap();
     }
@@ -226,9 +226,9 @@ mod tests {
         while process::is_alive(looper.1).unwrap() {
             std::thread::yield_now();
         }
-        assert_eq!(guard.look(true, Instant::now()), Seen::Still);
+        assert_eq!(guard.check(true, Instant::now()), GuardReading::Still);
         looper.0.wait().unwrap();
-        assert_eq!(guard.look(true, Instant::now()), Seen::Still);
+        assert_eq!(guard.check(true, Instant::now()), GuardReading::Still);
     }
 
     #[test]
@@ -238,11 +238,11 @@ mod tests {
         let now = Instant::now();
         let mut paces = Vec::new();
         for _ in 0..5 {
-            guard.look(true, now);
+            guard.check(true, now);
             paces.push((guard.next - now).as_millis());
         }
         assert_eq!(paces, [250, 500, 1000, 2000, 2000]);
-        guard.look(false, now);
+        guard.check(false, now);
         assert_eq!(guard.next - now, LEASED_PACE);
     }
 }

@@ -24,7 +24,7 @@ const CALM: u32 = 64;
 
 /// What came of one read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Taken {
+pub enum IntakeResult {
     /// So many bytes.
     Bytes(usize),
     /// Nothing now.
@@ -48,7 +48,7 @@ impl Default for Intake {
 
 impl Intake {
     /// Reads once; at the end of the stream the pipe is closed.
-    pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> Taken {
+    pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> IntakeResult {
         self.read_and_show(pipe, stream, log, |_| {})
     }
 
@@ -59,8 +59,8 @@ impl Intake {
         stream: Stream,
         log: &mut LogSink,
         show: impl FnOnce(&[u8]),
-    ) -> Taken {
-        let Some(file) = pipe else { return Taken::End };
+    ) -> IntakeResult {
+        let Some(file) = pipe else { return IntakeResult::End };
         let read = match file.read(&mut self.buffer) {
             // The end of a terminal (pty(7)).
             Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(0),
@@ -70,34 +70,34 @@ impl Intake {
             Ok(0) => {
                 log.end(stream, clock::unix_ns());
                 *pipe = None;
-                Taken::End
+                IntakeResult::End
             }
             Ok(count) => {
                 log.push(stream, &self.buffer[..count], clock::unix_ns());
                 show(&self.buffer[..count]);
                 self.adapt(count, file);
-                Taken::Bytes(count)
+                IntakeResult::Bytes(count)
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                Taken::Nothing
+                IntakeResult::Nothing
             }
             Err(error) => {
                 eprintln!("fermata-shim: failed to read {}: {error}", stream.word());
                 log.end(stream, clock::unix_ns());
                 *pipe = None;
-                Taken::End
+                IntakeResult::End
             }
         }
     }
 
     /// Reads what is there now, as far as one or two reads reach: two streams then come in the order
     /// in which they were written, as far as anybody can tell.
-    pub fn take(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> Taken {
+    pub fn take(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> IntakeResult {
         let room = self.buffer.len();
         match self.read(pipe, stream, log) {
-            Taken::Bytes(count) if count == room => {
+            IntakeResult::Bytes(count) if count == room => {
                 self.read(pipe, stream, log);
-                Taken::Bytes(count)
+                IntakeResult::Bytes(count)
             }
             other => other,
         }
@@ -108,8 +108,8 @@ impl Intake {
         let mut taken = 0;
         while taken < limit {
             match self.read(pipe, stream, log) {
-                Taken::Bytes(count) => taken += count,
-                Taken::Nothing | Taken::End => break,
+                IntakeResult::Bytes(count) => taken += count,
+                IntakeResult::Nothing | IntakeResult::End => break,
             }
         }
     }

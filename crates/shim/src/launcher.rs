@@ -19,10 +19,10 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
 use serde::{Deserialize, Serialize};
 
-use super::hold::{Hold, failed_to};
-use super::keeper;
+use super::freeze::{FreezeController, failed_to};
 use super::log::LogWriter;
-use super::log_sink::{Kept, LogSink};
+use super::log_sink::{LogSink, LogWriterLink};
+use super::log_writer_process;
 use super::raw::Raw;
 use super::record::RunRecord;
 use super::spec::{HookSpec, LaunchSpec, RUN_ID_VARIABLE, files};
@@ -125,7 +125,7 @@ pub fn main(run_dir: &Path) -> i32 {
         Err(error) => failed(Failure::new(LaunchCode::BadSpec, &error)),
         Ok(spec) => match fork_shim(spec) {
             Ok(Some(line)) => line,
-            // This is the shim or the keeper, and the agent has ended.
+            // This is the shim or the log writer process, and the agent has ended.
             Ok(None) => return 0,
             Err(error) => failed(Failure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
         },
@@ -144,49 +144,49 @@ fn failed(failure: Failure) -> LaunchReport {
     LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
 }
 
-/// Which process this is after a keeper may have been forked.
+/// Which process this is after a log writer process may have been forked.
 enum Forked {
-    /// The launcher, with the shim's end of the keeper's socket.
+    /// The launcher, with the shim's end of the log writer process's socket.
     Launcher(Option<OwnedFd>),
-    /// The keeper, which has nothing more to do.
-    Keeper,
+    /// The log writer process, which has nothing more to do.
+    LogWriter,
 }
 
-/// Forks the keeper of the log, where there is to be one.
-fn fork_keeper(spec: &LaunchSpec) -> io::Result<Forked> {
+/// Forks the log writer process, where there is to be one.
+fn fork_log_writer(spec: &LaunchSpec) -> io::Result<Forked> {
     if spec.output == OutputPolicy::Block {
         return Ok(Forked::Launcher(None));
     }
     let logs = spec.file(files::LOGS);
     make_private_dir(&logs)?;
-    let (ours, theirs) = keeper::pair()?;
+    let (ours, theirs) = log_writer_process::pair()?;
     match spawn::fork_single_threaded()? {
         ForkResult::Parent { .. } => Ok(Forked::Launcher(Some(ours))),
         ForkResult::Child => {
             // Else it would never see the end of the shim.
             drop(ours);
             match detach(spec) {
-                Ok(()) => keeper::run(&theirs, &logs, spec.log),
+                Ok(()) => log_writer_process::run(&theirs, &logs, spec.log),
                 Err(failure) => eprintln!("fermata-shim: {}", failure.message),
             }
-            Ok(Forked::Keeper)
+            Ok(Forked::LogWriter)
         }
     }
 }
 
-/// Forks the shim and waits for its report; in the shim and in the keeper returns `None` after the
+/// Forks the shim and waits for its report; in the shim and in the log writer process returns `None` after the
 /// agent's end.
 fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
-    let Forked::Launcher(keeper) = fork_keeper(&spec)? else { return Ok(None) };
+    let Forked::Launcher(log_writer) = fork_log_writer(&spec)? else { return Ok(None) };
     let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
     match spawn::fork_single_threaded()? {
         ForkResult::Child => {
             drop(report_in);
-            shim(spec, report_out, keeper);
+            shim(spec, report_out, log_writer);
             Ok(None)
         }
         ForkResult::Parent { .. } => {
-            drop((report_out, keeper));
+            drop((report_out, log_writer));
             let mut line = Vec::new();
             File::from(report_in).read_to_end(&mut line)?;
             Ok(Some(serde_json::from_slice(&line).unwrap_or_else(|_| {
@@ -199,8 +199,8 @@ fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
     }
 }
 
-fn shim(spec: LaunchSpec, report_out: OwnedFd, keeper: Option<OwnedFd>) {
-    let (report, parts) = match launch(spec, keeper) {
+fn shim(spec: LaunchSpec, report_out: OwnedFd, log_writer: Option<OwnedFd>) {
+    let (report, parts) = match launch(spec, log_writer) {
         Ok((record, parts)) => {
             let RunRecord { shim, agent, mechanism, why, .. } = record;
             (LaunchReport::Running { ok: true, shim, agent, mechanism, why }, Some(parts))
@@ -217,7 +217,7 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd, keeper: Option<OwnedFd>) {
 }
 
 /// Makes this process a shim and starts the agent.
-fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
+fn launch(spec: LaunchSpec, log_writer: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
     detach(&spec)?;
     let children = signals::shim_signal_fd().map_err(Failure::io(
         LaunchCode::SpawnFailed,
@@ -226,8 +226,8 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
     ))?;
     let logs = spec.file(files::LOGS);
     make_private_dir(&logs).map_err(Failure::io(LaunchCode::RunDirFailed, "create", &logs))?;
-    let log = match keeper {
-        Some(socket) => LogSink::Kept(Kept::new(socket, &logs, spec.log)),
+    let log = match log_writer {
+        Some(socket) => LogSink::Process(LogWriterLink::new(socket, &logs, spec.log)),
         None => {
             let log = LogWriter::open(&logs, spec.log);
             LogSink::Direct(log.map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?)
@@ -252,7 +252,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         Freezer::Cgroup(group) => (FreezerKind::Cgroup, None, Some(group.path().to_path_buf())),
         Freezer::Signals { why } => (FreezerKind::Signals, Some(why.clone()), None),
     };
-    let hold = Hold::new(shim.pid, agent, freezer);
+    let freeze = FreezeController::new(shim.pid, agent, freezer);
     let record = RunRecord {
         run_id: spec.run_id.clone(),
         shim,
@@ -269,7 +269,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
     if let Err(failure) = write_record(&spec, &record) {
         // An agent that no daemon could ever find again must not run.
         process::signal(agent, libc::SIGKILL).ok();
-        if let Some(group) = hold.group() {
+        if let Some(group) = freeze.group() {
             group.kill().ok();
             group.wait_empty(Duration::from_secs(1)).ok();
             group.remove(Duration::from_secs(1)).ok();
@@ -278,7 +278,7 @@ fn launch(spec: LaunchSpec, keeper: Option<OwnedFd>) -> Result<(RunRecord, Box<P
         return Err(undo_socket(failure));
     }
     let parts =
-        Parts { spec, shim, agent, hold, log, reserve, ended, children, listener, stdout, stderr, terminal, prelude };
+        Parts { spec, shim, agent, freeze, log, reserve, ended, children, listener, stdout, stderr, terminal, prelude };
     Ok((record, Box::new(parts)))
 }
 

@@ -4,7 +4,7 @@
 //! fermatad ── runs ──> launcher ── forks ──> shim (own session, subreaper) ── forks ──> agent
 //!    │                  prints one line,       │  socket: wire.rs                (own group,
 //!    │                  ends                   │  logs:   log.rs                  same session)
-//!    └── launch.rs, link.rs, reach.rs, lost.rs ┘  run.json, exit.json: record.rs
+//!    └── launch.rs, link.rs, reconnect.rs, lost.rs ┘  run.json, exit.json: record.rs
 //! ```
 //!
 //! The daemon is never the shim's parent, so a fresh start and an adoption after a daemon restart
@@ -12,22 +12,22 @@
 //!
 //! The shim is synchronous and has one thread. It must not die before its agent, must not wait for
 //! a peer, and decides nothing about projects: it does what the daemon says and falls back to
-//! "let the agent run" when the daemon falls silent (see `hold.rs` for the lease).
+//! "let the agent run" when the daemon falls silent (see `freeze.rs` for the lease).
 
 pub mod connection;
+pub mod freeze;
 pub mod guard;
-pub mod hold;
 pub mod intake;
-pub mod keeper;
 pub mod launcher;
 pub mod log;
 pub mod log_entry;
 pub mod log_line;
 pub mod log_reader;
+pub mod log_recovery;
 pub mod log_sink;
+pub mod log_writer_process;
 pub mod raw;
 pub mod record;
-pub mod salvage;
 pub mod spec;
 pub mod supervise;
 pub mod terminal;

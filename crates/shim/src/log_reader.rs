@@ -128,8 +128,8 @@ impl OpenLog {
     }
 
     /// Goes from the end of the file back; `None` where what is there was torn.
-    fn back(&self, end: u64, wanted: usize) -> io::Result<Option<Found>> {
-        let mut found = Found { offset: end, lines: 0 };
+    fn back(&self, end: u64, wanted: usize) -> io::Result<Option<TailStart>> {
+        let mut found = TailStart { offset: end, lines: 0 };
         let mut window = Window::default();
         while found.offset > 0 && found.lines < wanted {
             let Some(line) = window.line_before(&self.file, found.offset)? else { return Ok(None) };
@@ -156,7 +156,7 @@ impl OpenLog {
     }
 
     /// Reads the whole file and remembers where the last entries begin.
-    fn forth(&self, end: u64, wanted: usize) -> io::Result<Found> {
+    fn forth(&self, end: u64, wanted: usize) -> io::Result<TailStart> {
         let mut entries: VecDeque<(u64, usize)> = VecDeque::new();
         let (mut offset, mut lines) = (0, 0);
         let mut chunk = vec![0; CHUNK];
@@ -183,13 +183,13 @@ impl OpenLog {
             }
             offset += at as u64;
         }
-        Ok(Found { offset: entries.front().map_or(offset, |(offset, _)| *offset), lines })
+        Ok(TailStart { offset: entries.front().map_or(offset, |(offset, _)| *offset), lines })
     }
 }
 
 /// Where a search from the end has come.
 #[derive(Debug, Clone, Copy)]
-struct Found {
+struct TailStart {
     offset: u64,
     lines: usize,
 }

@@ -1,7 +1,7 @@
-//! Where the shim puts an agent's output: into the log itself, or to a keeper beside it.
+//! Where the shim puts an agent's output: into the log itself, or to a log writer process beside it.
 //!
 //! Writing to a file can take as long as the disk likes, and an agent whose pipe is full waits. That
-//! is the usual policy (`block`). With `drop` a process of its own writes (`keeper.rs`), and what it
+//! is the usual policy (`block`). With `drop` a process of its own writes (`log_writer_process.rs`), and what it
 //! does not take at once is dropped, counted and noted: then no disk ever holds an agent up.
 
 use std::io::{self, IoSlice};
@@ -20,11 +20,11 @@ use super::spec::LogLimits;
 
 /// The longest piece of output in one message, in bytes; less than any kernel's socket buffer.
 pub(super) const PIECE: usize = 64 * 1024;
-/// How long the keeper may take at the agent's end for what it has been given. The shim answers nobody
+/// How long the log writer process may take at the agent's end for what it has been given. The shim answers nobody
 /// meanwhile: less than a daemon has patience with one that is silent (`shim_patience_ms`).
 const FINISH_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a message to the keeper is about; its first byte. A time follows, then the rest.
+/// What a message to the log writer process is about; its first byte. A time follows, then the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Kind {
@@ -50,8 +50,8 @@ impl Kind {
 pub enum LogSink {
     /// The shim writes.
     Direct(LogWriter),
-    /// A keeper writes.
-    Kept(Kept),
+    /// The log writer process writes.
+    Process(LogWriterLink),
 }
 
 impl LogSink {
@@ -59,12 +59,12 @@ impl LogSink {
     pub fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) {
         let taken = match self {
             Self::Direct(log) => return log.push(stream, chunk, now_ns),
-            Self::Kept(kept) => kept.push(stream, chunk, now_ns),
+            Self::Process(process) => process.push(stream, chunk, now_ns),
         };
         self.take_over(now_ns);
         match self {
             Self::Direct(log) => log.push(stream, &chunk[taken..], now_ns),
-            Self::Kept(kept) => kept.lose(&chunk[taken..], now_ns),
+            Self::Process(process) => process.lose(&chunk[taken..], now_ns),
         }
     }
 
@@ -72,7 +72,7 @@ impl LogSink {
     pub fn end(&mut self, stream: Stream, now_ns: i64) {
         match self {
             Self::Direct(log) => return log.end(stream, now_ns),
-            Self::Kept(kept) => kept.post(end_of(stream), now_ns, &[]),
+            Self::Process(process) => process.post(end_of(stream), now_ns, &[]),
         }
         self.take_over(now_ns);
     }
@@ -81,7 +81,9 @@ impl LogSink {
     pub fn say(&mut self, stream: Stream, text: &[u8], now_ns: i64) {
         match self {
             Self::Direct(log) => return log.say(stream, text, now_ns),
-            Self::Kept(kept) => kept.post(if stream == Stream::Gap { Kind::Gap } else { Kind::Note }, now_ns, text),
+            Self::Process(process) => {
+                process.post(if stream == Stream::Gap { Kind::Gap } else { Kind::Note }, now_ns, text)
+            }
         }
         self.take_over(now_ns);
     }
@@ -90,7 +92,7 @@ impl LogSink {
     pub fn flush(&mut self, now_ns: i64) {
         match self {
             Self::Direct(log) => return log.flush(now_ns),
-            Self::Kept(kept) => kept.send_backlog(),
+            Self::Process(process) => process.send_backlog(),
         }
         self.take_over(now_ns);
     }
@@ -99,14 +101,14 @@ impl LogSink {
     pub fn lost(&self) -> u64 {
         match self {
             Self::Direct(log) => log.lost(),
-            Self::Kept(kept) => kept.lost,
+            Self::Process(process) => process.lost,
         }
     }
 
-    /// Writes what is left and waits until the disk has it; a keeper has its time for that.
+    /// Writes what is left and waits until the disk has it; a log writer process has its time for that.
     pub fn finish(&mut self, now_ns: i64) {
-        if let Self::Kept(kept) = self {
-            kept.finish(now_ns);
+        if let Self::Process(process) = self {
+            process.finish(now_ns);
         }
         self.take_over(now_ns);
         if let Self::Direct(log) = self {
@@ -114,25 +116,25 @@ impl LogSink {
         }
     }
 
-    /// Writes itself once the keeper is gone: somebody has killed it.
+    /// Writes itself once the log writer process is gone: somebody has killed it.
     fn take_over(&mut self, now_ns: i64) {
-        let Self::Kept(kept) = self else { return };
-        if !kept.gone {
+        let Self::Process(process) = self else { return };
+        if !process.gone {
             return;
         }
-        match LogWriter::open(&kept.dir, kept.limits) {
+        match LogWriter::open(&process.dir, process.limits) {
             Ok(mut log) => {
-                log.count_lost(kept.lost);
+                log.count_lost(process.lost);
                 let text = "the process that wrote this log was killed; what it had not written yet is lost";
                 log.say(Stream::Gap, text.as_bytes(), now_ns);
-                for message in &kept.backlog {
+                for message in &process.backlog {
                     // Made by this very process.
                     let Ok((kind, at_ns, rest)) = parse(message) else { continue };
                     apply(&mut log, kind, at_ns, rest);
                 }
                 // Lost behind what waits there, see `post`.
-                if kept.unreported.bytes > 0 {
-                    log.say(Stream::Gap, &kept.unreported.sentence(TOO_FAST), now_ns);
+                if process.unreported.bytes > 0 {
+                    log.say(Stream::Gap, &process.unreported.sentence(TOO_FAST), now_ns);
                 }
                 *self = Self::Direct(log);
             }
@@ -147,9 +149,9 @@ fn end_of(stream: Stream) -> Kind {
     if stream == Stream::Stderr { Kind::EndOfStderr } else { Kind::EndOfStdout }
 }
 
-/// The shim's side of a keeper.
+/// The shim's side of a log writer process.
 #[derive(Debug)]
-pub struct Kept {
+pub struct LogWriterLink {
     socket: OwnedFd,
     dir: PathBuf,
     limits: LogLimits,
@@ -160,14 +162,14 @@ pub struct Kept {
     gone: bool,
 }
 
-impl Kept {
-    /// Takes the shim's end of the keeper's socket.
+impl LogWriterLink {
+    /// Takes the shim's end of the log writer process's socket.
     pub fn new(socket: OwnedFd, dir: &Path, limits: LogLimits) -> Self {
         let dir = dir.to_path_buf();
         Self { socket, dir, limits, backlog: Vec::new(), unreported: Loss::default(), lost: 0, gone: false }
     }
 
-    /// Returns how much was sent or dropped: all of it, unless the keeper is gone.
+    /// Returns how much was sent or dropped: all of it, unless the log writer process is gone.
     fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) -> usize {
         let kind = if stream == Stream::Stderr { Kind::Stderr } else { Kind::Stdout };
         let mut taken = 0;
@@ -249,7 +251,7 @@ impl Kept {
                 Err(Errno::EAGAIN | Errno::ENOBUFS | Errno::ENOMEM) => return false,
                 Err(errno) => {
                     if !*gone {
-                        eprintln!("fermata-shim: the keeper of the log is gone: {errno}");
+                        eprintln!("fermata-shim: the log writer process is gone: {errno}");
                     }
                     *gone = true;
                     return false;
@@ -268,7 +270,7 @@ impl Kept {
         let mut answer = [0; 8];
         while !self.gone {
             if !self.wait(PollFlags::POLLIN, until) {
-                eprintln!("fermata-shim: the log is not complete: its keeper did not end in time");
+                eprintln!("fermata-shim: the log is not complete: its log writer process did not end in time");
                 return;
             }
             match recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT) {
@@ -337,7 +339,7 @@ pub(super) fn parse(message: &[u8]) -> io::Result<(Kind, i64, &[u8])> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::keeper;
+    use super::super::log_writer_process;
     use super::*;
 
     fn receive(socket: &OwnedFd) -> Option<Kind> {
@@ -348,29 +350,29 @@ mod tests {
 
     #[test]
     fn a_gap_comes_before_what_follows_it_and_also_at_the_very_end() {
-        let (ours, theirs) = keeper::pair().unwrap();
+        let (ours, theirs) = log_writer_process::pair().unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let mut kept = Kept::new(ours, dir.path(), LogLimits::default());
+        let mut process = LogWriterLink::new(ours, dir.path(), LogLimits::default());
         let piece = vec![b'x'; PIECE];
-        while kept.lost == 0 {
-            kept.push(Stream::Stdout, &piece, 1);
+        while process.lost == 0 {
+            process.push(Stream::Stdout, &piece, 1);
         }
         // Nothing has room, and then only some of it has.
-        kept.post(Kind::Note, 2, b"a note");
-        kept.push(Stream::Stdout, b"lost too", 3);
+        process.post(Kind::Note, 2, b"a note");
+        process.push(Stream::Stdout, b"lost too", 3);
         let mut told = Vec::new();
         told.extend(receive(&theirs));
-        kept.push(Stream::Stderr, b"this may fit", 4);
-        kept.post(Kind::Finish, 5, &[]);
+        process.push(Stream::Stderr, b"this may fit", 4);
+        process.post(Kind::Finish, 5, &[]);
         while let Some(kind) = receive(&theirs) {
             told.push(kind);
-            kept.send_backlog();
+            process.send_backlog();
         }
         let rest: Vec<Kind> = told.into_iter().skip_while(|kind| *kind == Kind::Stdout).collect();
         assert_eq!(rest[..2], [Kind::Gap, Kind::Note], "{rest:?}");
         let written = rest.contains(&Kind::Stderr);
         let end: &[Kind] = if written { &[Kind::Gap, Kind::Stderr, Kind::Finish] } else { &[Kind::Gap, Kind::Finish] };
         assert_eq!(&rest[2..], end, "{rest:?}");
-        assert!(kept.backlog.is_empty() && kept.unreported.bytes == 0);
+        assert!(process.backlog.is_empty() && process.unreported.bytes == 0);
     }
 }

@@ -127,7 +127,7 @@ pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
 }
 
 /// Reads how a run ended whose shim was lost while a command ran after it, or while it waited for the
-/// keeper of its log; `None` when it was lost earlier, or never.
+/// log writer process; `None` when it was lost earlier, or never.
 pub fn read_cut_short(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     let record: Option<ExitRecord> = read(&run_dir.join(files::ENDED))?;
     // A spec that cannot be understood is most likely of an older shim, which wrote this only then.

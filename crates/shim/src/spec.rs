@@ -29,7 +29,7 @@ pub mod files {
     pub const RUN: &str = "run.json";
     /// How it ended.
     pub const EXIT: &str = "exit.json";
-    /// How it ended, while a command still runs after it or the keeper of its log writes; replaced by
+    /// How it ended, while a command still runs after it or the log writer process writes; replaced by
     /// [`EXIT`].
     pub const ENDED: &str = "ended.json";
     /// Written by a daemon that gives a launch up which has not come as far as [`RUN`]. Either the

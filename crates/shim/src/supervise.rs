@@ -29,7 +29,7 @@ use serde_json::Value;
 use self::hooks::{AfterStop, Beginning, Flow};
 use self::killing::Killing;
 use super::connection::{Connection, ConnectionId};
-use super::hold::{Answer, Caller, Hold, News, Refused, failed_to};
+use super::freeze::{Answer, Caller, FreezeController, FreezeEvent, Refused, failed_to};
 use super::intake::Intake;
 use super::log_sink::LogSink;
 use super::record::ExitRecord;
@@ -95,7 +95,7 @@ pub struct Supervisor {
     spec: LaunchSpec,
     shim: ProcessId,
     agent: ProcessId,
-    hold: Hold,
+    freeze: FreezeController,
     life: Life,
     log: LogSink,
     intake: Intake,
@@ -126,7 +126,7 @@ pub struct Parts {
     /// The main process.
     pub agent: ProcessId,
     /// How to freeze it.
-    pub hold: Hold,
+    pub freeze: FreezeController,
     /// Where its output goes.
     pub log: LogSink,
     /// Where its exit will be recorded.
@@ -154,7 +154,7 @@ impl Supervisor {
             spec,
             shim,
             agent,
-            hold,
+            freeze,
             log,
             reserve,
             ended,
@@ -171,7 +171,7 @@ impl Supervisor {
             socket_file,
             shim,
             agent,
-            hold,
+            freeze,
             life: Life::Running,
             log,
             intake: Intake::default(),
@@ -210,7 +210,7 @@ impl Supervisor {
                 }
             }
             let now = Instant::now();
-            let news = self.hold.tick(now);
+            let news = self.freeze.tick(now);
             self.tell(news);
             self.watch_beginning(now);
             self.go_on(now);
@@ -255,7 +255,7 @@ impl Supervisor {
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
         sources.push(Source::Listener);
-        if let Some(watch) = self.hold.watch() {
+        if let Some(watch) = self.freeze.watch() {
             fds.push(PollFd::new(watch.as_fd(), PollFlags::POLLPRI));
             sources.push(Source::Freeze);
         }
@@ -283,7 +283,7 @@ impl Supervisor {
             Life::Recording { next, .. } => Some(*next),
             Life::Over { .. } => Some(now),
         };
-        match life.into_iter().chain(self.hold.next_tick(now)).chain(self.beginning_due(now)).min() {
+        match life.into_iter().chain(self.freeze.next_tick(now)).chain(self.beginning_due(now)).min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 let left = at.saturating_duration_since(now);
@@ -311,7 +311,7 @@ impl Supervisor {
                 }
             };
             if matches!(change, Change::Stopped(_) | Change::Continued) {
-                self.hold.suspect(Instant::now());
+                self.freeze.check_soon(Instant::now());
             }
             let is_agent = pid == self.agent.pid && !self.has_ended();
             if !is_agent {
@@ -324,11 +324,11 @@ impl Supervisor {
                 Change::Signaled { signal, core_dumped } => {
                     self.agent_ended(None, Some(signal), core_dumped);
                 }
-                Change::Stopped(signal) if self.hold.is_idle() && matches!(self.life, Life::Running) => {
+                Change::Stopped(signal) if self.freeze.is_idle() && matches!(self.life, Life::Running) => {
                     self.stopped_by_others = true;
                     self.broadcast(ShimEvent::Stopped { signal });
                 }
-                Change::Continued if self.stopped_by_others && self.hold.is_idle() => {
+                Change::Continued if self.stopped_by_others && self.freeze.is_idle() => {
                     self.stopped_by_others = false;
                     self.broadcast(ShimEvent::Continued {});
                 }
@@ -369,7 +369,7 @@ impl Supervisor {
         self.watch_beginning(now);
         self.beginning = None;
         let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
-        let news = self.hold.abandon(true, now);
+        let news = self.freeze.abandon(true, now);
         self.tell(news);
         let work = match std::mem::replace(&mut self.life, Life::Running) {
             Life::Killing { work } => work,
@@ -387,7 +387,7 @@ impl Supervisor {
     /// Begins to kill everything below. A frozen group stays frozen until all carry their SIGKILL.
     fn kill_tree(&mut self) -> Killing {
         let mut work = KillWork::new(self.shim.pid);
-        if let Some(group) = self.hold.group() {
+        if let Some(group) = self.freeze.group() {
             for pid in group.procs().unwrap_or_default() {
                 if let Ok(Some(id)) = process::identify(pid) {
                     work.note(id);
@@ -410,7 +410,7 @@ impl Supervisor {
         loop {
             self.life = match std::mem::replace(&mut self.life, Life::Running) {
                 Life::Stopping { kill_at } if now >= kill_at => {
-                    let news = self.hold.abandon(false, now);
+                    let news = self.freeze.abandon(false, now);
                     self.tell(news);
                     Life::Killing { work: self.kill_tree() }
                 }
@@ -422,7 +422,7 @@ impl Supervisor {
                 }
                 Life::Clearing { end, mut work, until } => {
                     let below = matches!(work.step(), Some(Progress::Done));
-                    let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
+                    let group = self.freeze.group().is_none_or(|group| !group.populated().unwrap_or(false));
                     if !(below && group) && now < until {
                         self.life = Life::Clearing { end, work, until };
                         return;
@@ -438,7 +438,7 @@ impl Supervisor {
                     }
                     // A slow disk can have taken up the time: nothing of the agent's stays behind.
                     self.drain_output();
-                    let out_of_memory = self.hold.group().map(OutOfMemory::of).unwrap_or_default();
+                    let out_of_memory = self.freeze.group().map(OutOfMemory::of).unwrap_or_default();
                     let record = ExitRecord {
                         run_id: self.spec.run_id.clone(),
                         code: end.code,
@@ -485,7 +485,7 @@ impl Supervisor {
 
     /// The last thing before the exit is recorded.
     fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
-        // The keeper is waited for: a disk that takes nothing must not cost the exit code as well. Where
+        // The log writer process is waited for: a disk that takes nothing must not cost the exit code as well. Where
         // a command has run it is noted already.
         if self.spec.post_stop.is_none()
             && let Some(Err(message)) = self.ended.as_ref().map(|reserve| Self::record(reserve, &record))
@@ -504,7 +504,7 @@ impl Supervisor {
     }
 
     fn remove_group(&self) {
-        if let Some(group) = self.hold.group()
+        if let Some(group) = self.freeze.group()
             && let Err(error) = group.remove(Duration::from_millis(500))
         {
             eprintln!("fermata-shim: {}", failed_to(&error));
@@ -538,12 +538,12 @@ impl Supervisor {
         }
     }
 
-    fn tell(&mut self, news: Vec<News>) {
+    fn tell(&mut self, news: Vec<FreezeEvent>) {
         for item in news {
             match item {
-                News::Answer(caller, answer) => self.answer(caller, answer),
-                News::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
-                News::Broken(broken) => self.broadcast(ShimEvent::FreezeBroken(broken)),
+                FreezeEvent::Answer(caller, answer) => self.answer(caller, answer),
+                FreezeEvent::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
+                FreezeEvent::Broken(broken) => self.broadcast(ShimEvent::FreezeBroken(broken)),
             }
         }
     }

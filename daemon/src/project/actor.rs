@@ -31,7 +31,7 @@ use crate::operations::run::readiness;
 use crate::operations::{Cancel, HistoryCell, Link, StepContext};
 use crate::services::{self, Services};
 use crate::shims::link::ShimLink;
-use crate::shims::reach::Linked;
+use crate::shims::reconnect::Linked;
 use crate::store::commit::{Commit, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};

@@ -22,7 +22,7 @@ use crate::operations::StepContext;
 use crate::operations::run::launch::processes_of;
 use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
-use crate::shims::reach::{self, Linked, Reached};
+use crate::shims::reconnect::{self, Linked, ReconnectOutcome};
 use fermata_os::controllers::OutOfMemory;
 use fermata_os::death::Death;
 use fermata_os::process::{self, RunState};
@@ -141,7 +141,7 @@ impl Watcher {
     /// stopped is continued first.
     async fn is_well(&self, link: &ShimLink) -> bool {
         let started = Instant::now();
-        reach::wake(link.shim());
+        reconnect::wake(link.shim());
         while started.elapsed() < self.patience {
             let left = self.patience.saturating_sub(started.elapsed());
             match tokio::time::timeout(left, link.status()).await {
@@ -204,26 +204,26 @@ impl Watcher {
         let mut troubled = false;
         loop {
             let reached = tokio::select! {
-                reached = reach::reach(&self.run_dir, &self.boot_id, patience) => reached,
+                reached = reconnect::reconnect(&self.run_dir, &self.boot_id, patience) => reached,
                 () = self.stopping.cancelled() => return None,
             };
             let (agent, run) = (self.agent.clone(), self.run.clone());
             match reached {
-                Reached::Linked(linked) => return Some(*linked),
-                Reached::Ended(record) => {
+                ReconnectOutcome::Linked(linked) => return Some(*linked),
+                ReconnectOutcome::Ended(record) => {
                     self.tell_end(&record).await;
                     return None;
                 }
-                Reached::Lost { detail, .. } => {
+                ReconnectOutcome::Lost { detail, .. } => {
                     self.send(Command::RunLost { agent, run, detail, then: AfterEnd::ByPolicy }.into()).await;
                     return None;
                 }
-                Reached::Foreign(detail) => {
+                ReconnectOutcome::Foreign(detail) => {
                     tracing::warn!(%agent, detail, "an agent runs on under a shim that cannot be spoken to");
                     self.send(Command::Unreachable { agent, run, detail }.into()).await;
                     self.wait_for_death().await?;
                 }
-                Reached::Unknown(detail) => {
+                ReconnectOutcome::Unknown(detail) => {
                     // Told once: it is tried again until it is known.
                     if !std::mem::replace(&mut troubled, true) {
                         tracing::error!(%agent, detail, "what became of an agent cannot be seen now; it is tried again");
@@ -355,11 +355,11 @@ pub async fn inspect_run(
             RecoveredRun::Lost { detail: format!("its record cannot be read: {}", error_chain(&error)) }
         }
     };
-    match reach::reach(&run_dir, boot_id, patience).await {
-        Reached::Ended(record) => found(ended(&record)),
-        Reached::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
-        Reached::Linked(linked) => RunInspection { link: Some(*linked), ..found(alive(&run_dir)) },
-        Reached::Foreign(why) | Reached::Unknown(why) => {
+    match reconnect::reconnect(&run_dir, boot_id, patience).await {
+        ReconnectOutcome::Ended(record) => found(ended(&record)),
+        ReconnectOutcome::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
+        ReconnectOutcome::Linked(linked) => RunInspection { link: Some(*linked), ..found(alive(&run_dir)) },
+        ReconnectOutcome::Foreign(why) | ReconnectOutcome::Unknown(why) => {
             RunInspection { unreachable: Some(why), ..found(alive(&run_dir)) }
         }
     }

@@ -91,11 +91,11 @@ pub enum LinkError {
     Answer(#[source] serde_json::Error),
 }
 
-type Outcome = Result<serde_json::Value, LinkError>;
+pub(super) type RequestResult = Result<serde_json::Value, LinkError>;
 
 struct Order {
     request: Request,
-    reply: oneshot::Sender<Outcome>,
+    reply: oneshot::Sender<RequestResult>,
 }
 
 /// A connection to one shim.
@@ -187,7 +187,7 @@ impl ShimLink {
     }
 
     /// Makes the freeze permanent: the pause was committed.
-    pub async fn hold(&self) -> Result<(), LinkError> {
+    pub async fn commit_freeze(&self) -> Result<(), LinkError> {
         self.order(Request::Hold {}).await
     }
 
@@ -316,7 +316,7 @@ enum Wake {
 
 impl Wire {
     async fn run(mut self, mut orders: mpsc::Receiver<Order>, events: mpsc::Sender<ShimEvent>) {
-        let mut open: HashMap<u64, oneshot::Sender<Outcome>> = HashMap::new();
+        let mut open: HashMap<u64, oneshot::Sender<RequestResult>> = HashMap::new();
         let mut next_id = 1;
         loop {
             let wake = tokio::select! {

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fermata_os::cgroup::{CgroupError, Group};
-use fermata_os::process::{self, Look, ProcessId, RunState, Stat};
+use fermata_os::process::{self, ProcScan, ProcessId, RunState, Stat};
 use fermata_protocol::error_chain;
+use fermata_shim::log_recovery::LogRecovery;
 use fermata_shim::record::RunRecord;
-use fermata_shim::salvage::Salvage;
 use fermata_shim::spec::{LaunchSpec, RUN_ID_VARIABLE, SpecError};
 
 /// Why a lost tree could not be ended.
@@ -83,9 +83,9 @@ pub fn end_lost_run(
     boot_id: &str,
     patience: Duration,
 ) -> Result<usize, LostTreeError> {
-    let mut salvage = Salvage::default();
-    let ended = end(run, boot_id, patience, |holders| salvage = Salvage::open(run, holders));
-    match salvage.keep(run_dir) {
+    let mut recovery = LogRecovery::default();
+    let ended = end(run, boot_id, patience, |holders| recovery = LogRecovery::open(run, holders));
+    match recovery.keep(run_dir) {
         Ok(0) => {}
         Ok(bytes) => tracing::info!(run = run.run_id, bytes, "output that a lost shim had not read was kept"),
         Err(error) => tracing::warn!(run = run.run_id, %error, "output that a lost shim had not read is lost"),
@@ -249,7 +249,7 @@ fn members(run: &Sought<'_>) -> io::Result<Vec<Stat>> {
     }
     // Their descendants too, even those that cleaned their environment and left the session.
     for root in found.clone() {
-        for stat in process::descendants(root.id.pid, Look::Quick)? {
+        for stat in process::descendants(root.id.pid, ProcScan::Quick)? {
             if stat.state() != RunState::Dead && known.insert(stat.id) {
                 found.push(stat);
             }

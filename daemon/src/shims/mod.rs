@@ -13,5 +13,5 @@
 pub mod launch;
 pub mod link;
 pub mod lost;
-pub mod reach;
+pub mod reconnect;
 pub mod viewing;

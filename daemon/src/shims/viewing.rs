@@ -15,7 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
 
-use super::link::{ANSWER_PATIENCE, Greeted, Lines, LinkError, greet, write};
+use super::link::{ANSWER_PATIENCE, Greeted, Lines, LinkError, RequestResult, greet, write};
 use fermata_shim::record::ExitRecord;
 use fermata_shim::wire::{Call, FromShim, RefusalCode, Request, ShimEvent, ToShim, Typed, Watching};
 
@@ -24,7 +24,7 @@ const SLOW_ANSWER: Duration = Duration::from_secs(60);
 
 /// What a viewer sees.
 #[derive(Debug)]
-pub enum Seen {
+pub enum ViewingEvent {
     /// What was shown is void; the output that follows draws everything anew.
     Screen(TerminalSize),
     /// What the terminal shows.
@@ -36,15 +36,13 @@ pub enum Seen {
 }
 
 /// What is open: the answers that are waited for, none once the connection has ended.
-type Open = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Outcome>>>>>;
-
-type Outcome = Result<serde_json::Value, LinkError>;
+type Open = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<RequestResult>>>>>;
 
 /// What comes from the shim.
 pub struct Viewing {
     lines: Lines,
     /// What was seen before anybody looked.
-    ahead: VecDeque<Seen>,
+    ahead: VecDeque<ViewingEvent>,
     open: Open,
 }
 
@@ -69,7 +67,7 @@ pub async fn connect(socket: &Path) -> Result<(Viewing, Typing), LinkError> {
     Ok((Viewing { lines: wire.lines, ahead: VecDeque::new(), open: Arc::clone(&open) }, Typing { writer, open }))
 }
 
-fn lock(open: &Open) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Outcome>>>> {
+fn lock(open: &Open) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<RequestResult>>>> {
     open.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -95,22 +93,22 @@ impl Viewing {
             tokio::select! {
                 begun = &mut begin => return begun.map(|watching| watching.size),
                 seen = self.read() => match seen {
-                    Seen::Gone | Seen::Exited(_) => return Err(LinkError::Closed),
-                    seen @ (Seen::Screen(_) | Seen::Output(_)) => self.ahead.push_back(seen),
+                    ViewingEvent::Gone | ViewingEvent::Exited(_) => return Err(LinkError::Closed),
+                    seen @ (ViewingEvent::Screen(_) | ViewingEvent::Output(_)) => self.ahead.push_back(seen),
                 }
             }
         }
     }
 
     /// Waits for what is seen next. Safe to cancel.
-    pub async fn next(&mut self) -> Seen {
+    pub async fn next(&mut self) -> ViewingEvent {
         match self.ahead.pop_front() {
             Some(seen) => seen,
             None => self.read().await,
         }
     }
 
-    async fn read(&mut self) -> Seen {
+    async fn read(&mut self) -> ViewingEvent {
         loop {
             match self.lines.next().await {
                 Ok(Some(FromShim::Reply { id, ok })) => self.answer(id, Ok(ok)),
@@ -121,9 +119,9 @@ impl Viewing {
                     tracing::warn!(?code, message, "the shim refused a line");
                 }
                 Ok(Some(FromShim::Event(event))) => match event {
-                    ShimEvent::Screen(size) => return Seen::Screen(size),
-                    ShimEvent::Output { data } => return Seen::Output(data),
-                    ShimEvent::Exited(record) => return Seen::Exited(*record),
+                    ShimEvent::Screen(size) => return ViewingEvent::Screen(size),
+                    ShimEvent::Output { data } => return ViewingEvent::Output(data),
+                    ShimEvent::Exited(record) => return ViewingEvent::Exited(*record),
                     // The daemon's own link tells the project.
                     ShimEvent::Stopped { .. }
                     | ShimEvent::Continued {}
@@ -131,16 +129,16 @@ impl Viewing {
                     | ShimEvent::FreezeBroken(_) => {}
                 },
                 Ok(Some(FromShim::Hello { .. })) => {}
-                Ok(None) => return Seen::Gone,
+                Ok(None) => return ViewingEvent::Gone,
                 Err(error) => {
                     tracing::warn!(%error, "a viewer's link to a shim broke");
-                    return Seen::Gone;
+                    return ViewingEvent::Gone;
                 }
             }
         }
     }
 
-    fn answer(&self, id: u64, outcome: Outcome) {
+    fn answer(&self, id: u64, outcome: RequestResult) {
         if let Some(reply) = lock(&self.open).as_mut().and_then(|open| open.remove(&id)) {
             // The asker may have run out of patience.
             reply.send(outcome).ok();

@@ -33,7 +33,7 @@ use super::terminals::{Attachment, Claim, check_size};
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Tell};
 use crate::shims::link::{LinkError, ShimLink};
-use crate::shims::viewing::{self, Seen, Typing, Viewing};
+use crate::shims::viewing::{self, Typing, Viewing, ViewingEvent};
 use crate::store::idempotency::Keyed;
 use fermata_shim::record::ExitRecord;
 use fermata_shim::wire::RefusalCode;
@@ -205,7 +205,7 @@ struct Show {
 }
 
 enum AttachmentEvent {
-    Seen(Seen),
+    Viewing(ViewingEvent),
     Project,
     Replaced,
     Over,
@@ -217,25 +217,25 @@ impl Show {
         let mut replaced = self.attachment.replaced.subscribe();
         loop {
             let news = tokio::select! {
-                seen = viewing.next() => AttachmentEvent::Seen(seen),
+                seen = viewing.next() => AttachmentEvent::Viewing(seen),
                 changed = project.changed() => if changed.is_ok() { AttachmentEvent::Project } else { AttachmentEvent::Over },
                 changed = replaced.changed() => if changed.is_ok() { AttachmentEvent::Replaced } else { AttachmentEvent::Over },
                 () = self.token.cancelled() => AttachmentEvent::Over,
             };
             let go_on = match news {
-                AttachmentEvent::Seen(Seen::Screen(size)) => {
+                AttachmentEvent::Viewing(ViewingEvent::Screen(size)) => {
                     self.tell("$/attach.screen", &AttachScreen { attachment: self.id, size }).await
                 }
-                AttachmentEvent::Seen(Seen::Output(data)) => {
+                AttachmentEvent::Viewing(ViewingEvent::Output(data)) => {
                     self.tell("$/attach.output", &AttachOutput { attachment: self.id, data }).await
                 }
-                AttachmentEvent::Seen(Seen::Exited(record)) => {
+                AttachmentEvent::Viewing(ViewingEvent::Exited(record)) => {
                     self.until_recorded(&mut project).await;
                     let end = AttachEnd { attachment: self.id, exit: Some(exit_of(&record)) };
                     self.tell("$/attach.end", &end).await;
                     false
                 }
-                AttachmentEvent::Seen(Seen::Gone) => {
+                AttachmentEvent::Viewing(ViewingEvent::Gone) => {
                     self.tell("$/attach.end", &AttachEnd { attachment: self.id, exit: None }).await;
                     false
                 }

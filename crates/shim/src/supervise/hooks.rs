@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use super::killing::Killing;
 use super::{CLEAR_PATIENCE, DRAIN_PATIENCE, Life, RECORD_PATIENCE, RECORD_RETRY, Supervisor};
-use crate::hold::failed_to;
+use crate::freeze::failed_to;
 use crate::launcher::{open_null_file, output_pipe, program, why_not_started};
 use crate::log_line::Stream;
 use crate::raw::Raw;
@@ -91,7 +91,7 @@ impl Supervisor {
                 Step::Failed(error) => self.start_failed(why_not_started(&self.spec, &error)),
             }
         }
-        let idle = self.hold.is_idle();
+        let idle = self.freeze.is_idle();
         if let Some(beginning) = &mut self.beginning {
             let passed = now.saturating_duration_since(beginning.looked);
             if let Some(left) = beginning.left.as_mut().filter(|_| beginning.counts) {
@@ -128,7 +128,7 @@ impl Supervisor {
         let Some(hook) = &self.spec.pre_start else { return };
         let text = format!("the pre-start command '{}' did not end within {}", hook.line(), seconds(hook.timeout_ms));
         self.start_failed(text);
-        let news = self.hold.abandon(false, now);
+        let news = self.freeze.abandon(false, now);
         self.tell(news);
         self.life = Life::Killing { work: self.kill_tree() };
     }
@@ -182,7 +182,7 @@ impl Supervisor {
             }
             AfterStop::Clearing { record, mut work, until } => {
                 let below = matches!(work.step(), Some(Progress::Done));
-                let group = self.hold.group().is_none_or(|group| !group.populated().unwrap_or(false));
+                let group = self.freeze.group().is_none_or(|group| !group.populated().unwrap_or(false));
                 if !(below && group) && now < until {
                     return Flow::Wait(Life::After(AfterStop::Clearing { record, work, until }));
                 }
@@ -228,7 +228,7 @@ impl Supervisor {
         let (stdout, theirs_out) = output_pipe().map_err(|error| failed_to(&error))?;
         let (stderr, theirs_err) = output_pipe().map_err(|error| failed_to(&error))?;
         let null = open_null_file().map_err(|error| failed_to(&error))?;
-        let procs = match self.hold.group() {
+        let procs = match self.freeze.group() {
             // A group that was killed while frozen would hold whoever enters it.
             Some(group) => {
                 group.thaw().and_then(|()| group.procs_file()).map(Some).map_err(|error| failed_to(&error))?

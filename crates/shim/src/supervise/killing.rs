@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use crate::hold::failed_to;
+use crate::freeze::failed_to;
 use fermata_os::process::ProcessId;
 use fermata_os::tree::{KillWork, Progress};
 

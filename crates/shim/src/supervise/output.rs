@@ -1,7 +1,7 @@
 //! The agent's output: into the log, and onto its terminal.
 
 use super::{Source, Supervisor};
-use crate::intake::Taken;
+use crate::intake::IntakeResult;
 use crate::log_line::Stream;
 use fermata_os::clock;
 
@@ -13,8 +13,10 @@ impl Supervisor {
         let mut taken = false;
         for source in ready {
             taken |= match source {
-                Source::Stdout => self.take_stdout() != Taken::Nothing,
-                Source::Stderr => self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != Taken::Nothing,
+                Source::Stdout => self.take_stdout() != IntakeResult::Nothing,
+                Source::Stderr => {
+                    self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != IntakeResult::Nothing
+                }
                 Source::Child
                 | Source::Beginning
                 | Source::Terminal
@@ -29,7 +31,7 @@ impl Supervisor {
     }
 
     /// Reads once. A terminal carries everything as standard output.
-    fn take_stdout(&mut self) -> Taken {
+    fn take_stdout(&mut self) -> IntakeResult {
         let Self { intake, stdout, log, terminal, .. } = self;
         match terminal {
             Some(terminal) => intake.read_and_show(stdout, Stream::Stdout, log, |bytes| terminal.show(bytes)),
@@ -40,7 +42,7 @@ impl Supervisor {
     /// Takes what is there now, at most about [`LAST_BYTES`] of each: somebody may still be writing.
     pub(super) fn drain_output(&mut self) {
         let mut taken = 0;
-        while let Taken::Bytes(count) = self.take_stdout() {
+        while let IntakeResult::Bytes(count) = self.take_stdout() {
             taken += count;
             if taken >= LAST_BYTES {
                 break;

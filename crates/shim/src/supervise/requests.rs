@@ -7,7 +7,7 @@ use nix::unistd::Pid;
 
 use super::{Life, Supervisor, done};
 use crate::connection::{ConnectionId, Incoming};
-use crate::hold::{Answer, Caller, Refused, encode};
+use crate::freeze::{Answer, Caller, Refused, encode};
 use crate::wire::{AgentState, Call, FromShim, RefusalCode, Request, Status, Typed, WIRE_VERSION, Watching};
 use fermata_os::process;
 
@@ -47,7 +47,7 @@ impl Supervisor {
                 self.stop(grace, now)
             }
             Request::Kill {} => {
-                let news = self.hold.abandon(false, now);
+                let news = self.freeze.abandon(false, now);
                 self.tell(news);
                 if !matches!(self.life, Life::Killing { .. }) {
                     self.life = Life::Killing { work: self.kill_tree() };
@@ -61,21 +61,21 @@ impl Supervisor {
             _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
             Request::Quiesce { grace_ms, lease_ms } => {
                 let (grace, lease) = (Duration::from_millis(grace_ms), Duration::from_millis(lease_ms));
-                let news = self.hold.quiesce(caller, grace, lease, now);
+                let news = self.freeze.quiesce(caller, grace, lease, now);
                 return self.tell(news);
             }
             Request::Freeze { lease_ms } => {
-                let news = self.hold.freeze(caller, Duration::from_millis(lease_ms), now);
+                let news = self.freeze.freeze(caller, Duration::from_millis(lease_ms), now);
                 return self.tell(news);
             }
-            Request::Renew { lease_ms } => self.hold.renew(Duration::from_millis(lease_ms), now),
-            Request::Hold {} => self.hold.hold(now),
+            Request::Renew { lease_ms } => self.freeze.renew(Duration::from_millis(lease_ms), now),
+            Request::Hold {} => self.freeze.commit(now),
             Request::Thaw {} => {
-                let (answer, news) = self.hold.thaw();
+                let (answer, news) = self.freeze.thaw();
                 self.tell(news);
                 answer
             }
-            Request::Signal { signal: libc::SIGCONT } if !self.hold.is_idle() => {
+            Request::Signal { signal: libc::SIGCONT } if !self.freeze.is_idle() => {
                 let message = "the agent is frozen, or about to be: resume it";
                 Err(Refused::new(RefusalCode::Held, message))
             }
@@ -98,18 +98,18 @@ impl Supervisor {
     }
 
     fn status(&self, now: Instant) -> Answer {
-        let (lease_remaining_ms, held) = self.hold.lease(now);
+        let (lease_remaining_ms, held) = self.freeze.lease(now);
         let state = match self.life {
-            Life::Running | Life::Stopping { .. } => self.hold.state(),
+            Life::Running | Life::Stopping { .. } => self.freeze.state(),
             _ => AgentState::Ending,
         };
         encode(&Status {
             agent: self.agent,
             state,
-            mechanism: self.hold.mechanism(),
+            mechanism: self.freeze.mechanism(),
             lease_remaining_ms,
             held,
-            processes: self.hold.count(),
+            processes: self.freeze.count(),
             log_bytes_lost: self.log.lost(),
         })
     }
@@ -117,7 +117,7 @@ impl Supervisor {
     /// An agent that is being stopped may still ask whether to save: until its end it is watched and
     /// typed to.
     fn use_terminal(&mut self, connection: ConnectionId, request: Request) -> Answer {
-        let (ended, held) = (self.has_ended(), !self.hold.is_idle());
+        let (ended, held) = (self.has_ended(), !self.freeze.is_idle());
         let Some(terminal) = &mut self.terminal else {
             return Err(Refused::new(RefusalCode::NoTerminal, "the agent has no terminal"));
         };
@@ -147,7 +147,7 @@ impl Supervisor {
                 // that they see afterwards. SIGCONT to all, because a stop also reaches who was
                 // stopped by somebody else.
                 killpg(group, Signal::SIGTERM).ok();
-                let (thawed, news) = self.hold.thaw();
+                let (thawed, news) = self.freeze.thaw();
                 killpg(group, Signal::SIGCONT).ok();
                 self.tell(news);
                 self.life = Life::Stopping { kill_at: now + grace };

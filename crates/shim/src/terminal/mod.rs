@@ -25,12 +25,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use fermata_protocol::supervision::TerminalSize;
 
-use self::replies::Verdict;
+use self::replies::SequenceDecision;
 use self::screen::Screen;
 use self::sequences::{Piece, Splitter};
 use self::viewers::Viewers;
 use super::connection::{Connection, ConnectionId};
-use super::hold::Refused;
+use super::freeze::Refused;
 use super::wire::RefusalCode;
 use fermata_os::pty;
 
@@ -78,15 +78,15 @@ impl Terminal {
                 viewers.output(text.as_bytes());
             }
             Piece::Sequence(sequence) => match replies::judge(sequence, screen) {
-                Verdict::Show => {
+                SequenceDecision::Show => {
                     screen.sequence(sequence);
                     viewers.output(sequence);
                 }
-                Verdict::Answer(answer) if typed.len() + answer.len() <= MAX_ANSWERS => {
+                SequenceDecision::Answer(answer) if typed.len() + answer.len() <= MAX_ANSWERS => {
                     typed.extend_from_slice(answer.as_bytes());
                 }
                 // A program that asks and never reads gets no more answers.
-                Verdict::Answer(_) => {}
+                SequenceDecision::Answer(_) => {}
             },
         });
         self.flush();

@@ -9,7 +9,7 @@ use super::sequences::Control;
 
 /// What becomes of a sequence.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum SequenceDecision {
     /// It is for the screen.
     Show,
     /// It is a question, and this is the answer; empty for none.
@@ -17,7 +17,7 @@ pub enum Verdict {
 }
 
 /// Tells questions from what is to be shown.
-pub fn judge(sequence: &[u8], screen: &Screen) -> Verdict {
+pub fn judge(sequence: &[u8], screen: &Screen) -> SequenceDecision {
     if let Some(control) = Control::read(sequence) {
         return judge_control(&control, screen);
     }
@@ -30,16 +30,16 @@ pub fn judge(sequence: &[u8], screen: &Screen) -> Verdict {
             body.ends_with(b";?")
         }
         // DECID, the oldest way to ask who is there.
-        [0x1b, b'Z'] => return Verdict::Answer(IDENTITY.to_owned()),
+        [0x1b, b'Z'] => return SequenceDecision::Answer(IDENTITY.to_owned()),
         _ => false,
     };
-    if is_question { Verdict::Answer(String::new()) } else { Verdict::Show }
+    if is_question { SequenceDecision::Answer(String::new()) } else { SequenceDecision::Show }
 }
 
 /// A VT220 with colours.
 const IDENTITY: &str = "\x1b[?62;22c";
 
-fn judge_control(control: &Control<'_>, screen: &Screen) -> Verdict {
+fn judge_control(control: &Control<'_>, screen: &Screen) -> SequenceDecision {
     let first = control.numbers.first().copied().unwrap_or(0);
     let answer = match (control.prefix, control.between, control.last) {
         (None, b"", b'c') => IDENTITY.to_owned(),
@@ -67,9 +67,9 @@ fn judge_control(control: &Control<'_>, screen: &Screen) -> Verdict {
         (None, b"", b't' | b'n') | (Some(_), b"", b'c' | b'n' | b'q') | (None, b"$", b'p') => String::new(),
         // Other encodings of keys would hide from viewers the keys that leave.
         (Some(_), b"", b'u') | (Some(b'>'), b"", b'm') => String::new(),
-        _ => return Verdict::Show,
+        _ => return SequenceDecision::Show,
     };
-    Verdict::Answer(answer)
+    SequenceDecision::Answer(answer)
 }
 
 #[cfg(test)]
@@ -83,7 +83,7 @@ mod tests {
         screen.text("four");
         screen.sequence(b"\x1b[?2004h");
         let answer = |sequence: &str| judge(sequence.as_bytes(), &screen);
-        let says = |text: &str| Verdict::Answer(text.to_owned());
+        let says = |text: &str| SequenceDecision::Answer(text.to_owned());
         assert_eq!(answer("\x1b[6n"), says("\x1b[1;5R"));
         assert_eq!(answer("\x1b[?6n"), says("\x1b[?1;5R"));
         assert_eq!(answer("\x1b[c"), says("\x1b[?62;22c"));
@@ -103,7 +103,7 @@ mod tests {
             assert_eq!(answer(silent), says(""), "{silent:?}");
         }
         for shown in ["\x1b[31m", "\x1b[2J", "\x1b]0;what?\x07", "\x1b[?25h", "\x1b7", "\x1b[2 q", "\x1b[u"] {
-            assert_eq!(answer(shown), Verdict::Show, "{shown:?}");
+            assert_eq!(answer(shown), SequenceDecision::Show, "{shown:?}");
         }
     }
 }

@@ -44,14 +44,14 @@ enum State {
 pub struct Splitter {
     state: State,
     /// The sequence so far, or the beginning of a character.
-    held: Vec<u8>,
+    buffered: Vec<u8>,
     /// Whether the sequence was too long and is being dropped.
     dropping: bool,
 }
 
 impl Default for Splitter {
     fn default() -> Self {
-        Self { state: State::Ground, held: Vec::new(), dropping: false }
+        Self { state: State::Ground, buffered: Vec::new(), dropping: false }
     }
 }
 
@@ -77,18 +77,18 @@ impl Splitter {
     }
 
     fn begin(&mut self) {
-        self.held.clear();
-        self.held.push(ESC);
+        self.buffered.clear();
+        self.buffered.push(ESC);
         self.dropping = false;
         self.state = State::Escape;
     }
 
     fn text(&mut self, text: &[u8], ends: bool, each: &mut impl FnMut(Piece<'_>)) {
         let joined;
-        let text = if self.held.is_empty() {
+        let text = if self.buffered.is_empty() {
             text
         } else {
-            joined = [std::mem::take(&mut self.held).as_slice(), text].concat();
+            joined = [std::mem::take(&mut self.buffered).as_slice(), text].concat();
             &joined
         };
         let mut at = 0;
@@ -102,7 +102,7 @@ impl Splitter {
             }
             let may_go_on = at == text.len() && !ends && begins_a_character(chunk.invalid());
             if may_go_on {
-                self.held.extend_from_slice(chunk.invalid());
+                self.buffered.extend_from_slice(chunk.invalid());
             } else {
                 each(Piece::Text("\u{fffd}"));
             }
@@ -113,20 +113,20 @@ impl Splitter {
         match (self.state, byte) {
             // CAN and SUB give a sequence up.
             (_, 0x18 | 0x1a) => self.give_up(),
-            (State::Escape, b'[') => self.hold(byte, State::Control),
-            (State::Escape, b']' | b'P' | b'X' | b'^' | b'_') => self.hold(byte, State::String),
-            (State::Escape, 0x20..=0x2f) => self.hold(byte, State::Escape),
+            (State::Escape, b'[') => self.buffer(byte, State::Control),
+            (State::Escape, b']' | b'P' | b'X' | b'^' | b'_') => self.buffer(byte, State::String),
+            (State::Escape, 0x20..=0x2f) => self.buffer(byte, State::Escape),
             (State::Escape, 0x30..=0x7e) | (State::Control, 0x40..=0x7e) => self.finish(byte, each),
             (State::Escape | State::Control, ESC) => self.begin(),
             // Terminals carry these out in the middle of a sequence.
             (State::Escape | State::Control, 0x00..=0x1f) => each(Piece::Text(ascii(&[byte]))),
-            (State::Control, 0x20..=0x3f) => self.hold(byte, State::Control),
+            (State::Control, 0x20..=0x3f) => self.buffer(byte, State::Control),
             (State::Escape | State::Control, _) => self.give_up(),
             (State::String, ESC) => self.state = State::StringEscape,
-            (State::String, 0x07) if self.held.get(1) == Some(&b']') => self.finish(byte, each),
-            (State::String, _) => self.hold(byte, State::String),
+            (State::String, 0x07) if self.buffered.get(1) == Some(&b']') => self.finish(byte, each),
+            (State::String, _) => self.buffer(byte, State::String),
             (State::StringEscape, b'\\') => {
-                self.held.push(ESC);
+                self.buffered.push(ESC);
                 self.finish(byte, each);
             }
             (State::StringEscape, _) => {
@@ -138,10 +138,10 @@ impl Splitter {
         }
     }
 
-    fn hold(&mut self, byte: u8, next: State) {
+    fn buffer(&mut self, byte: u8, next: State) {
         let limit = if next == State::String { MAX_STRING } else { MAX_CONTROL };
-        if self.held.len() < limit {
-            self.held.push(byte);
+        if self.buffered.len() < limit {
+            self.buffered.push(byte);
         } else {
             self.dropping = true;
         }
@@ -150,20 +150,20 @@ impl Splitter {
 
     fn finish(&mut self, byte: u8, each: &mut impl FnMut(Piece<'_>)) {
         self.state = State::Ground;
-        let mut whole = std::mem::take(&mut self.held);
+        let mut whole = std::mem::take(&mut self.buffered);
         whole.push(byte);
         if !self.dropping {
             each(Piece::Sequence(&whole));
         }
         if whole.capacity() <= MAX_CONTROL {
             whole.clear();
-            self.held = whole;
+            self.buffered = whole;
         }
     }
 
     fn give_up(&mut self) {
         self.state = State::Ground;
-        self.held.clear();
+        self.buffered.clear();
     }
 }
 
@@ -255,7 +255,7 @@ mod tests {
         let mut long = b"\x1b]1337;".to_vec();
         long.resize(3 * MAX_STRING, b'x');
         assert_eq!(pieces(&mut splitter, &long), [""; 0]);
-        assert!(splitter.held.len() <= MAX_STRING);
+        assert!(splitter.buffered.len() <= MAX_STRING);
         assert_eq!(pieces(&mut splitter, b"\x07after"), ["after"]);
         assert_eq!(pieces(&mut splitter, b"\x1b[1\n2m"), ["\n", "<\\x1b[12m>"]);
     }

@@ -16,7 +16,7 @@ use fermata_protocol::terminal::Bytes;
 
 use super::screen::Screen;
 use crate::connection::{Connection, ConnectionId, MAX_OUTBOX};
-use crate::hold::Refused;
+use crate::freeze::Refused;
 use crate::wire::{FromShim, RefusalCode, ShimEvent};
 
 /// How many may watch one terminal.

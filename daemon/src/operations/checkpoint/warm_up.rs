@@ -105,7 +105,7 @@ pub fn mapped(site: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Ma
         let mut mapped = Mapped::default();
         for shim in shims {
             let failed = |e| Failure::fault("list the agents' processes", &e);
-            for stat in process::descendants(shim, process::Look::Quick).map_err(failed)? {
+            for stat in process::descendants(shim, process::ProcScan::Quick).map_err(failed)? {
                 let pid = stat.id.pid;
                 let found = mappings::writable_shared(pid).and_then(|found| {
                     found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace));

@@ -160,13 +160,13 @@ pub async fn commit(site: &StepContext, runs: &[(AgentName, RunId)]) -> Vec<(Age
     let each = site.links_of(runs).map(|(agent, link)| {
         let (agent, link, project) = (agent.clone(), link.clone(), site.project.name.clone());
         async move {
-            let refused = match link.shim.hold().await {
+            let refused = match link.shim.commit_freeze().await {
                 Ok(()) => return None,
                 Err(error) => error,
             };
             let again = async {
                 link.shim.freeze(lease).await?;
-                link.shim.hold().await
+                link.shim.commit_freeze().await
             };
             match again.await {
                 Ok(()) => tracing::warn!(%project, %agent, "ran for a moment in a paused project; frozen again"),

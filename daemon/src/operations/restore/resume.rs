@@ -10,7 +10,7 @@ use fermata_protocol::{AgentName, RunId};
 use crate::operations::run::launch;
 use crate::operations::{StepContext, side_by_side};
 use crate::shims::link::{LinkError, ShimLink, read_run};
-use crate::shims::reach;
+use crate::shims::reconnect;
 use fermata_protocol::error_chain;
 
 /// How often a thaw is tried: a link may just be broken, or its shim wait for a slow disk.
@@ -68,5 +68,5 @@ async fn thaw_one(site: &StepContext, agent: &AgentName, run: &RunId) -> Result<
 /// Makes a link of its own to a shim whose other link is broken.
 async fn reconnect(site: &StepContext, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
     let record = read_run(&site.dirs().run(agent, run)).ok().flatten()?;
-    reach::connect(&record, PATIENCE).await.ok().map(|(link, _events)| link)
+    reconnect::connect(&record, PATIENCE).await.ok().map(|(link, _events)| link)
 }

@@ -19,7 +19,7 @@ use crate::operations::{StepContext, blocking};
 use crate::shims::launch::LaunchError;
 use crate::shims::link::{ShimLink, launch, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
-use crate::shims::reach::{self, Reached};
+use crate::shims::reconnect::{self, ReconnectOutcome};
 use fermata_os::death::Death;
 use fermata_os::limits::{Limit, LimitKind};
 use fermata_os::process;
@@ -310,7 +310,7 @@ pub async fn end_run(site: &StepContext, run_dir: &std::path::Path) -> Result<()
     }
     let mut why = None;
     if process::is_alive(record.shim).unwrap_or(false) {
-        match reach::connect(&record, site.services.shim_patience()).await {
+        match reconnect::connect(&record, site.services.shim_patience()).await {
             Ok((link, _events)) => {
                 let ended = async {
                     link.kill().await?;
@@ -326,8 +326,8 @@ pub async fn end_run(site: &StepContext, run_dir: &std::path::Path) -> Result<()
             Err(error) => why = Some(error),
         }
     }
-    match reach::give_up(run_dir, &record, &site.services.boot_id, why).await {
-        Reached::Lost { left: Some(error), .. } => Err(Failure::fault("end an older run", &error)),
+    match reconnect::give_up(run_dir, &record, &site.services.boot_id, why).await {
+        ReconnectOutcome::Lost { left: Some(error), .. } => Err(Failure::fault("end an older run", &error)),
         _ => Ok(()),
     }
 }

@@ -9,7 +9,7 @@ use crate::errors::Failure;
 use crate::operations::{StepContext, blocking};
 use crate::profile::{Profile, RunOf, Session};
 use crate::store::rows;
-use fermata_os::process::{self, Look};
+use fermata_os::process::{self, ProcScan};
 
 /// An agent whose tool has a profile, with its environment.
 struct ProfiledAgent {
@@ -111,7 +111,8 @@ fn held_open(known: &ProfiledAgent) -> Option<Session> {
 
 impl ProfiledAgent {
     fn pids(&self) -> Vec<i32> {
-        let below = self.pid.map(|pid| process::descendants(pid, Look::Quick).unwrap_or_default()).unwrap_or_default();
+        let below =
+            self.pid.map(|pid| process::descendants(pid, ProcScan::Quick).unwrap_or_default()).unwrap_or_default();
         self.pid.into_iter().chain(below.iter().map(|stat| stat.id.pid)).collect()
     }
 

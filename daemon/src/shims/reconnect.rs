@@ -41,7 +41,7 @@ const LAST_PAUSE: Duration = Duration::from_millis(200);
 pub type Linked = (ShimLink, mpsc::Receiver<ShimEvent>);
 
 /// What has become of a run.
-pub enum Reached {
+pub enum ReconnectOutcome {
     /// It goes on, and here is the link to its shim.
     Linked(Box<Linked>),
     /// It has ended, and this is how.
@@ -70,30 +70,30 @@ enum Unreached {
 
 /// Finds out what has become of a run, and brings an end to one that nobody can reach within
 /// `patience`. `boot_id` is that of the present boot.
-pub async fn reach(run_dir: &Path, boot_id: &str, patience: Duration) -> Reached {
+pub async fn reconnect(run_dir: &Path, boot_id: &str, patience: Duration) -> ReconnectOutcome {
     let run = match read_run(run_dir) {
         Ok(Some(run)) => run,
         Ok(None) => return lost("it was never started".to_owned()),
-        Err(error) if error.may_pass() => return Reached::Unknown(error_chain(&error)),
+        Err(error) if error.may_pass() => return ReconnectOutcome::Unknown(error_chain(&error)),
         Err(error) => return lost(format!("its record cannot be read: {}", error_chain(&error))),
     };
     match ended(run_dir) {
         Ok(Some(ended)) => return ended,
         Ok(None) => {}
-        Err(why) => return Reached::Unknown(why),
+        Err(why) => return ReconnectOutcome::Unknown(why),
     }
     if run.boot_id != boot_id {
         match cut_short(run_dir) {
             Ok(Some(ended)) => return ended,
             Ok(None) => {}
-            Err(why) => return Reached::Unknown(why),
+            Err(why) => return ReconnectOutcome::Unknown(why),
         }
         return lost("the machine was restarted".to_owned());
     }
     let why = match call(&run, patience).await {
-        Ok(linked) => return Reached::Linked(Box::new(linked)),
-        Err(Unreached::Foreign(why)) => return Reached::Foreign(why),
-        Err(Unreached::Unknown(why)) => return Reached::Unknown(why),
+        Ok(linked) => return ReconnectOutcome::Linked(Box::new(linked)),
+        Err(Unreached::Foreign(why)) => return ReconnectOutcome::Foreign(why),
+        Err(Unreached::Unknown(why)) => return ReconnectOutcome::Unknown(why),
         Err(Unreached::Dead) => None,
         Err(Unreached::Silent { why, .. }) => Some(why),
     };
@@ -186,19 +186,19 @@ pub fn wake(shim: ProcessId) -> bool {
     stopped
 }
 
-fn ended(run_dir: &Path) -> Result<Option<Reached>, String> {
-    told(read_exit(run_dir))
+fn ended(run_dir: &Path) -> Result<Option<ReconnectOutcome>, String> {
+    exit_of_record(read_exit(run_dir))
 }
 
 /// The end of an agent whose shim was lost while a command ran after it.
-fn cut_short(run_dir: &Path) -> Result<Option<Reached>, String> {
-    told(read_cut_short(run_dir))
+fn cut_short(run_dir: &Path) -> Result<Option<ReconnectOutcome>, String> {
+    exit_of_record(read_cut_short(run_dir))
 }
 
 /// A record that is damaged tells as little as none; one that cannot be read now may tell everything.
-fn told(record: Result<Option<ExitRecord>, RecordError>) -> Result<Option<Reached>, String> {
+fn exit_of_record(record: Result<Option<ExitRecord>, RecordError>) -> Result<Option<ReconnectOutcome>, String> {
     match record {
-        Ok(record) => Ok(record.map(Reached::Ended)),
+        Ok(record) => Ok(record.map(ReconnectOutcome::Ended)),
         Err(error) if error.may_pass() => Err(error_chain(&error)),
         Err(error) => {
             tracing::warn!(error = error_chain(&error), "how a run ended is not known: its record is damaged");
@@ -209,7 +209,7 @@ fn told(record: Result<Option<ExitRecord>, RecordError>) -> Result<Option<Reache
 
 /// Ends a run for good: its shim, if it still lives, and then whatever is left of its tree. `why` it
 /// was not reached, if it lives.
-pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option<String>) -> Reached {
+pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option<String>) -> ReconnectOutcome {
     let how = match why {
         None => "its shim was killed".to_owned(),
         Some(why) => match end_shim(run).await {
@@ -230,18 +230,18 @@ pub async fn give_up(run_dir: &Path, run: &RunRecord, boot_id: &str, why: Option
         Ok(Ok(count)) => match before.and_then(|_| cut_short(run_dir)) {
             Ok(Some(ended)) => ended,
             Ok(None) => lost(format!("{how}; {count} processes of it were ended")),
-            Err(why) => Reached::Unknown(why),
+            Err(why) => ReconnectOutcome::Unknown(why),
         },
         Ok(Err(error)) => {
             let detail = format!("{how}, and its processes could not be ended: {}", error_chain(&error));
-            Reached::Lost { detail, left: Some(error) }
+            ReconnectOutcome::Lost { detail, left: Some(error) }
         }
         Err(_) => lost(how),
     }
 }
 
-fn lost(detail: String) -> Reached {
-    Reached::Lost { detail, left: None }
+fn lost(detail: String) -> ReconnectOutcome {
+    ReconnectOutcome::Lost { detail, left: None }
 }
 
 async fn end_shim(run: &RunRecord) -> io::Result<()> {

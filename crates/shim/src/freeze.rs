@@ -8,20 +8,20 @@
 //!   │  └──────────────────── Freezing <────────────────────────┘   │
 //!   │                            │ all stand still                 │
 //!   │ lease over, thaw           v                                 │
-//!   ├───────────────────────  Frozen ── hold ──> Frozen (held)     │
+//!   ├───────────────────────  Frozen ─ commit ─> Frozen (committed)     │
 //!   └──────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! Whatever is not held is a lease: a daemon that dies in mid-pause never leaves an agent frozen.
+//! A freeze that is not committed has a lease: a daemon that dies in mid-pause never leaves an agent frozen.
 //! Leases count `CLOCK_MONOTONIC` (`Instant`), which stands still while the machine is suspended:
 //! daemon and shim sleep together, and a lease must not be over at the moment both wake up, before
 //! the daemon had a chance to renew it.
 //!
-//! A frozen tree that somebody else continues is frozen again, see `hold/keep.rs`.
+//! A frozen tree that somebody else continues is frozen again, see `freeze/refreeze.rs`.
 //!
 //! The undo touches only what was done here: a process that somebody else had stopped stays so.
 
-mod keep;
+mod refreeze;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ use super::connection::ConnectionId;
 use super::guard::Guard;
 use super::wire::{AgentState, FreezeBroken, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
 use fermata_os::cgroup::{CgroupError, Freezer, Group, Watch};
-use fermata_os::process::{self, Look, ProcessId, RunState};
+use fermata_os::process::{self, ProcScan, ProcessId, RunState};
 use fermata_os::tree::{self, Progress, StopWork};
 
 /// How long a freeze may take. A process that waits for a dead network drive never gets there.
@@ -75,7 +75,7 @@ pub type Answer = Result<Value, Refused>;
 
 /// What became known.
 #[derive(Debug, PartialEq)]
-pub enum News {
+pub enum FreezeEvent {
     /// Somebody's request can be answered.
     Answer(Caller, Answer),
     /// The lease is over and everything has been undone.
@@ -87,7 +87,7 @@ pub enum News {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Lease {
     Until(Instant),
-    Held,
+    Committed,
 }
 
 /// What has been done and must be undone.
@@ -133,14 +133,14 @@ struct Broken {
 
 /// The tree of one agent and what is done to it.
 #[derive(Debug)]
-pub struct Hold {
+pub struct FreezeController {
     root: i32,
     agent: ProcessId,
     freezer: Freezer,
     phase: Phase,
 }
 
-impl Hold {
+impl FreezeController {
     /// `root` is the shim, above everything that the agent starts.
     pub fn new(root: i32, agent: ProcessId, freezer: Freezer) -> Self {
         Self { root, agent, freezer, phase: Phase::Running }
@@ -178,7 +178,7 @@ impl Hold {
     fn leader(&self) -> RunState {
         match process::stat_of(self.agent) {
             Ok(Some(stat)) if stat.letter == b'D' => {
-                let below = process::descendants(self.agent.pid, Look::Quick).unwrap_or_default();
+                let below = process::descendants(self.agent.pid, ProcScan::Quick).unwrap_or_default();
                 if process::waits_for_stopped_child(&stat, &below) { RunState::Stopped } else { RunState::Live }
             }
             Ok(Some(stat)) => stat.state(),
@@ -199,7 +199,7 @@ impl Hold {
             Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
                 (Some(millis(until.saturating_duration_since(now))), false)
             }
-            Phase::Frozen { lease: Lease::Held, .. } => (None, true),
+            Phase::Frozen { lease: Lease::Committed, .. } => (None, true),
             Phase::Running | Phase::Quiescing { .. } | Phase::Freezing { .. } => (None, false),
         }
     }
@@ -207,14 +207,14 @@ impl Hold {
     /// How many processes the tree has.
     pub fn count(&self) -> u64 {
         let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
-        let below = process::descendants(self.root, Look::Quick).unwrap_or_default();
+        let below = process::descendants(self.root, ProcScan::Quick).unwrap_or_default();
         let outside =
             below.iter().filter(|stat| stat.state() != RunState::Dead && !inside.contains(&stat.id.pid)).count();
         (inside.len() + outside) as u64
     }
 
-    /// Begins to quiesce; the answer comes as [`News`] from here or from a later [`Hold::tick`].
-    pub fn quiesce(&mut self, caller: Caller, grace: Duration, lease: Duration, now: Instant) -> Vec<News> {
+    /// Begins to quiesce; the answer comes as [`FreezeEvent`] from here or from a later [`FreezeController::tick`].
+    pub fn quiesce(&mut self, caller: Caller, grace: Duration, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         let refused = match &self.phase {
             Phase::Running => None,
             // Again: what is stopped stays, and the undo list must not be lost.
@@ -223,7 +223,7 @@ impl Hold {
             Phase::Frozen { .. } => Some(Refused::new(RefusalCode::AlreadyFrozen, "the tree is frozen already")),
         };
         if let Some(refused) = refused {
-            return vec![News::Answer(caller, Err(refused))];
+            return vec![FreezeEvent::Answer(caller, Err(refused))];
         }
         let mut undo = self.take_undo();
         let leader = self.leader();
@@ -233,7 +233,7 @@ impl Hold {
             RunState::Stopped => Some(QuiesceOutcome::AlreadyStopped),
             RunState::Live => None,
         };
-        for stat in process::descendants(self.root, Look::Quick).unwrap_or_default() {
+        for stat in process::descendants(self.root, ProcScan::Quick).unwrap_or_default() {
             if stat.pgid != self.agent.pid || undo.quiesced.contains(&stat.id) {
                 continue;
             }
@@ -249,17 +249,17 @@ impl Hold {
         killpg(Pid::from_raw(self.agent.pid), Signal::SIGTSTP).ok();
         if let Some(outcome) = outcome {
             self.phase = Phase::Quiesced { undo, until: now + lease };
-            return vec![News::Answer(caller, encode(&Quiesced { outcome, waited_ms: 0 }))];
+            return vec![FreezeEvent::Answer(caller, encode(&Quiesced { outcome, waited_ms: 0 }))];
         }
         self.phase = Phase::Quiescing { undo, caller, started: now, until: now + grace, lease };
         self.tick(now)
     }
 
-    /// Begins to freeze; the answer comes as [`News`] from here or from a later [`Hold::tick`].
-    pub fn freeze(&mut self, caller: Caller, lease: Duration, now: Instant) -> Vec<News> {
+    /// Begins to freeze; the answer comes as [`FreezeEvent`] from here or from a later [`FreezeController::tick`].
+    pub fn freeze(&mut self, caller: Caller, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         match &mut self.phase {
             Phase::Quiescing { .. } | Phase::Freezing { .. } => {
-                return vec![News::Answer(caller, Err(busy()))];
+                return vec![FreezeEvent::Answer(caller, Err(busy()))];
             }
             Phase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
                 // Asked twice: the same answer. A held freeze does not become a lease again.
@@ -267,7 +267,7 @@ impl Hold {
                     *until = now + lease;
                 }
                 let again = Frozen { took_us: 0, ..frozen.clone() };
-                return vec![News::Answer(caller, encode(&again))];
+                return vec![FreezeEvent::Answer(caller, encode(&again))];
             }
             Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => {}
         }
@@ -280,7 +280,7 @@ impl Hold {
             Err(error) => {
                 let refused = Refused::new(RefusalCode::FreezeFailed, failed_to(&error));
                 self.undo(undo).ok();
-                vec![News::Answer(caller, Err(refused))]
+                vec![FreezeEvent::Answer(caller, Err(refused))]
             }
         }
     }
@@ -296,10 +296,10 @@ impl Hold {
 
     /// Extends the lease: the proof that nobody has run since the freeze.
     pub fn renew(&mut self, lease: Duration, now: Instant) -> Answer {
-        self.look(now);
+        self.check_guard(now);
         match &mut self.phase {
-            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
-            Phase::Frozen { lease: Lease::Held, .. } => Ok(Value::Object(Default::default())),
+            Phase::Frozen { broken, .. } if broken.disproved => Err(refreeze::disproved()),
+            Phase::Frozen { lease: Lease::Committed, .. } => Ok(Value::Object(Default::default())),
             Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
                 *until = now + lease;
                 Ok(Value::Object(Default::default()))
@@ -309,12 +309,12 @@ impl Hold {
     }
 
     /// Makes the freeze permanent.
-    pub fn hold(&mut self, now: Instant) -> Answer {
-        self.look(now);
+    pub fn commit(&mut self, now: Instant) -> Answer {
+        self.check_guard(now);
         match &mut self.phase {
-            Phase::Frozen { broken, .. } if broken.disproved => Err(keep::disproved()),
+            Phase::Frozen { broken, .. } if broken.disproved => Err(refreeze::disproved()),
             Phase::Frozen { lease, .. } => {
-                *lease = Lease::Held;
+                *lease = Lease::Committed;
                 Ok(Value::Object(Default::default()))
             }
             Phase::Running | Phase::Quiesced { .. } | Phase::Quiescing { .. } | Phase::Freezing { .. } => {
@@ -324,7 +324,7 @@ impl Hold {
     }
 
     /// Undoes everything; whoever still waits is told that this came in between.
-    pub fn thaw(&mut self) -> (Answer, Vec<News>) {
+    pub fn thaw(&mut self) -> (Answer, Vec<FreezeEvent>) {
         let waiting = match &self.phase {
             Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => Some(*caller),
             Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => None,
@@ -332,7 +332,7 @@ impl Hold {
         let news = waiting
             .map(|caller| {
                 let refused = Refused::new(RefusalCode::Cancelled, "a thaw, stop or kill came in between");
-                News::Answer(caller, Err(refused))
+                FreezeEvent::Answer(caller, Err(refused))
             })
             .into_iter()
             .collect();
@@ -341,22 +341,22 @@ impl Hold {
     }
 
     /// The agent has ended or is to be killed: answers who still waits and thaws nothing.
-    pub fn abandon(&mut self, agent_ended: bool, now: Instant) -> Vec<News> {
+    pub fn abandon(&mut self, agent_ended: bool, now: Instant) -> Vec<FreezeEvent> {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Quiescing { caller, started, .. } if agent_ended => {
                 let waited_ms = millis(now - started);
                 let exited = Quiesced { outcome: QuiesceOutcome::Exited, waited_ms };
-                vec![News::Answer(caller, encode(&exited))]
+                vec![FreezeEvent::Answer(caller, encode(&exited))]
             }
             Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => {
                 let refused = Refused::new(RefusalCode::Ending, "the agent is ending");
-                vec![News::Answer(caller, Err(refused))]
+                vec![FreezeEvent::Answer(caller, Err(refused))]
             }
             Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => Vec::new(),
         }
     }
 
-    /// When [`Hold::tick`] must be called at the latest.
+    /// When [`FreezeController::tick`] must be called at the latest.
     pub fn next_tick(&self, now: Instant) -> Option<Instant> {
         match &self.phase {
             Phase::Running => None,
@@ -370,7 +370,7 @@ impl Hold {
             Phase::Frozen { lease, guard, broken, .. } => {
                 let until = match lease {
                     Lease::Until(until) => Some(*until),
-                    Lease::Held => None,
+                    Lease::Committed => None,
                 };
                 until.into_iter().chain(guard.next()).chain(broken.next()).min()
             }
@@ -390,7 +390,7 @@ impl Hold {
     }
 
     /// Goes on: to be called after every wake-up.
-    pub fn tick(&mut self, now: Instant) -> Vec<News> {
+    pub fn tick(&mut self, now: Instant) -> Vec<FreezeEvent> {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Quiescing { undo, caller, started, until, lease } => {
                 let outcome = match self.leader() {
@@ -404,7 +404,7 @@ impl Hold {
                 };
                 self.phase = Phase::Quiesced { undo, until: now + lease };
                 let answer = encode(&Quiesced { outcome, waited_ms: millis(now - started) });
-                vec![News::Answer(caller, answer)]
+                vec![FreezeEvent::Answer(caller, answer)]
             }
             Phase::Freezing { undo, work, caller, started, lease } => {
                 self.go_on_freezing(undo, work, caller, started, lease, now)
@@ -417,7 +417,7 @@ impl Hold {
                 if let Err(refused) = self.undo(undo) {
                     eprintln!("fermata-shim: failed to thaw after the lease: {}", refused.message);
                 }
-                vec![News::LeaseExpired]
+                vec![FreezeEvent::LeaseExpired]
             }
             Phase::Frozen { undo, frozen, lease, guard, broken } => {
                 self.phase = Phase::Frozen { undo, frozen, lease, guard, broken };
@@ -438,7 +438,7 @@ impl Hold {
         started: Instant,
         lease: Duration,
         now: Instant,
-    ) -> Vec<News> {
+    ) -> Vec<FreezeEvent> {
         let late = now - started >= FREEZE_PATIENCE;
         let problem = match self.freeze_step(work) {
             Ok(Step::Done { stopped, inside, watch }) => {
@@ -452,7 +452,7 @@ impl Hold {
                 let answer = encode(&frozen);
                 let lease = Lease::Until(Instant::now() + lease);
                 self.phase = Phase::Frozen { undo, frozen, lease, guard, broken: Broken::default() };
-                return vec![News::Answer(caller, answer)];
+                return vec![FreezeEvent::Answer(caller, answer)];
             }
             Ok(Step::Working(work)) if !late => {
                 self.phase = Phase::Freezing { undo, work, caller, started, lease };
@@ -471,7 +471,7 @@ impl Hold {
             }
         };
         self.undo(undo).ok();
-        vec![News::Answer(caller, Err(problem))]
+        vec![FreezeEvent::Answer(caller, Err(problem))]
     }
 
     fn freeze_step(&self, work: FreezeWork) -> Result<Step, (Vec<ProcessId>, Refused)> {
@@ -486,7 +486,7 @@ impl Hold {
                 let inside = group.procs().map_err(|error| (Vec::new(), failed(&error)))?;
                 // A descendant may have been moved out of the group (a root agent's job runner,
                 // for instance): signals for those. The frozen ones make a quick look reliable.
-                let escaped = process::descendants(self.root, Look::Quick)
+                let escaped = process::descendants(self.root, ProcScan::Quick)
                     .unwrap_or_default()
                     .iter()
                     .any(|stat| stat.state() == RunState::Live && !inside.contains(&stat.id.pid));
@@ -513,7 +513,7 @@ impl Hold {
     /// Counts the living that no group holds; all of them when there is no group.
     fn count_outside_group(&self) -> u64 {
         let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
-        process::descendants(self.root, Look::Quick)
+        process::descendants(self.root, ProcScan::Quick)
             .unwrap_or_default()
             .iter()
             .filter(|stat| stat.state() != RunState::Dead && !inside.contains(&stat.id.pid))
@@ -547,7 +547,7 @@ impl Hold {
         if !undo.quiesced.is_empty() {
             tree::continue_all(&undo.quiesced);
             // Born into the group after the first look, but stopped by the same signal.
-            for stat in process::descendants(self.root, Look::Quick).unwrap_or_default() {
+            for stat in process::descendants(self.root, ProcScan::Quick).unwrap_or_default() {
                 if stat.pgid == self.agent.pid
                     && stat.state() == RunState::Stopped
                     && !undo.stopped_before.contains(&stat.id)

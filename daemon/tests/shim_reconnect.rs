@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use fermata_daemon::shims::link::{LinkError, ShimLink};
-use fermata_daemon::shims::reach::{Reached, connect, reach};
+use fermata_daemon::shims::reconnect::{ReconnectOutcome, connect, reconnect};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, ProcessId};
 use fermata_shim::record::RunRecord;
@@ -41,13 +41,15 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
-    let Reached::Linked(linked) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it lives") };
+    let ReconnectOutcome::Linked(linked) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+        panic!("it lives")
+    };
     assert_eq!(linked.0.status().await.unwrap().state, AgentState::Running);
     // A request on a link that is open already only raises doubt; somebody looks then.
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     let woken = async {
         link.doubted().await;
-        fermata_daemon::shims::reach::wake(launched.shim)
+        fermata_daemon::shims::reconnect::wake(launched.shim)
     };
     let (status, woken) = tokio::join!(link.status(), woken);
     assert!(woken && status.unwrap().state == AgentState::Running);
@@ -90,15 +92,17 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
             std::thread::yield_now();
         }
     });
-    let mut reached = reach(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
+    let mut reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
     // Between two stops it may have had the time to answer.
-    while let Reached::Linked(_) = reached {
+    while let ReconnectOutcome::Linked(_) = reached {
         assert!(process::is_alive(launched.agent).unwrap());
-        reached = reach(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
+        reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
     }
     over.store(true, Ordering::Relaxed);
     insists.join().unwrap();
-    let Reached::Lost { detail, left: None } = reached else { panic!("it neither ended nor changed its version") };
+    let ReconnectOutcome::Lost { detail, left: None } = reached else {
+        panic!("it neither ended nor changed its version")
+    };
     assert!(detail.contains("could not be reached"), "{detail}");
     assert!(!process::is_alive(launched.shim).unwrap());
     assert_eq!(bed.living(), [] as [i32; 0]);
@@ -111,18 +115,22 @@ async fn a_record_that_cannot_be_read_ends_nobody(mechanism: FreezerSetting) {
     // A folder in its place: read(2) fails, also for root.
     let exit = bed.spec.file(files::EXIT);
     std::fs::create_dir(&exit).unwrap();
-    let Reached::Unknown(why) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is not known") };
+    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+        panic!("it is not known")
+    };
     assert!(why.contains(files::EXIT), "{why}");
     std::fs::remove_dir(&exit).unwrap();
     let (run, aside) = (bed.spec.file(files::RUN), bed.path("aside"));
     std::fs::rename(&run, &aside).unwrap();
     std::fs::create_dir(&run).unwrap();
-    let Reached::Unknown(why) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is not known") };
+    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+        panic!("it is not known")
+    };
     assert!(why.contains(files::RUN), "{why}");
     assert!(process::is_alive(launched.shim).unwrap() && process::is_alive(launched.agent).unwrap());
     std::fs::remove_dir(&run).unwrap();
     std::fs::rename(&aside, &run).unwrap();
-    assert!(matches!(reach(&bed.spec.run_dir, &boot(), PATIENCE).await, Reached::Linked(_)));
+    assert!(matches!(reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await, ReconnectOutcome::Linked(_)));
     bed.growing(&["near"]).await;
 }
 
@@ -140,7 +148,7 @@ async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: FreezerSe
     until("the rest to be in the pipes", || bed.path("written").exists()).await;
     assert!(process::signal(launched.shim, libc::SIGKILL).unwrap());
     until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
-    let Reached::Lost { detail, left: None } = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+    let ReconnectOutcome::Lost { detail, left: None } = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
         panic!("its shim was killed")
     };
     assert!(detail.contains("its shim was killed"), "{detail}");
@@ -175,8 +183,8 @@ async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: FreezerSetti
     let of_others = |id: ProcessId| ProcessId { start_time_ticks: id.start_time_ticks - 1, ..id };
     let crafted = RunRecord { shim: of_others(ids[0]), agent: of_others(ids[1]), ..record };
     std::fs::write(bed.spec.run_dir.join(files::RUN), serde_json::to_vec(&crafted).unwrap()).unwrap();
-    let reached = reach(&bed.spec.run_dir, &boot(), PATIENCE).await;
-    assert!(matches!(reached, Reached::Lost { left: None, .. }));
+    let reached = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await;
+    assert!(matches!(reached, ReconnectOutcome::Lost { left: None, .. }));
     let unreached = connect(&crafted, Duration::from_millis(100)).await.map(drop);
     assert_eq!(unreached, Err("its shim is gone".to_owned()));
     for (mut child, id) in strangers.into_iter().zip(ids) {
@@ -207,7 +215,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
     ] {
         std::fs::remove_file(&bed.spec.socket).unwrap();
         let other = answering(UnixListener::bind(&bed.spec.socket).unwrap(), said);
-        let Reached::Foreign(why) = reach(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is foreign") };
+        let ReconnectOutcome::Foreign(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is foreign") };
         assert!(why.contains("version 2") && why.contains("version 1"), "{why}");
         other.join().unwrap();
         assert!(process::is_alive(launched.shim).unwrap());

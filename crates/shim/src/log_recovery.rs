@@ -21,11 +21,11 @@ use fermata_os::clock;
 
 /// The pipes of a lost run.
 #[derive(Debug, Default)]
-pub struct Salvage {
+pub struct LogRecovery {
     pipes: Vec<(Stream, File)>,
 }
 
-impl Salvage {
+impl LogRecovery {
     /// Opens the pipes of a run, which `holders` have open for writing.
     pub fn open(run: &RunRecord, holders: impl IntoIterator<Item = i32> + Clone) -> Self {
         let wanted = [(Stream::Stdout, run.stdout_pipe), (Stream::Stderr, run.stderr_pipe)];

@@ -6,27 +6,29 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Broken, FREEZE_PATIENCE, FreezeWork, Hold, Lease, News, Phase, Refused, Step, failed_to};
-use crate::guard::{Guard, Seen};
+use super::{
+    Broken, FREEZE_PATIENCE, FreezeController, FreezeEvent, FreezeWork, Lease, Phase, Refused, Step, failed_to,
+};
+use crate::guard::{Guard, GuardReading};
 use crate::wire::{FreezeBroken, RefusalCode};
 
 /// At most so often it is told that a freeze was broken: whoever continues a tree in a loop must
 /// not fill the database. Nothing is lost, what is told next counts on.
 const BETWEEN_NEWS: Duration = Duration::from_secs(1);
 
-impl Hold {
+impl FreezeController {
     /// Looks at the next tick, since a child has stopped or gone on.
-    pub fn suspect(&mut self, now: Instant) {
+    pub fn check_soon(&mut self, now: Instant) {
         if let Phase::Frozen { guard, .. } = &mut self.phase {
-            guard.suspect(now);
+            guard.check_soon(now);
         }
     }
 
     /// Looks whether anybody has run, and begins to freeze again if so.
-    pub(super) fn look(&mut self, now: Instant) {
+    pub(super) fn check_guard(&mut self, now: Instant) {
         let Phase::Frozen { guard, lease, broken: Broken { again: None, .. }, .. } = &mut self.phase else { return };
-        let held = *lease == Lease::Held;
-        let Seen::Ran(count) = guard.look(held, now) else { return };
+        let held = *lease == Lease::Committed;
+        let GuardReading::Ran(count) = guard.check(held, now) else { return };
         let work = self.begin_to_freeze();
         let Phase::Frozen { broken, .. } = &mut self.phase else { return };
         broken.processes += count;
@@ -40,11 +42,11 @@ impl Hold {
     }
 
     /// Looks when it is time to, and goes on freezing again.
-    pub(super) fn keep_frozen(&mut self, now: Instant) -> Vec<News> {
+    pub(super) fn keep_frozen(&mut self, now: Instant) -> Vec<FreezeEvent> {
         if let Phase::Frozen { guard, .. } = &mut self.phase
             && (guard.is_due(now) || guard.is_thawed())
         {
-            self.look(now);
+            self.check_guard(now);
         }
         let again = match &mut self.phase {
             Phase::Frozen { broken, .. } => broken.again.take(),
@@ -80,15 +82,15 @@ impl Hold {
         self.news_of_breaks(standing, now)
     }
 
-    fn news_of_breaks(&mut self, frozen_again: bool, now: Instant) -> Vec<News> {
+    fn news_of_breaks(&mut self, frozen_again: bool, now: Instant) -> Vec<FreezeEvent> {
         let Phase::Frozen { lease, broken, .. } = &mut self.phase else { return Vec::new() };
         if broken.times == 0 || broken.told_at.is_some_and(|at| now < at + BETWEEN_NEWS) {
             return Vec::new();
         }
         broken.told_at = Some(now);
         let (times, processes) = (std::mem::take(&mut broken.times), std::mem::take(&mut broken.processes));
-        let held = *lease == Lease::Held;
-        vec![News::Broken(FreezeBroken { times, processes, held, frozen_again })]
+        let held = *lease == Lease::Committed;
+        vec![FreezeEvent::Broken(FreezeBroken { times, processes, held, frozen_again })]
     }
 }
 
