@@ -162,10 +162,8 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
     let info = call.info();
     let denied = |why: String| Err(Refusal::new(Code::PermissionDenied, why));
     match &peer.agent {
-        Some(_) => {
-            if info.subject == CallSubject::Named {
-                return denied(format!("an agent may not call {}", info.name));
-            }
+        Some(_) if info.subject == CallSubject::Named => {
+            return denied(format!("an agent may not call {}", info.name));
         }
         None if peer.role < info.role => {
             return denied(format!(
@@ -175,7 +173,7 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
                 peer.role.as_str()
             ));
         }
-        None => {}
+        Some(_) | None => {}
     }
     if call.reaches_files() && nix::unistd::geteuid().is_root() && peer.uid != 0 && peer.agent.is_none() {
         return Err(Refusal::new(

@@ -75,7 +75,7 @@ impl History {
         Ok(Primed::Looked { read, files: snapshot.stats.files })
     }
 
-    /// Says whether [`History::prime`] would have nothing to do.
+    /// Says whether [`History::warm_up`] would have nothing to do.
     pub fn is_primed(&self, request: &SnapshotRequest) -> bool {
         let (picture, trusted) = self.known();
         let Ok(real) = self.checked_workspace(&request.workspace) else { return false };
