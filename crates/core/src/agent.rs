@@ -67,7 +67,7 @@ pub enum EndedBy {
 
 /// The state of an agent, with its run: the current one, or the last one where none is current.
 ///
-/// Its serialised form is that of [`stored`], which databases of earlier releases share.
+/// Its serialised form is that of `stored.rs`, which databases of earlier releases share.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "stored::StoredAgentState")]
 pub enum AgentState {
