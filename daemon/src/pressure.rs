@@ -1,5 +1,5 @@
-//! AutomaticScans after memory and disks, where the settings ask for it, and pauses projects before the
-//! machine suffers. What follows from what it sees is `fermata_core::pressure`'s decision.
+//! Watches memory and disks, where the settings ask for it, and pauses projects before the machine runs out of either.
+//! `fermata_core::pressure` decides from the readings.
 //!
 //! Nothing is read while no rule is set. The kernel could wake it by a trigger on its pressure file,
 //! but a look every two seconds costs one read, needs no privilege, and is needed anyway to see the
@@ -61,7 +61,7 @@ fn rules(settings: &PressureSettings) -> PressureRules {
     }
 }
 
-/// AutomaticScans until the daemon ends.
+/// Watches until the daemon ends.
 pub async fn watch(projects: Arc<Projects>) {
     let services = Arc::clone(projects.services());
     // The daemon may have died between a report of usage and the pause that followed from it.

@@ -179,8 +179,8 @@ impl SessionFiles {
         self.at(&directory, file)
     }
 
-    /// Finds the session whose file the run's processes have open. AutomaticScans at nothing but them, however many sessions
-    /// there are.
+    /// Finds the session whose file the run's processes have open. Reads only the descriptors of these processes,
+    /// however many sessions there are.
     pub fn held_open(&self, run: RunOf<'_>) -> Option<Session> {
         let directory = self.directory_of(run)?;
         run.pids.iter().flat_map(|pid| open_files(*pid)).find_map(|file| self.at(&directory, file))

@@ -126,8 +126,8 @@ fn last_seen(site: &StepContext, before: Option<UnixMillis>) -> BTreeMap<AgentNa
 
 type InspectedRun = (AgentName, RunId, Result<Option<RunInspection>, Failure>);
 
-/// AutomaticScans at every agent: ends what is left of its older runs, and finds out what has become of the
-/// one that should be alive.
+/// Inspects every agent: ends the processes that its older runs have left, and determines the state of the run that
+/// should be alive.
 fn inspections(site: &StepContext) -> Vec<impl Future<Output = InspectedRun> + Send + use<>> {
     let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run().cloned()?)));
     let look = |(agent, run): (Arc<Agent>, Run)| {

@@ -45,7 +45,7 @@ pub enum Change {
     AttributesChanged,
 }
 
-/// ItemContent stands at a path.
+/// The kind of entry at a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EntryKind {
@@ -66,7 +66,7 @@ pub struct DiffEntry {
     pub path: RelPath,
     /// How it differs.
     pub change: Change,
-    /// ItemContent stands there on the later side, or stood there when it was removed.
+    /// The kind of the entry on the later side; of a removed entry, on the earlier side.
     pub kind: EntryKind,
     /// Bytes on the earlier side.
     pub old_size: Option<u64>,

@@ -91,7 +91,7 @@ pub struct History {
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
     known: Mutex<KnownWorkspace>,
-    /// StoredContent by whoever consolidates packs.
+    /// Locked while packs are consolidated.
     consolidating: Mutex<()>,
     /// Checkpoints that were removed since somebody looked for what nobody needs any more.
     removed: AtomicU64,

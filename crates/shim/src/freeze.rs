@@ -17,7 +17,7 @@
 //! daemon and shim sleep together, and a lease must not be over at the moment both wake up, before
 //! the daemon had a chance to renew it.
 //!
-//! A frozen tree that somebody else continues is frozen again, see `freeze/refreeze.rs`.
+//! A frozen tree that another process continues is frozen again, see `freeze/refreeze.rs`.
 //!
 //! The undo touches only what was done here: a process that somebody else had stopped stays so.
 

@@ -97,7 +97,7 @@ impl Plugins {
         Some(plugin.status())
     }
 
-    /// AutomaticScans at the directories again: starts what is new or changed, ends what is gone.
+    /// Reads the plugin directories again: starts new and changed plugins, ends those that are gone.
     pub async fn reload(&self) -> Result<ReloadReport, PluginError> {
         let _permit = self.permit().await?;
         let config = Arc::clone(&self.inner.config);

@@ -1,9 +1,8 @@
-//! Links to shims: what they tell becomes the project's business; one that breaks is made anew,
-//! and where its shim is gone, what is left of the tree is ended.
+//! Links to shims: forwards their events to the project's actor. A broken link is connected again; if its shim has ended,
+//! the remaining processes of the agent are ended.
 //!
-//! The end of a link is the first that is known of a shim's death: the kernel closes its sockets
-//! while it dies. One that does not answer, or is found stopped, is looked at more closely, see
-//! `shim/reach.rs`.
+//! A broken link is the first sign of a shim's death, since the kernel closes the sockets of a process that dies.
+//! `daemon/src/shims/reconnect.rs` examines a shim that does not answer or is stopped.
 
 use std::path::PathBuf;
 use std::sync::Arc;

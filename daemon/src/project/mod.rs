@@ -6,8 +6,7 @@
 //!                                 └────────── step task ◄── effects ─────────┘
 //! ```
 //!
-//! ScanInProgress needs no mailbox: the state is published after every commit, so `status` answers at
-//! once whatever the actor is doing.
+//! Reading the state needs no mailbox: the actor publishes it after every commit, so `status` answers at once.
 
 mod actor;
 pub mod automatic;

@@ -33,7 +33,7 @@ pub enum KeyedAnswer {
     OtherRequest,
 }
 
-/// AutomaticScans a key up.
+/// Looks a key up.
 ///
 /// # Errors
 /// When the row cannot be read.

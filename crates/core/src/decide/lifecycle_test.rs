@@ -84,7 +84,7 @@ fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
         let apply = model.pending.remove(0);
         model.conclude(apply, false);
     }
-    // The agent could not be ended yet, and somebody tries another restore.
+    // The agent has not been ended yet when a client asks for another restore.
     let park = Effect::Park { runs: model.project.frozen_runs() };
     assert!(model.pending.contains(&park), "{:?}", model.pending);
     restore(&mut model);

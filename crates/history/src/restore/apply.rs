@@ -7,7 +7,7 @@
 //! Each step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A file is
 //! written under a temporary name, flushed and renamed, a few of them side by side; nothing is opened through a link;
 //! what is not what the plan expects is left alone and reported. Must not decide anything: that is the plan's work.
-//! Writing files is `draft`'s, setting what needs no writing is `attributes`'.
+//! `staging` writes files; `attributes` sets modes, owners and times.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};

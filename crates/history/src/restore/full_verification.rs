@@ -1,7 +1,7 @@
 //! The full check after a restore: the whole workspace against the whole checkpoint, while nobody waits for it.
 //!
-//! ItemContent the restore touched was compared before it was answered; this finds what was wrong elsewhere. ItemContent somebody has
-//! changed since is not the restore's business. Must not change anything.
+//! The restore has compared every path that it changed before it replied; the full verification finds differences at all
+//! other paths. Changes made after the restore are not reported. Must not change anything.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
@@ -19,7 +19,7 @@ use crate::tree::confined_dir::{Root, Time};
 use crate::tree::listing::{Item, ItemContent};
 use crate::tree::names::RelPath;
 
-/// ItemContent a full check found.
+/// The result of a full verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WholeCheck {
     /// How many paths were compared.

@@ -12,7 +12,7 @@ use crate::tree::listing::{Item, ItemContent, Listing};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 
-/// ItemContent becomes of a name.
+/// The decision for one name of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
     /// It is written as a file of its own, even where the content is right.
@@ -34,7 +34,8 @@ pub(crate) struct Links {
     lone: BTreeSet<RelPath>,
 }
 
-/// ItemContent is the same for all names of one file. The inode alone says too little: a workspace may span file systems.
+/// Properties that all names of one file share. The inode number alone is not enough, since a workspace may span file
+/// systems.
 type Identity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
 
 fn identity(item: &Item) -> Option<Identity<'_>> {

@@ -1,6 +1,6 @@
 //! The plan of a restore: data that the caller persists before it is applied, so that a crash in between rolls forward.
 //!
-//! Owns the types only; `planner` makes plans and `restore` applies them.
+//! Owns the types only; `planner` makes plans and `apply` applies them.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;

@@ -119,7 +119,7 @@ impl History {
             warnings,
         };
         let mut diff = compare(&now, &target);
-        // ItemContent stays for good reason is no change.
+        // A path that the plan leaves unchanged because of a conflict is not a change.
         let stays = |path: &RelPath| {
             let stays = |one: &Conflict| {
                 matches!(one.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
@@ -185,7 +185,7 @@ fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec
 
 #[derive(Default)]
 struct Steps {
-    /// ItemContent is in the way of another kind of thing, with the deepest last.
+    /// Entries to remove because the checkpoint has another kind of entry at their path, the deepest last.
     clear: BTreeMap<RelPath, Operation>,
     write: Vec<Operation>,
     /// Further names of files, once those are there.
@@ -207,7 +207,7 @@ impl Steps {
 struct Planner<'a> {
     root: &'a Root,
     target: &'a Listing,
-    /// ItemContent is there: as the safety checkpoint has it.
+    /// The workspace as the safety checkpoint holds it.
     now: &'a Listing,
     paths: Option<&'a [RelPath]>,
     links: Links,
@@ -502,7 +502,7 @@ impl Planner<'_> {
             let made = self.made.contains(path);
             let selected = self.is_selected(path);
             let differs = current.is_none_or(|now| !now.same_attributes(item));
-            // ItemContent was not asked for keeps its attributes, and an ignored directory is not ours to change.
+            // A path outside the request keeps its attributes, and the restore does not change an ignored directory.
             if made || (selected && current.is_some() && (differs || touched.contains(path))) {
                 let xattrs = current.map_or(&[][..], |now| &now.xattrs);
                 let xattrs = (*item.xattrs != *xattrs).then(|| item.xattrs.clone());

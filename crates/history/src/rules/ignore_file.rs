@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use crate::rules::wildcard::Wildcard;
 
-/// PatternKind is special in a pattern; up to the first of it, a pattern is plain text.
+/// The special bytes of a pattern; before the first of them a pattern is plain text.
 const SPECIAL: &[u8] = b"*?[\\";
 
 /// One pattern.
@@ -20,7 +20,7 @@ struct Pattern {
     what: PatternKind,
 }
 
-/// PatternKind a pattern is compared with, and how.
+/// The text that a pattern is compared with, and the way of comparing.
 #[derive(Clone, Debug)]
 enum PatternKind {
     /// The name is this; found by look-up.
@@ -66,7 +66,7 @@ impl IgnoreFile {
         self.patterns.is_empty()
     }
 
-    /// Adds a line; returns whether it is understood. PatternKind means nothing on purpose is understood.
+    /// Adds a line; returns whether it is understood. Blank lines and comments are understood.
     fn add_line(&mut self, line: &[u8]) -> bool {
         if line.is_empty() || line[0] == b'#' {
             return true;

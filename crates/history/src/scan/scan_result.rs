@@ -1,6 +1,6 @@
-//! ScannedNode a walk has found: directories that are the known ones, and sketches of those that are not.
+//! The result of a walk: directories that are unchanged since the last scan, and new ones whose trees are not built yet.
 //!
-//! Data only: `scan` makes it, `content` reads what is unread in it, `tree` makes directories of it.
+//! Data only: `walk` builds it, `content` reads the unread files in it, `trees` builds the directories.
 
 use std::sync::{Arc, OnceLock};
 
@@ -35,7 +35,7 @@ pub struct Skipped {
     pub path: RelPath,
     /// Why.
     pub reason: SkipReason,
-    /// ScannedNode the system said, or the size.
+    /// The error of the system, or the size.
     pub detail: String,
 }
 
@@ -67,7 +67,7 @@ pub(crate) struct NewDir {
     pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
     pub nested: bool,
-    /// ScannedNode is in it and covered, sorted by name.
+    /// The covered entries, sorted by name.
     pub entries: Vec<Entry>,
 }
 
@@ -90,7 +90,7 @@ impl Entry {
     }
 }
 
-/// ScannedNode stands at a name, as far as a walk can tell.
+/// The entry at a name, as far as a walk can tell without opening it.
 #[derive(Debug)]
 pub(crate) enum ScannedNode {
     /// All is known.
@@ -112,6 +112,6 @@ pub(crate) struct Unread {
     pub forced: bool,
     /// Whether an agent can write to it without its state telling.
     pub mapped: bool,
-    /// ScannedNode reading it came to.
+    /// The result of reading it.
     pub outcome: OnceLock<ContentRead>,
 }

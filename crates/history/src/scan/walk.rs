@@ -73,7 +73,7 @@ pub(crate) struct Walk<'a> {
     pub root: &'a Root,
     /// The device that it is on.
     pub device: u64,
-    /// ScannedNode is covered.
+    /// The rules of the project.
     pub rules: &'a Rules,
     /// The project's own patterns.
     pub own: OwnPatterns,
@@ -81,7 +81,7 @@ pub(crate) struct Walk<'a> {
     pub standings: &'a RuleCache,
     /// The store itself, when it lies in the workspace.
     pub hidden: Option<RelPath>,
-    /// ScannedNode is tracked although the rules leave it out, as far as it is known.
+    /// Tracked paths that the rules leave out, as far as they are known.
     pub forced: &'a BTreeSet<RelPath>,
     /// The whole index, when it is not known what of it the rules leave out.
     pub tracked: Option<&'a Tracked>,
@@ -101,7 +101,7 @@ pub(crate) struct Walk<'a> {
     pub ignored: AtomicU64,
     /// Files with several names that were left out under one of them, by inode.
     pub linked_out: Mutex<HashSet<u64>>,
-    /// ScannedNode the user should know of this look.
+    /// Warnings of this scan for the user.
     pub warnings: Mutex<Vec<String>>,
     /// Whether other rules were met than those of the known picture.
     pub redecided: AtomicBool,
@@ -384,7 +384,7 @@ impl Walk<'_> {
             };
             let is_dir = stat.kind() == FileKind::Directory;
             let verdict = match (&names, before) {
-                // ScannedNode is decided stays decided.
+                // An earlier decision stays valid.
                 (Names::Covered(_), Some(Node::File(file))) if !is_dir && !file.remarks.forced => {
                     MatchDecision::Covered(CompiledRules::Everything)
                 }
@@ -469,7 +469,7 @@ impl Walk<'_> {
             };
             entries.extend(entry);
         }
-        // ScannedNode an earlier picture's trees consist of may be gone, where it is not relied on.
+        // Objects of an earlier workspace state may be gone, unless the scan relies on that state.
         if let (false, Some(dir), None) = (changed, known.dir, self.check_in) {
             return Ok(Some(ScanResult::Same(Arc::clone(dir))));
         }

@@ -1,11 +1,11 @@
-//! Looks at a workspace: the part of a snapshot for which agents have to stand still.
+//! Scans a workspace: the part of a snapshot during which the agents are frozen.
 //!
 //! ```text
-//! take what the watcher knows ─► part of the known picture ─┐
-//!        it knows nothing     ─► the whole workspace       ─┴─► read what is not known ─► Observed
+//! paths that the watcher reported ─► a part of the workspace ─┐
+//!              no reliable report ─► the whole workspace     ─┴─► read new and changed files ─► Observed
 //! ```
-//! Decides how much has to be looked at and gathers what that needs: rules, the user's index, suspects, other names of
-//! linked files. ScannedNode is read goes into the pack of the snapshot to be; making trees and flushing is `snapshot`'s work.
+//! Decides which part to scan and gathers what that needs: rules, the user's index, volatile paths, other names of
+//! linked files. Contents that are read go into the pack of the snapshot; `snapshot` builds the trees and flushes.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
@@ -32,11 +32,11 @@ use crate::tree::confined_dir::{FileKind, Root};
 use crate::tree::names::RelPath;
 use fermata_os::mounts;
 
-/// ScannedNode a look needs to know.
+/// The parameters of a scan.
 pub(crate) struct ScanContext<'a> {
     /// The workspace, opened.
     pub root: &'a Root,
-    /// ScannedNode is covered.
+    /// The rules of the project.
     pub rules: &'a Rules,
     /// Files that agents have mapped writable.
     pub mapped: &'a Mapped,
@@ -52,7 +52,7 @@ pub(crate) struct ScanContext<'a> {
     pub cancel: &'a AtomicBool,
 }
 
-/// ScannedNode a look found.
+/// The result of a scan.
 pub(crate) struct WorkspaceScan {
     /// The workspace.
     pub found: ScanResult,
@@ -64,21 +64,21 @@ pub(crate) struct WorkspaceScan {
     pub above: Vec<Source>,
     /// The files of nested repositories that decided, too.
     pub nested: Vec<Source>,
-    /// ScannedNode is mounted below the workspace.
+    /// The mount points below the workspace.
     pub mounts: Vec<String>,
     /// The user's index, and those of the submodules in it.
     pub indexes: Vec<Source>,
-    /// ScannedNode the rules leave out although it is tracked; not known yet where the whole index was at hand.
+    /// Tracked paths that the rules leave out; not known yet where the walk was given the whole index.
     pub forced: Forced,
-    /// ScannedNode the user should know, beside what is wrong with ignore files.
+    /// Warnings for the user, without those about ignore files.
     pub notes: Vec<String>,
-    /// ScannedNode is wrong with ignore files.
+    /// Faults in ignore files.
     pub complaints: Vec<String>,
     /// The user's repository.
     pub repository: Option<UserRepository>,
 }
 
-/// ScannedNode is known of tracked files that the rules leave out.
+/// The tracked files that the rules leave out, as far as they are known.
 pub(crate) enum Forced {
     /// All of them.
     These(Arc<BTreeSet<RelPath>>),
@@ -181,7 +181,7 @@ impl History {
         });
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
-        // ScannedNode is tracked though ignored: known, or to be found out anew.
+        // The paths that are tracked though ignored: known, or to be determined again.
         let mut dirty = Dirty::default();
         let mut forced_changed = false;
         let mut indexes = Vec::new();
@@ -196,7 +196,7 @@ impl History {
                 let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
                 for path in now.symmetric_difference(&before.forced) {
                     dirty.mark(path);
-                    // ScannedNode leads to it may be ignored, and so unknown.
+                    // The directories above it may be ignored, and are then not in the workspace state.
                     let mut above = path.parent();
                     while let Some(dir) = above.filter(|dir| !dir.is_root()) {
                         dirty.mark(&dir);
@@ -229,7 +229,7 @@ impl History {
                 Some((before, dirty))
             }
             (_, events) => {
-                // ScannedNode was written to may look as it did, also to whoever looks at everything.
+                // A written file may have the same fingerprint as before, so a full scan has to read it too.
                 mapped.extend(events.iter().flat_map(Dirty::written));
                 tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
                 None
@@ -273,7 +273,7 @@ impl History {
                     walk.whole(before.as_ref().map(|before| &before.root), chain.clone(), decided)?
                 }
             };
-            // ScannedNode was covered anyway may be ignored now: then it counts whether it is tracked.
+            // A file that the rules covered may be ignored now; it is then covered only if it is tracked.
             if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
                 let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
                 indexes.clone_from(&tracked.indexes);
@@ -339,7 +339,7 @@ fn part(walk: &Walk<'_>, before: &WorkspaceState, top: CompiledRules, mut dirty:
         if linked.is_empty() {
             return Ok(found);
         }
-        // ScannedNode was written under one name is in the others, whatever their state says.
+        // A write under one name of a file changes its other names, whatever their fingerprints say.
         before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }

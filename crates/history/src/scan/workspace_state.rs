@@ -1,13 +1,13 @@
-//! The known picture of a workspace: what the last snapshot saw, as a tree of directories in memory.
+//! The workspace state: the result of the last scan, as a tree of directories in memory.
 //!
 //! ```text
-//! WorkspaceState ── root: Arc<Dir> ── children, sorted by name ── File { state, content }
-//!                                                        ├ Dir(Arc<Dir>)   shared with the picture before
-//!                                                        └ Special, Skipped, Draft
+//! WorkspaceState ── root: Arc<Dir> ── children, sorted by name ─┬ File { fingerprint, content }
+//!                                                               ├ Dir(Arc<Dir>)   shared with the state before
+//!                                                               └ Special, Skipped, Draft
 //! ```
-//! A directory is immutable and carries the ids of its trees, so that a new picture shares every directory in which
-//! nothing has changed, and costs what has changed. Knows nothing of files, locks or watches: `scan` makes drafts of
-//! directories, `tree` seals them, `cache` keeps them on the disk.
+//! A directory is immutable and carries the ids of its trees. A new state shares every unchanged directory with the state
+//! before, so its cost depends on the changes alone. This module reads no files and takes no locks: `walk` builds new
+//! directories, `trees` computes their ids, `state_file` stores them.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;

@@ -95,16 +95,16 @@ fn make(sandbox: &Sandbox, steps: &[Made]) {
     }
 }
 
-/// ItemContent git lists: tracked, and untracked that no rule ignores.
+/// The files that git lists: tracked ones, and untracked ones that no rule ignores.
 fn listed(sandbox: &Sandbox) -> BTreeSet<Vec<u8>> {
     let text = sandbox.git(&["ls-files", "-z", "--cached", "--others", "--exclude-standard"]);
     let names = text.split(|byte| *byte == 0).filter(|name| !name.is_empty());
-    // ItemContent is tracked and gone is no file.
+    // A tracked path may have been removed from the disk.
     let there = |name: &&[u8]| sandbox.path().join(Path::new(OsStr::from_bytes(name))).symlink_metadata().is_ok();
     names.filter(there).map(<[u8]>::to_vec).collect()
 }
 
-/// ItemContent a snapshot covers, directories aside.
+/// The paths that a snapshot covers, without directories.
 fn covered(sandbox: &Sandbox, number: u64) -> BTreeSet<Vec<u8>> {
     sandbox.checkpoint(number);
     let listing = sandbox.history.listing_of(number).expect("listing");

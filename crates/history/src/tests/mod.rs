@@ -188,7 +188,7 @@ pub(super) fn files_on_disk(dir: &Path) -> FilesOnDisk {
     walk(dir).into_iter().map(one).collect()
 }
 
-/// ItemContent a picture leaves out: extended attributes, the other names of a file, and whether it has holes.
+/// Properties that `FilesOnDisk` leaves out: extended attributes, the other names of a file, and whether it has holes.
 pub(super) type Finer = BTreeMap<String, (Vec<(Vec<u8>, Vec<u8>)>, Vec<String>, bool)>;
 
 /// Describes what a picture leaves out.

@@ -1,5 +1,5 @@
-//! ItemContent a checkpoint from elsewhere may not be although it is whole: something that no workspace could have been, made
-//! so that whoever lists or restores it never ends, or fails half-way.
+//! Validates an imported checkpoint beyond the hashes of its objects: it must describe a tree that a workspace can hold, so
+//! that listing and restoring it are bounded and cannot fail half-way.
 //!
 //! Equal directories are looked at once, however many paths lead to them; paths are counted, not listed. Must not
 //! change anything, and relies on the hashes having been checked.

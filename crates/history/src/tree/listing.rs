@@ -14,7 +14,7 @@ use crate::tree::metadata::{self, Manifest, MetaKind, MetaLine, Xattrs};
 use crate::tree::names::{RelPath, is_safe_name};
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 
-/// ItemContent stands at a path.
+/// The entry at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ItemContent {
     /// A file with this content.
@@ -30,7 +30,7 @@ pub(crate) enum ItemContent {
 /// One path of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
-    /// ItemContent stands there.
+    /// The entry.
     pub what: ItemContent,
     /// Permission bits.
     pub mode: u32,
@@ -63,7 +63,7 @@ impl Item {
 pub(crate) struct Listing {
     /// By path.
     pub items: BTreeMap<RelPath, Item>,
-    /// ItemContent is covered but not stored.
+    /// Paths that are covered but not stored, with the reason.
     pub skipped: BTreeMap<RelPath, SkipReason>,
     /// Files that changed while they were read.
     pub torn: Vec<RelPath>,
@@ -324,7 +324,7 @@ impl Directory {
     }
 }
 
-/// ItemContent a checkpoint knows of a path.
+/// Whether a checkpoint stored a path that it covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KnownContent {
     /// It was covered and stored.

@@ -13,7 +13,7 @@
 //! x 0 0.000000000 0 too_large name           covered, but skipped: the reason
 //! ```
 //!
-//! ScanRemarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for a file
+//! Remarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for a file
 //! with holes; `x:<name>=<value>`, both in hexadecimal, one per extended attribute (of a directory too).
 
 use std::borrow::Cow;

@@ -59,7 +59,7 @@ pub(crate) fn encode_tree(entries: &[TreeEntry]) -> Vec<u8> {
 
 /// A line of a tree that is being made.
 struct Line<'a> {
-    /// ScannedNode comes before the name.
+    /// The text before the name.
     prefix: &'static [u8],
     name: &'a [u8],
     mode: u32,
@@ -232,7 +232,7 @@ impl Sealing<'_> {
             seen: new.seen,
             xattrs: new.xattrs,
             covered: new.covered,
-            // ScannedNode was listed and is not there any more may come back without a trace.
+            // An entry that vanished after the listing may come back without changing the fingerprint of the directory.
             settled: new.settled && !vanished,
             ignore_settled: new.ignore_settled,
             unreadable: new.unreadable,
@@ -264,7 +264,7 @@ fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
     }
 }
 
-/// ScannedNode a directory's metadata says of a child; nothing of a directory that could be read: it says that itself.
+/// The line for a child in its directory's metadata. `None` for a directory that could be read: its own metadata has it.
 fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     let name = Cow::Borrowed(&*child.name);
     let skipped = |reason, name| {
@@ -292,7 +292,7 @@ fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     }
 }
 
-/// ScannedNode a directory's tree says of a child.
+/// The line for a child in its directory's tree.
 fn file_line(child: &Child) -> Option<Line<'_>> {
     let (mode, oid) = match &child.node {
         Node::File(file) if file.is_link() => (MODE_LINK, &file.oid),

@@ -149,7 +149,7 @@ async fn written(
     }
 }
 
-/// AutomaticScans at the workspace and reads what has changed.
+/// Scans the workspace and reads the files that have changed.
 async fn workspace(site: &StepContext, order: &CheckpointOrder) -> Result<(DeferredRemoval<Observed>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {

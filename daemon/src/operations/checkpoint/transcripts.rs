@@ -48,7 +48,7 @@ pub(super) struct Opened {
     transcripts: Vec<Transcript>,
 }
 
-/// AutomaticScans for the sessions of all agents.
+/// Finds the sessions of all agents.
 ///
 /// # Errors
 /// When the store cannot be read.

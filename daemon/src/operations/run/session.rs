@@ -50,7 +50,7 @@ pub async fn find(site: &StepContext, agents: &[AgentName]) -> Result<Vec<(Agent
     Ok(found.into_iter().filter_map(|(known, session)| Some((known.agent, session?))).collect())
 }
 
-/// AutomaticScans for the sessions of these agents. What takes long is done here: agents need not stand still for it.
+/// Finds the sessions of these agents. It may take long, so it runs before they are frozen.
 ///
 /// # Errors
 /// When the store cannot be read.
