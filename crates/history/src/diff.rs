@@ -1,4 +1,4 @@
-//! Compares two checkpoints, or a checkpoint with the workspace as it is.
+//! Compares two checkpoints, or a checkpoint with the current workspace.
 
 use std::collections::BTreeSet;
 use std::io::Read;
@@ -23,7 +23,7 @@ use crate::tree::names::RelPath;
 pub enum Point {
     /// A checkpoint.
     Checkpoint(u64),
-    /// A workspace as it is now, seen through rules.
+    /// The current workspace under these rules.
     Workspace(PathBuf, Rules),
 }
 
@@ -33,11 +33,11 @@ pub enum Point {
 pub enum Change {
     /// Only the later side has it.
     Added,
-    /// Only the earlier side has it.
+    /// Only the later side has the path.
     Removed,
     /// Its content differs.
     Modified,
-    /// It became something else.
+    /// The kind of entry differs.
     TypeChanged,
     /// Only its permission bits differ.
     ModeChanged,
@@ -62,9 +62,7 @@ pub enum EntryKind {
 /// One path that differs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiffEntry {
-    /// The path.
     pub path: RelPath,
-    /// How it differs.
     pub change: Change,
     /// The kind of the entry on the later side; of a removed entry, on the earlier side.
     pub kind: EntryKind,
@@ -78,23 +76,22 @@ pub struct DiffEntry {
     pub new_mode: Option<u32>,
 }
 
-/// All paths that differ, in byte order. A directory is named when its mode changed, or when it is empty where it
-/// exists alone.
+/// All paths that differ, in byte order. A directory is listed if its mode changed, or if only one side has it
+/// and it is empty there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diff {
-    /// The paths.
     pub entries: Vec<DiffEntry>,
 }
 
-/// The text of one file's difference.
+/// The text difference of one file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TextDiff {
     /// A unified patch; empty when the contents are equal. Bytes that are not UTF-8 are replaced.
     Patch(String),
-    /// One of the sides is not text.
+    /// One of the sides contains a NUL byte.
     Binary,
-    /// One of the sides is larger than was asked for.
+    /// One of the sides is larger than the caller's limit.
     TooLarge,
 }
 
@@ -151,7 +148,7 @@ impl History {
             Point::Workspace(workspace, _) => {
                 let root = Root::open(&check_workspace(workspace)?)?;
                 let shown = root.show(path);
-                let stat = root.stat_if_there(path).map_err(HistoryError::io("look at", &shown))?;
+                let stat = root.stat_if_there(path).map_err(HistoryError::io("read the metadata of", &shown))?;
                 match stat.map(|stat| (stat.kind(), stat.size)) {
                     Some((FileKind::Regular, size)) if size > max_bytes => Ok(None),
                     Some((FileKind::Regular, _)) => {
@@ -170,7 +167,7 @@ impl History {
         }
     }
 
-    /// Finds the blob of a path by walking down one tree per name.
+    /// Finds the blob of a path by walking down one tree per component.
     fn blob_at(&self, number: u64, path: &RelPath) -> Result<Option<Oid>> {
         let commit = self.refs.get(number)?;
         let mut at = CheckpointRoot::read(&self.objects, &commit)?.files;
@@ -198,7 +195,6 @@ fn kind_of(item: &Item) -> EntryKind {
     }
 }
 
-/// Compares two listings.
 pub(crate) fn compare(old: &Listing, new: &Listing) -> Diff {
     let (full_old, full_new) = (with_children(old), with_children(new));
     let paths: BTreeSet<&RelPath> = old.items.keys().chain(new.items.keys()).collect();

@@ -1,6 +1,7 @@
-//! What can go wrong in the checkpoint store.
+//! Errors of the checkpoint store.
 //!
-//! A damaged store, a refused workspace and a failing disk are told apart, since callers answer them differently.
+//! A damaged store, a refused workspace and a failing disk are different variants, since callers handle them
+//! differently.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -15,12 +16,12 @@ pub type Result<T, E = HistoryError> = std::result::Result<T, E>;
 /// Why an operation on the store failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HistoryError {
-    /// The workspace is one that must never be covered.
+    /// The workspace must never be covered.
     #[error("workspace {path} is refused: {reason}")]
     WorkspaceRefused {
         /// The workspace as given.
         path: PathBuf,
-        /// Why it is refused.
+        /// A clause for messages.
         reason: &'static str,
     },
     /// A rule is not a valid pattern.
@@ -30,44 +31,42 @@ pub enum HistoryError {
         pattern: String,
     },
     /// There is no such checkpoint.
-    #[error("find checkpoint {number}")]
+    #[error("find checkpoint {number}: there is none with this number")]
     NoSuchCheckpoint {
-        /// The number that was asked for.
+        /// The requested number.
         number: u64,
     },
-    /// The number already belongs to another checkpoint.
+    /// The number belongs to another checkpoint.
     #[error("publish checkpoint {number}: the number is taken")]
     NumberTaken {
-        /// The number that was to be published.
+        /// The number to publish.
         number: u64,
     },
-    /// The snapshot was discarded, or swept away.
+    /// The snapshot was discarded or swept.
     #[error("publish checkpoint {number}: its snapshot is gone")]
     SnapshotGone {
-        /// The number that was to be published.
+        /// The number to publish.
         number: u64,
     },
-    /// An object is not in the store.
+    /// The store does not contain an object.
     #[error("find object {oid}")]
     MissingObject {
-        /// The object.
         oid: Oid,
     },
-    /// An object is in the store but cannot be what it claims to be.
+    /// An object is stored but its content does not match its id or kind.
     #[error("read object {oid}: {problem}")]
     DamagedObject {
-        /// The object.
         oid: Oid,
-        /// What is wrong with it.
+        /// A clause for messages.
         problem: String,
     },
-    /// Objects that a restore needs are missing or damaged; nothing was touched.
+    /// Objects that a restore needs are missing or damaged. The workspace was not changed.
     #[error("restore: {} objects are damaged or missing, the first is {:?}", .bad.len(), .bad.first())]
     Unrestorable {
-        /// Every bad object.
+        /// All of them.
         bad: Vec<crate::BadObject>,
     },
-    /// A plan or a checkpoint names a path that must not be written.
+    /// A plan or a checkpoint contains a path that must not be written.
     #[error("use path {path}: it is unsafe")]
     UnsafePath {
         /// The path, escaped.
@@ -78,54 +77,49 @@ pub enum HistoryError {
     NoSuchPath {
         /// The path, escaped.
         path: String,
-        /// The checkpoint.
         number: u64,
     },
-    /// The kernel has no `openat2`.
-    #[error("open files beneath {path}: the kernel is older than 5.6 or forbids openat2")]
+    /// The kernel does not support `openat2`.
+    #[error("open files below {path}: the kernel is older than 5.6 or forbids openat2")]
     KernelTooOld {
-        /// The workspace.
         path: PathBuf,
     },
-    /// The caller asked for an end.
+    /// The caller cancelled the operation.
     #[error("cancelled")]
     Cancelled,
-    /// The git library failed.
+    /// libgit2 failed.
     #[error("{action}")]
     Git {
-        /// What was attempted.
+        /// A verb phrase that fits behind "failed to".
         action: &'static str,
-        /// The library's error.
         #[source]
         source: git2::Error,
     },
-    /// The operating system failed.
+    /// A system call failed.
     #[error("{action} {path}")]
     Io {
-        /// What was attempted.
+        /// A verb phrase that fits behind "failed to".
         action: &'static str,
-        /// Where.
         path: PathBuf,
-        /// The system's error.
         #[source]
         source: io::Error,
     },
 }
 
 impl HistoryError {
-    /// Makes the closure that dresses a system error, for `map_err`.
+    /// Returns a closure for `map_err` that adds an action and a path to a system error.
     pub(crate) fn io<E: Into<io::Error>>(action: &'static str, path: &Path) -> impl FnOnce(E) -> Self + use<E> {
         let path = path.to_owned();
         move |source| HistoryError::Io { action, path, source: source.into() }
     }
 
-    /// Says whether there was no room on the disk.
+    /// Says whether the disk or a quota was full.
     pub(crate) fn is_disk_full(&self) -> bool {
         let full = |kind| matches!(kind, io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded);
         matches!(self, HistoryError::Io { source, .. } if full(source.kind()))
     }
 
-    /// Makes the closure that dresses an error of the git library, for `map_err`.
+    /// Returns a closure for `map_err` that adds an action to an error of libgit2.
     pub(crate) fn git(action: &'static str) -> impl FnOnce(git2::Error) -> Self {
         move |source| HistoryError::Git { action, source }
     }
@@ -134,10 +128,9 @@ impl HistoryError {
 /// An object that is missing or damaged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadObject {
-    /// The object.
     pub oid: Oid,
-    /// Where it belongs in the checkpoint, escaped.
+    /// Its path in the checkpoint, escaped.
     pub path: String,
-    /// What is wrong with it.
+    /// A clause for messages.
     pub problem: String,
 }

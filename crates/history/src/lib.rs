@@ -1,21 +1,23 @@
-//! The checkpoint store: a bare repository of our own per project, with one pack per checkpoint.
+//! The checkpoint store: one bare repository per project, with one pack per checkpoint.
 //!
 //! ```text
-//! snapshot: scan -> content -> tree -> pack (in pending/)          nothing is visible yet
-//! publish:  pack -> objects/pack, then the ref                     the checkpoint exists
-//! later:    many packs -> one, with deltas (consolidate)           what is read stays the same
-//! restore:  plan (persisted by the caller) -> apply -> recheck     rolls forward after a crash
+//! snapshot: scan -> contents -> trees -> pack (in pending/)         nothing is visible yet
+//! publish:  pack -> objects/pack, then the ref                      the checkpoint exists
+//! later:    many packs -> one, with deltas (consolidate)            readers see the same objects
+//! restore:  plan (persisted by the caller) -> apply -> recheck      rolls forward after a crash
 //! ```
 //!
-//! Owns everything below its directory and is the only user of the git library. Never writes to the user's `.git`,
-//! never opens the user's repository with the library, never follows a link inside a workspace, never reads anybody's
-//! git configuration. Synchronous: callers run it on blocking threads and may cancel it.
+//! The store owns everything below its directory and is the only user of libgit2. It never writes to the user's
+//! `.git`, never opens the user's repository with the library, never follows a symbolic link inside a workspace
+//! and reads no git configuration. All calls are synchronous; callers run them on blocking threads and may
+//! cancel them.
 //!
 //! Invariants:
-//! - A published ref's objects are all in `objects/pack`; a pack is there before its ref and leaves only when no ref
-//!   needs it.
-//! - A snapshot relies only on published packs and its own; another unpublished snapshot's objects do not count.
-//! - Checkpoints have no parent commits, so that removing one frees what it alone needs.
+//! - All objects of a published ref are in `objects/pack`. A pack arrives there before the ref that needs it
+//! and is removed only when no ref needs it.
+//! - A snapshot relies only on published packs and its own pack, never on the objects of another unpublished
+//! snapshot.
+//! - Checkpoints have no parent commits, so that removing one frees the objects that no other checkpoint needs.
 
 mod diff;
 mod errors;
@@ -77,7 +79,7 @@ use tree::confined_dir::{Root, sync_dir};
 use tree::listing::{CheckpointRoot, Listing};
 use tree::trees::ObjectSink;
 
-/// The names of the drafts that are in use.
+/// The names of the pending snapshots that this process holds.
 type Live = Arc<Mutex<HashSet<String>>>;
 
 /// The checkpoint store of one project.
@@ -86,39 +88,39 @@ pub struct History {
     repository: PathBuf,
     objects: ObjectStore,
     refs: Refs,
-    /// One writer at a time: publish, discard and sweep exclude each other.
+    /// Held by publication, removal, discarding and sweeping, which exclude each other.
     writer: Mutex<()>,
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
     live: Live,
     known: Mutex<KnownWorkspace>,
     /// Locked while packs are consolidated.
     consolidating: Mutex<()>,
-    /// Checkpoints that were removed since somebody looked for what nobody needs any more.
+    /// Checkpoints removed since the last search for unreachable objects.
     removed: AtomicU64,
-    /// One background look at a time.
+    /// Held during a warm-up scan, so that only one runs at a time.
     priming: Mutex<()>,
     standings: RuleCache,
-    /// The workspace that was checked last, with its real path.
+    /// The workspace that was checked last: its path as given and its real path.
     checked: Mutex<Option<(PathBuf, PathBuf)>>,
     watch: Option<Watched>,
 }
 
-/// What is known of the workspace.
+/// The workspace state in memory, and how far it can be relied on.
 #[derive(Default)]
 struct KnownWorkspace {
-    /// The picture of the last look that was published.
+    /// The state of the last published scan.
     picture: Option<Arc<WorkspaceState>>,
-    /// Whether all contents that it names are surely in the store.
+    /// Whether the store holds every object that the state names.
     trusted: bool,
-    /// Up to where it has dealt with the watcher's events.
+    /// The epoch of the watcher up to which the state has taken in all events.
     epoch: Option<u64>,
-    /// When everything was looked at last.
+    /// When the last full scan was published.
     whole_at: Option<Instant>,
-    /// How much has been learnt since it was written to the disk.
+    /// How many changes the state has taken in since it was last saved.
     unsaved: u64,
-    /// Whether the disk was asked.
+    /// Whether loading the saved state was attempted.
     loaded: bool,
-    /// Snapshots that may rely on objects that were found damaged since they began.
+    /// Snapshots that may rely on objects that were found damaged after they had begun.
     misled: HashSet<String>,
 }
 
@@ -126,8 +128,8 @@ const CONFIG: &str = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n\tfi
     \tlogallrefupdates = false\n\thooksPath = /dev/null\n[gc]\n\tauto = 0\n";
 
 impl History {
-    /// Opens the store in a directory, and creates it there when it is new. Every snapshot compares the states of all
-    /// files.
+    /// Opens the store in a directory, creating it if it is new. Without a watcher, every snapshot compares the
+    /// fingerprints of all files.
     ///
     /// # Errors
     /// Fails when the directory cannot be created or read.
@@ -135,14 +137,14 @@ impl History {
         Self::open_watched(dir, None)
     }
 
-    /// Opens the store as [`History::open`] does; snapshots look only at what the watcher has heard of.
+    /// Opens the store as [`History::open`] does. Snapshots read only the paths that the watcher has reported.
     ///
     /// # Errors
     /// Fails when the directory cannot be created or read.
     pub fn open_watched(dir: &Path, watcher: Option<&Arc<Watcher>>) -> Result<History> {
         let create = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
         create(dir).map_err(HistoryError::io("create", dir))?;
-        // The store holds copies of the user's files, whatever the umask or an older version made of its directory.
+        // The store holds copies of the user's files, so it is private whatever the umask was.
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(HistoryError::io("protect", dir))?;
         let repository = dir.join("history.git");
         if !repository.is_dir() {
@@ -168,7 +170,7 @@ impl History {
         })
     }
 
-    /// Returns where the bare repository is.
+    /// Returns the path of the bare repository.
     pub fn repository(&self) -> &Path {
         &self.repository
     }
@@ -195,11 +197,12 @@ impl History {
     /// Fails when there is no such checkpoint.
     pub fn remove(&self, number: u64) -> Result<()> {
         let _writer = self.lock_writer();
-        // One that cannot be read (torn by a power failure, before it had a row) is nobody's: it goes as well.
+        // A ref that cannot be read (torn by a power failure before the checkpoint had a row) is removed as
+        // well.
         if let Some(known) = self.known().0
             && self.refs.find(number).is_ok_and(|commit| commit == Some(known.commit))
         {
-            // What is known of the workspace relies on its objects.
+            // The workspace state relies on the objects of this commit: the base ref keeps them.
             self.refs.set_base(known.commit, &self.pending())?;
         }
         self.refs.remove(number)?;
@@ -207,15 +210,16 @@ impl History {
         Ok(())
     }
 
-    /// Reads what a checkpoint says about itself.
+    /// Reads the manifest of a checkpoint.
     ///
     /// # Errors
-    /// Fails when there is no such checkpoint, or when it is damaged or newer than this program.
+    /// Fails when there is no such checkpoint, or when it is damaged or written by a newer version.
     pub fn manifest(&self, number: u64) -> Result<Manifest> {
         CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?.manifest(&self.objects)
     }
 
-    /// Returns the trees of a checkpoint's files and metadata: equal to those of a snapshot when nothing has changed.
+    /// Returns the trees of a checkpoint's files and metadata. They equal those of a snapshot exactly when
+    /// nothing has changed.
     ///
     /// # Errors
     /// Fails when there is no such checkpoint, or when it is damaged.
@@ -224,7 +228,7 @@ impl History {
         Ok((root.files, root.meta))
     }
 
-    /// Lists what a checkpoint covers but does not hold.
+    /// Lists the paths that a checkpoint covers but does not store.
     ///
     /// # Errors
     /// As for [`History::manifest`].
@@ -236,7 +240,7 @@ impl History {
         Listing::of_checkpoint(&self.objects, &self.refs.get(number)?)
     }
 
-    /// Lists the workspace as it is now, with the ids of all contents, and stores nothing.
+    /// Lists the current workspace with the ids of all contents, without storing anything.
     fn workspace_listing(
         &self,
         root: &Root,
@@ -265,8 +269,8 @@ impl History {
         Ok(Listing::of_workspace(&dir))
     }
 
-    /// Takes note of objects that are missing or damaged: writers write them again, and readers prefer other copies. The
-    /// next snapshot compares all files, since what is known of the workspace does not vouch for its objects any more.
+    /// Marks objects as missing or damaged: writers store them again, and readers prefer other copies. The next
+    /// snapshot is a full scan, since the workspace state may name damaged objects.
     pub fn mark_damaged(&self, ids: &[Oid]) {
         if ids.is_empty() {
             return;
@@ -278,12 +282,13 @@ impl History {
         known.misled.extend(live);
     }
 
-    /// Gives back the memory that only makes reading faster, once a piece of work is done.
+    /// Frees the memory of caches that only make reading faster; called after a long operation.
     pub fn rest(&self) {
         self.objects.rest();
     }
 
-    /// Refuses workspaces that must never be covered; asks about accounts and homes once only, which may take long.
+    /// Refuses workspaces that must never be covered. The result is cached, since looking up accounts and home
+    /// directories may take long.
     fn checked_workspace(&self, workspace: &Path) -> Result<PathBuf> {
         let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, real)) = &*checked
@@ -309,8 +314,8 @@ impl History {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns what is known of the workspace, from the disk the first time, and whether all that it names is surely
-    /// in the store.
+    /// Returns the workspace state, loaded from the disk on the first call, and whether the store holds every
+    /// object that it names.
     fn known(&self) -> (Option<Arc<WorkspaceState>>, bool) {
         let live = self.live().clone();
         let mut known = self.lock_known();
@@ -325,7 +330,7 @@ impl History {
                 && self.objects.is_sound();
         }
         if !known.misled.is_empty() {
-            // One of them may have been published since, and thought that it could vouch for everything.
+            // One of these snapshots may have been published since then and have marked the state as trusted.
             known.trusted = false;
             known.misled.retain(|name| live.contains(name));
         }
@@ -341,7 +346,8 @@ impl History {
     }
 }
 
-/// Lays out a bare repository aside and moves it into place, so that there is never half of one.
+/// Creates a bare repository under a temporary name and renames it, so that an incomplete one never has the
+/// final name.
 fn init(draft: &Path, place: &Path) -> io::Result<()> {
     if draft.exists() {
         fs::remove_dir_all(draft)?;

@@ -1,13 +1,13 @@
-//! Progress of a long action of the store, as it is reported to the caller.
+//! Progress of a long operation, as it is reported to the caller.
 
-/// The part of a long action that is under way.
+/// The phase of a long operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
-    /// Listing the workspace.
+    /// Scanning the workspace.
     Scan,
-    /// Reading files that are not known.
+    /// Reading new and changed files.
     Read,
-    /// Building trees.
+    /// Building the trees.
     Trees,
     /// Completing the pack.
     Pack,
@@ -15,20 +15,19 @@ pub enum Phase {
     Verify,
     /// Changing the workspace.
     Apply,
-    /// Comparing the workspace with what it should be.
+    /// Comparing the restored workspace with the plan.
     Recheck,
 }
 
-/// How far a long action has come.
+/// How far a long operation has come.
 #[derive(Clone, Copy, Debug)]
 pub struct Progress {
-    /// The part that is under way.
     pub phase: Phase,
-    /// Steps done.
+    /// Completed units of the phase: files, objects or steps.
     pub done: u64,
-    /// Steps in all; 0 when that is not known.
+    /// All units of the phase; 0 if the number is unknown.
     pub total: u64,
 }
 
-/// Is told about progress, from several threads.
+/// The callback for progress; it is called from several threads.
 pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);

@@ -1,7 +1,8 @@
 //! Takes a snapshot of a workspace, or discards it.
 //!
-//! A snapshot is a pack in a directory of its own below `pending/`. Publishing (`publish`) moves it among the others and
-//! then creates the ref: only then does the checkpoint exist, and only then may others rely on its objects.
+//! A snapshot is a pack in its own directory below `pending/`. Publishing (`publish`) moves the pack to the
+//! others and then creates the ref. Only then does the checkpoint exist, and only then may other snapshots rely
+//! on its objects.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
@@ -31,72 +32,73 @@ use crate::tree::trees::{ObjectSink, Trees, build_root, seal};
 use crate::{History, Live};
 use fermata_failpoint as failpoint;
 
-/// A look at everything is worth keeping on the disk at once; of smaller ones, as many as this.
+/// A full scan is worth this many partial ones; the state is saved once so many have been published.
 pub(crate) const WHOLE_LOOK: u64 = 50;
 
-/// What to take a snapshot of.
+/// The parameters of a snapshot.
 #[derive(Clone, Debug)]
 pub struct SnapshotRequest {
-    /// The workspace, by its absolute path.
+    /// The absolute path of the workspace.
     pub workspace: PathBuf,
-    /// The number of the checkpoint that this is to be.
+    /// The number of the future checkpoint; 0 for a warm-up scan, which becomes none.
     pub number: u64,
-    /// Its message.
+    /// The commit message.
     pub message: String,
-    /// The checkpoint before it.
+    /// The number of the previous checkpoint.
     pub parent: Option<u64>,
-    /// What it covers.
     pub rules: Rules,
-    /// Files that somebody can write to through a mapping, which shows in no state of theirs.
+    /// Files that processes can write to without an event of the watcher.
     pub mapped: Mapped,
-    /// How long after a look at everything another one is due, whatever the watcher says; none when never.
+    /// The age of the last full scan from which another one is made, whatever the watcher reports. `None` means
+    /// never.
     pub whole_after: Option<Duration>,
 }
 
 impl SnapshotRequest {
-    /// Says who waits for it.
+    /// Returns whether frozen agents wait for the result.
     pub(crate) fn hurry(&self) -> Urgency {
         if self.is_checkpoint() { Urgency::Urgent } else { Urgency::Background }
     }
 
-    /// Says whether it is to be a checkpoint, whose numbers begin at one, or only makes the workspace known.
+    /// Says whether the snapshot becomes a checkpoint. Numbers begin at one; 0 is a warm-up scan.
     pub(crate) fn is_checkpoint(&self) -> bool {
         self.number > 0
     }
 }
 
-/// Files of the workspace that somebody can write to through memory.
+/// Files of the workspace that processes have mapped writable or open for writing.
 #[derive(Clone, Debug, Default)]
 pub struct Mapped {
-    /// By path, with the inode.
+    /// Mapped files by path, with their inode numbers.
     pub paths: BTreeMap<RelPath, u64>,
-    /// By inode, where the path is not one of the workspace.
+    /// The inode numbers of mapped files whose path is not in the workspace.
     pub inodes: HashSet<u64>,
-    /// Files that are only open for writing: their state vouches for them, but no event tells that it has changed.
+    /// Files that are only open for writing. Their fingerprint shows every change, but a change raises no
+    /// event.
     pub open: BTreeSet<RelPath>,
-    /// Processes whose mappings are not told.
+    /// How many processes have mappings that could not be read.
     pub untold: u64,
 }
 
 /// Counts of a snapshot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stats {
-    /// Files and links.
+    /// Files and symbolic links.
     pub files: u64,
-    /// Their bytes.
+    /// The bytes of their contents.
     pub bytes: u64,
-    /// Files and links whose content was known without reading them.
+    /// Files and symbolic links that were not read, since the workspace state had their content.
     pub unchanged: u64,
-    /// Objects in the new pack; 0 in the manifest, which is part of the pack.
+    /// Objects in the new pack; 0 in the manifest, which is part of that pack.
     pub new_objects: u64,
     /// Bytes of the new pack; 0 in the manifest.
     pub new_bytes: u64,
 }
 
-/// How long each part of a snapshot took, in microseconds.
+/// The duration of each phase of a snapshot, in microseconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timings {
-    /// Listing the workspace.
+    /// Scanning the workspace.
     pub scan_us: u64,
     /// Reading and compressing contents.
     pub read_us: u64,
@@ -106,61 +108,57 @@ pub struct Timings {
     pub pack_us: u64,
 }
 
-/// A snapshot that is not yet visible; what it consists of is durable.
+/// A snapshot that is not published. Its pack is complete; `publish` makes it durable and visible.
 #[derive(Debug)]
 pub struct Snapshot {
-    /// The number of the checkpoint that it is to be.
+    /// The number of the future checkpoint.
     pub number: u64,
-    /// The commit.
     pub commit: Oid,
-    /// The tree of the files: equal for equal contents.
+    /// The tree of the files; equal for equal contents.
     pub files: Oid,
-    /// The metadata tree: equal for equal contents, modes and times.
+    /// The metadata tree; equal for equal contents, modes and times.
     pub meta: Oid,
-    /// Counts.
     pub stats: Stats,
-    /// What is covered but not stored.
+    /// Paths that are covered but not stored.
     pub skipped: Vec<Skipped>,
     /// Files that changed at every attempt to read them.
     pub torn: Vec<RelPath>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
-    /// The user's repository at that instant.
+    /// The state of the user's repository at the time of the scan.
     pub user_repository: Option<UserRepository>,
-    /// How long each part took.
     pub took: Timings,
-    /// The name of its pack; none where an earlier checkpoint has all of it.
+    /// The name of its pack; `None` if an earlier checkpoint has all objects.
     pub(crate) pack: Option<String>,
-    /// What its ref will say, not flushed yet; none where it is to have no number.
+    /// The file that becomes the ref, not flushed yet; `None` for a warm-up scan.
     pub(crate) named: Option<File>,
-    /// Where it lies.
+    /// The directory of the pack.
     pub(crate) draft: PendingSnapshot,
-    /// What it shows.
+    /// The workspace state after the scan.
     pub(crate) picture: Arc<WorkspaceState>,
-    /// Up to where the watcher's events are dealt with.
+    /// The epoch of the watcher up to which the scan has taken in all events.
     pub(crate) epoch: Option<u64>,
-    /// Whether everything was looked at.
+    /// Whether the scan was a full one.
     pub(crate) whole: bool,
 }
 
 impl Snapshot {
-    /// Says whether the store holds all of this under the commit of a picture that is known.
+    /// Says whether the files and metadata equal those of another workspace state.
     pub(crate) fn shows_the_same(&self, known: &WorkspaceState) -> bool {
         (known.root.files, known.root.meta) == (self.picture.root.files, self.picture.root.meta)
     }
 
-    /// Puts that picture's commit in the place of its own.
+    /// Takes over the commit of an equal workspace state.
     pub(crate) fn stands_for(&mut self, known: &WorkspaceState) {
         Arc::make_mut(&mut self.picture).commit = known.commit;
     }
 }
 
-/// The directory of a snapshot that is not published; it goes when its owner does.
+/// The directory of a snapshot that is not published. Dropping it removes the directory.
 #[derive(Debug)]
 pub(crate) struct PendingSnapshot {
-    /// The directory.
     pub dir: PathBuf,
-    /// Its name, below the drafts.
+    /// The name of the directory below `pending/`.
     pub(crate) name: String,
     live: Live,
 }
@@ -170,7 +168,7 @@ impl Drop for PendingSnapshot {
         if let Err(error) = fs::remove_dir_all(&self.dir)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, dir = %self.dir.display(), "a draft stays until the next sweep");
+            tracing::warn!(%error, dir = %self.dir.display(), "the directory of a snapshot could not be removed; the next sweep removes it");
         }
         self.live.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }
@@ -179,10 +177,10 @@ impl Drop for PendingSnapshot {
 static DRAFTS: AtomicU64 = AtomicU64::new(0);
 
 impl History {
-    /// Takes a snapshot: looks and completes in one go.
+    /// Takes a snapshot: scans the workspace and stores the result.
     ///
     /// # Errors
-    /// As for [`History::observe`] and [`History::complete`].
+    /// As for [`History::scan`] and [`History::complete`].
     pub fn snapshot(
         &self,
         request: &SnapshotRequest,
@@ -193,7 +191,8 @@ impl History {
         self.complete(self.observe(request, progress, cancel)?, now_ms, progress, cancel)
     }
 
-    /// Makes a snapshot of what was observed. It is durable when this returns, and visible after [`History::publish`].
+    /// Builds the trees of a scanned workspace and completes its pack. [`History::publish`] makes the snapshot
+    /// durable and visible.
     ///
     /// # Errors
     /// Fails when cancelled, or when the store cannot be written.
@@ -307,10 +306,10 @@ impl History {
         })
     }
 
-    /// Returns the commit of the checkpoint before, where that says the same but for number and time: a checkpoint of a
-    /// workspace in which nothing has changed is another name for it.
+    /// Returns the commit of the previous checkpoint if its manifest differs only in number and time. A
+    /// checkpoint of an unchanged workspace is another ref to that commit.
     fn same_as_before(&self, now: &Manifest, trees: &Trees) -> Result<Option<Oid>> {
-        // Whatever cannot be read, or was found damaged, is written anew.
+        // A previous checkpoint that cannot be read or was found damaged is not reused.
         let Some(Ok(Some(commit))) = now.parent.map(|parent| self.refs.find(parent)) else { return Ok(None) };
         let Ok(root) = CheckpointRoot::read(&self.objects, &commit) else { return Ok(None) };
         let Ok(tree) = root_tree_of(&self.objects, &commit) else { return Ok(None) };
@@ -325,24 +324,25 @@ impl History {
         Ok((then.text()? == now.text()?).then_some(commit))
     }
 
-    /// Forgets a snapshot that was not published, as dropping it does.
+    /// Removes a snapshot that was not published, under the writer lock.
     pub fn discard(&self, snapshot: Snapshot) {
         let _writer = self.lock_writer();
-        // A pack that a failed publication has moved stays for the sweep, which knows whether anybody relies on it.
+        // A pack that a failed publication has already moved stays for the sweep, which knows whether it is
+        // needed.
         drop(snapshot);
     }
 
-    /// Starts the directory of what is to become a checkpoint; while it lasts, no object goes.
+    /// Creates the directory of a new snapshot. No pack is removed while such a directory is registered.
     pub(crate) fn start_draft(&self, number: u64) -> Result<PendingSnapshot> {
         let count = DRAFTS.fetch_add(1, Ordering::Relaxed);
         let name = format!("{number}-{}-{count}", std::process::id());
         let dir = self.pending().join(&name);
-        // What a process with our pid left behind before a reboot.
+        // A process with the same pid may have left a directory before a reboot.
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(HistoryError::io("clear", &dir))?;
         }
         {
-            // Packs are removed under this lock and only while nobody is entered.
+            // Packs are removed under this lock and only while no snapshot is registered.
             let _writer = self.lock_writer();
             self.objects.refresh_if_changed()?;
             self.live().insert(name.clone());
@@ -353,14 +353,13 @@ impl History {
     }
 }
 
-/// Returns the microseconds since an instant.
 pub(crate) fn micros(clock: Instant) -> u64 {
     clock.elapsed().as_micros() as u64
 }
 
 fn commit_text(tree: &Oid, message: &str, now_ms: i64) -> String {
     let sec = now_ms.div_euclid(1000).max(0);
-    // Git ends a message at a NUL.
+    // Git ends a message at a NUL byte.
     let message = message.replace('\0', "\u{fffd}");
     let person = format!("Fermata <fermata@localhost> {sec} +0000");
     format!("tree {tree}\nauthor {person}\ncommitter {person}\n\n{}\n", message.trim_end())

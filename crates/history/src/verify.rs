@@ -1,5 +1,5 @@
-//! Checks that a checkpoint is whole: each object is there, inflates, and has the hash that names it, and the packs and
-//! indexes that hold them are what they were when they were written, to the last byte.
+//! Verifies checkpoints: every object exists, decompresses and has the hash that names it, and the packs and
+//! indexes that hold the objects match their checksums.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
@@ -19,38 +19,37 @@ use crate::tree::listing::{CheckpointRoot, Directory, Listing, root_tree_of};
 use crate::tree::names::RelPath;
 use crate::tree::trees::decode_tree;
 
-/// The outcome of a verification.
+/// The result of a verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VerifyReport {
-    /// How many objects were checked.
+    /// The number of objects that were checked.
     pub objects: u64,
-    /// How many bytes they have.
+    /// Their bytes.
     pub bytes: u64,
-    /// Those that are missing or damaged.
+    /// The missing and damaged objects.
     pub bad: Vec<BadObject>,
 }
 
-/// What a verification of several checkpoints knows already, so that what they share is read once.
+/// Objects that the verification of several checkpoints has already checked, so that shared ones are read once.
 #[derive(Default)]
 pub(crate) struct CheckedObjects {
-    /// Trees below which everything is good.
+    /// Trees below which every object is sound.
     trees: HashSet<Oid>,
-    /// Objects that are good by themselves.
+    /// Objects that are sound by themselves.
     objects: HashSet<Oid>,
-    /// Pairs of trees of files and metadata that describe each other, with all below them.
+    /// Pairs of trees of files and metadata that match, including everything below them.
     described: HashSet<Directory>,
-    /// The packs that were checked, and what is wrong with them.
+    /// The packs that were checked, with the problem of each damaged one.
     packs: HashMap<String, Option<String>>,
-    /// Objects that cannot be read.
     unreadable: Vec<Oid>,
 }
 
 impl History {
-    /// Reads every object of a checkpoint, and compares the packs that hold them with their checksums. What is damaged is
-    /// distrusted: the next snapshot writes it again, if the workspace still has it.
+    /// Reads every object of a checkpoint and compares the packs that hold them with their checksums. Damaged
+    /// objects are marked: the next snapshot stores them again if the workspace still has their content.
     ///
     /// # Errors
-    /// Fails when there is no such checkpoint or when cancelled; damage is reported, not an error.
+    /// Fails when there is no such checkpoint or when cancelled. Damage is reported, not an error.
     pub fn verify(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<VerifyReport> {
         let mut known = CheckedObjects::default();
         let report = self.verify_one(number, &mut known, progress, cancel);
@@ -58,8 +57,9 @@ impl History {
         report
     }
 
-    /// Verifies several checkpoints, and reads what they share once. A report counts what no earlier one has counted.
-    /// Each has its own result, as of [`History::verify`]; `begins` is told how many are done before each.
+    /// Verifies several checkpoints and reads shared objects once. A report counts only objects that no earlier
+    /// report has counted. Each checkpoint has its own result, as of [`History::verify`]; `begins` receives the
+    /// number of finished checkpoints before each one.
     pub fn verify_all(
         &self,
         numbers: &[u64],
@@ -116,11 +116,11 @@ impl History {
             }
             trees.extend((kind == ObjectKind::Tree).then_some(oid));
         }
-        // What was removed meanwhile is no more, not damaged.
+        // The objects of a checkpoint that was removed meanwhile are absent for a good reason.
         if self.refs.find(number)? == Some(commit) {
             known.unreadable.append(&mut unreadable);
         }
-        // An object that is damaged has told of its pack already.
+        // A damaged object has already been reported; its pack needs no second report.
         let packs = if report.bad.is_empty() { packs } else { HashSet::new() };
         for pack in packs {
             let checked = known.packs.entry(pack).or_insert_with_key(|pack| self.check_pack(pack, cancel).err());
@@ -128,7 +128,7 @@ impl History {
                 report.bad.push(BadObject { oid: commit, path: String::new(), problem: problem.clone() });
             }
         }
-        // Whole objects can still fail to describe each other.
+        // Sound objects can still contradict each other.
         if report.bad.is_empty() {
             match check_described(&self.objects, &commit, known, cancel) {
                 Ok(()) => known.trees.extend(trees),
@@ -141,7 +141,8 @@ impl History {
         Ok(report)
     }
 
-    /// Checks an object, unless that was done, and adds what it refers to; returns its size if it was checked now.
+    /// Checks an object unless that was done before, and pushes the objects that it refers to. Returns its size
+    /// if it was checked now.
     fn check_and_open(
         &self,
         oid: &Oid,
@@ -183,17 +184,18 @@ impl History {
             .and_then(|pack| pack.check(|| cancel.load(Ordering::Relaxed)));
         match checked {
             Ok(()) => Ok(()),
-            // Consolidated since; its objects were found, there or in the pack that replaces it.
+            // The pack was consolidated meanwhile; its objects were found, here or in the pack that replaces
+            // it.
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && self.is_gone(name) => Ok(()),
             Err(error) => Err(format!("{name}: {error}")),
         }
     }
 }
 
-/// Checks that manifest and metadata of a commit can be read and that each file has its line of metadata.
+/// Checks that the manifest and metadata of a commit can be read and that each file has its metadata line.
 ///
 /// # Errors
-/// Fails with what is damaged, or when cancelled.
+/// Fails when an object is damaged, or when cancelled.
 pub(crate) fn check_described(
     store: &ObjectStore,
     commit: &Oid,
@@ -205,7 +207,7 @@ pub(crate) fn check_described(
     let mut read = HashSet::new();
     let mut open = vec![(RelPath::root(), root.top())];
     while let Some((path, directory)) = open.pop() {
-        // Equal directories are read once, however many paths lead to them.
+        // Equal directories are read once, whatever their number of paths.
         if known.described.contains(&directory) || !read.insert(directory) {
             continue;
         }
@@ -219,12 +221,12 @@ pub(crate) fn check_described(
     Ok(())
 }
 
-/// Streams an object, compares kind, size and hash, and returns its size.
+/// Streams an object, checks kind, size and hash, and returns its size.
 pub(crate) fn check_object(store: &ObjectStore, oid: &Oid, kind: ObjectKind) -> Result<u64> {
     let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
     let mut object = store.open_object(oid)?;
     if object.kind != kind {
-        return Err(damaged(format!("a {} was expected, it is a {}", kind.word(), object.kind.word())));
+        return Err(damaged(format!("expected a {}, found a {}", kind.word(), object.kind.word())));
     }
     let size = object.size;
     let mut hasher = ObjectHasher::new(kind, size);
@@ -237,7 +239,7 @@ pub(crate) fn check_object(store: &ObjectStore, oid: &Oid, kind: ObjectKind) -> 
         hasher.update(&buffer[..n]);
     }
     if hasher.finish() != *oid {
-        return Err(damaged("its content has another hash".to_owned()));
+        return Err(damaged("its content does not match its id".to_owned()));
     }
     Ok(size)
 }

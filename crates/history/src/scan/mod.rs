@@ -1,4 +1,4 @@
-//! Finding what has changed in a workspace: the watcher, the workspace state, the walk, and reading contents.
+//! Finds the changes of a workspace: the watcher, the workspace state, the walk, and reading of contents.
 
 pub(crate) mod content;
 pub(crate) mod pool;

@@ -1,25 +1,25 @@
-//! The threads on which workspaces are walked, read and sealed, where that is more than a few steps.
+//! The thread pools on which large workspaces are walked, read and turned into trees.
 //!
-//! A small part of a workspace is looked at by whoever asks: to wake another thread and to be woken by it takes as long as
-//! the look itself. Only where there is much side by side, or where it goes deep, do these threads take over.
+//! Small work runs on the calling thread, since waking another thread and being woken by it takes as long as
+//! the work. The pools are used for work that is parallel or follows a deep tree.
 //!
-//! Two pools, so that agents that stand still never wait for somebody's first look. A tree may be as deep as a path is
-//! long, some 2,000 levels, and the work follows it down: each thread has a stack for that, of which only what is used
-//! takes memory.
+//! There are two pools, so that a scan for which agents are frozen never waits for a background scan. A tree
+//! may be as deep as a path is long, about 2,000 levels, and the work recurses: each thread has a stack large
+//! enough for that, of which only the used part takes memory.
 
 use std::sync::LazyLock;
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-/// Enough for two branches of the deepest tree, one on top of the other, in a build without optimisation.
+/// Room for two branches of the deepest tree, one on top of the other, in a build without optimisation.
 const STACK: usize = 256 << 20;
 
-/// Who waits for the work.
+/// The urgency of work, which selects the pool.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Urgency {
-    /// Agents that stand still.
+    /// Frozen agents wait for the result.
     Urgent,
-    /// Nobody.
+    /// No agent waits.
     Background,
 }
 
@@ -30,13 +30,13 @@ fn pool(name: &'static str) -> Option<ThreadPool> {
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
     let builder = ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
     let built = builder.thread_name(move |n| format!("{name}-{n}")).build();
-    built.inspect_err(|error| tracing::error!(%error, name, "no threads of its own; one at a time works too")).ok()
+    built.inspect_err(|error| tracing::error!(%error, name, "failed to start a thread pool; its work runs on the calling threads")).ok()
 }
 
-/// From this depth on, the work needs one of the pool's stacks.
+/// From this depth on, work runs on a pool thread, whose stack is large enough.
 pub(crate) const DEEP: usize = 32;
 
-/// Does work on the threads of a pool; at once for whoever is one of them.
+/// Runs work on a thread of a pool; directly if the caller is one of its threads.
 pub(crate) fn on<T: Send>(hurry: Urgency, work: impl FnOnce() -> T + Send) -> T {
     let pool = match hurry {
         Urgency::Urgent => &*URGENT,
@@ -48,13 +48,14 @@ pub(crate) fn on<T: Send>(hurry: Urgency, work: impl FnOnce() -> T + Send) -> T 
     }
 }
 
-/// Does work that may go deep on a thread of its own: for whoever holds a lock that the pools' threads may wait for.
+/// Runs work that may recurse deeply on a new thread: for callers that hold a lock for which the pool's threads
+/// may wait.
 pub(crate) fn apart<T: Send>(work: impl Fn() -> T + Sync) -> T {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, &work);
         match thread {
             Ok(thread) => thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-            // No thread is to be had: most trees are not deep.
+            // No thread could be started. The caller's stack suffices for most trees.
             Err(_) => work(),
         }
     })

@@ -1,4 +1,5 @@
-//! The result of a walk: directories that are unchanged since the last scan, and new ones whose trees are not built yet.
+//! The result of a walk: directories that are unchanged since the last scan, and changed ones whose trees are
+//! not built yet.
 //!
 //! Data only: `walk` builds it, `content` reads the unread files in it, `trees` builds the directories.
 
@@ -12,58 +13,55 @@ use crate::tree::confined_dir::Stat;
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 
-/// Why a path is not in a checkpoint although the rules cover it.
+/// Why a covered path is not in a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SkipReason {
-    /// Larger than the rules allow.
+    /// The file is larger than the rules allow.
     TooLarge,
-    /// It may not be opened, or reading it failed.
+    /// The file cannot be opened or read.
     Unreadable,
-    /// A FIFO, socket or device; its kind and mode are recorded.
+    /// A FIFO, socket or device. Its kind and mode are recorded.
     Special,
-    /// It became something else at every attempt to read it.
+    /// The path changed its kind while it was being read.
     Unsteady,
-    /// Its name is git's own in another case, which no restore writes to: on some file systems it is a repository's.
+    /// The name is git's own in another case. A restore never writes it, since on some file systems it would be
+    /// a repository.
     Reserved,
 }
 
 /// A path that is covered but not stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Skipped {
-    /// The path.
     pub path: RelPath,
-    /// Why.
     pub reason: SkipReason,
-    /// The error of the system, or the size.
+    /// The system's error, or the size.
     pub detail: String,
 }
 
-/// A directory as a walk found it.
+/// A directory in the result of a walk.
 #[derive(Debug)]
 pub(crate) enum ScanResult {
     /// Nothing in it or below it has changed.
     Same(Arc<Dir>),
-    /// Something has, or may have.
+    /// It, or an entry below it, has changed or may have.
     New(Box<NewDir>),
 }
 
-/// A directory whose trees have yet to be made.
+/// A directory whose trees are not built yet.
 #[derive(Debug)]
 pub(crate) struct NewDir {
-    /// Its state.
     pub seen: FileFingerprint,
-    /// Its extended attributes.
     pub xattrs: Xattrs,
     /// Whether the rules cover it.
     pub covered: bool,
-    /// Whether its names are surely the same while its state is.
+    /// Whether an unchanged fingerprint proves that the names in it are unchanged.
     pub settled: bool,
     /// Why it could not be listed.
     pub unreadable: Option<Box<str>>,
-    /// The state of its `.gitignore`.
+    /// The fingerprint of its `.gitignore`.
     pub ignore_file: Option<FileFingerprint>,
-    /// Whether that state vouches for what it said.
+    /// Whether that fingerprint proves that the contents of the `.gitignore` are unchanged.
     pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
     pub nested: bool,
@@ -74,14 +72,13 @@ pub(crate) struct NewDir {
 /// One name in such a directory.
 #[derive(Debug)]
 pub(crate) enum Entry {
-    /// It is what it was.
+    /// Unchanged since the last scan.
     Kept(Arc<Child>),
-    /// This stands there now.
+    /// A new or changed entry with its name.
     Anew(Box<[u8]>, ScannedNode),
 }
 
 impl Entry {
-    /// Returns the name.
     pub fn name(&self) -> &[u8] {
         match self {
             Entry::Kept(child) => &child.name,
@@ -90,28 +87,27 @@ impl Entry {
     }
 }
 
-/// The entry at a name, as far as a walk can tell without opening it.
+/// The entry at a name, as far as a walk can tell without reading its content.
 #[derive(Debug)]
 pub(crate) enum ScannedNode {
-    /// All is known.
+    /// Complete: nothing has to be read.
     Known(Node),
-    /// A file or link whose content has to be read.
+    /// A file or symbolic link whose content must be read.
     Unread(Box<Unread>),
     /// A directory.
     Below(ScanResult),
 }
 
-/// A file or link whose content has to be read.
+/// A file or symbolic link whose content must be read.
 #[derive(Debug)]
 pub(crate) struct Unread {
-    /// The path.
     pub path: RelPath,
-    /// Its state at the instant of the walk.
+    /// Its metadata at the time of the walk.
     pub stat: Stat,
-    /// Whether it is tracked although it is ignored.
+    /// Whether it is tracked although the rules ignore it.
     pub forced: bool,
-    /// Whether an agent can write to it without its state telling.
+    /// Whether a process can write to it without changing its fingerprint.
     pub mapped: bool,
-    /// The result of reading it.
+    /// The result of reading, set once by `content`.
     pub outcome: OnceLock<ContentRead>,
 }

@@ -1,11 +1,11 @@
-//! Keeps the known picture of a workspace on the disk, so that a new daemon need not read every file again.
+//! Saves the workspace state to the disk, so that a new daemon does not read every file again.
 //!
-//! It is only ever an acceleration: a file that is missing, damaged or from another version is ignored, and the next
-//! snapshot looks at everything. It may be older than the newest checkpoint: what has changed since shows in the
-//! files' states.
+//! The file only saves time: if it is missing, damaged or of another version it is ignored, and the next
+//! snapshot is a full scan. It may be older than the newest checkpoint; later changes show in the fingerprints.
 //!
-//! The file: a line with the version; the commit that the picture belongs to; a counted JSON text with rules and what
-//! else is small; the directories, depth first, in fixed fields in little-endian order; the SHA-1 of all before.
+//! Format: a line with the version; the commit of the state; a JSON text, with its length, that holds the rules
+//! and the other small fields; the directories, depth first, in fixed fields in little-endian order; the SHA-1
+//! of everything before.
 
 use std::collections::BTreeSet;
 use std::fs::{self, OpenOptions};
@@ -29,10 +29,10 @@ use crate::tree::names::RelPath;
 
 const HEADER: &[u8] = b"fermata picture 3\n";
 
-/// Directories deeper than any path can lead are not ours.
+/// More nested directories than a path can have names.
 const MAX_DEPTH: u32 = 4096;
 
-/// The kinds of special files, by their number in the cache.
+/// The kinds of special files, by their number in the file.
 const SPECIAL: [&str; 5] = ["fifo", "socket", "character_device", "block_device", "unknown"];
 const REASONS: [SkipReason; 5] =
     [SkipReason::TooLarge, SkipReason::Unreadable, SkipReason::Special, SkipReason::Unsteady, SkipReason::Reserved];
@@ -48,7 +48,7 @@ struct Small {
     notes: Vec<String>,
 }
 
-/// Reads a picture; `None` when there is none that can be trusted.
+/// Reads a workspace state; `None` if there is none or the file cannot be trusted.
 pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
     let bytes = fs::read(path).ok()?;
     let (body, checksum) = bytes.split_at_checked(bytes.len().checked_sub(20)?)?;
@@ -72,7 +72,7 @@ pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
     })
 }
 
-/// Writes a picture to a new file. It is not flushed: a torn one fails its checksum.
+/// Writes a workspace state to a new file. The file is not flushed: an incomplete one fails its checksum.
 pub(crate) fn save(picture: &WorkspaceState, path: &Path) -> io::Result<()> {
     let mut out = Writer(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
     out.0.extend_from_slice(HEADER);

@@ -1,4 +1,4 @@
-//! Says whether a workspace is still what the newest checkpoint holds of it. Stores nothing.
+//! Compares a workspace with the newest checkpoint without storing anything.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -11,9 +11,10 @@ use crate::snapshot::Mapped;
 use crate::snapshot::SnapshotRequest;
 
 impl History {
-    /// Says whether a workspace is exactly what a checkpoint holds of it: contents, modes and times.
+    /// Says whether the workspace equals a checkpoint in contents, modes and times.
     ///
-    /// The answer is no where that checkpoint is not the newest one, or a file changed at every attempt to read it.
+    /// Returns `false` if the checkpoint is not the newest one, or if a file changed at every attempt to read
+    /// it.
     ///
     /// # Errors
     /// As for [`History::snapshot`].
@@ -33,13 +34,13 @@ impl History {
         let request = SnapshotRequest {
             workspace: workspace.to_owned(),
             number: number + 1,
-            message: "A look\n".into(),
+            message: "Comparison\n".into(),
             parent: Some(number),
             rules: rules.clone(),
             mapped,
             whole_after: None,
         };
-        // Dropped without being published, and gone with all that it has written.
+        // Dropping the snapshot removes all that it has written.
         let now = self.snapshot(&request, 0, progress, cancel)?;
         Ok(now.torn.is_empty() && (now.files, now.meta) == (files, meta))
     }

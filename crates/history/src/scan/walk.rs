@@ -1,13 +1,14 @@
-//! Walks a workspace, whole or only where something may have changed, and sketches what is there now, without opening
-//! any file but `.gitignore`.
+//! Walks a workspace, or the parts of it that may have changed, and compares it with the last workspace state.
+//! Opens no file; only `.gitignore` files are read, by the rule cache.
 //!
 //! ```text
-//! whole: open -> watch -> list -> lstat each -> decide -> below, side by side
-//!        a directory whose state is the known one needs no listing: its names are the known ones
-//! part:  from the root down to what events have named; everything else is the known directory itself
+//! full:    open -> watch -> list -> lstat each -> decide -> subdirectories, in parallel
+//!          a directory with an unchanged fingerprint is not listed: its names are those of the last state
+//! partial: from the root down to the reported names; every other directory is shared with the last state
 //! ```
-//! The walk is our own, from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is never
-//! covered. Must not read contents: that is `content`'s work.
+//!
+//! The walk starts from descriptors that cannot leave the workspace. `.git` (at every level, in any case) is
+//! never covered. Contents are read by `content`.
 
 use std::collections::{BTreeSet, HashSet};
 use std::ffi::OsStr;
@@ -36,13 +37,13 @@ use crate::tree::metadata::Xattrs;
 use crate::tree::names::{RelPath, is_git, is_restore_draft};
 use crate::tree::xattrs;
 
-/// The system opens no longer paths (`PATH_MAX`).
+/// `PATH_MAX`: the kernel opens no longer paths.
 const MAX_PATH: usize = 4096;
 
-/// From so many directories or files on, it is worth waking other threads for a part of the workspace.
+/// From this number of directories or files on, waking other threads is worth its cost.
 pub(crate) const MANY: usize = 16;
 
-/// Refuses workspaces that must never be covered.
+/// Refuses workspaces that must never be covered, and returns the real path of the others.
 pub(crate) fn check_workspace(workspace: &Path) -> Result<PathBuf> {
     let refuse = |reason| HistoryError::WorkspaceRefused { path: workspace.to_owned(), reason };
     if !workspace.is_absolute() {
@@ -67,55 +68,52 @@ pub(crate) fn check_workspace(workspace: &Path) -> Result<PathBuf> {
     Ok(real)
 }
 
-/// Everything that a walk needs.
+/// The parameters and the shared results of a walk.
 pub(crate) struct Walk<'a> {
-    /// The workspace.
     pub root: &'a Root,
-    /// The device that it is on.
+    /// The device of the workspace.
     pub device: u64,
-    /// The rules of the project.
     pub rules: &'a Rules,
-    /// The project's own patterns.
+    /// The compiled include and exclude patterns of the project.
     pub own: OwnPatterns,
-    /// How the ignore files stand.
+    /// The compiled ignore files.
     pub standings: &'a RuleCache,
-    /// The store itself, when it lies in the workspace.
+    /// The path of the store, if it lies in the workspace; never covered.
     pub hidden: Option<RelPath>,
-    /// Tracked paths that the rules leave out, as far as they are known.
+    /// Tracked paths that the rules ignore, if they are known.
     pub forced: &'a BTreeSet<RelPath>,
-    /// The whole index, when it is not known what of it the rules leave out.
+    /// The whole index, if it is not known which of its paths the rules ignore.
     pub tracked: Option<&'a Tracked>,
     /// Watches every directory before it is listed.
     pub watch: Option<&'a Watched>,
-    /// Files whose state does not vouch for their content.
+    /// Files whose fingerprint does not prove that their content is unchanged.
     pub mapped: &'a BTreeSet<RelPath>,
-    /// Set when the objects of the known picture may be gone: each content must be looked up before it is relied on.
+    /// Set if objects of the last state may have been removed: each must be looked up before the walk relies on
+    /// it.
     pub check_in: Option<&'a ObjectStore>,
-    /// When the look began, in nanoseconds since 1970.
+    /// When the scan began, in nanoseconds since 1970.
     pub started_ns: i128,
-    /// Who waits for it.
     pub hurry: Urgency,
-    /// Set by the caller to end early.
+    /// Set by the caller to cancel the walk.
     pub cancel: &'a AtomicBool,
     /// How many names the rules left out.
     pub ignored: AtomicU64,
-    /// Files with several names that were left out under one of them, by inode.
+    /// The inode numbers of files with several names of which the rules left out one.
     pub linked_out: Mutex<HashSet<u64>>,
-    /// Warnings of this scan for the user.
     pub warnings: Mutex<Vec<String>>,
-    /// Whether other rules were met than those of the known picture.
+    /// Whether some directory has other ignore rules than in the last state.
     pub redecided: AtomicBool,
 }
 
-/// How far what is known of a directory may be relied on.
+/// A directory of the last state, and how far it can be relied on.
 #[derive(Clone, Copy)]
 struct KnownDir<'k> {
     dir: Option<&'k Arc<Dir>>,
-    /// Whether the rules have decided about its names as they would now.
+    /// Whether the rules would still make the same decisions about the names in it.
     decided: bool,
 }
 
-/// One directory that is being walked.
+/// The directory that is being walked.
 struct Place<'p> {
     path: &'p RelPath,
     standing: CompiledRules,
@@ -123,8 +121,8 @@ struct Place<'p> {
 }
 
 impl Walk<'_> {
-    /// Walks the whole workspace; directories that are known and unchanged are not listed again, where the rules are
-    /// what they were (`decided`).
+    /// Walks the whole workspace. A directory with an unchanged fingerprint is not listed again if the rules
+    /// are those of the last state (`decided`).
     pub fn whole(&self, known: Option<&Arc<Dir>>, top: CompiledRules, decided: bool) -> Result<ScanResult> {
         let path = RelPath::root();
         let place = Place { path: &path, standing: top, covered: true };
@@ -132,7 +130,7 @@ impl Walk<'_> {
         found.ok_or_else(|| self.vanished())
     }
 
-    /// Looks again at what events have named.
+    /// Walks the directories with reported names.
     pub fn part(&self, known: &Arc<Dir>, top: CompiledRules, dirty: &Dirty) -> Result<ScanResult> {
         let path = RelPath::root();
         let place = Place { path: &path, standing: top, covered: true };
@@ -144,7 +142,7 @@ impl Walk<'_> {
         HistoryError::io("list workspace", self.root.path())(std::io::Error::from(std::io::ErrorKind::NotFound))
     }
 
-    /// Has the next look come back to a path, whatever it finds by then.
+    /// Makes the next scan visit a path, whatever its fingerprint is by then.
     fn scan_changed(&self, path: &RelPath) {
         if let Some(watch) = self.watch {
             watch.note(path);
@@ -159,12 +157,13 @@ impl Walk<'_> {
         if self.cancel.load(Ordering::Relaxed) { Err(HistoryError::Cancelled) } else { Ok(()) }
     }
 
-    /// Opens a directory; `None` when it is gone or became something else, as its parent will show next time.
+    /// Opens a directory; `None` if it was removed or replaced meanwhile, which the next scan sees in its
+    /// parent.
     fn open(&self, path: &RelPath) -> Result<Option<std::result::Result<OwnedFd, Errno>>> {
         match self.root.open_dir(path) {
             Ok(fd) => Ok(Some(Ok(fd))),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(None),
-            // Our own trouble is no reason to leave out somebody's files.
+            // A shortage of the daemon is no reason to leave out files of the user.
             Err(errno) if is_our_shortage(errno) => {
                 Err(HistoryError::io("open directory", &self.root.show(path))(errno))
             }
@@ -172,7 +171,7 @@ impl Walk<'_> {
         }
     }
 
-    /// Walks a directory and all below it, which may be many and may be deep.
+    /// Walks a directory and everything below it, on a thread of the pool.
     fn whole_dir(&self, place: &Place<'_>, known: KnownDir<'_>) -> Result<Option<ScanResult>> {
         pool::on(self.hurry, || self.walk_whole(place, known))
     }
@@ -188,7 +187,7 @@ impl Walk<'_> {
             watch.add(fd.as_fd(), place.path);
         }
         let seen = self.seen_of(&fd, place.path)?;
-        // Another file system may be mounted here, one that tells nobody of what changes.
+        // Another file system may be mounted here, one that does not report changes.
         let elsewhere = seen.dev != self.device && !tells_of_changes(&fd);
         if elsewhere && let Some(watch) = self.watch {
             watch.mark_damaged("a file system in the workspace does not tell of changes");
@@ -254,12 +253,12 @@ impl Walk<'_> {
 
     fn ignore_file(&self, fd: &OwnedFd) -> Option<FileFingerprint> {
         let stat = stat_at(fd, OsStr::new(".gitignore")).ok()?;
-        // A link in this place is followed by nobody, not by git either.
+        // Like git, this ignores a `.gitignore` that is a symbolic link.
         let counts = stat.kind() == FileKind::Regular && self.rules.use_gitignore;
         counts.then(|| FileFingerprint::from(&stat))
     }
 
-    /// Sketches a directory that may not be listed.
+    /// Returns the result for a directory that cannot be listed.
     fn closed_dir(&self, place: &Place<'_>, errno: Errno) -> Result<Option<ScanResult>> {
         if place.path.is_root() {
             return Err(HistoryError::io("list workspace", self.root.path())(errno));
@@ -296,7 +295,7 @@ impl Walk<'_> {
                 Names::All(names) => names.contains(&b".git"[..]),
                 Names::Covered(_) | Names::Some(_) => known.dir.is_some_and(|dir| dir.nested),
             };
-        // Other rules here are other rules below, too; and what is tracked may be ignored now that was not.
+        // Other rules in this directory are other rules below it, too. A tracked file may be ignored now.
         let ignore_settled = ignore_file.is_none_or(|seen| seen.is_settled(self.started_ns));
         let same_rules = known.dir.is_none_or(|dir| {
             (dir.ignore_file, dir.nested) == (ignore_file, nested) && (dir.ignore_settled || ignore_file.is_none())
@@ -323,7 +322,7 @@ impl Walk<'_> {
                 || dir.unreadable.is_some()
         });
 
-        // Those that nobody has named stay as they are.
+        // Names that were not reported stay as they are.
         let mut entries: Vec<Entry> = Vec::new();
         if let (Names::Some(names), Some(dir)) = (&names, known.dir) {
             let kept = dir.children.iter().filter(|child| !names.contains(&child.name));
@@ -384,7 +383,7 @@ impl Walk<'_> {
             };
             let is_dir = stat.kind() == FileKind::Directory;
             let verdict = match (&names, before) {
-                // An earlier decision stays valid.
+                // The earlier decision is still valid.
                 (Names::Covered(_), Some(Node::File(file))) if !is_dir && !file.remarks.forced => {
                     MatchDecision::Covered(CompiledRules::Everything)
                 }
@@ -400,7 +399,7 @@ impl Walk<'_> {
             let (below, covered, forced) = match verdict {
                 MatchDecision::Out => {
                     self.ignored.fetch_add(1, Ordering::Relaxed);
-                    // It may be another name of a file that is covered.
+                    // It may be another name of a covered file.
                     if stat.kind() == FileKind::Regular && stat.nlink > 1 {
                         let mut linked = self.linked_out.lock().unwrap_or_else(PoisonError::into_inner);
                         linked.insert(stat.ino);
@@ -458,7 +457,7 @@ impl Walk<'_> {
         };
         for ((name, path, ..), entry) in dirs.iter().zip(below) {
             if entry.is_none() {
-                // It was there a moment ago; whoever moves it about may bring it back without a trace.
+                // The directory existed a moment ago. It may be moved back without an event.
                 settled = false;
                 self.scan_changed(path);
             }
@@ -487,7 +486,7 @@ impl Walk<'_> {
         }))))
     }
 
-    /// Says whether what is no directory is what it was, in every respect.
+    /// Says whether an entry that is no directory is unchanged in every respect.
     fn is_kept(&self, path: &RelPath, stat: &Stat, forced: bool, before: &Node) -> bool {
         match before {
             Node::File(file) => {
@@ -501,14 +500,14 @@ impl Walk<'_> {
         }
     }
 
-    /// Says whether the state of a file vouches for its having the content that is known.
+    /// Says whether the fingerprint of a file proves that its content is unchanged.
     fn vouches(&self, path: &RelPath, stat: &Stat, file: &File) -> bool {
         file.seen == FileFingerprint::from(stat)
             && !(file.remarks.torn || file.remarks.doubtful || self.mapped.contains(path))
             && self.check_in.is_none_or(|store| store.contains(&file.oid))
     }
 
-    /// Sketches what is no directory.
+    /// Returns the result for an entry that is no directory.
     fn scanned_node(&self, path: RelPath, stat: &Stat, forced: bool, before: Option<&Node>) -> ScannedNode {
         let seen = FileFingerprint::from(stat);
         match stat.kind() {
@@ -532,13 +531,13 @@ impl Walk<'_> {
     }
 }
 
-/// The names of a directory that a walk looks at.
+/// The names of a directory that a walk visits.
 enum Names {
-    /// All that are there.
+    /// All names in the directory.
     All(BTreeSet<Box<[u8]>>),
-    /// The covered ones that are known; the directory has not changed.
+    /// The covered names of the last state; the directory has not changed.
     Covered(BTreeSet<Box<[u8]>>),
-    /// Those that events have named.
+    /// The reported names.
     Some(BTreeSet<Box<[u8]>>),
 }
 
@@ -550,13 +549,13 @@ impl Names {
     }
 }
 
-/// Says whether an error speaks of this process, not of the file: then it is no reason to leave the file out.
+/// Says whether an error is a shortage of this process and says nothing about the file.
 pub(crate) fn is_our_shortage(errno: Errno) -> bool {
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
 }
 
 fn read_names(fd: &OwnedFd) -> nix::Result<BTreeSet<Box<[u8]>>> {
-    // The listing closes the descriptor that it is given.
+    // The listing takes ownership of its descriptor.
     let copy = fd.try_clone().map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)))?;
     let mut handle = Listed::from_fd(copy)?;
     handle.iter().map(|entry| entry.map(|entry| entry.file_name().to_bytes().into())).collect()

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! paths that the watcher reported ─► a part of the workspace ─┐
-//!              no reliable report ─► the whole workspace     ─┴─► read new and changed files ─► Observed
+//!              no reliable report ─► the whole workspace     ─┴─► read new and changed files ─► ScannedWorkspace
 //! ```
-//! Decides which part to scan and gathers what that needs: rules, the user's index, volatile paths, other names of
-//! linked files. Contents that are read go into the pack of the snapshot; `snapshot` builds the trees and flushes.
+//!
+//! Decides which part to scan and collects what the walk needs: rules, the user's index, volatile paths, other
+//! names of linked files. Contents go into the pack of the snapshot; `snapshot` builds the trees.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
@@ -34,59 +35,53 @@ use fermata_os::mounts;
 
 /// The parameters of a scan.
 pub(crate) struct ScanContext<'a> {
-    /// The workspace, opened.
     pub root: &'a Root,
-    /// The rules of the project.
     pub rules: &'a Rules,
-    /// Files that agents have mapped writable.
+    /// Files that processes have mapped writable or open for writing.
     pub mapped: &'a Mapped,
-    /// When the look began, in nanoseconds since 1970.
+    /// When the scan began, in nanoseconds since 1970.
     pub started_ns: i128,
-    /// Whether what is not known will be stored, so that it must not rely on what may be gone.
+    /// Whether the result will be stored, so that it must not rely on objects that may have been removed.
     pub stores: bool,
-    /// Who waits for it.
     pub hurry: Urgency,
-    /// Whether everything is to be looked at, although the watcher knows what has changed.
+    /// Whether to make a full scan although the watcher knows what has changed.
     pub afresh: bool,
-    /// Set by the caller to end early.
+    /// Set by the caller to cancel the scan.
     pub cancel: &'a AtomicBool,
 }
 
-/// The result of a scan.
+/// The result of a scan, before contents are read.
 pub(crate) struct WorkspaceScan {
-    /// The workspace.
     pub found: ScanResult,
-    /// Up to where the watcher's events are dealt with.
+    /// The epoch of the watcher up to which the scan has taken in all events.
     pub epoch: Option<u64>,
-    /// Whether everything was looked at.
+    /// Whether the scan was a full one.
     pub whole: bool,
-    /// The files above the workspace that decided, too.
+    /// The ignore files above the workspace.
     pub above: Vec<Source>,
-    /// The files of nested repositories that decided, too.
+    /// The ignore files of nested repositories.
     pub nested: Vec<Source>,
     /// The mount points below the workspace.
     pub mounts: Vec<String>,
-    /// The user's index, and those of the submodules in it.
+    /// The user's index, and those of its submodules.
     pub indexes: Vec<Source>,
-    /// Tracked paths that the rules leave out; not known yet where the walk was given the whole index.
     pub forced: Forced,
-    /// Warnings for the user, without those about ignore files.
+    /// Warnings for the user, except those about ignore files.
     pub notes: Vec<String>,
-    /// Faults in ignore files.
+    /// Warnings about ignore files and unreadable attributes.
     pub complaints: Vec<String>,
-    /// The user's repository.
     pub repository: Option<UserRepository>,
 }
 
-/// The tracked files that the rules leave out, as far as they are known.
+/// The tracked files that the rules ignore.
 pub(crate) enum Forced {
     /// All of them.
     These(Arc<BTreeSet<RelPath>>),
-    /// They follow from the index and the finished picture.
+    /// Not determined yet: they follow from the index and the new workspace state.
     Follow(Tracked),
 }
 
-/// A workspace as it stood at one instant, read but not yet stored as a checkpoint.
+/// A scanned workspace whose contents are read but not yet stored as a checkpoint.
 pub struct Observed {
     pub(crate) request: SnapshotRequest,
     pub(crate) look: WorkspaceScan,
@@ -98,11 +93,11 @@ pub struct Observed {
 }
 
 impl History {
-    /// Looks at the workspace and reads what is not known. When this returns, agents may go on.
+    /// Scans the workspace and reads new and changed files. When this returns, agents may be thawed.
     ///
     /// # Errors
-    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be written. A
-    /// file that cannot be read is no error: it is skipped and reported.
+    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be
+    /// written. A file that cannot be read is no error: it is skipped and reported.
     pub fn observe(
         &self,
         request: &SnapshotRequest,
@@ -144,7 +139,7 @@ impl History {
         Ok(Observed { request: request.clone(), look, pack, draft, read, started_ns, took })
     }
 
-    /// Walks as much of the workspace as has to be looked at.
+    /// Walks the part of the workspace that may have changed.
     pub(crate) fn scan_workspace(&self, looking: &ScanContext<'_>) -> Result<WorkspaceScan> {
         match self.goes_deep(looking) {
             true => pool::on(looking.hurry, || self.scan_full(looking)),
@@ -152,7 +147,7 @@ impl History {
         }
     }
 
-    /// Says whether what has to be looked at may lie so far down that it takes a deep stack to follow it.
+    /// Says whether the scan may visit a path so deep that it needs a large stack.
     fn goes_deep(&self, looking: &ScanContext<'_>) -> bool {
         let known = self.known().0.is_some_and(|before| before.root.totals.height > pool::DEEP);
         let mut mapped = looking.mapped.paths.keys().chain(&looking.mapped.open);
@@ -167,7 +162,7 @@ impl History {
         if let (Some(watch), false) = (&self.watch, tells) {
             watch.mark_damaged("the file system does not tell of changes");
         }
-        // The events first: what a look publishes in between is missing from neither then.
+        // The events come first: a change that is published in between is then either in them or in the state.
         let taken = watch.map(|watch| watch.take());
         let (before, trusted) = self.known();
         let mounts = mounts::below(real);
@@ -181,7 +176,7 @@ impl History {
         });
         let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
 
-        // The paths that are tracked though ignored: known, or to be determined again.
+        // Tracked paths that the rules ignore: taken from the last state, or determined again.
         let mut dirty = Dirty::default();
         let mut forced_changed = false;
         let mut indexes = Vec::new();
@@ -196,7 +191,7 @@ impl History {
                 let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
                 for path in now.symmetric_difference(&before.forced) {
                     dirty.mark(path);
-                    // The directories above it may be ignored, and are then not in the workspace state.
+                    // The directories above may be ignored themselves and are then not in the workspace state.
                     let mut above = path.parent();
                     while let Some(dir) = above.filter(|dir| !dir.is_root()) {
                         dirty.mark(&dir);
@@ -222,7 +217,7 @@ impl History {
             (Some(before), Ok(events)) => {
                 dirty.merge(events);
                 before.volatile_paths().iter().for_each(|path| dirty.mark(path));
-                // A file that is mounted by itself is written to elsewhere, where nobody watches.
+                // A file that is a mount point may be written to through another path, without an event.
                 mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
                 mapped.iter().for_each(|path| dirty.mark_written(path));
                 looking.mapped.open.iter().for_each(|path| dirty.mark(path));
@@ -300,8 +295,8 @@ impl History {
         Ok(WorkspaceScan { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
     }
 
-    /// Says whether what decides about a workspace, apart from what the watcher tells, is as it was when it was looked
-    /// at last.
+    /// Says whether the decisions about a workspace are still those of its last scan, as far as files outside
+    /// the watched directories matter.
     pub(crate) fn is_as_before(&self, workspace: &Path, before: &WorkspaceState) -> bool {
         let location = Location::find(workspace);
         indexes_hold(before, location.as_ref())
@@ -309,14 +304,15 @@ impl History {
             && rules_hold(before, workspace, location.as_ref())
     }
 
-    /// Has the next look come back to what vanished while it was read: it may be back without a trace.
+    /// Makes the next scan visit the paths that vanished while they were read: they may be moved back without
+    /// an event.
     fn come_back_to(&self, unread: &[&Unread]) {
         let Some(watch) = &self.watch else { return };
         let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(ContentRead::Vanished));
         unread.iter().filter(vanished).for_each(|unread| watch.note(&unread.path));
     }
 
-    /// Says where the store lies in the workspace, if it does.
+    /// Returns the path of the store in the workspace, if it lies there.
     fn place_in(&self, real: &Path) -> Option<RelPath> {
         use std::os::unix::ffi::OsStrExt;
         let store = std::fs::canonicalize(&self.dir).ok()?;
@@ -324,7 +320,7 @@ impl History {
     }
 }
 
-/// Looks again at what is dirty, and then at the other names of files that have become linked.
+/// Walks the dirty paths, and then the other names of files that have become linked.
 fn part(walk: &Walk<'_>, before: &WorkspaceState, top: CompiledRules, mut dirty: Dirty) -> Result<ScanResult> {
     let mut asked = HashSet::new();
     loop {
@@ -339,33 +335,34 @@ fn part(walk: &Walk<'_>, before: &WorkspaceState, top: CompiledRules, mut dirty:
         if linked.is_empty() {
             return Ok(found);
         }
-        // A write under one name of a file changes its other names, whatever their fingerprints say.
+        // A write under one name of a file changes its other names, whatever their fingerprints are.
         before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
         asked.extend(linked);
     }
 }
 
-/// Says whether the files outside the tree that decided are what they were.
+/// Says whether the ignore files outside the covered tree are unchanged.
 fn rules_hold(before: &WorkspaceState, real: &Path, location: Option<&Location>) -> bool {
     let above = if before.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
     above.into_iter().map(with_state).eq(before.above.iter().cloned())
         && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
 }
 
-/// Returns where below the workspace something is mounted.
+/// Returns the path of a mount point below the workspace.
 fn place_below(real: &Path, mount: &str) -> Option<RelPath> {
     use std::os::unix::ffi::OsStrExt;
     let place = mounts::place(mount.as_bytes())?;
     RelPath::new(place.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
 }
 
-/// Lists the paths under which files that are mapped writable are known, all names of linked ones included.
+/// Lists the paths of files that are mapped writable, with all names of linked ones.
 fn mapped_paths(mapped: &Mapped, before: Option<&WorkspaceState>) -> BTreeSet<RelPath> {
     let mut paths: BTreeSet<RelPath> = mapped.paths.keys().cloned().collect();
     let Some(before) = before else { return paths };
     let mut inodes = mapped.inodes.clone();
     for (path, inode) in &mapped.paths {
-        // By another name, or behind another one's: in a container, or since it was renamed.
+        // The inode may have another name: it was renamed, or the mapping process sees it under another path in
+        // a container.
         let alone =
             matches!(before.root.find(path), Some(Node::File(file)) if file.seen.ino == *inode && !file.remarks.linked);
         if !alone {
@@ -378,7 +375,7 @@ fn mapped_paths(mapped: &Mapped, before: Option<&WorkspaceState>) -> BTreeSet<Re
     paths
 }
 
-/// Says whether a directory is part of what was found.
+/// Says whether a directory is part of the result.
 fn holds_dir(found: &ScanResult, path: &RelPath) -> bool {
     let mut at = found;
     let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
@@ -397,7 +394,7 @@ fn holds_dir(found: &ScanResult, path: &RelPath) -> bool {
     }
 }
 
-/// Says whether a child, and what follows below it, are directories.
+/// Says whether the child, and each of these names below it, is a directory.
 fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> bool {
     let mut node = &child.node;
     for name in names {
@@ -408,7 +405,7 @@ fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> boo
     matches!(node, Node::Dir(_))
 }
 
-/// Lists what has to be read, in the order of the tree.
+/// Lists the entries whose content must be read, in the order of the tree.
 pub(crate) fn unread_in(found: &ScanResult) -> Vec<&Unread> {
     fn gather<'f>(found: &'f ScanResult, unread: &mut Vec<&'f Unread>) {
         if let ScanResult::New(dir) = found {
@@ -444,7 +441,7 @@ fn count_files(found: &ScanResult) -> u64 {
     }
 }
 
-/// Returns the time of the system's clock in nanoseconds since 1970.
+/// Returns the wall clock time in nanoseconds since 1970.
 pub(crate) fn nanos_now() -> i128 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_nanos() as i128)
 }

@@ -1,13 +1,14 @@
 //! The workspace state: the result of the last scan, as a tree of directories in memory.
 //!
 //! ```text
-//! WorkspaceState ── root: Arc<Dir> ── children, sorted by name ─┬ File { fingerprint, content }
-//!                                                               ├ Dir(Arc<Dir>)   shared with the state before
-//!                                                               └ Special, Skipped, Draft
+//! WorkspaceState ── root: Arc<DirState> ── children, sorted by name ─┬ File(FileState)
+//!                                                                    ├ Dir(Arc<DirState>)   shared with the state before
+//!                                                                    └ Special, Skipped, StagedFile
 //! ```
-//! A directory is immutable and carries the ids of its trees. A new state shares every unchanged directory with the state
-//! before, so its cost depends on the changes alone. This module reads no files and takes no locks: `walk` builds new
-//! directories, `trees` computes their ids, `state_file` stores them.
+//!
+//! A directory is immutable and carries the ids of its trees. A new state shares every unchanged directory with
+//! the state before, so its cost depends on the changes alone. This module reads no files and takes no locks:
+//! `walk` and `seal` build new directories, `state_file` saves them.
 
 use std::collections::{BTreeSet, HashSet};
 use std::path::PathBuf;
@@ -22,23 +23,19 @@ use crate::tree::confined_dir::{Stat, Time};
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 
-/// Times may lag by one tick of a kernel with 100 Hz; twice that is on the safe side.
+/// Twice the longest tick of a kernel (100 Hz), in nanoseconds: file times may lag behind by one tick.
 pub const TICK_NS: i128 = 20_000_000;
 
-/// The state of a file by which an unchanged one is recognised.
+/// The metadata by which an unchanged file is recognised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FileFingerprint {
-    /// Device.
     pub dev: u64,
-    /// Inode.
     pub ino: u64,
-    /// Size in bytes.
     pub size: u64,
     /// Type and permission bits.
     pub mode: u32,
-    /// Last change of the content.
     pub mtime: Time,
-    /// Last change of content or attributes.
+    /// Set by the kernel on every change of content or attributes; no process can set it.
     pub ctime: Time,
 }
 
@@ -56,7 +53,7 @@ impl From<&Stat> for FileFingerprint {
 }
 
 impl FileFingerprint {
-    /// The state of a file that is there and vouches for nothing: no other state equals it.
+    /// The fingerprint of an existing file that equals no other one, so that the file is always read.
     pub const UNSURE: FileFingerprint = FileFingerprint {
         dev: u64::MAX,
         ino: u64::MAX,
@@ -66,40 +63,41 @@ impl FileFingerprint {
         ctime: Time { sec: 0, nsec: 0 },
     };
 
-    /// Returns the permission bits, with set-id and sticky.
+    /// Returns the permission bits with set-id and sticky bits.
     pub fn permissions(&self) -> u32 {
         self.mode & 0o7777
     }
 
-    /// Says whether a later change must show in the times: whether the time of change, which nobody can set, is older
-    /// than `started_ns`, the instant at which the look began, by more than the grain of the clock.
+    /// Says whether every later change must change the fingerprint: whether `ctime` is older than the start of
+    /// the scan (`started_ns`, nanoseconds since 1970) by more than the granularity of the clock.
     pub fn is_settled(&self, started_ns: i128) -> bool {
         self.ctime.nanos() < started_ns - TICK_NS
     }
 
-    /// Says whether both are of the same file, whatever has happened to it.
+    /// Says whether both are of the same inode and type, whatever has happened to it.
     pub fn same_file(&self, other: &FileFingerprint) -> bool {
         (self.dev, self.ino, self.mode & libc::S_IFMT) == (other.dev, other.ino, other.mode & libc::S_IFMT)
     }
 }
 
-/// What has to be remembered of a file beside its state.
+/// What a scan remembers of a file besides its fingerprint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ScanRemarks {
-    /// It changed at every attempt to read it.
+    /// The file changed at every attempt to read it.
     pub torn: bool,
-    /// It has holes.
+    /// The file has holes.
     pub sparse: bool,
-    /// It is tracked although it is ignored.
+    /// The file is tracked although the rules ignore it.
     pub forced: bool,
-    /// It has several names.
+    /// The file has several names.
     pub linked: bool,
-    /// Its state does not vouch for its content: too fresh, or mapped writable by an agent.
+    /// The fingerprint does not prove that the content is unchanged: it is too recent, or an agent has the file
+    /// mapped writable.
     pub doubtful: bool,
 }
 
 impl ScanRemarks {
-    /// Says whether the file has to be looked at even when no event has named it.
+    /// Says whether the file must be visited although the watcher has not reported it.
     fn is_suspect(self) -> bool {
         self.torn || self.doubtful || self.linked
     }
@@ -108,75 +106,65 @@ impl ScanRemarks {
 /// A file or symbolic link whose content is stored.
 #[derive(Clone, Debug, PartialEq)]
 pub struct File {
-    /// Its state when it was read.
+    /// The fingerprint when the content was read.
     pub seen: FileFingerprint,
-    /// The content.
     pub oid: Oid,
     /// Stored bytes.
     pub size: u64,
-    /// What else is known.
     pub remarks: ScanRemarks,
-    /// Its extended attributes.
     pub xattrs: Xattrs,
 }
 
 impl File {
-    /// Says whether it is a symbolic link.
     pub fn is_link(&self) -> bool {
         self.seen.mode & libc::S_IFMT == libc::S_IFLNK
     }
 }
 
-/// What stands at a name.
+/// The entry at a name.
 #[derive(Clone, Debug)]
 pub enum Node {
-    /// A file or symbolic link.
     File(File),
-    /// A directory.
     Dir(Arc<Dir>),
     /// A FIFO, socket or device.
     Special {
-        /// Its state.
         seen: FileFingerprint,
-        /// Its kind.
+        /// The kind, as in [`FileKind::Special`](crate::tree::confined_dir::FileKind::Special).
         kind: &'static str,
     },
     /// Covered, but not stored.
     Skipped {
-        /// Why.
         reason: SkipReason,
-        /// What the system said, or the size.
+        /// The system's error, or the size.
         detail: Box<str>,
     },
-    /// What a restore that was given up has left behind.
+    /// A temporary file of a restore that was given up.
     Draft,
 }
 
-/// One name in a directory; shared with the pictures before, as long as nothing has changed.
+/// One name in a directory; shared with earlier states as long as nothing has changed.
 #[derive(Debug)]
 pub struct Child {
-    /// The name.
     pub name: Box<[u8]>,
-    /// What stands there.
     pub node: Node,
 }
 
-/// Counts of all that is below a directory.
+/// Counts of everything below a directory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Files and links.
+    /// Files and symbolic links.
     pub files: u64,
     /// Their stored bytes.
     pub bytes: u64,
-    /// What is covered but not stored, special files included.
+    /// Entries that are covered but not stored, special files included.
     pub skipped: u64,
     /// Files that changed while they were read.
     pub torn: u64,
-    /// What has to be looked at even when no event has named it.
+    /// Entries that must be visited although the watcher has not reported them.
     pub suspects: u64,
-    /// Unfinished files of restores.
+    /// Temporary files of restores.
     pub drafts: u64,
-    /// How many directories lie in each other, at most.
+    /// The longest chain of nested directories.
     pub height: usize,
 }
 
@@ -192,37 +180,34 @@ impl Totals {
     }
 }
 
-/// A directory as it was seen, with all that is below it.
+/// A directory with everything below it.
 #[derive(Debug)]
 pub struct Dir {
-    /// Its state.
     pub seen: FileFingerprint,
-    /// Its extended attributes.
     pub xattrs: Xattrs,
-    /// Whether the rules cover it; one that they do not is here for what is covered below it.
+    /// Whether the rules cover it. Directories that are not covered are listed if something below them is.
     pub covered: bool,
-    /// Whether its names are surely the same while its state is.
+    /// Whether an unchanged fingerprint proves that the names in it are unchanged.
     pub settled: bool,
     /// Why it could not be listed.
     pub unreadable: Option<Box<str>>,
-    /// The state of its `.gitignore`.
+    /// The fingerprint of its `.gitignore`.
     pub ignore_file: Option<FileFingerprint>,
-    /// Whether that state vouches for what it said.
+    /// Whether that fingerprint proves that the contents of the `.gitignore` are unchanged.
     pub ignore_settled: bool,
     /// Whether it is the top of a nested repository.
     pub nested: bool,
-    /// What is in it and covered, sorted by name.
+    /// The covered entries, sorted by name.
     pub children: Box<[Arc<Child>]>,
-    /// Counts.
     pub totals: Totals,
-    /// The tree of its files; none when there are none.
+    /// The tree of its files; `None` if there are none.
     pub files: Option<Oid>,
-    /// Its metadata tree.
+    /// The metadata tree.
     pub meta: Oid,
 }
 
 impl Drop for Dir {
-    /// Frees what nobody shares level by level: a tree may be deeper than a stack.
+    /// Frees unshared directories iteratively, since a tree may be too deep for the stack.
     fn drop(&mut self) {
         let mut open = vec![std::mem::take(&mut self.children)];
         while let Some(children) = open.pop() {
@@ -238,13 +223,12 @@ impl Drop for Dir {
 }
 
 impl Dir {
-    /// Finds a name.
     pub fn child(&self, name: &[u8]) -> Option<&Arc<Child>> {
         let at = self.children.binary_search_by(|child| (*child.name).cmp(name)).ok()?;
         Some(&self.children[at])
     }
 
-    /// Finds what stands at a path below.
+    /// Finds the entry at a path below.
     pub fn find(&self, path: &RelPath) -> Option<&Node> {
         let mut dir = self;
         let mut names = path.bytes().split(|b| *b == b'/').peekable();
@@ -259,7 +243,7 @@ impl Dir {
         None
     }
 
-    /// Says whether it leaves no trace in a checkpoint: not covered, and nothing below it is.
+    /// Says whether it leaves no trace in a checkpoint: neither it nor anything below it is covered.
     pub fn is_bare(&self) -> bool {
         !self.covered
             && self.children.iter().all(|child| match &child.node {
@@ -269,7 +253,7 @@ impl Dir {
             })
     }
 
-    /// Calls `visit` with every path below that `enter` lets it come to; `enter` is asked about directories.
+    /// Calls `visit` for every entry below, and descends into a directory if `enter` returns `true` for it.
     pub fn walk<'d>(&'d self, path: &RelPath, enter: &dyn Fn(&Dir) -> bool, visit: &mut dyn FnMut(&RelPath, &'d Node)) {
         for child in &self.children {
             let below = path.join(&child.name);
@@ -283,7 +267,7 @@ impl Dir {
     }
 }
 
-/// Counts what the children of a directory come to.
+/// Adds up the counts of a directory's children.
 pub fn total(children: &[Arc<Child>]) -> Totals {
     let mut totals = Totals::default();
     for child in children {
@@ -302,7 +286,7 @@ pub fn total(children: &[Arc<Child>]) -> Totals {
                 totals.suspects += unreadable;
             }
             Node::Special { .. } => totals.skipped += 1,
-            // What could not be read may be readable by now, without any event.
+            // An unreadable file may become readable without an event.
             Node::Skipped { .. } => {
                 totals.skipped += 1;
                 totals.suspects += 1;
@@ -313,34 +297,33 @@ pub fn total(children: &[Arc<Child>]) -> Totals {
     totals
 }
 
-/// A file outside the covered tree that decides what is covered, with its state when it was read.
+/// A file outside the covered tree that contributes to the rules, with its fingerprint when it was read.
 pub type Source = (PathBuf, Option<FileFingerprint>);
 
-/// What one snapshot saw.
+/// The result of one scan.
 #[derive(Clone, Debug)]
 pub struct WorkspaceState {
-    /// The commit whose objects all contents named here are.
+    /// A commit that contains all objects named here.
     pub commit: Oid,
-    /// The rules that it was seen through.
+    /// The rules of the scan.
     pub rules: Rules,
-    /// The files above the workspace that decided, too.
+    /// The ignore files above the workspace.
     pub above: Vec<Source>,
-    /// The files of nested repositories that decided, too.
+    /// The ignore files of nested repositories.
     pub nested: Vec<Source>,
-    /// What is mounted below the workspace.
+    /// The mount points below the workspace.
     pub mounts: Vec<String>,
-    /// The user's index, and those of the submodules in it.
+    /// The user's index, and those of its submodules.
     pub indexes: Vec<Source>,
-    /// What they track and the rules, or its absence, leave out.
+    /// Tracked paths that the rules ignore.
     pub forced: Arc<BTreeSet<RelPath>>,
-    /// What the user should know, beside what is wrong with ignore files.
+    /// Warnings for the user, except those about ignore files.
     pub notes: Vec<String>,
-    /// The workspace.
     pub root: Arc<Dir>,
 }
 
 impl WorkspaceState {
-    /// Lists what is covered but not stored, in byte order.
+    /// Lists the paths that are covered but not stored, in byte order.
     pub fn skipped(&self) -> Vec<Skipped> {
         let mut found = Vec::new();
         let mut add = |path: &RelPath, reason, detail: &str| {
@@ -372,7 +355,7 @@ impl WorkspaceState {
         found
     }
 
-    /// Lists what has to be looked at even when no event has named it.
+    /// Lists the paths that must be visited although the watcher has not reported them.
     pub fn volatile_paths(&self) -> Vec<RelPath> {
         let mut found = Vec::new();
         self.root.walk(&RelPath::root(), &|dir| dir.totals.suspects > 0, &mut |path, node| match node {
@@ -384,8 +367,8 @@ impl WorkspaceState {
         found
     }
 
-    /// Finds all names of these files, by inode. The other names of a file are not told of a new link, nor of what is
-    /// written through it.
+    /// Finds all names of these inodes: a new link, or a write through one name, raises no event for the other
+    /// names.
     pub fn names_of(&self, inodes: &HashSet<u64>) -> Vec<RelPath> {
         let mut found = Vec::new();
         self.root.walk(&RelPath::root(), &|_| true, &mut |path, node| {
