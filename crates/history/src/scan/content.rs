@@ -1,8 +1,8 @@
-//! Reads the contents of covered files and turns them into blobs, in parallel.
+//! Reads the contents of covered files and stores them as blobs, in parallel.
 //!
-//! Small files pass through memory, large ones are streamed twice: once for their id, once into the pack when that id
-//! is new. A file that changes while it is read is tried again, then taken as it was read last and marked torn. Bytes
-//! are stored as they are: no filter, no conversion.
+//! Small files pass through memory. Large ones are streamed twice: once for their id, once into the pack if
+//! that id is new. A file that changes while it is read is read again; after the last attempt its content is
+//! stored as read and marked torn. Bytes are stored unchanged, without filter or conversion.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -32,14 +32,14 @@ use crate::tree::xattrs;
 const SMALL: u64 = 1024 * 1024;
 const ATTEMPTS: u32 = 4;
 
-/// How often progress is told, milliseconds.
+/// The interval of progress reports in milliseconds.
 const TOLD_EVERY_MS: u64 = 50;
 
-/// Where new blobs go.
+/// The destination of new blobs.
 pub(crate) struct BlobSink<'a> {
     /// The published objects.
     pub store: &'a ObjectStore,
-    /// The pack of this checkpoint.
+    /// The pack of this snapshot.
     pub pack: &'a Mutex<PackWriter>,
 }
 
@@ -54,7 +54,7 @@ impl BlobSink<'_> {
         }
         let pack = || self.pack.lock().unwrap_or_else(PoisonError::into_inner);
         let hastens = pack().hastens(content.len());
-        // Compressed outside the lock: this is where the time goes.
+        // Compression takes most of the time, so it runs outside the lock.
         let packed = match hastens {
             true => Packed::in_haste(oid, ObjectKind::Blob, content),
             false => Packed::new(oid, ObjectKind::Blob, content)?,
@@ -74,58 +74,53 @@ impl BlobSink<'_> {
     }
 }
 
-/// Everything that reading files needs.
+/// The parameters of reading files.
 pub(crate) struct Reading<'a> {
-    /// The workspace.
     pub root: &'a Root,
-    /// Where new blobs go; none to compute ids only.
+    /// The destination of new blobs; `None` to compute ids only.
     pub sink: Option<BlobSink<'a>>,
-    /// A directory of ours for copies of files that do not hold still.
+    /// An own directory for copies of files that keep changing.
     pub spool: &'a Path,
     /// Larger files are skipped.
     pub max_file_bytes: u64,
-    /// Who waits for it.
     pub hurry: Urgency,
-    /// Told about progress.
     pub progress: OnProgress<'a>,
-    /// Set by the caller to end early.
+    /// Set by the caller to cancel the reading.
     pub cancel: &'a AtomicBool,
 }
 
-/// What reading a file or link came to.
+/// The result of reading a file or symbolic link.
 #[derive(Debug)]
 pub(crate) enum ContentRead {
-    /// Its content is known, and stored where there is a sink.
+    /// Its content is read, and stored if there is a sink.
     Stored(Content),
     /// It could not be read.
     Skipped(SkipReason, String),
-    /// It is gone.
+    /// It no longer exists.
     Vanished,
 }
 
-/// The content of a file or link.
+/// The content of a file or symbolic link.
 #[derive(Debug)]
 pub(crate) struct Content {
-    /// The state in which it was read.
+    /// The metadata when it was read.
     pub stat: Stat,
-    /// The content.
     pub oid: Oid,
-    /// How many bytes were stored.
+    /// The number of bytes read.
     pub size: u64,
     /// Whether it changed at every attempt to read it.
     pub torn: bool,
-    /// Extended attributes.
     pub xattrs: Xattrs,
 }
 
-/// What one attempt to read a file found.
+/// The result of one attempt to read a file.
 enum ReadAttempt {
     Done(ContentRead),
     Changed,
 }
 
 impl Reading<'_> {
-    /// Reads files and links, side by side, and notes in each what it came to.
+    /// Reads files and symbolic links in parallel and stores the result in each entry.
     pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
         let (done, total) = (AtomicU64::new(0), unread.len() as u64);
         let (clock, told_at) = (Instant::now(), AtomicU64::new(0));
@@ -138,7 +133,7 @@ impl Reading<'_> {
             entry.outcome.get_or_init(|| outcome);
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
             let (now, before) = (clock.elapsed().as_millis() as u64, told_at.load(Ordering::Relaxed));
-            // Whoever comes first tells for all.
+            // Only one of the threads reports.
             let due = now >= before + TOLD_EVERY_MS
                 && told_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
             if due || done == total {
@@ -176,7 +171,7 @@ impl Reading<'_> {
         if let Some(sink) = &self.sink {
             sink.put(oid, target.as_bytes()).map_err(HistoryError::io("store", self.spool))?;
         }
-        // The link could have been replaced since the walk; then the walk's state must not vouch for this target.
+        // The link may have been replaced since the walk; its fingerprint then says nothing about this target.
         let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
         Ok(ContentRead::Stored(Content {
             stat: entry.stat,
@@ -200,7 +195,7 @@ impl Reading<'_> {
             Err(errno) => return Ok(ReadAttempt::Done(refused(errno))),
         };
         if before.kind() != FileKind::Regular {
-            let detail = "it became something else".to_owned();
+            let detail = "the path changed its kind".to_owned();
             return Ok(ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unsteady, detail)));
         }
         if before.size > self.max_file_bytes {
@@ -218,7 +213,7 @@ impl Reading<'_> {
 
     fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<ReadAttempt> {
         let mut content = Vec::with_capacity(before.size as usize + 1);
-        // A file that grows without end is cut at twice the size of a small one.
+        // A file that keeps growing is cut at twice the size of a small one.
         if let Err(error) = (&mut file).take(2 * SMALL).read_to_end(&mut content) {
             return Ok(ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unreadable, error.to_string())));
         }
@@ -258,8 +253,8 @@ impl Reading<'_> {
         }
     }
 
-    /// Copies a large file that does not hold still, so that its id and its bytes are of one reading; of a file that
-    /// grows, as much as there was at first.
+    /// Copies a large file that keeps changing, so that its id and bytes come from one reading. Of a growing
+    /// file, only its size at the start is copied.
     fn spool(&self, mut file: File, before: Stat) -> Result<ReadAttempt> {
         let failed = |error| HistoryError::io("copy to", self.spool)(error);
         let mut copy = tempfile::tempfile_in(self.spool).map_err(failed)?;
@@ -267,7 +262,7 @@ impl Reading<'_> {
         let mut buffer = vec![0; 256 * 1024];
         let mut size = 0;
         loop {
-            // The two sides are kept apart: a file that cannot be read is skipped, a store that is full is an error.
+            // A read error means that the file is skipped, a write error that the store failed.
             match source.read(&mut buffer) {
                 Ok(0) => break,
                 Ok(n) => copy.write_all(&buffer[..n]).map_err(failed)?,
@@ -291,14 +286,14 @@ impl Reading<'_> {
     }
 }
 
-/// Adds the attributes of a file that was read.
+/// Adds the extended attributes of a file that was read.
 fn done(file: &File, mut content: Content) -> ReadAttempt {
     ReadAttempt::Done(match xattrs::read(file) {
         Ok(found) => {
             content.xattrs = found;
             ContentRead::Stored(content)
         }
-        Err(errno) => ContentRead::Skipped(SkipReason::Unreadable, format!("its attributes: {}", errno.desc())),
+        Err(errno) => ContentRead::Skipped(SkipReason::Unreadable, format!("its extended attributes: {}", errno.desc())),
     })
 }
 
@@ -310,7 +305,7 @@ fn is_steady(file: &File, before: &Stat, read: u64) -> bool {
     read == before.size && stat_fd(file).is_ok_and(|after| after.same_content(before))
 }
 
-/// Hashes up to one byte more than `size` bytes and returns how many there were.
+/// Hashes up to `size + 1` bytes and returns the id with the number of bytes.
 fn hash_stream(source: &mut impl Read, size: u64) -> io::Result<(Oid, u64)> {
     let mut hasher = ObjectHasher::new(ObjectKind::Blob, size);
     let mut buffer = vec![0; 256 * 1024];
@@ -333,7 +328,7 @@ fn refused(errno: Errno) -> ContentRead {
     match errno {
         Errno::ENOENT | Errno::ENOTDIR => ContentRead::Vanished,
         Errno::ELOOP | Errno::ENXIO | Errno::EINVAL => {
-            ContentRead::Skipped(SkipReason::Unsteady, "it became something else".to_owned())
+            ContentRead::Skipped(SkipReason::Unsteady, "the path changed its kind".to_owned())
         }
         errno => ContentRead::Skipped(SkipReason::Unreadable, errno.desc().to_owned()),
     }

@@ -1,16 +1,19 @@
-//! Watches covered directories, so that a snapshot knows where to look again.
+//! Watches the covered directories with inotify, so that a snapshot knows which paths may have changed.
 //!
 //! ```text
-//! kernel queue ─► reader thread, or whoever drains ─► bucket of the project ─► take(): all buckets, a new one begins
-//!                                                                               settle(): those of a published look go
+//! kernel queue ─► reader thread, or the caller of take() ─► newest bucket of the project
+//! take():   merges all buckets into one and begins a new one
+//! settle(): drops the buckets of a published scan
 //! ```
-//! One inotify instance serves all projects (there are 128 per user). Its events are queued before the call that caused
-//! them returns, so that whoever has drained the queue knows of everything that frozen processes have done. A cookie
-//! file in the state directory proves it: drained without the cookie's own event, the queue is not trusted.
 //!
-//! Where the queue has overflowed, a directory could not be watched, or the file system tells nobody of what others do
-//! to it, the bucket is *lost*: the next look is at everything. Watches directories by descriptor, so that no link can
-//! lead a watch elsewhere.
+//! One inotify instance serves all projects, since a user may have only 128. The kernel queues an event before
+//! the call that caused it returns: a drained queue holds every event that frozen processes have caused. A
+//! cookie file in the state directory proves it: if the queue is drained without the event of the cookie, it is
+//! not trusted.
+//!
+//! A bucket is *lost* if the queue has overflowed, a directory could not be watched, or the file system does
+//! not report the changes of other hosts. The next scan is then a full one. Directories are watched by
+//! descriptor, so that no symbolic link can redirect a watch.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fs;
@@ -28,7 +31,7 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, InotifyEvent, WatchDe
 use crate::scan::pool;
 use crate::tree::names::RelPath;
 
-/// Everything that can change what a checkpoint holds. What is written through a mapping raises nothing.
+/// Every event that can change a checkpoint. A write through a memory mapping raises none.
 const MASK: AddWatchFlags = AddWatchFlags::IN_MODIFY
     .union(AddWatchFlags::IN_ATTRIB)
     .union(AddWatchFlags::IN_CLOSE_WRITE)
@@ -40,32 +43,32 @@ const MASK: AddWatchFlags = AddWatchFlags::IN_MODIFY
     .union(AddWatchFlags::IN_MOVE_SELF)
     .union(AddWatchFlags::IN_ONLYDIR);
 
-/// Above so many names in one bucket, it is quicker to look at everything.
+/// Above this number of names in one bucket, a full scan is quicker.
 const MANY_NAMES: usize = 100_000;
 
-/// Where to look again: a directory's part of it, with the parts of the directories below.
+/// The paths that may have changed, as a tree of directories.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Dirty {
-    /// Names that may have changed, come or gone.
+    /// Names that may have changed, appeared or vanished.
     pub names: BTreeSet<Box<[u8]>>,
-    /// Those that somebody has written to, or may have through a mapping: their state does not vouch for them.
+    /// Names whose fingerprint does not prove that the content is unchanged, since a process has written to
+    /// them or may have.
     pub written: BTreeSet<Box<[u8]>>,
-    /// All names.
+    /// Whether all names in the directory may have changed.
     pub all: bool,
-    /// The directory is another one than before, and nobody watches it.
+    /// Whether the directory was replaced by another one, which is not watched yet.
     pub anew: bool,
-    /// Directories below.
+    /// The subdirectories with changes.
     pub below: BTreeMap<Box<[u8]>, Dirty>,
 }
 
 impl Dirty {
-    /// Returns the part of a directory, made where there is none.
+    /// Returns the node of a directory, which is created if necessary.
     pub fn at(&mut self, dir: &RelPath) -> &mut Dirty {
         let names = dir.bytes().split(|b| *b == b'/').filter(|name| !name.is_empty());
         names.fold(self, |at, name| at.below.entry(name.into()).or_default())
     }
 
-    /// Marks one path.
     pub fn mark(&mut self, path: &RelPath) {
         match path.split() {
             Some((parent, name)) => {
@@ -75,7 +78,7 @@ impl Dirty {
         }
     }
 
-    /// Marks a path whose state does not vouch for its content.
+    /// Marks a path whose fingerprint does not prove that its content is unchanged.
     pub fn mark_written(&mut self, path: &RelPath) {
         self.mark(path);
         if let Some((parent, name)) = path.split() {
@@ -83,7 +86,7 @@ impl Dirty {
         }
     }
 
-    /// Lists the paths whose state does not vouch for their content.
+    /// Lists the paths that were marked as written.
     pub fn written(&self) -> Vec<RelPath> {
         let mut found = Vec::new();
         let mut open = vec![(RelPath::root(), self)];
@@ -94,7 +97,7 @@ impl Dirty {
         found
     }
 
-    /// Says whether there is anything so far down, without going there step by step.
+    /// Says whether a node is deeper than `depth`, without recursion.
     pub fn is_deeper_than(&self, depth: usize) -> bool {
         let mut open = vec![(self, 0)];
         while let Some((dirty, at)) = open.pop() {
@@ -106,12 +109,11 @@ impl Dirty {
         false
     }
 
-    /// Counts the marked names.
     fn count(&self) -> usize {
         self.names.len() + self.below.values().map(Dirty::count).sum::<usize>()
     }
 
-    /// Takes in what another look would have to look at.
+    /// Adds the marks of another tree.
     pub fn merge(&mut self, other: Dirty) {
         self.names.extend(other.names);
         self.written.extend(other.written);
@@ -128,25 +130,25 @@ struct Bucket {
     epoch: u64,
     dirty: Dirty,
     names: usize,
-    /// Why not everything is in it.
+    /// Why the marks are incomplete.
     lost: Option<Lost>,
 }
 
-/// Why not all changes are known.
+/// The reason why changes were missed.
 #[derive(Clone, Copy, Debug)]
 struct Lost {
-    /// In words.
+    /// A clause for messages.
     why: &'static str,
-    /// Whether it will be so after the next look, too.
+    /// Whether the reason persists after the next scan.
     lasting: bool,
 }
 
 #[derive(Debug, Default)]
 struct Watches {
-    /// With the epoch in which each was added.
+    /// The watches, each with the epoch in which it was added.
     by_path: BTreeMap<RelPath, (WatchDescriptor, u64)>,
     buckets: VecDeque<Bucket>,
-    /// Whether somebody was told that not everything can be watched.
+    /// Whether the limit of watches was logged.
     told: bool,
 }
 
@@ -169,15 +171,15 @@ impl Watches {
 
 #[derive(Default)]
 struct Table {
-    /// A directory may belong to several projects, or stand at several places.
+    /// The directories of a watch: one may belong to several projects, or have several paths.
     by_watch: HashMap<WatchDescriptor, Vec<(u64, RelPath)>>,
     projects: HashMap<u64, Watches>,
-    /// The cookies that were seen and not yet asked for.
+    /// Cookies whose event has arrived and that were not waited for yet.
     cookies: HashSet<u64>,
     next_project: u64,
 }
 
-/// The one inotify instance, with the thread that reads it; it ends with the last who holds this.
+/// The inotify instance and the thread that reads it, which ends when the last owner drops this.
 pub struct Watcher {
     queue: Arc<Queue>,
 }
@@ -186,12 +188,12 @@ impl Drop for Watcher {
     fn drop(&mut self) {
         self.queue.stopped.store(true, Ordering::Relaxed);
         if let Err(error) = self.queue.stop.write(1) {
-            tracing::warn!(%error, "the watcher could not be told to stop");
+            tracing::warn!(%error, "failed to stop the watcher thread");
         }
     }
 }
 
-/// The kernel's queue of events and where they go.
+/// The kernel's event queue, and the table by which its events are distributed.
 struct Queue {
     inotify: Inotify,
     table: Mutex<Table>,
@@ -203,10 +205,10 @@ struct Queue {
 }
 
 impl Watcher {
-    /// Starts watching, with a directory of ours for cookies.
+    /// Starts watching. `cookies` is an own directory for cookie files; its contents are removed.
     ///
     /// # Errors
-    /// Fails when the kernel gives no more instances, or the directory cannot be made.
+    /// Fails when the user has no inotify instance left, or when the directory cannot be created.
     pub fn start(cookies: &Path) -> io::Result<Arc<Watcher>> {
         if cookies.exists() {
             fs::remove_dir_all(cookies)?;
@@ -228,7 +230,7 @@ impl Watcher {
         Ok(Arc::new(Watcher { queue }))
     }
 
-    /// Takes in a project, of which nothing is known yet.
+    /// Adds a project, whose first scan is a full one.
     pub(crate) fn watch_project(self: &Arc<Self>, name: String) -> Watched {
         let mut table = self.queue.table();
         table.next_project += 1;
@@ -245,7 +247,7 @@ impl Queue {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads all that is queued.
+    /// Reads all queued events.
     fn drain(&self, table: &mut Table) {
         loop {
             match self.inotify.read_events() {
@@ -254,7 +256,7 @@ impl Queue {
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
-                    tracing::error!(%errno, "the kernel's queue of changes cannot be read");
+                    tracing::error!(%errno, "failed to read the inotify queue; the next checkpoints make a full scan");
                     table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be read"));
                     return;
                 }
@@ -265,7 +267,7 @@ impl Queue {
     fn take_in(&self, table: &mut Table, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             tracing::info!(
-                "more changed at once than the kernel's queue holds; the next checkpoints look at everything"
+                "the inotify queue has overflowed; the next checkpoints make a full scan"
             );
             table.projects.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
             return;
@@ -295,7 +297,7 @@ impl Queue {
                 continue;
             }
             let dir = bucket.dirty.at(&path);
-            // Another directory may stand there by now, with the same number even.
+            // Another directory may have taken the path, even with the same inode number.
             dir.anew |= gone;
             if let Some(name) = &event.name {
                 use std::os::unix::ffi::OsStrExt;
@@ -310,20 +312,20 @@ impl Queue {
         }
     }
 
-    /// Takes a path from a watch, and gives the watch up with the last.
+    /// Removes a path from a watch, and the watch with its last path.
     fn forget(&self, table: &mut Table, project: u64, watch: WatchDescriptor, path: &RelPath) {
         let Some(places) = table.by_watch.get_mut(&watch) else { return };
         places.retain(|(owner, known)| *owner != project || known != path);
         if places.is_empty() {
             table.by_watch.remove(&watch);
-            // It may be gone already, with its directory.
+            // The kernel removes the watch of a removed directory itself.
             if let Err(errno) = self.inotify.rm_watch(watch) {
-                tracing::trace!(%path, %errno, "a watch was gone before it was given up");
+                tracing::trace!(%path, %errno, "the watch had already ended");
             }
         }
     }
 
-    /// Reads until it is told to stop.
+    /// Reads events until [`Watcher`] is dropped.
     fn read_on(&self) {
         loop {
             let mut fds = [
@@ -338,7 +340,7 @@ impl Queue {
             match waited {
                 Ok(_) | Err(Errno::EINTR) => self.drain(&mut table),
                 Err(errno) => {
-                    tracing::error!(%errno, "the watcher cannot wait; checkpoints look at everything");
+                    tracing::error!(%errno, "the watcher failed to wait for events; checkpoints make full scans");
                     table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be waited for"));
                     return;
                 }
@@ -347,27 +349,27 @@ impl Queue {
     }
 }
 
-/// What has changed up to an instant.
+/// The changes up to a point in time.
 #[derive(Debug)]
 pub(crate) struct TakenEvents {
-    /// The last bucket of it.
+    /// The epoch of the newest bucket among them.
     pub epoch: u64,
-    /// Where to look again; or why that is not known.
+    /// The paths that may have changed, or the reason why they are not known.
     pub dirty: Result<Dirty, &'static str>,
 }
 
-/// One project's directories.
+/// The watched directories of one project.
 pub(crate) struct Watched {
     watcher: Arc<Watcher>,
     project: u64,
-    /// For messages.
+    /// The store's path, for log messages.
     name: String,
 }
 
 impl Watched {
-    /// Watches a directory, from now on. Where that cannot be done, the next look is at everything.
+    /// Starts watching a directory. If that fails, the next scan is a full one.
     pub fn add(&self, dir: BorrowedFd<'_>, path: &RelPath) {
-        // By way of the descriptor: the directory that is listed is the one that is watched, whatever its path leads to.
+        // The path of the descriptor makes sure that the watched directory is the one that is listed.
         let place = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
         let mut table = self.watcher.queue.table();
         let added = self.watcher.queue.inotify.add_watch(&place, MASK);
@@ -379,7 +381,7 @@ impl Watched {
                 if before.is_some_and(|before| before != watch)
                     && let Some(bucket) = watches.current()
                 {
-                    // Two looks saw different directories here: whichever comes last, the next one decides.
+                    // Two scans found different directories at this path: the next scan visits it again.
                     bucket.dirty.at(path).anew = true;
                 }
                 let places = table.by_watch.entry(watch).or_default();
@@ -393,7 +395,7 @@ impl Watched {
             Err(Errno::ENOSPC) => {
                 const WHY: &str = "there are more directories than may be watched (fs.inotify.max_user_watches)";
                 if !std::mem::replace(&mut watches.told, true) {
-                    tracing::warn!(store = %self.name, "{WHY}; checkpoints compare all files' states");
+                    tracing::warn!(store = %self.name, "{WHY}; checkpoints compare the fingerprints of all files");
                 }
                 watches.lose_as(Lost { why: WHY, lasting: true });
             }
@@ -404,11 +406,11 @@ impl Watched {
         }
     }
 
-    /// Ends the current bucket, once all that happened before is in it, and returns what all buckets hold.
+    /// Ends the current bucket after all earlier events have arrived, and returns the changes of all buckets.
     pub fn take(&self) -> TakenEvents {
         let cookie = self.watcher.queue.next_cookie.fetch_add(1, Ordering::Relaxed);
         let file = self.watcher.queue.cookies.join(cookie.to_string());
-        // First, so that the reader, whom the cookie wakes, waits for this and not the other way round.
+        // Locked first: the reader thread, which the cookie wakes, must not take the event.
         let mut table = self.watcher.queue.table();
         let baked =
             fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
@@ -418,12 +420,13 @@ impl Watched {
             return TakenEvents { epoch: 0, dirty: Err("the project is not watched") };
         };
         if let Err(error) = baked {
-            tracing::warn!(%error, "no cookie could be made in the state directory");
+            tracing::warn!(%error, "failed to create a cookie file in the state directory; the next checkpoint makes a full scan");
             watches.lose("no cookie could be made");
         } else if !seen {
             watches.lose("the cookie did not come");
         }
-        // One bucket from now on for all that is not settled: nobody may ever publish a look.
+        // The buckets that are not settled are merged, since their number would grow as long as no scan is
+        // published.
         let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
         let mut all = Bucket { epoch, ..Bucket::default() };
         for bucket in std::mem::take(&mut watches.buckets) {
@@ -446,7 +449,7 @@ impl Watched {
         TakenEvents { epoch, dirty }
     }
 
-    /// Says whether something has changed far below the top, so that whoever follows it down needs a deep stack.
+    /// Says whether a change lies so deep that a scan needs a large stack.
     pub fn is_deep(&self) -> bool {
         let mut table = self.watcher.queue.table();
         self.watcher.queue.drain(&mut table);
@@ -454,7 +457,7 @@ impl Watched {
         watches.is_some_and(|watches| watches.buckets.iter().any(|bucket| bucket.dirty.is_deeper_than(pool::DEEP)))
     }
 
-    /// Has the next look come back to a path.
+    /// Makes the next scan visit a path.
     pub fn note(&self, path: &RelPath) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project)
             && let Some(bucket) = watches.current()
@@ -463,26 +466,26 @@ impl Watched {
         }
     }
 
-    /// Drops what a look has dealt with that has become the known picture.
+    /// Drops the buckets whose changes a published scan has taken in.
     pub fn settle(&self, epoch: u64) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
             watches.buckets.retain(|bucket| bucket.epoch > epoch);
         }
     }
 
-    /// Says that not everything can be known here.
+    /// Records that changes are missed permanently.
     pub fn mark_damaged(&self, why: &'static str) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
             watches.lose_as(Lost { why, lasting: true });
         }
     }
 
-    /// Gives up the watches of directories that `keep` does not know any more; later looks than the one of `epoch` may
-    /// have added others.
+    /// Ends the watches of directories for which `keep` returns `false`, except those that scans after the one
+    /// of `epoch` may have added.
     pub fn retain(&self, epoch: u64, keep: impl Fn(&RelPath) -> bool) {
         let mut table = self.watcher.queue.table();
         let Some(watches) = table.projects.get_mut(&self.project) else { return };
-        // A look adds its watches after its own bucket has ended.
+        // A scan adds its watches after its own bucket has ended.
         let gone = |path: &RelPath, added: u64| added <= epoch.saturating_add(1) && !keep(path);
         let all = watches.by_path.iter().filter(|(path, (_, added))| gone(path, *added));
         let lost: Vec<_> = all.map(|(path, (watch, _))| (path.clone(), *watch)).collect();
@@ -494,14 +497,14 @@ impl Watched {
         }
     }
 
-    /// Keeps the reader from the queue while something is done.
+    /// Blocks the reader thread while `meanwhile` runs.
     #[cfg(test)]
     pub fn hold_up(&self, meanwhile: impl FnOnce()) {
         let _table = self.watcher.queue.table();
         meanwhile();
     }
 
-    /// Says whether the changes since the last look are known and no more than `few`, or cannot be known anyway.
+    /// Says whether the changes since the last scan are known and at most `few`, or can never be known.
     pub fn is_complete(&self, few: usize) -> bool {
         let table = self.watcher.queue.table();
         table.projects.get(&self.project).is_some_and(|watches| {

@@ -1,7 +1,8 @@
-//! The workspace as a directory that nothing can lead out of.
+//! A confined root: the workspace as a directory that no path can leave.
 //!
-//! Every file is opened through `openat2` with `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS`, so that a link planted by an
-//! agent, at whatever instant, makes an open fail instead of leading elsewhere. Nothing here follows a symlink.
+//! Every file is opened with `openat2` and `RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS`. A symbolic link that an
+//! agent plants at any instant makes an open fail instead of redirecting it. No function here follows a
+//! symbolic link.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -18,7 +19,7 @@ use serde::{Deserialize, Serialize};
 use crate::errors::{HistoryError, Result};
 use crate::tree::names::RelPath;
 
-/// A point in time of a file system: seconds and nanoseconds, since neither fits into the other.
+/// A file time: seconds and nanoseconds, since the range of neither alone suffices.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Time {
     /// Seconds since 1970, negative before.
@@ -34,37 +35,29 @@ impl Time {
     }
 }
 
-/// What a file is.
+/// The type of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
-    /// A regular file.
     Regular,
-    /// A symbolic link.
     Symlink,
-    /// A directory.
     Directory,
     /// A FIFO, socket or device, which is never opened.
     Special(&'static str),
 }
 
-/// The part of `stat` that tells one state of a file from another.
+/// The part of `stat` that the store uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stat {
-    /// Device.
     pub dev: u64,
-    /// Inode.
     pub ino: u64,
-    /// Size in bytes.
     pub size: u64,
-    /// Space that it takes, in units of 512 bytes.
+    /// Allocated space in units of 512 bytes.
     pub blocks: u64,
     /// Type and permission bits.
     pub mode: u32,
     /// Number of hard links.
     pub nlink: u64,
-    /// Owner.
     pub uid: u32,
-    /// Group.
     pub gid: u32,
     /// Last change of the content.
     pub mtime: Time,
@@ -73,7 +66,6 @@ pub struct Stat {
 }
 
 impl Stat {
-    /// Returns the type.
     pub fn kind(&self) -> FileKind {
         match self.mode & libc::S_IFMT {
             libc::S_IFREG => FileKind::Regular,
@@ -87,12 +79,12 @@ impl Stat {
         }
     }
 
-    /// Returns the permission bits, with set-id and sticky.
+    /// Returns the permission bits with set-id and sticky bits.
     pub fn permissions(&self) -> u32 {
         self.mode & 0o7777
     }
 
-    /// Says whether the content can be taken as unchanged between the two.
+    /// Says whether the two describe the same inode with the same content.
     pub fn same_content(&self, other: &Stat) -> bool {
         (self.dev, self.ino, self.size, self.mode) == (other.dev, other.ino, other.size, other.mode)
             && (self.mtime, self.ctime) == (other.mtime, other.ctime)
@@ -118,7 +110,7 @@ impl From<FileStat> for Stat {
     }
 }
 
-/// An open workspace.
+/// An open workspace; all paths are relative to it.
 #[derive(Debug)]
 pub struct Root {
     fd: OwnedFd,
@@ -129,7 +121,7 @@ impl Root {
     /// Opens the workspace by its canonical path.
     ///
     /// # Errors
-    /// Fails when it is not a directory, or when the kernel has no `openat2`.
+    /// Fails when the path is not a directory, or when the kernel does not support `openat2`.
     pub fn open(path: &Path) -> Result<Root> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = nix::fcntl::open(path, flags, Mode::empty()).map_err(HistoryError::io("open workspace", path))?;
@@ -141,13 +133,13 @@ impl Root {
         }
     }
 
-    /// Says whether the file system tells of every change: by inotify, and by the change time of a directory. One that
-    /// others write to over a network does not.
+    /// Says whether the file system reports every change by inotify and by the change time of a directory.
+    /// Network file systems do not.
     pub fn tells_of_changes(&self) -> bool {
         tells_of_changes(&self.fd)
     }
 
-    /// Returns where the workspace is, for messages only.
+    /// Returns the path of the workspace, for messages only.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -164,7 +156,7 @@ impl Root {
             .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
         for _ in 0..64 {
             match openat2(&self.fd, name, how) {
-                // The kernel asks for another try after a rename that raced with the look-up.
+                // The kernel asks for a retry after a rename that raced with the lookup.
                 Err(Errno::EAGAIN | Errno::EINTR) => {}
                 result => return result,
             }
@@ -177,7 +169,7 @@ impl Root {
         self.open_at(path, OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW)
     }
 
-    /// Opens the directory that holds `path` and returns it with the last name.
+    /// Opens the directory that holds `path` and returns it with the last name of `path`.
     pub fn open_parent<'p>(&self, path: &'p RelPath) -> nix::Result<(OwnedFd, &'p OsStr)> {
         let parent = path.parent().ok_or(Errno::EINVAL)?;
         let start = if parent.is_root() { 0 } else { parent.bytes().len() + 1 };
@@ -185,13 +177,13 @@ impl Root {
         Ok((fd, OsStr::from_bytes(&path.bytes()[start..])))
     }
 
-    /// Opens a file for reading, without ever waiting for the other end of a FIFO.
+    /// Opens a file for reading, without waiting for the other end of a FIFO.
     pub fn open_file(&self, path: &RelPath) -> nix::Result<File> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
         self.open_at(path, flags).map(File::from)
     }
 
-    /// Describes a path without following it.
+    /// Returns the metadata of a path without following it.
     pub fn stat(&self, path: &RelPath) -> nix::Result<Stat> {
         if path.is_root() {
             return stat_fd(&self.fd);
@@ -200,7 +192,7 @@ impl Root {
         stat_at(&dir, name)
     }
 
-    /// Describes a path, where nothing being there (or above it no directory) is an answer.
+    /// Returns the metadata of a path; `None` if the path, or a directory above it, does not exist.
     pub fn stat_if_there(&self, path: &RelPath) -> nix::Result<Option<Stat>> {
         match self.stat(path) {
             Ok(stat) => Ok(Some(stat)),
@@ -209,16 +201,16 @@ impl Root {
         }
     }
 
-    /// Reads where a symbolic link points.
+    /// Reads the target of a symbolic link.
     pub fn read_link(&self, path: &RelPath) -> nix::Result<OsString> {
         let (dir, name) = self.open_parent(path)?;
         readlinkat(&dir, name)
     }
 }
 
-/// Says whether the file system of an open file tells of every change.
+/// Says whether the file system of an open file reports every change.
 pub fn tells_of_changes<Fd: AsFd>(fd: Fd) -> bool {
-    // Not all of these have a name in libc; the numbers are those of linux/magic.h.
+    // The numbers that libc does not name are those of linux/magic.h.
     const BCACHEFS: u64 = 0xca45_1a4e;
     const F2FS: u64 = 0xf2f5_2010;
     const ZFS: u64 = 0x2fc1_2fc1;
@@ -235,12 +227,12 @@ pub fn tells_of_changes<Fd: AsFd>(fd: Fd) -> bool {
     nix::sys::statfs::fstatfs(fd).is_ok_and(|found| local.contains(&(found.filesystem_type().0 as u64)))
 }
 
-/// Describes an open file.
+/// Returns the metadata of an open file.
 pub fn stat_fd<Fd: AsFd>(fd: Fd) -> nix::Result<Stat> {
     fstat(fd).map(Stat::from)
 }
 
-/// Describes a name in an open directory without following it.
+/// Returns the metadata of a name in an open directory, without following it.
 pub fn stat_at<Fd: AsFd>(dir: Fd, name: &OsStr) -> nix::Result<Stat> {
     fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).map(Stat::from)
 }

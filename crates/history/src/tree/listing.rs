@@ -1,6 +1,6 @@
-//! A flat list of what a checkpoint, or the workspace as it is now, consists of.
+//! Flat listings of a checkpoint or of the current workspace.
 //!
-//! Comparing and restoring both work on such lists, so that they mean the same by "the same".
+//! Comparison and restore both work on listings, so that they agree on what is equal.
 
 use std::collections::BTreeMap;
 
@@ -14,63 +14,60 @@ use crate::tree::metadata::{self, Manifest, MetaKind, MetaLine, Xattrs};
 use crate::tree::names::{RelPath, is_safe_name};
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 
-/// The entry at a path.
+/// The content of the entry at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum ItemContent {
-    /// A file with this content.
+    /// A file: its blob.
     File(Oid),
-    /// A link with this target.
+    /// A symbolic link: the blob with its target.
     Symlink(Oid),
-    /// A directory.
     Directory,
-    /// A special file of this kind, whose content is nobody's business.
+    /// A special file: its kind.
     Special(String),
 }
 
 /// One path of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Item {
-    /// The entry.
     pub what: ItemContent,
-    /// Permission bits.
     pub mode: u32,
-    /// Last change.
+    /// Last change of the content.
     pub mtime: Time,
     /// Bytes of content.
     pub size: u64,
-    /// Extended attributes of the `user` namespace, of a file or directory.
+    /// Extended attributes of a file or directory.
     pub xattrs: Xattrs,
-    /// The inode of a file that had several names: equal for the names of one file.
+    /// The inode number of a file that had several names; equal for the names of one file.
     pub ino: Option<u64>,
     /// Whether the file has holes.
     pub sparse: bool,
 }
 
 impl Item {
-    /// Says whether kind and content are equal, whatever mode and time are.
+    /// Says whether kind and content are equal, whatever mode and times are.
     pub fn same_content(&self, other: &Item) -> bool {
         self.what == other.what
     }
 
-    /// Says whether what can be set without writing the content is equal.
+    /// Says whether the attributes are equal that can be set without writing the content.
     pub fn same_attributes(&self, other: &Item) -> bool {
         (self.mode, self.mtime) == (other.mode, other.mtime) && self.xattrs == other.xattrs
     }
 }
 
-/// All paths, the workspace itself included.
+/// All paths, including the workspace itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Listing {
-    /// By path.
     pub items: BTreeMap<RelPath, Item>,
-    /// Paths that are covered but not stored, with the reason.
+    /// Paths that are covered but not stored.
     pub skipped: BTreeMap<RelPath, SkipReason>,
     /// Files that changed while they were read.
     pub torn: Vec<RelPath>,
 }
 
 impl Listing {
-    /// Says whether the path, or a directory above it, was skipped: then nothing is known about it.
+    /// Says whether the path, or a directory above it, was skipped, so that the listing does not tell its
+    /// content.
     pub fn is_unknown(&self, path: &RelPath) -> bool {
         if self.skipped.is_empty() {
             return false;
@@ -85,7 +82,7 @@ impl Listing {
         false
     }
 
-    /// Lists what a look at the workspace has seen.
+    /// Lists the entries of a workspace state.
     pub fn of_workspace(root: &Dir) -> Listing {
         let mut listing = Listing::default();
         listing.add_dir(&RelPath::root(), root);
@@ -132,13 +129,13 @@ impl Listing {
                     self.items.insert(path, Item { what, ..attributes(seen) });
                 }
                 Node::Skipped { reason, .. } => drop(self.skipped.insert(path, *reason)),
-                // A restore looks for them itself, where it is to clear them away.
+                // A restore searches for these files itself before it removes them.
                 Node::Draft => {}
             }
         }
     }
 
-    /// Lists what a checkpoint holds.
+    /// Lists the entries of a checkpoint.
     pub fn of_checkpoint(store: &ObjectStore, commit: &Oid) -> Result<Listing> {
         let root = CheckpointRoot::read(store, commit)?;
         let mut listing = Listing::default();
@@ -150,8 +147,9 @@ impl Listing {
         Ok(listing)
     }
 
-    /// Lists of two checkpoints what can differ: a directory that is equal in both, with all that is below it, is in
-    /// neither list. Where only some paths are wanted, nothing that is neither above nor below them is looked at.
+    /// Lists the entries in which two checkpoints may differ: a directory that is equal in both, with
+    /// everything below it, is in neither listing. If `wanted` is given, only directories above or below these
+    /// paths are read.
     pub fn of_both(
         store: &ObjectStore,
         one: &CheckpointRoot,
@@ -187,17 +185,16 @@ pub(crate) struct CheckpointRoot {
     pub files: Oid,
     /// The tree of the metadata.
     pub meta: Oid,
-    /// The manifest.
     pub manifest: Oid,
 }
 
 impl CheckpointRoot {
-    /// Returns the workspace itself.
+    /// Returns the directory of the workspace itself.
     pub fn top(&self) -> Directory {
         Directory { files: Some(self.files), meta: self.meta }
     }
 
-    /// Reads a checkpoint's commit and root tree.
+    /// Reads the commit and the root tree of a checkpoint.
     pub fn read(store: &ObjectStore, commit: &Oid) -> Result<CheckpointRoot> {
         let damaged = |problem: &str| HistoryError::DamagedObject { oid: *commit, problem: problem.to_owned() };
         let tree = root_tree_of(store, commit)?;
@@ -210,7 +207,6 @@ impl CheckpointRoot {
         })
     }
 
-    /// Reads the manifest.
     pub fn manifest(&self, store: &ObjectStore) -> Result<Manifest> {
         let bytes = store.read(&self.manifest, ObjectKind::Blob)?;
         let damaged = |problem| HistoryError::DamagedObject { oid: self.manifest, problem };
@@ -222,29 +218,27 @@ impl CheckpointRoot {
     }
 }
 
-/// Returns the root tree of a commit.
 pub(crate) fn root_tree_of(store: &ObjectStore, commit: &Oid) -> Result<Oid> {
     let bytes = store.read(commit, ObjectKind::Commit)?;
     let tree = bytes.strip_prefix(b"tree ").and_then(|rest| std::str::from_utf8(rest.get(..40)?).ok()?.parse().ok());
     tree.ok_or_else(|| HistoryError::DamagedObject { oid: *commit, problem: "it names no tree".to_owned() })
 }
 
-/// A directory of a checkpoint: equal for equal contents, modes, times and all that is below it.
+/// A directory of a checkpoint; equal for equal contents, modes and times of everything in and below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Directory {
-    /// The tree of its files; none when nothing below it is stored.
+    /// The tree of its files; `None` if nothing below it is stored.
     files: Option<Oid>,
-    /// The tree of its metadata.
     meta: Oid,
 }
 
 impl Directory {
-    /// Adds what is in the directory to a listing, and returns the directories in it.
+    /// Adds the entries of the directory to a listing and returns its subdirectories by name.
     pub fn read(self, store: &ObjectStore, path: &RelPath, listing: &mut Listing) -> Result<Vec<(Vec<u8>, Directory)>> {
         let damaged = |oid: Oid, problem: &str| HistoryError::DamagedObject { oid, problem: problem.to_owned() };
         let files = self.stored(store)?;
         let mut below = Vec::new();
-        // Each stored file needs its line of metadata: what git can say about it is not enough to restore it.
+        // Each stored file needs a metadata line, since a git tree entry is not enough to restore it.
         let mut described = 0;
         for entry in decode_tree(&self.meta, &store.read(&self.meta, ObjectKind::Tree)?)? {
             if let Some(name) = entry.name.strip_prefix(b"d.") {
@@ -303,7 +297,8 @@ impl Directory {
         Ok(entries.into_iter().map(|entry| (entry.name.clone(), entry)).collect())
     }
 
-    /// Says what is known of a path in the directory; nothing where there was none.
+    /// Says whether the checkpoint covers a path below the directory, and whether it stored it; `None` if the
+    /// path did not exist or was not covered.
     pub fn knows(self, store: &ObjectStore, path: &RelPath) -> Result<Option<KnownContent>> {
         let (mut at, mut here) = (self, RelPath::root());
         let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty()).peekable();
@@ -327,8 +322,7 @@ impl Directory {
 /// Whether a checkpoint stored a path that it covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum KnownContent {
-    /// It was covered and stored.
     Stored,
-    /// It, or a directory above it, was covered and left out.
+    /// The path, or a directory above it, was skipped.
     LeftOut,
 }

@@ -1,20 +1,21 @@
-//! The metadata tree: what a git tree cannot say about a directory, and the manifest of a checkpoint.
+//! The metadata tree: the properties of a directory that a git tree cannot hold.
 //!
-//! A checkpoint's commit has the root tree `files/`, `meta/`, `manifest`. `meta/` has the shape of the workspace: for
-//! each directory a tree with the blob `entries` and a subtree `d.<name>` per subdirectory (so that no name of the
-//! workspace, `entries` or `.git` included, can collide or offend). The blob:
+//! The root tree of a checkpoint consists of `files/`, `meta/` and `manifest`. `meta/` has the shape of the
+//! workspace: for each directory a tree with the blob `entries` and a subtree `d.<name>` per subdirectory (the
+//! prefix prevents collisions with `entries` and keeps names such as `.git` valid). The blob:
 //!
 //! ```text
 //! fermata-meta 1
 //! . 755 1700000000.000000005 0 -             the directory itself
 //! f 640 1700000000.123456789 4096 - name     a file: mode, mtime, size, remarks, escaped name
-//! l 777 1700000000.000000000 11 - name       a link
+//! l 777 1700000000.000000000 11 - name       a symbolic link
 //! s 600 1700000000.000000000 0 fifo name     a special file and its kind
 //! x 0 0.000000000 0 too_large name           covered, but skipped: the reason
 //! ```
 //!
-//! Remarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for a file
-//! with holes; `x:<name>=<value>`, both in hexadecimal, one per extended attribute (of a directory too).
+//! Remarks, separated by commas: `torn`; `ino=<n>`, equal for the names of one hard-linked file; `sparse`, for
+//! a file with holes; `x:<name>=<value>`, both in hexadecimal, one per extended attribute (of a directory,
+//! too).
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -34,101 +35,94 @@ use crate::tree::confined_dir::Time;
 use crate::tree::names::{is_git, is_safe_name};
 use crate::tree::xattrs;
 
-/// The version of the layout, raised when an older program could not read it.
+/// The version of the format, raised when an older program could not read it.
 pub const FORMAT: u32 = 1;
 const HEADER: &str = "fermata-meta 1";
 
-/// What the checkpoint says about itself, in JSON.
+/// The description of a checkpoint that it contains itself, stored as JSON.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Manifest {
-    /// The version of the layout.
+    /// The version of the format.
     pub format: u32,
-    /// The checkpoint's number.
     pub number: u64,
-    /// The checkpoint that it was compared with.
+    /// The number of the previous checkpoint.
     pub parent: Option<u64>,
     /// When it was taken, in milliseconds since 1970.
     pub taken_ms: i64,
-    /// The workspace, escaped.
+    /// The path of the workspace, escaped.
     pub workspace: String,
-    /// What it covers.
     pub rules: Rules,
     /// The tree of the files.
     pub files: Oid,
-    /// Counts.
     pub stats: Stats,
-    /// What is not in it although it is covered.
+    /// Paths that are covered but not stored.
     pub skipped: Vec<Skipped>,
     /// Files that changed at every attempt to read them.
     pub torn: Vec<RelPath>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
-    /// The user's repository at that instant.
+    /// The state of the user's repository at the time of the scan.
     pub user_repository: Option<UserRepository>,
 }
 
 impl Manifest {
-    /// Returns it as it is stored.
+    /// Returns the stored form.
     pub fn text(&self) -> Result<Vec<u8>, HistoryError> {
         let failed = HistoryError::io("describe", Path::new(&self.workspace));
         serde_json::to_vec_pretty(self).map_err(|error| failed(std::io::Error::other(error)))
     }
 }
 
-/// One line about an entry of a directory.
+/// One metadata line: an entry of a directory, or the directory itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct MetaLine<'a> {
-    /// What it is about.
     pub kind: MetaKind<'a>,
-    /// Permission bits.
     pub mode: u32,
-    /// Last change.
+    /// Last change of the content.
     pub mtime: Time,
     /// Stored bytes.
     pub size: u64,
-    /// Extended attributes of the `user` namespace, of a file or directory.
+    /// Extended attributes of a file or directory.
     pub xattrs: Cow<'a, [Xattr]>,
     /// The name; empty for the directory itself.
     pub name: Cow<'a, [u8]>,
 }
 
-/// Name and value of an extended attribute.
+/// The name and value of an extended attribute.
 pub type Xattr = (Box<[u8]>, Box<[u8]>);
 
-/// Extended attributes, sorted by name.
+/// Extended attributes of the `user` namespace, sorted by name.
 pub type Xattrs = Box<[Xattr]>;
 
-/// The kinds of lines.
+/// The kind of a metadata line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum MetaKind<'a> {
     /// The directory itself.
     Itself,
-    /// A file.
     File {
-        /// Whether it changed while it was read.
+        /// Whether the file changed while it was read.
         torn: bool,
-        /// The inode, when it has several names.
+        /// The inode number, if the file has several names.
         ino: Option<u64>,
-        /// Whether it has holes.
+        /// Whether the file has holes.
         sparse: bool,
     },
-    /// A symbolic link.
     Link,
-    /// A special file of this kind.
+    /// A special file: its kind.
     Special(Cow<'a, str>),
-    /// A path that was skipped.
+    /// A path that is covered but not stored.
     Skipped(SkipReason),
 }
 
-/// Text that is not a metadata blob of a version that is understood.
+/// A metadata blob that cannot be parsed, with the number of the line.
 #[derive(Debug, thiserror::Error)]
-#[error("line {0} of the metadata is not understood")]
+#[error("line {0} of the metadata cannot be parsed")]
 pub(crate) struct BadMeta(usize);
 
-/// Writes the metadata of one directory, at most so many lines; they come in the order of their names, the directory's
-/// own first.
+/// Encodes the metadata of one directory, at most `most` lines: first the directory's own, then the others in
+/// the order of their names.
 pub(crate) fn encode<'a>(most: usize, lines: impl IntoIterator<Item = MetaLine<'a>>) -> String {
-    // A line of a file with a name of ordinary length and without remarks.
+    // The length of a line for a file with a name of ordinary length and without remarks.
     let mut text = String::with_capacity(HEADER.len() + 1 + most * 64);
     text.push_str(HEADER);
     text.push('\n');
@@ -181,7 +175,7 @@ fn encode_line(line: &MetaLine<'_>, text: &mut String) {
     text.push('\n');
 }
 
-/// Reads the metadata of one directory.
+/// Decodes the metadata of one directory.
 pub(crate) fn decode(bytes: &[u8]) -> Result<Vec<MetaLine<'static>>, BadMeta> {
     let text = std::str::from_utf8(bytes).map_err(|_| BadMeta(0))?;
     let mut lines = text.strip_suffix('\n').unwrap_or(text).split('\n').enumerate();
@@ -213,7 +207,7 @@ fn decode_line(line: &str) -> Option<MetaLine<'static>> {
         _ => return None,
     };
     let named = kind != MetaKind::Itself;
-    // Of a reserved name it is only told that it was there.
+    // A reserved name is recorded only as skipped.
     let reserved = kind == MetaKind::Skipped(SkipReason::Reserved) && is_git(&name);
     let good_name = if named { is_safe_name(&name) || reserved } else { name.is_empty() };
     let xattrs = remark.split(',').filter_map(|one| one.strip_prefix("x:"));
@@ -221,7 +215,7 @@ fn decode_line(line: &str) -> Option<MetaLine<'static>> {
         .map(|pair| {
             let (name, value) = pair.split_once('=')?;
             let (name, value) = (from_hex(name)?, from_hex(value)?);
-            // Whoever wrote this may be a stranger: other namespaces give rights away.
+            // The bundle may come from an untrusted source: attributes of other namespaces grant rights.
             (xattrs::is_ours(&name) && value.len() <= xattrs::MAX_VALUE).then_some((name, value))
         })
         .collect();

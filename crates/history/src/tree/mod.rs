@@ -1,4 +1,5 @@
-//! Trees of a checkpoint, the metadata that git trees cannot hold, and the confined directory that both are read from.
+//! Trees of a checkpoint, the metadata that git trees cannot hold, and the confined directory from which files
+//! are read.
 
 pub(crate) mod confined_dir;
 pub(crate) mod listing;

@@ -1,8 +1,8 @@
-//! Paths inside a workspace: raw bytes, relative, and checked.
+//! Paths inside a workspace: raw bytes, relative and checked.
 //!
-//! A [`RelPath`] cannot leave the workspace: it has no empty, `.` or `..` component, no NUL and no leading slash. For
-//! people and JSON it is written with `%XX` in place of control characters, `%` and bytes that are not UTF-8, which
-//! loses nothing.
+//! A [`RelPath`] cannot leave the workspace: it has no empty, `.` or `..` component, no NUL and no leading
+//! slash. In messages and JSON, control characters, `%` and bytes that are not UTF-8 are escaped as `%XX`,
+//! which loses nothing.
 
 use std::ffi::OsStr;
 use std::fmt;
@@ -12,23 +12,23 @@ use std::path::Path;
 use fermata_protocol::paths::{escape, unescape};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Begins the temporary names that a restore makes; the id of its plan and a number follow.
+/// The prefix of a restore's temporary names; the id of its plan and a number follow.
 pub const RESTORE_PREFIX: &[u8] = b".fermata-restore-";
 
-/// How many hexadecimal digits the id of a plan has.
+/// The number of hexadecimal digits in the id of a plan.
 pub(crate) const PLAN_ID_DIGITS: usize = 12;
 
 /// A path relative to the workspace; the empty path is the workspace itself.
 #[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RelPath(Vec<u8>);
 
-/// A path or name that must not be used inside a workspace.
+/// A path or name that must not be used inside a workspace, escaped.
 #[derive(Debug, thiserror::Error)]
 #[error("unsafe path {0:?}")]
 pub struct UnsafePath(pub String);
 
 impl RelPath {
-    /// Returns the workspace itself.
+    /// Returns the path of the workspace itself.
     pub fn root() -> Self {
         RelPath(Vec::new())
     }
@@ -47,7 +47,7 @@ impl RelPath {
         }
     }
 
-    /// Appends one name, which comes from a directory listing or was checked by `is_safe_name`.
+    /// Appends one name, which must come from a directory listing or have passed [`is_safe_name`].
     pub fn join(&self, name: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(self.0.len() + 1 + name.len());
         bytes.extend_from_slice(&self.0);
@@ -74,17 +74,15 @@ impl RelPath {
         self.split().map(|(parent, _)| parent)
     }
 
-    /// Says whether this is the workspace itself.
     pub fn is_root(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Returns the raw bytes.
     pub fn bytes(&self) -> &[u8] {
         &self.0
     }
 
-    /// Returns the path for the file system, relative to the workspace.
+    /// Returns the path relative to the workspace, for system calls.
     pub fn as_path(&self) -> &Path {
         Path::new(OsStr::from_bytes(&self.0))
     }
@@ -94,23 +92,23 @@ impl RelPath {
         other.is_root() || (self.0.starts_with(&other.0) && matches!(self.0.get(other.0.len()), None | Some(b'/')))
     }
 
-    /// Returns how many names the path has.
+    /// Returns the number of components.
     pub fn depth(&self) -> usize {
         if self.is_root() { 0 } else { self.0.split(|b| *b == b'/').count() }
     }
 
-    /// Says whether every name may be written by a restore.
+    /// Says whether a restore may write every component.
     pub fn is_restorable(&self) -> bool {
         self.is_root() || self.0.split(|b| *b == b'/').all(is_safe_name)
     }
 }
 
-/// Says whether a name from the store may be created in a workspace: one component and never a `.git`.
+/// Says whether a restore may create a name from the store: one component, and not `.git`.
 pub fn is_safe_name(name: &[u8]) -> bool {
     !name.is_empty() && name != b"." && name != b".." && !is_git(name) && !name.iter().any(|b| matches!(b, 0 | b'/'))
 }
 
-/// Says whether a name is that of a restore's unfinished file, which is never covered.
+/// Says whether a name is that of a restore's temporary file, which is never covered.
 pub fn is_restore_draft(name: &[u8]) -> bool {
     let Some((id, number)) = name.strip_prefix(RESTORE_PREFIX).and_then(|rest| rest.split_at_checked(PLAN_ID_DIGITS))
     else {
@@ -120,12 +118,11 @@ pub fn is_restore_draft(name: &[u8]) -> bool {
     is_plan_id(id) && (number.is_empty() || number.strip_prefix(b"-").is_some_and(is_number))
 }
 
-/// Says whether bytes are the id of a plan.
 pub(crate) fn is_plan_id(id: &[u8]) -> bool {
     id.len() == PLAN_ID_DIGITS && id.iter().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
 }
 
-/// Says whether a name is `.git` on any file system, also one that ignores case.
+/// Says whether a name is `.git` in any case: some file systems ignore case.
 pub fn is_git(name: &[u8]) -> bool {
     name.eq_ignore_ascii_case(b".git")
 }

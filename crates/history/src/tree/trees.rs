@@ -1,8 +1,8 @@
-//! Builds a checkpoint's trees, from the leaves up, and reads trees back.
+//! Builds the trees of a checkpoint, from the leaves up, and reads trees.
 //!
-//! Trees are serialised here, since names such as `git~1` or with a newline must be stored as they are. Only objects
-//! that neither the previous checkpoint nor the store has are written. A directory without covered files is in the
-//! metadata alone.
+//! Trees are encoded here rather than by libgit2, since names such as `git~1` must be stored unchanged. Only
+//! objects that the store does not have are written. A directory without covered files is in the metadata
+//! alone.
 
 use std::borrow::Cow;
 use std::cmp::Ordering;
@@ -29,25 +29,22 @@ pub(crate) const MODE_LINK: u32 = 0o120_000;
 const MODE_FILE: u32 = 0o100_644;
 const MODE_EXECUTABLE: u32 = 0o100_755;
 
-/// One line of a git tree.
+/// One entry of a git tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct TreeEntry {
-    /// The name within the directory.
     pub name: Vec<u8>,
-    /// Git's mode.
+    /// The mode in git's notation.
     pub mode: u32,
-    /// The object.
     pub oid: Oid,
 }
 
 impl TreeEntry {
-    /// Says whether it is a subtree.
     pub fn is_tree(&self) -> bool {
         self.mode == MODE_TREE
     }
 }
 
-/// Serialises a tree in git's order, in which a directory sorts as if its name ended with a slash.
+/// Encodes a tree in git's order.
 pub(crate) fn encode_tree(entries: &[TreeEntry]) -> Vec<u8> {
     encode(
         entries
@@ -57,7 +54,7 @@ pub(crate) fn encode_tree(entries: &[TreeEntry]) -> Vec<u8> {
     )
 }
 
-/// A line of a tree that is being made.
+/// An entry of a tree that is being encoded.
 struct Line<'a> {
     /// The text before the name.
     prefix: &'static [u8],
@@ -81,7 +78,7 @@ impl Line<'_> {
 }
 
 fn encode(mut lines: Vec<Line<'_>>) -> Vec<u8> {
-    // They come in the order of their names, so that there is next to nothing to sort.
+    // The lines are almost sorted already.
     lines.sort_by(Line::compare);
     let size = |line: &Line<'_>| 28 + line.prefix.len() + line.name.len();
     let mut bytes = Vec::with_capacity(lines.iter().map(size).sum());
@@ -99,7 +96,6 @@ fn encode(mut lines: Vec<Line<'_>>) -> Vec<u8> {
     bytes
 }
 
-/// Parses a tree.
 pub(crate) fn decode_tree(oid: &Oid, bytes: &[u8]) -> Result<Vec<TreeEntry>> {
     let bad = || HistoryError::DamagedObject { oid: *oid, problem: "it is not a tree".to_owned() };
     let mut entries = Vec::new();
@@ -117,16 +113,16 @@ pub(crate) fn decode_tree(oid: &Oid, bytes: &[u8]) -> Result<Vec<TreeEntry>> {
     Ok(entries)
 }
 
-/// Where trees, metadata and the commit go.
+/// The destination of trees, metadata and commits.
 pub(crate) struct ObjectSink<'a> {
     /// The published objects.
     pub store: &'a ObjectStore,
-    /// The pack of this checkpoint; none to compute ids only.
+    /// The pack of this snapshot; `None` to compute ids only.
     pub pack: Option<&'a Mutex<PackWriter>>,
 }
 
 impl ObjectSink<'_> {
-    /// Stores an object unless it is there already.
+    /// Stores an object unless it is stored already.
     pub fn put(&self, kind: ObjectKind, content: &[u8]) -> Result<Oid> {
         let oid = Oid::of(kind, content);
         let Some(pack) = self.pack else { return Ok(oid) };
@@ -136,7 +132,7 @@ impl ObjectSink<'_> {
         }
         let dir = self.store.pack_dir();
         let hastens = kind != ObjectKind::Tree && pack().hastens(content.len());
-        // Compressed outside the lock: this is where the time goes.
+        // Compression takes most of the time, so it runs outside the lock.
         let packed = match hastens {
             true => Packed::in_haste(oid, kind, content),
             false => Packed::new(oid, kind, content).map_err(HistoryError::io("compress for", &dir))?,
@@ -148,14 +144,12 @@ impl ObjectSink<'_> {
 
 /// The two trees of a workspace.
 pub(crate) struct Trees {
-    /// The files.
     pub files: Oid,
-    /// The metadata.
     pub meta: Oid,
 }
 
-/// Makes the trees of a directory that a walk has sketched and a reading completed, and of all below it.
-/// Where `many` files were read, that is done side by side.
+/// Builds the trees of a directory and of everything below it, after its contents were read. If `many` files
+/// were read, subdirectories are processed in parallel.
 pub(crate) fn seal(
     found: ScanResult,
     started_ns: i128,
@@ -167,7 +161,7 @@ pub(crate) fn seal(
 }
 
 struct Sealing<'a> {
-    /// When the look began, in nanoseconds since 1970.
+    /// When the scan began, in nanoseconds since 1970.
     started_ns: i128,
     hurry: Urgency,
     many: bool,
@@ -205,7 +199,7 @@ impl Sealing<'_> {
         let children: Vec<Option<Arc<Child>>> = if self.many && below > 1 {
             pool::on(self.hurry, || new.entries.into_par_iter().map(child).collect::<Result<_>>())?
         } else {
-            // Waking other threads takes longer than one directory does.
+            // For a single directory, waking other threads takes longer than the work.
             new.entries.into_iter().map(child).collect::<Result<_>>()?
         };
         let vanished = children.iter().any(Option::is_none);
@@ -232,7 +226,8 @@ impl Sealing<'_> {
             seen: new.seen,
             xattrs: new.xattrs,
             covered: new.covered,
-            // An entry that vanished after the listing may come back without changing the fingerprint of the directory.
+            // An entry that vanished after the listing may return without changing the fingerprint of the
+            // directory.
             settled: new.settled && !vanished,
             ignore_settled: new.ignore_settled,
             unreadable: new.unreadable,
@@ -264,7 +259,8 @@ fn read_node(unread: Unread, started_ns: i128) -> Option<Node> {
     }
 }
 
-/// The line for a child in its directory's metadata. `None` for a directory that could be read: its own metadata has it.
+/// Returns the metadata line of a child in its directory; `None` for a readable directory, whose own metadata
+/// holds its line.
 fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     let name = Cow::Borrowed(&*child.name);
     let skipped = |reason, name| {
@@ -292,7 +288,7 @@ fn meta_line(child: &Child) -> Option<MetaLine<'_>> {
     }
 }
 
-/// The line for a child in its directory's tree.
+/// Returns the entry of a child in the tree of its directory.
 fn file_line(child: &Child) -> Option<Line<'_>> {
     let (mode, oid) = match &child.node {
         Node::File(file) if file.is_link() => (MODE_LINK, &file.oid),
@@ -304,7 +300,7 @@ fn file_line(child: &Child) -> Option<Line<'_>> {
     Some(Line { prefix: b"", name: &child.name, mode, oid })
 }
 
-/// Builds the root tree of a checkpoint.
+/// Stores the root tree of a checkpoint.
 pub(crate) fn build_root(trees: &Trees, manifest: &[u8], sink: &ObjectSink<'_>) -> Result<Oid> {
     let manifest = sink.put(ObjectKind::Blob, manifest)?;
     let root = [

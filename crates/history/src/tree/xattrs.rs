@@ -1,6 +1,6 @@
-//! Extended attributes of the `user` namespace: what people and tools attach to files.
+//! Extended attributes of the `user` namespace, which users and tools attach to files.
 //!
-//! The other namespaces belong to the system (capabilities, labels, ACLs) and are neither read nor touched.
+//! The other namespaces belong to the system (capabilities, labels, ACLs) and are neither read nor changed.
 
 use std::ffi::CStr;
 use std::os::fd::AsFd;
@@ -11,17 +11,18 @@ use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 use crate::tree::metadata::Xattrs;
 
 const PREFIX: &[u8] = b"user.";
-/// The kernel's limit for a name, bytes.
+/// The kernel's limit for a name in bytes.
 const MAX_NAME: usize = 255;
-/// The kernel's limit for a value, bytes.
+/// The kernel's limit for a value in bytes.
 pub(crate) const MAX_VALUE: usize = 64 * 1024;
 
-/// Says whether a name is one that is kept here, and that the kernel takes.
+/// Says whether the name is in the `user` namespace and valid for the kernel.
 pub(crate) fn is_ours(name: &[u8]) -> bool {
     name.starts_with(PREFIX) && (PREFIX.len() + 1..=MAX_NAME).contains(&name.len()) && !name.contains(&0)
 }
 
-/// Reads the attributes of an open file or directory, sorted by name; none where the file system has none.
+/// Reads the attributes of an open file or directory, sorted by name; empty if the file system does not support
+/// them.
 pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
     let mut buffer = [0u8; 512];
     let mut longer = Vec::new();
@@ -40,7 +41,7 @@ pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
         let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
         match whole(|room| fgetxattr(&fd, name, room)) {
             Ok(value) => found.push((name.to_bytes().into(), value.into())),
-            // Removed since it was listed.
+            // The attribute was removed after the listing.
             Err(Errno::ENODATA) => {}
             Err(errno) => return Err(errno),
         }
@@ -50,16 +51,15 @@ pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
     Ok(found.into())
 }
 
-/// What became of a wish for attributes.
+/// The result of setting attributes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum XattrsRead {
-    /// They are as wished.
     Set,
-    /// The file system has none, or not enough room for these.
+    /// The file system does not support attributes, or has not enough room for these.
     NotKept,
 }
 
-/// Sets the attributes of an open file or directory to exactly these.
+/// Replaces the attributes of an open file or directory.
 pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<XattrsRead> {
     let there = read(&fd)?;
     for (name, _) in there.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
@@ -72,8 +72,8 @@ pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<XattrsRead> 
     for pair in wanted.iter().filter(|pair| !there.contains(pair)) {
         match fsetxattr(&fd, &pair.0[..], &pair.1, XattrFlags::empty()).map_err(|e| Errno::from_raw(e.raw_os_error())) {
             Ok(()) => {}
-            // Another file system than the one that they came from. Too little room means the inode's, not the
-            // disk's: that would have failed for the content already.
+            // The file system may differ from the original one. A lack of room concerns the inode, not the
+            // disk: writing the content would have failed before.
             Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::ERANGE | Errno::EPERM) => {
                 outcome = XattrsRead::NotKept;
             }
@@ -87,7 +87,7 @@ fn is_unsupported(errno: rustix::io::Errno) -> bool {
     errno == rustix::io::Errno::OPNOTSUPP || errno == rustix::io::Errno::NOTSUP || errno == rustix::io::Errno::NOSYS
 }
 
-/// Calls with more room until all fits.
+/// Calls with a buffer of the largest possible size.
 fn whole(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Result<Vec<u8>> {
     // The kernel's limit for a value and for a list of names is 64 KiB.
     let mut room = vec![0; 64 * 1024];
@@ -110,7 +110,7 @@ mod tests {
 
     #[test]
     fn attributes_are_set_changed_and_removed() {
-        // Not every temporary directory has them.
+        // Not every file system of a temporary directory supports attributes.
         let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
         let file = std::fs::File::create(dir.path().join("a")).unwrap();
         let long = vec![7; 2_000];
