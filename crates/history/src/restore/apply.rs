@@ -4,10 +4,10 @@
 //! check every object -> clear the way -> write -> remove -> attributes -> flush -> recheck
 //! ```
 //!
-//! Each step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A file is
-//! written under a temporary name, flushed and renamed, a few of them side by side; nothing is opened through a link;
-//! what is not what the plan expects is left alone and reported. Must not decide anything: that is the plan's work.
-//! `staging` writes files; `attributes` sets modes, owners and times.
+//! Every step may be repeated: after a crash, applying the same plan again rolls forward to the same end. A
+//! file is written under a temporary name, flushed and renamed, several of them at once. No path is opened
+//! through a symbolic link. An entry that differs from what the plan expects is left unchanged and reported.
+//! All decisions are in the plan. `staging` writes files; `attributes` sets modes, owners and times.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::{OsStr, OsString};
@@ -35,44 +35,43 @@ use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
 use crate::verify::check_object;
 use fermata_failpoint as failpoint;
 
-/// A path that is not what the plan wanted it to be.
+/// A path that differs from what the plan wants.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mismatch {
-    /// The path.
     pub path: RelPath,
-    /// What is different.
+    /// A clause for messages.
     pub problem: String,
 }
 
-/// The outcome of a restore.
+/// The result of a restore.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestoreReport {
-    /// Files and links written.
+    /// Files and symbolic links written.
     pub written: u64,
-    /// Files and links that were right already, as after a crash.
+    /// Files and symbolic links that were right already, as after a crash.
     pub already_right: u64,
-    /// Files, links and directories removed.
+    /// Files, symbolic links and directories removed.
     pub removed: u64,
-    /// Directories that stay, since something that is not covered is in them.
+    /// Directories that were not removed, since entries in them are not covered.
     pub kept: Vec<RelPath>,
-    /// What the plan left alone.
+    /// Paths that the plan leaves unchanged.
     pub conflicts: Vec<Conflict>,
-    /// Paths that are not what they should be.
+    /// Paths that differ from what the plan wants.
     pub mismatches: Vec<Mismatch>,
-    /// Paths whose extended attributes the file system does not keep.
+    /// Paths whose extended attributes the file system does not support.
     pub without_xattrs: BTreeSet<RelPath>,
-    /// Names that could not be linked, and are files of their own.
+    /// Names that could not be hard-linked and are separate files.
     pub unlinked: BTreeSet<RelPath>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
 impl History {
-    /// Applies a plan that the caller has persisted, from the start or again after a crash.
+    /// Applies a plan that the caller has persisted, for the first time or again after a crash.
     ///
     /// # Errors
-    /// Fails before anything is touched when an object is missing or damaged or the plan names an unsafe path, and in
-    /// between when the file system fails: then the same plan can be applied again.
+    /// Fails before any change if an object is missing or damaged or the plan contains an unsafe path. Fails
+    /// later if the file system fails; the same plan can then be applied again.
     pub fn apply_restore(&self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<RestoreReport> {
         if let Some(step) = plan.operations.iter().find(|step| !step.path().is_restorable()) {
             return Err(HistoryError::UnsafePath { path: step.path().to_string() });
@@ -81,7 +80,7 @@ impl History {
         let workspace = workspace_of(plan)?;
         let real = check_workspace(&workspace)?;
         if real != workspace {
-            let reason = "a link stands on the way to it since the plan was made";
+            let reason = "a symbolic link has been put into its path since the plan was made";
             return Err(HistoryError::WorkspaceRefused { path: real, reason });
         }
         let root = Root::open(&real)?;
@@ -98,7 +97,8 @@ impl History {
             report: RestoreReport { conflicts: plan.conflicts.clone(), ..RestoreReport::default() },
         };
         if let Err(error) = applying.apply_all(plan, progress) {
-            // It may be given up: then nothing of it stays. What fails here is cleared by the next try.
+            // The caller may give up this restore: remove its temporary files. The next run repeats what fails
+            // here.
             applying.clear_up(plan);
             return Err(error);
         }
@@ -133,7 +133,7 @@ impl History {
     }
 }
 
-/// What the names of a plan's drafts begin with. The next run gives each path the same name, and removes what it finds.
+/// Returns the prefix of a plan's temporary names. Every run uses the same names and removes existing files.
 fn temporary_name(plan: &RestorePlan) -> Result<OsString> {
     if !is_plan_id(plan.id.as_bytes()) {
         return Err(HistoryError::UnsafePath { path: plan.id.clone() });
@@ -141,27 +141,24 @@ fn temporary_name(plan: &RestorePlan) -> Result<OsString> {
     Ok(OsString::from_vec([RESTORE_PREFIX, plan.id.as_bytes()].concat()))
 }
 
-/// A restore that is under way.
+/// A restore in progress.
 pub(crate) struct Applying<'a> {
-    /// Where the contents are.
     pub history: &'a History,
-    /// The workspace.
     pub root: &'a Root,
-    /// What the drafts' names begin with.
+    /// The prefix of the temporary names.
     temporary: OsString,
-    /// Files that are written and not in place yet.
+    /// Files that are written but not renamed yet.
     pub drafted: Staged,
-    /// Directories whose names changed.
+    /// Directories in which names changed.
     touched: BTreeSet<RelPath>,
-    /// Directories that were looked at for being closed to their owner.
+    /// Directories that were checked for being closed to their owner.
     pub looked_at: BTreeSet<RelPath>,
-    /// Those that were opened for the time being, with the mode that they had.
+    /// Directories that were opened for the duration of the restore, with their original modes.
     pub opened: BTreeMap<RelPath, u32>,
-    /// Paths whose extended attributes the file system does not keep.
+    /// Paths whose extended attributes the file system does not support.
     pub without_xattrs: BTreeSet<RelPath>,
-    /// Names that could not be linked.
+    /// Names that could not be hard-linked.
     pub unlinked: BTreeSet<RelPath>,
-    /// What was done.
     pub report: RestoreReport,
 }
 
@@ -172,13 +169,13 @@ impl Applying<'_> {
         }
         let total = plan.operations.len() as u64;
         for (done, step) in plan.operations.iter().enumerate() {
-            // A name is used again only when its draft is in place.
+            // A temporary name is used again only after its file was renamed.
             if done.is_multiple_of(DRAFTS) || self.drafted.is_full() || !goes_beside_drafts(step) {
                 self.put_all_in_place()?;
             }
             let name = self.draft_name_of(done);
             match self.apply(step, &name) {
-                // What gets its name sets free what it replaces.
+                // Renaming a staged file frees the space of the file that it replaces.
                 Err(error) if error.is_disk_full() && !self.drafted.is_empty() => {
                     self.put_all_in_place()?;
                     self.apply(step, &name)?;
@@ -193,16 +190,16 @@ impl Applying<'_> {
         self.flush()
     }
 
-    /// Removes the draft and closes what was opened, as far as that can be done.
+    /// Removes temporary files and closes opened directories as far as possible.
     fn clear_up(&mut self, plan: &RestorePlan) {
         let dirs: BTreeSet<RelPath> = plan.operations.iter().filter_map(|step| step.path().parent()).collect();
         let cleared = dirs.iter().try_for_each(|dir| self.clear_drafts_in(dir));
         if let Err(error) = cleared.and_then(|()| self.close_again(plan)) {
-            tracing::warn!(%error, "a restore that failed leaves something behind until the next try");
+            tracing::warn!(%error, "failed to clean up after a failed restore; the next attempt does so");
         }
     }
 
-    /// Makes the closure that dresses a system error.
+    /// Returns a closure for `map_err` that adds an action and a path to a system error.
     pub(crate) fn failed<E: Into<io::Error>>(
         &self,
         action: &'static str,
@@ -211,12 +208,11 @@ impl Applying<'_> {
         HistoryError::io(action, &self.root.show(path))
     }
 
-    /// Reports a path that is not as it should be.
     pub(crate) fn mismatch(&mut self, path: &RelPath, problem: impl Into<String>) {
         self.report.mismatches.push(Mismatch { path: path.clone(), problem: problem.into() });
     }
 
-    /// Notes that a name in the path's directory changed.
+    /// Records that a name in the directory of `path` changed.
     pub(crate) fn touch(&mut self, path: &RelPath) {
         self.touched.extend(path.parent());
     }
@@ -248,12 +244,13 @@ impl Applying<'_> {
         }
     }
 
-    /// Opens the directory of a path; `None`, with a report, when there is none that can be entered without a link.
+    /// Opens the directory of a path. Returns `None` and reports a mismatch if it does not exist or a symbolic
+    /// link is in the way.
     pub(crate) fn parent<'p>(&mut self, path: &'p RelPath) -> Result<Option<(OwnedFd, &'p OsStr)>> {
         match self.root.open_parent(path) {
             Ok(opened) => Ok(Some(opened)),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => {
-                self.mismatch(path, "there is no directory for it");
+                self.mismatch(path, "its directory does not exist");
                 Ok(None)
             }
             Err(errno) => Err(self.failed("open the directory of", path)(errno)),
@@ -266,15 +263,15 @@ impl Applying<'_> {
         };
         match mkdirat(&dir, name, Mode::S_IRWXU) {
             Ok(()) => {
-                let owner = stat_fd(&dir).map_err(self.failed("look at the directory of", path))?;
-                self.give_name(&dir, name, &owner).map_err(self.failed("give away", path))?;
+                let owner = stat_fd(&dir).map_err(self.failed("read the metadata of the directory of", path))?;
+                self.give_name(&dir, name, &owner).map_err(self.failed("set the owner of", path))?;
                 self.touch(path);
             }
             Err(Errno::EEXIST) => match stat_at(&dir, name).map(|stat| stat.kind()) {
                 Ok(FileKind::Directory) => {}
-                _ => self.mismatch(path, "something else stands where a directory must go"),
+                _ => self.mismatch(path, "another entry is where a directory must be"),
             },
-            Err(errno) => return Err(self.failed("make directory", path)(errno)),
+            Err(errno) => return Err(self.failed("create directory", path)(errno)),
         }
         Ok(())
     }
@@ -282,11 +279,11 @@ impl Applying<'_> {
     fn remove_file(&mut self, path: &RelPath, holds: &StoredContent) -> Result<()> {
         let (dir, name) = match self.root.open_parent(path) {
             Ok(opened) => opened,
-            // Its directory is gone or became something else: an earlier run came further than this.
+            // The directory was removed or replaced: an earlier run has come further than this step.
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
-        match steadily_standing(&dir, name).map_err(self.failed("look at", path))? {
+        match steadily_standing(&dir, name).map_err(self.failed("determine the state of", path))? {
             Some(PathState::Content(held)) if held == *holds => {
                 unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
                 self.report.removed += 1;
@@ -294,14 +291,14 @@ impl Applying<'_> {
             }
             Some(PathState::Nothing | PathState::Directory) => {}
             Some(PathState::Content(_) | PathState::Other) => {
-                self.mismatch(path, "it has changed since the plan was made, and is kept");
+                self.mismatch(path, "it has changed since the plan was made and was left unchanged");
             }
-            None => self.mismatch(path, "somebody keeps changing it, and it is kept"),
+            None => self.mismatch(path, "it kept changing and was left unchanged"),
         }
         Ok(())
     }
 
-    /// Removes an unfinished file of an earlier restore.
+    /// Removes a temporary file of an earlier restore.
     fn remove_draft(&mut self, path: &RelPath) -> Result<()> {
         self.open_up(path)?;
         match self.root.open_parent(path) {
@@ -323,7 +320,7 @@ impl Applying<'_> {
             Ok(()) => {
                 self.report.removed += 1;
                 self.touch(path);
-                // What was touched in it cannot be flushed any more.
+                // Directories below the removed one cannot be flushed any more.
                 self.touched.retain(|touched| !touched.is_within(path));
             }
             Err(Errno::ENOENT | Errno::ENOTDIR) => {}
@@ -333,7 +330,7 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Removes this plan's own drafts from a directory, should a crash or a failure have left any.
+    /// Removes this plan's temporary files from a directory, which a crash or a failure may have left.
     fn clear_drafts_in(&self, path: &RelPath) -> Result<()> {
         let Ok(mut dir) = self.root.open_dir(path).and_then(Dir::from_fd) else {
             return Ok(());
@@ -343,7 +340,7 @@ impl Applying<'_> {
         let own: Vec<_> = names.filter(|name| is_own(name.to_bytes())).collect();
         own.iter()
             .try_for_each(|name| unlink_if_there(&dir, OsStr::from_bytes(name.to_bytes())))
-            .map_err(self.failed("clear drafts in", path))
+            .map_err(self.failed("remove temporary files in", path))
     }
 
     fn flush(&self) -> Result<()> {
@@ -356,8 +353,8 @@ impl Applying<'_> {
     }
 }
 
-/// Says whether a step may be done while others' drafts wait to be put in place. Another name of a file needs that file
-/// in its place.
+/// Says whether a step may be applied while staged files wait to be renamed. A hard link needs the file that it
+/// links to.
 fn goes_beside_drafts(step: &Operation) -> bool {
     match step {
         Operation::MakeDirectory { .. } | Operation::WriteLink { .. } => true,

@@ -1,7 +1,7 @@
-//! Sets permission bits, times and extended attributes of what a restore found to be right otherwise, and opens closed
-//! directories for the time of the restore.
+//! Sets permission bits, times and extended attributes of entries whose content is right, and opens closed
+//! directories for the duration of a restore.
 //!
-//! Must not change a file that has more names than the plan knows of: they would all change.
+//! A file with more names than the plan knows is not changed, since all its names would change.
 
 use nix::errno::Errno;
 use nix::sys::stat::{FchmodatFlags, Mode, UtimensatFlags, fchmod, fchmodat, futimens, utimensat};
@@ -17,7 +17,8 @@ use crate::tree::names::RelPath;
 use crate::tree::xattrs::{self, XattrsRead};
 
 impl Applying<'_> {
-    /// Lets the owner write into the directory of a path, as a daemon without privileges must for read-only ones.
+    /// Makes the directory of a path writable for its owner, which a daemon without privileges needs for
+    /// read-only ones.
     pub(crate) fn open_up(&mut self, path: &RelPath) -> Result<()> {
         let Some(dir) = path.parent() else {
             return Ok(());
@@ -25,7 +26,7 @@ impl Applying<'_> {
         if geteuid().is_root() || !self.looked_at.insert(dir.clone()) {
             return Ok(());
         }
-        // What cannot be looked at is reported by the step itself.
+        // The step itself reports a directory whose metadata cannot be read.
         let Ok(stat) = self.root.stat(&dir) else {
             return Ok(());
         };
@@ -37,7 +38,8 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Closes what was opened, also by a run before this one, except where the plan itself has set a mode.
+    /// Restores the modes of directories that this run, or an earlier one, has opened, unless the plan sets a
+    /// mode.
     pub(crate) fn close_again(&mut self, plan: &RestorePlan) -> Result<()> {
         for step in &plan.operations {
             if let Operation::SetAttributes { path, .. } = step {
@@ -58,7 +60,7 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Sets the permission bits of a file or directory, without following a link.
+    /// Sets the permission bits of a file or directory without following a symbolic link.
     fn set_mode(&self, path: &RelPath, mode: u32) -> Result<()> {
         let mode = Mode::from_bits_truncate(mode);
         let set = match self.root.open_parent(path) {
@@ -69,7 +71,8 @@ impl Applying<'_> {
         set.map_err(self.failed("set the mode of", path))
     }
 
-    /// Sets what is given; a link has no mode, and a file with more than so many names is left alone.
+    /// Sets the given attributes. A symbolic link has no mode, and a file with more than `names` names is left
+    /// unchanged.
     pub(crate) fn set_attributes(
         &mut self,
         path: &RelPath,
@@ -80,7 +83,7 @@ impl Applying<'_> {
     ) -> Result<()> {
         let time = time_spec(mtime);
         if path.is_root() {
-            let stat = self.root.stat(path).map_err(self.failed("look at", path))?;
+            let stat = self.root.stat(path).map_err(self.failed("read the metadata of", path))?;
             self.set_xattrs(path, &stat, xattrs)?;
             let dir = self.root.open_dir(path).map_err(self.failed("open", path))?;
             if let Some(mode) = mode {
@@ -94,7 +97,7 @@ impl Applying<'_> {
         let stat = stat_at(&dir, name);
         match (stat.as_ref().map(Stat::kind), &stat, mode) {
             (Ok(FileKind::Regular), Ok(stat), Some(_)) if stat.nlink > names => {
-                self.mismatch(path, "it has other names by now, which would change too");
+                self.mismatch(path, "it has got other names, which would change too");
                 return Ok(());
             }
             (Ok(FileKind::Regular | FileKind::Directory), Ok(stat), Some(mode)) => {
@@ -103,7 +106,7 @@ impl Applying<'_> {
             }
             (Ok(FileKind::Symlink), _, None) => {}
             _ => {
-                self.mismatch(path, "it is not what it was when the plan was made");
+                self.mismatch(path, "it has changed since the plan was made");
                 return Ok(());
             }
         }
@@ -117,7 +120,7 @@ impl Applying<'_> {
         };
         let (directory, mode) = (stat.kind() == FileKind::Directory, stat.permissions());
         let needed = if directory { 0o700 } else { 0o600 };
-        // An owner without privileges needs to read and write it; its own mode follows.
+        // The owner needs read and write permission for this; the final mode is set afterwards.
         if !geteuid().is_root() && stat.uid == geteuid().as_raw() && mode & needed != needed {
             self.set_mode(path, mode | needed)?;
         }
@@ -134,17 +137,16 @@ impl Applying<'_> {
     }
 }
 
-/// Says whether the owner of a directory cannot change what is in it.
+/// Says whether the owner of a directory cannot change the names in it.
 pub(crate) fn is_closed(stat: &Stat) -> bool {
     stat.permissions() & 0o300 != 0o300
 }
 
-/// Returns the mode that a closed directory has while it is open.
+/// Returns the mode of a closed directory while it is open.
 fn opened(mode: u32) -> u32 {
     mode | 0o700
 }
 
-/// Turns a time into the system's own form.
 pub(crate) fn time_spec(time: Time) -> TimeSpec {
     TimeSpec::new(time.sec, i64::from(time.nsec))
 }

@@ -1,7 +1,8 @@
-//! The full check after a restore: the whole workspace against the whole checkpoint, while nobody waits for it.
+//! Full verification: compares the whole workspace with the whole checkpoint, in the background after a
+//! restore.
 //!
-//! The restore has compared every path that it changed before it replied; the full verification finds differences at all
-//! other paths. Changes made after the restore are not reported. Must not change anything.
+//! The restore itself has already compared every path that it changed. Full verification finds differences at
+//! all other paths. It does not report changes that were made after the restore, and changes nothing.
 
 use std::collections::BTreeSet;
 use std::sync::atomic::AtomicBool;
@@ -22,15 +23,15 @@ use crate::tree::names::RelPath;
 /// The result of a full verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct WholeCheck {
-    /// How many paths were compared.
+    /// The number of compared paths.
     pub paths: u64,
-    /// Those that are not as the checkpoint has them, in byte order.
+    /// The paths that differ from the checkpoint, in byte order.
     pub mismatches: Vec<Mismatch>,
 }
 
 impl History {
-    /// Compares the workspace with the checkpoint of a plan that was carried out. Paths that have changed after
-    /// `ended` are passed over.
+    /// Compares the workspace with the checkpoint of a plan that was carried out. Paths that changed after
+    /// `ended` are ignored.
     ///
     /// # Errors
     /// Fails when the checkpoint is damaged, when the workspace cannot be read, and when cancelled.
@@ -73,7 +74,7 @@ impl History {
                     problem
                 }
                 (Some(wanted), None) if is_special(wanted) => None,
-                (Some(_), None) => Some("it is not there".to_owned()),
+                (Some(_), None) => Some("it is missing".to_owned()),
                 (None, Some(there)) if is_special(there) => None,
                 (None, Some(_)) => Some("the checkpoint does not have it".to_owned()),
                 (None, None) => None,
@@ -82,7 +83,7 @@ impl History {
                 check.mismatches.push(Mismatch { path: path.clone(), problem });
             }
         }
-        // Coarse times were told of already, with the paths that the restore touched.
+        // The report of the restore has already mentioned coarse times.
         check.mismatches.extend(times.conclude().0);
         check.mismatches.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(check)
@@ -98,14 +99,14 @@ fn difference(wanted: &Item, there: &Item, without_xattrs: bool) -> Option<Strin
         return None;
     }
     if !wanted.same_content(there) {
-        return Some("its content is another one".to_owned());
+        return Some("its content differs".to_owned());
     }
     let link = matches!(wanted.what, ItemContent::Symlink(_));
     if !link && wanted.mode != there.mode {
         return Some(format!("its mode is {:o}", there.mode));
     }
     let differ = !link && !without_xattrs && wanted.xattrs != there.xattrs;
-    differ.then(|| "its extended attributes are other ones".to_owned())
+    differ.then(|| "its extended attributes differ".to_owned())
 }
 
 /// Says whether a path, or the directory that it is missing from, has not changed since the restore.
@@ -113,7 +114,7 @@ fn is_older(root: &Root, path: &RelPath, ended: Time) -> bool {
     let mut at = Some(path.clone());
     while let Some(path) = at {
         match root.stat_if_there(&path) {
-            // The files' clock may lag behind the one that `ended` was read from.
+            // The clock of the file system may lag behind the clock from which `ended` was read.
             Ok(Some(stat)) => return stat.ctime.nanos() < ended.nanos() - TICK_NS,
             Ok(None) => at = path.parent(),
             Err(_) => return false,

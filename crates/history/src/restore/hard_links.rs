@@ -1,8 +1,8 @@
-//! Decides what becomes of files that have several names, or had at the checkpoint.
+//! Decides how to restore files that have several names, or had several at the checkpoint.
 //!
-//! A file is changed in place only where each of its names is to change so; else a name is given a file of its own.
-//! So what is written through one name never reaches another one that the checkpoint does not link to it. Looks at
-//! listings only, which must be whole where links differ.
+//! A file is changed in place only if all of its names are to change in the same way; otherwise a name gets a
+//! new file. So a write through one name never reaches another one that the checkpoint does not link to it.
+//! This module works on listings, which must be complete if links differ.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,27 +15,27 @@ use crate::tree::names::RelPath;
 /// The decision for one name of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// It is written as a file of its own, even where the content is right.
+    /// The name gets a new file, even if the content is right.
     Alone,
-    /// It becomes another name of this file.
+    /// The name becomes another name of this file.
     LinkedTo(RelPath),
-    /// It is linked as it should be; the file has at most so many names at the end.
+    /// The name stays linked as it is.
     Kept {
-        /// How many.
+        /// The largest number of names that the file has in the end.
         names: u64,
     },
 }
 
-/// The fates of the names that links concern.
+/// The decisions for all names that hard links concern.
 #[derive(Debug, Default)]
 pub(crate) struct Links {
     fates: BTreeMap<RelPath, Fate>,
-    /// Names of files whose other names the checkpoint does not cover.
+    /// Names of files that had names outside of the checkpoint.
     lone: BTreeSet<RelPath>,
 }
 
-/// Properties that all names of one file share. The inode number alone is not enough, since a workspace may span file
-/// systems.
+/// Properties that all names of one file share. The inode number alone is not enough, since a workspace may
+/// span file systems.
 type Identity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
 
 fn identity(item: &Item) -> Option<Identity<'_>> {
@@ -57,7 +57,7 @@ fn groups(listing: &Listing) -> Groups<'_> {
     groups
 }
 
-/// Says whether files with several names differ between the two, so that whole listings are needed to decide.
+/// Says whether files with several names differ, so that complete listings are needed to decide.
 pub(crate) fn differ(target: &Listing, now: &Listing) -> bool {
     let differs = |here: &Listing, there: &Listing| {
         here.items.iter().any(|(path, item)| item.ino.is_some() && there.items.get(path) != Some(item))
@@ -66,7 +66,7 @@ pub(crate) fn differ(target: &Listing, now: &Listing) -> bool {
 }
 
 impl Links {
-    /// Decides the fates of all selected names. `names_of` tells how many names the file at a path has now.
+    /// Decides for all selected names. `names_of` returns the current number of names of the file at a path.
     pub fn decide(
         target: &Listing,
         now: &Listing,
@@ -108,7 +108,7 @@ impl Links {
         links
     }
 
-    /// Returns the fate of a name; none where links do not concern it.
+    /// Returns the decision for a name; `None` if hard links do not concern it.
     pub fn fate(&self, path: &RelPath) -> Option<&Fate> {
         self.fates.get(path)
     }
@@ -119,7 +119,7 @@ impl Links {
     }
 }
 
-/// Finds the file with the most names of a group that can stay as it is: all of its covered names.
+/// Finds the file with the most names in a group that can stay unchanged, and returns all of its covered names.
 fn best_kept<'a>(
     group: &BTreeSet<&RelPath>,
     target: &Listing,
@@ -140,7 +140,7 @@ fn best_kept<'a>(
         }
         let names = identity(current).and_then(|identity| there.get(&identity)).cloned();
         let names = names.unwrap_or_else(|| BTreeSet::from([path]));
-        // Names that do not belong to the group get a file of their own, or go: if they may be touched.
+        // Names outside the group must be selected, since they get a new file or are removed.
         let freed = names.iter().all(|name| group.contains(name) || is_selected(name));
         let whole = names.iter().all(|name| group.contains(name) && is_selected(name));
         let settable = || whole && names_of(path) == Some(names.len() as u64);

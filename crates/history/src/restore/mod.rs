@@ -1,4 +1,4 @@
-//! Planning a restore, applying the plan, and verifying the result.
+//! Plans a restore, applies the plan, and verifies the result.
 
 pub(crate) mod apply;
 pub(crate) mod attributes;

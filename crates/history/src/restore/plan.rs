@@ -1,6 +1,6 @@
-//! The plan of a restore: data that the caller persists before it is applied, so that a crash in between rolls forward.
+//! The plan of a restore, which the caller persists before it is applied, so that a crash rolls forward.
 //!
-//! Owns the types only; `planner` makes plans and `apply` applies them.
+//! Types only: `planner` makes plans and `apply` applies them.
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt;
@@ -17,91 +17,78 @@ use crate::tree::confined_dir::Time;
 use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 
-/// Whether a content is a file's or a link's.
+/// Whether a content belongs to a file or to a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ContentKind {
-    /// A file.
     File,
-    /// A symbolic link.
     Symlink,
 }
 
-/// A content that the safety checkpoint holds, and that may therefore be replaced or removed.
+/// A content that the safety checkpoint holds, so that the restore may replace or remove it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StoredContent {
-    /// Whose content.
     pub kind: ContentKind,
-    /// The content.
     pub oid: Oid,
 }
 
-/// One step of a restore. Each may be repeated.
+/// One step of a restore. Every step may be repeated.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Operation {
-    /// Makes a directory; its attributes come at the end.
+    /// Creates a directory; a later step sets its attributes.
     MakeDirectory {
-        /// Where.
         path: RelPath,
     },
     /// Writes a file with its attributes.
     WriteFile {
-        /// Where.
         path: RelPath,
-        /// The content.
         oid: Oid,
-        /// Permission bits.
         mode: u32,
-        /// Last change.
+        /// Last change of the content.
         mtime: Time,
-        /// What may stand there and be replaced.
+        /// The content that may be at the path and is then replaced.
         replaces: Option<StoredContent>,
-        /// Extended attributes.
         #[serde(default, with = "escaped", skip_serializing_if = "<[_]>::is_empty")]
         xattrs: Xattrs,
         /// Whether it is written with holes.
         #[serde(default)]
         sparse: bool,
-        /// The file that it becomes another name of; none for a file of its own.
+        /// The file that it becomes another name of; `None` for a new file.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         linked_to: Option<RelPath>,
     },
-    /// Makes a symbolic link.
+    /// Creates a symbolic link.
     WriteLink {
-        /// Where.
         path: RelPath,
         /// The blob with the target.
         oid: Oid,
-        /// Last change.
+        /// Last change of the link.
         mtime: Time,
-        /// What may stand there and be replaced.
+        /// The content that may be at the path and is then replaced.
         replaces: Option<StoredContent>,
     },
-    /// Removes a file or link.
+    /// Removes a file or symbolic link.
     RemoveFile {
-        /// Where.
         path: RelPath,
-        /// What must stand there.
+        /// The content that must be at the path.
         holds: StoredContent,
     },
-    /// Removes a directory, if it is empty by then.
+    /// Removes a directory unless something is in it.
     RemoveDirectory {
-        /// Where.
         path: RelPath,
     },
-    /// Sets permission bits and time of what is right otherwise.
+    /// Sets the attributes of an entry whose content is right.
     SetAttributes {
-        /// Where.
         path: RelPath,
-        /// Permission bits; none for a link, which has none of its own.
+        /// Permission bits; `None` for a symbolic link, which has none of its own.
         mode: Option<u32>,
-        /// Last change.
+        /// Last change of the content.
         mtime: Time,
-        /// Extended attributes; none when they are right already.
+        /// Extended attributes; `None` if they are right already.
         #[serde(default, with = "escaped_if_any", skip_serializing_if = "Option::is_none")]
         xattrs: Option<Xattrs>,
-        /// A file with more names than so many is left alone: they would all change.
+        /// A file with more names than this is left unchanged, since all of them would change.
         #[serde(default = "one")]
         names: u64,
     },
@@ -111,7 +98,7 @@ fn one() -> u64 {
     1
 }
 
-/// Extended attributes as pairs of escaped text.
+/// Extended attributes as pairs of escaped texts.
 mod escaped {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -150,7 +137,6 @@ mod escaped_if_any {
 }
 
 impl Operation {
-    /// Returns the path that the step is about.
     pub fn path(&self) -> &RelPath {
         match self {
             Operation::MakeDirectory { path }
@@ -163,86 +149,83 @@ impl Operation {
     }
 }
 
-/// Why a path stays as it is although the checkpoint has something else.
+/// Why a path is left unchanged although the checkpoint differs from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ConflictReason {
-    /// What stands there is not covered: ignored by the rules, or skipped.
+    /// The entry at the path is not covered: ignored by the rules, or skipped.
     NotCovered,
-    /// The directory in the way holds something that is not covered.
+    /// The directory in the way contains an entry that is not covered.
     HoldsUncovered,
-    /// A FIFO, socket or device stands there.
+    /// A FIFO, socket or device is at the path.
     Special,
-    /// A FIFO, socket or device stood there, which is not made again.
+    /// A FIFO, socket or device was at the path, which is not created again.
     WasSpecial,
-    /// The checkpoint's own rules left it out: whether it was there is not known.
+    /// The rules of the checkpoint ignored the path, so the checkpoint does not tell whether it existed.
     IgnoredThen,
-    /// Something that was not asked for is in the way above it.
+    /// An entry that is not restored is in the way above the path.
     BlockedAbove,
 }
 
 impl ConflictReason {
-    /// Returns the reason in words.
+    /// Returns the reason as a clause for messages.
     pub fn in_words(self) -> &'static str {
         match self {
-            ConflictReason::NotCovered => "what stands there is not covered by checkpoints",
-            ConflictReason::HoldsUncovered => "the directory in its place holds files that checkpoints do not cover",
-            ConflictReason::Special => "a special file stands there",
-            ConflictReason::WasSpecial => "a special file stood there, which is not made again",
-            ConflictReason::IgnoredThen => "the checkpoint's own rules leave it out",
-            ConflictReason::BlockedAbove => "something that is not restored stands in the way above it",
+            ConflictReason::NotCovered => "the entry at this path is not covered by checkpoints",
+            ConflictReason::HoldsUncovered => "the directory at this path contains files that checkpoints do not cover",
+            ConflictReason::Special => "a special file is at this path",
+            ConflictReason::WasSpecial => "a special file was at this path, which is not created again",
+            ConflictReason::IgnoredThen => "the rules of the checkpoint ignore it",
+            ConflictReason::BlockedAbove => "an entry above it is in the way and is not restored",
         }
     }
 }
 
-/// A path that a restore leaves alone.
+/// A path that a restore leaves unchanged.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Conflict {
-    /// The path.
     pub path: RelPath,
-    /// Why.
     pub reason: ConflictReason,
 }
 
-/// Everything that a restore will do, ready to be persisted.
+/// All steps of a restore, ready to be persisted.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RestorePlan {
-    /// Names the plan, and its temporary files.
+    /// The id of the plan, which is part of the names of its temporary files.
     pub id: String,
-    /// The checkpoint that is restored.
+    /// The checkpoint to restore.
     pub number: u64,
-    /// The checkpoint that holds what is there now; none for a plan that is only shown.
+    /// The checkpoint of the current workspace; `None` for a plan that is only shown.
     pub safety: Option<u64>,
-    /// Only these paths and what is below them are restored; everything when none.
+    /// Restores only these paths and everything below them; everything if `None`.
     #[serde(default)]
     pub paths: Option<Vec<RelPath>>,
-    /// The workspace, escaped.
+    /// The path of the workspace, escaped.
     pub workspace: String,
     /// The steps, in order.
     pub operations: Vec<Operation>,
-    /// Unfinished files of earlier restores that were given up, removed first.
+    /// Temporary files of earlier restores that were given up, removed first.
     pub drafts: Vec<RelPath>,
-    /// Directories that are closed to their owner, with their modes, and that no step gives another mode: opened for the
-    /// time of the restore, by whichever run of it, they are closed at the end.
+    /// Directories that are closed to their owner and whose mode no step sets, with that mode. They are opened
+    /// for the duration of the restore and closed at the end, by whichever run comes that far.
     #[serde(default)]
     pub closed: Vec<(RelPath, u32)>,
-    /// What stays as it is.
+    /// Paths that are left unchanged.
     pub conflicts: Vec<Conflict>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
-/// A plan with what it changes.
+/// A plan and the difference that it makes.
 #[derive(Clone, Debug)]
 pub struct Planned {
-    /// The plan.
     pub plan: RestorePlan,
-    /// What is different afterwards.
+    /// The workspace before the restore compared with the one after it.
     pub diff: Diff,
 }
 
 impl RestorePlan {
-    /// Returns how many files and links the plan writes, and how many files, links and directories it removes.
+    /// Returns the number of files and links to write, and of files, links and directories to remove.
     pub fn counts(&self) -> (u64, u64) {
         self.operations.iter().fold((0, 0), |(written, removed), step| match step {
             Operation::WriteFile { .. } | Operation::WriteLink { .. } => (written + 1, removed),
@@ -252,25 +235,25 @@ impl RestorePlan {
     }
 }
 
-/// What a restore is to do.
+/// The parameters of a restore.
 #[derive(Clone, Copy, Debug)]
 pub struct RestoreRequest<'a> {
     /// The checkpoint to restore.
     pub number: u64,
-    /// The checkpoint, just taken, of what is there now; none to plan against the workspace itself, only to show it.
+    /// The checkpoint of the current workspace, just taken. `None` makes a plan from the workspace itself, to
+    /// be shown only.
     pub safety: Option<u64>,
-    /// The workspace.
     pub workspace: &'a Path,
-    /// What is covered.
+    /// The current rules.
     pub rules: &'a Rules,
-    /// Only these paths and what is below them; all when none.
+    /// Restores only these paths and everything below them; everything if `None`.
     pub paths: Option<&'a [RelPath]>,
 }
 
-/// Returns the workspace of a plan.
+/// Returns the path of the workspace of a plan.
 ///
 /// # Errors
-/// Fails when the plan names none.
+/// Fails when the path is not well escaped.
 pub(crate) fn workspace_of(plan: &RestorePlan) -> Result<PathBuf> {
     let path = unescape(&plan.workspace).map(OsString::from_vec).map(PathBuf::from);
     path.ok_or_else(|| HistoryError::UnsafePath { path: plan.workspace.clone() })

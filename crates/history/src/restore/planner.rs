@@ -1,7 +1,8 @@
-//! Plans a restore: the operations that turn the workspace as it is now into what a checkpoint holds.
+//! Plans a restore: the operations that turn the current workspace into the contents of a checkpoint.
 //!
-//! It never names a path that the rules ignore, and it replaces or removes only what the safety checkpoint holds with
-//! the same content; everything else becomes a conflict and stays as it is. Must not change anything.
+//! A plan never names a path that the rules ignore, and replaces or removes an entry only if the safety
+//! checkpoint holds the same content. Every other entry becomes a conflict and is left unchanged. Planning
+//! changes nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::ffi::OsStrExt;
@@ -34,7 +35,7 @@ use crate::tree::listing::{CheckpointRoot, Item, ItemContent, KnownContent, List
 use crate::tree::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
 
 impl History {
-    /// Plans a restore. Changes nothing.
+    /// Plans a restore without changing the workspace.
     ///
     /// # Errors
     /// Fails when a checkpoint does not exist or is damaged, or when the workspace cannot be read.
@@ -55,7 +56,7 @@ impl History {
                 let (target, now) = Listing::of_both(&self.objects, &wanted, &there, request.paths)?;
                 drafts = drafts_in(&root, &now);
                 if hard_links::differ(&target, &now) {
-                    // The other names may be where nothing else differs.
+                    // Other names of a file may be in directories that are equal in both.
                     (self.listing_of(request.number)?, self.listing_of(safety)?)
                 } else {
                     (target, now)
@@ -93,11 +94,11 @@ impl History {
             warnings.push(format!("{torn} files changed while the checkpoint was taken"));
         }
         if planner.special > 0 {
-            warnings.push(format!("{} special files are not made again", planner.special));
+            warnings.push(format!("{} special files are not created again", planner.special));
         }
         if planner.unlinked > 0 {
             warnings.push(format!(
-                "{} files had other names outside of what the checkpoint covers; they are files of their own now",
+                "{} files had other names that the checkpoint does not cover; they become separate files",
                 planner.unlinked
             ));
         }
@@ -131,10 +132,10 @@ impl History {
         Ok(Planned { plan, diff })
     }
 
-    /// Refuses paths that neither the checkpoint nor the workspace has, and those that are never restored.
+    /// Refuses paths that neither the checkpoint nor the workspace has, and paths that are never restored.
     ///
     /// # Errors
-    /// Fails when there is no such checkpoint, when it is damaged, and when a path is refused.
+    /// Fails when the checkpoint does not exist or is damaged, and when a path is refused.
     pub fn check_paths(&self, number: u64, workspace: &Path, paths: &[RelPath]) -> Result<()> {
         let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?;
         let root = Root::open(&check_workspace(workspace)?)?;
@@ -155,8 +156,8 @@ fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
     paths.is_none_or(|paths| paths.iter().any(|chosen| path.is_within(chosen)))
 }
 
-/// Finds what restores that were given up have left behind: in directories that differ, since a draft changes its
-/// directory.
+/// Finds the temporary files of restores that were given up. Only directories that differ are searched, since
+/// such a file changes its directory.
 fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
     let mut drafts = Vec::new();
     for (path, _) in now.items.iter().filter(|(_, item)| item.what == ItemContent::Directory) {
@@ -170,7 +171,7 @@ fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
     drafts
 }
 
-/// Finds the directories that a restore without privileges opens, and for which it sets no mode.
+/// Finds the directories that a restore without privileges must open and for which the plan sets no mode.
 fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec<(RelPath, u32)> {
     let sets_mode = |step: &&Operation| matches!(step, Operation::SetAttributes { .. });
     let set: BTreeSet<&RelPath> = operations.iter().filter(sets_mode).map(Operation::path).collect();
@@ -185,10 +186,10 @@ fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec
 
 #[derive(Default)]
 struct Steps {
-    /// Entries to remove because the checkpoint has another kind of entry at their path, the deepest last.
+    /// Removals of entries of another kind than the checkpoint has at their path, the deepest last.
     clear: BTreeMap<RelPath, Operation>,
     write: Vec<Operation>,
-    /// Further names of files, once those are there.
+    /// Hard links, which follow the files that they link to.
     link: Vec<Operation>,
     remove: BTreeMap<RelPath, Operation>,
     attributes: BTreeMap<RelPath, Operation>,
@@ -198,7 +199,8 @@ impl Steps {
     fn in_order(self) -> Vec<Operation> {
         let clear = self.clear.into_values().rev();
         let remove = self.remove.into_values().rev();
-        // A directory's time changes with what is made in it: children first, and all after the removals.
+        // Creating or removing an entry changes the time of its directory, so attributes are set last, children
+        // first.
         let attributes = self.attributes.into_values().rev();
         clear.chain(self.write).chain(self.link).chain(remove).chain(attributes).collect()
     }
@@ -212,9 +214,9 @@ struct Planner<'a> {
     paths: Option<&'a [RelPath]>,
     links: Links,
     steps: Steps,
-    /// Directories that the plan makes.
+    /// Directories that the plan creates.
     made: BTreeSet<RelPath>,
-    /// Paths that the plan frees for something else, each with all that is below it.
+    /// Paths that the plan frees for another entry, each with everything below it.
     cleared: BTreeSet<RelPath>,
     /// The rules of the checkpoint.
     then: CheckpointRules<'a>,
@@ -303,7 +305,7 @@ impl Planner<'_> {
         }
     }
 
-    /// Sets what differs of a file or link whose content is right.
+    /// Sets the attributes that differ of a file or link whose content is right.
     fn set_file(&mut self, path: &RelPath, item: &Item, current: &Item) {
         let link = matches!(item.what, ItemContent::Symlink(_));
         let same = if link { item.mtime == current.mtime } else { item.same_attributes(current) };
@@ -319,12 +321,13 @@ impl Planner<'_> {
         self.steps.write.push(Operation::SetAttributes { path, mode, mtime, xattrs, names });
     }
 
-    /// Writes where nothing covered stands.
+    /// Plans to write an entry where no covered entry exists.
     fn write_new(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
         if !Self::is_below(&self.cleared, path) {
             match self.root.stat_if_there(path) {
                 Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == ItemContent::Directory => {
-                    // An ignored directory stays as it is; what the checkpoint has in it is looked at by itself.
+                    // An ignored directory stays as it is; the entries that the checkpoint has in it are
+                    // handled separately.
                     return Ok(Ok(()));
                 }
                 Ok(Some(stat)) if matches!(item.what, ItemContent::Special(_)) => {
@@ -333,12 +336,12 @@ impl Planner<'_> {
                 }
                 Ok(Some(_)) => return Ok(Err(ConflictReason::NotCovered)),
                 Ok(None) => {}
-                // A link that is not covered stands above it.
+                // A symbolic link that is not covered is above the path.
                 Err(Errno::ELOOP) => return Ok(Err(ConflictReason::BlockedAbove)),
-                // A directory that may not be entered was not covered either.
+                // A directory that cannot be entered was not covered either.
                 Err(Errno::EACCES) => return Ok(Err(ConflictReason::NotCovered)),
                 Err(errno) => {
-                    return Err(HistoryError::io("look at", &self.root.show(path))(errno));
+                    return Err(HistoryError::io("read the metadata of", &self.root.show(path))(errno));
                 }
             }
         }
@@ -363,7 +366,8 @@ impl Planner<'_> {
         }
     }
 
-    /// Makes the directories above a path, when only some paths are restored; `false` when something is in the way.
+    /// Plans the directories above a path, which may be missing if only some paths are restored. Returns
+    /// `false` if another entry is in the way.
     fn make_parents(&mut self, path: &RelPath) -> Result<bool> {
         let mut above = Vec::new();
         let mut at = path.parent();
@@ -385,7 +389,7 @@ impl Planner<'_> {
                 Ok(None) => self.make_directory(&dir),
                 Ok(Some(_)) | Err(Errno::ELOOP | Errno::EACCES) => return Ok(false),
                 Err(errno) => {
-                    return Err(HistoryError::io("look at", &self.root.show(&dir))(errno));
+                    return Err(HistoryError::io("read the metadata of", &self.root.show(&dir))(errno));
                 }
             }
         }
@@ -412,7 +416,7 @@ impl Planner<'_> {
         }
     }
 
-    /// Frees the place of a directory for a file, when all that is in it is held by the safety checkpoint.
+    /// Frees the path of a directory for a file if the safety checkpoint holds everything in the directory.
     fn clear_directory(&mut self, path: &RelPath) -> std::result::Result<(), ConflictReason> {
         let mut steps = vec![Operation::RemoveDirectory { path: path.clone() }];
         let mut dirs = vec![path.clone()];
@@ -425,7 +429,7 @@ impl Planner<'_> {
                 if name == b"." || name == b".." {
                     continue;
                 }
-                // It is removed before anything else.
+                // The plan removes it before anything else.
                 if is_restore_draft(name) {
                     continue;
                 }
@@ -456,7 +460,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Removes what the checkpoint does not have.
+    /// Removes the entries that the checkpoint does not have.
     fn remove_rest(&mut self) -> Result<()> {
         let now = self.now;
         for (path, item) in &now.items {
@@ -476,7 +480,7 @@ impl Planner<'_> {
                     let step = Operation::RemoveDirectory { path: path.clone() };
                     self.steps.remove.insert(path.clone(), step);
                 }
-                // It cannot be brought back, and it holds nothing.
+                // A special file cannot be restored later and has no content: it stays.
                 ItemContent::Special(_) => {}
                 ItemContent::File(_) | ItemContent::Symlink(_) => {
                     if let Some(holds) = held(item) {
@@ -489,7 +493,7 @@ impl Planner<'_> {
         Ok(())
     }
 
-    /// Sets the attributes of directories that differ, or that the plan touches.
+    /// Sets the attributes of directories that differ or that the plan changes.
     fn set_directories(&mut self) {
         let steps = &self.steps;
         let all = steps.clear.values().chain(&steps.write).chain(&steps.link).chain(steps.remove.values());
@@ -502,7 +506,8 @@ impl Planner<'_> {
             let made = self.made.contains(path);
             let selected = self.is_selected(path);
             let differs = current.is_none_or(|now| !now.same_attributes(item));
-            // A path outside the request keeps its attributes, and the restore does not change an ignored directory.
+            // A path outside the request keeps its attributes, and the restore does not change an ignored
+            // directory.
             if made || (selected && current.is_some() && (differs || touched.contains(path))) {
                 let xattrs = current.map_or(&[][..], |now| &now.xattrs);
                 let xattrs = (*item.xattrs != *xattrs).then(|| item.xattrs.clone());
@@ -513,7 +518,7 @@ impl Planner<'_> {
         }
     }
 
-    /// Tells of paths that were asked for by name although the checkpoint, or this moment, does not cover them.
+    /// Reports requested paths that neither the checkpoint nor the current rules cover.
     fn report_uncovered(&mut self, store: &ObjectStore, wanted: &CheckpointRoot) -> Result<()> {
         for path in self.paths.unwrap_or_default() {
             let listed = |listing: &Listing| listing.items.keys().any(|one| one.is_within(path));
@@ -531,7 +536,7 @@ impl Planner<'_> {
     }
 }
 
-/// Returns what may be replaced, since the safety checkpoint holds it.
+/// Returns the content that the restore may replace, since the safety checkpoint holds it.
 fn held(item: &Item) -> Option<StoredContent> {
     match item.what {
         ItemContent::File(oid) => Some(StoredContent { kind: ContentKind::File, oid }),

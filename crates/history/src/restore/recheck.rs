@@ -1,6 +1,4 @@
-//! Looks what stands at a path, and compares it with what a restore wanted there.
-//!
-//! Must not change anything.
+//! Determines the state of paths and compares it with the plan of a restore. Changes nothing.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -21,20 +19,18 @@ use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
 use crate::tree::xattrs;
 
-/// What stands at a path, as far as a restore cares.
+/// The state of a path, as far as a restore distinguishes it.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum PathState {
-    /// Nothing.
+    /// The path does not exist.
     Nothing,
-    /// A file or link with this content.
     Content(StoredContent),
-    /// A directory.
     Directory,
     /// A FIFO, socket or device.
     Other,
 }
 
-/// What a path must be at the end, its content apart.
+/// The attributes that a path must have at the end.
 struct Attributes<'a> {
     path: &'a RelPath,
     mode: Option<u32>,
@@ -42,13 +38,14 @@ struct Attributes<'a> {
     xattrs: Option<&'a Xattrs>,
 }
 
-/// Compares each path with what the plan wanted at the end, and reports what differs.
+/// Compares each path with the state that the plan wants at the end, and reports the differences.
 pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreReport) {
     let mut found = std::mem::take(&mut report.mismatches);
     let mut mismatch = |path: &RelPath, problem: String| {
         found.push(Mismatch { path: path.clone(), problem });
     };
-    // The last step about a path says what it must be: attributes apart, which come after a directory is made.
+    // The last step of a path determines its state, except for attributes, which follow when a directory is
+    // made.
     let mut last: BTreeMap<&RelPath, &Operation> = BTreeMap::new();
     let mut attributes = Vec::new();
     for step in &plan.operations {
@@ -93,7 +90,7 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
                 times.compare(path, mtime, stat.mtime);
                 let kept = xattrs.filter(|_| !report.without_xattrs.contains(path));
                 if kept.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|there| there != *wanted)) {
-                    mismatch(path, "its extended attributes are other ones".to_owned());
+                    mismatch(path, "its extended attributes differ".to_owned());
                 }
             }
             Err(errno) => mismatch(path, errno.desc().to_owned()),
@@ -101,21 +98,21 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
     }
     let (wrong, warning) = times.conclude();
     found.extend(wrong);
-    // One path is told once, by the first thing that was found of it.
+    // Each path is reported once, with its first problem.
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found.dedup_by(|a, b| a.path == b.path);
     report.mismatches = found;
     report.warnings.extend(warning);
     let (xattrs, unlinked) = (report.without_xattrs.len(), report.unlinked.len());
     if xattrs > 0 {
-        report.warnings.push(format!("the file system does not keep the extended attributes of {xattrs} paths"));
+        report.warnings.push(format!("the file system does not support the extended attributes of {xattrs} paths"));
     }
     if unlinked > 0 {
-        report.warnings.push(format!("{unlinked} hard links could not be made again and are files of their own"));
+        report.warnings.push(format!("{unlinked} hard links could not be created; these paths are separate files"));
     }
 }
 
-/// Reads the extended attributes of a file or directory; none where it cannot be opened.
+/// Reads the extended attributes of a file or directory; `None` if that fails.
 fn xattrs_at(root: &Root, path: &RelPath, stat: &Stat) -> Option<Xattrs> {
     match stat.kind() {
         FileKind::Directory => xattrs::read(root.open_dir(path).ok()?).ok(),
@@ -129,15 +126,15 @@ fn recheck_link(root: &Root, path: &RelPath, leader: &RelPath) -> Option<String>
     (file(path) != file(leader)).then(|| format!("it is not the same file as {leader}"))
 }
 
-/// Compares times, where a file system may keep them only coarsely.
+/// Compares times; a file system may store them only coarsely.
 #[derive(Debug, Default)]
 pub(crate) struct Times {
     differing: Vec<(RelPath, i128, i128)>,
-    /// Every time that was found, nanoseconds since 1970.
+    /// Every time that was found, in nanoseconds since 1970.
     seen: Vec<i128>,
 }
 
-/// How coarse file systems are, nanoseconds, and how people call it.
+/// The granularities of file systems in nanoseconds, with their names in messages.
 const GRANULARITIES: [(i128, &str); 6] = [
     (2_000_000_000, "2 s"),
     (1_000_000_000, "1 s"),
@@ -148,7 +145,7 @@ const GRANULARITIES: [(i128, &str); 6] = [
 ];
 
 impl Times {
-    /// Notes what a time was to be and what it is.
+    /// Adds the wanted and the actual time of a path.
     pub fn compare(&mut self, path: &RelPath, wanted: Time, found: Time) {
         let ns = |time: Time| i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
         let (wanted, found) = (ns(wanted), ns(found));
@@ -158,25 +155,25 @@ impl Times {
         }
     }
 
-    /// Returns the times that are wrong, and a warning about those that are only as coarse as the file system is: as
-    /// coarse as every time that was seen on it.
+    /// Returns the times that are wrong, and a warning about those that were only rounded by the file system.
+    /// Its granularity is the largest one that divides every time found on it.
     pub fn conclude(self) -> (Vec<Mismatch>, Option<String>) {
         let coarse = GRANULARITIES.iter().find(|(unit, _)| self.seen.iter().all(|time| time % unit == 0));
         let (mut wrong, mut cut) = (Vec::new(), 0);
         for (path, wanted, found) in self.differing {
             match coarse {
                 Some((unit, _)) if wanted.div_euclid(*unit) * unit == found => cut += 1,
-                _ => wrong.push(Mismatch { path, problem: "its time is another one".to_owned() }),
+                _ => wrong.push(Mismatch { path, problem: "its modification time differs".to_owned() }),
             }
         }
         let warning = coarse.filter(|_| cut > 0);
         let warning =
-            warning.map(|(_, name)| format!("the file system keeps times only to {name}: {cut} are coarser now"));
+            warning.map(|(_, name)| format!("the file system stores times with a granularity of {name}: {cut} times were rounded"));
         (wrong, warning)
     }
 }
 
-/// Says in which way a path is not what is wanted.
+/// Returns the difference between the state of a path and the wanted one.
 fn recheck_kind(root: &Root, path: &RelPath, wanted: &PathState) -> Option<String> {
     let found = match root.open_parent(path) {
         Ok((dir, name)) => path_state(&dir, name),
@@ -185,18 +182,18 @@ fn recheck_kind(root: &Root, path: &RelPath, wanted: &PathState) -> Option<Strin
     };
     match found {
         Ok(found) if found == *wanted => None,
-        Ok(PathState::Nothing) => Some("it is not there".to_owned()),
-        Ok(PathState::Content(_)) => Some("its content is another one".to_owned()),
+        Ok(PathState::Nothing) => Some("it is missing".to_owned()),
+        Ok(PathState::Content(_)) => Some("its content differs".to_owned()),
         Ok(PathState::Directory) => Some("it is a directory".to_owned()),
         Ok(PathState::Other) => Some("it is a special file".to_owned()),
         Err(error) => Some(error.to_string()),
     }
 }
 
-/// How often something that changes meanwhile is looked at again.
+/// How often the state of a path that keeps changing is read.
 pub(crate) const TRIES: usize = 8;
 
-/// Says whether what stands at a name can be taken as unchanged between two looks.
+/// Says whether an entry is unchanged between two calls of `stat`.
 pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
     match (before, now) {
         (Some(before), Some(now)) => before.same_content(&now),
@@ -205,8 +202,8 @@ pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
     }
 }
 
-/// Looks what stands at a name, once it has stood still for as long as that took; `None` when it never does. Whoever
-/// removes it does so at once.
+/// Returns the state of a name after it did not change while it was read; `None` if it keeps changing. A caller
+/// that removes the entry does so immediately.
 pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<PathState>> {
     for _ in 0..TRIES {
         let before = stat_at(&dir, name).ok();
@@ -218,7 +215,7 @@ pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<O
     Ok(None)
 }
 
-/// Looks what stands at a name and, for a file or link, hashes it.
+/// Returns the state of a name; the content of a file or link is hashed.
 pub(crate) fn path_state<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<PathState> {
     let stat = match stat_at(&dir, name) {
         Ok(stat) => stat,

@@ -1,11 +1,10 @@
-//! Says where the user's repository stands elsewhere than it did at a checkpoint: a restore brings files back and moves
-//! no branch.
+//! Compares the repository HEAD at the checkpoint with the current one, since a restore moves no branch.
 
 use crate::rules::user_repository::UserRepository;
 
-/// Returns a sentence for people when the two differ.
+/// Returns a sentence for the user if the two differ.
 pub(crate) fn moved(then: Option<&UserRepository>, now: Option<&UserRepository>) -> Option<String> {
-    let stays = "a restore brings back files and leaves the repository as it is";
+    let stays = "the restore changes files only and leaves the repository as it is";
     match (then, now) {
         (None, _) => None,
         (Some(then), None) => {

@@ -1,11 +1,12 @@
-//! Writes files and links of a plan: under a temporary name, flushed, then renamed into place.
+//! Writes the files and links of a plan under temporary names, flushes them, and renames them.
 //!
 //! ```text
-//! draft, draft, draft …   ─►   flush, side by side   ─►   rename, rename, rename …
+//! stage, stage, stage …   ─►   flush, in parallel   ─►   rename, rename, rename …
 //! ```
-//! A flush waits for the disk: several at once wait together. Each file is whole on the disk before it has its name.
-//! Never writes into a file that is there: what is replaced keeps its bytes under its other names, if it has any. Must
-//! not decide what a path is to be.
+//!
+//! A flush waits for the disk, so several run at once. Every file is complete on the disk before it gets its
+//! name. An existing file is never written to: a replaced file keeps its content under its other names. All
+//! decisions are in the plan.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -33,43 +34,40 @@ use crate::tree::names::RelPath;
 use crate::tree::xattrs::{self, XattrsRead};
 use fermata_failpoint as failpoint;
 
-/// Holes are made of whole blocks of this size, in bytes.
+/// Holes consist of whole blocks of this size in bytes.
 const BLOCK: usize = 4096;
 
-/// How many drafts wait for each other at most.
+/// The largest number of staged files.
 pub(crate) const DRAFTS: usize = 32;
-/// How many bytes they have at most, the last one apart: so much more room is needed for a while.
+/// From this number of bytes on, staged files are renamed. Their size is the additional space that a restore
+/// needs.
 const DRAFTED_BYTES: u64 = 32 << 20;
-/// How many flushes are under way at once.
+/// The largest number of concurrent flushes.
 const FLUSHES: usize = 8;
 
-/// What a file is to be.
+/// The file that a step writes.
 pub(crate) struct PlannedFile<'a> {
-    /// The content.
     pub oid: Oid,
-    /// Permission bits.
     pub mode: u32,
-    /// Last change.
+    /// Last change of the content.
     pub mtime: Time,
-    /// Extended attributes.
     pub xattrs: &'a Xattrs,
-    /// Whether it is written with holes.
     pub sparse: bool,
     /// The file that it becomes another name of.
     pub linked_to: Option<&'a RelPath>,
 }
 
-/// Where something is to be written.
+/// The destination of a file or link.
 struct Place {
     dir: OwnedFd,
     name: OsString,
-    /// The name of the draft.
+    /// The temporary name.
     temporary: OsString,
     wanted: StoredContent,
     replaces: Option<StoredContent>,
-    /// What stood there; `None` for nothing.
+    /// The metadata of the existing entry; `None` if there is none.
     seen: Option<Stat>,
-    /// Whether the wanted content stands there already.
+    /// Whether the existing entry has the wanted content.
     right: bool,
 }
 
@@ -79,7 +77,7 @@ impl Place {
     }
 }
 
-/// What is written and waits for its flush and its name.
+/// Staged files: written, but neither flushed nor renamed.
 #[derive(Default)]
 pub(crate) struct Staged {
     files: Vec<StagedEntry>,
@@ -89,24 +87,23 @@ pub(crate) struct Staged {
 struct StagedEntry {
     path: RelPath,
     place: Place,
-    /// The file to flush; a link is flushed with its directory.
+    /// The file to flush; `None` for a link, which is flushed with its directory.
     file: Option<File>,
 }
 
 impl Staged {
-    /// Says whether there are none.
     pub fn is_empty(&self) -> bool {
         self.files.is_empty()
     }
 
-    /// Says whether it is time to put them in place.
+    /// Says whether the staged files must be renamed now.
     pub fn is_full(&self) -> bool {
         self.bytes >= DRAFTED_BYTES
     }
 }
 
 impl Applying<'_> {
-    /// Writes a file, or makes the path another name of one.
+    /// Stages a file, or a hard link to one.
     pub(crate) fn write_file(
         &mut self,
         path: &RelPath,
@@ -121,7 +118,7 @@ impl Applying<'_> {
         if place.right && self.is_its_own(&place, wish) {
             self.report.already_right += 1;
             return match wish.linked_to {
-                // It has the attributes of the file that it is a name of.
+                // It shares the attributes of the file that it links to.
                 Some(_) => Ok(()),
                 None => self.set_attributes(path, Some(wish.mode), wish.mtime, Some(wish.xattrs), 1),
             };
@@ -141,7 +138,7 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Makes a symbolic link.
+    /// Stages a symbolic link.
     pub(crate) fn write_link(
         &mut self,
         path: &RelPath,
@@ -163,7 +160,8 @@ impl Applying<'_> {
         Ok(())
     }
 
-    /// Opens the directory of a path that may be written; `None`, with a report, when something else stands there.
+    /// Opens the directory of a path that may be written. Returns `None` and reports a mismatch if another
+    /// entry is there.
     fn place(
         &mut self,
         path: &RelPath,
@@ -174,10 +172,10 @@ impl Applying<'_> {
         let Some((dir, name)) = self.parent(path)? else {
             return Ok(None);
         };
-        unlink_if_there(&dir, temporary).map_err(self.failed("clear the draft of", path))?;
+        unlink_if_there(&dir, temporary).map_err(self.failed("remove the temporary file of", path))?;
         let (name, temporary, replaces) = (name.to_owned(), temporary.to_owned(), replaces.copied());
         let mut place = Place { dir, name, temporary, wanted, replaces, seen: None, right: false };
-        // Looked at before its content is: whoever changes it afterwards changes this too.
+        // Read before the content is, so that a later change of the entry changes this, too.
         place.seen = place.scan_workspace();
         let Some(right) = self.may_write(&place, path)? else {
             return Ok(None);
@@ -186,18 +184,19 @@ impl Applying<'_> {
         Ok(Some(place))
     }
 
-    /// Says whether what must be written stands there already; `None`, with a report, when something else does.
+    /// Says whether the wanted content exists already. Returns `None` and reports a mismatch if another entry
+    /// is there.
     fn may_write(&mut self, place: &Place, path: &RelPath) -> Result<Option<bool>> {
-        match path_state(&place.dir, &place.name).map_err(self.failed("look at", path))? {
+        match path_state(&place.dir, &place.name).map_err(self.failed("determine the state of", path))? {
             PathState::Content(held) if held == place.wanted => Ok(Some(true)),
             PathState::Content(held) if Some(held) == place.replaces => Ok(Some(false)),
             PathState::Nothing => Ok(Some(false)),
             PathState::Content(_) => {
-                self.mismatch(path, "it has changed since the plan was made, and is kept");
+                self.mismatch(path, "it has changed since the plan was made and was left unchanged");
                 Ok(None)
             }
             PathState::Directory | PathState::Other => {
-                self.mismatch(path, "something else stands where a file must go");
+                self.mismatch(path, "another entry is where a file must be");
                 Ok(None)
             }
         }
@@ -218,7 +217,7 @@ impl Applying<'_> {
         }
     }
 
-    /// Flushes all drafts and gives each its name.
+    /// Flushes all staged files and renames them.
     pub(crate) fn put_all_in_place(&mut self) -> Result<()> {
         let Staged { files, .. } = std::mem::take(&mut self.drafted);
         side_by_side(&files, |draft| match &draft.file {
@@ -240,32 +239,33 @@ impl Applying<'_> {
                         self.touch(path);
                         return Ok(());
                     }
-                    // Made in this very instant.
+                    // The entry was created in this instant.
                     Err(Errno::EEXIST) if now.is_none() => continue,
                     Err(errno) => return Err(self.failed("put in place", path)(errno)),
                 }
             }
-            // Somebody was at work there while others were drafted: it may go on while this looks.
+            // The entry changed while other files were staged, and may change again while this reads it.
             if self.may_write(place, path)?.is_none() {
-                return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path));
+                return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path));
             }
             seen = now;
         }
-        self.mismatch(path, "somebody keeps changing it, and it is kept");
-        unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))
+        self.mismatch(path, "it kept changing and was left unchanged");
+        unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path))
     }
 
-    /// The owner stays who it was; a new file belongs to the owner of its directory, not to the daemon's user.
+    /// Returns the metadata of the existing entry or else of the directory: a replaced file keeps its owner,
+    /// and a new file gets the owner of its directory instead of the daemon's user.
     fn owner_of(&self, place: &Place, path: &RelPath) -> Result<Stat> {
         let owner = stat_at(&place.dir, &place.name).or_else(|_| stat_fd(&place.dir));
-        owner.map_err(self.failed("look at the directory of", path))
+        owner.map_err(self.failed("read the metadata of the directory of", path))
     }
 
     fn draft_file(&mut self, place: &Place, path: &RelPath, wish: &PlannedFile<'_>) -> Result<File> {
         let owner = self.owner_of(place, path)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = openat(&place.dir, &*place.temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
-        let file = File::from(fd.map_err(self.failed("draft", path))?);
+        let file = File::from(fd.map_err(self.failed("create a temporary file for", path))?);
         let mut object = self.history.objects.open_object(&wish.oid)?;
         let mut hasher = ObjectHasher::new(ObjectKind::Blob, object.size);
         let mut buffer = vec![0; 16 * BLOCK];
@@ -282,43 +282,43 @@ impl Applying<'_> {
         if hasher.finish() != wish.oid {
             return Err(HistoryError::DamagedObject {
                 oid: wish.oid,
-                problem: "its content has another hash".to_owned(),
+                problem: "its content does not match its id".to_owned(),
             });
         }
-        // A hole at the end is made by the length alone.
+        // A hole at the end of the file is made by its length alone.
         file.set_len(at).map_err(self.failed("write", path))?;
         if xattrs::set(&file, wish.xattrs).map_err(self.failed("set the attributes of", path))? == XattrsRead::NotKept {
             self.without_xattrs.insert(path.clone());
         }
         if geteuid().is_root() {
             fchown(&file, Some(Uid::from_raw(owner.uid)), Some(Gid::from_raw(owner.gid)))
-                .map_err(self.failed("give away", path))?;
+                .map_err(self.failed("set the owner of", path))?;
         }
-        // After the change of owner, which takes set-id bits away.
+        // The mode follows the owner, since a change of the owner clears the set-id bits.
         fchmod(&file, Mode::from_bits_truncate(wish.mode)).map_err(self.failed("set the mode of", path))?;
         futimens(&file, &TimeSpec::UTIME_OMIT, &time_spec(wish.mtime)).map_err(self.failed("set the time of", path))?;
         self.drafted.bytes += at;
         Ok(file)
     }
 
-    /// Drafts another name of a file; `false` when that cannot be, or when the file is not what it should be.
+    /// Stages a hard link. Returns `false` if it cannot be created or the linked file has another content.
     fn draft_name(&self, place: &Place, path: &RelPath, leader: &RelPath, wanted: StoredContent) -> Result<bool> {
         let Ok((dir, name)) = self.root.open_parent(leader) else {
             return Ok(false);
         };
         match linkat(&dir, name, &place.dir, &*place.temporary, AtFlags::empty()) {
             Ok(()) => {}
-            // Another file system, too many names, not allowed, or not there.
+            // Another file system, too many links, not permitted, or the file does not exist.
             Err(Errno::EXDEV | Errno::EMLINK | Errno::EPERM | Errno::ENOENT | Errno::ENOTDIR | Errno::EOPNOTSUPP) => {
                 return Ok(false);
             }
             Err(errno) => return Err(self.failed("link", path)(errno)),
         }
-        // What was linked is looked at, since the name could have become another file's.
-        let linked = path_state(&place.dir, &place.temporary).map_err(self.failed("look at the draft of", path))?;
+        // The new link is checked, since `leader` may have been replaced by another file.
+        let linked = path_state(&place.dir, &place.temporary).map_err(self.failed("determine the state of the temporary file of", path))?;
         let right = linked == PathState::Content(wanted);
         if !right {
-            unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("clear the draft of", path))?;
+            unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path))?;
         }
         Ok(right)
     }
@@ -326,14 +326,14 @@ impl Applying<'_> {
     fn draft_link(&self, place: &Place, path: &RelPath, oid: Oid, mtime: Time) -> Result<()> {
         let owner = self.owner_of(place, path)?;
         let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
-        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary).map_err(self.failed("make link", path))?;
-        self.give_name(&place.dir, &place.temporary, &owner).map_err(self.failed("give away", path))?;
+        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary).map_err(self.failed("create the link", path))?;
+        self.give_name(&place.dir, &place.temporary, &owner).map_err(self.failed("set the owner of", path))?;
         let time = time_spec(mtime);
         utimensat(&place.dir, &*place.temporary, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)
             .map_err(self.failed("set the time of", path))
     }
 
-    /// Gives a name to an owner, where that can be done.
+    /// Sets the owner of a name if the daemon has the privilege.
     pub(crate) fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &Stat) -> nix::Result<()> {
         if !geteuid().is_root() {
             return Ok(());
@@ -343,12 +343,12 @@ impl Applying<'_> {
     }
 }
 
-/// Gives a draft its name; where nothing stood, nothing is replaced.
+/// Renames a staged file. If no entry existed, one that was created meanwhile is not replaced.
 fn rename_over(place: &Place, nothing_stood: bool) -> nix::Result<()> {
     if nothing_stood {
         let flags = RenameFlags::RENAME_NOREPLACE;
         match renameat2(&place.dir, &*place.temporary, &place.dir, &*place.name, flags) {
-            // A file system that cannot promise it.
+            // The file system does not support the flag.
             Err(Errno::EINVAL | Errno::ENOSYS) => {}
             result => return result,
         }
@@ -356,7 +356,7 @@ fn rename_over(place: &Place, nothing_stood: bool) -> nix::Result<()> {
     renameat(&place.dir, &*place.temporary, &place.dir, &*place.name)
 }
 
-/// Reads until the buffer is full or the source has ended.
+/// Reads until the buffer is full or the source ends.
 fn fill(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
@@ -370,7 +370,7 @@ fn fill(source: &mut impl Read, buffer: &mut [u8]) -> io::Result<usize> {
     Ok(filled)
 }
 
-/// Writes bytes; of a file with holes, no block that is all zeroes.
+/// Writes bytes at an offset; with `sparse`, skips blocks of zeroes.
 fn write_at(file: &File, bytes: &[u8], at: u64, sparse: bool) -> io::Result<()> {
     if !sparse {
         return file.write_all_at(bytes, at);
@@ -383,7 +383,8 @@ fn write_at(file: &File, bytes: &[u8], at: u64, sparse: bool) -> io::Result<()> 
     Ok(())
 }
 
-/// Does a work that waits for the disk for several things at once, and returns the first error; what has begun ends.
+/// Runs work that waits for the disk on several things at once and returns the first error. Work that has begun
+/// is finished.
 pub(crate) fn side_by_side<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let run = || {
@@ -393,7 +394,7 @@ pub(crate) fn side_by_side<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()
         Ok(())
     };
     std::thread::scope(|scope| {
-        // A thread that cannot be had is no error: the others do its part.
+        // If a thread cannot be started, the others do its part.
         let begin = |_| std::thread::Builder::new().name("flush".to_owned()).spawn_scoped(scope, run).ok();
         let others: Vec<_> = (1..things.len().min(FLUSHES)).filter_map(begin).collect();
         let own = run();
@@ -405,7 +406,7 @@ pub(crate) fn side_by_side<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()
     })
 }
 
-/// Removes a name, where nothing being there is fine.
+/// Removes a name; that it does not exist is no error.
 pub(crate) fn unlink_if_there<Fd: AsFd>(dir: Fd, name: &OsStr) -> nix::Result<()> {
     match unlinkat(dir, name, UnlinkatFlags::NoRemoveDir) {
         Err(Errno::ENOENT) => Ok(()),

@@ -1,4 +1,5 @@
-//! Which paths a checkpoint covers: ignore files, the index of the user's repository, and the decision for each name.
+//! Determines which paths a checkpoint covers: ignore files, the index of the user's repository, and the
+//! decision for each name.
 
 pub(crate) mod checkpoint_rules;
 pub(crate) mod coverage;

@@ -1,4 +1,4 @@
-//! The bare repository: objects, packs, deltas, refs, and what makes them smaller or removes them.
+//! The bare repository: objects, packs, deltas and refs, and the jobs that shrink or remove them.
 
 pub(crate) mod consolidate;
 pub(crate) mod damaged_objects;

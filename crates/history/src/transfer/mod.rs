@@ -1,4 +1,4 @@
-//! Checkpoints that leave as one file or arrive as one, and the validation of what arrives.
+//! Exports a checkpoint to one file and imports such a file after its validation.
 
 pub(crate) mod bundle;
 pub(crate) mod import_validation;
