@@ -1,17 +1,18 @@
-//! Makes one pack of many, so that finding an object stays fast and versions cost what differs between them.
+//! Consolidates many packs into one, so that finding an object stays fast and versions are stored as deltas.
 //!
 //! ```text
-//! choose  fresh packs, and consolidated ones that are small beside what joins them      no lock
-//! write   the new pack, in pending/, flushed and read back                              no lock, slow
-//! swap    move it among the others, then remove those that it replaces                  writer lock, an instant
+//! choose  fresh packs, and consolidated ones that are small beside those that join them    no lock
+//! write   the new pack in pending/, flushed and read back                                  no lock, slow
+//! swap    move it to the others, then remove those that it replaces                        writer lock, short
 //! ```
 //!
-//! A pack is written again only when what is merged into it is a good part of its size, so that an object is copied a
-//! few times in its life, however many checkpoints come. What no checkpoint needs is left out.
+//! A pack is rewritten only if the others add a good part of its size, so that each object is copied a few
+//! times in its life, whatever the number of checkpoints. Objects that no checkpoint needs are dropped.
 //!
-//! The lease: a snapshot under way relies on what it found in published packs. It announces itself under the writer
-//! lock; the swap happens under that lock and only while no snapshot is announced. What was published while the pack was
-//! written is walked before anything goes; if it needs something that would, nothing happens and the next try sees it.
+//! A snapshot in progress relies on objects in published packs. It registers itself under the writer lock; the
+//! swap runs under that lock, and only while no snapshot is registered. Checkpoints that were published while
+//! the pack was written are walked before any pack is removed. If one of them needs an object that would be
+//! lost, the swap is abandoned and the next attempt includes it.
 
 use std::collections::HashSet;
 use std::fs;
@@ -32,77 +33,76 @@ use crate::store::sweep::remove;
 use crate::tree::confined_dir::sync_dir;
 use fermata_failpoint as failpoint;
 
-/// A consolidated pack is written again when what joins it has at least a quarter of its size.
+/// A consolidated pack is rewritten if the packs that join it have at least a quarter of its size.
 const GROWTH: u64 = 4;
-/// A pack of which this part (one in so many bytes) is not needed is written again, too.
+/// A pack is also rewritten if more than a quarter of it is unneeded.
 const WASTE: u64 = 4;
-/// So many fresh packs are worth a consolidation.
+/// The number of fresh packs from which a consolidation is worth its cost.
 const MANY: usize = 32;
 
-/// How long a finished pack waits for an instant without a snapshot under way, and how often it looks for one.
+/// How long a finished pack waits for a moment without snapshots, and how often it checks.
 const PATIENCE: Duration = Duration::from_secs(10);
 const TURN: Duration = Duration::from_millis(2);
-/// Free space that is left to others, in bytes.
+/// Free space that must remain, in bytes.
 const SPARE: u64 = 64 << 20;
 
-/// So many removed checkpoints are worth a look for what nobody needs any more.
+/// The number of removed checkpoints from which a search for unneeded objects is worth its cost.
 const REMOVED: u64 = 8;
 
-/// The directory of the pack that is being written, below `pending/`. Whatever is in it after a crash may be half of a
-/// swap.
+/// The directory below `pending/` in which the new pack is written. After a crash it may belong to an
+/// unfinished swap.
 pub(crate) const DRAFT: &str = "consolidation";
 
-/// How much is consolidated.
+/// Which packs are consolidated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
-    /// Packs with anything that nobody needs any more, and no others: somebody waits for the room.
+    /// Every pack with unneeded objects, and no others: used when the disk is full.
     Room,
-    /// Packs with much that nobody needs any more, and whatever they join.
+    /// Packs with many unneeded objects, and those that join them.
     Waste,
-    /// The same and all fresh packs, once there are many of these.
+    /// As `Waste`, and all fresh packs once there are many.
     Due,
-    /// The same and all fresh packs, even if they are few.
+    /// As `Waste`, and all fresh packs even if they are few.
     Fresh,
-    /// All packs into one: the smallest result, for the price of reading and writing everything.
+    /// All packs: the smallest result, at the cost of reading and writing everything.
     Everything,
 }
 
-/// What came of a consolidation.
+/// The result of a consolidation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Consolidated {
-    /// Packs that were there and are gone.
+    /// The number of packs that were replaced.
     pub packs: u64,
-    /// Their bytes.
+    /// The bytes of those packs.
     pub bytes_before: u64,
-    /// The bytes of the pack that replaces them.
+    /// The bytes of the new pack.
     pub bytes_after: u64,
-    /// Objects in it.
+    /// The number of objects in it.
     pub objects: u64,
-    /// How many of them are stored as a difference to another version.
+    /// The number of objects stored as deltas.
     pub deltas: u64,
-    /// Bytes in the other packs that nobody needs.
+    /// Unneeded bytes in the other packs.
     pub wasted: u64,
 }
 
-/// What came of a try to consolidate.
+/// The result of an attempt to consolidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Attempt {
     /// Packs were replaced.
     Done(Consolidated),
-    /// There is nothing to do; so many bytes in the packs are needed by nobody, if that was looked for.
+    /// There was nothing to do. Contains the number of unneeded bytes, if they were counted.
     Nothing(Option<u64>),
-    /// Somebody else consolidates, or a snapshot does not allow it now: what there is to do is not known.
+    /// Another consolidation or a snapshot prevented it.
     Busy,
 }
 
-/// How the packs of a store lie on the disk.
+/// The number and size of the packs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PackStats {
-    /// All packs.
     pub packs: u64,
-    /// Those that are as a snapshot wrote them.
+    /// Those that a snapshot wrote.
     pub fresh: u64,
-    /// Bytes of all packs and their indexes.
+    /// The bytes of all packs and their indexes.
     pub bytes: u64,
 }
 
@@ -113,10 +113,9 @@ struct Candidate {
 }
 
 impl History {
-    /// Counts the packs.
     ///
     /// # Errors
-    /// Fails when they cannot be looked at.
+    /// Fails when a pack cannot be opened.
     pub fn pack_stats(&self) -> Result<PackStats> {
         let candidates = self.candidates()?;
         let index = |one: &Candidate| one.reader.index.size();
@@ -127,9 +126,8 @@ impl History {
         })
     }
 
-    /// Says what of [`History::consolidate`] has become worth it: many packs have come, checkpoints were removed, or
-    /// what was damaged has good copies.
-    /// Costs next to nothing.
+    /// Returns the extent for which [`History::consolidate`] has become worth its cost: there are many fresh
+    /// packs, checkpoints were removed, or damaged objects have good copies. Cheap.
     pub fn due(&self) -> Option<Extent> {
         if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all)) {
             Some(Extent::Due)
@@ -140,10 +138,11 @@ impl History {
         }
     }
 
-    /// Writes small packs as one and drops what nobody needs.
+    /// Consolidates packs and drops unneeded objects.
     ///
     /// # Errors
-    /// Fails when an object is damaged, when the disk is too full, or when cancelled; then everything is as it was.
+    /// Fails when an object is damaged, when the disk is too full, or when cancelled. The packs are then
+    /// unchanged.
     pub fn consolidate(&self, extent: Extent, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Attempt> {
         let _one_at_a_time = match self.consolidating.try_lock() {
             Ok(lock) => lock,
@@ -161,7 +160,7 @@ impl History {
         let removed = self.removed.load(Ordering::Relaxed);
         let attempt = self.consolidate_these(candidates, extent, progress, cancel)?;
         if attempt != Attempt::Busy {
-            // What was removed until then has been looked for.
+            // Checkpoints removed before this attempt are dealt with.
             self.removed.fetch_sub(removed, Ordering::Relaxed);
         }
         Ok(attempt)
@@ -177,7 +176,7 @@ impl History {
         let roots = self.roots()?;
         let reach = match Reachability::of(&self.objects, &roots, &[], cancel) {
             Ok(reach) => reach,
-            // Removed and swept while it was walked; the next try does not see it.
+            // A checkpoint was removed and swept during the walk; the next attempt does not include it.
             Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => {
                 return Ok(Attempt::Busy);
             }
@@ -233,7 +232,7 @@ impl History {
         Ok(if swapped { Attempt::Done(report) } else { Attempt::Busy })
     }
 
-    /// Clears away what an earlier consolidation has left; `false` when that has to wait for a snapshot.
+    /// Removes the files of an earlier consolidation; returns `false` if a snapshot prevents it.
     fn clear_draft(&self) -> Result<bool> {
         if !self.pending().join(DRAFT).exists() {
             return Ok(true);
@@ -244,7 +243,7 @@ impl History {
         self.remove_draft().map(|()| true)
     }
 
-    /// Says whether the draft of a consolidation has given its pack away, so that old and new may stand side by side.
+    /// Says whether the new pack was already moved, so that old and new packs may coexist.
     pub(crate) fn swap_has_begun(&self) -> bool {
         match fs::read_dir(self.pending().join(DRAFT)) {
             Ok(entries) => !entries.flatten().any(|one| one.file_name().to_string_lossy().ends_with(".pack")),
@@ -262,7 +261,7 @@ impl History {
         }
     }
 
-    /// Refuses to fill the disk: the new pack is never larger than those that it replaces.
+    /// Fails if the disk has too little space. The new pack is never larger than those that it replaces.
     fn check_space(&self, bytes: u64) -> Result<()> {
         let disk = nix::sys::statvfs::statvfs(&self.repository)
             .map_err(HistoryError::io("look at the disk of", &self.repository))?;
@@ -274,21 +273,21 @@ impl History {
         Ok(())
     }
 
-    /// Lists what must stay: published checkpoints, and the commits of what is known of the workspace, on the disk and
-    /// in memory, on which the next snapshot builds.
+    /// Lists the commits whose objects must stay: those of published checkpoints, and those of the workspace
+    /// state on the disk and in memory.
     pub(crate) fn roots(&self) -> Result<Vec<Oid>> {
         let mut commits = Vec::new();
         for number in self.refs.list()? {
-            // A checkpoint may be removed between being listed and being asked for.
+            // A checkpoint may be removed after it was listed.
             commits.extend(self.refs.find(number)?);
         }
         let known = self.known().0.map(|picture| picture.commit);
-        // A store that was damaged or cleared may have lost them; then they are not trusted either.
+        // A damaged or cleared store may have lost these commits; the workspace state is then not trusted.
         commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.has(commit)));
         Ok(commits)
     }
 
-    /// Says whether any of these need not stay any more.
+    /// Says whether one of these commits no longer has to stay.
     fn have_gone(&self, roots: &[Oid]) -> Result<bool> {
         let now: HashSet<Oid> = self.roots()?.into_iter().collect();
         Ok(roots.iter().any(|commit| !now.contains(commit)))
@@ -304,7 +303,7 @@ impl History {
             });
             match one {
                 Ok(one) => found.push(one),
-                // A sweep has removed it since.
+                // A sweep has removed it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(HistoryError::io("open pack", Path::new(&name))(error)),
             }
@@ -312,15 +311,15 @@ impl History {
         Ok(found)
     }
 
-    /// Puts the new pack in the place of the old ones; `false` when that is not allowed now. Waits for its turn between
-    /// snapshots, within bounds.
+    /// Replaces the old packs by the new one; returns `false` if snapshots prevent it. Waits for a moment
+    /// without snapshots, up to a limit.
     fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
         let start = Instant::now();
-        // What was published meanwhile is walked before anybody has to wait for it.
+        // Checkpoints published meanwhile are walked before the lock is taken.
         let ahead = match old.ahead(self.roots()?, &self.objects, cancel) {
             Ok(ahead) => ahead,
             Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
-            // One of them was removed and swept, or is damaged: under the lock it shows which.
+            // A checkpoint was removed and swept, or is damaged; the check under the lock tells which.
             Err(_) => Ahead::default(),
         };
         let _writer = loop {
@@ -333,13 +332,13 @@ impl History {
                 return Err(HistoryError::Cancelled);
             }
             if start.elapsed() > PATIENCE {
-                tracing::debug!("snapshots are under way; packs are consolidated another time");
+                tracing::debug!("snapshots are in progress; the consolidation is postponed");
                 return Ok(false);
             }
             std::thread::sleep(TURN);
         };
         let swapped = self.swap_now(new, old, &ahead, cancel);
-        // Also where it failed half-way: whoever comes next must not rely on what is gone.
+        // Also after a failure, since some packs may be gone.
         self.objects.refresh()?;
         if matches!(swapped, Ok(true)) {
             failpoint::hit("history.consolidation.swapped");
@@ -347,11 +346,11 @@ impl History {
         swapped
     }
 
-    /// The same, for whoever holds the writer's lock.
+    /// As [`History::swap`]; the caller holds the writer lock.
     fn swap_now(&self, new: Option<&str>, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
         self.objects.refresh()?;
         if !self.allows(old, ahead, cancel)? {
-            tracing::debug!("a new checkpoint needs what was to go; packs are consolidated another time");
+            tracing::debug!("a new checkpoint needs objects of the old packs; the consolidation is postponed");
             return Ok(false);
         }
         let (from, to) = (self.pending().join(DRAFT), self.objects.pack_dir());
@@ -360,14 +359,14 @@ impl History {
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
         for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {
-            // Without its index a pack does not count. The pack itself goes with the draft: to free a large file takes
-            // longer than anybody should wait for this lock.
+            // A pack without an index is invisible. The pack itself is removed later, since freeing a large
+            // file may take long.
             remove(&to.join(format!("{name}.idx")))?;
             failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
             let pack = to.join(format!("{name}.pack"));
             match fs::rename(&pack, from.join(format!("{name}.gone"))) {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(HistoryError::io("put aside", &pack)(error));
+                    return Err(HistoryError::io("move", &pack)(error));
                 }
                 _ => {}
             }
@@ -377,8 +376,8 @@ impl History {
         Ok(true)
     }
 
-    /// Says whether everything that is needed by now either was walked or lies in a pack that stays. The caller holds the
-    /// writer's lock and knows that no snapshot is under way.
+    /// Says whether every object that is needed now was either walked or is in a pack that stays. The caller
+    /// holds the writer lock, and no snapshot is in progress.
     pub(crate) fn allows(&self, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
         let mut roots = self.roots()?;
         roots.retain(|commit| !old.walked.contains(commit) && !ahead.walked.contains(commit));
@@ -388,17 +387,17 @@ impl History {
     }
 }
 
-/// The packs that are to go, and what was known to be needed when they were chosen.
+/// The packs to be removed, and the objects that were needed when they were chosen.
 pub(crate) struct Old<'a> {
-    /// Their names.
+    /// The names of the packs.
     pub names: HashSet<String>,
-    /// The commits that were known.
+    /// The commits that were walked.
     pub walked: HashSet<Oid>,
-    /// What these need.
+    /// The objects that these commits need.
     pub reach: &'a Reachability,
 }
 
-/// What became known to be needed after packs were chosen.
+/// The objects that became needed after the packs were chosen.
 #[derive(Default)]
 pub(crate) struct Ahead {
     walked: HashSet<Oid>,
@@ -417,7 +416,7 @@ fn is_due(candidates: &[Candidate]) -> bool {
     candidates.iter().filter(|one| one.fresh).count() >= MANY
 }
 
-/// Chooses the packs that become one, and says how many bytes nobody needs in the others.
+/// Chooses the packs to consolidate and returns the number of unneeded bytes in the others.
 fn choose(
     candidates: Vec<Candidate>,
     reach: &Reachability,
@@ -459,12 +458,12 @@ fn choose(
             chosen.extend(others.drain(..joining).map(|(one, _)| one));
         }
     }
-    // What is good already comes first: of an object that several packs hold, its entry is taken.
+    // Consolidated packs come first: if several packs have an object, the first entry is taken.
     chosen.sort_by_key(|one| one.fresh);
     Ok((chosen, others.iter().map(|(_, wasted)| wasted).sum()))
 }
 
-/// Returns how many bytes of a pack nobody needs.
+/// Returns the number of unneeded bytes in a pack.
 fn waste(one: &Candidate, reach: &Reachability) -> Result<u64> {
     let name = Path::new(&one.reader.index.name);
     let layout = one.reader.index.layout().map_err(HistoryError::io("read the index of", name))?;

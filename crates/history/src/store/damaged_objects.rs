@@ -1,7 +1,9 @@
-//! Remembers copies of objects that were found damaged, so that a good one is written again and read instead.
+//! Remembers copies of objects that were found damaged, so that good copies are written again and preferred by
+//! readers.
 //!
-//! An object is the same wherever it lies; what is damaged is one copy, in one pack. Kept in a file of the store, since
-//! what a verification has found must not be forgotten by a restart. A lost file only costs another verification.
+//! An entry names one copy: the object and its pack. The entries are kept in a file of the store, so that the
+//! findings of a verification survive a restart. If the file is lost, another verification finds the damage
+//! again.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +15,7 @@ use crate::tree::confined_dir::sync_dir;
 
 const FILE: &str = "distrusted";
 
-/// Copies that are damaged: for each object, the names of the packs.
+/// The damaged copies: for each object, the names of the packs.
 #[derive(Default)]
 pub(crate) struct DamagedObjects {
     place: PathBuf,
@@ -21,7 +23,7 @@ pub(crate) struct DamagedObjects {
 }
 
 impl DamagedObjects {
-    /// Reads what is kept in a directory. A line that makes no sense is passed over.
+    /// Reads the entries from a directory. Lines that cannot be parsed are ignored.
     pub fn load(dir: &Path) -> DamagedObjects {
         let place = dir.join(FILE);
         let mut copies: HashMap<Oid, Vec<String>> = HashMap::new();
@@ -29,7 +31,7 @@ impl DamagedObjects {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => {
-                tracing::warn!(%error, place = %place.display(), "which objects are damaged is not known any more");
+                tracing::warn!(%error, place = %place.display(), "failed to read the list of damaged objects; verify the checkpoints to rebuild it");
                 String::new()
             }
         };
@@ -43,22 +45,19 @@ impl DamagedObjects {
         DamagedObjects { place, copies }
     }
 
-    /// Says whether nothing is distrusted.
     pub fn is_empty(&self) -> bool {
         self.copies.is_empty()
     }
 
-    /// Says whether the copy of an object in a pack is a damaged one.
+    /// Says whether the copy of an object in a pack is damaged.
     pub fn is_bad(&self, oid: &Oid, pack: &str) -> bool {
         self.copies.get(oid).is_some_and(|packs| packs.iter().any(|name| name == pack))
     }
 
-    /// Lists the damaged copies.
     pub fn all(&self) -> impl Iterator<Item = (&Oid, &str)> {
         self.copies.iter().flat_map(|(oid, packs)| packs.iter().map(move |pack| (oid, pack.as_str())))
     }
 
-    /// Notes a damaged copy.
     pub fn add(&mut self, oid: Oid, pack: String) {
         let packs = self.copies.entry(oid).or_default();
         if !packs.contains(&pack) {
@@ -66,7 +65,7 @@ impl DamagedObjects {
         }
     }
 
-    /// Forgets the copies in packs that are gone.
+    /// Removes the entries of packs that no longer exist.
     pub fn retain(&mut self, is_there: impl Fn(&str) -> bool) {
         self.copies.retain(|_, packs| {
             packs.retain(|pack| is_there(pack));
@@ -74,10 +73,10 @@ impl DamagedObjects {
         });
     }
 
-    /// Writes it down, durably and in one go.
+    /// Writes all entries durably and atomically.
     ///
     /// # Errors
-    /// Fails when the disk does; what was written before stays.
+    /// Fails when the disk does; the previous file then stays.
     pub fn save(&self) -> io::Result<()> {
         let draft = self.place.with_extension("new");
         let mut file = fs::File::create(&draft)?;

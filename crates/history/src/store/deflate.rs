@@ -1,27 +1,27 @@
-//! Compresses and inflates objects in memory, with a state that each thread keeps: making one costs more than most
-//! objects do.
+//! Compresses and decompresses objects in memory. Each thread keeps the state of the library, since creating it
+//! costs more than most objects.
 
 use std::cell::RefCell;
 use std::io;
 
 use flate2::{Compress, Compression, Decompress, FlushCompress, FlushDecompress, Status};
 
-/// How hard to try.
+/// The compression level.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Effort {
-    /// While somebody waits.
+    /// For callers that wait.
     Fast,
-    /// In the background.
+    /// For background work.
     Thorough,
 }
 
-/// Appends content as one zlib stream that only wraps it (RFC 1950, and stored blocks of RFC 1951): for what hardly gets
-/// smaller, as trees, half of which are hashes.
+/// Appends content as a zlib stream of stored blocks (RFC 1950, RFC 1951): for content that hardly shrinks,
+/// such as trees, half of which are hashes.
 pub(crate) fn store(content: &[u8], out: &mut Vec<u8>) {
-    /// What a block can hold: its length has 16 bits.
+    /// The largest length of a block, which has 16 bits.
     const BLOCK: usize = 65_535;
     out.reserve(content.len() + content.len() / BLOCK * 5 + 11);
-    // Method 8, window of 32 KiB, fastest; the two bytes are a multiple of 31.
+    // Method 8, window of 32 KiB, fastest level; the two bytes are a multiple of 31.
     out.extend_from_slice(&[0x78, 0x01]);
     let mut rest = content;
     loop {
@@ -47,7 +47,7 @@ thread_local! {
 /// Appends content as one zlib stream.
 ///
 /// # Errors
-/// Fails when the library does, which it has no reason to.
+/// Fails only if the library does.
 pub(crate) fn deflate(content: &[u8], effort: Effort, out: &mut Vec<u8>) -> io::Result<()> {
     let (kept, level) = match effort {
         Effort::Fast => (&FAST, Compression::fast()),
@@ -56,7 +56,7 @@ pub(crate) fn deflate(content: &[u8], effort: Effort, out: &mut Vec<u8>) -> io::
     kept.with_borrow_mut(|kept| {
         let state = kept.get_or_insert_with(|| Compress::new(level, true));
         state.reset();
-        // A third is what most text comes to.
+        // Most text shrinks to about a third.
         out.reserve(content.len() / 3 + 64);
         loop {
             if out.len() == out.capacity() {
@@ -71,10 +71,10 @@ pub(crate) fn deflate(content: &[u8], effort: Effort, out: &mut Vec<u8>) -> io::
     })
 }
 
-/// What inflating needs.
+/// The state of decompression.
 struct Inflation {
     state: Decompress,
-    /// Compressed bytes that were read and not yet used.
+    /// Compressed bytes that were read.
     read: Vec<u8>,
 }
 
@@ -82,10 +82,11 @@ thread_local! {
     static INFLATION: RefCell<Option<Box<Inflation>>> = const { RefCell::new(None) };
 }
 
-/// Inflates one zlib stream that comes to `size` bytes; `read_at` reads some bytes at a distance from its beginning.
+/// Decompresses a zlib stream whose content has `size` bytes. `read_at` reads bytes at an offset from the start
+/// of the stream.
 ///
 /// # Errors
-/// Fails when it cannot be read, is damaged, or comes to another size.
+/// Fails when the stream cannot be read, is damaged, or has content of another size.
 pub(crate) fn inflate(size: u64, read_at: impl Fn(&mut [u8], u64) -> io::Result<usize>) -> io::Result<Vec<u8>> {
     let bad = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
     INFLATION.with_borrow_mut(|kept| {
@@ -96,16 +97,16 @@ pub(crate) fn inflate(size: u64, read_at: impl Fn(&mut [u8], u64) -> io::Result<
         let (mut at, mut have) = (0, 0..0);
         loop {
             if have.is_empty() {
-                // Most objects are small: more would only be copied.
+                // Most objects are small; reading more would only copy it.
                 let wanted = if size < 8 * 1024 { 4096 } else { read.len() };
                 have = 0..read_at(&mut read[..wanted], at)?;
                 at += have.len() as u64;
                 if have.is_empty() {
-                    return Err(bad("it ends too early".to_owned()));
+                    return Err(bad("its compressed content ends too early".to_owned()));
                 }
             }
             if content.len() == content.capacity() {
-                // One byte more than promised is enough to notice that it is too long.
+                // One byte more than `size` suffices to detect that the content is too long.
                 content.reserve(if content.len() as u64 >= size { 1 } else { 64 * 1024 });
             }
             let before = (state.total_in(), state.total_out());
@@ -113,7 +114,7 @@ pub(crate) fn inflate(size: u64, read_at: impl Fn(&mut [u8], u64) -> io::Result<
             let status = status.map_err(|error| bad(error.to_string()))?;
             have.start += (state.total_in() - before.0) as usize;
             if status != Status::StreamEnd && before == (state.total_in(), state.total_out()) {
-                return Err(bad("it does not go on".to_owned()));
+                return Err(bad("its compressed content is damaged".to_owned()));
             }
             if status == Status::StreamEnd || content.len() as u64 > size {
                 break;
@@ -122,7 +123,7 @@ pub(crate) fn inflate(size: u64, read_at: impl Fn(&mut [u8], u64) -> io::Result<
         if content.len() as u64 == size {
             Ok(content)
         } else {
-            Err(bad(format!("{size} bytes were promised, {} came out", content.len())))
+            Err(bad(format!("expected {size} bytes, decompressed {}", content.len())))
         }
     })
 }
@@ -163,7 +164,7 @@ mod tests {
                 assert!(inflate(content.len() as u64, read_at).unwrap() == content);
                 for promised in [content.len() + 1].into_iter().chain(content.len().checked_sub(1)) {
                     let error = inflate(promised as u64, read_at).unwrap_err().to_string();
-                    assert_eq!(error, format!("{promised} bytes were promised, {} came out", content.len()));
+                    assert_eq!(error, format!("expected {promised} bytes, decompressed {}", content.len()));
                 }
             }
         }

@@ -1,22 +1,22 @@
-//! Deltas: an object written as copies from a similar one and insertions, in git's encoding.
+//! Deltas: an object as copies from a similar one and insertions, in git's encoding.
 //!
-//! The encoder takes off what both have in common at the front and the back, which is nearly all of an edited file or a
-//! directory with one new entry, and finds the rest with a rolling hash over blocks of the base. Nothing here knows
-//! packs, files or which object is a good base for which.
+//! The encoder skips the common start and end, which cover most of an edited file or of a directory with one
+//! new entry, and finds the rest with a rolling hash over blocks of the base. Which object is a good base is
+//! decided elsewhere.
 
-/// Bytes that a match must have in common to be found.
+/// The length of a block: shorter matches are not found.
 const BLOCK: usize = 16;
-/// Shorter stretches are inserted: a copy would not be smaller.
+/// Shorter matches are inserted, since a copy would not be smaller.
 const MIN_COPY: usize = 8;
-/// The most that one copy says; its length has three bytes.
+/// The longest copy; its length has three bytes.
 const MAX_COPY: usize = 0xff_ffff;
-/// The most that one insertion holds.
+/// The longest insertion.
 const MAX_INSERT: usize = 0x7f;
-/// How many blocks with the same hash are compared; a file of zeros has only such.
+/// The number of blocks with the same hash that are compared, which bounds the work for files of zeroes.
 const MAX_CANDIDATES: usize = 48;
-/// A match of this length is taken without looking for a longer one.
+/// A match of this length is taken without searching for a longer one.
 const LONG_ENOUGH: usize = 8192;
-/// A changed stretch from this length on may hold text from anywhere in the base.
+/// From this length on, a changed part is compared with the whole base.
 const WORTH_INDEXING_ALL: usize = 256;
 const MULTIPLIER: u32 = 0x0100_0193;
 
@@ -25,7 +25,7 @@ const MULTIPLIER: u32 = 0x0100_0193;
 #[error("its delta {0}")]
 pub(crate) struct BadDelta(&'static str);
 
-/// Describes `target` by `base`; `None` when that takes more than `max` bytes.
+/// Encodes `target` as a delta to `base`; `None` if that takes more than `max` bytes.
 pub(crate) fn encode(base: &[u8], target: &[u8], max: usize) -> Option<Vec<u8>> {
     if u32::try_from(base.len()).is_err() {
         return None;
@@ -81,7 +81,7 @@ fn encode_middle(
             }
             hash = roll(hash, target[at], target[at + BLOCK]);
             at += 1;
-            // Whatever is not copied is inserted: a delta of insertions is not worth its time.
+            // The bytes before `at` would be inserted; a delta that consists of insertions is useless.
             if at - out.literal > out.max {
                 return None;
             }
@@ -91,7 +91,7 @@ fn encode_middle(
 
 struct Output {
     bytes: Vec<u8>,
-    /// Where in the target what is not yet written begins.
+    /// The offset in the target from which bytes are not written yet.
     literal: usize,
     max: usize,
 }
@@ -106,7 +106,7 @@ impl Output {
         (self.bytes.len() <= self.max).then_some(())
     }
 
-    /// Says that `length` bytes of the target at `to` stand in the base at `from`.
+    /// Writes a copy of `length` bytes at `from` in the base to `to` in the target.
     fn copy(&mut self, target: &[u8], to: usize, from: usize, length: usize) -> Option<()> {
         self.insert_until(target, to)?;
         let (mut from, mut left) = (from, length);
@@ -130,7 +130,7 @@ impl Output {
     }
 }
 
-/// The blocks of a base by their hash: chains of block numbers, one per bucket.
+/// The blocks of a base by their hash: one chain of block numbers per bucket.
 struct Blocks {
     start: usize,
     end: usize,
@@ -152,7 +152,7 @@ impl Blocks {
             heads: vec![NONE; 1 << bits],
             next: vec![NONE; count],
         };
-        // From the end, so that each chain begins with the first block.
+        // Backwards, so that each chain begins with the first block.
         for number in (0..count).rev() {
             let at = within.start + number * BLOCK;
             let bucket = blocks.bucket(hash_of(&base[at..at + BLOCK]));
@@ -166,8 +166,8 @@ impl Blocks {
         (hash.wrapping_mul(0x9e37_79b1) >> self.shift) as usize
     }
 
-    /// Finds the longest stretch of the base that stands in the target at `at`, also backwards as far as `literal`:
-    /// where it is in the base, its length, and how many bytes before `at` belong to it.
+    /// Finds the longest match of the base with the target around `at`, not before `literal`. Returns its
+    /// offset in the base, its length from `at` on, and its length before `at`.
     fn longest(
         &self,
         base: &[u8],
@@ -230,14 +230,14 @@ fn put_size(out: &mut Vec<u8>, mut size: usize) {
     out.push(size as u8);
 }
 
-/// Returns how many bytes the object has that a delta describes, as the delta says.
+/// Returns the size of the object that a delta encodes, as stated in the delta.
 pub(crate) fn target_size(delta: &[u8]) -> Result<u64, BadDelta> {
     let mut ops = Ops(delta);
     ops.size()?;
     ops.size()
 }
 
-/// Makes the object that a delta describes.
+/// Applies a delta to its base.
 pub(crate) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, BadDelta> {
     let mut ops = Ops(delta);
     if ops.size()? != base.len() as u64 {
@@ -257,7 +257,7 @@ pub(crate) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, BadDelta> {
             }
             let [a, b, c, d, e, f, g, _] = fields;
             let (from, length) = (u32::from_le_bytes([a, b, c, d]) as usize, u32::from_le_bytes([e, f, g, 0]) as usize);
-            // Git's shorthand.
+            // Git encodes this length as 0.
             let length = if length == 0 { 0x1_0000 } else { length };
             let piece = from.checked_add(length).and_then(|end| base.get(from..end));
             target.extend_from_slice(piece.ok_or(BadDelta("copies from beyond its base"))?);
@@ -266,7 +266,7 @@ pub(crate) fn apply(base: &[u8], delta: &[u8]) -> Result<Vec<u8>, BadDelta> {
             break;
         }
     }
-    if target.len() as u64 == size { Ok(target) } else { Err(BadDelta("makes another size than it promises")) }
+    if target.len() as u64 == size { Ok(target) } else { Err(BadDelta("produces another size than it states")) }
 }
 
 struct Ops<'a>(&'a [u8]);
@@ -284,7 +284,7 @@ impl<'a> Ops<'a> {
 
     fn take(&mut self, count: usize) -> Result<&'a [u8], BadDelta> {
         if count == 0 {
-            return Err(BadDelta("holds an operation that git has reserved"));
+            return Err(BadDelta("contains a reserved operation"));
         }
         let (taken, rest) = self.0.split_at_checked(count).ok_or(BadDelta("is cut off"))?;
         self.0 = rest;
@@ -300,7 +300,7 @@ impl<'a> Ops<'a> {
                 return Ok(size);
             }
         }
-        Err(BadDelta("has a size that cannot be"))
+        Err(BadDelta("has an invalid size"))
     }
 }
 
@@ -372,8 +372,8 @@ mod tests {
         for cut in 0..delta.len() {
             assert!(apply(b"0123456789abcdef0123", &delta[..cut]).is_err());
         }
-        assert_eq!(apply(b"", &[0, 1, 0]), Err(BadDelta("holds an operation that git has reserved")));
-        assert_eq!(apply(b"", &[0x80; 12]), Err(BadDelta("has a size that cannot be")));
+        assert_eq!(apply(b"", &[0, 1, 0]), Err(BadDelta("contains a reserved operation")));
+        assert_eq!(apply(b"", &[0x80; 12]), Err(BadDelta("has an invalid size")));
     }
 
     proptest! {

@@ -1,9 +1,9 @@
 //! Finds and reads objects in the store's packs.
 //!
-//! The indexes are kept in memory, so that asking for an object costs a binary search per pack and no system call.
-//! Whole objects stream out of their pack, so that a large file never stands in memory; deltas (consolidated packs) are
-//! put together in memory. What no pack holds is looked for with the git library, from the same directory and without
-//! any configuration of anybody's: somebody may have run git in the store.
+//! The indexes are kept in memory, so that finding an object costs a binary search per pack and no system call.
+//! Complete objects are streamed, so that a large file is never in memory at once; deltas (of consolidated
+//! packs) are applied in memory. Objects that no pack has are read with libgit2 from the same directory,
+//! without any git configuration, in case a user has run git in the store.
 
 use std::collections::{HashSet, VecDeque};
 use std::io::{self, Read};
@@ -19,28 +19,25 @@ use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::{Content, PackReader, Remembered};
 
 const OPEN_PACKS: usize = 16;
-/// How often packs may be replaced under a reader before it gives up.
+/// How often a reader retries after packs were replaced.
 const PATIENCE: usize = 4;
 
-/// The packs of one store.
 pub struct ObjectStore {
     objects: PathBuf,
-    /// The time of the directory of packs when it was listed last; held while it is.
+    /// The modification time of the directory of packs when it was last listed; locked while it is listed.
     listed: Mutex<Option<SystemTime>>,
     packs: RwLock<Vec<Arc<PackIndex>>>,
     open: Mutex<VecDeque<PackReader>>,
     remembered: Remembered,
-    /// The most that an object may come to in memory, bytes.
+    /// The largest object that is read into memory, in bytes.
     limit: u64,
-    /// Locked after `packs`, where both are.
+    /// Locked after `packs` if both are.
     distrusted: RwLock<DamagedObjects>,
 }
 
 /// An object whose content is read as a stream.
 pub struct ObjectReader {
-    /// What it is.
     pub kind: ObjectKind,
-    /// How many bytes it has.
     pub size: u64,
     content: Box<dyn Read + Send>,
 }
@@ -58,10 +55,9 @@ impl ObjectReader {
 }
 
 impl ObjectStore {
-    /// Loads the indexes of all packs in the `objects` directory.
     ///
     /// # Errors
-    /// Fails when the directory cannot be read; a damaged index only hides its own objects.
+    /// Fails when the directory cannot be read. A damaged index only hides its own objects.
     pub fn open(objects: &Path) -> Result<ObjectStore> {
         let store = ObjectStore {
             objects: objects.to_owned(),
@@ -76,20 +72,20 @@ impl ObjectStore {
         Ok(store)
     }
 
-    /// Puts no object together in memory that comes to more bytes, and reads packs alone: for what is not yet trusted.
+    /// Limits objects in memory to `limit` bytes and never uses libgit2: for packs from untrusted sources.
     #[must_use]
     pub(crate) fn limited(self, limit: u64) -> ObjectStore {
         ObjectStore { limit, ..self }
     }
 
-    /// Returns where the packs lie.
+    /// Returns the directory of the packs.
     pub fn pack_dir(&self) -> PathBuf {
         self.objects.join("pack")
     }
 
-    /// Looks again which packs there are.
+    /// Reads the list of packs again.
     pub fn refresh(&self) -> Result<()> {
-        // One after the other: what was listed earlier must not replace what was listed later.
+        // Concurrent calls take turns: an older list must not replace a newer one.
         let mut listed = self.listed.lock().unwrap_or_else(PoisonError::into_inner);
         *listed = None;
         let time = self.changed();
@@ -98,7 +94,7 @@ impl ObjectStore {
         Ok(())
     }
 
-    /// The same, if the directory has changed since; otherwise one system call.
+    /// Calls [`ObjectStore::refresh`] if the directory has changed; otherwise costs one system call.
     pub(crate) fn refresh_if_changed(&self) -> Result<()> {
         let listed = *self.listed.lock().unwrap_or_else(PoisonError::into_inner);
         if listed.is_some() && listed == self.changed() { Ok(()) } else { self.refresh() }
@@ -135,12 +131,11 @@ impl ObjectStore {
         Ok(())
     }
 
-    /// Gives back the memory that only makes reading faster.
+    /// Empties the cache of objects.
     pub fn rest(&self) {
         self.remembered.forget();
     }
 
-    /// Returns the indexes of all packs.
     pub(crate) fn indexes(&self) -> Vec<Arc<PackIndex>> {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -149,7 +144,7 @@ impl ObjectStore {
         self.distrusted.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Finds an object; a damaged copy only where there is no other.
+    /// Finds an object, preferring copies that are not known to be damaged.
     fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         let distrusted = self.is_marked_damaged();
@@ -160,20 +155,19 @@ impl ObjectStore {
         Some((Arc::clone(pack), offset))
     }
 
-    /// Says whether a published pack holds a copy of the object that is not known to be damaged, so that nobody needs to
-    /// write another.
+    /// Says whether a published pack has a copy of the object that is not known to be damaged.
     pub fn contains(&self, oid: &Oid) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         let distrusted = self.is_marked_damaged();
         packs.iter().any(|pack| pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name))
     }
 
-    /// Says whether a published pack holds any copy of the object, be it a damaged one.
+    /// Says whether a published pack has a copy of the object, damaged or not.
     pub(crate) fn has(&self, oid: &Oid) -> bool {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.position(oid).is_some())
     }
 
-    /// Notes that these objects cannot be read from where they are found now.
+    /// Marks the copies in which these objects are found now as damaged.
     pub(crate) fn mark_damaged(&self, ids: &[Oid]) {
         let found: Vec<_> = ids.iter().filter_map(|oid| Some((*oid, self.pack_of(oid)?))).collect();
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
@@ -181,24 +175,24 @@ impl ObjectStore {
         distrusted.retain(|name| packs.iter().any(|pack| pack.name == name));
         found.into_iter().for_each(|(oid, pack)| distrusted.add(oid, pack));
         if let Err(error) = distrusted.save() {
-            tracing::warn!(%error, "which objects are damaged is forgotten with the daemon's end");
+            tracing::warn!(%error, "failed to save the list of damaged objects; it is lost when the daemon ends");
         }
     }
 
-    /// Says whether every object has a copy that is not known to be damaged.
+    /// Says whether every existing object has a copy that is not known to be damaged.
     pub(crate) fn is_sound(&self) -> bool {
         let bad: Vec<Oid> = self.is_marked_damaged().all().map(|(oid, _)| *oid).collect();
         bad.iter().all(|oid| self.contains(oid) || !self.has(oid))
     }
 
-    /// Says whether the copy of an object in a pack is damaged and another one is not.
+    /// Says whether the copy of an object in a pack is damaged and another copy is not.
     pub(crate) fn is_replaced(&self, pack: &str, oid: &Oid) -> bool {
-        // Bound to a name, since the lock must not be held for the look-up.
+        // A separate statement, so that the lock is released before the lookup.
         let bad = self.is_marked_damaged().is_bad(oid, pack);
         bad && self.contains(oid)
     }
 
-    /// Lists the packs with damaged copies, without those where one that is `needed` has no other.
+    /// Lists the packs with damaged copies, except those that have the only copy of a `needed` object.
     pub(crate) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
         if self.is_marked_damaged().is_empty() {
             return HashSet::new();
@@ -217,12 +211,11 @@ impl ObjectStore {
         self.find(oid).map(|(pack, _)| pack.name.clone())
     }
 
-    /// Says whether there is a pack of this name.
     pub(crate) fn has_pack(&self, name: &str) -> bool {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).iter().any(|pack| pack.name == name)
     }
 
-    /// Says whether a pack other than these holds the object, in a copy that is not known to be damaged.
+    /// Says whether a pack other than `without` has a copy of the object that is not known to be damaged.
     pub(crate) fn contains_outside(&self, oid: &Oid, without: &HashSet<String>) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
         let distrusted = self.is_marked_damaged();
@@ -231,7 +224,7 @@ impl ObjectStore {
         })
     }
 
-    /// Opens the pack of an index, or returns it from among those that are open.
+    /// Opens the pack of an index, or returns it if it is already open.
     pub(crate) fn reader(&self, index: &Arc<PackIndex>) -> io::Result<PackReader> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(reader) = open.iter().find(|reader| reader.index.serial == index.serial) {
@@ -245,7 +238,7 @@ impl ObjectStore {
         Ok(reader)
     }
 
-    /// Finds the pack of an object and opens it; `None` when no pack holds the object.
+    /// Finds and opens the pack of an object; `None` if no pack has it.
     fn locate(&self, oid: &Oid) -> Result<Option<(PackReader, u64)>> {
         for _ in 0..PATIENCE {
             let Some((pack, offset)) = self.find(oid) else {
@@ -253,7 +246,7 @@ impl ObjectStore {
             };
             match self.reader(&pack) {
                 Ok(reader) => return Ok(Some((reader, offset))),
-                // Consolidated since the indexes were read: now it lies in another pack.
+                // A consolidation has moved the object to another pack.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => self.refresh()?,
                 Err(error) => {
                     let problem = format!("its pack is unreadable: {error}");
@@ -264,7 +257,6 @@ impl ObjectStore {
         Ok(None)
     }
 
-    /// Opens an object as a stream.
     ///
     /// # Errors
     /// Fails when the object is missing or its pack cannot be read.
@@ -305,17 +297,17 @@ impl ObjectStore {
             git2::ObjectType::Commit => ObjectKind::Commit,
             git2::ObjectType::Tree => ObjectKind::Tree,
             git2::ObjectType::Blob => ObjectKind::Blob,
-            other => return Err(damaged(format!("it is a {other}"))),
+            other => return Err(damaged(format!("it has the unexpected kind {other}"))),
         };
         Ok(ObjectReader::of((kind, content.into())))
     }
 
-    /// Reads an object of a known kind that is small enough for memory: a tree, a commit or metadata.
+    /// Reads an object of known kind into memory: a tree, a commit or metadata.
     pub fn read(&self, oid: &Oid, kind: ObjectKind) -> Result<Vec<u8>> {
         self.share(oid, kind).map(|content| content.to_vec())
     }
 
-    /// The same, shared with whoever else has read it lately.
+    /// As [`ObjectStore::read`], but shares the content with the cache.
     pub(crate) fn share(&self, oid: &Oid, kind: ObjectKind) -> Result<Arc<[u8]>> {
         let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
         let (found, content) = match self.locate(oid)? {
@@ -328,7 +320,7 @@ impl ObjectStore {
             }
         };
         if found != kind {
-            return Err(damaged(format!("a {} was expected, it is a {}", kind.word(), found.word())));
+            return Err(damaged(format!("expected a {}, found a {}", kind.word(), found.word())));
         }
         Ok(content)
     }

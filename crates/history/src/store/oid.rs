@@ -1,7 +1,7 @@
-//! Git object ids and the hashing that makes them.
+//! Git object ids and how they are computed.
 //!
-//! Ids are computed here, with the hardware's SHA-1, because the library's own is three times slower. Nothing here
-//! reads or writes a file.
+//! Ids are computed here with the processor's SHA-1 instructions, since libgit2's implementation is three times
+//! slower. This module does not access files.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,19 +9,17 @@ use std::str::FromStr;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha1::{Digest, Sha1};
 
-/// Kinds of objects that the store writes.
+/// The kinds of objects that the store writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ObjectKind {
-    /// A checkpoint's commit.
     Commit,
-    /// A directory.
     Tree,
-    /// A file's bytes, a link's target or a piece of metadata.
+    /// The content of a file, the target of a symbolic link, or metadata.
     Blob,
 }
 
 impl ObjectKind {
-    /// Returns the word that git hashes in front of the content.
+    /// Returns git's word for the kind, which is part of the hashed header.
     pub fn word(self) -> &'static str {
         match self {
             ObjectKind::Commit => "commit",
@@ -31,7 +29,7 @@ impl ObjectKind {
     }
 }
 
-/// The SHA-1 name of an object.
+/// The id of an object: the SHA-1 of its header and content.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Oid([u8; 20]);
 
@@ -41,17 +39,15 @@ pub struct Oid([u8; 20]);
 pub struct NotAnOid(pub String);
 
 impl Oid {
-    /// Wraps 20 raw bytes.
     pub fn from_raw(raw: [u8; 20]) -> Self {
         Oid(raw)
     }
 
-    /// Returns the raw bytes.
     pub fn raw(&self) -> &[u8; 20] {
         &self.0
     }
 
-    /// Hashes an object held in memory.
+    /// Computes the id of an object in memory.
     pub fn of(kind: ObjectKind, content: &[u8]) -> Self {
         let mut hasher = ObjectHasher::new(kind, content.len() as u64);
         hasher.update(content);
@@ -102,23 +98,21 @@ impl<'de> Deserialize<'de> for Oid {
     }
 }
 
-/// Hashes an object whose content comes in pieces; its size must be known first.
+/// Computes the id of an object whose content comes in pieces; its size must be known at the start.
 pub struct ObjectHasher(Sha1);
 
 impl ObjectHasher {
-    /// Starts an object of `size` bytes.
+    /// Begins an object of `size` bytes.
     pub fn new(kind: ObjectKind, size: u64) -> Self {
         let mut hasher = Sha1::new();
         hasher.update(format!("{} {size}\0", kind.word()));
         ObjectHasher(hasher)
     }
 
-    /// Adds the next piece.
     pub fn update(&mut self, piece: &[u8]) {
         self.0.update(piece);
     }
 
-    /// Returns the id.
     pub fn finish(self) -> Oid {
         Oid(self.0.finalize().into())
     }

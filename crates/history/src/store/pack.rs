@@ -1,8 +1,8 @@
-//! Writes one pack and its index: exactly the new objects of one checkpoint.
+//! Writes one pack and its index: the new objects of one checkpoint.
 //!
-//! Layout of a pack (git's version 2): `PACK`, version, number of objects, then per object a length header and its
-//! content as one zlib stream, then the SHA-1 of all that. The index holds the sorted ids with checksums and offsets.
-//! Nothing here knows what the objects mean or which is a good base for which: consolidation is another room's work.
+//! A pack (git's version 2) consists of `PACK`, the version, the number of objects, then per object a header
+//! and its content as a zlib stream, then the SHA-1 of everything before. The index has the sorted ids with
+//! checksums and offsets. Which objects are good delta bases is decided by consolidation.
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -24,14 +24,15 @@ use fermata_os::fsync::{begin_to_write, sync_together};
 const SIGNATURE: &[u8; 8] = b"PACK\0\0\0\x02";
 const COPY_BUFFER: usize = 256 * 1024;
 
-/// Larger trees are compressed at once: a consolidation copies very large objects as they are.
+/// Larger trees are compressed immediately, since consolidation copies very large objects unchanged.
 const MAX_WRAPPED: usize = 1 << 20;
 
-/// So many bytes of files a pack takes as they are: agents stand still while the few files of a small change are read, and
-/// to compress them takes longer than everything else. A consolidation makes up for it.
+/// The number of bytes per pack that are stored uncompressed. Agents are frozen while the few files of a small
+/// change are read, and compression would take longer than everything else. Consolidation compresses them
+/// later.
 const MOST_IN_HASTE: u64 = 1 << 20;
 
-/// An object compressed in memory, ready to be appended.
+/// An encoded pack entry in memory.
 #[derive(Debug)]
 pub struct Packed {
     oid: Oid,
@@ -40,10 +41,10 @@ pub struct Packed {
 }
 
 impl Packed {
-    /// Compresses an object, where that is worth it while somebody waits; a consolidation compresses the rest.
+    /// Encodes an object, compressed unless consolidation can do that later.
     ///
     /// # Errors
-    /// Only memory can fail here.
+    /// Fails only if the compression library does.
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
         let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
         match kind {
@@ -53,7 +54,7 @@ impl Packed {
         Ok(Packed { oid, crc: crc_of(&bytes), bytes })
     }
 
-    /// Wraps an object without compressing it.
+    /// Encodes an object without compression.
     pub fn in_haste(oid: Oid, kind: ObjectKind, content: &[u8]) -> Packed {
         let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
         store(content, &mut bytes);
@@ -61,29 +62,27 @@ impl Packed {
     }
 }
 
-/// A finished pack.
 #[derive(Clone, Debug)]
 pub struct FinishedPack {
     /// The name without extension, `pack-<checksum>`.
     pub name: String,
-    /// How many objects are in it.
+    /// The number of objects.
     pub objects: u64,
-    /// Its size in bytes.
+    /// The size in bytes.
     pub bytes: u64,
 }
 
-/// How appending a stream went.
+/// The result of appending a stream.
 #[derive(Debug)]
 pub enum Streamed {
-    /// The pack has the object.
+    /// The pack contains the object.
     Stored,
-    /// The stream turned out not to be that object.
+    /// The content of the stream does not match the id.
     Different,
-    /// The stream failed.
+    /// Reading the stream failed.
     Unreadable(io::Error),
 }
 
-/// A pack that is being written.
 pub struct PackWriter {
     dir: PathBuf,
     path: PathBuf,
@@ -91,18 +90,18 @@ pub struct PackWriter {
     length: u64,
     lines: Vec<Line>,
     seen: HashMap<Oid, u64>,
-    /// How many bytes it has taken as they are.
+    /// The bytes that were stored uncompressed.
     in_haste: u64,
 }
 
 impl PackWriter {
-    /// Starts a pack in a directory of its own.
+    /// Begins a pack in an own directory.
     pub fn create(dir: &Path) -> io::Result<PackWriter> {
         let path = dir.join("incoming.pack");
         let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o400).open(&path)?;
         let mut file = BufWriter::with_capacity(COPY_BUFFER, file);
         file.write_all(SIGNATURE)?;
-        // The number of objects, filled in at the end.
+        // The number of objects, set at the end.
         file.write_all(&[0; 4])?;
         Ok(PackWriter {
             dir: dir.to_owned(),
@@ -115,7 +114,7 @@ impl PackWriter {
         })
     }
 
-    /// Says whether so many bytes of a file are better taken as they are, and counts them then.
+    /// Says whether to store this many bytes of a file uncompressed, and if so counts them.
     pub fn hastens(&mut self, bytes: usize) -> bool {
         let in_haste = self.in_haste + bytes as u64;
         let hastens = in_haste <= MOST_IN_HASTE;
@@ -125,17 +124,15 @@ impl PackWriter {
         hastens
     }
 
-    /// Says whether nothing was appended yet.
     pub fn is_empty(&self) -> bool {
         self.lines.is_empty()
     }
 
-    /// Says whether the object is already in this pack.
     pub fn holds(&self, oid: &Oid) -> bool {
         self.seen.contains_key(oid)
     }
 
-    /// Appends an object, unless the pack has it.
+    /// Appends an object unless the pack contains it.
     pub fn append(&mut self, packed: &Packed) -> io::Result<()> {
         if !self.holds(&packed.oid) {
             self.file.write_all(&packed.bytes)?;
@@ -150,15 +147,15 @@ impl PackWriter {
         self.length += length;
     }
 
-    /// Says how an object is stored that is whole, or a delta to one that the pack holds already.
+    /// Returns how to store an object: completely, or as a delta to one that the pack contains.
     fn stored(&self, kind: ObjectKind, base: Option<&Oid>) -> io::Result<Stored> {
         let Some(base) = base else { return Ok(Stored::Whole(kind)) };
         let at = self.seen.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
         Ok(Stored::Behind(self.length - at))
     }
 
-    /// Appends an object, or its delta to a base that the pack holds already, compressed by the caller; `size` is that
-    /// of what was compressed.
+    /// Appends an object, or its delta to a base that the pack contains, compressed by the caller. `size` is
+    /// the size before compression.
     pub(crate) fn append_deflated(
         &mut self,
         oid: Oid,
@@ -177,10 +174,11 @@ impl PackWriter {
         Ok(())
     }
 
-    /// Appends an entry of another pack without inflating it: `length` bytes at `at`, which must have the checksum `crc`.
+    /// Appends an entry of another pack without decompressing it: `length` bytes at `at` with the CRC-32
+    /// `expected`.
     ///
     /// # Errors
-    /// Fails when the other pack is damaged there; then this pack is of no use.
+    /// Fails when the other pack is damaged there; this pack is then unusable.
     pub(crate) fn append_copy(
         &mut self,
         oid: Oid,
@@ -214,19 +212,16 @@ impl PackWriter {
             done += n as u64;
         }
         if old.sum() != expected {
-            return Err(bad(format!(
-                "the entry of {oid} in {} has another checksum than its index says",
-                from.index.name
-            )));
+            return Err(bad(format!("the entry of {oid} in {} does not match its index", from.index.name)));
         }
         self.enter(oid, new.sum(), new_head.len() as u64 + length - old_head as u64);
         Ok(())
     }
 
-    /// Appends an object of `size` bytes from a stream; unless it is stored, the pack stays as it was.
+    /// Appends an object of `size` bytes from a stream. Unless the result is `Stored`, the pack is unchanged.
     ///
     /// # Errors
-    /// Fails when the pack cannot be written; a failing source is an outcome.
+    /// Fails when the pack cannot be written. A failure of the source is a result.
     pub fn append_stream(
         &mut self,
         oid: Oid,
@@ -278,16 +273,16 @@ impl PackWriter {
         self.file.seek(SeekFrom::Start(to)).map(drop)
     }
 
-    /// Completes pack and index and makes both durable.
+    /// Completes pack and index and flushes both.
     pub fn finish(mut self) -> io::Result<FinishedPack> {
         self.file.flush()?;
         let mut file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
         let count = u32::try_from(self.lines.len()).map_err(|_| io::Error::other("too many objects for one pack"))?;
         file.write_all_at(&count.to_be_bytes(), 8)?;
 
-        // The disk takes it in meanwhile.
+        // The disk writes while the checksum is computed.
         begin_to_write(&file);
-        // The trailer covers the count, which was unknown until now, so that the pack is read once more.
+        // The checksum covers the number of objects, so the pack is read again.
         file.seek(SeekFrom::Start(0))?;
         let mut hasher = Sha1::new();
         let mut reader = BufReader::with_capacity(COPY_BUFFER, &file);
@@ -308,14 +303,14 @@ impl PackWriter {
         let index_path = self.dir.join(format!("{name}.idx"));
         let mut out = OpenOptions::new().write(true).create_new(true).mode(0o400).open(index_path)?;
         out.write_all(&index)?;
-        // Their names are made durable where they will stay.
+        // Their names become durable in the directory that they are moved to.
         sync_together(&[&file, &out])?;
         std::fs::rename(&self.path, self.dir.join(format!("{name}.pack")))?;
         Ok(FinishedPack { name, objects: u64::from(count), bytes: self.length + 20 })
     }
 }
 
-/// Counts and checksums what passes through.
+/// Counts the bytes that pass through and computes their checksum.
 struct Counted<W> {
     inner: W,
     crc: flate2::Crc,

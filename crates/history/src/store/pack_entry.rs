@@ -1,37 +1,36 @@
-//! The head of a pack's entry: what an object is stored as, and how large it is.
-//!
-//! Encoding and decoding only; whoever reads or writes packs agrees here on what the bytes mean.
+//! The header of a pack entry: the kind and size of an object, and how it is stored. Encoding and decoding
+//! only.
 
 use std::io;
 
 use crate::store::oid::{ObjectKind, Oid};
 
-/// No head is longer.
+/// The longest header in bytes.
 pub(crate) const MAX_HEAD: usize = 32;
 
-/// How an object is stored.
+/// How an object is stored in a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stored {
-    /// As it is.
+    /// Completely.
     Whole(ObjectKind),
-    /// As a delta to the entry that begins so many bytes earlier.
+    /// As a delta to the entry that begins this many bytes before this one.
     Behind(u64),
-    /// As a delta to the object with this name, in the same pack.
+    /// As a delta to this object in the same pack.
     Named(Oid),
 }
 
-/// The head of an entry.
+/// The header of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
-    /// How the object is stored.
     pub stored: Stored,
-    /// The size of what follows once inflated: of the object, or of the delta.
+    /// The decompressed size of the object or of the delta.
     pub size: u64,
-    /// How many bytes the head itself has.
+    /// The length of the header in bytes.
     pub length: usize,
 }
 
-/// Encodes type and size, four bits of it beside the type, then seven per byte, low bits first; then the base.
+/// Encodes type and size (four bits of the size beside the type, then seven per byte, low bits first), then the
+/// base.
 pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
     let number = match stored {
         Stored::Whole(ObjectKind::Commit) => 1,
@@ -52,7 +51,7 @@ pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
     match stored {
         Stored::Whole(_) => {}
         Stored::Behind(distance) => {
-            // High bits first, each continuation counting one more than it says.
+            // High bits first; each continuation adds one to the distance.
             let mut reversed = vec![(distance & 0x7f) as u8];
             let mut rest = distance >> 7;
             while rest > 0 {
@@ -67,10 +66,10 @@ pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
     bytes
 }
 
-/// Reads a head from the first bytes of an entry.
+/// Decodes a header from the first bytes of an entry.
 ///
 /// # Errors
-/// Fails when it is cut off or of an unknown type.
+/// Fails when the header is truncated or of an unknown type.
 pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
     let mut at = 0;
     let mut next = || {
@@ -97,7 +96,7 @@ pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
             while byte & 0x80 != 0 {
                 byte = next()?;
                 let more = distance.checked_add(1).and_then(|d| d.checked_mul(128));
-                distance = more.ok_or_else(|| bad("its base is out of reach".to_owned()))? | u64::from(byte & 0x7f);
+                distance = more.ok_or_else(|| bad("its delta base is outside of the pack".to_owned()))? | u64::from(byte & 0x7f);
             }
             Stored::Behind(distance)
         }
@@ -113,7 +112,7 @@ pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
     Ok(Head { stored, size, length: at })
 }
 
-/// Makes the error of bytes that make no sense.
+/// Returns an error for invalid data.
 pub(crate) fn bad(problem: String) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, problem)
 }

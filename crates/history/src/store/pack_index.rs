@@ -1,7 +1,7 @@
-//! The index of a pack (git's version 2): which objects it holds, where, and with which checksums.
+//! The index of a pack (git's version 2): the objects in it, with their offsets and checksums.
 //!
-//! Loaded as one piece of memory, so that asking for an object is a binary search and no system call. An index that is
-//! damaged answers wrongly at worst; it never makes anybody panic.
+//! The index is loaded into memory, so that finding an object is a binary search without a system call. A
+//! damaged index may return wrong results but never causes a panic.
 
 use std::io;
 use std::path::Path;
@@ -20,23 +20,21 @@ const TRAILER: usize = 40;
 
 static COUNT: AtomicU64 = AtomicU64::new(0);
 
-/// The index of one pack.
 pub(crate) struct PackIndex {
-    /// The pack's name without extension.
+    /// The name of the pack without extension.
     pub name: String,
-    /// Names the pack in this process, for caches.
+    /// A number that identifies this index in the process, for caches.
     pub serial: u64,
     bytes: Vec<u8>,
     count: usize,
-    /// Whether the pack is as a snapshot wrote it; found out when somebody asks.
+    /// Whether a snapshot wrote the pack; determined on first use.
     pub(crate) fresh: OnceLock<bool>,
 }
 
 impl PackIndex {
-    /// Reads the index of a pack.
     ///
     /// # Errors
-    /// Fails when it cannot be read or is too short for what it claims to hold.
+    /// Fails when the file cannot be read or is shorter than its header says.
     pub fn load(dir: &Path, name: &str) -> io::Result<PackIndex> {
         let bytes = std::fs::read(dir.join(format!("{name}.idx")))?;
         let damaged = || bad("the pack index is damaged".to_owned());
@@ -51,27 +49,27 @@ impl PackIndex {
         Ok(PackIndex { name: name.to_owned(), serial, bytes, count, fresh: OnceLock::new() })
     }
 
-    /// Compares the index with its own checksum.
+    /// Verifies the checksum of the index.
     ///
     /// # Errors
-    /// Fails when they differ.
+    /// Fails when it does not match.
     pub fn check(&self) -> io::Result<()> {
         let (content, checksum) = self.bytes.split_at(self.bytes.len() - 20);
         let sum: [u8; 20] = Sha1::digest(content).into();
-        if sum == *checksum { Ok(()) } else { Err(bad("the pack index has another checksum than it says".to_owned())) }
+        if sum == *checksum { Ok(()) } else { Err(bad("the checksum of the pack index does not match".to_owned())) }
     }
 
-    /// Returns the checksum of the pack that the index was made for.
+    /// Returns the checksum of the pack as recorded in the index.
     pub fn pack_checksum(&self) -> &[u8] {
         &self.bytes[self.bytes.len() - TRAILER..self.bytes.len() - 20]
     }
 
-    /// Returns the size of the index itself.
+    /// Returns the size of the index in bytes.
     pub fn size(&self) -> u64 {
         self.bytes.len() as u64
     }
 
-    /// Returns how many objects the pack holds.
+    /// Returns the number of objects.
     pub fn count(&self) -> usize {
         self.count
     }
@@ -80,17 +78,16 @@ impl PackIndex {
         &self.bytes[IDS + n * 20..IDS + n * 20 + 20]
     }
 
-    /// Returns the name of the object at a position.
+    /// Returns the id at a position.
     pub fn oid(&self, n: usize) -> Option<Oid> {
         self.id(n).try_into().ok().map(Oid::from_raw)
     }
 
-    /// Lists the objects, ascending.
+    /// Iterates over the ids in ascending order.
     pub fn ids(&self) -> impl Iterator<Item = Oid> + '_ {
         (0..self.count).filter_map(|n| self.oid(n))
     }
 
-    /// Returns the position of an object.
     pub fn position(&self, oid: &Oid) -> Option<usize> {
         let first = oid.raw()[0] as usize;
         let mut low = if first == 0 { 0 } else { u32_at(&self.bytes, FANOUT + (first - 1) * 4) as usize };
@@ -106,12 +103,12 @@ impl PackIndex {
         None
     }
 
-    /// Returns where an object's entry begins.
+    /// Returns the offset of an object's entry.
     pub fn find(&self, oid: &Oid) -> Option<u64> {
         self.offset(self.position(oid)?)
     }
 
-    /// Returns where the entry at a position begins.
+    /// Returns the offset of the entry at a position.
     pub fn offset(&self, n: usize) -> Option<u64> {
         let short = u32_at(&self.bytes, IDS + self.count * 24 + n * 4);
         if short & 0x8000_0000 == 0 {
@@ -121,15 +118,15 @@ impl PackIndex {
         Some(u64::from_be_bytes(self.bytes.get(at..at + 8)?.try_into().ok()?))
     }
 
-    /// Returns the checksum of the entry at a position, head included.
+    /// Returns the CRC-32 of the entry at a position, including its header.
     pub fn crc(&self, n: usize) -> u32 {
         u32_at(&self.bytes, IDS + self.count * 20 + n * 4)
     }
 
-    /// Lists where the entries begin, with their positions, in the order in which they lie in the pack.
+    /// Lists the offsets of all entries, ascending, each with its position in the index.
     ///
     /// # Errors
-    /// Fails when an offset is missing or two entries begin at the same place.
+    /// Fails when an offset is missing or two entries have the same one.
     pub fn layout(&self) -> io::Result<Vec<(u64, u32)>> {
         let one = |n: usize| self.offset(n).map(|offset| (offset, n as u32));
         let mut layout: Vec<_> = (0..self.count).filter_map(one).collect();
@@ -138,7 +135,7 @@ impl PackIndex {
         if layout.len() == self.count && apart {
             Ok(layout)
         } else {
-            Err(bad("the pack index puts objects where none can be".to_owned()))
+            Err(bad("the pack index contains invalid offsets".to_owned()))
         }
     }
 }
@@ -147,17 +144,16 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_be_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
-/// What an index says about one object.
+/// The information about one object in an index.
 pub(crate) struct Line {
-    /// The object.
     pub oid: Oid,
-    /// The checksum of its entry.
+    /// The CRC-32 of its entry.
     pub crc: u32,
-    /// Where its entry begins.
+    /// The offset of its entry.
     pub offset: u64,
 }
 
-/// Encodes an index; the lines are put in the order of their ids.
+/// Encodes an index and sorts the lines by id.
 pub(crate) fn encode(lines: &mut [Line], pack_checksum: &[u8; 20]) -> Vec<u8> {
     lines.sort_unstable_by_key(|line| line.oid);
     let mut index = Vec::with_capacity(IDS + lines.len() * 28 + TRAILER);
@@ -171,7 +167,7 @@ pub(crate) fn encode(lines: &mut [Line], pack_checksum: &[u8; 20]) -> Vec<u8> {
     lines.iter().for_each(|line| index.extend_from_slice(&line.crc.to_be_bytes()));
     let mut large = Vec::new();
     for line in lines.iter() {
-        // Offsets of 2 GiB and more go to a table of their own, marked by the highest bit.
+        // Offsets of 2 GiB and more are in a separate table, marked by the highest bit.
         let short = match u32::try_from(line.offset) {
             Ok(offset) if offset < 0x8000_0000 => offset,
             _ => {

@@ -1,7 +1,7 @@
-//! Reads one pack: whole objects as streams, and deltas by applying the chain of them to its whole base.
+//! Reads one pack: complete objects as streams, deltas by applying their chain to the complete base.
 //!
-//! What chains have been resolved to is remembered for a while, since whoever walks versions of a directory wants the
-//! neighbour of the last one next. Reads by position only, so that several threads may share a pack.
+//! Objects made from deltas are cached, since a walk over versions of a directory needs the neighbour next. All
+//! reads are positional, so that threads can share a pack.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -18,19 +18,19 @@ use crate::store::pack_entry::{Head, MAX_HEAD, Stored, bad, decode_head};
 use crate::store::pack_index::PackIndex;
 use crate::store::{deflate, delta};
 
-/// Chains of foreign packs may be longer than ours; a longer one than this is damage.
+/// Packs of other programs may have longer chains than ours; a chain longer than this is damaged.
 const MAX_CHAIN: usize = 4096;
-/// Larger objects are not remembered.
+/// Larger objects are not cached.
 const MAX_REMEMBERED: usize = 1 << 20;
-/// What is remembered at most, in bytes, in each of two generations.
+/// The size of each of the two generations of the cache in bytes.
 const GENERATION: usize = 6 << 20;
 
-/// An object in memory.
+/// The kind and content of an object in memory.
 pub(crate) type Content = (ObjectKind, Arc<[u8]>);
 
 type Place = (u64, u64);
 
-/// Objects that were put together from deltas not long ago. What was not asked for during a generation goes.
+/// A cache of objects made from deltas. Objects that are not used during a generation are dropped.
 #[derive(Default)]
 pub(crate) struct Remembered(Mutex<Generations>);
 
@@ -69,33 +69,30 @@ impl Remembered {
         }
     }
 
-    /// Gives the memory back.
+    /// Empties the cache.
     pub fn forget(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Generations::default();
     }
 }
 
-/// One pack, opened.
 #[derive(Clone)]
 pub(crate) struct PackReader {
-    /// Its index.
     pub index: Arc<PackIndex>,
     file: Arc<File>,
-    /// The most that an object may come to in memory, bytes.
+    /// The largest object that is read into memory, in bytes.
     limit: u64,
 }
 
 impl PackReader {
-    /// Opens the pack that an index belongs to.
     ///
     /// # Errors
-    /// Fails when it cannot be opened.
+    /// Fails when the pack cannot be opened.
     pub fn open(dir: &Path, index: Arc<PackIndex>) -> io::Result<PackReader> {
         let file = Arc::new(File::open(dir.join(format!("{}.pack", index.name)))?);
         Ok(PackReader { index, file, limit: u64::MAX })
     }
 
-    /// Puts no object together in memory that comes to more bytes.
+    /// Sets the largest size of an object that is read into memory, in bytes.
     #[must_use]
     pub fn limited(self, limit: u64) -> PackReader {
         PackReader { limit, ..self }
@@ -103,37 +100,37 @@ impl PackReader {
 
     fn fits(&self, size: u64) -> io::Result<()> {
         let limit = self.limit;
-        if size <= limit { Ok(()) } else { Err(bad(format!("{size} bytes are more than the {limit} that are read"))) }
+        if size <= limit { Ok(()) } else { Err(bad(format!("its {size} bytes exceed the limit of {limit}"))) }
     }
 
-    /// Returns the size of the pack.
+    /// Returns the size of the pack in bytes.
     ///
     /// # Errors
-    /// Fails when the file cannot be looked at.
+    /// Fails when the metadata of the file cannot be read.
     pub fn length(&self) -> io::Result<u64> {
         self.file.metadata().map(|meta| meta.len())
     }
 
-    /// Reads the head of the entry at an offset.
+    /// Reads the header of the entry at an offset.
     ///
     /// # Errors
-    /// Fails when it cannot be read or makes no sense.
+    /// Fails when it cannot be read or is invalid.
     pub fn head(&self, at: u64) -> io::Result<Head> {
         let mut buffer = [0; MAX_HEAD];
         let n = read_some_at(&self.file, &mut buffer, at)?;
         decode_head(&buffer[..n])
     }
 
-    /// Reads bytes of the pack as they are.
+    /// Reads raw bytes of the pack.
     ///
     /// # Errors
-    /// Fails when there are not so many.
+    /// Fails when the pack ends before the buffer is full.
     pub fn bytes_at(&self, buffer: &mut [u8], at: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, at)
     }
 
-    /// Opens what follows a head as a stream; it ends one byte after the promised size at the latest, which is enough to
-    /// notice that it is too long.
+    /// Opens the content of an entry as a stream. It ends at most one byte after the expected size, which
+    /// suffices to detect that the content is too long.
     pub fn inflate(&self, at: u64, head: &Head) -> impl Read + Send + 'static + use<> {
         let cursor = Cursor { file: Arc::clone(&self.file), at: at + head.length as u64 };
         let capacity = if head.size < 32 * 1024 { 4096 } else { 64 * 1024 };
@@ -146,28 +143,28 @@ impl PackReader {
         deflate::inflate(head.size, |buffer, at| read_some_at(&self.file, buffer, start + at))
     }
 
-    /// Returns where the base of an entry begins, `None` when it needs none.
+    /// Returns the offset of an entry's delta base; `None` if it is no delta.
     ///
     /// # Errors
-    /// Fails when the base cannot be in this pack.
+    /// Fails when the base is not in this pack.
     pub fn base_of(&self, at: u64, head: &Head) -> io::Result<Option<u64>> {
         match head.stored {
             Stored::Whole(_) => Ok(None),
             Stored::Behind(distance) => match at.checked_sub(distance).filter(|base| distance > 0 && *base >= 12) {
                 Some(base) => Ok(Some(base)),
-                None => Err(bad("its base is out of reach".to_owned())),
+                None => Err(bad("its delta base is outside of the pack".to_owned())),
             },
             Stored::Named(oid) => match self.index.find(&oid) {
                 Some(base) => Ok(Some(base)),
-                None => Err(bad(format!("its base {oid} is not in its pack"))),
+                None => Err(bad(format!("its delta base {oid} is not in the pack"))),
             },
         }
     }
 
-    /// Puts an object together, in memory.
+    /// Reads an object into memory and applies its deltas.
     ///
     /// # Errors
-    /// Fails when it, or an object that it is a delta to, cannot be read.
+    /// Fails when the object, or one of its bases, cannot be read.
     pub fn resolve(&self, at: u64, remembered: &Remembered) -> io::Result<Content> {
         let mut deltas = Vec::new();
         let mut at = at;
@@ -186,10 +183,10 @@ impl PackReader {
                 }
                 Stored::Behind(_) | Stored::Named(_) => {
                     if deltas.len() >= MAX_CHAIN {
-                        return Err(bad("its chain of deltas has no end".to_owned()));
+                        return Err(bad("its chain of deltas is too long".to_owned()));
                     }
                     deltas.push((at, head));
-                    // It is a delta, so that there is a base.
+                    // A delta always has a base.
                     at = self.base_of(at, &head)?.unwrap_or(at);
                 }
             }
@@ -203,10 +200,10 @@ impl PackReader {
         Ok((kind, content))
     }
 
-    /// Compares the pack with its trailer and with what its index, which must belong to it, says of it.
+    /// Verifies the header and checksum of the pack, and that its index belongs to it.
     ///
     /// # Errors
-    /// Fails when it cannot be read, or names what differs.
+    /// Fails when the pack cannot be read, or with the difference.
     pub fn check(&self, cancelled: impl Fn() -> bool) -> io::Result<()> {
         self.index.check()?;
         let length = self.length()?;
@@ -214,7 +211,7 @@ impl PackReader {
         self.bytes_at(&mut head, 0)?;
         let count = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
         if !head.starts_with(b"PACK\0\0\0\x02") || count as usize != self.index.count() || length < 32 {
-            return Err(bad("the pack's header and its index do not fit together".to_owned()));
+            return Err(bad("the header of the pack does not match its index".to_owned()));
         }
         let mut hasher = Sha1::new();
         let mut buffer = vec![0; 256 * 1024];
@@ -231,14 +228,14 @@ impl PackReader {
         if cancelled() || (sum == trailer && trailer == *self.index.pack_checksum()) {
             Ok(())
         } else {
-            Err(bad("the pack has another checksum than it says".to_owned()))
+            Err(bad("the checksum of the pack does not match".to_owned()))
         }
     }
 
-    /// Compares every entry with the checksum that the index has of it; stops early, without an error, when cancelled.
+    /// Verifies the checksum of every entry. Stops early, without an error, when cancelled.
     ///
     /// # Errors
-    /// Fails when the pack cannot be read, or names what differs.
+    /// Fails when the pack cannot be read, or with the difference.
     pub fn check_entries(&self, cancelled: impl Fn() -> bool) -> io::Result<()> {
         let length = self.length()?.saturating_sub(20);
         let layout = self.index.layout()?;
@@ -256,23 +253,23 @@ impl PackReader {
                 at += n as u64;
             }
             if *start < 12 || *start >= end || crc.sum() != self.index.crc(*n as usize) {
-                return Err(bad(format!("the pack index says something else of the entry at {start}")));
+                return Err(bad(format!("the entry at {start} does not match the pack index")));
             }
         }
         Ok(())
     }
 
-    /// Says whether the pack is as a snapshot wrote it: compressed in haste, without deltas.
+    /// Says whether a snapshot wrote the pack: compressed at the fastest level and without deltas.
     pub fn is_fresh(&self) -> bool {
         *self.index.fresh.get_or_init(|| {
             let level = || -> io::Result<u8> {
                 let head = self.head(12)?;
                 let mut zlib = [0; 2];
                 self.bytes_at(&mut zlib, 12 + head.length as u64)?;
-                // How hard the compressor tried (RFC 1950, FLEVEL).
+                // The compression level (RFC 1950, FLEVEL).
                 Ok(zlib[1] >> 6)
             };
-            // A pack that cannot be read is nobody's to rewrite.
+            // An unreadable pack is not fresh, so that consolidation does not select it.
             level().is_ok_and(|level| level == 0)
         })
     }

@@ -1,10 +1,11 @@
-//! Makes a snapshot a checkpoint, or the known picture.
+//! Publishes a snapshot as a checkpoint, or as the base of the workspace state.
 //!
 //! ```text
-//! the pack moves among the others ─► the ref is linked ─► everything is flushed, side by side ─► known, and relied on
+//! move the pack to the others ─► link the ref ─► flush everything in parallel ─► take over the workspace state
 //! ```
-//! Whoever fails in between takes the ref back; what the pack of such a one left is swept. Takes the writer's lock, so
-//! that nobody removes packs meanwhile. Decides nothing about what a snapshot holds: that is `snapshot`'s work.
+//!
+//! If a step fails, the ref is removed again; the sweep removes a pack that is then unneeded. The writer lock
+//! is held, so that no pack is removed meanwhile. What a snapshot contains is decided in `snapshot`.
 
 use std::fs::{self, File};
 use std::io;
@@ -20,7 +21,8 @@ use crate::tree::names::RelPath;
 use fermata_failpoint as failpoint;
 use fermata_os::fsync::sync_together;
 
-/// A snapshot that has its number. Unless it is completed, the number is taken back.
+/// A snapshot whose ref exists but is not durable yet. Dropping it without [`Publication::complete`] removes
+/// the ref.
 pub struct Publication<'a> {
     history: &'a History,
     snapshot: &'a Snapshot,
@@ -29,11 +31,11 @@ pub struct Publication<'a> {
 }
 
 impl Publication<'_> {
-    /// Makes the snapshot's ref and the place of its pack durable, side by side with what `beside` it makes a checkpoint:
-    /// before that checkpoint's row is there, nobody relies on any of them.
+    /// Makes the ref and the moved pack durable, in parallel with the files `beside`. Until the row of the
+    /// checkpoint exists, nothing relies on any of them.
     ///
     /// # Errors
-    /// Fails when that cannot be done; then the checkpoint does not exist.
+    /// Fails when a flush does; the checkpoint then does not exist.
     pub fn complete(mut self, beside: &[&File]) -> Result<()> {
         let Publication { history, snapshot, .. } = self;
         let refs = history.refs.dir();
@@ -62,7 +64,7 @@ impl Drop for Publication<'_> {
 }
 
 impl History {
-    /// Makes a snapshot the checkpoint that it was taken for.
+    /// Publishes a snapshot as the checkpoint that it was taken for.
     ///
     /// # Errors
     /// As for [`History::begin_to_publish`] and [`Publication::complete`].
@@ -70,11 +72,12 @@ impl History {
         self.begin_to_publish(snapshot)?.complete(&[])
     }
 
-    /// Gives a snapshot its number; it is a checkpoint once the publication is complete.
+    /// Moves the pack of a snapshot and creates its ref. The checkpoint exists once the publication is
+    /// complete.
     ///
     /// # Errors
-    /// Fails when the number is taken, when the snapshot was discarded, or when the store cannot be written; then the
-    /// checkpoint does not exist, and the snapshot may be published again or discarded.
+    /// Fails when the number is taken, when the snapshot was discarded, or when the store cannot be written.
+    /// The checkpoint then does not exist, and the snapshot may be published again or discarded.
     pub fn begin_to_publish<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Publication<'a>> {
         let writer = self.lock_writer();
         let number = snapshot.number;
@@ -93,8 +96,7 @@ impl History {
         Ok(publication)
     }
 
-    /// Makes a snapshot the known picture without making it a checkpoint, so that the next one only costs what has
-    /// changed since.
+    /// Publishes a warm-up scan: the next snapshot builds on its workspace state, but it becomes no checkpoint.
     ///
     /// # Errors
     /// Fails when the snapshot was discarded, or when the store cannot be written.
@@ -112,15 +114,15 @@ impl History {
         Ok(())
     }
 
-    /// Moves a snapshot's pack among the published ones; repeatable. The caller flushes their directory.
+    /// Moves a snapshot's pack to the published ones; may be repeated. The caller flushes their directory.
     fn move_pack(&self, snapshot: &Snapshot) -> Result<()> {
         let Some(pack) = &snapshot.pack else { return Ok(()) };
         let (from, to) = (self.pending().join(&snapshot.draft.name), self.objects.pack_dir());
-        // The index comes last: a pack counts from the instant that it has one.
+        // The index is moved last, since a pack is visible once it has an index.
         for end in ["pack", "idx"] {
             let name = format!("{pack}.{end}");
             let (source, target) = (from.join(&name), to.join(&name));
-            // A publication that failed half way has moved the first already.
+            // A failed publication may have moved the first file already.
             if source.exists() || !target.exists() {
                 fs::rename(&source, &target).map_err(HistoryError::io("move a pack to", &target))?;
             }
@@ -130,17 +132,18 @@ impl History {
         self.objects.refresh()
     }
 
-    /// Takes note of a publication. What fails here only costs the next snapshot time, or the place its tidiness.
+    /// Takes over the state of a published snapshot and removes its directory. A failure here is logged only,
+    /// since the sweep removes the directory.
     fn has_published(&self, snapshot: &Snapshot) {
         self.adopt(snapshot);
         let from = self.pending().join(&snapshot.draft.name);
         if let Err(error) = fs::remove_dir_all(&from) {
-            tracing::warn!(%error, dir = %from.display(), "a draft stays until the next sweep");
+            tracing::warn!(%error, dir = %from.display(), "the directory of a snapshot could not be removed; the next sweep removes it");
         }
         self.live().remove(&snapshot.draft.name);
     }
 
-    /// Makes a snapshot's picture the known one, unless a later one is.
+    /// Replaces the workspace state by that of a snapshot, unless it is older.
     pub(crate) fn adopt(&self, snapshot: &Snapshot) {
         let mut known = self.lock_known();
         if known.epoch > snapshot.epoch {
@@ -153,12 +156,13 @@ impl History {
             known.whole_at = Some(Instant::now());
         }
         known.unsaved += if snapshot.whole { WHOLE_LOOK } else { 1 };
-        // Under the same lock: a later look's watches and events must not be taken for this one's.
+        // Under the same lock, so that watches and events of a later scan are not dropped.
         let picture = &snapshot.picture;
         let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
         if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
             watch.settle(epoch);
-            // The kernel gives up the watches of removed directories by itself; the others cost little meanwhile.
+            // The kernel ends the watches of removed directories itself; other unneeded ones wait for a full
+            // scan.
             if snapshot.whole {
                 watch.retain(epoch, is_dir);
             }

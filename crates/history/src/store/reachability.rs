@@ -1,8 +1,8 @@
-//! Walks from checkpoints to every object that they need, in the order of their numbers.
+//! Finds every object that checkpoints need, in the order of their numbers.
 //!
-//! Beside each object stands the one that had its place before: the version of the same path in an earlier checkpoint,
-//! which is the natural base of a delta. A subtree that was seen is not entered again, so that a walk costs one
-//! checkpoint and the changes of all others. Reads trees and commits only; that a blob is there is not checked.
+//! Each object is paired with its predecessor: the version of the same path in an earlier checkpoint, which is
+//! the natural base of a delta. A subtree is visited once, so that a walk costs one checkpoint and the changes
+//! of all others. Only trees and commits are read; whether a blob exists is not checked.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,22 +13,20 @@ use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::listing::root_tree_of;
 use crate::tree::trees::{TreeEntry, decode_tree};
 
-/// One object that is needed.
+/// An object that a checkpoint needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ReachableObject {
-    /// The object.
     pub oid: Oid,
-    /// What it is.
     pub kind: ObjectKind,
-    /// The number of the node that had its place before; it is lower than this one's.
+    /// The number of the predecessor's node, which is lower than that of this node.
     pub before: Option<u32>,
-    /// How many versions there were before.
+    /// The number of earlier versions.
     pub version: u32,
-    /// What its first name ends with, as a number: files of one kind resemble each other.
+    /// A number made of the end of its first name: files with the same extension resemble each other.
     pub likeness: u64,
 }
 
-/// Everything that was reached.
+/// The set of all needed objects.
 #[derive(Default)]
 pub(crate) struct Reachability {
     nodes: Vec<ReachableObject>,
@@ -36,12 +34,11 @@ pub(crate) struct Reachability {
 }
 
 impl Reachability {
-    /// Returns the number of an object, `None` when nobody needs it.
+    /// Returns the number of an object's node; `None` if it is not needed.
     pub fn number(&self, oid: &Oid) -> Option<u32> {
         self.numbers.get(oid).copied()
     }
 
-    /// Says whether the object is needed.
     pub fn needs(&self, oid: &Oid) -> bool {
         self.numbers.contains_key(oid)
     }
@@ -62,7 +59,7 @@ impl Reachability {
         true
     }
 
-    /// Walks from commits, past what is `known` already.
+    /// Finds the objects that commits need, except those in `known`.
     ///
     /// # Errors
     /// Fails when a tree cannot be read, or when cancelled.
@@ -87,8 +84,8 @@ impl Reachability {
     }
 }
 
-/// Makes a number of a name whose highest bits come from its last bytes, so that sorting by it brings the same names
-/// together, and beside them those with the same ending.
+/// Returns a number whose highest bits are the last bytes of a name: sorting by it puts equal names, and then
+/// names with equal endings, side by side.
 fn likeness(name: &[u8]) -> u64 {
     name.iter().fold(0, |number: u64, byte| (number >> 8) | (u64::from(*byte) << 56))
 }

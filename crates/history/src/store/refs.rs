@@ -1,10 +1,10 @@
-//! The names of the checkpoints: `refs/fermata/checkpoints/<number>`, one file each.
+//! The refs of the checkpoints: `refs/fermata/checkpoints/<number>`, one file each.
 //!
-//! A ref is the instant at which a checkpoint exists. It is written aside, flushed and then linked into place, which
-//! fails when the number is taken: a compare-and-swap without a lock that a crash could leave behind.
+//! A checkpoint exists from the instant its ref does. The ref is written to a temporary file, flushed and
+//! hard-linked to its name, which fails if the number is taken: a compare-and-swap that needs no lock file.
 //!
-//! `packed-refs` is read too: nothing here writes refs there, but somebody who runs `git gc` in the store must not make
-//! all checkpoints disappear.
+//! `packed-refs` is read, too. The store never writes refs there, but a user who runs `git gc` in the store
+//! must not lose all checkpoints.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
@@ -14,7 +14,6 @@ use crate::errors::{HistoryError, Result};
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::sync_dir;
 
-/// The refs of one store.
 #[derive(Debug)]
 pub struct Refs {
     dir: PathBuf,
@@ -22,24 +21,24 @@ pub struct Refs {
     base: PathBuf,
 }
 
-/// The file in which a ref is written before it has a name.
+/// The temporary file of a ref.
 const DRAFT: &str = "ref";
 
 const PREFIX: &str = "refs/fermata/checkpoints/";
 
-/// Reads a number that is written as nobody but this file writes it: no sign, no leading zero.
+/// Parses a number in the form that this module writes: without sign or leading zero.
 fn as_number(name: &str) -> Option<u64> {
     let number = name.parse::<u64>().ok()?;
     (name == number.to_string()).then_some(number)
 }
 
-/// Returns the number in a line of `packed-refs`.
+/// Returns the checkpoint number in a line of `packed-refs`.
 fn packed_number(line: &str) -> Option<u64> {
     as_number(line.split_once(' ')?.1.strip_prefix(PREFIX)?)
 }
 
 impl Refs {
-    /// Names the place of the refs below the bare repository.
+    /// Returns the refs of a bare repository.
     pub fn below(repository: &Path) -> Refs {
         Refs {
             dir: repository.join("refs/fermata/checkpoints"),
@@ -52,12 +51,13 @@ impl Refs {
         self.dir.join(number.to_string())
     }
 
-    /// Returns the commit that the kept picture of the workspace belongs to; what it reaches stays, like a checkpoint's.
+    /// Returns the commit of the saved workspace state. Its objects are kept like those of a checkpoint.
     pub fn base(&self) -> Result<Option<Oid>> {
         match fs::read_to_string(&self.base) {
             Ok(text) => match text.trim_end().parse() {
                 Ok(oid) => Ok(Some(oid)),
-                // Torn by a power failure: it was never flushed, and only costs time.
+                // The file is never flushed and may be incomplete after a power failure; the state is then
+                // rebuilt.
                 Err(_) => Ok(None),
             },
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
@@ -65,14 +65,15 @@ impl Refs {
         }
     }
 
-    /// Names the commit of the kept picture; `aside` is a directory on the same file system for the draft.
+    /// Sets the commit of the saved workspace state. The temporary file is written to `aside`, a directory on
+    /// the same file system.
     pub fn set_base(&self, commit: Oid, aside: &Path) -> Result<()> {
         let draft = aside.join("base");
         fs::write(&draft, format!("{commit}\n")).map_err(HistoryError::io("write", &draft))?;
         fs::rename(&draft, &self.base).map_err(HistoryError::io("write", &self.base))
     }
 
-    /// Lists the numbers of all published checkpoints, ascending.
+    /// Lists the numbers of all checkpoints, ascending.
     pub fn list(&self) -> Result<Vec<u64>> {
         let mut numbers = Vec::new();
         match fs::read_dir(&self.dir) {
@@ -82,8 +83,8 @@ impl Refs {
                     numbers.extend(name.to_str().and_then(as_number));
                 }
             }
-            // Git removes a directory whose refs it has packed. With neither, something is wrong, and an empty answer
-            // would let a sweep remove every pack.
+            // Git removes a directory whose refs it has packed. If both are missing the store is damaged, and
+            // an empty result would let a sweep remove every pack.
             Err(error) if error.kind() == io::ErrorKind::NotFound && self.packed.exists() => {}
             Err(error) => return Err(HistoryError::io("list", &self.dir)(error)),
         }
@@ -93,7 +94,7 @@ impl Refs {
         Ok(numbers)
     }
 
-    /// Returns the commit of a checkpoint, `None` when there is no such checkpoint.
+    /// Returns the commit of a checkpoint; `None` if there is no such checkpoint.
     pub fn find(&self, number: u64) -> Result<Option<Oid>> {
         let path = self.path(number);
         let text = match fs::read_to_string(&path) {
@@ -111,25 +112,26 @@ impl Refs {
         oid.map(Some).map_err(HistoryError::io("read", &path))
     }
 
-    /// Returns the commit of a checkpoint that must exist.
+    /// Returns the commit of a checkpoint; fails if there is none.
     pub fn get(&self, number: u64) -> Result<Oid> {
         self.find(number)?.ok_or(HistoryError::NoSuchCheckpoint { number })
     }
 
-    /// Writes what a ref is to say, in a directory on the same file system; the caller syncs it.
+    /// Writes the contents of a ref to a temporary file in `aside`, a directory on the same file system. The
+    /// caller flushes it.
     pub fn draft(&self, commit: Oid, aside: &Path) -> Result<fs::File> {
         let draft = aside.join(DRAFT);
         let write = || -> io::Result<fs::File> {
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
-            // In one piece: an id writes itself byte by byte.
+            // One write call: formatting an id directly would write byte by byte.
             file.write_all(format!("{commit}\n").as_bytes())?;
             Ok(file)
         };
         write().map_err(HistoryError::io("write", &draft))
     }
 
-    /// Gives a free number to the commit of a draft. The caller syncs the draft and, after this, their directory, or
-    /// takes the number back.
+    /// Links the staged ref to a free number. The caller flushes the staged file and then the directory of the
+    /// refs, or calls [`Refs::take_back`].
     pub fn create(&self, number: u64, aside: &Path) -> Result<()> {
         let (draft, path) = (aside.join(DRAFT), self.path(number));
         fs::create_dir_all(&self.dir).map_err(HistoryError::io("create", &self.dir))?;
@@ -139,15 +141,13 @@ impl Refs {
         })
     }
 
-    /// Takes back a number that was given and not made durable: whoever is told that it failed must not find it
-    /// afterwards.
+    /// Removes a ref that was not made durable: the caller was told that publishing failed.
     pub fn take_back(&self, number: u64) {
         if let Err(error) = fs::remove_file(self.path(number)) {
-            tracing::warn!(%error, number, "a ref that could not be flushed stays");
+            tracing::warn!(%error, number, "failed to remove the ref of a failed publication");
         }
     }
 
-    /// Returns the directory of the loose refs.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -159,10 +159,10 @@ impl Refs {
         }
     }
 
-    /// Takes the number away from its checkpoint.
+    /// Removes the ref of a checkpoint.
     pub fn remove(&self, number: u64) -> Result<()> {
         let path = self.path(number);
-        // The packed one first: a loose ref hides it, and must not uncover it.
+        // The packed ref is removed first, since a loose one hides it.
         let packed = self.remove_packed(number)?;
         match fs::remove_file(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && packed => Ok(()),

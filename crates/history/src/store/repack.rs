@@ -1,13 +1,14 @@
-//! Writes several packs as one: what is needed of them, compressed with patience, versions as deltas.
+//! Writes several packs as one: the needed objects, well compressed, versions as deltas.
 //!
 //! ```text
-//! gather   every needed entry of the packs, deltas with the base that they have
-//! choose   bases for the others: the version before, in steps that keep chains short
-//! write    bases first; what is good already is copied without inflating it
-//! check    everything is read back from the new pack
+//! gather   the needed entries of the packs, deltas with their present base
+//! choose   bases for the others: the previous version, in steps that keep chains short
+//! write    bases first; good entries are copied without decompressing them
+//! check    read everything back from the new pack
 //! ```
 //!
-//! The pack stands on its own: a delta's base is always in it, as git wants it. Changes nothing of what exists.
+//! The pack is self-contained: the base of a delta is always in it, as git requires. Existing packs are not
+//! changed.
 
 use std::collections::HashMap;
 use std::io;
@@ -26,31 +27,33 @@ use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::{PackReader, Remembered};
 use crate::store::reachability::{Reachability, ReachableObject};
 
-/// Chains of deltas are never longer.
+/// The longest chain of deltas.
 pub(crate) const MAX_DEPTH: u32 = 50;
-/// Every so many versions a delta skips as many, so that chains grow with the logarithm of the versions.
+/// Every 16th version refers to the one 16 before, so that the length of chains grows with the logarithm of the
+/// versions.
 const STRIDE: u32 = 16;
-/// Larger objects are copied as they are: they must not stand in memory.
+/// Larger objects are copied unchanged, since they must not be in memory.
 const LARGE: u64 = 8 << 20;
-/// Larger files are not compared with others that are only named alike.
+/// Larger files are not compared with similarly named ones.
 const LARGEST_LIKENESS: u64 = 512 << 10;
-/// Deltas to files that are only named alike form no longer chains, so that a first version is read fast.
+/// The longest chain of deltas between similarly named files, so that first versions are read fast.
 const LIKENESS_DEPTH: u32 = 6;
-/// Smaller objects gain nothing from a base.
+/// Smaller objects do not profit from a base.
 const SMALLEST_DELTA: u64 = 48;
-/// Up to this size an object is always compressed anew, so that packs of snapshots and of this room can be told apart.
+/// Up to this size an object of a fresh pack is always compressed again, so that the compression level tells
+/// fresh packs from consolidated ones.
 const ALWAYS_ANEW: u64 = 64 << 10;
 
-/// What became of the entries.
+/// The numbers of dropped and converted entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
-    /// Entries that nobody needs, or that another pack holds too.
+    /// Entries that are not needed, or that another pack has.
     pub dropped: u64,
-    /// Entries that are deltas now.
+    /// Entries stored as deltas.
     pub deltas: u64,
 }
 
-/// An entry that goes into the new pack.
+/// An entry of the new pack.
 struct Item {
     node: u32,
     kind: ObjectKind,
@@ -61,42 +64,42 @@ struct Item {
     head: Head,
     base: Option<u32>,
     way: Way,
-    /// The longest chain of deltas that leads to this one.
+    /// The longest chain of deltas that ends at this entry.
     height: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Way {
-    /// Take the compressed bytes as they are.
+    /// Copy the compressed bytes.
     Copy,
-    /// Compress anew, as a delta if there is a base and that is smaller.
+    /// Compress again, as a delta if there is a base and the delta is smaller.
     Anew,
 }
 
-/// How much is done for a small result.
+/// The effort for a small result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Manner {
-    /// Entries are copied as they are, except where that is impossible.
+    /// Copies entries unchanged unless that is impossible.
     Urgency,
-    /// What was compressed in haste is compressed anew, versions as deltas.
+    /// Compresses the entries of fresh packs again, versions as deltas.
     Patience,
 }
 
-/// The packs that become one, and what is planned for their entries.
+/// The packs to be merged, and the plan for their entries.
 pub(crate) struct Repack<'a> {
     reach: &'a Reachability,
     packs: Vec<PackReader>,
     fresh: Vec<bool>,
     items: Vec<Item>,
-    /// The items by the number of their node.
+    /// The index in `items` by the number of the node.
     by_node: HashMap<u32, u32>,
     remembered: Remembered,
     counts: Counts,
 }
 
 impl<'a> Repack<'a> {
-    /// Gathers what is needed of the packs and chooses how each entry is to be stored. `elsewhere` says of an object
-    /// in a pack that it is taken from another one, or stays there.
+    /// Gathers the needed entries and decides how each one is stored. `elsewhere` says whether the copy of an
+    /// object in a pack is left out, since another pack has it.
     ///
     /// # Errors
     /// Fails when a pack is damaged.
@@ -120,7 +123,7 @@ impl<'a> Repack<'a> {
         Ok(repack)
     }
 
-    /// Returns how many objects the new pack will hold.
+    /// Returns the number of objects in the new pack.
     pub fn objects(&self) -> usize {
         self.items.len()
     }
@@ -148,7 +151,7 @@ impl<'a> Repack<'a> {
         Ok(())
     }
 
-    /// Finds the bases of the entries that are deltas; where one is gone, its entry is compressed anew.
+    /// Finds the bases of existing deltas. An entry whose base is not in the new pack is compressed again.
     fn keep_deltas(&mut self) -> io::Result<()> {
         let mut layouts = HashMap::new();
         for n in 0..self.items.len() {
@@ -210,7 +213,7 @@ impl<'a> Repack<'a> {
             let pack = item.pack;
             let chosen = self.candidates(item.node).into_iter().find(|base| {
                 let there = &self.items[*base as usize];
-                // Two that lie in one consolidated pack were compared when it was written.
+                // Two objects of one consolidated pack were compared when it was written.
                 there.head.size <= LARGE && (there.pack != pack || self.fresh[pack]) && self.can_be_base(*base, n)
             });
             if let Some(base) = chosen {
@@ -220,7 +223,7 @@ impl<'a> Repack<'a> {
         }
     }
 
-    /// Tries files without an earlier version against one that is named alike and a little larger. The order is git's.
+    /// Tries a delta between a file without an earlier version and a similarly named, larger file, as git does.
     fn choose_likenesses(&mut self) {
         let nodes = self.reach.nodes();
         let lone = |n: &u32| {
@@ -260,8 +263,8 @@ impl<'a> Repack<'a> {
         depth
     }
 
-    /// Lists bases for a version, the best first: the one before it, except that every 16th refers to the one 16 before,
-    /// every 256th to the one 256 before, and so on.
+    /// Lists delta bases for a version, the best first: the previous version, except that every 16th refers to
+    /// the one 16 before, every 256th to the one 256 before, and so on.
     fn candidates(&self, node: u32) -> Vec<u32> {
         let nodes = self.reach.nodes();
         let ReachableObject { version, before, .. } = nodes[node as usize];
@@ -279,7 +282,7 @@ impl<'a> Repack<'a> {
         found
     }
 
-    /// Writes the new pack into a directory of its own, flushes it and reads everything back.
+    /// Writes the new pack into an own directory, flushes it and reads it back.
     ///
     /// # Errors
     /// Fails when an old pack is damaged, when the new one cannot be written, or when cancelled.
@@ -302,7 +305,7 @@ impl<'a> Repack<'a> {
         let total = 2 * order.len() as u64;
         let mut done = 0;
         for n in order {
-            // Whatever it is a delta to comes first.
+            // A delta follows its base.
             let mut chain = vec![n];
             while let Some(base) = self.items[chain[chain.len() - 1] as usize].base {
                 if written[base as usize] {
@@ -361,12 +364,12 @@ impl<'a> Repack<'a> {
         let (kind, content) = self.packs[item.pack].resolve(item.at, &self.remembered)?;
         let oid = self.oid(n);
         if kind != item.kind || Oid::of(kind, &content) != oid {
-            return Err(bad(format!("object {oid} has another hash")));
+            return Err(bad(format!("the content of object {oid} does not match its id")));
         }
         Ok(content)
     }
 
-    /// Compresses an object with patience; `None` when it is whole and better copied as it is.
+    /// Compresses an object; `None` if it is stored completely and copying it is better.
     fn compress(&self, n: u32) -> io::Result<Option<Anew>> {
         let item = &self.items[n as usize];
         let content = self.content(n)?;
@@ -378,7 +381,7 @@ impl<'a> Repack<'a> {
                 best = Some(Anew { base: Some(self.oid(base)), size: delta.len() as u64, zlib: compressed(&delta)? });
             }
         }
-        // A delta far smaller than the object compressed in haste will not be beaten by compressing with patience.
+        // If the delta is much smaller than the quickly compressed object, thorough compression cannot beat it.
         let clear = best.as_ref().is_some_and(|best| (best.zlib.len() as u64) < item.length / 3);
         if !clear && (!whole_now || self.fresh[item.pack]) {
             let whole = Anew { base: None, size: content.len() as u64, zlib: compressed(&content)? };
@@ -390,7 +393,7 @@ impl<'a> Repack<'a> {
         Ok(best.filter(|best| must || (best.zlib.len() as u64) < item.length))
     }
 
-    /// Reads everything back from the pack that was written.
+    /// Reads every object back from the new pack.
     fn check(
         &self,
         finished: &FinishedPack,
@@ -414,7 +417,7 @@ impl<'a> Repack<'a> {
             let oid = new.index.oid(n as usize).unwrap_or(Oid::from_raw([0; 20]));
             let item = self.reach.number(&oid).and_then(|node| self.by_node.get(&node));
             let item = item.map(|item| &self.items[*item as usize]);
-            let item = item.ok_or_else(|| failed(bad(format!("object {oid} was not asked for"))))?;
+            let item = item.ok_or_else(|| failed(bad(format!("unexpected object {oid} in the new pack"))))?;
             rehash(&new, at, item.kind, &oid, &self.remembered).map_err(failed)?;
             if done % 256 == 0 {
                 progress(Progress { phase: Phase::Verify, done: before + done as u64, total: 2 * before });
@@ -441,7 +444,7 @@ fn compressed(content: &[u8]) -> io::Result<Vec<u8>> {
     Ok(zlib)
 }
 
-/// Compares the object at a place of a pack with its name; whole ones are not held in memory.
+/// Verifies the id of the object at an offset; complete objects are streamed.
 pub(crate) fn rehash(
     reader: &PackReader,
     at: u64,
@@ -467,5 +470,5 @@ pub(crate) fn rehash(
             (found, Oid::of(found, &content))
         }
     };
-    if found == kind && sum == *oid { Ok(()) } else { Err(bad(format!("object {oid} has another hash"))) }
+    if found == kind && sum == *oid { Ok(()) } else { Err(bad(format!("the content of object {oid} does not match its id"))) }
 }

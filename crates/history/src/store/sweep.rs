@@ -1,7 +1,7 @@
-//! Clears away what a crash left behind: drafts, and packs that no checkpoint needs.
+//! Removes what a crash has left: directories of snapshots, and packs that no checkpoint needs.
 //!
-//! Everything here errs on the side of keeping: a pack goes only when every published checkpoint was read completely
-//! and none of them reaches any of its objects, or when other packs hold all of those too.
+//! In doubt a pack stays: it is removed only if every published checkpoint was read completely and needs none
+//! of its objects, or if other packs have all of them.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,10 +17,10 @@ use crate::store::pack_index::PackIndex;
 use crate::store::reachability::Reachability;
 use fermata_failpoint as failpoint;
 
-/// What a sweep cleared away.
+/// The result of a sweep.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SweepReport {
-    /// Drafts of snapshots that were never published.
+    /// Directories of snapshots that were never published.
     pub drafts: u64,
     /// Packs that no checkpoint needs.
     pub packs: u64,
@@ -29,15 +29,16 @@ pub struct SweepReport {
 }
 
 impl History {
-    /// Clears away what no checkpoint needs; called at start, and harmless at any time. Whoever wants to start a snapshot
-    /// waits at most for the removal of names.
+    /// Removes what no checkpoint needs; called at the start, and safe at any time. A starting snapshot waits
+    /// at most for the removal of names.
     ///
     /// # Errors
-    /// Fails when the store cannot be listed or changed. A damaged checkpoint is no error: then every pack stays.
+    /// Fails when the store cannot be listed or changed. If a checkpoint is damaged, every pack stays; that is
+    /// no error.
     pub fn sweep(&self) -> Result<SweepReport> {
         let mut report = SweepReport::default();
         self.sweep_drafts(&mut report)?;
-        // Who holds this lock is at work in the draft; after a crash nobody does.
+        // A running consolidation holds this lock; after a crash nothing does.
         let left_behind = self.consolidating.try_lock().ok().filter(|_| self.pending().join(DRAFT).exists());
         let swept = self.sweep_packs(&mut report, left_behind.is_some() && self.swap_has_begun())?;
         if swept && left_behind.is_some() {
@@ -57,7 +58,7 @@ impl History {
                     report.drafts += 1;
                     failpoint::hit("history.sweep.draft");
                 }
-                // Another sweep was faster.
+                // A concurrent sweep has removed it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(HistoryError::io("remove", &path)(error)),
             }
@@ -65,9 +66,9 @@ impl History {
         Ok(())
     }
 
-    /// Removes packs that nobody needs; if `doubles`, also those of which other packs hold everything that is needed.
-    /// `false` when that has to wait, for a snapshot under way or for one that was just published. If `doubles`, the caller
-    /// sees to it that nobody consolidates.
+    /// Removes packs that no checkpoint needs; with `doubles`, also those whose needed objects are all in other
+    /// packs. Returns `false` if a snapshot in progress or just published prevents it. With `doubles`, the
+    /// caller must hold the consolidation lock.
     pub(crate) fn sweep_packs(&self, report: &mut SweepReport, doubles: bool) -> Result<bool> {
         if !self.live().is_empty() {
             return Ok(false);
@@ -81,7 +82,7 @@ impl History {
             match Reachability::of(&self.objects, &roots, &[], &AtomicBool::new(false)) {
                 Ok(reach) => reach,
                 Err(error) => {
-                    tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
+                    tracing::warn!(%error, "failed to read a checkpoint; no pack is removed");
                     return Ok(true);
                 }
             }
@@ -91,14 +92,14 @@ impl History {
         let old = Old { names, walked: roots.into_iter().collect(), reach: &reach };
         let mut gone = Vec::new();
         let swept = self.remove_packs(&old, &mut gone, report);
-        // To free a large file takes longer than anybody should wait for the lock.
+        // Freeing a large file may take long, so it happens without the lock.
         for path in gone {
             remove(&path)?;
         }
         swept
     }
 
-    /// Lists the packs that could be nobody's: a checkpoint's own pack holds its commit.
+    /// Lists the packs that may be unneeded. A pack with the commit of a checkpoint is needed.
     fn volatile_paths(&self, roots: &[Oid], doubles: bool) -> Vec<Arc<PackIndex>> {
         let commits: HashSet<&Oid> = roots.iter().collect();
         let mut packs = self.objects.indexes();
@@ -108,9 +109,9 @@ impl History {
         packs
     }
 
-    /// Names those packs that can go, as far as is known.
+    /// Returns the names of the packs that can be removed.
     fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, reach: &Reachability, doubles: bool) -> HashSet<String> {
-        // The small ones first: they are those that a larger one has replaced.
+        // Small packs first: a consolidation has probably replaced them.
         packs.sort_by_key(|pack| pack.count());
         let mut gone = HashSet::new();
         for pack in packs {
@@ -123,21 +124,21 @@ impl History {
         gone
     }
 
-    /// Takes the names of packs away, unless somebody has come to need them since they were chosen; the files that are
-    /// left are added to `gone`.
+    /// Renames unneeded packs to `pending/` unless a checkpoint has come to need them. The caller removes the
+    /// files, which are added to `gone`.
     fn remove_packs(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
         let _writer = self.lock_writer();
-        // A snapshot under way relies on published packs, of which one could be about to go.
+        // A snapshot in progress may rely on one of these packs.
         if !self.live().is_empty() {
             return Ok(false);
         }
         let removed = self.remove_packs_now(old, gone, report);
-        // Also where it failed half-way: whoever comes next must not rely on what is gone.
+        // Also after a failure, since some packs may be gone.
         self.objects.refresh()?;
         removed
     }
 
-    /// The same, for whoever holds the writer's lock and knows that no snapshot is under way.
+    /// As [`History::remove_packs`]; the caller holds the writer lock and no snapshot is in progress.
     fn remove_packs_now(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
         let dir = self.objects.pack_dir();
         self.objects.refresh()?;
@@ -145,12 +146,12 @@ impl History {
             Ok(true) => {}
             Ok(false) => return Ok(false),
             Err(error) => {
-                tracing::warn!(%error, "a checkpoint is damaged; no pack is removed");
+                tracing::warn!(%error, "failed to read a checkpoint; no pack is removed");
                 return Ok(true);
             }
         }
         for name in old.names.iter().filter(|name| self.objects.has_pack(name)) {
-            // The index goes first: without it the pack does not count.
+            // The index goes first, since a pack without an index is invisible.
             remove(&dir.join(format!("{name}.idx")))?;
             failpoint::hit("history.sweep.index");
             self.put_aside(name, gone, report)?;
@@ -172,7 +173,7 @@ impl History {
         match fs::rename(&pack, &aside) {
             Ok(()) => gone.push(aside),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(HistoryError::io("put aside", &pack)(error)),
+            Err(error) => return Err(HistoryError::io("move", &pack)(error)),
         }
         report.bytes += size;
         report.packs += 1;
@@ -186,7 +187,7 @@ fn list(dir: &Path) -> Result<Vec<String>> {
     names.collect::<std::io::Result<_>>().map_err(HistoryError::io("list", dir))
 }
 
-/// Removes a file that may be gone already, and returns its size.
+/// Removes a file, which may not exist, and returns its size.
 pub(crate) fn remove(path: &Path) -> Result<u64> {
     let size = fs::metadata(path).map_or(0, |meta| meta.len());
     match fs::remove_file(path) {
