@@ -1,8 +1,8 @@
-//! What a checkpoint's own rules say of a path that it does not have.
+//! The rules of a checkpoint, for paths that it does not contain.
 //!
-//! What they left out was neither saved nor found absent, so that a restore has no reason to remove it, whatever the
-//! rules of today say. The ignore files are those of the checkpoint; of those outside of the workspace's tree only
-//! today's are known.
+//! A path that these rules ignore was neither stored nor found missing, so a restore must not remove it,
+//! whatever the current rules are. The ignore files are those of the checkpoint; of files outside the workspace
+//! only the current contents are known.
 
 use std::collections::HashMap;
 use std::rc::Rc;
@@ -18,10 +18,10 @@ use crate::tree::metadata::Manifest;
 use crate::tree::names::RelPath;
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 
-/// A directory of the checkpoint, or where one would be.
+/// A directory of the checkpoint, or the path of one that it does not contain.
 #[derive(Clone)]
 struct Place {
-    /// What it holds; nothing where the checkpoint has no such directory.
+    /// The tree of the directory; empty if the checkpoint does not contain it.
     entries: Rc<[TreeEntry]>,
     standing: CompiledRules,
     covered: bool,
@@ -36,7 +36,7 @@ pub(crate) struct CheckpointRules<'a> {
 }
 
 impl<'a> CheckpointRules<'a> {
-    /// Reads the rules of a checkpoint; `above` is what counts at the top of the workspace beside its own ignore file.
+    /// Reads the rules of a checkpoint; `above` are the ignore files above the workspace.
     pub fn of(
         store: &'a ObjectStore,
         root: &'a Root,
@@ -54,15 +54,15 @@ impl<'a> CheckpointRules<'a> {
         Ok(Self { store, root, own: OwnPatterns::compile(&manifest.rules)?, places })
     }
 
-    /// Says whether the rules cover a path, had it been there. Tracked files, which they cover against the ignore
-    /// files, are in the checkpoint itself.
+    /// Says whether the rules would cover a path if it existed. Tracked files, which are covered although they
+    /// are ignored, are in the checkpoint itself.
     pub fn covers(&mut self, path: &RelPath, is_dir: bool) -> Result<bool> {
         let Some(parent) = path.parent() else { return Ok(true) };
         let place = self.place(&parent)?;
         Ok(self.below(&place, path, is_dir).is_some())
     }
 
-    /// Returns how the rules stand inside of what lies in a place; none where they leave it out.
+    /// Returns the rules within an entry of a directory; `None` if the entry is not covered.
     fn below(&self, place: &Place, path: &RelPath, is_dir: bool) -> Option<CompiledRules> {
         if !place.covered || self.own.excludes(path, is_dir) {
             return None;
@@ -73,7 +73,7 @@ impl<'a> CheckpointRules<'a> {
             CompiledRules::Rules(_) | CompiledRules::OnlyIncluded if self.own.includes(path, is_dir) => {
                 Some(CompiledRules::Everything)
             }
-            // Something in it may be included by a pattern of its own.
+            // Another pattern may include something in it.
             CompiledRules::Rules(_) | CompiledRules::OnlyIncluded if is_dir && self.own.has_includes() => {
                 Some(CompiledRules::OnlyIncluded)
             }
@@ -93,7 +93,7 @@ impl<'a> CheckpointRules<'a> {
         let entries = read_tree(self.store, tree.as_ref())?;
         let (standing, covered) = match self.below(&above, dir, true) {
             Some(CompiledRules::Rules(chain)) => {
-                // A repository of its own: what stands above it does not count, as for git itself.
+                // A nested repository: as for git, the rules above do not apply to it.
                 let nested = self.root.stat_if_there(&dir.join(b".git")).is_ok_and(|stat| stat.is_some());
                 let chain = match nested {
                     true => above_nested(&exclude_of(self.root, dir), dir, &mut Vec::new()),

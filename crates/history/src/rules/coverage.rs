@@ -1,7 +1,8 @@
-//! Which paths a checkpoint covers: the ignore rules of git, and the project's own `include` and `exclude`.
+//! The rules for what a checkpoint covers: git's ignore files, and the project's own `include` and `exclude`
+//! patterns.
 //!
-//! The patterns are git's; the order is git's too: the deepest `.gitignore` speaks first, `info/exclude` last. Nobody's
-//! global excludes count. Files are only read here, by the walk that asks.
+//! Syntax and order are git's: the deepest `.gitignore` has precedence, `info/exclude` comes last. Global
+//! excludes of a user are not read.
 
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -14,17 +15,17 @@ use crate::rules::ignore_file::IgnoreFile;
 use crate::rules::user_repository::{Location, read_small};
 use crate::tree::names::RelPath;
 
-/// A project's rules for what its checkpoints cover.
+/// The rules of a project for what its checkpoints cover.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rules {
-    /// Patterns (in the manner of `.gitignore`) for what is covered although the repository ignores it.
+    /// Patterns, as in `.gitignore`, for paths that are covered although the repository ignores them.
     pub include: Vec<String>,
-    /// Patterns for what is never covered, not even when it is tracked; stronger than `include`.
+    /// Patterns for paths that are never covered, even if tracked; they override `include`.
     pub exclude: Vec<String>,
-    /// Files larger than this are skipped and reported.
+    /// Larger files are skipped and reported.
     pub max_file_bytes: u64,
-    /// Whether `.gitignore` and `info/exclude` count.
+    /// Whether `.gitignore` and `info/exclude` apply.
     pub use_gitignore: bool,
 }
 
@@ -34,14 +35,13 @@ impl Default for Rules {
     }
 }
 
-/// The project's own patterns, compiled.
 pub(crate) struct OwnPatterns {
     include: Option<IgnoreFile>,
     exclude: IgnoreFile,
 }
 
 impl OwnPatterns {
-    /// Compiles the patterns.
+    /// Fails when a pattern is invalid.
     pub fn compile(rules: &Rules) -> Result<OwnPatterns> {
         let compile = |patterns: &[String]| -> Result<IgnoreFile> {
             let useless = |pattern: &&String| IgnoreFile::parse(pattern.as_bytes()).1 > 0;
@@ -54,37 +54,36 @@ impl OwnPatterns {
         Ok(OwnPatterns { include, exclude: compile(&rules.exclude)? })
     }
 
-    /// Says whether anything is included against the ignore rules.
     pub fn has_includes(&self) -> bool {
         self.include.is_some()
     }
 
-    /// Says whether the path itself is included; the walk asks about each directory on the way.
+    /// Says whether a pattern includes the path itself; the walk asks for each directory above it separately.
     pub fn includes(&self, path: &RelPath, is_dir: bool) -> bool {
         self.include.as_ref().is_some_and(|patterns| patterns.says(path.bytes(), is_dir) == Some(true))
     }
 
-    /// Says whether the path itself is excluded; the walk asks about each directory on the way.
+    /// Says whether a pattern excludes the path itself; the walk asks for each directory above it separately.
     pub fn excludes(&self, path: &RelPath, is_dir: bool) -> bool {
         self.exclude.says(path.bytes(), is_dir) == Some(true)
     }
 }
 
-/// The ignore files that count in one directory, the deepest first.
+/// The ignore files that apply in a directory, the deepest first.
 #[derive(Clone, Default)]
 pub(crate) struct IgnoreChain(Option<Arc<Level>>);
 
 struct Level {
     patterns: IgnoreFile,
-    /// How many bytes of a workspace path lie above this file's directory.
+    /// The length of the path of the file's directory, including the slash, which is cut off before matching.
     strip: usize,
-    /// For a file above the workspace: the way from its directory to the workspace, with a slash at the end.
+    /// For a file above the workspace: the path from its directory to the workspace, with a slash at the end.
     prepend: Vec<u8>,
     up: IgnoreChain,
 }
 
 impl IgnoreChain {
-    /// Lists the files that count at the top of the workspace, beside the workspace's own `.gitignore`.
+    /// Lists the ignore files that apply at the top of the workspace, except its own `.gitignore`.
     pub fn sources_above(workspace: &Path, repository: Option<&Location>) -> Vec<PathBuf> {
         let Some(repository) = repository else {
             return Vec::new();
@@ -95,7 +94,7 @@ impl IgnoreChain {
         files
     }
 
-    /// Says whether both are the very same rules.
+    /// Says whether both are the same object.
     pub fn is(&self, other: &IgnoreChain) -> bool {
         match (&self.0, &other.0) {
             (None, None) => true,
@@ -104,7 +103,7 @@ impl IgnoreChain {
         }
     }
 
-    /// Gathers what counts at the top of the workspace, without the workspace's own `.gitignore`.
+    /// Reads the ignore files that apply at the top of the workspace, except its own `.gitignore`.
     pub fn above(workspace: &Path, repository: Option<&Location>, warnings: &mut Vec<String>) -> IgnoreChain {
         let Some(repository) = repository else {
             return IgnoreChain::default();
@@ -138,7 +137,7 @@ impl IgnoreChain {
     fn push(self, text: &[u8], strip: usize, prepend: Vec<u8>, name: &str, warnings: &mut Vec<String>) -> IgnoreChain {
         let (patterns, useless) = IgnoreFile::parse(text);
         if useless > 0 {
-            warnings.push(format!("{name}: a pattern is not understood and has no effect"));
+            warnings.push(format!("{name}: a pattern is invalid and has no effect"));
         }
         match patterns.is_empty() {
             true => self,
@@ -146,7 +145,7 @@ impl IgnoreChain {
         }
     }
 
-    /// Says whether the path itself is ignored.
+    /// Says whether a pattern ignores the path itself.
     pub fn ignores(&self, path: &RelPath, is_dir: bool) -> bool {
         let mut next = &self.0;
         while let Some(level) = next {

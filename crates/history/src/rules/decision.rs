@@ -1,6 +1,6 @@
-//! Decides what becomes of a name: covered, left out, or looked into for what is covered below.
+//! Decides about each name: covered, left out, or a directory that is searched for covered entries.
 //!
-//! `exclude` is strongest, then the ignore rules, against which only `include` and the user's index count.
+//! `exclude` has precedence over the ignore files, which only `include` and the user's index override.
 
 use std::sync::atomic::Ordering;
 
@@ -10,23 +10,22 @@ use crate::rules::rule_cache::CompiledRules;
 use crate::scan::walk::Walk;
 use crate::tree::names::{RelPath, is_git};
 
-/// Up to so many covered files, it is worth looking whether the rules hide nearly everything.
+/// Up to this number of covered files, a scan checks whether the rules exclude nearly everything.
 const FEW_FILES: u64 = 1_000;
 
-/// What is to become of a name.
+/// The decision about a name.
 pub(crate) enum MatchDecision {
-    /// It is left out.
+    /// Not covered.
     Out,
-    /// It is covered, and so the rules stand in it.
+    /// Covered; within a directory these rules apply.
     Covered(CompiledRules),
-    /// An ignored directory in which something may be covered.
+    /// An ignored directory in which entries may be covered.
     Through,
-    /// It is covered for being tracked, although the rules leave it out.
+    /// Ignored but covered, since it is tracked.
     Forced,
 }
 
 impl Walk<'_> {
-    /// Decides about a path.
     pub(crate) fn decide_name(&self, path: &RelPath, is_dir: bool, standing: &CompiledRules) -> MatchDecision {
         if self.own.excludes(path, is_dir) {
             return MatchDecision::Out;
@@ -59,7 +58,7 @@ impl Walk<'_> {
         self.rules.use_gitignore && (below() || self.tracked.is_some_and(|tracked| tracked.has_below(path)))
     }
 
-    /// Warns when the rules hide nearly everything.
+    /// Returns a warning if the rules exclude nearly everything.
     pub fn warn_if_nearly_empty(&self, covered: u64) -> Option<String> {
         if covered >= FEW_FILES || self.ignored.load(Ordering::Relaxed) == 0 {
             return None;

@@ -1,35 +1,36 @@
-//! The patterns of one ignore file: read as git reads them, asked as git asks them, the last that matches first.
+//! The patterns of one ignore file, parsed and matched as git does: the last matching pattern decides.
 //!
-//! Most patterns are a name (`target`) or an ending (`*.o`); they are found by look-up, so that only the others
-//! have to be tried one by one.
+//! Most patterns are a name (`target`) or an extension (`*.o`). They are found in hash maps, so that only the
+//! others are tried one by one.
 
 use std::collections::HashMap;
 
 use crate::rules::wildcard::Wildcard;
 
-/// The special bytes of a pattern; before the first of them a pattern is plain text.
+/// Characters with a special meaning; a pattern is plain text up to the first of them.
 const SPECIAL: &[u8] = b"*?[\\";
 
 /// One pattern.
 #[derive(Clone, Debug)]
 struct Pattern {
-    /// Whether it takes back what an earlier one says.
+    /// Whether it re-includes what an earlier pattern ignores.
     negated: bool,
-    /// Whether it speaks of directories alone.
+    /// Whether it matches directories only.
     only_dirs: bool,
     what: PatternKind,
 }
 
-/// The text that a pattern is compared with, and the way of comparing.
+/// The kind of a pattern with its text.
 #[derive(Clone, Debug)]
 enum PatternKind {
-    /// The name is this; found by look-up.
+    /// The name equals the text, which is a key of `names`.
     Name,
-    /// The name ends with this.
+    /// The name ends with the text.
     Ending(Vec<u8>),
-    /// The name matches.
+    /// The name matches the wildcard.
     NameLike(Wildcard),
-    /// The path from the file's directory begins with this text, and the rest matches; without a wildcard there is no rest.
+    /// The path from the directory of the file begins with the text, and the rest matches the wildcard; without
+    /// one there is no rest.
     Path(Vec<u8>, Option<Wildcard>),
 }
 
@@ -37,16 +38,16 @@ enum PatternKind {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct IgnoreFile {
     patterns: Vec<Pattern>,
-    /// Of each plain name the patterns that are just that, the last first.
+    /// The patterns that are a plain name, by that name, the last first.
     names: HashMap<Vec<u8>, Vec<usize>>,
-    /// Of what follows the last dot of an ending the patterns that are such an ending, the last first.
+    /// The patterns `*<ending>`, by the part of the ending after its last dot, the last first.
     endings: HashMap<Vec<u8>, Vec<usize>>,
-    /// All others, the last first.
+    /// All other patterns, the last first.
     others: Vec<usize>,
 }
 
 impl IgnoreFile {
-    /// Reads the lines of a file; also counts the patterns that can match nothing.
+    /// Parses a file and counts the patterns that can match nothing.
     pub fn parse(text: &[u8]) -> (IgnoreFile, usize) {
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         let mut file = IgnoreFile::default();
@@ -61,12 +62,11 @@ impl IgnoreFile {
         (file, useless)
     }
 
-    /// Says whether there is no pattern in it.
     pub fn is_empty(&self) -> bool {
         self.patterns.is_empty()
     }
 
-    /// Adds a line; returns whether it is understood. Blank lines and comments are understood.
+    /// Adds a line and returns whether it is valid. Blank lines and comments are valid.
     fn add_line(&mut self, line: &[u8]) -> bool {
         if line.is_empty() || line[0] == b'#' {
             return true;
@@ -92,7 +92,7 @@ impl IgnoreFile {
             };
             let rest = match &text[plain..] {
                 [] => None,
-                // Compiled on its own, as git does: stars that follow plain text stand at its beginning.
+                // Compiled separately, as git does: stars that follow plain text are at the start.
                 rest => match Wildcard::compile(rest) {
                     None => return false,
                     wildcard => wildcard,
@@ -118,7 +118,7 @@ impl IgnoreFile {
         true
     }
 
-    /// Says what the file says of a path below its directory: ignored, not ignored, or nothing.
+    /// Says whether a path below the file's directory is ignored; `None` if no pattern matches.
     pub fn says(&self, path: &[u8], is_dir: bool) -> Option<bool> {
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(path);
         let first = |places: Option<&Vec<usize>>, least: Option<usize>| {
@@ -150,12 +150,12 @@ impl IgnoreFile {
     }
 }
 
-/// Returns what follows the last dot.
+/// Returns the part after the last dot.
 fn extension(name: &[u8]) -> Option<&[u8]> {
     name.iter().rposition(|byte| *byte == b'.').map(|dot| &name[dot + 1..])
 }
 
-/// Takes spaces off the end, but for one that a backslash stands before.
+/// Removes trailing spaces, except one after a backslash.
 fn without_last_spaces(line: &[u8]) -> &[u8] {
     let mut end = None;
     let mut at = 0;

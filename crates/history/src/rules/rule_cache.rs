@@ -1,7 +1,7 @@
-//! How the ignore rules stand in a directory, remembered from one walk to the next.
+//! Caches the compiled ignore rules of directories between walks.
 //!
-//! Compiling patterns costs more than looking at the files that they are about, so that the rules of a directory are
-//! kept for as long as its `.gitignore` and everything above it are what they were.
+//! Compiling patterns costs more than reading the metadata of the files that they concern. The rules of a
+//! directory are valid as long as its `.gitignore` and the rules above it are unchanged.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -15,23 +15,23 @@ use crate::tree::names::RelPath;
 
 const MAX_IGNORE_FILE: u64 = 4 * 1024 * 1024;
 
-/// How the rules stand in one directory.
+/// The rules that apply in a directory.
 #[derive(Clone)]
 pub(crate) enum CompiledRules {
     /// The ignore files decide.
     Rules(IgnoreChain),
-    /// All of it is covered.
+    /// Everything is covered.
     Everything,
-    /// The directory is ignored; only what `include` names, or what is tracked, is covered.
+    /// The directory is ignored; only entries that `include` names or that are tracked are covered.
     OnlyIncluded,
 }
 
 struct Compiled {
-    /// The state of the directory's ignore file.
+    /// The fingerprint of the directory's ignore file.
     ignore_file: Option<FileFingerprint>,
-    /// Whether the states vouch for what the files said.
+    /// Whether the fingerprints prove that the contents of the files are unchanged.
     settled: bool,
-    /// What the chain was built on.
+    /// The rules above, on which `chain` is built.
     up: IgnoreChain,
     chain: IgnoreChain,
     warnings: Vec<String>,
@@ -39,13 +39,13 @@ struct Compiled {
 }
 
 impl Compiled {
-    /// Says whether there is more to tell of it than its rules.
+    /// Says whether [`RuleCache::sources`] reports something about the directory.
     fn tells(&self) -> bool {
         self.source.is_some() || !self.warnings.is_empty()
     }
 }
 
-/// The rules of the directories that have some of their own.
+/// The compiled rules of the directories that have ignore files.
 #[derive(Default)]
 pub(crate) struct RuleCache {
     above: Mutex<Option<Above>>,
@@ -60,7 +60,7 @@ struct Above {
 }
 
 impl RuleCache {
-    /// Returns what counts at the top of the workspace, without the workspace's own `.gitignore`.
+    /// Returns the rules that apply at the top of the workspace, except its own `.gitignore`.
     pub fn above(&self, workspace: &Path, location: Option<&Location>) -> IgnoreChain {
         let sources: Vec<Source> =
             IgnoreChain::sources_above(workspace, location).into_iter().map(with_state).collect();
@@ -76,7 +76,7 @@ impl RuleCache {
         chain
     }
 
-    /// Returns how the rules stand inside a directory, given how they stand where it lies.
+    /// Returns the rules within a directory, given those outside of it.
     pub fn within(
         &self,
         dir: &RelPath,
@@ -104,7 +104,7 @@ impl RuleCache {
         drop(compiled);
         let (mut chain, mut warnings) = (up.clone(), Vec::new());
         if let Some((exclude, _)) = &source {
-            // A repository of its own: what stands above it does not count, as for git itself.
+            // A nested repository: as for git, the rules above do not apply to it.
             chain = above_nested(exclude, dir, &mut warnings);
         }
         let mut settled = [ignore_file, source.as_ref().and_then(|(_, seen)| *seen)]
@@ -127,8 +127,7 @@ impl RuleCache {
         CompiledRules::Rules(chain)
     }
 
-    /// Lists the files above the workspace and those of nested repositories that decided, and what the user should know
-    /// of all.
+    /// Returns the ignore files above the workspace, those of nested repositories, and all warnings.
     pub fn sources(&self) -> (Vec<Source>, Vec<Source>, Vec<String>) {
         let above = self.above.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (above, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
@@ -143,26 +142,26 @@ impl RuleCache {
         (above, nested, warnings)
     }
 
-    /// Forgets the rules of directories that `keep` does not know any more.
+    /// Removes the rules of directories for which `keep` returns `false`.
     pub fn retain(&self, keep: impl Fn(&RelPath) -> bool) {
         self.compiled.lock().unwrap_or_else(PoisonError::into_inner).retain(|path, _| keep(path));
     }
 
-    /// The same for those only of which [`RuleCache::sources`] tells; the others cost no more than their room.
+    /// As [`RuleCache::retain`], but only for directories about which [`RuleCache::sources`] reports something.
     pub fn retain_telling(&self, keep: impl Fn(&RelPath) -> bool) {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
         compiled.retain(|path, entry| !entry.tells() || keep(path));
     }
 }
 
-/// Returns where the excludes of the repository are whose top is a directory.
+/// Returns the path of `info/exclude` of the repository whose top is a directory.
 pub(crate) fn exclude_of(root: &Root, dir: &RelPath) -> PathBuf {
     let full = root.show(dir);
     let exclude = Location::at(&full, &full).map(|found| found.common_dir.join("info/exclude"));
     exclude.unwrap_or_else(|| full.join(".git/info/exclude"))
 }
 
-/// Returns what counts at the top of a nested repository beside its own ignore file.
+/// Returns the rules that apply at the top of a nested repository, except its own `.gitignore`.
 pub(crate) fn above_nested(exclude: &Path, dir: &RelPath, warnings: &mut Vec<String>) -> IgnoreChain {
     match read_small(exclude) {
         Some(text) => IgnoreChain::default().below(dir, &text, warnings),
@@ -170,7 +169,7 @@ pub(crate) fn above_nested(exclude: &Path, dir: &RelPath, warnings: &mut Vec<Str
     }
 }
 
-/// Adds the state of a file.
+/// Adds the fingerprint of a file to its path.
 pub(crate) fn with_state(path: std::path::PathBuf) -> Source {
     let state = nix::sys::stat::lstat(&path)
         .ok()

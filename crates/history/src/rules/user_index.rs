@@ -1,9 +1,9 @@
-//! Reads which files the user's index tracks, without ever writing to it.
+//! Reads which files the user's index tracks, without writing to it.
 //!
-//! Every form that git writes is read: versions 2 to 4, SHA-1 and SHA-256, split in two files, without a checksum.
-//! Only paths, kinds and the bit of a sparse checkout are taken. The formats are those of git's documentation
-//! (gitformat-index); the bytes come from the user's `.git`, so nothing in them is relied on. A file is read into
-//! memory, never mapped: an agent could cut it off meanwhile.
+//! All formats that git writes are read: versions 2 to 4, SHA-1 and SHA-256, split indexes, and indexes without
+//! checksum (see gitformat-index in git's documentation). Only paths, kinds and the skip-worktree bit are used.
+//! The file belongs to the user's `.git`, so its contents are not trusted. It is read into memory rather than
+//! mapped, since an agent may truncate it at any time.
 
 use std::path::Path;
 
@@ -12,36 +12,36 @@ use sha2::Sha256;
 
 use crate::rules::user_repository::read_at_most;
 
-/// The largest index that is read, bytes: some two million files.
+/// The largest index that is read, in bytes: about two million files.
 const MAX_INDEX: u64 = 256 << 20;
 
-/// No name is longer (`PATH_MAX`, which counts the zero at its end).
+/// The longest name in bytes (`PATH_MAX` without the terminating zero).
 const MAX_NAME: usize = 4095;
 
-/// All names come to at most so many times what they take in the file: in version 4 each says only how it differs from the
-/// one before.
+/// The largest ratio of all names to the size of the index: in version 4 an entry contains only the difference
+/// to the previous name.
 const MAX_EXPANSION: usize = 8;
 
-/// Bits of an entry's flags: more flags follow, and how many bytes of its name are counted at most.
+/// The bit of an entry's flags that announces more flags.
 const EXTENDED: u16 = 1 << 14;
-/// The bit of the second flags whose file a sparse checkout leaves out.
+/// The bit of the second flags for a file that a sparse checkout leaves out.
 const SKIP_WORKTREE: u16 = 1 << 14;
-/// What comes before an entry's object id: nine numbers and the mode among them.
+/// The length of the fields before an entry's object id: nine numbers and the mode.
 const STATE_BYTES: usize = 40;
 const MODE_AT: usize = 24;
-/// The part of a mode that says what an entry is.
+/// The bits of a mode that contain the kind.
 const KIND: u32 = 0o170_000;
 
-/// Why an index cannot be read.
+/// The error of an index that cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum IndexError {
-    #[error("'{0}' is missing, is no file, or is too large")]
+    #[error("'{0}' is missing, is not a file, or is too large")]
     Unreadable(&'static str),
     #[error("it is damaged: {0}")]
     Damaged(&'static str),
-    #[error("version {0} is not known")]
+    #[error("version {0} is not supported")]
     Version(u32),
-    #[error("the extension '{0}' is not known")]
+    #[error("the extension '{0}' is not supported")]
     Extension(String),
 }
 
@@ -51,15 +51,15 @@ type Result<T> = std::result::Result<T, IndexError>;
 
 /// An entry of an index.
 pub(crate) struct Entry {
-    /// From the top of the working tree.
+    /// The path from the top of the working tree.
     pub path: Vec<u8>,
-    /// Whether a sparse checkout leaves it out; it may be there all the same.
+    /// Whether a sparse checkout leaves the file out; it may exist nevertheless.
     pub skipped: bool,
     mode: u32,
 }
 
 impl Entry {
-    /// Says whether it is a submodule, a repository with an index of its own.
+    /// Says whether it is a submodule: a repository with its own index.
     pub fn is_module(&self) -> bool {
         self.mode & KIND == 0o160_000
     }
@@ -68,23 +68,23 @@ impl Entry {
 /// One file of an index, parsed.
 struct Parsed {
     entries: Vec<Entry>,
-    /// Where the other entries are, when the index is split.
+    /// The reference to the shared index, if the index is split.
     link: Option<Link>,
 }
 
-/// What a split index says of the file that it shares.
+/// The reference of a split index to its shared index.
 struct Link {
-    /// The checksum of that file, which is also its name.
+    /// The checksum of the shared index, which is part of its name.
     base: Vec<u8>,
-    /// Two bitmaps: of its entries that are gone, and of those that have become the first ones of the split index, which
-    /// bear no name. None where all of them stand.
+    /// Two bitmaps: deleted entries of the shared index, and entries that are replaced by the first entries of
+    /// the split index, which have no name. Empty if no entry is deleted or replaced.
     bitmaps: Vec<u8>,
 }
 
 /// Lists the files, symbolic links and submodules that an index tracks.
 ///
 /// # Errors
-/// When the index is damaged, or of a form that is not known.
+/// Fails when the index is damaged or of an unsupported format.
 pub(crate) fn tracked(git_dir: &Path, content: &[u8]) -> Result<Vec<Entry>> {
     let (content, id_bytes) = checked(content)?;
     let Parsed { mut entries, link } = parse(content, id_bytes)?;
@@ -95,12 +95,12 @@ pub(crate) fn tracked(git_dir: &Path, content: &[u8]) -> Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Reads an index; `None` when there is none.
+/// Reads the file of an index; `None` if it is missing, not a file, or too large.
 pub(crate) fn read(path: &Path) -> Option<Vec<u8>> {
     read_at_most(path, MAX_INDEX)
 }
 
-/// Cuts the checksum off; returns what is before it and how long the repository's object ids are.
+/// Verifies and removes the checksum; returns the rest and the length of the repository's object ids.
 fn checked(content: &[u8]) -> Result<(&[u8], usize)> {
     let parts = |bytes| content.len().checked_sub(bytes).map(|at| content.split_at(at));
     if let Some((before, sum)) = parts(20).filter(|(before, sum)| Sha1::digest(before)[..] == **sum) {
@@ -109,7 +109,7 @@ fn checked(content: &[u8]) -> Result<(&[u8], usize)> {
     if let Some((before, sum)) = parts(32).filter(|(before, sum)| Sha256::digest(before)[..] == **sum) {
         return Ok((before, sum.len()));
     }
-    // `index.skipHash` leaves the checksum out. Of which kind it would have been, only the entries tell.
+    // With `index.skipHash` the checksum is zero; its length follows from the entries.
     for bytes in [32, 20] {
         if let Some((before, _)) = parts(bytes).filter(|(_, sum)| sum.iter().all(|byte| *byte == 0))
             && parse(before, bytes).is_ok()
@@ -117,10 +117,10 @@ fn checked(content: &[u8]) -> Result<(&[u8], usize)> {
             return Ok((before, bytes));
         }
     }
-    Err(Damaged("its checksum is another one"))
+    Err(Damaged("its checksum does not match"))
 }
 
-/// Puts the two parts of a split index together.
+/// Joins a split index and its shared index.
 fn joined(git_dir: &Path, own: Vec<Entry>, link: &Link) -> Result<Vec<Entry>> {
     const SHARED: &str = "sharedindex";
     let name: String = link.base.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -152,13 +152,13 @@ fn joined(git_dir: &Path, own: Vec<Entry>, link: &Link) -> Result<Vec<Entry>> {
 fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
     let mut rest = Bytes(content);
     if rest.take(4)? != b"DIRC" {
-        return Err(Damaged("it does not begin as one"));
+        return Err(Damaged("its header is wrong"));
     }
     let (version, count) = (rest.number()?, rest.number()?);
     if !(2..=4).contains(&version) {
         return Err(IndexError::Version(version));
     }
-    // What is not there is not waited for: every entry has at least its state.
+    // Each entry has at least its fixed fields, which bounds the number of entries.
     let mut entries = Vec::with_capacity((count as usize).min(content.len() / STATE_BYTES));
     let (mut before, mut names) = (Vec::new(), 0);
     for _ in 0..count {
@@ -178,9 +178,9 @@ fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
         let extension = Bytes(rest.take(size as usize)?);
         match name {
             b"link" => link = parse_link(extension, id_bytes)?,
-            // Entries that stand for whole directories outside a sparse checkout: no files, so none is taken.
+            // Entries for directories outside a sparse checkout: they are no files and are not listed.
             b"sdir" => {}
-            // Git says: what begins with a capital may be left alone.
+            // Extensions whose name begins with a capital letter are optional.
             _ if name[0].is_ascii_uppercase() => {}
             _ => return Err(IndexError::Extension(String::from_utf8_lossy(name).into_owned())),
         }
@@ -197,7 +197,7 @@ fn parse_entry(rest: &mut Bytes<'_>, version: u32, id_bytes: usize, before: &[u8
     let skipped = version > 2 && flags & EXTENDED != 0 && rest.short()? & SKIP_WORKTREE != 0;
     if version < 4 {
         let path = rest.until_nul()?.to_vec();
-        // Entries begin at multiples of eight, and at least one zero ends the name.
+        // Entries are padded to multiples of eight bytes; at least one zero ends the name.
         let long = start - rest.0.len();
         let padding = rest.take(long.next_multiple_of(8) - long)?;
         if padding.iter().any(|byte| *byte != 0) {
@@ -205,24 +205,24 @@ fn parse_entry(rest: &mut Bytes<'_>, version: u32, id_bytes: usize, before: &[u8
         }
         return Ok(Entry { path, skipped, mode });
     }
-    // So many bytes go from the end of the name before this one.
-    let kept = before.len().checked_sub(rest.varint()?).ok_or(Damaged("a name is shorter than nothing"))?;
+    // The number of bytes to remove from the end of the previous name.
+    let kept = before.len().checked_sub(rest.varint()?).ok_or(Damaged("a name removes more than there is"))?;
     let path = [&before[..kept], rest.until_nul()?].concat();
     Ok(Entry { path, skipped, mode })
 }
 
 fn parse_link(mut rest: Bytes<'_>, id_bytes: usize) -> Result<Option<Link>> {
     let base = rest.take(id_bytes)?.to_vec();
-    // Without a base it is an index like any other.
+    // An extension without a shared index has no meaning.
     if base.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
     Ok(Some(Link { base, bitmaps: rest.0.to_vec() }))
 }
 
-const CUT_OFF: IndexError = Damaged("it is cut off");
+const CUT_OFF: IndexError = Damaged("it is truncated");
 
-/// What is left to be read.
+/// The bytes that are not parsed yet.
 struct Bytes<'a>(&'a [u8]);
 
 impl<'a> Bytes<'a> {
@@ -251,7 +251,7 @@ impl<'a> Bytes<'a> {
         Ok(name)
     }
 
-    /// Reads a number of seven bits a byte, the highest first, as the offsets of a pack have it.
+    /// Reads a number of seven bits per byte, the highest first, encoded like the offsets of a pack.
     fn varint(&mut self) -> Result<usize> {
         let mut value = 0_usize;
         loop {
@@ -264,15 +264,15 @@ impl<'a> Bytes<'a> {
         }
     }
 
-    /// Lists the bits that are set in an EWAH bitmap of at most so many: words of which each says how many equal ones are
-    /// left out after it, and how many follow as they are.
+    /// Lists the bits that are set in an EWAH bitmap of at most `most` bits: each control word tells how many
+    /// equal words are omitted and how many literal words follow.
     fn bitmap(&mut self, most: usize) -> Result<Vec<usize>> {
         let (bits, words) = (self.number()? as usize, self.number()? as usize);
         if bits > most {
-            return Err(Damaged("a bitmap is longer than what it is about"));
+            return Err(Damaged("a bitmap is longer than the index"));
         }
         let mut words = Bytes(self.take(words.checked_mul(8).ok_or(CUT_OFF)?)?);
-        // Where the last of those words stands, which only a writer needs.
+        // The position of the last control word, which only writers need.
         self.number()?;
         let (mut set, mut at) = (Vec::new(), 0_usize);
         while !words.0.is_empty() {
@@ -290,7 +290,7 @@ impl<'a> Bytes<'a> {
             }
         }
         match set.last() {
-            Some(last) if *last >= bits => Err(Damaged("a bitmap is longer than it says")),
+            Some(last) if *last >= bits => Err(Damaged("a bitmap is longer than its header says")),
             _ => Ok(set),
         }
     }

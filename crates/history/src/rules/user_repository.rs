@@ -1,7 +1,7 @@
-//! Looks at the repository that the workspace belongs to, without ever writing to it.
+//! Reads the state of the repository that the workspace belongs to, without writing to it.
 //!
-//! `HEAD` and refs are read as plain files; the index is parsed in memory (`user_index`). No repository is opened with the library,
-//! which could refresh the index, read somebody's configuration, or refuse a repository of another user.
+//! `HEAD` and refs are read as plain files; `user_index` parses the index. libgit2 never opens the repository,
+//! since it could refresh the index, read a user's configuration, or refuse a repository of another user.
 
 use std::fs;
 use std::io::{self, Read};
@@ -16,33 +16,33 @@ use crate::tree::names::RelPath;
 const MAX_SMALL_FILE: u64 = 64 * 1024;
 const MAX_PACKED_REFS: u64 = 256 * 1024 * 1024;
 
-/// What the user's repository looked like at the instant of a snapshot.
+/// The state of the user's repository at the time of a scan.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UserRepository {
     /// The top of the working tree, escaped.
     pub top: String,
     /// Whether the workspace is a linked worktree or a submodule (`.git` is a file).
     pub linked: bool,
-    /// The ref that `HEAD` names; none when it is detached.
+    /// The ref that `HEAD` names; `None` if it is detached.
     pub head_ref: Option<String>,
-    /// The branch, when `HEAD` names one.
+    /// The branch, if `HEAD` names one.
     pub branch: Option<String>,
-    /// The commit that `HEAD` stands for; none before the first commit, or when it cannot be found in plain files.
+    /// The commit of `HEAD`; `None` before the first commit, or if it is not found in plain files.
     pub head: Option<String>,
-    /// What is in progress: `rebase`, `merge`, `cherry_pick`, `revert` or `bisect`.
+    /// The operation in progress: `rebase`, `merge`, `cherry_pick`, `revert` or `bisect`.
     pub in_progress: Option<String>,
 }
 
-/// Where a repository keeps its parts.
+/// The directories of a repository.
 #[derive(Clone, Debug)]
 pub struct Location {
     /// The top of the working tree.
     pub top: PathBuf,
-    /// The worktree's own directory: `HEAD`, `index`.
+    /// The directory of the worktree itself: `HEAD`, `index`.
     pub git_dir: PathBuf,
-    /// What all worktrees share: refs, `info/exclude`.
+    /// The directory that all worktrees share: refs, `info/exclude`.
     pub common_dir: PathBuf,
-    /// The workspace below the top; the root when they are the same.
+    /// The path of the workspace below the top; empty if they are the same.
     pub prefix: RelPath,
     linked: bool,
 }
@@ -53,7 +53,7 @@ impl Location {
         workspace.ancestors().find_map(|top| Location::at(top, workspace))
     }
 
-    /// Looks whether `top` is the top of a working tree.
+    /// Returns the repository whose working tree has the top `top`; `None` if there is none.
     pub fn at(top: &Path, workspace: &Path) -> Option<Location> {
         let dot_git = top.join(".git");
         let meta = fs::metadata(&dot_git).ok()?;
@@ -76,7 +76,6 @@ impl Location {
         Some(Location { top: top.to_owned(), git_dir, common_dir, prefix, linked })
     }
 
-    /// Describes the state of the repository.
     pub fn describe(&self) -> UserRepository {
         let head = read_small(&self.git_dir.join("HEAD")).unwrap_or_default();
         let head = String::from_utf8_lossy(&head).trim().to_owned();
@@ -105,7 +104,7 @@ impl Location {
     }
 
     fn resolve(&self, name: &str) -> Option<String> {
-        // A ref's name becomes a path: it must be one below `refs`.
+        // The name of the ref becomes a path, so it must lie below `refs`.
         if !name.starts_with("refs/") || RelPath::new(name).is_err() {
             return None;
         }
@@ -121,16 +120,15 @@ impl Location {
         })
     }
 
-    /// Returns where the index is.
     pub fn index(&self) -> PathBuf {
         self.git_dir.join("index")
     }
 
-    /// Lists what is tracked below the workspace, but for what a sparse checkout has left out and nobody had made when the
-    /// index was read.
+    /// Lists the tracked paths below the workspace, except files that a sparse checkout leaves out and that do
+    /// not exist.
     ///
     /// # Errors
-    /// Fails when there is an index that cannot be read.
+    /// Fails when the index exists but cannot be read.
     pub(crate) fn tracked(&self) -> Result<Indexed, IndexError> {
         let (path, mut indexed) = (self.index(), Indexed::default());
         if fs::metadata(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
@@ -150,20 +148,19 @@ impl Location {
     }
 }
 
-/// What an index tracks, relative to the workspace.
+/// The tracked paths of an index, relative to the workspace.
 #[derive(Debug, Default)]
 pub(crate) struct Indexed {
     /// Files and symbolic links.
     pub files: Vec<RelPath>,
-    /// Submodules.
     pub modules: Vec<RelPath>,
 }
 
-/// Says which paths exist. Those of one directory are asked for one after the other, and a sparse checkout leaves out
-/// whole trees of them: for these one question is enough.
+/// Says which paths exist. Consecutive paths are in one directory, and a sparse checkout leaves out whole
+/// trees; one check then suffices for all of them.
 struct ExistingPaths<'a> {
     top: &'a Path,
-    /// The directory that was asked for last.
+    /// The last directory that was checked.
     known: Option<(RelPath, bool)>,
 }
 
@@ -178,7 +175,7 @@ impl ExistingPaths<'_> {
             _ => {}
         }
         let Some(above) = dir.parent() else { return true };
-        // Where what is above is missing, that is what is remembered.
+        // If a directory above is missing, that one is remembered.
         if !self.has_dir(&above) {
             return false;
         }
@@ -202,10 +199,10 @@ pub(crate) fn read_small(path: &Path) -> Option<Vec<u8>> {
     read_at_most(path, MAX_SMALL_FILE)
 }
 
-/// Reads a regular file of at most so many bytes; `None` for anything else.
+/// Reads a regular file of at most `limit` bytes; `None` for anything else.
 pub(crate) fn read_at_most(path: &Path, limit: u64) -> Option<Vec<u8>> {
     use std::os::unix::fs::OpenOptionsExt;
-    // A FIFO in this place must not hold the daemon up.
+    // Opening a FIFO must not block the daemon.
     let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
     let meta = file.metadata().ok()?;
     if !meta.is_file() || meta.len() > limit {

@@ -1,26 +1,26 @@
-//! One pattern of git's, compiled to be matched byte by byte.
+//! One pattern of git, compiled for matching bytes.
 //!
-//! Says what git says, also where that is surprising: bytes, not characters; a `[` without its end, an unknown class
-//! and a `\` at the end match nothing. `**` stands for directories only between slashes or ends; elsewhere it is `*`.
+//! The results are git's, even where they are surprising: patterns match bytes, not characters; a `[` without
+//! its end, an unknown class and a `\` at the end match nothing. `**` matches directories only between slashes
+//! or ends; elsewhere it is `*`.
 
-/// One step of a pattern.
+/// One element of a pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Token {
-    /// This byte.
     Byte(u8),
-    /// Any byte but a slash.
+    /// Any byte except a slash.
     Any,
-    /// A byte of the set, but no slash.
+    /// A byte of the set, except a slash.
     Set(Box<Set>),
-    /// Any bytes but slashes.
+    /// Any number of bytes other than slashes.
     Star,
-    /// Any number of whole directories, each with its slash: `**/`.
+    /// Any number of directories, each with its slash: `**/`.
     Directories,
-    /// Anything: `**` at the end, or before a slash that is escaped.
+    /// Anything: `**` at the end, or before an escaped slash.
     Everything,
 }
 
-/// The bytes of a `[…]`, one bit each.
+/// The bytes of a `[…]`, as a bit set.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Set([u64; 4]);
 
@@ -34,12 +34,11 @@ impl Set {
     }
 }
 
-/// A compiled pattern.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Wildcard(Vec<Token>);
 
 impl Wildcard {
-    /// Compiles a pattern; `None` for one that matches nothing.
+    /// Compiles a pattern; `None` if it can match nothing.
     pub fn compile(pattern: &[u8]) -> Option<Wildcard> {
         let mut tokens = Vec::new();
         let mut at = 0;
@@ -73,8 +72,8 @@ impl Wildcard {
     pub fn matches(&self, text: &[u8]) -> bool {
         let tokens = &self.0;
         let (mut token, mut at) = (0, 0);
-        // Where to go on when what follows a star does not match: at that token, one byte (or directory) further. Only
-        // the last of each kind matters: what a later one leaves over, an earlier one could not use better.
+        // Where to continue after a mismatch: at the token after a star, one byte (or directory) further. Only
+        // the last star of each kind matters: an earlier one cannot match more than the last one.
         let mut star: Option<(usize, usize)> = None;
         let mut deep: Option<(usize, usize)> = None;
         loop {
@@ -127,7 +126,7 @@ impl Wildcard {
     }
 }
 
-/// Tells what stars from `start` to `end` mean, and where the pattern goes on.
+/// Returns the token for the stars from `start` to `end`, and the position after it.
 fn stars(pattern: &[u8], start: usize, end: usize) -> (Token, usize) {
     let stands_apart = start == 0 || pattern[start - 1] == b'/';
     if end - start < 2 || !stands_apart {
@@ -140,13 +139,13 @@ fn stars(pattern: &[u8], start: usize, end: usize) -> (Token, usize) {
     }
 }
 
-/// Reads the set that begins after a `[`; `None` when it has no end.
+/// Parses the set after a `[`; `None` if it has no end. Returns the position after it.
 fn set(pattern: &[u8], start: usize) -> Option<(Set, usize)> {
     let mut set = Set([0; 4]);
     let negated = matches!(pattern.get(start)?, b'!' | b'^');
     let mut at = start + usize::from(negated);
     let first = at;
-    // What a range would begin with; none after a range or a class.
+    // The possible start of a range; `None` after a range or a class.
     let mut before: Option<u8> = None;
     loop {
         let mut byte = *pattern.get(at)?;
@@ -192,7 +191,7 @@ fn set(pattern: &[u8], start: usize) -> Option<(Set, usize)> {
     Some((set, at + 1))
 }
 
-/// Finds a named class, as the C library knows it for bytes below 128.
+/// Returns a named class, as the C library defines it for bytes below 128.
 fn class(name: &[u8]) -> Option<fn(&u8) -> bool> {
     Some(match name {
         b"alnum" => u8::is_ascii_alphanumeric,

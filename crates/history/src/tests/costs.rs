@@ -1,4 +1,4 @@
-//! What snapshots and restores cost, as counts: files read, objects and packs written, paths changed.
+//! The costs of snapshots and restores as counts: files read, objects and packs written, paths changed.
 
 use super::*;
 
@@ -9,7 +9,7 @@ fn name(n: u64) -> String {
     format!("d{}/f{n}", n % DIRECTORIES)
 }
 
-/// A workspace of many files, of which a checkpoint was taken.
+/// Creates a workspace of many files and takes a checkpoint of it.
 fn large() -> Sandbox {
     let sandbox = Sandbox::new();
     (0..FILES).for_each(|n| sandbox.write(name(n), format!("content {n}")));
@@ -23,7 +23,7 @@ fn read(snapshot: &Snapshot) -> u64 {
     snapshot.stats.files - snapshot.stats.unchanged
 }
 
-/// Takes and publishes the next checkpoint as the daemon does, which names the one before.
+/// Takes and publishes the next checkpoint with its predecessor as parent, like the daemon.
 fn next_checkpoint(sandbox: &Sandbox, number: u64) -> Snapshot {
     let request = SnapshotRequest { parent: Some(number - 1), ..sandbox.request(number) };
     let snapshot = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
@@ -31,7 +31,7 @@ fn next_checkpoint(sandbox: &Sandbox, number: u64) -> Snapshot {
     snapshot
 }
 
-/// Returns the files of a directory with their inodes and change times: any write shows.
+/// Returns the files of a directory with their inodes and change times, which show every write.
 fn untouched(dir: &Path) -> BTreeMap<PathBuf, (u64, i64, i64)> {
     let files = walk(dir).into_iter().map(|path| (fs::symlink_metadata(&path).unwrap(), path));
     files
@@ -49,7 +49,8 @@ fn a_checkpoint_reads_what_changed_and_writes_what_names_it() {
     let stored = untouched(sandbox.history.repository());
     let second = next_checkpoint(&sandbox, 2);
     assert_eq!(read(&second), 10);
-    // One content; of five directories the metadata; of these and the root two trees each; manifest, root tree, commit.
+    // One content; the metadata of five directories; two trees for each of these and the root; manifest, root
+    // tree, commit.
     assert_eq!(second.stats.new_objects, 1 + 5 + 2 * 6 + 3);
     assert_eq!(sandbox.history.pack_stats().unwrap().packs, 2);
     let new = untouched(sandbox.history.repository());

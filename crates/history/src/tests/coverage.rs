@@ -1,4 +1,4 @@
-//! What a checkpoint covers, compared with what git says.
+//! The paths that a checkpoint covers, compared with git's own answer.
 
 use super::*;
 
@@ -90,7 +90,7 @@ fn without_a_repository_ignore_files_count_too() {
     sandbox.write("a.log", "");
     sandbox.write("b", "");
     let snapshot = sandbox.checkpoint(1);
-    // What lies above the workspace is nobody's rule without a repository.
+    // Without a repository, ignore files above the workspace do not apply.
     assert_eq!(sandbox.covered(1), [".gitignore", "b"]);
     assert_eq!(snapshot.user_repository, None);
 }
@@ -183,7 +183,7 @@ fn special_and_large_and_unsteady_files_are_reported() {
     ];
     assert_eq!(skipped, expected.map(|(path, reason)| (path.to_owned(), reason)));
     assert_eq!(sandbox.history.skipped(1).unwrap(), snapshot.skipped);
-    // What was skipped is not deleted by a restore, although the checkpoint does not hold it.
+    // A restore does not delete a skipped file, although the checkpoint does not contain it.
     sandbox.rules.max_file_bytes = 1000;
     sandbox.restore_cleanly(1, 2);
     assert!(sandbox.at("large").exists() && sandbox.at("fifo").exists());

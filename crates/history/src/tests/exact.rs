@@ -1,5 +1,5 @@
-//! Exactness beyond bytes: hard links, holes, extended attributes; and that a plan looks only at what differs, agrees
-//! with what is shown before, and is checked as a whole afterwards.
+//! Exactness beyond contents: hard links, holes and extended attributes. A plan reads only what differs, agrees
+//! with the preview, and full verification checks the result.
 
 use std::os::unix::fs::FileExt;
 
@@ -7,7 +7,7 @@ use super::*;
 use crate::tree::confined_dir::Time;
 use crate::tree::listing::{CheckpointRoot, Listing};
 
-/// Replaces a file by one of the same content, mode and time, as an editor does.
+/// Replaces a file by one with the same content, mode and time, as an editor does.
 fn break_link(path: &Path) {
     let meta = fs::metadata(path).unwrap();
     let aside = path.with_extension("aside");
@@ -16,7 +16,7 @@ fn break_link(path: &Path) {
     fs::rename(aside, path).unwrap();
 }
 
-/// Restores, compares, and restores what was there before.
+/// Restores a checkpoint, compares the result, and restores the previous state.
 fn there_and_back(sandbox: &Sandbox, numbers: (u64, u64)) {
     let (wanted, fine) = (files_on_disk(&sandbox.path()), finer(&sandbox.path()));
     let (one, two) = numbers;
@@ -35,7 +35,7 @@ fn finer_at(sandbox: &Sandbox, number: u64) -> Finer {
     serde_json::from_slice(&fs::read(sandbox.outside(&format!("finer-{number}"))).unwrap()).unwrap()
 }
 
-/// Takes a checkpoint and keeps what it must bring back.
+/// Takes a checkpoint and returns what a restore must bring back.
 fn remember(sandbox: &Sandbox, number: u64) {
     sandbox.checkpoint(number);
     let keep = |what: &str, text: Vec<u8>| fs::write(sandbox.outside(&format!("{what}-{number}")), text).unwrap();
@@ -122,7 +122,7 @@ fn a_part_of_linked_names_is_restored_without_the_others() {
     let meta = |name: &str| fs::metadata(sandbox.at(name)).unwrap();
     assert_eq!((meta("a").ino(), meta("c").mode() & 0o777, meta("c").nlink()), (meta("b").ino(), 0o600, 1));
 
-    // And a single one joins those that are right already.
+    // A single name is linked to those that are right already.
     fs::remove_file(sandbox.at("b")).unwrap();
     sandbox.checkpoint(3);
     let plan = sandbox.plan(1, 3, Some(&[rel("b")]));
@@ -279,7 +279,7 @@ fn the_full_check_finds_what_the_plan_did_not_touch_and_passes_over_what_came_la
     sandbox.write("a", "22");
     sandbox.checkpoint(2);
     let plan = sandbox.plan(1, 2, None);
-    // Not in the safety checkpoint any more, and in no plan.
+    // It is not in the safety checkpoint any more, and in no plan.
     sandbox.write("b", "behind the back of the safety checkpoint");
     fs::remove_file(sandbox.at("c/d")).unwrap();
     let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();

@@ -1,4 +1,4 @@
-//! The ignore rules are git's: over random trees and rules a snapshot covers what git itself would list.
+//! The ignore rules are git's: for random trees and rules, a snapshot covers exactly the files that git lists.
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Names of files and directories; few, so that patterns hit them.
+/// Names of files and directories; few, so that patterns match them.
 const NAMES: [&str; 16] = [
     "a",
     "b",
@@ -31,7 +31,7 @@ const NAMES: [&str; 16] = [
     "star*",
 ];
 
-/// Lines of ignore files, from what the manual speaks of and what people get wrong.
+/// Lines of ignore files: cases of the manual and common mistakes.
 fn pattern() -> impl Strategy<Value = String> {
     let piece = prop_oneof![
         8 => proptest::sample::select(NAMES.to_vec()).prop_map(str::to_owned),
@@ -50,7 +50,7 @@ fn pattern() -> impl Strategy<Value = String> {
     (front, body, back).prop_map(|(front, body, back)| format!("{front}{body}{back}"))
 }
 
-/// One step that makes a tree.
+/// One step in the creation of a tree.
 #[derive(Debug, Clone)]
 enum Made {
     File(Vec<&'static str>),
@@ -69,7 +69,7 @@ fn steps() -> impl Strategy<Value = (Vec<Made>, Vec<String>)> {
     (vec(step, 1..40), vec(pattern(), 0..4))
 }
 
-/// Makes what can be made: a name that is a file already is no directory.
+/// Applies a step unless it is impossible, such as a directory where a file exists.
 fn make(sandbox: &Sandbox, steps: &[Made]) {
     let top = sandbox.path();
     for step in steps {

@@ -1,4 +1,4 @@
-//! Tests of the checkpoint store with real files and, where they compare with git, the real git.
+//! Tests of the checkpoint store with real files, and with the real git for comparison.
 
 mod costs;
 mod coverage;
@@ -27,7 +27,7 @@ use sha1::{Digest, Sha1};
 
 use super::*;
 
-/// A store and a workspace that vanish with the test.
+/// A store and a workspace that are removed with the test.
 pub(super) struct Sandbox {
     dir: tempfile::TempDir,
     pub history: History,
@@ -103,7 +103,7 @@ impl Sandbox {
 
     pub fn plan(&self, number: u64, safety: u64, paths: Option<&[RelPath]>) -> RestorePlan {
         let plan = self.planned(number, Some(safety), paths).plan;
-        // A plan lies on the disk between being made and being applied.
+        // A plan is serialised between planning and applying.
         let read: RestorePlan = serde_json::from_str(&serde_json::to_string(&plan).unwrap()).unwrap();
         assert_eq!(read, plan);
         read
@@ -127,7 +127,7 @@ impl Sandbox {
         files.map(|(path, _)| path.to_string()).collect()
     }
 
-    /// Waits until all that was written so far is old enough for its state to vouch for it.
+    /// Waits until all files written so far are old enough for their fingerprints to be reliable.
     pub fn let_files_age(&self) {
         // The clock of the file system lags behind this one.
         let grain = std::time::Duration::from_nanos(crate::scan::workspace_state::TICK_NS as u64 + 1);
@@ -152,7 +152,7 @@ pub(super) fn git_in(dir: &Path, args: &[&str]) -> Vec<u8> {
     output.stdout
 }
 
-/// Lists a directory and all that is below it.
+/// Lists a directory and everything below it.
 pub(super) fn walk(dir: &Path) -> Vec<PathBuf> {
     let mut found = vec![dir.to_owned()];
     let mut open = vec![dir.to_owned()];
@@ -176,7 +176,7 @@ pub(super) fn files_on_disk(dir: &Path) -> FilesOnDisk {
     let one = |path: PathBuf| {
         let meta = fs::symlink_metadata(&path).unwrap();
         let content = match meta.file_type() {
-            // Long contents by their hash: they are compared only.
+            // Long contents are represented by their hash.
             kind if kind.is_file() && meta.len() > 4_096 => Sha1::digest(fs::read(&path).unwrap()).to_vec(),
             kind if kind.is_file() => fs::read(&path).unwrap(),
             kind if kind.is_symlink() => fs::read_link(&path).unwrap().as_os_str().as_bytes().to_vec(),
@@ -188,10 +188,11 @@ pub(super) fn files_on_disk(dir: &Path) -> FilesOnDisk {
     walk(dir).into_iter().map(one).collect()
 }
 
-/// Properties that `FilesOnDisk` leaves out: extended attributes, the other names of a file, and whether it has holes.
+/// Properties that `FilesOnDisk` leaves out: extended attributes, the other names of a file, and whether it has
+/// holes.
 pub(super) type Finer = BTreeMap<String, (Vec<(Vec<u8>, Vec<u8>)>, Vec<String>, bool)>;
 
-/// Describes what a picture leaves out.
+/// Returns these properties for every path of a workspace.
 pub(super) fn finer(dir: &Path) -> Finer {
     let shown = |path: &Path| path.strip_prefix(dir).unwrap().as_os_str().as_bytes().escape_ascii().to_string();
     let mut names: BTreeMap<(u64, u64), Vec<String>> = BTreeMap::new();
@@ -220,13 +221,13 @@ pub(super) fn set_xattr(path: &Path, name: &str, value: Option<&[u8]>) {
     }
 }
 
-/// Sets the time of the last change, nanoseconds since 1970.
+/// Sets the modification time in nanoseconds since 1970.
 pub(super) fn set_mtime(path: &Path, ns: u64) {
     let time = std::time::UNIX_EPOCH + std::time::Duration::from_nanos(ns);
     fs::File::open(path).unwrap().set_modified(time).unwrap();
 }
 
-/// The picture of a workspace without `.git`.
+/// The files of a workspace without `.git`.
 pub(super) fn picture_of_work(dir: &Path) -> FilesOnDisk {
     let mut picture = files_on_disk(dir);
     picture.retain(|name, _| !name.split('/').any(|part| part == ".git"));

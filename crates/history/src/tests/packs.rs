@@ -1,4 +1,5 @@
-//! Consolidation: many packs become one, nothing changes for whoever reads, and no crash or contemporary is harmed.
+//! Consolidation: many packs become one, readers see no difference, and neither crashes nor concurrent
+//! snapshots do harm.
 
 use std::collections::BTreeSet;
 use std::os::unix::fs::FileExt;
@@ -31,7 +32,7 @@ fn all_is_good(history: &History) {
     }
 }
 
-/// A tree in which some files change in every round, by a line each.
+/// A tree in which some files change by one line in every round.
 fn lay_out(sandbox: &Sandbox, files: u64) {
     for n in 0..files {
         let lines = (0..40 + n % 30).map(|line| format!("line {line} of file {n}: {}\n", line * 7919 % (n + 13)));
@@ -149,7 +150,7 @@ fn what_no_checkpoint_needs_any_more_is_dropped_even_where_others_were_deltas_to
 
     sandbox.history.list().unwrap().into_iter().for_each(|n| sandbox.history.remove(n).unwrap());
     consolidate(&sandbox.history, Extent::Everything);
-    // What is known of the workspace stays, so that the next checkpoint only costs what has changed.
+    // The workspace state stays, so that the next checkpoint costs only what has changed.
     assert_eq!(packs(&sandbox.history).len(), 1);
     assert_eq!(sandbox.take(41).stats.new_objects, 3);
 }
@@ -159,7 +160,7 @@ fn nothing_goes_while_a_snapshot_relies_on_it() {
     let sandbox = with_rounds(5);
     let under_way = sandbox.take(6);
     (1..=5).for_each(|n| sandbox.history.remove(n).unwrap());
-    // It waits for the snapshot, until it is told not to.
+    // Consolidation waits for the snapshot until it is cancelled.
     let stop = AtomicBool::new(false);
     let late = |progress: Progress| stop.store(progress.phase == Phase::Verify, Ordering::Relaxed);
     let result = sandbox.history.consolidate(Extent::Everything, &late, &stop);
@@ -174,7 +175,7 @@ fn nothing_goes_while_a_snapshot_relies_on_it() {
 #[test]
 fn what_is_published_while_packs_are_written_keeps_what_it_needs() {
     let sandbox = with_rounds(6);
-    // What only checkpoint 7 had is garbage, until checkpoint 9 finds it in a published pack.
+    // Objects of checkpoint 7 alone are unneeded until checkpoint 9 finds them in a published pack.
     let old = fs::read(sandbox.at("d0/e0/f0")).unwrap();
     sandbox.write("d0/e0/f0", "only in checkpoint 7");
     sandbox.checkpoint(7);
@@ -222,7 +223,7 @@ fn a_damaged_pack_is_neither_merged_nor_removed() {
     flip(&all[0], fs::metadata(&all[0]).unwrap().len() / 2, 0x10);
     let before = contents(&sandbox.history);
     let result = sandbox.history.consolidate(Extent::Everything, &quiet, &NEVER);
-    // Where the bit lies decides what is noticed first: a broken stream, or an id that does not match.
+    // The position of the bit decides what is noticed first: a broken stream, or an id that does not match.
     let noticed = matches!(
         result,
         Err(HistoryError::DamagedObject { .. } | HistoryError::Io { action: "read an object of", .. })
@@ -265,7 +266,7 @@ fn a_flipped_bit_anywhere_in_a_pack_or_an_index_is_noticed() {
     all_is_good(&sandbox.history);
 }
 
-/// The body of the process that the next test kills; it does nothing unless that test starts it.
+/// The body of the process that the next test kills; it does nothing unless started by that test.
 #[test]
 fn killed_consolidation_body() {
     if let Some(state) = std::env::var_os("FERMATA_TEST_CONSOLIDATION") {
@@ -409,8 +410,8 @@ fn bytes_below(dir: &Path) -> u64 {
         .sum()
 }
 
-/// Prints what many checkpoints cost beside the same commits in git after `git gc`. A tree of one's own is given by
-/// `FERMATA_BENCH_TREE` (it is copied), the number of checkpoints by `FERMATA_BENCH_COUNT`.
+/// Prints the cost of many checkpoints beside the same commits in git after `git gc`. `FERMATA_BENCH_TREE` sets
+/// the tree (which is copied), `FERMATA_BENCH_COUNT` the number of checkpoints.
 #[test]
 #[ignore = "takes minutes: cargo test --release -p fermata-daemon --lib disk_for_a_thousand -- --ignored --nocapture"]
 fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
@@ -538,7 +539,7 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
     let old = known_packs(history);
     let stubborn = |progress: Progress| {
         if progress.phase == Phase::Verify {
-            // A directory stands where an old pack is to be put aside.
+            // A directory blocks the name to which an old pack is moved.
             old.iter().for_each(|name| {
                 fs::create_dir_all(history.pending().join(format!("consolidation/{name}.gone/x"))).unwrap();
             });
@@ -564,7 +565,7 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
 fn a_new_draft_sees_that_an_index_has_gone() {
     let sandbox = with_rounds(2);
     let history = &sandbox.history;
-    // The clock of the file system has to tick in between.
+    // The clock of the file system must tick in between.
     std::thread::sleep(Duration::from_millis(20));
     let gone = packs(history).remove(0).with_extension("idx");
     fs::rename(&gone, sandbox.outside("index")).unwrap();

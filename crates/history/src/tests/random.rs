@@ -1,5 +1,5 @@
-//! Random trees and random changes: a restore always brings the original back, whole or in part, also when it dies in
-//! the middle and is rolled forward.
+//! Random trees and random changes: a restore brings the original back, completely or in part, even if it is
+//! interrupted and rolled forward.
 
 use std::os::unix::fs::{FileExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -12,11 +12,11 @@ use crate::tree::confined_dir::Time;
 #[derive(Clone, Debug)]
 enum Act {
     Write(String, Vec<u8>),
-    /// Writes into what is there, through all its names.
+    /// Writes into an existing file, which changes all of its names.
     WriteThrough(String, Vec<u8>),
     Sparse(String, u32),
     Link(String, String),
-    /// Another name for the file at the first path.
+    /// Adds another name for the file at the first path.
     HardLink(String, String),
     Directory(String),
     Remove(String),
@@ -26,7 +26,7 @@ enum Act {
     Attribute(String, bool, Vec<u8>),
 }
 
-/// Few names, so that files, links and directories often meet at the same path.
+/// Few names, so that files, links and directories often have the same path.
 fn path() -> impl Strategy<Value = String> {
     let odd = prop_oneof!["[abc]", Just("a.b".to_owned()), Just("ä %\n".to_owned()), Just("git~1".to_owned())];
     proptest::collection::vec(odd, 1..4).prop_map(|names| names.join("/"))
@@ -64,7 +64,7 @@ fn clear(path: &Path) {
     }
 }
 
-/// Makes the directories above a path, in place of whatever stands there.
+/// Creates the directories above a path and replaces other entries that are in the way.
 fn make_room(root: &Path, path: &str) -> PathBuf {
     let mut at = root.to_owned();
     let names: Vec<&str> = path.split('/').collect();
@@ -104,7 +104,7 @@ fn perform(root: &Path, act: &Act) {
             clear(&path);
             let file = fs::File::create(path).unwrap();
             file.write_all_at(b"after a hole", u64::from(*at)).unwrap();
-            // Delayed allocation would hide the hole until then.
+            // Delayed allocation would hide the hole until the file is flushed.
             file.sync_all().unwrap();
         }
         Act::Link(path, target) => {
@@ -116,10 +116,10 @@ fn perform(root: &Path, act: &Act) {
             let from = root.join(from);
             if is_file(&from) {
                 let path = make_room(root, path);
-                // Making room may have taken the file away.
+                // Creating the parent directories may have removed the file.
                 if is_file(&from) && !from.starts_with(&path) {
                     clear(&path);
-                    // It may have lain there, seen through a link.
+                    // The source may have been reached through a link.
                     if is_file(&from) {
                         fs::hard_link(from, path).unwrap();
                     }
@@ -163,14 +163,14 @@ fn perform(root: &Path, act: &Act) {
     }
 }
 
-/// Everything that a restore must bring back, holes apart: how a file system lays bytes out is its own business.
+/// Everything that a restore must bring back, except holes, which depend on the file system.
 fn all_of(sandbox: &Sandbox) -> (FilesOnDisk, Finer) {
     let mut finer = finer(&sandbox.path());
     finer.values_mut().for_each(|one| one.2 = false);
     (files_on_disk(&sandbox.path()), finer)
 }
 
-/// Applies a plan that is cut off after some steps, like a daemon that dies there, and then applies it again.
+/// Applies the first steps of a plan, like a daemon that dies, and then applies the plan again.
 fn apply_with_a_crash(sandbox: &Sandbox, plan: &RestorePlan, after: u64) -> RestoreReport {
     let die = |progress: Progress| {
         if progress.phase == Phase::Apply && progress.done == after {
@@ -257,11 +257,11 @@ proptest! {
                 prop_assert_eq!(now.get(name), original.get(name), "{}", name);
                 prop_assert_eq!(attributes(&now_finer), attributes(&original_finer), "{}", name);
             } else if !is_dir(&now) {
-                // Directories above what was restored are made where they are missing, and their times move.
+                // Missing directories above restored paths are created, and their times change.
                 prop_assert_eq!(now.get(name), changed.get(name), "{}", name);
                 prop_assert_eq!(attributes(&now_finer), attributes(&changed_finer), "{}", name);
             }
-            // No two names share a file that shared none before, or at the checkpoint.
+            // Two names share a file only if they did so before or at the checkpoint.
             let linked = |finer: &Finer| finer.get(name).map(|one| one.1.clone()).unwrap_or_default();
             for other in linked(&now_finer) {
                 let known = linked(&original_finer).contains(&other) || linked(&changed_finer).contains(&other);

@@ -1,9 +1,9 @@
-//! Restores in workspaces that are, hold or belong to git repositories: files come back byte for byte, and nothing of
-//! git's own changes.
+//! Restores in workspaces that are, contain or belong to git repositories: files are restored exactly, and
+//! git's own files do not change.
 
 use super::*;
 
-/// Everything that belongs to git below a directory.
+/// Returns all of git's files below a directory.
 fn gits(dir: &Path) -> FilesOnDisk {
     let mut picture = files_on_disk(dir);
     picture.retain(|name, _| name.split('/').any(|part| part == ".git"));
@@ -15,7 +15,7 @@ fn commit(dir: &Path, message: &str) {
     git_in(dir, &["commit", "-qm", message]);
 }
 
-/// Takes a checkpoint of a workspace that is not the sandbox's own.
+/// Takes a checkpoint of a workspace other than the sandbox's own.
 fn checkpoint_of(sandbox: &Sandbox, workspace: &Path, number: u64) {
     let request = SnapshotRequest { workspace: workspace.to_owned(), ..sandbox.request(number) };
     let snapshot = sandbox.history.snapshot(&request, 0, &quiet, &NEVER).unwrap();
@@ -49,7 +49,7 @@ fn a_linked_worktree_is_restored_and_its_git_file_stays() {
     let plan = restore_of(&sandbox, &linked, 1, 2);
     assert_eq!(picture_of_work(&linked), before);
     assert_eq!((gits(&linked), gits(&sandbox.path())), gits_before);
-    // The branch went on since: that is told.
+    // The branch has moved since the checkpoint, which is reported.
     assert!(plan.warnings.iter().any(|text| text.contains("on branch 'side'")), "{:?}", plan.warnings);
 }
 
@@ -177,7 +177,7 @@ fn what_a_submodule_tracks_though_it_ignores_it_is_covered() {
     sandbox.checkpoint(1);
     let covered = [".gitmodules", "outer/.gitignore", "outer/.gitmodules", "outer/kept.log"];
     assert_eq!(sandbox.covered(1), covered);
-    // What is added later, and a submodule that is checked out later, are noticed.
+    // Files that are added later, and a submodule that is checked out later, are noticed.
     git_in(&sandbox.at("outer"), &["add", "-f", "later.log"]);
     sandbox.checkpoint(2);
     assert!(sandbox.covered(2).contains(&"outer/later.log".to_owned()), "{:?}", sandbox.covered(2));

@@ -1,4 +1,4 @@
-//! Restores: exactness, and what they leave alone.
+//! Restores: exactness, and the paths that they leave unchanged.
 
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::symlink;
@@ -42,7 +42,7 @@ fn bytes_modes_times_and_odd_names_come_back_exactly() {
     sandbox.restore_cleanly(1, 2);
     assert_eq!(picture_of_work(&sandbox.path()), before);
 
-    // And undoing the restore is a restore.
+    // Undoing the restore is another restore.
     sandbox.restore_cleanly(2, 3);
     assert_eq!(sandbox.covered(2), ["unwanted/deep/file"]);
     assert_eq!(fs::read(sandbox.at("unwanted/deep/file")).unwrap(), b"x");
@@ -198,13 +198,13 @@ fn what_a_given_up_restore_left_behind_is_not_covered_and_goes_with_the_next() {
     sandbox.restore_cleanly(1, 3);
     assert_eq!(files_on_disk(&sandbox.path()), before);
 
-    // A name that only begins like one is the user's own.
+    // A user's file whose name only begins like a temporary one.
     sandbox.write(".fermata-restore-notes", "mine");
     sandbox.checkpoint(4);
     assert_eq!(sandbox.covered(4), [".fermata-restore-notes", "dir/a"]);
 }
 
-/// Runs without privileges, in a process of its own when the tests have them.
+/// Runs a test without privileges, in a separate process if the tests have them.
 fn unprivileged_scenario() {
     let sandbox = Sandbox::new();
     sandbox.write("ro/sub/file", "1");
@@ -250,13 +250,13 @@ fn unprivileged_scenario() {
     assert_eq!(fs::read(sandbox.at("ro/sub/file")).unwrap(), b"1");
     assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
 
-    // Also where a run that was killed has left it open.
+    // The same after a run that was killed has left the directory open.
     set_mode(&sandbox.at("ro/sub"), 0o755);
     let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
     assert_eq!(report.mismatches, []);
     assert_eq!(fs::metadata(sandbox.at("ro/sub")).unwrap().mode() & 0o7777, 0o555);
 
-    // So that the sandbox can vanish.
+    // Allows the sandbox to be removed.
     ["ro", "ro/sub", "closed"].iter().for_each(|dir| set_mode(&sandbox.at(dir), 0o755));
 }
 
@@ -277,7 +277,7 @@ fn without_privileges_read_only_directories_are_restored_and_unreadable_ones_ski
     }
     let dir = tempfile::tempdir().unwrap();
     set_mode(dir.path(), 0o755);
-    // The build directory may be closed to others.
+    // The build directory may be closed to other users.
     let program = dir.path().join("program");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     set_mode(&program, 0o755);
@@ -313,8 +313,8 @@ fn more_files_than_are_drafted_at_once_are_restored_and_leave_no_draft() {
     assert_eq!(files_on_disk(&sandbox.path()), before);
 }
 
-/// Brings `a`, `b` and `c` back from what `change` has made of them, while somebody writes `a` once so many are drafted:
-/// that one is kept and reported.
+/// Restores `a`, `b` and `c` from the result of `change`, while `a` is written after a number of files are
+/// staged: that write is kept and reported.
 fn kept_while_drafted(change: impl FnOnce(&Sandbox), drafted: u64) {
     let sandbox = Sandbox::new();
     ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "1"));
@@ -348,7 +348,7 @@ fn what_somebody_makes_where_nothing_stood_while_files_are_drafted_is_kept_and_r
     kept_while_drafted(change, 3);
 }
 
-/// Paths that a plan leaves alone, with the reasons.
+/// The paths that a plan leaves unchanged, with the reasons.
 fn left(plan: &RestorePlan) -> Vec<(String, ConflictReason)> {
     plan.conflicts.iter().map(|one| (one.path.to_string(), one.reason)).collect()
 }
@@ -368,7 +368,7 @@ fn what_the_checkpoints_own_rules_left_out_stays_whatever_the_rules_of_today_say
     git_in(&sandbox.at("inner"), &["init", "-q"]);
     sandbox.let_files_age();
     sandbox.checkpoint(1);
-    // Somebody clobbers the rules: all of it is covered now.
+    // The rules are overwritten; now everything is covered.
     sandbox.write(".gitignore", "");
     fs::remove_file(sandbox.at("sub/.gitignore")).unwrap();
     for new in ["new", "sub/new", "new-dir/.env", "new-dir/other", "inner/a.o", "keep.o"] {

@@ -1,4 +1,4 @@
-//! What must never happen: a write to the user's `.git`, a write outside the workspace, a half restored workspace.
+//! What must never happen: a write to the user's `.git` or outside the workspace, or a half-restored workspace.
 
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt;
@@ -14,7 +14,7 @@ fn the_users_git_stays_byte_identical_over_twenty_checkpoints_and_restores() {
     }
     sandbox.git(&["add", "."]);
     sandbox.git(&["commit", "-qm", "one"]);
-    // A touched file makes git want to refresh its index.
+    // A file with a new time makes git refresh its index.
     sandbox.write("f0", "1");
     let before = files_on_disk(&sandbox.at(".git"));
     for round in 0..20 {
@@ -51,7 +51,7 @@ fn a_link_planted_in_the_middle_is_not_followed() {
     assert!(wrong.iter().any(|path| path.starts_with("dir/")), "{wrong:?}");
     assert_eq!(files_on_disk(&outside), before);
 
-    // Nor is it when the plan is made, or when a checkpoint is taken.
+    // The same holds for planning and for taking a checkpoint.
     sandbox.checkpoint(3);
     assert!(sandbox.covered(3).contains(&"dir".to_owned()));
     assert!(!sandbox.covered(3).contains(&"dir/sub/a".to_owned()));
@@ -94,13 +94,13 @@ fn a_directory_that_is_swapped_for_a_link_while_a_restore_runs_leads_nowhere() {
         for round in 0..15 {
             let (from, to) = if round % 2 == 0 { (1, 2) } else { (2, 1) };
             let planned = sandbox.planned(from, Some(to), None);
-            // It fails, or reports what it could not do: both are fine.
+            // It may fail or report what it could not do.
             drop(sandbox.history.apply_restore(&planned.plan, &quiet));
         }
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
     });
     assert_eq!((files_on_disk(&outside), finer(&outside)), before);
-    // And once it is quiet again, all is done.
+    // Once nothing changes any more, the restore completes.
     sandbox.restore_cleanly(1, 3);
     assert_eq!(fs::read(sandbox.at("dir/sub/f7")).unwrap(), b"old 7");
 }
@@ -119,7 +119,7 @@ fn a_plan_with_an_unsafe_path_is_refused_as_a_whole() {
     assert_eq!(fs::read_dir(sandbox.path()).unwrap().count(), 1, "nothing was made");
 }
 
-/// Lays out the two states between which the killed restore moves.
+/// Creates the two states between which the killed restore moves.
 fn two_states(sandbox: &Sandbox) -> (FilesOnDisk, RestorePlan) {
     for n in 0..6 {
         sandbox.write(format!("d{n}/a"), format!("old {n}"));
@@ -142,7 +142,7 @@ fn two_states(sandbox: &Sandbox) -> (FilesOnDisk, RestorePlan) {
     (wanted, sandbox.plan(1, 2, None))
 }
 
-/// The body of the process that the next test kills; it does nothing unless that test starts it.
+/// The body of the process that the next test kills; it does nothing unless started by that test.
 #[test]
 fn killed_restore_body() {
     let Some(state) = std::env::var_os("FERMATA_TEST_RESTORE") else {

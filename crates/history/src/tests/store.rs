@@ -1,4 +1,4 @@
-//! Snapshots, refs, packs and what a crash leaves behind.
+//! Snapshots, refs, packs and the remains of a crash.
 
 use std::os::unix::fs::FileExt;
 
@@ -53,13 +53,13 @@ fn an_unchanged_tree_writes_no_blob_and_reads_no_file() {
     // Manifest, root tree and commit.
     assert_eq!(second.stats.new_objects, 3);
 
-    // The same after a restart, from the picture on the disk.
+    // The same after a restart, with the saved workspace state.
     sandbox.history.keep().unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let third = again.snapshot(&sandbox.request(3), 5, &quiet, &NEVER).unwrap();
     assert_eq!((third.stats.unchanged, third.stats.new_objects), (20, 3));
 
-    // And without it everything is read, but nothing is written.
+    // Without the saved state everything is read, but nothing is written.
     fs::write(sandbox.outside("state").join("picture"), "nonsense").unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let fourth = again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap();
@@ -85,21 +85,21 @@ fn a_checkpoint_of_what_is_the_same_is_another_name_for_the_one_before() {
     assert_eq!(sandbox.history.pack_stats().unwrap().packs, packs, "it has no pack of its own");
     assert_eq!(fs::read_dir(sandbox.outside("state/history.git/pending")).unwrap().count(), 0);
 
-    // What a restore warns about is part of it.
+    // The manifest includes what a restore warns about.
     git_in(&sandbox.path(), &["symbolic-ref", "HEAD", "refs/heads/other"]);
     let third = take(&after(2));
     assert_ne!(third.commit, first.commit);
     sandbox.write("dir/file", "changed");
     let fourth = take(&after(3));
 
-    // What cannot be relied on is not shared.
+    // A commit with damaged objects is not shared.
     sandbox.history.mark_damaged(&[fourth.commit]);
     let fifth = take(&after(4));
     assert_ne!(fifth.commit, fourth.commit);
     fs::write(sandbox.outside("state/history.git/refs/fermata/checkpoints/5"), "nonsense\n").unwrap();
     assert_ne!(take(&after(5)).commit, fifth.commit);
 
-    // Each name stands for itself.
+    // Each ref stands for itself.
     sandbox.history.remove(1).unwrap();
     for number in [2, 3, 4, 6] {
         sandbox.history.verify(number, &quiet, &NEVER).unwrap();
@@ -153,7 +153,7 @@ fn a_picture_whose_commit_is_gone_does_not_vouch_for_objects() {
     fs::remove_file(sandbox.history.repository().join("refs/fermata/base")).unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     assert_eq!(again.list().unwrap(), [0u64; 0]);
-    // Somebody has cleared the store behind our back.
+    // The store was cleared by another program.
     for entry in fs::read_dir(again.repository().join("objects/pack")).unwrap() {
         fs::remove_file(entry.unwrap().path()).unwrap();
     }
@@ -175,7 +175,7 @@ fn a_sweep_removes_drafts_and_keeps_every_pack_that_is_needed() {
     std::mem::forget(sandbox.take(3));
     sandbox.history.remove(1).unwrap();
 
-    // A new process, as after a crash: nothing is under way any more.
+    // A new process, as after a crash: no snapshot is in progress any more.
     let history = History::open(&sandbox.outside("state")).unwrap();
     let report = history.sweep().unwrap();
     assert_eq!((report.drafts, report.packs), (1, 0));
@@ -250,7 +250,7 @@ fn verify_names_the_path_of_a_damaged_object() {
     assert_eq!(report.bad.len(), 1);
     assert_eq!(report.bad[0].path, "files/dir/a");
 
-    // And a restore that needs it touches nothing.
+    // A restore that needs it changes nothing.
     fs::remove_file(sandbox.at("dir/a")).unwrap();
     sandbox.checkpoint(2);
     let plan = sandbox.plan(1, 2, None);
@@ -325,7 +325,7 @@ fn a_git_gc_in_the_store_loses_no_checkpoint() {
     let repository = sandbox.history.repository();
     git_in(repository, &["gc", "-q", "--prune=now"]);
     git_in(repository, &["pack-refs", "--all"]);
-    // The packs that this store has read are gone.
+    // The packs that this store has opened are gone.
     assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
     assert_eq!(sandbox.history.list().unwrap(), [1, 2, 3]);
     sandbox.history.sweep().unwrap();
@@ -371,7 +371,7 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         sandbox.checkpoint(1);
         sandbox.history.keep().unwrap();
         damage_only_pack(&sandbox.history);
-        // A snapshot that began before the damage was found may rely on what is damaged.
+        // A snapshot that began before the damage was found may rely on damaged objects.
         let misled = sandbox.take(2);
         let bad = sandbox.history.verify(1, &quiet, &NEVER).unwrap().bad;
         assert_eq!(bad.iter().map(|bad| bad.path.as_str()).collect::<Vec<_>>(), ["files/a"]);
@@ -383,7 +383,7 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         // The blob, and manifest, root tree and commit as always.
         assert_eq!(healing.stats.new_objects, 4);
         history.publish(&healing).unwrap();
-        // The next one finds it healed.
+        // The next snapshot has nothing to repair.
         let next = history.snapshot(&sandbox.request(4), 6, &quiet, &NEVER).unwrap();
         assert_eq!(next.stats.new_objects, 3);
         history.publish(&next).unwrap();
@@ -400,7 +400,7 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         );
         content.unwrap();
 
-        // The pack is still damaged, until it is written anew without that copy.
+        // The pack is still damaged, until it is rewritten without that copy.
         assert_eq!(history.due(), Some(Extent::Waste));
         assert!(matches!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Done(_)));
         for number in 1..=4 {

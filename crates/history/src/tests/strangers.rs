@@ -1,4 +1,4 @@
-//! Checkpoints from elsewhere that somebody has made up: they are refused as a whole.
+//! Forged checkpoints are refused on import.
 
 use super::*;
 use crate::errors::Result;
@@ -9,7 +9,7 @@ use crate::tree::listing::CheckpointRoot;
 use crate::tree::metadata::{self, MetaKind, MetaLine};
 use crate::tree::trees::{MODE_LINK, MODE_TREE, TreeEntry, encode_tree};
 
-/// A pack of anything.
+/// A pack with arbitrary objects.
 struct Forge {
     dir: tempfile::TempDir,
     pack: PackWriter,
@@ -34,7 +34,7 @@ impl Forge {
         self.object(ObjectKind::Tree, &encode_tree(&entries))
     }
 
-    /// What describes a directory and some links in it.
+    /// Adds the metadata of a directory with some links in it.
     fn described(&mut self, links: &[&str]) -> Oid {
         let line = |kind, name: &str| MetaLine {
             kind,
@@ -49,7 +49,7 @@ impl Forge {
         self.object(ObjectKind::Blob, metadata::encode(lines.len(), lines).as_bytes())
     }
 
-    /// Makes a checkpoint of it, and lets a store check it.
+    /// Builds a checkpoint of it and lets a store verify it.
     fn received(mut self, sandbox: &Sandbox, files: Oid, meta: Oid) -> Result<()> {
         let manifest = CheckpointRoot::read(&sandbox.history.objects, &sandbox.history.refs.get(1).unwrap()).unwrap();
         let manifest = sandbox.history.objects.read(&manifest.manifest, ObjectKind::Blob).unwrap();
@@ -145,7 +145,7 @@ fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
     receive(&encoded(&|_, _| {})).unwrap();
     refused(receive(&encoded(&|n, line| line.crc ^= u32::from(n == 0))), "says something else of the entry");
 
-    // Good objects that the checkpoint does not need stand for others that nobody has hashed.
+    // Sound but unneeded objects could replace others that were never hashed.
     let commit = exported.commit;
     drop(exported);
     history.consolidate(Extent::Everything, &quiet, &NEVER).unwrap();

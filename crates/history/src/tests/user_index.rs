@@ -1,4 +1,4 @@
-//! The user's index, read in every form that git writes, beside what git lists.
+//! The user's index in every format that git writes, compared with what git lists.
 
 use sha1::Digest as _;
 
@@ -6,7 +6,7 @@ use super::*;
 use crate::rules::user_index;
 use crate::rules::user_repository::Location;
 
-/// What git says is tracked: files and links, but for those that a sparse checkout has left out.
+/// The tracked files and links according to git, except those that a sparse checkout leaves out.
 fn listed(sandbox: &Sandbox) -> Vec<String> {
     let lines = sandbox.git(&["ls-files", "-stz"]);
     let tracked = lines.split(|byte| *byte == 0).filter(|line| !line.is_empty()).filter_map(|line| {
@@ -29,7 +29,7 @@ fn read(sandbox: &Sandbox) -> Vec<String> {
     tracked
 }
 
-/// Changes what is tracked, step by step, and compares after each.
+/// Changes the index step by step and compares after each step.
 fn assert_as_git_does(init: &[&str], settings: &[&str]) {
     let sandbox = Sandbox::new();
     sandbox.git(&[&["init", "-q"], init].concat());
@@ -54,7 +54,7 @@ fn assert_as_git_does(init: &[&str], settings: &[&str]) {
         &["sparse-checkout", "set", "--no-cone", "dir-4"],
     ];
     for step in steps {
-        // An id of the other kind's length is refused.
+        // An id of the other length is refused.
         if init.is_empty() || step[0] != "update-index" || step[1] != "--add" {
             sandbox.git(step);
         }
@@ -117,7 +117,7 @@ fn a_damaged_index_is_refused_and_never_more() {
         for cut in 0..good.len() {
             assert!(user_index::tracked(&git_dir, &good[..cut]).is_err(), "cut off after {cut} bytes");
         }
-        // With a checksum that is right, so that what is inside is looked at.
+        // The checksum is right, so that the contents are parsed.
         for at in 0..good.len() - 20 {
             for bit in [0x01, 0x80, 0xff] {
                 let mut bad = good[..good.len() - 20].to_vec();
@@ -132,8 +132,8 @@ fn a_damaged_index_is_refused_and_never_more() {
     assert!(snapshot.warnings.iter().any(|text| text.contains("the index cannot be read")), "{:?}", snapshot.warnings);
 }
 
-/// An index with a right checksum, made of these entries (how many bytes of the name before go, and what is added) and
-/// these extensions.
+/// Builds an index with a right checksum from entries (bytes to remove from the previous name, and bytes to
+/// add) and extensions.
 fn forged(names: &[(u8, &[u8])], extensions: &[u8]) -> Vec<u8> {
     let mut index = [&b"DIRC"[..], &4_u32.to_be_bytes(), &(names.len() as u32).to_be_bytes()].concat();
     for (gone, name) in names {
@@ -189,7 +189,7 @@ fn an_index_that_goes_or_is_a_link_or_no_file_is_noticed() {
     let index = sandbox.at(".git/index");
     sandbox.checkpoint(1);
     assert_eq!(sandbox.covered(1), [".gitignore", "one.log"]);
-    // At once, while its state may not yet tell it from another one.
+    // Immediately, while its fingerprint may equal that of the previous index.
     let kept = fs::read(&index).unwrap();
     fs::remove_file(&index).unwrap();
     sandbox.checkpoint(2);

@@ -1,4 +1,4 @@
-//! What a watched store sees must be what somebody sees who looks at everything for the first time.
+//! A watched store must see the same as a store that scans the whole workspace for the first time.
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions, Permissions};
@@ -9,7 +9,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// Compares the next snapshot of the watched store with one of a store that knows nothing.
+/// Compares the next snapshot of the watched store with one of a new store.
 fn agrees(sandbox: &Sandbox, number: u64) {
     let state = tempfile::tempdir().unwrap();
     let fresh = History::open(state.path()).unwrap();
@@ -31,7 +31,7 @@ fn agrees(sandbox: &Sandbox, number: u64) {
     assert_eq!(sandbox.history.verify(number, &quiet, &NEVER).unwrap().bad, []);
 }
 
-/// Says whether the last snapshot looked only where events had called it.
+/// Says whether the last snapshot was a partial scan.
 fn looked_at_a_part(snapshot: &Snapshot) -> bool {
     !snapshot.whole
 }
@@ -47,7 +47,7 @@ fn path_from(words: &mut impl Iterator<Item = u32>) -> String {
     parts.join("/")
 }
 
-/// Does something to the workspace; what cannot be done is left.
+/// Changes the workspace; impossible changes are ignored.
 fn change(sandbox: &Sandbox, words: &mut impl Iterator<Item = u32>) {
     let path = sandbox.at(path_from(words));
     let other = sandbox.at(path_from(words));
@@ -74,7 +74,7 @@ fn change(sandbox: &Sandbox, words: &mut impl Iterator<Item = u32>) {
             fs::rename(&path, &other)
         }
         10 => {
-            // A whole directory, out of sight and back under another name.
+            // A directory is moved out of the workspace and back under another name.
             let (dir, aside) = (path.parent().unwrap(), sandbox.outside("aside"));
             if dir == sandbox.path() {
                 Ok(())
@@ -108,7 +108,7 @@ fn change(sandbox: &Sandbox, words: &mut impl Iterator<Item = u32>) {
             Ok(())
         }
         _ => {
-            // Gone and there again before anybody looks.
+            // Removed and created again before the next scan.
             fs::remove_dir_all(&path).and_then(|()| fs::create_dir(&path)).and_then(|()| fs::write(path.join("x"), "x"))
         }
     };
@@ -144,7 +144,8 @@ fn only_what_has_changed_is_looked_at() {
     let second = sandbox.checkpoint(2);
     assert!(looked_at_a_part(&second));
     assert_eq!(second.stats.files - second.stats.unchanged, 1);
-    // A blob and what is said of it; two trees of each of three directories; the manifest, the root tree, the commit.
+    // A blob and its metadata; two trees for each of three directories; the manifest, the root tree, the
+    // commit.
     assert_eq!(second.stats.new_objects, 2 + 3 * 2 + 3);
     agrees(&sandbox, 3);
 }
@@ -167,7 +168,7 @@ fn more_events_than_the_queue_holds_lose_nothing() {
     sandbox.write("a/b", "1");
     sandbox.checkpoint(1);
     let limit: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
-    // While a look holds the table, the reader cannot keep up.
+    // While the table is locked, the reader thread cannot drain the queue.
     sandbox.history.watch.as_ref().unwrap().hold_up(|| {
         for n in 0..limit / 2 + 10 {
             sandbox.write(format!("a/{}", n % 7), "x");
@@ -191,7 +192,8 @@ fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
     let file = OpenOptions::new().read(true).write(true).open(sandbox.at("data")).unwrap();
     let before = file.metadata().unwrap();
     nix::sys::uio::pwrite(&file, b"quietly", 0).unwrap();
-    // As a mapping leaves it: the content is new, the times are not; the change time alone cannot be set back.
+    // The effect of a memory mapping: the content is new and the modification time is not; only the change time
+    // cannot be set back.
     file.set_modified(before.modified().unwrap()).unwrap();
     sandbox.let_files_age();
     let mut request = sandbox.request(2);
@@ -199,7 +201,7 @@ fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
     let second = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
     assert_eq!(second.stats.files - second.stats.unchanged, 1);
     sandbox.history.publish(&second).unwrap();
-    // One snapshot more reads it again, mapped or not.
+    // The next snapshot reads it again, whether it is mapped or not.
     let third = sandbox.checkpoint(3);
     assert_eq!(third.stats.files - third.stats.unchanged, 1);
     let fourth = sandbox.checkpoint(4);
@@ -247,7 +249,7 @@ fn a_primed_workspace_costs_only_what_changes_later() {
     assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
     let first = sandbox.checkpoint(1);
     assert_eq!((first.stats.unchanged, first.stats.new_objects), (30, 3));
-    // A new daemon looks at all states once, and reads nothing.
+    // A new daemon compares all fingerprints once and reads nothing.
     let watcher = Watcher::start(&sandbox.outside("cookies-again")).unwrap();
     let again = History::open_watched(&sandbox.outside("state"), Some(&watcher)).unwrap();
     assert_eq!(warm_up(&again), Primed::Looked { read: 0, files: 30 });
@@ -257,7 +259,7 @@ fn a_primed_workspace_costs_only_what_changes_later() {
 #[test]
 fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
     let sandbox = Sandbox::new();
-    // From inside, deeper than any path from outside can be.
+    // Created step by step, the tree is deeper than any path can be.
     let mut dir =
         nix::fcntl::open(&sandbox.path(), nix::fcntl::OFlag::O_DIRECTORY, nix::sys::stat::Mode::empty()).unwrap();
     let mut beneath = dir.try_clone().unwrap();
@@ -276,7 +278,7 @@ fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
     assert_eq!(first.skipped.len(), 1, "{:?}", first.skipped.first().map(|skipped| &skipped.detail));
     assert_eq!(first.stats.files, 5);
     agrees(&sandbox, 2);
-    // What is too deep, and gone again, is not told of for ever.
+    // A path that was too deep and is gone is not reported forever.
     let at_the_end = "n".repeat(200);
     drop(
         nix::fcntl::openat(&beneath, &*at_the_end, nix::fcntl::OFlag::O_CREAT, nix::sys::stat::Mode::S_IRWXU).unwrap(),
@@ -326,10 +328,10 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     let sandbox = Sandbox::new();
     sandbox.write("dir/other", "1");
     sandbox.checkpoint(1);
-    // Linked into the workspace, and then written to through the descriptor that it had when it had no name.
+    // A nameless file is linked into the workspace and then written to through its first descriptor.
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR;
     let nameless = match open(&sandbox.at("dir"), flags, Mode::from_bits_truncate(0o644)) {
-        // Some file systems know no files without a name; then there is nothing to miss.
+        // Some file systems do not support nameless files.
         Err(nix::errno::Errno::EOPNOTSUPP) => return,
         opened => opened.unwrap(),
     };
@@ -342,7 +344,7 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     File::from(nameless).write_all(b"told to nobody").unwrap();
     sandbox.let_files_age();
 
-    // Whoever has it open is known, where that is an agent.
+    // If an agent has the file open, it is among the open files.
     let open = [RelPath::new(*b"dir/named").unwrap()].into();
     let request = SnapshotRequest { mapped: Mapped { open, ..Mapped::default() }, ..sandbox.request(9) };
     let seen = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
@@ -357,7 +359,7 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     assert_eq!(warm_up(Some(Duration::from_secs(3600))), Primed::Already, "it is not time yet");
     assert_eq!(warm_up(Some(Duration::ZERO)), Primed::Looked { read: 1, files: 2 });
     agrees(&sandbox, 4);
-    // A checkpoint itself never takes the time for it.
+    // A checkpoint itself never makes the additional full scan.
     let request = SnapshotRequest { whole_after: Some(Duration::ZERO), ..sandbox.request(5) };
     assert!(looked_at_a_part(&sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap()));
 }

@@ -1,8 +1,8 @@
-//! One checkpoint's objects as a pack that stands on its own, to leave with it; and such a pack from elsewhere.
+//! Exports the objects of one checkpoint as a self-contained pack, and imports such a pack.
 //!
-//! What comes from elsewhere is believed in nothing: pack and index are compared with their checksums, every object is
-//! hashed, and everything that the commit needs must be there and describe a workspace with safe names. Only then is it
-//! published, in the way of every other checkpoint.
+//! An imported pack is not trusted: the checksums of pack and index are verified, every object is hashed, and
+//! all objects that the commit needs must exist and describe a workspace with safe names. Only then is it
+//! published like any other checkpoint.
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
@@ -26,19 +26,16 @@ use crate::tree::confined_dir::sync_dir;
 use crate::verify::{CheckedObjects, check_described};
 use fermata_failpoint as failpoint;
 
-/// A checkpoint's objects as one pack; the files go when this does.
+/// The objects of a checkpoint as one pack. Dropping this removes the files.
 #[derive(Debug)]
 pub struct Exported {
-    /// The commit.
     pub commit: Oid,
-    /// The pack.
     pub pack: PathBuf,
-    /// Its index.
     pub index: PathBuf,
     _draft: PendingSnapshot,
 }
 
-/// A pack from elsewhere that is not published; it goes when this does.
+/// An imported pack that is not published. Dropping this removes it.
 #[derive(Debug)]
 pub struct Incoming {
     number: u64,
@@ -46,22 +43,23 @@ pub struct Incoming {
 }
 
 impl Incoming {
-    /// Returns where the pack has to be written.
+    /// Returns the path to which the caller writes the pack.
     pub fn pack(&self) -> PathBuf {
         self.draft.dir.join("objects/pack/incoming.pack")
     }
 
-    /// Returns where its index has to be written.
+    /// Returns the path to which the caller writes the index.
     pub fn index(&self) -> PathBuf {
         self.draft.dir.join("objects/pack/incoming.idx")
     }
 }
 
 impl History {
-    /// Writes everything that a checkpoint needs as one pack, without compressing it anew.
+    /// Writes all objects of a checkpoint as one pack, without compressing them again.
     ///
     /// # Errors
-    /// Fails when there is no such checkpoint, when an object is damaged, when the disk is full, or when cancelled.
+    /// Fails when there is no such checkpoint, when an object is damaged, when the disk is full, or when
+    /// cancelled.
     pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
         let draft = self.start_draft(number)?;
         let commit = self.refs.get(number)?;
@@ -72,7 +70,7 @@ impl History {
         let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
         let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
         let plan = Repack::plan(&reach, packs, Manner::Urgency, |pack, oid| self.objects.is_replaced(pack, oid))?;
-        // Somebody may have run git in the store and left objects outside of packs.
+        // Git may have been run in the store and have left objects outside of packs.
         if plan.objects() != reach.nodes().len() {
             let packed = |oid: &Oid| self.objects.has(oid);
             let missing = reach.nodes().iter().find(|node| !packed(&node.oid));
@@ -83,8 +81,8 @@ impl History {
         Ok(Exported { commit, pack: file("pack"), index: file("idx"), _draft: draft })
     }
 
-    /// Starts a checkpoint from elsewhere, whose pack and index are written to [`Incoming::pack`] and
-    /// [`Incoming::index`].
+    /// Begins an import. The caller writes pack and index to [`IncomingPack::pack`] and
+    /// [`IncomingPack::index`].
     ///
     /// # Errors
     /// Fails when the store cannot be written.
@@ -95,10 +93,10 @@ impl History {
         Ok(Incoming { number, draft })
     }
 
-    /// Checks what was received, to the last byte.
+    /// Verifies an imported pack completely.
     ///
     /// # Errors
-    /// Fails when anything is damaged, missing or unsafe, or when cancelled; nothing was published then.
+    /// Fails when anything is damaged, missing or unsafe, or when cancelled. Nothing is published.
     pub fn check_received(
         &self,
         incoming: &Incoming,
@@ -115,9 +113,9 @@ impl History {
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let store = ObjectStore::open(&objects)?.limited(MAX_IN_MEMORY);
         let reach = Reachability::of(&store, &[commit], &[], cancel)?;
-        // Nothing else is hashed below, and so nothing else may be in the index: the store would believe it.
+        // The index must not name other objects: they would not be hashed, and the store would trust them.
         if pack.index.count() != reach.nodes().len() {
-            return Err(failed(bad("it holds objects that the checkpoint does not need".to_owned())));
+            return Err(failed(bad("it contains objects that the checkpoint does not need".to_owned())));
         }
         pack.check_entries(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let remembered = crate::store::pack_reader::Remembered::default();
@@ -136,10 +134,10 @@ impl History {
         check_described(&store, &commit, &mut CheckedObjects::default(), cancel)
     }
 
-    /// Makes what was received, and checked, the checkpoint that it was received for.
+    /// Publishes a verified import as the checkpoint that it was received for.
     ///
     /// # Errors
-    /// Fails when the number is taken or when the store cannot be written; then the checkpoint does not exist.
+    /// Fails when the number is taken or when the store cannot be written. The checkpoint then does not exist.
     pub fn publish_received(&self, incoming: &Incoming, commit: Oid) -> Result<()> {
         let _writer = self.lock_writer();
         let number = incoming.number;
@@ -158,12 +156,12 @@ impl History {
         Ok(())
     }
 
-    /// Moves a pack that is complete and flushed among the others; after each of its two files `moved` is passed.
+    /// Moves a complete and flushed pack to the published ones; `moved` is called after each of the two files.
     pub(crate) fn install(&self, from: &Path, name: &str, moved: impl Fn() -> io::Result<()>) -> Result<()> {
         let to = self.objects.pack_dir();
-        // Equal names are equal packs. An index that is good stays: it was made here.
+        // Packs with equal names are equal. A valid index stays, since it was made here.
         let stays = PackIndex::load(&to, name).is_ok_and(|index| index.check().is_ok());
-        // The index comes last: a pack counts from the instant that it has one.
+        // The index is moved last, since a pack is visible once it has an index.
         for end in ["pack", "idx"] {
             let target = to.join(format!("{name}.{end}"));
             if !(stays && end == "idx") {
@@ -177,7 +175,7 @@ impl History {
     }
 }
 
-/// Gives pack and index the name that the pack's own checksum makes, flushes them, and returns the name.
+/// Renames pack and index after the checksum of the pack, flushes them, and returns the name.
 fn settle(incoming: &Incoming) -> io::Result<String> {
     let dir = incoming.draft.dir.join("objects/pack");
     for entry in fs::read_dir(&dir)? {

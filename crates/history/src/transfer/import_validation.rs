@@ -1,8 +1,8 @@
-//! Validates an imported checkpoint beyond the hashes of its objects: it must describe a tree that a workspace can hold, so
-//! that listing and restoring it are bounded and cannot fail half-way.
+//! Import validation: checks that an imported checkpoint describes a tree that a workspace can hold, so that
+//! listing and restoring it are bounded and cannot fail half-way.
 //!
-//! Equal directories are looked at once, however many paths lead to them; paths are counted, not listed. Must not
-//! change anything, and relies on the hashes having been checked.
+//! Equal directories are checked once, whatever their number of paths; paths are counted, not listed. Requires
+//! that the hashes of all objects were verified. Changes nothing.
 
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -14,19 +14,19 @@ use crate::store::oid::Oid;
 use crate::tree::listing::{CheckpointRoot, Directory, ItemContent, Listing};
 use crate::tree::names::RelPath;
 
-/// The most that a tree, a metadata blob or a delta from elsewhere may come to in memory, bytes: some million names in
-/// one directory.
+/// The largest tree, metadata blob or delta of an import in memory, in bytes: about a million names in one
+/// directory.
 pub(crate) const MAX_IN_MEMORY: u64 = 256 << 20;
-/// The most paths that it may have.
+/// The largest number of paths.
 const MAX_PATHS: u64 = 10_000_000;
-/// The longest path that the system takes, and the longest target of a link, bytes.
+/// The longest path that the kernel accepts, and the longest target of a link, in bytes.
 const MAX_PATH: usize = 4095;
 
-/// How much lies in a directory.
+/// The size of a directory and everything below it.
 #[derive(Clone, Copy, Default)]
 struct ImportedSize {
     paths: u64,
-    /// Bytes of the longest path in it, counted from the directory.
+    /// The length of the longest path below the directory in bytes.
     length: usize,
 }
 
@@ -38,10 +38,10 @@ struct Open {
     below: std::vec::IntoIter<(Vec<u8>, Directory)>,
 }
 
-/// Checks that a checkpoint has paths and links that the system takes, and not too many of them.
+/// Checks that the paths and links of a checkpoint are valid for the kernel and not too many.
 ///
 /// # Errors
-/// Fails with what is out of bounds, when an object cannot be read, or when cancelled.
+/// Fails when a limit is exceeded, when an object cannot be read, or when cancelled.
 pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicBool) -> Result<()> {
     let mut measured: HashMap<Directory, ImportedSize> = HashMap::new();
     let mut open = vec![enter(store, RelPath::root(), CheckpointRoot::read(store, commit)?.top())?];
@@ -107,9 +107,9 @@ fn check_target(store: &ObjectStore, oid: &Oid) -> Result<()> {
     let refused = |problem: &str| HistoryError::DamagedObject { oid: *oid, problem: problem.to_owned() };
     let object = store.open_object(oid)?;
     if object.size == 0 || object.size > MAX_PATH as u64 {
-        return Err(refused("no link can have such a target"));
+        return Err(refused("it is not a valid target of a symbolic link"));
     }
     let mut target = Vec::new();
     object.take(MAX_PATH as u64 + 1).read_to_end(&mut target).map_err(|error| refused(&error.to_string()))?;
-    if target.contains(&0) { Err(refused("no link can have such a target")) } else { Ok(()) }
+    if target.contains(&0) { Err(refused("it is not a valid target of a symbolic link")) } else { Ok(()) }
 }
