@@ -50,9 +50,7 @@ pub enum HistoryError {
     },
     /// The store does not contain an object.
     #[error("find object {oid}")]
-    MissingObject {
-        oid: Oid,
-    },
+    MissingObject { oid: Oid },
     /// An object is stored but its content does not match its id or kind.
     #[error("read object {oid}: {problem}")]
     DamagedObject {
@@ -81,9 +79,7 @@ pub enum HistoryError {
     },
     /// The kernel does not support `openat2`.
     #[error("open files below {path}: the kernel is older than 5.6 or forbids openat2")]
-    KernelTooOld {
-        path: PathBuf,
-    },
+    KernelTooOld { path: PathBuf },
     /// The caller cancelled the operation.
     #[error("cancelled")]
     Cancelled,

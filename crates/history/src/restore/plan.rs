@@ -37,9 +37,7 @@ pub struct StoredContent {
 #[serde(tag = "op", rename_all = "snake_case")]
 pub enum Operation {
     /// Creates a directory; a later step sets its attributes.
-    MakeDirectory {
-        path: RelPath,
-    },
+    MakeDirectory { path: RelPath },
     /// Writes a file with its attributes.
     WriteFile {
         path: RelPath,
@@ -75,9 +73,7 @@ pub enum Operation {
         holds: StoredContent,
     },
     /// Removes a directory unless something is in it.
-    RemoveDirectory {
-        path: RelPath,
-    },
+    RemoveDirectory { path: RelPath },
     /// Sets the attributes of an entry whose content is right.
     SetAttributes {
         path: RelPath,

@@ -167,8 +167,9 @@ impl Times {
             }
         }
         let warning = coarse.filter(|_| cut > 0);
-        let warning =
-            warning.map(|(_, name)| format!("the file system stores times with a granularity of {name}: {cut} times were rounded"));
+        let warning = warning.map(|(_, name)| {
+            format!("the file system stores times with a granularity of {name}: {cut} times were rounded")
+        });
         (wrong, warning)
     }
 }
@@ -269,7 +270,7 @@ mod tests {
         times.compare(&path("c"), time(9, 5), time(7, 0));
         let (wrong, warning) = times.conclude();
         assert_eq!(wrong.iter().map(|one| one.path.to_string()).collect::<Vec<_>>(), ["c"]);
-        assert_eq!(warning.unwrap(), "the file system keeps times only to 1 s: 2 are coarser now");
+        assert_eq!(warning.unwrap(), "the file system stores times with a granularity of 1 s: 2 times were rounded");
 
         // A file system that has kept one time exactly keeps them all.
         let mut times = Times::default();

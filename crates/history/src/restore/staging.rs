@@ -246,7 +246,8 @@ impl Applying<'_> {
             }
             // The entry changed while other files were staged, and may change again while this reads it.
             if self.may_write(place, path)?.is_none() {
-                return unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path));
+                return unlink_if_there(&place.dir, &place.temporary)
+                    .map_err(self.failed("remove the temporary file of", path));
             }
             seen = now;
         }
@@ -315,7 +316,8 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("link", path)(errno)),
         }
         // The new link is checked, since `leader` may have been replaced by another file.
-        let linked = path_state(&place.dir, &place.temporary).map_err(self.failed("determine the state of the temporary file of", path))?;
+        let linked = path_state(&place.dir, &place.temporary)
+            .map_err(self.failed("determine the state of the temporary file of", path))?;
         let right = linked == PathState::Content(wanted);
         if !right {
             unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path))?;
@@ -326,7 +328,8 @@ impl Applying<'_> {
     fn draft_link(&self, place: &Place, path: &RelPath, oid: Oid, mtime: Time) -> Result<()> {
         let owner = self.owner_of(place, path)?;
         let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
-        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary).map_err(self.failed("create the link", path))?;
+        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary)
+            .map_err(self.failed("create the link", path))?;
         self.give_name(&place.dir, &place.temporary, &owner).map_err(self.failed("set the owner of", path))?;
         let time = time_spec(mtime);
         utimensat(&place.dir, &*place.temporary, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)

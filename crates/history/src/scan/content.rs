@@ -293,7 +293,9 @@ fn done(file: &File, mut content: Content) -> ReadAttempt {
             content.xattrs = found;
             ContentRead::Stored(content)
         }
-        Err(errno) => ContentRead::Skipped(SkipReason::Unreadable, format!("its extended attributes: {}", errno.desc())),
+        Err(errno) => {
+            ContentRead::Skipped(SkipReason::Unreadable, format!("its extended attributes: {}", errno.desc()))
+        }
     })
 }
 

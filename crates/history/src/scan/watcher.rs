@@ -266,9 +266,7 @@ impl Queue {
 
     fn take_in(&self, table: &mut Table, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
-            tracing::info!(
-                "the inotify queue has overflowed; the next checkpoints make a full scan"
-            );
+            tracing::info!("the inotify queue has overflowed; the next checkpoints make a full scan");
             table.projects.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
             return;
         }

@@ -96,7 +96,8 @@ pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
             while byte & 0x80 != 0 {
                 byte = next()?;
                 let more = distance.checked_add(1).and_then(|d| d.checked_mul(128));
-                distance = more.ok_or_else(|| bad("its delta base is outside of the pack".to_owned()))? | u64::from(byte & 0x7f);
+                distance = more.ok_or_else(|| bad("its delta base is outside of the pack".to_owned()))?
+                    | u64::from(byte & 0x7f);
             }
             Stored::Behind(distance)
         }

@@ -470,5 +470,9 @@ pub(crate) fn rehash(
             (found, Oid::of(found, &content))
         }
     };
-    if found == kind && sum == *oid { Ok(()) } else { Err(bad(format!("the content of object {oid} does not match its id"))) }
+    if found == kind && sum == *oid {
+        Ok(())
+    } else {
+        Err(bad(format!("the content of object {oid} does not match its id")))
+    }
 }

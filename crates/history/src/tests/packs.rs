@@ -546,7 +546,7 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
         }
     };
     let result = history.consolidate(Extent::Everything, &stubborn, &NEVER);
-    let Err(HistoryError::Io { action: "put aside", path, source }) = result else { panic!("{result:?}") };
+    let Err(HistoryError::Io { action: "move", path, source }) = result else { panic!("{result:?}") };
     assert_eq!(source.kind(), std::io::ErrorKind::IsADirectory);
     let stuck = path.file_stem().and_then(|name| name.to_str()).unwrap().to_owned();
     assert!(path.exists() && old.contains(&stuck), "{} stays where it was", path.display());
