@@ -1,7 +1,7 @@
 //! SHA-256 of files and streams, and bytes in hexadecimal.
 
 use std::fs::File;
-use std::io::{self, Read as _, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use sha2::{Digest as _, Sha256};
@@ -14,12 +14,11 @@ pub struct HashingWriter<W> {
 }
 
 impl<W> HashingWriter<W> {
-    /// Begins with no bytes hashed, whatever `inner` holds.
+    /// Hashes only the bytes written from now on.
     pub fn new(inner: W) -> Self {
         Self { inner, hash: Sha256::new(), bytes: 0 }
     }
 
-    /// Returns the writer below.
     pub fn get_ref(&self) -> &W {
         &self.inner
     }
@@ -29,7 +28,7 @@ impl<W> HashingWriter<W> {
         hex(&self.hash.clone().finalize())
     }
 
-    /// Returns the writer below, the number of bytes written, and their SHA-256 in hexadecimal.
+    /// Returns the inner writer, the number of bytes written, and their SHA-256 in hexadecimal.
     pub fn into_parts(self) -> (W, u64, String) {
         (self.inner, self.bytes, hex(&self.hash.finalize()))
     }
@@ -48,33 +47,41 @@ impl<W: Write> Write for HashingWriter<W> {
     }
 }
 
+/// Returns the SHA-256 of bytes, in hexadecimal.
+pub fn sha256(bytes: &[u8]) -> String {
+    hex(&Sha256::digest(bytes))
+}
+
 /// Returns size and SHA-256 of a file.
 ///
 /// # Errors
 /// When it cannot be read.
 pub fn hash_file(path: &Path) -> io::Result<(u64, String)> {
-    hash(&File::open(path)?)
+    hash(File::open(path)?)
 }
 
-/// Returns size and SHA-256 of what is left to be read of a file.
+/// Returns number and SHA-256 of the bytes up to the end of a reader.
 ///
 /// # Errors
 /// When it cannot be read.
-pub fn hash(mut file: &File) -> io::Result<(u64, String)> {
+pub fn hash(mut reader: impl Read) -> io::Result<(u64, String)> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; 128 << 10];
     let mut bytes = 0;
     loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            return Ok((bytes, hex(&hash.finalize())));
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok((bytes, hex(&hash.finalize()))),
+            Ok(n) => {
+                hash.update(&buffer[..n]);
+                bytes += n as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
         }
-        hash.update(&buffer[..n]);
-        bytes += n as u64;
     }
 }
 
-/// Writes bytes in hexadecimal.
+/// Returns bytes in hexadecimal, in lower case.
 pub fn hex(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {

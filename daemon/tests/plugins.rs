@@ -8,7 +8,7 @@
 mod plugin_bench;
 
 use fermata_daemon::plugins::{
-    CrashPolicy, PluginError, PluginFailure, PluginKind, PluginState, PluginStatus, SaveRequest,
+    CrashPolicy, HostState, PluginError, PluginFailure, PluginKind, PluginStatus, SaveRequest,
 };
 use plugin_bench::{Bench, PATIENCE, alive, code, event, exec_plugin};
 use std::fs;
@@ -81,7 +81,7 @@ async fn misbehaviour(mode: &str, deadline_ms: u64) -> (PluginFailure, PluginSta
     let mut results = plugins.checkpoint_save(&bench.save_request()).await;
     assert_eq!(results.len(), 1, "{results:?}");
     let failure = results.remove(0).unwrap_err();
-    let after = bench.until(&plugins, "bad", |s| s.state == PluginState::Running && s.failed_calls == 1).await;
+    let after = bench.until(&plugins, "bad", |s| s.state == HostState::Running && s.failed_calls == 1).await;
     if after.restarts > 0 {
         assert!(!alive(before.pid.unwrap()), "the old host is gone");
     }
@@ -180,7 +180,7 @@ async fn repeated_crashes_lead_to_quarantine_and_enable_leads_out_of_it() {
     bench.config.crashes = CrashPolicy { limit: 3, backoff_base: Duration::from_millis(1), ..CrashPolicy::default() };
     bench.c_plugin("early", "CRASH_IN_DESCRIBE", &[]);
     let plugins = bench.start().await;
-    let status = bench.until(&plugins, "early", |s| s.state == PluginState::Quarantined).await;
+    let status = bench.until(&plugins, "early", |s| s.state == HostState::Quarantined).await;
     assert_eq!(status.restarts, 2);
     assert_eq!(status.pid, None);
     let error = status.last_error.unwrap();
@@ -189,7 +189,7 @@ async fn repeated_crashes_lead_to_quarantine_and_enable_leads_out_of_it() {
     // A reload alone does not help, a new file does.
     assert_eq!(plugins.reload().await.unwrap().kept, ["early"]);
     plugins.enable("early").await.unwrap();
-    bench.until(&plugins, "early", |s| s.state == PluginState::Quarantined && s.restarts == 2).await;
+    bench.until(&plugins, "early", |s| s.state == HostState::Quarantined && s.restarts == 2).await;
     bench.c_plugin("early", "GOOD", &[]);
     assert_eq!(plugins.reload().await.unwrap().restarted, ["early"]);
     bench.running(&plugins, "early").await;
@@ -203,7 +203,7 @@ async fn a_plugin_that_hangs_in_describe_counts_as_crashed() {
     bench.config.crashes.limit = 1;
     bench.c_plugin("slow", "HANG_IN_DESCRIBE", &[]);
     let plugins = bench.start().await;
-    let status = bench.until(&plugins, "slow", |s| s.state == PluginState::Quarantined).await;
+    let status = bench.until(&plugins, "slow", |s| s.state == HostState::Quarantined).await;
     assert!(status.last_error.unwrap().contains("no answer within 200ms"));
     let checked = plugins.check(&bench.object("slow")).await.unwrap_err();
     assert!(checked.message.contains("no answer"), "{}", checked.message);
@@ -215,7 +215,7 @@ async fn a_plugin_that_refuses_its_settings_is_failed_and_not_tried_again() {
     let bench = Bench::new();
     bench.c_plugin("refuse", "REFUSE", &[]);
     let plugins = bench.start().await;
-    let status = bench.until(&plugins, "refuse", |s| s.state == PluginState::Failed).await;
+    let status = bench.until(&plugins, "refuse", |s| s.state == HostState::Failed).await;
     assert_eq!(status.last_error.as_deref(), Some("not like this (try harder)"));
     assert_eq!(status.restarts, 0);
     assert!(plugins.checkpoint_save(&bench.save_request()).await.is_empty());
@@ -230,7 +230,7 @@ async fn a_file_that_others_can_write_is_refused_until_that_is_mended() {
     fs::set_permissions(&object, fs::Permissions::from_mode(0o777)).unwrap();
     let plugins = bench.start().await;
     let status = plugins.get("open").unwrap();
-    assert_eq!(status.state, PluginState::Failed);
+    assert_eq!(status.state, HostState::Failed);
     let error = status.last_error.unwrap();
     assert!(error.contains("can be written by others (mode 0777)"), "{error}");
     // The host does not take the daemon's word for it.
@@ -279,7 +279,7 @@ async fn enable_and_disable_outlive_the_daemon() {
     bench.settings("off", "enabled = false\n");
     let plugins = bench.start().await;
     let pid = bench.running(&plugins, "good").await.pid.unwrap();
-    assert_eq!(plugins.get("off").unwrap().state, PluginState::Disabled);
+    assert_eq!(plugins.get("off").unwrap().state, HostState::Disabled);
     plugins.disable("good").await.unwrap();
     plugins.enable("off").await.unwrap();
     assert!(!alive(pid));
@@ -293,7 +293,7 @@ async fn enable_and_disable_outlive_the_daemon() {
     }
 
     let plugins = bench.start().await;
-    assert_eq!(plugins.get("good").unwrap().state, PluginState::Disabled);
+    assert_eq!(plugins.get("good").unwrap().state, HostState::Disabled);
     bench.running(&plugins, "off").await;
     plugins.shutdown().await;
 }

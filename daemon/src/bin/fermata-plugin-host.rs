@@ -1,4 +1,4 @@
-//! Runs one plugin on the daemon's behalf; everything is in `fermata_daemon::plugins::host`.
+//! `fermata-plugin-host`: runs one plugin for the daemon; see `fermata_daemon::plugins::host`.
 
 use clap::Parser;
 use fermata_daemon::plugins::host;

@@ -1,4 +1,4 @@
-//! `fermatad`: the supervisor. Reads the command line, sets the log up, runs the daemon.
+//! `fermatad`: the supervisor. Parses the command line, sets up the log, runs the daemon.
 
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
@@ -13,29 +13,29 @@ use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{Layer as _, reload};
 
-/// Keeps AI agents and other long-running processes running, holds them, and brings them back.
+/// Supervises AI agents and other long-running processes: freezes, checkpoints and resumes them.
 #[derive(Debug, Parser)]
 #[command(name = "fermatad", version)]
 struct Arguments {
     /// The configuration file.
     #[arg(long, env = "FERMATA_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Where database, checkpoints and logs lie.
+    /// The directory of database, checkpoints and logs.
     #[arg(long, env = "FERMATA_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
-    /// Where sockets lie.
+    /// The directory of sockets.
     #[arg(long, env = "FERMATA_RUNTIME_DIR", value_name = "DIR")]
     runtime_dir: Option<PathBuf>,
     /// The control socket.
     #[arg(long, env = "FERMATA_SOCKET", value_name = "FILE")]
     socket: Option<PathBuf>,
-    /// Where plugins lie.
+    /// The directory of plugins.
     #[arg(long, env = "FERMATA_PLUGIN_DIR", value_name = "DIR")]
     plugin_dir: Option<PathBuf>,
-    /// Leaves operations that a crash has left unfinished as they are.
+    /// Do not recover operations that a crash has interrupted.
     #[arg(long)]
     no_recover: bool,
-    /// Leaves the session of whoever started it; used when a command starts the daemon.
+    /// Run in a new session; used when a command starts the daemon.
     #[arg(long)]
     background: bool,
 }
@@ -49,7 +49,17 @@ fn main() -> ExitCode {
             eprintln!("fermatad: failed to {}", error_chain(&error));
             match error {
                 StartError::AlreadyRunning { .. } => ExitCode::from(u8::try_from(ALREADY_RUNNING).unwrap_or(1)),
-                _ => ExitCode::FAILURE,
+                StartError::Lock(_)
+                | StartError::Directory { .. }
+                | StartError::Config(_)
+                | StartError::Profile(_)
+                | StartError::Store(_)
+                | StartError::Plugins(_)
+                | StartError::Recovery(_)
+                | StartError::Bind(_)
+                | StartError::ProgramMissing { .. }
+                | StartError::BootId(_)
+                | StartError::Signals(_) => ExitCode::FAILURE,
             }
         }
     }
@@ -67,20 +77,20 @@ fn run(arguments: &Arguments) -> Result<(), StartError> {
     let paths = Paths::find(nix::unistd::geteuid().is_root(), &overrides)?;
     let settings = Settings::read(&paths)?;
     if arguments.background {
-        // A group leader cannot leave its session; it goes on in the one it has.
+        // Fails for the leader of a process group, which stays in its session.
         if let Err(errno) = nix::unistd::setsid() {
-            eprintln!("fermatad: stays in the session of whoever started it: {errno}");
+            eprintln!("fermatad: stays in the session of the process that started it: {errno}");
         }
     }
     drop(std::env::set_current_dir("/"));
     let log = start_log(&settings);
     let skip = std::env::var_os("FERMATA_SKIP_RECOVERY").is_some_and(|value| value != "0" && !value.is_empty());
     let options = Options { paths, recover: !arguments.no_recover && !skip };
-    // A workspace may be as deep as a path is long, and work follows it down; only what is used takes memory.
+    // Work on a workspace recurses as deep as a path can be. Only the used part of a stack takes memory.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_stack_size(32 << 20)
         .worker_threads(1)
-        // Queries, snapshots, token counts: more at once would only wait for the disk.
+        // For queries, snapshots and token counts; more threads would only wait for the disk.
         .max_blocking_threads(32)
         .enable_all()
         .build()

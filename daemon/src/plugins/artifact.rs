@@ -1,43 +1,39 @@
-//! What plugins leave for a checkpoint: files in a directory of their own, checked and hashed here.
+//! The artifacts of a plugin: files that it adds to a checkpoint in a directory of its own, checked and hashed here.
 //!
-//! A plugin names its files; the daemon believes none of it. Paths are opened beneath the
-//! plugin's directory without following any symlink, and only regular files count.
+//! The daemon does not trust the paths that a plugin names: they are opened beneath the plugin's directory without
+//! following symbolic links, and must be regular files.
 
 use fermata_plugin_api::{Artifact, CallError};
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Component, Path, PathBuf};
+
+use crate::hashing;
 
 /// A file that a plugin has added to a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PluginArtifact {
-    /// The plugin.
     pub plugin: String,
     /// Path below the directory of the save request; begins with the plugin's name.
     pub path: PathBuf,
-    /// Size.
     pub bytes: u64,
-    /// SHA-256 of the content, in hexadecimal.
+    /// In hexadecimal.
     pub sha256: String,
-    /// Media type, if the plugin has said.
     pub media_type: Option<String>,
-    /// A few words for people, if the plugin has said.
     pub description: Option<String>,
 }
 
 /// A plugin's failure to add to a checkpoint.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct PluginFailure {
-    /// The plugin.
     pub plugin: String,
     /// Stable code: `deadline`, `crashed`, `not_running`, `artifact_invalid` or the plugin's own.
     pub code: String,
-    /// A sentence for people.
+    /// For the user.
     pub message: String,
 }
 
@@ -47,21 +43,20 @@ impl PluginFailure {
     }
 }
 
-/// Makes the empty directory for one plugin's artifacts; `parent` must exist.
+/// Creates the directory for the artifacts of one plugin; its parent must exist.
 pub(super) fn make_directory(directory: &Path) -> Result<(), CallError> {
     fs::DirBuilder::new().mode(0o700).create(directory).map_err(|error| {
-        let message = format!("{} cannot be made: {error}", directory.display());
+        let message = format!("{} cannot be created: {error}", directory.display());
         CallError::new("artifact_directory", message)
     })
 }
 
-/// Removes what a failed plugin has left, as far as that is possible.
+/// Removes the directory of a failed plugin. An error is only logged: files without a manifest entry do no harm.
 pub(super) fn discard(directory: &Path) {
     if let Err(error) = fs::remove_dir_all(directory)
         && error.kind() != io::ErrorKind::NotFound
     {
-        tracing::warn!(directory = %directory.display(), %error,
-            "what a failed plugin left cannot be removed");
+        tracing::warn!(directory = %directory.display(), %error, "the directory of a failed plugin cannot be removed");
     }
 }
 
@@ -72,7 +67,7 @@ pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> R
         CallError::new("artifact_invalid", message)
     };
     let root = File::open(directory).map_err(|error| invalid(directory, &error))?;
-    let mut seen = BTreeSet::new();
+    let mut paths = BTreeSet::new();
     let mut artifacts = Vec::with_capacity(named.len());
     for artifact in named {
         let path = &artifact.path;
@@ -81,15 +76,15 @@ pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> R
             return Err(invalid(path, &"only plain relative paths are allowed"));
         }
         // Compared as components: `a//b` is `a/b`.
-        if !seen.insert(path.components().collect::<PathBuf>()) {
+        if !paths.insert(path.components().collect::<PathBuf>()) {
             return Err(invalid(path, &"it was named twice"));
         }
-        let mut file = open_beneath(&root, path).map_err(|error| invalid(path, &error))?;
+        let file = open_beneath(&root, path).map_err(|error| invalid(path, &error))?;
         let kind = file.metadata().map_err(|error| invalid(path, &error))?;
         if !kind.is_file() {
             return Err(invalid(path, &"it is not a regular file"));
         }
-        let (bytes, sha256) = digest(&mut file).map_err(|error| invalid(path, &error))?;
+        let (bytes, sha256) = hashing::hash(&file).map_err(|error| invalid(path, &error))?;
         file.sync_all().map_err(|error| invalid(path, &error))?;
         artifacts.push(PluginArtifact {
             plugin: plugin.to_owned(),
@@ -100,38 +95,19 @@ pub(super) fn collect(plugin: &str, directory: &Path, named: Vec<Artifact>) -> R
             description: artifact.description,
         });
     }
-    sync_directories(directory, &seen).map_err(|error| invalid(directory, &error))?;
+    sync_directories(directory, &paths).map_err(|error| invalid(directory, &error))?;
     Ok(artifacts)
 }
 
 fn open_beneath(root: &File, path: &Path) -> io::Result<File> {
-    // Without O_NONBLOCK a FIFO would be waited for.
+    // Without O_NONBLOCK the open of a FIFO would wait for a writer.
     let how = OpenHow::new()
         .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY)
         .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS);
     Ok(File::from(openat2(root, path, how)?))
 }
 
-fn digest(file: &mut File) -> io::Result<(u64, String)> {
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 128 * 1024];
-    let mut bytes = 0;
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(count) => {
-                hash.update(&buffer[..count]);
-                bytes += count as u64;
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    let hex = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok((bytes, hex))
-}
-
-/// Makes the names of the files as durable as their content.
+/// Makes the names of the files durable.
 fn sync_directories(root: &Path, files: &BTreeSet<PathBuf>) -> io::Result<()> {
     let inner = files.iter().flat_map(|file| file.ancestors().skip(1));
     let directories: BTreeSet<PathBuf> = inner.map(|directory| root.join(directory)).collect();

@@ -1,7 +1,4 @@
-//! What the plugins of this machine are: directories, settings files, and the user's choices.
-//!
-//! Reads directories and TOML files and keeps the small file of `plugin enable|disable`.
-//! Starts nothing and watches nothing.
+//! Finds the plugins of this machine, reads their settings files, and stores the choices of `plugin enable|disable`.
 
 use super::crash::CrashPolicy;
 use super::trust::{self, TrustError};
@@ -13,20 +10,20 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How the plugin side of the daemon is set up.
+/// The settings of the daemon for its plugins.
 #[derive(Debug, Clone)]
 pub struct PluginConfig {
-    /// Directories with `*.so` files; the first one that has a name wins.
+    /// Directories with `*.so` files. Of two plugins with the same name the one in the earlier directory is used.
     pub directories: Vec<PathBuf>,
     /// Directory with one optional `<name>.toml` per plugin.
     pub settings_dir: PathBuf,
     /// The program `fermata-plugin-host`.
     pub host_binary: PathBuf,
-    /// Where the choices of `plugin enable|disable` are kept.
+    /// Directory of the file with the choices of `plugin enable|disable`.
     pub state_dir: PathBuf,
-    /// How long one call may take, where the plugin's own file does not say.
+    /// How long one call may take, unless the plugin's own file sets it.
     pub deadline: Duration,
-    /// How long loading, describing and creating may take.
+    /// How long loading, describing and creating a plugin may take together.
     pub start_deadline: Duration,
     /// How long a cancelled call may still take before its host is killed.
     pub cancel_grace: Duration,
@@ -34,12 +31,11 @@ pub struct PluginConfig {
     pub queue: usize,
     /// Resident memory that a host may use, in bytes (0: no limit).
     pub memory_limit: u64,
-    /// When crashed hosts are started again, and when no more.
     pub crashes: CrashPolicy,
 }
 
 impl PluginConfig {
-    /// The defaults around the paths that have none.
+    /// Default settings with the given paths.
     pub fn new(directories: Vec<PathBuf>, settings_dir: PathBuf, host_binary: PathBuf, state_dir: PathBuf) -> Self {
         Self {
             directories,
@@ -56,54 +52,40 @@ impl PluginConfig {
     }
 }
 
-/// Why something about plugins on disk could not be read or kept.
+/// Why a file of the plugins could not be used.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
-    /// A file cannot be trusted.
+pub enum PluginConfigError {
     #[error("the plugin's file is not trusted")]
     Trust(#[from] TrustError),
-    /// A file cannot be read.
     #[error("{path} cannot be read")]
     Read {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// A file cannot be written.
     #[error("{path} cannot be written")]
     Write {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// A settings file is not what it should be.
     #[error("{path} is not a valid settings file")]
     Toml {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// The table `settings` has something that JSON has not.
-    #[error("the settings in {path} cannot be handed to a plugin")]
+    /// The table `settings` has a value that JSON does not have.
+    #[error("the settings in {path} cannot be converted to JSON")]
     Settings {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: serde_json::Error,
     },
-    /// The file of choices is not what it should be.
+    /// The file with the choices of `plugin enable|disable` is damaged.
     #[error("{path} is damaged")]
     Choices {
-        /// The file.
         path: PathBuf,
-        /// Why.
         #[source]
         source: serde_json::Error,
     },
@@ -113,15 +95,15 @@ pub enum ConfigError {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PluginFile {
-    /// Whether it runs at all; `plugin enable|disable` overrides it.
+    /// `plugin enable|disable` overrides it.
     #[serde(default = "yes")]
     pub enabled: bool,
-    /// Patterns of the events it is told, such as `project.*`.
+    /// Patterns of the events that the plugin receives, such as `project.*`.
     #[serde(default = "all")]
     pub events: Vec<String>,
     /// How long one call may take, in milliseconds.
     pub deadline_ms: Option<u64>,
-    /// What the plugin itself is to know.
+    /// The settings that are passed to the plugin.
     #[serde(default)]
     pub settings: toml::Table,
 }
@@ -141,29 +123,30 @@ impl Default for PluginFile {
 }
 
 impl PluginFile {
-    /// The settings as the JSON object that the plugin gets; `path` is for the error.
-    pub fn settings_json(&self, path: &Path) -> Result<serde_json::Value, ConfigError> {
-        serde_json::to_value(&self.settings).map_err(|source| ConfigError::Settings { path: path.to_owned(), source })
+    /// Converts the settings for the plugin; `path` is for the error.
+    pub fn settings_json(&self, path: &Path) -> Result<serde_json::Value, PluginConfigError> {
+        serde_json::to_value(&self.settings)
+            .map_err(|source| PluginConfigError::Settings { path: path.to_owned(), source })
     }
 }
 
-/// Reads a plugin's settings file, which nobody else may be able to write.
-pub fn read_plugin_file(path: &Path) -> Result<PluginFile, ConfigError> {
+/// Reads a plugin's settings file, after checking that no other user can change it.
+pub fn read_plugin_file(path: &Path) -> Result<PluginFile, PluginConfigError> {
     let real = trust::trusted_file(path)?;
-    let text = fs::read_to_string(&real).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-    toml::from_str(&text).map_err(|source| ConfigError::Toml { path: path.to_owned(), source: Box::new(source) })
+    let text = fs::read_to_string(&real).map_err(|source| PluginConfigError::Read { path: path.to_owned(), source })?;
+    toml::from_str(&text).map_err(|source| PluginConfigError::Toml { path: path.to_owned(), source: Box::new(source) })
 }
 
-/// What tells one content of a file from another without reading it.
+/// Metadata that differ when a file was changed or replaced.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Identity {
+pub struct FileIdentity {
     dev: u64,
     ino: u64,
     size: u64,
     mtime: (i64, i64),
 }
 
-impl Identity {
+impl FileIdentity {
     fn of(path: &Path) -> io::Result<Self> {
         fs::metadata(path).map(|metadata| Self {
             dev: metadata.dev(),
@@ -181,19 +164,18 @@ pub struct ConfiguredPlugin {
     pub name: String,
     /// The shared object.
     pub path: PathBuf,
-    /// Its settings file, when there is one.
     pub settings_file: Option<PathBuf>,
-    /// Content of both files; a different one means "changed".
-    pub identity: (Option<Identity>, Option<Identity>),
+    /// Of the shared object and of the settings file.
+    pub identity: (Option<FileIdentity>, Option<FileIdentity>),
 }
 
 /// Finds the plugins of all directories, in the order of their names.
 ///
 /// A directory that does not exist has no plugins; one that cannot be read is an error.
-pub fn discover(config: &PluginConfig) -> Result<Vec<ConfiguredPlugin>, ConfigError> {
+pub fn discover(config: &PluginConfig) -> Result<Vec<ConfiguredPlugin>, PluginConfigError> {
     let mut found = BTreeMap::new();
     for directory in &config.directories {
-        let unreadable = |source| ConfigError::Read { path: directory.clone(), source };
+        let unreadable = |source| PluginConfigError::Read { path: directory.clone(), source };
         let entries = match fs::read_dir(directory) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
@@ -206,17 +188,19 @@ pub fn discover(config: &PluginConfig) -> Result<Vec<ConfiguredPlugin>, ConfigEr
             };
             if let Some(ConfiguredPlugin { path: first, .. }) = found.get(&name) {
                 let first: &PathBuf = first;
-                tracing::warn!(plugin = name, used = %first.display(), ignored = %path.display(),
-                    "two plugins have the same name");
+                tracing::warn!(
+                    plugin = name, used = %first.display(), ignored = %path.display(),
+                    "two plugins have the same name"
+                );
                 continue;
             }
             let settings = config.settings_dir.join(format!("{name}.toml"));
-            let settings_identity = Identity::of(&settings).ok();
+            let settings_identity = FileIdentity::of(&settings).ok();
             let plugin = ConfiguredPlugin {
                 name: name.clone(),
-                identity: (Identity::of(&path).ok(), settings_identity),
+                identity: (FileIdentity::of(&path).ok(), settings_identity),
                 path,
-                // One that exists but cannot be looked at is reported when it is read.
+                // A file without read permission is reported when it is read.
                 settings_file: settings.symlink_metadata().is_ok().then_some(settings),
             };
             found.insert(name, plugin);
@@ -225,7 +209,7 @@ pub fn discover(config: &PluginConfig) -> Result<Vec<ConfiguredPlugin>, ConfigEr
     Ok(found.into_values().collect())
 }
 
-/// The name of the plugin in a file, or `None` for a file that is no plugin.
+/// Returns the name of the plugin in a file, or `None` for a file that is no plugin.
 pub fn plugin_name(path: &Path) -> Option<String> {
     let stem = path.file_name()?.to_str()?.strip_suffix(".so")?;
     let name = stem.strip_prefix("lib").unwrap_or(stem);
@@ -234,7 +218,7 @@ pub fn plugin_name(path: &Path) -> Option<String> {
     (!name.is_empty() && name.chars().all(plain)).then(|| name.to_owned())
 }
 
-/// The choices of `plugin enable|disable`, which outlive the daemon.
+/// The choices of `plugin enable|disable`, stored on disk.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Choices {
     #[serde(default)]
@@ -246,28 +230,28 @@ impl Choices {
         config.state_dir.join("plugins.json")
     }
 
-    /// Reads them; none have been made where there is no file.
-    pub fn load(config: &PluginConfig) -> Result<Self, ConfigError> {
+    /// Reads the choices; there are none without the file.
+    pub fn load(config: &PluginConfig) -> Result<Self, PluginConfigError> {
         let path = Self::path(config);
         match fs::read(&path) {
-            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| ConfigError::Choices { path, source }),
+            Ok(bytes) => serde_json::from_slice(&bytes).map_err(|source| PluginConfigError::Choices { path, source }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(source) => Err(ConfigError::Read { path, source }),
+            Err(source) => Err(PluginConfigError::Read { path, source }),
         }
     }
 
-    /// Says what was chosen for a plugin, if anything was.
+    /// Returns whether a plugin was enabled or disabled by the user.
     pub fn get(&self, name: &str) -> Option<bool> {
         self.enabled.get(name).copied()
     }
 
-    /// Keeps a choice: written to disk before it holds here.
-    pub fn set(&mut self, config: &PluginConfig, name: &str, enabled: bool) -> Result<(), ConfigError> {
+    /// Stores a choice: on disk first, then in memory.
+    pub fn set(&mut self, config: &PluginConfig, name: &str, enabled: bool) -> Result<(), PluginConfigError> {
         let mut next = self.enabled.clone();
         next.insert(name.to_owned(), enabled);
         let next = Self { enabled: next };
         let path = Self::path(config);
-        next.write(config, &path).map_err(|source| ConfigError::Write { path, source })?;
+        next.write(config, &path).map_err(|source| PluginConfigError::Write { path, source })?;
         *self = next;
         Ok(())
     }
@@ -302,7 +286,7 @@ mod tests {
     }
 
     #[test]
-    fn choices_outlive_the_daemon() {
+    fn choices_are_stored_on_disk() {
         let dir = tempfile::tempdir().unwrap();
         let here = dir.path().to_owned();
         let config = PluginConfig::new(vec![], here.clone(), here.clone(), here);
@@ -311,7 +295,7 @@ mod tests {
         choices.set(&config, "exec", false).unwrap();
         assert_eq!(Choices::load(&config).unwrap().get("exec"), Some(false));
         fs::write(dir.path().join("plugins.json"), "{").unwrap();
-        assert!(matches!(Choices::load(&config), Err(ConfigError::Choices { .. })));
+        assert!(matches!(Choices::load(&config), Err(PluginConfigError::Choices { .. })));
     }
 
     #[test]
@@ -323,6 +307,6 @@ mod tests {
         assert!(file.enabled && file.deadline_ms == Some(5) && file.events == ["*"]);
         assert_eq!(file.settings_json(&path).unwrap(), serde_json::json!({"x": [1]}));
         fs::write(&path, "deadline = 5\n").unwrap();
-        assert!(matches!(read_plugin_file(&path), Err(ConfigError::Toml { .. })));
+        assert!(matches!(read_plugin_file(&path), Err(PluginConfigError::Toml { .. })));
     }
 }

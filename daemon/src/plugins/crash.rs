@@ -1,23 +1,23 @@
-//! When a crashed plugin is started again, and when it is left alone: a pure decision.
+//! Decides whether a crashed plugin is started again or quarantined. Pure.
 //!
 //! ```text
 //!   crash -> fewer than `limit` in `window`?  yes: start after base * 2^(n-1), at most `cap`
-//!                                             no:  quarantine until someone says `enable`
+//!                                             no:  quarantine until `plugin enable`
 //! ```
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// The numbers behind the decision.
+/// The limits and delays of restarts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CrashPolicy {
-    /// Crashes within the window that lead to quarantine.
+    /// The number of crashes within the window that leads to quarantine.
     pub limit: usize,
     /// How long a crash counts.
     pub window: Duration,
-    /// Delay after the first crash; each further one doubles it.
+    /// The delay after the first crash; each further crash doubles it.
     pub backoff_base: Duration,
-    /// Longest delay.
+    /// The longest delay.
     pub backoff_cap: Duration,
 }
 
@@ -32,16 +32,15 @@ impl Default for CrashPolicy {
     }
 }
 
-/// What is to happen after a crash.
+/// The decision after a crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum AfterCrash {
-    /// Starts again after this delay.
+    /// Start it again after this delay.
     Restart(Duration),
-    /// Stays down.
     Quarantine,
 }
 
-/// The crashes that still count.
+/// The crashes within the window.
 #[derive(Debug, Clone, Default)]
 pub struct CrashHistory {
     times: VecDeque<Instant>,
@@ -61,7 +60,7 @@ impl CrashHistory {
         AfterCrash::Restart(delay.min(policy.backoff_cap))
     }
 
-    /// Forgets everything.
+    /// Forgets all crashes.
     pub fn clear(&mut self) {
         self.times.clear();
     }

@@ -1,14 +1,13 @@
-//! One plugin as the registry holds it: what it was made from, the way to its task, and the calls
-//! that the rest of the daemon makes through it.
+//! One plugin in the registry: its files, the queues of its task, and the calls that the daemon makes through it.
 //!
-//! An entry never changes: enabling, disabling and reloading put another one in its place.
+//! An entry never changes: enabling, disabling and reloading replace it.
 
 use super::artifact::{self, PluginArtifact};
-use super::config::{ConfigError, ConfiguredPlugin, PluginConfig, PluginFile};
-use super::output::Output;
-use super::process::Launch;
-use super::status::{PluginState, PluginStatus, now_ms};
-use super::supervisor::{Request, Supervisor};
+use super::config::{ConfiguredPlugin, PluginConfig, PluginConfigError, PluginFile};
+use super::output::PluginOutput;
+use super::process::HostLaunch;
+use super::status::{HostState, PluginStatus, now_ms};
+use super::supervisor::{PluginRequest, PluginSupervisor};
 use fermata_protocol::error_chain;
 
 use super::blocking;
@@ -25,35 +24,43 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-/// Requests that may wait for one plugin.
-const MAILBOX: usize = 16;
+/// How many requests may wait for one plugin.
+const REQUEST_QUEUE: usize = 16;
 
-/// One plugin as the registry holds it.
-pub(super) struct Plugin {
+/// How long the supervisor may take to cancel a call and to end its host, beyond deadline and cancel grace.
+const SUPERVISOR_TIMEOUT: Duration = Duration::from_secs(7);
+
+/// One plugin in the registry.
+pub(super) struct RegisteredPlugin {
     pub(super) found: ConfiguredPlugin,
     file: PluginFile,
     deadline: Duration,
     status: watch::Receiver<PluginStatus>,
-    output: Output,
+    output: PluginOutput,
     dropped: AtomicU64,
-    task: Option<Task>,
+    /// `None` when the plugin is disabled or unusable.
+    task: Option<SupervisorTask>,
 }
 
-/// The supervisor of a plugin that is not idle.
-struct Task {
-    requests: mpsc::Sender<Request>,
+/// The task that supervises a plugin.
+struct SupervisorTask {
+    requests: mpsc::Sender<PluginRequest>,
     events: mpsc::Sender<Arc<Value>>,
     shutdown: CancellationToken,
-    joined: std::sync::Mutex<Option<JoinHandle<()>>>,
+    /// Taken by the first call of [`RegisteredPlugin::ended`].
+    handle: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
-impl Plugin {
-    /// Makes the plugin and, unless it is switched off or unusable, starts its task.
+impl RegisteredPlugin {
+    /// Makes the entry and, unless the plugin is disabled or unusable, starts its task in `tasks`. `choice` overrides the
+    /// plugin's file.
     pub(super) fn new(
         config: &Arc<PluginConfig>,
+        tasks: &TaskTracker,
         found: ConfiguredPlugin,
-        file: Result<PluginFile, ConfigError>,
+        file: Result<PluginFile, PluginConfigError>,
         choice: Option<bool>,
     ) -> Self {
         let (file, error) = match file {
@@ -61,14 +68,14 @@ impl Plugin {
             Err(error) => (PluginFile::default(), Some(error_chain(&error))),
         };
         let state = match (choice.unwrap_or(file.enabled), &error) {
-            (false, _) => PluginState::Disabled,
-            (true, Some(_)) => PluginState::Failed,
-            (true, None) => PluginState::Starting,
+            (false, _) => HostState::Disabled,
+            (true, Some(_)) => HostState::Failed,
+            (true, None) => HostState::Starting,
         };
         if let Some(error) = &error {
             tracing::warn!(plugin = found.name, error, "the plugin is not started");
         }
-        let (status, seen) = watch::channel(PluginStatus {
+        let (status, status_receiver) = watch::channel(PluginStatus {
             name: found.name.clone(),
             path: found.path.clone(),
             version: None,
@@ -84,18 +91,18 @@ impl Plugin {
             settings_file: found.settings_file.clone(),
             recent_output: Vec::new(),
         });
-        let output = Output::new(&found.name);
+        let output = PluginOutput::new(&found.name);
         let deadline = match file.deadline_ms {
             Some(deadline) => Duration::from_millis(deadline),
             None => config.deadline,
         };
-        let task = (state == PluginState::Starting).then(|| {
-            let (requests, request_queue) = mpsc::channel(MAILBOX);
+        let task = (state == HostState::Starting).then(|| {
+            let (requests, request_queue) = mpsc::channel(REQUEST_QUEUE);
             let (events, event_queue) = mpsc::channel(config.queue.max(1));
             let shutdown = CancellationToken::new();
-            let supervisor = Supervisor {
+            let supervisor = PluginSupervisor {
                 config: Arc::clone(config),
-                launch: Launch::new(config, &found.path, found.settings_file.as_deref()),
+                launch: HostLaunch::new(config, tasks, &found.path, found.settings_file.as_deref()),
                 deadline,
                 requests: request_queue,
                 events: event_queue,
@@ -103,12 +110,12 @@ impl Plugin {
                 output: output.clone(),
                 shutdown: shutdown.clone(),
             };
-            Task { requests, events, shutdown, joined: std::sync::Mutex::new(Some(tokio::spawn(supervisor.run()))) }
+            let handle = std::sync::Mutex::new(Some(tasks.spawn(supervisor.run())));
+            SupervisorTask { requests, events, shutdown, handle }
         });
-        Self { found, file, deadline, status: seen, output, dropped: AtomicU64::new(0), task }
+        Self { found, file, deadline, status: status_receiver, output, dropped: AtomicU64::new(0), task }
     }
 
-    /// What `plugin ls` shows of it.
     pub(super) fn status(&self) -> PluginStatus {
         let mut status = self.status.borrow().clone();
         status.dropped_events = self.dropped.load(Ordering::Relaxed);
@@ -116,44 +123,44 @@ impl Plugin {
         status
     }
 
-    /// The plugin's state as it is now.
-    pub(super) fn state(&self) -> PluginState {
+    pub(super) fn state(&self) -> HostState {
         self.status.borrow().state
     }
 
-    /// A view of the status that can be waited on; it ends with this entry.
+    /// Returns a receiver of the status that is closed with this entry.
     pub(super) fn watch(&self) -> watch::Receiver<PluginStatus> {
         self.status.clone()
     }
 
-    /// Says whether the files are those that this plugin was made from, and it got along with them.
+    /// Returns whether the plugin's files are unchanged and usable.
     pub(super) fn is_current(&self, found: &ConfiguredPlugin) -> bool {
         let state = self.state();
-        // Whose file it is and who may write it is not part of its content: look again.
-        state != PluginState::Failed && self.found.path == found.path && self.found.identity == found.identity
+        // A failed plugin is checked again: the owner or mode of its file may have been corrected.
+        state != HostState::Failed && self.found.path == found.path && self.found.identity == found.identity
     }
 
-    /// Says whether the plugin offers this, or may do so once it has been started.
+    /// Returns whether the plugin offers this function, or may do so once its first start is complete.
     pub(super) fn may_offer(&self, kind: PluginKind) -> bool {
         let status = self.status.borrow();
-        let unknown = status.version.is_none() && status.state == PluginState::Starting;
+        let unknown = status.version.is_none() && status.state == HostState::Starting;
         self.task.is_some() && (unknown || status.kinds.contains(&kind))
     }
 
-    /// Queues an event for the plugin if it wants it; never waits.
+    /// Queues an event if the plugin subscribes to it; never waits. An event that does not fit is counted and dropped.
     pub(super) fn notify(&self, event: &Arc<Value>, name: &str) {
         let Some(task) = &self.task else { return };
         if !self.may_offer(PluginKind::Notify) || !event_matches(&self.file.events, name) {
             return;
         }
         let state = self.state();
-        let alive = matches!(state, PluginState::Running | PluginState::Starting);
-        if !alive || task.events.try_send(Arc::clone(event)).is_err() {
+        let has_host = matches!(state, HostState::Running | HostState::Starting);
+        if !has_host || task.events.try_send(Arc::clone(event)).is_err() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Has the plugin save into a directory of its own, and checks what it has left there.
+    /// Lets the plugin write artifacts into a directory of its own, and checks them; removes the directory on failure.
+    /// Returns the plugin's name with the result.
     pub(super) async fn save(
         self: Arc<Self>,
         mut request: SaveRequest,
@@ -162,18 +169,18 @@ impl Plugin {
         let name = self.found.name.clone();
         let directory = request.directory.join(&name);
         request.directory = directory.clone();
-        let made = {
+        let created = {
             let directory = directory.clone();
             blocking(move || artifact::make_directory(&directory)).await
         };
-        if let Err(failure) = made {
+        if let Err(failure) = created {
             return (name, Err(failure));
         }
         let reply = self.call(CHECKPOINT_SAVE, &request, grace).await;
-        let named = reply.and_then(|reply| parsed::<SaveReply>(&reply));
+        let reply = reply.and_then(|reply| parsed::<SaveReply>(&reply));
         let plugin = name.clone();
         let collected = blocking(move || {
-            let result = named.and_then(|reply| artifact::collect(&plugin, &directory, reply.artifacts));
+            let result = reply.and_then(|reply| artifact::collect(&plugin, &directory, reply.artifacts));
             if result.is_err() {
                 artifact::discard(&directory);
             }
@@ -183,7 +190,7 @@ impl Plugin {
         (name, collected)
     }
 
-    /// Makes one checkpoint call within the plugin's deadline.
+    /// Makes one checkpoint call within the plugin's deadline. `grace` is the time that a cancelled call may still take.
     pub(super) async fn call(
         &self,
         method: &'static str,
@@ -195,47 +202,43 @@ impl Plugin {
         let params = serde_json::to_value(params).map_err(|error| CallError::new("encoding", error.to_string()))?;
         let deadline = Instant::now() + self.deadline;
         let (reply, answer) = oneshot::channel();
-        let request = Request { kind: PluginKind::Checkpoint, method, params, deadline, reply };
+        let request = PluginRequest { kind: PluginKind::Checkpoint, method, params, deadline, reply };
         let exchange = async {
             task.requests.send(request).await.map_err(|_| not_running())?;
             answer.await.map_err(|_| not_running())?
         };
-        // The supervisor keeps the deadline; this is for one that is still waiting for a host to
-        // start. Cancelling and burying a host take their time beyond the deadline.
-        let last = deadline + grace + Duration::from_secs(7);
-        timeout_at(last, exchange)
+        // The supervisor enforces the deadline of a call that it makes. This is for a supervisor that still starts a host.
+        timeout_at(deadline + grace + SUPERVISOR_TIMEOUT, exchange)
             .await
             .unwrap_or_else(|_| Err(CallError::new("deadline", format!("{method} was not answered in time"))))
     }
 
-    /// Asks the task to end.
+    /// Cancels the task.
     pub(super) fn cancel(&self) {
         if let Some(task) = &self.task {
             task.shutdown.cancel();
         }
     }
 
-    /// Waits for the end of the task, after [`Plugin::cancel`].
+    /// Waits for the end of the task, after [`RegisteredPlugin::cancel`].
     pub(super) async fn ended(&self) {
         let Some(task) = &self.task else { return };
-        let joined = {
-            let joined = task.joined.lock();
-            joined.unwrap_or_else(PoisonError::into_inner).take()
-        };
-        if let Some(joined) = joined
-            && let Err(error) = joined.await
+        let handle = task.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle
+            && let Err(error) = handle.await
         {
             tracing::error!(plugin = self.found.name, %error, "the task of a plugin failed");
         }
     }
 }
 
-impl Drop for Plugin {
+impl Drop for RegisteredPlugin {
     fn drop(&mut self) {
         self.cancel();
     }
 }
 
+/// Parses a plugin's reply.
 pub(super) fn parsed<T: DeserializeOwned>(reply: &RawValue) -> Result<T, CallError> {
     serde_json::from_str(reply.get())
         .map_err(|error| CallError::new("bad_reply", format!("the plugin's reply is not valid: {error}")))

@@ -1,8 +1,7 @@
 //! The frames between the daemon and a plugin host: a length (u32, little endian), then JSON.
 //!
-//! Owns both directions' types and the two codecs: a blocking one for the host, a cancel-safe
-//! one for the daemon. The daemon trusts nothing that comes in: a length over the cap or a body
-//! that is no frame ends the connection.
+//! The types of both directions and two codecs: a blocking one for the host and a cancel-safe one for the daemon. The
+//! daemon does not trust the host: a length over the limit or a body that is no frame ends the connection.
 
 use fermata_plugin_api::{CallError, Description};
 use serde::de::DeserializeOwned;
@@ -12,62 +11,47 @@ use serde_json::value::RawValue;
 use std::io::{self, Read, Write};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Longest body of a frame, in bytes.
+/// The longest body of a frame, in bytes.
 pub const MAX_FRAME: usize = 16 * 1024 * 1024;
 
-/// What the daemon tells the host.
+/// A frame from the daemon to the host.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToHost {
-    /// Runs a method of the plugin.
+    /// Calls a method of the plugin.
     Call {
-        /// Number of the call, rising.
+        /// Rises from call to call.
         id: u64,
-        /// Name of the method.
         method: String,
-        /// Its parameters.
         params: Value,
-        /// Milliseconds until the daemon gives up.
+        /// Milliseconds until the daemon cancels the call.
         deadline_ms: u64,
     },
-    /// Asks the host to have a call given up.
-    Cancel {
-        /// Number of that call.
-        id: u64,
-    },
+    /// Cancels a call.
+    Cancel { id: u64 },
 }
 
-/// What the host tells the daemon.
+/// A frame from the host to the daemon.
 ///
-/// Tagged from outside (`{"reply": {…}}`): an inner tag could not carry a [`RawValue`].
+/// Externally tagged (`{"reply": {…}}`), since serde cannot read a [`RawValue`] under an internal tag.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromHost {
-    /// The plugin is loaded (and, unless it is only checked, has an instance).
+    /// The plugin is loaded and, unless it is only described, has an instance.
     Hello {
         /// Major version of the plugin ABI.
         abi: u32,
-        /// Who the plugin is.
         describe: Description,
     },
-    /// The plugin cannot be used as things are; the host is about to exit.
-    Refused {
-        /// Why.
-        error: CallError,
-    },
-    /// The host has to give up on its plugin now (memory); it is about to exit.
-    Dying {
-        /// Why.
-        error: CallError,
-    },
-    /// A call has ended.
+    /// The plugin cannot be used; the host is about to exit.
+    Refused { error: CallError },
+    /// The host has to end while its plugin runs (memory limit).
+    Dying { error: CallError },
+    /// A call has ended, with a result or an error.
     Reply {
-        /// Number of the call.
         id: u64,
-        /// Its result (any JSON), when it went well.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         ok: Option<Box<RawValue>>,
-        /// Why it failed, otherwise.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<CallError>,
     },
@@ -75,7 +59,6 @@ pub enum FromHost {
     Log {
         /// `error`, `warn`, `info` or `debug`.
         level: String,
-        /// The line.
         message: String,
     },
 }
@@ -83,30 +66,23 @@ pub enum FromHost {
 /// Why a frame could not be read or written.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
-    /// The connection failed.
     #[error("the connection failed")]
     Io(#[from] io::Error),
-    /// The length is over the cap.
     #[error("a frame of {len} bytes is over the limit of {MAX_FRAME}")]
-    TooLong {
-        /// The length that was announced.
-        len: usize,
-    },
+    TooLong { len: usize },
     /// The body is not a frame.
     #[error("the bytes `{start}` are not a frame")]
     Garbage {
-        /// How the body begins, made printable.
+        /// The beginning of the body, escaped.
         start: String,
-        /// What the parser said.
         #[source]
         source: serde_json::Error,
     },
-    /// The connection ended in the middle of a frame.
     #[error("the connection ended in the middle of a frame")]
     Truncated,
 }
 
-/// Turns a frame into its bytes, length included.
+/// Returns the bytes of a frame, with its length.
 pub fn encode<T: Serialize>(frame: &T) -> Result<Vec<u8>, FrameError> {
     let mut bytes = vec![0; 4];
     serde_json::to_writer(&mut bytes, frame).map_err(io::Error::from)?;
@@ -127,7 +103,8 @@ fn decode<T: DeserializeOwned>(body: &[u8]) -> Result<T, FrameError> {
     })
 }
 
-fn announced(header: [u8; 4]) -> Result<usize, FrameError> {
+/// Returns the length of the body, if it is within the limit.
+fn body_length(header: [u8; 4]) -> Result<usize, FrameError> {
     let len = u32::from_le_bytes(header) as usize;
     if len > MAX_FRAME {
         return Err(FrameError::TooLong { len });
@@ -154,20 +131,20 @@ pub fn read_frame<T: DeserializeOwned>(stream: &mut impl Read) -> Result<Option<
             Err(error) => return Err(error.into()),
         }
     }
-    let mut body = vec![0; announced(header)?];
+    let mut body = vec![0; body_length(header)?];
     stream.read_exact(&mut body)?;
     decode(&body).map(Some)
 }
 
-/// Reads frames from the host; what was read of an unfinished frame survives cancellation.
+/// Reads frames from the host.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     stream: R,
+    /// Bytes that were read and not yet returned as a frame.
     buffer: Vec<u8>,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    /// Reads from `stream`.
     pub fn new(stream: R) -> Self {
         Self { stream, buffer: Vec::new() }
     }
@@ -176,12 +153,12 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     pub async fn next(&mut self) -> Result<Option<FromHost>, FrameError> {
         loop {
             if let Some(header) = self.buffer.first_chunk::<4>() {
-                // Checked before the body is waited for: nobody fills memory by announcing it.
-                let end = 4 + announced(*header)?;
+                // Checked before the body is buffered, which limits the memory that a host can use up here.
+                let end = 4 + body_length(*header)?;
                 if self.buffer.len() >= end {
                     let frame = decode(&self.buffer[4..end]);
                     self.buffer.drain(..end);
-                    // A single huge frame must not keep its memory for ever.
+                    // Releases the memory of a large frame.
                     self.buffer.shrink_to(64 * 1024);
                     return frame.map(Some);
                 }

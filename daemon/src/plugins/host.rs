@@ -1,13 +1,13 @@
 //! The program `fermata-plugin-host`: one process, one plugin, frames on descriptor 3.
 //!
 //! ```text
-//!   main thread    reads frames; passes calls on, carries out cancels; ends the process at EOF
-//!   caller thread  loads the plugin, owns the instance, runs one call after another
-//!   memory thread  ends the process when the plugin takes more than its share
+//!   main thread    reads frames; queues calls, carries out cancellations; ends the process at EOF
+//!   caller thread  loads the plugin, owns the instance, makes one call after another
+//!   memory thread  ends the process when the plugin exceeds its memory limit
 //! ```
 //!
-//! It ends when descriptor 3 closes, whoever closed it and whatever the plugin is doing, and
-//! takes the processes that the plugin has started along. It knows nothing of the daemon's state.
+//! It ends when descriptor 3 closes, at any time, and kills the processes of its session, which the plugin may have
+//! started.
 
 use super::frame::{self, FrameError, FromHost, ToHost};
 use super::{config, loader};
@@ -29,13 +29,13 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-/// How long a running call and the plugin's `destroy` may take once descriptor 3 is closed.
-const FAREWELL: Duration = Duration::from_millis(1500);
+/// How long a running call and the plugin's `destroy` may take together once descriptor 3 is closed.
+const END_TIMEOUT: Duration = Duration::from_millis(1500);
 
-/// How often the memory in use is looked at. A process fills a few hundred MiB in this time.
+/// How often the memory in use is read. A process can fill a few hundred MiB in this time.
 const MEMORY_PERIOD: Duration = Duration::from_millis(250);
 
-/// What the host is started with.
+/// The command line of the host.
 #[derive(Debug, Clone, clap::Parser)]
 #[command(name = "fermata-plugin-host", about = "Runs one Fermata plugin", version)]
 pub struct HostArguments {
@@ -58,11 +58,11 @@ pub fn run(arguments: &HostArguments) -> ExitCode {
     let stream = match socket_child::inherited_fd3() {
         Ok(stream) => stream,
         Err(error) => {
-            eprintln!("descriptor 3 is no socket: fermatad starts this program ({error})");
+            eprintln!("descriptor 3 is not a socket: this program is started by fermatad only ({error})");
             return ExitCode::from(2);
         }
     };
-    // Artifacts are as private as the workspace they come from.
+    // Artifacts may contain secrets.
     umask(Mode::from_bits_truncate(0o077));
     prefer_as_oom_victim();
     match serve(arguments, stream) {
@@ -83,18 +83,18 @@ fn serve(arguments: &HostArguments, mut stream: UnixStream) -> Result<(), FrameE
     });
     watch_memory(arguments.memory_limit_bytes, &shared)?;
     let (calls, queue) = channel();
-    let (ended, farewell) = channel();
-    let caller = Caller { arguments: arguments.clone(), shared: Arc::clone(&shared) };
-    thread::Builder::new().name("caller".into()).spawn(move || caller.run(&queue, &ended))?;
-    let outcome = read(&mut stream, &shared, &calls);
-    // The caller thread ends the instance once its queue has ended.
+    let (ended_sender, ended) = channel();
+    let caller = CallerThread { arguments: arguments.clone(), shared: Arc::clone(&shared) };
+    thread::Builder::new().name("caller".into()).spawn(move || caller.run(&queue, &ended_sender))?;
+    let result = read(&mut stream, &shared, &calls);
+    // The caller thread destroys the instance at the end of its queue.
     shared.cancelled_up_to.store(u64::MAX, Ordering::SeqCst);
     drop(calls);
-    part(&shared, &farewell);
-    outcome
+    end_plugin(&shared, &ended);
+    result
 }
 
-/// Loads, describes and (unless it is only to be described) creates the plugin.
+/// Loads and describes the plugin and, unless it is only to be described, creates an instance.
 fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description, Option<Arc<Instance>>), CallError> {
     let settings = match &arguments.settings_file {
         Some(path) => config::read_plugin_file(path)
@@ -112,18 +112,18 @@ fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description,
     Ok((describe, Some(Arc::new(instance))))
 }
 
-/// Reads frames until the daemon is gone.
-fn read(stream: &mut UnixStream, shared: &Shared, calls: &Sender<Call>) -> Result<(), FrameError> {
+/// Reads frames until the daemon closes the connection.
+fn read(stream: &mut UnixStream, shared: &Shared, calls: &Sender<HostCall>) -> Result<(), FrameError> {
     while let Some(frame) = frame::read_frame::<ToHost>(stream)? {
         match frame {
             ToHost::Call { id, method, params, deadline_ms } => {
-                let call = Call { id, method, params: with_deadline(params, deadline_ms) };
-                // A plugin that was refused has no caller any more; the daemon hangs up then.
+                let call = HostCall { id, method, params: with_deadline(params, deadline_ms) };
+                // Fails when the plugin was refused: its caller thread has ended, and the daemon closes the connection.
                 calls.send(call).ok();
             }
             ToHost::Cancel { id } => {
                 shared.cancelled_up_to.fetch_max(id, Ordering::SeqCst);
-                // No later call can begin meanwhile: it would have to be read here first.
+                // No later call can begin meanwhile, since its frame is read by this thread.
                 if shared.current.load(Ordering::SeqCst) == id {
                     shared.cancel_plugin();
                 }
@@ -133,7 +133,7 @@ fn read(stream: &mut UnixStream, shared: &Shared, calls: &Sender<Call>) -> Resul
     Ok(())
 }
 
-/// Tells the plugin how long it has, inside its own request.
+/// Adds the deadline to the plugin's request.
 fn with_deadline(mut params: Value, deadline_ms: u64) -> Value {
     if let Value::Object(members) = &mut params {
         members.insert("deadline_ms".into(), deadline_ms.into());
@@ -141,50 +141,51 @@ fn with_deadline(mut params: Value, deadline_ms: u64) -> Value {
     params
 }
 
-/// Ends the plugin, politely for a while; then whatever it has started; then this process.
-fn part(shared: &Arc<Shared>, farewell: &Receiver<()>) {
-    // `cancel` is the plugin's code and may hang: not on this thread.
+/// Cancels the plugin and waits for the caller thread, kills the session's other processes, and sees that this process
+/// exits.
+fn end_plugin(shared: &Arc<Shared>, ended: &Receiver<()>) {
+    // On a thread of its own: `cancel` is the plugin's code and may hang.
     let cancelling = Arc::clone(shared);
-    let helper = thread::Builder::new().spawn(move || cancelling.cancel_plugin());
-    let polite = helper.is_ok() && farewell.recv_timeout(FAREWELL) != Err(RecvTimeoutError::Timeout);
-    let me = getpid();
-    if getsid(None) == Ok(me) {
+    let canceller = thread::Builder::new().spawn(move || cancelling.cancel_plugin());
+    let in_time = canceller.is_ok() && ended.recv_timeout(END_TIMEOUT) != Err(RecvTimeoutError::Timeout);
+    let own_pid = getpid();
+    if getsid(None) == Ok(own_pid) {
         socket_child::kill_session(std::process::id());
     }
-    // Exit handlers are the plugin's code as well, and may hang.
+    // Exit handlers may be the plugin's code too, and may hang.
     let guard = thread::Builder::new().spawn(move || {
-        thread::sleep(FAREWELL);
-        kill(me, Signal::SIGKILL).ok();
+        thread::sleep(END_TIMEOUT);
+        kill(own_pid, Signal::SIGKILL).ok();
     });
-    if !polite || guard.is_err() {
+    if !in_time || guard.is_err() {
         eprintln!("the plugin did not end in time");
-        kill(me, Signal::SIGKILL).ok();
+        kill(own_pid, Signal::SIGKILL).ok();
     }
 }
 
 /// One call, on its way to the caller thread.
-struct Call {
+struct HostCall {
     id: u64,
     method: String,
     params: Value,
 }
 
 /// The thread that owns the instance.
-struct Caller {
+struct CallerThread {
     arguments: HostArguments,
     shared: Arc<Shared>,
 }
 
-impl Caller {
-    fn run(self, queue: &Receiver<Call>, ended: &Sender<()>) {
+impl CallerThread {
+    fn run(self, queue: &Receiver<HostCall>, ended: &Sender<()>) {
         match open(&self.arguments, &self.shared) {
             Ok((describe, instance)) => {
                 if let Some(instance) = &instance {
-                    // This is the only place that sets it.
+                    // Set only here, so that it cannot fail.
                     self.shared.instance.set(Arc::downgrade(instance)).ok();
                 }
                 let hello = FromHost::Hello { abi: abi::VERSION, describe };
-                // Where sending fails the daemon is gone, and the main thread notices it too.
+                // An error means that the connection is closed, which the main thread detects too.
                 if self.shared.send(&hello).is_ok()
                     && let Some(instance) = instance
                 {
@@ -196,11 +197,11 @@ impl Caller {
                 self.shared.send(&FromHost::Refused { error }).ok();
             }
         }
-        // Nobody may be listening any more: then the process is ending anyway.
+        // Fails when the main thread no longer waits: the process is ending.
         ended.send(()).ok();
     }
 
-    fn answer_all(&self, instance: &Instance, queue: &Receiver<Call>) {
+    fn answer_all(&self, instance: &Instance, queue: &Receiver<HostCall>) {
         for call in queue {
             let reply = self.answer(instance, &call);
             if self.shared.send(&reply).is_err() {
@@ -209,7 +210,7 @@ impl Caller {
         }
     }
 
-    fn answer(&self, instance: &Instance, call: &Call) -> FromHost {
+    fn answer(&self, instance: &Instance, call: &HostCall) -> FromHost {
         let id = call.id;
         self.shared.current.store(id, Ordering::SeqCst);
         let result = if self.shared.cancelled() {
@@ -225,7 +226,7 @@ impl Caller {
     }
 }
 
-/// A failure that fits into a frame, whatever the plugin has put into it.
+/// Shortens the texts of a failure, which come from the plugin, so that it fits into a frame.
 fn bounded(failure: CallError) -> CallError {
     CallError {
         code: super::output::shortened(&failure.code),
@@ -234,7 +235,7 @@ fn bounded(failure: CallError) -> CallError {
     }
 }
 
-/// Takes a plugin's reply as JSON without building a tree of it; an empty reply is `null`.
+/// Checks that a plugin's reply is JSON, without building a tree; an empty reply is `null`.
 fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, CallError> {
     if bytes.is_empty() {
         return Ok(RawValue::NULL.to_owned());
@@ -245,21 +246,20 @@ fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, CallError> {
     RawValue::from_string(text).map_err(|error| invalid(&error))
 }
 
-/// What the threads share, and what the plugin may use.
+/// The state that the threads share, and the services of the host for the plugin.
 struct Shared {
     writer: Mutex<UnixStream>,
-    /// The instance, once there is one; the caller thread owns it.
+    /// Set once the instance exists; the caller thread owns it.
     instance: OnceLock<Weak<Instance>>,
     /// Id of the running call, or 0.
     current: AtomicU64,
-    /// All calls up to this id are to be given up.
+    /// All calls up to this id are cancelled.
     cancelled_up_to: AtomicU64,
 }
 
 impl Shared {
     fn send(&self, frame: &FromHost) -> Result<(), FrameError> {
-        // A panic while writing cannot leave the stream in a state that another frame repairs or
-        // harms: the daemon checks everything.
+        // After a panic of another writer the stream may end within a frame; the daemon then ends the connection.
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         frame::write_frame(&mut *writer, frame)
     }
@@ -280,14 +280,14 @@ impl HostServices for Shared {
             LogLevel::Debug => "debug",
         };
         let frame = FromHost::Log { level: level.to_owned(), message: super::output::shortened(message) };
-        // A line that cannot be sent has nowhere else to go.
+        // A line that cannot be sent is lost.
         self.send(&frame).ok();
     }
 
     fn cancelled(&self) -> bool {
         let up_to = self.cancelled_up_to.load(Ordering::SeqCst);
         match self.current.load(Ordering::SeqCst) {
-            // Between two calls only the end of everything counts.
+            // Between two calls only the end of the host cancels.
             0 => up_to == u64::MAX,
             id => up_to >= id,
         }
@@ -296,13 +296,13 @@ impl HostServices for Shared {
 
 /// Asks the kernel to kill this process before others when memory runs out.
 fn prefer_as_oom_victim() {
-    // Raising one's own score needs no right; where it fails the watcher below still works.
+    // A process may always raise its own score. An error is ignored, since the memory thread still enforces the limit.
     std::fs::write("/proc/self/oom_score_adj", "1000").ok();
 }
 
 /// Starts the thread that ends this process when it has more than `limit` bytes resident.
 ///
-/// Not a resource limit: those would be inherited by the programs that a plugin runs.
+/// Not done by a resource limit, which the programs that a plugin runs would inherit.
 fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
     if limit == 0 {
         return Ok(());
@@ -317,7 +317,7 @@ fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
                     "memory_limit",
                     format!("the plugin used {resident} bytes of memory, the limit is {limit}"),
                 );
-                // A blocked writer must not keep the process alive: whoever is first ends it.
+                // The frame is sent by another thread, which may block: the process ends after a period in any case.
                 let dying = FromHost::Dying { error };
                 thread::spawn({
                     let shared = Arc::clone(&shared);
@@ -335,7 +335,7 @@ fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
     Ok(())
 }
 
-/// Reads the resident set of this process: second field of `/proc/self/statm`, in pages.
+/// Reads the resident set of this process: the second field of `/proc/self/statm`, in pages.
 fn resident_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split(' ').nth(1)?.parse().ok()?;

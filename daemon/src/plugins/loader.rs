@@ -1,6 +1,6 @@
-//! Loads a plugin's shared object into *this* process: only ever called by the plugin host.
+//! Loads a plugin's shared object into the current process. Only the plugin host calls it.
 //!
-//! The only file of the library besides `os` that may use `unsafe`.
+//! The only file of the daemon's crate with `unsafe` code.
 
 use super::trust;
 use fermata_plugin_api::CallError;
@@ -8,9 +8,12 @@ use fermata_plugin_api::abi::{PluginEntry, SYMBOL};
 use fermata_plugin_api::host::PluginTable;
 use std::path::Path;
 
-/// Loads the shared object at `path`, after checking who could have written it.
+/// Loads the shared object at `path`, after checking that no other user can have changed it.
 ///
-/// It is never unloaded: its threads and its functions may be in use until the process ends.
+/// It is never unloaded, since its threads may run until the process ends.
+///
+/// # Errors
+/// `untrusted`, `not_loadable` or `no_entry`.
 pub fn load(path: &Path) -> Result<PluginTable, CallError> {
     let real = trust::trusted_file(path)
         .map_err(|error| CallError::new("untrusted", fermata_protocol::error_chain(&error)))?;
@@ -20,22 +23,22 @@ pub fn load(path: &Path) -> Result<PluginTable, CallError> {
             format!("{} cannot be loaded: {}", real.display(), fermata_protocol::error_chain(&error)),
         )
     };
-    // SAFETY: running the initialisers of a file that only root or the daemon's user can have
-    // put there is what the administrator asked for; this process is there to bear the risk.
+    // SAFETY: this runs the initialisers of a file that only root or the daemon's user can have installed, in a process
+    // that has no other purpose.
     let library = unsafe { libloading::Library::new(&real) }.map_err(not_loaded)?;
     let table = {
-        // SAFETY: a shared object that exports this name promises this type.
+        // SAFETY: by the plugin ABI a symbol of this name has this type.
         let entry = unsafe { library.get::<PluginEntry>(SYMBOL) }.map_err(|error| {
             CallError::new(
                 "no_entry",
-                format!("{} is no plugin: {}", real.display(), fermata_protocol::error_chain(&error)),
+                format!("{} is not a plugin: {}", real.display(), fermata_protocol::error_chain(&error)),
             )
             .with_hint(format!("a plugin exports the function {SYMBOL}"))
         })?;
-        // SAFETY: as above; the entry takes no arguments.
+        // SAFETY: by the plugin ABI the entry may be called at any time; it takes no arguments.
         unsafe { entry() }
     };
     std::mem::forget(library);
-    // SAFETY: the entry returned it, and the library stays loaded.
+    // SAFETY: the entry of a plugin returned the table, and the library stays loaded.
     unsafe { PluginTable::from_raw(table) }
 }

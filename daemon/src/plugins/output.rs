@@ -1,22 +1,22 @@
-//! What a plugin prints and logs, on its way to the daemon's log: bounded in every direction.
+//! Copies what a plugin prints and logs to the daemon's log, within limits.
 //!
-//! Lines are cut, a flood is thinned out and counted, and the last few lines are kept to be shown
-//! beside an error. Never blocks and never fails a call.
+//! Long lines are cut, lines above the rate limit are counted instead of logged, and the last lines are kept for
+//! `plugin ls`. Never blocks and never fails a call.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
-/// Longest line that is kept, in bytes.
+/// The longest line, in bytes.
 const MAX_LINE: usize = 2048;
-/// Lines that are kept.
+/// The number of last lines that are kept.
 const RECENT: usize = 20;
-/// Lines per period that reach the log.
+/// The number of lines per period that are logged.
 const BURST: u32 = 100;
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Cuts a line to the most that is kept of one (2 KiB), at a character.
+/// Cuts a line to [`MAX_LINE`] bytes, at a character boundary.
 pub fn shortened(line: &str) -> String {
     if line.len() <= MAX_LINE {
         return line.to_owned();
@@ -28,26 +28,26 @@ pub fn shortened(line: &str) -> String {
     format!("{}…", &line[..end])
 }
 
-/// The output of one plugin, over all of its host processes.
+/// The output of one plugin, across restarts of its host. Clones share it.
 #[derive(Debug, Clone)]
-pub struct Output {
-    inner: Arc<Mutex<Inner>>,
+pub struct PluginOutput {
+    state: Arc<Mutex<OutputState>>,
 }
 
 #[derive(Debug)]
-struct Inner {
+struct OutputState {
     plugin: String,
     recent: VecDeque<String>,
+    /// When the current period began.
     period: Instant,
     lines: u32,
     suppressed: u64,
 }
 
-impl Output {
-    /// Starts empty.
+impl PluginOutput {
     pub fn new(plugin: &str) -> Self {
         Self {
-            inner: Arc::new(Mutex::new(Inner {
+            state: Arc::new(Mutex::new(OutputState {
                 plugin: plugin.to_owned(),
                 recent: VecDeque::new(),
                 period: Instant::now(),
@@ -57,14 +57,14 @@ impl Output {
         }
     }
 
-    /// The last lines, oldest first.
+    /// Returns the last lines, oldest first.
     pub fn recent(&self) -> Vec<String> {
         self.lock().recent.iter().cloned().collect()
     }
 
-    /// Takes a line that the plugin has logged.
+    /// Records a line that the plugin has logged.
     pub fn logged(&self, level: &str, message: &str) {
-        self.take(level, "log", message);
+        self.record(level, "log", message);
     }
 
     /// Reads lines until the stream ends.
@@ -72,50 +72,50 @@ impl Output {
         let level = if source == "stderr" { "warn" } else { "info" };
         let mut line = Vec::new();
         let mut chunk = [0; 4096];
-        // An error here means what the end means: nothing more will come.
+        // An error counts as the end.
         while let Ok(count @ 1..) = stream.read(&mut chunk).await {
             for byte in &chunk[..count] {
                 match byte {
                     b'\n' => {
-                        self.take(level, source, &String::from_utf8_lossy(&line));
+                        self.record(level, source, &String::from_utf8_lossy(&line));
                         line.clear();
                     }
-                    // A little more than is shown, so that the cut is marked.
+                    // A few bytes more than the limit, so that the line is marked as cut.
                     byte if line.len() < MAX_LINE + 8 => line.push(*byte),
                     _ => {}
                 }
             }
         }
         if !line.is_empty() {
-            self.take(level, source, &String::from_utf8_lossy(&line));
+            self.record(level, source, &String::from_utf8_lossy(&line));
         }
     }
 
-    fn take(&self, level: &str, source: &str, line: &str) {
+    fn record(&self, level: &str, source: &str, line: &str) {
         let line = shortened(line.trim_end());
-        let mut inner = self.lock();
-        if inner.period.elapsed() >= PERIOD {
-            if inner.suppressed > 0 {
+        let mut state = self.lock();
+        if state.period.elapsed() >= PERIOD {
+            if state.suppressed > 0 {
                 tracing::warn!(
-                    plugin = inner.plugin,
-                    lines = inner.suppressed,
-                    "the plugin wrote too much: lines were left out"
+                    plugin = state.plugin,
+                    lines = state.suppressed,
+                    "the plugin wrote too many lines; some were not logged"
                 );
             }
-            inner.period = Instant::now();
-            inner.lines = 0;
-            inner.suppressed = 0;
+            state.period = Instant::now();
+            state.lines = 0;
+            state.suppressed = 0;
         }
-        inner.recent.push_back(line.clone());
-        if inner.recent.len() > RECENT {
-            inner.recent.pop_front();
+        state.recent.push_back(line.clone());
+        if state.recent.len() > RECENT {
+            state.recent.pop_front();
         }
-        inner.lines += 1;
-        if inner.lines > BURST {
-            inner.suppressed += 1;
+        state.lines += 1;
+        if state.lines > BURST {
+            state.suppressed += 1;
             return;
         }
-        let plugin = inner.plugin.as_str();
+        let plugin = state.plugin.as_str();
         match level {
             "error" => tracing::error!(plugin, source, "{line}"),
             "warn" => tracing::warn!(plugin, source, "{line}"),
@@ -124,9 +124,9 @@ impl Output {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Inner> {
-        // Lines and counters cannot be left half-changed in a way that matters.
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, OutputState> {
+        // A panic under the lock leaves at worst a wrong counter.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn long_lines_are_cut_and_only_the_last_ones_are_kept() {
-        let output = Output::new("p");
+        let output = PluginOutput::new("p");
         let mut text = "é".repeat(100_000).into_bytes();
         text.extend(b"\n".repeat(RECENT - 1));
         text.extend(b"no end");

@@ -1,11 +1,10 @@
-//! One plugin host process as the daemon holds it: frames in and out, its exit, its end.
+//! The daemon's side of one plugin host process: spawns it, sends and receives frames, ends it.
 //!
-//! Whoever drops a [`HostProcess`] has killed it, with everything that it had started. What the
-//! frames mean is the supervisor's business.
+//! Dropping a [`HostProcess`] kills it and every process of its session. The supervisor interprets the frames.
 
 use super::config::PluginConfig;
 use super::frame::{self, FrameError, FrameReader, FromHost, ToHost};
-use super::output::Output;
+use super::output::PluginOutput;
 use fermata_os::socket_child;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -20,92 +19,90 @@ use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinHandle;
+use tokio_util::task::TaskTracker;
 
-/// How long a host whose descriptor 3 has closed may take to be seen exiting, and how long its
-/// last output may take to be read.
-const LINGER: Duration = Duration::from_millis(500);
+/// How long a host that has closed descriptor 3 may take to exit by itself, and how long its last output may take to be
+/// read.
+const EXIT_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// What a host is started with.
+/// How long a killed host may take to exit.
+const KILL_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The parameters of a host.
 #[derive(Debug, Clone)]
-pub struct Launch {
-    /// The program.
+pub struct HostLaunch {
     pub host_binary: PathBuf,
-    /// The plugin.
     pub plugin: PathBuf,
-    /// Its settings.
     pub settings_file: Option<PathBuf>,
-    /// Whether it is only to be described.
+    /// Whether the host only describes the plugin and exits.
     pub describe_only: bool,
-    /// Resident memory it may use, in bytes (0: no limit).
+    /// The resident memory that it may use, in bytes (0: no limit).
     pub memory_limit: u64,
+    /// For the tasks that read its output.
+    pub tasks: TaskTracker,
 }
 
-impl Launch {
-    /// Launches a plugin for use, as the configuration says.
-    pub fn new(config: &PluginConfig, plugin: &Path, settings_file: Option<&Path>) -> Self {
+impl HostLaunch {
+    /// Returns the parameters of a host that makes calls.
+    pub fn new(config: &PluginConfig, tasks: &TaskTracker, plugin: &Path, settings_file: Option<&Path>) -> Self {
         Self {
             host_binary: config.host_binary.clone(),
             plugin: plugin.to_owned(),
             settings_file: settings_file.map(Path::to_owned),
             describe_only: false,
             memory_limit: config.memory_limit,
+            tasks: tasks.clone(),
         }
     }
 }
 
-/// Why a host is of no use (any more).
+/// Why a host cannot be used any longer.
 #[derive(Debug, thiserror::Error)]
 pub enum HostError {
-    /// It could not be started.
     #[error("{program} could not be started")]
     Spawn {
-        /// The program.
         program: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// It sent something that is no frame, or the connection failed.
+    /// It sent bytes that are no frame, or the connection failed.
     #[error("descriptor 3 did not carry frames")]
     Frame(#[from] FrameError),
-    /// It sent a frame that makes no sense here.
-    #[error("an unexpected frame came on descriptor 3: {what}")]
+    /// It sent a frame that is not allowed in its state.
+    #[error("an unexpected frame came on descriptor 3: {frame}")]
     Unexpected {
-        /// The frame, in short.
-        what: String,
+        /// A description of the frame.
+        frame: String,
     },
-    /// It ended, or closed descriptor 3.
+    /// It exited, or closed descriptor 3.
     #[error("the connection was closed")]
     Closed,
-    /// It gave a reason and ended.
+    /// It announced its end with a reason.
     #[error("{message}")]
-    Dying {
-        /// The reason.
-        message: String,
-    },
-    /// It did not come up in time.
+    Dying { message: String },
+    /// It sent no hello in time.
     #[error("no answer within {0:?}")]
-    Silent(Duration),
-    /// It did not answer in time, not even to a cancel.
+    StartTimeout(Duration),
+    /// It did not answer a call in time, nor its cancellation.
     #[error("no answer within {0:?}, nor to a cancel")]
-    Deaf(Duration),
+    CallTimeout(Duration),
 }
 
-/// How a host came to its end.
+/// How a host has ended.
 #[derive(Debug, Clone, Copy)]
-pub enum Ending {
-    /// It ended before the daemon touched it.
+pub enum HostExit {
+    /// It exited before the daemon killed it.
     ByItself(ExitStatus),
     /// The daemon killed it.
     Killed,
-    /// It was killed but could not be waited for.
+    /// It was killed and did not exit in time.
     Unknown,
 }
 
-impl std::fmt::Display for Ending {
+impl std::fmt::Display for HostExit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Ending::ByItself(status) => match (status.code(), status.signal()) {
+            HostExit::ByItself(status) => match (status.code(), status.signal()) {
                 (Some(code), _) => write!(f, "the host exited with code {code}"),
                 (None, Some(number)) => match Signal::try_from(number) {
                     Ok(signal) => write!(f, "the host was killed by {signal}"),
@@ -113,8 +110,8 @@ impl std::fmt::Display for Ending {
                 },
                 (None, None) => write!(f, "the host ended: {status}"),
             },
-            Ending::Killed => f.write_str("the host was killed"),
-            Ending::Unknown => f.write_str("the host was killed and not seen to end"),
+            HostExit::Killed => f.write_str("the host was killed"),
+            HostExit::Unknown => f.write_str("the host was killed and did not exit in time"),
         }
     }
 }
@@ -126,24 +123,26 @@ pub struct HostProcess {
     pid: u32,
     exit: AsyncFd<OwnedFd>,
     reader: FrameReader<OwnedReadHalf>,
+    /// `None` once the daemon has closed its direction.
     writer: Option<OwnedWriteHalf>,
-    followers: Vec<JoinHandle<()>>,
+    /// The tasks that read its stdout and stderr.
+    output_readers: Vec<JoinHandle<()>>,
 }
 
 impl HostProcess {
-    /// Starts a host; its output goes to `output`.
-    pub fn spawn(launch: &Launch, output: &Output) -> Result<Self, HostError> {
+    /// Starts a host in a session of its own.
+    pub fn spawn(launch: &HostLaunch, output: &PluginOutput) -> Result<Self, HostError> {
         start(launch, output).map_err(|source| HostError::Spawn { program: launch.host_binary.clone(), source })
     }
 
-    /// Its process id, which is also its session.
+    /// Returns its process id, which is also the id of its session.
     pub fn pid(&self) -> u32 {
         self.pid
     }
 
-    /// Waits for the next frame, or for the end of the host. Cancel-safe.
+    /// Waits for the next frame, or for the exit of the host. Cancel-safe.
     pub async fn next(&mut self) -> Result<FromHost, HostError> {
-        // Frames first: what a host said before it died is worth reading.
+        // Frames first: those that a host sent before its exit are read.
         let frame = tokio::select! {
             biased;
             frame = self.reader.next() => frame?,
@@ -165,49 +164,53 @@ impl HostProcess {
         }
     }
 
-    /// Hangs up, waits up to `grace` for the host to leave by itself, then ends it.
-    pub async fn close(mut self, grace: Duration) -> Ending {
+    /// Closes the connection, waits up to `grace` for the host to exit by itself, then kills it.
+    pub async fn close(mut self, grace: Duration) -> HostExit {
         self.writer = None;
         self.end(grace).await
     }
 
-    /// Ends the host and everything it has started, and says how it went.
-    pub async fn finish(self, error: &HostError) -> Ending {
+    /// Kills the host after an error, with its session.
+    pub async fn finish(self, error: &HostError) -> HostExit {
         let patience = match error {
-            // It is about to become a zombie, which tells us why.
-            HostError::Closed | HostError::Dying { .. } => LINGER,
-            _ => Duration::ZERO,
+            // It is about to exit, and its status shows why.
+            HostError::Closed | HostError::Dying { .. } => EXIT_TIMEOUT,
+            HostError::Spawn { .. }
+            | HostError::Frame(_)
+            | HostError::Unexpected { .. }
+            | HostError::StartTimeout(_)
+            | HostError::CallTimeout(_) => Duration::ZERO,
         };
         self.end(patience).await
     }
 
-    async fn end(mut self, patience: Duration) -> Ending {
-        let left = tokio::time::timeout(patience, self.exit.readable()).await.is_ok();
+    async fn end(mut self, patience: Duration) -> HostExit {
+        let exited_by_itself = tokio::time::timeout(patience, self.exit.readable()).await.is_ok();
         let pid = self.pid;
-        // The list of processes is long on some machines. The host is not reaped before this is
-        // done, so its number cannot have passed to another session.
-        let swept = tokio::task::spawn_blocking(move || end_session(pid)).await;
-        if swept.is_err() {
+        // On a blocking thread, since it lists all processes. The host is reaped only later, so that its pid cannot be
+        // the id of another session yet.
+        let killed = tokio::task::spawn_blocking(move || end_session(pid)).await;
+        if killed.is_err() {
             end_session(pid);
         }
-        let gone = tokio::time::timeout(Duration::from_secs(5), self.exit.readable()).await.is_ok();
-        for mut follower in self.followers.drain(..) {
-            // A process in a session of its own may still hold the pipe: not our loss.
-            if tokio::time::timeout(LINGER, &mut follower).await.is_err() {
-                follower.abort();
+        let exited = tokio::time::timeout(KILL_TIMEOUT, self.exit.readable()).await.is_ok();
+        for mut reader in self.output_readers.drain(..) {
+            // A process that has left the session may hold the pipe open; its output is not read.
+            if tokio::time::timeout(EXIT_TIMEOUT, &mut reader).await.is_err() {
+                reader.abort();
             }
         }
         let Some(mut child) = self.child.take() else {
-            return Ending::Unknown;
+            return HostExit::Unknown;
         };
-        if !gone {
-            // Stuck in the kernel. It stays a zombie once it gets out, until the daemon ends.
-            return Ending::Unknown;
+        if !exited {
+            // It is blocked in the kernel, and stays a zombie after its exit until the daemon ends.
+            return HostExit::Unknown;
         }
         match child.wait() {
-            Ok(status) if left => Ending::ByItself(status),
-            Ok(_) => Ending::Killed,
-            Err(_) => Ending::Unknown,
+            Ok(status) if exited_by_itself => HostExit::ByItself(status),
+            Ok(_) => HostExit::Killed,
+            Err(_) => HostExit::Unknown,
         }
     }
 }
@@ -216,24 +219,25 @@ impl Drop for HostProcess {
     fn drop(&mut self) {
         if let Some(mut child) = self.child.take() {
             end_session(self.pid);
-            // Reaps it if it is dead already; otherwise the daemon is about to end anyway.
+            // Reaps it if it has exited already. A host is dropped alive only while the daemon ends.
             child.try_wait().ok();
         }
-        for follower in &self.followers {
-            follower.abort();
+        for reader in &self.output_readers {
+            reader.abort();
         }
     }
 }
 
+/// Kills the processes of a session.
 fn end_session(leader: u32) {
     if let Ok(group) = i32::try_from(leader) {
-        // At once, then thoroughly.
+        // The host's own group first, at once; the list of processes takes longer.
         killpg(Pid::from_raw(group), Signal::SIGKILL).ok();
     }
     socket_child::kill_session(leader);
 }
 
-fn start(launch: &Launch, output: &Output) -> io::Result<HostProcess> {
+fn start(launch: &HostLaunch, output: &PluginOutput) -> io::Result<HostProcess> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     let (reader, writer) = UnixStream::from_std(ours)?.into_split();
@@ -253,14 +257,14 @@ fn start(launch: &Launch, output: &Output) -> io::Result<HostProcess> {
     }
     let mut child = socket_child::spawn_with_fd3(&mut command, theirs.into())?;
     let pid = child.id();
-    match watch(&mut child, output) {
-        Ok((exit, followers)) => Ok(HostProcess {
+    match watch(&mut child, output, &launch.tasks) {
+        Ok((exit, output_readers)) => Ok(HostProcess {
             child: Some(child),
             pid,
             exit,
             reader: FrameReader::new(reader),
             writer: Some(writer),
-            followers,
+            output_readers,
         }),
         Err(error) => {
             end_session(pid);
@@ -270,19 +274,22 @@ fn start(launch: &Launch, output: &Output) -> io::Result<HostProcess> {
     }
 }
 
-type Watch = (AsyncFd<OwnedFd>, Vec<JoinHandle<()>>);
-
-fn watch(child: &mut Child, output: &Output) -> io::Result<Watch> {
+/// Returns the descriptor of the child's exit and the tasks that read its output.
+fn watch(
+    child: &mut Child,
+    output: &PluginOutput,
+    tasks: &TaskTracker,
+) -> io::Result<(AsyncFd<OwnedFd>, Vec<JoinHandle<()>>)> {
     let exit = fermata_os::death::watch_exit(child.id())?;
     let stdout = child.stdout.take().map(tokio::process::ChildStdout::from_std);
     let stderr = child.stderr.take().map(tokio::process::ChildStderr::from_std);
     let (stdout, stderr) = (stdout.transpose()?, stderr.transpose()?);
-    let mut followers = Vec::new();
+    let mut readers = Vec::new();
     if let Some(stdout) = stdout {
-        followers.push(tokio::spawn(output.clone().follow("stdout", stdout)));
+        readers.push(tasks.spawn(output.clone().follow("stdout", stdout)));
     }
     if let Some(stderr) = stderr {
-        followers.push(tokio::spawn(output.clone().follow("stderr", stderr)));
+        readers.push(tasks.spawn(output.clone().follow("stderr", stderr)));
     }
-    Ok((exit, followers))
+    Ok((exit, readers))
 }

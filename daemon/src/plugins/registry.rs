@@ -1,14 +1,14 @@
-//! All plugins of the daemon by name, and what the rest of the daemon asks of them.
+//! The plugins of the daemon by name, and the functions through which the daemon uses them.
 //!
-//! Owns the map and the tasks in it. Changes of the map (reload, enable, disable, shutdown) exclude
-//! each other; reading it, calling and notifying never wait for them.
+//! Owns the map of plugins and their tasks. Changes of the map (reload, enable, disable, shutdown) exclude each other;
+//! reading the map, calls and notifications never wait for them.
 
 use super::artifact::{PluginArtifact, PluginFailure};
-use super::config::{self, Choices, ConfigError, ConfiguredPlugin, PluginConfig, PluginFile};
-use super::entry::{Plugin, parsed};
-use super::output::Output;
-use super::process::{HostError, HostProcess, Launch};
-use super::status::{PluginState, PluginStatus};
+use super::config::{self, Choices, ConfiguredPlugin, PluginConfig, PluginConfigError, PluginFile};
+use super::entry::{RegisteredPlugin, parsed};
+use super::output::PluginOutput;
+use super::process::{HostError, HostLaunch, HostProcess};
+use super::status::{HostState, PluginStatus};
 use fermata_protocol::error_chain;
 
 use super::{blocking, supervisor, trust};
@@ -22,92 +22,93 @@ use std::sync::{Arc, PoisonError, RwLock};
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_util::task::TaskTracker;
 
 /// Why the plugins could not be started or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
-    /// Something on disk is in the way.
     #[error("the plugins' files cannot be used")]
-    Config(#[from] ConfigError),
-    /// There is no such plugin.
+    Config(#[from] PluginConfigError),
     #[error("there is no plugin `{name}`")]
-    NoSuchPlugin {
-        /// The name that was asked for.
-        name: String,
-    },
-    /// The plugins have been shut down.
+    NoSuchPlugin { name: String },
     #[error("the plugins are shut down")]
     ShutDown,
 }
 
-/// What a reload has changed, by name.
+/// The changes of a reload, by name.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct ReloadReport {
-    /// Plugins that were not there before.
+    /// New plugins.
     pub added: Vec<String>,
     /// Plugins whose file is gone; their hosts are ended.
     pub removed: Vec<String>,
-    /// Plugins whose file or settings have changed, or that had failed: started afresh.
+    /// Plugins whose file or settings have changed, or that had failed; they are started again.
     pub restarted: Vec<String>,
-    /// Plugins that run on undisturbed.
+    /// Unchanged plugins; they run on.
     pub kept: Vec<String>,
 }
 
-/// The plugins of the daemon. Cheap to clone.
+/// The plugins of the daemon. Clones share them.
 #[derive(Clone)]
 pub struct Plugins {
-    inner: Arc<Inner>,
+    registry: Arc<Registry>,
 }
 
-struct Inner {
+struct Registry {
     config: Arc<PluginConfig>,
-    plugins: RwLock<BTreeMap<String, Arc<Plugin>>>,
-    /// One permit: who has it may change the map. Closed by shutdown.
+    plugins: RwLock<BTreeMap<String, Arc<RegisteredPlugin>>>,
+    /// Its only permit is held during a change of the map, across awaits on purpose: a change reads files and waits for
+    /// the end of hosts. It delays other changes and the shutdown, by at most the time that ending the replaced hosts
+    /// takes, and nothing else. Closed by the shutdown.
     changes: Semaphore,
+    /// The supervisors and the tasks that read the output of hosts.
+    tasks: TaskTracker,
 }
 
 impl Plugins {
-    /// Finds the plugins and starts those that are enabled; does not wait for them.
+    /// Finds the plugins and starts those that are enabled; does not wait for their hosts.
     pub async fn start(config: PluginConfig) -> Result<Self, PluginError> {
-        let plugins = Self {
-            inner: Arc::new(Inner { config: Arc::new(config), plugins: RwLock::default(), changes: Semaphore::new(1) }),
+        let registry = Registry {
+            config: Arc::new(config),
+            plugins: RwLock::default(),
+            changes: Semaphore::new(1),
+            tasks: TaskTracker::new(),
         };
+        let plugins = Self { registry: Arc::new(registry) };
         plugins.reload().await?;
         Ok(plugins)
     }
 
-    /// Lists all plugins in the order of their names.
+    /// Returns the status of all plugins, ordered by name.
     pub fn list(&self) -> Vec<PluginStatus> {
         self.snapshot().iter().map(|plugin| plugin.status()).collect()
     }
 
-    /// Shows one plugin.
     pub fn get(&self, name: &str) -> Option<PluginStatus> {
         self.find(name).map(|plugin| plugin.status())
     }
 
     /// Waits until a plugin's status satisfies a condition, across restarts of its host.
     ///
-    /// Returns `None` when there is no such plugin (any more).
+    /// Returns `None` when the plugin does not exist, or is removed or replaced meanwhile.
     pub async fn wait_for(&self, name: &str, mut condition: impl FnMut(&PluginStatus) -> bool) -> Option<PluginStatus> {
         let plugin = self.find(name)?;
         let mut status = plugin.watch();
-        // An error means that its task has ended, as on replacement.
         status.wait_for(|status| condition(status)).await.ok()?;
         Some(plugin.status())
     }
 
-    /// Reads the plugin directories again: starts new and changed plugins, ends those that are gone.
+    /// Reads the plugin directories again: starts new plugins, restarts changed ones, ends those whose file is gone.
     pub async fn reload(&self) -> Result<ReloadReport, PluginError> {
         let _permit = self.permit().await?;
-        let config = Arc::clone(&self.inner.config);
+        let config = Arc::clone(&self.registry.config);
         let (found, choices) = blocking(move || {
             let choices = Choices::load(&config)?;
             config::discover(&config).map(|found| (found, choices))
         })
         .await?;
         let mut report = ReloadReport::default();
-        let mut gone: BTreeMap<String, Arc<Plugin>> =
+        let mut gone: BTreeMap<String, Arc<RegisteredPlugin>> =
             self.snapshot().into_iter().map(|plugin| (plugin.found.name.clone(), plugin)).collect();
         for found in found {
             let name = found.name.clone();
@@ -131,12 +132,12 @@ impl Plugins {
         Ok(report)
     }
 
-    /// Switches a plugin on, for good; one in quarantine or failed gets a fresh start.
+    /// Enables a plugin permanently; one that is quarantined or failed is started again.
     pub async fn enable(&self, name: &str) -> Result<(), PluginError> {
         self.choose(name, true).await
     }
 
-    /// Switches a plugin off, for good.
+    /// Disables a plugin permanently.
     pub async fn disable(&self, name: &str) -> Result<(), PluginError> {
         self.choose(name, false).await
     }
@@ -144,59 +145,58 @@ impl Plugins {
     async fn choose(&self, name: &str, enabled: bool) -> Result<(), PluginError> {
         let _permit = self.permit().await?;
         let old = self.find(name).ok_or_else(|| PluginError::NoSuchPlugin { name: name.to_owned() })?;
-        let (config, key) = (Arc::clone(&self.inner.config), name.to_owned());
+        let (config, key) = (Arc::clone(&self.registry.config), name.to_owned());
         blocking(move || Choices::load(&config)?.set(&config, &key, enabled)).await?;
-        let fulfilled = match old.state() {
-            PluginState::Running | PluginState::Starting => enabled,
-            PluginState::Disabled => !enabled,
-            PluginState::Quarantined | PluginState::Failed => false,
+        let unchanged = match old.state() {
+            HostState::Running | HostState::Starting => enabled,
+            HostState::Disabled => !enabled,
+            HostState::Quarantined | HostState::Failed => false,
         };
-        if !fulfilled {
+        if !unchanged {
             let found = old.found.clone();
             self.replace(Some(old), Some(found), Some(enabled)).await;
         }
         Ok(())
     }
 
-    /// Loads a file in a throw-away host, and says what it describes itself as.
+    /// Loads a plugin in a host of its own that is ended afterwards, and returns the plugin's description.
     pub async fn check(&self, path: &Path) -> Result<Description, CallError> {
         let name = config::plugin_name(path).ok_or_else(|| {
-            CallError::new("bad_name", format!("{} is not named like a plugin", path.display()))
-                .with_hint("plugins are files like libNAME.so")
+            CallError::new("bad_name", format!("{} does not have the name of a plugin", path.display()))
+                .with_hint("the file of a plugin is named libNAME.so")
         })?;
-        let output = Output::new(&name);
-        let launch = Launch { describe_only: true, ..Launch::new(&self.inner.config, path, None) };
-        let broken = |error: HostError| CallError::new("crashed", error_chain(&error));
-        let mut host = HostProcess::spawn(&launch, &output).map_err(broken)?;
-        let limit = self.inner.config.start_deadline;
-        let greeting = timeout(limit, supervisor::greet(&mut host, &output)).await;
-        let error = match greeting {
+        let Registry { config, tasks, .. } = &*self.registry;
+        let output = PluginOutput::new(&name);
+        let launch = HostLaunch { describe_only: true, ..HostLaunch::new(config, tasks, path, None) };
+        let not_spawned = |error: HostError| CallError::new("crashed", error_chain(&error));
+        let mut host = HostProcess::spawn(&launch, &output).map_err(not_spawned)?;
+        let limit = config.start_deadline;
+        let error = match timeout(limit, supervisor::read_hello(&mut host, &output)).await {
             Ok(Ok(result)) => {
-                host.close(self.inner.config.cancel_grace).await;
+                host.close(config.cancel_grace).await;
                 return result;
             }
             Ok(Err(error)) => error,
-            Err(_) => HostError::Silent(limit),
+            Err(_) => HostError::StartTimeout(limit),
         };
-        let ending = host.finish(&error).await;
-        Err(CallError::new("crashed", format!("{}; {ending}", error_chain(&error))))
+        let exit = host.finish(&error).await;
+        Err(CallError::new("crashed", format!("{}; {exit}", error_chain(&error))))
     }
 
-    /// Says whether any plugin may have artifacts for a checkpoint.
+    /// Returns whether a plugin may have artifacts for a checkpoint.
     pub fn may_save(&self) -> bool {
         self.snapshot().iter().any(|plugin| plugin.may_offer(PluginKind::Checkpoint))
     }
 
-    /// Asks every checkpoint plugin for its artifacts, all at once, each within its own deadline.
+    /// Asks all checkpoint plugins for their artifacts concurrently, each within its own deadline.
     ///
-    /// `request.directory` must exist; each plugin gets a new directory of its own inside, which
-    /// is removed if it fails. Plugins that don't offer this (with their settings) are left out.
-    /// When this future is dropped, the running calls are cancelled.
+    /// `request.directory` must exist; each plugin gets a new directory in it, which is removed if the plugin fails.
+    /// Plugins that do not offer artifacts with their settings are left out. Dropping the future cancels the calls.
     pub async fn checkpoint_save(&self, request: &SaveRequest) -> Vec<Result<PluginArtifact, PluginFailure>> {
         let mut tasks = JoinSet::new();
         for plugin in self.snapshot() {
             if plugin.may_offer(PluginKind::Checkpoint) {
-                tasks.spawn(plugin.save(request.clone(), self.inner.config.cancel_grace));
+                tasks.spawn(plugin.save(request.clone(), self.registry.config.cancel_grace));
             }
         }
         let mut results = BTreeMap::new();
@@ -212,7 +212,7 @@ impl Plugins {
                     results.insert(plugin, vec![Err(failure)]);
                 }
                 Err(error) => {
-                    // Only a panic of our own code; it must not cost the other plugins' results.
+                    // A panic in the daemon's own code; the results of the other plugins are still used.
                     let failure = CallError::new("internal", error.to_string());
                     let failures = results.entry(String::new()).or_insert_with(Vec::new);
                     failures.push(Err(PluginFailure::new("", failure)));
@@ -222,7 +222,7 @@ impl Plugins {
         results.into_values().flatten().collect()
     }
 
-    /// Asks one plugin to bring back what it has saved; `request.directory` is its own directory.
+    /// Asks one plugin to restore its artifacts; `request.directory` is the directory of the plugin.
     pub async fn checkpoint_restore(
         &self,
         plugin: &str,
@@ -232,12 +232,12 @@ impl Plugins {
         let found = self
             .find(plugin)
             .ok_or_else(|| wrap(CallError::new("no_such_plugin", format!("there is no plugin `{plugin}`"))))?;
-        let grace = self.inner.config.cancel_grace;
+        let grace = self.registry.config.cancel_grace;
         let reply = found.call(CHECKPOINT_RESTORE, request, grace).await;
         reply.and_then(|reply| parsed(&reply)).map_err(wrap)
     }
 
-    /// Hands an event to every plugin that wants it; never waits, counts what it must drop.
+    /// Queues an event for every plugin that subscribes to it; never waits.
     pub fn notify(&self, event: &Arc<Value>) {
         let name = event_name(event).unwrap_or_default();
         for plugin in self.snapshot() {
@@ -245,11 +245,11 @@ impl Plugins {
         }
     }
 
-    /// Ends all hosts and waits for them; nothing can be changed afterwards.
+    /// Ends all hosts and waits for all tasks. Later changes are refused.
     pub async fn shutdown(&self) {
-        // Closed first: a reload that is still running finishes, a later one is refused.
-        let permit = self.inner.changes.acquire().await;
-        self.inner.changes.close();
+        // Waits for a reload that is under way, and refuses later ones.
+        let permit = self.registry.changes.acquire().await;
+        self.registry.changes.close();
         drop(permit);
         let plugins = self.snapshot();
         for plugin in &plugins {
@@ -258,27 +258,29 @@ impl Plugins {
         for plugin in plugins {
             plugin.ended().await;
         }
+        self.registry.tasks.close();
+        self.registry.tasks.wait().await;
     }
 
     async fn permit(&self) -> Result<SemaphorePermit<'_>, PluginError> {
-        let permit = self.inner.changes.acquire().await;
+        let permit = self.registry.changes.acquire().await;
         permit.map_err(|_| PluginError::ShutDown)
     }
 
-    fn snapshot(&self) -> Vec<Arc<Plugin>> {
-        let plugins = self.inner.plugins.read();
+    fn snapshot(&self) -> Vec<Arc<RegisteredPlugin>> {
+        let plugins = self.registry.plugins.read();
         let plugins = plugins.unwrap_or_else(PoisonError::into_inner);
         plugins.values().cloned().collect()
     }
 
-    fn find(&self, name: &str) -> Option<Arc<Plugin>> {
-        let plugins = self.inner.plugins.read();
+    fn find(&self, name: &str) -> Option<Arc<RegisteredPlugin>> {
+        let plugins = self.registry.plugins.read();
         let plugins = plugins.unwrap_or_else(PoisonError::into_inner);
         plugins.get(name).cloned()
     }
 
-    /// Ends the old plugin, if any, and puts the new one, if any, in its place.
-    async fn replace(&self, old: Option<Arc<Plugin>>, found: Option<ConfiguredPlugin>, choice: Option<bool>) {
+    /// Ends the old plugin, if any, and starts the new one, if any, in its place. The caller has the permit.
+    async fn replace(&self, old: Option<Arc<RegisteredPlugin>>, found: Option<ConfiguredPlugin>, choice: Option<bool>) {
         let name = old.as_ref().map(|old| old.found.name.clone());
         if let Some(old) = old {
             old.cancel();
@@ -291,11 +293,11 @@ impl Plugins {
                     (found, file)
                 })
                 .await;
-                Some(Plugin::new(&self.inner.config, found, file, choice))
+                Some(RegisteredPlugin::new(&self.registry.config, &self.registry.tasks, found, file, choice))
             }
             None => None,
         };
-        let plugins = self.inner.plugins.write();
+        let plugins = self.registry.plugins.write();
         let mut plugins = plugins.unwrap_or_else(PoisonError::into_inner);
         match (new, name) {
             (Some(new), _) => drop(plugins.insert(new.found.name.clone(), Arc::new(new))),
@@ -305,8 +307,8 @@ impl Plugins {
     }
 }
 
-/// Reads a plugin's settings and looks at who could have written the plugin.
-fn read_file(found: &ConfiguredPlugin) -> Result<PluginFile, ConfigError> {
+/// Reads a plugin's settings file, after checking that no other user can change the plugin.
+fn read_file(found: &ConfiguredPlugin) -> Result<PluginFile, PluginConfigError> {
     trust::trusted_file(&found.path)?;
     match &found.settings_file {
         Some(path) => config::read_plugin_file(path),

@@ -1,31 +1,31 @@
-//! What can be seen of a plugin from outside: the rows of `plugin ls`.
+//! The status of a plugin: a row of `plugin ls`.
 
 use fermata_plugin_api::PluginKind;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Where a plugin stands.
+/// The state of a plugin's host.
 ///
 /// ```text
 ///   disabled <-> starting -> running
 ///                 ^  |  \      |
 ///       (backoff) |  |   +-----+-- crash: starting again, or quarantined
 ///                 +--+
-///   starting -> failed: refused, and nothing changes that but a new file or new settings
+///   starting -> failed: refused; only a new file or new settings change that
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum PluginState {
-    /// Its host answers.
+pub enum HostState {
+    /// The host answers calls.
     Running,
-    /// Its host is being started, or waits for its turn after a crash.
+    /// The host is being started, or waits for its restart after a crash.
     Starting,
-    /// Somebody has switched it off.
+    /// The user has disabled the plugin.
     Disabled,
-    /// It has crashed too often.
+    /// The host has crashed too often.
     Quarantined,
-    /// It cannot be used as it is (see `last_error`).
+    /// The plugin cannot be used (see `last_error`).
     Failed,
 }
 
@@ -36,33 +36,30 @@ pub struct PluginStatus {
     pub name: String,
     /// The shared object.
     pub path: PathBuf,
-    /// Its version, once it has said so.
+    /// `None` until the first start.
     pub version: Option<String>,
-    /// What it can do, once it has said so.
+    /// The functions that it offers; empty until the first start.
     pub kinds: Vec<PluginKind>,
-    /// Where it stands.
-    pub state: PluginState,
+    pub state: HostState,
     /// How often its host was started again after a crash.
     pub restarts: u64,
-    /// The last thing that went wrong.
     pub last_error: Option<String>,
-    /// Since when it is in this state, in milliseconds since 1970.
+    /// When it entered its state, in milliseconds since 1970.
     pub since_ms: u64,
     /// Process id of its host.
     pub pid: Option<u32>,
     /// Calls made to it.
     pub calls: u64,
-    /// Calls of those that failed.
+    /// The number of those calls that failed.
     pub failed_calls: u64,
-    /// Events that it was not told because its queue was full or it was out of order.
+    /// Events that it missed because its queue was full or its host was not running.
     pub dropped_events: u64,
-    /// Its settings file, when there is one.
     pub settings_file: Option<PathBuf>,
     /// The last lines that it has logged or printed.
     pub recent_output: Vec<String>,
 }
 
-/// Milliseconds since 1970.
+/// Returns the time in milliseconds since 1970.
 pub(super) fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))

@@ -1,24 +1,22 @@
-//! The task that owns one plugin: starts its host, makes its calls one after another, and decides
-//! what becomes of it after a crash.
+//! The task that owns one plugin: starts its host, makes one call at a time, restarts or quarantines it after a crash.
 //!
 //! ```text
 //!   start --hello--> serve --shutdown--> end
 //!     |  \             |
-//!     |   refused      crash (also: garbage, silence)
+//!     |   refused      crash (also: invalid frame, timeout)
 //!     |     v          v
 //!     |   failed     limit reached? -- yes --> quarantined
 //!     +<-- after backoff -- no
 //! ```
 //!
-//! A request always gets an answer, in every state. Enabling, disabling and reloading replace the
-//! whole task; it has no such commands.
+//! Every request gets a reply, in every state. Enabling, disabling and reloading replace the task.
 
 use super::config::PluginConfig;
 use super::crash::{AfterCrash, CrashHistory};
 use super::frame::{FromHost, ToHost};
-use super::output::Output;
-use super::process::{Ending, HostError, HostProcess, Launch};
-use super::status::{PluginState, PluginStatus, now_ms};
+use super::output::PluginOutput;
+use super::process::{HostError, HostExit, HostLaunch, HostProcess};
+use super::status::{HostState, PluginStatus, now_ms};
 use fermata_plugin_api::message::NOTIFY;
 use fermata_plugin_api::{CallError, Description, PluginKind, abi};
 use fermata_protocol::error_chain;
@@ -30,135 +28,133 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep_until, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-/// A call that somebody waits for.
+/// The result of a call: the plugin's reply, or its error.
+pub type CallResult = Result<Box<RawValue>, CallError>;
+
+/// A request for a call with a reply.
 #[derive(Debug)]
-pub struct Request {
-    /// What the plugin must be able to do for it.
+pub struct PluginRequest {
+    /// The function that the plugin must offer.
     pub kind: PluginKind,
-    /// Name of the method.
     pub method: &'static str,
-    /// Its parameters.
     pub params: Value,
-    /// When the daemon gives up, waiting in the queue included.
+    /// Includes the time in the queue.
     pub deadline: Instant,
-    /// Where the answer goes; once nobody listens there, the call is cancelled.
-    pub reply: oneshot::Sender<Result<Box<RawValue>, CallError>>,
+    /// Dropping the receiver cancels the call.
+    pub reply: oneshot::Sender<CallResult>,
 }
 
-/// One plugin's task.
-pub struct Supervisor {
-    /// The daemon's settings.
+/// The task of one plugin.
+pub struct PluginSupervisor {
     pub config: Arc<PluginConfig>,
-    /// How the host is started.
-    pub launch: Launch,
+    pub launch: HostLaunch,
     /// How long a notification may take.
     pub deadline: Duration,
-    /// Requests, answered in order, before events.
-    pub requests: mpsc::Receiver<Request>,
-    /// Events to be told.
+    /// Handled in order, before events.
+    pub requests: mpsc::Receiver<PluginRequest>,
     pub events: mpsc::Receiver<Arc<Value>>,
-    /// What is seen from outside.
     pub status: watch::Sender<PluginStatus>,
-    /// What it prints.
-    pub output: Output,
+    pub output: PluginOutput,
     /// Ends the task.
     pub shutdown: CancellationToken,
 }
 
-/// What happens next to a running plugin.
-enum Next {
+/// The next input of a running plugin's task.
+enum Input {
     Shutdown,
-    Request(Request),
+    Request(PluginRequest),
     Event(Arc<Value>),
     Host(Result<FromHost, HostError>),
 }
 
-/// Why a start or a run ended.
-enum Stopped {
+/// Why a host has ended.
+enum HostEnd {
     Shutdown,
+    /// The plugin refused to start.
     Refused(CallError),
     Crashed(String),
 }
 
-/// How waiting for a reply ended.
-enum Waited {
-    Reply(Result<Box<RawValue>, CallError>),
+/// The result of waiting for a reply.
+enum WaitResult {
+    Reply(CallResult),
     Broken(HostError),
-    TimeUp,
+    Timeout,
+    /// The requester no longer waits, or the daemon shuts down.
     Abandoned,
 }
 
-impl Supervisor {
+impl PluginSupervisor {
     /// Runs until the shutdown token is cancelled.
     pub async fn run(mut self) {
         let mut history = CrashHistory::default();
         loop {
-            let stopped = match self.start().await {
+            let end = match self.start().await {
                 Ok((host, description)) => self.serve(host, &description).await,
-                Err(stopped) => stopped,
+                Err(end) => end,
             };
-            let reason = match stopped {
-                Stopped::Shutdown => return,
-                Stopped::Refused(failure) => {
+            let reason = match end {
+                HostEnd::Shutdown => return,
+                HostEnd::Refused(failure) => {
                     let message = match &failure.hint {
                         Some(hint) => format!("{} ({hint})", failure.message),
                         None => failure.message,
                     };
-                    self.enter(PluginState::Failed, Some(message));
-                    return self.stay_down(None).await;
+                    self.enter(HostState::Failed, Some(message));
+                    return self.refuse_requests(None).await;
                 }
-                Stopped::Crashed(reason) => reason,
+                HostEnd::Crashed(reason) => reason,
             };
             let now = Instant::now();
             match history.record(now.into_std(), &self.config.crashes) {
                 AfterCrash::Restart(delay) => {
-                    self.enter(PluginState::Starting, Some(reason));
-                    self.stay_down(Some(now + delay)).await;
+                    self.enter(HostState::Starting, Some(reason));
+                    self.refuse_requests(Some(now + delay)).await;
                     if self.shutdown.is_cancelled() {
                         return;
                     }
                     self.status.send_modify(|status| status.restarts += 1);
                 }
                 AfterCrash::Quarantine => {
-                    self.enter(PluginState::Quarantined, Some(reason));
-                    return self.stay_down(None).await;
+                    self.enter(HostState::Quarantined, Some(reason));
+                    return self.refuse_requests(None).await;
                 }
             }
         }
     }
 
-    /// Publishes a new state; a change of state is logged.
-    fn enter(&self, state: PluginState, error: Option<String>) {
+    /// Publishes and logs a new state.
+    fn enter(&self, state: HostState, error: Option<String>) {
         let name = self.status.borrow().name.clone();
         match &error {
-            Some(error) => tracing::warn!(plugin = name, ?state, error, "plugin is in trouble"),
-            None => tracing::info!(plugin = name, ?state, "plugin"),
+            Some(error) => tracing::warn!(plugin = name, ?state, error, "the plugin has failed"),
+            None => tracing::info!(plugin = name, ?state, "the plugin has changed its state"),
         }
         self.status.send_modify(|status| {
             status.state = state;
             status.since_ms = now_ms();
             status.last_error = error.or(status.last_error.take());
-            if state != PluginState::Running {
+            if state != HostState::Running {
                 status.pid = None;
             }
         });
     }
 
-    /// Refuses requests until the given time, or for ever; returns early on shutdown.
-    async fn stay_down(&mut self, until: Option<Instant>) {
-        let wake = async {
+    /// Refuses requests until the given time, or until the shutdown; returns early on shutdown.
+    async fn refuse_requests(&mut self, until: Option<Instant>) {
+        let timer = async {
             match until {
                 Some(until) => sleep_until(until).await,
                 None => std::future::pending().await,
             }
         };
-        tokio::pin!(wake);
+        tokio::pin!(timer);
         loop {
             let request = tokio::select! {
                 biased;
                 () = self.shutdown.cancelled() => return,
                 request = self.requests.recv() => request,
-                () = &mut wake => return,
+                () = &mut timer => return,
             };
             let Some(request) = request else { return };
             let status = self.status.borrow();
@@ -173,94 +169,82 @@ impl Supervisor {
                 false => CallError::unsupported(request.method),
             };
             drop(status);
-            // Whoever asked may have gone.
+            // Fails when the requester no longer waits.
             request.reply.send(Err(failure)).ok();
         }
     }
 
     /// Starts a host and waits for its hello.
-    async fn start(&mut self) -> Result<(HostProcess, Description), Stopped> {
+    async fn start(&mut self) -> Result<(HostProcess, Description), HostEnd> {
         if self.shutdown.is_cancelled() {
-            return Err(Stopped::Shutdown);
+            return Err(HostEnd::Shutdown);
         }
         let mut host = match HostProcess::spawn(&self.launch, &self.output) {
             Ok(host) => host,
-            Err(error) => return Err(Stopped::Crashed(error_chain(&error))),
+            Err(error) => return Err(HostEnd::Crashed(error_chain(&error))),
         };
         self.status.send_modify(|status| status.pid = Some(host.pid()));
         let limit = self.config.start_deadline;
-        let greeting = tokio::select! {
+        let hello = tokio::select! {
             biased;
             () = self.shutdown.cancelled() => None,
-            greeting = timeout(limit, greet(&mut host, &self.output)) => Some(greeting),
+            hello = timeout(limit, read_hello(&mut host, &self.output)) => Some(hello),
         };
-        let error = match greeting {
+        let error = match hello {
             None => {
                 host.close(Duration::ZERO).await;
-                return Err(Stopped::Shutdown);
+                return Err(HostEnd::Shutdown);
             }
             Some(Ok(Ok(Ok(description)))) => {
                 self.status.send_modify(|status| {
                     status.version = Some(description.version.clone());
                     status.kinds = description.kind.clone();
                 });
-                self.enter(PluginState::Running, None);
+                self.enter(HostState::Running, None);
                 return Ok((host, description));
             }
             Some(Ok(Ok(Err(failure)))) => {
                 host.close(Duration::ZERO).await;
-                return Err(Stopped::Refused(failure));
+                return Err(HostEnd::Refused(failure));
             }
             Some(Ok(Err(error))) => error,
-            Some(Err(_)) => HostError::Silent(limit),
+            Some(Err(_)) => HostError::StartTimeout(limit),
         };
-        Err(self.bury(host, &error, "while it was starting").await)
-    }
-
-    /// Ends a broken host and puts what is known about its end into one line.
-    async fn bury(&self, host: HostProcess, error: &HostError, when: &str) -> Stopped {
-        let ending = host.finish(error).await;
-        Stopped::Crashed(match (error, ending) {
-            // That the connection was closed says nothing more than that it ended.
-            (HostError::Closed, Ending::ByItself(_)) => format!("{ending} {when}"),
-            (HostError::Closed, _) => format!("the plugin closed descriptor 3 {when}"),
-            (HostError::Dying { message }, _) => format!("{message} ({when})"),
-            _ => format!("{} {when}; {ending}", error_chain(error)),
-        })
+        Err(HostEnd::Crashed(end_broken(host, &error, "while it was starting").await))
     }
 
     /// Makes calls until the host crashes or the daemon shuts down.
-    async fn serve(&mut self, mut host: HostProcess, description: &Description) -> Stopped {
+    async fn serve(&mut self, mut host: HostProcess, description: &Description) -> HostEnd {
         let mut last_id = 0;
         loop {
-            let next = tokio::select! {
+            let input = tokio::select! {
                 biased;
-                () = self.shutdown.cancelled() => Next::Shutdown,
-                request = self.requests.recv() => request.map_or(Next::Shutdown, Next::Request),
-                frame = host.next() => Next::Host(frame),
-                event = self.events.recv() => event.map_or(Next::Shutdown, Next::Event),
+                () = self.shutdown.cancelled() => Input::Shutdown,
+                request = self.requests.recv() => request.map_or(Input::Shutdown, Input::Request),
+                frame = host.next() => Input::Host(frame),
+                event = self.events.recv() => event.map_or(Input::Shutdown, Input::Event),
             };
-            let (mut reply, kind, method, params, deadline) = match next {
-                Next::Shutdown => {
+            let (mut reply, kind, method, params, deadline) = match input {
+                Input::Shutdown => {
                     host.close(self.config.cancel_grace).await;
-                    return Stopped::Shutdown;
+                    return HostEnd::Shutdown;
                 }
-                Next::Host(Ok(FromHost::Log { level, message })) => {
+                Input::Host(Ok(FromHost::Log { level, message })) => {
                     self.output.logged(&level, &message);
                     continue;
                 }
-                // The late answer to a call that was given up.
-                Next::Host(Ok(FromHost::Reply { id, .. })) if id <= last_id => continue,
-                Next::Host(Ok(frame)) => {
-                    return self.bury(host, &unexpected(&frame), "between two calls").await;
+                // The late reply to a cancelled call.
+                Input::Host(Ok(FromHost::Reply { id, .. })) if id <= last_id => continue,
+                Input::Host(Ok(frame)) => {
+                    return HostEnd::Crashed(end_broken(host, &unexpected(&frame), "between two calls").await);
                 }
-                Next::Host(Err(error)) => {
-                    return self.bury(host, &error, "between two calls").await;
+                Input::Host(Err(error)) => {
+                    return HostEnd::Crashed(end_broken(host, &error, "between two calls").await);
                 }
-                Next::Request(request) => {
+                Input::Request(request) => {
                     (Some(request.reply), request.kind, request.method, request.params, request.deadline)
                 }
-                Next::Event(event) => {
+                Input::Event(event) => {
                     let params = json!({ "event": &*event });
                     let deadline = Instant::now() + self.deadline;
                     (None, PluginKind::Notify, NOTIFY, params, deadline)
@@ -268,31 +252,29 @@ impl Supervisor {
             };
             let outcome = if description.kind.contains(&kind) {
                 last_id += 1;
-                let call = Call { id: last_id, method, deadline };
+                let call = PluginCall { id: last_id, method, deadline };
                 self.call(&mut host, call, params, reply.as_mut()).await
             } else {
                 Ok(Err(CallError::unsupported(method)))
             };
-            let crash = match outcome {
+            let error = match outcome {
                 Ok(result) => {
-                    self.concluded(method, result.as_ref().err());
-                    answer(reply, result);
+                    self.count_call(method, result.as_ref().err());
+                    send_reply(reply, result);
                     continue;
                 }
                 Err(error) => error,
             };
-            let stopped = self.bury(host, &crash, &format!("in {method}")).await;
-            if let Stopped::Crashed(reason) = &stopped {
-                let failure = CallError::new("crashed", reason.as_str());
-                self.concluded(method, Some(&failure));
-                answer(reply, Err(failure));
-            }
-            return stopped;
+            let reason = end_broken(host, &error, &format!("in {method}")).await;
+            let failure = CallError::new("crashed", reason.as_str());
+            self.count_call(method, Some(&failure));
+            send_reply(reply, Err(failure));
+            return HostEnd::Crashed(reason);
         }
     }
 
-    /// Counts a call and remembers its failure.
-    fn concluded(&self, method: &str, failure: Option<&CallError>) {
+    /// Counts a call in the status, with its failure.
+    fn count_call(&self, method: &str, failure: Option<&CallError>) {
         let failure = failure.filter(|failure| failure.code != CallError::UNSUPPORTED);
         if let Some(failure) = failure {
             let plugin = self.status.borrow().name.clone();
@@ -307,17 +289,17 @@ impl Supervisor {
         });
     }
 
-    /// Makes one call. The outer error means that the host has to be ended.
+    /// Makes one call. After the outer error the host has to be ended.
     async fn call(
         &mut self,
         host: &mut HostProcess,
-        call: Call,
+        call: PluginCall,
         params: Value,
-        mut reply: Option<&mut oneshot::Sender<Result<Box<RawValue>, CallError>>>,
-    ) -> Result<Result<Box<RawValue>, CallError>, HostError> {
+        mut reply: Option<&mut oneshot::Sender<CallResult>>,
+    ) -> Result<CallResult, HostError> {
         let started = Instant::now();
         let limit = call.deadline.saturating_duration_since(started);
-        let expired = |what: &str| CallError::new("deadline", format!("{} {what}", call.method));
+        let expired = |reason: &str| CallError::new("deadline", format!("{} {reason}", call.method));
         if limit.is_zero() {
             return Ok(Err(expired("waited too long behind other calls")));
         }
@@ -329,12 +311,12 @@ impl Supervisor {
         };
         match timeout_at(call.deadline, host.send(&frame)).await {
             Ok(Err(super::frame::FrameError::TooLong { len })) => {
-                // Nothing was sent: the host is as good as before.
+                // Not a byte was sent: the host is still usable.
                 let message = format!("the request of {len} bytes is too long for a plugin");
                 return Ok(Err(CallError::new("request_too_long", message)));
             }
             Ok(sent) => sent?,
-            Err(_) => return Err(HostError::Deaf(limit)),
+            Err(_) => return Err(HostError::CallTimeout(limit)),
         }
         let abandoned = async {
             match &mut reply {
@@ -344,92 +326,114 @@ impl Supervisor {
         };
         let waited = tokio::select! {
             biased;
-            () = self.shutdown.cancelled() => Waited::Abandoned,
-            () = abandoned => Waited::Abandoned,
+            () = self.shutdown.cancelled() => WaitResult::Abandoned,
+            () = abandoned => WaitResult::Abandoned,
             waited = wait(host, &self.output, &call, call.deadline) => waited,
         };
-        let gave_up = match waited {
-            Waited::Reply(result) => return Ok(result),
-            Waited::Broken(error) => return Err(error),
-            Waited::TimeUp => expired(&format!("took longer than {limit:?}")),
-            Waited::Abandoned => CallError::cancelled(),
+        let failure = match waited {
+            WaitResult::Reply(result) => return Ok(result),
+            WaitResult::Broken(error) => return Err(error),
+            WaitResult::Timeout => expired(&format!("took longer than {limit:?}")),
+            WaitResult::Abandoned => CallError::cancelled(),
         };
         let grace = Instant::now() + self.config.cancel_grace;
         match timeout_at(grace, host.send(&ToHost::Cancel { id: call.id })).await {
             Ok(sent) => sent?,
-            Err(_) => return Err(HostError::Deaf(started.elapsed())),
+            Err(_) => return Err(HostError::CallTimeout(started.elapsed())),
         }
         match wait(host, &self.output, &call, grace).await {
-            // Done after all, a little late.
-            Waited::Reply(Ok(result)) => Ok(Ok(result)),
-            Waited::Reply(Err(_)) => Ok(Err(gave_up)),
-            Waited::Broken(error) => Err(error),
-            Waited::TimeUp | Waited::Abandoned => Err(HostError::Deaf(started.elapsed())),
+            // It was completed before the cancellation had an effect.
+            WaitResult::Reply(Ok(result)) => Ok(Ok(result)),
+            WaitResult::Reply(Err(_)) => Ok(Err(failure)),
+            WaitResult::Broken(error) => Err(error),
+            WaitResult::Timeout | WaitResult::Abandoned => Err(HostError::CallTimeout(started.elapsed())),
         }
     }
 }
 
-/// A call on its way.
+/// Ends a broken host; returns the error and the exit in one line.
+async fn end_broken(host: HostProcess, error: &HostError, when: &str) -> String {
+    let exit = host.finish(error).await;
+    match (error, exit) {
+        // A host that exits also closes the connection.
+        (HostError::Closed, HostExit::ByItself(_)) => format!("{exit} {when}"),
+        (HostError::Closed, HostExit::Killed | HostExit::Unknown) => format!("the plugin closed descriptor 3 {when}"),
+        (HostError::Dying { message }, _) => format!("{message} ({when})"),
+        (
+            HostError::Spawn { .. }
+            | HostError::Frame(_)
+            | HostError::Unexpected { .. }
+            | HostError::StartTimeout(_)
+            | HostError::CallTimeout(_),
+            _,
+        ) => format!("{} {when}; {exit}", error_chain(error)),
+    }
+}
+
+/// The call that the host is working on.
 #[derive(Debug, Clone, Copy)]
-struct Call {
+struct PluginCall {
     id: u64,
     method: &'static str,
     deadline: Instant,
 }
 
-/// Waits for the reply to a call; log lines that come before it are passed on.
-async fn wait(host: &mut HostProcess, output: &Output, call: &Call, until: Instant) -> Waited {
+/// Waits for the reply to a call; log lines before it go to the log.
+async fn wait(host: &mut HostProcess, output: &PluginOutput, call: &PluginCall, until: Instant) -> WaitResult {
     loop {
-        // A plugin that logs without end must not keep the timeout from being looked at.
+        // Checked here too: while lines are ready, `timeout_at` returns them and not the timeout.
         if Instant::now() >= until {
-            return Waited::TimeUp;
+            return WaitResult::Timeout;
         }
         match timeout_at(until, host.next()).await {
-            Err(_) => return Waited::TimeUp,
-            Ok(Err(error)) => return Waited::Broken(error),
+            Err(_) => return WaitResult::Timeout,
+            Ok(Err(error)) => return WaitResult::Broken(error),
             Ok(Ok(FromHost::Log { level, message })) => output.logged(&level, &message),
             Ok(Ok(FromHost::Reply { id, ok, error })) if id == call.id => {
-                return Waited::Reply(match error {
+                return WaitResult::Reply(match error {
                     Some(failure) => Err(failure),
                     None => Ok(ok.unwrap_or_else(|| RawValue::NULL.to_owned())),
                 });
             }
             Ok(Ok(FromHost::Reply { id, .. })) if id < call.id => {}
-            Ok(Ok(frame)) => return Waited::Broken(unexpected(&frame)),
+            Ok(Ok(frame)) => return WaitResult::Broken(unexpected(&frame)),
         }
     }
 }
 
 /// Waits for a host's hello, or for its refusal.
-pub async fn greet(host: &mut HostProcess, output: &Output) -> Result<Result<Description, CallError>, HostError> {
+pub async fn read_hello(
+    host: &mut HostProcess,
+    output: &PluginOutput,
+) -> Result<Result<Description, CallError>, HostError> {
     loop {
         match host.next().await? {
             FromHost::Log { level, message } => output.logged(&level, &message),
             FromHost::Refused { error } => return Ok(Err(error)),
             FromHost::Hello { abi, describe } if abi == abi::VERSION => return Ok(Ok(describe)),
             FromHost::Hello { abi, .. } => {
-                let message = format!("the host speaks version {abi} of the ABI, not {}", abi::VERSION);
+                let message = format!("the host uses version {abi} of the ABI, not {}", abi::VERSION);
                 return Ok(Err(CallError::new("abi_version", message)));
             }
-            frame => return Err(unexpected(&frame)),
+            frame @ (FromHost::Dying { .. } | FromHost::Reply { .. }) => return Err(unexpected(&frame)),
         }
     }
 }
 
 fn unexpected(frame: &FromHost) -> HostError {
-    let what = match frame {
+    let frame = match frame {
         FromHost::Hello { .. } => "a second hello".to_owned(),
         FromHost::Refused { .. } => "a refusal after the hello".to_owned(),
         FromHost::Dying { error } => error.message.clone(),
         FromHost::Reply { id, .. } => format!("a reply to call {id}, which was not made"),
         FromHost::Log { .. } => "a log line".to_owned(),
     };
-    HostError::Unexpected { what }
+    HostError::Unexpected { frame }
 }
 
-fn answer(reply: Option<oneshot::Sender<Result<Box<RawValue>, CallError>>>, result: Result<Box<RawValue>, CallError>) {
+fn send_reply(reply: Option<oneshot::Sender<CallResult>>, result: CallResult) {
     if let Some(reply) = reply {
-        // Whoever asked may have gone.
+        // Fails when the requester no longer waits.
         reply.send(result).ok();
     }
 }

@@ -1,8 +1,8 @@
-//! Decides whether a file may be trusted with the daemon's rights: nobody but root and the
-//! daemon's user may be able to change it, or to put another one in its place.
+//! Decides whether a file may be used with the daemon's privileges: only root and the daemon's user may be able to change
+//! or replace it.
 //!
-//! Used by the host before it loads a plugin and by the daemon before it reads a plugin's
-//! settings (they can name programs to run). Reads metadata only.
+//! The host calls it before it loads a plugin, the daemon before it reads a plugin's settings, which can name programs to
+//! run. Reads metadata only.
 
 use std::fs;
 use std::io;
@@ -12,48 +12,37 @@ use std::path::{Path, PathBuf};
 /// Why a file is not trusted.
 #[derive(Debug, thiserror::Error)]
 pub enum TrustError {
-    /// It cannot be looked at.
     #[error("{path} cannot be examined")]
     Unreadable {
-        /// The file or directory.
         path: PathBuf,
-        /// Why.
         #[source]
         source: io::Error,
     },
-    /// Something other than a regular file.
     #[error("{path} is not a regular file")]
-    NotAFile {
-        /// The thing.
-        path: PathBuf,
-    },
-    /// It belongs to somebody else.
-    #[error("{path} belongs to user {owner}: only root's and user {expected}'s are trusted")]
+    NotAFile { path: PathBuf },
+    #[error("{path} belongs to user {owner}: only files of root and of user {expected} are trusted")]
     Owner {
-        /// The file or directory.
+        /// The file, or a directory above it.
         path: PathBuf,
-        /// Its owner.
         owner: u32,
         /// The daemon's user.
         expected: u32,
     },
-    /// Others can write to it.
     #[error("{path} can be written by others (mode {mode:04o}): chmod go-w it")]
     Writable {
-        /// The file or directory.
+        /// The file, or a directory above it.
         path: PathBuf,
-        /// Its permissions.
         mode: u32,
     },
 }
 
-/// Checks a file and every directory above it, and returns its real path (symlinks resolved).
+/// Checks a file and every directory above it, and returns its real path (symbolic links resolved).
 ///
-/// A directory with the sticky bit above the file's own may be writable by all, as `/tmp` is:
-/// there nobody can replace what belongs to another.
+/// A directory with the sticky bit, such as `/tmp`, may be writable by all, except the file's own directory: users cannot
+/// replace the files of others in it.
 pub fn trusted_file(path: &Path) -> Result<PathBuf, TrustError> {
     let unreadable = |path: &Path, source| TrustError::Unreadable { path: path.to_owned(), source };
-    // A symlink is only as good as the directory it stands in.
+    // A symbolic link can be replaced by every user who may write to its directory.
     let given = std::path::absolute(path).map_err(|source| unreadable(path, source))?;
     if let Some(parent) = given.parent() {
         let parent = fs::canonicalize(parent).map_err(|source| unreadable(parent, source))?;
@@ -86,7 +75,7 @@ fn check(path: &Path, metadata: &fs::Metadata, sticky_suffices: bool) -> Result<
     if owner != 0 && owner != expected {
         return Err(TrustError::Owner { path: path.to_owned(), owner, expected });
     }
-    // An ACL's mask shows in the group bits, so this covers ACLs too.
+    // The group bits show the mask of an ACL, so that this covers ACLs too.
     let sticky = mode & 0o1000 != 0 && sticky_suffices;
     if mode & 0o022 != 0 && !sticky {
         return Err(TrustError::Writable { path: path.to_owned(), mode });
@@ -104,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_is_trusted_only_while_nobody_else_can_change_or_replace_it() {
+    fn a_file_is_trusted_only_while_no_other_user_can_change_or_replace_it() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().join("plugins");
         fs::create_dir(&folder).unwrap();

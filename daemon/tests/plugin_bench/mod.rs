@@ -2,7 +2,7 @@
 
 use fermata_daemon::plugins::frame::{FromHost, ToHost, read_frame, write_frame};
 use fermata_daemon::plugins::{
-    CrashPolicy, PluginArtifact, PluginConfig, PluginFailure, PluginState, PluginStatus, Plugins, SaveRequest,
+    CrashPolicy, HostState, PluginArtifact, PluginConfig, PluginFailure, PluginStatus, Plugins, SaveRequest,
 };
 use fermata_os::socket_child::spawn_with_fd3;
 use serde_json::{Value, json};
@@ -105,7 +105,7 @@ impl Bench {
     }
 
     pub async fn running(&self, plugins: &Plugins, name: &str) -> PluginStatus {
-        self.until(plugins, name, |s| s.state == PluginState::Running).await
+        self.until(plugins, name, |s| s.state == HostState::Running).await
     }
 
     /// Waits until a plugin's status is as wished, however often it is started meanwhile.
