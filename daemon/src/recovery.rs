@@ -45,7 +45,7 @@ pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<Strin
 /// where the database was lost or replaced by an older one, it holds the checkpoints.
 fn sweep_removed(services: &Services, stored: &[Project]) -> Vec<String> {
     let dir = services.paths.state.join("projects");
-    leftovers::sweep_aside(&dir);
+    leftovers::sweep_deferred(&dir);
     let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
     let known = |name: &str| stored.iter().any(|project| project.name.as_str() == name);
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
@@ -64,7 +64,7 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
     if let Err(failure) = leftovers::sweep(&site).await {
         report.push(format!("{name}: {failure}"));
     }
-    leftovers::sweep_aside(&site.dirs().agents());
+    leftovers::sweep_deferred(&site.dirs().agents());
     if let Err(failure) = storage::measure(&site).await {
         report.push(format!("{name}: {failure}"));
     }
@@ -187,7 +187,7 @@ async fn respawns(site: &crate::operations::StepContext) -> (BTreeMap<AgentName,
     for agent in site.project.agents.values().filter(|agent| !agent.is_terminal()) {
         let (new, token) = new_run();
         // Without its profile's command an agent is still started by its own.
-        let (argv, session) = match session::start_again(site, agent).await {
+        let (argv, session) = match session::restart_command(site, agent).await {
             Ok(again) => (again.argv, again.session),
             Err(_) => (agent.spec.argv.clone(), None),
         };

@@ -100,7 +100,7 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
     }
     over.store(true, Ordering::Relaxed);
     insists.join().unwrap();
-    let ReconnectOutcome::Lost { detail, left: None } = reached else {
+    let ReconnectOutcome::Lost { detail, remaining: None } = reached else {
         panic!("it neither ended nor changed its version")
     };
     assert!(detail.contains("could not be reached"), "{detail}");
@@ -148,7 +148,8 @@ async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: FreezerSe
     until("the rest to be in the pipes", || bed.path("written").exists()).await;
     assert!(process::signal(launched.shim, libc::SIGKILL).unwrap());
     until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
-    let ReconnectOutcome::Lost { detail, left: None } = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+    let ReconnectOutcome::Lost { detail, remaining: None } = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await
+    else {
         panic!("its shim was killed")
     };
     assert!(detail.contains("its shim was killed"), "{detail}");
@@ -184,9 +185,9 @@ async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: FreezerSetti
     let crafted = RunRecord { shim: of_others(ids[0]), agent: of_others(ids[1]), ..record };
     std::fs::write(bed.spec.run_dir.join(files::RUN), serde_json::to_vec(&crafted).unwrap()).unwrap();
     let reached = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await;
-    assert!(matches!(reached, ReconnectOutcome::Lost { left: None, .. }));
+    assert!(matches!(reached, ReconnectOutcome::Lost { remaining: None, .. }));
     let unreached = connect(&crafted, Duration::from_millis(100)).await.map(drop);
-    assert_eq!(unreached, Err("its shim is gone".to_owned()));
+    assert_eq!(unreached, Err("its shim is dead".to_owned()));
     for (mut child, id) in strangers.into_iter().zip(ids) {
         let stat = process::stat_of(id).unwrap().expect("a stranger was killed");
         assert!(!matches!(stat.letter, b'T' | b'Z'), "a stranger was signalled: {}", stat.letter as char);

@@ -175,7 +175,7 @@ fn ctrl_c_interrupts_and_ctrl_z_suspends_what_is_shown_and_can_be_continued() {
 
         // A pause and a resume leave it as it is, and so does a new daemon.
         let paused = sandbox.ctl_json(&["pause", "web"]);
-        assert!(paused["warnings"].to_string().contains("stopped by somebody else"), "{paused}");
+        assert!(paused["warnings"].to_string().contains("already stopped by another process"), "{paused}");
         person.sees("web/a is paused");
         sandbox.ctl(&["resume", "web"]);
         person.sees("web/a is suspended");

@@ -178,7 +178,7 @@ macro_rules! consolidations {
 }
 
 consolidations! {
-    at_consolidate: "upkeep.consolidate";
+    at_consolidate: "maintenance.consolidate";
     at_written: "history.consolidation.written";
     at_pack_moved: "history.consolidation.moved";
     at_index_moved: "history.consolidation.moved@2";

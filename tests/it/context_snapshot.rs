@@ -105,7 +105,7 @@ fn a_pause_keeps_what_was_read_and_saved_last_and_says_which_it_is() {
 
 #[test]
 fn a_pause_whose_draft_cannot_be_made_is_none_the_worse() {
-    for failpoint in ["checkpoint.draft=error", "checkpoint.drafted=error"] {
+    for failpoint in ["checkpoint.stage=error", "checkpoint.staged=error"] {
         let sandbox = Sandbox::builder().env(FAILPOINT, failpoint).start();
         let ticker = Ticker::start(&sandbox);
         fill_context(&sandbox);

@@ -124,8 +124,8 @@ crashes! {
     at_quiesce: "pause.quiesce=abort", Freeze, Active;
     at_quiesced: "pause.quiesced=abort", Freeze, Active;
     at_plan_flash_save: "pause.plan_flash_save=abort", Freeze, Active;
-    at_draft: "checkpoint.draft=abort", Freeze, Active;
-    at_drafted: "checkpoint.drafted=abort", Freeze, Active;
+    at_stage: "checkpoint.stage=abort", Freeze, Active;
+    at_staged: "checkpoint.staged=abort", Freeze, Active;
     at_checkpoint_begin: "checkpoint.begin@2=abort", Freeze, Active;
     at_pack_written: "history.pack.written@2=abort", Freeze, Active;
     at_captured: "checkpoint.captured@2=abort", Freeze, Active;

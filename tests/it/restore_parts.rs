@@ -62,7 +62,7 @@ fn some_paths_are_restored_and_nothing_else() {
     // Rows stay, and the answer says so.
     let tasks = done(&sandbox, &TaskList { project: Some(web()) }).tasks;
     assert_eq!((tasks.len(), show(&sandbox).project.phase), (2, Phase::Review));
-    assert!(result.warnings.iter().any(|text| text.starts_with("files alone")), "{:?}", result.warnings);
+    assert!(result.warnings.iter().any(|text| text.starts_with("only files are restored")), "{:?}", result.warnings);
     assert_eq!(result.undo.as_deref(), Some("fermatactl checkpoint restore web 2 --paths dir gone"));
 
     // What it says undoes it.

@@ -99,7 +99,7 @@ fn a_shim_that_somebody_has_stopped_is_continued_and_its_agent_stays() {
     sandbox.start_daemon();
     let found = agent(&sandbox, "a");
     assert_eq!((found.status, found.pid, found.runs), (AgentStatus::Running, Some(pid), 1));
-    assert_eq!(sandbox.log().matches("somebody has stopped a shim").count(), 2, "{}", sandbox.log());
+    assert_eq!(sandbox.log().matches("a shim was stopped by another process").count(), 2, "{}", sandbox.log());
     // Found without anybody who asks.
     signal(shim, Signal::SIGSTOP);
     wait_until(SOON, "the shim to be continued", || process::state(shim) != Some('T'));

@@ -1,11 +1,11 @@
-//! The cancellation of one operation, for tasks and for blocking work.
+//! The cancellation of one operation, in tasks and in blocking work.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use tokio_util::sync::CancellationToken;
 
-/// Ends an operation early: tasks look at the token, blocking work at the flag.
+/// Ends an operation early: tasks wait for the token, blocking work polls the flag. Clones share both.
 #[derive(Clone, Default)]
 pub struct Cancel {
     token: CancellationToken,
@@ -13,18 +13,15 @@ pub struct Cancel {
 }
 
 impl Cancel {
-    /// Asks the operation to end.
     pub fn cancel(&self) {
         self.flag.store(true, Ordering::Relaxed);
         self.token.cancel();
     }
 
-    /// Says whether it was asked to end.
     pub fn is_cancelled(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// Waits until it is asked to end.
     pub async fn cancelled(&self) {
         self.token.cancelled().await;
     }

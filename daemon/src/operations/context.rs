@@ -1,4 +1,4 @@
-//! What a step is given: the project as it was when the step began, its links and its history.
+//! The context of a step: the project's state when the step began, the links to its agents, its history.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,35 +20,29 @@ use crate::shims::link::ShimLink;
 
 /// The link to the shim of one run.
 #[derive(Clone)]
-pub struct Link {
-    /// The run.
+pub struct AgentLink {
     pub run: RunId,
-    /// The shim.
     pub shim: Arc<ShimLink>,
 }
 
-/// What a step knows: the project as it was when the step began, and the links to its agents.
+/// The project's state when a step began, and what the step works with. Cheap to clone.
 #[derive(Clone)]
 pub struct StepContext {
-    /// What all rooms share.
     pub services: Arc<Services>,
-    /// The project.
+    /// Unchanged during the step; the actor's state may be newer.
     pub project: Arc<Project>,
-    /// Its snapshots' store.
     pub history: HistoryCell,
-    /// The links, by agent. Shared: every agent's own step has the whole site.
-    pub links: Arc<BTreeMap<AgentName, Link>>,
+    pub links: Arc<BTreeMap<AgentName, AgentLink>>,
     /// Ends the operation early.
     pub cancel: Cancel,
 }
 
 impl StepContext {
-    /// Returns the project's directories.
     pub fn dirs(&self) -> ProjectDirs {
         self.services.project_dirs(&self.project.name)
     }
 
-    /// Returns the rules for what a snapshot covers.
+    /// Returns the rules that select the files of a snapshot.
     pub fn rules(&self) -> Rules {
         let config = &self.project.facts.config;
         Rules {
@@ -59,26 +53,27 @@ impl StepContext {
         }
     }
 
-    /// Returns which checkpoints of the project are kept.
+    /// Returns the project's retention policy over the daemon's.
     pub fn retention(&self) -> RetentionPolicy {
         self.services.settings().retention.with(&self.project.facts.config.retention)
     }
 
-    /// Returns the links of these runs; runs whose processes are gone have none.
+    /// Returns the links of these runs; a run whose processes have ended has none.
     pub fn links_of<'a>(
         &'a self,
         runs: &'a [(AgentName, RunId)],
-    ) -> impl Iterator<Item = (&'a AgentName, &'a Link)> + 'a {
+    ) -> impl Iterator<Item = (&'a AgentName, &'a AgentLink)> + 'a {
         runs.iter().filter_map(|(agent, run)| {
             let link = self.links.get(agent)?;
             (link.run == *run).then_some((agent, link))
         })
     }
 
-    /// Runs blocking work of the history, with progress told under the operation's id.
+    /// Runs blocking work on the history and reports its progress under the operation's id. Waits for a permit of
+    /// [`Services::heavy`].
     ///
     /// # Errors
-    /// The work's own error.
+    /// The error of `work`, and errors of opening the history.
     pub async fn with_history<T: Send + 'static>(
         &self,
         operation: Option<&OperationId>,
@@ -90,10 +85,11 @@ impl StepContext {
         self.history_work(&self.services.heavy, operation, doing, work).await
     }
 
-    /// The same while agents stand still: it does not queue behind what takes long.
+    /// Like [`with_history`](Self::with_history) while agents are frozen: takes a permit of [`Services::urgent`], so that
+    /// it does not queue behind long work.
     ///
     /// # Errors
-    /// The work's own error.
+    /// The error of `work`, and errors of opening the history.
     pub async fn with_history_at_once<T: Send + 'static>(
         &self,
         operation: &OperationId,
@@ -118,19 +114,19 @@ impl StepContext {
         let (cell, services) = (self.history.clone(), Arc::clone(&self.services));
         let dir = self.dirs().history();
         let flag = Arc::clone(&self.cancel.flag);
-        let notes = self.services.progress.clone();
+        let progress_notes = self.services.progress.clone();
         let operation = operation.cloned();
         blocking(doing, move || {
             let history = cell.open(&dir, services.watcher()).map_err(|e| history_failure("open the history", &e))?;
-            let tell = move |progress: fermata_history::Progress| {
+            let report = move |progress: fermata_history::Progress| {
                 if let Some(operation) = &operation {
-                    // Nobody may be listening.
-                    drop(notes.send(note(operation, progress)));
+                    // Fails when no client follows the operation.
+                    drop(progress_notes.send(note(operation, progress)));
                 }
             };
-            let done = work(&history, &tell, &flag).map_err(|e| history_failure(doing, &e));
+            let result = work(&history, &report, &flag).map_err(|e| history_failure(doing, &e));
             history.rest();
-            done
+            result
         })
         .await
     }
@@ -140,7 +136,7 @@ pub(super) fn cancelled_by_request() -> Failure {
     Refusal::new(Code::OperationCancelled, "the operation was cancelled").into()
 }
 
-/// Turns an error of the history into a refusal where a person can do something about it.
+/// Turns an error of the history into a refusal where the user can act on it, else into a fault.
 pub(super) fn history_failure(doing: &str, error: &HistoryError) -> Failure {
     match error {
         HistoryError::WorkspaceRefused { .. } => {
@@ -154,12 +150,12 @@ pub(super) fn history_failure(doing: &str, error: &HistoryError) -> Failure {
         HistoryError::NoSuchPath { path, number } => {
             let text = format!("neither checkpoint {number} nor the workspace has the path '{path}'");
             Refusal::new(Code::PathNotFound, text)
-                .hint("paths are those inside the workspace; fermatactl checkpoint diff shows what differs")
+                .hint("give paths relative to the workspace; fermatactl checkpoint diff lists those that differ")
                 .into()
         }
         HistoryError::Unrestorable { .. } => {
             Refusal::new(Code::CheckpointDamaged, fermata_protocol::error_chain(error))
-                .hint("fermatactl checkpoint verify tells which checkpoints are good")
+                .hint("fermatactl checkpoint verify lists the checkpoints that are intact")
                 .into()
         }
         HistoryError::Cancelled => cancelled_by_request(),
@@ -167,10 +163,10 @@ pub(super) fn history_failure(doing: &str, error: &HistoryError) -> Failure {
     }
 }
 
-/// Runs work that touches the disk off the async threads.
+/// Runs blocking work on a thread for it.
 ///
 /// # Errors
-/// The work's own error, or a fault when it panicked.
+/// The error of `work`, or a fault when it panicked.
 pub async fn blocking<T: Send + 'static>(
     doing: &'static str,
     work: impl FnOnce() -> Result<T, Failure> + Send + 'static,
@@ -181,19 +177,18 @@ pub async fn blocking<T: Send + 'static>(
     }
 }
 
-/// Runs futures side by side and returns their results, in the order in which they end.
+/// Runs futures concurrently and returns their results, in the order in which they end. Dropping it aborts them.
 pub async fn side_by_side<T: Send + 'static>(
     futures: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
 ) -> Vec<T> {
     futures.into_iter().collect::<JoinSet<T>>().join_all().await
 }
 
-/// Returns the milliseconds since an instant.
 pub fn ms_since(start: Instant) -> f64 {
     start.elapsed().as_secs_f64() * 1000.0
 }
 
-/// Failpoints of the steps, as a failure: an armed `error` makes the step fail.
+/// Passes a failpoint of a step.
 ///
 /// # Errors
 /// When the failpoint is armed with `error`.

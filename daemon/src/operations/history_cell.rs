@@ -1,4 +1,4 @@
-//! The history of one project, shared by all its operations, and what is measured of it.
+//! The history of one project, shared by all its operations, and the measurements of its size.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -9,16 +9,16 @@ use fermata_history::{History, HistoryError};
 use fermata_protocol::project::ScanProgress;
 
 use crate::operations::maintenance::consolidation_queue::ConsolidationQueue;
-use crate::operations::progress::words;
+use crate::operations::progress::step_and_unit;
 
-/// The sizes of files that do not change under their name, bytes.
+/// The sizes in bytes of files that do not change under their name.
 pub(super) type Sizes = HashMap<PathBuf, u64>;
 
-/// A look at a workspace that is told of, until it ends.
+/// A scan of the workspace whose progress `status` shows until this is dropped.
 pub(super) struct ScanInProgress(Arc<Mutex<Option<fermata_history::Progress>>>);
 
 impl ScanInProgress {
-    pub(super) fn tell(&self, progress: fermata_history::Progress) {
+    pub(super) fn report(&self, progress: fermata_history::Progress) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 }
@@ -29,20 +29,20 @@ impl Drop for ScanInProgress {
     }
 }
 
-/// The history of a project, opened when it is first needed.
+/// The history of a project, opened at its first use. Clones share it.
 #[derive(Clone, Default)]
 pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     pub(super) used_bytes: Arc<AtomicU64>,
     pub(super) sizes: Arc<Mutex<Sizes>>,
-    looking: Arc<Mutex<Option<fermata_history::Progress>>>,
-    /// How much of these is taken to come back: checkpoints were removed, and nobody needs it any more.
+    scan: Arc<Mutex<Option<fermata_history::Progress>>>,
+    /// The part of `used_bytes` that only removed checkpoints needed and that is expected to be freed, bytes.
     unreclaimed: Arc<AtomicU64>,
     pub(super) consolidations: ConsolidationQueue,
 }
 
 impl HistoryCell {
-    /// Returns the history, opened.
+    /// Returns the history; the first call opens it. Blocks.
     ///
     /// # Errors
     /// When it cannot be opened.
@@ -60,26 +60,25 @@ impl HistoryCell {
         Ok(history)
     }
 
-    /// Begins to tell of a look at the workspace.
     pub(super) fn begin_scan(&self) -> ScanInProgress {
-        ScanInProgress(Arc::clone(&self.looking))
+        ScanInProgress(Arc::clone(&self.scan))
     }
 
-    /// Returns how far a look at the workspace has come that is under way while agents run.
+    /// Returns the progress of the warm-up scan that is running.
     pub fn scan_under_way(&self) -> Option<ScanProgress> {
-        let progress = *self.looking.lock().unwrap_or_else(PoisonError::into_inner);
+        let progress = *self.scan.lock().unwrap_or_else(PoisonError::into_inner);
         progress.map(|fermata_history::Progress { phase, done, total }| {
-            let (step, unit) = words(phase);
+            let (step, unit) = step_and_unit(phase);
             ScanProgress { step: step.to_owned(), done, total, unit: unit.to_owned() }
         })
     }
 
-    /// Returns what the project's checkpoints took on disk when they were measured last, bytes.
+    /// Returns the disk usage of the project's checkpoints at the last measurement, bytes.
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes.load(Ordering::Relaxed)
     }
 
-    /// Returns what they take without what is to be given back, bytes.
+    /// Returns the disk usage without the part that is expected to be freed, bytes.
     pub fn needed_bytes(&self) -> u64 {
         self.used_bytes().saturating_sub(self.unreclaimed_bytes())
     }
@@ -88,23 +87,23 @@ impl HistoryCell {
         self.unreclaimed.load(Ordering::Relaxed)
     }
 
-    /// Notes that checkpoints go which had added so many bytes.
+    /// Adds the size of checkpoints that are being removed to the bytes that are expected to be freed.
     pub fn unreclaimed(&self, bytes: u64) {
         self.unreclaimed.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Notes that so many bytes of these are given back, or stay after all.
+    /// Takes bytes off those that are expected to be freed: they were freed, or turned out to be needed.
     pub fn reclaimed(&self, bytes: u64) {
         self.change_unreclaimed(|now| now.saturating_sub(bytes));
     }
 
-    /// Notes what nobody needs as it was counted, in the place of what was taken for it before.
+    /// Replaces the estimate `before` of the bytes to be freed by the counted `bytes`.
     pub(super) fn counted(&self, before: u64, bytes: u64) {
         self.change_unreclaimed(|now| now.saturating_sub(before).saturating_add(bytes));
     }
 
     fn change_unreclaimed(&self, change: impl Fn(u64) -> u64) {
         let changed = self.unreclaimed.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |now| Some(change(now)));
-        debug_assert!(changed.is_ok(), "there is always a value");
+        debug_assert!(changed.is_ok(), "the closure always returns a value");
     }
 }

@@ -1,11 +1,11 @@
-//! Turns the progress of work on files into notes for those who follow an operation.
+//! Turns the progress of work on files into the notes that clients get while they follow an operation.
 
 use fermata_protocol::OperationId;
 
 use crate::services::ProgressNote;
 
-/// What a part of the history's work is called, and what is counted in it.
-pub(super) fn words(phase: fermata_history::Phase) -> (&'static str, &'static str) {
+/// Returns the name of a phase and the unit that is counted in it.
+pub(super) fn step_and_unit(phase: fermata_history::Phase) -> (&'static str, &'static str) {
     match phase {
         fermata_history::Phase::Scan => ("scan", "paths"),
         fermata_history::Phase::Read => ("read", "files"),
@@ -18,7 +18,7 @@ pub(super) fn words(phase: fermata_history::Phase) -> (&'static str, &'static st
 }
 
 pub(super) fn note(operation: &OperationId, progress: fermata_history::Progress) -> ProgressNote {
-    let (step, unit) = words(progress.phase);
+    let (step, unit) = step_and_unit(progress.phase);
     ProgressNote {
         operation_id: operation.clone(),
         step: step.to_owned(),
@@ -28,7 +28,7 @@ pub(super) fn note(operation: &OperationId, progress: fermata_history::Progress)
     }
 }
 
-/// Makes the note of work that is counted in bytes.
+/// Makes a note of work that is counted in bytes.
 pub(super) fn note_bytes(operation: OperationId, step: &str, done: u64, total: u64) -> ProgressNote {
     ProgressNote { operation_id: operation, step: step.to_owned(), done, total, unit: "bytes" }
 }

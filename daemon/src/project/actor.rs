@@ -28,7 +28,7 @@ use super::scan::AutomaticScans;
 use crate::errors::Failure;
 use crate::operations::checkpoint::warm_up;
 use crate::operations::run::readiness;
-use crate::operations::{Cancel, HistoryCell, Link, StepContext};
+use crate::operations::{AgentLink, Cancel, HistoryCell, StepContext};
 use crate::services::{self, Services};
 use crate::shims::link::ShimLink;
 use crate::shims::reconnect::Linked;
@@ -61,7 +61,7 @@ pub struct Actor {
     pub(super) services: Arc<Services>,
     pub(super) project: Arc<Project>,
     pub(super) history: HistoryCell,
-    pub(super) links: Arc<BTreeMap<AgentName, Link>>,
+    pub(super) links: Arc<BTreeMap<AgentName, AgentLink>>,
     pub(super) tokens: BTreeMap<RunId, String>,
     pub(super) mailbox: mpsc::Sender<Message>,
     /// The step that is under way, and how to end it early.
@@ -184,7 +184,7 @@ impl Actor {
     ) {
         let watcher = self.watcher(&agent, &run);
         self.watch_readiness(&agent, &run);
-        Arc::make_mut(&mut self.links).insert(agent, Link { run, shim: Arc::clone(&link) });
+        Arc::make_mut(&mut self.links).insert(agent, AgentLink { run, shim: Arc::clone(&link) });
         self.services.tracker.spawn(watcher.watch(link, events));
     }
 
@@ -310,7 +310,7 @@ impl Actor {
             Message::Linked { agent, run, link } => {
                 let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run_id());
                 if current == Some(&run) {
-                    Arc::make_mut(&mut self.links).insert(agent.clone(), Link { run: run.clone(), shim: link });
+                    Arc::make_mut(&mut self.links).insert(agent.clone(), AgentLink { run: run.clone(), shim: link });
                     self.refreeze(agent, run).await;
                 }
             }

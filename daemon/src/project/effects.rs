@@ -22,15 +22,15 @@ use super::staging::DatabaseStaging;
 use crate::errors::Failure;
 use crate::operations::checkpoint::database;
 use crate::operations::checkpoint::order::CheckpointOrder;
-use crate::operations::checkpoint::{self, Rows};
+use crate::operations::checkpoint::{self, RowsTiming};
 use crate::operations::checkpoint::{transcripts, transfer, warm_up};
 use crate::operations::maintenance::leftovers;
 use crate::operations::pause::flash_save::{self, Plans};
-use crate::operations::pause::freeze::{self, Frozen, Renewer};
+use crate::operations::pause::freeze::{self, FrozenAgents, Renewer};
 use crate::operations::pause::quiesce;
 use crate::operations::restore::resume;
 use crate::operations::run::launch;
-use crate::operations::run::session::Scouted;
+use crate::operations::run::session::FoundSessions;
 use crate::operations::{StepContext, ms_since, restore};
 use crate::store::commit::Write;
 use crate::store::pinned::Prepared;
@@ -41,13 +41,13 @@ const PARKING: Duration = Duration::from_secs(10);
 /// What the steps of one pause hand on to each other.
 #[derive(Default)]
 pub struct PauseWork {
-    frozen: Option<Frozen>,
+    frozen: Option<FrozenAgents>,
     renewer: Option<Renewer>,
     /// Until when the pause may be committed: then the lease of the last proof is over.
     pub(super) proven_until: Option<Instant>,
     draft: DatabaseStaging,
     /// The agents' sessions, looked for before anybody was frozen.
-    scouted: Option<Scouted>,
+    scouted: Option<FoundSessions>,
     plans: Plans,
     warnings: Vec<String>,
 }
@@ -88,7 +88,7 @@ impl Actor {
             Effect::ApplyRestore { operation, checkpoint, safety, after_ms } => {
                 self.apply_restore(operation, checkpoint, safety, Duration::from_millis(after_ms));
             }
-            Effect::ForgetPlan { operation } => restore::forget(&self.step_context(), &operation),
+            Effect::ForgetPlan { operation } => restore::remove_plan(&self.step_context(), &operation),
             Effect::ForgetAgent { agent } => self.forget(&agent),
         }
     }
@@ -330,9 +330,9 @@ impl Actor {
         Arc::make_mut(&mut self.links).remove(agent);
         let site = self.step_context();
         // Put aside at once, so that a new agent of the same name finds a place of its own.
-        match leftovers::put_aside(&site.dirs().agent(agent)) {
+        match leftovers::defer_removal(&site.dirs().agent(agent)) {
             Ok(aside) => {
-                self.services.tracker.spawn_blocking(move || leftovers::remove_aside(aside));
+                self.services.tracker.spawn_blocking(move || leftovers::remove_deferred(aside));
             }
             Err(error) => tracing::warn!(%agent, %error, "what a removed agent left stays"),
         }
@@ -363,7 +363,7 @@ async fn run_pause_step(
             warm_up::run(site, Some(operation)).await?;
         }
         PauseStep::Quiesce => {
-            let request = quiesce::Request {
+            let request = quiesce::QuiesceRequest {
                 grace_ms: run.grace_ms,
                 reason: run.reason.clone(),
                 operation: operation.to_string(),
@@ -373,7 +373,7 @@ async fn run_pause_step(
             work.draft.settle().await;
         }
         PauseStep::Freeze => {
-            work.scouted = Some(transcripts::scout(site).await?);
+            work.scouted = Some(transcripts::find(site).await?);
             work.frozen = Some(freeze::run(site, &runs).await?);
             work.renewer = Some(Renewer::start(site, runs));
         }
@@ -411,7 +411,7 @@ async fn pause_checkpoint(
     let now = crate::services::now();
     let plans = std::mem::take(&mut work.plans);
     let draft = work.draft.take().await;
-    let (rows, scouted) = (Rows::Now(draft.map(Box::new)), work.scouted.take());
+    let (rows, scouted) = (RowsTiming::UnderFreeze(draft.map(Box::new)), work.scouted.take());
     let captured = checkpoint::capture(site, order, &plans, now, rows, scouted).await?;
     let made = checkpoint::seal(site, order, captured, now).await?;
     // The proof that nobody ran meanwhile: an expired lease cannot be renewed.
@@ -441,7 +441,7 @@ async fn live_checkpoint(
     mailbox: &mpsc::Sender<Message>,
     mut order: CheckpointOrder,
     runs: &[RunKey],
-) -> Result<(checkpoint::Made, f64), Failure> {
+) -> Result<(checkpoint::SealedCheckpoint, f64), Failure> {
     let settings = site.services.settings();
     make_room(site, mailbox).await?;
     let partial = site.dirs().partial_checkpoint(order.number);
@@ -457,7 +457,7 @@ async fn live_checkpoint(
     order.frozen = blip && !runs.is_empty();
     let mut frozen_ms = 0.0;
     let captured = if order.frozen {
-        let scouted = transcripts::scout(site).await?;
+        let scouted = transcripts::find(site).await?;
         let frozen = freeze::run(site, runs).await;
         let renewer = Renewer::start(site, runs.to_vec());
         let captured = match &frozen {
@@ -476,7 +476,7 @@ async fn live_checkpoint(
         frozen_ms = frozen.map_or(0.0, |f| ms_since(f.since));
         captured?
     } else {
-        checkpoint::capture(site, &order, &Vec::new(), now, Rows::Later(Some(prepared)), None).await?
+        checkpoint::capture(site, &order, &Vec::new(), now, RowsTiming::AfterThaw(Some(prepared)), None).await?
     };
     order.frozen = false;
     let mut made = checkpoint::seal(site, &order, captured, now).await?;
@@ -493,9 +493,9 @@ async fn capture_frozen(
     runs: &[RunKey],
     now: fermata_protocol::UnixMillis,
     prepared: Prepared,
-    scouted: Scouted,
-) -> Result<checkpoint::Captured, Failure> {
-    let rows = Rows::Later(Some(prepared));
+    scouted: FoundSessions,
+) -> Result<checkpoint::CapturedCheckpoint, Failure> {
+    let rows = RowsTiming::AfterThaw(Some(prepared));
     let captured = checkpoint::capture(site, order, &Vec::new(), now, rows, Some(scouted)).await?;
     match freeze::renew(site, runs).await {
         Ok(_) => Ok(captured),

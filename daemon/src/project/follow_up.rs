@@ -130,7 +130,7 @@ pub async fn start(site: &StepContext, agent: &Agent, again: RestartKind) -> Pre
     let start = match again {
         RestartKind::Anew => PreparedStart { new, argv: agent.spec.argv.clone(), session: None, continuation: None },
         RestartKind::GoesOn => {
-            let chosen = session::start_again(site, agent).await?;
+            let chosen = session::restart_command(site, agent).await?;
             let continuation =
                 Continuation { checkpoint: Some(site.project.counters.context).filter(|number| *number > 0) };
             PreparedStart { new, argv: chosen.argv, session: chosen.session, continuation: Some(continuation) }

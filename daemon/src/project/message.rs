@@ -13,7 +13,7 @@ use tokio::sync::{OwnedSemaphorePermit, oneshot};
 use super::ids::NewToken;
 use crate::errors::Failure;
 use crate::operations::checkpoint::transfer::BundleFile;
-use crate::operations::run::launch::Started;
+use crate::operations::run::launch::StartedRun;
 use crate::shims::link::ShimLink;
 use crate::store::commit::{Write, Written};
 use crate::store::idempotency::Keyed;
@@ -121,7 +121,7 @@ pub enum Message {
         /// The run.
         run: RunId,
         /// What runs now, or why nothing does.
-        outcome: Result<Box<Started>, String>,
+        outcome: Result<Box<StartedRun>, String>,
     },
     /// A start that is due was prepared.
     Prepared {

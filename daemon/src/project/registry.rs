@@ -87,8 +87,8 @@ impl Projects {
         let workspace = params.workspace.clone();
         let (state, runtime) = (self.services.paths.state.clone(), self.services.paths.runtime.clone());
         let resolved = blocking("look at the workspace", move || {
-            validate::workspace_is_usable(Path::new(&workspace))?;
-            validate::lies_apart(Path::new(&workspace), &[&state, &runtime])?;
+            validate::check_workspace(Path::new(&workspace))?;
+            validate::check_overlap(Path::new(&workspace), &[&state, &runtime])?;
             // Resolved once: a link that is turned later must not move the project.
             std::fs::canonicalize(&workspace).map_err(|e| Failure::fault("resolve the workspace", &e))
         })
@@ -174,8 +174,8 @@ impl Projects {
         self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let dir = self.services.project_dirs(name).root;
         blocking("remove the project's files", move || {
-            let aside = leftovers::put_aside(&dir);
-            leftovers::remove_aside(aside.map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))?);
+            let aside = leftovers::defer_removal(&dir);
+            leftovers::remove_deferred(aside.map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))?);
             Ok(())
         })
         .await?;

@@ -82,7 +82,7 @@ impl Actor {
                 }
             };
             let reply = applied.reply(&site, &operation, number, safety);
-            let restore::Applied { rows, done, .. } = applied;
+            let restore::AppliedRestore { rows, workspace, .. } = applied;
             let (rewound, writes) = match rows {
                 Some((rewound, rows)) => (Some(rewound), vec![Write::RestoreRows(rows)]),
                 None => (None, Vec::new()),
@@ -92,7 +92,7 @@ impl Actor {
             let outcome = CommandReport { command, writes, reply: Some(json!(reply)), tokens: Vec::new() };
             drop(mailbox.send(Message::CommandReport(Box::new(outcome))).await);
 
-            if let Some(check) = restore::check(&site, done, moved_on(state, &operation)).await {
+            if let Some(check) = restore::check(&site, workspace, moved_on(state, &operation)).await {
                 let command = Command::RestoreChecked {
                     operation,
                     checkpoint: number,

@@ -1,4 +1,4 @@
-//! The daemon's side of a launch: writes the spec, runs the launcher, understands its one line.
+//! The daemon's side of a launch: writes the spec, runs the launcher, parses its report.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -13,87 +13,65 @@ use fermata_os::process::ProcessId;
 use fermata_shim::launcher::{LaunchCode, LaunchReport};
 use fermata_shim::spec::{LaunchSpec, files};
 
-/// How long a launch may take; the agent's program has then not even been executed.
-const LAUNCH_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a launch may take until the agent's program is executed.
+const LAUNCH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// A running agent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Launched {
-    /// Its shim.
     pub shim: ProcessId,
-    /// Its main process.
+    /// The agent's main process.
     pub agent: ProcessId,
     /// How its tree will be frozen.
     pub mechanism: FreezerKind,
-    /// Why that is not done by a control group.
+    /// Why the freezer is not a control group, where it is not.
     pub why: Option<String>,
 }
 
 /// Why an agent was not launched.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// The run's folder could not be made.
     #[error("create {}", path.display())]
     RunDir {
-        /// The folder.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The spec could not be encoded.
     #[error("encode the launch spec of run {run_id}")]
     Encode {
-        /// The run.
         run_id: String,
-        /// The cause.
         #[source]
         source: serde_json::Error,
     },
-    /// The spec could not be written.
     #[error("write the launch spec")]
     Write(#[source] DurableWriteError),
     /// The launcher could not be run.
     #[error("run {}", binary.display())]
     Shim {
-        /// The launcher.
         binary: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The shim says why nothing runs: this one is for the user.
+    /// The shim reports why the agent was not started; the message is for the user.
     #[error("launch: {message}")]
-    Refused {
-        /// The stable code.
-        code: LaunchCode,
-        /// The sentence.
-        message: String,
-    },
-    /// The launcher said nothing that could be understood. The run's record decides.
-    #[error("understand the launcher of run {run_id}: {output:?}")]
+    Refused { code: LaunchCode, message: String },
+    /// The launcher printed no valid report. Whether the run has started is known from its record only.
+    #[error("parse the report of the launcher of run {run_id}: {output:?}")]
     NoReport {
-        /// The run.
         run_id: String,
-        /// What it said.
+        /// The beginning of its output.
         output: String,
     },
-    /// The launcher was too slow and was ended. The run's record decides.
-    #[error("see the launch of run {run_id} within {waited_s} s")]
-    Timeout {
-        /// The run.
-        run_id: String,
-        /// How long it was waited, in seconds.
-        waited_s: u64,
-    },
+    /// The launcher was too slow and was killed. Whether the run has started is known from its record only.
+    #[error("launch run {run_id} within {waited_s} s")]
+    Timeout { run_id: String, waited_s: u64 },
 }
 
-/// Launches an agent. Returns when its program executes.
+/// Launches an agent. Returns when its program is executed.
 pub async fn launch(shim_binary: &Path, spec: &LaunchSpec) -> Result<Launched, LaunchError> {
     let bytes =
         serde_json::to_vec(spec).map_err(|source| LaunchError::Encode { run_id: spec.run_id.clone(), source })?;
     let run_dir = spec.run_dir.clone();
-    // Joined at once: a panic in it is a panic here.
     match tokio::task::spawn_blocking(move || write_spec(&run_dir, &bytes)).await {
         Ok(written) => written?,
         Err(error) => {
@@ -107,13 +85,13 @@ pub async fn launch(shim_binary: &Path, spec: &LaunchSpec) -> Result<Launched, L
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .output();
-    let output = match tokio::time::timeout(LAUNCH_PATIENCE, launcher).await {
+    let output = match tokio::time::timeout(LAUNCH_TIMEOUT, launcher).await {
         Ok(Ok(output)) => output,
         Ok(Err(source)) => {
             return Err(LaunchError::Shim { binary: shim_binary.to_path_buf(), source });
         }
         Err(_) => {
-            let waited_s = LAUNCH_PATIENCE.as_secs();
+            let waited_s = LAUNCH_TIMEOUT.as_secs();
             return Err(LaunchError::Timeout { run_id: spec.run_id.clone(), waited_s });
         }
     };
@@ -121,8 +99,8 @@ pub async fn launch(shim_binary: &Path, spec: &LaunchSpec) -> Result<Launched, L
         Ok(LaunchReport::Running { shim, agent, mechanism, why, .. }) => Ok(Launched { shim, agent, mechanism, why }),
         Ok(LaunchReport::Failed { code, message, .. }) => Err(LaunchError::Refused { code, message }),
         Err(_) => {
-            let said = [output.stdout, output.stderr].concat();
-            let output = String::from_utf8_lossy(&said).chars().take(500).collect();
+            let printed = [output.stdout, output.stderr].concat();
+            let output = String::from_utf8_lossy(&printed).chars().take(500).collect();
             Err(LaunchError::NoReport { run_id: spec.run_id.clone(), output })
         }
     }

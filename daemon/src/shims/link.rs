@@ -1,8 +1,8 @@
 //! The daemon's connection to one shim.
 //!
-//! One task owns the stream; requests reach it through a bounded channel. When the shim is gone
-//! every open and later request answers [`LinkError::Closed`], and the event channel ends. Then
-//! `read_exit` tells whether the agent ended properly; if not, the shim was lost (`lost.rs`).
+//! One task owns the stream; requests reach it through a bounded channel. When the shim exits, every pending and later
+//! request fails with [`LinkError::Closed`], and the event channel ends. If the shim has left no exit record
+//! (`read_exit`), the run is lost (`lost.rs`).
 
 use std::collections::HashMap;
 use std::io;
@@ -27,73 +27,48 @@ use fermata_shim::wire::{
     Typed, WIRE_VERSION, hear,
 };
 
-/// How long a shim may take to answer, on top of what the request itself waits for.
-pub const ANSWER_PATIENCE: Duration = Duration::from_secs(5);
+/// How long a shim may take to reply, in addition to the time that the request itself waits.
+pub const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// After how long without an answer somebody should look whether the shim is stopped; it answers in
-/// less than a millisecond when it is not.
+/// How long a reply may take until the owner of the link is asked to check whether the shim is stopped. A shim that is
+/// not replies in less than a millisecond.
 const DOUBT: Duration = Duration::from_secs(1);
 
-/// How many events may wait for the daemon. A daemon that is further behind loses the link, and
-/// asks for the status when it connects again: nothing is lost silently.
+/// How many events may wait for the daemon. A daemon that is further behind loses the link, and requests the status when
+/// it reconnects, so that no change is lost.
 const EVENT_QUEUE: usize = 256;
 const REQUEST_QUEUE: usize = 64;
 
-/// Why a request was not done.
+/// Why a request failed.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {
-    /// The shim is gone, or the link to it.
+    /// The shim has exited, or the connection has ended.
     #[error("reach the shim: the link is closed")]
     Closed,
-    /// The socket cannot be reached.
     #[error("connect to {}", socket.display())]
     Connect {
-        /// The socket.
         socket: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The shim did not introduce itself as it should.
-    #[error("understand the shim at {}: {message}", socket.display())]
-    Handshake {
-        /// The socket.
-        socket: PathBuf,
-        /// What it said.
-        message: String,
-    },
-    /// The shim is of another version; it and its agent are well.
-    #[error("speak to the shim at {}: {message}", socket.display())]
-    Version {
-        /// The socket.
-        socket: PathBuf,
-        /// Both versions.
-        message: String,
-    },
-    /// No answer came in time.
-    #[error("get an answer to {request:?} within {waited_ms} ms")]
-    Timeout {
-        /// What was asked.
-        request: Request,
-        /// How long it was waited.
-        waited_ms: u64,
-    },
-    /// The shim refused.
-    #[error("have it done by the shim: {message}")]
-    Refused {
-        /// The stable code.
-        code: RefusalCode,
-        /// The sentence.
-        message: String,
-    },
-    /// The answer has another form than expected.
-    #[error("understand the shim's answer")]
-    Answer(#[source] serde_json::Error),
+    /// The shim sent no valid hello.
+    #[error("complete the handshake with the shim at {}: {message}", socket.display())]
+    Handshake { socket: PathBuf, message: String },
+    /// The shim is of another version; it and its agent run on.
+    #[error("use the protocol of the shim at {}: {message}", socket.display())]
+    Version { socket: PathBuf, message: String },
+    #[error("get a reply to {request:?} within {waited_ms} ms")]
+    Timeout { request: Request, waited_ms: u64 },
+    #[error("have the request carried out by the shim: {message}")]
+    Refused { code: RefusalCode, message: String },
+    #[error("parse the shim's reply")]
+    Reply(#[source] serde_json::Error),
 }
 
 pub(super) type RequestResult = Result<serde_json::Value, LinkError>;
 
-struct Order {
+/// A request on its way to the task of the link.
+struct LinkRequest {
     request: Request,
     reply: oneshot::Sender<RequestResult>,
 }
@@ -101,7 +76,7 @@ struct Order {
 /// A connection to one shim.
 #[derive(Debug)]
 pub struct ShimLink {
-    orders: mpsc::Sender<Order>,
+    requests: mpsc::Sender<LinkRequest>,
     run_id: String,
     shim: ProcessId,
     suspended: Option<bool>,
@@ -110,146 +85,143 @@ pub struct ShimLink {
 }
 
 impl ShimLink {
-    /// Connects and introduces itself. Events arrive at the returned channel until the link ends.
+    /// Connects and shakes hands. The returned channel receives the shim's events until the link ends.
     pub async fn connect(socket: &Path) -> Result<(Self, mpsc::Receiver<ShimEvent>), LinkError> {
-        let Greeted { wire, run_id, shim, suspended, .. } = greet(socket).await?;
-        let (orders, orders_in) = mpsc::channel(REQUEST_QUEUE);
-        let (events_out, events) = mpsc::channel(EVENT_QUEUE);
-        let task = tokio::spawn(wire.run(orders_in, events_out));
-        Ok((Self { orders, run_id, shim, suspended, task, doubt: Notify::new() }, events))
+        let Handshake { wire, run_id, shim, suspended, .. } = shake_hands(socket).await?;
+        let (requests, request_queue) = mpsc::channel(REQUEST_QUEUE);
+        let (event_queue, events) = mpsc::channel(EVENT_QUEUE);
+        let task = tokio::spawn(wire.run(request_queue, event_queue));
+        Ok((Self { requests, run_id, shim, suspended, task, doubt: Notify::new() }, events))
     }
 
-    /// Which run this is, as the shim says: to be compared with the one that was expected.
+    /// Returns the run that the shim names, which may not be the expected one.
     pub fn run_id(&self) -> &str {
         &self.run_id
     }
 
-    /// Who answers.
+    /// Returns the shim's process.
     pub fn shim(&self) -> ProcessId {
         self.shim
     }
 
-    /// Whether somebody else had stopped the main process when this link was made; none when the
-    /// shim does not say.
+    /// Returns whether the main process was stopped by another process when this link was made; `None` when the shim does
+    /// not report it.
     pub fn suspended(&self) -> Option<bool> {
         self.suspended
     }
 
-    /// Whether the link has ended.
     pub fn is_closed(&self) -> bool {
-        self.orders.is_closed()
+        self.requests.is_closed()
     }
 
     /// Waits until the link has ended.
     pub async fn closed(&self) {
-        self.orders.closed().await;
+        self.requests.closed().await;
     }
 
-    /// Waits until a request has gone without an answer for so long that the shim may be stopped or
-    /// hang.
+    /// Waits until a reply takes so long that the shim may be stopped or hang.
     pub async fn doubted(&self) {
         self.doubt.notified().await;
     }
 
-    /// Ends the link for everybody who uses it: their requests answer [`LinkError::Closed`].
+    /// Ends the link: all pending requests fail with [`LinkError::Closed`].
     pub fn close(&self) {
         self.task.abort();
     }
 
     /// Ends the link and waits for its task.
     pub async fn shutdown(self) {
-        let Self { orders, task, .. } = self;
-        drop(orders);
-        // It neither panics nor is it aborted by anyone else.
+        let Self { requests, task, .. } = self;
+        drop(requests);
+        // Fails only after `close`.
         task.await.ok();
     }
 
-    /// Asks how the agent is.
     pub async fn status(&self) -> Result<Status, LinkError> {
         self.ask(Request::Status {}, Duration::ZERO).await
     }
 
-    /// Asks the agent to stop by itself (SIGTSTP). Unless a freeze follows within `lease`, the
-    /// shim undoes it.
+    /// Asks the agent to stop by itself (SIGTSTP). The shim undoes it unless a freeze follows within `lease`.
     pub async fn quiesce(&self, grace: Duration, lease: Duration) -> Result<Quiesced, LinkError> {
         let request = Request::Quiesce { grace_ms: millis(grace), lease_ms: millis(lease) };
         self.ask(request, grace).await
     }
 
-    /// Freezes the whole tree for as long as the lease lasts.
+    /// Freezes the process tree until the lease expires.
     pub async fn freeze(&self, lease: Duration) -> Result<Frozen, LinkError> {
         self.ask(Request::Freeze { lease_ms: millis(lease) }, Duration::ZERO).await
     }
 
-    /// Extends the lease, from now.
+    /// Extends the lease, counted from now.
     pub async fn renew(&self, lease: Duration) -> Result<(), LinkError> {
-        self.order(Request::Renew { lease_ms: millis(lease) }).await
+        self.command(Request::Renew { lease_ms: millis(lease) }).await
     }
 
-    /// Makes the freeze permanent: the pause was committed.
+    /// Makes the freeze permanent.
     pub async fn commit_freeze(&self) -> Result<(), LinkError> {
-        self.order(Request::Hold {}).await
+        self.command(Request::Hold {}).await
     }
 
-    /// Undoes freeze and quiesce; fine when there is nothing to undo.
+    /// Undoes freeze and quiesce; succeeds when there is nothing to undo.
     pub async fn thaw(&self) -> Result<(), LinkError> {
-        self.order(Request::Thaw {}).await
+        self.command(Request::Thaw {}).await
     }
 
     /// Sends a signal to the main process.
     pub async fn signal(&self, signal: i32) -> Result<(), LinkError> {
-        self.order(Request::Signal { signal }).await
+        self.command(Request::Signal { signal }).await
     }
 
-    /// Begins to stop the agent; [`ShimEvent::Exited`] follows. Without a grace the spec's counts.
+    /// Begins to stop the agent; [`ShimEvent::Exited`] follows. `None`: the grace of the launch spec.
     pub async fn stop(&self, grace: Option<Duration>) -> Result<(), LinkError> {
-        self.order(Request::Stop { grace_ms: grace.map(millis) }).await
+        self.command(Request::Stop { grace_ms: grace.map(millis) }).await
     }
 
-    /// Begins to kill the whole tree; [`ShimEvent::Exited`] follows.
+    /// Begins to kill the process tree; [`ShimEvent::Exited`] follows.
     pub async fn kill(&self) -> Result<(), LinkError> {
-        self.order(Request::Kill {}).await
+        self.command(Request::Kill {}).await
     }
 
-    /// Types into the agent's terminal; returns how many bytes were taken.
+    /// Types into the agent's terminal; returns how many bytes were accepted.
     pub async fn type_in(&self, data: Vec<u8>) -> Result<u64, LinkError> {
         let typed: Typed = self.ask(Request::Type { data: Bytes(data) }, Duration::ZERO).await?;
         Ok(typed.bytes)
     }
 
-    async fn order(&self, request: Request) -> Result<(), LinkError> {
-        self.ask::<serde_json::Value>(request, Duration::ZERO).await.map(|_| ())
+    /// Sends a request whose reply has no content.
+    async fn command(&self, request: Request) -> Result<(), LinkError> {
+        self.ask::<serde_json::Value>(request, Duration::ZERO).await.map(drop)
     }
 
+    /// Sends a request and waits for its reply, `extra` longer than [`REPLY_TIMEOUT`].
     async fn ask<T: DeserializeOwned>(&self, request: Request, extra: Duration) -> Result<T, LinkError> {
-        let patience = ANSWER_PATIENCE + extra;
-        let (reply, answer) = oneshot::channel();
-        let order = Order { request: request.clone(), reply };
+        let (sender, receiver) = oneshot::channel();
+        let queued = LinkRequest { request: request.clone(), reply: sender };
         let exchange = async {
-            self.orders.send(order).await.map_err(|_| LinkError::Closed)?;
-            answer.await.map_err(|_| LinkError::Closed)?
+            self.requests.send(queued).await.map_err(|_| LinkError::Closed)?;
+            receiver.await.map_err(|_| LinkError::Closed)?
         };
         let mut exchange = std::pin::pin!(exchange);
-        let answer = match tokio::time::timeout(DOUBT + extra, &mut exchange).await {
-            Ok(answer) => answer,
+        let reply = match tokio::time::timeout(DOUBT + extra, &mut exchange).await {
+            Ok(reply) => reply,
             Err(_) => {
                 self.doubt.notify_one();
-                match tokio::time::timeout(patience - DOUBT - extra, exchange).await {
-                    Ok(answer) => answer,
-                    Err(_) => return Err(LinkError::Timeout { request, waited_ms: millis(patience) }),
+                match tokio::time::timeout(REPLY_TIMEOUT - DOUBT, exchange).await {
+                    Ok(reply) => reply,
+                    Err(_) => return Err(LinkError::Timeout { request, waited_ms: millis(REPLY_TIMEOUT + extra) }),
                 }
             }
         };
-        serde_json::from_value(answer?).map_err(LinkError::Answer)
+        serde_json::from_value(reply?).map_err(LinkError::Reply)
     }
 }
 
-fn millis(duration: Duration) -> u64 {
+pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// A shim that has introduced itself.
-pub(super) struct Greeted {
+/// A connection after the handshake.
+pub(super) struct Handshake {
     pub wire: Wire,
     pub run_id: String,
     pub shim: ProcessId,
@@ -257,29 +229,29 @@ pub(super) struct Greeted {
     pub suspended: Option<bool>,
 }
 
-/// Connects to a shim and introduces the daemon.
-pub(super) async fn greet(socket: &Path) -> Result<Greeted, LinkError> {
-    match tokio::time::timeout(ANSWER_PATIENCE, handshake(socket)).await {
-        Ok(done) => done,
+/// Connects to a shim and exchanges hellos.
+pub(super) async fn shake_hands(socket: &Path) -> Result<Handshake, LinkError> {
+    match tokio::time::timeout(REPLY_TIMEOUT, handshake(socket)).await {
+        Ok(result) => result,
         Err(_) => {
-            let message = "it did not introduce itself in time".to_owned();
+            let message = "it sent no hello in time".to_owned();
             Err(LinkError::Handshake { socket: socket.to_path_buf(), message })
         }
     }
 }
 
-async fn handshake(socket: &Path) -> Result<Greeted, LinkError> {
+async fn handshake(socket: &Path) -> Result<Handshake, LinkError> {
     let stream = UnixStream::connect(socket)
         .await
         .map_err(|source| LinkError::Connect { socket: socket.to_path_buf(), source })?;
     let bad = |message: String| LinkError::Handshake { socket: socket.to_path_buf(), message };
     let (reader, writer) = stream.into_split();
-    let mut wire = Wire { lines: Lines { reader, inbox: Vec::new() }, writer };
+    let mut wire = Wire { lines: LineReader { reader, buffer: Vec::new() }, writer };
     let hello = ToShim::Hello { version: WIRE_VERSION, level: LEVEL };
     write(&mut wire.writer, &hello).await.map_err(|error| bad(error.to_string()))?;
     match wire.lines.next().await {
         Ok(Some(FromShim::Hello { version: WIRE_VERSION, run_id, shim, terminal, suspended })) => {
-            Ok(Greeted { wire, run_id, shim, terminal, suspended })
+            Ok(Handshake { wire, run_id, shim, terminal, suspended })
         }
         Ok(Some(FromShim::Hello { version, .. })) => {
             let message = format!("it speaks version {version}, this daemon speaks version {WIRE_VERSION}");
@@ -289,76 +261,75 @@ async fn handshake(socket: &Path) -> Result<Greeted, LinkError> {
             Err(LinkError::Version { socket: socket.to_path_buf(), message })
         }
         Ok(Some(FromShim::Refusal { message, .. })) => Err(bad(message)),
-        Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => {
-            Err(bad("it spoke before it introduced itself".to_owned()))
-        }
+        Ok(Some(FromShim::Reply { .. } | FromShim::Event(_))) => Err(bad("its first line is no hello".to_owned())),
         Ok(None) => Err(bad("it closed the connection".to_owned())),
         Err(error) => Err(bad(error.to_string())),
     }
 }
 
-/// The stream.
+/// Both directions of the stream.
 pub(super) struct Wire {
-    pub lines: Lines,
+    pub lines: LineReader,
     pub writer: OwnedWriteHalf,
 }
 
-/// What comes in, with what was read of an incomplete line.
-pub(super) struct Lines {
+/// Reads the shim's lines.
+pub(super) struct LineReader {
     reader: OwnedReadHalf,
-    inbox: Vec<u8>,
+    /// Bytes that were read and not yet returned as a line.
+    buffer: Vec<u8>,
 }
 
-enum Wake {
-    Order(Option<Order>),
+enum LinkEvent {
+    Request(Option<LinkRequest>),
     Line(io::Result<Option<FromShim>>),
 }
 
 impl Wire {
-    async fn run(mut self, mut orders: mpsc::Receiver<Order>, events: mpsc::Sender<ShimEvent>) {
-        let mut open: HashMap<u64, oneshot::Sender<RequestResult>> = HashMap::new();
+    /// The task of a link; ends when the link is dropped or the stream ends.
+    async fn run(mut self, mut requests: mpsc::Receiver<LinkRequest>, events: mpsc::Sender<ShimEvent>) {
+        let mut pending: HashMap<u64, oneshot::Sender<RequestResult>> = HashMap::new();
         let mut next_id = 1;
         loop {
-            let wake = tokio::select! {
-                order = orders.recv() => Wake::Order(order),
-                line = self.lines.next() => Wake::Line(line),
+            let event = tokio::select! {
+                request = requests.recv() => LinkEvent::Request(request),
+                line = self.lines.next() => LinkEvent::Line(line),
             };
-            match wake {
-                Wake::Order(None) => return,
-                Wake::Order(Some(Order { request, reply })) => {
+            match event {
+                LinkEvent::Request(None) | LinkEvent::Line(Ok(None)) => return,
+                LinkEvent::Request(Some(LinkRequest { request, reply })) => {
                     let id = next_id;
                     next_id += 1;
-                    // Who gave up waiting needs no place in the table.
-                    open.retain(|_, reply| !reply.is_closed());
-                    open.insert(id, reply);
-                    // Requests are small and the shim always reads: this does not wait.
+                    // Those that have timed out.
+                    pending.retain(|_, reply| !reply.is_closed());
+                    pending.insert(id, reply);
+                    // Requests are small and the shim always reads, so that this does not wait.
                     if write(&mut self.writer, &ToShim::Call(Call { id, request })).await.is_err() {
                         return;
                     }
                 }
-                Wake::Line(Ok(Some(FromShim::Reply { id, ok }))) => {
-                    if let Some(reply) = open.remove(&id) {
-                        // The asker may have run out of patience.
+                LinkEvent::Line(Ok(Some(FromShim::Reply { id, ok }))) => {
+                    if let Some(reply) = pending.remove(&id) {
+                        // Fails when the request has timed out.
                         reply.send(Ok(ok)).ok();
                     }
                 }
-                Wake::Line(Ok(Some(FromShim::Refusal { id, code, message }))) => {
-                    match id.and_then(|id| open.remove(&id)) {
+                LinkEvent::Line(Ok(Some(FromShim::Refusal { id, code, message }))) => {
+                    match id.and_then(|id| pending.remove(&id)) {
                         Some(reply) => {
                             reply.send(Err(LinkError::Refused { code, message })).ok();
                         }
                         None => tracing::warn!(?code, message, "the shim refused a line"),
                     }
                 }
-                Wake::Line(Ok(Some(FromShim::Event(event)))) => {
+                LinkEvent::Line(Ok(Some(FromShim::Event(event)))) => {
                     if events.try_send(event).is_err() && !events.is_closed() {
-                        tracing::warn!("nobody takes the shim's events: closing the link");
+                        tracing::warn!("the queue for the shim's events is full: closing the link");
                         return;
                     }
                 }
-                Wake::Line(Ok(Some(FromShim::Hello { .. }))) => {}
-                Wake::Line(Ok(None)) => return,
-                Wake::Line(Err(error)) => {
+                LinkEvent::Line(Ok(Some(FromShim::Hello { .. }))) => {}
+                LinkEvent::Line(Err(error)) => {
                     tracing::warn!(%error, "the link to a shim broke");
                     return;
                 }
@@ -367,31 +338,30 @@ impl Wire {
     }
 }
 
-/// Sends a line.
 pub(super) async fn write(writer: &mut OwnedWriteHalf, line: &ToShim) -> io::Result<()> {
     let mut bytes = serde_json::to_vec(line)?;
     bytes.push(b'\n');
     writer.write_all(&bytes).await
 }
 
-impl Lines {
-    /// Reads the next line; `None` at the end. Safe to cancel: what was read stays in the inbox.
+impl LineReader {
+    /// Reads the next line; `None` at the end. Cancel-safe: the bytes of an incomplete line stay in the buffer.
     pub async fn next(&mut self) -> io::Result<Option<FromShim>> {
         loop {
-            if let Some(end) = self.inbox.iter().position(|&b| b == b'\n') {
-                let line: Vec<u8> = self.inbox.drain(..=end).collect();
+            if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
                 match hear(&line)? {
                     Heard::Known(line) => return Ok(Some(line)),
                     Heard::Newer(event) => {
-                        tracing::debug!(event, "passed over an event of a newer shim");
+                        tracing::debug!(event, "ignored an event of a newer shim");
                         continue;
                     }
                 }
             }
-            if self.inbox.len() > MAX_LINE_BYTES {
+            if self.buffer.len() > MAX_LINE_BYTES {
                 return Err(io::Error::new(io::ErrorKind::InvalidData, "a line of the shim is too long"));
             }
-            if self.reader.read_buf(&mut self.inbox).await? == 0 {
+            if self.reader.read_buf(&mut self.buffer).await? == 0 {
                 return Ok(None);
             }
         }

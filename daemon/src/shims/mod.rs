@@ -1,14 +1,14 @@
-//! The daemon's side of the shims: starting one, speaking to it, finding it again, and ending what one has left behind.
+//! The daemon's side of the shims.
 //!
 //! ```text
-//! launch   runs the launcher, which leaves a shim behind and prints one line
-//! link     one connection: requests, answers and events
-//! viewing  one viewer's connection to a terminal, read as fast as the viewer takes it
-//! reach    after a restart of the daemon: the record of a run, then its shim, then what is left of it
-//! lost     ends the processes of a run whose shim is gone
+//! launch     runs the launcher, which starts a shim and prints one line
+//! link       one connection to a shim: requests, replies and events
+//! viewing    the connection of one viewer of a terminal, read as fast as the viewer reads
+//! reconnect  finds a run after a restart of the daemon: its record, its shim, or the rest of its process tree
+//! lost       ends the processes of a run whose shim is dead
 //! ```
 //!
-//! The shim itself, its protocol and its records are the crate `fermata_shim`.
+//! The crate `fermata_shim` has the shim itself, its protocol and its records.
 
 pub mod launch;
 pub mod link;

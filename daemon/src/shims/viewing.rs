@@ -1,8 +1,7 @@
 //! The daemon's connection to a shim for one viewer of the agent's terminal.
 //!
-//! Unlike a [`ShimLink`](super::link::ShimLink) it is read only as fast as the viewer takes it: a
-//! slow viewer makes the shim hold back, which then owes it no more than the present screen. What is
-//! typed goes its own way, and is not held up by that.
+//! Unlike a [`ShimLink`](super::link::ShimLink) it is read only as fast as the viewer reads: the shim queues nothing for
+//! a slow viewer and later sends it the current screen. Input goes through [`Typing`] and does not wait for the output.
 
 use std::collections::{HashMap, VecDeque};
 use std::path::Path;
@@ -15,67 +14,69 @@ use serde::de::DeserializeOwned;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::oneshot;
 
-use super::link::{ANSWER_PATIENCE, Greeted, Lines, LinkError, RequestResult, greet, write};
+use super::link::{Handshake, LineReader, LinkError, REPLY_TIMEOUT, RequestResult, millis, shake_hands, write};
 use fermata_shim::record::ExitRecord;
 use fermata_shim::wire::{Call, FromShim, RefusalCode, Request, ShimEvent, ToShim, Typed, Watching};
 
-/// How long an answer may take: it comes behind the output that the viewer has not taken yet.
-const SLOW_ANSWER: Duration = Duration::from_secs(60);
+/// How long a reply may take: it comes behind the output that the viewer has not read yet.
+const SLOW_REPLY_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What a viewer sees.
+/// What a viewer receives.
 #[derive(Debug)]
 pub enum ViewingEvent {
-    /// What was shown is void; the output that follows draws everything anew.
+    /// The screen is to be cleared; the output that follows draws it again.
     Screen(TerminalSize),
-    /// What the terminal shows.
     Output(Bytes),
     /// The agent has ended.
     Exited(ExitRecord),
-    /// The shim is gone, or the connection to it.
+    /// The shim has exited, or the connection has ended.
     Gone,
 }
 
-/// What is open: the answers that are waited for, none once the connection has ended.
-type Open = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<RequestResult>>>>>;
+/// The pending replies by request id; `None` once the connection has ended.
+type PendingReplies = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<RequestResult>>>>>;
 
-/// What comes from the shim.
+/// The direction from the shim. Its owner has to read it for the replies to the requests of [`Typing`] to arrive.
 pub struct Viewing {
-    lines: Lines,
-    /// What was seen before anybody looked.
-    ahead: VecDeque<ViewingEvent>,
-    open: Open,
+    lines: LineReader,
+    /// Events that arrived during [`Viewing::watch`].
+    early_events: VecDeque<ViewingEvent>,
+    pending: PendingReplies,
 }
 
-/// What goes to the shim.
+/// The direction to the shim.
 pub struct Typing {
+    /// The id of the last request, and the stream. The lock is held while a line is written, so that lines stay whole and
+    /// ids rise; it delays only other input of the same viewer.
     writer: tokio::sync::Mutex<(u64, OwnedWriteHalf)>,
-    open: Open,
+    pending: PendingReplies,
 }
 
 /// Connects to the shim of an agent with a terminal.
 ///
 /// # Errors
-/// When it cannot be reached, or gives no terminal.
+/// When the shim cannot be reached, or its release has no terminals.
 pub async fn connect(socket: &Path) -> Result<(Viewing, Typing), LinkError> {
-    let Greeted { wire, terminal, .. } = greet(socket).await?;
+    let Handshake { wire, terminal, .. } = shake_hands(socket).await?;
     if !terminal {
-        let message = "it was started by an older release, whose shim gives no terminal".to_owned();
+        let message = "it was started by an older release, whose shim has no terminals".to_owned();
         return Err(LinkError::Refused { code: RefusalCode::NoTerminal, message });
     }
-    let open: Open = Arc::new(Mutex::new(Some(HashMap::new())));
+    let pending: PendingReplies = Arc::new(Mutex::new(Some(HashMap::new())));
     let writer = tokio::sync::Mutex::new((0, wire.writer));
-    Ok((Viewing { lines: wire.lines, ahead: VecDeque::new(), open: Arc::clone(&open) }, Typing { writer, open }))
+    let viewing = Viewing { lines: wire.lines, early_events: VecDeque::new(), pending: Arc::clone(&pending) };
+    Ok((viewing, Typing { writer, pending }))
 }
 
-fn lock(open: &Open) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<RequestResult>>>> {
-    open.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock(pending: &PendingReplies) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<RequestResult>>>> {
+    pending.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Viewing {
-    /// Begins to watch, having taken on a size where one is given; returns the terminal's size.
+    /// Begins to watch, after a resize where a size is given; returns the terminal's size.
     ///
     /// # Errors
-    /// When the shim refuses or is gone.
+    /// When the shim refuses or has exited.
     pub async fn watch(
         &mut self,
         typing: &Typing,
@@ -86,24 +87,24 @@ impl Viewing {
             if let Some(size) = size {
                 typing.resize(size).await?;
             }
-            typing.ask::<Watching>(Request::Watch { scrollback }, ANSWER_PATIENCE).await
+            typing.ask::<Watching>(Request::Watch { scrollback }, REPLY_TIMEOUT).await
         };
         tokio::pin!(begin);
         loop {
             tokio::select! {
                 begun = &mut begin => return begun.map(|watching| watching.size),
-                seen = self.read() => match seen {
+                event = self.read() => match event {
                     ViewingEvent::Gone | ViewingEvent::Exited(_) => return Err(LinkError::Closed),
-                    seen @ (ViewingEvent::Screen(_) | ViewingEvent::Output(_)) => self.ahead.push_back(seen),
+                    event @ (ViewingEvent::Screen(_) | ViewingEvent::Output(_)) => self.early_events.push_back(event),
                 }
             }
         }
     }
 
-    /// Waits for what is seen next. Safe to cancel.
+    /// Waits for the next event. Cancel-safe.
     pub async fn next(&mut self) -> ViewingEvent {
-        match self.ahead.pop_front() {
-            Some(seen) => seen,
+        match self.early_events.pop_front() {
+            Some(event) => event,
             None => self.read().await,
         }
     }
@@ -122,7 +123,7 @@ impl Viewing {
                     ShimEvent::Screen(size) => return ViewingEvent::Screen(size),
                     ShimEvent::Output { data } => return ViewingEvent::Output(data),
                     ShimEvent::Exited(record) => return ViewingEvent::Exited(*record),
-                    // The daemon's own link tells the project.
+                    // The project receives these through the daemon's own link.
                     ShimEvent::Stopped { .. }
                     | ShimEvent::Continued {}
                     | ShimEvent::LeaseExpired {}
@@ -138,61 +139,58 @@ impl Viewing {
         }
     }
 
-    fn answer(&self, id: u64, outcome: RequestResult) {
-        if let Some(reply) = lock(&self.open).as_mut().and_then(|open| open.remove(&id)) {
-            // The asker may have run out of patience.
-            reply.send(outcome).ok();
+    fn answer(&self, id: u64, result: RequestResult) {
+        if let Some(reply) = lock(&self.pending).as_mut().and_then(|pending| pending.remove(&id)) {
+            // Fails when the request has timed out.
+            reply.send(result).ok();
         }
     }
 }
 
 impl Drop for Viewing {
     fn drop(&mut self) {
-        // Nobody reads answers any more: whoever waits for one is told.
-        *lock(&self.open) = None;
+        // Replies are no longer read: the pending requests fail.
+        *lock(&self.pending) = None;
     }
 }
 
 impl Typing {
-    /// Types; returns how many bytes were taken.
+    /// Types into the terminal; returns how many bytes were accepted.
     ///
     /// # Errors
-    /// When the shim refuses or is gone.
+    /// When the shim refuses or has exited.
     pub async fn type_in(&self, data: Vec<u8>) -> Result<u64, LinkError> {
-        Ok(self.ask::<Typed>(Request::Type { data: Bytes(data) }, SLOW_ANSWER).await?.bytes)
+        Ok(self.ask::<Typed>(Request::Type { data: Bytes(data) }, SLOW_REPLY_TIMEOUT).await?.bytes)
     }
 
-    /// Gives the terminal another size.
+    /// Resizes the terminal.
     ///
     /// # Errors
-    /// When the shim refuses or is gone.
+    /// When the shim refuses or has exited.
     pub async fn resize(&self, size: TerminalSize) -> Result<(), LinkError> {
-        self.ask::<serde_json::Value>(Request::Resize(size), SLOW_ANSWER).await.map(drop)
+        self.ask::<serde_json::Value>(Request::Resize(size), SLOW_REPLY_TIMEOUT).await.map(drop)
     }
 
-    async fn ask<T: DeserializeOwned>(&self, request: Request, patience: Duration) -> Result<T, LinkError> {
-        let (reply, answer) = oneshot::channel();
-        let asked = request.clone();
+    async fn ask<T: DeserializeOwned>(&self, request: Request, limit: Duration) -> Result<T, LinkError> {
+        let (sender, receiver) = oneshot::channel();
+        let sent = request.clone();
         let exchange = async {
             {
                 let mut writer = self.writer.lock().await;
                 let (last_id, writer) = &mut *writer;
                 *last_id += 1;
-                match lock(&self.open).as_mut() {
-                    Some(open) => open.insert(*last_id, reply),
+                match lock(&self.pending).as_mut() {
+                    Some(pending) => pending.insert(*last_id, sender),
                     None => return Err(LinkError::Closed),
                 };
                 let call = ToShim::Call(Call { id: *last_id, request });
                 write(writer, &call).await.map_err(|_| LinkError::Closed)?;
             }
-            answer.await.map_err(|_| LinkError::Closed)?
+            receiver.await.map_err(|_| LinkError::Closed)?
         };
-        match tokio::time::timeout(patience, exchange).await {
-            Ok(value) => serde_json::from_value(value?).map_err(LinkError::Answer),
-            Err(_) => {
-                let waited_ms = u64::try_from(patience.as_millis()).unwrap_or(u64::MAX);
-                Err(LinkError::Timeout { request: asked, waited_ms })
-            }
+        match tokio::time::timeout(limit, exchange).await {
+            Ok(reply) => serde_json::from_value(reply?).map_err(LinkError::Reply),
+            Err(_) => Err(LinkError::Timeout { request: sent, waited_ms: millis(limit) }),
         }
     }
 }

@@ -146,7 +146,7 @@ async fn respawns(
     };
     let (mut respawn, mut tokens) = (BTreeMap::new(), Vec::new());
     for agent in site.project.agents.values().filter(|agent| agent.status(false) == AgentStatus::Paused) {
-        let again = session::start_again(&site, agent).await?;
+        let again = session::restart_command(&site, agent).await?;
         let (new, token) = new_run();
         let stale = again.goes_on && frozen_ms > stale_after;
         let instead_of_thaw =

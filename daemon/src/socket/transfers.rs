@@ -92,7 +92,7 @@ pub(super) async fn upload(connection: &Arc<Connection>, params: CheckpointUploa
                 return Err(Refusal::new(Code::InvalidParams, message).hint("begin again at offset 0").into());
             }
         };
-        validate::leaves_room(&state, floor, data.len() as u64)?;
+        validate::check_free_space(&state, floor, data.len() as u64)?;
         sent.file.write_all(&data).map_err(failed)?;
         sent.hash.update(&data);
         sent.bytes += data.len() as u64;

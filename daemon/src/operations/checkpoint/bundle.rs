@@ -1,13 +1,13 @@
-//! The file of an exported checkpoint: its bytes, and nothing about what they mean to a project.
+//! The file format of an exported checkpoint. It does not interpret the parts.
 //!
 //! ```text
 //! fermata-checkpoint 1
 //! <bytes of the header, decimal>
 //! {"format":1, …, "parts":[{"name", "bytes", "sha256"}, …]}      the header, JSON on one line
 //! <the bytes of every part, in that order>
-//! <SHA-256 of everything before, hexadecimal>
+//! <SHA-256 of all bytes before, hexadecimal>
 //! ```
-//! A reader believes nothing: what is cut off, changed or named unsafely is refused with one sentence.
+//! A reader trusts nothing: it refuses a file that is truncated or changed or whose parts have unsafe names.
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
@@ -16,49 +16,49 @@ use std::path::{Path, PathBuf};
 use fermata_protocol::checkpoint::CheckpointView;
 use fermata_protocol::{Code, Refusal, UnixMillis};
 use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
-use crate::hashing::{HashingWriter, hash_file, hex};
+use crate::hashing::{HashingWriter, hash, hash_file};
+use crate::operations::context::cancelled_by_request;
 
-/// The version of the file, raised when an older program could not read it.
+/// The version of the format, raised when older programs could not read it.
 pub const FORMAT: u32 = 1;
-/// The part that is the pack of the workspace's snapshot.
+/// The part with the pack of the workspace's snapshot.
 pub const PACK: &str = "history.pack";
-/// The part that is its index.
+/// The part with the index of that pack.
 pub const INDEX: &str = "history.idx";
 
 const MAGIC: &str = "fermata-checkpoint ";
+/// The largest header that is read, bytes.
 const MAX_HEADER: u64 = 64 << 20;
+/// The length of the checksum and its line break, bytes.
 const TRAILER: u64 = 65;
 
-/// What the file begins with.
+/// The header of the file.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Header {
-    /// The version of the file.
+    /// [`FORMAT`] of the program that wrote the file.
     pub format: u32,
-    /// The program that wrote it.
+    /// Name and version of the program that wrote the file.
     pub program: String,
-    /// When it was written.
     pub exported_at: UnixMillis,
-    /// The checkpoint, as its project has it.
+    /// The checkpoint's row in its project.
     pub checkpoint: CheckpointView,
-    /// What follows.
-    pub parts: Vec<Part>,
+    /// In the order in which their bytes follow.
+    pub parts: Vec<BundlePart>,
 }
 
 /// One file within the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Part {
+pub struct BundlePart {
     /// Its path in the checkpoint's directory, or [`PACK`] or [`INDEX`].
     pub name: String,
-    /// Its size.
     pub bytes: u64,
-    /// Its SHA-256 in hexadecimal.
+    /// In hexadecimal.
     pub sha256: String,
 }
 
-/// Writes a file from parts that lie on the disk, and returns its size and SHA-256.
+/// Writes a file from parts on disk, and returns its size and SHA-256.
 ///
 /// # Errors
 /// When a part cannot be read, or the file cannot be written.
@@ -70,7 +70,7 @@ pub fn write(
 ) -> io::Result<(u64, String)> {
     let described = parts.iter().map(|(name, path)| {
         let (bytes, sha256) = hash_file(path)?;
-        Ok(Part { name: name.clone(), bytes, sha256 })
+        Ok(BundlePart { name: name.clone(), bytes, sha256 })
     });
     let header = Header {
         format: FORMAT,
@@ -101,20 +101,20 @@ fn refuse(why: impl std::fmt::Display) -> Failure {
         .into()
 }
 
-/// A file whose checksum and header are good.
+/// A file whose checksum and header were checked.
 #[derive(Debug)]
 pub struct Bundle {
-    /// What it begins with.
     pub header: Header,
     file: File,
+    /// The offset of the first part.
     begin: u64,
 }
 
 impl Bundle {
-    /// Reads the whole file once, compares it with its checksum, and reads its header.
+    /// Reads the file once to compare it with its checksum, and parses its header.
     ///
     /// # Errors
-    /// Refuses a file of another kind, of a newer format, cut off, changed, or with unsafe names.
+    /// Refuses a file of another kind, of a newer format, truncated, changed, or with unsafe names.
     pub fn open(mut file: File) -> Result<Bundle, Failure> {
         let failed = |e: io::Error| Failure::fault("read the file", &e);
         let length = file.metadata().map_err(failed)?.len();
@@ -127,7 +127,7 @@ impl Bundle {
             return Err(Refusal::new(
                 Code::BundleRefused,
                 format!(
-                    "the file cannot be imported: its format {format} is newer than this program, which knows {FORMAT}"
+                    "the file cannot be imported: its format is {format}, and this program reads formats up to {FORMAT}"
                 ),
             )
             .hint("import it with the release of Fermata that exported it, or a later one")
@@ -137,17 +137,17 @@ impl Bundle {
         let size: u64 = second.parse().map_err(|_| refuse("its header has no size"))?;
         let begin = (first.len() + second.len()) as u64 + 2 + size.saturating_add(1);
         if size > MAX_HEADER || length < begin.saturating_add(TRAILER) {
-            return Err(refuse("it is cut off"));
+            return Err(refuse("it is truncated"));
         }
         check_sum(&mut file, length)?;
         file.seek(SeekFrom::Start(begin - size - 1)).map_err(failed)?;
         let mut text = vec![0; size as usize];
         file.read_exact(&mut text).map_err(failed)?;
         let header: Header =
-            serde_json::from_slice(&text).map_err(|e| refuse(format!("its header makes no sense: {e}")))?;
+            serde_json::from_slice(&text).map_err(|e| refuse(format!("its header is not valid: {e}")))?;
         let total = header.parts.iter().try_fold(begin + TRAILER, |sum, part| sum.checked_add(part.bytes));
         if total != Some(length) {
-            return Err(refuse("its parts do not have the sizes that its header names"));
+            return Err(refuse("the sizes of its parts differ from its header"));
         }
         let mut names = std::collections::HashSet::new();
         for part in &header.parts {
@@ -158,14 +158,15 @@ impl Bundle {
         Ok(Bundle { header, file, begin })
     }
 
-    /// Writes every part to the place that `place` names for it, and compares it with its hash.
+    /// Writes every part to the path that `path_of` returns, and compares its hash with the header. `report` gets the
+    /// number of bytes written so far.
     ///
     /// # Errors
-    /// Refuses a part with another hash; fails when a place cannot be written.
+    /// Refuses a part with another hash; fails when a file cannot be written.
     pub fn unpack(
         &mut self,
-        place: impl Fn(&Part) -> PathBuf,
-        mut tell: impl FnMut(u64),
+        path_of: impl Fn(&BundlePart) -> PathBuf,
+        mut report: impl FnMut(u64),
         cancelled: impl Fn() -> bool,
     ) -> Result<(), Failure> {
         let failed = |e: io::Error| Failure::fault("read the file", &e);
@@ -173,26 +174,25 @@ impl Bundle {
         let mut done = 0;
         let mut buffer = vec![0; 256 << 10];
         for part in &self.header.parts {
-            let path = place(part);
+            let path = path_of(part);
             let writing = |e: io::Error| Failure::fault(&format!("write {}", path.display()), &e);
-            let mut to = create(&path).map_err(writing)?;
-            let mut hash = Sha256::new();
+            let mut to = HashingWriter::new(create(&path).map_err(writing)?);
             let mut left = part.bytes;
             while left > 0 {
                 if cancelled() {
-                    return Err(crate::operations::context::cancelled_by_request());
+                    return Err(cancelled_by_request());
                 }
                 let n = buffer.len().min(left as usize);
                 self.file.read_exact(&mut buffer[..n]).map_err(failed)?;
-                hash.update(&buffer[..n]);
                 to.write_all(&buffer[..n]).map_err(writing)?;
                 left -= n as u64;
                 done += n as u64;
-                tell(done);
+                report(done);
             }
-            to.sync_all().map_err(writing)?;
-            if hex(&hash.finalize()) != part.sha256 {
-                return Err(refuse(format!("the part {} has another hash than the header names", part.name)));
+            let (file, _, sha256) = to.into_parts();
+            file.sync_all().map_err(writing)?;
+            if sha256 != part.sha256 {
+                return Err(refuse(format!("the hash of the part {} differs from its header", part.name)));
             }
         }
         Ok(())
@@ -218,25 +218,20 @@ fn line(reader: &mut impl io::BufRead, max: u64) -> Result<String, Failure> {
 fn check_sum(file: &mut File, length: u64) -> Result<(), Failure> {
     let failed = |e: io::Error| Failure::fault("read the file", &e);
     file.seek(SeekFrom::Start(0)).map_err(failed)?;
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; 256 << 10];
-    let mut left = length - TRAILER;
-    while left > 0 {
-        let n = buffer.len().min(left as usize);
-        file.read_exact(&mut buffer[..n]).map_err(failed)?;
-        hash.update(&buffer[..n]);
-        left -= n as u64;
+    let (bytes, sha256) = hash((&*file).take(length - TRAILER)).map_err(failed)?;
+    if bytes < length - TRAILER {
+        return Err(refuse("it is truncated"));
     }
     let mut trailer = String::new();
     file.take(TRAILER).read_to_string(&mut trailer).map_err(|_| refuse("it has no checksum at its end"))?;
-    if trailer == format!("{}\n", hex(&hash.finalize())) {
+    if trailer == format!("{sha256}\n") {
         Ok(())
     } else {
-        Err(refuse("it is cut off or has changed: its checksum is another"))
+        Err(refuse("it is truncated or has changed: its checksum differs"))
     }
 }
 
-/// Says whether a name stays in the directory that it is put into: plain components, none of them hidden.
+/// Returns whether a path stays in the directory that it is joined to: plain components, none of them hidden.
 fn is_safe(name: &str) -> bool {
     name.len() < 4096
         && name.split('/').all(|part| !part.is_empty() && part.len() < 256 && !part.starts_with('.'))

@@ -1,8 +1,8 @@
-//! Writes the context snapshot of a checkpoint: what its agents know, for those who go on.
+//! Writes the context snapshot of a checkpoint: the context items and state of each agent, for the agents that continue
+//! from it.
 //!
-//! It is written as it comes, and hashed while it is written: ten thousand items are in memory a few
-//! at a time. What is known last (number, time, phase) is at the end, so that all the rest can be
-//! written before.
+//! The items are written and hashed as they arrive, so that only a few of them are in memory at a time. The fields that
+//! are known last (number, time, phase) are at the end, so that all others can be written before.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
@@ -20,28 +20,27 @@ use crate::hashing::HashingWriter;
 use crate::operations::checkpoint::layout::FORMAT;
 use crate::store::pinned::States;
 
-/// How much is hashed and handed to the kernel at once, bytes.
+/// The bytes that are hashed and written at once.
 const BLOCK: usize = 256 << 10;
 
-/// What is sent to the writer.
-pub enum Piece {
-    /// The agents' blobs; first.
+/// Input of the writer.
+pub enum ContextPiece {
+    /// The agents' states, as JSON; sent first.
     States(States),
-    /// Some of the items, by agent and then oldest first.
+    /// Some of the items, ordered by agent and then oldest first.
     Items(Vec<ContextItem>),
 }
 
-/// A context snapshot whose agents are written and whose end is not.
+/// A context snapshot that lacks only the fields at its end.
 pub struct ContextFile {
     out: BufWriter<HashingWriter<File>>,
     path: PathBuf,
-    /// Tokens of the items in it.
+    /// The sum over the items in it.
     pub tokens: u64,
 }
 
 impl ContextFile {
-    /// Writes agents and items as they come in; those of agents that are not named, and those in
-    /// `archived`, are left out.
+    /// Writes agents and items as they arrive, without items of other agents than `agents` and those in `archived`.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -49,28 +48,28 @@ impl ContextFile {
         path: &Path,
         agents: &[AgentName],
         archived: &HashSet<i64>,
-        pieces: &Receiver<Piece>,
+        pieces: &Receiver<ContextPiece>,
     ) -> io::Result<Self> {
         let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
         let hashed = HashingWriter::new(file);
-        let mut made = Self { out: BufWriter::with_capacity(BLOCK, hashed), path: path.to_owned(), tokens: 0 };
-        made.out.write_all(br#"{"agents":{"#)?;
+        let mut file = Self { out: BufWriter::with_capacity(BLOCK, hashed), path: path.to_owned(), tokens: 0 };
+        file.out.write_all(br#"{"agents":{"#)?;
         let mut states = States::new();
-        let mut to_come = agents.iter();
-        // The agent whose items are being written, and how many there are so far.
+        let mut remaining_agents = agents.iter();
+        // The agent whose items are being written, and how many were written.
         let mut open: Option<(&AgentName, u64)> = None;
         for piece in pieces {
             let items = match piece {
-                Piece::States(found) => {
-                    states = found;
+                ContextPiece::States(received) => {
+                    states = received;
                     continue;
                 }
-                Piece::Items(items) => items,
+                ContextPiece::Items(items) => items,
             };
             for item in items {
                 while open.is_none_or(|(agent, _)| *agent < item.agent) {
-                    let Some(next) = to_come.next() else { break };
-                    made.begin_agent(next, open.is_none(), &states)?;
+                    let Some(next) = remaining_agents.next() else { break };
+                    file.begin_agent(next, open.is_none(), &states)?;
                     open = Some((next, 0));
                 }
                 let Some((agent, count)) = &mut open else { continue };
@@ -78,42 +77,42 @@ impl ContextFile {
                     continue;
                 }
                 if *count > 0 {
-                    made.out.write_all(b",")?;
+                    file.out.write_all(b",")?;
                 }
                 *count += 1;
-                made.tokens += item.tokens;
-                serde_json::to_writer(&mut made.out, &item)?;
+                file.tokens += item.tokens;
+                serde_json::to_writer(&mut file.out, &item)?;
             }
         }
-        for agent in to_come {
-            made.begin_agent(agent, open.is_none(), &states)?;
+        for agent in remaining_agents {
+            file.begin_agent(agent, open.is_none(), &states)?;
             open = Some((agent, 0));
         }
-        made.out.write_all(if open.is_some() { b"]}}" } else { b"}" })?;
-        Ok(made)
+        file.out.write_all(if open.is_some() { b"]}}" } else { b"}" })?;
+        Ok(file)
     }
 
-    /// Ends the agent before, and begins one.
+    /// Ends the previous agent, if any, and begins the next one.
     fn begin_agent(&mut self, agent: &AgentName, first: bool, states: &States) -> io::Result<()> {
         if !first {
             self.out.write_all(b"]},")?;
         }
         serde_json::to_writer(&mut self.out, agent)?;
-        // The blob is JSON as it is stored.
+        // The stored state is JSON already.
         let state = states.iter().find(|(name, _)| name == agent).map_or("null", |(_, state)| state.as_str());
         write!(self.out, r#":{{"state":{state},"items":["#)
     }
 
-    /// Hands what was written to the disk, and waits until it is there.
+    /// Makes the bytes that were written so far durable.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When they cannot be written or synced.
     pub fn sync(&mut self) -> io::Result<()> {
         self.out.flush()?;
         self.out.get_ref().get_ref().sync_all()
     }
 
-    /// Writes the end; returns the file, which is yet to be synced, its size and SHA-256.
+    /// Writes the fields at the end; returns the file, which is not synced yet, its size and SHA-256.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -138,7 +137,6 @@ impl ContextFile {
         Ok(hashed.into_parts())
     }
 
-    /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -149,9 +147,8 @@ mod tests {
     use super::*;
     use fermata_protocol::context::{ItemType, Tier};
     use serde_json::Value;
-    use sha2::{Digest as _, Sha256};
 
-    use crate::hashing::hex;
+    use crate::hashing::sha256;
 
     fn name(text: &str) -> AgentName {
         AgentName::new(text).expect("valid")
@@ -177,9 +174,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("context.json");
         let (sender, pieces) = std::sync::mpsc::channel();
-        sender.send(Piece::States(states)).expect("sent");
+        sender.send(ContextPiece::States(states)).expect("the receiver exists");
         for item in items {
-            sender.send(Piece::Items(vec![item])).expect("sent");
+            sender.send(ContextPiece::Items(vec![item])).expect("the receiver exists");
         }
         drop(sender);
         let agents: Vec<AgentName> = agents.iter().map(|agent| name(agent)).collect();
@@ -187,13 +184,13 @@ mod tests {
         let tokens = file.tokens;
         let project = ProjectName::new("p").expect("valid");
         let (_, bytes, hash) = file.finish(&project, 7, UnixMillis(5), Phase::Review).expect("finished");
-        let text = std::fs::read(&path).expect("there");
-        assert_eq!((text.len() as u64, hex(&Sha256::digest(&text))), (bytes, hash));
+        let text = std::fs::read(&path).expect("readable");
+        assert_eq!((text.len() as u64, sha256(&text)), (bytes, hash));
         (serde_json::from_slice(&text).expect("JSON"), tokens)
     }
 
     #[test]
-    fn every_agent_is_there_with_what_it_knows_and_nobody_else() {
+    fn the_file_has_every_agent_with_its_items_and_state_and_no_other_agent() {
         let items = vec![item(1, "a"), item(2, "c"), item(3, "c"), item(4, "c"), item(5, "gone"), item(6, "z")];
         let states = vec![(name("b"), r#"{"step":3}"#.to_owned())];
         let (value, tokens) = written(&["a", "b", "c", "d", "z"], items, states);
@@ -211,7 +208,7 @@ mod tests {
     }
 
     #[test]
-    fn a_project_without_agents_has_an_empty_one() {
+    fn the_file_of_a_project_without_agents_has_an_empty_object() {
         let (value, _) = written(&[], vec![item(1, "gone")], States::new());
         assert_eq!(value["agents"], json!({}));
     }

@@ -2,17 +2,17 @@
 //! artifacts, manifest.
 //!
 //! ```text
-//!   checkpoints/<n>.partial/   everything is written and synced here
+//!   checkpoints/<n>.partial/   all parts are written and synced here
 //!   rename to checkpoints/<n>/
 //!   refs/fermata/checkpoints/<n> published
-//!   the row in the database: only now the checkpoint exists     (the caller's transaction)
+//!   the row in the database: from now on the checkpoint exists     (the caller's transaction)
 //! ```
-//! What a crash leaves before the row is swept by [`crate::operations::maintenance::leftovers`].
+//! [`crate::operations::maintenance::leftovers`] removes what a crash before the row has left.
 
+mod blocking_drop;
 pub mod bundle;
 pub mod context_file;
 pub mod database;
-mod deferred_removal;
 pub mod layout;
 pub mod order;
 pub mod transcripts;
@@ -29,18 +29,18 @@ use std::time::Instant;
 
 use fermata_protocol::checkpoint::{CheckpointMetadata, CheckpointView, Manifest, ManifestPart, PartKind, Trigger};
 use fermata_protocol::task::TaskStatus;
-use fermata_protocol::{AgentName, CheckpointNumber, Code, Refusal, UnixMillis};
-use sha2::{Digest as _, Sha256};
+use fermata_protocol::{AgentName, CheckpointNumber, UnixMillis};
 
 use crate::errors::Failure;
-use crate::hashing::{hash_file, hex};
+use crate::hashing::{hash_file, sha256};
+use crate::operations::checkpoint::blocking_drop::BlockingDrop;
 use crate::operations::checkpoint::database::{DatabasePart, StagedDatabase};
-use crate::operations::checkpoint::deferred_removal::DeferredRemoval;
 use crate::operations::checkpoint::layout::{CONTEXT, DATABASE, FORMAT, MANIFEST};
 use crate::operations::checkpoint::order::CheckpointOrder;
-use crate::operations::checkpoint::transcripts::{Copied, Opened};
+use crate::operations::checkpoint::transcripts::{CopiedTranscripts, OpenedTranscripts};
+use crate::operations::context::cancelled_by_request;
 use crate::operations::pause::flash_save::Plans;
-use crate::operations::run::session::Scouted;
+use crate::operations::run::session::FoundSessions;
 use crate::operations::{StepContext, blocking, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, Prepared};
@@ -50,70 +50,75 @@ use fermata_os::fsync::{sync_together, write_unsynced};
 
 /// A checkpoint that is complete on disk and lacks only its row.
 #[derive(Debug, Clone)]
-pub struct Made {
+pub struct SealedCheckpoint {
     /// The row.
     pub view: CheckpointView,
-    /// The sessions whose transcripts are in it.
+    /// The ids of the sessions whose transcripts are in it.
     pub sessions: Vec<(AgentName, String)>,
-    /// What a person should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
-/// What is read while the agents stand still.
-pub struct Captured {
-    observed: DeferredRemoval<Observed>,
+/// The part of a checkpoint that is read while the agents are frozen.
+pub struct CapturedCheckpoint {
+    scan: BlockingDrop<Observed>,
     taken_at: UnixMillis,
-    transcripts: Opened,
-    rows: DatabaseCapture,
+    transcripts: OpenedTranscripts,
+    rows: CapturedRows,
     parts_ms: BTreeMap<String, f64>,
 }
 
-impl Captured {
-    /// Gives it up, and waits until nothing of it is left in the store.
+impl CapturedCheckpoint {
+    /// Discards it, and waits until its files in the store are removed.
     pub async fn discard(self) {
-        self.observed.gone().await;
+        self.scan.dropped().await;
     }
 }
 
 /// When the database part is written.
-pub enum Rows {
-    /// While the agents stand still: from the draft, as far as it holds.
-    Now(Option<Box<StagedDatabase>>),
-    /// Once they run again: only its instant is pinned. Its file may be there already.
-    Later(Option<Prepared>),
+pub enum RowsTiming {
+    /// Under the freeze: the staged part where it is still valid, else all of it.
+    UnderFreeze(Option<Box<StagedDatabase>>),
+    /// After the thaw: under the freeze only the instant of the copy is pinned. The file may be prepared already.
+    AfterThaw(Option<Prepared>),
 }
 
-enum DatabaseCapture {
+enum CapturedRows {
+    /// With the milliseconds that it took.
     Written(DatabasePart, f64),
     Pinned(Pinned),
 }
 
-/// Reads workspace, database and context into the partial checkpoint and opens the transcripts of what was scouted: the
-/// part for which agents have to stand still.
+/// Reads workspace, database and context into the partial checkpoint and opens the transcripts of the sessions: the part
+/// for which agents are frozen. Without `sessions` it searches for them first.
 ///
 /// # Errors
-/// When any of it cannot be read or written.
+/// When a part cannot be read or written.
 pub async fn capture(
-    site: &StepContext,
+    step: &StepContext,
     order: &CheckpointOrder,
     plans: &Plans,
     now: UnixMillis,
-    rows: Rows,
-    scouted: Option<Scouted>,
-) -> Result<Captured, Failure> {
+    rows: RowsTiming,
+    sessions: Option<FoundSessions>,
+) -> Result<CapturedCheckpoint, Failure> {
     crate::operations::failpoint("checkpoint.begin")?;
-    let partial = site.dirs().partial_checkpoint(order.number);
+    let partial = step.dirs().partial_checkpoint(order.number);
     let database = async {
         match rows {
-            Rows::Now(draft) => database::save(site, order, plans, now, &partial, draft.map(|draft| *draft))
-                .await
-                .map(|(part, ms)| DatabaseCapture::Written(part, ms)),
-            Rows::Later(opened) => database::begin(site, &partial, opened).await.map(DatabaseCapture::Pinned),
+            RowsTiming::UnderFreeze(staged) => {
+                database::save(step, order, plans, now, &partial, staged.map(|staged| *staged))
+                    .await
+                    .map(|(part, ms)| CapturedRows::Written(part, ms))
+            }
+            RowsTiming::AfterThaw(prepared) => {
+                database::begin(step, &partial, prepared).await.map(CapturedRows::Pinned)
+            }
         }
     };
-    let (observed, rows, opened) = tokio::join!(workspace(site, order), database, transcripts::open(site, scouted));
-    // All three have ended before any error is looked at, so that an undo finds nobody at work.
-    let (observed, workspace_ms) = observed?;
+    let (scan, rows, opened) = tokio::join!(scan_workspace(step, order), database, transcripts::open(step, sessions));
+    // All three have ended before an error is returned: the undo must not run beside them.
+    let (scan, workspace_ms) = scan?;
     let others = rows.and_then(|rows| {
         let opened = opened?;
         crate::operations::failpoint("checkpoint.captured")?;
@@ -122,47 +127,47 @@ pub async fn capture(
     match others {
         Ok((rows, transcripts)) => {
             let parts_ms = [(PartKind::Workspace.to_string(), workspace_ms)].into();
-            Ok(Captured { observed, taken_at: now, transcripts, rows, parts_ms })
+            Ok(CapturedCheckpoint { scan, taken_at: now, transcripts, rows, parts_ms })
         }
         Err(failure) => {
-            observed.gone().await;
+            scan.dropped().await;
             Err(failure)
         }
     }
 }
 
-/// Completes the database part, where that was not done while the agents stood still.
-async fn written(
-    site: &StepContext,
+/// Returns the database part, copying the rows now where the capture has only pinned them.
+async fn write_rows(
+    step: &StepContext,
     order: &CheckpointOrder,
-    rows: DatabaseCapture,
+    rows: CapturedRows,
     taken_at: UnixMillis,
     partial: &Path,
 ) -> Result<(DatabasePart, f64), Failure> {
     match rows {
-        DatabaseCapture::Written(part, ms) => Ok((part, ms)),
-        DatabaseCapture::Pinned(pinned) => {
+        CapturedRows::Written(part, ms) => Ok((part, ms)),
+        CapturedRows::Pinned(pinned) => {
             let start = Instant::now();
-            let part = database::copy(site, pinned, order, &Vec::new(), taken_at, partial).await?;
+            let part = database::copy(step, pinned, order, &Vec::new(), taken_at, partial).await?;
             Ok((part, ms_since(start)))
         }
     }
 }
 
-/// Scans the workspace and reads the files that have changed.
-async fn workspace(site: &StepContext, order: &CheckpointOrder) -> Result<(DeferredRemoval<Observed>, f64), Failure> {
+/// Scans the workspace and reads the files that have changed; returns the scan and the milliseconds that it took.
+async fn scan_workspace(step: &StepContext, order: &CheckpointOrder) -> Result<(BlockingDrop<Observed>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
-        workspace: PathBuf::from(&site.project.facts.workspace),
+        workspace: PathBuf::from(&step.project.facts.workspace),
         number: order.number,
-        message: format!("{} {} of {}\n", order.trigger.as_str(), order.number, site.project.name),
+        message: format!("{} {} of {}\n", order.trigger.as_str(), order.number, step.project.name),
         parent: order.number.checked_sub(1).filter(|n| *n > 0),
-        rules: site.rules(),
+        rules: step.rules(),
         mapped: Mapped::default(),
         whole_after: None,
     };
-    let mapped = crate::operations::checkpoint::warm_up::mapped(site, &order.runs);
-    let observed = site
+    let mapped = crate::operations::checkpoint::warm_up::mapped(step, &order.runs);
+    let scan = step
         .with_history_at_once(&order.operation, "save the workspace", move |history, progress, cancel| {
             let mut request = request;
             request.mapped = match mapped() {
@@ -171,51 +176,51 @@ async fn workspace(site: &StepContext, order: &CheckpointOrder) -> Result<(Defer
             };
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.observe(&request, progress, cancel).map(DeferredRemoval::new).map(Ok)
+            history.observe(&request, progress, cancel).map(BlockingDrop::new).map(Ok)
         })
         .await??;
-    Ok((observed, ms_since(start)))
+    Ok((scan, ms_since(start)))
 }
 
-/// Makes a snapshot of what was read: agents need not stand still for it.
-async fn complete(
-    site: &StepContext,
+/// Makes a snapshot of the files that the scan has read; agents need not be frozen for it.
+async fn complete_snapshot(
+    step: &StepContext,
     order: &CheckpointOrder,
-    observed: DeferredRemoval<Observed>,
+    scan: BlockingDrop<Observed>,
     taken_at: UnixMillis,
-) -> Result<DeferredRemoval<Snapshot>, Failure> {
-    site.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
-        // Nobody else has it.
-        let observed = observed.take().ok_or(HistoryError::Cancelled)?;
-        history.complete(observed, taken_at.0, progress, cancel).map(DeferredRemoval::new)
+) -> Result<BlockingDrop<Snapshot>, Failure> {
+    step.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {
+        // `None` only while it is shared, and it is not.
+        let scan = scan.take().ok_or(HistoryError::Cancelled)?;
+        history.complete(scan, taken_at.0, progress, cancel).map(BlockingDrop::new)
     })
     .await
 }
 
-/// What a checkpoint has beside its snapshot, complete.
-struct Beside {
+/// The parts of a checkpoint except the workspace, complete.
+struct OtherParts {
     database: DatabasePart,
-    transcripts: Copied,
+    transcripts: CopiedTranscripts,
     parts_ms: BTreeMap<String, f64>,
 }
 
-/// Copies the transcripts, adds plugin artifacts and the manifest, and gives the checkpoint its place; only the row is
-/// missing then.
+/// Copies the transcripts, adds plugin artifacts and the manifest, and renames the checkpoint to its final place. Only
+/// the row is missing then.
 ///
 /// # Errors
-/// When anything cannot be written. A plugin's failure is a warning.
+/// When a part cannot be written. A plugin's failure is a warning.
 pub async fn seal(
-    site: &StepContext,
+    step: &StepContext,
     order: &CheckpointOrder,
-    captured: Captured,
+    captured: CapturedCheckpoint,
     now: UnixMillis,
-) -> Result<Made, Failure> {
+) -> Result<SealedCheckpoint, Failure> {
     let start = Instant::now();
-    let Captured { observed, taken_at, transcripts, rows, mut parts_ms } = captured;
-    let partial = site.dirs().partial_checkpoint(order.number);
+    let CapturedCheckpoint { scan, taken_at, transcripts, rows, mut parts_ms } = captured;
+    let partial = step.dirs().partial_checkpoint(order.number);
     let (snapshot, database, transcripts) = tokio::join!(
-        complete(site, order, observed, taken_at),
-        written(site, order, rows, taken_at, &partial),
+        complete_snapshot(step, order, scan, taken_at),
+        write_rows(step, order, rows, taken_at, &partial),
         transcripts::copy(transcripts, &partial)
     );
     let snapshot = snapshot?;
@@ -223,40 +228,40 @@ pub async fn seal(
     let finished = async {
         let (database, database_ms) = database?;
         parts_ms.insert(PartKind::Database.to_string(), database_ms);
-        let beside = Beside { database, transcripts: transcripts?, parts_ms };
-        finish(site, order, &snapshot, beside, partial, now).await
+        let others = OtherParts { database, transcripts: transcripts?, parts_ms };
+        finish(step, order, &snapshot, others, partial, now).await
     };
     match finished.await {
-        Ok(made) => Ok(made),
+        Ok(sealed) => Ok(sealed),
         Err(failure) => {
-            // The undo finds nothing of it.
-            snapshot.gone().await;
+            // Before the undo begins.
+            snapshot.dropped().await;
             Err(failure)
         }
     }
 }
 
 async fn finish(
-    site: &StepContext,
+    step: &StepContext,
     order: &CheckpointOrder,
-    snapshot: &DeferredRemoval<Snapshot>,
-    beside: Beside,
+    snapshot: &BlockingDrop<Snapshot>,
+    others: OtherParts,
     partial: PathBuf,
     now: UnixMillis,
-) -> Result<Made, Failure> {
-    let Beside { database, transcripts, mut parts_ms } = beside;
+) -> Result<SealedCheckpoint, Failure> {
+    let OtherParts { database, transcripts, mut parts_ms } = others;
     let unsynced = database.unsynced;
-    let Copied { sessions, mut parts, warnings: about_transcripts } = transcripts;
+    let CopiedTranscripts { sessions, mut parts, warnings: transcript_warnings } = transcripts;
     parts.extend(database.parts);
     let mut warnings = snapshot.warnings.clone();
-    warnings.extend(about_transcripts);
+    warnings.extend(transcript_warnings);
     if !snapshot.torn.is_empty() {
         warnings.push(format!("{} files changed while they were read", snapshot.torn.len()));
     }
     let start = Instant::now();
-    let dirs = site.dirs();
+    let dirs = step.dirs();
     let place = dirs.checkpoint(order.number);
-    parts.extend(artifacts(site, order, &partial, &mut warnings).await?);
+    parts.extend(artifacts(step, order, &partial, &mut warnings).await?);
     parts_ms.insert("plugins".to_owned(), ms_since(start));
     let commit = snapshot.commit.to_string();
     parts.insert(
@@ -270,45 +275,43 @@ async fn finish(
     );
     let manifest = Manifest {
         format: FORMAT,
-        project: site.project.name.clone(),
+        project: step.project.name.clone(),
         checkpoint: order.number,
         created_at: now,
         parts,
     };
-    let mut metadata = metadata(site, snapshot, database.item_count, database.tokens);
+    let mut metadata = metadata(step, snapshot, database.item_count, database.tokens);
     let files_bytes: u64 = manifest.parts.iter().skip(1).map(|part| part.bytes).sum();
     let size_bytes = files_bytes + snapshot.stats.new_bytes;
     let seal_start = Instant::now();
-    let manifest_sha256 = publish(site, snapshot.share(), &manifest, unsynced, partial, place.clone()).await?;
+    let manifest_sha256 = publish(step, snapshot.share(), &manifest, unsynced, partial, place.clone()).await?;
     parts_ms.insert("seal".to_owned(), ms_since(seal_start));
     metadata.warnings.clone_from(&warnings);
     metadata.parts_ms = parts_ms;
-    let view = row(site, order, &place, Contents { created_at: now, commit, manifest_sha256, size_bytes, metadata });
+    let files = FilesSummary { created_at: now, commit, manifest_sha256, size_bytes, metadata };
+    let view = row(step, order, &place, files);
     crate::operations::failpoint("checkpoint.sealed")?;
     let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
-    Ok(Made { view, sessions, warnings })
+    Ok(SealedCheckpoint { view, sessions, warnings })
 }
 
-/// What only the files of a checkpoint can tell of it.
-pub(super) struct Contents {
-    /// When it was made.
+/// The fields of a checkpoint's row that come from its files.
+pub(super) struct FilesSummary {
     pub created_at: UnixMillis,
-    /// The commit of the workspace.
+    /// The commit of the workspace's snapshot.
     pub commit: String,
-    /// The hash of its manifest, in hexadecimal.
     pub manifest_sha256: String,
-    /// What it has added, bytes.
+    /// The bytes that the checkpoint has added to the disk.
     pub size_bytes: u64,
-    /// What is known of it besides.
     pub metadata: CheckpointMetadata,
 }
 
-/// Describes the checkpoint that was ordered, in its place.
-pub(super) fn row(site: &StepContext, order: &CheckpointOrder, place: &Path, contents: Contents) -> CheckpointView {
+/// Makes the row of the ordered checkpoint, whose files are in `place`.
+pub(super) fn row(step: &StepContext, order: &CheckpointOrder, place: &Path, files: FilesSummary) -> CheckpointView {
     let text = |name: &str| place.join(name).to_string_lossy().into_owned();
-    let Contents { created_at, commit, manifest_sha256, size_bytes, metadata } = contents;
+    let FilesSummary { created_at, commit, manifest_sha256, size_bytes, metadata } = files;
     CheckpointView {
-        project: site.project.name.clone(),
+        project: step.project.name.clone(),
         id: order.number,
         name: order.name.clone(),
         description: order.description.clone(),
@@ -327,13 +330,14 @@ pub(super) fn row(site: &StepContext, order: &CheckpointOrder, place: &Path, con
     }
 }
 
+/// Asks the plugins for their artifacts; a plugin's failure becomes a warning.
 async fn artifacts(
-    site: &StepContext,
+    step: &StepContext,
     order: &CheckpointOrder,
     partial: &Path,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<ManifestPart>, Failure> {
-    if !site.services.plugins.may_save() {
+    if !step.services.plugins.may_save() {
         return Ok(Vec::new());
     }
     let directory = partial.join("plugins");
@@ -346,15 +350,15 @@ async fn artifacts(
             .map_err(|e| Failure::fault(&format!("create {}", create.display()), &e))
     })
     .await?;
-    let agents = site.project.alive_agents().filter_map(|agent| {
+    let agents = step.project.alive_agents().filter_map(|agent| {
         let processes = agent.run()?.processes.as_ref()?;
         Some(AgentProcess { name: agent.name.to_string(), pid: Some(processes.pid), cgroup: None })
     });
     let request = SaveRequest {
-        project: site.project.name.to_string(),
+        project: step.project.name.to_string(),
         checkpoint: order.number.to_string(),
         operation: order.operation.to_string(),
-        workspace: PathBuf::from(&site.project.facts.workspace),
+        workspace: PathBuf::from(&step.project.facts.workspace),
         directory,
         agents: agents.collect(),
         frozen: order.frozen,
@@ -363,10 +367,8 @@ async fn artifacts(
     let mut parts = Vec::new();
     // Dropping the call cancels it in the plugins.
     let saved = tokio::select! {
-        saved = site.services.plugins.checkpoint_save(&request) => saved,
-        () = site.cancel.cancelled() => {
-            return Err(Refusal::new(Code::OperationCancelled, "the operation was cancelled").into());
-        }
+        saved = step.services.plugins.checkpoint_save(&request) => saved,
+        () = step.cancel.cancelled() => return Err(cancelled_by_request()),
     };
     for result in saved {
         match result {
@@ -384,10 +386,10 @@ async fn artifacts(
     Ok(parts)
 }
 
-/// Publishes a snapshot, and gives what is beside it its place: all that is not durable yet, `unsynced` among it, becomes so
-/// together. Returns the SHA-256 of the manifest.
+/// Publishes a snapshot and renames the other parts to their final place. Everything that is not durable yet, with the
+/// files `unsynced`, is synced together. Returns the SHA-256 of the manifest.
 async fn publish(
-    site: &StepContext,
+    step: &StepContext,
     snapshot: Arc<Snapshot>,
     manifest: &Manifest,
     unsynced: Vec<File>,
@@ -395,29 +397,29 @@ async fn publish(
     place: PathBuf,
 ) -> Result<String, Failure> {
     let bytes = encoded(manifest)?;
-    let sha256 = site
+    let manifest_sha256 = step
         .with_history(None, "publish the snapshot", move |history, _, _| {
-            // Neither means anything without the row.
+            // Neither the ref nor the directory is a checkpoint before it has a row.
             let publication = history.begin_to_publish(&snapshot)?;
-            match put_in_place(&bytes, &partial, &place) {
+            match move_to_place(&bytes, &partial, &place) {
                 Ok(placed) => publication.complete(&unsynced.iter().chain(&placed).collect::<Vec<_>>())?,
                 Err(failure) => return Ok(Err(failure)),
             }
-            Ok(Ok(hex(&Sha256::digest(&bytes))))
+            Ok(Ok(sha256(&bytes)))
         })
         .await??;
     crate::operations::failpoint("checkpoint.placed")?;
-    Ok(sha256)
+    Ok(manifest_sha256)
 }
 
 fn encoded(manifest: &Manifest) -> Result<Vec<u8>, Failure> {
     serde_json::to_vec_pretty(manifest).map_err(|e| Failure::fault("encode the manifest", &e))
 }
 
-/// Writes the manifest into a checkpoint's directory, of which nothing else is missing, and gives that its place. Returns
-/// what is to be synced for that.
-fn put_in_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File; 3], Failure> {
-    // The directory is nobody's checkpoint yet: nothing has to be replaced.
+/// Writes the manifest into the directory of a checkpoint whose other parts are complete, and renames the directory.
+/// Returns the files that have to be synced for that.
+fn move_to_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File; 3], Failure> {
+    // The directory is no checkpoint yet, so that no older manifest has to be replaced atomically.
     let manifest = write_unsynced(&partial.join(MANIFEST), manifest, 0o600)
         .map_err(|e| Failure::fault("write the manifest", &e))?;
     let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
@@ -427,23 +429,23 @@ fn put_in_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File; 
     Ok([manifest, File::open(place).map_err(failed)?, File::open(parent).map_err(failed)?])
 }
 
-/// Gives a checkpoint's directory, of which only the manifest is missing, its place, durably. Returns the SHA-256 of the
-/// manifest.
+/// Writes the manifest of an imported checkpoint, whose other parts are complete and synced, and renames its directory,
+/// durably. Returns the SHA-256 of the manifest.
 pub(super) async fn place(manifest: &Manifest, partial: PathBuf, place: PathBuf) -> Result<String, Failure> {
     let bytes = encoded(manifest)?;
-    let sha256 = blocking("give the checkpoint its place", move || {
-        let placed = put_in_place(&bytes, &partial, &place)?;
+    let manifest_sha256 = blocking("move the checkpoint to its place", move || {
+        let placed = move_to_place(&bytes, &partial, &place)?;
         sync_together(&placed.iter().collect::<Vec<_>>())
             .map_err(|e| Failure::fault(&format!("sync {}", place.display()), &e))?;
-        Ok(hex(&Sha256::digest(&bytes)))
+        Ok(sha256(&bytes))
     })
     .await?;
     crate::operations::failpoint("checkpoint.placed")?;
-    Ok(sha256)
+    Ok(manifest_sha256)
 }
 
-fn metadata(site: &StepContext, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
-    let project = &site.project;
+fn metadata(step: &StepContext, snapshot: &Snapshot, item_count: u64, context_tokens: u64) -> CheckpointMetadata {
+    let project = &step.project;
     let done = || project.tasks.values().filter(|task| task.status == TaskStatus::Completed);
     CheckpointMetadata {
         phase: project.facts.phase,
@@ -463,17 +465,16 @@ fn metadata(site: &StepContext, snapshot: &Snapshot, item_count: u64, context_to
     }
 }
 
-/// Describes a file of a checkpoint.
+/// Makes the manifest's entry of a file; reads the file to hash it.
 ///
 /// # Errors
-/// When it cannot be read.
+/// When the file cannot be read.
 pub fn part(kind: PartKind, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
     let file = directory.join(path);
     let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
     Ok(ManifestPart { kind, path: path.into(), bytes, sha256 })
 }
 
-/// The default name of a checkpoint.
 pub fn default_name(trigger: Trigger, number: CheckpointNumber) -> String {
     format!("{} {number}", trigger.as_str().replace('_', " "))
 }

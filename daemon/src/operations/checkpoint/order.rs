@@ -1,4 +1,4 @@
-//! The request for one checkpoint, as an operation gives it to the steps that make it.
+//! The order for one checkpoint, which an operation passes to the steps that make it.
 
 use fermata_core::agent::RunKey;
 use fermata_protocol::checkpoint::Trigger;
@@ -7,20 +7,15 @@ use fermata_protocol::{CheckpointNumber, OperationId};
 /// A checkpoint that is to be made.
 #[derive(Debug, Clone)]
 pub struct CheckpointOrder {
-    /// The operation that makes it.
     pub operation: OperationId,
-    /// Its number.
     pub number: CheckpointNumber,
-    /// Its name.
     pub name: String,
-    /// Its description.
     pub description: String,
-    /// What makes it.
     pub trigger: Trigger,
-    /// The reason of the pause.
+    /// The reason of the pause, where there is a pause.
     pub reason: Option<String>,
-    /// Whether the agents stand still meanwhile.
+    /// Whether the agents stay frozen until the checkpoint is sealed.
     pub frozen: bool,
-    /// The runs that may be writing to the workspace.
+    /// The runs whose processes may have files of the workspace mapped or open for writing.
     pub runs: Vec<RunKey>,
 }

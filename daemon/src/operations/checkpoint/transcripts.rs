@@ -1,49 +1,49 @@
-//! Copies the tools' transcripts into a checkpoint; vendors purge theirs.
+//! Copies the tools' transcripts into a checkpoint, since vendors delete old ones.
 //!
 //! ```text
-//! scout   look for the sessions                        before anybody stands still
-//! open    open each file and note its size             while the agents stand still, an instant
-//! copy    copy so many bytes, hash them, flush         once they run again; for a pause, before its commit
+//! find    find the sessions                            before the freeze
+//! open    open each file and note its size             under the freeze
+//! copy    copy that many bytes, hash them, sync        after the thaw; for a pause, before its commit
 //! ```
-//! Tools append to their transcripts: so many bytes of the open file are what it was at that instant. Must not wait for
-//! anything that an agent could keep from happening.
+//! Tools append to their transcripts: the first bytes of the open file, up to the noted size, are its content at that
+//! instant. Must not wait for anything that an agent could delay.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read as _, Write as _};
+use std::io::{self, BufReader, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::AgentName;
 use fermata_protocol::checkpoint::{ManifestPart, PartKind};
-use sha2::{Digest as _, Sha256};
 
 use crate::errors::Failure;
-use crate::hashing::hex;
-use crate::operations::run::session::{self, Scouted};
+use crate::hashing::HashingWriter;
+use crate::operations::run::session::{self, FoundSessions};
 use crate::operations::{StepContext, blocking};
 use crate::profile::{self, Session};
 
-/// The directory of the transcripts inside a checkpoint's.
+/// The directory of the transcripts in a checkpoint's directory.
 const DIRECTORY: &str = "transcripts";
 
+/// The bytes that are copied at once.
 const BUFFER: usize = 128 << 10;
 
-/// A transcript as it was while the agents stood still.
+/// An open transcript with its size at the instant of the freeze.
 struct Transcript {
-    /// Where it goes, inside the checkpoint's directory.
+    /// The path of the copy in the checkpoint's directory.
     relative: PathBuf,
-    /// Where it comes from, for messages.
+    /// The path of the original, for messages.
     source: PathBuf,
     file: File,
     bytes: u64,
 }
 
-/// The sessions that were found and their transcripts, opened.
-pub(super) struct Opened {
-    /// The sessions, by agent.
+/// The sessions of the agents and their transcripts, opened.
+#[derive(Default)]
+pub(super) struct OpenedTranscripts {
     pub sessions: Vec<(AgentName, Session)>,
-    /// What a person should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
     transcripts: Vec<Transcript>,
 }
@@ -52,25 +52,26 @@ pub(super) struct Opened {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn scout(site: &StepContext) -> Result<Scouted, Failure> {
-    let agents: Vec<AgentName> = site.project.agents.keys().cloned().collect();
-    session::scout(site, &agents).await
+pub async fn find(step: &StepContext) -> Result<FoundSessions, Failure> {
+    let agents: Vec<AgentName> = step.project.agents.keys().cloned().collect();
+    session::find(step, &agents).await
 }
 
-/// Opens the transcripts of what was scouted, or of what is found now.
+/// Opens the transcripts of these sessions, or of all that are found now. Leaves out a transcript that was removed or is
+/// no regular file.
 ///
 /// # Errors
-/// When one of them cannot be opened; one that is gone, or is no file, is left out.
-pub(super) async fn open(site: &StepContext, scouted: Option<Scouted>) -> Result<Opened, Failure> {
-    let scouted = match scouted {
-        Some(scouted) => scouted,
-        None => scout(site).await?,
+/// When a transcript cannot be opened.
+pub(super) async fn open(step: &StepContext, sessions: Option<FoundSessions>) -> Result<OpenedTranscripts, Failure> {
+    let found = match sessions {
+        Some(found) => found,
+        None => find(step).await?,
     };
-    if scouted.is_empty() {
-        return Ok(Opened { sessions: Vec::new(), warnings: Vec::new(), transcripts: Vec::new() });
+    if found.is_empty() {
+        return Ok(OpenedTranscripts::default());
     }
     blocking("open transcripts", move || {
-        let mut opened = Opened { sessions: scouted.now(), warnings: Vec::new(), transcripts: Vec::new() };
+        let mut opened = OpenedTranscripts { sessions: found.current(), ..OpenedTranscripts::default() };
         for (agent, session) in &opened.sessions {
             let Some(relative) = path(agent, session) else { continue };
             let source = session.file.clone();
@@ -80,7 +81,7 @@ pub(super) async fn open(site: &StepContext, scouted: Option<Scouted>) -> Result
                     "the transcript of agent '{agent}' is left out: {} is not a regular file",
                     source.display()
                 )),
-                // A session that its tool has just removed is no reason to have no checkpoint.
+                // Its tool has just removed it: the checkpoint is made without it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(Failure::fault(&format!("open {}", source.display()), &error)),
             }
@@ -90,43 +91,41 @@ pub(super) async fn open(site: &StepContext, scouted: Option<Scouted>) -> Result
     .await
 }
 
-/// The transcripts inside a checkpoint's directory, durable.
-pub(super) struct Copied {
-    /// The sessions, by agent.
+/// The transcripts in a checkpoint's directory, durable.
+pub(super) struct CopiedTranscripts {
     pub sessions: Vec<(AgentName, Session)>,
-    /// The files.
     pub parts: Vec<ManifestPart>,
-    /// What a person should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
 }
 
-/// Copies what was opened into a checkpoint's directory and makes it durable.
+/// Copies opened transcripts into a checkpoint's directory and makes them durable.
 ///
 /// # Errors
-/// When a transcript cannot be read or its copy not be written.
-pub(super) async fn copy(opened: Opened, partial: &Path) -> Result<Copied, Failure> {
-    let Opened { sessions, warnings, transcripts } = opened;
+/// When a transcript cannot be read or its copy cannot be written.
+pub(super) async fn copy(opened: OpenedTranscripts, partial: &Path) -> Result<CopiedTranscripts, Failure> {
+    let OpenedTranscripts { sessions, warnings, transcripts } = opened;
     if transcripts.is_empty() {
-        return Ok(Copied { sessions, parts: Vec::new(), warnings });
+        return Ok(CopiedTranscripts { sessions, parts: Vec::new(), warnings });
     }
     let partial = partial.to_owned();
     blocking("copy transcripts", move || {
-        let mut copied = Copied { sessions, parts: Vec::new(), warnings };
+        let mut copied = CopiedTranscripts { sessions, parts: Vec::new(), warnings };
         let mut directories = BTreeSet::new();
-        for one in transcripts {
-            let wanted = one.bytes;
-            let source = one.source.clone();
-            let part = copy_one(one, &partial, &mut directories)
+        for transcript in transcripts {
+            let expected = transcript.bytes;
+            let source = transcript.source.clone();
+            let part = copy_one(transcript, &partial, &mut directories)
                 .map_err(|error| Failure::fault(&format!("copy {}", source.display()), &error))?;
-            if part.bytes < wanted {
-                let (there, source) = (part.bytes, source.display());
-                copied
-                    .warnings
-                    .push(format!("{source} shrank while it was copied: {there} of {wanted} bytes are kept"));
+            if part.bytes < expected {
+                let (copied_bytes, source) = (part.bytes, source.display());
+                copied.warnings.push(format!(
+                    "{source} shrank while it was copied: the checkpoint has {copied_bytes} of {expected} bytes"
+                ));
             }
             copied.parts.push(part);
         }
-        // The names in them; the checkpoint's own directory is flushed before it gets its place.
+        // For the names in them; the checkpoint's own directory is synced before it is renamed.
         for directory in directories {
             let synced = File::open(&directory).and_then(|open| open.sync_all());
             synced.map_err(|e| Failure::fault(&format!("sync {}", directory.display()), &e))?;
@@ -136,56 +135,42 @@ pub(super) async fn copy(opened: Opened, partial: &Path) -> Result<Copied, Failu
     .await
 }
 
-fn copy_one(one: Transcript, partial: &Path, directories: &mut BTreeSet<PathBuf>) -> io::Result<ManifestPart> {
-    let to = partial.join(&one.relative);
+fn copy_one(transcript: Transcript, partial: &Path, directories: &mut BTreeSet<PathBuf>) -> io::Result<ManifestPart> {
+    let Transcript { relative, file, bytes, .. } = transcript;
+    let to = partial.join(&relative);
     let directory = to.parent().unwrap_or(partial);
     fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
     directories.extend([directory.to_owned(), partial.join(DIRECTORY)]);
-    let mut copy = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&to)?;
-    let mut source = one.file.take(one.bytes);
-    let mut hash = Sha256::new();
-    let mut buffer = vec![0; BUFFER];
-    let mut bytes = 0;
-    loop {
-        let n = match source.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => n,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(error),
-        };
-        hash.update(&buffer[..n]);
-        copy.write_all(&buffer[..n])?;
-        bytes += n as u64;
-    }
+    let mut copy = HashingWriter::new(OpenOptions::new().write(true).create_new(true).mode(0o600).open(&to)?);
+    io::copy(&mut BufReader::with_capacity(BUFFER, file.take(bytes)), &mut copy)?;
+    let (copy, bytes, sha256) = copy.into_parts();
     copy.sync_all()?;
-    Ok(ManifestPart {
-        kind: PartKind::Transcript,
-        path: one.relative.to_string_lossy().into_owned(),
-        bytes,
-        sha256: hex(&hash.finalize()),
-    })
+    let path = relative.to_string_lossy().into_owned();
+    Ok(ManifestPart { kind: PartKind::Transcript, path, bytes, sha256 })
 }
 
-/// Returns the file of a transcript inside a checkpoint's directory.
+/// Returns the path of a transcript in a checkpoint's directory.
 fn path(agent: &AgentName, session: &Session) -> Option<PathBuf> {
     Some(PathBuf::from(DIRECTORY).join(agent.as_str()).join(session.file.file_name()?))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
-    fn opened(dir: &Path, content: &str) -> Opened {
+    fn opened(dir: &Path, content: &str) -> OpenedTranscripts {
         let source = dir.join("s.jsonl");
         fs::write(&source, content).expect("written");
-        let (file, bytes) = profile::open_session(&source).expect("looked at").expect("a file");
+        let (file, bytes) = profile::open_session(&source).expect("opened").expect("a regular file");
         let relative = PathBuf::from(DIRECTORY).join("a").join("s.jsonl");
         let transcripts = vec![Transcript { relative, source, file, bytes }];
-        Opened { sessions: Vec::new(), warnings: Vec::new(), transcripts }
+        OpenedTranscripts { transcripts, ..OpenedTranscripts::default() }
     }
 
     #[tokio::test]
-    async fn what_is_appended_or_replaced_after_the_instant_is_not_in_the_copy() {
+    async fn the_copy_has_nothing_that_is_appended_or_replaced_after_the_file_was_opened() {
         let dir = tempfile::tempdir().expect("a directory");
         let partial = dir.path().join("1.partial");
         let opened = opened(dir.path(), "before\n");
@@ -194,14 +179,14 @@ mod tests {
         fs::remove_file(&source).expect("purged");
         let copied = copy(opened, &partial).await.expect("copied");
         let place = partial.join("transcripts/a/s.jsonl");
-        assert_eq!(fs::read_to_string(&place).expect("there"), "before\n");
+        assert_eq!(fs::read_to_string(&place).expect("readable"), "before\n");
         let (bytes, sha256) = crate::hashing::hash_file(&place).expect("hashed");
         assert_eq!((copied.parts[0].bytes, &copied.parts[0].sha256), (bytes, &sha256));
         assert_eq!(copied.warnings, [""; 0]);
     }
 
     #[tokio::test]
-    async fn a_transcript_that_shrinks_is_kept_as_far_as_it_goes_and_told_of() {
+    async fn a_transcript_that_shrinks_is_copied_up_to_its_end_with_a_warning() {
         let dir = tempfile::tempdir().expect("a directory");
         let opened = opened(dir.path(), "a long one");
         fs::write(dir.path().join("s.jsonl"), "short").expect("rewritten");

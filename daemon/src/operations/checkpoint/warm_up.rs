@@ -1,4 +1,4 @@
-//! Gets to know a workspace while its agents run, so that they stand still only for what changes later.
+//! Warm-up scan: scans a workspace while its agents run, so that under the freeze only later changes are read.
 
 use std::path::{Path, PathBuf};
 
@@ -11,30 +11,30 @@ use crate::operations::{Cancel, StepContext};
 use fermata_history::{Mapped, Primed, RelPath, SnapshotRequest};
 use fermata_os::{mappings, process};
 
-/// Describes a snapshot that becomes no checkpoint.
-fn request(site: &StepContext) -> SnapshotRequest {
+/// Returns the request of a scan that does not become a checkpoint.
+fn request(step: &StepContext) -> SnapshotRequest {
     SnapshotRequest {
-        workspace: PathBuf::from(&site.project.facts.workspace),
+        workspace: PathBuf::from(&step.project.facts.workspace),
         number: 0,
-        message: format!("what is known of {}\n", site.project.name),
+        message: format!("warm-up scan of {}\n", step.project.name),
         parent: None,
-        rules: site.rules(),
+        rules: step.rules(),
         mapped: Mapped::default(),
-        whole_after: site.services.settings().checkpoints.whole_after(),
+        whole_after: step.services.settings().checkpoints.whole_after(),
     }
 }
 
-/// Makes sure that the workspace is known, before anybody is made to stand still for it.
+/// Scans the workspace unless its state is in memory already. `status` shows the progress.
 ///
 /// # Errors
-/// When the workspace cannot be read or the store not be written.
-pub async fn run(site: &StepContext, operation: Option<&OperationId>) -> Result<(), Failure> {
-    let runs = site.project.runs(site.project.running_agents());
-    let (mut request, now) = (request(site), crate::services::now());
-    let mapped = mapped(site, &runs);
-    let cell = site.history.clone();
-    let primed = site
-        .with_history(operation, "look at the workspace", move |history, progress, cancel| {
+/// When the workspace cannot be read or the store cannot be written.
+pub async fn run(step: &StepContext, operation: Option<&OperationId>) -> Result<(), Failure> {
+    let runs = step.project.runs(step.project.running_agents());
+    let (mut request, now) = (request(step), crate::services::now());
+    let mapped = mapped(step, &runs);
+    let cell = step.history.clone();
+    let primed = step
+        .with_history(operation, "scan the workspace", move |history, progress, cancel| {
             if history.is_primed(&request) {
                 return Ok(Ok(Primed::Already));
             }
@@ -42,61 +42,61 @@ pub async fn run(site: &StepContext, operation: Option<&OperationId>) -> Result<
                 Ok(mapped) => mapped,
                 Err(failure) => return Ok(Err(failure)),
             };
-            // Only who looks tells of it: whoever finds nothing to do must not end what another one tells.
-            let looking = cell.begin_scan();
-            let tell = |now| {
-                looking.tell(now);
-                progress(now);
+            // Begun only here: a call that finds nothing to do must not end the progress of a scan that runs.
+            let scan = cell.begin_scan();
+            let report = |state| {
+                scan.report(state);
+                progress(state);
             };
-            history.warm_up(&request, now.0, &tell, cancel).map(Ok)
+            history.warm_up(&request, now.0, &report, cancel).map(Ok)
         })
         .await??;
     if let Primed::Looked { read, files } = primed {
-        tracing::debug!(project = %site.project.name, read, files, "the workspace is known");
+        tracing::debug!(project = %step.project.name, read, files, "the workspace was scanned");
     }
     Ok(())
 }
 
-/// The same in the background; what goes wrong will be told by the operation that needs it.
-pub fn in_background(mut site: StepContext) {
-    let (services, cancel) = (std::sync::Arc::clone(&site.services), Cancel::default());
-    site.cancel = cancel.clone();
+/// Runs the scan in a tracked task. An error is only logged: the operation that needs the scan reports its own.
+pub fn in_background(mut step: StepContext) {
+    let (services, cancel) = (std::sync::Arc::clone(&step.services), Cancel::default());
+    step.cancel = cancel.clone();
     services.tracker.clone().spawn(async move {
         let stopping = services.stopping.clone();
-        let look = async {
-            // One project after the other: this is nobody's hurry.
-            let _turn = services.background.acquire().await;
+        let scan = async {
+            // One project at a time.
+            let _permit = services.background.acquire().await;
             if stopping.is_cancelled() {
                 return;
             }
-            let known = match run(&site, None).await {
-                // What is known already takes room on the disk.
-                Ok(()) => storage::measure(&site).await.map(drop),
+            let scanned = match run(&step, None).await {
+                // The scan has written objects.
+                Ok(()) => storage::measure(&step).await.map(drop),
                 Err(failure) => Err(failure),
             };
-            if let Err(failure) = known {
-                tracing::debug!(project = %site.project.name, %failure, "the workspace is not known yet");
+            if let Err(failure) = scanned {
+                tracing::debug!(project = %step.project.name, %failure, "the warm-up scan failed");
             }
         };
-        tokio::pin!(look);
+        tokio::pin!(scan);
         tokio::select! {
-            () = &mut look => return,
+            () = &mut scan => return,
             () = stopping.cancelled() => cancel.cancel(),
         }
-        // The blocking part ends soon.
-        look.await;
+        // Its blocking part ends soon after the cancellation.
+        scan.await;
     });
 }
 
-/// Returns what finds the files of the workspace that agents can write to through memory. It blocks, and fails when
-/// that cannot be found out.
-pub fn mapped(site: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
+/// Returns a function that finds the files of the workspace that processes of these runs have mapped shared and writable
+/// or open for writing. The function blocks, and fails when the processes cannot be listed.
+pub fn mapped(step: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Mapped, Failure> + Send + use<> {
     let shims: Vec<i32> = runs
         .iter()
-        .filter_map(|(agent, _)| site.project.agents.get(agent)?.processes())
+        .filter_map(|(agent, _)| step.project.agents.get(agent)?.processes())
         .map(|processes| processes.shim_pid)
         .collect();
-    let workspace = PathBuf::from(&site.project.facts.workspace);
+    let workspace = PathBuf::from(&step.project.facts.workspace);
     move || {
         if shims.is_empty() {
             return Ok(Mapped::default());
@@ -107,14 +107,14 @@ pub fn mapped(site: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Ma
             let failed = |e| Failure::fault("list the agents' processes", &e);
             for stat in process::descendants(shim, process::ProcScan::Quick).map_err(failed)? {
                 let pid = stat.id.pid;
-                let found = mappings::writable_shared(pid).and_then(|found| {
-                    found.into_iter().for_each(|mapping| note(&mut mapped, mapping, &workspace));
+                let open_files = mappings::writable_shared(pid).and_then(|mapped_files| {
+                    mapped_files.into_iter().for_each(|mapping| add_mapping(&mut mapped, mapping, &workspace));
                     mappings::open_for_writing(pid, &workspace)
                 });
-                match found {
-                    Ok(found) => found.into_iter().for_each(|open| note_open(&mut mapped, &open, &workspace)),
+                match open_files {
+                    Ok(files) => files.into_iter().for_each(|file| add_open_file(&mut mapped, &file, &workspace)),
                     Err(error) => {
-                        tracing::debug!(pid, %error, "what it writes to is not told");
+                        tracing::debug!(pid, %error, "the files that a process writes to cannot be listed");
                         mapped.untold += 1;
                     }
                 }
@@ -124,21 +124,21 @@ pub fn mapped(site: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Ma
     }
 }
 
-fn note_open(mapped: &mut Mapped, open: &mappings::Open, workspace: &Path) {
+fn relative_to(workspace: &Path, path: &Path) -> Option<RelPath> {
     use std::os::unix::ffi::OsStrExt;
-    let path = open.path.strip_prefix(workspace).ok().and_then(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
-    match path.filter(|_| open.there) {
+    RelPath::new(path.strip_prefix(workspace).ok()?.as_os_str().as_bytes()).ok()
+}
+
+fn add_open_file(mapped: &mut Mapped, file: &mappings::Open, workspace: &Path) {
+    match relative_to(workspace, &file.path).filter(|_| file.there) {
         Some(path) => drop(mapped.open.insert(path)),
-        // It was renamed by another name of its own, or has none.
-        None => drop(mapped.inodes.insert(open.ino)),
+        // Its path is stale: it was renamed, or has no name.
+        None => drop(mapped.inodes.insert(file.ino)),
     }
 }
 
-fn note(mapped: &mut Mapped, mapping: mappings::Mapping, workspace: &Path) {
-    use std::os::unix::ffi::OsStrExt;
-    let below =
-        mapping.path.strip_prefix(workspace).ok().and_then(|path| RelPath::new(path.as_os_str().as_bytes()).ok());
-    match below {
+fn add_mapping(mapped: &mut Mapped, mapping: mappings::Mapping, workspace: &Path) {
+    match relative_to(workspace, &mapping.path) {
         Some(path) => drop(mapped.paths.insert(path, mapping.ino)),
         // In a container the same file has another path.
         None => drop(mapped.inodes.insert(mapping.ino)),

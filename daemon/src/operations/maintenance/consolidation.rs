@@ -1,8 +1,8 @@
-//! Keeps the packs of a project's history few and free of what nobody needs.
+//! Consolidates the packs of a project's history: few packs, without unneeded objects.
 //!
-//! Not a step of any operation: it is wished for after checkpoints have come or gone, runs beside everything else on a
-//! thread that stands back, one project at a time, and ends at once when the project pauses. Nobody waits for it, and
-//! whatever it did not come to is done at the next wish. Decides nothing about checkpoints.
+//! Not a step of an operation. It is requested after checkpoints were made or removed, runs in a thread of low priority,
+//! for one project at a time, and is cancelled when the project pauses. No operation waits for it, and the next request
+//! continues what it did not finish. It decides nothing about checkpoints.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,149 +16,155 @@ use crate::operations::maintenance::storage;
 use crate::operations::{Cancel, StepContext};
 use fermata_history::{Attempt, Consolidated, Extent};
 
-/// How long a consolidation that has failed is left alone: it costs a walk over all checkpoints.
+/// The time after a failed consolidation in which none is tried, since each walks over all checkpoints.
 const AFTER_FAILURE: Duration = Duration::from_secs(600);
 
-/// How long what follows a checkpoint waits, so that whoever asked for it is told before other threads want the processor.
+/// The delay of work that follows a checkpoint, so that the reply is sent before other threads use the processor.
 pub const BREATH: Duration = Duration::from_millis(20);
 
-/// How long whoever needs room waits for others who consolidate, and how often it asks.
-const PATIENCE: Duration = Duration::from_secs(60);
-const TURN: Duration = Duration::from_millis(20);
+/// How long [`reclaim`] waits for another consolidation, and how often it tries.
+const RECLAIM_TIMEOUT: Duration = Duration::from_secs(60);
+const RECLAIM_PERIOD: Duration = Duration::from_millis(20);
 
-/// Wishes for what the events of a project make worth it: a consolidation after a checkpoint, and none while it pauses.
-pub fn follow(site: &StepContext, events: &[Event]) {
-    for event in events {
-        match event {
-            Event::PauseStarted { .. } | Event::ProjectRemoved {} => hold_off(site),
+/// Requests a consolidation after the events that end a checkpoint, and interrupts it at the start of a pause.
+pub fn follow(step: &StepContext, events: &[Event]) {
+    let interrupts = |event: &Event| matches!(event, Event::PauseStarted { .. } | Event::ProjectRemoved {});
+    let ends_checkpoint = |event: &Event| {
+        matches!(
+            event,
             Event::CheckpointCreated { .. }
-            | Event::ProjectPaused { .. }
-            | Event::PauseFailed { .. }
-            | Event::RestorePlanned { .. } => request(site, Extent::Due),
-            _ => {}
+                | Event::ProjectPaused { .. }
+                | Event::PauseFailed { .. }
+                | Event::RestorePlanned { .. }
+        )
+    };
+    for event in events {
+        if interrupts(event) {
+            interrupt(step);
+        } else if ends_checkpoint(event) {
+            request(step, Extent::Due);
         }
     }
 }
 
-/// Asks for a consolidation as soon as one can be made. Returns at once.
-pub fn request(site: &StepContext, extent: Extent) {
-    let mut state = site.history.consolidations.lock();
+/// Requests a consolidation. Returns at once.
+pub fn request(step: &StepContext, extent: Extent) {
+    let mut state = step.history.consolidations.lock();
     let now = Instant::now();
-    if state.failed.is_some_and(|until| now < until) || site.services.stopping.is_cancelled() {
+    if state.failed.is_some_and(|until| now < until) || step.services.stopping.is_cancelled() {
         return;
     }
-    state.wanted.insert(extent);
+    state.requested.insert(extent);
     if state.running.is_none() {
         let cancel = Cancel::default();
         state.running = Some(cancel.clone());
-        site.services.tracker.spawn(run(StepContext { cancel, ..site.clone() }));
+        step.services.tracker.spawn(run(StepContext { cancel, ..step.clone() }));
     }
 }
 
-/// Ends what is under way: the project pauses, and nothing else shall use the disk. What was wished for waits for the
-/// next wish, which the end of the pause brings.
-pub fn hold_off(site: &StepContext) {
-    site.history.consolidations.hold_off();
+/// Cancels the consolidation that runs, so that a pause has the disk for itself. The requests stay until the next
+/// request, which the end of the pause makes.
+pub fn interrupt(step: &StepContext) {
+    step.history.consolidations.interrupt();
 }
 
-async fn run(site: StepContext) {
-    let queue = site.history.consolidations.clone();
+async fn run(step: StepContext) {
+    let queue = step.history.consolidations.clone();
     tokio::time::sleep(BREATH).await;
-    while let Some(extent) = queue.next(&site.cancel) {
-        let done = tokio::select! {
-            permit = site.services.background.acquire() => match permit {
-                Ok(_permit) => consolidate(&site, extent).await,
+    while let Some(extent) = queue.next(&step.cancel) {
+        let result = tokio::select! {
+            permit = step.services.background.acquire() => match permit {
+                Ok(_permit) => consolidate(&step, extent).await,
                 Err(_) => return,
             },
-            () = site.cancel.cancelled() => return,
-            () = site.services.stopping.cancelled() => return,
+            () = step.cancel.cancelled() => return,
+            () = step.services.stopping.cancelled() => return,
         };
-        if let Ok(Attempt::Busy) = done {
-            return queue.put_off(extent, &site.cancel);
+        if let Ok(Attempt::Busy) = result {
+            return queue.postpone(extent, &step.cancel);
         }
-        if let Err(failure) = done
-            && !site.cancel.is_cancelled()
+        if let Err(failure) = result
+            && !step.cancel.is_cancelled()
         {
             let mut state = queue.lock();
-            state.wanted.clear();
+            state.requested.clear();
             let first = state.failed.replace(Instant::now() + AFTER_FAILURE).is_none();
             drop(state);
             if first {
                 tracing::warn!(
-                    project = %site.project.name, %failure,
-                    "the packs of the history could not be consolidated; nothing has changed, it is tried again later"
+                    project = %step.project.name, %failure,
+                    "the packs of the history could not be consolidated and are unchanged; it is tried again later"
                 );
             }
         }
     }
 }
 
-/// Gives back what nobody needs any more, down to the last of it, since somebody waits for the room; `false` when others
-/// were at work for too long. A consolidation that is under way is ended.
+/// Frees all unneeded space now, for an operation that needs it. Cancels a consolidation that runs. Returns `false` when
+/// the store stayed busy for too long.
 ///
 /// # Errors
 /// As for [`consolidate`].
-pub async fn reclaim(site: &StepContext) -> Result<bool, Failure> {
+pub async fn reclaim(step: &StepContext) -> Result<bool, Failure> {
     let start = Instant::now();
-    hold_off(site);
-    while consolidate(site, Extent::Room).await? == Attempt::Busy {
-        if start.elapsed() > PATIENCE || site.cancel.is_cancelled() {
+    interrupt(step);
+    while consolidate(step, Extent::Room).await? == Attempt::Busy {
+        if start.elapsed() > RECLAIM_TIMEOUT || step.cancel.is_cancelled() {
             return Ok(false);
         }
-        tokio::time::sleep(TURN).await;
+        tokio::time::sleep(RECLAIM_PERIOD).await;
     }
     Ok(true)
 }
 
-/// Consolidates on a thread of its own; ends early with the daemon.
+/// Consolidates on a thread of its own; the daemon's shutdown cancels it and waits for it.
 ///
 /// # Errors
 /// When the history cannot be opened, when an object is damaged, or when the disk is full.
-pub async fn consolidate(site: &StepContext, extent: Extent) -> Result<Attempt, Failure> {
+pub async fn consolidate(step: &StepContext, extent: Extent) -> Result<Attempt, Failure> {
     const DOING: &str = "consolidate the history";
-    crate::operations::failpoint("upkeep.consolidate")?;
-    let (cell, dir, flag) = (site.history.clone(), site.dirs().history(), Arc::clone(&site.cancel.flag));
-    let services = Arc::clone(&site.services);
-    let removed = site.history.unreclaimed_bytes();
-    let (answer, mut answered) = oneshot::channel();
+    crate::operations::failpoint("maintenance.consolidate")?;
+    let (cell, dir, flag) = (step.history.clone(), step.dirs().history(), Arc::clone(&step.cancel.flag));
+    let services = Arc::clone(&step.services);
+    let unreclaimed_before = step.history.unreclaimed_bytes();
+    let (sender, mut receiver) = oneshot::channel();
     let work = move || {
         fermata_os::priority::stand_back();
         let start = Instant::now();
-        let done = cell.open(&dir, services.watcher()).and_then(|history| {
+        let result = cell.open(&dir, services.watcher()).and_then(|history| {
             if let Err(error) = history.keep() {
-                tracing::warn!(%error, "what is known of the workspace could not be kept");
+                tracing::warn!(%error, "the workspace state could not be written");
             }
-            // A look that costs nothing comes first.
+            // Reads only counters in memory.
             let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
             extent.map_or(Ok(Attempt::Nothing(None)), |extent| history.consolidate(extent, &|_| {}, &flag))
         });
-        // Nobody listens any more when the daemon is about to end.
-        drop(answer.send((done, start.elapsed())));
+        // Fails when the waiting task was dropped.
+        drop(sender.send((result, start.elapsed())));
     };
     std::thread::Builder::new().name("consolidation".to_owned()).spawn(work).map_err(|e| Failure::fault(DOING, &e))?;
-    let answered = tokio::select! {
-        answered = &mut answered => answered,
-        () = site.services.stopping.cancelled() => {
-            site.cancel.cancel();
-            answered.await
+    let received = tokio::select! {
+        received = &mut receiver => received,
+        () = step.services.stopping.cancelled() => {
+            step.cancel.cancel();
+            receiver.await
         }
     };
-    let (done, took) = answered.map_err(|e| Failure::fault(DOING, &e))?;
-    let done = done.map_err(|e| history_failure(DOING, &e))?;
-    site.history.consolidations.lock().failed = None;
-    match done {
+    let (result, elapsed) = received.map_err(|e| Failure::fault(DOING, &e))?;
+    let attempt = result.map_err(|e| history_failure(DOING, &e))?;
+    step.history.consolidations.lock().failed = None;
+    match attempt {
         Attempt::Done(Consolidated { wasted, .. }) | Attempt::Nothing(Some(wasted)) => {
-            site.history.counted(removed, wasted);
+            step.history.counted(unreclaimed_before, wasted);
         }
         Attempt::Nothing(None) | Attempt::Busy => {}
     }
-    if let Attempt::Done(Consolidated { packs, bytes_before, bytes_after, objects, deltas, wasted: _ }) = done {
-        let took_ms = took.as_millis() as u64;
-        let project = &site.project.name;
+    if let Attempt::Done(Consolidated { packs, bytes_before, bytes_after, objects, deltas, wasted: _ }) = attempt {
+        let took_ms = elapsed.as_millis() as u64;
+        let project = &step.project.name;
         tracing::info!(%project, packs, bytes_before, bytes_after, objects, deltas, took_ms, "packs were consolidated");
-        storage::measure(site).await?;
-        // What it needed can go.
-        site.services.settled.notify_one();
+        storage::measure(step).await?;
+        step.services.settled.notify_one();
     }
-    Ok(done)
+    Ok(attempt)
 }

@@ -1,4 +1,4 @@
-//! The consolidations that are requested of one project and the one that runs.
+//! The requested consolidations of one project, and the one that runs.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,52 +10,52 @@ use crate::operations::cancel::Cancel;
 
 /// The consolidations of one project; clones share them.
 #[derive(Clone, Default)]
-pub struct ConsolidationQueue(Arc<Mutex<State>>);
+pub struct ConsolidationQueue(Arc<Mutex<QueueState>>);
 
 #[derive(Default)]
-pub(super) struct State {
-    pub(super) wanted: BTreeSet<Extent>,
-    /// What the run that is under way does.
+pub(super) struct QueueState {
+    pub(super) requested: BTreeSet<Extent>,
+    /// The extent of the consolidation that runs.
     pub(super) current: Option<Extent>,
-    /// Ends the run that is under way.
+    /// Cancels the task that consolidates.
     pub(super) running: Option<Cancel>,
-    /// Until when nothing is tried, after a failure that was told.
+    /// After a failure: until when requests are ignored.
     pub(super) failed: Option<Instant>,
 }
 
 impl ConsolidationQueue {
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, QueueState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes the largest wish, if there is one; otherwise, or when it is told to end, the run is over.
+    /// Takes the request of the largest extent. `None`, when there is none or the task is cancelled, ends the task.
     pub(super) fn next(&self, cancel: &Cancel) -> Option<Extent> {
         let mut state = self.lock();
         if cancel.is_cancelled() {
             return None;
         }
-        state.current = state.wanted.pop_last();
+        state.current = state.requested.pop_last();
         if state.current.is_none() {
             state.running = None;
         }
         state.current
     }
 
-    /// Ends the run that is under way; what it did becomes a wish again.
-    pub(super) fn hold_off(&self) {
+    /// Cancels the task; the consolidation that it was making is requested again.
+    pub(super) fn interrupt(&self) {
         let mut state = self.lock();
         let current = state.current.take();
-        state.wanted.extend(current);
+        state.requested.extend(current);
         if let Some(cancel) = state.running.take() {
             cancel.cancel();
         }
     }
 
-    /// Ends a run that found somebody else at work; its wish waits for the next one.
-    pub(super) fn put_off(&self, extent: Extent, cancel: &Cancel) {
+    /// Ends a task that found the store busy; its request stays until the next task.
+    pub(super) fn postpone(&self, extent: Extent, cancel: &Cancel) {
         let mut state = self.lock();
         if !cancel.is_cancelled() {
-            state.wanted.insert(extent);
+            state.requested.insert(extent);
             (state.current, state.running) = (None, None);
         }
     }
@@ -65,34 +65,34 @@ impl ConsolidationQueue {
 mod tests {
     use super::*;
 
-    fn with_wishes(wanted: &[Extent]) -> (ConsolidationQueue, Cancel) {
+    fn with_requests(requested: &[Extent]) -> (ConsolidationQueue, Cancel) {
         let (queue, cancel) = (ConsolidationQueue::default(), Cancel::default());
-        queue.lock().wanted.extend(wanted);
+        queue.lock().requested.extend(requested);
         queue.lock().running = Some(cancel.clone());
         (queue, cancel)
     }
 
     #[test]
-    fn what_a_pause_interrupts_is_still_wished_for_afterwards() {
-        let (queue, cancel) = with_wishes(&[Extent::Waste, Extent::Due]);
+    fn a_consolidation_that_a_pause_interrupts_is_requested_again() {
+        let (queue, cancel) = with_requests(&[Extent::Waste, Extent::Due]);
         assert_eq!(queue.next(&cancel), Some(Extent::Due));
-        queue.hold_off();
+        queue.interrupt();
         assert!(cancel.is_cancelled());
-        assert_eq!(queue.next(&cancel), None, "the run ends and takes no wish with it");
+        assert_eq!(queue.next(&cancel), None, "the cancelled task takes no request");
         let next = Cancel::default();
         assert_eq!(queue.next(&next), Some(Extent::Due));
-        assert_eq!(queue.next(&next), Some(Extent::Waste), "a look that costs nothing is no substitute");
+        assert_eq!(queue.next(&next), Some(Extent::Waste), "the other request is still there");
         assert_eq!(queue.next(&next), None);
-        queue.hold_off();
-        assert_eq!(queue.next(&next), None, "what was done is not done again");
+        queue.interrupt();
+        assert_eq!(queue.next(&next), None, "a completed consolidation is not requested again");
     }
 
     #[test]
-    fn a_run_that_finds_others_at_work_ends_and_leaves_its_wish() {
-        let (queue, cancel) = with_wishes(&[Extent::Waste]);
+    fn a_task_that_finds_the_store_busy_ends_and_leaves_its_request() {
+        let (queue, cancel) = with_requests(&[Extent::Waste]);
         assert_eq!(queue.next(&cancel), Some(Extent::Waste));
-        queue.put_off(Extent::Waste, &cancel);
-        assert!(queue.lock().running.is_none(), "the next wish starts a run");
+        queue.postpone(Extent::Waste, &cancel);
+        assert!(queue.lock().running.is_none(), "the next request starts a task");
         assert_eq!(queue.next(&Cancel::default()), Some(Extent::Waste));
     }
 }

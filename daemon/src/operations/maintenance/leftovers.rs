@@ -1,4 +1,6 @@
-//! Removes what an unfinished checkpoint has left: files and refs without a row.
+//! Removes leftovers: files and refs of checkpoints without a row, plans of ended restores, deferred removals.
+//!
+//! A deferred removal renames a directory first and removes it later: the rename is quick and cannot stop half-way.
 
 use std::collections::HashSet;
 use std::fs;
@@ -12,15 +14,15 @@ use crate::errors::Failure;
 use crate::operations::{StepContext, blocking};
 use crate::store::checkpoints;
 
-/// Removes everything of one checkpoint that has no row.
+/// Removes all files and the ref of one checkpoint, unless it has a row.
 ///
 /// # Errors
-/// When something cannot be removed; it may be tried again.
-pub async fn discard(site: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
-    if rows(site).await?.contains(&number) {
+/// When a file cannot be removed. May be tried again.
+pub async fn discard(step: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
+    if rows(step).await?.contains(&number) {
         return Ok(());
     }
-    let dirs = site.dirs();
+    let dirs = step.dirs();
     let (partial, place) = (dirs.partial_checkpoint(number), dirs.checkpoint(number));
     blocking("discard the checkpoint", move || {
         for path in [&partial, &place] {
@@ -29,29 +31,29 @@ pub async fn discard(site: &StepContext, number: CheckpointNumber) -> Result<(),
         Ok(())
     })
     .await?;
-    site.with_history(None, "discard the snapshot", move |history, _, _| {
+    step.with_history(None, "discard the snapshot", move |history, _, _| {
         if history.list()?.contains(&number) {
             history.remove(number)?;
         }
-        // Its pack may have its place already, and a disk that is full wants it back now. Whoever asked for the
-        // checkpoint is told only after this, so that a pack that cannot go is left to the next sweep.
+        // Its pack may be published already, and a full disk needs the space. The reply to the client waits for this,
+        // so that an error only leaves the pack to the next sweep.
         if let Err(error) = history.sweep() {
-            tracing::warn!(checkpoint = number, %error, "what is left of the snapshot stays until the next sweep");
+            tracing::warn!(checkpoint = number, %error, "the pack of a discarded checkpoint stays until the next sweep");
         }
         Ok(())
     })
     .await
 }
 
-/// Removes what is left of checkpoints whose rows are gone: their directories, their refs, and the packs that
-/// no other checkpoint needs.
+/// Removes the directories and refs of those of these checkpoints that have no row, and the packs that no other
+/// checkpoint needs.
 ///
 /// # Errors
-/// When something cannot be removed; it may be tried again.
-pub async fn remove_rowless(site: &StepContext, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
-    let known = rows(site).await?;
-    let going: Vec<CheckpointNumber> = numbers.iter().copied().filter(|number| !known.contains(number)).collect();
-    let (dirs, numbers) = (site.dirs(), going.clone());
+/// When a file cannot be removed. May be tried again.
+pub async fn remove_rowless(step: &StepContext, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
+    let with_row = rows(step).await?;
+    let rowless: Vec<CheckpointNumber> = numbers.iter().copied().filter(|number| !with_row.contains(number)).collect();
+    let (dirs, numbers) = (step.dirs(), rowless.clone());
     blocking("remove checkpoints", move || {
         for path in numbers.into_iter().map(|number| dirs.checkpoint(number)) {
             remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
@@ -60,9 +62,9 @@ pub async fn remove_rowless(site: &StepContext, numbers: &[CheckpointNumber]) ->
         Ok(())
     })
     .await?;
-    site.with_history(None, "remove snapshots", move |history, _, _| {
+    step.with_history(None, "remove snapshots", move |history, _, _| {
         let published = history.list()?;
-        for number in going.into_iter().filter(|number| published.contains(number)) {
+        for number in rowless.into_iter().filter(|number| published.contains(number)) {
             history.remove(number)?;
             fermata_failpoint::hit("retention.ref");
         }
@@ -72,16 +74,16 @@ pub async fn remove_rowless(site: &StepContext, numbers: &[CheckpointNumber]) ->
     crate::operations::failpoint("retention.swept")
 }
 
-/// Removes what earlier crashes have left of any checkpoint, and plans of restores that have ended.
-/// Only while nothing of that is being made.
+/// Removes everything that crashes have left of checkpoints, and the plans of restores that have ended. Must not run
+/// while a checkpoint or a plan is being made.
 ///
 /// # Errors
-/// When something cannot be removed; the next start tries again.
-pub async fn sweep(site: &StepContext) -> Result<(), Failure> {
-    sweep_plans(site).await?;
-    let known: HashSet<CheckpointNumber> = rows(site).await?.into_iter().collect();
-    let (dir, numbers) = (site.dirs().checkpoints(), known.clone());
-    blocking("sweep unfinished checkpoints", move || {
+/// When a file cannot be removed; the next start of the daemon tries again.
+pub async fn sweep(step: &StepContext) -> Result<(), Failure> {
+    sweep_plans(step).await?;
+    let with_row: HashSet<CheckpointNumber> = rows(step).await?.into_iter().collect();
+    let (dir, numbers) = (step.dirs().checkpoints(), with_row.clone());
+    blocking("remove unfinished checkpoints", move || {
         let entries = match fs::read_dir(&dir) {
             Ok(entries) => entries,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -98,11 +100,11 @@ pub async fn sweep(site: &StepContext) -> Result<(), Failure> {
         Ok(())
     })
     .await?;
-    if !site.dirs().history().exists() {
+    if !step.dirs().history().exists() {
         return Ok(());
     }
-    site.with_history(None, "sweep the history", move |history, _, _| {
-        for number in history.list()?.into_iter().filter(|number| !known.contains(number)) {
+    step.with_history(None, "sweep the history", move |history, _, _| {
+        for number in history.list()?.into_iter().filter(|number| !with_row.contains(number)) {
             history.remove(number)?;
         }
         history.sweep().map(drop)
@@ -110,16 +112,16 @@ pub async fn sweep(site: &StepContext) -> Result<(), Failure> {
     .await
 }
 
-/// Removes plans, drafts of them included; all but the one that is still being carried out.
-async fn sweep_plans(site: &StepContext) -> Result<(), Failure> {
-    let needed = match &*site.project.state {
+/// Removes plans of restores and their temporary files, except the plan that is still being carried out.
+async fn sweep_plans(step: &StepContext) -> Result<(), Failure> {
+    let needed = match &*step.project.state {
         ProjectState::Restoring(run) if run.stage == RestoreStage::Applying => {
-            Some(site.dirs().restore_plan(&run.operation))
+            Some(step.dirs().restore_plan(&run.operation))
         }
         _ => None,
     };
-    let dir = site.dirs().root;
-    blocking("sweep plans of restores", move || {
+    let dir = step.dirs().root;
+    blocking("remove plans of restores", move || {
         for entry in fs::read_dir(&dir).into_iter().flatten().flatten() {
             let (path, name) = (entry.path(), entry.file_name());
             let is_plan = name.to_str().is_some_and(|name| name.trim_start_matches('.').starts_with("restore-"));
@@ -132,48 +134,48 @@ async fn sweep_plans(site: &StepContext) -> Result<(), Failure> {
     .await
 }
 
-/// What a directory's name begins with once what it belonged to was removed. No project, agent or
-/// checkpoint has a name that begins with a dot.
-const ASIDE: &str = ".removed-";
+/// The prefix of the name of a directory whose removal is deferred. No name of a project, agent or checkpoint begins with
+/// a dot.
+const DEFERRED: &str = ".removed-";
 
-/// Puts a directory aside under a name of its own, to be removed without hurry; `None` when there
-/// is none.
+/// Renames a directory for a deferred removal and returns its new path; `None` when it does not exist.
 ///
 /// # Errors
 /// When it cannot be renamed.
-pub fn put_aside(path: &Path) -> io::Result<Option<PathBuf>> {
+pub fn defer_removal(path: &Path) -> io::Result<Option<PathBuf>> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Ok(None) };
     let stamp = fermata_os::clock::unix_ns();
-    let aside = parent.join(format!("{ASIDE}{}-{stamp}", name.to_string_lossy()));
-    match fs::rename(path, &aside) {
-        Ok(()) => Ok(Some(aside)),
+    let deferred = parent.join(format!("{DEFERRED}{}-{stamp}", name.to_string_lossy()));
+    match fs::rename(path, &deferred) {
+        Ok(()) => Ok(Some(deferred)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Removes what was put aside; what cannot be removed now is swept at the next start.
-pub fn remove_aside(aside: Option<PathBuf>) {
-    if let Some(aside) = aside
-        && let Err(error) = remove(&aside)
+/// Removes a directory that [`defer_removal`] has renamed; after an error the next start of the daemon tries again.
+pub fn remove_deferred(deferred: Option<PathBuf>) {
+    if let Some(path) = deferred
+        && let Err(error) = remove(&path)
     {
-        tracing::warn!(path = %aside.display(), %error, "what was removed stays until the next start");
+        tracing::warn!(path = %path.display(), %error, "a removed directory stays until the next start of the daemon");
     }
 }
 
-/// Removes everything in a directory that was put aside before a crash.
-pub fn sweep_aside(dir: &Path) {
+/// Removes the directories in `dir` whose removal was deferred before a crash.
+pub fn sweep_deferred(dir: &Path) {
     let Ok(entries) = fs::read_dir(dir) else { return };
     for entry in entries.flatten() {
-        if entry.file_name().to_string_lossy().starts_with(ASIDE) {
-            remove_aside(Some(entry.path()));
+        if entry.file_name().to_string_lossy().starts_with(DEFERRED) {
+            remove_deferred(Some(entry.path()));
         }
     }
 }
 
-async fn rows(site: &StepContext) -> Result<Vec<CheckpointNumber>, Failure> {
-    let project = site.project.name.clone();
-    site.services
+/// Returns the numbers of the checkpoints that have a row.
+async fn rows(step: &StepContext) -> Result<Vec<CheckpointNumber>, Failure> {
+    let project = step.project.name.clone();
+    step.services
         .store
         .read(move |connection| checkpoints::numbers(connection, &project))
         .await

@@ -1,4 +1,4 @@
-//! Keeps the files of a project in order beside its operations: removes leftovers, consolidates packs, measures.
+//! Maintenance of a project's files outside its operations: removes leftovers, consolidates packs, measures disk usage.
 
 pub mod consolidation;
 pub(in crate::operations) mod consolidation_queue;

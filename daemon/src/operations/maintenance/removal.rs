@@ -1,4 +1,4 @@
-//! Removes the files of checkpoints whose rows are gone, and gives their room back.
+//! Removes the files of checkpoints whose rows were removed, and frees their space.
 
 use fermata_history::Extent;
 use fermata_protocol::CheckpointNumber;
@@ -8,17 +8,17 @@ use crate::operations::StepContext;
 use crate::operations::maintenance::storage::measure;
 use crate::operations::maintenance::{consolidation, leftovers};
 
-/// Removes the files and snapshots of checkpoints that have no row any more, and gives the room back that
-/// nobody else needs.
+/// Removes the files and snapshots of checkpoints without a row, and requests a consolidation for the objects that only
+/// they needed.
 ///
 /// # Errors
-/// When something cannot be removed; it may be tried again, and the next start sweeps it.
-pub async fn discard(site: &StepContext, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
-    let before = site.history.used_bytes();
-    leftovers::remove_rowless(site, numbers).await?;
-    let after = measure(site).await?;
-    site.history.reclaimed(before.saturating_sub(after));
-    // Packs in which others have contents stay; what nobody needs in them goes with time.
-    consolidation::request(site, Extent::Waste);
+/// When a file cannot be removed. May be tried again; the next start of the daemon removes what is left.
+pub async fn discard(step: &StepContext, numbers: &[CheckpointNumber]) -> Result<(), Failure> {
+    let before = step.history.used_bytes();
+    leftovers::remove_rowless(step, numbers).await?;
+    let after = measure(step).await?;
+    step.history.reclaimed(before.saturating_sub(after));
+    // Packs with objects of other checkpoints stay until a consolidation writes them without the unneeded ones.
+    consolidation::request(step, Extent::Waste);
     Ok(())
 }

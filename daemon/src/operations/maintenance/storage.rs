@@ -1,8 +1,8 @@
-//! Measures what the checkpoints of a project take on disk.
+//! Measures the disk usage of a project's checkpoints.
 //!
-//! It is measured whenever it may have changed (a start, a checkpoint, a removal, packs that were joined) and
-//! kept in memory, so that looking at it costs nothing. The database knows nothing of it. Measuring lists names; the size
-//! of what never changes under its name is asked for once.
+//! It is measured whenever it may have changed (start of the daemon, checkpoint, removal, consolidation) and kept in
+//! memory, not in the database, so that reading it costs nothing. A measurement lists directories; the size of a file that
+//! never changes under its name is read once.
 
 use std::fs;
 use std::io;
@@ -16,108 +16,110 @@ use crate::errors::Failure;
 use crate::operations::history_cell::Sizes;
 use crate::operations::{StepContext, blocking};
 
-/// The unit of `st_blocks`, bytes, whatever the file system's own blocks are.
+/// The unit of `st_blocks` in bytes, on every file system.
 const BLOCK: u64 = 512;
 
-/// Where drafts, exports and packs that are about to be freed lie, below the history. They are gone soon, and no removal
-/// of a checkpoint frees any of them.
-const DRAFTS: &str = "history.git/pending";
+/// The directory of staged packs, exports and packs that are about to be removed, below the history. These files are
+/// short-lived, and removing a checkpoint frees none of them.
+const STAGING: &str = "history.git/pending";
 
-/// Where published packs lie, below the history.
+/// The directory of published packs, below the history.
 const PACKS: &str = "history.git/objects/pack";
 
-/// Where the names of the checkpoints lie, below the history.
+/// The directory of the checkpoints' refs, below the history.
 const REFS: &str = "history.git/refs/fermata/checkpoints";
 
-/// How old a file is whose size is taken to be the last one.
+/// The age from which on the size of a file with its final name is taken to be final.
 const SETTLED: Duration = Duration::from_secs(60);
 
-/// Measures what all checkpoints of the project take on disk, as the file system counts it, and remembers it.
-/// Whoever changes the store of snapshots calls this afterwards.
+/// Measures the disk usage of all checkpoints of the project, in allocated blocks, and stores it in the history cell.
+/// Every change of the store of snapshots has to be followed by a call.
 ///
 /// # Errors
 /// When a directory cannot be listed.
-pub async fn measure(site: &StepContext) -> Result<u64, Failure> {
-    let (dirs, cell) = (site.dirs(), site.history.clone());
+pub async fn measure(step: &StepContext) -> Result<u64, Failure> {
+    let (dirs, cell) = (step.dirs(), step.history.clone());
     let history = dirs.history();
-    let drafts = history.join(DRAFTS);
-    let places = vec![dirs.checkpoints(), history.clone()];
+    let staging = history.join(STAGING);
+    let directories = vec![dirs.checkpoints(), history.clone()];
     let constant = [dirs.checkpoints(), history.join(PACKS), history.join(REFS)];
     blocking("measure the checkpoints", move || {
-        // One at a time: what is counted last is what is kept.
+        // Held over the measurement, so that the one that began last is stored last.
         let mut sizes = cell.sizes.lock().unwrap_or_else(PoisonError::into_inner);
         let failed = |e: io::Error| Failure::fault("measure the checkpoints", &e);
-        let counted =
-            Count { without: &drafts, constant: &constant, before: &sizes, now: Sizes::new(), settled_after: SETTLED };
-        let (bytes, now) = counted.below(places).map_err(failed)?;
-        *sizes = now;
+        let measurement = Measurement {
+            excluded: &staging,
+            constant: &constant,
+            old_sizes: &sizes,
+            new_sizes: Sizes::new(),
+            settled_after: SETTLED,
+        };
+        let (bytes, new_sizes) = measurement.of(directories).map_err(failed)?;
+        *sizes = new_sizes;
         cell.used_bytes.store(bytes, Ordering::Relaxed);
         Ok(bytes)
     })
     .await
 }
 
-/// A measurement.
-struct Count<'a> {
+struct Measurement<'a> {
     /// A directory that does not count.
-    without: &'a Path,
-    /// The directories in which whatever has its final name has its final content: numbers, packs, refs.
+    excluded: &'a Path,
+    /// The directories in which an entry with its final name has its final content: checkpoints, packs, refs.
     constant: &'a [PathBuf],
-    before: &'a Sizes,
-    now: Sizes,
-    /// From which age on a size is taken to be the last one.
+    old_sizes: &'a Sizes,
+    new_sizes: Sizes,
     settled_after: Duration,
 }
 
-impl Count<'_> {
-    /// Adds up what everything in directories takes; returns it with what need not be asked for again.
-    fn below(mut self, places: Vec<PathBuf>) -> io::Result<(u64, Sizes)> {
+impl Measurement<'_> {
+    /// Returns the disk usage of directories, and the sizes that the next measurement need not read.
+    fn of(mut self, directories: Vec<PathBuf>) -> io::Result<(u64, Sizes)> {
         let mut bytes = 0;
-        let mut open = places;
-        while let Some(dir) = open.pop() {
+        let mut unvisited = directories;
+        while let Some(dir) = unvisited.pop() {
             if !self.constant.contains(&dir) {
-                bytes += bytes_in(&dir, |below| open.extend((below != self.without).then_some(below)))?;
+                bytes += bytes_in(&dir, |below| unvisited.extend((below != self.excluded).then_some(below)))?;
                 continue;
             }
             for entry in entries_of(&dir)? {
                 let entry = entry?;
                 let path = entry.path();
-                let known = self.before.get(&path).copied();
-                let size = known.map_or_else(|| bytes_of(&path), Ok)?;
-                // What is being made has another kind of name, and grows. Some file systems give a file its blocks, or
-                // take back what it does not need, long after it was written.
+                let old_size = self.old_sizes.get(&path).copied();
+                let size = old_size.map_or_else(|| bytes_of(&path), Ok)?;
+                // A partial checkpoint grows. Some file systems allocate or release blocks long after a file was
+                // written.
                 let partial = path.extension().is_some_and(|end| end == "partial");
-                if known.is_some() || (!partial && self.is_old(&entry)) {
-                    self.now.insert(path, size);
+                if old_size.is_some() || (!partial && self.is_settled(&entry)) {
+                    self.new_sizes.insert(path, size);
                 }
                 bytes += size;
             }
         }
-        Ok((bytes, self.now))
+        Ok((bytes, self.new_sizes))
     }
-}
 
-impl Count<'_> {
-    fn is_old(&self, entry: &fs::DirEntry) -> bool {
+    fn is_settled(&self, entry: &fs::DirEntry) -> bool {
         let modified = entry.metadata().and_then(|meta| meta.modified());
         modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age >= self.settled_after))
     }
 }
 
-/// Adds up what something takes with all that is below it. What goes meanwhile takes nothing.
+/// Returns the disk usage of a file or a directory tree. Files that are removed meanwhile do not count.
 fn bytes_of(path: &Path) -> io::Result<u64> {
     let meta = match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
         meta => meta?,
     };
     let mut bytes = meta.blocks() * BLOCK;
-    let mut open = if meta.is_dir() { vec![path.to_owned()] } else { Vec::new() };
-    while let Some(dir) = open.pop() {
-        bytes += bytes_in(&dir, |below| open.push(below))?;
+    let mut unvisited = if meta.is_dir() { vec![path.to_owned()] } else { Vec::new() };
+    while let Some(dir) = unvisited.pop() {
+        bytes += bytes_in(&dir, |below| unvisited.push(below))?;
     }
     Ok(bytes)
 }
 
+/// Returns the entries of a directory, none when it does not exist.
 fn entries_of(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>> + use<>> {
     let entries = match fs::read_dir(dir) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => None,
@@ -126,8 +128,8 @@ fn entries_of(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirE
     Ok(entries.into_iter().flatten())
 }
 
-/// Adds up what is directly in a directory, and names the directories among it.
-fn bytes_in(dir: &Path, mut found: impl FnMut(PathBuf)) -> io::Result<u64> {
+/// Returns the disk usage of a directory's entries without what is below them; passes the subdirectories on.
+fn bytes_in(dir: &Path, mut subdirectory: impl FnMut(PathBuf)) -> io::Result<u64> {
     let mut bytes = 0;
     for entry in entries_of(dir)? {
         let entry = entry?;
@@ -137,18 +139,19 @@ fn bytes_in(dir: &Path, mut found: impl FnMut(PathBuf)) -> io::Result<u64> {
             Ok(meta) => {
                 bytes += meta.blocks() * BLOCK;
                 if meta.is_dir() {
-                    found(entry.path());
+                    subdirectory(entry.path());
                 }
             }
         }
     }
     Ok(bytes)
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// A store of snapshots, and what is known of it.
+    /// A store of snapshots and the sizes from its last measurement.
     struct Bed {
         dir: tempfile::TempDir,
         sizes: Sizes,
@@ -158,7 +161,7 @@ mod tests {
     impl Bed {
         fn new() -> Bed {
             let dir = tempfile::tempdir().unwrap();
-            for below in [DRAFTS, PACKS, REFS, "checkpoints"] {
+            for below in [STAGING, PACKS, REFS, "checkpoints"] {
                 fs::create_dir_all(dir.path().join(below)).unwrap();
             }
             Bed { dir, sizes: Sizes::new(), settled_after: Duration::ZERO }
@@ -173,37 +176,42 @@ mod tests {
             fs::write(self.path(path), vec![1; mib << 20]).unwrap();
         }
 
-        /// How many whole MiB there are.
+        /// In whole MiB.
         fn measured(&mut self) -> u64 {
             let constant = [self.path("checkpoints"), self.path(PACKS), self.path(REFS)];
-            let without = self.path(DRAFTS);
-            let (before, settled_after) = (&self.sizes, self.settled_after);
-            let count = Count { without: &without, constant: &constant, before, now: Sizes::new(), settled_after };
-            let (bytes, sizes) = count.below(vec![self.path("checkpoints"), self.path("history.git")]).unwrap();
+            let excluded = self.path(STAGING);
+            let measurement = Measurement {
+                excluded: &excluded,
+                constant: &constant,
+                old_sizes: &self.sizes,
+                new_sizes: Sizes::new(),
+                settled_after: self.settled_after,
+            };
+            let (bytes, sizes) = measurement.of(vec![self.path("checkpoints"), self.path("history.git")]).unwrap();
             self.sizes = sizes;
             bytes >> 20
         }
     }
 
     #[test]
-    fn drafts_do_not_count_as_checkpoints() {
+    fn staged_files_do_not_count_as_checkpoints() {
         let mut bed = Bed::new();
         assert_eq!(bed.measured(), 0);
-        bed.write(&format!("{DRAFTS}/consolidation/pack-1.pack"), 1);
-        bed.write(&format!("{DRAFTS}/pack-2.gone"), 1);
+        bed.write(&format!("{STAGING}/consolidation/pack-1.pack"), 1);
+        bed.write(&format!("{STAGING}/pack-2.gone"), 1);
         assert_eq!(bed.measured(), 0);
         bed.write(&format!("{PACKS}/pack-3.pack"), 1);
         assert_eq!(bed.measured(), 1);
     }
 
     #[test]
-    fn what_comes_grows_and_goes_is_seen_and_what_cannot_change_is_remembered() {
+    fn every_change_is_measured_and_sizes_that_cannot_change_are_read_once() {
         let mut bed = Bed::new();
         bed.write("checkpoints/7.partial/database.sqlite", 1);
-        bed.write("history.git/picture", 1);
+        bed.write("history.git/state", 1);
         assert_eq!(bed.measured(), 2);
         bed.write("checkpoints/7.partial/transcripts/a", 2);
-        bed.write("history.git/picture", 3);
+        bed.write("history.git/state", 3);
         assert_eq!(bed.measured(), 6);
         fs::rename(bed.path("checkpoints/7.partial"), bed.path("checkpoints/7")).unwrap();
         bed.write(&format!("{PACKS}/pack-1.pack"), 2);
@@ -213,7 +221,7 @@ mod tests {
         fs::remove_dir_all(bed.path("checkpoints/7")).unwrap();
         assert_eq!(bed.measured(), 5);
         assert_eq!(bed.sizes.len(), 1);
-        // What is fresh is asked for again.
+        // The size of a fresh file is read again.
         bed.settled_after = SETTLED;
         bed.write(&format!("{PACKS}/pack-2.pack"), 1);
         assert_eq!(bed.measured(), 6);

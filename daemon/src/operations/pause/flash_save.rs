@@ -1,4 +1,4 @@
-//! Plans the flash save of every agent of a project, with one `now`.
+//! Plans the flash save of every agent of a project, all for the same `now`.
 
 use fermata_core::context::{FlashSavePlan, TokenLimit, plan_flash_save};
 use fermata_protocol::context::FlashSaveResult;
@@ -11,16 +11,16 @@ use crate::store::context;
 /// The plans, by agent.
 pub type Plans = Vec<(AgentName, FlashSavePlan)>;
 
-/// Reads what scoring needs and plans; nothing is written.
+/// Scores the context items of one agent, or of all, and plans; writes nothing.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn plan(site: &StepContext, agent: Option<AgentName>, now: UnixMillis) -> Result<Plans, Failure> {
-    let name = site.project.name.clone();
-    let weights = site.services.weights();
-    let config = &site.project.facts.config;
+pub async fn plan(step: &StepContext, agent: Option<AgentName>, now: UnixMillis) -> Result<Plans, Failure> {
+    let name = step.project.name.clone();
+    let weights = step.services.weights();
+    let config = &step.project.facts.config;
     let limit = TokenLimit { tokens: config.token_limit, due_percent: config.flash_save_at_percent };
-    site.services
+    step.services
         .store
         .read(move |connection| {
             let items = context::scored(connection, &name, agent.as_ref())?;
@@ -34,7 +34,7 @@ pub async fn plan(site: &StepContext, agent: Option<AgentName>, now: UnixMillis)
         .map_err(|error| Failure::fault("plan the flash save", &error))
 }
 
-/// Adds the plans' numbers up.
+/// Returns the sum of the plans' results.
 pub fn total(plans: &Plans) -> FlashSaveResult {
     fermata_core::context::sum(plans.iter().map(|(_, plan)| plan.result))
 }

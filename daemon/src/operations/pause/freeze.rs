@@ -1,4 +1,4 @@
-//! Freezes trees under a lease, renews it, holds it, thaws.
+//! Freezes process trees under a lease, renews the lease, commits the freeze, thaws.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -15,35 +15,34 @@ use fermata_protocol::error_chain;
 use fermata_shim::record;
 use fermata_shim::wire::RefusalCode;
 
-/// What was frozen.
+/// The result of freezing a project's agents.
 #[derive(Debug, Clone)]
-pub struct Frozen {
-    /// The agents, those that ended meanwhile left out.
+pub struct FrozenAgents {
+    /// Sorted, without those that ended meanwhile.
     pub agents: Vec<AgentName>,
-    /// `signals` when any agent had to be stopped so.
+    /// `signals` when at least one agent is frozen by signals.
     pub mechanism: FreezerKind,
-    /// How many processes stand still.
     pub processes: u64,
     /// When the first freeze began.
     pub since: Instant,
 }
 
-/// Freezes every run.
+/// Freezes every run under the configured lease.
 ///
 /// # Errors
-/// When one of them cannot be frozen; the others may be frozen then, and the undo thaws them.
-pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Frozen, Failure> {
+/// When a run cannot be frozen; the others may be frozen then, and the undo thaws them.
+pub async fn run(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<FrozenAgents, Failure> {
     crate::operations::failpoint("pause.freeze")?;
     let since = Instant::now();
-    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
-    let each = site.links_of(runs).map(|(agent, link)| {
+    let lease = Duration::from_millis(step.services.settings().pause.lease_ms);
+    let each = step.links_of(runs).map(|(agent, link)| {
         let (agent, link) = (agent.clone(), link.clone());
         async move {
             let frozen = link.shim.freeze(lease).await;
             (agent, frozen)
         }
     });
-    let mut frozen = Frozen { agents: Vec::new(), mechanism: FreezerKind::Cgroup, processes: 0, since };
+    let mut frozen = FrozenAgents { agents: Vec::new(), mechanism: FreezerKind::Cgroup, processes: 0, since };
     let mut failed = None;
     for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
         match result {
@@ -55,13 +54,13 @@ pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Froz
                 frozen.agents.push(agent);
             }
             Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
-            Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
+            Err(LinkError::Closed) if has_ended(step, &agent, runs) => {}
             Err(error) => failed = Some((agent, error_chain(&error))),
         }
     }
-    // A run without a link may be alive all the same, for instance while its link is made anew.
-    let unlinked = |(agent, run): &&(AgentName, RunId)| site.links.get(agent).is_none_or(|link| link.run != *run);
-    if let Some((agent, _)) = runs.iter().filter(unlinked).find(|(agent, _)| !has_ended(site, agent, runs)) {
+    // A run without a link may be alive, for instance while the daemon reconnects to its shim.
+    let unlinked = |(agent, run): &&(AgentName, RunId)| step.links.get(agent).is_none_or(|link| link.run != *run);
+    if let Some((agent, _)) = runs.iter().filter(unlinked).find(|(agent, _)| !has_ended(step, agent, runs)) {
         failed = Some((agent.clone(), "its shim cannot be reached".to_owned()));
     }
     if let Some((agent, error)) = failed {
@@ -73,11 +72,11 @@ pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Froz
     Ok(frozen)
 }
 
-/// Says whether a run whose link is closed has ended: its exit is recorded, or its shim is gone.
-/// A link may break while the agent runs on, and then nobody may say that it stands still.
-fn has_ended(site: &StepContext, agent: &AgentName, runs: &[(AgentName, RunId)]) -> bool {
+/// Returns whether a run whose link is closed has ended: its exit is recorded, or its shim is dead. A link may break
+/// while the agent runs on; such an agent must not count as frozen.
+fn has_ended(step: &StepContext, agent: &AgentName, runs: &[(AgentName, RunId)]) -> bool {
     let Some((_, run)) = runs.iter().find(|(name, _)| name == agent) else { return true };
-    let run_dir = site.dirs().run(agent, run);
+    let run_dir = step.dirs().run(agent, run);
     if read_exit(&run_dir).is_ok_and(|exit| exit.is_some()) {
         return true;
     }
@@ -85,16 +84,16 @@ fn has_ended(site: &StepContext, agent: &AgentName, runs: &[(AgentName, RunId)])
     !read_run(&run_dir).ok().flatten().is_some_and(alive)
 }
 
-/// Renews the lease of every run once: the proof that nobody has run since the freeze. Returns how
-/// long nobody will, by the clock that the shims go by too; none when there is nobody.
+/// Renews the lease of every run once, which proves that no process of the runs has run since the freeze. Returns until
+/// when they stay frozen, on the monotonic clock that the shims use too; `None` when no run is alive.
 ///
 /// # Errors
-/// When a tree is no longer frozen, or somebody else has let it run.
-pub async fn renew(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Option<Instant>, Failure> {
+/// When a tree is no longer frozen, or another process has thawed it meanwhile.
+pub async fn renew(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Option<Instant>, Failure> {
     let asked = Instant::now();
     let mut proven = None;
-    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
-    let each = site.links_of(runs).map(|(agent, link)| {
+    let lease = Duration::from_millis(step.services.settings().pause.lease_ms);
+    let each = step.links_of(runs).map(|(agent, link)| {
         let (agent, link) = (agent.clone(), link.clone());
         async move { (agent, link.shim.renew(lease).await) }
     });
@@ -102,7 +101,7 @@ pub async fn renew(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Op
         match result {
             Ok(()) => proven = Some(asked + lease),
             Err(LinkError::Refused { code: RefusalCode::Ending, .. }) => {}
-            Err(LinkError::Closed) if has_ended(site, &agent, runs) => {}
+            Err(LinkError::Closed) if has_ended(step, &agent, runs) => {}
             Err(error) => {
                 let message = format!("agent '{agent}' did not stay frozen: {}", error_chain(&error));
                 return Err(Refusal::new(Code::PauseFailed, message).into());
@@ -112,27 +111,27 @@ pub async fn renew(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Op
     Ok(proven)
 }
 
-/// Renews leases for as long as it lives.
+/// Renews the leases of frozen runs until it is dropped. Cancels the operation when a renewal fails.
 pub struct Renewer {
     task: JoinHandle<()>,
     lost: Arc<OnceLock<Failure>>,
 }
 
 impl Renewer {
-    /// Begins to renew.
-    pub fn start(site: &StepContext, runs: Vec<(AgentName, RunId)>) -> Self {
-        let site = site.clone();
-        let pace = Duration::from_millis(site.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
+    /// Renews at a third of the lease.
+    pub fn start(step: &StepContext, runs: Vec<(AgentName, RunId)>) -> Self {
+        let step = step.clone();
+        let pace = Duration::from_millis(step.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
         let lost = Arc::new(OnceLock::new());
-        let tell = Arc::clone(&lost);
+        let reason = Arc::clone(&lost);
         let task = tokio::spawn(async move {
             loop {
                 tokio::time::sleep(pace).await;
-                if let Err(failure) = renew(&site, &runs).await {
-                    // The step that works meanwhile renews once more before it reports, and fails there.
-                    tracing::warn!(project = %site.project.name, %failure, "a freeze has ended early");
-                    tell.get_or_init(|| failure);
-                    site.cancel.cancel();
+                if let Err(failure) = renew(&step, &runs).await {
+                    // The step under the freeze renews once more before it reports, and fails there.
+                    tracing::warn!(project = %step.project.name, %failure, "a freeze has ended early");
+                    reason.get_or_init(|| failure);
+                    step.cancel.cancel();
                     return;
                 }
             }
@@ -140,8 +139,8 @@ impl Renewer {
         Self { task, lost }
     }
 
-    /// Returns why what works under the freeze failed: because the freeze ended, or of itself. Work
-    /// that this has cut short says only that it was cancelled.
+    /// Returns why work under the freeze failed: the failed renewal if there was one, else `failure`. Work that a failed
+    /// renewal has cancelled itself reports only the cancellation.
     pub fn cause(&self, failure: Failure) -> Failure {
         self.lost.get().cloned().unwrap_or(failure)
     }
@@ -153,42 +152,44 @@ impl Drop for Renewer {
     }
 }
 
-/// Makes the freeze of these runs permanent. One that has ended in the meantime is frozen again:
-/// the pause is committed, and paused stays paused. Returns those whose lease was over.
-pub async fn commit(site: &StepContext, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, RunId)> {
-    let lease = Duration::from_millis(site.services.settings().pause.lease_ms);
-    let each = site.links_of(runs).map(|(agent, link)| {
-        let (agent, link, project) = (agent.clone(), link.clone(), site.project.name.clone());
+/// Makes the freeze of these runs permanent. A freeze whose lease has expired is made again: the pause is committed, and
+/// a paused project stays paused. Returns the runs whose lease had expired.
+pub async fn commit(step: &StepContext, runs: &[(AgentName, RunId)]) -> Vec<(AgentName, RunId)> {
+    let lease = Duration::from_millis(step.services.settings().pause.lease_ms);
+    let each = step.links_of(runs).map(|(agent, link)| {
+        let (agent, link, project) = (agent.clone(), link.clone(), step.project.name.clone());
         async move {
-            let refused = match link.shim.commit_freeze().await {
+            let refusal = match link.shim.commit_freeze().await {
                 Ok(()) => return None,
                 Err(error) => error,
             };
-            let again = async {
+            let refreeze = async {
                 link.shim.freeze(lease).await?;
                 link.shim.commit_freeze().await
             };
-            match again.await {
-                Ok(()) => tracing::warn!(%project, %agent, "ran for a moment in a paused project; frozen again"),
+            match refreeze.await {
+                Ok(()) => {
+                    tracing::warn!(%project, %agent, "the agent ran for a moment in a paused project; frozen again")
+                }
                 Err(LinkError::Closed | LinkError::Refused { code: RefusalCode::Ending, .. }) => return None,
                 Err(error) => {
-                    tracing::error!(%project, %agent, error = error_chain(&error), "cannot be held");
+                    tracing::error!(%project, %agent, error = error_chain(&error), "the agent cannot be kept frozen");
                     return None;
                 }
             }
-            // Of a freeze that somebody else has broken the shim tells by itself.
-            matches!(refused, LinkError::Refused { code: RefusalCode::NotFrozen, .. }).then_some((agent, link.run))
+            // The shim itself reports a freeze that another process has broken.
+            matches!(refusal, LinkError::Refused { code: RefusalCode::NotFrozen, .. }).then_some((agent, link.run))
         }
     });
     side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
 }
 
-/// Lets these runs go on.
+/// Thaws these runs.
 ///
 /// # Errors
-/// When one of them may still be frozen.
-pub async fn thaw(site: &StepContext, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
-    let each = site.links_of(runs).map(|(agent, link)| {
+/// When a run may still be frozen.
+pub async fn thaw(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<(), Failure> {
+    let each = step.links_of(runs).map(|(agent, link)| {
         let (agent, link) = (agent.clone(), link.clone());
         async move { (agent, link.shim.thaw().await) }
     });

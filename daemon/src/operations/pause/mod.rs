@@ -1,4 +1,4 @@
-//! The steps of a pause before its checkpoint: they are cheap to undo, and the agents go on as before.
+//! The steps of a pause before its checkpoint. Their undo is cheap: the agents run on as before.
 
 pub mod flash_save;
 pub mod freeze;

@@ -1,19 +1,18 @@
-//! Brings agents to a good place: a message to those that listen, then SIGTSTP.
+//! Asks agents to reach a state of rest before the freeze: a message on the agent's channel, then SIGTSTP.
 //!
-//! | the agent | outcome | told | after the thaw |
+//! | the agent | outcome | reported | after the thaw |
 //! |---|---|---|---|
 //! | acknowledges on its channel | frozen at once, no SIGTSTP | | runs |
-//! | has a channel and says nothing | grace of the channel, then SIGTSTP as below | warning | runs |
+//! | has a channel and does not answer | grace of the channel, then SIGTSTP as below | warning | runs |
 //! | stops by default, or saves and stops itself | `Stopped`, as soon as it has | | SIGCONT, runs |
 //! | ignores SIGTSTP | `Ignored` when the grace is over | | runs |
-//! | waits in vfork(2) for a child that is stopped | `Stopped`, as it stands as still | | runs |
-//! | was stopped by somebody else before | `AlreadyStopped` at once | warning | stays stopped |
+//! | waits in vfork(2) for a child that is stopped | `Stopped`, since it executes nothing either | | runs |
+//! | was stopped by another process before | `AlreadyStopped` at once | warning | stays stopped |
 //! | ends meanwhile | `Exited`, or a refusal: no failure | its exit | |
 //! | has jobs in sessions of their own | no SIGTSTP for those, which orphaned groups ignore | | run |
 //!
-//! Whatever the outcome, the freeze that follows stops the whole tree; this step only decides where.
-//! Both mechanisms pass the same tests (`daemon/tests/shim_freeze.rs`, `shim_guard.rs`,
-//! `tests/it/pause.rs`).
+//! The freeze that follows stops the whole tree in any case; this step only chooses a better instant for it. Freezing by
+//! cgroup and by signals pass the same tests (`daemon/tests/shim_freeze.rs`, `shim_guard.rs`, `tests/it/pause.rs`).
 
 use std::time::Duration;
 
@@ -22,32 +21,35 @@ use fermata_protocol::{AgentName, RunId, Target};
 use serde_json::json;
 
 use crate::errors::Failure;
-use crate::operations::{Link, StepContext, side_by_side};
+use crate::operations::{AgentLink, StepContext, side_by_side};
 use crate::shims::link::LinkError;
 use fermata_shim::wire::QuiesceOutcome;
 
-/// What is asked of the agents.
+/// The request that goes to the agents of a project.
 #[derive(Debug, Clone)]
-pub struct Request {
-    /// How long they have, when somebody said so; the configured grace otherwise.
+pub struct QuiesceRequest {
+    /// `None`: the configured grace.
     pub grace_ms: Option<u64>,
     /// Why the project is paused.
     pub reason: Option<String>,
-    /// The operation.
     pub operation: String,
 }
 
-/// Quiesces every run; returns what a person should know.
+/// Quiesces every run; returns warnings for the user.
 ///
-/// An agent that does not come to a good place is no failure: it is frozen where it stands.
+/// An agent that does not quiesce is no failure: it is frozen wherever it is.
 ///
 /// # Errors
-/// When a failpoint says so.
-pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)], request: &Request) -> Result<Vec<String>, Failure> {
+/// Only from failpoints.
+pub async fn run(
+    step: &StepContext,
+    runs: &[(AgentName, RunId)],
+    request: &QuiesceRequest,
+) -> Result<Vec<String>, Failure> {
     crate::operations::failpoint("pause.quiesce")?;
-    let each = site.links_of(runs).map(|(agent, link)| {
-        let (site, agent, link, request) = (site.clone(), agent.clone(), link.clone(), request.clone());
-        async move { one(&site, agent, &link, &request).await }
+    let each = step.links_of(runs).map(|(agent, link)| {
+        let (step, agent, link, request) = (step.clone(), agent.clone(), link.clone(), request.clone());
+        async move { quiesce_one(&step, agent, &link, &request).await }
     });
     let mut warnings: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
     warnings.sort();
@@ -55,9 +57,15 @@ pub async fn run(site: &StepContext, runs: &[(AgentName, RunId)], request: &Requ
     Ok(warnings)
 }
 
-async fn one(site: &StepContext, agent: AgentName, link: &Link, request: &Request) -> Option<String> {
-    let settings = site.services.settings();
-    let target = Target::agent(site.project.name.clone(), agent.clone());
+/// Quiesces one run; returns a warning where there is one.
+async fn quiesce_one(
+    step: &StepContext,
+    agent: AgentName,
+    link: &AgentLink,
+    request: &QuiesceRequest,
+) -> Option<String> {
+    let settings = step.services.settings();
+    let target = Target::agent(step.project.name.clone(), agent.clone());
     let channel_grace = Duration::from_millis(request.grace_ms.unwrap_or(settings.pause.channel_grace_ms));
     let notification = Notification::new(
         "pause_requested",
@@ -68,10 +76,10 @@ async fn one(site: &StepContext, agent: AgentName, link: &Link, request: &Reques
         }),
     );
     let mut late = None;
-    if let Some(mut acknowledged) = site.services.channels.request_pause(&target, &notification) {
+    if let Some(mut acknowledged) = step.services.channels.request_pause(&target, &notification) {
         let all = async {
             for receiver in &mut acknowledged {
-                // A channel that closes meanwhile needs no acknowledgement.
+                // Fails when the channel closes meanwhile, which needs no acknowledgement.
                 drop(receiver.changed().await);
             }
         };
@@ -89,13 +97,13 @@ async fn one(site: &StepContext, agent: AgentName, link: &Link, request: &Reques
     let lease = Duration::from_millis(settings.pause.lease_ms) + grace;
     match link.shim.quiesce(grace, lease).await {
         Ok(quiesced) => match quiesced.outcome {
-            // Frozen wherever it stands: what most programs do without harm.
+            // Most programs take no harm from a freeze at any instant.
             QuiesceOutcome::Ignored | QuiesceOutcome::Stopped | QuiesceOutcome::Exited => {}
             QuiesceOutcome::AlreadyStopped => {
-                return Some(format!("agent '{agent}' had been stopped by somebody else, and will stay so"));
+                return Some(format!("agent '{agent}' was already stopped by another process, and stays stopped"));
             }
         },
-        // An agent that ends just now is no failure; the freeze finds out about everything else.
+        // An agent that is ending is no failure; any other fault shows in the freeze.
         Err(LinkError::Closed | LinkError::Refused { .. }) => {}
         Err(error) => return Some(format!("agent '{agent}': {}", fermata_protocol::error_chain(&error))),
     }

@@ -1,4 +1,4 @@
-//! The first step of whatever makes a checkpoint: is the workspace there, is there room.
+//! The first step of every operation that makes a checkpoint: checks the workspace and the free space.
 
 use std::path::Path;
 
@@ -10,100 +10,100 @@ use crate::errors::Failure;
 use crate::operations::maintenance::storage;
 use crate::operations::{StepContext, blocking};
 
-/// Why there is no room for a checkpoint.
+/// Not enough space for a checkpoint.
 #[derive(Debug)]
 pub struct Shortage {
-    /// How many bytes have to go.
+    /// The bytes that have to be freed.
     pub bytes: u64,
-    /// What there is no room in.
+    /// The limit that is exceeded.
     pub reason: RemovalReason,
-    /// What is said when nothing can go.
+    /// For the case that no checkpoint can be removed.
     pub refusal: Refusal,
 }
 
-/// Checks that the workspace can be read and that there is room.
+/// Checks that the workspace can be read and that there is room for a checkpoint.
 ///
 /// # Errors
-/// A refusal that says what is missing.
-pub async fn run(site: &StepContext) -> Result<(), Failure> {
+/// `workspace_refused`, `disk_full` or `quota_exceeded`.
+pub async fn run(step: &StepContext) -> Result<(), Failure> {
     crate::operations::failpoint("pause.validate")?;
-    match shortage(site).await? {
+    match shortage(step).await? {
         None => Ok(()),
         Some(shortage) => Err(shortage.refusal.into()),
     }
 }
 
-/// Checks the workspace, and looks for room; returns what is short.
+/// Checks the workspace and measures the free space; returns the shortage if there is one.
 ///
 /// # Errors
-/// A refusal of the workspace.
-pub async fn shortage(site: &StepContext) -> Result<Option<Shortage>, Failure> {
-    let workspace = site.project.facts.workspace.clone();
-    let state = site.services.paths.state.clone();
-    let floor = site.services.settings().pause.disk_floor_bytes;
+/// `workspace_refused`; a fault when the space cannot be measured.
+pub async fn shortage(step: &StepContext) -> Result<Option<Shortage>, Failure> {
+    let workspace = step.project.facts.workspace.clone();
+    let state = step.services.paths.state.clone();
+    let floor = step.services.settings().pause.disk_floor_bytes;
     let short = blocking("check the workspace", move || {
-        workspace_is_usable(Path::new(&workspace))?;
-        room(&state, floor)
+        check_workspace(Path::new(&workspace))?;
+        free_space_shortage(&state, floor)
     })
     .await?;
-    match (short, site.retention().quota()) {
+    match (short, step.retention().quota()) {
         (None, Some(quota)) => {
-            storage::measure(site).await?;
-            // What is about to be given back is no reason to let more checkpoints go.
-            Ok(over_quota(site, site.history.needed_bytes(), quota))
+            storage::measure(step).await?;
+            // Bytes that are about to be freed are no reason to remove more checkpoints.
+            Ok(over_quota(step, step.history.needed_bytes(), quota))
         }
         (short, _) => Ok(short),
     }
 }
 
-/// Refuses what would bring so many bytes, where the project's checkpoints would take more than they may then.
+/// Refuses to add `bytes` to the project's checkpoints where that would exceed their quota.
 ///
 /// # Errors
 /// `quota_exceeded`.
-pub fn keeps_quota(site: &StepContext, bytes: u64) -> Result<(), Failure> {
-    let used = site.history.needed_bytes();
-    match site.retention().quota() {
+pub fn check_quota(step: &StepContext, bytes: u64) -> Result<(), Failure> {
+    let used = step.history.needed_bytes();
+    match step.retention().quota() {
         Some(quota) if used.saturating_add(bytes) > quota => {
             let text = format!(
-                "with the {} MiB of the file, the checkpoints of project '{}' would take more than the {} MiB that they may",
+                "with the {} MiB of the file, the checkpoints of project '{}' would exceed their quota of {} MiB",
                 bytes.div_ceil(1 << 20),
-                site.project.name,
+                step.project.name,
                 quota >> 20
             );
-            Err(quota_refusal(site, text, used, quota).into())
+            Err(quota_refusal(step, text, used, quota).into())
         }
         _ => Ok(()),
     }
 }
 
-fn quota_refusal(site: &StepContext, text: String, used: u64, quota: u64) -> Refusal {
+fn quota_refusal(step: &StepContext, text: String, used: u64, quota: u64) -> Refusal {
     Refusal::new(Code::QuotaExceeded, text)
         .hint(format!(
             "unpin or remove checkpoints (fermatactl checkpoint ls {0}), or raise the quota: \
              fermatactl project set {0} --max-checkpoint-bytes SIZE",
-            site.project.name
+            step.project.name
         ))
         .details(json!({ "used_bytes": used, "max_bytes": quota }))
 }
 
-fn over_quota(site: &StepContext, used: u64, quota: u64) -> Option<Shortage> {
+fn over_quota(step: &StepContext, used: u64, quota: u64) -> Option<Shortage> {
     (used >= quota).then(|| {
         let text = format!(
-            "the checkpoints of project '{0}' take {1} MiB, of {2} MiB that they may, and none of them may go",
-            site.project.name,
+            "the checkpoints of project '{0}' use {1} MiB of their quota of {2} MiB, and none of them can be removed",
+            step.project.name,
             used.div_ceil(1 << 20),
             quota >> 20
         );
-        let refusal = quota_refusal(site, text, used, quota);
+        let refusal = quota_refusal(step, text, used, quota);
         Shortage { bytes: used - quota + 1, reason: RemovalReason::Quota, refusal }
     })
 }
 
-/// Refuses a workspace that is missing, unreadable, or no directory of its own.
+/// Refuses a workspace that is missing, unreadable, the root or the home directory.
 ///
 /// # Errors
 /// `workspace_refused`.
-pub fn workspace_is_usable(workspace: &Path) -> Result<(), Failure> {
+pub fn check_workspace(workspace: &Path) -> Result<(), Failure> {
     let refuse = |why: String| {
         Err(Refusal::new(Code::WorkspaceRefused, format!("the workspace {} {why}", workspace.display())).into())
     };
@@ -128,12 +128,12 @@ pub fn workspace_is_usable(workspace: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Refuses a workspace that holds, or lies in, one of Fermata's own directories: a checkpoint would
-/// hold itself, and a restore would write over the database.
+/// Refuses a workspace that contains one of Fermata's own directories or is inside one: a checkpoint would contain
+/// itself, and a restore would overwrite the database.
 ///
 /// # Errors
 /// `workspace_refused`.
-pub fn lies_apart(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
+pub fn check_overlap(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
     let resolve = |path: &Path| path.canonicalize().unwrap_or_else(|_| path.to_owned());
     let workspace = resolve(workspace);
     for dir in own.iter().map(|dir| resolve(dir)) {
@@ -148,19 +148,19 @@ pub fn lies_apart(workspace: &Path, own: &[&Path]) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Refuses to write so many bytes where less than the floor would be left free.
+/// Refuses to write `bytes` where fewer than `floor` bytes would stay free.
 ///
 /// # Errors
 /// `disk_full`.
-pub fn leaves_room(state: &Path, floor: u64, bytes: u64) -> Result<(), Failure> {
-    match room(state, floor.saturating_add(bytes))? {
+pub fn check_free_space(state: &Path, floor: u64, bytes: u64) -> Result<(), Failure> {
+    match free_space_shortage(state, floor.saturating_add(bytes))? {
         None => Ok(()),
         Some(shortage) => Err(shortage.refusal.into()),
     }
 }
 
-/// Writes a size so that two that differ look different.
-fn in_words(bytes: u64) -> String {
+/// Formats a size with enough digits that two different sizes differ in the message.
+fn size_text(bytes: u64) -> String {
     match bytes {
         0..0x2800 => format!("{bytes} bytes"),
         0x2800..0xa0_0000 => format!("{} KiB", bytes >> 10),
@@ -168,10 +168,10 @@ fn in_words(bytes: u64) -> String {
     }
 }
 
-/// Says what is short when the file system of the state directory is nearly full.
-fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
+/// Returns the shortage when the file system of the state directory has fewer than `floor` bytes free.
+fn free_space_shortage(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
     let stat = nix::sys::statvfs::statvfs(state)
-        .map_err(|errno| Failure::fault("look for free space", &std::io::Error::from(errno)))?;
+        .map_err(|errno| Failure::fault("read the free space", &std::io::Error::from(errno)))?;
     let free = stat.blocks_available().saturating_mul(stat.fragment_size());
     Ok((free < floor).then(|| Shortage {
         bytes: floor - free,
@@ -181,8 +181,8 @@ fn room(state: &Path, floor: u64) -> Result<Option<Shortage>, Failure> {
             format!(
                 "the file system of {} has {} free, less than the {} that checkpoints must leave",
                 state.display(),
-                in_words(free),
-                in_words(floor)
+                size_text(free),
+                size_text(floor)
             ),
         )
         .hint("free some space, or lower pause.disk_floor_bytes in fermata.toml"),

@@ -1,5 +1,5 @@
-//! Restores a checkpoint: safety checkpoint, plan on disk, then the plan is carried out until it
-//! has succeeded.
+//! Restores a checkpoint: takes a safety checkpoint, writes a plan to disk, and carries the plan out, again after a crash
+//! or an error until it has succeeded.
 
 pub mod resume;
 
@@ -19,16 +19,16 @@ use serde::{Deserialize, Serialize};
 use crate::errors::Failure;
 use crate::operations::checkpoint::layout::DATABASE;
 use crate::operations::checkpoint::order::CheckpointOrder;
-use crate::operations::checkpoint::{self, Made};
+use crate::operations::checkpoint::{self, SealedCheckpoint};
 use crate::operations::{StepContext, blocking, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
-    Change, Conflict, Diff, DiffEntry, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport, RestoreRequest,
-    Time,
+    Change, Conflict, Diff, DiffEntry, Mismatch, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport,
+    RestoreRequest, Time,
 };
 use fermata_os::fsync::write_atomic;
 
-/// The file that carries a restore over a crash.
+/// The file from which a restore is continued after a crash.
 #[derive(Debug, Serialize, Deserialize)]
 struct PlanFile {
     plan: RestorePlan,
@@ -41,39 +41,39 @@ struct PlanFile {
 /// The most changes that are listed.
 const MAX_CHANGES: usize = 100_000;
 
-/// The most bytes that the paths of the listed changes come to: a reply is one line, and a plan is read as a whole.
+/// The most bytes in the paths of the listed changes: a reply is one line, and a plan is read at once.
 const MAX_CHANGES_BYTES: usize = 16 << 20;
 
-/// Takes the safety checkpoint and writes the plan.
+/// Takes the safety checkpoint and writes the plan; returns the safety checkpoint.
 ///
 /// # Errors
-/// When either fails; nothing in the workspace was changed then.
+/// When either fails. The workspace is unchanged then.
 pub async fn plan(
-    site: &StepContext,
+    step: &StepContext,
     operation: &OperationId,
     number: CheckpointNumber,
     safety: CheckpointNumber,
     paths: &[String],
-) -> Result<Made, Failure> {
+) -> Result<SealedCheckpoint, Failure> {
     let start = Instant::now();
     crate::operations::failpoint("restore.begin")?;
     let paths = parse_paths(paths)?;
-    crate::operations::pause::validate::run(site).await?;
+    crate::operations::pause::validate::run(step).await?;
     let order = CheckpointOrder {
         operation: operation.clone(),
         number: safety,
         name: checkpoint::default_name(Trigger::Safety, safety),
-        description: format!("what was there before checkpoint {number} was restored"),
+        description: format!("the state before checkpoint {number} was restored"),
         trigger: Trigger::Safety,
         reason: None,
         frozen: false,
         runs: Vec::new(),
     };
     let now = crate::services::now();
-    let checking = async { if paths.is_none() { check_parts(site, number).await } else { Ok(()) } };
-    let nothing_planned = Vec::new();
-    let capturing = checkpoint::capture(site, &order, &nothing_planned, now, checkpoint::Rows::Later(None), None);
-    // Both have ended before any error is looked at, so that nobody is at work when the checkpoint is discarded.
+    let checking = async { if paths.is_none() { check_parts(step, number).await } else { Ok(()) } };
+    let no_plans = Vec::new();
+    let capturing = checkpoint::capture(step, &order, &no_plans, now, checkpoint::RowsTiming::AfterThaw(None), None);
+    // Both have ended before an error is returned: the checkpoint must not be discarded while it is being written.
     let (checked, captured) = tokio::join!(checking, capturing);
     let captured = match (checked, captured) {
         (Ok(()), captured) => captured?,
@@ -84,9 +84,9 @@ pub async fn plan(
             return Err(failure);
         }
     };
-    let made = checkpoint::seal(site, &order, captured, now).await?;
-    let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let planned = site
+    let safety_checkpoint = checkpoint::seal(step, &order, captured, now).await?;
+    let (workspace, rules) = (PathBuf::from(&step.project.facts.workspace), step.rules());
+    let planned = step
         .with_history(Some(operation), "plan the restore", move |history, progress, cancel| {
             let (safety, paths) = (Some(safety), paths.as_deref());
             let request = RestoreRequest { number, safety, workspace: &workspace, rules: &rules, paths };
@@ -96,23 +96,23 @@ pub async fn plan(
     let Planned { plan, diff } = planned;
     let changes_total = diff.entries.len() as u64;
     let file = PlanFile { plan, changes: changed_paths(&diff), changes_total, prepare_ms: ms_since(start) };
-    let path = site.dirs().restore_plan(operation);
+    let path = step.dirs().restore_plan(operation);
     blocking("write the plan", move || {
         let bytes = serde_json::to_vec(&file).map_err(|e| Failure::fault("encode the plan", &e))?;
         write_atomic(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the plan", &e))
     })
     .await?;
     crate::operations::failpoint("restore.planned")?;
-    Ok(made)
+    Ok(safety_checkpoint)
 }
 
-/// Refuses a checkpoint whose database part cannot be restored, before anything in the workspace is changed.
-async fn check_parts(site: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
-    let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
+/// Refuses a checkpoint whose database part cannot be restored, before the workspace is changed.
+async fn check_parts(step: &StepContext, number: CheckpointNumber) -> Result<(), Failure> {
+    let (file, project) = (step.dirs().checkpoint(number).join(DATABASE), step.project.name.clone());
     blocking("check the checkpoint", move || {
         let damaged = |why: String| -> Failure {
             Refusal::new(Code::CheckpointDamaged, format!("checkpoint {number} cannot be restored: {why}"))
-                .hint("fermatactl checkpoint verify tells which checkpoints are good")
+                .hint("fermatactl checkpoint verify lists the checkpoints that are intact")
                 .into()
         };
         match backup::check(&file, &project) {
@@ -124,89 +124,90 @@ async fn check_parts(site: &StepContext, number: CheckpointNumber) -> Result<(),
     .await
 }
 
-/// A restore that was carried out.
-pub struct Applied {
-    /// What the rows say of the project, and the rows to put back; none where only some paths were restored.
+/// A restore whose plan was carried out; only the transaction is missing.
+pub struct AppliedRestore {
+    /// The project's restored state and rows; `None` where only some paths were restored.
     pub rows: Option<(RestoredProject, Arc<RestoredRows>)>,
-    /// What was done to the workspace.
-    pub done: Done,
+    pub workspace: RestoredWorkspace,
     changes: Vec<ChangedPath>,
     changes_total: u64,
-    /// How long the plan took, and how long carrying it out, milliseconds.
     prepare_ms: f64,
     apply_ms: f64,
 }
 
-/// What was done to a workspace, and when it was done.
-pub struct Done {
+/// The part of a restore that changed the workspace.
+pub struct RestoredWorkspace {
     plan: RestorePlan,
     report: RestoreReport,
     ended: Time,
 }
 
-/// Carries out the plan, from the start or again.
+/// Carries out the plan, for the first time or again.
 ///
 /// # Errors
-/// When it could not be finished; then it may be tried again.
-pub async fn apply(site: &StepContext, operation: &OperationId, number: CheckpointNumber) -> Result<Applied, Failure> {
+/// When it could not be completed; then it may be tried again.
+pub async fn apply(
+    step: &StepContext,
+    operation: &OperationId,
+    number: CheckpointNumber,
+) -> Result<AppliedRestore, Failure> {
     let start = Instant::now();
     crate::operations::failpoint("restore.apply")?;
-    let path = site.dirs().restore_plan(operation);
+    let path = step.dirs().restore_plan(operation);
     let file = blocking("read the plan", move || {
         let bytes = std::fs::read(&path).map_err(|e| Failure::fault(&format!("read {}", path.display()), &e))?;
-        serde_json::from_slice::<PlanFile>(&bytes)
-            .map_err(|e| Failure::fault(&format!("understand {}", path.display()), &e))
+        serde_json::from_slice::<PlanFile>(&bytes).map_err(|e| Failure::fault(&format!("parse {}", path.display()), &e))
     })
     .await?;
     let PlanFile { plan, changes, changes_total, prepare_ms } = file;
-    let whole = plan.paths.is_none();
-    let restoring = site.with_history(Some(operation), "restore the workspace", move |history, progress, _| {
+    let with_rows = plan.paths.is_none();
+    let restoring = step.with_history(Some(operation), "restore the workspace", move |history, progress, _| {
         let report = history.apply_restore(&plan, progress)?;
         Ok((plan, report))
     });
-    let reading = async { if whole { read_rows(site, number).await.map(Some) } else { Ok(None) } };
+    let reading = async { if with_rows { read_rows(step, number).await.map(Some) } else { Ok(None) } };
     let (restored, rows) = tokio::join!(restoring, reading);
     let (plan, report) = restored?;
     crate::operations::failpoint("restore.applied")?;
     let rows = rows?;
     let ns = fermata_os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };
-    let done = Done { plan, report, ended };
-    Ok(Applied { rows, done, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
+    let workspace = RestoredWorkspace { plan, report, ended };
+    Ok(AppliedRestore { rows, workspace, changes, changes_total, prepare_ms, apply_ms: ms_since(start) })
 }
 
 async fn read_rows(
-    site: &StepContext,
+    step: &StepContext,
     number: CheckpointNumber,
 ) -> Result<(RestoredProject, Arc<RestoredRows>), Failure> {
-    let (file, project) = (site.dirs().checkpoint(number).join(DATABASE), site.project.name.clone());
+    let (file, project) = (step.dirs().checkpoint(number).join(DATABASE), step.project.name.clone());
     blocking("read the backup", move || {
         let failed = |e| Failure::fault("read the backup", &e);
-        let backed = backup::open(&file, &project).map_err(failed)?;
+        let backup = backup::open(&file, &project).map_err(failed)?;
         let rows = backup::read_rows(&file, &project).map_err(failed)?;
-        Ok((RestoredProject { phase: backed.phase, tasks: backed.tasks }, Arc::new(rows)))
+        Ok((RestoredProject { phase: backup.phase, tasks: backup.tasks }, Arc::new(rows)))
     })
     .await
 }
 
-impl Applied {
-    /// Returns the answer to whoever asked for the restore.
+impl AppliedRestore {
+    /// Returns the reply to the client.
     pub fn reply(
         &self,
-        site: &StepContext,
+        step: &StepContext,
         operation: &OperationId,
         number: CheckpointNumber,
         safety: CheckpointNumber,
     ) -> CheckpointRestoreResult {
-        let Done { plan, report, .. } = &self.done;
+        let RestoredWorkspace { plan, report, .. } = &self.workspace;
         let mut warnings = plan_warnings(plan);
         warnings.extend(report.warnings.iter().cloned());
         if !report.kept.is_empty() {
             let count = report.kept.len();
-            warnings.push(format!("{count} directories stay, since files that checkpoints do not cover are in them"));
+            warnings.push(format!("{count} directories stay, since they contain files that checkpoints do not cover"));
         }
-        let problems = report.mismatches.iter().map(|one| format!("{}: {}", one.path, one.problem));
-        warnings.extend(summary("not as they should be", report.mismatches.len(), problems));
+        let problems = report.mismatches.iter().map(|mismatch| format!("{}: {}", mismatch.path, mismatch.problem));
+        warnings.extend(summary("not restored correctly", report.mismatches.len(), problems));
         CheckpointRestoreResult {
             operation_id: Some(operation.clone()),
             checkpoint_id: number,
@@ -215,26 +216,26 @@ impl Applied {
             changes_total: self.changes_total,
             written: report.written,
             removed: report.removed,
-            paths: shown(plan),
+            paths: path_texts(plan),
             left_alone: left_alone(plan),
-            undo: Some(undo(&site.project.name, safety, plan)),
+            undo: Some(undo_command(&step.project.name, safety, plan)),
             steps_ms: [("prepare".to_owned(), self.prepare_ms), ("apply".to_owned(), self.apply_ms)].into(),
             warnings,
         }
     }
 }
 
-/// Tells what a restore would do, and does nothing.
+/// Returns what a restore would do, without doing it.
 ///
 /// # Errors
 /// When the checkpoint or the workspace cannot be read.
 pub async fn preview(
-    site: &StepContext,
+    step: &StepContext,
     number: CheckpointNumber,
     paths: Option<Vec<RelPath>>,
 ) -> Result<CheckpointRestoreResult, Failure> {
-    let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let planned = site
+    let (workspace, rules) = (PathBuf::from(&step.project.facts.workspace), step.rules());
+    let planned = step
         .with_history(None, "plan the restore", move |history, progress, cancel| {
             let paths = paths.as_deref();
             let request = RestoreRequest { number, safety: None, workspace: &workspace, rules: &rules, paths };
@@ -251,7 +252,7 @@ pub async fn preview(
         changes_total: diff.entries.len() as u64,
         written,
         removed,
-        paths: shown(&plan),
+        paths: path_texts(&plan),
         left_alone: left_alone(&plan),
         undo: None,
         steps_ms: Default::default(),
@@ -259,24 +260,25 @@ pub async fn preview(
     })
 }
 
-fn shown(plan: &RestorePlan) -> Vec<String> {
+fn path_texts(plan: &RestorePlan) -> Vec<String> {
     plan.paths.iter().flatten().map(RelPath::to_string).collect()
 }
 
 fn left_alone(plan: &RestorePlan) -> Vec<LeftPath> {
-    let one = |conflict: &Conflict| LeftPath {
+    let left = |conflict: &Conflict| LeftPath {
         path: conflict.path.to_string(),
         reason: conflict.reason.in_words().to_owned(),
     };
-    plan.conflicts.iter().map(one).collect()
+    plan.conflicts.iter().map(left).collect()
 }
 
 fn plan_warnings(plan: &RestorePlan) -> Vec<String> {
     let mut warnings = plan.warnings.clone();
-    let reasons = plan.conflicts.iter().map(|one| format!("{}: {}", one.path, one.reason.in_words()));
-    warnings.extend(summary("left as they are", plan.conflicts.len(), reasons));
+    let reasons = plan.conflicts.iter().map(|conflict| format!("{}: {}", conflict.path, conflict.reason.in_words()));
+    warnings.extend(summary("left unchanged", plan.conflicts.len(), reasons));
     if plan.paths.is_some() {
-        warnings.push("files alone: tasks, context, agents' states and the phase stay as they are".to_owned());
+        warnings
+            .push("only files are restored: tasks, context, agents' states and the phase stay unchanged".to_owned());
     }
     warnings
 }
@@ -284,24 +286,23 @@ fn plan_warnings(plan: &RestorePlan) -> Vec<String> {
 /// The most paths that one warning names.
 const NAMED: usize = 5;
 
-/// Names the first of many in one line; nothing when there are none.
-fn summary(what: &str, count: usize, each: impl Iterator<Item = String>) -> Option<String> {
-    let named: Vec<String> = each.take(NAMED).collect();
+/// Returns one line about `count` paths that names the first ones; `None` when there are none.
+fn summary(state: &str, count: usize, texts: impl Iterator<Item = String>) -> Option<String> {
+    let named: Vec<String> = texts.take(NAMED).collect();
     let more = if count > named.len() { format!(" and {} more", count - named.len()) } else { String::new() };
     let paths = if count == 1 { "path is" } else { "paths are" };
-    let what = if count == 1 { what.replace("they are", "it is").replace("they", "it") } else { what.to_owned() };
-    (count > 0).then(|| format!("{count} {paths} {what}: {}{more}", named.join("; ")))
+    (count > 0).then(|| format!("{count} {paths} {state}: {}{more}", named.join("; ")))
 }
 
-/// The command that brings back what was there before.
-fn undo(project: &ProjectName, safety: CheckpointNumber, plan: &RestorePlan) -> String {
+/// Returns the command that restores the state before the restore.
+fn undo_command(project: &ProjectName, safety: CheckpointNumber, plan: &RestorePlan) -> String {
     let is_made = |dir: &RelPath| {
-        plan.operations.iter().any(|step| matches!(step, Operation::MakeDirectory { path } if path == dir))
+        plan.operations.iter().any(|operation| matches!(operation, Operation::MakeDirectory { path } if path == dir))
     };
     let mut command = format!("fermatactl checkpoint restore {project} {safety}");
     let mut named = Vec::new();
     for path in plan.paths.iter().flatten() {
-        // Directories that were made above a path go again.
+        // To remove also the directories above it that the restore makes.
         let mut path = path.clone();
         while let Some(dir) = path.parent().filter(|dir| is_made(dir)) {
             path = dir;
@@ -315,6 +316,7 @@ fn undo(project: &ProjectName, safety: CheckpointNumber, plan: &RestorePlan) -> 
     command
 }
 
+/// Quotes a path for the shell.
 fn shell_word(path: &RelPath) -> String {
     let plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/._-+@:,".contains(byte);
     match std::str::from_utf8(path.bytes()) {
@@ -323,130 +325,137 @@ fn shell_word(path: &RelPath) -> String {
         Ok(text) if !text.contains(char::is_control) && !text.starts_with('-') => {
             format!("'{}'", text.replace('\'', r"'\''"))
         }
-        // Anything else, byte by byte.
-        _ => {
+        Ok(_) | Err(_) => {
             let bytes: String = path.bytes().iter().map(|byte| format!("\\x{byte:02x}")).collect();
             format!("$'./{bytes}'")
         }
     }
 }
 
-/// Reads the paths of a request; `None` when there are none, which means everything.
+/// Parses the paths of a request; `None` when there are none, which means the workspace and the rows.
 ///
 /// # Errors
-/// Refuses what is no path inside a workspace, and a `.git`.
+/// Refuses a path that is not inside the workspace or is in a `.git`.
 pub fn parse_paths(paths: &[String]) -> Result<Option<Vec<RelPath>>, Failure> {
     let parse = |text: &String| -> Result<RelPath, Failure> {
         let refuse = |why: &str| {
             Failure::from(
                 Refusal::new(Code::InvalidParams, format!("the path '{text}' {why}"))
-                    .hint("paths are those inside the workspace, for instance src/main.rs"),
+                    .hint("give paths relative to the workspace, for instance src/main.rs"),
             )
         };
         if text.is_empty() {
-            return Err(refuse("names nothing; '.' is the whole workspace"));
+            return Err(refuse("is empty; '.' is the whole workspace"));
         }
         let bytes = if text == "." { Some(Vec::new()) } else { unescape(text) };
-        let path = bytes.and_then(|bytes| RelPath::new(bytes).ok()).ok_or_else(|| refuse("leads nowhere"))?;
-        if path.is_restorable() { Ok(path) } else { Err(refuse("is in a repository's own directory")) }
+        let path = bytes
+            .and_then(|bytes| RelPath::new(bytes).ok())
+            .ok_or_else(|| refuse("is not a relative path inside the workspace"))?;
+        if path.is_restorable() { Ok(path) } else { Err(refuse("is in a .git, which no restore changes")) }
     };
     if paths.len() > MAX_RESTORE_PATHS {
         let text = format!("{} paths are more than {MAX_RESTORE_PATHS}", paths.len());
-        return Err(Refusal::new(Code::TooLarge, text).hint("name the directories that they are in").into());
+        return Err(Refusal::new(Code::TooLarge, text).hint("give the directories that contain them").into());
     }
     let paths = paths.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
     Ok(Some(paths).filter(|paths| !paths.is_empty()))
 }
 
-/// Refuses paths that neither the checkpoint nor the workspace has.
+/// Refuses paths that exist neither in the checkpoint nor in the workspace.
 ///
 /// # Errors
-/// When there is such a path, or when the checkpoint cannot be read.
-pub async fn check_paths(site: &StepContext, number: CheckpointNumber, paths: Vec<RelPath>) -> Result<(), Failure> {
-    let workspace = PathBuf::from(&site.project.facts.workspace);
-    site.with_history(None, "find the paths", move |history, _, _| history.check_paths(number, &workspace, &paths))
+/// `path_not_found`, or when the checkpoint cannot be read.
+pub async fn check_paths(step: &StepContext, number: CheckpointNumber, paths: Vec<RelPath>) -> Result<(), Failure> {
+    let workspace = PathBuf::from(&step.project.facts.workspace);
+    step.with_history(None, "find the paths", move |history, _, _| history.check_paths(number, &workspace, &paths))
         .await
 }
 
-/// What a full check found.
-pub struct Checked {
+/// The result of comparing the workspace with the restored checkpoint.
+pub struct RestoreCheck {
     /// How many paths were compared.
     pub paths: u64,
-    /// How many are not as the checkpoint has them.
+    /// How many of them differ.
     pub differing: u64,
-    /// Some of them, each with what is different.
+    /// The first of them, each with the difference.
     pub examples: Vec<String>,
 }
 
-/// The most paths that a full check names.
+/// The most paths that a check names.
 const EXAMPLES: usize = 20;
 
-/// Compares the whole workspace with the checkpoint that was restored, until somebody else works in it; `None` when it
-/// could not be done.
-pub async fn check(site: &StepContext, done: Done, moved_on: impl Future<Output = ()>) -> Option<Checked> {
+/// Compares the workspace with the restored checkpoint. Ends early when `moved_on` completes, since the workspace may
+/// change from then on. `None` when the comparison was not completed.
+pub async fn check(
+    step: &StepContext,
+    restored: RestoredWorkspace,
+    moved_on: impl Future<Output = ()>,
+) -> Option<RestoreCheck> {
     fermata_failpoint::hit("restore.check");
-    let rules = site.rules();
-    let checking = site.with_history(None, "look through the restored workspace", move |history, progress, cancel| {
-        history.check_restored(&done.plan, &done.report, &rules, done.ended, progress, cancel)
+    let rules = step.rules();
+    let checking = step.with_history(None, "check the restored workspace", move |history, progress, cancel| {
+        let RestoredWorkspace { plan, report, ended } = &restored;
+        history.check_restored(plan, report, &rules, *ended, progress, cancel)
     });
     tokio::pin!(checking);
     let checked = tokio::select! {
         checked = &mut checking => checked,
         () = moved_on => {
-            site.cancel.cancel();
+            step.cancel.cancel();
             checking.await
         }
-        () = site.services.stopping.cancelled() => {
-            site.cancel.cancel();
+        () = step.services.stopping.cancelled() => {
+            step.cancel.cancel();
             checking.await
         }
     };
     fermata_failpoint::hit("restore.checked");
     match checked {
         Ok(check) => {
-            for one in &check.mismatches {
-                tracing::error!(project = %site.project.name, path = %one.path, problem = one.problem, "not restored");
+            let project = &step.project.name;
+            for Mismatch { path, problem } in &check.mismatches {
+                tracing::error!(%project, %path, problem, "a path was not restored correctly");
             }
             let examples = check.mismatches.iter().take(EXAMPLES);
-            Some(Checked {
+            Some(RestoreCheck {
                 paths: check.paths,
                 differing: check.mismatches.len() as u64,
-                examples: examples.map(|one| format!("{}: {}", one.path, one.problem)).collect(),
+                examples: examples.map(|mismatch| format!("{}: {}", mismatch.path, mismatch.problem)).collect(),
             })
         }
         Err(failure) => {
-            tracing::info!(project = %site.project.name, %failure, "the restored workspace was not looked through");
+            tracing::info!(project = %step.project.name, %failure, "the check of the restored workspace was not completed");
             None
         }
     }
 }
 
-/// Forgets the plan of a restore that has ended.
-pub fn forget(site: &StepContext, operation: &OperationId) {
-    let path = site.dirs().restore_plan(operation);
+/// Removes the plan of a restore that has ended.
+pub fn remove_plan(step: &StepContext, operation: &OperationId) {
+    let path = step.dirs().restore_plan(operation);
     if let Err(error) = std::fs::remove_file(&path)
         && error.kind() != std::io::ErrorKind::NotFound
     {
-        tracing::warn!(path = %path.display(), %error, "a plan that is no longer needed stays");
+        tracing::warn!(path = %path.display(), %error, "the plan of an ended restore could not be removed");
     }
 }
 
-/// Compares two points of a project.
+/// Compares a checkpoint with another one, or with the workspace where `to` is `None`.
 ///
 /// # Errors
-/// When a point cannot be read.
-pub async fn diff(site: &StepContext, from: CheckpointNumber, to: Option<CheckpointNumber>) -> Result<Diff, Failure> {
+/// When one of them cannot be read.
+pub async fn diff(step: &StepContext, from: CheckpointNumber, to: Option<CheckpointNumber>) -> Result<Diff, Failure> {
     let to = match to {
         Some(number) => Point::Checkpoint(number),
-        None => Point::Workspace(PathBuf::from(&site.project.facts.workspace), site.rules()),
+        None => Point::Workspace(PathBuf::from(&step.project.facts.workspace), step.rules()),
     };
-    site.with_history(None, "compare", move |history, progress, cancel: &AtomicBool| {
+    step.with_history(None, "compare the checkpoint", move |history, progress, cancel: &AtomicBool| {
         history.diff(&Point::Checkpoint(from), &to, progress, cancel)
     })
     .await
 }
 
-/// Shows a difference on the wire; of very many paths the first.
+/// Converts a difference for the wire: the first [`MAX_CHANGES`] paths, up to [`MAX_CHANGES_BYTES`].
 pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
     let mut bytes = 0;
     let fits = |entry: &&DiffEntry| {
@@ -492,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn of_very_many_changes_as_many_are_listed_as_a_reply_can_hold() {
+    fn only_as_many_changes_are_listed_as_fit_into_a_reply() {
         let listed = changed_paths(&diff((0..120_000).map(|n| format!("f{n:06}"))));
         assert_eq!((listed.len(), &*listed[0].path), (MAX_CHANGES, "f000000"));
         let long = "x".repeat(4000);

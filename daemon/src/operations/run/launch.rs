@@ -17,7 +17,7 @@ use crate::operations::run::limits::tree_limits;
 use crate::operations::run::session;
 use crate::operations::{StepContext, blocking};
 use crate::shims::launch::LaunchError;
-use crate::shims::link::{ShimLink, launch, read_exit, read_run};
+use crate::shims::link::{LinkError, ShimLink, launch, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
 use crate::shims::reconnect::{self, ReconnectOutcome};
 use fermata_os::death::Death;
@@ -31,52 +31,51 @@ use fermata_shim::record::RunRecord;
 use fermata_shim::spec::{HookSpec, LaunchSpec, LogLimits, SPEC_VERSION};
 use fermata_shim::wire::ShimEvent;
 
-/// How long the processes of a run that is to be ended may take to go.
-const ENDING: Duration = Duration::from_secs(10);
+/// How long the processes of a run that is being ended may take to exit.
+const END_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A run that has started.
-pub struct Started {
-    /// Its processes.
+pub struct StartedRun {
     pub processes: RunProcesses,
-    /// The link to its shim and what the shim tells; none when there was nobody to connect to, most
-    /// likely because the run has ended already.
+    /// The link to its shim and the shim's events; `None` when the connection failed, usually because the run has ended
+    /// already.
     pub link: Option<(ShimLink, mpsc::Receiver<ShimEvent>)>,
 }
 
 /// Starts a run, after ending what is left of the agent's older ones.
 ///
 /// # Errors
-/// A sentence for people: the program is missing, the working directory is, …
+/// A message for the user, for instance that the program does not exist.
 pub async fn run(
-    site: &StepContext,
+    step: &StepContext,
     agent: &AgentName,
     run: &RunId,
     token: &str,
     continuation: Option<Continuation>,
-) -> Result<Started, String> {
-    end_older_runs(site, agent, run).await.map_err(|failure| failure.to_string())?;
-    if let Some(found) = site.project.agents.get(agent) {
-        // Once more: after a reboot nothing is enabled that was enabled when it was run first.
+) -> Result<StartedRun, String> {
+    end_older_runs(step, agent, run).await.map_err(|failure| failure.to_string())?;
+    if let Some(found) = step.project.agents.get(agent) {
+        // Again at every launch: a reboot disables the controllers that an earlier launch has enabled.
         let resources = &found.spec.supervision.resources;
-        crate::operations::run::limits::prepare(&site.services, resources)
+        crate::operations::run::limits::prepare(&step.services, resources)
             .await
             .map_err(|failure| failure.to_string())?;
     }
-    prune_runs(site, agent, run).await;
-    let spec = spec(site, agent, run, token, continuation).await.map_err(|failure| failure.to_string())?;
+    prune_runs(step, agent, run).await;
+    let spec = spec(step, agent, run, token, continuation).await.map_err(|failure| failure.to_string())?;
     crate::operations::failpoint("launch.before").map_err(|failure| failure.to_string())?;
-    let launched = match launch(&site.services.programs.shim, &spec).await {
+    let launched = match launch(&step.services.programs.shim, &spec).await {
         Ok(launched) => launched,
-        // It may have been killed when the agent was there and its record was not.
+        // The agent may have been started and its record not yet written.
         Err(LaunchError::Refused { code: LaunchCode::ShimDied, message }) => {
-            return Err(give_up(site, agent, &spec, message).await);
+            return Err(abandon_launch(step, agent, &spec, message).await);
         }
-        // The shim's own sentence is the one for people.
+        // The shim's message is for the user as it is.
         Err(LaunchError::Refused { message, .. }) => return Err(message),
-        Err(other) => return Err(give_up(site, agent, &spec, error_chain(&other)).await),
+        Err(other) => return Err(abandon_launch(step, agent, &spec, error_chain(&other)).await),
     };
     if let Err(failure) = crate::operations::failpoint("launch.after") {
-        return Err(give_up(site, agent, &spec, failure.to_string()).await);
+        return Err(abandon_launch(step, agent, &spec, failure.to_string()).await);
     }
     let link = ShimLink::connect(&spec.socket).await.ok();
     let processes = RunProcesses {
@@ -84,22 +83,21 @@ pub async fn run(
         start_ticks: launched.agent.start_time_ticks,
         shim_pid: launched.shim.pid,
         shim_start_ticks: launched.shim.start_time_ticks,
-        boot_id: site.services.boot_id.clone(),
+        boot_id: step.services.boot_id.clone(),
         mechanism: launched.mechanism,
     };
-    Ok(Started { processes, link })
+    Ok(StartedRun { processes, link })
 }
 
-/// Ends a launch of which nobody knows how far it came: a run that is told to have failed must not
-/// go on unseen.
-async fn give_up(site: &StepContext, agent: &AgentName, spec: &LaunchSpec, reason: String) -> String {
-    if let Err(failure) = end_run(site, &spec.run_dir).await {
-        tracing::error!(project = %site.project.name, %agent, %failure, "end a run that nobody can reach");
+/// Ends a launch that failed at an unknown point, since a run that is reported as failed must not run on without
+/// supervision. Returns `reason`.
+async fn abandon_launch(step: &StepContext, agent: &AgentName, spec: &LaunchSpec, reason: String) -> String {
+    if let Err(failure) = end_run(step, &spec.run_dir).await {
+        tracing::error!(project = %step.project.name, %agent, %failure, "the processes of a failed launch were not ended");
     }
     reason
 }
 
-/// Returns the processes of a recorded run.
 pub fn processes_of(record: &RunRecord) -> RunProcesses {
     RunProcesses {
         pid: record.agent.pid,
@@ -112,28 +110,28 @@ pub fn processes_of(record: &RunRecord) -> RunProcesses {
 }
 
 async fn spec(
-    site: &StepContext,
+    step: &StepContext,
     name: &AgentName,
     run: &RunId,
     token: &str,
     continuation: Option<Continuation>,
 ) -> Result<LaunchSpec, Failure> {
-    let settings = site.services.settings();
-    let agent = site.project.agents.get(name);
-    let env = session::environment(site, name).await?;
+    let settings = step.services.settings();
+    let agent = step.project.agents.get(name);
+    let env = session::environment(step, name).await?;
     let argv = agent.and_then(|agent| agent.run()).map(|run| run.argv.clone()).unwrap_or_default();
     Ok(LaunchSpec {
         version: SPEC_VERSION,
-        project: site.project.name.to_string(),
+        project: step.project.name.to_string(),
         agent: name.to_string(),
         run_id: run.to_string(),
         argv: argv.into_iter().map(Raw::from).collect(),
-        env: environment(site, name, env, token, continuation),
+        env: environment(step, name, env, token, continuation),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
-        rlimits: limits(agent.map(|agent| &**agent), site.services.programs.open_files),
-        run_dir: site.dirs().run(name, run),
-        socket: site.services.shim_socket(run),
+        rlimits: limits(agent.map(|agent| &**agent), step.services.programs.open_files),
+        run_dir: step.dirs().run(name, run),
+        socket: step.services.shim_socket(run),
         cgroup_parent: settings.agents.cgroup_parent.clone(),
         cgroup_name: format!("fermata-{run}"),
         mechanism: settings.agents.freezer,
@@ -159,7 +157,7 @@ fn hook(hook: &Hook) -> HookSpec {
 }
 
 fn environment(
-    site: &StepContext,
+    step: &StepContext,
     agent: &AgentName,
     mut env: BTreeMap<String, String>,
     token: &str,
@@ -168,21 +166,21 @@ fn environment(
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
     }
-    if site.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
-        // The size is the terminal's to tell, and the caller's own may be another.
+    if step.project.agents.get(agent).is_some_and(|agent| agent.spec.supervision.terminal.is_some()) {
+        // The client's terminal may have another size than the agent's.
         env.remove("LINES");
         env.remove("COLUMNS");
         env.entry("TERM".to_owned()).or_insert_with(|| "xterm-256color".to_owned());
     }
     let mut set = |name: &str, value: String| env.insert(name.to_owned(), value);
-    set("FERMATA_SOCKET", site.services.paths.socket.to_string_lossy().into_owned());
-    set("FERMATA_PROJECT", site.project.name.to_string());
+    set("FERMATA_SOCKET", step.services.paths.socket.to_string_lossy().into_owned());
+    set("FERMATA_PROJECT", step.project.name.to_string());
     set("FERMATA_AGENT", agent.to_string());
     set("FERMATA_TOKEN", token.to_owned());
     if let Some(Continuation { checkpoint }) = continuation {
         set("FERMATA_RESUME", "1".to_owned());
         if let Some(number) = checkpoint {
-            let context = site.dirs().checkpoint(number).join(crate::operations::checkpoint::layout::CONTEXT);
+            let context = step.dirs().checkpoint(number).join(crate::operations::checkpoint::layout::CONTEXT);
             set("FERMATA_CONTEXT", context.to_string_lossy().into_owned());
             set("FERMATA_CHECKPOINT", number.to_string());
         }
@@ -190,29 +188,29 @@ fn environment(
     env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
 }
 
-/// The limits that an agent gets: its caller's. Where that one said nothing of open files it gets what
-/// the daemon was started with, not what the daemon has raised its own to.
+/// Returns the resource limits of an agent: those of the client that created it. Without a limit for open files among
+/// them, it gets the one that the daemon was started with, not the one to which the daemon has raised its own.
 fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
-    let known = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
-    let of_caller = agent.into_iter().flat_map(|agent| &agent.spec.limits);
-    let mut limits: Vec<Limit> = of_caller
-        .filter_map(|(name, limit)| Some(Limit { kind: known(name)?, soft: limit.soft, hard: limit.hard }))
+    let kind_of = |name: &str| -> Option<LimitKind> { serde_json::from_value(serde_json::Value::from(name)).ok() };
+    let of_client = agent.into_iter().flat_map(|agent| &agent.spec.limits);
+    let mut limits: Vec<Limit> = of_client
+        .filter_map(|(name, limit)| Some(Limit { kind: kind_of(name)?, soft: limit.soft, hard: limit.hard }))
         .collect();
-    if let Some(own) = open_files
-        && !limits.iter().any(|limit| limit.kind == own.kind)
+    if let Some(open_files) = open_files
+        && !limits.iter().any(|limit| limit.kind == open_files.kind)
     {
-        limits.push(own);
+        limits.push(open_files);
     }
     limits
 }
 
-/// Ends what is left of every run of an agent but one: nothing is left behind, and one session
-/// has one writer.
+/// Ends the processes of every run of an agent except the current one, so that none is left behind and no session has two
+/// writers.
 ///
 /// # Errors
 /// When a process cannot be ended.
-pub async fn end_older_runs(site: &StepContext, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
-    let (dir, current) = (site.dirs().runs(agent), current.clone());
+pub async fn end_older_runs(step: &StepContext, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
+    let (dir, current) = (step.dirs().runs(agent), current.clone());
     let older = blocking("list runs", move || {
         let entries = match std::fs::read_dir(&dir) {
             Ok(entries) => entries,
@@ -220,78 +218,77 @@ pub async fn end_older_runs(site: &StepContext, agent: &AgentName, current: &Run
             Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
         };
         let others = entries.flatten().filter(|entry| entry.file_name().to_str() != Some(current.as_str()));
-        let goes_on = |run_dir: &PathBuf| !read_exit(run_dir).is_ok_and(|exit| exit.is_some());
-        Ok(others.map(|entry| entry.path()).filter(goes_on).collect())
+        let may_run = |run_dir: &PathBuf| !read_exit(run_dir).is_ok_and(|exit| exit.is_some());
+        Ok(others.map(|entry| entry.path()).filter(may_run).collect())
     });
     for run_dir in older.await? {
-        end_run(site, &run_dir).await?;
+        end_run(step, &run_dir).await?;
     }
     Ok(())
 }
 
-/// Removes what older runs have left, but for the newest ones. All of them have ended: the caller
-/// has seen to that, and a checkpoint has copies of its own.
-async fn prune_runs(site: &StepContext, agent: &AgentName, current: &RunId) {
-    let keep = site.services.settings().agents.keep_runs as usize;
+/// Removes the files of older runs except the newest ones. All of them must have ended; a checkpoint does not use these
+/// files.
+async fn prune_runs(step: &StepContext, agent: &AgentName, current: &RunId) {
+    let keep = step.services.settings().agents.keep_runs as usize;
     if keep == 0 {
         return;
     }
-    let (dir, current) = (site.dirs().runs(agent), current.to_string());
+    let (dir, current) = (step.dirs().runs(agent), current.to_string());
     let pruned = blocking("remove older runs", move || {
         let Ok(entries) = std::fs::read_dir(&dir) else { return Ok(()) };
         let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
-        // Ids begin with the time: the order of their names is that of the runs.
+        // Ids begin with the time, so that they sort by age.
         let mut older: Vec<String> = names.filter(|name| name.starts_with("run-") && *name < current).collect();
         older.sort_unstable();
         let surplus = (older.len() + 1).saturating_sub(keep);
         for name in &older[..surplus] {
             let path = dir.join(name);
             let failed = |e| Failure::fault(&format!("remove {}", path.display()), &e);
-            leftovers::remove_aside(leftovers::put_aside(&path).map_err(failed)?);
+            leftovers::remove_deferred(leftovers::defer_removal(&path).map_err(failed)?);
         }
-        leftovers::sweep_aside(&dir);
+        leftovers::sweep_deferred(&dir);
         Ok(())
     });
     if let Err(failure) = pruned.await {
-        tracing::warn!(project = %site.project.name, %agent, %failure, "older runs stay until the next start");
+        tracing::warn!(project = %step.project.name, %agent, %failure, "the files of older runs stay until the next launch");
     }
 }
 
-/// Stops a run whose shim cannot be asked to: SIGTERM to its main process, and when the grace is over
-/// the end of everything.
+/// Stops a run whose shim cannot be reached: SIGTERM to its main process, and the end of its tree when the grace is over.
 ///
 /// # Errors
 /// When a process cannot be ended.
 pub async fn stop_unreachable(
-    site: &StepContext,
+    step: &StepContext,
     agent: &AgentName,
     run: &RunId,
     grace: Duration,
 ) -> Result<(), Failure> {
-    let run_dir = site.dirs().run(agent, run);
+    let run_dir = step.dirs().run(agent, run);
     if let Ok(Some(record)) = read_run(&run_dir)
-        && record.boot_id == site.services.boot_id
+        && record.boot_id == step.services.boot_id
         && !grace.is_zero()
         && let (Ok(death), Ok(shim)) = (Death::of(record.agent), Death::of(record.shim))
     {
-        // Who is gone, or another's now, has no more need of it.
+        // Fails when the process has ended.
         process::signal(record.agent, libc::SIGTERM).ok();
         if tokio::time::timeout(grace, death.wait()).await.is_ok() {
-            // Its shim clears up behind it and records the exit.
-            drop(tokio::time::timeout(ENDING, shim.wait()).await);
+            // Its shim ends the rest of the tree and records the exit.
+            drop(tokio::time::timeout(END_TIMEOUT, shim.wait()).await);
         }
     }
-    end_run(site, &run_dir).await
+    end_run(step, &run_dir).await
 }
 
-/// Ends a run that may be alive: through its shim, or without it where the shim is gone.
+/// Ends a run that may be alive: through its shim, or directly where the shim is dead or cannot be reached.
 ///
 /// # Errors
 /// When a process cannot be ended.
-pub async fn end_run(site: &StepContext, run_dir: &std::path::Path) -> Result<(), Failure> {
+pub async fn end_run(step: &StepContext, run_dir: &std::path::Path) -> Result<(), Failure> {
     let mut record = read_run(run_dir);
     if matches!(record, Ok(None)) {
-        record::abandon(run_dir).map_err(|e| Failure::fault("give an older launch up", &e))?;
+        record::abandon(run_dir).map_err(|e| Failure::fault("abandon an older launch", &e))?;
         record = read_run(run_dir);
     }
     let record = match record {
@@ -299,35 +296,39 @@ pub async fn end_run(site: &StepContext, run_dir: &std::path::Path) -> Result<()
         Ok(None) => {
             let dir = run_dir.to_path_buf();
             let ended = blocking("end a launch without a record", move || {
-                end_unrecorded_run(&dir, ENDING).map_err(|e| Failure::fault("end an older launch", &e))
+                end_unrecorded_run(&dir, END_TIMEOUT).map_err(|e| Failure::fault("end an older launch", &e))
             });
             return ended.await.map(drop);
         }
         Err(error) => return Err(Failure::fault("read an older run", &error)),
     };
-    if record.boot_id != site.services.boot_id {
+    if record.boot_id != step.services.boot_id {
         return Ok(());
     }
-    let mut why = None;
+    let mut unreached = None;
     if process::is_alive(record.shim).unwrap_or(false) {
-        match reconnect::connect(&record, site.services.shim_patience()).await {
+        match reconnect::connect(&record, step.services.shim_patience()).await {
             Ok((link, _events)) => {
                 let ended = async {
                     link.kill().await?;
                     link.closed().await;
-                    Ok::<(), crate::shims::link::LinkError>(())
+                    Ok::<(), LinkError>(())
                 };
-                match tokio::time::timeout(ENDING, ended).await {
-                    Ok(Ok(()) | Err(crate::shims::link::LinkError::Closed)) => return Ok(()),
-                    Ok(Err(error)) => why = Some(error_chain(&error)),
-                    Err(_) => why = Some("its processes did not end in time".to_owned()),
+                match tokio::time::timeout(END_TIMEOUT, ended).await {
+                    Ok(Ok(()) | Err(LinkError::Closed)) => return Ok(()),
+                    Ok(Err(error)) => unreached = Some(error_chain(&error)),
+                    Err(_) => unreached = Some("its processes did not end in time".to_owned()),
                 }
             }
-            Err(error) => why = Some(error),
+            Err(error) => unreached = Some(error),
         }
     }
-    match reconnect::give_up(run_dir, &record, &site.services.boot_id, why).await {
-        ReconnectOutcome::Lost { left: Some(error), .. } => Err(Failure::fault("end an older run", &error)),
-        _ => Ok(()),
+    match reconnect::end(run_dir, &record, &step.services.boot_id, unreached).await {
+        ReconnectOutcome::Lost { remaining: Some(error), .. } => Err(Failure::fault("end an older run", &error)),
+        ReconnectOutcome::Lost { remaining: None, .. }
+        | ReconnectOutcome::Linked(_)
+        | ReconnectOutcome::Ended(_)
+        | ReconnectOutcome::Foreign(_)
+        | ReconnectOutcome::Unknown(_) => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! What an agent's tree may use: checked, and made possible, before anything of it is started.
+//! The resource limits of an agent's process tree: checks them and enables the controllers before the launch.
 
 use std::path::Path;
 
@@ -12,14 +12,12 @@ use fermata_os::cgroup::FreezerSetting;
 use fermata_os::controllers::{TreeLimits, Unavailable, make_available};
 use fermata_protocol::error_chain;
 
-/// The least memory: less does not even hold a shell.
+/// The smallest memory limit in bytes: a shell needs more.
 const MIN_MEMORY: u64 = 1 << 20;
 
-/// The most processor time, percent of one core: far beyond any machine, and within what the kernel
-/// takes as a quota.
+/// The largest processor limit in percent of one core: more than any machine has, and still a valid quota for the kernel.
 const MAX_CPU_PERCENT: u64 = 1_000_000;
 
-/// Translates the limits of the wire.
 pub fn tree_limits(resources: &Resources) -> TreeLimits {
     TreeLimits {
         memory_max_bytes: resources.memory_max_bytes,
@@ -28,11 +26,11 @@ pub fn tree_limits(resources: &Resources) -> TreeLimits {
     }
 }
 
-/// Checks that limits make sense and that they can be set here; enables what they need in the group
-/// that holds the agents' groups.
+/// Checks that limits are valid and can be set on this machine; enables their controllers in the parent group of the
+/// agents' groups.
 ///
 /// # Errors
-/// `invalid_params`, or `limits_unavailable` with what is missing and what to do.
+/// `invalid_params`, or `limits_unavailable` with the missing controllers and a hint.
 pub async fn prepare(services: &Services, resources: &Resources) -> Result<(), Failure> {
     check(resources)?;
     let limits = tree_limits(resources);
@@ -41,11 +39,11 @@ pub async fn prepare(services: &Services, resources: &Resources) -> Result<(), F
     }
     let settings = services.settings();
     if settings.agents.freezer == FreezerSetting::Signals {
-        let message = "resources cannot be limited: that needs control groups, and agents.freezer is \"signals\"";
-        let hint = "set freezer = \"auto\" in the section [agents] of fermata.toml, or run it without limits";
+        let message = "resources cannot be limited: limits need control groups, and agents.freezer is \"signals\"";
+        let hint = "set freezer = \"auto\" in the section [agents] of fermata.toml, or run the agent without limits";
         return Err(Refusal::new(Code::LimitsUnavailable, message).hint(hint).into());
     }
-    blocking("look for controllers", move || {
+    blocking("enable the controllers", move || {
         let parent = settings.agents.cgroup_parent.as_deref();
         make_available(parent, &limits.controllers()).map_err(|error| unavailable(&error).into())
     })
@@ -61,7 +59,7 @@ fn check(resources: &Resources) -> Result<(), Refusal> {
         Resources { cpu_max_percent: Some(percent), .. } if *percent == 0 || *percent > MAX_CPU_PERCENT => {
             invalid(format!("'cpu_max_percent' is {percent}, outside 1 to {MAX_CPU_PERCENT}"))
         }
-        Resources { pids_max: Some(0), .. } => invalid("'pids_max' is 0, which lets nothing run".into()),
+        Resources { pids_max: Some(0), .. } => invalid("'pids_max' is 0, which allows no process".into()),
         _ => Ok(()),
     }
 }
@@ -69,19 +67,19 @@ fn check(resources: &Resources) -> Result<(), Refusal> {
 fn unavailable(error: &Unavailable) -> Refusal {
     let hint = match error {
         Unavailable::NoGroups(_) => {
-            "mount cgroup v2 so that the daemon may write there, or run it without limits".into()
+            "mount cgroup v2 where the daemon may write, or run the agent without limits".into()
         }
         Unavailable::NotGiven { on_v1, .. } if !on_v1.is_empty() => format!(
-            "this machine has {} on cgroup v1; boot it with systemd.unified_cgroup_hierarchy=1, or run it without limits",
+            "this machine has {} on cgroup v1; boot it with systemd.unified_cgroup_hierarchy=1, or run the agent without limits",
             on_v1.join(" and ")
         ),
         Unavailable::NotGiven { names, group, .. } => {
             let above = group.parent().unwrap_or(Path::new("/"));
-            let words: Vec<String> = names.iter().map(|name| format!("+{name}")).collect();
+            let enabling: Vec<String> = names.iter().map(|name| format!("+{name}")).collect();
             format!(
                 "delegate them (Delegate=yes in a unit; elsewhere echo '{}' > {}/cgroup.subtree_control), \
                  or set agents.cgroup_parent in fermata.toml to a group that has them",
-                words.join(" "),
+                enabling.join(" "),
                 above.display()
             )
         }
@@ -99,6 +97,7 @@ fn unavailable(error: &Unavailable) -> Refusal {
         .details(serde_json::json!({ "controllers": missing(error) }))
 }
 
+/// Returns the names of the controllers that are missing.
 fn missing(error: &Unavailable) -> &[&'static str] {
     match error {
         Unavailable::NotGiven { names, .. } | Unavailable::Refused { names, .. } => names,
@@ -111,7 +110,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn limits_that_let_nothing_run_are_refused_by_name() {
+    fn limits_that_allow_no_program_are_refused_by_name() {
         let bad = [
             (Resources { memory_max_bytes: Some(4096), ..Resources::default() }, "memory_max_bytes"),
             (Resources { cpu_max_percent: Some(0), ..Resources::default() }, "cpu_max_percent"),

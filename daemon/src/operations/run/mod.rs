@@ -1,4 +1,4 @@
-//! Starts the runs of agents: their commands and sessions, their limits, and when they are ready.
+//! Starts the runs of agents: commands and sessions, resource limits, readiness.
 
 pub mod launch;
 pub mod limits;

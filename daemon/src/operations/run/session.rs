@@ -1,4 +1,4 @@
-//! Finds the tools' own sessions, for their transcripts and for starting them again.
+//! Finds the sessions of the agents' tools, for their transcripts and for starting the agents again.
 
 use std::collections::BTreeMap;
 
@@ -13,73 +13,67 @@ use fermata_os::process::{self, ProcScan};
 
 /// An agent whose tool has a profile, with its environment.
 struct ProfiledAgent {
-    agent: AgentName,
+    name: AgentName,
     profile: Profile,
     env: BTreeMap<String, String>,
     cwd: String,
     since_ms: i64,
     pid: Option<i32>,
-    session: Option<String>,
+    /// The id of the last session that is known.
+    last_session: Option<String>,
 }
 
-/// What was found of agents' sessions, and what it takes to see whether that still holds.
-pub struct Scouted(Vec<(ProfiledAgent, Option<Session>)>);
+/// The sessions of agents whose tools have a profile.
+pub struct FoundSessions(Vec<(ProfiledAgent, Option<Session>)>);
 
-impl Scouted {
-    /// Says whether no agent has a tool whose sessions are known of.
+impl FoundSessions {
+    /// Returns whether no agent has a tool with a profile for sessions.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Returns the sessions as they are now, by agent: those that agents have open, else those that were found. Walks
-    /// through no directory, so that agents may stand still for it.
-    pub fn now(self) -> Vec<(AgentName, Session)> {
-        let one = |(known, found): (ProfiledAgent, Option<Session>)| {
-            Some((known.agent.clone(), held_open(&known).or(found)?))
+    /// Returns the current session of each agent that has one: the session that it has open, else the one that was
+    /// found. Walks no directory, so that it may run while the agents are frozen.
+    pub fn current(self) -> Vec<(AgentName, Session)> {
+        let current = |(agent, found): (ProfiledAgent, Option<Session>)| {
+            let session = agent.open_session().or(found)?;
+            Some((agent.name, session))
         };
-        self.0.into_iter().filter_map(one).collect()
+        self.0.into_iter().filter_map(current).collect()
     }
 }
 
-/// Finds the sessions of these agents, by agent. Agents without profile or session are left out.
+/// Finds the sessions of these agents. Agents without a profile for sessions are left out. It may take long, so that a
+/// pause calls it before the freeze.
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn find(site: &StepContext, agents: &[AgentName]) -> Result<Vec<(AgentName, Session)>, Failure> {
-    let Scouted(found) = scout(site, agents).await?;
-    Ok(found.into_iter().filter_map(|(known, session)| Some((known.agent, session?))).collect())
-}
-
-/// Finds the sessions of these agents. It may take long, so it runs before they are frozen.
-///
-/// # Errors
-/// When the store cannot be read.
-pub async fn scout(site: &StepContext, agents: &[AgentName]) -> Result<Scouted, Failure> {
-    let profiles = site.services.profiles();
-    let mut known = Vec::new();
+pub async fn find(step: &StepContext, agents: &[AgentName]) -> Result<FoundSessions, Failure> {
+    let profiles = step.services.profiles();
+    let mut profiled = Vec::new();
     for name in agents {
-        let Some(agent) = site.project.agents.get(name) else { continue };
+        let Some(agent) = step.project.agents.get(name) else { continue };
         let profile = agent.spec.profile.as_deref().and_then(|name| profiles.get(name));
         let Some(profile) = profile.filter(|profile| profile.session.is_some()) else { continue };
-        known.push(ProfiledAgent {
-            agent: name.clone(),
+        profiled.push(ProfiledAgent {
+            name: name.clone(),
             profile: profile.clone(),
-            env: environment(site, name).await?,
+            env: environment(step, name).await?,
             cwd: agent.spec.cwd.clone(),
             since_ms: agent.created_at.0,
             pid: main_process(agent),
-            session: agent.session.clone(),
+            last_session: agent.session.clone(),
         });
     }
-    if known.is_empty() {
-        return Ok(Scouted(Vec::new()));
+    if profiled.is_empty() {
+        return Ok(FoundSessions(Vec::new()));
     }
     blocking("find sessions", move || {
-        let one = |known: ProfiledAgent| {
-            let session = session_of(&known);
-            (known, session)
+        let with_session = |agent: ProfiledAgent| {
+            let session = agent.session();
+            (agent, session)
         };
-        Ok(Scouted(known.into_iter().map(one).collect()))
+        Ok(FoundSessions(profiled.into_iter().map(with_session).collect()))
     })
     .await
 }
@@ -88,9 +82,9 @@ pub async fn scout(site: &StepContext, agents: &[AgentName]) -> Result<Scouted, 
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn environment(site: &StepContext, agent: &AgentName) -> Result<BTreeMap<String, String>, Failure> {
-    let (project, agent) = (site.project.name.clone(), agent.clone());
-    site.services
+pub async fn environment(step: &StepContext, agent: &AgentName) -> Result<BTreeMap<String, String>, Failure> {
+    let (project, agent) = (step.project.name.clone(), agent.clone());
+    step.services
         .store
         .read(move |connection| rows::load_environment(connection, &project, &agent))
         .await
@@ -101,15 +95,17 @@ fn main_process(agent: &Agent) -> Option<i32> {
     agent.run()?.processes.as_ref().map(|processes| processes.pid)
 }
 
-fn session_of(known: &ProfiledAgent) -> Option<Session> {
-    known.profile.session.as_ref()?.find(known.run(&known.pids()))
-}
-
-fn held_open(known: &ProfiledAgent) -> Option<Session> {
-    known.profile.session.as_ref()?.held_open(known.run(&known.pids()))
-}
-
 impl ProfiledAgent {
+    /// Finds the session, in the directories of the tool if need be.
+    fn session(&self) -> Option<Session> {
+        self.profile.session.as_ref()?.find(self.run(&self.pids()))
+    }
+
+    /// Returns the session whose file a process of the agent has open.
+    fn open_session(&self) -> Option<Session> {
+        self.profile.session.as_ref()?.held_open(self.run(&self.pids()))
+    }
+
     fn pids(&self) -> Vec<i32> {
         let below =
             self.pid.map(|pid| process::descendants(pid, ProcScan::Quick).unwrap_or_default()).unwrap_or_default();
@@ -117,17 +113,17 @@ impl ProfiledAgent {
     }
 
     fn run<'a>(&'a self, pids: &'a [i32]) -> RunOf<'a> {
-        RunOf { env: &self.env, cwd: &self.cwd, since_ms: self.since_ms, pids, known: self.session.as_deref() }
+        RunOf { env: &self.env, cwd: &self.cwd, since_ms: self.since_ms, pids, known: self.last_session.as_deref() }
     }
 }
 
-/// How an agent can be started again.
-pub struct Again {
+/// The command that starts an agent again.
+pub struct RestartCommand {
     /// The program and arguments.
     pub argv: Vec<String>,
-    /// Whether they go on where the agent was: its own resume command, or the profile's.
+    /// Whether the command continues the agent's work: its own resume command, or that of the profile.
     pub goes_on: bool,
-    /// The session that they go on with.
+    /// The id of the session that it continues.
     pub session: Option<String>,
 }
 
@@ -136,20 +132,21 @@ pub struct Again {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn start_again(site: &StepContext, agent: &Agent) -> Result<Again, Failure> {
+pub async fn restart_command(step: &StepContext, agent: &Agent) -> Result<RestartCommand, Failure> {
     if let Some(argv) = &agent.spec.resume_argv {
-        return Ok(Again { argv: argv.clone(), goes_on: true, session: agent.session.clone() });
+        return Ok(RestartCommand { argv: argv.clone(), goes_on: true, session: agent.session.clone() });
     }
-    let profiles = site.services.profiles();
+    let profiles = step.services.profiles();
     let resume = agent.spec.profile.as_deref().and_then(|name| profiles.get(name)).and_then(|p| p.resume.clone());
     if let Some(template) = resume {
-        let found = find(site, std::slice::from_ref(&agent.name)).await?;
-        let session = found.into_iter().next().map(|(_, session)| session.id).or_else(|| agent.session.clone());
+        let FoundSessions(found) = find(step, std::slice::from_ref(&agent.name)).await?;
+        let session = found.into_iter().find_map(|(_, session)| session);
+        let session = session.map(|session| session.id).or_else(|| agent.session.clone());
         if let Some(session) = session
             && let Some(argv) = template.command(&agent.spec.argv, &session)
         {
-            return Ok(Again { argv, goes_on: true, session: Some(session) });
+            return Ok(RestartCommand { argv, goes_on: true, session: Some(session) });
         }
     }
-    Ok(Again { argv: agent.spec.argv.clone(), goes_on: false, session: None })
+    Ok(RestartCommand { argv: agent.spec.argv.clone(), goes_on: false, session: None })
 }
