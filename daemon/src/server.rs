@@ -34,6 +34,7 @@ use crate::store::{Store, StoreError};
 use fermata_os::cgroup::{Freezer, FreezerSetting};
 use fermata_os::limits::Limit;
 use fermata_os::lock::{LockError, StateLock};
+use fermata_os::signals::BlockedSignals;
 use fermata_os::{limits, memory, peer, process};
 use fermata_protocol::error_chain;
 
@@ -112,12 +113,14 @@ pub enum StartError {
 }
 
 /// What the command line says.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Options {
     /// Where things are.
     pub paths: Paths,
     /// Whether operations that a crash has left unfinished are brought to an end.
     pub recover: bool,
+    /// The signals of [`block_signals`].
+    pub signals: BlockedSignals,
 }
 
 /// Changes what is logged, while the daemon runs.
@@ -147,7 +150,7 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     })?;
     // Held to the very end of the process: work on blocking threads may outlast everything here.
     Box::leak(Box::new(lock));
-    let signals = take_signals().map_err(StartError::Signals)?;
+    let signals = take_signals(options.signals).map_err(StartError::Signals)?;
     // A thousand agents have a thousand links; the agents themselves get the caller's limits.
     let open_files = match limits::raise_open_files() {
         Ok(before) => Some(before),
@@ -326,20 +329,33 @@ fn notify(states: &[sd_notify::NotifyState<'_>]) {
     }
 }
 
-fn take_signals() -> std::io::Result<mpsc::Receiver<Signal>> {
-    use signal_hook::consts::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
-    let mut signals = signal_hook::iterator::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGTSTP, SIGCONT, SIGUSR1])?;
+/// The signals that the daemon acts on.
+const SIGNALS: [(nix::sys::signal::Signal, Signal); 6] = {
+    use nix::sys::signal::Signal::{SIGCONT, SIGHUP, SIGINT, SIGTERM, SIGTSTP, SIGUSR1};
+    [
+        (SIGHUP, Signal::Reload),
+        (SIGTSTP, Signal::PauseAll),
+        (SIGCONT, Signal::ResumeAll),
+        (SIGUSR1, Signal::Status),
+        (SIGINT, Signal::End),
+        (SIGTERM, Signal::End),
+    ]
+};
+
+/// Blocks the signals that [`run`] acts on. To be called before the process has a second thread.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn block_signals() -> std::io::Result<BlockedSignals> {
+    BlockedSignals::block(SIGNALS.map(|(signal, _)| signal))
+}
+
+fn take_signals(blocked: BlockedSignals) -> std::io::Result<mpsc::Receiver<Signal>> {
     let (sender, receiver) = mpsc::channel(16);
     std::thread::Builder::new().name("signals".into()).spawn(move || {
-        for signal in signals.forever() {
-            let signal = match signal {
-                SIGHUP => Signal::Reload,
-                SIGTSTP => Signal::PauseAll,
-                SIGCONT => Signal::ResumeAll,
-                SIGUSR1 => Signal::Status,
-                _ => Signal::End,
-            };
-            if sender.blocking_send(signal).is_err() {
+        while let Ok(taken) = blocked.wait() {
+            let signal = SIGNALS.iter().find(|(signal, _)| *signal == taken).map(|(_, signal)| *signal);
+            if signal.is_some_and(|signal| sender.blocking_send(signal).is_err()) {
                 return;
             }
         }
@@ -347,8 +363,8 @@ fn take_signals() -> std::io::Result<mpsc::Receiver<Signal>> {
     Ok(receiver)
 }
 
-/// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM: nothing after
-/// the SIGTERM is read any more, so it is no wish to resume.
+/// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM and means no resume: SIGTERM is taken
+/// first, since its number is lower, and no signal is read after it.
 async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>) {
     let held: Arc<tokio::sync::Mutex<Vec<(ProjectName, OperationId)>>> = Arc::default();
     let mut tasks = tokio::task::JoinSet::new();

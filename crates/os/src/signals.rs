@@ -74,6 +74,41 @@ pub fn shim_signal_fd() -> io::Result<SignalFd> {
     Ok(SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?)
 }
 
+/// Signals that this process takes one at a time with [`BlockedSignals::wait`], instead of in handlers.
+///
+/// Handlers run in no useful order: of two pending signals the kernel enters the handler of the lower number first and
+/// then that of the other on top of it, so that the second one runs first. A waiting thread gets the lower number first
+/// (`next_signal` in the kernel's `kernel/signal.c`).
+#[derive(Debug)]
+pub struct BlockedSignals(SigSet);
+
+impl BlockedSignals {
+    /// Blocks `signals` in the calling thread and in the threads and processes that it starts afterwards. A program
+    /// calls it before it starts its first thread, and gives its children their mask back with [`unblock_all`].
+    pub fn block(signals: impl IntoIterator<Item = Signal>) -> io::Result<Self> {
+        let set = SigSet::from_iter(signals);
+        set.thread_block()?;
+        Ok(Self(set))
+    }
+
+    /// Waits until one of the signals is pending and takes it.
+    pub fn wait(&self) -> io::Result<Signal> {
+        Ok(self.0.wait()?)
+    }
+}
+
+/// Unblocks every signal in the calling thread. Makes one system call, so that it may run between fork and exec.
+pub fn unblock_all() -> io::Result<()> {
+    Ok(sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?)
+}
+
+/// Makes the child of `command` start with no signal blocked, whatever this process blocks.
+pub fn unblock_in_child(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: the closure makes one system call and allocates nothing.
+    unsafe { command.pre_exec(unblock_all) };
+}
+
 /// The name of a signal, `SIGTERM` for 15; `None` for real-time and unknown ones.
 pub fn name(number: i32) -> Option<&'static str> {
     Signal::try_from(number).ok().map(Signal::as_str)
@@ -101,5 +136,37 @@ mod tests {
         assert_eq!(parse("65"), None);
         assert_eq!(parse("nonsense"), None);
         assert_eq!(name(15), Some("SIGTERM"));
+    }
+
+    #[test]
+    fn of_two_pending_signals_the_lower_number_is_taken_first() {
+        // Signals that are raised go to this thread, and no other test sees them.
+        let blocked = BlockedSignals::block([Signal::SIGTERM, Signal::SIGCONT]).unwrap();
+        for order in [[Signal::SIGTERM, Signal::SIGCONT], [Signal::SIGCONT, Signal::SIGTERM]] {
+            for signal in order {
+                nix::sys::signal::raise(signal).unwrap();
+            }
+            assert_eq!(blocked.wait().unwrap(), Signal::SIGTERM);
+            assert_eq!(blocked.wait().unwrap(), Signal::SIGCONT);
+        }
+        unblock_all().unwrap();
+    }
+
+    #[test]
+    fn a_child_starts_with_no_signal_blocked() {
+        let _blocked = BlockedSignals::block([Signal::SIGTERM]).unwrap();
+        let mask_of_child = |unblock: bool| {
+            let mut command = std::process::Command::new("cat");
+            command.arg("/proc/self/status");
+            if unblock {
+                unblock_in_child(&mut command);
+            }
+            let status = String::from_utf8(command.output().unwrap().stdout).unwrap();
+            let mask = status.lines().find_map(|line| line.strip_prefix("SigBlk:")).unwrap().trim().to_owned();
+            u64::from_str_radix(&mask, 16).unwrap()
+        };
+        assert_eq!(mask_of_child(true), 0);
+        assert_ne!(mask_of_child(false) & 1 << (libc::SIGTERM - 1), 0, "the standard library keeps the mask");
+        unblock_all().unwrap();
     }
 }

@@ -19,7 +19,7 @@ use std::process::{Child, Command};
 /// Where the child finds its socket.
 pub const CONTROL_FD: RawFd = 3;
 
-/// Starts `command` in a session of its own, with `socket` as its descriptor 3.
+/// Starts `command` in a session of its own with no signal blocked, and with `socket` as its descriptor 3.
 pub fn spawn_with_fd3(command: &mut Command, socket: OwnedFd) -> io::Result<Child> {
     let _occupied = occupy_fd3()?;
     let source = socket.as_raw_fd();
@@ -30,6 +30,7 @@ pub fn spawn_with_fd3(command: &mut Command, socket: OwnedFd) -> io::Result<Chil
             if libc::setsid() == -1 {
                 return Err(io::Error::last_os_error());
             }
+            crate::signals::unblock_all()?;
             // dup2 onto itself would leave close-on-exec set.
             let done = if source == CONTROL_FD {
                 libc::fcntl(source, libc::F_SETFD, 0)

@@ -83,9 +83,10 @@ fn run(arguments: &Arguments) -> Result<(), StartError> {
         }
     }
     drop(std::env::set_current_dir("/"));
+    let signals = server::block_signals().map_err(StartError::Signals)?;
     let log = start_log(&settings);
     let skip = std::env::var_os("FERMATA_SKIP_RECOVERY").is_some_and(|value| value != "0" && !value.is_empty());
-    let options = Options { paths, recover: !arguments.no_recover && !skip };
+    let options = Options { paths, recover: !arguments.no_recover && !skip, signals };
     // Work on a workspace recurses as deep as a path can be. Only the used part of a stack takes memory.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .thread_stack_size(32 << 20)

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use fermata_core::Project;
 use fermata_core::project::ProjectState;
+use fermata_os::signals;
 use fermata_protocol::supervision::ReadyWhen;
 use fermata_protocol::{AgentName, RunId};
 use nix::sys::signal::{Signal, killpg};
@@ -166,6 +167,7 @@ async fn succeeds(argv: &[String], env: &BTreeMap<String, String>, cwd: &Path, s
     let mut command = Command::new(program);
     command.args(arguments).env_clear().envs(env).current_dir(cwd).process_group(0).kill_on_drop(true);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    signals::unblock_in_child(command.as_std_mut());
     let Ok(mut child) = command.spawn() else { return false };
     let group = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
     let ended = tokio::select! {
