@@ -12,7 +12,7 @@
 //! | has jobs in sessions of their own | no SIGTSTP for those, which orphaned groups ignore | | run |
 //!
 //! The freeze that follows stops the whole tree in any case; this step only chooses a better instant for it. Freezing by
-//! cgroup and by signals pass the same tests (`daemon/tests/shim_freeze.rs`, `shim_guard.rs`, `tests/it/pause.rs`).
+//! cgroup and by signals pass the same tests (`daemon/tests/shim/freeze.rs`, `guard.rs`, `tests/it/pause.rs`).
 
 use std::time::Duration;
 

@@ -1,9 +1,8 @@
 //! The commands before an agent's start and after its end, with real shims and processes.
 
-mod shim_bed;
-
 use std::time::{Duration, Instant};
 
+use crate::bed::{Bed, LONG, PATIENCE, exited, until};
 use fermata_daemon::shims::link::{LinkError, ShimLink};
 use fermata_daemon::shims::lost::end_lost_tree;
 use fermata_os::cgroup::FreezerSetting;
@@ -12,7 +11,6 @@ use fermata_shim::log_line::Stream;
 use fermata_shim::record::{read_cut_short, read_exit};
 use fermata_shim::spec::HookSpec;
 use fermata_shim::wire::{AgentState, RefusalCode};
-use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
 for_both_mechanisms!(
     a_pre_start_runs_in_the_agents_place_and_then_the_agent_does,

@@ -1,9 +1,8 @@
 //! Agents with a terminal: what they see, what is typed, what is drawn for viewers, and how they end.
 
-mod shim_bed;
-
 use std::time::Instant;
 
+use crate::bed::{Bed, LONG, PATIENCE, exited, next, until};
 use fermata_daemon::shims::link::LinkError;
 use fermata_daemon::shims::viewing::{self, Typing, Viewing, ViewingEvent};
 use fermata_os::cgroup::FreezerSetting;
@@ -11,7 +10,6 @@ use fermata_os::process;
 use fermata_protocol::supervision::TerminalSize;
 use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
 use nix::sys::signal::Signal;
-use shim_bed::{Bed, LONG, PATIENCE, exited, next, until};
 use tokio::sync::mpsc;
 
 for_both_mechanisms!(

@@ -1,13 +1,12 @@
 //! Shims that are stopped, that have lost their socket, that are dead or of another version.
 
-mod shim_bed;
-
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use crate::bed::{Bed, LONG, PATIENCE, exited, until};
 use fermata_daemon::shims::link::{LinkError, ShimLink};
 use fermata_daemon::shims::reconnect::{ReconnectOutcome, connect, reconnect};
 use fermata_os::cgroup::FreezerSetting;
@@ -16,10 +15,9 @@ use fermata_shim::record::RunRecord;
 use fermata_shim::spec::files;
 use fermata_shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
 use serde_json::error::Category;
-use shim_bed::{Bed, LONG, PATIENCE, exited, until};
 
 /// Lines as shims of this version sent them when it was new, and lines of shims that know more.
-const LINES: &str = include_str!("golden/shim_version_1.jsonl");
+const LINES: &str = include_str!("../golden/shim_version_1.jsonl");
 
 for_both_mechanisms!(
     a_shim_that_somebody_has_stopped_is_continued_and_kept,

@@ -1,7 +1,6 @@
 //! Logs under pressure: disks that are slow or full, lines without end, output that is no text.
 
-mod shim_bed;
-
+use crate::bed::{Bed, PATIENCE, exited, until};
 use fermata_daemon::shims::reconnect::{ReconnectOutcome, reconnect};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, ProcessId};
@@ -10,7 +9,6 @@ use fermata_shim::log_line::{LogLine, Stream};
 use fermata_shim::spec::{LogLimits, files};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
-use shim_bed::{Bed, PATIENCE, exited, until};
 
 /// The greatest resident size that a process ever had, KiB (`VmHWM`, proc_pid_status(5)).
 fn peak_kib(id: ProcessId) -> u64 {

@@ -1,12 +1,11 @@
 //! Launching, ending, logging, and losing daemons and shims.
 
-mod shim_bed;
-
 use std::collections::HashMap;
 use std::io::Read;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
+use crate::bed::{Bed, LONG, PATIENCE, THREE_FILES, THREE_WRITERS, exited, shim_program, until};
 use fermata_daemon::shims::launch::LaunchError;
 use fermata_daemon::shims::link::{LinkError, ShimLink};
 use fermata_daemon::shims::lost::{LostTreeError, end_lost_tree};
@@ -17,7 +16,6 @@ use fermata_shim::launcher::LaunchCode;
 use fermata_shim::log_line::Stream;
 use fermata_shim::log_reader::{LogReader, Start};
 use fermata_shim::spec::{LogLimits, files};
-use shim_bed::{Bed, LONG, PATIENCE, THREE_FILES, THREE_WRITERS, exited, shim_program, until};
 
 for_both_mechanisms!(
     an_exit_code_is_recorded_and_told,

@@ -1,16 +1,14 @@
 //! Trees that somebody else lets run while they are frozen, and trees that are killed: by both
 //! mechanisms, with real processes.
 
-mod shim_bed;
-
 use std::time::Duration;
 
+use crate::bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use fermata_daemon::shims::link::{LinkError, ShimLink};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::cgroup::Group;
 use fermata_os::process::{self, ProcessId, RunState};
 use fermata_shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
-use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use tokio::sync::mpsc;
 
 for_both_mechanisms!(

@@ -1,6 +1,5 @@
 //! A bed for one agent under a real shim: a folder, a spec, a link, and the guarantee that nothing
 //! outlives the test.
-#![allow(dead_code, reason = "every test binary uses its own part of the bed")]
 
 use std::collections::HashSet;
 use std::panic::Location;
@@ -282,7 +281,6 @@ pub fn one_writer(setup: &str) -> Vec<Raw> {
 }
 
 /// Makes one test per mechanism out of each async function that takes a `FreezerSetting`.
-#[macro_export]
 macro_rules! for_both_mechanisms {
     ($($name:ident),+ $(,)?) => {
         mod with_a_control_group_if_possible {

@@ -1,15 +1,13 @@
 //! Freezing, leases and quiescing, with both mechanisms and real trees.
 
-mod shim_bed;
-
 use std::time::Duration;
 
+use crate::bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 use fermata_daemon::shims::link::LinkError;
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, RunState};
 use fermata_protocol::pause::FreezerKind;
 use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
-use shim_bed::{Bed, LONG, THREE_FILES, THREE_WRITERS, exited, next, one_writer, until};
 
 for_both_mechanisms!(
     a_freeze_stops_the_whole_tree_and_a_thaw_continues_it,
@@ -66,7 +64,8 @@ async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSet
     assert_eq!(next(&mut events).await, Some(ShimEvent::LeaseExpired {}));
     assert_eq!(refused(link.commit_freeze().await), RefusalCode::NotFrozen);
 
-    link.freeze(Duration::from_millis(300)).await.unwrap();
+    link.freeze(LONG).await.unwrap();
+    link.renew(Duration::from_millis(300)).await.unwrap();
     link.shutdown().await;
     bed.growing(&THREE_FILES).await;
 }
