@@ -1,7 +1,6 @@
 //! Codex held in the middle of a turn, and parked through a crash of the daemon.
 
-use std::time::Duration;
-
+use fermata_tests::metronome::wait_for_beats;
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Fingerprint, Sandbox, Workspace, process};
 use serde_json::Value;
@@ -11,8 +10,8 @@ use crate::model_server::{ModelServer, Reply, outputs};
 
 const STEPS: usize = 6;
 
-/// For how long nothing may move while the project is paused.
-const STILL: Duration = Duration::from_secs(1);
+/// How many steps a free process takes while nothing in the paused project may change.
+const BEATS: u64 = 50;
 
 /// Lets the model ask for six commands, each of which appends its own line to `steps.txt`.
 pub fn six_steps(commands: usize) -> Reply {
@@ -77,7 +76,7 @@ fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
     // The answer that asks for step 4 reaches the agent's socket during the pause.
     server.release(3);
     server.wait_for_answer(3);
-    std::thread::sleep(STILL);
+    wait_for_beats(BEATS);
     assert_eq!(look(&codex, &workspace), before, "a paused agent changed something");
 
     let resume = sandbox.ctl_json(&["resume", "web"]);
@@ -110,7 +109,7 @@ fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
     assert!(pause["processes"].as_u64() >= Some(process::tree(pid).len() as u64), "{pause}");
     let before = look(&codex, &workspace);
     assert!(workspace.read("ticks.txt").lines().count() < 40, "the pause came too late for this test");
-    std::thread::sleep(STILL);
+    wait_for_beats(BEATS);
     assert_eq!(look(&codex, &workspace), before, "a paused command changed something");
 
     let resume = sandbox.ctl_json(&["resume", "web"]);

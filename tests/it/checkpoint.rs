@@ -194,13 +194,11 @@ fn a_checkpoint_whose_row_cannot_be_written_leaves_nothing_either() {
 }
 
 fn crash(failpoint: &str, config: &str, numbers: &[u64]) {
-    let config = format!("[pause]\nlease_ms = 1000\n{config}");
-    let mut sandbox = Sandbox::builder().config(&config).env(FAILPOINT, &format!("{failpoint}=abort")).start();
+    let mut sandbox = Sandbox::builder().config(config).env(FAILPOINT, &format!("{failpoint}=abort")).start();
     let ticker = Ticker::start(&sandbox);
     let answer = sandbox.rpc().call(&create());
     assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
     wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
-    ticker.runs(SOON);
     sandbox.forget_env(FAILPOINT);
     sandbox.crash_and_restart();
     settled(&sandbox);
@@ -288,7 +286,7 @@ fn pause_on_a_full_disk(leave: usize) {
     // Dropped after the sandbox, whose daemon has it open.
     let disk = SmallDisk::mount("24m");
     let sandbox = Sandbox::builder()
-        .config("[pause]\ndisk_floor_bytes = 0\nlease_ms = 1500\n")
+        .config("[pause]\ndisk_floor_bytes = 0\n")
         .env("FERMATA_STATE_DIR", disk.path().to_str().expect("a temporary path is ASCII"))
         .start();
     let ticker = Ticker::start(&sandbox);
@@ -364,8 +362,7 @@ fn what_a_checkpoint_skips_is_told() {
 
 #[test]
 fn a_blip_that_ends_early_is_no_checkpoint_of_a_standing_project() {
-    let config = "[pause]\nlease_ms = 500\n";
-    let sandbox = Sandbox::builder().config(config).env(FAILPOINT, "checkpoint.captured=stop").start();
+    let sandbox = Sandbox::builder().config(&short_lease()).env(FAILPOINT, "checkpoint.captured=stop").start();
     let ticker = Ticker::start(&sandbox);
     let mut client = sandbox.rpc();
     let answer = std::thread::scope(|scope| {

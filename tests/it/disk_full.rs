@@ -35,7 +35,7 @@ const ENOUGH: u64 = 3 << 20;
 fn bed(size: &str) -> Sandbox {
     Sandbox::builder()
         .config(
-            "[pause]\ndisk_floor_bytes = 0\nlease_ms = 3000\ngrace_ms = 50\n[restore]\nfull_disk_patience_ms = 60000\n",
+            "[pause]\ndisk_floor_bytes = 0\nlease_ms = 5000\ngrace_ms = 50\n[restore]\nfull_disk_patience_ms = 60000\n",
         )
         .small_disk(size)
         .start()

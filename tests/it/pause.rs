@@ -101,6 +101,13 @@ fn grandchildren_in_sessions_of_their_own_stand_still_by_signals() {
     everybody_stands_still(BY_SIGNALS, FreezerKind::Signals);
 }
 
+/// A grace that no machine is slow enough to use up, unless the daemon waits for its end.
+const GRACE_MS: u64 = 60_000;
+
+fn well_within_the_grace(paused: &PauseResult) -> bool {
+    paused.steps_ms["quiesce"] < GRACE_MS as f64
+}
+
 /// Stops by itself at a good place when it gets SIGTSTP, and says so.
 const AT_A_GOOD_PLACE: &str = "exec perl -e '$| = 1; sub mark { open(my $f, \">>\", $_[0]); print $f \".\" } \
     $SIG{TSTP} = sub { mark(\"$ENV{MARKS}.good\"); kill STOP => $$ }; \
@@ -110,8 +117,8 @@ fn an_agent_with_a_handler_stops_at_a_good_place(config: &str) {
     let sandbox = bed(config);
     let ticker = Ticker::running(&sandbox, "web", "worker", AT_A_GOOD_PLACE);
     for times in 1..=2 {
-        let paused = pause_within(&sandbox, PauseMode::Freeze, Some(5_000)).expect("pause");
-        assert!(paused.steps_ms["quiesce"] < 4_000.0, "it was waited for although it had stopped: {paused:?}");
+        let paused = pause_within(&sandbox, PauseMode::Freeze, Some(GRACE_MS)).expect("pause");
+        assert!(well_within_the_grace(&paused), "it was waited for although it had stopped: {paused:?}");
         assert_eq!(ticker.beside("good").count(), times, "SIGTSTP reached it once per pause");
         ticker.stands_still();
         assert!(resume(&sandbox).expect("resume").success);
@@ -165,16 +172,16 @@ fn an_agent_that_acknowledges_is_frozen_at_once_and_not_signalled() {
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
     let mut channel = listening(&sandbox, &ticker);
     for _ in 0..2 {
-        let paused = pause_beside(&sandbox, 20_000, || {
+        let paused = pause_beside(&sandbox, GRACE_MS, || {
             let asked = channel.next_notification().expect("a pause request");
             assert_eq!(asked.method, "pause_requested");
             assert_eq!(asked.params["reason"], "lunch");
-            assert_eq!(asked.params["grace_ms"], 20_000);
+            assert_eq!(asked.params["grace_ms"], GRACE_MS);
             ticker.runs(SOON);
             channel.call(&AgentAck::default()).expect("acknowledge");
         });
         let paused = paused.expect("pause");
-        assert!(paused.steps_ms["quiesce"] < 15_000.0, "{paused:?}");
+        assert!(well_within_the_grace(&paused), "{paused:?}");
         assert_eq!(paused.warnings, Vec::<String>::new());
         assert_eq!(ticker.beside("good").count(), 0, "one that has acknowledged gets no SIGTSTP");
         ticker.stands_still();
@@ -194,9 +201,9 @@ fn an_agent_can_listen_and_acknowledge_by_the_command_line() {
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
     // It listens from the moment that a pause is told of it; until then a pause goes without.
     let listening = || {
-        let paused = pause_within(&sandbox, PauseMode::Freeze, Some(10_000)).expect("pause");
+        let paused = pause_within(&sandbox, PauseMode::Freeze, Some(GRACE_MS)).expect("pause");
         assert_eq!(paused.warnings, Vec::<String>::new());
-        assert!(paused.steps_ms["quiesce"] < 8_000.0, "{paused:?}");
+        assert!(well_within_the_grace(&paused), "{paused:?}");
         ticker.stands_still();
         assert!(resume(&sandbox).expect("resume").success);
         ticker.beside("asked").count() > 0
@@ -223,11 +230,11 @@ fn an_agent_whose_channel_breaks_in_mid_pause_is_not_waited_for() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::running(&sandbox, "web", "worker", &format!("{TELL_TOKEN}{TICK}"));
     let mut channel = listening(&sandbox, &ticker);
-    let paused = pause_beside(&sandbox, 20_000, || {
+    let paused = pause_beside(&sandbox, GRACE_MS, || {
         channel.next_notification().expect("a pause request");
         drop(channel);
     });
-    assert!(paused.expect("pause").steps_ms["quiesce"] < 15_000.0);
+    assert!(well_within_the_grace(&paused.expect("pause")));
     ticker.stands_still();
 }
 
@@ -343,7 +350,7 @@ fn a_cancelled_pause_leaves_no_trace(config: &str, script: &str) {
     let sandbox = bed(config);
     let ticker = Ticker::running(&sandbox, "web", "worker", script);
     fill_context(&sandbox);
-    let refusal = pause_beside(&sandbox, 20_000, || {
+    let refusal = pause_beside(&sandbox, GRACE_MS, || {
         let operation = step_is(&sandbox, "quiesce");
         let cancel = OperationCancel { operation_id: operation.id };
         let cancelled = done(&sandbox, &cancel);
@@ -376,7 +383,7 @@ fn agents_that_have_stopped_already_go_on_after_a_cancelled_pause() {
     let ticker = Ticker::running(&sandbox, "web", "worker", script);
     let child = ticker.beside("child");
     child.runs(SOON);
-    let refusal = pause_beside(&sandbox, 20_000, || {
+    let refusal = pause_beside(&sandbox, GRACE_MS, || {
         let operation = step_is(&sandbox, "quiesce");
         child.stands_still();
         done(&sandbox, &OperationCancel { operation_id: operation.id });

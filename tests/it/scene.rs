@@ -37,6 +37,15 @@ pub const TICK_EVERYWHERE: &str = "export MARKS\n\
 pub const BY_GROUP: &str = "";
 pub const BY_SIGNALS: &str = "[agents]\nfreezer = \"signals\"\n";
 
+/// How long a freeze outlives its daemon in tests that wait for the end of the lease: long enough for a daemon that gets
+/// a fifth of a processor to renew it in time.
+pub const LEASE: Duration = Duration::from_secs(5);
+
+/// Returns a `[pause]` section with this lease.
+pub fn short_lease() -> String {
+    format!("[pause]\nlease_ms = {}\n", LEASE.as_millis())
+}
+
 /// Names the project of most tests.
 pub fn web() -> ProjectName {
     project("web")

@@ -27,9 +27,9 @@ fn the_agents_code_is_printed_and_propagated_on_demand() {
 fn a_wait_that_takes_too_long_ends_with_code_6() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");
-    failed(&sandbox.ctl_output(&["--timeout", "200ms", "wait", "web/a"]), 6);
+    failed(&sandbox.ctl_output(&["--timeout", "2s", "wait", "web/a"]), 6);
     sandbox.ctl(&["pause", "web"]);
-    failed(&sandbox.ctl_output(&["--timeout", "200ms", "wait", "web/a"]), 6);
+    failed(&sandbox.ctl_output(&["--timeout", "2s", "wait", "web/a"]), 6);
 }
 
 #[test]
@@ -37,7 +37,7 @@ fn a_wait_for_an_agent_that_waits_for_a_person_ends_with_code_5() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", &format!("{} agent ask 'Which way?'; echo > asked; exec sleep 1000", ctl_word()));
     wait_for_file(&sandbox, "asked");
-    let said = failed(&sandbox.ctl_output(&["--timeout", "200ms", "wait", "web/a"]), 5);
+    let said = failed(&sandbox.ctl_output(&["--timeout", "2s", "wait", "web/a"]), 5);
     assert!(said.contains("inbox"), "{said}");
 }
 

@@ -210,7 +210,7 @@ fn retired_names_stay_retired() {
     let renamed = allowed.difference(&used);
     faults
         .extend(renamed.map(|(area, name)| format!("{area} has no '{name}' any more: remove it from NOT_YET_RENAMED")));
-    no_faults(faults, "a retired name; HOUSE's glossary and the definition's own words have better ones");
+    no_faults(faults, "a retired name: CONTRIBUTING.md has the terms to use");
 }
 
 #[test]
