@@ -136,8 +136,7 @@ fn inspections(site: &StepContext) -> Vec<impl Future<Output = InspectedRun> + S
             let ended = launch::end_older_runs(&site, &agent.name, &run.id).await;
             let seen = if agent.is_alive() {
                 let run_dir = site.dirs().run(&agent.name, &run.id);
-                let found =
-                    inspect_run(run_dir, run.processes, &site.services.boot_id, site.services.shim_patience()).await;
+                let found = inspect_run(run_dir, run.processes, &site.services).await;
                 if let Err(failure) = ended {
                     // What lives is worth more than what is left of the past.
                     tracing::error!(project = %site.project.name, agent = %agent.name, %failure, "at the start");

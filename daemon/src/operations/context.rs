@@ -159,7 +159,15 @@ pub(super) fn history_failure(doing: &str, error: &HistoryError) -> Failure {
                 .into()
         }
         HistoryError::Cancelled => cancelled_by_request(),
-        _ => Failure::fault(doing, error),
+        HistoryError::BadRule { .. }
+        | HistoryError::NumberTaken { .. }
+        | HistoryError::SnapshotGone { .. }
+        | HistoryError::MissingObject { .. }
+        | HistoryError::DamagedObject { .. }
+        | HistoryError::UnsafePath { .. }
+        | HistoryError::KernelTooOld { .. }
+        | HistoryError::Git { .. }
+        | HistoryError::Io { .. } => Failure::fault(doing, error),
     }
 }
 

@@ -222,6 +222,7 @@ impl Actor {
             patience: self.services.shim_patience(),
             mailbox: self.mailbox.clone(),
             stopping: self.services.stopping.clone(),
+            tasks: self.services.tracker.clone(),
         }
     }
 

@@ -14,11 +14,13 @@ use fermata_protocol::{AgentName, RunId, UnixMillis};
 use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::ids::new_run;
 use super::message::{CommandReport, Message};
 use crate::operations::StepContext;
 use crate::operations::run::launch::processes_of;
+use crate::services::Services;
 use crate::shims::link::{LinkError, ShimLink, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
 use crate::shims::reconnect::{self, Linked, ReconnectOutcome};
@@ -52,6 +54,8 @@ pub(super) struct Watcher {
     pub patience: Duration,
     pub mailbox: mpsc::Sender<Message>,
     pub stopping: CancellationToken,
+    /// For the tasks of new links.
+    pub tasks: TaskTracker,
 }
 
 /// What made a watcher wake up.
@@ -203,7 +207,7 @@ impl Watcher {
         let mut troubled = false;
         loop {
             let reached = tokio::select! {
-                reached = reconnect::reconnect(&self.run_dir, &self.boot_id, patience) => reached,
+                reached = reconnect::reconnect(&self.run_dir, &self.boot_id, patience, &self.tasks) => reached,
                 () = self.stopping.cancelled() => return None,
             };
             let (agent, run) = (self.agent.clone(), self.run.clone());
@@ -322,12 +326,7 @@ pub struct RunInspection {
 
 /// Finds out what has become of a run while no daemon looked. `known` are its processes as they were
 /// told last: what cannot be seen now is taken to be as it was.
-pub async fn inspect_run(
-    run_dir: PathBuf,
-    known: Option<RunProcesses>,
-    boot_id: &str,
-    patience: Duration,
-) -> RunInspection {
+pub async fn inspect_run(run_dir: PathBuf, known: Option<RunProcesses>, services: &Services) -> RunInspection {
     let found = |observed| RunInspection { observed, link: None, unreachable: None };
     if matches!((read_exit(&run_dir), read_run(&run_dir)), (Ok(None), Ok(None))) {
         if let Err(error) = abandon(&run_dir) {
@@ -354,7 +353,7 @@ pub async fn inspect_run(
             RecoveredRun::Lost { detail: format!("its record cannot be read: {}", error_chain(&error)) }
         }
     };
-    match reconnect::reconnect(&run_dir, boot_id, patience).await {
+    match reconnect::reconnect(&run_dir, &services.boot_id, services.shim_patience(), &services.tracker).await {
         ReconnectOutcome::Ended(record) => found(ended(&record)),
         ReconnectOutcome::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
         ReconnectOutcome::Linked(linked) => RunInspection { link: Some(*linked), ..found(alive(&run_dir)) },

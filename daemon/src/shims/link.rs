@@ -14,7 +14,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio::task::AbortHandle;
+use tokio_util::task::TaskTracker;
 
 pub use super::launch::{LaunchError, Launched, launch};
 pub use super::lost::{LostTreeError, end_lost_tree};
@@ -80,17 +81,18 @@ pub struct ShimLink {
     run_id: String,
     shim: ProcessId,
     suspended: Option<bool>,
-    task: JoinHandle<()>,
+    task: AbortHandle,
     doubt: Notify,
 }
 
 impl ShimLink {
-    /// Connects and shakes hands. The returned channel receives the shim's events until the link ends.
-    pub async fn connect(socket: &Path) -> Result<(Self, mpsc::Receiver<ShimEvent>), LinkError> {
+    /// Connects and shakes hands. The returned channel receives the shim's events until the link ends. The task of the
+    /// link runs in `tasks` and ends when the link is dropped.
+    pub async fn connect(socket: &Path, tasks: &TaskTracker) -> Result<(Self, mpsc::Receiver<ShimEvent>), LinkError> {
         let Handshake { wire, run_id, shim, suspended, .. } = shake_hands(socket).await?;
         let (requests, request_queue) = mpsc::channel(REQUEST_QUEUE);
         let (event_queue, events) = mpsc::channel(EVENT_QUEUE);
-        let task = tokio::spawn(wire.run(request_queue, event_queue));
+        let task = tasks.spawn(wire.run(request_queue, event_queue)).abort_handle();
         Ok((Self { requests, run_id, shim, suspended, task, doubt: Notify::new() }, events))
     }
 
@@ -127,14 +129,6 @@ impl ShimLink {
     /// Ends the link: all pending requests fail with [`LinkError::Closed`].
     pub fn close(&self) {
         self.task.abort();
-    }
-
-    /// Ends the link and waits for its task.
-    pub async fn shutdown(self) {
-        let Self { requests, task, .. } = self;
-        drop(requests);
-        // Fails only after `close`.
-        task.await.ok();
     }
 
     pub async fn status(&self) -> Result<Status, LinkError> {

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
 
 use super::link::{LinkError, ShimLink};
 use super::lost::{LostTreeError, end_lost_run};
@@ -72,8 +73,8 @@ enum ConnectFailure {
 }
 
 /// Determines the state of a run, and ends one whose shim does not answer within `patience`. `boot_id` is that of the
-/// current boot.
-pub async fn reconnect(run_dir: &Path, boot_id: &str, patience: Duration) -> ReconnectOutcome {
+/// current boot; the task of the link runs in `tasks`.
+pub async fn reconnect(run_dir: &Path, boot_id: &str, patience: Duration, tasks: &TaskTracker) -> ReconnectOutcome {
     let run = match read_run(run_dir) {
         Ok(Some(run)) => run,
         Ok(None) => return lost("it was never started".to_owned()),
@@ -93,7 +94,7 @@ pub async fn reconnect(run_dir: &Path, boot_id: &str, patience: Duration) -> Rec
         }
         return lost("the machine was restarted".to_owned());
     }
-    let unreached = match connect_within(&run, patience).await {
+    let unreached = match connect_within(&run, patience, tasks).await {
         Ok(linked) => return ReconnectOutcome::Linked(Box::new(linked)),
         Err(ConnectFailure::Foreign(why)) => return ReconnectOutcome::Foreign(why),
         Err(ConnectFailure::Unknown(why)) => return ReconnectOutcome::Unknown(why),
@@ -107,14 +108,14 @@ pub async fn reconnect(run_dir: &Path, boot_id: &str, patience: Duration) -> Rec
 ///
 /// # Errors
 /// The reason, when it cannot be reached within `patience`. Nothing is ended.
-pub async fn connect(run: &RunRecord, patience: Duration) -> Result<Linked, String> {
-    connect_within(run, patience).await.map_err(|failure| match failure {
+pub async fn connect(run: &RunRecord, patience: Duration, tasks: &TaskTracker) -> Result<Linked, String> {
+    connect_within(run, patience, tasks).await.map_err(|failure| match failure {
         ConnectFailure::Dead => "its shim is dead".to_owned(),
         ConnectFailure::Silent { why, .. } | ConnectFailure::Foreign(why) | ConnectFailure::Unknown(why) => why,
     })
 }
 
-async fn connect_within(run: &RunRecord, patience: Duration) -> Result<Linked, ConnectFailure> {
+async fn connect_within(run: &RunRecord, patience: Duration, tasks: &TaskTracker) -> Result<Linked, ConnectFailure> {
     let death =
         Death::of(run.shim).map_err(|error| ConnectFailure::Unknown(format!("failed to watch its shim: {error}")))?;
     let started = Instant::now();
@@ -126,7 +127,7 @@ async fn connect_within(run: &RunRecord, patience: Duration) -> Result<Linked, C
         }
         continued = continued || wake(run.shim);
         let left = patience.saturating_sub(started.elapsed());
-        let tried = tokio::time::timeout(left.max(FIRST_DELAY), connect_once(run)).await;
+        let tried = tokio::time::timeout(left.max(FIRST_DELAY), connect_once(run, tasks)).await;
         let failure = match tried {
             Ok(Err(failure @ (ConnectFailure::Silent { .. } | ConnectFailure::Unknown(_)))) => failure,
             Ok(other) => return other,
@@ -152,8 +153,8 @@ async fn connect_within(run: &RunRecord, patience: Duration) -> Result<Linked, C
     }
 }
 
-async fn connect_once(run: &RunRecord) -> Result<Linked, ConnectFailure> {
-    match ShimLink::connect(&run.socket).await {
+async fn connect_once(run: &RunRecord, tasks: &TaskTracker) -> Result<Linked, ConnectFailure> {
+    match ShimLink::connect(&run.socket, tasks).await {
         Ok(linked) if linked.0.run_id() == run.run_id => Ok(linked),
         Ok(linked) => Err(silent(format!("run {} answers at its socket", linked.0.run_id()), true)),
         Err(error @ LinkError::Version { .. }) => Err(ConnectFailure::Foreign(error_chain(&error))),

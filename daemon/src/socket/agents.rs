@@ -344,7 +344,8 @@ async fn send_signal(
         let run = project.agents.get(name).and_then(|agent| agent.run());
         if number == Signal::SIGCONT
             && let Some(run) = run
-            && let Ok((link, _events)) = ShimLink::connect(&projects.services().shim_socket(&run.id)).await
+            && let services = projects.services()
+            && let Ok((link, _events)) = ShimLink::connect(&services.shim_socket(&run.id), &services.tracker).await
         {
             match link.signal(number as i32).await {
                 Ok(()) => continue,

@@ -425,7 +425,8 @@ pub(super) async fn send(
     if is_held() {
         return Err(refuse_input(&target).into());
     }
-    let (link, _events) = ShimLink::connect(&socket).await.map_err(|error| failed(&target, error))?;
+    let tasks = &connection.daemon.projects.services().tracker;
+    let (link, _events) = ShimLink::connect(&socket, tasks).await.map_err(|error| failed(&target, error))?;
     let all = TypedResult { bytes: params.data.0.len() as u64, claimed: false };
     // Typed at most once: a call that is repeated after a crash in between types nothing.
     remember(&connection.daemon.projects, keyed, &wire(&all)?).await?;

@@ -20,6 +20,7 @@ use fermata_shim::record::{ExitRecord, RunRecord, read_exit, read_run};
 use fermata_shim::spec::{LaunchSpec, LogLimits, SPEC_VERSION};
 use fermata_shim::wire::ShimEvent;
 use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
 
 /// Returns the path of the shim: `cargo build --workspace` puts it beside the programs of this package.
 pub fn shim_program() -> PathBuf {
@@ -89,7 +90,7 @@ impl Bed {
     }
 
     pub async fn connect(&self) -> (ShimLink, mpsc::Receiver<ShimEvent>) {
-        ShimLink::connect(&self.spec.socket).await.unwrap()
+        ShimLink::connect(&self.spec.socket, &TaskTracker::new()).await.unwrap()
     }
 
     pub fn run(&self) -> RunRecord {

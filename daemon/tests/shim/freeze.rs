@@ -66,7 +66,8 @@ async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSet
 
     link.freeze(LONG).await.unwrap();
     link.renew(Duration::from_millis(300)).await.unwrap();
-    link.shutdown().await;
+    link.close();
+    link.closed().await;
     bed.growing(&THREE_FILES).await;
 }
 
@@ -79,7 +80,8 @@ async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism:
     assert!(link.status().await.unwrap().lease_remaining_ms.unwrap() > LONG.as_millis() as u64);
     link.renew(LONG).await.unwrap();
     link.commit_freeze().await.unwrap();
-    link.shutdown().await;
+    link.close();
+    link.closed().await;
     bed.still(&THREE_FILES).await;
     let (link, _events) = bed.connect().await;
     let status = link.status().await.unwrap();

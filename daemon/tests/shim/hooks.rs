@@ -11,6 +11,7 @@ use fermata_shim::log_line::Stream;
 use fermata_shim::record::{read_cut_short, read_exit};
 use fermata_shim::spec::HookSpec;
 use fermata_shim::wire::{AgentState, RefusalCode};
+use tokio_util::task::TaskTracker;
 
 for_both_mechanisms!(
     a_pre_start_runs_in_the_agents_place_and_then_the_agent_does,
@@ -152,7 +153,7 @@ async fn frozen_time_does_not_count_against_a_pre_start(mechanism: FreezerSettin
         }
         let launched = Instant::now();
         bed.try_launch().await.unwrap();
-        let Ok((link, _events)) = ShimLink::connect(&bed.spec.socket).await else { continue };
+        let Ok((link, _events)) = ShimLink::connect(&bed.spec.socket, &TaskTracker::new()).await else { continue };
         if link.freeze(LONG).await.is_err() {
             continue;
         }

@@ -9,6 +9,7 @@ use fermata_shim::log_line::{LogLine, Stream};
 use fermata_shim::spec::{LogLimits, files};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
+use tokio_util::task::TaskTracker;
 
 /// The greatest resident size that a process ever had, KiB (`VmHWM`, proc_pid_status(5)).
 fn peak_kib(id: ProcessId) -> u64 {
@@ -146,7 +147,7 @@ async fn a_shim_that_is_killed_while_it_waits_for_its_log_writer_costs_no_exit_c
     until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
     assert!(bed.exit().is_none(), "it waited");
     let boot = process::boot_id().unwrap();
-    let ReconnectOutcome::Ended(exit) = reconnect(&bed.spec.run_dir, &boot, PATIENCE).await else {
+    let ReconnectOutcome::Ended(exit) = reconnect(&bed.spec.run_dir, &boot, PATIENCE, &TaskTracker::new()).await else {
         panic!("its exit is noted")
     };
     assert_eq!((exit.code, exit.post_stop_failure), (Some(7), None));

@@ -15,6 +15,7 @@ use fermata_shim::record::RunRecord;
 use fermata_shim::spec::files;
 use fermata_shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
 use serde_json::error::Category;
+use tokio_util::task::TaskTracker;
 
 /// Lines as shims of this version sent them when it was new, and lines of shims that know more.
 const LINES: &str = include_str!("../golden/shim_version_1.jsonl");
@@ -39,7 +40,8 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
-    let ReconnectOutcome::Linked(linked) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+    let ReconnectOutcome::Linked(linked) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
+    else {
         panic!("it lives")
     };
     assert_eq!(linked.0.status().await.unwrap().state, AgentState::Running);
@@ -65,16 +67,16 @@ async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: FreezerSetting
     assert_eq!(ctime(&bed.spec.socket), before);
 
     std::fs::remove_file(&bed.spec.socket).unwrap();
-    let (again, _more) = connect(&bed.run(), PATIENCE).await.unwrap();
+    let (again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     assert_eq!(again.shim(), launched.shim);
     link.status().await.unwrap();
     // The whole directory, as after a restart of a service without a lasting runtime directory.
     std::fs::remove_dir_all(bed.path("s")).unwrap();
-    let (_again, _more) = connect(&bed.run(), PATIENCE).await.unwrap();
+    let (_again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     // A file in its place that nobody listens at.
     std::fs::remove_file(&bed.spec.socket).unwrap();
     drop(UnixListener::bind(&bed.spec.socket).unwrap());
-    let (_again, _more) = connect(&bed.run(), PATIENCE).await.unwrap();
+    let (_again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     bed.growing(&["near"]).await;
 }
 
@@ -90,11 +92,11 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
             std::thread::yield_now();
         }
     });
-    let mut reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
+    let mut reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300), &TaskTracker::new()).await;
     // Between two stops it may have had the time to answer.
     while let ReconnectOutcome::Linked(_) = reached {
         assert!(process::is_alive(launched.agent).unwrap());
-        reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300)).await;
+        reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300), &TaskTracker::new()).await;
     }
     over.store(true, Ordering::Relaxed);
     insists.join().unwrap();
@@ -113,7 +115,8 @@ async fn a_record_that_cannot_be_read_ends_nobody(mechanism: FreezerSetting) {
     // A folder in its place: read(2) fails, also for root.
     let exit = bed.spec.file(files::EXIT);
     std::fs::create_dir(&exit).unwrap();
-    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
+    else {
         panic!("it is not known")
     };
     assert!(why.contains(files::EXIT), "{why}");
@@ -121,14 +124,18 @@ async fn a_record_that_cannot_be_read_ends_nobody(mechanism: FreezerSetting) {
     let (run, aside) = (bed.spec.file(files::RUN), bed.path("aside"));
     std::fs::rename(&run, &aside).unwrap();
     std::fs::create_dir(&run).unwrap();
-    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else {
+    let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
+    else {
         panic!("it is not known")
     };
     assert!(why.contains(files::RUN), "{why}");
     assert!(process::is_alive(launched.shim).unwrap() && process::is_alive(launched.agent).unwrap());
     std::fs::remove_dir(&run).unwrap();
     std::fs::rename(&aside, &run).unwrap();
-    assert!(matches!(reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await, ReconnectOutcome::Linked(_)));
+    assert!(matches!(
+        reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await,
+        ReconnectOutcome::Linked(_)
+    ));
     bed.growing(&["near"]).await;
 }
 
@@ -146,7 +153,8 @@ async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: FreezerSe
     until("the rest to be in the pipes", || bed.path("written").exists()).await;
     assert!(process::signal(launched.shim, libc::SIGKILL).unwrap());
     until("the shim to die", || !process::is_alive(launched.shim).unwrap()).await;
-    let ReconnectOutcome::Lost { detail, remaining: None } = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await
+    let ReconnectOutcome::Lost { detail, remaining: None } =
+        reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
     else {
         panic!("its shim was killed")
     };
@@ -182,9 +190,9 @@ async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: FreezerSetti
     let of_others = |id: ProcessId| ProcessId { start_time_ticks: id.start_time_ticks - 1, ..id };
     let crafted = RunRecord { shim: of_others(ids[0]), agent: of_others(ids[1]), ..record };
     std::fs::write(bed.spec.run_dir.join(files::RUN), serde_json::to_vec(&crafted).unwrap()).unwrap();
-    let reached = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await;
+    let reached = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await;
     assert!(matches!(reached, ReconnectOutcome::Lost { remaining: None, .. }));
-    let unreached = connect(&crafted, Duration::from_millis(100)).await.map(drop);
+    let unreached = connect(&crafted, Duration::from_millis(100), &TaskTracker::new()).await.map(drop);
     assert_eq!(unreached, Err("its shim is dead".to_owned()));
     for (mut child, id) in strangers.into_iter().zip(ids) {
         let stat = process::stat_of(id).unwrap().expect("a stranger was killed");
@@ -214,7 +222,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
     ] {
         std::fs::remove_file(&bed.spec.socket).unwrap();
         let other = answering(UnixListener::bind(&bed.spec.socket).unwrap(), said);
-        let ReconnectOutcome::Foreign(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE).await else { panic!("it is foreign") };
+        let ReconnectOutcome::Foreign(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await else { panic!("it is foreign") };
         assert!(why.contains("version 2") && why.contains("version 1"), "{why}");
         other.join().unwrap();
         assert!(process::is_alive(launched.shim).unwrap());
@@ -222,7 +230,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
     }
     assert_eq!(link.status().await.unwrap().state, AgentState::Running);
     // The other way round: this shim, and a daemon that is newer.
-    let (again, _more) = connect(&bed.run(), PATIENCE).await.unwrap();
+    let (again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     again.status().await.unwrap();
     let stream = std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap();
     writeln!(&stream, r#"{{"hello":{{"version":2,"level":7,"more":true}}}}"#).unwrap();
@@ -280,7 +288,7 @@ async fn a_daemon_passes_over_what_a_newer_shim_tells() {
         writeln!(stream, "{said}").unwrap();
         stream
     });
-    let (link, mut events) = ShimLink::connect(&socket).await.unwrap();
+    let (link, mut events) = ShimLink::connect(&socket, &TaskTracker::new()).await.unwrap();
     let stream = shim.join().unwrap();
     let mut kinds = Vec::new();
     while kinds.len() < 5 {

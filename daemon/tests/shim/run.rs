@@ -16,6 +16,7 @@ use fermata_shim::launcher::LaunchCode;
 use fermata_shim::log_line::Stream;
 use fermata_shim::log_reader::{LogReader, Start};
 use fermata_shim::spec::{LogLimits, files};
+use tokio_util::task::TaskTracker;
 
 for_both_mechanisms!(
     an_exit_code_is_recorded_and_told,
@@ -43,7 +44,7 @@ async fn an_exit_code_is_recorded_and_told(mechanism: FreezerSetting) {
     logs.sort_by_key(|line| line.bytes.clone());
     assert_eq!((logs[0].stream, &logs[0].bytes[..]), (Stream::Stderr, &b"err"[..]));
     assert_eq!((logs[1].stream, &logs[1].bytes[..]), (Stream::Stdout, &b"out"[..]));
-    assert!(matches!(ShimLink::connect(&bed.spec.socket).await, Err(LinkError::Connect { .. })));
+    assert!(matches!(ShimLink::connect(&bed.spec.socket, &TaskTracker::new()).await, Err(LinkError::Connect { .. })));
 }
 
 async fn a_death_by_signal_is_recorded(mechanism: FreezerSetting) {

@@ -136,9 +136,12 @@ pub async fn import(
             Ok(checked.map(|()| incoming))
         })
         .await?
-        .map_err(|error| match error {
-            HistoryError::Cancelled => cancelled_by_request(),
-            error => refuse(format!("its snapshot is damaged: {}", fermata_protocol::error_chain(&error))),
+        .map_err(|error| {
+            if matches!(error, HistoryError::Cancelled) {
+                cancelled_by_request()
+            } else {
+                refuse(format!("its snapshot is damaged: {}", fermata_protocol::error_chain(&error)))
+            }
         })?;
     let manifest = adapt(step, order, &partial, manifest).await?;
     let packed: u64 = header.parts.iter().filter(|p| p.name == PACK || p.name == INDEX).map(|p| p.bytes).sum();

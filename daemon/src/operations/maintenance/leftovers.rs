@@ -118,7 +118,12 @@ async fn sweep_plans(step: &StepContext) -> Result<(), Failure> {
         ProjectState::Restoring(run) if run.stage == RestoreStage::Applying => {
             Some(step.dirs().restore_plan(&run.operation))
         }
-        _ => None,
+        ProjectState::Restoring(_)
+        | ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Paused(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Broken(_) => None,
     };
     let dir = step.dirs().root;
     blocking("remove plans of restores", move || {

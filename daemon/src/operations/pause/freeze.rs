@@ -118,13 +118,14 @@ pub struct Renewer {
 }
 
 impl Renewer {
-    /// Renews at a third of the lease.
+    /// Renews at a third of the lease, in a tracked task.
     pub fn start(step: &StepContext, runs: Vec<(AgentName, RunId)>) -> Self {
+        let tasks = step.services.tracker.clone();
         let step = step.clone();
         let pace = Duration::from_millis(step.services.settings().pause.lease_ms / 3).max(Duration::from_millis(50));
         let lost = Arc::new(OnceLock::new());
         let reason = Arc::clone(&lost);
-        let task = tokio::spawn(async move {
+        let task = tasks.spawn(async move {
             loop {
                 tokio::time::sleep(pace).await;
                 if let Err(failure) = renew(&step, &runs).await {

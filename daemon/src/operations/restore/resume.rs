@@ -68,5 +68,5 @@ async fn thaw_one(step: &StepContext, agent: &AgentName, run: &RunId) -> Result<
 /// Connects to a shim whose link is broken, for this thaw only.
 async fn reconnect(step: &StepContext, agent: &AgentName, run: &RunId) -> Option<ShimLink> {
     let record = read_run(&step.dirs().run(agent, run)).ok().flatten()?;
-    reconnect::connect(&record, RECONNECT_TIMEOUT).await.ok().map(|(link, _events)| link)
+    reconnect::connect(&record, RECONNECT_TIMEOUT, &step.services.tracker).await.ok().map(|(link, _events)| link)
 }

@@ -16,6 +16,7 @@ use crate::operations::maintenance::leftovers;
 use crate::operations::run::limits::tree_limits;
 use crate::operations::run::session;
 use crate::operations::{StepContext, blocking};
+use crate::services::Services;
 use crate::shims::launch::LaunchError;
 use crate::shims::link::{LinkError, ShimLink, launch, read_exit, read_run};
 use crate::shims::lost::end_unrecorded_run;
@@ -77,7 +78,7 @@ pub async fn run(
     if let Err(failure) = crate::operations::failpoint("launch.after") {
         return Err(abandon_launch(step, agent, &spec, failure.to_string()).await);
     }
-    let link = ShimLink::connect(&spec.socket).await.ok();
+    let link = ShimLink::connect(&spec.socket, &step.services.tracker).await.ok();
     let processes = RunProcesses {
         pid: launched.agent.pid,
         start_ticks: launched.agent.start_time_ticks,
@@ -307,7 +308,8 @@ pub async fn end_run(step: &StepContext, run_dir: &std::path::Path) -> Result<()
     }
     let mut unreached = None;
     if process::is_alive(record.shim).unwrap_or(false) {
-        match reconnect::connect(&record, step.services.shim_patience()).await {
+        let Services { tracker, .. } = &*step.services;
+        match reconnect::connect(&record, step.services.shim_patience(), tracker).await {
             Ok((link, _events)) => {
                 let ended = async {
                     link.kill().await?;
