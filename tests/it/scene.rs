@@ -378,7 +378,7 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
                 let mut objects = held.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
                 // A look that a later one has replaced goes with the next start or consolidation.
                 let is_look = |id: &str| {
-                    Workspace::at(sandbox.path()).git(&[&bare, "cat-file", "-p", id]).contains("what is known of ")
+                    Workspace::at(sandbox.path()).git(&[&bare, "cat-file", "-p", id]).contains("warm-up scan of ")
                 };
                 objects.any(|one| match one[..] {
                     [id, kind] => needed.contains(id) || (kind == "commit" && is_look(id)),
