@@ -499,7 +499,7 @@ fn a_pause_whose_freeze_somebody_else_breaks_fails_and_says_so() {
         pausing.join().expect("an answer").expect_err("somebody ran while the workspace was read")
     });
     assert_eq!(refusal.code, Code::PauseFailed);
-    assert!(refusal.message.contains("somebody else has continued it"), "{refusal:?}");
+    assert!(refusal.message.contains("another process has continued the tree"), "{refusal:?}");
     is_untouched(&sandbox, &ticker, &[]);
     pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
     ticker.stands_still();

@@ -19,7 +19,7 @@ const SPLIT_IMPLS: &[(&str, &str)] = &[
     ("retain", "Actor"),
     ("blocked", "Actor"),
     // The shim's supervisor: what it does around hooks.
-    ("hooks", "Supervisor"),
+    ("hooks", "AgentSupervisor"),
 ];
 
 /// Cycles that are not mended yet, by the names of their modules. Whoever mends one removes its line.
@@ -28,7 +28,6 @@ const KNOWN_CYCLES: &[&str] = &[
     "content decision history listing metadata rule_cache scan_result snapshot state_file tracked trees walk workspace_scan workspace_state xattrs",
     "consolidate sweep",
     "user_index user_repository",
-    "prelude spawn",
     "freeze refreeze",
     "hooks launcher supervise",
 ];

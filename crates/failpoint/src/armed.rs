@@ -1,5 +1,5 @@
-//! What a failpoint does in a build that has them: reads the list from the environment once, counts passages, and kills,
-//! fails or stops at the passage that was asked for, or writes down every passage.
+//! The failpoints of a build that has them. The list in the environment is parsed once. Passing an armed failpoint
+//! kills, fails or stops the process at the chosen passage, or appends each passage to a file.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
@@ -12,7 +12,7 @@ use nix::sys::signal::{Signal, raise};
 const EVENTS: &str = "FERMATA_FAILPOINT_EVENTS";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Effect {
+enum FailpointEffect {
     Abort,
     Error,
     Stop,
@@ -23,7 +23,7 @@ enum Effect {
 struct Armed {
     name: String,
     passage: u64,
-    effect: Effect,
+    effect: FailpointEffect,
     passed: AtomicU64,
 }
 
@@ -37,10 +37,10 @@ fn parse(value: &str) -> Vec<Armed> {
     let one = |text: &str| {
         let (place, effect) = text.split_once('=')?;
         let effect = match effect.trim() {
-            "abort" => Effect::Abort,
-            "error" => Effect::Error,
-            "stop" => Effect::Stop,
-            "tell" => Effect::Tell,
+            "abort" => FailpointEffect::Abort,
+            "error" => FailpointEffect::Error,
+            "stop" => FailpointEffect::Stop,
+            "tell" => FailpointEffect::Tell,
             _ => return None,
         };
         let (name, passage) = match place.split_once('@') {
@@ -52,30 +52,30 @@ fn parse(value: &str) -> Vec<Armed> {
     value.split(',').filter_map(one).collect()
 }
 
-fn effect_of(armed: &[Armed], name: &str) -> Option<Effect> {
+fn effect_of(armed: &[Armed], name: &str) -> Option<FailpointEffect> {
     let point = armed.iter().find(|point| point.name == name)?;
     let passage = point.passed.fetch_add(1, Ordering::Relaxed) + 1;
-    (passage == point.passage || point.effect == Effect::Tell).then_some(point.effect)
+    (passage == point.passage || point.effect == FailpointEffect::Tell).then_some(point.effect)
 }
 
 pub fn hit(variable: &str, name: &str) {
     match effect_of(armed(variable), name) {
-        Some(Effect::Abort) => abort(),
-        Some(Effect::Stop) => stop(),
-        Some(Effect::Tell) => tell(name),
-        Some(Effect::Error) | None => {}
+        Some(FailpointEffect::Abort) => abort(),
+        Some(FailpointEffect::Stop) => stop(),
+        Some(FailpointEffect::Tell) => tell(name),
+        Some(FailpointEffect::Error) | None => {}
     }
 }
 
 pub fn check(variable: &str, name: &str) -> io::Result<()> {
     match effect_of(armed(variable), name) {
-        Some(Effect::Abort) => abort(),
-        Some(Effect::Error) => Err(io::Error::other(format!("failpoint {name}"))),
-        Some(Effect::Stop) => {
+        Some(FailpointEffect::Abort) => abort(),
+        Some(FailpointEffect::Error) => Err(io::Error::other(format!("failpoint {name}"))),
+        Some(FailpointEffect::Stop) => {
             stop();
             Ok(())
         }
-        Some(Effect::Tell) => {
+        Some(FailpointEffect::Tell) => {
             tell(name);
             Ok(())
         }
@@ -84,22 +84,22 @@ pub fn check(variable: &str, name: &str) -> io::Result<()> {
 }
 
 fn stop() {
-    // SIGSTOP cannot be refused; whoever goes on has been sent SIGCONT.
+    // SIGSTOP cannot be blocked. `raise` returns after a SIGCONT.
     let _refused = raise(Signal::SIGSTOP);
 }
 
 fn tell(name: &str) {
-    let told = std::env::var_os(EVENTS).map(|path| {
-        // One write, so that the lines of several threads and processes do not mix.
+    let written = std::env::var_os(EVENTS).map(|path| {
+        // A single write, so that the lines of several threads and processes do not mix.
         OpenOptions::new().append(true).create(true).open(path)?.write_all(format!("{name}\n").as_bytes())
     });
-    if !matches!(told, Some(Ok(()))) {
-        eprintln!("failpoint {name}: nobody can be told: {told:?}");
+    if !matches!(written, Some(Ok(()))) {
+        eprintln!("failpoint {name}: failed to write the passage to the file in {EVENTS}: {written:?}");
     }
 }
 
 fn abort() -> ! {
-    // SIGKILL cannot be caught, so that nothing is cleaned up; `abort` is for a kernel that would refuse it.
+    // SIGKILL cannot be caught, so nothing is cleaned up. `abort` is reached only if raising it failed.
     let _refused = raise(Signal::SIGKILL);
     std::process::abort()
 }
@@ -109,10 +109,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_passage_is_told() {
+    fn tell_has_an_effect_at_every_passage() {
         let armed = parse("a=tell");
         let effects: Vec<_> = (0..3).map(|_| effect_of(&armed, "a")).collect();
-        assert_eq!(effects, [Some(Effect::Tell); 3]);
+        assert_eq!(effects, [Some(FailpointEffect::Tell); 3]);
     }
 
     #[test]
@@ -127,7 +127,7 @@ mod tests {
     fn only_the_named_passage_has_an_effect() {
         let armed = parse("b@2=error");
         let effects: Vec<_> = (0..3).map(|_| effect_of(&armed, "b")).collect();
-        assert_eq!(effects, [None, Some(Effect::Error), None]);
+        assert_eq!(effects, [None, Some(FailpointEffect::Error), None]);
         assert_eq!(effect_of(&armed, "other"), None);
     }
 }

@@ -1,10 +1,10 @@
-//! Control groups, version 2: freezing, thawing and killing a whole tree in one write.
+//! Control groups, version 2: freezing, thawing and killing a whole tree with one write.
 //!
-//! `cgroup.freeze` and `cgroup.kill` need no controller, so none is ever enabled here; what trees may
-//! use, and why that is another matter, is in `controllers`.
+//! `cgroup.freeze` and `cgroup.kill` need no controller, and none is enabled here; see `controllers` for resource
+//! limits.
 //!
 //! ```text
-//! <mount>/<own group or fermata or a given parent>/fermata-<run>       the agent and all it starts
+//! <mount>/<own group, "fermata", or a given parent>/fermata-<run>       the agent and its descendants
 //! ```
 
 use std::collections::HashSet;
@@ -22,43 +22,33 @@ use serde::{Deserialize, Serialize};
 use super::mounts;
 use super::procfs;
 
-/// Why something could not be done with a control group.
+/// Why an operation on a control group failed.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
-    /// This machine (or container) shows no cgroup v2 hierarchy.
+    /// This machine (or container) has no cgroup v2 hierarchy.
     #[error("find a cgroup v2 mount")]
     NoHierarchy,
-    /// The name or path given for a group cannot be one.
+    /// The name or path is not valid for a group.
     #[error("use {} as a group", path.display())]
-    BadPath {
-        /// What was given.
-        path: PathBuf,
-    },
-    /// A group of that name exists and is not empty: it belongs to somebody else.
+    BadPath { path: PathBuf },
+    /// A group of that name exists and has members, so it is in use by another program.
     #[error("create {}: it has members already", path.display())]
-    InUse {
-        /// The group.
-        path: PathBuf,
-    },
-    /// One operation on one file failed.
+    InUse { path: PathBuf },
+    /// An operation on a file failed.
     #[error("{step} {}", path.display())]
     Io {
-        /// What was tried, as a verb.
+        /// The operation, as a verb.
         step: &'static str,
-        /// On which file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The kernel did not confirm in time.
+    /// The kernel did not report the expected state in time.
     #[error("{step} {} within {waited_ms} ms", path.display())]
     Timeout {
-        /// What was waited for, as a verb.
+        /// The operation, as a verb.
         step: &'static str,
-        /// The group.
         path: PathBuf,
-        /// How long it was waited.
         waited_ms: u64,
     },
 }
@@ -68,22 +58,22 @@ fn failed(step: &'static str, path: &Path) -> impl FnOnce(io::Error) -> CgroupEr
     move |source| CgroupError::Io { step, path, source }
 }
 
-/// The name of the daemon's own group where the group around it belongs to Fermata too: the daemon
-/// is then in nobody's way when controllers are enabled (systemd's `DelegateSubgroup=`).
+/// The name of the daemon's own group if its parent belongs to Fermata too. The parent then contains no process, so
+/// that controllers can be enabled in it (systemd's `DelegateSubgroup=`).
 pub const DAEMON_GROUP: &str = "fermata-daemon";
 
-/// Where cgroup v2 is mounted, and where this process is in it.
+/// The mount of cgroup v2 and this process's position in it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Hierarchy {
     /// The mount point.
     pub mount: PathBuf,
-    /// The directory of this process's own group.
+    /// The directory of this process's group.
     pub own: PathBuf,
 }
 
 impl Hierarchy {
-    /// Finds the mount in `/proc/self/mountinfo` (unified and hybrid machines differ) and the own
-    /// group in `/proc/self/cgroup`.
+    /// Finds the mount in `/proc/self/mountinfo` (unified and hybrid machines differ) and the own group in
+    /// `/proc/self/cgroup`.
     pub fn find() -> Result<Self, CgroupError> {
         let mounts = Path::new("/proc/self/mountinfo");
         let groups = Path::new("/proc/self/cgroup");
@@ -99,12 +89,12 @@ impl Hierarchy {
             let mut fields = line.split(|&b| b == b' ');
             let root = mounts::unescape(fields.nth(3)?);
             let mount = mounts::unescape(fields.next()?);
-            // Optional fields end with a lone dash; the file system type follows (proc(5)).
+            // A single dash ends the optional fields; the file system type follows (proc(5)).
             fields.by_ref().find(|field| *field == b"-")?;
             if fields.next()? != b"cgroup2" {
                 return None;
             }
-            // The mount may show only a part of the hierarchy, as in some containers.
+            // The mount may expose only a part of the hierarchy, as in some containers.
             let below = own.strip_prefix(&root).ok()?;
             if below.components().any(|part| part == Component::ParentDir) {
                 return None;
@@ -113,9 +103,8 @@ impl Hierarchy {
         })
     }
 
-    /// Where agents' groups go when nobody says otherwise: below the own group, in a folder of
-    /// their own when the daemon runs in the root group, or beside the own group when that has the
-    /// name that says that the group around it is Fermata's ([`DAEMON_GROUP`]).
+    /// Returns the default parent of agents' groups: the own group; in the root group, a directory below it; and if the
+    /// own group is named [`DAEMON_GROUP`], its parent.
     pub fn default_parent(&self) -> PathBuf {
         match self.own.parent() {
             _ if self.own == self.mount => self.mount.join("fermata"),
@@ -124,14 +113,14 @@ impl Hierarchy {
         }
     }
 
-    /// Returns the group below which agents' groups go, and makes it where it is missing.
+    /// Returns the parent of agents' groups, and creates it if it is missing.
     pub fn parent_group(given: Option<&Path>) -> Result<PathBuf, CgroupError> {
         let parent = match given {
             Some(given) => given.to_path_buf(),
             None => Self::find()?.default_parent(),
         };
-        // After a reboot the group that somebody has configured is gone. Not elsewhere: a folder in
-        // a place that holds no groups is nobody's wish.
+        // A configured group is gone after a reboot. It is created only inside a cgroup file system, not as an ordinary
+        // directory in a wrong place.
         if parent.parent().is_some_and(|around| around.join("cgroup.procs").exists()) {
             make_dir(&parent)?;
         }
@@ -139,32 +128,32 @@ impl Hierarchy {
     }
 }
 
-/// Which freezers may be used: the setting `agents.freezer`, and a launch.
+/// The setting `agents.freezer`, also part of a launch spec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FreezerSetting {
-    /// A control group where one can be made, otherwise signals.
+    /// A control group if one can be created, otherwise signals.
     #[default]
     Auto,
-    /// Signals, always.
+    /// Always signals.
     Signals,
 }
 
 /// The freezer of one agent's tree.
 #[derive(Debug)]
 pub enum Freezer {
-    /// By its control group.
+    /// The control group that contains the tree.
     Cgroup(Group),
-    /// By signals, and why not by a group.
+    /// SIGSTOP and SIGCONT.
     Signals {
-        /// A sentence for people.
+        /// Why no control group is used, for people.
         why: String,
     },
 }
 
 impl Freezer {
-    /// Creates the group `name` below `parent` (or the default parent), or says why signals have
-    /// to do. Only a migration proves that the group can be used: see [`Group::procs_file`].
+    /// Creates the group `name` below `parent` (or the default parent), or falls back to signals. Only moving a process
+    /// into the group proves that it can be used: see [`Group::procs_file`].
     pub fn prepare(parent: Option<&Path>, name: &str) -> Self {
         match Group::create(parent, name) {
             Ok(group) => Self::Cgroup(group),
@@ -172,7 +161,7 @@ impl Freezer {
         }
     }
 
-    /// Falls back to signals, with the whole chain of causes as the reason.
+    /// Returns the fallback to signals, with the error and all its causes as the reason.
     pub fn signals_because(error: &dyn std::error::Error) -> Self {
         let mut why = format!("failed to {error}");
         let mut cause = error.source();
@@ -184,14 +173,14 @@ impl Freezer {
     }
 }
 
-/// One leaf group.
+/// A control group without child groups of its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Group {
     path: PathBuf,
 }
 
 impl Group {
-    /// Where the group `name` below `parent` (or the default parent) is, or would be.
+    /// Returns the path of the group `name` below `parent` (or the default parent), whether or not the group exists.
     pub fn path_of(parent: Option<&Path>, name: &str) -> Result<PathBuf, CgroupError> {
         let single = Path::new(name).components().count() == 1 && !name.contains('/');
         if !single || name.starts_with('.') {
@@ -208,7 +197,7 @@ impl Group {
         if group.populated().unwrap_or(false) {
             return Err(CgroupError::InUse { path: group.path });
         }
-        // A group left over by an earlier run may still be frozen: the next member would hang.
+        // A group left by an earlier run may be frozen, and would freeze its next member.
         match group.thaw() {
             Ok(()) => Ok(group),
             Err(error) => {
@@ -218,57 +207,57 @@ impl Group {
         }
     }
 
-    /// Uses a group that exists, for instance the one that a run's record names.
+    /// Opens an existing group, for instance the one named by a run record.
     pub fn open(path: &Path) -> Result<Self, CgroupError> {
         let events = path.join("cgroup.events");
         fs::metadata(&events).map_err(failed("find", &events))?;
         Ok(Self { path: path.to_path_buf() })
     }
 
-    /// Uses a group that holds others.
+    /// Returns a group that contains other groups.
     pub(super) fn open_parent(path: &Path) -> Self {
         Self { path: path.to_path_buf() }
     }
 
-    /// Its directory.
+    /// The directory of the group.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Opens `cgroup.procs`, into which a child writes `0` between fork and exec to become a
-    /// member before it runs a single instruction of the agent's.
+    /// Opens `cgroup.procs`. A child writes `0` into it between fork and exec, and so becomes a member before it
+    /// executes an instruction of the agent's program.
     pub fn procs_file(&self) -> Result<File, CgroupError> {
         let path = self.path.join("cgroup.procs");
         open_for_write(&path).map_err(failed("open", &path))
     }
 
-    /// Asks the kernel to freeze; [`Group::watch`] tells when it has.
+    /// Starts freezing; [`Group::watch`] reports when the group is frozen.
     pub fn begin_freeze(&self) -> Result<(), CgroupError> {
         self.write("cgroup.freeze", "1")
     }
 
-    /// Freezes and waits until the kernel confirms it. After a timeout the group is thawed again.
+    /// Freezes the group and waits for the kernel's confirmation. After a timeout the group is thawed again.
     pub fn freeze(&self, patience: Duration) -> Result<(), CgroupError> {
         self.begin_freeze()?;
         let frozen = self.wait("freeze", patience, |events| events.frozen);
         if frozen.is_err() {
-            // The first error matters; a group that cannot be thawed cannot have been frozen.
+            // Report the first error. A group that cannot be thawed cannot have been frozen either.
             self.thaw().ok();
         }
         frozen
     }
 
-    /// Thaws; does nothing to a group that is not frozen.
+    /// Thaws the group. Has no effect on a group that is not frozen.
     pub fn thaw(&self) -> Result<(), CgroupError> {
         self.write("cgroup.freeze", "0")
     }
 
-    /// Kills all members and theirs. Works on a frozen group, and nobody in it runs once more.
-    /// Afterwards the group may be used again: it is not left frozen, which would hang the next
-    /// member (the members already carry a SIGKILL, so the thaw only lets them die).
+    /// Kills all members, including those of child groups. In a frozen group no member executes another instruction.
+    /// The group is thawed afterwards and can be reused; a frozen group would freeze its next member. Its members carry
+    /// a SIGKILL by then, so that after the thaw they only die.
     pub fn kill(&self) -> Result<(), CgroupError> {
         match self.write("cgroup.kill", "1") {
-            // Older than 5.14. The freeze stops forks, so one list is complete.
+            // Linux before 5.14. A frozen group cannot fork, so one listing is complete.
             Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
                 self.freeze(Duration::from_secs(2))?;
                 for pid in self.procs()? {
@@ -282,32 +271,32 @@ impl Group {
         self.thaw()
     }
 
-    /// The members and those of groups below.
+    /// Lists the members, including those of child groups.
     pub fn procs(&self) -> Result<HashSet<i32>, CgroupError> {
-        let mut found = HashSet::new();
-        collect_procs(&self.path, &mut found)?;
-        Ok(found)
+        let mut pids = HashSet::new();
+        collect_procs(&self.path, &mut pids)?;
+        Ok(pids)
     }
 
-    /// Whether anybody is in it or below it.
+    /// Returns whether the group or a child group has a member.
     pub fn populated(&self) -> Result<bool, CgroupError> {
         Ok(self.watch()?.read()?.populated)
     }
 
-    /// Opens `cgroup.events` to be polled (POLLPRI) and read.
-    pub fn watch(&self) -> Result<Watch, CgroupError> {
+    /// Opens `cgroup.events` for polling (POLLPRI) and reading.
+    pub fn watch(&self) -> Result<GroupWatch, CgroupError> {
         let path = self.path.join("cgroup.events");
         let file = File::open(&path).map_err(failed("open", &path))?;
-        Ok(Watch { file, path })
+        Ok(GroupWatch { file, path })
     }
 
-    /// Waits until nobody is left in it.
+    /// Waits until the group has no member.
     pub fn wait_empty(&self, patience: Duration) -> Result<(), CgroupError> {
-        self.wait("see the end of", patience, |events| !events.populated)
+        self.wait("wait for the end of", patience, |events| !events.populated)
     }
 
-    /// Removes it and the groups below it. Ended members can keep it busy for a moment, so this
-    /// tries again until `patience` is over. A group that is gone is a success.
+    /// Removes the group and its child groups. Members that have just ended can keep it busy for a moment, so removal
+    /// is retried for up to `patience`. Succeeds if the group does not exist.
     pub fn remove(&self, patience: Duration) -> Result<(), CgroupError> {
         let started = Instant::now();
         loop {
@@ -316,7 +305,7 @@ impl Group {
                 Err(error) if error.raw_os_error() != Some(libc::EBUSY) || started.elapsed() >= patience => {
                     return Err(failed("remove", &self.path)(error));
                 }
-                // The kernel announces no moment at which a dying member lets go.
+                // The kernel does not report when a dying member leaves the group.
                 Err(_) => std::thread::sleep(Duration::from_millis(1)),
             }
         }
@@ -354,7 +343,7 @@ impl Group {
 }
 
 fn open_for_write(path: &Path) -> io::Result<File> {
-    // Never creates: in a directory that is no group this must fail.
+    // Does not create the file: in a directory that is not a group this must fail.
     OpenOptions::new().write(true).custom_flags(libc::O_CLOEXEC).open(path)
 }
 
@@ -365,16 +354,16 @@ fn make_dir(path: &Path) -> Result<(), CgroupError> {
     }
 }
 
-fn collect_procs(dir: &Path, found: &mut HashSet<i32>) -> Result<(), CgroupError> {
+fn collect_procs(dir: &Path, pids: &mut HashSet<i32>) -> Result<(), CgroupError> {
     let file = dir.join("cgroup.procs");
     match procfs::read_to_string(&file) {
-        Ok(text) => found.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
-        // A group that ended meanwhile, or a threaded one, whose processes its parent lists.
+        Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
+        // The group was removed meanwhile, or it is threaded and its parent lists its processes.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)) => {}
         Err(error) => return Err(failed("read", &file)(error)),
     }
     for child in child_dirs(dir).map_err(failed("list", dir))? {
-        collect_procs(&child, found)?;
+        collect_procs(&child, pids)?;
     }
     Ok(())
 }
@@ -404,24 +393,24 @@ fn remove_tree(dir: &Path) -> io::Result<()> {
     }
 }
 
-/// What `cgroup.events` says.
+/// The content of `cgroup.events`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Events {
-    /// Somebody is in the group or below it.
+    /// The group or a child group has a member.
     pub populated: bool,
-    /// Everybody in it stands still.
+    /// All members are frozen.
     pub frozen: bool,
 }
 
 /// An open `cgroup.events`.
 #[derive(Debug)]
-pub struct Watch {
+pub struct GroupWatch {
     file: File,
     path: PathBuf,
 }
 
-impl Watch {
-    /// Reads the present state and arms the descriptor for the next change.
+impl GroupWatch {
+    /// Reads the present state, and arms the descriptor for the next change.
     pub fn read(&mut self) -> Result<Events, CgroupError> {
         let mut text = String::new();
         self.file.rewind().and_then(|()| self.file.read_to_string(&mut text)).map_err(failed("read", &self.path))?;
@@ -432,7 +421,7 @@ impl Watch {
     }
 }
 
-impl AsFd for Watch {
+impl AsFd for GroupWatch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }

@@ -1,37 +1,37 @@
 //! The clocks: wall time for records, monotonic time for deadlines.
 //!
-//! The pure parts get `now` as a parameter; this is where the edge reads it.
+//! The core takes `now` as a parameter; its callers read the clock here.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use nix::time::{ClockId, clock_gettime};
 
-/// Reads the wall clock as nanoseconds since the Unix epoch (0 before 1970).
+/// Returns the wall clock in nanoseconds since the Unix epoch (0 before 1970).
 pub fn unix_ns() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
-    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    i64::try_from(elapsed.as_nanos()).unwrap_or(i64::MAX)
 }
 
-/// Reads the wall clock as milliseconds since the Unix epoch.
+/// Returns the wall clock in milliseconds since the Unix epoch.
 pub fn unix_ms() -> i64 {
     unix_ns() / 1_000_000
 }
 
-/// Reads `CLOCK_MONOTONIC` in milliseconds; it stands still while the machine is suspended.
+/// Returns `CLOCK_MONOTONIC` in milliseconds. This clock does not advance while the machine is suspended.
 pub fn monotonic_ms() -> u64 {
     read_ms(ClockId::CLOCK_MONOTONIC)
 }
 
-/// Reads `CLOCK_BOOTTIME` in milliseconds; it counts time spent suspended.
+/// Returns `CLOCK_BOOTTIME` in milliseconds. This clock includes the time for which the machine was suspended.
 pub fn boottime_ms() -> u64 {
     read_ms(ClockId::CLOCK_BOOTTIME)
 }
 
 fn read_ms(clock: ClockId) -> u64 {
-    // Both clocks exist on every kernel that runs this program; 0 only makes a deadline early.
+    // Every supported kernel has both clocks. A 0 would only make a deadline expire early.
     clock_gettime(clock).map_or(0, |t| {
-        let whole = u64::try_from(t.tv_sec()).unwrap_or(0) * 1_000;
-        whole + u64::try_from(t.tv_nsec()).unwrap_or(0) / 1_000_000
+        let seconds = u64::try_from(t.tv_sec()).unwrap_or(0);
+        seconds * 1_000 + u64::try_from(t.tv_nsec()).unwrap_or(0) / 1_000_000
     })
 }
 

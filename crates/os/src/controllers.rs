@@ -1,9 +1,8 @@
-//! The controllers of control groups: what a tree may use of memory, processor and processes.
+//! Controllers of control groups: limits on the memory, processor time and processes of a tree.
 //!
-//! A group may be limited when its parent has the controller in `cgroup.subtree_control`. A group
-//! that has any there may hold no process itself (cgroup-v2.rst, "No Internal Process
-//! Constraint"), so they are never enabled in the daemon's own group: systemd could not start the
-//! daemon there again.
+//! A group can be limited if its parent lists the controller in `cgroup.subtree_control`. A group with any controller
+//! there may itself contain no process (cgroup-v2.rst, "No Internal Process Constraint"). Controllers are therefore
+//! never enabled in the daemon's own group: systemd could not restart the daemon in it.
 
 use std::fs;
 use std::io;
@@ -13,52 +12,51 @@ use serde::{Deserialize, Serialize};
 
 use super::cgroup::{CgroupError, Group, Hierarchy};
 
-/// The period of `cpu.max`, microseconds; the kernel's default.
+/// The period of `cpu.max` in microseconds; the kernel's default.
 const CPU_PERIOD_US: u64 = 100_000;
 
-/// What a whole tree may use.
+/// The limits of a whole process tree; `None` means unlimited.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct TreeLimits {
-    /// Memory, bytes (`memory.max`).
+    /// Memory, in bytes (`memory.max`).
     #[serde(default)]
     pub memory_max_bytes: Option<u64>,
-    /// Processor time, percent of one core (`cpu.max`).
+    /// Processor time, in percent of one core (`cpu.max`).
     #[serde(default)]
     pub cpu_max_percent: Option<u64>,
-    /// Processes and threads (`pids.max`).
+    /// Number of processes and threads (`pids.max`).
     #[serde(default)]
     pub pids_max: Option<u64>,
 }
 
 impl TreeLimits {
-    /// Says whether nothing is limited.
+    /// Returns whether nothing is limited.
     pub fn is_empty(&self) -> bool {
         self.controllers().is_empty()
     }
 
-    /// Returns the controllers that are needed.
+    /// Returns the controllers that the limits need.
     pub fn controllers(&self) -> Vec<&'static str> {
-        let wanted = [
+        let needed = [
             (self.cpu_max_percent.is_some(), "cpu"),
             (self.memory_max_bytes.is_some(), "memory"),
             (self.pids_max.is_some(), "pids"),
         ];
-        wanted.into_iter().filter(|(wanted, _)| *wanted).map(|(_, name)| name).collect()
+        needed.into_iter().filter(|(needed, _)| *needed).map(|(_, name)| name).collect()
     }
 
-    /// Sets the limits of a group; those that are not given stay as they are.
+    /// Sets the limits of a group; a limit that is `None` is left unchanged.
     ///
     /// # Errors
-    /// When the group lacks a controller, or the kernel does not take a value.
+    /// If the group lacks a controller, or the kernel rejects a value.
     pub fn set(&self, group: &Group) -> Result<(), CgroupError> {
         if let Some(bytes) = self.memory_max_bytes {
             let bytes = bytes.to_string();
             group.write("memory.max", &bytes)?;
-            // One process of a tree that is killed leaves a tree that nobody has thought of.
+            // Killing a single process would leave a tree in a state that its program does not expect.
             group.write("memory.oom.group", "1")?;
-            // Without a bound the rest goes to swap and the limit is none; with none allowed a
-            // tree that is frozen for days could not be swapped out. The file is missing where
-            // the kernel has no swap.
+            // Unbounded swap would defeat the limit; no swap at all would keep a tree that is frozen for days in
+            // memory. The file does not exist if the kernel has no swap.
             match group.write("memory.swap.max", &bytes) {
                 Err(CgroupError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {}
                 other => other?,
@@ -75,46 +73,39 @@ impl TreeLimits {
     }
 }
 
-/// Why trees cannot be limited.
+/// Why a controller cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Unavailable {
     /// There is no cgroup v2, or its files cannot be read.
     #[error("control groups cannot be used")]
     NoGroups(#[source] CgroupError),
-    /// The group has not been given these controllers by those above it.
+    /// An ancestor has not delegated these controllers to the group.
     #[error("{} does not have the {} controller", group.display(), names.join(" and the "))]
     NotGiven {
-        /// The controllers.
         names: Vec<&'static str>,
-        /// The group below which agents' groups are made.
+        /// The parent of the agents' groups.
         group: PathBuf,
-        /// Those that this machine has on cgroup v1, where v2 cannot use them.
+        /// The controllers among them that are in use by cgroup v1, and so unavailable to v2.
         on_v1: Vec<&'static str>,
     },
-    /// The group holds processes, most likely the daemon itself.
+    /// The group contains processes, most likely the daemon itself.
     #[error("{} holds processes, so that the groups below it cannot have controllers", group.display())]
-    Occupied {
-        /// The group.
-        group: PathBuf,
-    },
-    /// The kernel did not let us.
+    Occupied { group: PathBuf },
+    /// The kernel refused to enable the controllers.
     #[error("the {} controller cannot be enabled in {}", names.join(" and the "), group.display())]
     Refused {
-        /// The controllers.
         names: Vec<&'static str>,
-        /// The group.
         group: PathBuf,
-        /// The cause.
         #[source]
         source: CgroupError,
     },
 }
 
-/// Makes controllers available to the groups below `parent` (or the default parent): enables those
-/// that it was given and that are not enabled yet. Changes nothing when one of them is missing.
+/// Makes controllers available to the groups below `parent` (or the default parent) by enabling those that are not
+/// enabled yet. Changes nothing if one of them is missing.
 ///
 /// # Errors
-/// Says what is missing.
+/// If a controller is missing or cannot be enabled.
 pub fn make_available(parent: Option<&Path>, needed: &[&'static str]) -> Result<(), Unavailable> {
     let group = Hierarchy::parent_group(parent).map_err(Unavailable::NoGroups)?;
     let read = |file: &str| {
@@ -141,13 +132,13 @@ pub fn make_available(parent: Option<&Path>, needed: &[&'static str]) -> Result<
     enable.map_err(|source| Unavailable::Refused { names, group, source })
 }
 
-/// Those of the names that are not among the words.
+/// Returns the names that are not among the words.
 fn absent(names: &[&'static str], words: &str) -> Vec<&'static str> {
     names.iter().copied().filter(|name| !words.split_ascii_whitespace().any(|word| word == *name)).collect()
 }
 
-/// Whether `/proc/self/cgroup` shows the controller in a hierarchy of version 1: lines are
-/// `id:controllers:path`, and version 2 has no controllers there (cgroups(7)).
+/// Returns whether `/proc/self/cgroup` lists the controller in a hierarchy of version 1: lines are
+/// `id:controllers:path`, and the line of version 2 has no controllers (cgroups(7)).
 fn is_on_v1(name: &str, own_groups: &str) -> bool {
     own_groups
         .lines()
@@ -155,17 +146,17 @@ fn is_on_v1(name: &str, own_groups: &str) -> bool {
         .any(|controllers| controllers.split(',').any(|other| other == name))
 }
 
-/// What the kernel has done to a tree that wanted too much memory.
+/// How often the kernel has killed processes of a tree for lack of memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct OutOfMemory {
-    /// How many processes it has killed.
+    /// The number of killed processes.
     pub killed: u64,
-    /// How often the tree's own limit was the reason.
+    /// How often the tree reached its own limit.
     pub at_limit: u64,
 }
 
 impl OutOfMemory {
-    /// Reads `memory.events` of a group; nothing where the group has no memory controller.
+    /// Reads `memory.events` of a group; all zero if the group has no memory controller.
     pub fn of(group: &Group) -> Self {
         let text = fs::read_to_string(group.path().join("memory.events")).unwrap_or_default();
         Self::parse(&text)

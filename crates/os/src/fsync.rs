@@ -1,6 +1,6 @@
-//! Durable small files: a reader sees the old bytes or the new bytes, after a power cut too.
+//! Durable small files: a reader sees either the old or the new content, even after a power failure.
 //!
-//! Not for logs or large data: every call costs two fsyncs.
+//! Not suited to logs or large data: every call costs two fsyncs.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -8,15 +8,14 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Why a durable write did not happen; the file at `path` is unchanged.
+/// Why a durable write failed. The file at `path` is unchanged.
 #[derive(Debug, thiserror::Error)]
 #[error("{step} for {}", path.display())]
 pub struct DurableWriteError {
     /// The file that was to be written.
     pub path: PathBuf,
-    /// What failed, as a verb.
+    /// The failed operation, as a verb phrase.
     pub step: &'static str,
-    /// The cause.
     #[source]
     pub source: io::Error,
 }
@@ -27,8 +26,8 @@ impl DurableWriteError {
     }
 }
 
-/// Replaces the file at `path` with `bytes`: temporary file beside it, fsync, rename, fsync of the
-/// directory. `mode` is exact, whatever the umask.
+/// Replaces the file at `path` with `bytes`: writes and syncs a temporary file in the same directory, renames it, and
+/// syncs the directory. The file gets exactly `mode`, whatever the umask.
 pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableWriteError> {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     let at = |step| DurableWriteError::at(path, step);
@@ -44,25 +43,25 @@ pub fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), DurableW
         .map_err(at("write the temporary file"))
         .and_then(|()| std::fs::rename(&temp, path).map_err(at("rename the temporary file")));
     if let Err(error) = written {
-        // The temporary file is ours alone; if even its removal fails, the first error matters more.
+        // No other process uses the temporary file. If its removal fails too, the first error is the one to report.
         std::fs::remove_file(&temp).ok();
         return Err(error);
     }
     sync_parent(path).map_err(at("sync the directory"))
 }
 
-/// Writes a file, or overwrites it, and syncs its content; its name is made durable by whoever syncs the directory.
+/// Creates or overwrites a file and syncs its content. The caller syncs the directory where the name must be durable.
 ///
 /// # Errors
-/// When it cannot be created, written or synced.
+/// If the file cannot be created, written or synced.
 pub fn write_new(temp: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     write_unsynced(temp, bytes, mode)?.sync_all()
 }
 
-/// Writes a file, or overwrites it; whoever needs it syncs it.
+/// Creates or overwrites a file without syncing it.
 ///
 /// # Errors
-/// When it cannot be created or written.
+/// If the file cannot be created or written.
 pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> {
     let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path)?;
     set_mode(&file, mode)?;
@@ -70,14 +69,14 @@ pub fn write_unsynced(path: &Path, bytes: &[u8], mode: u32) -> io::Result<File> 
     Ok(file)
 }
 
-/// How many syncs wait at once in [`sync_together`]. The first of them has the file system write out its journal, in which
-/// is what all the others wait for; more threads are of no more use, and each takes as long to make as a small write.
+/// The number of concurrent syncs in [`sync_together`]. The first sync makes the file system write its journal, for
+/// which all the others wait. More threads do not help, and starting one takes as long as a small write.
 const LANES: usize = 2;
 
-/// Syncs files and directories side by side: a disk flushes all of them in the time of one.
+/// Syncs files and directories concurrently: a disk flushes all of them in the time of one.
 ///
 /// # Errors
-/// The first that cannot be synced; the others are synced all the same.
+/// The error of one file that could not be synced; the other files are synced nevertheless.
 pub fn sync_together(files: &[&File]) -> io::Result<()> {
     files.iter().for_each(|file| begin_to_write(file));
     let lane = |first: usize| {
@@ -90,19 +89,19 @@ pub fn sync_together(files: &[&File]) -> io::Result<()> {
         let own = lane(0);
         let ended = others.into_iter().map(|(first, thread)| match thread {
             Ok(thread) => thread.join().unwrap_or_else(|_| Err(io::Error::other("panicked"))),
-            // No thread is to be had: one after the other, then.
+            // No thread can be started: sync these files in this thread.
             Err(_) => lane(first),
         });
         ended.fold(own, |so_far, one| so_far.and(one))
     })
 }
 
-/// Has the kernel write a file's content out without waiting for it, so that all contents are on their way, and have
-/// their place on the disk, before the first sync writes the journal that tells of them.
+/// Starts writing a file's content to the disk without waiting, so that the blocks of all files are allocated and under
+/// way before the first sync writes the journal that refers to them.
 pub fn begin_to_write(file: &File) {
     use std::os::fd::AsRawFd as _;
-    // SAFETY: the descriptor is borrowed and so open; the call takes numbers only. Nothing depends on its success: a
-    // directory has no content to write, and the sync that follows reports whatever is wrong.
+    // SAFETY: the descriptor is borrowed and so open; the call takes numbers only. The result is irrelevant: a
+    // directory has no content to write, and the sync that follows reports every error.
     unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
@@ -111,7 +110,7 @@ fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     file.set_permissions(std::fs::Permissions::from_mode(mode))
 }
 
-/// Syncs the directory that holds `path`, so that a rename in it survives a power cut.
+/// Syncs the directory that contains `path`, so that a rename in it survives a power failure.
 pub fn sync_parent(path: &Path) -> io::Result<()> {
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -120,7 +119,7 @@ pub fn sync_parent(path: &Path) -> io::Result<()> {
     File::open(parent)?.sync_all()
 }
 
-/// Disk blocks that were set aside for one later record, which can then be written on a full disk.
+/// Disk blocks allocated in advance for one later record, which can then be written on a full disk.
 #[derive(Debug)]
 pub struct Reserve {
     file: File,
@@ -128,11 +127,11 @@ pub struct Reserve {
     path: PathBuf,
 }
 
-/// The longest record that a [`Reserve`] takes, in bytes.
+/// The capacity of a [`Reserve`] in bytes. A record must be shorter than this.
 pub const RESERVE_BYTES: usize = 4096;
 
 impl Reserve {
-    /// Sets the blocks aside, beside `path`, where the record will appear.
+    /// Allocates the blocks in a file next to `path`, the future path of the record.
     pub fn create(path: &Path, mode: u32) -> Result<Self, DurableWriteError> {
         let at = |step| DurableWriteError::at(path, step);
         let mut temp_name = path.file_name().unwrap_or_default().to_os_string();
@@ -143,8 +142,8 @@ impl Reserve {
         Ok(Self { file, temp, path: path.to_path_buf() })
     }
 
-    /// Writes the record into the reserved blocks, padded with blanks, and lets it appear at its
-    /// path. May be tried again after an error.
+    /// Writes the record into the reserved blocks, padded with blanks, and renames the file to its path. May be retried
+    /// after an error.
     pub fn commit(&self, record: &[u8]) -> Result<(), DurableWriteError> {
         let at = |step| DurableWriteError::at(&self.path, step);
         if record.len() >= RESERVE_BYTES {

@@ -1,7 +1,7 @@
-//! The kernel: cgroups, processes, signals, limits, locks and durable files.
+//! Kernel interfaces: cgroups, processes, signals, limits, locks and durable files.
 //!
-//! With the plugin ABI the only home of `unsafe`. Nothing here knows an agent, a project or a
-//! checkpoint: the crates above combine these tools, and this one imports none of them.
+//! Apart from the plugin ABI this is the only crate with `unsafe` code. It knows nothing of agents, projects or
+//! checkpoints and imports no other crate of Fermata.
 
 pub mod cgroup;
 pub mod clock;
@@ -24,5 +24,6 @@ pub mod pty;
 pub mod signals;
 pub mod socket_child;
 pub mod spawn;
+pub mod spawn_error;
 pub mod tree;
 pub mod usage;

@@ -1,4 +1,4 @@
-//! Resource limits: what a caller had, what an agent gets, what the daemon needs.
+//! Resource limits of processes.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use nix::errno::Errno;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
-/// The resources that `setrlimit(2)` knows, by the names that `prlimit(1)` uses.
+/// The resources of setrlimit(2), serialised under the names that prlimit(1) uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "the names are those of setrlimit(2)")]
@@ -30,7 +30,6 @@ pub enum LimitKind {
 }
 
 impl LimitKind {
-    /// All kinds.
     pub const ALL: [Self; 16] = [
         Self::As,
         Self::Core,
@@ -72,14 +71,13 @@ impl LimitKind {
     }
 }
 
-/// One limit; `None` means unlimited. Units are those of `setrlimit(2)`.
+/// One limit; `None` means unlimited. The units are those of setrlimit(2).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limit {
-    /// Which resource.
     pub kind: LimitKind,
-    /// What is enforced.
+    /// The enforced value.
     pub soft: Option<u64>,
-    /// How far the process may raise it.
+    /// The value to which the process may raise `soft`.
     pub hard: Option<u64>,
 }
 
@@ -91,22 +89,21 @@ fn from_raw(value: u64) -> Option<u64> {
     (value != RLIM_INFINITY).then_some(value)
 }
 
-/// Reads one limit of this process.
+/// Returns one limit of this process.
 pub fn get(kind: LimitKind) -> io::Result<Limit> {
     let (soft, hard) = getrlimit(kind.resource())?;
     Ok(Limit { kind, soft: from_raw(soft), hard: from_raw(hard) })
 }
 
-/// Reads all limits of this process.
+/// Returns all limits of this process.
 pub fn get_all() -> io::Result<Vec<Limit>> {
     LimitKind::ALL.into_iter().map(get).collect()
 }
 
 /// Sets one limit of this process.
 ///
-/// Without the privilege to raise a hard limit it sets what is possible, because an agent with a
-/// slightly lower limit is better than no agent. Allocates nothing, so it may run between fork
-/// and exec.
+/// Without the privilege to raise a hard limit, the limit is set as high as possible: a slightly lower limit is better
+/// than no agent. Allocates no memory, so it may run between fork and exec.
 pub fn set_up_to_hard(limit: &Limit) -> Result<(), Errno> {
     let (soft, hard) = (to_raw(limit.soft), to_raw(limit.hard));
     match setrlimit(limit.kind.resource(), soft, hard) {
@@ -119,9 +116,9 @@ pub fn set_up_to_hard(limit: &Limit) -> Result<(), Errno> {
     }
 }
 
-/// Raises the soft limit of open files to the hard one: a daemon with a thousand agents needs more
-/// than the usual 1,024. Returns the limit as it was, which is what an agent without one of its own
-/// begins with: programs that use `select(2)` break beyond 1,024.
+/// Raises the soft limit of open files to the hard limit: a daemon with a thousand agents needs more than the usual
+/// 1,024. Returns the previous limit, which agents without a limit of their own start with, since programs that use
+/// select(2) fail above 1,024.
 pub fn raise_open_files() -> io::Result<Limit> {
     let before = get(LimitKind::Nofile)?;
     setrlimit(Resource::RLIMIT_NOFILE, to_raw(before.hard), to_raw(before.hard))?;

@@ -1,8 +1,8 @@
-//! The lock that makes sure that one state directory has one daemon.
+//! The lock that ensures one daemon per state directory.
 //!
-//! An flock, so the kernel releases it with its holder, however that ends. The file's first line is
-//! for people: it says who holds the lock. The second says it to programs: boot, pid and start time.
-//! By it a holder that lives is told from one that is gone and whose files the kernel has yet to close.
+//! It is an flock, which the kernel releases when its holder ends in any way. The first line of the file describes the
+//! holder to people, the second line identifies it to programs by boot id, pid and start time. The second line
+//! distinguishes a live holder from one that has ended but whose files the kernel has not closed yet.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -14,34 +14,31 @@ use nix::fcntl::{Flock, FlockArg};
 
 use super::process::{self, ProcessId};
 
-/// What a holder is called that has not said its name.
-const NOBODY: &str = "an unnamed process";
+/// The description of a holder that has not written one.
+const UNNAMED: &str = "an unnamed process";
 
-/// Why the lock could not be taken.
+/// Why the lock could not be acquired.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Someone else holds it.
+    /// Another process holds it.
     #[error("lock {}: held by {holder}", path.display())]
     Held {
-        /// The lock file.
         path: PathBuf,
-        /// What its holder wrote about itself.
+        /// The holder's description of itself.
         holder: String,
-        /// Whether it is worth trying again at once: the file names a process that is gone, or nobody yet.
+        /// Whether an immediate retry may succeed: the file names a process that has ended, or no process yet.
         passing: bool,
     },
-    /// The file could not be used.
+    /// The lock file cannot be used.
     #[error("use the lock file {}", path.display())]
     Io {
-        /// The lock file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
 }
 
-/// An exclusive lock, held as long as this value lives.
+/// An exclusive lock, held for the lifetime of this value.
 #[derive(Debug)]
 pub struct StateLock {
     _file: Flock<File>,
@@ -49,7 +46,10 @@ pub struct StateLock {
 }
 
 impl StateLock {
-    /// Takes the lock or says who has it; never waits. `holder` describes the caller in one line.
+    /// Acquires the lock without waiting. `holder` describes the caller in one line.
+    ///
+    /// # Errors
+    /// If another process holds the lock, or the file cannot be used.
     pub fn acquire(path: &Path, holder: &str) -> Result<Self, LockError> {
         let io_error = |source| LockError::Io { path: path.to_path_buf(), source };
         let file = OpenOptions::new()
@@ -64,9 +64,9 @@ impl StateLock {
             Ok(file) => file,
             Err((mut file, Errno::EWOULDBLOCK)) => {
                 let mut text = String::new();
-                // The text is a courtesy: without it the refusal still stands.
+                // The description is only informative: without it the lock is refused all the same.
                 if file.read_to_string(&mut text).is_err() {
-                    NOBODY.clone_into(&mut text);
+                    UNNAMED.clone_into(&mut text);
                 }
                 return Err(held_by(path, &text));
             }
@@ -79,13 +79,12 @@ impl StateLock {
         Ok(Self { _file: file, path: path.to_path_buf() })
     }
 
-    /// The lock file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 }
 
-/// What the second line says of this process.
+/// Returns the second line for this process.
 fn own_identity() -> io::Result<String> {
     let id = process::identify(std::process::id().cast_signed())?
         .ok_or_else(|| io::Error::other("this process has no entry in /proc"))?;
@@ -96,11 +95,11 @@ fn held_by(path: &Path, text: &str) -> LockError {
     let mut lines = text.lines();
     let name = lines.next().map(str::trim).filter(|name| !name.is_empty());
     let passing = name.is_none() || lines.next().is_some_and(|line| is_gone(line).unwrap_or(false));
-    let holder = name.unwrap_or(NOBODY).to_owned();
+    let holder = name.unwrap_or(UNNAMED).to_owned();
     LockError::Held { path: path.to_path_buf(), holder, passing }
 }
 
-/// Whether a second line names a process that is no more; `None` where it cannot be told.
+/// Returns whether a second line names a process that has ended; `None` if that cannot be determined.
 fn is_gone(line: &str) -> Option<bool> {
     let mut words = line.split_whitespace();
     let boot = words.next()?;
@@ -109,8 +108,8 @@ fn is_gone(line: &str) -> Option<bool> {
     Some(boot != this_boot || !process::is_alive(id).ok()? || is_dying(id.pid))
 }
 
-/// Whether a process has given up its memory, as it does before it closes its files (do_exit in kernel/exit.c): its
-/// program is not told any more, though its threads may live for a while yet.
+/// Returns whether a process has released its memory. It does so before it closes its files (do_exit in kernel/exit.c),
+/// and from then on `/proc/PID/exe` leads nowhere, though its threads may exist for a while.
 fn is_dying(pid: i32) -> bool {
     process::program(pid).is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
 }
@@ -119,7 +118,7 @@ fn is_dying(pid: i32) -> bool {
 mod tests {
     use super::*;
 
-    /// Takes a lock that someone has: who that is, and whether it is worth trying again.
+    /// Acquires a lock that another process holds; returns the holder and whether a retry may succeed.
     fn refusal(path: &Path) -> (String, bool) {
         match StateLock::acquire(path, "other") {
             Err(LockError::Held { holder, passing, .. }) => (holder, passing),
@@ -128,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn a_second_holder_is_refused_and_told_who_has_it_until_the_first_lets_go() {
+    fn a_second_holder_is_refused_with_the_name_of_the_first_until_that_releases_the_lock() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let first = StateLock::acquire(&path, "fermatad, pid 1").unwrap();
@@ -138,11 +137,11 @@ mod tests {
     }
 
     #[test]
-    fn a_process_that_is_ending_is_told_from_one_that_works() {
+    fn a_process_that_is_ending_is_distinguished_from_one_that_works() {
         assert!(!is_dying(std::process::id().cast_signed()));
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id().cast_signed();
-        // It has ended and was not yet reaped: what it had is given up.
+        // It has ended and is not reaped yet; its memory has been released.
         let start = std::time::Instant::now();
         while !is_dying(pid) && start.elapsed() < std::time::Duration::from_secs(10) {
             std::thread::yield_now();
@@ -152,7 +151,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lock_whose_holder_is_gone_or_has_not_said_its_name_is_worth_another_try() {
+    fn a_lock_whose_holder_has_ended_or_is_unnamed_is_worth_a_retry() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("lock");
         let _first = StateLock::acquire(&path, "fermatad").unwrap();

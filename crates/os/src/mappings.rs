@@ -1,9 +1,12 @@
-//! Files that processes have mapped writable and shared: what is written to them shows in no event and in no time. And
-//! those that they have open for writing: what is written through memory meanwhile, or by the kernel on their behalf
-//! (io_submit(2)), shows in the time alone; when the last descriptor is closed, that is an event again.
+//! Files whose changes the watcher of a workspace cannot see: files that a process has mapped shared and writable, and
+//! files that it has open for writing.
 //!
-//! The kernel tells of a mapping in `/proc/<pid>/maps` (proc_pid_maps(5)): `address perms offset dev inode path`, with
-//! newlines in the path written as `\012`.
+//! A write through a mapping causes no inotify event and need not change the modification time. A write to an open file
+//! through memory, or by the kernel on behalf of the process (io_submit(2)), changes only the time; closing the last
+//! descriptor causes an event again.
+//!
+//! Mappings are read from `/proc/<pid>/maps` (proc_pid_maps(5)): `address perms offset dev inode path`, with newlines
+//! in the path written as `\012`.
 
 use std::ffi::OsString;
 use std::fs;
@@ -15,32 +18,30 @@ use std::path::{Path, PathBuf};
 use super::process::is_gone;
 use super::procfs;
 
-/// A file that somebody can write to through memory.
+/// A file that is mapped shared and writable.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mapping {
-    /// Its device, as `stat` would tell on most file systems.
+    /// The device number, equal to that of `stat` on most file systems.
     pub dev: u64,
-    /// Its inode.
     pub ino: u64,
-    /// Its path, as the process sees it.
+    /// The path as seen by the process.
     pub path: PathBuf,
 }
 
-/// A file that somebody has open for writing.
+/// A file that is open for writing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Open {
-    /// The path, as the kernel tells it.
+pub struct OpenFile {
+    /// The path as reported by the kernel.
     pub path: PathBuf,
-    /// Its inode.
     pub ino: u64,
-    /// Whether it is what stands at that path.
-    pub there: bool,
+    /// Whether the path still leads to this file.
+    pub at_path: bool,
 }
 
-/// Lists the files that a process has mapped shared and writable; none when it is gone.
+/// Lists the files that a process has mapped shared and writable; none if the process has ended.
 ///
 /// # Errors
-/// When the kernel does not tell, for instance of a process of another user.
+/// If the kernel denies access, for instance to a process of another user.
 pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
     match procfs::read(format!("/proc/{pid}/maps")) {
         Ok(text) => Ok(parse(&text)),
@@ -49,11 +50,11 @@ pub fn writable_shared(pid: i32) -> io::Result<Vec<Mapping>> {
     }
 }
 
-/// Lists the files below a directory that a process has open for writing, none when it is gone.
+/// Lists the files below a directory that a process has open for writing; none if the process has ended.
 ///
 /// # Errors
-/// When the kernel does not tell, for instance of a process of another user.
-pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
+/// If the kernel denies access, for instance to a process of another user.
+pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<OpenFile>> {
     let entries = match fs::read_dir(format!("/proc/{pid}/fd")) {
         Err(error) if is_gone(&error) => return Ok(Vec::new()),
         entries => entries?,
@@ -64,7 +65,7 @@ pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
             Err(error) if is_gone(&error) => break,
             entry => entry?,
         };
-        // Whatever is closed meanwhile told of that by itself.
+        // A file that has been closed meanwhile has caused an event of its own.
         let Ok(path) = fs::read_link(entry.path()) else { continue };
         if !path.starts_with(below) {
             continue;
@@ -76,9 +77,10 @@ pub fn open_for_writing(pid: i32, below: &Path) -> io::Result<Vec<Open>> {
         });
         let Ok(stat) = fs::metadata(entry.path()) else { continue };
         if stat.is_file() && stat.nlink() > 0 && flags.is_some_and(|flags| flags & libc::O_ACCMODE != libc::O_RDONLY) {
-            // The kernel adds ` (deleted)` to the name; a file may be called that, too.
-            let there = fs::symlink_metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()));
-            found.push(Open { path, ino: stat.ino(), there });
+            // The kernel appends ` (deleted)` to the path of a removed file, which is also a legal file name.
+            let at_path =
+                fs::symlink_metadata(&path).is_ok_and(|now| (now.dev(), now.ino()) == (stat.dev(), stat.ino()));
+            found.push(OpenFile { path, ino: stat.ino(), at_path });
         }
     }
     Ok(found)
@@ -145,8 +147,8 @@ mod tests {
         let mut found = open_for_writing(std::process::id().cast_signed(), &dir).unwrap();
         found.sort_by(|a, b| a.path.cmp(&b.path));
         let ino = |path: &Path| fs::metadata(path).unwrap().ino();
-        assert_eq!(found[0], Open { path: kept.clone(), ino: ino(&kept), there: true });
-        assert_eq!((found[1].ino, found[1].there), (ino(&dir.join("another name")), false));
+        assert_eq!(found[0], OpenFile { path: kept.clone(), ino: ino(&kept), at_path: true });
+        assert_eq!((found[1].ino, found[1].at_path), (ino(&dir.join("another name")), false));
         assert_eq!(found.len(), 2, "{found:?}");
         assert_eq!(open_for_writing(i32::MAX, &dir).unwrap(), []);
     }

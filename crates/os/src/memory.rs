@@ -1,22 +1,20 @@
-//! Takes little memory from the system, and gives back what is not used.
+//! Settings of the memory allocator: few arenas, and freed memory returned to the kernel.
 
-/// From how many bytes on a block is mapped by itself, and so unmapped when it is freed.
+/// Blocks of at least this many bytes are mapped separately, and so unmapped when they are freed.
 #[cfg(target_env = "gnu")]
 const MAPPED_BYTES: libc::c_int = 128 << 10;
 
-/// Tells the allocator to share a few arenas among all threads. To be called before the first thread
-/// starts.
+/// Makes all threads share a few allocator arenas. Must be called before the first thread is started.
 ///
-/// glibc makes up to eight arenas for each processor, and what one of them has freed another does not
-/// use: thirty threads that take turns with the same work keep thirty times its memory. It also
-/// raises the size from which blocks are mapped by themselves whenever a larger one is freed
-/// (mallopt(3)); a size that is set stays.
+/// glibc creates up to eight arenas per processor, and memory freed in one arena is not reused by another: thirty
+/// threads that take turns at the same work retain thirty times its memory. glibc also raises the size from which
+/// blocks are mapped separately whenever a larger one is freed (mallopt(3)); setting that size fixes it.
 pub fn share_arenas() {
     #[cfg(target_env = "gnu")]
     {
         let processors = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
         let arenas = libc::c_int::try_from(processors.max(2)).unwrap_or(libc::c_int::MAX);
-        // SAFETY: mallopt(3) takes no pointer; there is one thread yet.
+        // SAFETY: mallopt(3) takes no pointer, and no other thread has been started.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, arenas);
             libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES);
@@ -26,8 +24,8 @@ pub fn share_arenas() {
 
 /// Returns freed memory to the kernel.
 ///
-/// The allocator keeps what a scan of a large workspace has freed, in an arena for each thread
-/// that took part: hundreds of megabytes that nobody uses.
+/// The allocator retains what a scan of a large workspace has freed, in one arena per participating thread: hundreds of
+/// megabytes of unused memory.
 pub fn give_back() {
     #[cfg(target_env = "gnu")]
     // SAFETY: malloc_trim(3) takes no pointer and is thread-safe; it only releases free pages.

@@ -1,10 +1,10 @@
-//! What is mounted where, from the kernel's own table (proc_pid_mountinfo(5)).
+//! The mount table of this process (proc_pid_mountinfo(5)).
 
 use std::ffi::OsString;
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
-/// Undoes the escapes of a field: the kernel writes blanks, line breaks and backslashes as three octal digits.
+/// Decodes a field: the kernel writes blanks, line breaks and backslashes as a backslash and three octal digits.
 pub fn unescape(field: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(field.len());
     let mut rest = field;
@@ -22,12 +22,12 @@ pub fn unescape(field: &[u8]) -> PathBuf {
     PathBuf::from(OsString::from_vec(bytes))
 }
 
-/// Returns the place of which a line of the table tells.
+/// Returns the mount point of a line of the table.
 pub fn place(line: &[u8]) -> Option<PathBuf> {
     line.split(|byte| *byte == b' ').nth(4).map(unescape)
 }
 
-/// Lists the lines of the table that are about places below a directory; none where it cannot be read.
+/// Returns the lines of the table whose mount point is below a directory; none if the table cannot be read.
 pub fn below(dir: &Path) -> Vec<String> {
     let table = super::procfs::read("/proc/self/mountinfo").unwrap_or_default();
     below_in(&table, dir)

@@ -1,6 +1,6 @@
-//! Who is at the other end of a Unix socket, as the kernel knows it.
+//! Identifies the peer of a Unix socket by what the kernel has recorded.
 //!
-//! Decides nothing: what a peer may do is the business of `auth`.
+//! Grants nothing: `auth` decides what a peer may do.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
@@ -8,21 +8,21 @@ use std::os::fd::{AsFd, AsRawFd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{getsockopt, sockopt};
 
-/// What the kernel recorded about the peer when it connected.
+/// The peer's identity at the time it connected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PeerCredentials {
-    /// The process that connected; 0 when it lives in a pid namespace that we cannot see.
+    /// The process that connected; 0 if it is in a pid namespace that is invisible to this process.
     pub pid: i32,
-    /// Its effective user.
+    /// The effective user.
     pub uid: u32,
-    /// Its effective group.
+    /// The effective group.
     pub gid: u32,
-    /// Its supplementary groups.
+    /// The supplementary groups.
     pub groups: Vec<u32>,
 }
 
 impl PeerCredentials {
-    /// Whether the peer is in the group, by its effective or a supplementary one.
+    /// Returns whether the peer's effective group or one of its supplementary groups is `gid`.
     pub fn in_group(&self, gid: u32) -> bool {
         self.gid == gid || self.groups.contains(&gid)
     }
@@ -34,12 +34,13 @@ pub fn credentials(stream: &impl AsFd) -> io::Result<PeerCredentials> {
     Ok(PeerCredentials { pid: cred.pid(), uid: cred.uid(), gid: cred.gid(), groups: peer_groups(stream)? })
 }
 
-/// Says whether nobody is at the other end any more; a peer that closed only its own side may still read.
+/// Returns whether the peer has closed the connection. A peer that has only shut down its sending direction may still
+/// read and is not gone.
 pub fn is_gone(stream: &impl AsFd) -> bool {
-    // POLLHUP is reported without being asked for, once both directions are closed.
+    // POLLHUP is always reported, and only when both directions are closed.
     let mut fds = [PollFd::new(stream.as_fd(), PollFlags::empty())];
     match poll(&mut fds, PollTimeout::ZERO) {
-        Ok(_) => fds[0].revents().is_some_and(|found| found.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)),
+        Ok(_) => fds[0].revents().is_some_and(|events| events.intersects(PollFlags::POLLHUP | PollFlags::POLLERR)),
         Err(_) => false,
     }
 }
@@ -50,7 +51,7 @@ fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
     loop {
         let mut len = libc::socklen_t::try_from(size_of_val(groups.as_slice()))
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        // SAFETY: `groups` owns `len` writable bytes, and `fd` is borrowed for the whole call.
+        // SAFETY: `groups` owns `len` writable bytes, and `fd` is borrowed during the call.
         let result = unsafe {
             libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERGROUPS, groups.as_mut_ptr().cast(), &raw mut len)
         };
@@ -60,7 +61,7 @@ fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
             return Ok(groups);
         }
         let error = io::Error::last_os_error();
-        // ERANGE answers the length that is needed. NGROUPS_MAX is 65,536.
+        // With ERANGE the kernel stores the length it needs. NGROUPS_MAX is 65,536.
         if error.raw_os_error() == Some(libc::ERANGE) && count > groups.len() && count <= 65_536 {
             groups.resize(count, 0);
             continue;
@@ -69,7 +70,7 @@ fn peer_groups(stream: &impl AsFd) -> io::Result<Vec<u32>> {
     }
 }
 
-/// Looks up a group's number by its name; `None` when there is no such group.
+/// Returns the number of the group with this name; `None` if there is none.
 pub fn group_id(name: &str) -> io::Result<Option<u32>> {
     Ok(nix::unistd::Group::from_name(name)?.map(|group| group.gid.as_raw()))
 }

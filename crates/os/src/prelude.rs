@@ -1,18 +1,18 @@
-//! A program that runs first in another one's place: the child that will become the agent forks it,
-//! waits for it, and then either executes the agent's program or ends.
+//! Runs another program before the agent's, in the same process: the child that will become the agent forks that
+//! program, waits for it, and then either executes the agent's program or exits.
 //!
 //! ```text
 //! child                                              parent
 //!   "begins"                                  ──>      Prelude
 //!   fork, exec, wait
-//!   "ended", status                           ──>      Step::Ended
+//!   "ended", status                           ──>      PreludeStep::Ended
 //!                                             <──      go_on, or leave after a failure
-//!   exec of the agent's program: end of file  ──>      Step::Executes
-//!   or the error                              ──>      Step::Failed
+//!   exec of the agent's program: end of file  ──>      PreludeStep::Executes
+//!   or the error                              ──>      PreludeStep::Failed
 //! ```
 //!
-//! So the agent has its pid, its group and its limits from the beginning: whatever holds, stops or
-//! kills it does the same to what runs before it.
+//! The agent thus has its pid, process group and limits from the beginning: whatever freezes, stops or kills the agent
+//! also applies to the program before it.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -22,26 +22,26 @@ use nix::errno::Errno;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid};
 
-use super::spawn::{SpawnError, Stage};
+use super::spawn_error::{SpawnError, SpawnStage};
 
-/// One byte that says what it is about, then a number: an errno or a wait status.
+/// One byte for the kind of the message, then a number: an errno or a wait status.
 const MESSAGE_BYTES: usize = 5;
-/// The kinds of messages beside the stages of a spawn.
+/// Kinds of messages other than the stages of a spawn.
 const BEGINS: u8 = 100;
 const ENDED: u8 = 101;
 const KILLED: u8 = 102;
-/// What the parent answers when it has ended.
+/// The parent's answer after the first program has ended.
 const GO_ON: u8 = b'g';
 const LEAVE: u8 = b'l';
 
-/// What the child says.
+/// A message from the child.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Message {
+pub(super) struct PreludeMessage {
     kind: u8,
     value: i32,
 }
 
-impl Message {
+impl PreludeMessage {
     fn from_bytes(bytes: [u8; MESSAGE_BYTES]) -> Self {
         let [kind, value @ ..] = bytes;
         Self { kind, value: i32::from_le_bytes(value) }
@@ -52,51 +52,52 @@ impl Message {
     }
 
     pub(super) fn into_error(self) -> SpawnError {
-        SpawnError { stage: Stage::from_byte(self.kind), source: io::Error::from_raw_os_error(self.value) }
+        SpawnError { stage: SpawnStage::from_byte(self.kind), source: io::Error::from_raw_os_error(self.value) }
     }
 }
 
-/// In the child: says something. Allocates nothing.
+/// In the child: sends a message. Allocates no memory.
 pub(super) fn say(report: &UnixStream, kind: u8, value: i32) {
     let mut message = [0u8; MESSAGE_BYTES];
     message[0] = kind;
     message[1..].copy_from_slice(&value.to_le_bytes());
-    // If the parent is gone there is nobody to tell.
+    // Fails if the parent has died; the child notices that when it waits for an answer.
     nix::unistd::write(report, &message).ok();
 }
 
-/// In the parent: waits for the first message; `None` when the program executes.
-pub(super) fn listen(report: &mut UnixStream) -> io::Result<Option<Message>> {
+/// In the parent: waits for the first message; `None` once the program executes.
+pub(super) fn listen(report: &mut UnixStream) -> io::Result<Option<PreludeMessage>> {
     let mut bytes = [0; MESSAGE_BYTES];
     match report.read_exact(&mut bytes) {
-        Ok(()) => Ok(Some(Message::from_bytes(bytes))),
+        Ok(()) => Ok(Some(PreludeMessage::from_bytes(bytes))),
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// In the child that will become the agent, whose only thread this is: runs a program and waits for
-/// it. Returns when the agent's turn has come; the child ends here when the program failed.
-pub(super) fn play(report: &UnixStream, exec: impl FnOnce() -> Errno) -> Result<(), (Stage, Errno)> {
+/// In the child, which has a single thread: runs the first program and waits for it. Returns when the agent's program
+/// may be executed. Exits if the first program has failed.
+pub(super) fn play(report: &UnixStream, exec: impl FnOnce() -> Errno) -> Result<(), (SpawnStage, Errno)> {
     close_all_but(report.as_raw_fd());
     say(report, BEGINS, 0);
-    // SAFETY: this process was forked from one with a single thread, and has none but this one.
+    // SAFETY: this process was forked from one with a single thread and has started no other.
     match unsafe { nix::unistd::fork() } {
-        Err(errno) => Err((Stage::Fork, errno)),
+        Err(errno) => Err((SpawnStage::Fork, errno)),
         Ok(ForkResult::Child) => {
             let errno = exec();
-            say(report, Stage::ExecBefore as u8, errno as i32);
-            // SAFETY: _exit ends the process without running anything of the parent's.
+            say(report, SpawnStage::ExecBefore as u8, errno as i32);
+            // SAFETY: _exit ends the process without running any exit handler of the parent.
             unsafe { libc::_exit(127) }
         }
         Ok(ForkResult::Parent { child }) => {
             let (kind, value) = wait_for(child);
             say(report, kind, value);
-            // Also after a failure: who is being killed, children first, ends by that and not by this.
+            // The answer is awaited even after a failure. If the tree is being killed, the signal must end this
+            // process, and children must end first.
             if may_go_on(report) && (kind, value) == (ENDED, 0) {
                 return Ok(());
             }
-            // It failed, or the shim is gone, without which no agent is to run.
+            // The program failed, or the shim has died, without which no agent may run.
             // SAFETY: as above.
             unsafe { libc::_exit(127) }
         }
@@ -108,23 +109,23 @@ fn may_go_on(report: &UnixStream) -> bool {
     loop {
         match nix::unistd::read(report, &mut answer) {
             Err(Errno::EINTR) => {}
-            answered => return answered == Ok(1) && answer == [GO_ON],
+            result => return result == Ok(1) && answer == [GO_ON],
         }
     }
 }
 
-/// Closes what an exec would close: as long as this process holds them open, whoever waits for the
-/// end of a pipe of the shim's would wait for the end of this program too.
+/// Closes what an exec would close. While this process has the shim's pipes open, their readers would not see end of
+/// file before the first program ends.
 fn close_all_but(kept: i32) {
     for (first, last) in [(3, kept - 1), (kept + 1, i32::MAX)] {
         if first > last {
             continue;
         }
-        // SAFETY: this process only executes a program or ends, so that no value that owns one of
-        // these descriptors is used or dropped again.
+        // SAFETY: this process only executes a program or exits, so that no value that owns one of these descriptors is
+        // used or dropped again.
         let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
         if closed != 0 {
-            // Before Linux 5.9. A shim has only a few.
+            // Linux before 5.9. A shim has only a few descriptors.
             for fd in first..=last.min(1024) {
                 // SAFETY: as above.
                 unsafe { libc::close(fd) };
@@ -139,22 +140,22 @@ fn wait_for(child: Pid) -> (u8, i32) {
             Ok(WaitStatus::Exited(_, code)) => return (ENDED, code),
             Ok(WaitStatus::Signaled(_, signal, _)) => return (KILLED, signal as i32),
             Ok(_) | Err(Errno::EINTR) => {}
-            // A real-time signal, which nix does not know: the number is lost, the failure is not.
+            // The signal is a real-time signal, which nix cannot represent. Its number is lost.
             Err(_) => return (KILLED, 0),
         }
     }
 }
 
-/// How the program that ran first has ended.
+/// How a process has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ending {
-    /// With this exit code.
+pub enum ProcessEnd {
+    /// It exited with this code.
     Code(i32),
-    /// By this signal.
+    /// It was ended by this signal.
     Signal(i32),
 }
 
-impl std::fmt::Display for Ending {
+impl std::fmt::Display for ProcessEnd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Code(code) => write!(f, "exit code {code}"),
@@ -163,14 +164,13 @@ impl std::fmt::Display for Ending {
     }
 }
 
-/// How far the child has come.
+/// The progress of a child.
 #[derive(Debug)]
-pub enum Step {
-    /// Nothing new.
+pub enum PreludeStep {
+    /// Nothing has changed.
     Waiting,
-    /// The program that ran first has ended. The child waits for [`Prelude::go_on`] or
-    /// [`Prelude::leave`].
-    Ended(Ending),
+    /// The first program has ended. The child waits for [`Prelude::go_on`] or [`Prelude::leave`].
+    Ended(ProcessEnd),
     /// The agent's program executes.
     Executes,
     /// One of the two programs could not be executed.
@@ -190,39 +190,39 @@ impl Prelude {
         Ok(Self { report, inbox: Vec::new() })
     }
 
-    /// Looks how far it has come; never waits.
-    pub fn step(&mut self) -> Step {
+    /// Returns the progress since the last call, without waiting.
+    pub fn step(&mut self) -> PreludeStep {
         let mut bytes = [0; MESSAGE_BYTES];
         let read = self.report.read(&mut bytes[self.inbox.len()..]);
         match read {
-            Ok(0) => Step::Executes,
+            Ok(0) => PreludeStep::Executes,
             Ok(count) => {
                 let begin = self.inbox.len();
                 self.inbox.extend_from_slice(&bytes[begin..begin + count]);
-                let Ok(whole) = <[u8; MESSAGE_BYTES]>::try_from(&self.inbox[..]) else { return Step::Waiting };
+                let Ok(message) = <[u8; MESSAGE_BYTES]>::try_from(&self.inbox[..]) else { return PreludeStep::Waiting };
                 self.inbox.clear();
-                let message = Message::from_bytes(whole);
+                let message = PreludeMessage::from_bytes(message);
                 match message.kind {
-                    ENDED => Step::Ended(Ending::Code(message.value)),
-                    KILLED => Step::Ended(Ending::Signal(message.value)),
-                    _ => Step::Failed(message.into_error()),
+                    ENDED => PreludeStep::Ended(ProcessEnd::Code(message.value)),
+                    KILLED => PreludeStep::Ended(ProcessEnd::Signal(message.value)),
+                    _ => PreludeStep::Failed(message.into_error()),
                 }
             }
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
-                Step::Waiting
+                PreludeStep::Waiting
             }
-            // The child's own end says the rest.
-            Err(_) => Step::Executes,
+            // The end of the child, which its parent is notified of, tells the rest.
+            Err(_) => PreludeStep::Executes,
         }
     }
 
-    /// Lets the agent's program be executed.
+    /// Lets the child execute the agent's program.
     pub fn go_on(&mut self) {
-        // A child that is gone needs no leave.
+        // Fails if the child has ended already.
         self.report.write_all(&[GO_ON]).ok();
     }
 
-    /// Lets the child end, because the program that ran first has failed.
+    /// Lets the child exit because the first program has failed.
     pub fn leave(&mut self) {
         self.report.write_all(&[LEAVE]).ok();
     }

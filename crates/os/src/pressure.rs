@@ -1,4 +1,4 @@
-//! Memory pressure as the kernel tells it (pressure stall information, Documentation/accounting/psi.rst).
+//! Memory pressure, as reported by the kernel's pressure stall information (Documentation/accounting/psi.rst).
 
 use std::fs;
 use std::io;
@@ -6,15 +6,15 @@ use std::path::Path;
 
 use super::cgroup::Hierarchy;
 
-/// Where the whole machine's is.
+/// The pressure of the whole machine.
 pub const MACHINE: &str = "/proc/pressure/memory";
 
-/// Reads `some avg10`, percent of the last ten seconds in which some task waited for memory: the
-/// larger one of the whole machine's and that of the group which holds all agents' groups, which in
-/// a container with a limit of its own says what the machine does not feel.
+/// Returns `some avg10`: the percentage of the last ten seconds during which at least one task waited for memory. The
+/// result is the maximum of the whole machine's value and that of the group that contains all agents' groups: in a
+/// container with a memory limit of its own, the group is under pressure when the machine is not.
 ///
 /// # Errors
-/// When neither can be read; the kernel may lack it, or need `psi=1` on its command line.
+/// If neither value can be read. The kernel may lack the interface, or need `psi=1` on its command line.
 pub fn memory_some_avg10(parent: Option<&Path>) -> io::Result<f64> {
     let machine = read(Path::new(MACHINE));
     let group = match parent {

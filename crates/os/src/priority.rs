@@ -1,15 +1,15 @@
-//! Lets a thread stand back behind all others.
+//! The scheduling priority of a thread.
 
-/// How much later than others the thread runs; 19 would be the most.
+/// Added to the niceness of a background thread; the maximum is 19.
 const NICENESS: libc::c_int = 10;
 
-/// Lowers the priority of the calling thread for the rest of its life. Fails never: what cannot be lowered goes on as it
-/// is.
+/// Lowers the priority of the calling thread for the rest of its life. If the kernel refuses, the thread keeps its
+/// priority.
 pub fn stand_back() {
-    // SAFETY: setpriority(2) takes no pointer. On Linux the process 0 is the calling thread alone.
+    // SAFETY: setpriority(2) takes no pointer. On Linux, process 0 is the calling thread alone.
     let refused = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, NICENESS) };
     if refused != 0 {
-        tracing::debug!(error = %std::io::Error::last_os_error(), "a thread keeps its priority");
+        tracing::debug!(error = %std::io::Error::last_os_error(), "failed to lower the priority of a thread");
     }
 }
 
@@ -19,12 +19,12 @@ mod tests {
     fn only_the_calling_thread_stands_back() {
         // SAFETY: getpriority(2) takes no pointer.
         let niceness = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
-        let here = niceness();
-        let there = std::thread::spawn(move || {
+        let before = niceness();
+        let background = std::thread::spawn(move || {
             super::stand_back();
             niceness()
         });
-        assert_eq!(there.join().unwrap(), super::NICENESS.max(here));
-        assert_eq!(niceness(), here);
+        assert_eq!(background.join().unwrap(), super::NICENESS.max(before));
+        assert_eq!(niceness(), before);
     }
 }

@@ -1,25 +1,24 @@
-//! Processes: who they are, what state they are in, who descends from whom, and a signal that can
-//! never reach the wrong one.
+//! Processes: identity, state, descendants, and signals that cannot reach the wrong process.
 //!
-//! A pid alone identifies nothing (small machines wrap at 32,768): pid + start time + boot id does.
+//! A pid identifies a process only together with its start time and the boot id: small machines reuse pids after 32,768
+//! processes.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt as _;
 use std::path::{Path, PathBuf};
 
 use super::procfs;
 use serde::{Deserialize, Serialize};
 
-/// A process of this boot.
+/// Identifies a process within one boot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// Its number.
     pub pid: i32,
-    /// When it started, in clock ticks since boot (field 22 of `/proc/PID/stat`).
+    /// The start time in clock ticks since boot (field 22 of `/proc/PID/stat`).
     #[serde(rename = "start")]
     pub start_time_ticks: u64,
 }
@@ -30,36 +29,34 @@ impl std::fmt::Display for ProcessId {
     }
 }
 
-/// What a process does, from the state letter of `/proc/PID/stat`.
+/// The state of a process, derived from the state letter of `/proc/PID/stat`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RunState {
     /// Runs, sleeps, waits for a disk, or is frozen by its cgroup.
     Live,
     /// Stopped by a signal or a tracer (`T`, `t`).
     Stopped,
-    /// Ended, perhaps not yet reaped (`Z`, `X`, `x`).
+    /// Ended, possibly not yet reaped (`Z`, `X`, `x`).
     Dead,
 }
 
-/// One line of `/proc/PID/stat`, as far as Fermata needs it.
+/// The used fields of `/proc/PID/stat`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Stat {
-    /// Who it is.
+pub struct ProcessStat {
     pub id: ProcessId,
-    /// The state letter as the kernel writes it.
+    /// The state letter, as written by the kernel.
     pub letter: u8,
-    /// Its parent's pid.
+    /// The pid of the parent.
     pub ppid: i32,
-    /// Its process group.
+    /// The process group.
     pub pgid: i32,
-    /// Its session.
     pub session: i32,
-    /// How many threads it has, those that have ended and were not yet cleared away included.
+    /// The number of threads, including those that have ended and have not been removed yet.
     pub threads: u32,
 }
 
-impl Stat {
-    /// The meaning of the state letter.
+impl ProcessStat {
+    /// Returns the meaning of the state letter.
     pub fn state(&self) -> RunState {
         match self.letter {
             b'T' | b't' => RunState::Stopped,
@@ -68,8 +65,8 @@ impl Stat {
         }
     }
 
-    /// Parses a stat line. The command name may hold blanks and parentheses, so the fields are
-    /// counted from the *last* closing one (proc(5)).
+    /// Parses a stat line. The command name may contain blanks and parentheses, so fields are counted from the *last*
+    /// closing parenthesis (proc(5)).
     fn parse(line: &[u8]) -> Option<Self> {
         let close = line.iter().rposition(|&b| b == b')')?;
         let open = line.iter().position(|&b| b == b'(')?;
@@ -80,20 +77,20 @@ impl Stat {
         let ppid = fields.next()?.parse().ok()?;
         let pgid = fields.next()?.parse().ok()?;
         let session = fields.next()?.parse().ok()?;
-        // The state is field 3, the session field 6, the threads field 20, the start time field 22.
+        // State is field 3, session 6, threads 20, start time 22.
         let threads = fields.nth(13)?.parse().ok()?;
         let start_time_ticks = fields.nth(1)?.parse().ok()?;
         Some(Self { id: ProcessId { pid, start_time_ticks }, letter, ppid, pgid, session, threads })
     }
 }
 
-/// Reads the state of a process; `None` when there is none with that pid.
-pub fn stat(pid: i32) -> io::Result<Option<Stat>> {
+/// Reads the state of a process; `None` if no process has that pid.
+pub fn stat(pid: i32) -> io::Result<Option<ProcessStat>> {
     match procfs::read(format!("/proc/{pid}/stat")) {
         Ok(line) => {
             let broken = || io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat"));
-            let mut stat = Stat::parse(&line).ok_or_else(broken)?;
-            // A process whose first thread has ended looks like a zombie while the others run on.
+            let mut stat = ProcessStat::parse(&line).ok_or_else(broken)?;
+            // A process whose first thread has ended is shown as a zombie while its other threads run.
             if stat.letter == b'Z' && stat.threads > 1 {
                 stat.letter = thread_letters(pid)?.into_iter().find(|letter| !is_dead(*letter)).unwrap_or(b'Z');
             }
@@ -104,7 +101,7 @@ pub fn stat(pid: i32) -> io::Result<Option<Stat>> {
     }
 }
 
-/// The state letters of all threads of a process.
+/// Returns the state letters of all threads of a process.
 fn thread_letters(pid: i32) -> io::Result<Vec<u8>> {
     let tasks = match fs::read_dir(format!("/proc/{pid}/task")) {
         Ok(tasks) => tasks,
@@ -112,13 +109,13 @@ fn thread_letters(pid: i32) -> io::Result<Vec<u8>> {
         Err(error) => return Err(error),
     };
     let letter =
-        |task: fs::DirEntry| Stat::parse(&procfs::read(task.path().join("stat")).ok()?).map(|stat| stat.letter);
+        |task: fs::DirEntry| ProcessStat::parse(&procfs::read(task.path().join("stat")).ok()?).map(|stat| stat.letter);
     Ok(tasks.flatten().filter_map(letter).collect())
 }
 
-/// Whether every thread of a process stands still. The letter of the process is only that of its
-/// first thread, and the others may take a moment longer to obey SIGSTOP.
-pub fn all_threads_stand(pid: i32) -> io::Result<bool> {
+/// Returns whether every thread of a process is stopped or dead. The letter of the process is that of its first thread;
+/// the others may take a moment longer to handle SIGSTOP.
+pub fn all_threads_stopped(pid: i32) -> io::Result<bool> {
     Ok(thread_letters(pid)?.into_iter().all(|letter| is_dead(letter) || matches!(letter, b'T' | b't')))
 }
 
@@ -126,17 +123,17 @@ fn is_dead(letter: u8) -> bool {
     matches!(letter, b'Z' | b'X' | b'x')
 }
 
-/// How much a process has run: a process that shows the same twice has not run in between.
+/// The execution counters of a process. If two readings are equal, the process has not run in between.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ran {
-    /// Time on a processor, nanoseconds.
+    /// Time on a processor, in nanoseconds.
     pub ns: u64,
-    /// How often it was given a processor.
+    /// How often it was scheduled on a processor.
     pub times: u64,
 }
 
-/// Reads how much the first thread of a process has run (`/proc/PID/schedstat`, three numbers, see
-/// the kernel's sched-stats document); `None` when it is gone or this kernel does not count.
+/// Reads the execution counters of a process's first thread from `/proc/PID/schedstat` (three numbers, see the kernel's
+/// sched-stats document); `None` if the process has ended or the kernel does not count.
 pub fn ran(pid: i32) -> io::Result<Option<Ran>> {
     let text = match procfs::read_to_string(format!("/proc/{pid}/schedstat")) {
         Ok(text) => text,
@@ -146,74 +143,74 @@ pub fn ran(pid: i32) -> io::Result<Option<Ran>> {
     let mut numbers = text.split_ascii_whitespace().map(|number| number.parse().ok());
     match (numbers.next().flatten(), numbers.nth(1).flatten()) {
         (Some(ns), Some(times)) if times > 0 => Ok(Some(Ran { ns, times })),
-        // Switched off, every number is zero; but whoever exists has run at least once.
+        // All numbers are zero if counting is switched off; every existing process has been scheduled at least once.
         _ => Ok(None),
     }
 }
 
-/// Says whether reading below `/proc/PID` failed because the process is no more.
+/// Returns whether reading below `/proc/PID` failed because the process has ended.
 pub(super) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
-/// Finds out who has that pid now.
+/// Returns the identity of the process that has this pid now; `None` if there is none.
 pub fn identify(pid: i32) -> io::Result<Option<ProcessId>> {
     Ok(stat(pid)?.map(|stat| stat.id))
 }
 
-/// Returns the program that a process runs.
+/// Returns the path of the program that a process executes.
 pub fn program(pid: i32) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/{pid}/exe"))
 }
 
-/// Returns the first argument that a process was started with, after its own name.
+/// Returns the first command-line argument of a process, after the program's name.
 pub fn first_argument(pid: i32) -> io::Result<Option<OsString>> {
     let line = procfs::read(format!("/proc/{pid}/cmdline"))?;
     Ok(line.split(|byte| *byte == 0).nth(1).map(|word| OsString::from_vec(word.to_vec())))
 }
 
-/// Reads the state of exactly this process; `None` when it is gone, also if its pid was recycled.
-pub fn stat_of(id: ProcessId) -> io::Result<Option<Stat>> {
+/// Reads the state of exactly this process; `None` if it has ended, even if its pid has been reused.
+pub fn stat_of(id: ProcessId) -> io::Result<Option<ProcessStat>> {
     Ok(stat(id.pid)?.filter(|stat| stat.id == id))
 }
 
-/// Whether exactly this process still runs (a zombie does not).
+/// Returns whether exactly this process still runs. A zombie does not.
 pub fn is_alive(id: ProcessId) -> io::Result<bool> {
     Ok(stat_of(id)?.is_some_and(|stat| stat.state() != RunState::Dead))
 }
 
-/// Reads the id of this boot, a UUID.
+/// Returns the id of this boot, a UUID.
 pub fn boot_id() -> io::Result<String> {
     boot_id_at(Path::new("/proc/sys/kernel/random/boot_id"))
 }
 
-/// Reads the id of a boot from a file, for tests that play a reboot.
+/// Reads a boot id from a file, for tests that simulate a reboot.
 pub fn boot_id_at(path: &Path) -> io::Result<String> {
     Ok(fs::read_to_string(path)?.trim().to_owned())
 }
 
-/// A descriptor that means one process for ever, even after its pid is recycled.
+/// A descriptor of one process, which never refers to another one, even after its pid is reused.
 #[derive(Debug)]
 pub struct Pidfd(OwnedFd);
 
 impl Pidfd {
-    /// Opens the process; `None` when it is gone. The identity is checked *after* opening, so the
-    /// descriptor cannot mean a successor.
+    /// Opens the process; `None` if it has ended. The identity is checked *after* opening, so that the descriptor
+    /// cannot refer to a later process with the same pid.
     pub fn open(id: ProcessId) -> io::Result<Option<Self>> {
-        // SAFETY: pidfd_open takes two integers and touches no memory of ours.
+        // SAFETY: pidfd_open takes two integers and accesses no memory of this process.
         let raw = unsafe { libc::syscall(libc::SYS_pidfd_open, id.pid, 0) };
         if raw < 0 {
             let error = io::Error::last_os_error();
             return if is_gone(&error) { Ok(None) } else { Err(error) };
         }
-        // SAFETY: the kernel has just returned this descriptor (an int), and nobody else owns it.
+        // SAFETY: the kernel has just returned this descriptor (an int), and no other value owns it.
         let fd = unsafe { OwnedFd::from_raw_fd(raw as i32) };
         Ok(stat_of(id)?.map(|_| Self(fd)))
     }
 
-    /// Sends a signal; `false` when the process has ended.
+    /// Sends a signal; returns `false` if the process has ended.
     pub fn send(&self, signal: i32) -> io::Result<bool> {
-        // SAFETY: the descriptor is owned by self; a null siginfo means "as kill(2) would fill it".
+        // SAFETY: the descriptor is owned by `self`; with a null siginfo the kernel fills it in as for kill(2).
         let result = unsafe {
             libc::syscall(
                 libc::SYS_pidfd_send_signal,
@@ -231,14 +228,20 @@ impl Pidfd {
     }
 }
 
+impl AsFd for Pidfd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl AsRawFd for Pidfd {
-    /// Readable (POLLIN) from the moment at which the process has ended.
+    /// Readable (POLLIN) once the process has ended.
     fn as_raw_fd(&self) -> std::os::fd::RawFd {
         self.0.as_raw_fd()
     }
 }
 
-/// Sends a signal to exactly this process; `false` when it is gone.
+/// Sends a signal to exactly this process; returns `false` if it has ended.
 pub fn signal(id: ProcessId, number: i32) -> io::Result<bool> {
     match Pidfd::open(id)? {
         Some(fd) => fd.send(number),
@@ -246,44 +249,44 @@ pub fn signal(id: ProcessId, number: i32) -> io::Result<bool> {
     }
 }
 
-/// Reads the state of all processes that can be seen. Not atomic: who forks or ends meanwhile may
-/// be missing, so callers look until nothing changes.
-pub fn all() -> io::Result<Vec<Stat>> {
-    let mut found = Vec::new();
+/// Reads the state of all visible processes. Not atomic: a process that is forked or ends meanwhile may be missing, so
+/// callers repeat until nothing changes.
+pub fn all() -> io::Result<Vec<ProcessStat>> {
+    let mut processes = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let name = entry?.file_name();
         let Some(pid) = name.to_str().and_then(|name| name.parse::<i32>().ok()) else {
             continue;
         };
         if let Some(stat) = stat(pid)? {
-            found.push(stat);
+            processes.push(stat);
         }
     }
-    Ok(found)
+    Ok(processes)
 }
 
-/// How hard to look for descendants.
+/// How thoroughly descendants are searched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProcScan {
-    /// Walks `/proc/PID/task/*/children`: its cost grows with the tree, not with the machine. The
-    /// kernel may skip a child whose sibling ends meanwhile (proc(5)).
+    /// Reads `/proc/PID/task/*/children`. The cost grows with the tree, not with the machine. The kernel may skip a
+    /// child whose sibling ends meanwhile (proc(5)).
     Quick,
-    /// Walks until two walks in a row saw the same, which finds everybody below those who neither fork
-    /// nor reap any more; where they do not agree, reads every process of the machine as well.
+    /// Reads the children files until two walks in a row agree, which finds all descendants of a tree whose processes
+    /// neither fork nor reap any more. If the walks do not agree, reads every process of the machine as well.
     ///
-    /// A walk passes over a child only when an elder sibling is reaped while the list is being read
-    /// (`get_children_proc` in the kernel's `fs/proc/array.c` counts places from the front then). That
-    /// sibling was seen by the walk before or vanished under this one, so the two do not agree.
+    /// A walk skips a child only if an elder sibling is reaped while the list is being read (`get_children_proc` in the
+    /// kernel's `fs/proc/array.c` counts positions from the front then). That sibling was seen by the previous walk or
+    /// vanished under this one, so the two do not agree.
     Thorough,
 }
 
-/// How often two walks are compared before the whole machine is read.
+/// How many walks are made before the whole machine is read.
 const WALKS: usize = 4;
 
-/// Finds the descendants of a process, parents before their children, without the process itself.
-pub fn descendants(root: i32, look: ProcScan) -> io::Result<Vec<Stat>> {
+/// Returns the descendants of a process, without the process itself, parents before their children.
+pub fn descendants(root: i32, scan: ProcScan) -> io::Result<Vec<ProcessStat>> {
     let Some(mut last) = walk(root)? else { return Ok(below(root, all()?)) };
-    if look == ProcScan::Quick {
+    if scan == ProcScan::Quick {
         return Ok(last.found);
     }
     for _ in 1..WALKS {
@@ -293,25 +296,25 @@ pub fn descendants(root: i32, look: ProcScan) -> io::Result<Vec<Stat>> {
         }
         last = next;
     }
-    let mut everyone = all()?;
-    let mut known: std::collections::HashSet<i32> = everyone.iter().map(|stat| stat.id.pid).collect();
+    let mut processes = all()?;
+    let mut pids: std::collections::HashSet<i32> = processes.iter().map(|stat| stat.id.pid).collect();
     for stat in walk(root)?.map(|walk| walk.found).unwrap_or_default() {
-        if known.insert(stat.id.pid) {
-            everyone.push(stat);
+        if pids.insert(stat.id.pid) {
+            processes.push(stat);
         }
     }
-    Ok(below(root, everyone))
+    Ok(below(root, processes))
 }
 
-/// What one walk of the children files saw.
-struct Walk {
+/// The result of one walk of the children files.
+struct TreeWalk {
     /// Parents before their children.
-    found: Vec<Stat>,
-    /// Whether somebody who was listed was gone, or another's child, when it was looked at.
+    found: Vec<ProcessStat>,
+    /// Whether a listed process had ended, or had another parent, when its state was read.
     vanished: bool,
 }
 
-impl Walk {
+impl TreeWalk {
     fn agrees_with(&self, other: &Self) -> bool {
         let ids = |walk: &Self| {
             let mut ids: Vec<ProcessId> = walk.found.iter().map(|stat| stat.id).collect();
@@ -322,9 +325,9 @@ impl Walk {
     }
 }
 
-/// Walks the children files; `None` when this kernel has none.
-fn walk(root: i32) -> io::Result<Option<Walk>> {
-    let mut found: Vec<Stat> = Vec::new();
+/// Walks the children files; `None` if this kernel has none.
+fn walk(root: i32) -> io::Result<Option<TreeWalk>> {
+    let mut found: Vec<ProcessStat> = Vec::new();
     let mut vanished = false;
     let mut parents = vec![root];
     let mut any_file = false;
@@ -332,7 +335,7 @@ fn walk(root: i32) -> io::Result<Option<Walk>> {
         let tasks = match fs::read_dir(format!("/proc/{parent}/task")) {
             Ok(tasks) => tasks,
             Err(error) if is_gone(&error) => {
-                // Its children have another parent now, whose list may have been read before.
+                // Its children have another parent now, whose list may have been read already.
                 vanished |= parent != root;
                 continue;
             }
@@ -352,59 +355,58 @@ fn walk(root: i32) -> io::Result<Option<Walk>> {
                         parents.push(pid);
                         found.push(stat);
                     }
-                    // Gone, or adopted by another meanwhile; or the pid is a stranger's by now, who
-                    // must not be taken for one of the tree.
+                    // The process has ended or has been adopted, or its pid belongs to a process outside of the tree by
+                    // now, which must not be treated as a member.
                     Some(_) | None => vanished = true,
                 }
             }
         }
     }
-    // A root that ended has neither tasks nor children.
-    Ok((any_file || stat(root)?.is_none()).then_some(Walk { found, vanished }))
+    // A root that has ended has neither tasks nor children.
+    Ok((any_file || stat(root)?.is_none()).then_some(TreeWalk { found, vanished }))
 }
 
-/// Picks the descendants of `root` out of a list, breadth first.
-fn below(root: i32, everyone: Vec<Stat>) -> Vec<Stat> {
-    let mut children: HashMap<i32, Vec<Stat>> = HashMap::new();
-    for stat in everyone {
+/// Selects the descendants of `root` from a list, breadth first.
+fn below(root: i32, processes: Vec<ProcessStat>) -> Vec<ProcessStat> {
+    let mut children: HashMap<i32, Vec<ProcessStat>> = HashMap::new();
+    for stat in processes {
         children.entry(stat.ppid).or_default().push(stat);
     }
-    let mut found: Vec<Stat> = children.remove(&root).unwrap_or_default();
+    let mut found: Vec<ProcessStat> = children.remove(&root).unwrap_or_default();
     let mut next = 0;
     while let Some(parent) = found.get(next).map(|stat| stat.id.pid) {
         next += 1;
-        // Taking the entry out also ends any circle that a torn view might show.
+        // Removing the entry also ends a cycle, which an inconsistent listing might contain.
         found.extend(children.remove(&parent).unwrap_or_default());
     }
     found
 }
 
-/// What happened to a child.
+/// A change of a child's state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Change {
-    /// It called exit.
+pub enum ChildChange {
+    /// The child has exited with this code.
     Exited(i32),
-    /// A signal ended it.
+    /// A signal has ended the child.
     Signaled {
-        /// Which one; real-time signals too.
+        /// The signal's number, which may be that of a real-time signal.
         signal: i32,
-        /// Whether a core dump was written.
         core_dumped: bool,
     },
-    /// A signal stopped it.
+    /// A signal has stopped the child.
     Stopped(i32),
-    /// SIGCONT continued it.
+    /// SIGCONT has continued the child.
     Continued,
 }
 
-/// Takes one change of any child, reaping it if it has ended; `None` when there is no news.
+/// Returns the next state change of any child, and reaps the child if it has ended; `None` if there is none.
 ///
-/// For the shim, which has no other child handling; never beside an async runtime's.
-pub fn next_child_change() -> io::Result<Option<(i32, Change)>> {
+/// For the shim, which has no other handling of children. Must not be used beside that of an async runtime.
+pub fn next_child_change() -> io::Result<Option<(i32, ChildChange)>> {
     let mut status = 0;
     let flags = libc::WNOHANG | libc::WUNTRACED | libc::WCONTINUED;
     loop {
-        // SAFETY: `status` is a writable int for the whole call.
+        // SAFETY: `status` is a writable int during the call.
         let pid = unsafe { libc::waitpid(-1, &raw mut status, flags) };
         if pid == 0 {
             return Ok(None);
@@ -418,44 +420,43 @@ pub fn next_child_change() -> io::Result<Option<(i32, Change)>> {
             }
         }
         let change = if libc::WIFEXITED(status) {
-            Change::Exited(libc::WEXITSTATUS(status))
+            ChildChange::Exited(libc::WEXITSTATUS(status))
         } else if libc::WIFSIGNALED(status) {
-            Change::Signaled { signal: libc::WTERMSIG(status), core_dumped: libc::WCOREDUMP(status) }
+            ChildChange::Signaled { signal: libc::WTERMSIG(status), core_dumped: libc::WCOREDUMP(status) }
         } else if libc::WIFSTOPPED(status) {
-            Change::Stopped(libc::WSTOPSIG(status))
+            ChildChange::Stopped(libc::WSTOPSIG(status))
         } else {
-            Change::Continued
+            ChildChange::Continued
         };
         return Ok(Some((pid, change)));
     }
 }
 
-/// Whether the process stands in vfork(2) and waits for a child that is stopped.
+/// Returns whether the process is blocked in vfork(2) by a child that is stopped. `others` are searched for its
+/// children.
 ///
-/// Such a parent sleeps uninterruptibly (`D`) and cannot show `T`, however often it is stopped,
-/// until its child calls exec or exit. It runs nothing until the child is continued, so it stands
-/// as still as a stopped one. Shells and posix_spawn(3) use vfork, so this is no rare sight.
-/// `others` are processes among which its children are looked for.
-pub fn waits_for_stopped_child(stat: &Stat, others: &[Stat]) -> bool {
+/// Such a parent sleeps uninterruptibly (`D`) until its child calls exec or exit, and never shows `T`, however often it
+/// is stopped. It executes nothing until the child is continued, so it is as good as stopped. Shells and posix_spawn(3)
+/// use vfork, so this is not rare.
+pub fn waits_for_stopped_child(stat: &ProcessStat, others: &[ProcessStat]) -> bool {
     stat.letter == b'D'
         && others.iter().any(|child| {
             child.ppid == stat.id.pid && child.state() == RunState::Stopped && share_memory(stat.id.pid, child.id.pid)
         })
 }
 
-/// Whether two processes have one address space, as after vfork(2) and before exec.
+/// Returns whether two processes share one address space, as between vfork(2) and exec.
 fn share_memory(a: i32, b: i32) -> bool {
     const KCMP_VM: i32 = 1;
-    // SAFETY: kcmp compares two processes and touches no memory of ours.
+    // SAFETY: kcmp compares two processes and accesses no memory of this process.
     let order = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };
-    // Where the kernel has no kcmp or forbids it, an uninterruptible parent of a stopped child is
-    // most likely just that.
+    // If the kernel lacks or forbids kcmp, an uninterruptible parent of a stopped child is assumed to be in vfork.
     order == 0 || (order < 0 && !is_gone(&io::Error::last_os_error()))
 }
 
-/// Whether the process was started with this exact `NAME=value` in its environment.
+/// Returns whether the process was started with exactly this `NAME=value` in its environment.
 pub fn started_with(pid: i32, variable: &[u8]) -> bool {
-    // Unreadable means another user's process, which is none of ours.
+    // If the environment is unreadable, the process belongs to another user and so to no agent.
     procfs::read(format!("/proc/{pid}/environ"))
         .is_ok_and(|block| block.split(|&b| b == 0).any(|entry| entry == variable))
 }
@@ -468,10 +469,10 @@ mod tests {
     #[test]
     fn a_command_name_with_blanks_and_parentheses_is_parsed() {
         let line = b"42 (a) b (c) S 1 2 3 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 777 1 2\n";
-        let stat = Stat::parse(line).unwrap();
+        let stat = ProcessStat::parse(line).unwrap();
         assert_eq!(stat.id, ProcessId { pid: 42, start_time_ticks: 777 });
         assert_eq!((stat.letter, stat.ppid, stat.pgid, stat.session), (b'S', 1, 2, 3));
-        assert_eq!(Stat::parse(b"garbage"), None);
+        assert_eq!(ProcessStat::parse(b"garbage"), None);
     }
 
     #[test]
@@ -488,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn both_looks_find_children_and_grandchildren_parents_first() {
+    fn both_scans_find_children_and_grandchildren_parents_first() {
         let mut child = Command::new("sh")
             .args(["-c", "sh -c 'sleep 60 & echo; wait' & read x; kill %1"])
             .stdin(Stdio::piped())
@@ -498,9 +499,9 @@ mod tests {
         let mut byte = [0u8; 1];
         io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
         let root = child.id() as i32;
-        for look in [ProcScan::Quick, ProcScan::Thorough] {
-            let found = descendants(root, look).unwrap();
-            assert_eq!(found.len(), 2, "{look:?}: {found:?}");
+        for scan in [ProcScan::Quick, ProcScan::Thorough] {
+            let found = descendants(root, scan).unwrap();
+            assert_eq!(found.len(), 2, "{scan:?}: {found:?}");
             assert_eq!(found[0].ppid, root);
             assert_eq!(found[1].ppid, found[0].id.pid);
         }
@@ -513,7 +514,7 @@ mod tests {
     }
 
     #[test]
-    fn the_boot_id_can_be_played_for_a_test() {
+    fn the_boot_id_can_be_simulated_for_a_test() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("boot_id");
         std::fs::write(&path, "abc\n").unwrap();

@@ -5,8 +5,8 @@ use std::io;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, SigmaskHow, Signal, sigaction, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
-/// What ends or stops a process by default and can be ignored. Faults (SIGSEGV …) are not in it:
-/// ignoring those would hide a bug in an endless loop.
+/// The signals that end or stop a process by default and can be ignored. Faults (SIGSEGV …) are excluded: ignoring them
+/// would turn a bug into an endless loop.
 const DEADLY: [Signal; 17] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -27,45 +27,45 @@ const DEADLY: [Signal; 17] = [
     Signal::SIGTTOU,
 ];
 
-/// Ignores every signal that could end or stop this process, but for SIGKILL, SIGSTOP and faults.
+/// Ignores every signal that could end or stop this process, except SIGKILL, SIGSTOP and faults.
 pub fn ignore_deadly() -> io::Result<()> {
     let ignore = SigAction::new(SigHandler::SigIgn, SaFlags::empty(), SigSet::empty());
     for signal in DEADLY {
-        // SAFETY: SIG_IGN installs no handler code, so nothing can run in signal context.
+        // SAFETY: SIG_IGN installs no handler, so no code runs in signal context.
         unsafe { sigaction(signal, &ignore) }?;
     }
     Ok(())
 }
 
-/// Gives every signal its default action and unblocks all of them, for a child before its exec.
+/// Resets every signal to its default action and unblocks all signals, for a child before its exec. Allocates no
+/// memory.
 ///
-/// systemd starts services with SIGPIPE ignored, and ignored signals survive an exec. Allocates
-/// nothing.
+/// systemd starts services with SIGPIPE ignored, and ignored signals survive an exec.
 ///
-/// By the system call itself: the C library refuses its two private signals (32 and 33), which an
-/// ancestor may have left ignored all the same.
+/// Uses the system call directly: the C library rejects its two private signals (32 and 33), which an ancestor may have
+/// left ignored.
 pub fn reset_all() {
-    // All-zero is SIG_DFL, no flags, no restorer and an empty mask in the kernel's own layout,
-    // which is nowhere longer than this.
+    // All-zero means SIG_DFL, no flags, no restorer and an empty mask in the kernel's layout, which is at most this
+    // long on all architectures.
     let default = [0u64; 8];
     let mask_bytes = size_of::<u64>();
     for number in 1..=libc::SIGRTMAX() {
-        // SAFETY: the kernel reads at most the 64 bytes of `default` and installs no code. It
-        // refuses SIGKILL and SIGSTOP, which have no other action anyway.
+        // SAFETY: the kernel reads at most the 64 bytes of `default` and installs no code. It rejects SIGKILL and
+        // SIGSTOP, which always have their default action.
         unsafe {
-            let nowhere = std::ptr::null_mut::<libc::c_void>();
-            libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), nowhere, mask_bytes)
+            let no_old_action = std::ptr::null_mut::<libc::c_void>();
+            libc::syscall(libc::SYS_rt_sigaction, number, default.as_ptr(), no_old_action, mask_bytes)
         };
     }
     // Fails only for an invalid `how`.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None).ok();
 }
 
-/// Blocks SIGCHLD and SIGHUP and returns a descriptor that polls readable when one is pending.
+/// Blocks SIGCHLD and SIGHUP and returns a descriptor that is readable while one of them is pending.
 pub fn shim_signal_fd() -> io::Result<SignalFd> {
-    // An ignored SIGCHLD (inherited) would make the kernel reap children without telling us.
+    // With an inherited, ignored SIGCHLD the kernel would reap children without notifying this process.
     let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
-    // SAFETY: SIG_DFL installs no handler code.
+    // SAFETY: SIG_DFL installs no handler.
     unsafe { sigaction(Signal::SIGCHLD, &default) }?;
     let mut set = SigSet::empty();
     set.add(Signal::SIGCHLD);
@@ -109,12 +109,12 @@ pub fn unblock_in_child(command: &mut std::process::Command) {
     unsafe { command.pre_exec(unblock_all) };
 }
 
-/// The name of a signal, `SIGTERM` for 15; `None` for real-time and unknown ones.
+/// Returns the name of a signal, such as `SIGTERM` for 15; `None` for real-time and unknown signals.
 pub fn name(number: i32) -> Option<&'static str> {
     Signal::try_from(number).ok().map(Signal::as_str)
 }
 
-/// The number of a signal by name, with or without `SIG`, or written as a number.
+/// Parses the name of a signal, with or without `SIG`, or its number.
 pub fn parse(text: &str) -> Option<i32> {
     let upper = text.to_ascii_uppercase();
     if let Ok(number) = upper.parse::<i32>() {

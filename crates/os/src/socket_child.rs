@@ -1,9 +1,8 @@
-//! Starts a child with a socket as its descriptor 3 and in a session of its own; and the child's
-//! side of that.
+//! Starts a child with a socket as its descriptor 3 and in a session of its own; and the child's side of this
+//! arrangement.
 //!
-//! The session matters as much as the socket: children of the child may make process groups of
-//! their own, but they stay in its session, so [`kill_session`] finds them all.
-//! Knows nothing of plugins; does not wait for anybody.
+//! The session matters as much as the socket: descendants may create their own process groups but remain in the
+//! session, so that [`kill_session`] finds all of them. This module knows nothing of plugins and waits for no process.
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{Signal, kill};
@@ -16,28 +15,28 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 
-/// Where the child finds its socket.
+/// The descriptor of the child's socket.
 pub const CONTROL_FD: RawFd = 3;
 
 /// Starts `command` in a session of its own with no signal blocked, and with `socket` as its descriptor 3.
 pub fn spawn_with_fd3(command: &mut Command, socket: OwnedFd) -> io::Result<Child> {
     let _occupied = occupy_fd3()?;
     let source = socket.as_raw_fd();
-    // SAFETY: the closure only makes system calls that are safe between fork and exec, and
-    // `socket` stays open until `spawn` has returned.
+    // SAFETY: the closure only makes system calls that are safe between fork and exec, and `socket` is open until `spawn`
+    // has returned.
     unsafe {
         command.pre_exec(move || {
             if libc::setsid() == -1 {
                 return Err(io::Error::last_os_error());
             }
             crate::signals::unblock_all()?;
-            // dup2 onto itself would leave close-on-exec set.
-            let done = if source == CONTROL_FD {
+            // dup2 onto the same descriptor would leave close-on-exec set.
+            let result = if source == CONTROL_FD {
                 libc::fcntl(source, libc::F_SETFD, 0)
             } else {
                 libc::dup2(source, CONTROL_FD)
             };
-            if done == -1 {
+            if result == -1 {
                 return Err(io::Error::last_os_error());
             }
             Ok(())
@@ -48,10 +47,10 @@ pub fn spawn_with_fd3(command: &mut Command, socket: OwnedFd) -> io::Result<Chil
     child
 }
 
-/// Makes sure that descriptor 3 is taken in this process while the child is forked.
+/// Opens files until descriptor 3 is in use in this process.
 ///
-/// The standard library reports a failed exec through a pipe; were 3 free, that pipe could get
-/// it, and the child would overwrite it with its socket.
+/// The standard library reports a failed exec through a pipe. If descriptor 3 were free, the pipe could become 3, and
+/// the child would overwrite it with its socket.
 fn occupy_fd3() -> io::Result<Vec<std::fs::File>> {
     let mut placeholders = Vec::new();
     // SAFETY: F_GETFD on a number changes nothing, whether it is open or not.
@@ -61,50 +60,36 @@ fn occupy_fd3() -> io::Result<Vec<std::fs::File>> {
     Ok(placeholders)
 }
 
-/// Takes over the socket that [`spawn_with_fd3`] has left at descriptor 3. To be called once, at
-/// the very start of the child; later children do not inherit it.
+/// Takes ownership of the socket that [`spawn_with_fd3`] has left at descriptor 3, and marks it close-on-exec. Must be
+/// called once, at the very start of the child.
 pub fn inherited_fd3() -> io::Result<UnixStream> {
     // SAFETY: F_GETFD on a number changes nothing, whether it is open or not.
     if unsafe { libc::fcntl(CONTROL_FD, libc::F_GETFD) } == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: it is open, and nobody else in this process knows of it: it was inherited.
+    // SAFETY: the descriptor is open, and it was inherited, so no value in this process owns it.
     let socket = unsafe { OwnedFd::from_raw_fd(CONTROL_FD) };
     fcntl(&socket, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     let stream = UnixStream::from(socket);
-    // A regular file or a terminal that happens to be at 3 has no socket address.
+    // Fails for a regular file or a terminal that happens to be descriptor 3.
     stream.local_addr()?;
     Ok(stream)
 }
 
-/// Opens a pidfd, which polls readable once the process has ended, reaped or not.
-pub fn pidfd(pid: u32) -> io::Result<OwnedFd> {
-    let pid = libc::pid_t::try_from(pid).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
-    // SAFETY: pidfd_open takes two integers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = RawFd::try_from(fd).unwrap_or(-1);
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just made this descriptor for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Kills (SIGKILL) every process whose session is `leader`, except this process itself.
+/// Kills (SIGKILL) every process whose session is `leader`, except the calling process, and returns their number.
 ///
-/// Repeats until nobody new turns up, since a process may fork while the list is read. The caller
-/// must not have reaped the leader yet, unless it *is* the leader: else the number may have
-/// passed to somebody else. Returns how many processes were killed.
+/// Repeats until no new process appears, since a process may fork while the list is read. The caller must not have
+/// reaped the leader yet, unless it *is* the leader: the number could have been reused by another process.
 pub fn kill_session(leader: u32) -> usize {
     let me = std::process::id();
     let mut killed = std::collections::BTreeSet::new();
-    // A fork bomb that outruns this many rounds is left to limits on pids.
+    // A fork bomb that outlasts these rounds is left to limits on pids.
     for _ in 0..64 {
         let mut new = 0;
         for pid in session_members(leader) {
-            let fresh = pid != me && killed.insert(pid);
-            if fresh && let Ok(raw) = i32::try_from(pid) {
-                // It may be gone already: then there is nothing to do.
+            let is_new = pid != me && killed.insert(pid);
+            if is_new && let Ok(raw) = i32::try_from(pid) {
+                // Fails if the process has ended already.
                 kill(Pid::from_raw(raw), Signal::SIGKILL).ok();
                 new += 1;
             }
@@ -116,7 +101,7 @@ pub fn kill_session(leader: u32) -> usize {
     killed.len()
 }
 
-/// Lists the live processes of a session, zombies left out.
+/// Lists the live processes of a session, without zombies.
 fn session_members(leader: u32) -> Vec<u32> {
     let Ok(entries) = std::fs::read_dir("/proc") else {
         return Vec::new();
@@ -128,10 +113,10 @@ fn session_members(leader: u32) -> Vec<u32> {
         .collect()
 }
 
-/// Reads the session of a live process from `/proc/<pid>/stat` (see proc_pid_stat(5)).
+/// Reads the session of a live process from `/proc/<pid>/stat` (proc_pid_stat(5)).
 fn session_of(pid: u32) -> Option<u32> {
     let stat = super::procfs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the name in parentheses and may itself contain blanks and parentheses.
+    // The second field is the command name in parentheses, which may itself contain blanks and parentheses.
     let mut fields = stat.rsplit_once(") ")?.1.split(' ');
     let state = fields.next()?;
     if matches!(state, "Z" | "X") {
@@ -142,8 +127,10 @@ fn session_of(pid: u32) -> Option<u32> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::process::{self, Pidfd};
     use super::*;
     use std::io::{Read, Write};
+    use std::os::fd::AsFd as _;
     use std::process::Stdio;
 
     #[test]
@@ -182,11 +169,12 @@ mod tests {
         while ours.read(&mut byte).unwrap() == 1 && byte[0] != b'\n' {
             line.push(char::from(byte[0]));
         }
-        let job: u32 = line.parse().unwrap();
-        let watch = pidfd(job).unwrap();
+        let job: i32 = line.parse().unwrap();
+        let job = process::identify(job).unwrap().unwrap();
+        let pidfd = Pidfd::open(job).unwrap().unwrap();
         assert!(kill_session(child.id()) >= 2);
         child.wait().unwrap();
-        let mut fds = [nix::poll::PollFd::new(std::os::fd::AsFd::as_fd(&watch), nix::poll::PollFlags::POLLIN)];
+        let mut fds = [nix::poll::PollFd::new(pidfd.as_fd(), nix::poll::PollFlags::POLLIN)];
         assert_eq!(nix::poll::poll(&mut fds, 10_000u16).unwrap(), 1);
     }
 }

@@ -1,13 +1,12 @@
-//! Whole process trees by signals: stop until nothing changes, continue, kill children first.
+//! Whole process trees by signals: stopping, continuing and killing all descendants of a process, but not the process
+//! itself.
 //!
-//! The work comes in short steps, so that a caller with an event loop stays responsive; the
-//! blocking functions below are for callers without one. Only what descends from the root is
-//! touched, never the root itself.
+//! Work is done in short steps, so that a caller with an event loop stays responsive; blocking functions serve callers
+//! without one.
 //!
-//! Orders matter. Stopping goes parents first (a stopped parent forks no more). Continuing goes
-//! children first, so that a shell that waits for stopped jobs never sees one. Killing goes
-//! children first, because the death of a stopped process group's last outside parent makes the
-//! kernel send SIGHUP + SIGCONT to that group: the children must already be dying by then.
+//! Order matters. Stopping goes parents first, since a stopped parent does not fork. Continuing goes children first, so
+//! that a shell that waits for stopped jobs sees none. Killing goes children first: when the last outside parent of a
+//! stopped process group dies, the kernel sends SIGHUP and SIGCONT to that group, whose members must be dying by then.
 
 use std::collections::HashSet;
 use std::io;
@@ -18,97 +17,91 @@ use super::process::{self, ProcScan, ProcessId, RunState};
 /// Why a tree could not be stopped or killed.
 #[derive(Debug, thiserror::Error)]
 pub enum TreeError {
-    /// A process belongs to another user, and we may not signal it.
+    /// A process belongs to another user and cannot be signalled.
     #[error("signal process {id}")]
     Denied {
-        /// Which one.
         id: ProcessId,
-        /// The cause.
         #[source]
         source: io::Error,
     },
     /// The process table could not be read.
     #[error("read the processes below {root}")]
     Unreadable {
-        /// The root of the tree.
         root: i32,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// It took too long: for instance a process waits for a dead network drive.
+    /// The work did not finish in time, for instance because a process waits for an unreachable network file system.
     #[error("reach every process below {root} in {waited_ms} ms: {remaining} remain")]
     Timeout {
-        /// The root of the tree.
         root: i32,
-        /// How long it was tried.
         waited_ms: u64,
-        /// How many still run.
+        /// The number of processes that are still alive.
         remaining: usize,
     },
 }
 
-/// Whether a piece of work is over.
+/// The progress of stopping or killing a tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Progress {
-    /// So many processes still run, or the picture still changes.
+pub enum TreeProgress {
+    /// This many processes still run, or the set of processes still changes.
     Working(usize),
-    /// Two passes in a row saw everybody still.
+    /// All processes are stopped or dead; when stopping, two passes in a row have confirmed it.
     Done,
 }
 
-/// How long one step may loop before it lets its caller look after other things.
+/// How long one step may take before it returns to its caller.
 const STEP: Duration = Duration::from_millis(10);
 
-/// Stopping a tree.
+/// Stops a tree.
 #[derive(Debug)]
 pub struct StopWork {
     root: i32,
     stopped: Vec<ProcessId>,
-    known: HashSet<ProcessId>,
+    signalled: HashSet<ProcessId>,
     quiet_passes: u8,
-    look: ProcScan,
+    scan: ProcScan,
 }
 
 impl StopWork {
     /// Prepares to stop everything below `root`.
     pub fn new(root: i32) -> Self {
-        Self { root, stopped: Vec::new(), known: HashSet::new(), quiet_passes: 0, look: ProcScan::Quick }
+        Self { root, stopped: Vec::new(), signalled: HashSet::new(), quiet_passes: 0, scan: ProcScan::Quick }
     }
 
-    /// Goes on for some milliseconds. Processes in `skip` are left alone (somebody else froze them).
-    pub fn step(&mut self, skip: &HashSet<i32>) -> Result<Progress, TreeError> {
+    /// Works for some milliseconds. Processes in `skip`, which are frozen by other means, are left alone.
+    pub fn step(&mut self, skip: &HashSet<i32>) -> Result<TreeProgress, TreeError> {
         let until = Instant::now() + STEP;
         loop {
             let moving = self.pass(skip)?;
             if self.quiet_passes >= 2 {
-                return Ok(Progress::Done);
+                return Ok(TreeProgress::Done);
             }
             if Instant::now() >= until {
-                return Ok(Progress::Working(moving));
+                return Ok(TreeProgress::Working(moving));
             }
             if moving > 0 {
-                // The signals are on their way: let the others run so that they can obey.
+                // Let the signalled processes run, so that they can stop.
                 std::thread::yield_now();
             }
         }
     }
 
     fn pass(&mut self, skip: &HashSet<i32>) -> Result<usize, TreeError> {
-        let found = process::descendants(self.root, self.look)
+        let descendants = process::descendants(self.root, self.scan)
             .map_err(|source| TreeError::Unreadable { root: self.root, source })?;
         let mut moving = 0;
-        for stat in &found {
-            if skip.contains(&stat.id.pid) || process::waits_for_stopped_child(stat, &found) {
+        for stat in &descendants {
+            if skip.contains(&stat.id.pid) || process::waits_for_stopped_child(stat, &descendants) {
                 continue;
             }
             match stat.state() {
                 RunState::Live => {}
-                // Its first thread obeyed; the others are on their way.
-                RunState::Stopped if self.look == ProcScan::Thorough && stat.threads > 1 => {
-                    let stand = process::all_threads_stand(stat.id.pid)
+                // Its first thread has stopped; the others may still be running.
+                RunState::Stopped if self.scan == ProcScan::Thorough && stat.threads > 1 => {
+                    let stopped = process::all_threads_stopped(stat.id.pid)
                         .map_err(|source| TreeError::Unreadable { root: self.root, source })?;
-                    moving += usize::from(!stand);
+                    moving += usize::from(!stopped);
                     continue;
                 }
                 RunState::Stopped | RunState::Dead => continue,
@@ -121,47 +114,48 @@ impl StopWork {
                 }
             }
             moving += 1;
-            if self.known.insert(stat.id) {
+            if self.signalled.insert(stat.id) {
                 self.stopped.push(stat.id);
             }
         }
-        // While things move a quick look reaches the most; only a thorough one may call it quiet.
-        match (moving, self.look) {
+        // While processes still run, a quick scan reaches the most of them; only a thorough scan can confirm that all
+        // are stopped.
+        match (moving, self.scan) {
             (0, ProcScan::Thorough) => self.quiet_passes += 1,
-            (0, ProcScan::Quick) => self.look = ProcScan::Thorough,
+            (0, ProcScan::Quick) => self.scan = ProcScan::Thorough,
             (_, ProcScan::Quick | ProcScan::Thorough) => {
                 self.quiet_passes = 0;
-                self.look = ProcScan::Quick;
+                self.scan = ProcScan::Quick;
             }
         }
         Ok(moving)
     }
 
-    /// Those that this work stopped (who was stopped before is not among them), parents first.
+    /// Returns the processes that this work has stopped, parents first; those stopped before are not included.
     pub fn into_stopped(self) -> Vec<ProcessId> {
         self.stopped
     }
 
-    /// How many this work has stopped so far.
+    /// Returns how many processes this work has stopped so far.
     pub fn count(&self) -> usize {
         self.stopped.len()
     }
 }
 
-/// Continues processes, in the reverse order of their stopping. Who is gone is skipped.
+/// Continues processes in the reverse order of their stopping. Processes that have ended are skipped.
 pub fn continue_all(stopped: &[ProcessId]) {
     for &id in stopped.iter().rev() {
-        // A failure means that it became another user's process meanwhile; nobody could do better.
+        // Fails if the process belongs to another user by now; nothing can be done about that.
         process::signal(id, libc::SIGCONT).ok();
     }
 }
 
-/// How long the work of killing tries to stop everybody first. One that waits for a dead disk
-/// cannot be stopped, and the others must not live on because of it.
+/// How long [`KillWork`] tries to stop all processes first. A process that waits for a failed disk cannot be stopped,
+/// and must not delay the end of the others.
 const STOP_PATIENCE: Duration = Duration::from_millis(200);
 
-/// Killing a tree: stops everybody first, so that nobody sees another's death and goes on to the
-/// next line of its script, and so that nobody forks meanwhile.
+/// Kills a tree. Stops all processes first, so that no process observes the death of another and executes the next line
+/// of its script, and so that none forks meanwhile.
 #[derive(Debug)]
 pub struct KillWork {
     root: i32,
@@ -176,24 +170,26 @@ impl KillWork {
         Self { root, stopping, killed: HashSet::new() }
     }
 
-    /// Sends SIGKILL to all that are left, children first. The caller reaps what becomes its child.
-    pub fn step(&mut self) -> Result<Progress, TreeError> {
+    /// Sends SIGKILL to all remaining descendants, children first. The caller reaps those that become its children.
+    pub fn step(&mut self) -> Result<TreeProgress, TreeError> {
         if let Some((work, until)) = &mut self.stopping {
             match work.step(&HashSet::new()) {
-                Ok(Progress::Working(moving)) if Instant::now() < *until => return Ok(Progress::Working(moving)),
-                // Who cannot be stopped can be killed all the same.
-                Ok(Progress::Working(_) | Progress::Done) | Err(_) => self.stopping = None,
+                Ok(TreeProgress::Working(moving)) if Instant::now() < *until => {
+                    return Ok(TreeProgress::Working(moving));
+                }
+                // A process that cannot be stopped can still be killed.
+                Ok(TreeProgress::Working(_) | TreeProgress::Done) | Err(_) => self.stopping = None,
             }
         }
         let unreadable = |source| TreeError::Unreadable { root: self.root, source };
-        let mut found = process::descendants(self.root, ProcScan::Quick).map_err(unreadable)?;
-        found.retain(|stat| stat.state() != RunState::Dead);
-        if found.is_empty() {
-            found = process::descendants(self.root, ProcScan::Thorough).map_err(unreadable)?;
-            found.retain(|stat| stat.state() != RunState::Dead);
+        let mut remaining = process::descendants(self.root, ProcScan::Quick).map_err(unreadable)?;
+        remaining.retain(|stat| stat.state() != RunState::Dead);
+        if remaining.is_empty() {
+            remaining = process::descendants(self.root, ProcScan::Thorough).map_err(unreadable)?;
+            remaining.retain(|stat| stat.state() != RunState::Dead);
         }
         let mut denied = None;
-        for stat in found.iter().rev() {
+        for stat in remaining.iter().rev() {
             match process::signal(stat.id, libc::SIGKILL) {
                 Ok(true) => {
                     self.killed.insert(stat.id);
@@ -203,35 +199,35 @@ impl KillWork {
             }
         }
         match denied {
-            // The others had their signal first: one foreign process must not save them.
+            // All others have been signalled before a process of another user causes an error.
             Some(error) => Err(error),
-            None if found.is_empty() => Ok(Progress::Done),
-            None => Ok(Progress::Working(found.len())),
+            None if remaining.is_empty() => Ok(TreeProgress::Done),
+            None => Ok(TreeProgress::Working(remaining.len())),
         }
     }
 
-    /// Counts somebody in that was killed by other means.
+    /// Counts a process that was killed by other means.
     pub fn note(&mut self, id: ProcessId) {
         self.killed.insert(id);
     }
 
-    /// Those that were killed.
+    /// The processes that were killed.
     pub fn killed(&self) -> &HashSet<ProcessId> {
         &self.killed
     }
 }
 
-/// Kills everything below `root`, children first, until nothing is left; returns how many.
+/// Kills everything below `root`, children first, until nothing remains; returns the number of killed processes.
 pub fn kill_tree(root: i32, patience: Duration) -> Result<usize, TreeError> {
     let started = Instant::now();
     let mut work = KillWork::new(root);
     loop {
         match work.step()? {
-            Progress::Done => return Ok(work.killed().len()),
-            Progress::Working(remaining) if started.elapsed() >= patience => {
+            TreeProgress::Done => return Ok(work.killed().len()),
+            TreeProgress::Working(remaining) if started.elapsed() >= patience => {
                 return Err(timeout(root, started, remaining));
             }
-            Progress::Working(_) => std::thread::sleep(Duration::from_millis(1)),
+            TreeProgress::Working(_) => std::thread::sleep(Duration::from_millis(1)),
         }
     }
 }

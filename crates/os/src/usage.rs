@@ -1,8 +1,8 @@
-//! What process trees use, as the kernel counts it: by control group, and process by process where a
+//! Resource usage of process trees, as counted by the kernel: per control group, or summed over the processes where the
 //! group does not count.
 //!
-//! `cpu.stat` of a version 2 group counts without any controller; `memory.current` and `io.stat` need
-//! theirs. On cgroup version 1, and without groups, everything is summed over the processes.
+//! `cpu.stat` of a version 2 group needs no controller; `memory.current` and `io.stat` need theirs. With cgroup version
+//! 1, and without groups, everything is summed over the processes.
 
 use std::io;
 use std::path::Path;
@@ -11,32 +11,31 @@ use super::cgroup::Group;
 use super::process::{self, ProcScan};
 use super::procfs;
 
-/// What one tree has used and uses.
+/// The resource usage of one tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct TreeUsage {
-    /// Processor time, microseconds.
+    /// Processor time, in microseconds.
     pub cpu_us: u64,
-    /// Memory, bytes.
     pub memory: Memory,
-    /// Bytes read from disks; none where that cannot be read.
+    /// Bytes read from disks; `None` if unavailable.
     pub io_read_bytes: Option<u64>,
-    /// Bytes written to disks; none where that cannot be read.
+    /// Bytes written to disks; `None` if unavailable.
     pub io_written_bytes: Option<u64>,
-    /// Processes.
+    /// The number of processes.
     pub processes: u64,
 }
 
-/// Memory of a tree, bytes.
+/// The memory of a tree, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Memory {
-    /// What the group is charged with.
+    /// The amount charged to the group.
     Charged {
-        /// Now.
+        /// The current amount.
         now: u64,
-        /// At most; none before Linux 5.19.
+        /// The maximum so far; `None` before Linux 5.19.
         peak: Option<u64>,
     },
-    /// The sum of the resident sets.
+    /// The sum of the resident set sizes.
     Resident(u64),
 }
 
@@ -46,24 +45,24 @@ impl Default for Memory {
     }
 }
 
-/// Reads what a tree uses: that of a group, or else what descends from its shim.
+/// Returns the usage of a group if there is one, otherwise that of the descendants of the shim.
 ///
 /// # Errors
-/// When neither can be read.
+/// If neither can be read.
 pub fn of_tree(group: Option<&Path>, shim: i32) -> io::Result<TreeUsage> {
-    if let Some(found) = group.and_then(of_group) {
-        return Ok(found);
+    if let Some(usage) = group.and_then(of_group) {
+        return Ok(usage);
     }
     let members: Vec<i32> = process::descendants(shim, ProcScan::Quick)?.into_iter().map(|stat| stat.id.pid).collect();
     let mut usage = sum(&members);
-    // Orphans of the tree are waited for by the shim, so what they used is counted there.
+    // The shim reaps orphans of the tree, so their usage is added to its children's.
     if let Some(shim) = ProcessUsage::read(shim) {
         usage.cpu_us += shim.children_cpu_us;
     }
     Ok(usage)
 }
 
-/// `None` when the group is gone.
+/// Returns `None` if the group has been removed.
 fn of_group(path: &Path) -> Option<TreeUsage> {
     let stat = procfs::read_to_string(path.join("cpu.stat")).ok()?;
     let members: Vec<i32> = Group::open(path).ok()?.procs().ok()?.into_iter().collect();
@@ -84,7 +83,7 @@ fn of_group(path: &Path) -> Option<TreeUsage> {
     Some(usage)
 }
 
-/// Finds a line `name value`.
+/// Returns the value of the line `name value`.
 fn keyed(text: &str, name: &str) -> Option<u64> {
     text.lines().filter_map(|line| line.split_once(' ')).find(|(key, _)| *key == name)?.1.trim().parse().ok()
 }
@@ -116,23 +115,23 @@ fn sum(members: &[i32]) -> TreeUsage {
     usage
 }
 
-/// What `/proc/PID/stat` says of one process.
+/// The usage of one process, from `/proc/PID/stat`.
 #[derive(Debug, PartialEq, Eq)]
 struct ProcessUsage {
     cpu_us: u64,
-    /// Of the children that it has waited for, and theirs.
+    /// Includes only children that have been waited for, and theirs.
     children_cpu_us: u64,
     resident_bytes: u64,
 }
 
 impl ProcessUsage {
-    /// `None` for a process that has ended.
+    /// Returns `None` for a process that has ended.
     fn read(pid: i32) -> Option<Self> {
         Self::parse(&procfs::read_to_string(format!("/proc/{pid}/stat")).ok()?, ticks_per_second(), page_size())
     }
 
-    /// Fields 3 (state), 14 to 17 (utime, stime, cutime, cstime) and 24 (rss in pages) of proc(5),
-    /// counted from the last parenthesis: the name before it may hold anything.
+    /// Reads fields 3 (state), 14 to 17 (utime, stime, cutime, cstime) and 24 (rss in pages) of proc(5), counted from
+    /// the last parenthesis: the command name before it may contain any character.
     fn parse(line: &str, ticks_per_second: u64, page_size: u64) -> Option<Self> {
         let mut fields = line.rsplit_once(") ")?.1.split_ascii_whitespace();
         if matches!(fields.next()?, "Z" | "X" | "x") {
@@ -154,12 +153,12 @@ impl ProcessUsage {
     }
 }
 
-/// Bytes that went to and came from disks, those of waited-for children included; `None` where it
-/// may not be read.
+/// Returns the bytes read from and written to disks, including those of waited-for children; `None` if access is
+/// denied.
 fn process_io(pid: i32) -> Option<(u64, u64)> {
     let text = procfs::read_to_string(format!("/proc/{pid}/io")).ok()?;
     let field = |name: &str| keyed(&text, name);
-    // What was written and deleted again before it reached a disk is not written.
+    // Data that was deleted before it reached a disk does not count as written.
     let written = field("write_bytes:")?.saturating_sub(field("cancelled_write_bytes:").unwrap_or(0));
     Some((field("read_bytes:")?, written))
 }

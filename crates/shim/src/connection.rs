@@ -1,103 +1,100 @@
-//! One connection to the shim: bytes to calls, answers to bytes, never waiting.
+//! One connection to the shim: turns bytes into calls and replies into bytes, without waiting.
 //!
-//! A peer that does not read has [`MAX_OUTBOX`] bytes of patience, then it is dropped: the shim's
-//! first duty is its agent.
+//! A peer that does not read is disconnected once [`MAX_OUTBOX`] bytes wait for it: the shim's first duty is its agent.
 
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use super::wire::{Call, FromShim, MAX_LINE_BYTES, RefusalCode, ToShim, WIRE_VERSION, id_of_call};
+use super::wire::{FromShim, MAX_LINE_BYTES, RefusalCode, ShimCall, ToShim, WIRE_VERSION, id_of_call};
 
 /// How many bytes may wait for a peer.
 pub const MAX_OUTBOX: usize = 256 * 1024;
 
-/// Identifies a connection for as long as the shim lives.
+/// Identifies a connection during the life of the shim.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ConnectionId(pub u64);
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Stage {
-    /// No hello yet: nothing else is heard.
+enum ConnectionStage {
+    /// No hello has been received: other lines are refused.
     New,
     Open,
-    /// Nothing is heard any more; what waits is still sent.
+    /// Lines are no longer received; queued bytes are still sent.
     Closing,
     Dead,
 }
 
-/// A line that deserves an answer.
+/// A line to be handled by the supervisor.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Incoming {
-    /// The peer introduced itself with our version.
+pub enum PeerLine {
+    /// The peer has introduced itself with a matching version.
     Hello,
-    /// A request.
-    Call(Call),
+    Call(ShimCall),
 }
 
-/// One peer.
+/// The connection of one peer.
 #[derive(Debug)]
-pub struct Connection {
+pub struct PeerConnection {
     id: ConnectionId,
     stream: UnixStream,
-    stage: Stage,
+    stage: ConnectionStage,
     level: u32,
     inbox: Vec<u8>,
     outbox: Vec<u8>,
 }
 
-impl Connection {
+impl PeerConnection {
     /// Takes over an accepted stream.
     pub fn new(id: ConnectionId, stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        Ok(Self { id, stream, stage: Stage::New, level: 0, inbox: Vec::new(), outbox: Vec::new() })
+        Ok(Self { id, stream, stage: ConnectionStage::New, level: 0, inbox: Vec::new(), outbox: Vec::new() })
     }
 
-    /// Its id.
     pub fn id(&self) -> ConnectionId {
         self.id
     }
 
-    /// Whether it has introduced itself; only then it gets events.
+    /// Returns whether the peer has sent a hello. Only then it receives events.
     pub fn is_open(&self) -> bool {
-        self.stage == Stage::Open
+        self.stage == ConnectionStage::Open
     }
 
-    /// How new the peer is, see [`super::wire::LEVEL`].
+    /// The peer's level of additions to the protocol, see [`super::wire::LEVEL`].
     pub fn level(&self) -> u32 {
         self.level
     }
 
-    /// Whether it can be forgotten.
+    /// Returns whether the connection can be removed.
     pub fn is_dead(&self) -> bool {
-        self.stage == Stage::Dead || (self.stage == Stage::Closing && self.outbox.is_empty())
+        self.stage == ConnectionStage::Dead || (self.stage == ConnectionStage::Closing && self.outbox.is_empty())
     }
 
-    /// Whether bytes wait for the peer.
+    /// Returns whether bytes wait for the peer.
     pub fn wants_write(&self) -> bool {
         !self.outbox.is_empty()
     }
 
-    /// How many bytes wait for the peer.
+    /// Returns how many bytes wait for the peer.
     pub fn waiting(&self) -> usize {
         self.outbox.len()
     }
 
-    /// Reads what is there and takes the complete lines out of it. Bad ones are answered here.
-    pub fn receive(&mut self) -> Vec<Incoming> {
+    /// Reads the available bytes and returns the complete lines. Invalid lines are refused here.
+    pub fn receive(&mut self) -> Vec<PeerLine> {
         let mut chunk = [0u8; 8192];
         loop {
             match self.stream.read(&mut chunk) {
                 Ok(0) => {
-                    self.stage = Stage::Dead;
+                    self.stage = ConnectionStage::Dead;
                     break;
                 }
                 Ok(count) => self.inbox.extend_from_slice(&chunk[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => {
-                    self.stage = Stage::Dead;
+                    self.stage = ConnectionStage::Dead;
                     break;
                 }
             }
@@ -107,8 +104,8 @@ impl Connection {
             }
         }
         let mut incoming = Vec::new();
-        // What a peer sent before it closed still counts: a last `hold`, for instance.
-        while self.stage != Stage::Closing {
+        // Lines that a peer has sent before closing still count, for instance a last `hold`.
+        while self.stage != ConnectionStage::Closing {
             let Some(end) = self.inbox.iter().position(|&b| b == b'\n') else {
                 break;
             };
@@ -125,28 +122,28 @@ impl Connection {
         incoming
     }
 
-    fn understand(&mut self, line: &[u8]) -> Option<Incoming> {
+    fn understand(&mut self, line: &[u8]) -> Option<PeerLine> {
         match (serde_json::from_slice::<ToShim>(line), self.stage) {
-            (Ok(ToShim::Hello { version: WIRE_VERSION, level }), Stage::New) => {
-                self.stage = Stage::Open;
+            (Ok(ToShim::Hello { version: WIRE_VERSION, level }), ConnectionStage::New) => {
+                self.stage = ConnectionStage::Open;
                 self.level = level;
-                Some(Incoming::Hello)
+                Some(PeerLine::Hello)
             }
-            (Ok(ToShim::Hello { version: WIRE_VERSION, .. }), _) => Some(Incoming::Hello),
+            (Ok(ToShim::Hello { version: WIRE_VERSION, .. }), _) => Some(PeerLine::Hello),
             (Ok(ToShim::Hello { version, .. }), _) => {
                 let message = format!("the peer speaks version {version}, this shim speaks version {WIRE_VERSION}");
                 self.refuse(None, RefusalCode::VersionMismatch, message);
                 self.close();
                 None
             }
-            (Ok(ToShim::Call(call)), Stage::New) => {
+            (Ok(ToShim::Call(call)), ConnectionStage::New) => {
                 self.refuse(Some(call.id), RefusalCode::BadRequest, "the first line must be a hello");
                 self.close();
                 None
             }
-            (Ok(ToShim::Call(call)), _) => Some(Incoming::Call(call)),
+            (Ok(ToShim::Call(call)), _) => Some(PeerLine::Call(call)),
             (Err(error), _) => {
-                let id = id_of_call(line).filter(|_| self.stage == Stage::Open);
+                let id = id_of_call(line).filter(|_| self.stage == ConnectionStage::Open);
                 self.refuse(id, RefusalCode::BadRequest, format!("not a line of this protocol: {error}"));
                 None
             }
@@ -164,14 +161,14 @@ impl Connection {
     }
 
     fn close(&mut self) {
-        if self.stage != Stage::Dead {
-            self.stage = Stage::Closing;
+        if self.stage != ConnectionStage::Dead {
+            self.stage = ConnectionStage::Closing;
         }
     }
 
-    /// Queues a line and sends what the socket takes at once.
+    /// Queues a line and sends what the socket accepts at once.
     pub fn send(&mut self, line: &FromShim) {
-        if self.stage == Stage::Dead {
+        if self.stage == ConnectionStage::Dead {
             return;
         }
         match serde_json::to_vec(line) {
@@ -183,37 +180,37 @@ impl Connection {
         }
         self.flush();
         if self.outbox.len() > MAX_OUTBOX {
-            self.stage = Stage::Dead;
+            self.stage = ConnectionStage::Dead;
         }
     }
 
-    /// Sends what the socket takes.
+    /// Sends what the socket accepts.
     pub fn flush(&mut self) {
-        while !self.outbox.is_empty() && self.stage != Stage::Dead {
+        while !self.outbox.is_empty() && self.stage != ConnectionStage::Dead {
             match self.stream.write(&self.outbox) {
                 Ok(count) => {
                     self.outbox.drain(..count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => self.stage = Stage::Dead,
+                Err(_) => self.stage = ConnectionStage::Dead,
             }
         }
     }
 
-    /// Sends the last lines, for at most `patience`: the shim is about to end.
+    /// Sends the remaining bytes for at most `patience`, since the shim is about to exit.
     pub fn send_rest(mut self, patience: Duration) {
-        let sendable = self.stage != Stage::Dead
+        let sendable = self.stage != ConnectionStage::Dead
             && self.stream.set_nonblocking(false).is_ok()
             && self.stream.set_write_timeout(Some(patience)).is_ok();
         if sendable {
-            // A peer that cannot take them finds the same in exit.json.
+            // A peer that does not receive them finds the same information in exit.json.
             self.stream.write_all(&self.outbox).ok();
         }
     }
 }
 
-impl AsFd for Connection {
+impl AsFd for PeerConnection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }
@@ -224,9 +221,9 @@ mod tests {
     use super::*;
     use std::io::{BufRead, BufReader};
 
-    fn pair() -> (Connection, UnixStream) {
+    fn pair() -> (PeerConnection, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        (Connection::new(ConnectionId(1), ours).unwrap(), theirs)
+        (PeerConnection::new(ConnectionId(1), ours).unwrap(), theirs)
     }
 
     fn answer(theirs: &UnixStream) -> String {

@@ -1,4 +1,4 @@
-//! Quiescing, freezing and thawing one agent's tree, as a state machine that never waits.
+//! Quiesces, freezes and thaws one agent's tree: a state machine that never waits.
 //!
 //! ```text
 //!            quiesce            leader stopped | grace over
@@ -6,20 +6,19 @@
 //!   ^  ^  └──────────────────────┐ freeze            freeze    │   │
 //!   │  │ failed, too late        v                             │   │ lease over, thaw
 //!   │  └──────────────────── Freezing <────────────────────────┘   │
-//!   │                            │ all stand still                 │
+//!   │                            │ all processes are frozen        │
 //!   │ lease over, thaw           v                                 │
-//!   ├───────────────────────  Frozen ─ commit ─> Frozen (committed)     │
+//!   ├───────────────────────  Frozen ─ commit ─> Frozen (committed) │
 //!   └──────────────────────────────────────────────────────────────┘
 //! ```
 //!
-//! A freeze that is not committed has a lease: a daemon that dies in mid-pause never leaves an agent frozen.
-//! Leases count `CLOCK_MONOTONIC` (`Instant`), which stands still while the machine is suspended:
-//! daemon and shim sleep together, and a lease must not be over at the moment both wake up, before
-//! the daemon had a chance to renew it.
+//! A freeze that is not committed has a lease, so that a daemon that dies during a pause never leaves an agent frozen.
+//! Leases are measured by `CLOCK_MONOTONIC` (`Instant`), which does not advance while the machine is suspended:
+//! otherwise a lease could expire at the moment daemon and shim wake up, before the daemon can renew it.
 //!
-//! A frozen tree that another process continues is frozen again, see `freeze/refreeze.rs`.
+//! A frozen tree that another process continues is frozen again, see `refreeze`.
 //!
-//! The undo touches only what was done here: a process that somebody else had stopped stays so.
+//! The undo applies only to what was done here: a process that was stopped by another one stays stopped.
 
 mod refreeze;
 
@@ -34,53 +33,50 @@ use serde_json::Value;
 
 use super::connection::ConnectionId;
 use super::guard::Guard;
-use super::wire::{AgentState, FreezeBroken, Frozen, QuiesceOutcome, Quiesced, RefusalCode};
-use fermata_os::cgroup::{CgroupError, Freezer, Group, Watch};
+use super::wire::{FreezeBroken, FreezeReply, QuiesceOutcome, Quiesced, RefusalCode, TreeState};
+use fermata_os::cgroup::{CgroupError, Freezer, Group, GroupWatch};
 use fermata_os::process::{self, ProcScan, ProcessId, RunState};
-use fermata_os::tree::{self, Progress, StopWork};
+use fermata_os::tree::{self, StopWork, TreeProgress};
 
-/// How long a freeze may take. A process that waits for a dead network drive never gets there.
+/// How long a freeze may take. A process that waits for an unreachable network file system cannot be frozen.
 const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How often to look at a leader that was asked to stop.
+/// How often to check a leader that was asked to stop.
 const QUIESCE_TICK: Duration = Duration::from_millis(10);
 
-/// Who waits for an answer.
+/// A request that waits for its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Caller {
-    /// On which connection.
     pub connection: ConnectionId,
-    /// To which request.
+    /// The id of the request on this connection.
     pub id: u64,
 }
 
-/// A refusal with its sentence.
+/// A refusal and its message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refused {
-    /// The stable code.
     pub code: RefusalCode,
-    /// The sentence.
+    /// A sentence for people.
     pub message: String,
 }
 
 impl Refused {
-    /// Refuses.
     pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
 
-/// What a request is answered.
+/// The result of a request, or a refusal.
 pub type Answer = Result<Value, Refused>;
 
-/// What became known.
+/// An event for the supervisor.
 #[derive(Debug, PartialEq)]
 pub enum FreezeEvent {
-    /// Somebody's request can be answered.
+    /// A request can be answered.
     Answer(Caller, Answer),
-    /// The lease is over and everything has been undone.
+    /// The lease has expired and everything has been undone.
     LeaseExpired,
-    /// Somebody else has let processes run; they are frozen again, or cannot be.
+    /// Another process has let processes of the tree run.
     Broken(FreezeBroken),
 }
 
@@ -93,19 +89,19 @@ enum Lease {
 /// What has been done and must be undone.
 #[derive(Debug, Default)]
 struct Undo {
-    /// Those that got our SIGTSTP and were running then.
+    /// Processes that got SIGTSTP while they ran.
     quiesced: Vec<ProcessId>,
-    /// Members of the group that were stopped before, by somebody else.
+    /// Members of the group that had been stopped by another process.
     stopped_before: HashSet<ProcessId>,
-    /// Those that our SIGSTOP stopped, parents first.
+    /// Processes that were stopped by SIGSTOP, parents first.
     stopped: Vec<ProcessId>,
 }
 
 #[derive(Debug)]
 enum FreezeWork {
-    /// Waiting for the kernel's `frozen 1`.
-    Group { watch: Watch },
-    /// Stopping by signals; `inside` is frozen by the group already.
+    /// Waiting for the kernel to report `frozen 1`.
+    Group { watch: GroupWatch },
+    /// Stopping by signals; the processes `inside` are frozen by the group already.
     Tree { work: StopWork, inside: HashSet<i32> },
 }
 
@@ -115,23 +111,23 @@ enum Phase {
     Quiescing { undo: Undo, caller: Caller, started: Instant, until: Instant, lease: Duration },
     Quiesced { undo: Undo, until: Instant },
     Freezing { undo: Undo, work: FreezeWork, caller: Caller, started: Instant, lease: Duration },
-    Frozen { undo: Undo, frozen: Frozen, lease: Lease, guard: Guard, broken: Broken },
+    Frozen { undo: Undo, frozen: FreezeReply, lease: Lease, guard: Guard, broken: Broken },
 }
 
-/// What became of a freeze that somebody else has ended.
+/// The state of a freeze that other processes have broken.
 #[derive(Debug, Default)]
 struct Broken {
-    /// Under way: stopping everybody again, and since when.
+    /// The work of freezing the tree again, and when it started.
     again: Option<(FreezeWork, Instant)>,
-    /// How often, and how many processes have run, since this was told last.
+    /// How often the freeze was broken, and how many processes have run, since the last report.
     times: u64,
     processes: u64,
-    told_at: Option<Instant>,
-    /// Whether nobody may say any more that everybody stood still since the freeze was asked for.
+    reported_at: Option<Instant>,
+    /// Whether a process may have run since the freeze was requested, while it was not committed.
     disproved: bool,
 }
 
-/// The tree of one agent and what is done to it.
+/// Freezes the tree of one agent.
 #[derive(Debug)]
 pub struct FreezeController {
     root: i32,
@@ -141,12 +137,12 @@ pub struct FreezeController {
 }
 
 impl FreezeController {
-    /// `root` is the shim, above everything that the agent starts.
+    /// `root` is the shim, the ancestor of every process of the agent.
     pub fn new(root: i32, agent: ProcessId, freezer: Freezer) -> Self {
         Self { root, agent, freezer, phase: Phase::Running }
     }
 
-    /// The agent's group, if it has one.
+    /// The agent's control group.
     pub fn group(&self) -> Option<&Group> {
         match &self.freezer {
             Freezer::Cgroup(group) => Some(group),
@@ -162,19 +158,18 @@ impl FreezeController {
         }
     }
 
-    /// What the agent does.
-    pub fn state(&self) -> AgentState {
+    pub fn state(&self) -> TreeState {
         if matches!(self.phase, Phase::Frozen { .. }) {
-            return AgentState::Frozen;
+            return TreeState::Frozen;
         }
         match self.leader() {
-            RunState::Live => AgentState::Running,
-            RunState::Stopped => AgentState::Stopped,
-            RunState::Dead => AgentState::Ending,
+            RunState::Live => TreeState::Running,
+            RunState::Stopped => TreeState::Stopped,
+            RunState::Dead => TreeState::Ending,
         }
     }
 
-    /// Whether the main process runs; one that waits in vfork for a stopped child does not.
+    /// The state of the main process. One that is blocked in vfork by a stopped child counts as stopped.
     fn leader(&self) -> RunState {
         match process::stat_of(self.agent) {
             Ok(Some(stat)) if stat.letter == b'D' => {
@@ -183,17 +178,17 @@ impl FreezeController {
             }
             Ok(Some(stat)) => stat.state(),
             Ok(None) => RunState::Dead,
-            // Unreadable says nothing; it was started, and its end has not been seen.
+            // If the state cannot be read, the process is assumed to run, since its end has not been reported.
             Err(_) => RunState::Live,
         }
     }
 
-    /// Whether stops and continues of the main process are of our own making now.
+    /// Returns whether stops and continues of the main process are caused by other processes.
     pub fn is_idle(&self) -> bool {
         matches!(self.phase, Phase::Running)
     }
 
-    /// Milliseconds until the shim undoes everything by itself, and whether it never does.
+    /// Returns the milliseconds until the shim undoes everything by itself, and whether the freeze is committed.
     pub fn lease(&self, now: Instant) -> (Option<u64>, bool) {
         match &self.phase {
             Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
@@ -204,7 +199,7 @@ impl FreezeController {
         }
     }
 
-    /// How many processes the tree has.
+    /// Returns the number of processes of the tree.
     pub fn count(&self) -> u64 {
         let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
         let below = process::descendants(self.root, ProcScan::Quick).unwrap_or_default();
@@ -213,11 +208,11 @@ impl FreezeController {
         (inside.len() + outside) as u64
     }
 
-    /// Begins to quiesce; the answer comes as [`FreezeEvent`] from here or from a later [`FreezeController::tick`].
+    /// Starts a quiesce. The answer is a [`FreezeEvent`] returned from here or from a later [`FreezeController::tick`].
     pub fn quiesce(&mut self, caller: Caller, grace: Duration, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         let refused = match &self.phase {
             Phase::Running => None,
-            // Again: what is stopped stays, and the undo list must not be lost.
+            // A repeated request: stopped processes stay stopped, and the undo list must be kept.
             Phase::Quiesced { .. } => None,
             Phase::Quiescing { .. } | Phase::Freezing { .. } => Some(busy()),
             Phase::Frozen { .. } => Some(Refused::new(RefusalCode::AlreadyFrozen, "the tree is frozen already")),
@@ -245,7 +240,8 @@ impl FreezeController {
                 RunState::Dead => {}
             }
         }
-        // Stopped members discard it at their next SIGCONT. ESRCH: the group has just ended.
+        // Processes that are stopped already discard it at their next SIGCONT. Fails (ESRCH) if the group has just
+        // ended.
         killpg(Pid::from_raw(self.agent.pid), Signal::SIGTSTP).ok();
         if let Some(outcome) = outcome {
             self.phase = Phase::Quiesced { undo, until: now + lease };
@@ -255,18 +251,18 @@ impl FreezeController {
         self.tick(now)
     }
 
-    /// Begins to freeze; the answer comes as [`FreezeEvent`] from here or from a later [`FreezeController::tick`].
+    /// Starts a freeze. The answer is a [`FreezeEvent`] returned from here or from a later [`FreezeController::tick`].
     pub fn freeze(&mut self, caller: Caller, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         match &mut self.phase {
             Phase::Quiescing { .. } | Phase::Freezing { .. } => {
                 return vec![FreezeEvent::Answer(caller, Err(busy()))];
             }
             Phase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
-                // Asked twice: the same answer. A held freeze does not become a lease again.
+                // A repeated request gets the same answer. A committed freeze does not get a lease again.
                 if let Lease::Until(until) = current {
                     *until = now + lease;
                 }
-                let again = Frozen { took_us: 0, ..frozen.clone() };
+                let again = FreezeReply { took_us: 0, ..frozen.clone() };
                 return vec![FreezeEvent::Answer(caller, encode(&again))];
             }
             Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => {}
@@ -294,7 +290,7 @@ impl FreezeController {
         }
     }
 
-    /// Extends the lease: the proof that nobody has run since the freeze.
+    /// Extends the lease. Success proves that no process has run since the freeze.
     pub fn renew(&mut self, lease: Duration, now: Instant) -> Answer {
         self.check_guard(now);
         match &mut self.phase {
@@ -323,24 +319,24 @@ impl FreezeController {
         }
     }
 
-    /// Undoes everything; whoever still waits is told that this came in between.
+    /// Undoes everything; a waiting request is cancelled.
     pub fn thaw(&mut self) -> (Answer, Vec<FreezeEvent>) {
         let waiting = match &self.phase {
             Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => Some(*caller),
             Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => None,
         };
-        let news = waiting
+        let events = waiting
             .map(|caller| {
-                let refused = Refused::new(RefusalCode::Cancelled, "a thaw, stop or kill came in between");
+                let refused = Refused::new(RefusalCode::Cancelled, "a thaw, stop or kill has superseded the request");
                 FreezeEvent::Answer(caller, Err(refused))
             })
             .into_iter()
             .collect();
         let undo = self.take_undo();
-        (self.undo(undo).map(|()| Value::Object(Default::default())), news)
+        (self.undo(undo).map(|()| Value::Object(Default::default())), events)
     }
 
-    /// The agent has ended or is to be killed: answers who still waits and thaws nothing.
+    /// Ends the work because the agent has ended or is to be killed: answers a waiting request and thaws nothing.
     pub fn abandon(&mut self, agent_ended: bool, now: Instant) -> Vec<FreezeEvent> {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Quiescing { caller, started, .. } if agent_ended => {
@@ -360,7 +356,7 @@ impl FreezeController {
     pub fn next_tick(&self, now: Instant) -> Option<Instant> {
         match &self.phase {
             Phase::Running => None,
-            // A leader that stops sends SIGCHLD, but one that is held by its stopped child does not.
+            // A leader that stops causes a SIGCHLD, but one that is blocked by its stopped child does not.
             Phase::Quiescing { until, .. } => Some((now + QUIESCE_TICK).min(*until)),
             Phase::Quiesced { until, .. } => Some(*until),
             Phase::Frozen { broken: Broken { again: Some((work, began)), .. }, .. } => match work {
@@ -379,8 +375,8 @@ impl FreezeController {
         }
     }
 
-    /// What announces that the group is frozen, or is no longer, to be polled for POLLPRI.
-    pub fn watch(&self) -> Option<&Watch> {
+    /// The event file that reports that the group has been frozen or thawed, to be polled for POLLPRI.
+    pub fn watch(&self) -> Option<&GroupWatch> {
         match &self.phase {
             Phase::Freezing { work: FreezeWork::Group { watch }, .. }
             | Phase::Frozen { broken: Broken { again: Some((FreezeWork::Group { watch }, _)), .. }, .. } => Some(watch),
@@ -389,7 +385,7 @@ impl FreezeController {
         }
     }
 
-    /// Goes on: to be called after every wake-up.
+    /// Continues the work. Must be called after every wake-up.
     pub fn tick(&mut self, now: Instant) -> Vec<FreezeEvent> {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Quiescing { undo, caller, started, until, lease } => {
@@ -444,7 +440,7 @@ impl FreezeController {
             Ok(Step::Done { stopped, inside, watch }) => {
                 undo.stopped.extend(stopped);
                 let guard = Guard::new(self.root, watch, &inside, Instant::now());
-                let frozen = Frozen {
+                let frozen = FreezeReply {
                     mechanism: self.mechanism(),
                     processes: inside.len() as u64 + self.count_outside_group(),
                     took_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
@@ -462,7 +458,7 @@ impl FreezeController {
                 if let FreezeWork::Tree { work, .. } = work {
                     undo.stopped.extend(work.into_stopped());
                 }
-                let message = format!("not everybody stood still within {} ms", FREEZE_PATIENCE.as_millis());
+                let message = format!("some processes were not frozen within {} ms", FREEZE_PATIENCE.as_millis());
                 Refused::new(RefusalCode::FreezeTimeout, message)
             }
             Err((stopped, refused)) => {
@@ -484,8 +480,9 @@ impl FreezeController {
                     return Ok(Step::Working(FreezeWork::Group { watch }));
                 }
                 let inside = group.procs().map_err(|error| (Vec::new(), failed(&error)))?;
-                // A descendant may have been moved out of the group (a root agent's job runner,
-                // for instance): signals for those. The frozen ones make a quick look reliable.
+                // A descendant may have been moved out of the group (by a job runner of an agent with root privileges,
+                // for instance). It is stopped by signals. A quick scan is reliable, since the processes of the group
+                // are frozen.
                 let escaped = process::descendants(self.root, ProcScan::Quick)
                     .unwrap_or_default()
                     .iter()
@@ -497,11 +494,11 @@ impl FreezeController {
                 Ok(Step::Done { stopped: Vec::new(), inside, watch: Some(watch) })
             }
             (FreezeWork::Tree { mut work, inside }, _) => match work.step(&inside) {
-                Ok(Progress::Done) => {
+                Ok(TreeProgress::Done) => {
                     let watch = self.group().and_then(|group| group.watch().ok());
                     Ok(Step::Done { stopped: work.into_stopped(), inside, watch })
                 }
-                Ok(Progress::Working(_)) => Ok(Step::Working(FreezeWork::Tree { work, inside })),
+                Ok(TreeProgress::Working(_)) => Ok(Step::Working(FreezeWork::Tree { work, inside })),
                 Err(error) => Err((work.into_stopped(), failed(&error))),
             },
             (FreezeWork::Group { .. }, None) => {
@@ -510,7 +507,7 @@ impl FreezeController {
         }
     }
 
-    /// Counts the living that no group holds; all of them when there is no group.
+    /// Returns the number of live processes outside the group; all if there is no group.
     fn count_outside_group(&self) -> u64 {
         let inside = self.group().and_then(|group| group.procs().ok()).unwrap_or_default();
         process::descendants(self.root, ProcScan::Quick)
@@ -520,7 +517,7 @@ impl FreezeController {
             .count() as u64
     }
 
-    /// Leaves the phase behind and takes over what it must undo.
+    /// Leaves the phase and returns what must be undone.
     fn take_undo(&mut self) -> Undo {
         match std::mem::replace(&mut self.phase, Phase::Running) {
             Phase::Running => Undo::default(),
@@ -539,14 +536,14 @@ impl FreezeController {
 
     fn undo(&self, undo: Undo) -> Result<(), Refused> {
         let thawed = match self.group() {
-            // Also when we did not freeze it: nobody else has business with this group.
+            // Also if the shim did not freeze the group, which no other program should use.
             Some(group) => group.thaw().map_err(|error| Refused::new(RefusalCode::ThawFailed, failed_to(&error))),
             None => Ok(()),
         };
         tree::continue_all(&undo.stopped);
         if !undo.quiesced.is_empty() {
             tree::continue_all(&undo.quiesced);
-            // Born into the group after the first look, but stopped by the same signal.
+            // Processes that were created after the scan and stopped by the same signal.
             for stat in process::descendants(self.root, ProcScan::Quick).unwrap_or_default() {
                 if stat.pgid == self.agent.pid
                     && stat.state() == RunState::Stopped
@@ -562,7 +559,7 @@ impl FreezeController {
 
 enum Step {
     Working(FreezeWork),
-    Done { stopped: Vec<ProcessId>, inside: HashSet<i32>, watch: Option<Watch> },
+    Done { stopped: Vec<ProcessId>, inside: HashSet<i32>, watch: Option<GroupWatch> },
 }
 
 fn busy() -> Refused {
@@ -573,12 +570,12 @@ fn not_frozen() -> Refused {
     Refused::new(RefusalCode::NotFrozen, "the tree is not frozen (the lease may have expired)")
 }
 
-/// Encodes a result.
+/// Serialises a result.
 pub fn encode(result: &impl serde::Serialize) -> Answer {
     serde_json::to_value(result).map_err(|error| Refused::new(RefusalCode::Other, error.to_string()))
 }
 
-/// Formats an error and its causes as a failure in one line.
+/// Formats an error and its causes as one line: "failed to …: …".
 pub fn failed_to(error: &(dyn std::error::Error + 'static)) -> String {
     format!("failed to {}", error_chain(error))
 }

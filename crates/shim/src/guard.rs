@@ -1,57 +1,56 @@
-//! The guard of a frozen tree: sees that nobody in it runs, and says so when somebody did.
+//! The guard of a frozen tree: detects that a process of the tree has run.
 //!
-//! A tree that was stopped by signals is thawed by anybody's SIGCONT, a frozen group by anybody
-//! who may write to it. Three sources tell of it, and none of them costs anything while nothing
-//! happens: SIGCHLD for the shim's own children, the group's event file, and for everybody else a
-//! look every now and then, rarer the longer nothing happens.
+//! Any process with the permission can continue a tree that was stopped by signals (SIGCONT), or thaw a frozen group.
+//! There are three sources of detection, which cost nothing while nothing happens: SIGCHLD for the shim's own children,
+//! the group's event file, and for all other processes a periodic check, less frequent the longer the tree has been
+//! frozen.
 //!
-//! A look compares how much each process has run with what it had run when it was stopped. So one
-//! that was continued and stopped again between two looks is found as well, and a tree in which
-//! nobody has run since is *proven* to have stood still.
+//! A check compares the execution counters of each process with those at the time it was stopped. It therefore also
+//! finds a process that was continued and stopped again between two checks, and *proves* that a tree without such a
+//! process has not run.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use fermata_os::cgroup::Watch;
+use fermata_os::cgroup::GroupWatch;
 use fermata_os::process::{self, ProcScan, ProcessId, Ran, RunState};
 
-/// How often to look under a lease: a pause is under way and wants to know soon.
+/// The interval of checks under a lease: a pause is under way and needs the result soon.
 const LEASED_PACE: Duration = Duration::from_millis(100);
 
-/// How often to look at a tree that is held: at first, and at last. A look costs some 10
-/// microseconds per process, so that a thousand held trees of two processes take about one
-/// percent of a processor.
+/// The first and the longest interval of checks of a tree with a committed freeze. A check takes some 10 microseconds
+/// per process, so that a thousand trees of two processes use about one percent of a processor.
 const FIRST_PACE: Duration = Duration::from_millis(250);
 const LAST_PACE: Duration = Duration::from_secs(2);
 
-/// A process that shows as stopped may be on its last few instructions in the kernel: so soon
-/// after the freeze, and for so short a time, it has not run.
+/// A process that is shown as stopped may still be executing its last instructions in the kernel. If its counters have
+/// grown by no more than this, this soon after the freeze, it has not run.
 const SETTLING: Duration = Duration::from_millis(100);
 const SETTLING_NS: u64 = 50_000;
 
-/// One process that must not run.
+/// A process that must not run.
 #[derive(Debug)]
-struct Watched {
+struct GuardedProcess {
     id: ProcessId,
-    /// None where the kernel does not count: then only its state can tell.
+    /// `None` if the kernel does not count; then only the process's state is checked.
     ran: Option<Ran>,
 }
 
-/// What a look has shown.
+/// The result of a check.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuardReading {
-    /// Nobody has run.
+    /// No process has run.
     Still,
-    /// So many processes have run; 0 for a group that was thawed as a whole.
+    /// The number of processes that have run; 0 for a group that was thawed as a whole.
     Ran(u64),
 }
 
-/// Watches over one frozen tree.
+/// Guards one frozen tree.
 #[derive(Debug)]
 pub struct Guard {
-    group: Option<Watch>,
-    watched: Vec<Watched>,
-    /// Whether SIGCHLD tells of every continuation, because all are children of the shim.
+    group: Option<GroupWatch>,
+    watched: Vec<GuardedProcess>,
+    /// Whether all processes are children of the shim, so that SIGCHLD reports every continuation.
     notified: bool,
     since: Instant,
     next: Instant,
@@ -59,9 +58,9 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Begins to watch over a tree that has just come to a standstill; `inside` is held by the
-    /// group, all other descendants of `root` by signals.
-    pub fn new(root: i32, group: Option<Watch>, inside: &HashSet<i32>, now: Instant) -> Self {
+    /// Starts guarding a tree that has just been frozen. `inside` is frozen by the group, all other descendants of
+    /// `root` are stopped by signals.
+    pub fn new(root: i32, group: Option<GroupWatch>, inside: &HashSet<i32>, now: Instant) -> Self {
         let mut notified = true;
         let mut watched = Vec::new();
         for stat in process::descendants(root, ProcScan::Quick).unwrap_or_default() {
@@ -69,41 +68,40 @@ impl Guard {
                 continue;
             }
             notified &= stat.ppid == root;
-            watched.push(Watched { id: stat.id, ran: process::ran(stat.id.pid).ok().flatten() });
+            watched.push(GuardedProcess { id: stat.id, ran: process::ran(stat.id.pid).ok().flatten() });
         }
         Self { group, watched, notified, since: now, next: now + LEASED_PACE, pace: FIRST_PACE }
     }
 
-    /// What tells that the group was thawed, to be polled for POLLPRI.
-    pub fn watch(&self) -> Option<&Watch> {
+    /// The event file of the group, to be polled for POLLPRI.
+    pub fn watch(&self) -> Option<&GroupWatch> {
         self.group.as_ref()
     }
 
-    /// When to look again; never, where every change is told.
+    /// When the next check is due; `None` if every continuation is reported.
     pub fn next(&self) -> Option<Instant> {
         (!self.notified).then_some(self.next)
     }
 
-    /// Looks at once at the next tick: somebody of the tree has changed.
+    /// Makes a check due at the next tick, since a process of the tree has changed.
     pub fn check_soon(&mut self, now: Instant) {
         self.next = now;
     }
 
-    /// Whether the group was thawed as a whole. Reading it also arms what announces the next change.
+    /// Returns whether the group was thawed as a whole. Reading the event file also arms it for the next change.
     pub fn is_thawed(&mut self) -> bool {
         let events = self.group.as_mut().and_then(|watch| watch.read().ok());
         events.is_some_and(|events| events.populated && !events.frozen)
     }
 
-    /// Whether it is time to look.
     pub fn is_due(&self, now: Instant) -> bool {
         now >= self.next
     }
 
-    /// Looks at everybody. A tree that is `held` is looked at more and more rarely.
-    pub fn check(&mut self, held: bool, now: Instant) -> GuardReading {
-        self.next = now + if held { self.pace } else { LEASED_PACE };
-        if held {
+    /// Checks all processes. With a `committed` freeze the interval of checks grows.
+    pub fn check(&mut self, committed: bool, now: Instant) -> GuardReading {
+        self.next = now + if committed { self.pace } else { LEASED_PACE };
+        if committed {
             self.pace = (self.pace * 2).min(LAST_PACE);
         }
         let thawed = self.is_thawed();
@@ -112,13 +110,13 @@ impl Guard {
         let notified = self.notified;
         self.watched.retain_mut(|one| {
             let ran = process::ran(one.id.pid).ok().flatten();
-            // Where changes are told there is no later scan to find a process that was continued and has not got a
-            // processor yet.
+            // If continuations are reported there is no later check that would find a process that was continued but
+            // has not been scheduled yet.
             if ran.is_some() && ran == one.ran && !(notified && is_live(one.id)) {
                 return true;
             }
             match process::stat_of(one.id) {
-                // Killed, which needs no step of its own.
+                // The process was killed, which requires no instruction of its own.
                 Ok(None) => return false,
                 Ok(Some(stat)) => match (stat.state(), one.ran, ran) {
                     (RunState::Dead, _, _) => return false,
@@ -133,7 +131,7 @@ impl Guard {
                         count += 1;
                     }
                 },
-                // Unreadable says nothing.
+                // If the state cannot be read, nothing is known of the process.
                 Err(_) => {}
             }
             true
@@ -179,13 +177,13 @@ mod tests {
 
     fn guard(looper: &Looper) -> Guard {
         let now = Instant::now();
-        let watched = vec![Watched { id: looper.1, ran: process::ran(looper.1.pid).unwrap() }];
+        let watched = vec![GuardedProcess { id: looper.1, ran: process::ran(looper.1.pid).unwrap() }];
         let since = now.checked_sub(SETTLING).unwrap();
         Guard { group: None, watched, notified: false, since, next: now, pace: FIRST_PACE }
     }
 
     #[test]
-    fn one_that_was_continued_and_stopped_again_between_two_looks_is_found() {
+    fn a_process_that_was_continued_and_stopped_again_between_two_checks_is_found() {
         let looper = Looper::stopped();
         // It may be on its way off the processor for a moment.
         std::thread::sleep(SETTLING);
@@ -210,7 +208,7 @@ mod tests {
             std::thread::yield_now();
         }
         let now = Instant::now();
-        let watched = vec![Watched { id, ran: process::ran(id.pid).unwrap() }];
+        let watched = vec![GuardedProcess { id, ran: process::ran(id.pid).unwrap() }];
         let mut guard = Guard { group: None, watched, notified: true, since: now, next: now, pace: FIRST_PACE };
         assert_eq!(guard.check(false, now), GuardReading::Ran(1));
         child.kill().unwrap();
@@ -218,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_was_killed_has_not_run() {
+    fn a_process_that_was_killed_has_not_run() {
         let mut looper = Looper::stopped();
         std::thread::sleep(SETTLING);
         let mut guard = guard(&looper);
@@ -232,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn a_held_tree_is_looked_at_more_and_more_rarely() {
+    fn a_tree_with_a_committed_freeze_is_checked_less_and_less_often() {
         let looper = Looper::stopped();
         let mut guard = guard(&looper);
         let now = Instant::now();

@@ -1,7 +1,7 @@
-//! Takes an agent's output from its pipes into the log.
+//! Reads an agent's output from its pipes into the log.
 //!
-//! A quiet agent costs a small buffer and the kernel's usual pipe. One that writes faster than it
-//! is read gets larger ones: fewer and longer reads and writes are most of what makes a log fast.
+//! A quiet agent costs a small buffer and a pipe of the default size. An agent that writes much gets larger ones, since
+//! fewer and longer reads and writes make up most of the speed of a log.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -12,22 +12,22 @@ use super::log_line::Stream;
 use super::log_sink::LogSink;
 use fermata_os::clock;
 
-/// What is read at once from an agent that writes little.
+/// The buffer size for an agent that writes little, in bytes.
 const SMALL: usize = 16 * 1024;
-/// What is read at once from an agent that writes much.
+/// The buffer size for an agent that writes much, in bytes.
 const LARGE: usize = 256 * 1024;
-/// The size of the pipe of an agent that writes much. Not more: the kernel bounds what one user's
-/// pipes may hold altogether (`pipe-user-pages-soft`, pipe(7)), and it refuses beyond.
+/// The pipe size of an agent that writes much. The kernel limits the total size of one user's pipes
+/// (`pipe-user-pages-soft`, pipe(7)) and refuses larger ones beyond.
 const LARGE_PIPE: i32 = 256 * 1024;
-/// After so many small reads in a row the large buffer is given back.
+/// The large buffer is released after this many small reads in a row.
 const CALM: u32 = 64;
 
-/// What came of one read.
+/// The result of one read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IntakeResult {
-    /// So many bytes.
+    /// This many bytes were read.
     Bytes(usize),
-    /// Nothing now.
+    /// No output is available now.
     Nothing,
     /// The stream has ended.
     End,
@@ -47,12 +47,12 @@ impl Default for Intake {
 }
 
 impl Intake {
-    /// Reads once; at the end of the stream the pipe is closed.
+    /// Reads once, and closes the pipe at the end of the stream.
     pub fn read(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> IntakeResult {
         self.read_and_show(pipe, stream, log, |_| {})
     }
 
-    /// The same, and shows what was read to somebody else.
+    /// Reads once like [`Intake::read`], and passes what was read to `show`.
     pub fn read_and_show(
         &mut self,
         pipe: &mut Option<File>,
@@ -62,7 +62,7 @@ impl Intake {
     ) -> IntakeResult {
         let Some(file) = pipe else { return IntakeResult::End };
         let read = match file.read(&mut self.buffer) {
-            // The end of a terminal (pty(7)).
+            // EIO is the end of file of a terminal (pty(7)).
             Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(0),
             other => other,
         };
@@ -90,8 +90,8 @@ impl Intake {
         }
     }
 
-    /// Reads what is there now, as far as one or two reads reach: two streams then come in the order
-    /// in which they were written, as far as anybody can tell.
+    /// Reads the available output, at most two buffers, so that the lines of two streams are logged approximately in
+    /// the order in which they were written.
     pub fn take(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink) -> IntakeResult {
         let room = self.buffer.len();
         match self.read(pipe, stream, log) {
@@ -103,7 +103,7 @@ impl Intake {
         }
     }
 
-    /// Reads what is there now, at most about `limit` bytes: somebody may still be writing.
+    /// Reads the available output, at most about `limit` bytes, since a process may still be writing.
     pub fn drain(&mut self, pipe: &mut Option<File>, stream: Stream, log: &mut LogSink, limit: usize) {
         let mut taken = 0;
         while taken < limit {
@@ -117,7 +117,7 @@ impl Intake {
     fn adapt(&mut self, count: usize, pipe: &File) {
         if count == self.buffer.len() && count < LARGE {
             self.buffer = vec![0; LARGE];
-            // Refused where the user has many such pipes; the usual size is fine too.
+            // Refused if the user has many such pipes; the default size works too.
             fcntl(pipe, FcntlArg::F_SETPIPE_SZ(LARGE_PIPE)).ok();
         }
         let small = count < SMALL / 2 && self.buffer.len() > SMALL;

@@ -1,8 +1,7 @@
 //! The start of a shim: from the command line to the running agent.
 //!
-//! The process that the daemon starts is only the launcher. It forks the shim, passes on the one
-//! line in which the shim reports success or failure, and ends: so nobody who can die is the
-//! shim's parent.
+//! The process that the daemon starts is only the launcher. It forks the shim, prints the one line in which the shim
+//! reports success or failure, and exits, so that the shim's parent cannot die later.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -23,10 +22,10 @@ use super::freeze::{FreezeController, failed_to};
 use super::log::LogWriter;
 use super::log_sink::{LogSink, LogWriterLink};
 use super::log_writer_process;
-use super::raw::Raw;
+use super::raw::RawString;
 use super::record::RunRecord;
 use super::spec::{HookSpec, LaunchSpec, RUN_ID_VARIABLE, files};
-use super::supervise::{Parts, Supervisor};
+use super::supervise::{AgentSupervisor, Parts};
 use super::terminal::Terminal;
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::cgroup::{Freezer, Group};
@@ -34,10 +33,11 @@ use fermata_os::fsync::{Reserve, write_atomic};
 use fermata_os::prelude::Prelude;
 use fermata_os::process::{self, ProcessId};
 use fermata_os::pty::{self, Pty};
-use fermata_os::spawn::{self, Program, SpawnError, Stage};
+use fermata_os::spawn::{self, Program};
+use fermata_os::spawn_error::{SpawnError, SpawnStage};
 use fermata_os::{clock, signals};
 
-/// Why nothing runs.
+/// Why a launch has failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LaunchCode {
@@ -45,21 +45,20 @@ pub enum LaunchCode {
     BadSpec,
     /// No such program, neither by path nor in the agent's PATH.
     ProgramNotFound,
-    /// The program is there but may not or cannot be executed.
+    /// The program exists but cannot be executed.
     ProgramNotExecutable,
-    /// The script is there, but the interpreter that its first line names is not.
+    /// The script exists, but not the interpreter that its first line names.
     InterpreterMissing,
     /// The working directory does not exist.
     CwdMissing,
-    /// The working directory may not be entered.
+    /// The working directory cannot be entered.
     CwdDenied,
     /// A resource limit cannot be set.
     LimitRefused,
-    /// The socket's path is too long for the kernel.
     SocketPathTooLong,
-    /// The socket cannot be made.
+    /// The socket cannot be created.
     SocketFailed,
-    /// The run's folder cannot be written.
+    /// The run's directory cannot be written.
     RunDirFailed,
     /// The process cannot be created.
     SpawnFailed,
@@ -74,40 +73,38 @@ pub enum LaunchCode {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum LaunchReport {
-    /// It runs.
+    /// The agent runs.
     Running {
         /// Always true.
         ok: bool,
-        /// The shim.
         shim: ProcessId,
         /// The main process.
         agent: ProcessId,
         /// How the tree will be frozen.
         mechanism: FreezerKind,
-        /// Why it is not done by a control group.
+        /// Why the tree is frozen by signals and not by a control group.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         why: Option<String>,
     },
-    /// Nothing runs.
+    /// No agent runs.
     Failed {
         /// Always false.
         ok: bool,
-        /// The stable code.
         code: LaunchCode,
-        /// The sentence.
+        /// A sentence for people.
         message: String,
     },
 }
 
 /// A failure before the agent ran.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(super) struct LaunchFailure {
     code: LaunchCode,
     /// A sentence for people.
     pub(super) message: String,
 }
 
-impl Failure {
+impl LaunchFailure {
     fn new(code: LaunchCode, error: &(dyn std::error::Error + 'static)) -> Self {
         Self { code, message: failed_to(error) }
     }
@@ -118,19 +115,19 @@ impl Failure {
     }
 }
 
-/// The whole of `fermata-shim RUN_DIR`; returns the exit code.
+/// The program `fermata-shim RUN_DIR`; returns the exit code.
 pub fn main(run_dir: &Path) -> i32 {
     spawn::close_inherited();
     let report = match LaunchSpec::read(run_dir) {
-        Err(error) => failed(Failure::new(LaunchCode::BadSpec, &error)),
+        Err(error) => failed(LaunchFailure::new(LaunchCode::BadSpec, &error)),
         Ok(spec) => match fork_shim(spec) {
             Ok(Some(line)) => line,
-            // This is the shim or the log writer process, and the agent has ended.
+            // This process is the shim or the log writer process, and the agent has ended.
             Ok(None) => return 0,
-            Err(error) => failed(Failure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
+            Err(error) => failed(LaunchFailure { code: LaunchCode::SpawnFailed, message: error.to_string() }),
         },
     };
-    // A daemon that has died in the meantime finds the run's record instead of this line.
+    // A daemon that dies meanwhile finds the run record instead of this line.
     if let Ok(line) = serde_json::to_string(&report) {
         writeln!(io::stdout(), "{line}").ok();
     }
@@ -140,19 +137,19 @@ pub fn main(run_dir: &Path) -> i32 {
     }
 }
 
-fn failed(failure: Failure) -> LaunchReport {
+fn failed(failure: LaunchFailure) -> LaunchReport {
     LaunchReport::Failed { ok: false, code: failure.code, message: failure.message }
 }
 
-/// Which process this is after a log writer process may have been forked.
+/// Which process this is after forking the log writer process.
 enum Forked {
     /// The launcher, with the shim's end of the log writer process's socket.
     Launcher(Option<OwnedFd>),
-    /// The log writer process, which has nothing more to do.
+    /// The log writer process, which has finished.
     LogWriter,
 }
 
-/// Forks the log writer process, where there is to be one.
+/// Forks the log writer process, if the output policy needs one.
 fn fork_log_writer(spec: &LaunchSpec) -> io::Result<Forked> {
     if spec.output == OutputPolicy::Block {
         return Ok(Forked::Launcher(None));
@@ -163,7 +160,7 @@ fn fork_log_writer(spec: &LaunchSpec) -> io::Result<Forked> {
     match spawn::fork_single_threaded()? {
         ForkResult::Parent { .. } => Ok(Forked::Launcher(Some(ours))),
         ForkResult::Child => {
-            // Else it would never see the end of the shim.
+            // With this end open, the log writer process would never see the end of the shim.
             drop(ours);
             match detach(spec) {
                 Ok(()) => log_writer_process::run(&theirs, &logs, spec.log),
@@ -174,8 +171,8 @@ fn fork_log_writer(spec: &LaunchSpec) -> io::Result<Forked> {
     }
 }
 
-/// Forks the shim and waits for its report; in the shim and in the log writer process returns `None` after the
-/// agent's end.
+/// Forks the shim and waits for its report. In the shim and in the log writer process, returns `None` after the agent's
+/// end.
 fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
     let Forked::Launcher(log_writer) = fork_log_writer(&spec)? else { return Ok(None) };
     let (report_in, report_out) = pipe2(OFlag::O_CLOEXEC)?;
@@ -190,7 +187,7 @@ fn fork_shim(spec: LaunchSpec) -> io::Result<Option<LaunchReport>> {
             let mut line = Vec::new();
             File::from(report_in).read_to_end(&mut line)?;
             Ok(Some(serde_json::from_slice(&line).unwrap_or_else(|_| {
-                failed(Failure {
+                failed(LaunchFailure {
                     code: LaunchCode::ShimDied,
                     message: format!("the shim ended before it reported; see {}", files::SHIM_LOG),
                 })
@@ -208,44 +205,44 @@ fn shim(spec: LaunchSpec, report_out: OwnedFd, log_writer: Option<OwnedFd>) {
         Err(failure) => (failed(failure), None),
     };
     if let Ok(line) = serde_json::to_vec(&report) {
-        // If the launcher was killed, the run's record still tells a daemon everything.
+        // If the launcher was killed, the daemon finds the same in the run record.
         File::from(report_out).write_all(&line).ok();
     }
     if let Some(parts) = parts {
-        Supervisor::new(*parts).run();
+        AgentSupervisor::new(*parts).run();
     }
 }
 
 /// Makes this process a shim and starts the agent.
-fn launch(spec: LaunchSpec, log_writer: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), Failure> {
+fn launch(spec: LaunchSpec, log_writer: Option<OwnedFd>) -> Result<(RunRecord, Box<Parts>), LaunchFailure> {
     detach(&spec)?;
-    let children = signals::shim_signal_fd().map_err(Failure::io(
+    let children = signals::shim_signal_fd().map_err(LaunchFailure::io(
         LaunchCode::SpawnFailed,
         "watch the children of",
         Path::new("/proc/self"),
     ))?;
     let logs = spec.file(files::LOGS);
-    make_private_dir(&logs).map_err(Failure::io(LaunchCode::RunDirFailed, "create", &logs))?;
+    make_private_dir(&logs).map_err(LaunchFailure::io(LaunchCode::RunDirFailed, "create", &logs))?;
     let log = match log_writer {
         Some(socket) => LogSink::Process(LogWriterLink::new(socket, &logs, spec.log)),
         None => {
             let log = LogWriter::open(&logs, spec.log);
-            LogSink::Direct(log.map_err(Failure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?)
+            LogSink::Direct(log.map_err(LaunchFailure::io(LaunchCode::RunDirFailed, "open the logs in", &logs))?)
         }
     };
     let reserve = Reserve::create(&spec.file(files::EXIT), 0o600)
-        .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
-    // What comes between the agent's end and its record takes time with either of these.
+        .map_err(|error| LaunchFailure::new(LaunchCode::RunDirFailed, &error))?;
+    // A post-stop command and a log writer process delay the exit record.
     let takes_time = spec.post_stop.is_some() || spec.output != OutputPolicy::Block;
     let ended = takes_time.then(|| Reserve::create(&spec.file(files::ENDED), 0o600));
-    let ended = ended.transpose().map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+    let ended = ended.transpose().map_err(|error| LaunchFailure::new(LaunchCode::RunDirFailed, &error))?;
     let listener = listen(&spec.socket)?;
     let started = start_agent(&spec);
     let undo_socket = |failure| {
         std::fs::remove_file(&spec.socket).ok();
         failure
     };
-    let Started { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
+    let StartedAgent { agent, freezer, stdout, stderr, terminal, prelude } = started.map_err(undo_socket)?;
     fermata_failpoint::hit("shim.agent_started");
     let shim = own_identity().map_err(undo_socket)?;
     let (mechanism, why, cgroup) = match &freezer {
@@ -267,7 +264,7 @@ fn launch(spec: LaunchSpec, log_writer: Option<OwnedFd>) -> Result<(RunRecord, B
         stderr_pipe: stderr.as_ref().and_then(inode),
     };
     if let Err(failure) = write_record(&spec, &record) {
-        // An agent that no daemon could ever find again must not run.
+        // An agent without a record, which no daemon could find, must not run.
         process::signal(agent, libc::SIGKILL).ok();
         if let Some(group) = freeze.group() {
             group.kill().ok();
@@ -282,58 +279,62 @@ fn launch(spec: LaunchSpec, log_writer: Option<OwnedFd>) -> Result<(RunRecord, B
     Ok((record, Box::new(parts)))
 }
 
-/// The inode of a pipe; a terminal is none.
+/// Returns the inode of a pipe; `None` for a terminal.
 fn inode(end: &OwnedFd) -> Option<u64> {
     let stat = nix::sys::stat::fstat(end).ok()?;
     (stat.st_mode & libc::S_IFMT == libc::S_IFIFO).then_some(stat.st_ino)
 }
 
-fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), Failure> {
-    let bytes = serde_json::to_vec(record).map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
+fn write_record(spec: &LaunchSpec, record: &RunRecord) -> Result<(), LaunchFailure> {
+    let bytes = serde_json::to_vec(record).map_err(|error| LaunchFailure::new(LaunchCode::RunDirFailed, &error))?;
     write_atomic(&spec.file(files::RUN), &bytes, 0o600)
-        .map_err(|error| Failure::new(LaunchCode::RunDirFailed, &error))?;
-    // A daemon that was started meanwhile may have looked before the record was there.
+        .map_err(|error| LaunchFailure::new(LaunchCode::RunDirFailed, &error))?;
+    // A daemon started meanwhile may have searched for the record before it existed.
     if spec.file(files::ABANDONED).exists() {
-        let message = "the daemon that wanted it is gone, and the next one gave the launch up".to_owned();
-        return Err(Failure { code: LaunchCode::ShimDied, message });
+        let message =
+            "the daemon that requested the launch has died, and the next daemon has given the launch up".to_owned();
+        return Err(LaunchFailure { code: LaunchCode::ShimDied, message });
     }
     Ok(())
 }
 
-fn own_identity() -> Result<ProcessId, Failure> {
+fn own_identity() -> Result<ProcessId, LaunchFailure> {
     let pid = nix::unistd::getpid().as_raw();
     identify(pid)
 }
 
-fn identify(pid: i32) -> Result<ProcessId, Failure> {
+fn identify(pid: i32) -> Result<ProcessId, LaunchFailure> {
     match process::identify(pid) {
         Ok(Some(id)) => Ok(id),
-        Ok(None) => Err(Failure { code: LaunchCode::SpawnFailed, message: format!("process {pid} is not in /proc") }),
-        Err(error) => {
-            Err(Failure { code: LaunchCode::SpawnFailed, message: format!("failed to read /proc/{pid}/stat: {error}") })
+        Ok(None) => {
+            Err(LaunchFailure { code: LaunchCode::SpawnFailed, message: format!("process {pid} is not in /proc") })
         }
+        Err(error) => Err(LaunchFailure {
+            code: LaunchCode::SpawnFailed,
+            message: format!("failed to read /proc/{pid}/stat: {error}"),
+        }),
     }
 }
 
-/// Cuts every tie to the daemon: session, terminal, signals, descriptors, working directory.
-fn detach(spec: &LaunchSpec) -> Result<(), Failure> {
+/// Separates this process from the daemon: session, terminal, signals, descriptors, working directory.
+fn detach(spec: &LaunchSpec) -> Result<(), LaunchFailure> {
     let failure = |what: &str| {
         let what = what.to_owned();
-        move |errno: nix::errno::Errno| Failure {
+        move |errno: nix::errno::Errno| LaunchFailure {
             code: LaunchCode::SpawnFailed,
             message: format!("failed to {what}: {errno}"),
         }
     };
-    nix::unistd::setsid().map_err(failure("begin a session"))?;
+    nix::unistd::setsid().map_err(failure("create a session"))?;
     nix::sys::prctl::set_child_subreaper(true).map_err(failure("become a subreaper"))?;
     nix::unistd::chdir("/").map_err(failure("enter /"))?;
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o077));
-    signals::ignore_deadly().map_err(|error| Failure {
+    signals::ignore_deadly().map_err(|error| LaunchFailure {
         code: LaunchCode::SpawnFailed,
         message: format!("failed to ignore signals: {error}"),
     })?;
     let path = spec.file(files::SHIM_LOG);
-    let own_log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(Failure::io(
+    let own_log = OpenOptions::new().append(true).create(true).mode(0o600).open(&path).map_err(LaunchFailure::io(
         LaunchCode::RunDirFailed,
         "open",
         &path,
@@ -348,24 +349,24 @@ pub(super) fn open_null_file() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open("/dev/null")
 }
 
-fn open_null() -> Result<File, Failure> {
-    open_null_file().map_err(Failure::io(LaunchCode::SpawnFailed, "open", Path::new("/dev/null")))
+fn open_null() -> Result<File, LaunchFailure> {
+    open_null_file().map_err(LaunchFailure::io(LaunchCode::SpawnFailed, "open", Path::new("/dev/null")))
 }
 
 fn make_private_dir(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// Listens in a directory that only this user can enter.
-pub(super) fn listen(path: &Path) -> Result<UnixListener, Failure> {
+/// Listens on a socket in a directory that only this user can enter.
+pub(super) fn listen(path: &Path) -> Result<UnixListener, LaunchFailure> {
     // sun_path has 108 bytes, the last one is a NUL (unix(7)).
     if path.as_os_str().as_bytes().len() > 107 {
-        return Err(Failure {
+        return Err(LaunchFailure {
             code: LaunchCode::SocketPathTooLong,
             message: format!("the socket path {} has more than 107 bytes", path.display()),
         });
     }
-    let failure = |what| Failure::io(LaunchCode::SocketFailed, what, path);
+    let failure = |what| LaunchFailure::io(LaunchCode::SocketFailed, what, path);
     if let Some(parent) = path.parent() {
         make_private_dir(parent).map_err(failure("create the directory of"))?;
     }
@@ -375,7 +376,7 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener, Failure> {
         }
         _ => {}
     }
-    // The umask makes it 0600 from its first moment; this also holds where umasks are ignored.
+    // The umask makes the mode 0600 from the start. Setting it as well covers file systems that ignore the umask.
     let listener = UnixListener::bind(path).map_err(failure("listen on"))?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failure("protect"))?;
     listener.set_nonblocking(true).map_err(failure("unblock"))?;
@@ -383,7 +384,7 @@ pub(super) fn listen(path: &Path) -> Result<UnixListener, Failure> {
 }
 
 #[derive(Debug)]
-struct Started {
+struct StartedAgent {
     agent: ProcessId,
     freezer: Freezer,
     stdout: OwnedFd,
@@ -392,7 +393,7 @@ struct Started {
     prelude: Option<Prelude>,
 }
 
-/// Both sides of what the agent reads from and writes to.
+/// Both ends of the agent's standard streams.
 #[derive(Debug)]
 struct Streams {
     stdout: OwnedFd,
@@ -401,15 +402,15 @@ struct Streams {
     theirs: [OwnedFd; 3],
 }
 
-/// Pipes and no input, or a terminal.
-fn streams(spec: &LaunchSpec) -> Result<Streams, Failure> {
+/// Creates two pipes and no input, or a terminal.
+fn streams(spec: &LaunchSpec) -> Result<Streams, LaunchFailure> {
     let Some(size) = spec.terminal else {
         let (stdout, agent_stdout) = agent_pipe()?;
         let (stderr, agent_stderr) = agent_pipe()?;
         let theirs = [open_null()?.into(), agent_stdout, agent_stderr];
         return Ok(Streams { stdout, stderr: Some(stderr), terminal: None, theirs });
     };
-    let failure = |error: io::Error| Failure {
+    let failure = |error: io::Error| LaunchFailure {
         code: LaunchCode::SpawnFailed,
         message: format!("failed to open a terminal: {error}"),
     };
@@ -420,17 +421,17 @@ fn streams(spec: &LaunchSpec) -> Result<Streams, Failure> {
     Ok(Streams { stdout: master, stderr: None, terminal: Some(terminal), theirs })
 }
 
-/// Prepares a program with the agent's environment, directory and limits.
-pub(super) fn program(spec: &LaunchSpec, argv: &[Raw], more: &[(Raw, Raw)]) -> io::Result<Program> {
+/// Prepares a program with the agent's environment, directory and limits. `more` is added to the environment.
+pub(super) fn program(spec: &LaunchSpec, argv: &[RawString], more: &[(RawString, RawString)]) -> io::Result<Program> {
     let mut env = spec.env.clone();
     env.retain(|(name, _)| name.as_bytes() != RUN_ID_VARIABLE.as_bytes());
-    env.push((Raw::from(RUN_ID_VARIABLE), Raw::from(spec.run_id.as_str())));
+    env.push((RawString::from(RUN_ID_VARIABLE), RawString::from(spec.run_id.as_str())));
     env.extend_from_slice(more);
     Program::new(argv, &env, spec.cwd.as_os_str(), spec.umask, &spec.rlimits)
 }
 
-fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
-    let bad = |error: io::Error| Failure { code: LaunchCode::BadSpec, message: error.to_string() };
+fn start_agent(spec: &LaunchSpec) -> Result<StartedAgent, LaunchFailure> {
+    let bad = |error: io::Error| LaunchFailure { code: LaunchCode::BadSpec, message: error.to_string() };
     let program = program(spec, &spec.argv, &[]).map_err(bad)?;
     let before = spec.pre_start.as_ref().map(|hook| self::program(spec, &hook.argv, &[])).transpose().map_err(bad)?;
     let Streams { stdout, stderr, terminal, theirs: [stdin, agent_stdout, agent_stderr] } = streams(spec)?;
@@ -448,9 +449,9 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
         None if limited => return Err(unlimited(&freezer)),
         None => run(None),
         Some(procs) => match run(Some(&procs)) {
-            // For instance a delegated subtree that may not be entered from here: only the
-            // migration itself shows it. The agent is worth more than its group.
-            Err(error) if error.stage == Stage::Cgroup && !limited => {
+            // For instance, the group is in a delegated subtree that processes cannot be moved into from here, which only
+            // the attempt shows. The agent runs without a group then.
+            Err(error) if error.stage == SpawnStage::Cgroup && !limited => {
                 give_up_group(&mut freezer, &error);
                 run(None)
             }
@@ -459,7 +460,7 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
     };
     match spawned {
         Ok((pid, prelude)) => {
-            Ok(Started { agent: identify(pid.as_raw())?, freezer, stdout, stderr, terminal, prelude })
+            Ok(StartedAgent { agent: identify(pid.as_raw())?, freezer, stdout, stderr, terminal, prelude })
         }
         Err(error) => {
             if let Freezer::Cgroup(group) = &freezer {
@@ -470,26 +471,26 @@ fn start_agent(spec: &LaunchSpec) -> Result<Started, Failure> {
     }
 }
 
-/// Limits the group before anybody is in it.
-fn set_tree_limits(spec: &LaunchSpec, freezer: &Freezer) -> Result<(), Failure> {
+/// Sets the limits of the group before it has a member.
+fn set_tree_limits(spec: &LaunchSpec, freezer: &Freezer) -> Result<(), LaunchFailure> {
     match freezer {
         _ if spec.tree_limits.is_empty() => Ok(()),
         Freezer::Signals { .. } => Err(unlimited(freezer)),
         Freezer::Cgroup(group) => spec.tree_limits.set(group).map_err(|error| {
-            // An empty group that stays behind does no harm.
+            // An empty group that cannot be removed is harmless.
             group.remove(Duration::from_millis(100)).ok();
-            Failure::new(LaunchCode::LimitRefused, &error)
+            LaunchFailure::new(LaunchCode::LimitRefused, &error)
         }),
     }
 }
 
-/// An agent that was to be limited does not run without its limits.
-fn unlimited(freezer: &Freezer) -> Failure {
+/// An agent whose limits cannot be set must not run.
+fn unlimited(freezer: &Freezer) -> LaunchFailure {
     let why = match freezer {
         Freezer::Signals { why } => why.as_str(),
         Freezer::Cgroup(_) => "its control group cannot be used",
     };
-    Failure { code: LaunchCode::LimitRefused, message: format!("its resources cannot be limited: {why}") }
+    LaunchFailure { code: LaunchCode::LimitRefused, message: format!("the agent's resources cannot be limited: {why}") }
 }
 
 fn member_file(freezer: &mut Freezer) -> Option<File> {
@@ -511,72 +512,75 @@ fn give_up_group(freezer: &mut Freezer, error: &dyn std::error::Error) {
         Freezer::Signals { .. } => None,
     };
     if let Some(group) = group {
-        // An empty group that stays behind does no harm.
+        // An empty group that cannot be removed is harmless.
         group.remove(Duration::from_millis(100)).ok();
     }
 }
 
-/// A pipe whose reading end does not block; the agent's end is as everybody expects it.
+/// Creates a pipe with a non-blocking reading end; the agent's end is blocking, as programs expect.
 pub(super) fn output_pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
     fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
     Ok((ours, theirs))
 }
 
-fn agent_pipe() -> Result<(OwnedFd, OwnedFd), Failure> {
-    output_pipe()
-        .map_err(|errno| Failure { code: LaunchCode::SpawnFailed, message: format!("failed to make a pipe: {errno}") })
+fn agent_pipe() -> Result<(OwnedFd, OwnedFd), LaunchFailure> {
+    output_pipe().map_err(|errno| LaunchFailure {
+        code: LaunchCode::SpawnFailed,
+        message: format!("failed to create a pipe: {errno}"),
+    })
 }
 
-/// Cuts a name to what fits into a sentence: the record of the exit has room for so much.
+/// Shortens a name for a message: the exit record has limited space.
 fn cut(name: &str) -> String {
     const MOST: usize = 200;
     if name.chars().count() <= MOST { name.to_owned() } else { name.chars().take(MOST).chain(['…']).collect() }
 }
 
-/// The sentence of [`explain`].
+/// The message of [`explain`].
 pub(super) fn why_not_started(spec: &LaunchSpec, error: &SpawnError) -> String {
     explain(spec, error).message
 }
 
-/// Turns an errno into what the person who typed the command needs to know.
-fn explain(spec: &LaunchSpec, error: &SpawnError) -> Failure {
+/// Turns an errno into a message for the user who typed the command.
+fn explain(spec: &LaunchSpec, error: &SpawnError) -> LaunchFailure {
     let kind = error.source.raw_os_error();
     let program = spec.argv.first().map(|name| Path::new(name.as_ref()).display().to_string());
-    let whole = program.unwrap_or_default();
-    let (program, cwd) = (cut(&whole), cut(&spec.cwd.display().to_string()));
+    let name = program.unwrap_or_default();
+    let (program, cwd) = (cut(&name), cut(&spec.cwd.display().to_string()));
     let (code, message) = match (error.stage, kind) {
-        (Stage::Exec, Some(libc::ENOENT | libc::ENOTDIR)) => {
-            let path = spec.cwd.join(PathBuf::from(&whole));
-            if whole.contains('/') && path.exists() {
+        (SpawnStage::Exec, Some(libc::ENOENT | libc::ENOTDIR)) => {
+            let path = spec.cwd.join(PathBuf::from(&name));
+            if name.contains('/') && path.exists() {
                 (
                     LaunchCode::InterpreterMissing,
                     format!("the interpreter (or loader) that {program} names was not found"),
                 )
-            } else if whole.contains('/') {
+            } else if name.contains('/') {
                 (LaunchCode::ProgramNotFound, format!("there is no program {program}"))
             } else {
                 (LaunchCode::ProgramNotFound, format!("there is no program {program} in the agent's PATH"))
             }
         }
-        (Stage::Exec, _) => {
+        (SpawnStage::Exec, _) => {
             (LaunchCode::ProgramNotExecutable, format!("{program} cannot be executed: {}", error.source))
         }
-        (Stage::WorkingDirectory, Some(libc::ENOENT | libc::ENOTDIR)) => {
+        (SpawnStage::WorkingDirectory, Some(libc::ENOENT | libc::ENOTDIR)) => {
             (LaunchCode::CwdMissing, format!("the working directory {cwd} does not exist"))
         }
-        (Stage::WorkingDirectory, _) => {
+        (SpawnStage::WorkingDirectory, _) => {
             (LaunchCode::CwdDenied, format!("the working directory {cwd} cannot be entered: {}", error.source))
         }
-        (Stage::Limits, _) => (LaunchCode::LimitRefused, failed_to(error)),
-        (Stage::ExecBefore, _) => {
+        (SpawnStage::Limits, _) => (LaunchCode::LimitRefused, failed_to(error)),
+        (SpawnStage::ExecBefore, _) => {
             let line = spec.pre_start.as_ref().map(HookSpec::line).unwrap_or_default();
             let message = format!("the pre-start command '{line}' cannot be executed: {}", error.source);
             (LaunchCode::ProgramNotExecutable, message)
         }
-        (Stage::Fork | Stage::Cgroup | Stage::ProcessGroup | Stage::Stdio | Stage::Terminal, _) => {
-            (LaunchCode::SpawnFailed, failed_to(error))
-        }
+        (
+            SpawnStage::Fork | SpawnStage::Cgroup | SpawnStage::ProcessGroup | SpawnStage::Stdio | SpawnStage::Terminal,
+            _,
+        ) => (LaunchCode::SpawnFailed, failed_to(error)),
     };
-    Failure { code, message }
+    LaunchFailure { code, message }
 }

@@ -1,18 +1,18 @@
-//! The shim: parent and subreaper of one agent, which outlives the daemon.
+//! The shim: parent and subreaper of one agent. It outlives the daemon.
 //!
 //! ```text
 //! fermatad ── runs ──> launcher ── forks ──> shim (own session, subreaper) ── forks ──> agent
 //!    │                  prints one line,       │  socket: wire.rs                (own group,
-//!    │                  ends                   │  logs:   log.rs                  same session)
-//!    └── launch.rs, link.rs, reconnect.rs, lost.rs ┘  run.json, exit.json: record.rs
+//!    │                  exits                  │  logs:   log.rs                  same session)
+//!    └── daemon/src/shims/ ────────────────────┘  run.json, exit.json: record.rs
 //! ```
 //!
-//! The daemon is never the shim's parent, so a fresh start and an adoption after a daemon restart
-//! are the same path: read `run.json`, connect to the socket.
+//! The daemon is never the parent of the shim. A fresh start and an adoption after a daemon restart therefore take the
+//! same path: read `run.json`, connect to the socket.
 //!
-//! The shim is synchronous and has one thread. It must not die before its agent, must not wait for
-//! a peer, and decides nothing about projects: it does what the daemon says and falls back to
-//! "let the agent run" when the daemon falls silent (see `freeze.rs` for the lease).
+//! The shim is synchronous and has one thread. It must not die before its agent, never waits for a peer, and decides
+//! nothing about projects: it carries out the daemon's requests, and lets the agent run if the daemon falls silent (see
+//! `freeze` for the lease).
 
 pub mod connection;
 pub mod freeze;

@@ -1,15 +1,14 @@
-//! The writer of an agent's log files; its owner is the shim, and there is one per run.
+//! Writes an agent's log files. There is one writer per run.
 //!
 //! ```text
 //! logs/1.log  logs/2.log  …  logs/current.log        rotated by renaming current.log to <n>.log
 //! ```
 //!
-//! Few lines are written one by one, each with its time; what comes in bulk goes into blocks, as it
-//! was read (`log_line.rs` has the format). Nothing waits: what one read returned is in the file
-//! before the next one.
+//! A few lines are written one by one, each with its time; larger amounts are written as blocks, as they were read (see
+//! `log_line` for the format). Nothing is delayed: the result of one read is in the file before the next read.
 //!
-//! The writer never blocks its caller for longer than a write to a file and never fails it: a full
-//! disk costs output, which is counted and reported by a `gap` line, but never the agent.
+//! The writer blocks its caller for no longer than a write to a file, and never fails: on a full disk output is
+//! dropped, counted and reported by a `gap` line, and the agent continues.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, IoSlice, Write};
@@ -18,11 +17,11 @@ use std::path::{Path, PathBuf};
 
 use memchr::{memchr, memchr_iter, memrchr};
 
-use super::log_line::{BLOCK_FRAME, BlockEnd, LogLine, MAX_BLOCK, MAX_PAYLOAD, Stamper, Stream};
+use super::log_line::{BLOCK_FRAME, BlockEnd, LogFileLine, MAX_BLOCK, MAX_PAYLOAD, Stamper, Stream};
 use super::spec::LogLimits;
 
-/// From so many bytes of whole lines on, a block is cheaper than single lines; below that, single
-/// lines are easier for people who look into the files.
+/// At least this many bytes of complete lines are written as a block, which is cheaper; fewer are written as single
+/// lines, which are easier to read for people.
 const MIN_BLOCK: usize = 8 * 1024;
 
 /// The file that is being written.
@@ -33,7 +32,7 @@ pub fn rotated_name(number: u64) -> String {
     format!("{number}.log")
 }
 
-/// The numbers of the rotated files, ascending.
+/// Returns the numbers of the rotated files in ascending order.
 pub fn rotated_numbers(dir: &Path) -> io::Result<Vec<u64>> {
     let mut numbers = Vec::new();
     for entry in fs::read_dir(dir)? {
@@ -48,16 +47,16 @@ pub fn rotated_numbers(dir: &Path) -> io::Result<Vec<u64>> {
 /// Output that was lost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Loss {
-    /// Bytes, newlines included.
+    /// Includes newlines.
     pub bytes: u64,
-    /// Newlines.
+    /// The number of newlines.
     pub lines: u64,
-    /// When the first of it was read, Unix nanoseconds.
+    /// When the first lost byte was read, in Unix nanoseconds.
     pub since_ns: i64,
 }
 
 impl Loss {
-    /// Adds what was read at `at_ns`.
+    /// Adds output that was read at `at_ns`.
     pub fn add(&mut self, bytes: u64, lines: u64, at_ns: i64) {
         if self.bytes == 0 {
             self.since_ns = at_ns;
@@ -66,7 +65,7 @@ impl Loss {
         self.lines += lines;
     }
 
-    /// The payload of a gap line.
+    /// Returns the payload of a gap line.
     pub fn sentence(&self, reason: &str) -> Vec<u8> {
         let mut since = Vec::new();
         Stamper::default().append_time(&mut since, self.since_ns);
@@ -83,23 +82,23 @@ pub struct LogWriter {
     file: File,
     /// Bytes of complete lines and blocks in the current file.
     size: u64,
-    /// The time of the first of them, Unix nanoseconds.
+    /// The time of the first entry of the current file, in Unix nanoseconds.
     born_ns: i64,
     next_number: u64,
     stamper: Stamper,
-    /// Complete lines that are not yet written.
+    /// Complete lines that have not been written yet.
     batch: Vec<u8>,
-    /// The beginning of a line, by stream.
+    /// The beginning of an incomplete line, by stream.
     stdout_pending: Vec<u8>,
     stderr_pending: Vec<u8>,
-    /// What was lost since the last gap line.
+    /// Output lost since the last gap line.
     unreported: Loss,
-    /// Bytes lost altogether.
+    /// Bytes lost since the start.
     lost: u64,
 }
 
 impl LogWriter {
-    /// Opens (and creates) the current file in `dir`, which must exist.
+    /// Opens the current file in `dir`, which must exist; creates the file if it is missing.
     pub fn open(dir: &Path, limits: LogLimits) -> io::Result<Self> {
         let file = open_current(dir)?;
         let meta = file.metadata()?;
@@ -120,8 +119,8 @@ impl LogWriter {
         })
     }
 
-    /// Takes what was read from a stream. Much at once is written at once; complete single lines
-    /// wait for [`LogWriter::flush`].
+    /// Takes output that was read from a stream. Large amounts are written at once; single complete lines are kept
+    /// until [`LogWriter::flush`].
     pub fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) {
         let rest = if chunk.len() >= MIN_BLOCK { self.push_blocks(stream, chunk, now_ns) } else { chunk };
         self.push_lines(stream, rest, now_ns);
@@ -132,7 +131,7 @@ impl LogWriter {
         let mut rest = chunk;
         while !rest.is_empty() {
             let room = MAX_PAYLOAD - pending.len();
-            // A newline right behind a full payload still ends that line.
+            // Includes a newline after a payload of the maximum length, which still ends that line.
             let window = &rest[..rest.len().min(room + 1)];
             match memchr(b'\n', window) {
                 Some(end) if pending.is_empty() => {
@@ -161,10 +160,10 @@ impl LogWriter {
         *self.pending(stream) = pending;
     }
 
-    /// Writes the complete lines of a chunk as blocks, without copying them, as far as that pays;
-    /// returns the rest.
+    /// Writes the complete lines of a chunk as blocks, without copying them, as far as blocks are cheaper; returns the
+    /// rest.
     fn push_blocks<'a>(&mut self, stream: Stream, chunk: &'a [u8], now_ns: i64) -> &'a [u8] {
-        // Files as small as this are for tests of rotation, or for very patient readers.
+        // Such small files occur in tests of rotation only; they are written line by line.
         if self.limits.max_bytes > 0 && self.limits.max_bytes < 4 * MIN_BLOCK as u64 {
             return chunk;
         }
@@ -193,7 +192,7 @@ impl LogWriter {
         }
     }
 
-    /// Cuts the beginning of a chunk into blocks that fit into this file.
+    /// Divides the beginning of a chunk into blocks that fit into the current file.
     fn plan<'a>(&mut self, stream: Stream, pending: &[u8], chunk: &'a [u8], now_ns: i64) -> Plan<'a> {
         let mut room = match self.limits.max_bytes {
             0 => usize::MAX,
@@ -206,9 +205,9 @@ impl LogWriter {
                 let last = memrchr(b'\n', &plan.rest[..most.min(plan.rest.len())]);
                 last.map(|last| last + 1).filter(|&bytes| bytes >= MIN_BLOCK)
             };
-            let Some(wished) = cut(MAX_BLOCK - head) else { break };
+            let Some(wanted) = cut(MAX_BLOCK - head) else { break };
             let most = room.saturating_sub(BLOCK_FRAME + head);
-            let Some(bytes) = (if wished <= most { Some(wished) } else { cut(most) }) else {
+            let Some(bytes) = (if wanted <= most { Some(wanted) } else { cut(most) }) else {
                 plan.wants_file = true;
                 break;
             };
@@ -229,7 +228,7 @@ impl LogWriter {
     fn write_blocks(&mut self, blocks: &[Block<'_>], pending: &[u8], now_ns: i64) {
         let gap = self.gap_line(now_ns);
         let mut slices = vec![IoSlice::new(&gap)];
-        // Where each block ends, and what of the agent's is in it.
+        // The end of each block in the written bytes, and its amount of the agent's output.
         let mut ends = Vec::with_capacity(blocks.len());
         let mut total = gap.len();
         for (number, block) in blocks.iter().enumerate() {
@@ -243,15 +242,15 @@ impl LogWriter {
             self.born_ns = now_ns;
         }
         let written = write_counting(&mut self.file, &mut slices);
-        let whole = ends.iter().take_while(|(end, ..)| *end <= written);
-        let kept = whole.last().map_or(if written >= gap.len() { gap.len() } else { 0 }, |(end, ..)| *end);
+        let complete = ends.iter().take_while(|(end, ..)| *end <= written);
+        let kept = complete.last().map_or(if written >= gap.len() { gap.len() } else { 0 }, |(end, ..)| *end);
         self.settle(kept, written, gap.len());
         for (_, bytes, lines) in ends.iter().filter(|(end, ..)| *end > kept) {
             self.lose(*bytes, *lines, now_ns);
         }
     }
 
-    /// Notes that a stream has ended: what came without a newline becomes a partial line.
+    /// Marks the end of a stream: an incomplete line is written as a partial line.
     pub fn end(&mut self, stream: Stream, now_ns: i64) {
         let pending = std::mem::take(self.pending(stream));
         if !pending.is_empty() {
@@ -259,23 +258,23 @@ impl LogWriter {
         }
     }
 
-    /// Writes a line of Fermata's own between what came before and what comes after.
+    /// Writes a line of Fermata's after everything that was pushed before.
     pub fn say(&mut self, stream: Stream, text: &[u8], now_ns: i64) {
         self.append(stream, false, text, now_ns);
         self.flush(now_ns);
     }
 
-    /// Bytes that were lost so far.
+    /// Returns the number of bytes lost so far.
     pub fn lost(&self) -> u64 {
         self.lost
     }
 
-    /// Counts what was lost before it came here.
+    /// Counts bytes that were lost before they reached this writer.
     pub fn count_lost(&mut self, bytes: u64) {
         self.lost += bytes;
     }
 
-    /// Writes all complete lines with one system call (a rotation needs more). Never fails: what
+    /// Writes all complete lines with one system call (or several, if a file is rotated). Never fails: output that
     /// cannot be written is dropped and counted.
     pub fn flush(&mut self, now_ns: i64) {
         if !self.batch.is_empty() {
@@ -293,29 +292,29 @@ impl LogWriter {
         let kept = match written {
             _ if written < gap.len() => 0,
             _ if of_data == data.len() => written,
-            // A torn line would merge with the next one: cut it off.
+            // An incomplete line would merge with the next one, so it is removed.
             _ => gap.len() + memrchr(b'\n', &data[..of_data]).map_or(0, |end| end + 1),
         };
         self.settle(kept, written, gap.len());
         for bytes in data[kept.saturating_sub(gap.len())..].split(|&b| b == b'\n') {
-            let Some(line) = LogLine::parse(bytes) else { continue };
+            let Some(line) = LogFileLine::parse(bytes) else { continue };
             if line.stream.is_output() {
                 let newline = u64::from(!line.partial);
                 self.lose(line.bytes.len() as u64 + newline, newline, line.at_ns);
             } else if self.batch.len() < MAX_PAYLOAD {
-                // What tells of another loss must not be lost itself.
+                // The report of another loss must not be lost itself.
                 self.batch.extend_from_slice(bytes);
                 self.batch.push(b'\n');
             }
         }
         if self.batch.is_empty() {
-            // Gives the buffer back, so that a steady agent does not allocate for ever.
+            // Reuses the buffer, so that a steady agent causes no allocations.
             data.clear();
             self.batch = data;
         }
     }
 
-    /// The line that tells of what was lost before, empty when nothing was.
+    /// Returns the line that reports earlier losses; empty if there are none.
     fn gap_line(&mut self, now_ns: i64) -> Vec<u8> {
         let mut line = Vec::new();
         if self.unreported.bytes > 0 {
@@ -325,11 +324,11 @@ impl LogWriter {
         line
     }
 
-    /// Accounts for a write of which the first `kept` bytes are whole lines and blocks.
+    /// Accounts for a write of which the first `kept` bytes are complete lines and blocks.
     fn settle(&mut self, kept: usize, written: usize, gap: usize) {
         self.size += kept as u64;
         if kept < written && self.file.set_len(self.size).is_err() {
-            // Then at least let the torn line end; readers skip it.
+            // At least end the incomplete line; readers skip it.
             self.batch.push(b'\n');
         }
         if kept >= gap {
@@ -342,7 +341,7 @@ impl LogWriter {
         self.lost += bytes;
     }
 
-    /// Writes what is left and waits until the disk has it.
+    /// Writes the remaining lines and syncs the file.
     pub fn finish(&mut self, now_ns: i64) {
         self.end(Stream::Stdout, now_ns);
         self.end(Stream::Stderr, now_ns);
@@ -350,7 +349,7 @@ impl LogWriter {
         if self.unreported.bytes > 0 {
             self.write_batch(now_ns);
         }
-        // A failing disk has already cost what it costs, and the exit must still be recorded.
+        // The exit must be recorded even if the disk fails.
         self.file.sync_all().ok();
     }
 
@@ -379,13 +378,13 @@ impl LogWriter {
         }
     }
 
-    /// Says whether the current file began so long ago that a new one is due.
+    /// Returns whether the first entry of the current file is older than the limit.
     fn is_old(&self, now_ns: i64) -> bool {
         let age_ms = u64::try_from(now_ns.saturating_sub(self.born_ns) / 1_000_000).unwrap_or(0);
         self.limits.max_age_ms > 0 && self.size > 0 && age_ms >= self.limits.max_age_ms
     }
 
-    /// Begins a new file. When that is impossible the old one goes on, larger than it should be.
+    /// Starts a new file. If that is impossible the old file grows larger than the limit.
     fn rotate(&mut self) -> bool {
         let current = self.dir.join(CURRENT);
         let rotated = self.dir.join(rotated_name(self.next_number));
@@ -401,8 +400,8 @@ impl LogWriter {
                 true
             }
             Err(_) => {
-                // Readers follow the name: the file that is written must be the current one. If
-                // this fails too, they still find it under its number.
+                // Readers open the current file by name, so the file being written must have that name. If the renaming
+                // fails too, readers still find the file by its number.
                 fs::rename(&rotated, &current).ok();
                 false
             }
@@ -411,7 +410,7 @@ impl LogWriter {
 
     fn prune(&self) {
         let keep = self.limits.max_files as usize;
-        // What cannot be listed or removed now is tried again at the next rotation.
+        // A file that cannot be listed or removed now is tried again at the next rotation.
         if keep > 0
             && let Ok(numbers) = rotated_numbers(&self.dir)
         {
@@ -423,20 +422,20 @@ impl LogWriter {
     }
 }
 
-/// What of a chunk goes into blocks of the current file.
+/// The part of a chunk that is written as blocks into the current file.
 struct Plan<'a> {
     blocks: Vec<Block<'a>>,
     rest: &'a [u8],
-    /// More would go into blocks, but for the size of this file.
+    /// The rest would also be written as blocks if the current file had room.
     wants_file: bool,
 }
 
-/// Whole lines that are written as they came, between a header and an end.
+/// Complete lines, written as they were read, between a header and an end.
 struct Block<'a> {
     header: Vec<u8>,
     lines: &'a [u8],
     end: Vec<u8>,
-    /// How many lines.
+    /// The number of lines.
     count: usize,
 }
 
@@ -444,8 +443,8 @@ fn open_current(dir: &Path) -> io::Result<File> {
     OpenOptions::new().append(true).create(true).mode(0o600).open(dir.join(CURRENT))
 }
 
-/// Returns how many of the bytes come before a UTF-8 character that is not whole: readers show each
-/// part of a long line by itself, and must not be given half a character. Other bytes are cut anywhere.
+/// Returns how many of the bytes precede an incomplete UTF-8 character at the end: readers show each part of a long
+/// line by itself and must not receive half a character. Bytes that are not UTF-8 are divided anywhere.
 pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     for (back, byte) in bytes.iter().rev().take(3).enumerate() {
         let width = match byte {
@@ -460,10 +459,10 @@ pub(super) fn whole_characters(bytes: &[u8]) -> usize {
     bytes.len()
 }
 
-/// Writes as much as possible and returns how much that was.
+/// Writes as much as possible and returns the number of written bytes.
 fn write_counting(file: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> usize {
     let mut written = 0;
-    // Empty ones in front would look like a disk that takes nothing.
+    // Removes empty slices from the front: a write of 0 bytes would be mistaken for a full disk.
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
         match file.write_vectored(slices) {
@@ -483,11 +482,11 @@ fn write_counting(file: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> usiz
 mod tests {
     use super::*;
 
-    fn lines(path: &Path) -> Vec<LogLine> {
+    fn lines(path: &Path) -> Vec<LogFileLine> {
         fs::read(path)
             .unwrap()
             .split_inclusive(|&b| b == b'\n')
-            .map(|line| LogLine::parse(&line[..line.len() - 1]).unwrap())
+            .map(|line| LogFileLine::parse(&line[..line.len() - 1]).unwrap())
             .collect()
     }
 

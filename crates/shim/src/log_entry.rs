@@ -1,61 +1,60 @@
-//! Finds lines and blocks in the bytes of a log file, whoever tore them.
+//! Parses the bytes of a log file into lines and blocks, including files with incomplete entries.
 
 use memchr::memchr;
 
 use super::log::whole_characters;
-use super::log_line::{BLOCK_FRAME, BlockEnd, BlockHeader, LogLine, MAX_PAYLOAD};
+use super::log_line::{BLOCK_FRAME, BlockEnd, BlockHeader, LogFileLine, MAX_PAYLOAD};
 
-/// What stands at one place of a log file.
+/// An entry of a log file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Entry<'a> {
-    /// One line.
-    Line(LogLine),
+pub enum LogEntry<'a> {
+    Line(LogFileLine),
     /// Many lines that were read at once.
     Block {
-        /// What is known of all of them.
+        /// Applies to all lines.
         header: BlockHeader,
         /// The lines, each with its newline.
         bytes: &'a [u8],
-        /// How many.
+        /// The number of lines.
         lines: usize,
     },
 }
 
-/// What was found at the beginning of some bytes.
+/// The result of parsing the beginning of some bytes.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Parsed<'a> {
-    /// An entry of so many bytes.
-    Entry(Entry<'a>, usize),
-    /// So many bytes that are none of ours, or not whole.
+pub enum ParsedEntry<'a> {
+    /// An entry and its length in bytes.
+    Entry(LogEntry<'a>, usize),
+    /// This many bytes do not belong to a complete entry.
     Damaged(usize),
-    /// Perhaps the beginning of an entry.
+    /// The bytes may be the beginning of an entry.
     Incomplete,
 }
 
-impl<'a> Entry<'a> {
-    /// Looks at what the bytes begin with.
-    pub fn parse(bytes: &'a [u8]) -> Parsed<'a> {
-        let Some(first) = memchr(b'\n', bytes) else { return Parsed::Incomplete };
-        if let Some(line) = LogLine::parse(&bytes[..first]) {
-            return Parsed::Entry(Self::Line(line), first + 1);
+impl<'a> LogEntry<'a> {
+    /// Parses the entry at the beginning of the bytes.
+    pub fn parse(bytes: &'a [u8]) -> ParsedEntry<'a> {
+        let Some(first) = memchr(b'\n', bytes) else { return ParsedEntry::Incomplete };
+        if let Some(line) = LogFileLine::parse(&bytes[..first]) {
+            return ParsedEntry::Entry(Self::Line(line), first + 1);
         }
-        let Some(header) = BlockHeader::parse(&bytes[..first]) else { return Parsed::Damaged(first + 1) };
+        let Some(header) = BlockHeader::parse(&bytes[..first]) else { return ParsedEntry::Damaged(first + 1) };
         let back = first + 1 + header.bytes;
-        let Some(rest) = bytes.get(back..) else { return Parsed::Incomplete };
+        let Some(rest) = bytes.get(back..) else { return ParsedEntry::Incomplete };
         match memchr(b'\n', &rest[..rest.len().min(BLOCK_FRAME)]) {
-            None if rest.len() < BLOCK_FRAME => Parsed::Incomplete,
+            None if rest.len() < BLOCK_FRAME => ParsedEntry::Incomplete,
             found => match found.and_then(|end| Some((BlockEnd::parse(&rest[..end])?, end))) {
                 Some((block, end)) if block.back == back => {
                     let bytes = &bytes[first + 1..back];
-                    Parsed::Entry(Self::Block { header, bytes, lines: block.lines }, back + end + 1)
+                    ParsedEntry::Entry(Self::Block { header, bytes, lines: block.lines }, back + end + 1)
                 }
-                // Torn, and something was written behind it: its lines are looked at one by one.
-                _ => Parsed::Damaged(first + 1),
+                // The block is incomplete and another entry follows. Its lines are parsed one by one.
+                _ => ParsedEntry::Damaged(first + 1),
             },
         }
     }
 
-    /// How many lines it has; a part of a long line counts as one where it stands alone.
+    /// Returns the number of lines. A part of a long line counts as one if it is an entry of its own.
     pub fn lines(&self) -> usize {
         match self {
             Self::Line(_) => 1,
@@ -63,18 +62,18 @@ impl<'a> Entry<'a> {
         }
     }
 
-    /// Appends its lines; long ones in parts.
-    pub fn append_to(self, lines: &mut Vec<LogLine>) {
+    /// Appends the lines to `lines`; long lines are divided into parts.
+    pub fn append_to(self, lines: &mut Vec<LogFileLine>) {
         match self {
             Self::Line(line) => lines.push(line),
             Self::Block { header: BlockHeader { at_ns, stream, .. }, bytes, .. } => {
                 for mut rest in bytes.strip_suffix(b"\n").unwrap_or(bytes).split(|&b| b == b'\n') {
                     while rest.len() > MAX_PAYLOAD {
                         let (part, more) = rest.split_at(whole_characters(&rest[..MAX_PAYLOAD]));
-                        lines.push(LogLine { at_ns, stream, partial: true, bytes: part.to_vec() });
+                        lines.push(LogFileLine { at_ns, stream, partial: true, bytes: part.to_vec() });
                         rest = more;
                     }
-                    lines.push(LogLine { at_ns, stream, partial: false, bytes: rest.to_vec() });
+                    lines.push(LogFileLine { at_ns, stream, partial: false, bytes: rest.to_vec() });
                 }
             }
         }
@@ -99,9 +98,9 @@ mod tests {
         let payload = b"one\n\nE 3 1\n1970-01-01T00:00:00.000000000Z stdout F not me\n";
         let whole = block(payload, 4);
         for end in 0..whole.len() {
-            assert_eq!(Entry::parse(&whole[..end]), Parsed::Incomplete, "{end}");
+            assert_eq!(LogEntry::parse(&whole[..end]), ParsedEntry::Incomplete, "{end}");
         }
-        let Parsed::Entry(entry, bytes) = Entry::parse(&whole) else { panic!("a block") };
+        let ParsedEntry::Entry(entry, bytes) = LogEntry::parse(&whole) else { panic!("a block") };
         assert_eq!((bytes, entry.lines()), (whole.len(), 4));
         let mut lines = Vec::new();
         entry.append_to(&mut lines);
@@ -112,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_block_swallows_nothing_that_was_written_behind_it() {
+    fn an_incomplete_block_hides_no_entry_written_after_it() {
         let mut bytes = block(&b"line\n".repeat(40), 40);
         bytes.truncate(120);
         bytes.push(b'\n');
@@ -120,16 +119,16 @@ mod tests {
         bytes.extend_from_slice(&block(&b"x\n".repeat(200), 200));
         let (mut at, mut lines, mut damaged) = (0, Vec::new(), 0);
         while at < bytes.len() {
-            match Entry::parse(&bytes[at..]) {
-                Parsed::Entry(entry, length) => {
+            match LogEntry::parse(&bytes[at..]) {
+                ParsedEntry::Entry(entry, length) => {
                     entry.append_to(&mut lines);
                     at += length;
                 }
-                Parsed::Damaged(length) => {
+                ParsedEntry::Damaged(length) => {
                     damaged += 1;
                     at += length;
                 }
-                Parsed::Incomplete => panic!("all is there"),
+                ParsedEntry::Incomplete => panic!("the last entry is complete"),
             }
         }
         assert_eq!(lines.len(), 201);
@@ -142,7 +141,7 @@ mod tests {
         let mut payload = format!("a{}", "ü".repeat(MAX_PAYLOAD)).into_bytes();
         payload.push(b'\n');
         let whole = block(&payload, 1);
-        let Parsed::Entry(entry, _) = Entry::parse(&whole) else { panic!("a block") };
+        let ParsedEntry::Entry(entry, _) = LogEntry::parse(&whole) else { panic!("a block") };
         let mut lines = Vec::new();
         entry.append_to(&mut lines);
         assert_eq!(lines.iter().map(|line| line.partial).collect::<Vec<_>>(), [true, true, false]);

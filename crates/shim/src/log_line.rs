@@ -1,4 +1,4 @@
-//! What a log file is made of: single lines, and blocks of many lines that came at once.
+//! The format of log files: single lines, and blocks of many lines that were read at once.
 //!
 //! ```text
 //! 2026-01-02T03:04:05.123456789Z stdout F the whole line          F ends a line of the agent's
@@ -8,25 +8,25 @@
 //! E 65532 812                                                     bytes of header and block, lines
 //! ```
 //!
-//! P stands where a line is longer than [`MAX_PAYLOAD`], and where a stream ended without a newline.
-//! A block costs some 60 bytes however many lines it has, a single line 40. Its end repeats its
-//! length, so that a file can be read from its end, and a block that was torn is recognised.
+//! P marks a part of a line longer than [`MAX_PAYLOAD`], and a line at the end of a stream without a newline. A block
+//! costs some 60 bytes however many lines it has, a single line 40. The end of a block repeats its length, so that a
+//! file can be read backwards and an incomplete block is recognised.
 
-/// Where a line came from.
+/// The source of a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Stream {
     /// The agent's standard output.
     Stdout,
     /// The agent's standard error.
     Stderr,
-    /// Fermata itself: output is missing here, and the payload says how much and why.
+    /// Fermata: output is missing here; the payload says how much and why.
     Gap,
-    /// Fermata itself: what it does beside the agent, for instance that a hook begins.
+    /// Fermata: an action beside the agent, for instance the start of a hook.
     Note,
 }
 
 impl Stream {
-    /// The word in the file.
+    /// The name of the stream in the file.
     pub fn word(self) -> &'static str {
         match self {
             Self::Stdout => "stdout",
@@ -46,38 +46,37 @@ impl Stream {
         }
     }
 
-    /// Says whether it is the agent's output.
+    /// Returns whether the line is output of the agent.
     pub fn is_output(self) -> bool {
         matches!(self, Self::Stdout | Self::Stderr)
     }
 }
 
-/// The longest payload of one line; longer lines of the agent's are cut into partial ones.
+/// The longest payload of one line in bytes; longer lines of the agent are divided into partial ones.
 pub const MAX_PAYLOAD: usize = 16 * 1024;
 
-/// The longest payload of a block, in bytes.
+/// The longest payload of a block in bytes.
 pub const MAX_BLOCK: usize = 64 * 1024;
 
-/// What header and end of a block have at most, in bytes.
+/// The longest header plus end of a block in bytes.
 pub const BLOCK_FRAME: usize = 80;
 
 /// One line of a log.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LogLine {
-    /// When the shim read it, Unix nanoseconds.
+pub struct LogFileLine {
+    /// When the shim read the line, in Unix nanoseconds.
     pub at_ns: i64,
-    /// Where it came from.
     pub stream: Stream,
-    /// Whether the agent's line goes on in the next line of this stream (or never ended).
+    /// Whether the agent's line continues in the next line of this stream, or ended without a newline.
     pub partial: bool,
-    /// The payload.
+    /// The payload, without a newline.
     pub bytes: Vec<u8>,
 }
 
 const STAMP_BYTES: usize = "2026-01-02T03:04:05.123456789Z".len();
 const NS: i64 = 1_000_000_000;
 
-/// Writes time stamps; remembers the second, because most lines share it.
+/// Writes time stamps. Caches the text of the second, which most consecutive lines share.
 #[derive(Debug, Default)]
 pub struct Stamper {
     second: Option<i64>,
@@ -95,12 +94,12 @@ impl Stamper {
         out.push(b'\n');
     }
 
-    /// Appends a time.
+    /// Appends a time stamp.
     pub fn append_time(&mut self, out: &mut Vec<u8>, at_ns: i64) {
         out.extend_from_slice(self.stamp(at_ns));
     }
 
-    /// Appends the header of a block of so many bytes.
+    /// Appends the header of a block with a payload of `bytes` bytes.
     pub fn append_block_header(&mut self, out: &mut Vec<u8>, at_ns: i64, stream: Stream, bytes: usize) {
         out.extend_from_slice(self.stamp(at_ns));
         out.extend_from_slice(format!(" {} B {bytes}\n", stream.word()).as_bytes());
@@ -135,8 +134,8 @@ fn digits(places: &mut [u8], mut value: i64) {
     }
 }
 
-/// Days since 1970-01-01 to year, month, day in the proleptic Gregorian calendar, counted in
-/// 400-year cycles of 146,097 days that begin on 1 March, so that the leap day comes last.
+/// Converts days since 1970-01-01 to year, month and day in the proleptic Gregorian calendar. Counts in 400-year cycles
+/// of 146,097 days that begin on 1 March, so that the leap day is the last day of a year.
 fn civil_from_days(days: i64) -> (i64, i64, i64) {
     let shifted = days + 719_468;
     let cycle = shifted.div_euclid(146_097);
@@ -160,8 +159,8 @@ fn days_from_civil(year: i64, month: i64, day: i64) -> i64 {
     cycle * 146_097 + day_of_cycle - 719_468
 }
 
-impl LogLine {
-    /// Parses a line without its newline; `None` when it is none of ours.
+impl LogFileLine {
+    /// Parses a line without its newline; `None` if it is not a log line.
     pub fn parse(line: &[u8]) -> Option<Self> {
         let (at_ns, stream, kind, bytes) = parse_head(line)?;
         let partial = match kind {
@@ -176,16 +175,15 @@ impl LogLine {
 /// The header of a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BlockHeader {
-    /// When the shim read it, Unix nanoseconds.
+    /// When the shim read the block, in Unix nanoseconds.
     pub at_ns: i64,
-    /// Where it came from.
     pub stream: Stream,
-    /// The length of the payload.
+    /// The length of the payload in bytes.
     pub bytes: usize,
 }
 
 impl BlockHeader {
-    /// Parses a line without its newline; `None` when it is no header of a block.
+    /// Parses a line without its newline; `None` if it is not the header of a block.
     pub fn parse(line: &[u8]) -> Option<Self> {
         let (at_ns, stream, kind, rest) = parse_head(line)?;
         let bytes = parse_number(rest).filter(|&bytes| kind == b'B' && (1..=MAX_BLOCK).contains(&bytes))?;
@@ -198,17 +196,16 @@ impl BlockHeader {
 pub struct BlockEnd {
     /// Bytes from the beginning of the header to the beginning of this end.
     pub back: usize,
-    /// How many lines the block has.
+    /// The number of lines in the block.
     pub lines: usize,
 }
 
 impl BlockEnd {
-    /// Appends the end.
     pub fn append(self, out: &mut Vec<u8>) {
         out.extend_from_slice(format!("E {} {}\n", self.back, self.lines).as_bytes());
     }
 
-    /// Parses a line without its newline; `None` when it is no end of a block.
+    /// Parses a line without its newline; `None` if it is not the end of a block.
     pub fn parse(line: &[u8]) -> Option<Self> {
         let rest = line.strip_prefix(b"E ")?;
         let space = rest.iter().position(|&b| b == b' ')?;
@@ -222,7 +219,7 @@ fn parse_number(digits: &[u8]) -> Option<usize> {
     plain.then(|| digits.iter().fold(0, |sum, digit| sum * 10 + usize::from(digit - b'0')))
 }
 
-/// Parses what all lines but the end of a block begin with: time, stream, kind; and returns the rest.
+/// Parses time, stream and kind, with which every line but the end of a block begins; returns them and the rest.
 fn parse_head(line: &[u8]) -> Option<(i64, Stream, u8, &[u8])> {
     let at_ns = parse_stamp(line.get(..STAMP_BYTES)?)?;
     let rest = line.get(STAMP_BYTES..)?.strip_prefix(b" ")?;
@@ -255,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_looks_like_this() {
+    fn a_line_has_time_stream_kind_and_payload() {
         let mut out = Vec::new();
         let mut stamper = Stamper::default();
         stamper.append(&mut out, 1_709_210_096_000_000_007, Stream::Stderr, false, b"leap day");
@@ -267,12 +264,12 @@ mod tests {
     }
 
     #[test]
-    fn a_block_has_a_header_and_an_end_that_no_line_looks_like() {
+    fn a_block_has_a_header_and_an_end_that_are_not_lines() {
         let mut out = Vec::new();
         Stamper::default().append_block_header(&mut out, 7, Stream::Stdout, 12);
         let header = BlockHeader { at_ns: 7, stream: Stream::Stdout, bytes: 12 };
         assert_eq!(BlockHeader::parse(out.trim_ascii_end()), Some(header));
-        assert_eq!(LogLine::parse(out.trim_ascii_end()), None);
+        assert_eq!(LogFileLine::parse(out.trim_ascii_end()), None);
         out.clear();
         let end = BlockEnd { back: 9, lines: 3 };
         end.append(&mut out);
@@ -287,17 +284,17 @@ mod tests {
         #![proptest_config(fermata_test_seeds::cases(256))]
 
         #[test]
-        fn every_line_comes_back(at_ns in 0..4_102_444_800_000_000_000i64, partial: bool, bytes: Vec<u8>) {
-            let line = LogLine { at_ns, stream: Stream::Stdout, partial, bytes };
+        fn every_line_is_parsed_as_it_was_written(at_ns in 0..4_102_444_800_000_000_000i64, partial: bool, bytes: Vec<u8>) {
+            let line = LogFileLine { at_ns, stream: Stream::Stdout, partial, bytes };
             let mut out = Vec::new();
             Stamper::default().append(&mut out, at_ns, line.stream, partial, &line.bytes);
             assert_eq!(out.pop(), Some(b'\n'));
-            assert_eq!(LogLine::parse(&out), Some(line));
+            assert_eq!(LogFileLine::parse(&out), Some(line));
         }
 
         #[test]
-        fn garbage_is_none_of_ours_and_harmless(bytes: Vec<u8>) {
-            assert_eq!(LogLine::parse(&bytes), None);
+        fn arbitrary_bytes_are_not_a_line(bytes: Vec<u8>) {
+            assert_eq!(LogFileLine::parse(&bytes), None);
         }
 
         #[test]

@@ -1,8 +1,8 @@
-//! Reading an agent's logs while the shim writes and rotates them.
+//! Reads an agent's logs while the shim writes and rotates them.
 //!
-//! Blocking and without threads; for a daemon's blocking pool or a command. The reader never locks
-//! anything: it holds the file open (so rotation cannot take it away) and looks for the successor
-//! by its number once the file has been rotated *and* read to its end.
+//! Blocking and without threads, for a daemon's blocking pool or a command. The reader takes no locks: it holds the
+//! file open, so that rotation cannot remove its content, and opens the successor by number once the file has been
+//! rotated *and* read to its end.
 
 use std::collections::VecDeque;
 use std::fs::{self, File};
@@ -14,39 +14,38 @@ use memchr::{memchr, memrchr};
 use serde::{Deserialize, Serialize};
 
 use super::log::{CURRENT, rotated_name, rotated_numbers};
-use super::log_entry::{Entry, Parsed};
-use super::log_line::{BLOCK_FRAME, BlockEnd, BlockHeader, LogLine, MAX_BLOCK, MAX_PAYLOAD, Stream};
+use super::log_entry::{LogEntry, ParsedEntry};
+use super::log_line::{BLOCK_FRAME, BlockEnd, BlockHeader, LogFileLine, MAX_BLOCK, MAX_PAYLOAD, Stream};
 
-/// Where to begin.
+/// Where reading starts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Start {
-    /// At the oldest line that is left.
+    /// At the oldest remaining line.
     Begin,
-    /// So many lines before the present end (partial ones count as lines).
+    /// At a number of lines before the present end; partial lines count as lines.
     FromEnd {
-        /// How many.
         lines: usize,
-        /// Without those that are older than this, Unix milliseconds.
+        /// Skips lines older than this, in Unix milliseconds.
         since_ms: Option<i64>,
     },
-    /// At the first line that is not older than this, Unix milliseconds.
+    /// At the first line that is not older than this, in Unix milliseconds.
     Since(i64),
-    /// Where an earlier reader stood.
+    /// At the position of an earlier reader.
     At(LogPosition),
 }
 
-/// A place between two lines that stays valid when files are rotated.
+/// A position between two lines, which stays valid when files are rotated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LogPosition {
     /// The number that the file has or will get when it is rotated.
     pub number: u64,
-    /// The file's inode: tells a log that was begun anew.
+    /// The file's inode, which differs if the log was started anew.
     pub inode: u64,
-    /// Bytes from the file's beginning.
+    /// Bytes from the beginning of the file.
     pub offset: u64,
 }
 
-/// The least that is read at once: more than the longest line or block.
+/// The minimum read size in bytes: more than the longest line or block.
 const CHUNK: usize = MAX_BLOCK + 2 * MAX_PAYLOAD;
 
 #[derive(Debug)]
@@ -65,8 +64,8 @@ impl OpenLog {
         open_if_there(&dir.join(rotated_name(number)))?.map(|file| Self::new(file, number)).transpose()
     }
 
-    /// Opens the current file and finds out which number it will get: one more than the highest,
-    /// provided that no rotation came between the two looks.
+    /// Opens the current file and determines its future number, one more than the highest. Repeats if the file was
+    /// rotated meanwhile.
     fn current(dir: &Path) -> io::Result<Option<Self>> {
         loop {
             let before = rotated_numbers(dir)?.last().copied();
@@ -79,28 +78,28 @@ impl OpenLog {
         }
     }
 
-    /// Reads complete lines and blocks from the position on.
-    fn read(&mut self, max_bytes: usize, skipped: &mut u64) -> io::Result<Vec<LogLine>> {
+    /// Reads complete lines and blocks, starting at the position.
+    fn read(&mut self, max_bytes: usize, skipped: &mut u64) -> io::Result<Vec<LogFileLine>> {
         let mut chunk = vec![0; max_bytes.max(CHUNK)];
         let mut lines = Vec::new();
         loop {
             let filled = read_full_at(&self.file, &mut chunk, self.position.offset)?;
             let mut at = 0;
             while at < filled {
-                match Entry::parse(&chunk[at..filled]) {
-                    Parsed::Entry(entry, bytes) => {
+                match LogEntry::parse(&chunk[at..filled]) {
+                    ParsedEntry::Entry(entry, bytes) => {
                         entry.append_to(&mut lines);
                         at += bytes;
                     }
-                    Parsed::Damaged(bytes) => {
+                    ParsedEntry::Damaged(bytes) => {
                         *skipped += 1;
                         at += bytes;
                     }
-                    Parsed::Incomplete => break,
+                    ParsedEntry::Incomplete => break,
                 }
             }
             if at == 0 && filled == chunk.len() {
-                // Nothing of ours is that long: step over it instead of waiting for its end.
+                // No entry is this long: skip the bytes instead of waiting for the end of an entry.
                 *skipped += 1;
                 at = filled;
             }
@@ -111,36 +110,35 @@ impl OpenLog {
         }
     }
 
-    /// Moves the position so that as few entries as possible, but at least `wanted` lines, follow
-    /// it. Returns how many lines are still wanted from older files, or how many too many follow.
+    /// Moves the position so that as few entries as possible, but at least `wanted` lines, follow it.
     fn seek_from_end(&mut self, wanted: usize) -> io::Result<FromEnd> {
         let end = self.file.metadata()?.len();
-        let found = match self.back(end, wanted)? {
-            Some(found) => found,
-            // Its end is torn: only from the beginning is it sure what is a line.
+        let start = match self.back(end, wanted)? {
+            Some(start) => start,
+            // The end of the file is incomplete: entries can only be identified from the beginning.
             None => self.forth(end, wanted)?,
         };
-        self.position.offset = found.offset;
-        Ok(match found.lines.checked_sub(wanted) {
+        self.position.offset = start.offset;
+        Ok(match start.lines.checked_sub(wanted) {
             Some(surplus) => FromEnd::Reached { surplus },
-            None => FromEnd::Older { wanted: wanted - found.lines },
+            None => FromEnd::Older { wanted: wanted - start.lines },
         })
     }
 
-    /// Goes from the end of the file back; `None` where what is there was torn.
+    /// Searches from the end of the file backwards; `None` if an entry is incomplete.
     fn back(&self, end: u64, wanted: usize) -> io::Result<Option<TailStart>> {
-        let mut found = TailStart { offset: end, lines: 0 };
+        let mut start = TailStart { offset: end, lines: 0 };
         let mut window = Window::default();
-        while found.offset > 0 && found.lines < wanted {
-            let Some(line) = window.line_before(&self.file, found.offset)? else { return Ok(None) };
+        while start.offset > 0 && start.lines < wanted {
+            let Some(line) = window.line_before(&self.file, start.offset)? else { return Ok(None) };
             let bytes = line.len() as u64 + 1;
-            if LogLine::parse(line).is_some() {
-                found.lines += 1;
-                found.offset -= bytes;
+            if LogFileLine::parse(line).is_some() {
+                start.lines += 1;
+                start.offset -= bytes;
                 continue;
             }
             let Some(block) = BlockEnd::parse(line) else { return Ok(None) };
-            let Some(begin) = (found.offset - bytes).checked_sub(block.back as u64) else { return Ok(None) };
+            let Some(begin) = (start.offset - bytes).checked_sub(block.back as u64) else { return Ok(None) };
             let mut head = [0; BLOCK_FRAME];
             let filled = read_full_at(&self.file, &mut head, begin)?;
             let header = memchr(b'\n', &head[..filled])
@@ -149,13 +147,13 @@ impl OpenLog {
             if header.is_none() {
                 return Ok(None);
             }
-            found.lines += block.lines;
-            found.offset = begin;
+            start.lines += block.lines;
+            start.offset = begin;
         }
-        Ok(Some(found))
+        Ok(Some(start))
     }
 
-    /// Reads the whole file and remembers where the last entries begin.
+    /// Reads the whole file and remembers where its last entries begin.
     fn forth(&self, end: u64, wanted: usize) -> io::Result<TailStart> {
         let mut entries: VecDeque<(u64, usize)> = VecDeque::new();
         let (mut offset, mut lines) = (0, 0);
@@ -164,21 +162,21 @@ impl OpenLog {
             let filled = read_full_at(&self.file, &mut chunk, offset)?;
             let mut at = 0;
             while at < filled {
-                match Entry::parse(&chunk[at..filled]) {
-                    Parsed::Entry(entry, bytes) => {
+                match LogEntry::parse(&chunk[at..filled]) {
+                    ParsedEntry::Entry(entry, bytes) => {
                         entries.push_back((offset + at as u64, entry.lines()));
                         lines += entry.lines();
                         at += bytes;
                     }
-                    Parsed::Damaged(bytes) => at += bytes,
-                    Parsed::Incomplete => break,
+                    ParsedEntry::Damaged(bytes) => at += bytes,
+                    ParsedEntry::Incomplete => break,
                 }
                 while entries.front().is_some_and(|(_, first)| lines - first >= wanted) {
                     lines -= entries.pop_front().map_or(0, |(_, first)| first);
                 }
             }
             if at == 0 {
-                // What is torn at the very end, or longer than anything of ours.
+                // An incomplete entry at the end of the file, or bytes longer than any entry.
                 at = filled.max(1);
             }
             offset += at as u64;
@@ -187,23 +185,23 @@ impl OpenLog {
     }
 }
 
-/// Where a search from the end has come.
+/// The position of a search from the end.
 #[derive(Debug, Clone, Copy)]
 struct TailStart {
     offset: u64,
     lines: usize,
 }
 
-/// How far one file was enough.
+/// Whether one file has enough lines.
 #[derive(Debug, Clone, Copy)]
 enum FromEnd {
-    /// There are enough lines, and so many too many, since blocks are not cut.
+    /// The file has enough lines, and `surplus` more than wanted, since blocks are not divided.
     Reached { surplus: usize },
-    /// So many are still wanted from older files.
+    /// This many lines are still wanted from older files.
     Older { wanted: usize },
 }
 
-/// A part of a file, for reading it backwards line by line.
+/// A part of a file that is read backwards line by line.
 #[derive(Debug, Default)]
 struct Window {
     begin: u64,
@@ -261,27 +259,25 @@ pub struct LogReader {
     dir: PathBuf,
     at: Option<OpenLog>,
     since_ns: Option<i64>,
-    /// Lines to leave out, since a block is not begun in its middle.
+    /// The number of lines to skip, since reading cannot start inside a block.
     surplus: usize,
     skipped: u64,
 }
 
-/// What one reading of a log brought.
+/// The lines of one read.
 #[derive(Debug, Default)]
 pub struct Batch {
-    /// The lines.
-    pub lines: Vec<LogLine>,
-    /// Where the next reading goes on; none before there is a log.
+    pub lines: Vec<LogFileLine>,
+    /// Where the next read continues; `None` before there is a log.
     pub position: Option<LogPosition>,
-    /// How many damaged lines were stepped over.
+    /// The number of damaged lines that were skipped.
     pub skipped: u64,
 }
 
-/// Reads a log once, about `max_bytes` of it. A run that is just being started has no log yet, and
-/// nothing to read.
+/// Reads about `max_bytes` of a log. A run that is being started has no log yet, which is not an error.
 ///
 /// # Errors
-/// When the log cannot be read.
+/// If the log cannot be read.
 pub fn read_once(dir: &Path, start: Start, max_bytes: usize) -> io::Result<Batch> {
     let mut reader = match LogReader::open(dir, start) {
         Ok(reader) => reader,
@@ -296,7 +292,7 @@ pub fn read_once(dir: &Path, start: Start, max_bytes: usize) -> io::Result<Batch
 }
 
 impl LogReader {
-    /// Opens the logs in `dir`; fine when there are none yet.
+    /// Opens the logs in `dir`, which need not exist yet.
     pub fn open(dir: &Path, start: Start) -> io::Result<Self> {
         let mut reader = Self { dir: dir.to_path_buf(), at: None, since_ns: None, surplus: 0, skipped: 0 };
         match start {
@@ -311,9 +307,9 @@ impl LogReader {
         Ok(reader)
     }
 
-    /// Reads on: some lines, or none when there are none *now*. About `max_bytes` are read from
-    /// the file at once, at least 64 KiB.
-    pub fn next_batch(&mut self, max_bytes: usize) -> io::Result<Vec<LogLine>> {
+    /// Reads the next lines; none if there are none at present. About `max_bytes`, but at least 64 KiB, are read from
+    /// the file at once.
+    pub fn next_batch(&mut self, max_bytes: usize) -> io::Result<Vec<LogFileLine>> {
         loop {
             if self.at.is_none() {
                 self.at = self.oldest_after(0)?;
@@ -326,7 +322,7 @@ impl LogReader {
                 if self.is_current()? {
                     return Ok(lines);
                 }
-                // It was rotated, perhaps with new lines since the look above.
+                // The file was rotated, and may have got more lines since it was read above.
                 if let Some(at) = &mut self.at {
                     lines = at.read(max_bytes, &mut self.skipped)?;
                 }
@@ -347,7 +343,7 @@ impl LogReader {
             }
             if let Some(since_ns) = self.since_ns {
                 match lines.iter().position(|line| line.at_ns >= since_ns) {
-                    // From here on everything counts, also when the clock is set back.
+                    // All later lines count, even if the clock was set back.
                     Some(first) => {
                         lines.drain(..first);
                         self.since_ns = None;
@@ -361,12 +357,12 @@ impl LogReader {
         }
     }
 
-    /// Where the next line will be read; `None` before the first file was there.
+    /// Where the next line will be read; `None` before the first file exists.
     pub fn position(&self) -> Option<LogPosition> {
         self.at.as_ref().map(|at| at.position)
     }
 
-    /// How many lines were stepped over because they are not log lines (a torn line after a crash).
+    /// The number of skipped lines that are not log lines, for instance an incomplete line after a crash.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
@@ -380,19 +376,19 @@ impl LogReader {
         }
     }
 
-    /// The file after the present one, with a gap line if files between were pruned. `None` while
-    /// the writer is between renaming the old and creating the new file.
-    fn successor(&self) -> io::Result<Option<(OpenLog, Option<LogLine>)>> {
+    /// Returns the file after the present one, and a gap line if files between them were removed. `None` while the
+    /// writer is between renaming the old file and creating the new one.
+    fn successor(&self) -> io::Result<Option<(OpenLog, Option<LogFileLine>)>> {
         let Some(at) = &self.at else { return Ok(None) };
         let wanted = at.position.number + 1;
-        // Twice, because the successor can itself be rotated between the two questions.
+        // Twice, because the successor can itself be rotated between the two lookups.
         for _ in 0..2 {
             if let Some(next) = OpenLog::numbered(&self.dir, wanted)? {
                 return Ok(Some((next, None)));
             }
             match OpenLog::current(&self.dir)? {
                 None => return Ok(None),
-                // The writer could not begin a new file and went on with ours.
+                // The writer could not create a new file and continues with this one.
                 Some(current) if current.position.inode == at.position.inode => return Ok(None),
                 Some(current) if current.position.number == wanted => {
                     return Ok(Some((current, None)));
@@ -404,7 +400,7 @@ impl LogReader {
             return Ok(None);
         };
         let missing = next.position.number - wanted;
-        let gap = (missing > 0).then(|| LogLine {
+        let gap = (missing > 0).then(|| LogFileLine {
             at_ns: next.file.metadata().map_or(0, |meta| meta.mtime() * 1_000_000_000),
             stream: Stream::Gap,
             partial: false,
@@ -430,7 +426,7 @@ impl LogReader {
             return Ok(());
         }
         let Some(mut log) = OpenLog::current(&self.dir)? else {
-            // Between two files, or a run without logs.
+            // The writer is between two files, or the run has no logs.
             self.at = self.oldest_after(0)?;
             return Ok(());
         };
@@ -457,7 +453,7 @@ impl LogReader {
         let mut number = 0;
         self.at = loop {
             match self.oldest_after(number)? {
-                // Nothing in it is younger than its last write.
+                // No line in the file is newer than its last write.
                 Some(log) if log.file.metadata()?.mtime() < ms.div_euclid(1000) - 1 => {
                     let inode = log.position.inode;
                     number = log.position.number;
@@ -487,7 +483,7 @@ impl LogReader {
                 log.position.offset = position.offset.min(log.file.metadata()?.len());
                 Some(log)
             }
-            // Pruned meanwhile: go on with the oldest that is left.
+            // The file was removed meanwhile: continue with the oldest remaining one.
             None => self.oldest_after(position.number)?,
         };
         Ok(())

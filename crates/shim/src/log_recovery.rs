@@ -1,12 +1,12 @@
-//! What an agent had written and its shim had not read when the shim was killed.
+//! Recovers the output that an agent had written and its shim had not read when the shim was killed.
 //!
-//! A pipe keeps its content for as long as anybody has one of its ends open, and the agent's
-//! processes have the writing one. `/proc/PID/fd/N` opens the other end of that very pipe anew
-//! (proc(5)). So the tree is stopped, its pipes are opened, it is killed, and then the pipes are read
-//! to their end into the log. No descriptor needs to be kept for that while all is well.
+//! A pipe keeps its content while a process has one of its ends open, and the agent's processes have the writing end.
+//! `/proc/PID/fd/N` opens the reading end of the same pipe (proc(5)). So the tree is stopped, its pipes are opened, the
+//! tree is killed, and then the pipes are read to their end into the log. This requires no descriptor to be recovered in
+//! advance.
 //!
-//! Not to be had: the beginning of a line that the shim had already read, and the content of a pipe
-//! whose last writer ended before anybody looked, for instance of SIGPIPE.
+//! Not recoverable: the beginning of a line that the shim had already read, and the content of a pipe whose last writer
+//! ended before the recovery, for instance because of SIGPIPE.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -19,14 +19,14 @@ use super::record::RunRecord;
 use super::spec::{LaunchSpec, files};
 use fermata_os::clock;
 
-/// The pipes of a lost run.
+/// The pipes of a run whose shim was killed.
 #[derive(Debug, Default)]
 pub struct LogRecovery {
     pipes: Vec<(Stream, File)>,
 }
 
 impl LogRecovery {
-    /// Opens the pipes of a run, which `holders` have open for writing.
+    /// Opens the pipes of a run. `holders` are the processes that may have them open for writing.
     pub fn open(run: &RunRecord, holders: impl IntoIterator<Item = i32> + Clone) -> Self {
         let wanted = [(Stream::Stdout, run.stdout_pipe), (Stream::Stderr, run.stderr_pipe)];
         let open = |(stream, inode): (Stream, Option<u64>)| {
@@ -36,31 +36,31 @@ impl LogRecovery {
         Self { pipes: wanted.into_iter().filter_map(open).collect() }
     }
 
-    /// Reads everything into the log of the run; returns how many bytes that were. To be called
-    /// when nobody writes any more.
+    /// Appends the content of the pipes to the run's log and returns the number of bytes. Must be called when no
+    /// process of the tree writes any more.
     ///
     /// # Errors
-    /// When the log cannot be opened.
-    pub fn keep(self, run_dir: &Path) -> io::Result<u64> {
+    /// If the log cannot be opened.
+    pub fn write_to_log(self, run_dir: &Path) -> io::Result<u64> {
         let mut log = None;
-        let mut kept = 0;
+        let mut recovered = 0;
         let mut buffer = vec![0; 64 * 1024];
         for (stream, mut pipe) in self.pipes {
-            // The end, or nothing more of somebody outside the tree who has it open too.
+            // Ends at the end of file, or when a process outside the tree has a pipe open and it is empty.
             while let Ok(count @ 1..) = pipe.read(&mut buffer) {
                 let log = match &mut log {
                     Some(log) => log,
-                    none => none.insert(open_log(run_dir)?),
+                    unopened @ None => unopened.insert(open_log(run_dir)?),
                 };
                 log.push(stream, &buffer[..count], clock::unix_ns());
                 log.flush(clock::unix_ns());
-                kept += count as u64;
+                recovered += count as u64;
             }
         }
         if let Some(mut log) = log {
             log.finish(clock::unix_ns());
         }
-        Ok(kept)
+        Ok(recovered)
     }
 }
 
@@ -72,7 +72,7 @@ fn open_pipe(pid: i32, inode: u64) -> Option<File> {
             return None;
         }
         let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(entry.path()).ok()?;
-        // It may have been replaced between the two looks.
+        // The descriptor may have been replaced between reading the link and opening it.
         (file.metadata().ok()?.ino() == inode).then_some(file)
     })
 }
@@ -84,8 +84,8 @@ fn open_log(run_dir: &Path) -> io::Result<LogWriter> {
     LogWriter::open(&dir, limits)
 }
 
-/// A shim that was killed in the middle of a write leaves a line without an end; readers skip it
-/// once it has one.
+/// Ends an incomplete last line, which a shim that was killed during a write leaves; readers skip such a line once it
+/// has an end.
 fn end_torn_line(path: &Path) -> io::Result<()> {
     use std::io::{Seek, SeekFrom, Write};
     let mut file = match OpenOptions::new().read(true).append(true).open(path) {

@@ -1,8 +1,8 @@
-//! Where the shim puts an agent's output: into the log itself, or to a log writer process beside it.
+//! The destination of an agent's output: the log itself, or a log writer process.
 //!
-//! Writing to a file can take as long as the disk likes, and an agent whose pipe is full waits. That
-//! is the usual policy (`block`). With `drop` a process of its own writes (`log_writer_process.rs`), and what it
-//! does not take at once is dropped, counted and noted: then no disk ever holds an agent up.
+//! A write to a file can take arbitrarily long, and an agent whose pipe is full waits for it. That is the default
+//! policy (`block`). With the policy `drop` a separate process writes (`log_writer_process`), and output that it does
+//! not accept at once is dropped, counted and reported: an agent then never waits for a disk.
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -18,13 +18,13 @@ use super::log::{LogWriter, Loss};
 use super::log_line::Stream;
 use super::spec::LogLimits;
 
-/// The longest piece of output in one message, in bytes; less than any kernel's socket buffer.
+/// The maximum output in one message, in bytes; less than the socket buffer of any kernel.
 pub(super) const PIECE: usize = 64 * 1024;
-/// How long the log writer process may take at the agent's end for what it has been given. The shim answers nobody
-/// meanwhile: less than a daemon has patience with one that is silent (`shim_patience_ms`).
+/// How long the log writer process may take to write its remaining messages after the agent's end. The shim does not
+/// answer requests meanwhile, so this is less than the time a daemon waits for a silent shim (`shim_patience_ms`).
 const FINISH_PATIENCE: Duration = Duration::from_secs(10);
 
-/// What a message to the log writer process is about; its first byte. A time follows, then the rest.
+/// The first byte of a message to the log writer process: its kind. A time stamp and the payload follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub(super) enum Kind {
@@ -45,12 +45,12 @@ impl Kind {
     }
 }
 
-/// The way of an agent's output to its log.
+/// The destination of an agent's output.
 #[derive(Debug)]
 pub enum LogSink {
-    /// The shim writes.
+    /// The shim writes the log.
     Direct(LogWriter),
-    /// The log writer process writes.
+    /// The log writer process writes the log.
     Process(LogWriterLink),
 }
 
@@ -97,7 +97,7 @@ impl LogSink {
         self.take_over(now_ns);
     }
 
-    /// Bytes that were lost so far.
+    /// Returns the number of bytes lost so far.
     pub fn lost(&self) -> u64 {
         match self {
             Self::Direct(log) => log.lost(),
@@ -105,7 +105,7 @@ impl LogSink {
         }
     }
 
-    /// Writes what is left and waits until the disk has it; a log writer process has its time for that.
+    /// Writes the remaining output and syncs the log. A log writer process has 10 s for this.
     pub fn finish(&mut self, now_ns: i64) {
         if let Self::Process(process) = self {
             process.finish(now_ns);
@@ -116,7 +116,7 @@ impl LogSink {
         }
     }
 
-    /// Writes itself once the log writer process is gone: somebody has killed it.
+    /// Makes the shim write the log once the log writer process has died, because another process has killed it.
     fn take_over(&mut self, now_ns: i64) {
         let Self::Process(process) = self else { return };
         if !process.gone {
@@ -125,20 +125,20 @@ impl LogSink {
         match LogWriter::open(&process.dir, process.limits) {
             Ok(mut log) => {
                 log.count_lost(process.lost);
-                let text = "the process that wrote this log was killed; what it had not written yet is lost";
+                let text = "the log writer process was killed; output that it had not written is lost";
                 log.say(Stream::Gap, text.as_bytes(), now_ns);
                 for message in &process.backlog {
-                    // Made by this very process.
+                    // Always succeeds: the shim has built the message itself.
                     let Ok((kind, at_ns, rest)) = parse(message) else { continue };
                     apply(&mut log, kind, at_ns, rest);
                 }
-                // Lost behind what waits there, see `post`.
+                // This output was lost after the queued messages, see `post`.
                 if process.unreported.bytes > 0 {
                     log.say(Stream::Gap, &process.unreported.sentence(TOO_FAST), now_ns);
                 }
                 *self = Self::Direct(log);
             }
-            Err(error) => eprintln!("fermata-shim: failed to open the log again: {error}"),
+            Err(error) => eprintln!("fermata-shim: failed to reopen the log: {error}"),
         }
     }
 }
@@ -169,14 +169,14 @@ impl LogWriterLink {
         Self { socket, dir, limits, backlog: Vec::new(), unreported: Loss::default(), lost: 0, gone: false }
     }
 
-    /// Returns how much was sent or dropped: all of it, unless the log writer process is gone.
+    /// Returns how many bytes were sent or dropped: all, unless the log writer process has died.
     fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) -> usize {
         let kind = if stream == Stream::Stderr { Kind::Stderr } else { Kind::Stdout };
         let mut taken = 0;
         for piece in chunk.chunks(PIECE) {
             self.send_backlog();
             self.report_loss(now_ns);
-            // What comes behind a gap is written behind it.
+            // Output after a gap must be written after the report of the gap.
             let free = self.backlog.is_empty() && self.unreported.bytes == 0;
             let sent = free && self.send(kind, now_ns, piece);
             if self.gone {
@@ -197,7 +197,7 @@ impl LogWriterLink {
         }
     }
 
-    /// Turns what was lost into a message, as soon as there is room for one.
+    /// Sends the report of lost output, as soon as the socket has room for it.
     fn report_loss(&mut self, now_ns: i64) {
         if self.unreported.bytes > 0 && self.backlog.is_empty() {
             let text = self.unreported.sentence(TOO_FAST);
@@ -207,12 +207,12 @@ impl LogWriterLink {
         }
     }
 
-    /// Sends something short, now or later.
+    /// Sends a short message, now or later.
     fn post(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
         self.send_backlog();
         self.report_loss(now_ns);
         if self.unreported.bytes > 0 {
-            // There may be no later time: the gap goes before the message.
+            // There may be no later opportunity: the report of a gap precedes the message.
             let gap = std::mem::take(&mut self.unreported).sentence(TOO_FAST);
             self.queue(Kind::Gap, now_ns, &gap);
         }
@@ -241,7 +241,7 @@ impl LogWriterLink {
         Self::send_now(&self.socket, &mut self.gone, &[IoSlice::new(&head), IoSlice::new(bytes)])
     }
 
-    /// Sends one message as a whole, or nothing; never waits.
+    /// Sends one message completely, or not at all; never waits.
     fn send_now(socket: &OwnedFd, gone: &mut bool, parts: &[IoSlice<'_>]) -> bool {
         loop {
             let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
@@ -266,11 +266,11 @@ impl LogWriterLink {
         while !self.backlog.is_empty() && !self.gone && self.wait(PollFlags::POLLOUT, until) {
             self.send_backlog();
         }
-        // It answers with what it has lost itself, once everything is on disk.
+        // Once everything is on disk, the process answers with the number of bytes that it has lost.
         let mut answer = [0; 8];
         while !self.gone {
             if !self.wait(PollFlags::POLLIN, until) {
-                eprintln!("fermata-shim: the log is not complete: its log writer process did not end in time");
+                eprintln!("fermata-shim: the log is incomplete: the log writer process did not finish in time");
                 return;
             }
             match recv(self.socket.as_raw_fd(), &mut answer, MsgFlags::MSG_DONTWAIT) {
@@ -297,7 +297,7 @@ impl LogWriterLink {
     }
 }
 
-/// Does with a log what a message says; says whether it was the last one.
+/// Applies a message to the log; returns whether it was the last one.
 pub(super) fn apply(log: &mut LogWriter, kind: Kind, at_ns: i64, rest: &[u8]) -> bool {
     match kind {
         Kind::Stdout => log.push(Stream::Stdout, rest, at_ns),
@@ -306,7 +306,7 @@ pub(super) fn apply(log: &mut LogWriter, kind: Kind, at_ns: i64, rest: &[u8]) ->
         Kind::EndOfStderr => log.end(Stream::Stderr, at_ns),
         Kind::Note => log.say(Stream::Note, rest, at_ns),
         Kind::Gap => {
-            // What comes behind the gap is not the rest of the line before it.
+            // Output after the gap does not continue the line before it.
             log.end(Stream::Stdout, at_ns);
             log.end(Stream::Stderr, at_ns);
             log.say(Stream::Gap, rest, at_ns);
@@ -328,9 +328,9 @@ fn head(kind: Kind, at_ns: i64) -> [u8; HEAD_BYTES] {
     head
 }
 
-/// Takes a message apart.
+/// Divides a message into kind, time stamp and payload.
 pub(super) fn parse(message: &[u8]) -> io::Result<(Kind, i64, &[u8])> {
-    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "a message of another kind");
+    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "an unknown message");
     let (head, rest) = message.split_at_checked(HEAD_BYTES).ok_or_else(wrong)?;
     let kind = Kind::from_byte(head[0]).ok_or_else(wrong)?;
     let at = head[1..].try_into().map_err(|_| wrong())?;
@@ -357,18 +357,18 @@ mod tests {
         while process.lost == 0 {
             process.push(Stream::Stdout, &piece, 1);
         }
-        // Nothing has room, and then only some of it has.
+        // The socket first has no room at all, and then only for some messages.
         process.post(Kind::Note, 2, b"a note");
         process.push(Stream::Stdout, b"lost too", 3);
-        let mut told = Vec::new();
-        told.extend(receive(&theirs));
+        let mut received = Vec::new();
+        received.extend(receive(&theirs));
         process.push(Stream::Stderr, b"this may fit", 4);
         process.post(Kind::Finish, 5, &[]);
         while let Some(kind) = receive(&theirs) {
-            told.push(kind);
+            received.push(kind);
             process.send_backlog();
         }
-        let rest: Vec<Kind> = told.into_iter().skip_while(|kind| *kind == Kind::Stdout).collect();
+        let rest: Vec<Kind> = received.into_iter().skip_while(|kind| *kind == Kind::Stdout).collect();
         assert_eq!(rest[..2], [Kind::Gap, Kind::Note], "{rest:?}");
         let written = rest.contains(&Kind::Stderr);
         let end: &[Kind] = if written { &[Kind::Gap, Kind::Stderr, Kind::Finish] } else { &[Kind::Gap, Kind::Finish] };

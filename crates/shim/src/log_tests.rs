@@ -1,10 +1,10 @@
-//! Writer and reader of logs together: what was written comes back, once and whole.
+//! Writer and reader of logs together: every line is read exactly once and complete.
 
 use super::super::log::LogWriter;
 use super::super::spec::LogLimits;
 use super::*;
 
-fn text(lines: &[LogLine]) -> Vec<String> {
+fn text(lines: &[LogFileLine]) -> Vec<String> {
     lines.iter().map(|line| String::from_utf8_lossy(&line.bytes).into_owned()).collect()
 }
 
@@ -36,15 +36,15 @@ fn a_follower_sees_every_line_once_while_files_are_rotated() {
     let limits = LogLimits { max_bytes: 300, max_files: 0, max_age_ms: 0 };
     let mut log = LogWriter::open(dir.path(), limits).unwrap();
     let mut reader = LogReader::open(dir.path(), Start::Begin).unwrap();
-    let mut seen = Vec::new();
+    let mut read = Vec::new();
     for round in 0..50 {
         write(&mut log, round * 7..(round + 1) * 7);
         if round % 3 == 0 {
-            seen.extend(drain(&mut reader));
+            read.extend(drain(&mut reader));
         }
     }
-    seen.extend(drain(&mut reader));
-    assert_eq!(seen, numbers(0..350));
+    read.extend(drain(&mut reader));
+    assert_eq!(read, numbers(0..350));
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn since_skips_what_is_older() {
 }
 
 #[test]
-fn a_position_survives_rotation_and_a_slow_reader_is_told_what_it_missed() {
+fn a_position_survives_rotation_and_a_slow_reader_gets_a_gap_line() {
     let dir = tempfile::tempdir().unwrap();
     let mut log = LogWriter::open(dir.path(), LogLimits { max_bytes: 300, max_files: 2, max_age_ms: 0 }).unwrap();
     write(&mut log, 0..3);
@@ -112,7 +112,7 @@ fn a_folder_without_logs_is_an_empty_log_until_the_first_file_comes() {
     assert_eq!(drain(&mut reader), ["0"]);
 }
 
-/// Lines of many lengths, some longer than a part of a line may be.
+/// Lines of many lengths, some longer than the payload of a log line.
 fn text_of(seed: usize, bytes: usize) -> Vec<u8> {
     let mut text = Vec::new();
     let mut number = seed;
@@ -126,7 +126,7 @@ fn text_of(seed: usize, bytes: usize) -> Vec<u8> {
     text
 }
 
-fn joined(lines: &[LogLine], stream: Stream) -> Vec<u8> {
+fn joined(lines: &[LogFileLine], stream: Stream) -> Vec<u8> {
     let mut all = Vec::new();
     for line in lines.iter().filter(|line| line.stream == stream) {
         all.extend_from_slice(&line.bytes);
@@ -137,7 +137,7 @@ fn joined(lines: &[LogLine], stream: Stream) -> Vec<u8> {
     all
 }
 
-fn all_lines(reader: &mut LogReader) -> Vec<LogLine> {
+fn all_lines(reader: &mut LogReader) -> Vec<LogFileLine> {
     let mut all = Vec::new();
     loop {
         let batch = reader.next_batch(1).unwrap();
@@ -181,7 +181,7 @@ fn bulk_of_two_streams_comes_back_byte_by_byte_whatever_the_chunks_and_files() {
 }
 
 #[test]
-fn the_last_lines_are_found_in_blocks_too_and_behind_a_torn_end() {
+fn the_last_lines_are_found_in_blocks_too_and_before_an_incomplete_end() {
     let dir = tempfile::tempdir().unwrap();
     let mut log = LogWriter::open(dir.path(), LogLimits { max_bytes: 300_000, max_files: 0, max_age_ms: 0 }).unwrap();
     let mut number = 0;

@@ -1,8 +1,8 @@
-//! The log writer process: a process beside the shim that writes for an agent which must not wait.
+//! The log writer process: writes the log of an agent that must not wait for a disk.
 //!
-//! The launcher forks it before the shim, so that it is nobody's child and no part of the agent's
-//! tree. It takes messages from the shim in their order (`log_sink.rs`), and ends with the shim. It
-//! is one thread, like the shim, and the only one here that may wait for a disk.
+//! The launcher forks it before the shim, so that it is not a child of the shim and not part of the agent's tree. It
+//! receives messages from the shim in order (`log_sink`) and ends with the shim. Like the shim it has one thread, and
+//! it alone may wait for a disk.
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -17,26 +17,26 @@ use super::log_sink::{PIECE, apply, parse};
 use super::spec::LogLimits;
 use fermata_os::clock;
 
-/// How much may be under way between shim and log writer process, in bytes; the kernel gives less to others
-/// than root (`net.core.wmem_max`).
+/// The size of the socket buffer between shim and log writer process, in bytes. Without root privileges the kernel
+/// grants less (`net.core.wmem_max`).
 const UNDER_WAY: usize = 1 << 20;
 
-/// Makes the ends of the shim and of the log writer process.
+/// Creates the socket pair of shim and log writer process.
 ///
 /// # Errors
-/// What the kernel says.
+/// If the kernel refuses.
 pub fn pair() -> nix::Result<(OwnedFd, OwnedFd)> {
     let (shim, log_writer) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    // The usual size works too.
+    // The default size works too.
     setsockopt(&shim, SndBuf, &UNDER_WAY).ok();
     Ok((shim, log_writer))
 }
 
-/// Writes what comes until the shim says that it was all, or is gone.
+/// Writes the messages of the shim until the shim sends the last one or dies.
 pub fn run(socket: &OwnedFd, dir: &Path, limits: LogLimits) {
     let mut log = match LogWriter::open(dir, limits) {
         Ok(log) => log,
-        // The shim finds its messages refused and tries itself.
+        // The shim's next message fails, and it tries to write the log itself.
         Err(error) => return eprintln!("fermata-shim: the log writer process failed to open the log: {error}"),
     };
     let mut buffer = vec![0; PIECE + 1024];
@@ -53,12 +53,12 @@ pub fn run(socket: &OwnedFd, dir: &Path, limits: LogLimits) {
         let (kind, at_ns, rest) = match parse(&buffer[..count]) {
             Ok(message) => message,
             Err(error) => {
-                eprintln!("fermata-shim: the log writer process did not understand the shim: {error}");
+                eprintln!("fermata-shim: the log writer process received an invalid message: {error}");
                 continue;
             }
         };
         if apply(&mut log, kind, at_ns, rest) {
-            // A shim that has not waited has said so in its own log.
+            // Fails if the shim has stopped waiting, which it has reported itself.
             send(socket.as_raw_fd(), &log.lost().to_le_bytes(), MsgFlags::MSG_NOSIGNAL).ok();
             return;
         }

@@ -1,6 +1,6 @@
-//! `fermata-shim RUN_DIR`: starts the agent that RUN_DIR/launch.json describes, and stays with it.
+//! `fermata-shim RUN_DIR`: starts the agent described by RUN_DIR/launch.json and supervises it.
 //!
-//! Only for the daemon. Prints one JSON line and returns; the shim itself goes on in the background.
+//! Only for the daemon. Prints one line of JSON and exits; the shim itself continues in the background.
 
 use std::path::PathBuf;
 use std::process::exit;

@@ -1,30 +1,29 @@
-//! Bytes from the operating system in JSON: arguments, environment and paths need not be UTF-8.
+//! Strings of the operating system in JSON: arguments, environment and paths need not be UTF-8.
 //!
-//! UTF-8 is written as a string, everything else as `{"hex":"…"}`; both come back byte by byte.
+//! UTF-8 is written as a string, everything else as `{"hex":"…"}`; both are read back byte by byte.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A string of the operating system that survives JSON.
+/// A string of the operating system, serialised without loss.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Raw(OsString);
+pub struct RawString(OsString);
 
-impl Raw {
-    /// The bytes.
+impl RawString {
     pub fn as_bytes(&self) -> &[u8] {
         self.0.as_bytes()
     }
 }
 
-impl AsRef<OsStr> for Raw {
+impl AsRef<OsStr> for RawString {
     fn as_ref(&self) -> &OsStr {
         &self.0
     }
 }
 
-impl<T: Into<OsString>> From<T> for Raw {
+impl<T: Into<OsString>> From<T> for RawString {
     fn from(text: T) -> Self {
         Self(text.into())
     }
@@ -37,7 +36,7 @@ enum Form {
     Bytes { hex: String },
 }
 
-impl Serialize for Raw {
+impl Serialize for RawString {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self.0.to_str() {
             Some(text) => serializer.serialize_str(text),
@@ -49,7 +48,7 @@ impl Serialize for Raw {
     }
 }
 
-impl<'de> Deserialize<'de> for Raw {
+impl<'de> Deserialize<'de> for RawString {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match Form::deserialize(deserializer)? {
             Form::Text(text) => Ok(Self(text.into())),
@@ -63,44 +62,41 @@ impl<'de> Deserialize<'de> for Raw {
                     _ => None,
                 };
                 let bytes: Option<Vec<u8>> = digits.chunks(2).map(byte).collect();
-                let bytes = bytes.ok_or_else(|| de::Error::custom("odd or foreign hex digits"))?;
+                let bytes = bytes
+                    .ok_or_else(|| de::Error::custom("an odd number of digits, or an invalid hexadecimal digit"))?;
                 Ok(Self(OsString::from_vec(bytes)))
             }
         }
     }
 }
 
-/// Serde for a `PathBuf` in the form of [`Raw`].
+/// Serialises a `PathBuf` in the form of [`RawString`], for `#[serde(with)]`.
 pub mod path {
-    use super::Raw;
+    use super::RawString;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::path::{Path, PathBuf};
 
-    /// Writes a path.
     pub fn serialize<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-        Raw::from(path).serialize(serializer)
+        RawString::from(path).serialize(serializer)
     }
 
-    /// Reads a path.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
-        Raw::deserialize(deserializer).map(|raw| PathBuf::from(raw.0))
+        RawString::deserialize(deserializer).map(|raw| PathBuf::from(raw.0))
     }
 }
 
-/// Serde for an `Option<PathBuf>` in the form of [`Raw`].
+/// Serialises an `Option<PathBuf>` in the form of [`RawString`], for `#[serde(with)]`.
 pub mod optional_path {
-    use super::Raw;
+    use super::RawString;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
     use std::path::PathBuf;
 
-    /// Writes a path or null.
     pub fn serialize<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
-        path.as_deref().map(Raw::from).serialize(serializer)
+        path.as_deref().map(RawString::from).serialize(serializer)
     }
 
-    /// Reads a path or null.
     pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
-        Ok(Option::<Raw>::deserialize(deserializer)?.map(|raw| PathBuf::from(raw.0)))
+        Ok(Option::<RawString>::deserialize(deserializer)?.map(|raw| PathBuf::from(raw.0)))
     }
 }
 
@@ -113,16 +109,16 @@ mod tests {
 
         #[test]
         fn any_bytes_come_back(bytes: Vec<u8>) {
-            let raw = Raw(OsString::from_vec(bytes));
+            let raw = RawString(OsString::from_vec(bytes));
             let text = serde_json::to_string(&raw).unwrap();
-            assert_eq!(serde_json::from_str::<Raw>(&text).unwrap(), raw);
+            assert_eq!(serde_json::from_str::<RawString>(&text).unwrap(), raw);
         }
     }
 
     #[test]
     fn broken_hex_is_an_error() {
         for text in [r#"{"hex":"abc"}"#, r#"{"hex":"zz"}"#, "7"] {
-            assert!(serde_json::from_str::<Raw>(text).is_err(), "{text}");
+            assert!(serde_json::from_str::<RawString>(text).is_err(), "{text}");
         }
     }
 }

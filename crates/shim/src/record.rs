@@ -1,4 +1,4 @@
-//! What a run leaves on disk for a daemon that was not there: `run.json` and `exit.json`.
+//! The records that a run leaves on disk for later daemons: `run.json` and `exit.json`.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -11,63 +11,59 @@ use super::spec::{LaunchSpec, files};
 use fermata_os::controllers::OutOfMemory;
 use fermata_os::process::ProcessId;
 
-/// Who runs: written (atomically, synced) before the launch is reported as a success.
+/// The processes of a run. Written (atomically, synced) before the launch is reported as a success.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// The run.
     pub run_id: String,
-    /// The shim.
     pub shim: ProcessId,
     /// The agent's main process.
     pub agent: ProcessId,
-    /// The boot in which these processes mean anything.
+    /// The boot to which these process ids belong.
     pub boot_id: String,
-    /// When the agent started, Unix milliseconds.
+    /// When the agent was started, in Unix milliseconds.
     pub started_at_ms: i64,
     /// How the tree is frozen.
     pub mechanism: FreezerKind,
-    /// Why it is not done by a control group, if it is not.
+    /// Why the tree is frozen by signals and not by a control group.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
     /// The agent's control group.
     #[serde(with = "raw::optional_path", default)]
     pub cgroup: Option<PathBuf>,
-    /// The shim's socket.
+    /// The path of the shim's socket.
     #[serde(with = "raw::path")]
     pub socket: PathBuf,
-    /// The inode of the pipe that is the agent's standard output, where it is one.
+    /// The inode of the pipe that is the agent's standard output, unless that is a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stdout_pipe: Option<u64>,
-    /// The same of its standard error.
+    /// The inode of the pipe that is the agent's standard error, unless that is a terminal.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub stderr_pipe: Option<u64>,
 }
 
-/// How it ended: written (atomically, synced) before anybody is told.
+/// How a run has ended. Written (atomically, synced) before the end is reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ExitRecord {
-    /// The run.
     pub run_id: String,
-    /// The exit code, unless a signal ended it.
+    /// The exit code; `None` if a signal ended the main process.
     pub code: Option<i32>,
-    /// The signal that ended it.
+    /// The signal that ended the main process.
     pub signal: Option<i32>,
-    /// Whether it left a core dump.
     pub core_dumped: bool,
-    /// When the main process ended, Unix milliseconds.
+    /// When the main process ended, in Unix milliseconds.
     pub ended_at_ms: i64,
-    /// How many other processes of its tree had to be killed.
+    /// How many other processes of the tree had to be killed.
     pub leftovers_killed: u64,
-    /// Payload bytes of output that a full disk cost.
+    /// Payload bytes of output that were lost, for instance because the disk was full.
     #[serde(default)]
     pub log_bytes_lost: u64,
-    /// Why the agent's program was never executed: what ran before it failed, for instance.
+    /// Why the agent's program was never executed, for instance because the pre-start command failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub start_failure: Option<String>,
-    /// What went wrong with the command after its end.
+    /// What went wrong with the post-stop command.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_stop_failure: Option<String>,
-    /// What the kernel has done to the tree for want of memory.
+    /// Kills by the kernel for lack of memory.
     #[serde(default)]
     pub out_of_memory: OutOfMemory,
 }
@@ -75,62 +71,58 @@ pub struct ExitRecord {
 /// Why a record could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum RecordError {
-    /// The file is there but cannot be read.
+    /// The file exists but cannot be read.
     #[error("read {}", path.display())]
     Unreadable {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The file is no such record.
-    #[error("understand {}", path.display())]
+    /// The file is not a record.
+    #[error("parse {}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: serde_json::Error,
     },
 }
 
 impl RecordError {
-    /// Whether a later try may succeed: the file could not be read now. One that was read and is no
-    /// record stays so.
+    /// Returns whether a retry may succeed. A file that could be read but is not a record stays malformed.
     pub fn may_pass(&self) -> bool {
         matches!(self, Self::Unreadable { .. })
     }
 }
 
-/// Reads who runs; `None` when the run never came so far.
+/// Reads the run record; `None` if the launch never got that far.
 pub fn read_run(run_dir: &Path) -> Result<Option<RunRecord>, RecordError> {
     read(&run_dir.join(files::RUN))
 }
 
-/// Gives up a launch that has not come as far as its record: a shim that is still on its way ends.
-/// The record has to be looked for once more afterwards.
+/// Gives up a launch that has not written its run record: a shim that is still starting will exit. The caller must look
+/// for the record once more afterwards.
 ///
 /// # Errors
-/// When the folder is there and cannot be written.
+/// If the directory exists but cannot be written.
 pub fn abandon(run_dir: &Path) -> io::Result<()> {
     match std::fs::write(run_dir.join(files::ABANDONED), b"") {
-        // Without a folder there is no launch.
+        // Without a directory there is no launch.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
     }
 }
 
-/// Reads how a run ended; `None` when it has not, or when its shim was lost.
+/// Reads the exit record; `None` if the run has not ended, or its shim was killed.
 pub fn read_exit(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     read(&run_dir.join(files::EXIT))
 }
 
-/// Reads how a run ended whose shim was lost while a command ran after it, or while it waited for the
-/// log writer process; `None` when it was lost earlier, or never.
+/// Reads how a run has ended whose shim was killed while the post-stop command ran, or while it waited for the log
+/// writer process; `None` if the shim was killed earlier, or not at all.
 pub fn read_cut_short(run_dir: &Path) -> Result<Option<ExitRecord>, RecordError> {
     let record: Option<ExitRecord> = read(&run_dir.join(files::ENDED))?;
-    // A spec that cannot be understood is most likely of an older shim, which wrote this only then.
+    // A spec that cannot be parsed is most likely that of an older shim, which wrote this file only if there was a
+    // command.
     let had_command = LaunchSpec::read(run_dir).map_or(true, |spec| spec.post_stop.is_some());
     Ok(record.map(|record| {
         if !had_command {

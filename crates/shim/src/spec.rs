@@ -1,6 +1,7 @@
-//! What the daemon wants to have run: `launch.json` in the run's folder.
+//! The launch spec, `launch.json` in the run's directory: everything the shim must know to start and supervise one
+//! agent.
 //!
-//! It holds the agent's environment with its secrets, hence mode 0600 in a 0700 folder.
+//! It contains the agent's environment with its secrets, so that its mode is 0600 in a directory of mode 0700.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use fermata_protocol::supervision::TerminalSize;
 
-use super::raw::{self, Raw};
+use super::raw::{self, RawString};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::controllers::TreeLimits;
 use fermata_os::limits::Limit;
@@ -17,27 +18,27 @@ use fermata_os::limits::Limit;
 /// The version of [`LaunchSpec`]; a shim refuses any other.
 pub const SPEC_VERSION: u32 = 1;
 
-/// The environment variable that the shim sets to the run's id, so that whatever the agent left
-/// behind can be recognised when the shim itself was lost.
+/// The environment variable that the shim sets to the run's id. It identifies processes of the agent after their shim
+/// was killed.
 pub const RUN_ID_VARIABLE: &str = "FERMATA_RUN_ID";
 
-/// File names in the folder of a run.
+/// File names in the directory of a run.
 pub mod files {
-    /// The launch spec.
+    /// The [`LaunchSpec`](super::LaunchSpec).
     pub const LAUNCH: &str = "launch.json";
-    /// Who runs.
+    /// The [`RunRecord`](crate::record::RunRecord).
     pub const RUN: &str = "run.json";
-    /// How it ended.
+    /// The [`ExitRecord`](crate::record::ExitRecord).
     pub const EXIT: &str = "exit.json";
-    /// How it ended, while a command still runs after it or the log writer process writes; replaced by
-    /// [`EXIT`].
+    /// The exit record as far as it is known while the post-stop command runs or the log writer process writes;
+    /// replaced by [`EXIT`].
     pub const ENDED: &str = "ended.json";
-    /// Written by a daemon that gives a launch up which has not come as far as [`RUN`]. Either the
-    /// shim sees it after writing that, and ends; or the daemon sees what the shim has written.
+    /// Written by a daemon that gives up a launch before [`RUN`] exists. Either the shim finds it after writing [`RUN`]
+    /// and exits, or the daemon finds [`RUN`].
     pub const ABANDONED: &str = "abandoned";
-    /// The folder of the log files.
+    /// The directory of the log files.
     pub const LOGS: &str = "logs";
-    /// What the shim itself had to say (normally empty).
+    /// Messages of the shim itself; normally empty.
     pub const SHIM_LOG: &str = "shim.log";
 }
 
@@ -46,10 +47,10 @@ pub mod files {
 pub struct LogLimits {
     /// A file is rotated before it grows beyond this many bytes; 0 for never.
     pub max_bytes: u64,
-    /// So many rotated files are kept beside the current one; 0 for all.
+    /// How many rotated files are kept beside the current one; 0 for all.
     pub max_files: u32,
-    /// A file is rotated, when more is to be written to it, once its first line is so old,
-    /// milliseconds; 0 for never.
+    /// A file is rotated, when more is to be written to it, once its first line is this old, in milliseconds; 0 for
+    /// never.
     #[serde(default)]
     pub max_age_ms: u64,
 }
@@ -60,17 +61,17 @@ impl Default for LogLimits {
     }
 }
 
-/// A command beside the agent, with its environment, directory and limits.
+/// A command that runs before or after the agent, with the agent's environment, directory and limits.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HookSpec {
     /// The program and its arguments.
-    pub argv: Vec<Raw>,
-    /// How long it may take, frozen time not counted, milliseconds.
+    pub argv: Vec<RawString>,
+    /// How long it may run, in milliseconds, not counting the time for which it is frozen.
     pub timeout_ms: u64,
 }
 
 impl HookSpec {
-    /// The command for people: as far as it is text, and not more than fits into a sentence.
+    /// Returns the command for messages: invalid UTF-8 is replaced, and long commands are shortened.
     pub fn line(&self) -> String {
         const MOST: usize = 120;
         let words: Vec<_> = self.argv.iter().map(|word| word.as_ref().to_string_lossy()).collect();
@@ -79,35 +80,33 @@ impl HookSpec {
     }
 }
 
-/// Everything the shim must know to start and hold one agent.
+/// Everything the shim must know to start and supervise one agent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LaunchSpec {
     /// [`SPEC_VERSION`].
     pub version: u32,
-    /// The project's name.
     pub project: String,
-    /// The agent's name.
     pub agent: String,
-    /// Identifies this run among all runs of all agents.
+    /// Unique among all runs of all agents.
     pub run_id: String,
-    /// The program and its arguments; a program without a slash is looked up in the PATH of `env`.
-    pub argv: Vec<Raw>,
-    /// The whole environment.
-    pub env: Vec<(Raw, Raw)>,
-    /// The working directory.
+    /// The program and its arguments; a program without a slash is searched for in the PATH of `env`.
+    pub argv: Vec<RawString>,
+    /// The complete environment.
+    pub env: Vec<(RawString, RawString)>,
+    /// The working directory, absolute.
     #[serde(with = "raw::path")]
     pub cwd: PathBuf,
     /// The file mode creation mask.
     pub umask: u32,
-    /// Resource limits; those that are not named stay as the daemon has them.
+    /// Resource limits; a limit that is not listed is inherited from the daemon.
     pub rlimits: Vec<Limit>,
-    /// The folder of this run, absolute.
+    /// The directory of this run, absolute.
     #[serde(with = "raw::path")]
     pub run_dir: PathBuf,
-    /// Where the shim listens, absolute, at most 107 bytes.
+    /// The path of the shim's socket, absolute, at most 107 bytes.
     #[serde(with = "raw::path")]
     pub socket: PathBuf,
-    /// Where the agent's control group goes; by default below the daemon's own.
+    /// The parent of the agent's control group; by default the daemon's own group.
     #[serde(with = "raw::optional_path", default)]
     pub cgroup_parent: Option<PathBuf>,
     /// The name of the agent's control group.
@@ -115,30 +114,29 @@ pub struct LaunchSpec {
     /// Whether control groups may be used.
     #[serde(default)]
     pub mechanism: FreezerSetting,
-    /// The terminal that the agent gets; without it, it writes to pipes and reads nothing.
+    /// The size of the agent's terminal. Without a terminal the agent writes to pipes and has no input.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub terminal: Option<TerminalSize>,
-    /// What the whole tree may use; with any limit it is a control group or nothing.
+    /// Limits of the whole tree. With any of them the agent needs a control group, and does not start without one.
     #[serde(default)]
     pub tree_limits: TreeLimits,
-    /// How large the logs may grow.
     #[serde(default)]
     pub log: LogLimits,
-    /// What becomes of output that comes faster than it can be kept.
+    /// What happens to output that comes faster than it can be written.
     #[serde(default)]
     pub output: OutputPolicy,
-    /// How long a stop waits before it kills, unless the request says otherwise.
+    /// How long a stop waits before it kills, unless the request specifies it.
     pub stop_grace_ms: u64,
-    /// Runs in the agent's place before it; the start fails with it.
+    /// Runs before the agent's program in the same process; if it fails, the start fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pre_start: Option<HookSpec>,
-    /// Runs when nothing of the agent's tree is left.
+    /// Runs after the agent, once no process of its tree is left.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub post_stop: Option<HookSpec>,
 }
 
 impl LaunchSpec {
-    /// A file or folder of this run.
+    /// Returns the path of a file or directory of this run.
     pub fn file(&self, name: &str) -> PathBuf {
         self.run_dir.join(name)
     }
@@ -150,35 +148,29 @@ pub enum SpecError {
     /// The file could not be read.
     #[error("read {}", path.display())]
     Unreadable {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: std::io::Error,
     },
     /// The file is not a launch spec.
-    #[error("understand {}", path.display())]
+    #[error("parse {}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: serde_json::Error,
     },
-    /// The file is of another version.
-    #[error("use {}: its version is {found}, this shim knows {SPEC_VERSION}", path.display())]
+    /// The file has another version.
+    #[error("use {}: its version is {found}, and this shim supports version {SPEC_VERSION}", path.display())]
     Version {
-        /// The file.
         path: PathBuf,
-        /// Its version.
+        /// The version in the file.
         found: u32,
     },
     /// A path must be absolute, because the shim's working directory is `/`.
     #[error("use {}: {field} is not an absolute path", path.display())]
     Relative {
-        /// The file.
         path: PathBuf,
-        /// Which field.
+        /// The name of the field.
         field: &'static str,
     },
 }
@@ -193,7 +185,7 @@ impl LaunchSpec {
         let path = run_dir.join(files::LAUNCH);
         let bytes = std::fs::read(&path).map_err(|source| SpecError::Unreadable { path: path.clone(), source })?;
         let malformed = |source| SpecError::Malformed { path: path.clone(), source };
-        // The version first: another version's fields may mean something else.
+        // The version is checked first: fields of another version may have another meaning.
         let VersionOnly { version } = serde_json::from_slice(&bytes).map_err(malformed)?;
         if version != SPEC_VERSION {
             return Err(SpecError::Version { path, found: version });

@@ -1,4 +1,4 @@
-//! The shim's event loop: one thread, one poll, nobody waits.
+//! The shim's event loop: one thread, one poll; no step waits.
 //!
 //! ```text
 //!  Running ── stop ──> Stopping ── grace over ──> Killing
@@ -8,7 +8,7 @@
 //!        Clearing (kill leftovers) ──> Draining (pipes) ──> [After] ──> Recording (exit.json) ──> end
 //! ```
 //!
-//! After is the command that runs when the agent has ended, where there is one (`hooks.rs`).
+//! After is the post-stop command, if there is one (`hooks`).
 
 mod hooks;
 mod killing;
@@ -26,9 +26,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use serde_json::Value;
 
-use self::hooks::{AfterStop, Beginning, Flow};
+use self::hooks::{Flow, PostStopStage, PreStart};
 use self::killing::Killing;
-use super::connection::{Connection, ConnectionId};
+use super::connection::{ConnectionId, PeerConnection};
 use super::freeze::{Answer, Caller, FreezeController, FreezeEvent, Refused, failed_to};
 use super::intake::Intake;
 use super::log_sink::LogSink;
@@ -40,22 +40,22 @@ use fermata_os::clock;
 use fermata_os::controllers::OutOfMemory;
 use fermata_os::fsync::Reserve;
 use fermata_os::prelude::Prelude;
-use fermata_os::process::{self, Change, ProcessId};
-use fermata_os::tree::{KillWork, Progress};
+use fermata_os::process::{self, ChildChange, ProcessId};
+use fermata_os::tree::{KillWork, TreeProgress};
 
-/// More peers than this cannot be real: the oldest goes.
+/// More connections than this are not plausible: the oldest one is closed.
 const MAX_CONNECTIONS: usize = 16;
-/// How long killed processes may take to vanish (one may wait for a dead disk).
+/// How long killed processes may take to end (one may wait for a failed disk).
 const CLEAR_PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait for the end of the pipes when somebody outside the tree holds them open.
+/// How long to wait for the end of the pipes if a process outside the tree holds them open.
 const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
-/// How often and how long an exit that cannot be recorded is tried again.
+/// The interval and the duration of retries if the exit cannot be recorded.
 const RECORD_RETRY: Duration = Duration::from_millis(200);
 const RECORD_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a group that is to be killed may take to stand still first.
+/// How long freezing a group before it is killed may take.
 const KILL_FREEZE: Duration = Duration::from_millis(200);
 
-/// How the main process ended.
+/// How the main process has ended.
 #[derive(Debug, Clone, Copy)]
 struct MainEnd {
     code: Option<i32>,
@@ -71,16 +71,16 @@ enum Life {
     Killing { work: Killing },
     Clearing { end: MainEnd, work: Killing, until: Instant },
     Draining { end: MainEnd, leftovers: u64, until: Instant },
-    After(AfterStop),
+    After(PostStopStage),
     Recording { record: ExitRecord, next: Instant, until: Instant },
     Over { record: ExitRecord },
 }
 
-/// What made poll return.
+/// The descriptor that has become ready.
 #[derive(Debug, Clone, Copy)]
-enum Source {
+enum PollSource {
     Child,
-    Beginning,
+    PreStart,
     Stdout,
     Stderr,
     Terminal,
@@ -89,9 +89,9 @@ enum Source {
     Connection(ConnectionId),
 }
 
-/// Everything that the loop owns.
+/// The state of the event loop.
 #[derive(Debug)]
-pub struct Supervisor {
+pub struct AgentSupervisor {
     spec: LaunchSpec,
     shim: ProcessId,
     agent: ProcessId,
@@ -100,55 +100,51 @@ pub struct Supervisor {
     log: LogSink,
     intake: Intake,
     reserve: Reserve,
-    /// For the exit of an agent after whose end there is more to do that takes time.
+    /// For the preliminary exit record, if there is more to do after the agent's end that takes time.
     ended: Option<Reserve>,
-    beginning: Option<Beginning>,
+    pre_start: Option<PreStart>,
     start_failure: Option<String>,
     children: SignalFd,
     listener: UnixListener,
     stdout: Option<File>,
     stderr: Option<File>,
     terminal: Option<Terminal>,
-    connections: Vec<Connection>,
+    connections: Vec<PeerConnection>,
     next_connection: u64,
     stopped_by_others: bool,
-    /// Which file the listener is reached by.
+    /// Identifies the file to which the listener is bound.
     socket_file: Option<(u64, u64, i64, i64)>,
 }
 
-/// What the launcher hands to the loop.
+/// The launcher's results, handed to the event loop.
 #[derive(Debug)]
 pub struct Parts {
-    /// What was asked for.
     pub spec: LaunchSpec,
     /// This process.
     pub shim: ProcessId,
     /// The main process.
     pub agent: ProcessId,
-    /// How to freeze it.
     pub freeze: FreezeController,
-    /// Where its output goes.
+    /// The destination of the agent's output.
     pub log: LogSink,
-    /// Where its exit will be recorded.
+    /// For the exit record.
     pub reserve: Reserve,
-    /// Where its exit is noted while a command runs after it or its log is written.
+    /// For the preliminary exit record, while the post-stop command runs or the log is written.
     pub ended: Option<Reserve>,
     /// SIGCHLD and SIGHUP.
     pub children: SignalFd,
-    /// The socket, non-blocking.
+    /// The shim's socket, non-blocking.
     pub listener: UnixListener,
-    /// The reading end of its pipe, or of its terminal; non-blocking.
+    /// The reading end of the agent's standard output, or the master of its terminal; non-blocking.
     pub stdout: OwnedFd,
-    /// The reading end of its other pipe; a terminal carries both.
+    /// The reading end of the agent's standard error; `None` with a terminal, which carries both.
     pub stderr: Option<OwnedFd>,
-    /// Its terminal.
     pub terminal: Option<Terminal>,
-    /// The command that runs in its place first.
+    /// The pre-start command, which runs first in the agent's process.
     pub prelude: Option<Prelude>,
 }
 
-impl Supervisor {
-    /// Takes over.
+impl AgentSupervisor {
     pub fn new(parts: Parts) -> Self {
         let Parts {
             spec,
@@ -177,7 +173,7 @@ impl Supervisor {
             intake: Intake::default(),
             reserve,
             ended,
-            beginning: None,
+            pre_start: None,
             start_failure: None,
             children,
             listener,
@@ -189,30 +185,30 @@ impl Supervisor {
             stopped_by_others: false,
         };
         if let Some(prelude) = prelude {
-            supervisor.begin(prelude);
+            supervisor.begin_pre_start(prelude);
         }
         supervisor
     }
 
-    /// Runs until the agent has ended, nothing is left of it, and its exit is on disk.
+    /// Runs until the agent has ended, no process of its tree is left, and its exit is on disk.
     pub fn run(mut self) {
         loop {
             let ready = self.wait();
             self.take_output(&ready);
             for source in ready {
                 match source {
-                    Source::Child => self.reap(),
-                    Source::Listener => self.accept(),
-                    Source::Connection(id) => self.serve(id),
-                    Source::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
-                    // Read above; `tick` looks at the freeze, `watch_beginning` at the start.
-                    Source::Stdout | Source::Stderr | Source::Freeze | Source::Beginning => {}
+                    PollSource::Child => self.reap(),
+                    PollSource::Listener => self.accept(),
+                    PollSource::Connection(id) => self.serve(id),
+                    PollSource::Terminal => self.terminal.iter_mut().for_each(Terminal::flush),
+                    // Output has been read above, `tick` handles the freezer and `watch_pre_start` the start.
+                    PollSource::Stdout | PollSource::Stderr | PollSource::Freeze | PollSource::PreStart => {}
                 }
             }
             let now = Instant::now();
-            let news = self.freeze.tick(now);
-            self.tell(news);
-            self.watch_beginning(now);
+            let events = self.freeze.tick(now);
+            self.report(events);
+            self.watch_pre_start(now);
             self.go_on(now);
             if let Some(terminal) = &mut self.terminal {
                 terminal.feed(&mut self.connections);
@@ -229,43 +225,43 @@ impl Supervisor {
                     }
                     connection.send_rest(Duration::from_millis(100));
                 }
-                // The daemon may have removed the whole folder already.
+                // The daemon may have removed the whole directory already.
                 std::fs::remove_file(&self.spec.socket).ok();
                 return;
             }
         }
     }
 
-    fn wait(&self) -> Vec<Source> {
+    fn wait(&self) -> Vec<PollSource> {
         let mut fds = vec![PollFd::new(self.children.as_fd(), PollFlags::POLLIN)];
-        let mut sources = vec![Source::Child];
-        for (file, source) in [(&self.stdout, Source::Stdout), (&self.stderr, Source::Stderr)] {
+        let mut sources = vec![PollSource::Child];
+        for (file, source) in [(&self.stdout, PollSource::Stdout), (&self.stderr, PollSource::Stderr)] {
             if let Some(file) = file {
                 fds.push(PollFd::new(file.as_fd(), PollFlags::POLLIN));
                 sources.push(source);
             }
         }
-        if let Some(fd) = self.beginning_fd() {
+        if let Some(fd) = self.pre_start_fd() {
             fds.push(PollFd::new(fd, PollFlags::POLLIN));
-            sources.push(Source::Beginning);
+            sources.push(PollSource::PreStart);
         }
         if let Some(terminal) = self.terminal.as_ref().filter(|terminal| terminal.wants_write()) {
             fds.push(PollFd::new(terminal.as_fd(), PollFlags::POLLOUT));
-            sources.push(Source::Terminal);
+            sources.push(PollSource::Terminal);
         }
         fds.push(PollFd::new(self.listener.as_fd(), PollFlags::POLLIN));
-        sources.push(Source::Listener);
+        sources.push(PollSource::Listener);
         if let Some(watch) = self.freeze.watch() {
             fds.push(PollFd::new(watch.as_fd(), PollFlags::POLLPRI));
-            sources.push(Source::Freeze);
+            sources.push(PollSource::Freeze);
         }
         for connection in &self.connections {
             let mut flags = PollFlags::POLLIN;
             flags.set(PollFlags::POLLOUT, connection.wants_write());
             fds.push(PollFd::new(connection.as_fd(), flags));
-            sources.push(Source::Connection(connection.id()));
+            sources.push(PollSource::Connection(connection.id()));
         }
-        // An interrupted or failed poll is an empty one: every tick looks at the state itself.
+        // After an interrupted or failed poll, every tick examines the state itself.
         if poll(&mut fds, self.timeout()).is_err() {
             return Vec::new();
         }
@@ -283,11 +279,11 @@ impl Supervisor {
             Life::Recording { next, .. } => Some(*next),
             Life::Over { .. } => Some(now),
         };
-        match life.into_iter().chain(self.freeze.next_tick(now)).chain(self.beginning_due(now)).min() {
+        match life.into_iter().chain(self.freeze.next_tick(now)).chain(self.pre_start_timeout(now)).min() {
             None => PollTimeout::NONE,
             Some(at) => {
                 let left = at.saturating_duration_since(now);
-                // Rounded up: a timeout that is a fraction too early would spin.
+                // Rounded up: a timeout that is slightly too short would cause a busy loop.
                 let left = if left.is_zero() { left } else { left + Duration::from_millis(1) };
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             }
@@ -295,7 +291,7 @@ impl Supervisor {
     }
 
     fn reap(&mut self) {
-        // One wake-up can stand for many children.
+        // One wake-up may stand for several signals.
         while let Ok(Some(signal)) = self.children.read_signal() {
             if signal.ssi_signo == libc::SIGHUP as u32 {
                 self.listen_again();
@@ -303,42 +299,42 @@ impl Supervisor {
         }
         loop {
             let (pid, change) = match process::next_child_change() {
-                Ok(Some(found)) => found,
+                Ok(Some(change)) => change,
                 Ok(None) => return,
                 Err(error) => {
                     eprintln!("fermata-shim: failed to wait for children: {error}");
                     return;
                 }
             };
-            if matches!(change, Change::Stopped(_) | Change::Continued) {
+            if matches!(change, ChildChange::Stopped(_) | ChildChange::Continued) {
                 self.freeze.check_soon(Instant::now());
             }
             let is_agent = pid == self.agent.pid && !self.has_ended();
             if !is_agent {
-                // Or an adopted orphan: reaping it was all there was to do.
+                // The post-stop command, or an adopted orphan, which only had to be reaped.
                 self.reaped_post_stop(pid, change, Instant::now());
                 continue;
             }
             match change {
-                Change::Exited(code) => self.agent_ended(Some(code), None, false),
-                Change::Signaled { signal, core_dumped } => {
+                ChildChange::Exited(code) => self.agent_ended(Some(code), None, false),
+                ChildChange::Signaled { signal, core_dumped } => {
                     self.agent_ended(None, Some(signal), core_dumped);
                 }
-                Change::Stopped(signal) if self.freeze.is_idle() && matches!(self.life, Life::Running) => {
+                ChildChange::Stopped(signal) if self.freeze.is_idle() && matches!(self.life, Life::Running) => {
                     self.stopped_by_others = true;
                     self.broadcast(ShimEvent::Stopped { signal });
                 }
-                Change::Continued if self.stopped_by_others && self.freeze.is_idle() => {
+                ChildChange::Continued if self.stopped_by_others && self.freeze.is_idle() => {
                     self.stopped_by_others = false;
                     self.broadcast(ShimEvent::Continued {});
                 }
-                // Our own quiesce, freeze or thaw.
-                Change::Stopped(_) | Change::Continued => {}
+                // Caused by a quiesce, freeze or thaw of the shim.
+                ChildChange::Stopped(_) | ChildChange::Continued => {}
             }
         }
     }
 
-    /// Makes the socket anew where its file is gone: a daemon that cannot find it asks for that.
+    /// Recreates the socket if its file has been removed: a daemon that does not find it asks for that.
     fn listen_again(&mut self) {
         if self.socket_file.is_some() && self.socket_file == file_identity(&self.spec.socket) {
             return;
@@ -365,12 +361,12 @@ impl Supervisor {
 
     fn agent_ended(&mut self, code: Option<i32>, signal: Option<i32>, core_dumped: bool) {
         let now = Instant::now();
-        // What it said before it ended: perhaps why it never became the agent.
-        self.watch_beginning(now);
-        self.beginning = None;
+        // Reads the last message of the child, which may say why it never became the agent.
+        self.watch_pre_start(now);
+        self.pre_start = None;
         let end = MainEnd { code, signal, core_dumped, at_ms: clock::unix_ms() };
-        let news = self.freeze.abandon(true, now);
-        self.tell(news);
+        let events = self.freeze.abandon(true, now);
+        self.report(events);
         let work = match std::mem::replace(&mut self.life, Life::Running) {
             Life::Killing { work } => work,
             Life::Running
@@ -384,7 +380,7 @@ impl Supervisor {
         self.life = Life::Clearing { end, work, until: now + CLEAR_PATIENCE };
     }
 
-    /// Begins to kill everything below. A frozen group stays frozen until all carry their SIGKILL.
+    /// Starts to kill the tree. A frozen group stays frozen until all its members carry a SIGKILL.
     fn kill_tree(&mut self) -> Killing {
         let mut work = KillWork::new(self.shim.pid);
         if let Some(group) = self.freeze.group() {
@@ -393,35 +389,35 @@ impl Supervisor {
                     work.note(id);
                 }
             }
-            // So that nobody sees another's death and goes on to the next line of its script. Who
-            // waits for a dead disk cannot be frozen, and must not keep the others from dying.
+            // Freezing ensures that no process observes the death of another and executes the next line of its script.
+            // It fails if a process waits for a failed disk, which must not keep the others alive.
             group.freeze(KILL_FREEZE).ok();
             if let Err(error) = group.kill() {
                 eprintln!("fermata-shim: {}", failed_to(&error));
-                // Signals go on where this failed, but frozen processes must be able to die.
+                // The members are killed by signals instead. They must not be frozen, in order to die.
                 group.thaw().ok();
             }
         }
         Killing::new(work, Instant::now())
     }
 
-    /// Continues whatever part of the agent's end is under way.
+    /// Continues the end of the agent.
     fn go_on(&mut self, now: Instant) {
         loop {
             self.life = match std::mem::replace(&mut self.life, Life::Running) {
                 Life::Stopping { kill_at } if now >= kill_at => {
-                    let news = self.freeze.abandon(false, now);
-                    self.tell(news);
+                    let events = self.freeze.abandon(false, now);
+                    self.report(events);
                     Life::Killing { work: self.kill_tree() }
                 }
                 Life::Killing { mut work } => {
-                    // The main process is below us: its end moves us on, in `reap`.
+                    // `reap` leaves this state when the main process has ended.
                     work.step();
                     self.life = Life::Killing { work };
                     return;
                 }
                 Life::Clearing { end, mut work, until } => {
-                    let below = matches!(work.step(), Some(Progress::Done));
+                    let below = matches!(work.step(), Some(TreeProgress::Done));
                     let group = self.freeze.group().is_none_or(|group| !group.populated().unwrap_or(false));
                     if !(below && group) && now < until {
                         self.life = Life::Clearing { end, work, until };
@@ -436,7 +432,7 @@ impl Supervisor {
                         self.life = Life::Draining { end, leftovers, until };
                         return;
                     }
-                    // A slow disk can have taken up the time: nothing of the agent's stays behind.
+                    // The time may have passed while a slow disk was written: read the rest of the output.
                     self.drain_output();
                     let out_of_memory = self.freeze.group().map(OutOfMemory::of).unwrap_or_default();
                     let record = ExitRecord {
@@ -471,7 +467,7 @@ impl Supervisor {
                             self.life = Life::Recording { record, next: now + RECORD_RETRY, until };
                             return;
                         }
-                        // Who is connected learns it even if the disk never does.
+                        // Connected peers are told the exit even if it cannot be written.
                         _ => Life::Over { record },
                     }
                 }
@@ -483,10 +479,10 @@ impl Supervisor {
         }
     }
 
-    /// The last thing before the exit is recorded.
+    /// Does the last work before the exit is recorded.
     fn finish(&mut self, mut record: ExitRecord, now: Instant) -> Life {
-        // The log writer process is waited for: a disk that takes nothing must not cost the exit code as well. Where
-        // a command has run it is noted already.
+        // Finishing the log may take long, and a failing disk must not cost the exit code as well. With a post-stop
+        // command the preliminary record has been written already.
         if self.spec.post_stop.is_none()
             && let Some(Err(message)) = self.ended.as_ref().map(|reserve| Self::record(reserve, &record))
         {
@@ -520,17 +516,17 @@ impl Supervisor {
                     if self.connections.len() >= MAX_CONNECTIONS {
                         self.connections.remove(0);
                     }
-                    match Connection::new(id, stream) {
+                    match PeerConnection::new(id, stream) {
                         Ok(connection) => self.connections.push(connection),
                         Err(error) => {
-                            eprintln!("fermata-shim: failed to take a connection: {error}")
+                            eprintln!("fermata-shim: failed to set up a connection: {error}")
                         }
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) => {
-                    eprintln!("fermata-shim: failed to accept: {error}");
-                    // Out of descriptors, most likely: do not spin on it.
+                    eprintln!("fermata-shim: failed to accept a connection: {error}");
+                    // Most likely there is no free descriptor: do not loop at full speed.
                     std::thread::sleep(Duration::from_millis(10));
                     return;
                 }
@@ -538,9 +534,9 @@ impl Supervisor {
         }
     }
 
-    fn tell(&mut self, news: Vec<FreezeEvent>) {
-        for item in news {
-            match item {
+    fn report(&mut self, events: Vec<FreezeEvent>) {
+        for event in events {
+            match event {
                 FreezeEvent::Answer(caller, answer) => self.answer(caller, answer),
                 FreezeEvent::LeaseExpired => self.broadcast(ShimEvent::LeaseExpired {}),
                 FreezeEvent::Broken(broken) => self.broadcast(ShimEvent::FreezeBroken(broken)),
@@ -557,7 +553,7 @@ impl Supervisor {
     }
 
     fn send(&mut self, id: ConnectionId, line: &FromShim) {
-        // A caller that has gone needs no answer.
+        // The caller may have disconnected.
         if let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) {
             connection.send(line);
         }
@@ -572,7 +568,7 @@ impl Supervisor {
     }
 }
 
-/// Tells one file from another that has taken its path, also where inodes are used again.
+/// Distinguishes a file from another one that has replaced it, even if the inode number is reused.
 fn file_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
     use std::os::unix::fs::MetadataExt;
     let meta = std::fs::symlink_metadata(path).ok()?;

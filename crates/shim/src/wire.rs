@@ -1,4 +1,4 @@
-//! The shim's protocol: JSON, one object per line, over a Unix socket of its own.
+//! The shim's protocol: JSON, one object per line, over a Unix socket per run.
 //!
 //! ```text
 //! -> {"hello":{"version":1,"level":1}}
@@ -9,16 +9,15 @@
 //! <- {"event":{"exited":{"code":0,"signal":null,…}}}
 //! ```
 //!
-//! Daemon and shim can be of different builds (an upgrade leaves old shims running), hence the
-//! version. The rule:
+//! Daemon and shim may be of different builds, since an upgrade leaves old shims running. The rules:
 //!
-//! - Another version is refused, in words that name both. Nothing is done to the agent then: it
-//!   goes on under its shim, and the daemon says why it cannot be reached.
-//! - Within a version fields, requests, events and codes are only added. Unknown fields are
-//!   ignored, an unknown request is refused with its id, an unknown code is [`RefusalCode::Other`],
-//!   an unknown event is passed over.
-//! - The daemon says in its hello up to which [`LEVEL`] it knows the additions; the shim keeps
-//!   events from a peer that is too old for them.
+//! - Another version is refused with a message that names both versions. The agent is not touched: it continues under
+//!   its shim, and the daemon reports why it cannot be reached.
+//! - Within a version, fields, requests, events and codes are only added. Unknown fields are ignored, an unknown
+//!   request is refused with its id, an unknown code is read as [`RefusalCode::Other`], and an unknown event is
+//!   skipped.
+//! - The daemon's hello states the [`LEVEL`] of additions that it understands. The shim does not send newer events to
+//!   it.
 
 use fermata_protocol::pause::FreezerKind;
 use serde::{Deserialize, Serialize};
@@ -29,97 +28,87 @@ use fermata_protocol::terminal::Bytes;
 use super::record::ExitRecord;
 use fermata_os::process::ProcessId;
 
-/// The version of this protocol.
 pub const WIRE_VERSION: u32 = 1;
 
-/// What has been added within the version, counted: 1 for [`ShimEvent::FreezeBroken`].
+/// The number of additions within the version: 1 for [`ShimEvent::FreezeBroken`].
 pub const LEVEL: u32 = 1;
 
-/// The longest line, newline included, in either direction.
+/// The longest line in either direction, in bytes, including the newline.
 pub const MAX_LINE_BYTES: usize = 64 * 1024;
 
 /// A line to the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToShim {
-    /// Must come first.
+    /// The first line of a connection.
     Hello {
         /// [`WIRE_VERSION`] of the sender.
         version: u32,
-        /// [`LEVEL`] of the sender; the first builds did not say.
+        /// [`LEVEL`] of the sender; the first builds did not send one.
         #[serde(default)]
         level: u32,
     },
-    /// A request, to be answered by a reply or a refusal with the same id.
-    Call(Call),
+    /// A request, answered by a reply or a refusal with the same id.
+    Call(ShimCall),
 }
 
 /// A request with its id.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Call {
+pub struct ShimCall {
     /// Chosen by the sender, unique among its open requests.
     pub id: u64,
-    /// What is asked.
     #[serde(flatten)]
-    pub request: Request,
+    pub request: ShimRequest,
 }
 
-/// What can be asked.
+/// A request to the shim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "method", content = "params", rename_all = "snake_case")]
-pub enum Request {
-    /// How the agent is.
+pub enum ShimRequest {
+    /// Asks for a [`Status`].
     Status {},
-    /// SIGTSTP to the agent's process group; answered when its leader has stopped, or `grace_ms` is over.
+    /// Sends SIGTSTP to the agent's process group. Answered when its leader has stopped, or `grace_ms` is over.
     Quiesce {
         /// How long to wait for the leader.
         grace_ms: u64,
-        /// The shim undoes it unless a freeze follows within so long.
+        /// The shim undoes the quiesce unless a freeze follows within this time.
         #[serde(default = "default_quiesce_lease_ms")]
         lease_ms: u64,
     },
-    /// Freezes the whole tree for as long as the lease lasts.
+    /// Freezes the whole tree for the duration of the lease.
     Freeze {
-        /// Unless renewed or held, the tree is thawed after so long.
+        /// The tree is thawed after this time, unless the lease is renewed or the freeze committed.
         lease_ms: u64,
     },
     /// Extends the lease of a frozen tree, from now.
-    Renew {
-        /// The new lease.
-        lease_ms: u64,
-    },
-    /// Makes the freeze permanent: the pause was committed.
-    Hold {},
-    /// Undoes freeze and quiesce; fine when there is nothing to undo.
+    Renew { lease_ms: u64 },
+    /// Makes the freeze permanent, since the pause has been committed.
+    #[serde(rename = "hold")]
+    Commit {},
+    /// Undoes freeze and quiesce. Succeeds if there is nothing to undo.
     Thaw {},
-    /// Sends a signal to the main process; SIGCONT to its whole group, as a shell does that lets a
-    /// stopped job go on.
-    Signal {
-        /// Its number.
-        signal: i32,
-    },
-    /// Thaws, sends SIGTERM to the group, and kills the tree when the grace is over. Answered when
-    /// it has begun; the `exited` event follows.
+    /// Sends a signal to the main process; SIGCONT is sent to its whole group, as by a shell that continues a stopped
+    /// job.
+    Signal { signal: i32 },
+    /// Thaws the tree, sends SIGTERM to the group, and kills the tree when the grace is over. Answered when this has
+    /// begun; the `exited` event follows.
     Stop {
-        /// How long to wait; by default what the launch spec says.
+        /// How long to wait; the launch spec has the default.
         #[serde(default)]
         grace_ms: Option<u64>,
     },
-    /// Kills the whole tree; a frozen one does not run once more. Answered when it has begun; the
-    /// `exited` event follows.
+    /// Kills the whole tree. A frozen tree executes no further instruction. Answered when this has begun; the `exited`
+    /// event follows.
     Kill {},
     /// Makes this connection a viewer of the agent's terminal: `screen` and `output` events follow.
     Watch {
-        /// Begin with the lines that have left the screen.
+        /// Starts with the lines that have left the screen.
         #[serde(default)]
         scrollback: bool,
     },
     /// Types into the agent's terminal.
-    Type {
-        /// What is typed.
-        data: Bytes,
-    },
-    /// Gives the agent's terminal another size.
+    Type { data: Bytes },
+    /// Resizes the agent's terminal.
     Resize(TerminalSize),
 }
 
@@ -131,19 +120,17 @@ fn default_quiesce_lease_ms() -> u64 {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromShim {
-    /// Answers a hello.
+    /// The answer to a hello.
     Hello {
         /// [`WIRE_VERSION`] of the shim.
         version: u32,
-        /// Which run this is.
         run_id: String,
-        /// Who answers.
         shim: ProcessId,
-        /// Whether the agent has a terminal. A shim that knows none says nothing.
+        /// Whether the agent has a terminal. A shim that does not support terminals omits the field.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         terminal: bool,
-        /// Whether somebody else, a Ctrl-Z for instance, has stopped the main process; none from a
-        /// shim that does not say.
+        /// Whether the main process has been stopped by another process, for instance by Ctrl-Z; `None` from a shim
+        /// that does not report it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         suspended: Option<bool>,
     },
@@ -151,19 +138,17 @@ pub enum FromShim {
     Reply {
         /// The request's id.
         id: u64,
-        /// What the method answers.
+        /// The result of the method.
         ok: serde_json::Value,
     },
     /// A request, or the whole connection, was refused.
     Refusal {
-        /// The request's id; none for a line that was not a request.
+        /// The request's id; `None` for a line that was not a request.
         id: Option<u64>,
-        /// A stable code.
         code: RefusalCode,
         /// A sentence for people.
         message: String,
     },
-    /// Something happened.
     Event(ShimEvent),
 }
 
@@ -171,37 +156,35 @@ pub enum FromShim {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalCode {
-    /// The versions of the two sides differ.
+    /// The peer uses another version of the protocol.
     VersionMismatch,
-    /// The line was not understood.
+    /// The line is not part of the protocol.
     BadRequest,
-    /// The line was too long.
     LineTooLong,
     /// Another quiesce or freeze is under way.
     Busy,
-    /// The tree is frozen already.
     AlreadyFrozen,
-    /// The tree is not frozen (any more).
+    /// The tree is not frozen, or no longer.
     NotFrozen,
-    /// The tree was frozen, and somebody else has let it run since.
+    /// The tree was frozen, and another process has let it run since.
     FreezeBroken,
     /// The freeze was not complete in time; everything was undone.
     FreezeTimeout,
     /// The freeze failed; everything was undone.
     FreezeFailed,
-    /// A thaw, stop or kill came in between.
+    /// A thaw, stop or kill superseded the request.
     Cancelled,
     /// The agent has ended or is being ended.
     Ending,
     /// The signal could not be sent.
     SignalFailed,
-    /// The thaw did not work.
     ThawFailed,
     /// The agent has no terminal.
     NoTerminal,
-    /// The agent is frozen, or about to be: what is typed now would reach it by surprise later.
-    Held,
-    /// So many watch already.
+    /// The agent is frozen, or about to be: input typed now would reach it unexpectedly later.
+    #[serde(rename = "held")]
+    AgentFrozen,
+    /// The terminal has the maximum number of viewers.
     TooManyViewers,
     /// The terminal could not be resized.
     ResizeFailed,
@@ -210,163 +193,154 @@ pub enum RefusalCode {
     Other,
 }
 
-/// What the agent does.
+/// The state of the agent's process tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum AgentState {
-    /// It runs.
+pub enum TreeState {
+    /// The main process runs.
     Running,
-    /// Its main process is stopped by a signal, ours or another's.
+    /// The main process is stopped by a signal, of the shim or of another process.
     Stopped,
     /// The whole tree is frozen.
     Frozen,
-    /// It has ended or is being ended.
+    /// The agent has ended or is being ended.
     Ending,
 }
 
-/// Answers `status`.
+/// The result of `status`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// The main process.
     pub agent: ProcessId,
-    /// What it does.
-    pub state: AgentState,
-    /// How frozen it would be.
+    pub state: TreeState,
+    /// How the tree is, or would be, frozen.
     pub mechanism: FreezerKind,
-    /// Milliseconds until the shim thaws by itself; none when nothing is pending.
+    /// Milliseconds until the shim thaws the tree; `None` if no lease is running.
     pub lease_remaining_ms: Option<u64>,
-    /// Whether the freeze is permanent.
-    pub held: bool,
-    /// How many processes the tree has.
+    /// Whether the freeze has been committed.
+    #[serde(rename = "held")]
+    pub committed: bool,
+    /// The number of processes of the tree.
     pub processes: u64,
-    /// Payload bytes of output that a full disk has cost so far.
+    /// Payload bytes of output lost so far, for instance because the disk is full.
     #[serde(default)]
     pub log_bytes_lost: u64,
 }
 
-/// How a quiesce ended.
+/// How a quiesce has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum QuiesceOutcome {
-    /// The leader stopped.
+    /// The leader has stopped.
     Stopped,
     /// The leader still ran when the grace was over.
     Ignored,
-    /// The leader had been stopped by somebody else before.
+    /// The leader had been stopped by another process before.
     AlreadyStopped,
-    /// The leader ended.
+    /// The leader has ended.
     Exited,
 }
 
-/// Answers `quiesce`.
+/// The result of `quiesce`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Quiesced {
-    /// How it ended.
     pub outcome: QuiesceOutcome,
-    /// How long it took.
     pub waited_ms: u64,
 }
 
-/// Answers `watch`.
+/// The result of `watch`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Watching {
-    /// The size of the terminal.
     pub size: TerminalSize,
 }
 
-/// Answers `type`.
+/// The result of `type`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Typed {
-    /// How many bytes were taken; the rest finds no place, since the agent does not read.
+    /// How many bytes were accepted. The rest was dropped, since the agent does not read its input.
     pub bytes: u64,
 }
 
-/// Answers `freeze`.
+/// The result of `freeze`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Frozen {
-    /// How it was done.
+pub struct FreezeReply {
     pub mechanism: FreezerKind,
-    /// How many processes stand still.
+    /// The number of frozen processes.
     pub processes: u64,
-    /// How long it took, in microseconds.
+    /// The duration in microseconds.
     pub took_us: u64,
 }
 
-/// What the shim tells unasked, to every connection.
+/// An event that the shim sends to every connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ShimEvent {
-    /// The agent has ended, nothing of its tree is left, and `exit.json` is on disk.
+    /// The agent has ended, no process of its tree is left, and `exit.json` is on disk.
     Exited(Box<ExitRecord>),
-    /// Somebody else stopped the main process.
-    Stopped {
-        /// By which signal.
-        signal: i32,
-    },
-    /// Somebody else continued it.
+    /// A process other than the shim has stopped the main process.
+    Stopped { signal: i32 },
+    /// A process other than the shim has continued the main process.
     Continued {},
-    /// Nobody renewed the lease: the shim has undone freeze and quiesce.
+    /// The lease was not renewed: the shim has undone freeze and quiesce.
     LeaseExpired {},
-    /// Somebody else let a frozen tree run. Since [`LEVEL`] 1.
+    /// A process other than the shim has let a frozen tree run. Since [`LEVEL`] 1.
     FreezeBroken(FreezeBroken),
-    /// To viewers: what was shown is void, and the output that follows draws everything anew.
+    /// To viewers: the screen has this size and is void; the output that follows draws it completely.
     Screen(TerminalSize),
-    /// To viewers: what the terminal shows.
-    Output {
-        /// The bytes.
-        data: Bytes,
-    },
+    /// To viewers: bytes that the terminal shows.
+    Output { data: Bytes },
 }
 
 impl ShimEvent {
-    /// The [`LEVEL`] that a peer needs to understand it.
+    /// Returns the [`LEVEL`] that a peer needs to understand the event.
     pub fn level(&self) -> u32 {
         match self {
             Self::Exited(_) | Self::Stopped { .. } | Self::Continued {} | Self::LeaseExpired {} => 0,
-            // Only to those who have asked to see a terminal.
+            // These are sent only to connections that have asked to watch a terminal.
             Self::Screen(_) | Self::Output { .. } => 0,
             Self::FreezeBroken(_) => 1,
         }
     }
 }
 
-/// How a frozen tree came to run.
+/// How a frozen tree has come to run. The counts start at the previous event.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FreezeBroken {
-    /// How often since this was told last.
+    /// How often the freeze was broken.
     pub times: u64,
-    /// How many processes have run since this was told last; 0 when a whole group was thawed.
+    /// How many processes have run; 0 if a whole group was thawed.
     pub processes: u64,
-    /// Whether the freeze was permanent; otherwise whoever relies on it has to begin anew.
-    pub held: bool,
-    /// Whether all stand still again.
+    /// Whether the freeze had been committed. A freeze that had not been is void, and must be requested again.
+    #[serde(rename = "held")]
+    pub committed: bool,
+    /// Whether the tree is frozen again.
     pub frozen_again: bool,
 }
 
-/// What a line of the shim turned out to be.
+/// A line from a shim that may be newer than this build.
 #[derive(Debug, PartialEq)]
-pub enum Heard {
-    /// One that is known.
-    Known(FromShim),
-    /// An event of a newer shim, as it was.
-    Newer(String),
+pub enum LineFromShim {
+    /// A line that this build understands.
+    Understood(FromShim),
+    /// An event of a newer shim, as JSON.
+    NewerEvent(String),
 }
 
-/// Understands a line of the shim.
+/// Parses a line from the shim.
 ///
 /// # Errors
-/// When it is no line of this protocol.
-pub fn hear(line: &[u8]) -> Result<Heard, serde_json::Error> {
+/// If the line is not part of this protocol.
+pub fn parse_line(line: &[u8]) -> Result<LineFromShim, serde_json::Error> {
     match serde_json::from_slice(line) {
-        Ok(known) => Ok(Heard::Known(known)),
+        Ok(line) => Ok(LineFromShim::Understood(line)),
         Err(error) => match serde_json::from_slice::<serde_json::Value>(line) {
-            Ok(value) if value.get("event").is_some() => Ok(Heard::Newer(value.to_string())),
+            Ok(value) if value.get("event").is_some() => Ok(LineFromShim::NewerEvent(value.to_string())),
             _ => Err(error),
         },
     }
 }
 
-/// Finds the id of a call that is not understood, so that it can be refused by it.
+/// Returns the id of a call that is otherwise not understood, so that its refusal can refer to it.
 pub fn id_of_call(line: &[u8]) -> Option<u64> {
     serde_json::from_slice::<serde_json::Value>(line).ok()?.pointer("/call/id")?.as_u64()
 }
@@ -375,49 +349,49 @@ pub fn id_of_call(line: &[u8]) -> Option<u64> {
 mod tests {
     use super::*;
 
-    fn round_trip_call(line: &str, request: Request) {
-        let call = ToShim::Call(Call { id: 1, request });
+    fn round_trip_call(line: &str, request: ShimRequest) {
+        let call = ToShim::Call(ShimCall { id: 1, request });
         assert_eq!(serde_json::to_string(&call).unwrap(), line);
         assert_eq!(serde_json::from_str::<ToShim>(line).unwrap(), call);
     }
 
     #[test]
     fn every_request_has_its_golden_line() {
-        round_trip_call(r#"{"call":{"id":1,"method":"status","params":{}}}"#, Request::Status {});
+        round_trip_call(r#"{"call":{"id":1,"method":"status","params":{}}}"#, ShimRequest::Status {});
         round_trip_call(
             r#"{"call":{"id":1,"method":"quiesce","params":{"grace_ms":200,"lease_ms":9}}}"#,
-            Request::Quiesce { grace_ms: 200, lease_ms: 9 },
+            ShimRequest::Quiesce { grace_ms: 200, lease_ms: 9 },
         );
         round_trip_call(
             r#"{"call":{"id":1,"method":"freeze","params":{"lease_ms":5000}}}"#,
-            Request::Freeze { lease_ms: 5000 },
+            ShimRequest::Freeze { lease_ms: 5000 },
         );
         round_trip_call(
             r#"{"call":{"id":1,"method":"renew","params":{"lease_ms":5}}}"#,
-            Request::Renew { lease_ms: 5 },
+            ShimRequest::Renew { lease_ms: 5 },
         );
-        round_trip_call(r#"{"call":{"id":1,"method":"hold","params":{}}}"#, Request::Hold {});
-        round_trip_call(r#"{"call":{"id":1,"method":"thaw","params":{}}}"#, Request::Thaw {});
+        round_trip_call(r#"{"call":{"id":1,"method":"hold","params":{}}}"#, ShimRequest::Commit {});
+        round_trip_call(r#"{"call":{"id":1,"method":"thaw","params":{}}}"#, ShimRequest::Thaw {});
         round_trip_call(
             r#"{"call":{"id":1,"method":"signal","params":{"signal":10}}}"#,
-            Request::Signal { signal: 10 },
+            ShimRequest::Signal { signal: 10 },
         );
         round_trip_call(
             r#"{"call":{"id":1,"method":"stop","params":{"grace_ms":null}}}"#,
-            Request::Stop { grace_ms: None },
+            ShimRequest::Stop { grace_ms: None },
         );
-        round_trip_call(r#"{"call":{"id":1,"method":"kill","params":{}}}"#, Request::Kill {});
+        round_trip_call(r#"{"call":{"id":1,"method":"kill","params":{}}}"#, ShimRequest::Kill {});
         round_trip_call(
             r#"{"call":{"id":1,"method":"watch","params":{"scrollback":true}}}"#,
-            Request::Watch { scrollback: true },
+            ShimRequest::Watch { scrollback: true },
         );
         round_trip_call(
             r#"{"call":{"id":1,"method":"type","params":{"data":"bHM="}}}"#,
-            Request::Type { data: Bytes(b"ls".to_vec()) },
+            ShimRequest::Type { data: Bytes(b"ls".to_vec()) },
         );
         round_trip_call(
             r#"{"call":{"id":1,"method":"resize","params":{"rows":24,"cols":80}}}"#,
-            Request::Resize(TerminalSize { rows: 24, cols: 80 }),
+            ShimRequest::Resize(TerminalSize { rows: 24, cols: 80 }),
         );
     }
 

@@ -5,17 +5,16 @@
 use super::config::PluginConfig;
 use super::frame::{self, FrameError, FrameReader, FromHost, ToHost};
 use super::output::PluginOutput;
-use fermata_os::socket_child;
+use fermata_os::death::Death;
+use fermata_os::{process, socket_child};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::io::AsyncWriteExt;
-use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::task::JoinHandle;
@@ -121,7 +120,7 @@ impl std::fmt::Display for HostExit {
 pub struct HostProcess {
     child: Option<Child>,
     pid: u32,
-    exit: AsyncFd<OwnedFd>,
+    exit: Death,
     reader: FrameReader<OwnedReadHalf>,
     /// `None` once the daemon has closed its direction.
     writer: Option<OwnedWriteHalf>,
@@ -146,7 +145,7 @@ impl HostProcess {
         let frame = tokio::select! {
             biased;
             frame = self.reader.next() => frame?,
-            _ = self.exit.readable() => None,
+            () = self.exit.wait() => None,
         };
         match frame {
             Some(FromHost::Dying { error }) => Err(HostError::Dying { message: error.message }),
@@ -185,7 +184,7 @@ impl HostProcess {
     }
 
     async fn end(mut self, patience: Duration) -> HostExit {
-        let exited_by_itself = tokio::time::timeout(patience, self.exit.readable()).await.is_ok();
+        let exited_by_itself = tokio::time::timeout(patience, self.exit.wait()).await.is_ok();
         let pid = self.pid;
         // On a blocking thread, since it lists all processes. The host is reaped only later, so that its pid cannot be
         // the id of another session yet.
@@ -193,7 +192,7 @@ impl HostProcess {
         if killed.is_err() {
             end_session(pid);
         }
-        let exited = tokio::time::timeout(KILL_TIMEOUT, self.exit.readable()).await.is_ok();
+        let exited = tokio::time::timeout(KILL_TIMEOUT, self.exit.wait()).await.is_ok();
         for mut reader in self.output_readers.drain(..) {
             // A process that has left the session may hold the pipe open; its output is not read.
             if tokio::time::timeout(EXIT_TIMEOUT, &mut reader).await.is_err() {
@@ -274,13 +273,10 @@ fn start(launch: &HostLaunch, output: &PluginOutput) -> io::Result<HostProcess> 
     }
 }
 
-/// Returns the descriptor of the child's exit and the tasks that read its output.
-fn watch(
-    child: &mut Child,
-    output: &PluginOutput,
-    tasks: &TaskTracker,
-) -> io::Result<(AsyncFd<OwnedFd>, Vec<JoinHandle<()>>)> {
-    let exit = fermata_os::death::watch_exit(child.id())?;
+/// Returns the watch of the child's exit and the tasks that read its output.
+fn watch(child: &mut Child, output: &PluginOutput, tasks: &TaskTracker) -> io::Result<(Death, Vec<JoinHandle<()>>)> {
+    let id = process::identify(child.id().cast_signed())?;
+    let exit = Death::of(id.ok_or_else(|| io::Error::other("the plugin host is not in /proc"))?)?;
     let stdout = child.stdout.take().map(tokio::process::ChildStdout::from_std);
     let stderr = child.stderr.take().map(tokio::process::ChildStderr::from_std);
     let (stdout, stderr) = (stdout.transpose()?, stderr.transpose()?);

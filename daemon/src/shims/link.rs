@@ -24,8 +24,8 @@ pub use fermata_shim::record::{ExitRecord, RunRecord, read_exit, read_run};
 
 use fermata_os::process::ProcessId;
 use fermata_shim::wire::{
-    Call, FromShim, Frozen, Heard, LEVEL, MAX_LINE_BYTES, Quiesced, RefusalCode, Request, ShimEvent, Status, ToShim,
-    Typed, WIRE_VERSION, hear,
+    FreezeReply, FromShim, LEVEL, LineFromShim, MAX_LINE_BYTES, Quiesced, RefusalCode, ShimCall, ShimEvent,
+    ShimRequest, Status, ToShim, Typed, WIRE_VERSION, parse_line,
 };
 
 /// How long a shim may take to reply, in addition to the time that the request itself waits.
@@ -59,7 +59,7 @@ pub enum LinkError {
     #[error("use the protocol of the shim at {}: {message}", socket.display())]
     Version { socket: PathBuf, message: String },
     #[error("get a reply to {request:?} within {waited_ms} ms")]
-    Timeout { request: Request, waited_ms: u64 },
+    Timeout { request: ShimRequest, waited_ms: u64 },
     #[error("have the request carried out by the shim: {message}")]
     Refused { code: RefusalCode, message: String },
     #[error("parse the shim's reply")]
@@ -70,7 +70,7 @@ pub(super) type RequestResult = Result<serde_json::Value, LinkError>;
 
 /// A request on its way to the task of the link.
 struct LinkRequest {
-    request: Request,
+    request: ShimRequest,
     reply: oneshot::Sender<RequestResult>,
 }
 
@@ -132,63 +132,63 @@ impl ShimLink {
     }
 
     pub async fn status(&self) -> Result<Status, LinkError> {
-        self.ask(Request::Status {}, Duration::ZERO).await
+        self.ask(ShimRequest::Status {}, Duration::ZERO).await
     }
 
     /// Asks the agent to stop by itself (SIGTSTP). The shim undoes it unless a freeze follows within `lease`.
     pub async fn quiesce(&self, grace: Duration, lease: Duration) -> Result<Quiesced, LinkError> {
-        let request = Request::Quiesce { grace_ms: millis(grace), lease_ms: millis(lease) };
+        let request = ShimRequest::Quiesce { grace_ms: millis(grace), lease_ms: millis(lease) };
         self.ask(request, grace).await
     }
 
     /// Freezes the process tree until the lease expires.
-    pub async fn freeze(&self, lease: Duration) -> Result<Frozen, LinkError> {
-        self.ask(Request::Freeze { lease_ms: millis(lease) }, Duration::ZERO).await
+    pub async fn freeze(&self, lease: Duration) -> Result<FreezeReply, LinkError> {
+        self.ask(ShimRequest::Freeze { lease_ms: millis(lease) }, Duration::ZERO).await
     }
 
     /// Extends the lease, counted from now.
     pub async fn renew(&self, lease: Duration) -> Result<(), LinkError> {
-        self.command(Request::Renew { lease_ms: millis(lease) }).await
+        self.command(ShimRequest::Renew { lease_ms: millis(lease) }).await
     }
 
     /// Makes the freeze permanent.
     pub async fn commit_freeze(&self) -> Result<(), LinkError> {
-        self.command(Request::Hold {}).await
+        self.command(ShimRequest::Commit {}).await
     }
 
     /// Undoes freeze and quiesce; succeeds when there is nothing to undo.
     pub async fn thaw(&self) -> Result<(), LinkError> {
-        self.command(Request::Thaw {}).await
+        self.command(ShimRequest::Thaw {}).await
     }
 
     /// Sends a signal to the main process.
     pub async fn signal(&self, signal: i32) -> Result<(), LinkError> {
-        self.command(Request::Signal { signal }).await
+        self.command(ShimRequest::Signal { signal }).await
     }
 
     /// Begins to stop the agent; [`ShimEvent::Exited`] follows. `None`: the grace of the launch spec.
     pub async fn stop(&self, grace: Option<Duration>) -> Result<(), LinkError> {
-        self.command(Request::Stop { grace_ms: grace.map(millis) }).await
+        self.command(ShimRequest::Stop { grace_ms: grace.map(millis) }).await
     }
 
     /// Begins to kill the process tree; [`ShimEvent::Exited`] follows.
     pub async fn kill(&self) -> Result<(), LinkError> {
-        self.command(Request::Kill {}).await
+        self.command(ShimRequest::Kill {}).await
     }
 
     /// Types into the agent's terminal; returns how many bytes were accepted.
     pub async fn type_in(&self, data: Vec<u8>) -> Result<u64, LinkError> {
-        let typed: Typed = self.ask(Request::Type { data: Bytes(data) }, Duration::ZERO).await?;
+        let typed: Typed = self.ask(ShimRequest::Type { data: Bytes(data) }, Duration::ZERO).await?;
         Ok(typed.bytes)
     }
 
     /// Sends a request whose reply has no content.
-    async fn command(&self, request: Request) -> Result<(), LinkError> {
+    async fn command(&self, request: ShimRequest) -> Result<(), LinkError> {
         self.ask::<serde_json::Value>(request, Duration::ZERO).await.map(drop)
     }
 
     /// Sends a request and waits for its reply, `extra` longer than [`REPLY_TIMEOUT`].
-    async fn ask<T: DeserializeOwned>(&self, request: Request, extra: Duration) -> Result<T, LinkError> {
+    async fn ask<T: DeserializeOwned>(&self, request: ShimRequest, extra: Duration) -> Result<T, LinkError> {
         let (sender, receiver) = oneshot::channel();
         let queued = LinkRequest { request: request.clone(), reply: sender };
         let exchange = async {
@@ -298,7 +298,7 @@ impl Wire {
                     pending.retain(|_, reply| !reply.is_closed());
                     pending.insert(id, reply);
                     // Requests are small and the shim always reads, so that this does not wait.
-                    if write(&mut self.writer, &ToShim::Call(Call { id, request })).await.is_err() {
+                    if write(&mut self.writer, &ToShim::Call(ShimCall { id, request })).await.is_err() {
                         return;
                     }
                 }
@@ -344,9 +344,9 @@ impl LineReader {
         loop {
             if let Some(end) = self.buffer.iter().position(|&b| b == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();
-                match hear(&line)? {
-                    Heard::Known(line) => return Ok(Some(line)),
-                    Heard::Newer(event) => {
+                match parse_line(&line)? {
+                    LineFromShim::Understood(line) => return Ok(Some(line)),
+                    LineFromShim::NewerEvent(event) => {
                         tracing::debug!(event, "ignored an event of a newer shim");
                         continue;
                     }

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use fermata_os::cgroup::{CgroupError, Group};
-use fermata_os::process::{self, ProcScan, ProcessId, RunState, Stat};
+use fermata_os::process::{self, ProcScan, ProcessId, ProcessStat, RunState};
 use fermata_protocol::error_chain;
 use fermata_shim::log_recovery::LogRecovery;
 use fermata_shim::record::RunRecord;
@@ -67,7 +67,7 @@ pub fn end_lost_run(
 ) -> Result<usize, LostTreeError> {
     let mut recovery = LogRecovery::default();
     let ended = end(run, boot_id, patience, |holders| recovery = LogRecovery::open(run, holders));
-    match recovery.keep(run_dir) {
+    match recovery.write_to_log(run_dir) {
         Ok(0) => {}
         Ok(bytes) => tracing::info!(run = run.run_id, bytes, "output that a dead shim had not read was saved"),
         Err(error) => tracing::warn!(run = run.run_id, %error, "output that a dead shim had not read is lost"),
@@ -211,7 +211,7 @@ fn remove_socket(socket: &Path) {
 }
 
 /// Returns the living processes of the run, parents before children.
-fn members(run: &LostRun<'_>) -> io::Result<Vec<Stat>> {
+fn members(run: &LostRun<'_>) -> io::Result<Vec<ProcessStat>> {
     let all = process::all()?;
     // The kernel does not reuse the id of a session that has members. If all of them have exited, a process with the
     // shim's pid may lead a new session: it is not the shim.
@@ -220,7 +220,7 @@ fn members(run: &LostRun<'_>) -> io::Result<Vec<Stat>> {
         .map(|(shim, _)| shim)
         .filter(|shim| !all.iter().any(|stat| stat.id.pid == shim.pid && stat.id != *shim));
     let variable = format!("{RUN_ID_VARIABLE}={}", run.run_id);
-    let mut members: Vec<Stat> = Vec::new();
+    let mut members: Vec<ProcessStat> = Vec::new();
     let mut ids = HashSet::new();
     for stat in &all {
         // No process of the run is older than its shim.

@@ -16,7 +16,7 @@ use tokio::sync::oneshot;
 
 use super::link::{Handshake, LineReader, LinkError, REPLY_TIMEOUT, RequestResult, millis, shake_hands, write};
 use fermata_shim::record::ExitRecord;
-use fermata_shim::wire::{Call, FromShim, RefusalCode, Request, ShimEvent, ToShim, Typed, Watching};
+use fermata_shim::wire::{FromShim, RefusalCode, ShimCall, ShimEvent, ShimRequest, ToShim, Typed, Watching};
 
 /// How long a reply may take: it comes behind the output that the viewer has not read yet.
 const SLOW_REPLY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -87,7 +87,7 @@ impl Viewing {
             if let Some(size) = size {
                 typing.resize(size).await?;
             }
-            typing.ask::<Watching>(Request::Watch { scrollback }, REPLY_TIMEOUT).await
+            typing.ask::<Watching>(ShimRequest::Watch { scrollback }, REPLY_TIMEOUT).await
         };
         tokio::pin!(begin);
         loop {
@@ -160,7 +160,7 @@ impl Typing {
     /// # Errors
     /// When the shim refuses or has exited.
     pub async fn type_in(&self, data: Vec<u8>) -> Result<u64, LinkError> {
-        Ok(self.ask::<Typed>(Request::Type { data: Bytes(data) }, SLOW_REPLY_TIMEOUT).await?.bytes)
+        Ok(self.ask::<Typed>(ShimRequest::Type { data: Bytes(data) }, SLOW_REPLY_TIMEOUT).await?.bytes)
     }
 
     /// Resizes the terminal.
@@ -168,10 +168,10 @@ impl Typing {
     /// # Errors
     /// When the shim refuses or has exited.
     pub async fn resize(&self, size: TerminalSize) -> Result<(), LinkError> {
-        self.ask::<serde_json::Value>(Request::Resize(size), SLOW_REPLY_TIMEOUT).await.map(drop)
+        self.ask::<serde_json::Value>(ShimRequest::Resize(size), SLOW_REPLY_TIMEOUT).await.map(drop)
     }
 
-    async fn ask<T: DeserializeOwned>(&self, request: Request, limit: Duration) -> Result<T, LinkError> {
+    async fn ask<T: DeserializeOwned>(&self, request: ShimRequest, limit: Duration) -> Result<T, LinkError> {
         let (sender, receiver) = oneshot::channel();
         let sent = request.clone();
         let exchange = async {
@@ -183,7 +183,7 @@ impl Typing {
                     Some(pending) => pending.insert(*last_id, sender),
                     None => return Err(LinkError::Closed),
                 };
-                let call = ToShim::Call(Call { id: *last_id, request });
+                let call = ToShim::Call(ShimCall { id: *last_id, request });
                 write(writer, &call).await.map_err(|_| LinkError::Closed)?;
             }
             receiver.await.map_err(|_| LinkError::Closed)?

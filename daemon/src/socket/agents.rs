@@ -350,7 +350,7 @@ async fn send_signal(
             match link.signal(number as i32).await {
                 Ok(()) => continue,
                 // A pause that has begun meanwhile.
-                Err(LinkError::Refused { code: RefusalCode::Held, .. }) => {
+                Err(LinkError::Refused { code: RefusalCode::AgentFrozen, .. }) => {
                     return Err(held_still(&target.project, name).into());
                 }
                 Err(_) => {}

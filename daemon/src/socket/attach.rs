@@ -127,7 +127,7 @@ fn failed(target: &Target, error: LinkError) -> Failure {
         LinkError::Refused { code: RefusalCode::TooManyViewers, message } => {
             Refusal::new(Code::TooManyViewers, format!("agent {target}: {message}")).into()
         }
-        LinkError::Refused { code: RefusalCode::Held, .. } => refuse_input(target).into(),
+        LinkError::Refused { code: RefusalCode::AgentFrozen, .. } => refuse_input(target).into(),
         other => Failure::fault(&format!("reach the terminal of agent {target}"), &other),
     }
 }
@@ -376,7 +376,8 @@ async fn type_all(
                 rest.drain(..taken);
             }
             // A checkpoint of a running project holds its agents for a moment only.
-            Err(LinkError::Refused { code: RefusalCode::Held, .. }) if !is_held() && Instant::now() < deadline => {}
+            Err(LinkError::Refused { code: RefusalCode::AgentFrozen, .. })
+                if !is_held() && Instant::now() < deadline => {}
             Err(error) if rest.len() as u64 == total => return Err(failed(target, error)),
             // The beginning was taken: what became of the rest is in the number.
             Err(_) => return Ok(total - rest.len() as u64),

@@ -13,9 +13,9 @@ use fermata_daemon::shims::lost::end_lost_tree;
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::cgroup::Group;
 use fermata_os::process;
-use fermata_shim::log_line::LogLine;
+use fermata_shim::log_line::LogFileLine;
 use fermata_shim::log_reader::{LogReader, Start};
-use fermata_shim::raw::Raw;
+use fermata_shim::raw::RawString;
 use fermata_shim::record::{ExitRecord, RunRecord, read_exit, read_run};
 use fermata_shim::spec::{LaunchSpec, LogLimits, SPEC_VERSION};
 use fermata_shim::wire::ShimEvent;
@@ -111,7 +111,7 @@ impl Bed {
         std::fs::metadata(self.path(name)).map_or(0, |meta| meta.len())
     }
 
-    pub fn logs(&self) -> Vec<LogLine> {
+    pub fn logs(&self) -> Vec<LogFileLine> {
         let mut reader = LogReader::open(&self.spec.run_dir.join("logs"), Start::Begin).unwrap();
         let mut all = Vec::new();
         loop {
@@ -179,7 +179,7 @@ impl Bed {
             if group.watch().unwrap().read().unwrap().frozen { members } else { HashSet::new() }
         });
         let all = process::all().unwrap();
-        let stands = |stat: &process::Stat| match stat.state() {
+        let stands = |stat: &process::ProcessStat| match stat.state() {
             process::RunState::Stopped | process::RunState::Dead => true,
             process::RunState::Live => frozen.contains(&stat.id.pid) || process::waits_for_stopped_child(stat, &all),
         };
@@ -272,7 +272,7 @@ pub const THREE_FILES: [&str; 3] = ["near", "far", "orphan"];
 
 /// A single process that appends to `near`, with handlers set up by `setup` (Perl). A shell would
 /// run its handler only after its present child, which the same signal may have stopped.
-pub fn one_writer(setup: &str) -> Vec<Raw> {
+pub fn one_writer(setup: &str) -> Vec<RawString> {
     let script = format!(
         "$| = 1; sub note {{ open(my $f, '>>', $_[0]); print $f $_[1]; close $f }}
         {setup}

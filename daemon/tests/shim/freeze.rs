@@ -7,7 +7,7 @@ use fermata_daemon::shims::link::LinkError;
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, RunState};
 use fermata_protocol::pause::FreezerKind;
-use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_shim::wire::{QuiesceOutcome, RefusalCode, ShimEvent, TreeState};
 
 for_both_mechanisms!(
     a_freeze_stops_the_whole_tree_and_a_thaw_continues_it,
@@ -47,11 +47,11 @@ async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: Freeze
         assert!(launched.why.is_some());
     }
     let status = link.status().await.unwrap();
-    assert_eq!((status.state, status.held), (AgentState::Frozen, false));
+    assert_eq!((status.state, status.committed), (TreeState::Frozen, false));
     assert!(status.lease_remaining_ms.unwrap() <= LONG.as_millis() as u64);
     link.thaw().await.unwrap();
     bed.growing(&THREE_FILES).await;
-    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Running);
 }
 
 async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSetting) {
@@ -85,7 +85,7 @@ async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism:
     bed.still(&THREE_FILES).await;
     let (link, _events) = bed.connect().await;
     let status = link.status().await.unwrap();
-    assert_eq!((status.state, status.held, status.lease_remaining_ms), (AgentState::Frozen, true, None));
+    assert_eq!((status.state, status.committed, status.lease_remaining_ms), (TreeState::Frozen, true, None));
     link.thaw().await.unwrap();
     bed.growing(&THREE_FILES).await;
 }
@@ -140,7 +140,7 @@ async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: FreezerSetting
     bed.growing(&["near"]).await;
     let quiesced = link.quiesce(LONG, LONG).await.unwrap();
     assert_eq!(quiesced.outcome, QuiesceOutcome::Stopped);
-    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Stopped);
     link.freeze(LONG).await.unwrap();
     bed.still(&["near"]).await;
     link.thaw().await.unwrap();
@@ -190,13 +190,13 @@ async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: FreezerS
     link.freeze(LONG).await.unwrap();
     bed.still(&THREE_FILES).await;
     let refused = link.signal(libc::SIGCONT).await;
-    assert!(matches!(refused, Err(LinkError::Refused { code: RefusalCode::Held, .. })), "{refused:?}");
+    assert!(matches!(refused, Err(LinkError::Refused { code: RefusalCode::AgentFrozen, .. })), "{refused:?}");
     bed.still(&THREE_FILES).await;
     link.thaw().await.unwrap();
     bed.growing(&["far", "orphan"]).await;
     bed.unchanged(&["near"]).await;
     assert_eq!(process::stat_of(launched.agent).unwrap().unwrap().state(), RunState::Stopped);
-    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Stopped);
     link.signal(libc::SIGCONT).await.unwrap();
     assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
     bed.growing(&["near"]).await;

@@ -8,7 +8,7 @@ use fermata_daemon::shims::link::{LinkError, ShimLink};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::cgroup::Group;
 use fermata_os::process::{self, ProcessId, RunState};
-use fermata_shim::wire::{AgentState, FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_shim::wire::{FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent, TreeState};
 use tokio::sync::mpsc;
 
 for_both_mechanisms!(
@@ -78,14 +78,14 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Freez
         }
         if by_signals {
             let told = broken(&mut events).await;
-            assert!(told.held && told.frozen_again && told.times >= 1 && told.processes >= 1, "{told:?}");
+            assert!(told.committed && told.frozen_again && told.times >= 1 && told.processes >= 1, "{told:?}");
         } else {
             nothing_was_broken(&link, &mut events).await;
         }
         bed.still(&["near"]).await;
     }
     let status = link.status().await.unwrap();
-    assert_eq!((status.state, status.held), (AgentState::Frozen, true));
+    assert_eq!((status.state, status.committed), (TreeState::Frozen, true));
     link.thaw().await.unwrap();
     bed.growing(&["near"]).await;
 }
@@ -118,7 +118,7 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSe
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
     assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken);
     let told = broken(&mut events).await;
-    assert!(!told.held && told.frozen_again && told.processes >= 1, "{told:?}");
+    assert!(!told.committed && told.frozen_again && told.processes >= 1, "{told:?}");
     bed.still(&["near"]).await;
     assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken, "it stays so");
     link.thaw().await.unwrap();
@@ -154,7 +154,7 @@ async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: FreezerSetti
         bed.growing(&THREE_FILES).await;
     }
     while events.try_recv().is_ok() {}
-    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Running);
 }
 
 #[tokio::test]
@@ -166,7 +166,7 @@ async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
     link.freeze(LONG).await.unwrap();
     Group::open(&group).unwrap().thaw().unwrap();
     let told = broken(&mut events).await;
-    assert!(!told.held && told.frozen_again, "{told:?}");
+    assert!(!told.committed && told.frozen_again, "{told:?}");
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
     link.freeze(LONG).await.unwrap();
     link.commit_freeze().await.unwrap();

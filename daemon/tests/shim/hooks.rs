@@ -10,7 +10,7 @@ use fermata_os::process;
 use fermata_shim::log_line::Stream;
 use fermata_shim::record::{read_cut_short, read_exit};
 use fermata_shim::spec::HookSpec;
-use fermata_shim::wire::{AgentState, RefusalCode};
+use fermata_shim::wire::{RefusalCode, TreeState};
 use tokio_util::task::TaskTracker;
 
 for_both_mechanisms!(
@@ -116,7 +116,7 @@ async fn a_pre_start_is_frozen_stopped_and_killed_like_the_agent(mechanism: Free
     let bed = start();
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
-    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Running);
     link.freeze(LONG).await.unwrap();
     bed.still(&["near"]).await;
     link.thaw().await.unwrap();

@@ -5,7 +5,7 @@ use fermata_daemon::shims::reconnect::{ReconnectOutcome, reconnect};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, ProcessId};
 use fermata_protocol::supervision::OutputPolicy;
-use fermata_shim::log_line::{LogLine, Stream};
+use fermata_shim::log_line::{LogFileLine, Stream};
 use fermata_shim::spec::{LogLimits, files};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
@@ -18,7 +18,7 @@ fn peak_kib(id: ProcessId) -> u64 {
     line.split_ascii_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-fn output(lines: &[LogLine]) -> Vec<u8> {
+fn output(lines: &[LogFileLine]) -> Vec<u8> {
     let mut all = Vec::new();
     for line in lines.iter().filter(|line| line.stream == Stream::Stdout) {
         all.extend_from_slice(&line.bytes);
@@ -30,7 +30,7 @@ fn output(lines: &[LogLine]) -> Vec<u8> {
 }
 
 /// How many bytes the gap lines speak of.
-fn bytes_in_gaps(lines: &[LogLine]) -> u64 {
+fn bytes_in_gaps(lines: &[LogFileLine]) -> u64 {
     let gaps = lines.iter().filter(|line| line.stream == Stream::Gap);
     gaps.map(|line| {
         let text = String::from_utf8_lossy(&line.bytes).into_owned();

@@ -13,7 +13,7 @@ use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process::{self, ProcessId};
 use fermata_shim::record::RunRecord;
 use fermata_shim::spec::files;
-use fermata_shim::wire::{AgentState, FromShim, Heard, RefusalCode, ShimEvent, hear};
+use fermata_shim::wire::{FromShim, LineFromShim, RefusalCode, ShimEvent, TreeState, parse_line};
 use serde_json::error::Category;
 use tokio_util::task::TaskTracker;
 
@@ -44,7 +44,7 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
     else {
         panic!("it lives")
     };
-    assert_eq!(linked.0.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(linked.0.status().await.unwrap().state, TreeState::Running);
     // A request on a link that is open already only raises doubt; somebody looks then.
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     let woken = async {
@@ -52,7 +52,7 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
         fermata_daemon::shims::reconnect::wake(launched.shim)
     };
     let (status, woken) = tokio::join!(link.status(), woken);
-    assert!(woken && status.unwrap().state == AgentState::Running);
+    assert!(woken && status.unwrap().state == TreeState::Running);
     bed.growing(&["near"]).await;
 }
 
@@ -228,7 +228,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
         assert!(process::is_alive(launched.shim).unwrap());
         bed.growing(&["near"]).await;
     }
-    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Running);
     // The other way round: this shim, and a daemon that is newer.
     let (again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     again.status().await.unwrap();
@@ -259,21 +259,23 @@ async fn what_a_newer_daemon_may_ask_is_refused_by_its_id_and_harms_nothing() {
 #[test]
 fn lines_of_older_and_newer_shims_of_this_version_are_understood() {
     for line in LINES.lines().filter(|line| !line.starts_with('#')) {
-        let heard = hear(line.as_bytes()).unwrap_or_else(|error| panic!("{error}: {line}"));
-        match heard {
-            Heard::Newer(_) => assert!(line.contains("from_the_future"), "{line}"),
-            Heard::Known(FromShim::Refusal { code, .. }) if line.contains("from_the_future") => {
+        let parsed = parse_line(line.as_bytes()).unwrap_or_else(|error| panic!("{error}: {line}"));
+        match parsed {
+            LineFromShim::NewerEvent(_) => assert!(line.contains("from_the_future"), "{line}"),
+            LineFromShim::Understood(FromShim::Refusal { code, .. }) if line.contains("from_the_future") => {
                 assert_eq!(code, RefusalCode::Other);
             }
-            Heard::Known(FromShim::Event(ShimEvent::Exited(record))) => assert_eq!(record.code, Some(3), "{line}"),
-            Heard::Known(_) => {}
+            LineFromShim::Understood(FromShim::Event(ShimEvent::Exited(record))) => {
+                assert_eq!(record.code, Some(3), "{line}")
+            }
+            LineFromShim::Understood(_) => {}
         }
     }
     let data = Category::Data;
     for (line, category) in
         [("rubbish", Category::Syntax), (r#"{"hello":7}"#, data), (r#"{"from_the_future":{}}"#, data)]
     {
-        assert_eq!(hear(line.as_bytes()).map(drop).unwrap_err().classify(), category, "{line}");
+        assert_eq!(parse_line(line.as_bytes()).map(drop).unwrap_err().classify(), category, "{line}");
     }
 }
 

@@ -8,7 +8,7 @@ use fermata_daemon::shims::viewing::{self, Typing, Viewing, ViewingEvent};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::process;
 use fermata_protocol::supervision::TerminalSize;
-use fermata_shim::wire::{AgentState, QuiesceOutcome, RefusalCode, ShimEvent};
+use fermata_shim::wire::{QuiesceOutcome, RefusalCode, ShimEvent, TreeState};
 use nix::sys::signal::Signal;
 use tokio::sync::mpsc;
 
@@ -233,7 +233,7 @@ async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: Freez
     type_in(&typing, "one\r").await;
     see(&mut viewing, "got one").await;
     link.freeze(LONG).await.unwrap();
-    assert_eq!(refused(typing.type_in(b"two\r".to_vec()).await), RefusalCode::Held);
+    assert_eq!(refused(typing.type_in(b"two\r".to_vec()).await), RefusalCode::AgentFrozen);
     // Who comes now sees what there is.
     let (mut late, _typing) = watch(&bed).await;
     see(&mut late, "got one").await;
@@ -251,7 +251,7 @@ async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: Free
     see(&mut viewing, "ready").await;
     type_in(&typing, "\x1a").await;
     assert_eq!(next(&mut events).await, Some(ShimEvent::Stopped { signal: libc::SIGTSTP }));
-    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Stopped);
     let (again, _) = bed.connect().await;
     assert_eq!(again.suspended(), Some(true), "a new daemon learns it");
 
@@ -259,7 +259,7 @@ async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: Free
     assert_eq!(quiesced.outcome, QuiesceOutcome::AlreadyStopped);
     link.freeze(LONG).await.unwrap();
     link.thaw().await.unwrap();
-    assert_eq!(link.status().await.unwrap().state, AgentState::Stopped);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Stopped);
 
     process::signal(launched.agent, Signal::SIGCONT as i32).unwrap();
     assert_eq!(next(&mut events).await, Some(ShimEvent::Continued {}));
@@ -290,9 +290,9 @@ async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: FreezerSe
     let (mut viewing, typing) = watch(&bed).await;
     see(&mut viewing, "ready").await;
     assert_eq!(link.quiesce(PATIENCE, LONG).await.unwrap().outcome, QuiesceOutcome::Stopped);
-    assert_eq!(refused(typing.type_in(b"x".to_vec()).await), RefusalCode::Held);
+    assert_eq!(refused(typing.type_in(b"x".to_vec()).await), RefusalCode::AgentFrozen);
     link.thaw().await.unwrap();
-    assert_eq!(link.status().await.unwrap().state, AgentState::Running);
+    assert_eq!(link.status().await.unwrap().state, TreeState::Running);
     type_in(&typing, "x").await;
 }
 

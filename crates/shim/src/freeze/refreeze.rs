@@ -1,8 +1,7 @@
-//! Keeping a frozen tree frozen when somebody else lets it run.
+//! Freezes a tree again that another process has let run.
 //!
-//! Whoever asked for the freeze must know: under a lease the freeze counts as *disproved* from then
-//! on, so that it can be neither renewed nor held, and the pause that relies on it fails. One that
-//! is held already is made good again and reported.
+//! The daemon must learn of it. A freeze under a lease is *disproved* from then on: it can be neither renewed nor
+//! committed, and the pause that relies on it fails. A committed freeze is restored and reported.
 
 use std::time::{Duration, Instant};
 
@@ -12,36 +11,36 @@ use super::{
 use crate::guard::{Guard, GuardReading};
 use crate::wire::{FreezeBroken, RefusalCode};
 
-/// At most so often it is told that a freeze was broken: whoever continues a tree in a loop must
-/// not fill the database. Nothing is lost, what is told next counts on.
-const BETWEEN_NEWS: Duration = Duration::from_secs(1);
+/// The minimum interval between two reports of a broken freeze, so that a process that continues the tree in a loop
+/// cannot fill the database. Later breaks are counted in the next report.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 impl FreezeController {
-    /// Looks at the next tick, since a child has stopped or gone on.
+    /// Checks the guard at the next tick, since a child has stopped or continued.
     pub fn check_soon(&mut self, now: Instant) {
         if let Phase::Frozen { guard, .. } = &mut self.phase {
             guard.check_soon(now);
         }
     }
 
-    /// Looks whether anybody has run, and begins to freeze again if so.
+    /// Checks whether a process has run, and starts to freeze again if so.
     pub(super) fn check_guard(&mut self, now: Instant) {
         let Phase::Frozen { guard, lease, broken: Broken { again: None, .. }, .. } = &mut self.phase else { return };
-        let held = *lease == Lease::Committed;
-        let GuardReading::Ran(count) = guard.check(held, now) else { return };
+        let committed = *lease == Lease::Committed;
+        let GuardReading::Ran(count) = guard.check(committed, now) else { return };
         let work = self.begin_to_freeze();
         let Phase::Frozen { broken, .. } = &mut self.phase else { return };
         broken.processes += count;
-        broken.disproved |= !held;
+        broken.disproved |= !committed;
         broken.times += 1;
         match work {
             Ok(work) => broken.again = Some((work, now)),
-            // The guard still sees them run at its next look.
+            // The next check of the guard finds the processes running again.
             Err(error) => eprintln!("fermata-shim: {}", failed_to(&error)),
         }
     }
 
-    /// Looks when it is time to, and goes on freezing again.
+    /// Checks the guard when that is due, and continues freezing again.
     pub(super) fn keep_frozen(&mut self, now: Instant) -> Vec<FreezeEvent> {
         if let Phase::Frozen { guard, .. } = &mut self.phase
             && (guard.is_due(now) || guard.is_thawed())
@@ -52,14 +51,14 @@ impl FreezeController {
             Phase::Frozen { broken, .. } => broken.again.take(),
             _ => None,
         };
-        let mut standing = again.is_none();
+        let mut frozen = again.is_none();
         if let Some((work, began)) = again {
             let step = self.freeze_step(work);
             let Phase::Frozen { undo, guard, broken, .. } = &mut self.phase else { return Vec::new() };
             let stopped = match step {
                 Ok(Step::Done { stopped, inside, watch }) => {
                     *guard = Guard::new(self.root, watch, &inside, Instant::now());
-                    standing = true;
+                    frozen = true;
                     stopped
                 }
                 Ok(Step::Working(work)) if now - began < FREEZE_PATIENCE => {
@@ -79,29 +78,29 @@ impl FreezeController {
                 }
             }
         }
-        self.news_of_breaks(standing, now)
+        self.report_breaks(frozen, now)
     }
 
-    fn news_of_breaks(&mut self, frozen_again: bool, now: Instant) -> Vec<FreezeEvent> {
+    fn report_breaks(&mut self, frozen_again: bool, now: Instant) -> Vec<FreezeEvent> {
         let Phase::Frozen { lease, broken, .. } = &mut self.phase else { return Vec::new() };
-        if broken.times == 0 || broken.told_at.is_some_and(|at| now < at + BETWEEN_NEWS) {
+        if broken.times == 0 || broken.reported_at.is_some_and(|at| now < at + REPORT_INTERVAL) {
             return Vec::new();
         }
-        broken.told_at = Some(now);
+        broken.reported_at = Some(now);
         let (times, processes) = (std::mem::take(&mut broken.times), std::mem::take(&mut broken.processes));
-        let held = *lease == Lease::Committed;
-        vec![FreezeEvent::Broken(FreezeBroken { times, processes, held, frozen_again })]
+        let committed = *lease == Lease::Committed;
+        vec![FreezeEvent::Broken(FreezeBroken { times, processes, committed, frozen_again })]
     }
 }
 
 impl Broken {
-    /// When there is something to tell.
+    /// When the next report is due.
     pub(super) fn next(&self) -> Option<Instant> {
-        self.told_at.filter(|_| self.times > 0).map(|at| at + BETWEEN_NEWS)
+        self.reported_at.filter(|_| self.times > 0).map(|at| at + REPORT_INTERVAL)
     }
 }
 
 pub(super) fn disproved() -> Refused {
-    let message = "the tree did not stand still: somebody else has continued it since it was frozen";
+    let message = "another process has continued the tree since it was frozen";
     Refused::new(RefusalCode::FreezeBroken, message)
 }

@@ -1,52 +1,52 @@
-//! The work of killing a tree as the loop sees it: how often to look again, and what to tell of it.
+//! Kills a tree from the event loop: how often to continue, and which errors to report.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::freeze::failed_to;
 use fermata_os::process::ProcessId;
-use fermata_os::tree::{KillWork, Progress};
+use fermata_os::tree::{KillWork, TreeProgress};
 
-/// How often to look again while killed processes vanish.
+/// The interval of steps at first.
 const FIRST_TICK: Duration = Duration::from_millis(2);
-/// The same once they have not for long: who waits for a dead disk may do so for days.
+/// The longest interval: a process that waits for a failed disk may do so for days.
 const LAST_TICK: Duration = Duration::from_millis(500);
-/// How long that takes to be likely.
+/// The interval grows after this time.
 const SOON: Duration = Duration::from_secs(2);
-/// How many different errors are told; a tree can have a thousand that nobody may signal.
+/// How many different errors are reported; a tree may have a thousand processes that cannot be signalled.
 const MOST_ERRORS: usize = 16;
 
-/// Kills a tree, and tells each error once.
+/// Kills a tree and reports each error once.
 #[derive(Debug)]
 pub(super) struct Killing {
     work: KillWork,
-    since: Instant,
-    told: HashSet<String>,
+    started: Instant,
+    reported: HashSet<String>,
 }
 
 impl Killing {
     pub(super) fn new(work: KillWork, now: Instant) -> Self {
-        Self { work, since: now, told: HashSet::new() }
+        Self { work, started: now, reported: HashSet::new() }
     }
 
     /// See [`KillWork::step`]; `None` after an error.
-    pub(super) fn step(&mut self) -> Option<Progress> {
+    pub(super) fn step(&mut self) -> Option<TreeProgress> {
         match self.work.step() {
             Ok(progress) => Some(progress),
             Err(error) => {
                 let text = failed_to(&error);
-                if self.told.len() < MOST_ERRORS && !self.told.contains(&text) {
+                if self.reported.len() < MOST_ERRORS && !self.reported.contains(&text) {
                     eprintln!("fermata-shim: {text}");
-                    self.told.insert(text);
+                    self.reported.insert(text);
                 }
                 None
             }
         }
     }
 
-    /// When to look again.
+    /// The time until the next step.
     pub(super) fn tick(&self, now: Instant) -> Duration {
-        let late = now.saturating_duration_since(self.since).saturating_sub(SOON);
+        let late = now.saturating_duration_since(self.started).saturating_sub(SOON);
         (FIRST_TICK + late / 16).min(LAST_TICK)
     }
 
@@ -61,7 +61,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_looks_become_rarer_and_never_stop() {
+    fn steps_become_rarer_and_never_stop() {
         let now = Instant::now();
         let killing = Killing::new(KillWork::new(1), now);
         let tick = |ms| killing.tick(now + Duration::from_millis(ms));

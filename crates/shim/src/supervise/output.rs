@@ -1,28 +1,28 @@
-//! The agent's output: into the log, and onto its terminal.
+//! Reads the agent's output into the log and onto its terminal.
 
-use super::{Source, Supervisor};
+use super::{AgentSupervisor, PollSource};
 use crate::intake::IntakeResult;
 use crate::log_line::Stream;
 use fermata_os::clock;
 
-/// What a pipe may still hold when its end is no longer waited for, and more.
+/// More than a pipe can contain.
 const LAST_BYTES: usize = 2 << 20;
 
-impl Supervisor {
-    pub(super) fn take_output(&mut self, ready: &[Source]) {
+impl AgentSupervisor {
+    pub(super) fn take_output(&mut self, ready: &[PollSource]) {
         let mut taken = false;
         for source in ready {
             taken |= match source {
-                Source::Stdout => self.take_stdout() != IntakeResult::Nothing,
-                Source::Stderr => {
+                PollSource::Stdout => self.take_stdout() != IntakeResult::Nothing,
+                PollSource::Stderr => {
                     self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != IntakeResult::Nothing
                 }
-                Source::Child
-                | Source::Beginning
-                | Source::Terminal
-                | Source::Listener
-                | Source::Freeze
-                | Source::Connection(_) => false,
+                PollSource::Child
+                | PollSource::PreStart
+                | PollSource::Terminal
+                | PollSource::Listener
+                | PollSource::Freeze
+                | PollSource::Connection(_) => false,
             };
         }
         if taken {
@@ -30,7 +30,7 @@ impl Supervisor {
         }
     }
 
-    /// Reads once. A terminal carries everything as standard output.
+    /// Reads standard output once. A terminal carries all output as standard output.
     fn take_stdout(&mut self) -> IntakeResult {
         let Self { intake, stdout, log, terminal, .. } = self;
         match terminal {
@@ -39,7 +39,7 @@ impl Supervisor {
         }
     }
 
-    /// Takes what is there now, at most about [`LAST_BYTES`] of each: somebody may still be writing.
+    /// Reads the available output, at most about [`LAST_BYTES`] of each stream, since a process may still be writing.
     pub(super) fn drain_output(&mut self) {
         let mut taken = 0;
         while let IntakeResult::Bytes(count) = self.take_stdout() {

@@ -1,17 +1,17 @@
-//! What the daemon asks of the shim, and how it is answered.
+//! Carries out the requests of the daemon.
 
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::{Life, Supervisor, done};
-use crate::connection::{ConnectionId, Incoming};
+use super::{AgentSupervisor, Life, done};
+use crate::connection::{ConnectionId, PeerLine};
 use crate::freeze::{Answer, Caller, Refused, encode};
-use crate::wire::{AgentState, Call, FromShim, RefusalCode, Request, Status, Typed, WIRE_VERSION, Watching};
+use crate::wire::{FromShim, RefusalCode, ShimCall, ShimRequest, Status, TreeState, Typed, WIRE_VERSION, Watching};
 use fermata_os::process;
 
-impl Supervisor {
+impl AgentSupervisor {
     pub(super) fn serve(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.iter_mut().find(|c| c.id() == id) else {
             return;
@@ -19,73 +19,73 @@ impl Supervisor {
         connection.flush();
         for incoming in connection.receive() {
             match incoming {
-                Incoming::Hello => {
+                PeerLine::Hello => {
                     let (run_id, terminal) = (self.spec.run_id.clone(), self.terminal.is_some());
                     let (shim, suspended) = (self.shim, Some(self.stopped_by_others));
                     let hello = FromShim::Hello { version: WIRE_VERSION, run_id, shim, terminal, suspended };
                     self.send(id, &hello);
                 }
-                Incoming::Call(call) => self.call(id, call),
+                PeerLine::Call(call) => self.call(id, call),
             }
         }
     }
 
-    fn call(&mut self, connection: ConnectionId, call: Call) {
+    fn call(&mut self, connection: ConnectionId, call: ShimCall) {
         let now = Instant::now();
         let caller = Caller { connection, id: call.id };
         let ended = !matches!(self.life, Life::Running);
         let answer = match call.request {
-            Request::Status {} => self.status(now),
-            Request::Kill {} if matches!(self.life, Life::After(_)) => {
+            ShimRequest::Status {} => self.status(now),
+            ShimRequest::Kill {} if matches!(self.life, Life::After(_)) => {
                 self.cut_post_stop_short(now);
                 done()
             }
-            // Ending is idempotent, and there is nothing left to thaw.
-            Request::Stop { .. } | Request::Kill {} if self.has_ended() => done(),
-            Request::Stop { grace_ms } => {
+            // Ending is idempotent.
+            ShimRequest::Stop { .. } | ShimRequest::Kill {} if self.has_ended() => done(),
+            ShimRequest::Stop { grace_ms } => {
                 let grace = Duration::from_millis(grace_ms.unwrap_or(self.spec.stop_grace_ms));
                 self.stop(grace, now)
             }
-            Request::Kill {} => {
-                let news = self.freeze.abandon(false, now);
-                self.tell(news);
+            ShimRequest::Kill {} => {
+                let events = self.freeze.abandon(false, now);
+                self.report(events);
                 if !matches!(self.life, Life::Killing { .. }) {
                     self.life = Life::Killing { work: self.kill_tree() };
                 }
                 done()
             }
-            Request::Watch { .. } | Request::Type { .. } | Request::Resize(_) => {
+            ShimRequest::Watch { .. } | ShimRequest::Type { .. } | ShimRequest::Resize(_) => {
                 self.use_terminal(connection, call.request)
             }
-            Request::Thaw {} if ended => done(),
+            ShimRequest::Thaw {} if ended => done(),
             _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
-            Request::Quiesce { grace_ms, lease_ms } => {
+            ShimRequest::Quiesce { grace_ms, lease_ms } => {
                 let (grace, lease) = (Duration::from_millis(grace_ms), Duration::from_millis(lease_ms));
-                let news = self.freeze.quiesce(caller, grace, lease, now);
-                return self.tell(news);
+                let events = self.freeze.quiesce(caller, grace, lease, now);
+                return self.report(events);
             }
-            Request::Freeze { lease_ms } => {
-                let news = self.freeze.freeze(caller, Duration::from_millis(lease_ms), now);
-                return self.tell(news);
+            ShimRequest::Freeze { lease_ms } => {
+                let events = self.freeze.freeze(caller, Duration::from_millis(lease_ms), now);
+                return self.report(events);
             }
-            Request::Renew { lease_ms } => self.freeze.renew(Duration::from_millis(lease_ms), now),
-            Request::Hold {} => self.freeze.commit(now),
-            Request::Thaw {} => {
-                let (answer, news) = self.freeze.thaw();
-                self.tell(news);
+            ShimRequest::Renew { lease_ms } => self.freeze.renew(Duration::from_millis(lease_ms), now),
+            ShimRequest::Commit {} => self.freeze.commit(now),
+            ShimRequest::Thaw {} => {
+                let (answer, events) = self.freeze.thaw();
+                self.report(events);
                 answer
             }
-            Request::Signal { signal: libc::SIGCONT } if !self.freeze.is_idle() => {
+            ShimRequest::Signal { signal: libc::SIGCONT } if !self.freeze.is_idle() => {
                 let message = "the agent is frozen, or about to be: resume it";
-                Err(Refused::new(RefusalCode::Held, message))
+                Err(Refused::new(RefusalCode::AgentFrozen, message))
             }
-            // What Ctrl-Z stopped is the whole group. It is ours for as long as its leader, our
-            // child, has not been reaped.
-            Request::Signal { signal: libc::SIGCONT } => {
+            // Ctrl-Z has stopped the whole group. Its number cannot be reused before its leader, a child of the shim, has
+            // been reaped.
+            ShimRequest::Signal { signal: libc::SIGCONT } => {
                 killpg(Pid::from_raw(self.agent.pid), Signal::SIGCONT).ok();
                 done()
             }
-            Request::Signal { signal } => match process::signal(self.agent, signal) {
+            ShimRequest::Signal { signal } => match process::signal(self.agent, signal) {
                 Ok(true) => done(),
                 Ok(false) => Err(Refused::new(RefusalCode::Ending, "the agent has ended")),
                 Err(error) => {
@@ -98,26 +98,26 @@ impl Supervisor {
     }
 
     fn status(&self, now: Instant) -> Answer {
-        let (lease_remaining_ms, held) = self.freeze.lease(now);
+        let (lease_remaining_ms, committed) = self.freeze.lease(now);
         let state = match self.life {
             Life::Running | Life::Stopping { .. } => self.freeze.state(),
-            _ => AgentState::Ending,
+            _ => TreeState::Ending,
         };
         encode(&Status {
             agent: self.agent,
             state,
             mechanism: self.freeze.mechanism(),
             lease_remaining_ms,
-            held,
+            committed,
             processes: self.freeze.count(),
             log_bytes_lost: self.log.lost(),
         })
     }
 
-    /// An agent that is being stopped may still ask whether to save: until its end it is watched and
-    /// typed to.
-    fn use_terminal(&mut self, connection: ConnectionId, request: Request) -> Answer {
-        let (ended, held) = (self.has_ended(), !self.freeze.is_idle());
+    /// Carries out a request to the terminal. An agent that is being stopped may still ask whether to save: until its
+    /// end it can be watched and typed to.
+    fn use_terminal(&mut self, connection: ConnectionId, request: ShimRequest) -> Answer {
+        let (ended, frozen) = (self.has_ended(), !self.freeze.is_idle());
         let Some(terminal) = &mut self.terminal else {
             return Err(Refused::new(RefusalCode::NoTerminal, "the agent has no terminal"));
         };
@@ -125,15 +125,15 @@ impl Supervisor {
             return Err(Refused::new(RefusalCode::Ending, "the agent has ended"));
         }
         match request {
-            Request::Watch { scrollback } => {
+            ShimRequest::Watch { scrollback } => {
                 terminal.watch(connection, scrollback)?;
                 encode(&Watching { size: terminal.size() })
             }
-            Request::Type { .. } if held => {
-                Err(Refused::new(RefusalCode::Held, "the agent is frozen, or about to be, and takes no input"))
+            ShimRequest::Type { .. } if frozen => {
+                Err(Refused::new(RefusalCode::AgentFrozen, "the agent is frozen, or about to be, and takes no input"))
             }
-            Request::Type { data } => encode(&Typed { bytes: terminal.take(&data.0) as u64 }),
-            Request::Resize(size) => terminal.resize(size).and_then(|()| done()),
+            ShimRequest::Type { data } => encode(&Typed { bytes: terminal.take(&data.0) as u64 }),
+            ShimRequest::Resize(size) => terminal.resize(size).and_then(|()| done()),
             _ => done(),
         }
     }
@@ -143,19 +143,19 @@ impl Supervisor {
             Life::Stopping { kill_at } => *kill_at = (*kill_at).min(now + grace),
             Life::Running => {
                 let group = Pid::from_raw(self.agent.pid);
-                // SIGTERM first: it waits while they are frozen or stopped, and is the first thing
-                // that they see afterwards. SIGCONT to all, because a stop also reaches who was
-                // stopped by somebody else.
+                // SIGTERM comes first: it stays pending while the processes are frozen or stopped, and is the first signal
+                // that they handle afterwards. SIGCONT goes to all, since a stop applies also to processes that were
+                // stopped by others.
                 killpg(group, Signal::SIGTERM).ok();
-                let (thawed, news) = self.freeze.thaw();
+                let (thawed, events) = self.freeze.thaw();
                 killpg(group, Signal::SIGCONT).ok();
-                self.tell(news);
+                self.report(events);
                 self.life = Life::Stopping { kill_at: now + grace };
                 if let Err(refused) = thawed {
-                    eprintln!("fermata-shim: stopping goes on, but: {}", refused.message);
+                    eprintln!("fermata-shim: {}; the agent is being stopped nevertheless", refused.message);
                 }
             }
-            // Already on its way.
+            // The agent is ending already.
             Life::Killing { .. }
             | Life::Clearing { .. }
             | Life::Draining { .. }

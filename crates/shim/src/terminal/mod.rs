@@ -1,17 +1,17 @@
-//! The terminal of one agent, as its shim holds it.
+//! The terminal of one agent, as operated by its shim.
 //!
 //! ```text
 //!  agent ── slave │ master ──> log.rs                         raw bytes
-//!                 │        └─> sequences ──> replies ── questions are answered here
-//!                 │                      ├─> screen            what is seen now
+//!                 │        └─> sequences ──> replies ── queries are answered here
+//!                 │                      ├─> screen            the present content
 //!                 │                      └─> viewers           connections that watch
 //!                 │ master <── typed <── `type` requests
 //! ```
 //!
-//! The shim keeps the slave open: between two programs that use the terminal it does not hang up.
-//! It lets go of it when the agent has ended, and what was written last is read up to the end.
+//! The shim keeps the slave open, so that the terminal does not hang up between two programs that use it. The shim
+//! closes it when the agent has ended, and then reads the remaining output to the end.
 //!
-//! The agent never waits for a viewer, and the model exists for agents with a terminal only.
+//! The agent never waits for a viewer. The model exists only for agents with a terminal.
 
 mod modes;
 mod replies;
@@ -27,17 +27,17 @@ use fermata_protocol::supervision::TerminalSize;
 
 use self::replies::SequenceDecision;
 use self::screen::Screen;
-use self::sequences::{Piece, Splitter};
+use self::sequences::{OutputPiece, Splitter};
 use self::viewers::Viewers;
-use super::connection::{Connection, ConnectionId};
+use super::connection::{ConnectionId, PeerConnection};
 use super::freeze::Refused;
 use super::wire::RefusalCode;
 use fermata_os::pty;
 
-/// How much may wait for an agent that does not read what is typed.
+/// How many bytes of input may wait for an agent that does not read.
 const MAX_TYPED: usize = 64 * 1024;
 
-/// How much a program may have asked its terminal without reading an answer.
+/// How many bytes of answers may wait for a program that queries its terminal without reading the answers.
 const MAX_ANSWERS: usize = 8 * 1024;
 
 /// One agent's terminal.
@@ -52,7 +52,7 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// Takes over both ends.
+    /// Takes ownership of both ends.
     pub fn new(master: OwnedFd, slave: OwnedFd, size: TerminalSize) -> Self {
         Self {
             master: File::from(master),
@@ -64,20 +64,19 @@ impl Terminal {
         }
     }
 
-    /// Its size.
     pub fn size(&self) -> TerminalSize {
         self.screen.size()
     }
 
-    /// Shows what the agent has written.
+    /// Shows output of the agent.
     pub fn show(&mut self, bytes: &[u8]) {
         let Self { splitter, screen, viewers, typed, .. } = self;
         splitter.feed(bytes, |piece| match piece {
-            Piece::Text(text) => {
+            OutputPiece::Text(text) => {
                 screen.text(text);
                 viewers.output(text.as_bytes());
             }
-            Piece::Sequence(sequence) => match replies::judge(sequence, screen) {
+            OutputPiece::Sequence(sequence) => match replies::judge(sequence, screen) {
                 SequenceDecision::Show => {
                     screen.sequence(sequence);
                     viewers.output(sequence);
@@ -85,14 +84,14 @@ impl Terminal {
                 SequenceDecision::Answer(answer) if typed.len() + answer.len() <= MAX_ANSWERS => {
                     typed.extend_from_slice(answer.as_bytes());
                 }
-                // A program that asks and never reads gets no more answers.
+                // A program that does not read the answers gets no more of them.
                 SequenceDecision::Answer(_) => {}
             },
         });
         self.flush();
     }
 
-    /// Takes what is typed; returns how much of it found a place.
+    /// Accepts typed input; returns the number of accepted bytes.
     pub fn take(&mut self, bytes: &[u8]) -> usize {
         let room = MAX_TYPED.saturating_sub(self.typed.len());
         let taken = bytes.len().min(room);
@@ -101,12 +100,12 @@ impl Terminal {
         taken
     }
 
-    /// Whether something typed waits for the kernel to take it.
+    /// Returns whether input waits for the kernel to accept it.
     pub fn wants_write(&self) -> bool {
         !self.typed.is_empty()
     }
 
-    /// Hands to the kernel what it takes.
+    /// Writes as much input as the kernel accepts.
     pub fn flush(&mut self) {
         while !self.typed.is_empty() {
             match self.master.write(&self.typed) {
@@ -116,22 +115,22 @@ impl Terminal {
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                // Nobody will ever read it.
+                // No process can read the input any more.
                 Err(_) => self.typed.clear(),
             }
         }
     }
 
-    /// Takes another size on; the kernel tells the agent.
+    /// Changes the size; the kernel notifies the agent.
     ///
     /// # Errors
-    /// When the kernel refuses the size.
+    /// If the kernel refuses the size.
     pub fn resize(&mut self, size: TerminalSize) -> Result<(), Refused> {
         if size == self.size() {
             return Ok(());
         }
         pty::resize(&self.master, size.rows, size.cols).map_err(|error| {
-            let message = format!("failed to make the terminal {} x {}: {error}", size.rows, size.cols);
+            let message = format!("failed to resize the terminal to {} x {}: {error}", size.rows, size.cols);
             Refused::new(RefusalCode::ResizeFailed, message)
         })?;
         self.screen.resize(size);
@@ -139,26 +138,26 @@ impl Terminal {
         Ok(())
     }
 
-    /// Lets a connection watch; it is shown the screen first.
+    /// Adds a viewer, which is sent the screen first.
     ///
     /// # Errors
-    /// When so many watch already.
+    /// If the terminal has the maximum number of viewers.
     pub fn watch(&mut self, connection: ConnectionId, scrollback: bool) -> Result<(), Refused> {
         self.viewers.add(connection, scrollback)
     }
 
-    /// Lets go of the agent's end: after what was written, the master reads an end.
+    /// Closes the agent's end: after the remaining output, the master reads end of file.
     pub fn hang_up(&mut self) {
         self.slave = None;
     }
 
-    /// Gives the viewers what they are owed, as far as they take it.
-    pub fn feed(&mut self, connections: &mut [Connection]) {
+    /// Sends pending output to the viewers, as far as they read it.
+    pub fn feed(&mut self, connections: &mut [PeerConnection]) {
         self.viewers.feed(connections, &self.screen);
     }
 
-    /// Gives the viewers the last of it, before the end is told.
-    pub fn feed_last(&mut self, connections: &mut [Connection]) {
+    /// Sends the last output to the viewers, before the agent's end is reported.
+    pub fn feed_last(&mut self, connections: &mut [PeerConnection]) {
         self.viewers.feed(connections, &self.screen);
         self.viewers.finish(connections, &self.screen);
     }

@@ -1,22 +1,21 @@
-//! What a program has asked of its terminal beyond what is on the screen: mouse, paste and focus
-//! reports, keypad, shape of the cursor, title. The screen's model does not keep these.
+//! The modes that a program has set in its terminal and that the screen's model does not keep: mouse, paste and focus
+//! reports, keypad, cursor shape, title.
 
 use super::sequences::Control;
 
-/// The private modes (`ESC [ ? n h`) that a viewer's terminal has to be in as well: mouse reports
-/// and their encodings, focus reports, scrolling by keys, bracketed paste. See "DEC Private Mode
-/// Set" in xterm's control sequences.
+/// The private modes (`ESC [ ? n h`) that must also be set in a viewer's terminal: mouse reports and their encodings,
+/// focus reports, scrolling by keys, bracketed paste. See "DEC Private Mode Set" in xterm's control sequences.
 const PRIVATE: [u16; 10] = [9, 1000, 1002, 1003, 1004, 1005, 1006, 1007, 1015, 2004];
 
-/// The longest title that is kept.
+/// The longest title that is kept, in characters.
 const MAX_TITLE: usize = 1024;
 
-/// Brings a terminal into the state in which programs expect to find it, whatever it was in. Leaves
-/// the other screen, resets modes, margins, character sets and colours.
+/// Resets a terminal in any state to the state that programs expect: leaves the alternate screen, resets modes,
+/// margins, character sets and colours.
 pub const RESET: &str = "\x1b[?1047l\x1b[!p\x1b[?9;1000;1002;1003;1004;1005;1006;1015;2004l\x1b[?7h\x1b[?25h\
                          \x1b[r\x1b(B\x0f\x1b[m\x1b>\x1b[0 q";
 
-/// The modes that are on.
+/// The modes that are set.
 #[derive(Debug, Default)]
 pub struct Modes {
     private: Vec<u16>,
@@ -26,7 +25,7 @@ pub struct Modes {
 }
 
 impl Modes {
-    /// Notes what a sequence changes.
+    /// Applies a sequence.
     pub fn note(&mut self, sequence: &[u8]) {
         match sequence {
             b"\x1bc" => *self = Self { title: self.title.take(), ..Self::default() },
@@ -64,12 +63,12 @@ impl Modes {
         self.title = Some(text);
     }
 
-    /// Whether a private mode is on, `None` when it is none that is kept here.
+    /// Returns whether a private mode is set; `None` if this mode is not tracked.
     pub fn private(&self, number: u16) -> Option<bool> {
         PRIVATE.contains(&number).then(|| self.private.contains(&number))
     }
 
-    /// Returns what brings a terminal that was [`RESET`] into the same modes.
+    /// Returns the sequences that set the same modes in a terminal after [`RESET`].
     pub fn restore(&self) -> String {
         let mut text = String::new();
         for number in &self.private {
@@ -93,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_asked_for_is_restored() {
+    fn modes_that_were_set_are_restored() {
         let mut modes = Modes::default();
         for sequence in
             ["\x1b[?1000h", "\x1b[?1006;2004;25h", "\x1b=", "\x1b[5 q", "\x1b]0;work\x1b\\", "\x1b[?1000l", "\x1b[31m"]

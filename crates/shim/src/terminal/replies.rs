@@ -1,35 +1,35 @@
-//! Questions that programs ask their terminal, answered here.
+//! Answers the queries that programs send to their terminal.
 //!
-//! Nobody may be attached, or several: no terminal of a viewer could answer, or all would, into the
-//! agent's input. So questions never reach viewers, and each has one answer. What is answered is
-//! what the model knows; a question without an answer is one that many terminals do not know.
+//! There may be no viewer or several: no viewer's terminal would answer, or all of them would, into the agent's input.
+//! So queries are not sent to viewers, and each gets one answer from the model. Queries that many terminals do not
+//! support stay unanswered.
 
 use super::screen::Screen;
 use super::sequences::Control;
 
-/// What becomes of a sequence.
+/// What to do with a sequence.
 #[derive(Debug, PartialEq, Eq)]
 pub enum SequenceDecision {
-    /// It is for the screen.
+    /// The sequence is applied to the screen.
     Show,
-    /// It is a question, and this is the answer; empty for none.
+    /// The sequence is a query with this answer; empty for no answer.
     Answer(String),
 }
 
-/// Tells questions from what is to be shown.
+/// Distinguishes queries from sequences to be shown.
 pub fn judge(sequence: &[u8], screen: &Screen) -> SequenceDecision {
     if let Some(control) = Control::read(sequence) {
         return judge_control(&control, screen);
     }
     let is_question = match sequence {
-        // Device control strings ask for settings and capabilities; pictures have no place here.
+        // Device control strings query settings and capabilities. Those that contain pictures are not supported.
         [0x1b, b'P', ..] => true,
-        // Colours and the clipboard are asked for by a question mark.
+        // Colours and the clipboard are queried with a question mark.
         [0x1b, b']', body @ ..] => {
             let body = body.strip_suffix(b"\x07").or_else(|| body.strip_suffix(b"\x1b\\")).unwrap_or(body);
             body.ends_with(b";?")
         }
-        // DECID, the oldest way to ask who is there.
+        // DECID, the oldest query for the kind of terminal.
         [0x1b, b'Z'] => return SequenceDecision::Answer(IDENTITY.to_owned()),
         _ => false,
     };
@@ -50,7 +50,7 @@ fn judge_control(control: &Control<'_>, screen: &Screen) -> SequenceDecision {
             format!("\x1b[{}{line};{column}R", if prefix.is_some() { "?" } else { "" })
         }
         (Some(b'?'), b"$", b'p') => {
-            // DECRPM: 1 is on, 2 is off, 0 is not known.
+            // DECRPM: 1 is set, 2 is reset, 0 is not recognised.
             let state = match screen.modes().private(first) {
                 Some(true) => 1,
                 Some(false) => 2,
@@ -62,10 +62,10 @@ fn judge_control(control: &Control<'_>, screen: &Screen) -> SequenceDecision {
             let size = screen.size();
             format!("\x1b[8;{};{}t", size.rows, size.cols)
         }
-        // Other window operations would move the windows of viewers; XTVERSION, the keyboard's
-        // flags and the rest of the reports stay without an answer.
+        // Other window operations would move the windows of viewers. XTVERSION, the keyboard flags and other reports
+        // stay unanswered.
         (None, b"", b't' | b'n') | (Some(_), b"", b'c' | b'n' | b'q') | (None, b"$", b'p') => String::new(),
-        // Other encodings of keys would hide from viewers the keys that leave.
+        // With other key encodings viewers would not recognise the keys for detaching.
         (Some(_), b"", b'u') | (Some(b'>'), b"", b'm') => String::new(),
         _ => return SequenceDecision::Show,
     };

@@ -1,6 +1,6 @@
-//! What an agent's terminal shows, and the bytes that draw it anew on another one.
+//! The content of an agent's terminal, and the bytes that draw it on another terminal.
 //!
-//! The model is the crate avt; a bug in it costs the picture, never the agent.
+//! The model is the crate avt. A bug in it costs the screen content, never the agent.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -8,12 +8,12 @@ use avt::{Cell, Color, Line, Pen, Terminal};
 use fermata_protocol::supervision::TerminalSize;
 
 use super::modes::{Modes, RESET};
-use super::sequences::{Control, Piece, Splitter};
+use super::sequences::{Control, OutputPiece, Splitter};
 
 /// How many lines that have left the screen are kept.
 const SCROLLBACK: usize = 500;
 
-/// The picture and the modes of one terminal.
+/// The content and the modes of one terminal.
 pub struct Screen {
     terminal: Terminal,
     modes: Modes,
@@ -26,32 +26,29 @@ impl std::fmt::Debug for Screen {
     }
 }
 
-/// A size of nothing is shown as one character.
+/// A size of zero is treated as one character.
 fn blank(size: TerminalSize) -> Terminal {
     let (cols, rows) = (usize::from(size.cols).max(1), usize::from(size.rows).max(1));
     match Terminal::with_scrollback(cols, rows, Some(SCROLLBACK)) {
         Ok(terminal) => terminal,
-        Err(error) => unreachable!("a size of at least one: {error}"),
+        Err(error) => unreachable!("the size is at least 1 x 1: {error}"),
     }
 }
 
 impl Screen {
-    /// Makes an empty one.
     pub fn new(size: TerminalSize) -> Self {
         Self { terminal: blank(size), modes: Modes::default(), size }
     }
 
-    /// Its size.
     pub fn size(&self) -> TerminalSize {
         self.size
     }
 
-    /// The modes that the program has switched on.
     pub fn modes(&self) -> &Modes {
         &self.modes
     }
 
-    /// Where the cursor stands: line and character, from 1.
+    /// Returns line and column of the cursor, counted from 1.
     pub fn cursor(&self) -> (usize, usize) {
         let cursor = self.terminal.cursor();
         (cursor.row + 1, cursor.col.min(usize::from(self.size.cols).saturating_sub(1)) + 1)
@@ -62,20 +59,19 @@ impl Screen {
         self.safely(|terminal| terminal.feed(text));
     }
 
-    /// Carries out an escape sequence.
+    /// Applies an escape sequence.
     pub fn sequence(&mut self, sequence: &[u8]) {
         self.modes.note(sequence);
         let text = String::from_utf8_lossy(sequence);
         self.safely(|terminal| terminal.feed(&*text));
     }
 
-    /// Takes another size on.
     pub fn resize(&mut self, size: TerminalSize) {
         self.size = size;
         self.safely(|terminal| terminal.resize(usize::from(size.cols), usize::from(size.rows)));
     }
 
-    /// The bytes that draw the same on a terminal of the same size, whatever it shows now.
+    /// Returns the bytes that draw the same content on a terminal of the same size, whatever that shows now.
     pub fn draw(&self, scrollback: bool) -> Vec<u8> {
         let drawn = catch_unwind(AssertUnwindSafe(|| self.draw_all(scrollback)));
         drawn.unwrap_or_else(|_| format!("{RESET}\x1b[H\x1b[2J")).into_bytes()
@@ -90,7 +86,7 @@ impl Screen {
                 draw_line(line, &mut text);
             }
             if left > 0 {
-                // Out of sight, to where the viewer's terminal keeps its own.
+                // Scrolls these lines into the scrollback of the viewer's terminal.
                 text.push_str(&"\r\n".repeat(usize::from(self.size.rows)));
                 text.push_str("\x1b[H\x1b[2J");
             }
@@ -102,21 +98,22 @@ impl Screen {
 
     fn safely(&mut self, work: impl FnOnce(&mut Terminal)) {
         if catch_unwind(AssertUnwindSafe(|| work(&mut self.terminal))).is_err() {
-            eprintln!("fermata-shim: the model of the terminal failed; its picture begins anew");
+            eprintln!("fermata-shim: the model of the terminal failed; the screen is cleared");
             self.terminal = blank(self.size);
         }
     }
 }
 
-/// Writes repetitions out (`REP`, which the console of Linux and others do not know).
+/// Replaces the repetition sequence (`REP`), which the Linux console and others do not support, by the repeated
+/// characters.
 fn spell_out(drawn: &str, text: &mut String) {
     let mut last = None;
     Splitter::default().feed(drawn.as_bytes(), |piece| match piece {
-        Piece::Text(piece) => {
+        OutputPiece::Text(piece) => {
             last = piece.chars().last();
             text.push_str(piece);
         }
-        Piece::Sequence(sequence) => match (Control::read(sequence), last) {
+        OutputPiece::Sequence(sequence) => match (Control::read(sequence), last) {
             (Some(Control { prefix: None, numbers, between: b"", last: b'b' }), Some(character)) => {
                 let count = usize::from(numbers.first().copied().unwrap_or(1)).max(1);
                 text.extend(std::iter::repeat_n(character, count));
@@ -126,12 +123,13 @@ fn spell_out(drawn: &str, text: &mut String) {
     });
 }
 
-/// Draws a line that has left the screen, with its end where it did not go on in the next one.
+/// Draws a line that has left the screen, with a line end unless it continues in the next one.
 fn draw_line(line: &Line, text: &mut String) {
     let cells = line.cells();
-    let end = if line.is_wrapped() { cells.len() } else { cells.iter().rposition(is_seen).map_or(0, |last| last + 1) };
+    let end =
+        if line.is_wrapped() { cells.len() } else { cells.iter().rposition(is_visible).map_or(0, |last| last + 1) };
     let mut pen = Pen::default();
-    // The second half of a wide character has no width and nothing to draw.
+    // The second half of a wide character has no width and is not drawn.
     for cell in cells[..end].iter().filter(|cell| cell.width() > 0) {
         if *cell.pen() != pen {
             pen = *cell.pen();
@@ -147,7 +145,7 @@ fn draw_line(line: &Line, text: &mut String) {
     }
 }
 
-fn is_seen(cell: &Cell) -> bool {
+fn is_visible(cell: &Cell) -> bool {
     cell.char() != ' ' || !cell.pen().is_default()
 }
 
@@ -185,8 +183,8 @@ mod tests {
     fn show(screen: &mut Screen, bytes: &[u8]) {
         let mut splitter = Splitter::default();
         splitter.feed(bytes, |piece| match piece {
-            Piece::Text(text) => screen.text(text),
-            Piece::Sequence(sequence) => screen.sequence(sequence),
+            OutputPiece::Text(text) => screen.text(text),
+            OutputPiece::Sequence(sequence) => screen.sequence(sequence),
         });
     }
 
@@ -205,7 +203,7 @@ mod tests {
         assert_eq!(second.cursor(), (4, 5));
         assert_eq!((second.modes().private(2004), second.modes().private(1000)), (Some(true), Some(false)));
         assert_eq!(second.terminal.cursor().position(), None, "the cursor is hidden");
-        // What is behind it comes back as well.
+        // The primary screen behind the alternate screen is restored as well.
         show(&mut second, b"\x1b[?1049l");
         assert_eq!(lines(&second)[0], "shell$ vi");
     }
@@ -229,7 +227,7 @@ mod tests {
         show(&mut second, &first.draw(true));
         let text = second.terminal.primary_screen().text().join("\n");
         assert!(text.contains("line 1500\nline 1501\n"), "{text}");
-        assert!(!text.contains("line 1000\n"), "more is kept than promised");
+        assert!(!text.contains("line 1000\n"), "more lines are kept than SCROLLBACK");
         assert_eq!(lines(&second)[..2], ["line 1996", "line 1997"]);
         assert!(!String::from_utf8_lossy(&first.draw(false)).contains("line 1500"));
     }

@@ -1,4 +1,4 @@
-//! Cuts what a program writes to its terminal into text and whole escape sequences.
+//! Splits the output of a program into text and complete escape sequences.
 //!
 //! ```text
 //!              ESC              [                0x40..0x7e
@@ -9,58 +9,58 @@
 //!    └── too long: everything up to its end is dropped
 //! ```
 //!
-//! A viewer can then join, and be left out, between any two pieces. The states are those of the
-//! parser that terminals have had since the VT500; UTF-8 alone is read, as everywhere today.
+//! A viewer can be added or left out between any two pieces. The states are those of the parser that terminals have
+//! used since the VT500; the only encoding is UTF-8.
 
-/// The longest control sequence; those of terminals have less than a hundred bytes.
+/// The longest control sequence in bytes; those in use are shorter than a hundred bytes.
 const MAX_CONTROL: usize = 256;
 
-/// The longest string (title, clipboard, picture); longer ones are not for a screen that is shared.
+/// The longest string (title, clipboard, picture) in bytes; longer ones are dropped.
 const MAX_STRING: usize = 64 * 1024;
 
 const ESC: u8 = 0x1b;
 
 /// A piece of output.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Piece<'a> {
-    /// Characters, line ends and other single control characters among them.
+pub enum OutputPiece<'a> {
+    /// Characters, including line ends and other single control characters.
     Text(&'a str),
-    /// One escape sequence, whole.
+    /// A complete escape sequence.
     Sequence(&'a [u8]),
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
+enum SplitterState {
     Ground,
     Escape,
     Control,
     String,
-    /// An ESC inside a string: its end, or the beginning of something else.
+    /// After an ESC inside a string, which either ends the string or starts another sequence.
     StringEscape,
 }
 
-/// Cuts; keeps what is not whole yet.
+/// Splits output and keeps incomplete pieces.
 #[derive(Debug)]
 pub struct Splitter {
-    state: State,
-    /// The sequence so far, or the beginning of a character.
+    state: SplitterState,
+    /// The beginning of a sequence or of a character.
     buffered: Vec<u8>,
-    /// Whether the sequence was too long and is being dropped.
+    /// Whether the present sequence is too long and is being dropped.
     dropping: bool,
 }
 
 impl Default for Splitter {
     fn default() -> Self {
-        Self { state: State::Ground, buffered: Vec::new(), dropping: false }
+        Self { state: SplitterState::Ground, buffered: Vec::new(), dropping: false }
     }
 }
 
 impl Splitter {
-    /// Takes bytes as they come and hands out the pieces that are whole.
-    pub fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(Piece<'_>)) {
+    /// Takes bytes as they arrive and passes each complete piece to `each`.
+    pub fn feed(&mut self, bytes: &[u8], mut each: impl FnMut(OutputPiece<'_>)) {
         let mut rest = bytes;
         while let Some(&byte) = rest.first() {
-            if self.state == State::Ground {
+            if self.state == SplitterState::Ground {
                 let end = rest.iter().position(|&b| b == ESC);
                 let (text, after) = rest.split_at(end.unwrap_or(rest.len()));
                 self.text(text, end.is_some(), &mut each);
@@ -80,10 +80,10 @@ impl Splitter {
         self.buffered.clear();
         self.buffered.push(ESC);
         self.dropping = false;
-        self.state = State::Escape;
+        self.state = SplitterState::Escape;
     }
 
-    fn text(&mut self, text: &[u8], ends: bool, each: &mut impl FnMut(Piece<'_>)) {
+    fn text(&mut self, text: &[u8], ends: bool, each: &mut impl FnMut(OutputPiece<'_>)) {
         let joined;
         let text = if self.buffered.is_empty() {
             text
@@ -94,7 +94,7 @@ impl Splitter {
         let mut at = 0;
         for chunk in text.utf8_chunks() {
             if !chunk.valid().is_empty() {
-                each(Piece::Text(chunk.valid()));
+                each(OutputPiece::Text(chunk.valid()));
             }
             at += chunk.valid().len() + chunk.invalid().len();
             if chunk.invalid().is_empty() {
@@ -104,42 +104,42 @@ impl Splitter {
             if may_go_on {
                 self.buffered.extend_from_slice(chunk.invalid());
             } else {
-                each(Piece::Text("\u{fffd}"));
+                each(OutputPiece::Text("\u{fffd}"));
             }
         }
     }
 
-    fn step(&mut self, byte: u8, each: &mut impl FnMut(Piece<'_>)) {
+    fn step(&mut self, byte: u8, each: &mut impl FnMut(OutputPiece<'_>)) {
         match (self.state, byte) {
-            // CAN and SUB give a sequence up.
+            // CAN and SUB cancel a sequence.
             (_, 0x18 | 0x1a) => self.give_up(),
-            (State::Escape, b'[') => self.buffer(byte, State::Control),
-            (State::Escape, b']' | b'P' | b'X' | b'^' | b'_') => self.buffer(byte, State::String),
-            (State::Escape, 0x20..=0x2f) => self.buffer(byte, State::Escape),
-            (State::Escape, 0x30..=0x7e) | (State::Control, 0x40..=0x7e) => self.finish(byte, each),
-            (State::Escape | State::Control, ESC) => self.begin(),
-            // Terminals carry these out in the middle of a sequence.
-            (State::Escape | State::Control, 0x00..=0x1f) => each(Piece::Text(ascii(&[byte]))),
-            (State::Control, 0x20..=0x3f) => self.buffer(byte, State::Control),
-            (State::Escape | State::Control, _) => self.give_up(),
-            (State::String, ESC) => self.state = State::StringEscape,
-            (State::String, 0x07) if self.buffered.get(1) == Some(&b']') => self.finish(byte, each),
-            (State::String, _) => self.buffer(byte, State::String),
-            (State::StringEscape, b'\\') => {
+            (SplitterState::Escape, b'[') => self.buffer(byte, SplitterState::Control),
+            (SplitterState::Escape, b']' | b'P' | b'X' | b'^' | b'_') => self.buffer(byte, SplitterState::String),
+            (SplitterState::Escape, 0x20..=0x2f) => self.buffer(byte, SplitterState::Escape),
+            (SplitterState::Escape, 0x30..=0x7e) | (SplitterState::Control, 0x40..=0x7e) => self.finish(byte, each),
+            (SplitterState::Escape | SplitterState::Control, ESC) => self.begin(),
+            // Terminals execute these in the middle of a sequence.
+            (SplitterState::Escape | SplitterState::Control, 0x00..=0x1f) => each(OutputPiece::Text(ascii(&[byte]))),
+            (SplitterState::Control, 0x20..=0x3f) => self.buffer(byte, SplitterState::Control),
+            (SplitterState::Escape | SplitterState::Control, _) => self.give_up(),
+            (SplitterState::String, ESC) => self.state = SplitterState::StringEscape,
+            (SplitterState::String, 0x07) if self.buffered.get(1) == Some(&b']') => self.finish(byte, each),
+            (SplitterState::String, _) => self.buffer(byte, SplitterState::String),
+            (SplitterState::StringEscape, b'\\') => {
                 self.buffered.push(ESC);
                 self.finish(byte, each);
             }
-            (State::StringEscape, _) => {
-                // The string ends without an end; what began instead is read as usual.
+            (SplitterState::StringEscape, _) => {
+                // The string ends without a terminator, and the bytes start another sequence.
                 self.begin();
                 self.step(byte, each);
             }
-            (State::Ground, _) => {}
+            (SplitterState::Ground, _) => {}
         }
     }
 
-    fn buffer(&mut self, byte: u8, next: State) {
-        let limit = if next == State::String { MAX_STRING } else { MAX_CONTROL };
+    fn buffer(&mut self, byte: u8, next: SplitterState) {
+        let limit = if next == SplitterState::String { MAX_STRING } else { MAX_CONTROL };
         if self.buffered.len() < limit {
             self.buffered.push(byte);
         } else {
@@ -148,26 +148,26 @@ impl Splitter {
         self.state = next;
     }
 
-    fn finish(&mut self, byte: u8, each: &mut impl FnMut(Piece<'_>)) {
-        self.state = State::Ground;
-        let mut whole = std::mem::take(&mut self.buffered);
-        whole.push(byte);
+    fn finish(&mut self, byte: u8, each: &mut impl FnMut(OutputPiece<'_>)) {
+        self.state = SplitterState::Ground;
+        let mut sequence = std::mem::take(&mut self.buffered);
+        sequence.push(byte);
         if !self.dropping {
-            each(Piece::Sequence(&whole));
+            each(OutputPiece::Sequence(&sequence));
         }
-        if whole.capacity() <= MAX_CONTROL {
-            whole.clear();
-            self.buffered = whole;
+        if sequence.capacity() <= MAX_CONTROL {
+            sequence.clear();
+            self.buffered = sequence;
         }
     }
 
     fn give_up(&mut self) {
-        self.state = State::Ground;
+        self.state = SplitterState::Ground;
         self.buffered.clear();
     }
 }
 
-/// Says whether invalid bytes may become a character when more follow.
+/// Returns whether invalid bytes may be the beginning of a character.
 fn begins_a_character(bytes: &[u8]) -> bool {
     let width = match bytes.first() {
         Some(0xc2..=0xdf) => 2,
@@ -187,16 +187,16 @@ fn ascii(bytes: &[u8]) -> &str {
 pub struct Control<'a> {
     /// `?`, `>`, `<` or `=` before the parameters.
     pub prefix: Option<u8>,
-    /// The numbers; those left out are 0. Subparameters are not told apart.
+    /// The parameters; omitted ones are 0. Subparameters are not distinguished from parameters.
     pub numbers: Vec<u16>,
-    /// The bytes between the numbers and the last byte.
+    /// The bytes between the parameters and the last byte.
     pub between: &'a [u8],
-    /// The last byte, which says what it is.
+    /// The last byte, which identifies the function.
     pub last: u8,
 }
 
 impl<'a> Control<'a> {
-    /// Reads a sequence; `None` when it is none of this kind.
+    /// Parses a sequence; `None` if it is not a control sequence.
     pub fn read(sequence: &'a [u8]) -> Option<Self> {
         let body = sequence.strip_prefix(b"\x1b[")?;
         let (&last, body) = body.split_last()?;
@@ -217,8 +217,8 @@ mod tests {
         let mut found = Vec::new();
         splitter.feed(bytes, |piece| {
             found.push(match piece {
-                Piece::Text(text) => text.to_owned(),
-                Piece::Sequence(bytes) => format!("<{}>", bytes.escape_ascii()),
+                OutputPiece::Text(text) => text.to_owned(),
+                OutputPiece::Sequence(bytes) => format!("<{}>", bytes.escape_ascii()),
             });
         });
         found
@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_whole_is_held_back() {
+    fn incomplete_pieces_are_kept_back() {
         let mut splitter = Splitter::default();
         assert_eq!(pieces(&mut splitter, b"x\x1b[38;5"), ["x"]);
         assert_eq!(pieces(&mut splitter, b";1my\xe2\x82"), ["<\\x1b[38;5;1m>", "y"]);
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn broken_and_endless_sequences_cost_only_themselves() {
+    fn invalid_and_endless_sequences_cost_only_themselves() {
         let mut splitter = Splitter::default();
         assert_eq!(pieces(&mut splitter, b"\x1b[1\x18a\x1b]0;t\x1b[2Jb"), ["a", "<\\x1b[2J>", "b"]);
         let mut long = b"\x1b]1337;".to_vec();
@@ -274,7 +274,7 @@ mod tests {
         #![proptest_config(fermata_test_seeds::cases(256))]
 
         #[test]
-        fn any_bytes_are_taken(bytes: Vec<u8>) {
+        fn any_bytes_are_accepted(bytes: Vec<u8>) {
             pieces(&mut Splitter::default(), &bytes);
         }
     }

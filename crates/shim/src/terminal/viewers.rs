@@ -1,7 +1,7 @@
-//! The connections that watch a terminal, and what each of them has been shown.
+//! The connections that watch a terminal, and what has been sent to each of them.
 //!
 //! ```text
-//!            watch                  nothing waits for it          all of it was sent
+//!            watch                  no bytes wait for it          all of it was sent
 //!  (joins) ────────> Behind ─────────────────────────> Drawing ───────────────────────> Live
 //!                      ^                                  │ the screen has changed      │
 //!                      ├──────────────────────────────────┘                             │
@@ -9,57 +9,57 @@
 //!                                        it reads too slowly, or the size has changed
 //! ```
 //!
-//! Whoever is behind is owed nothing but the screen as it is when it has read what it was given
-//! before: a viewer that never reads costs no more than [`PATIENCE`] bytes and one screen.
+//! A viewer that is behind gets the present screen once it has read the bytes sent before: a viewer that never reads
+//! costs at most [`PATIENCE`] bytes and one screen.
 
 use fermata_protocol::terminal::Bytes;
 
 use super::screen::Screen;
-use crate::connection::{Connection, ConnectionId, MAX_OUTBOX};
+use crate::connection::{ConnectionId, MAX_OUTBOX, PeerConnection};
 use crate::freeze::Refused;
 use crate::wire::{FromShim, RefusalCode, ShimEvent};
 
-/// How many may watch one terminal.
+/// The maximum number of viewers of one terminal.
 pub const MAX_VIEWERS: usize = 8;
 
-/// How many bytes may wait for a viewer before it counts as behind.
+/// How many bytes may wait for a viewer before it is considered behind.
 const PATIENCE: usize = 64 * 1024;
 
-/// How many bytes go into one line; more would not fit after base64.
+/// The maximum number of output bytes in one line of the protocol; after base64 more would not fit.
 const CHUNK: usize = 24 * 1024;
 
 #[derive(Debug)]
 enum Shown {
-    /// It has seen everything so far.
+    /// The viewer has been sent everything so far.
     Live,
-    /// It has to be shown the screen anew.
+    /// The screen must be drawn for the viewer.
     Behind,
-    /// It is being shown the screen as it was when this began.
+    /// The drawing of the screen is being sent, as the screen was when this started.
     Drawing { bytes: Vec<u8>, at: usize, outdated: bool },
 }
 
 #[derive(Debug)]
 struct Viewer {
     connection: ConnectionId,
-    /// Whether the next drawing begins with the lines that have left the screen.
+    /// Whether the next drawing starts with the lines that have left the screen.
     scrollback: bool,
     shown: Shown,
 }
 
-/// All that watch.
+/// All viewers.
 #[derive(Debug, Default)]
 pub struct Viewers {
     all: Vec<Viewer>,
-    /// Output that has not been handed to anybody yet.
+    /// Output that has not been sent to any viewer yet.
     fresh: Vec<u8>,
 }
 
 impl Viewers {
-    /// Adds a connection, or begins anew with one that watches already.
+    /// Adds a connection, or starts again if the connection is a viewer already.
     pub fn add(&mut self, connection: ConnectionId, scrollback: bool) -> Result<(), Refused> {
         let viewer = Viewer { connection, scrollback, shown: Shown::Behind };
-        if let Some(known) = self.all.iter_mut().find(|known| known.connection == connection) {
-            *known = viewer;
+        if let Some(present) = self.all.iter_mut().find(|present| present.connection == connection) {
+            *present = viewer;
             return Ok(());
         }
         if self.all.len() >= MAX_VIEWERS {
@@ -77,7 +77,7 @@ impl Viewers {
         }
     }
 
-    /// Has everybody shown the screen anew.
+    /// Has the screen drawn for all viewers.
     pub fn draw_anew(&mut self) {
         for viewer in &mut self.all {
             match &mut viewer.shown {
@@ -87,8 +87,8 @@ impl Viewers {
         }
     }
 
-    /// Hands out what is new, and goes on with drawings.
-    pub fn feed(&mut self, connections: &mut [Connection], screen: &Screen) {
+    /// Sends new output and continues drawings.
+    pub fn feed(&mut self, connections: &mut [PeerConnection], screen: &Screen) {
         let fresh = std::mem::take(&mut self.fresh);
         self.all.retain_mut(|viewer| {
             let Some(connection) = connections.iter_mut().find(|c| c.id() == viewer.connection && c.is_open()) else {
@@ -103,13 +103,13 @@ impl Viewers {
         self.fresh.shrink_to(CHUNK);
     }
 
-    /// Sends what fits, whether or not what was sent before has been read: nothing comes after it.
-    pub fn finish(&mut self, connections: &mut [Connection], screen: &Screen) {
+    /// Sends as much as fits, whether or not the viewers have read the bytes sent before: no output follows.
+    pub fn finish(&mut self, connections: &mut [PeerConnection], screen: &Screen) {
         for viewer in &mut self.all {
             let Some(connection) = connections.iter_mut().find(|c| c.id() == viewer.connection && c.is_open()) else {
                 continue;
             };
-            // Twice: a drawing that was begun earlier may be outdated.
+            // Twice, since a drawing that was started earlier may be outdated.
             for _ in 0..2 {
                 if let Shown::Behind = viewer.shown {
                     viewer.begin(connection, screen);
@@ -121,7 +121,7 @@ impl Viewers {
 }
 
 impl Viewer {
-    fn output(&mut self, connection: &mut Connection, fresh: &[u8]) {
+    fn output(&mut self, connection: &mut PeerConnection, fresh: &[u8]) {
         if fresh.is_empty() {
             return;
         }
@@ -133,13 +133,13 @@ impl Viewer {
         }
     }
 
-    fn begin(&mut self, connection: &mut Connection, screen: &Screen) {
+    fn begin(&mut self, connection: &mut PeerConnection, screen: &Screen) {
         connection.send(&FromShim::Event(ShimEvent::Screen(screen.size())));
         let bytes = screen.draw(std::mem::take(&mut self.scrollback));
         self.shown = Shown::Drawing { bytes, at: 0, outdated: false };
     }
 
-    fn go_on(&mut self, connection: &mut Connection, screen: &Screen, limit: usize) {
+    fn go_on(&mut self, connection: &mut PeerConnection, screen: &Screen, limit: usize) {
         if matches!(self.shown, Shown::Behind) && connection.waiting() == 0 {
             self.begin(connection, screen);
         }
@@ -155,7 +155,7 @@ impl Viewer {
     }
 }
 
-fn send(connection: &mut Connection, bytes: &[u8]) {
+fn send(connection: &mut PeerConnection, bytes: &[u8]) {
     connection.send(&FromShim::Event(ShimEvent::Output { data: Bytes(bytes.to_vec()) }));
 }
 
@@ -168,17 +168,18 @@ mod tests {
 
     const SIZE: TerminalSize = TerminalSize { rows: 24, cols: 80 };
 
-    fn open(id: u64) -> (Connection, UnixStream) {
+    fn open(id: u64) -> (PeerConnection, UnixStream) {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
-        let mut connection = Connection::new(ConnectionId(id), ours).unwrap();
+        let mut connection = PeerConnection::new(ConnectionId(id), ours).unwrap();
         theirs.write_all(b"{\"hello\":{\"version\":1}}\n").unwrap();
         connection.receive();
         theirs.set_nonblocking(true).unwrap();
         (connection, theirs)
     }
 
-    /// Reads what is there: the output since the last `screen`, and how many of those came.
-    fn read(theirs: &mut UnixStream, inbox: &mut Vec<u8>, seen: &mut Vec<u8>) -> usize {
+    /// Reads the available lines into `output`, which starts anew at each `screen` event; returns the number of those
+    /// events.
+    fn read(theirs: &mut UnixStream, inbox: &mut Vec<u8>, output: &mut Vec<u8>) -> usize {
         let mut chunk = [0; 4096];
         while let Ok(count @ 1..) = theirs.read(&mut chunk) {
             inbox.extend_from_slice(&chunk[..count]);
@@ -189,9 +190,9 @@ mod tests {
             match serde_json::from_slice(&line).unwrap() {
                 FromShim::Event(ShimEvent::Screen(_)) => {
                     screens += 1;
-                    seen.clear();
+                    output.clear();
                 }
-                FromShim::Event(ShimEvent::Output { data }) => seen.extend_from_slice(&data.0),
+                FromShim::Event(ShimEvent::Output { data }) => output.extend_from_slice(&data.0),
                 other => panic!("{other:?}"),
             }
         }
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn one_who_reads_gets_everything_and_one_who_does_not_gets_the_last_screen() {
+    fn a_viewer_that_reads_gets_everything_and_one_that_does_not_gets_the_last_screen() {
         let mut screen = Screen::new(SIZE);
         let mut viewers = Viewers::default();
         let (quick, mut quick_end) = open(1);
@@ -207,17 +208,17 @@ mod tests {
         let mut connections = [quick, lazy];
         viewers.add(ConnectionId(1), false).unwrap();
         viewers.add(ConnectionId(2), false).unwrap();
-        let (mut inbox, mut seen, mut screens) = (Vec::new(), Vec::new(), 0);
+        let (mut inbox, mut output, mut screens) = (Vec::new(), Vec::new(), 0);
         for number in 0..40_000 {
             let line = format!("this is line {number}\r\n");
             screen.text(&line);
             viewers.output(line.as_bytes());
             viewers.feed(&mut connections, &screen);
-            connections.iter_mut().for_each(Connection::flush);
-            screens += read(&mut quick_end, &mut inbox, &mut seen);
+            connections.iter_mut().for_each(PeerConnection::flush);
+            screens += read(&mut quick_end, &mut inbox, &mut output);
         }
-        assert_eq!(screens, 1, "one who reads is drawn for once");
-        let text = String::from_utf8_lossy(&seen).into_owned();
+        assert_eq!(screens, 1, "the screen is drawn once for a viewer that reads");
+        let text = String::from_utf8_lossy(&output).into_owned();
         let mut rest = text.as_str();
         for number in 1..40_000 {
             let at = rest.find(&format!("line {number}\r"));
@@ -225,24 +226,24 @@ mod tests {
         }
         assert!(connections[1].is_open() && connections[1].waiting() <= PATIENCE + 2 * CHUNK);
 
-        // Now the other one reads.
-        let (mut inbox, mut seen, mut screens) = (Vec::new(), Vec::new(), 0);
+        // Now the other viewer reads.
+        let (mut inbox, mut output, mut screens) = (Vec::new(), Vec::new(), 0);
         for _ in 0..100 {
-            screens += read(&mut lazy_end, &mut inbox, &mut seen);
+            screens += read(&mut lazy_end, &mut inbox, &mut output);
             connections[1].flush();
             viewers.feed(&mut connections, &screen);
         }
-        assert_eq!(screens, 2, "one screen when it came, one when it read again");
-        let text = String::from_utf8_lossy(&seen);
+        assert_eq!(screens, 2, "one screen when it joined, one when it read again");
+        let text = String::from_utf8_lossy(&output);
         assert!(text.contains("this is line 39999") && !text.contains("line 39000"), "{text}");
         viewers.output(b"and on");
         viewers.feed(&mut connections, &screen);
-        assert_eq!(read(&mut lazy_end, &mut inbox, &mut seen), 0);
-        assert!(seen.ends_with(b"and on"), "it is live again");
+        assert_eq!(read(&mut lazy_end, &mut inbox, &mut output), 0);
+        assert!(output.ends_with(b"and on"), "it is live again");
     }
 
     #[test]
-    fn a_viewer_that_goes_leaves_its_place() {
+    fn a_viewer_that_disconnects_frees_its_place() {
         let screen = Screen::new(SIZE);
         let mut viewers = Viewers::default();
         let opened: Vec<_> = (0..MAX_VIEWERS as u64).map(open).collect();

@@ -129,8 +129,8 @@ fn relative_to(workspace: &Path, path: &Path) -> Option<RelPath> {
     RelPath::new(path.strip_prefix(workspace).ok()?.as_os_str().as_bytes()).ok()
 }
 
-fn add_open_file(mapped: &mut Mapped, file: &mappings::Open, workspace: &Path) {
-    match relative_to(workspace, &file.path).filter(|_| file.there) {
+fn add_open_file(mapped: &mut Mapped, file: &mappings::OpenFile, workspace: &Path) {
+    match relative_to(workspace, &file.path).filter(|_| file.at_path) {
         Some(path) => drop(mapped.open.insert(path)),
         // Its path is stale: it was renamed, or has no name.
         None => drop(mapped.inodes.insert(file.ino)),

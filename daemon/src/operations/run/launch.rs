@@ -26,7 +26,7 @@ use fermata_os::limits::{Limit, LimitKind};
 use fermata_os::process;
 use fermata_protocol::error_chain;
 use fermata_shim::launcher::LaunchCode;
-use fermata_shim::raw::Raw;
+use fermata_shim::raw::RawString;
 use fermata_shim::record;
 use fermata_shim::record::RunRecord;
 use fermata_shim::spec::{HookSpec, LaunchSpec, LogLimits, SPEC_VERSION};
@@ -126,7 +126,7 @@ async fn spec(
         project: step.project.name.to_string(),
         agent: name.to_string(),
         run_id: run.to_string(),
-        argv: argv.into_iter().map(Raw::from).collect(),
+        argv: argv.into_iter().map(RawString::from).collect(),
         env: environment(step, name, env, token, continuation),
         cwd: PathBuf::from(agent.map(|agent| agent.spec.cwd.as_str()).unwrap_or("/")),
         umask: agent.map_or(0o022, |agent| agent.spec.umask),
@@ -152,7 +152,7 @@ async fn spec(
 
 fn hook(hook: &Hook) -> HookSpec {
     HookSpec {
-        argv: hook.argv.iter().map(|word| Raw::from(word.as_str())).collect(),
+        argv: hook.argv.iter().map(|word| RawString::from(word.as_str())).collect(),
         timeout_ms: hook.timeout_ms.unwrap_or(Hook::DEFAULT_TIMEOUT_MS),
     }
 }
@@ -163,7 +163,7 @@ fn environment(
     mut env: BTreeMap<String, String>,
     token: &str,
     continuation: Option<Continuation>,
-) -> Vec<(Raw, Raw)> {
+) -> Vec<(RawString, RawString)> {
     for name in ["FERMATA_RESUME", "FERMATA_CONTEXT", "FERMATA_CHECKPOINT"] {
         env.remove(name);
     }
@@ -186,7 +186,7 @@ fn environment(
             set("FERMATA_CHECKPOINT", number.to_string());
         }
     }
-    env.into_iter().map(|(name, value)| (Raw::from(name), Raw::from(value))).collect()
+    env.into_iter().map(|(name, value)| (RawString::from(name), RawString::from(value))).collect()
 }
 
 /// Returns the resource limits of an agent: those of the client that created it. Without a limit for open files among
