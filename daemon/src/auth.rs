@@ -1,6 +1,6 @@
-//! Who a peer is and what it may do: credentials of the kernel, tokens of launches, roles.
+//! Identifies peers (by the kernel's credentials, by their ancestors, by tokens) and authorises their calls.
 //!
-//! A call that passed is an [`Authorised`], which only this room can make.
+//! An authorised call is an [`Authorised`], which only this module can construct.
 
 use fermata_protocol::daemon::Role;
 use fermata_protocol::method::{Call, CallSubject, SubjectParam};
@@ -13,27 +13,26 @@ use crate::project::Projects;
 use fermata_os::peer::{PeerCredentials, group_id};
 use fermata_os::process;
 
-/// Longer lines of ancestors are not followed; whoever has one is nobody known.
+/// The most ancestors that are read; the descent of a process with more is unknown.
 const MAX_ANCESTORS: usize = 4096;
 
-/// So many are read at once, wherever that is: `/proc` is no disk.
+/// The most ancestors that are read on an async thread: `/proc` is read without a disk.
 const FEW_ANCESTORS: usize = 32;
 
-/// How often ancestors are looked at anew because one of them ended meanwhile.
-const LOOKS: u32 = 16;
+/// How often the ancestors are read again because one of them has ended meanwhile.
+const TRIES: u32 = 16;
 
-/// Who is at the other end of a connection.
+/// The other end of a connection.
 #[derive(Debug, Clone)]
 pub struct Peer {
-    /// What it may do.
     pub role: Role,
-    /// The agent that it is.
+    /// None for a person.
     pub agent: Option<Target>,
     uid: u32,
 }
 
 impl Peer {
-    /// Returns whose idempotency keys these are.
+    /// Returns the text that identifies the peer: idempotency keys belong to it.
     pub fn principal(&self) -> String {
         match &self.agent {
             Some(agent) => format!("agent:{agent}"),
@@ -42,14 +41,13 @@ impl Peer {
     }
 }
 
-/// Finds out who a peer is where that takes no time; `None` where it may: with many ancestors, or for a user whose rights
-/// are those of a group.
+/// Identifies a peer if that cannot take long; `None` if it has many ancestors, or its role depends on a group.
 pub fn recognise(credentials: &PeerCredentials, projects: &Projects) -> Option<Peer> {
     let uid = credentials.uid;
     match descent(credentials.pid, projects, FEW_ANCESTORS, 1) {
         Descent::Agent(agent) => Some(Peer { role: Role::Agent, agent: Some(agent), uid }),
-        Descent::Nobodys if is_admin(uid) => Some(Peer { role: Role::Admin, agent: None, uid }),
-        Descent::Nobodys | Descent::Unknown => None,
+        Descent::Outside if is_admin(uid) => Some(Peer { role: Role::Admin, agent: None, uid }),
+        Descent::Outside | Descent::Unknown => None,
     }
 }
 
@@ -57,23 +55,22 @@ fn is_admin(uid: u32) -> bool {
     uid == 0 || uid == nix::unistd::geteuid().as_raw()
 }
 
-/// Finds out who a peer is by what the kernel says of it.
+/// Identifies a peer by the kernel's credentials. Blocking: may read groups over a network.
 ///
 /// # Errors
-/// `permission_denied` for a user who may not even look.
+/// `permission_denied` for a user without any role.
 pub fn identify(credentials: &PeerCredentials, settings: &Settings, projects: &Projects) -> Result<Peer, Refusal> {
     let uid = credentials.uid;
-    let descent = descent(credentials.pid, projects, MAX_ANCESTORS, LOOKS);
-    // Whoever runs inside an agent's tree is that agent, whatever it says.
-    if let Descent::Agent(agent) = descent {
-        return Ok(Peer { role: Role::Agent, agent: Some(agent), uid });
-    }
-    let known = matches!(descent, Descent::Nobodys);
-    // Only asked for where it counts: it may come over a network.
-    let operators = || group_id(&settings.operator_group).ok().flatten();
-    let role = if known && is_admin(uid) {
+    let is_outside = match descent(credentials.pid, projects, MAX_ANCESTORS, TRIES) {
+        // A process in an agent's tree acts as that agent, whatever its user is.
+        Descent::Agent(agent) => return Ok(Peer { role: Role::Agent, agent: Some(agent), uid }),
+        Descent::Outside => true,
+        Descent::Unknown => false,
+    };
+    let is_operator = || group_id(&settings.operator_group).ok().flatten().is_some_and(|gid| credentials.in_group(gid));
+    let role = if is_outside && is_admin(uid) {
         Role::Admin
-    } else if known && operators().is_some_and(|gid| credentials.in_group(gid)) {
+    } else if is_outside && is_operator() {
         Role::Operator
     } else if settings.others_may_look {
         Role::Reader
@@ -84,10 +81,10 @@ pub fn identify(credentials: &PeerCredentials, settings: &Settings, projects: &P
     Ok(Peer { role, agent: None, uid })
 }
 
-/// Makes a peer with the token of a launch that agent.
+/// Returns the peer as the agent whose run has this token.
 ///
 /// # Errors
-/// `bad_token`, or `permission_denied` for an agent that shows another agent's token.
+/// `bad_token`, or `permission_denied` for an agent with the token of another one.
 pub fn with_token(peer: &Peer, token: &str, projects: &Projects) -> Result<Peer, Refusal> {
     let hash = hex(&Sha256::digest(token.as_bytes()));
     let agent = projects
@@ -95,38 +92,38 @@ pub fn with_token(peer: &Peer, token: &str, projects: &Projects) -> Result<Peer,
         .ok_or_else(|| Refusal::new(Code::BadToken, "the token belongs to no running agent".to_owned()))?;
     match &peer.agent {
         Some(own) if *own != agent => {
-            Err(Refusal::new(Code::PermissionDenied, format!("{own} may not act as {agent}")))
+            Err(Refusal::new(Code::PermissionDenied, format!("agent {own} may not act as agent {agent}")))
         }
-        _ => Ok(Peer { role: Role::Agent, agent: Some(agent), uid: peer.uid }),
+        Some(_) | None => Ok(Peer { role: Role::Agent, agent: Some(agent), uid: peer.uid }),
     }
 }
 
-/// Where a process comes from.
+/// The position of a process relative to the trees of agents.
 enum Descent {
-    /// It is part of an agent's tree.
+    /// It is in the tree of this agent.
     Agent(Target),
-    /// It is part of no agent's tree.
-    Nobodys,
-    /// That cannot be told, for instance because it has ended. It might be an agent's, so that its
-    /// user's rights are not for it.
+    /// It is in no agent's tree.
+    Outside,
+    /// It cannot be determined, for instance because the process has ended. The process may be in an agent's tree, and
+    /// does not get the rights of its user.
     Unknown,
 }
 
-fn descent(pid: i32, projects: &Projects, most: usize, looks: u32) -> Descent {
-    // A process outside of our pid namespace cannot be below an agent, which is inside.
+fn descent(pid: i32, projects: &Projects, most: usize, tries: u32) -> Descent {
+    // The pid of a process outside of our pid namespace; agents are inside.
     if pid == 0 {
-        return Descent::Nobodys;
+        return Descent::Outside;
     }
-    for _ in 0..looks {
+    for _ in 0..tries {
         let Some(chain) = ancestors(pid, most) else { continue };
         let agent = projects.agent_of_processes(&chain).or_else(|| projects.agent_of_shims(&chain));
-        return agent.map_or(Descent::Nobodys, Descent::Agent);
+        return agent.map_or(Descent::Outside, Descent::Agent);
     }
     Descent::Unknown
 }
 
-/// Returns a process and its ancestors; `None` when one ended meanwhile, whose children the kernel
-/// has given to another parent, or when there are more than `most`.
+/// Returns a process and its ancestors; `None` if there are more than `most`, or if one of them has ended meanwhile:
+/// then the kernel has given its children another parent.
 fn ancestors(pid: i32, most: usize) -> Option<Vec<i32>> {
     let mut chain = Vec::new();
     let mut next = pid;
@@ -141,23 +138,22 @@ fn ancestors(pid: i32, most: usize) -> Option<Vec<i32>> {
     Some(chain)
 }
 
-/// A call that its peer may make, aimed at what it is about.
+/// A call that its peer may make. Its target is filled in.
 #[derive(Debug)]
 pub struct Authorised {
     call: Call,
 }
 
 impl Authorised {
-    /// Hands the call out.
     pub fn into_call(self) -> Call {
         self.call
     }
 }
 
-/// Checks that a peer may make a call, and aims an agent's call at the agent itself.
+/// Checks that a peer may make a call. In a call of an agent a missing target is filled in with the agent itself.
 ///
 /// # Errors
-/// `permission_denied`, or `invalid_params` when it is not said what the call is about.
+/// `permission_denied`, or `invalid_params` when a person's call has no target.
 pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
     let info = call.info();
     let denied = |why: String| Err(Refusal::new(Code::PermissionDenied, why));
@@ -167,7 +163,7 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
         }
         None if peer.role < info.role => {
             return denied(format!(
-                "{} needs the role {}, and you are a {}",
+                "{} needs the role {}; your role is {}",
                 info.name,
                 info.role.as_str(),
                 peer.role.as_str()
@@ -178,16 +174,16 @@ pub fn authorise(peer: &Peer, mut call: Call) -> Result<Authorised, Refusal> {
     if call.reaches_files() && nix::unistd::geteuid().is_root() && peer.uid != 0 && peer.agent.is_none() {
         return Err(Refusal::new(
             Code::PermissionDenied,
-            format!("{} would act with the rights of root, to whom this daemon belongs", info.name),
+            format!("{} would access files with the rights of root, as whom this daemon runs", info.name),
         )
         .hint("use a daemon of your own: unset FERMATA_SOCKET, or give --socket"));
     }
-    aim(peer.agent.as_ref(), &mut call)?;
+    resolve_target(peer.agent.as_ref(), &mut call)?;
     Ok(Authorised { call })
 }
 
-/// Fills in, or checks, what an agent's call is about.
-fn aim(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
+/// Checks the target of a call, or fills in that of an agent's call.
+fn resolve_target(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
     match call.subject() {
         SubjectParam::Connection | SubjectParam::Named => Ok(()),
         SubjectParam::Agent(target) => agent_target(own, target),
@@ -197,13 +193,13 @@ fn aim(own: Option<&Target>, call: &mut Call) -> Result<(), Refusal> {
     }
 }
 
-fn missing(what: &str) -> Refusal {
-    Refusal::new(Code::InvalidParams, format!("'{what}' is needed: only an agent's own calls go without it"))
-        .hint("an agent is who has its token in FERMATA_TOKEN; whoever else asks names the agent or the project")
+fn missing(parameter: &str) -> Refusal {
+    Refusal::new(Code::InvalidParams, format!("'{parameter}' is missing; only an agent's own calls may omit it"))
+        .hint("name the agent or the project; the calls of an agent have its token in FERMATA_TOKEN")
 }
 
-fn not_yours(own: &Target, what: &dyn std::fmt::Display) -> Refusal {
-    Refusal::new(Code::PermissionDenied, format!("agent {own} may not touch {what}"))
+fn not_yours(own: &Target, target: &dyn std::fmt::Display) -> Refusal {
+    Refusal::new(Code::PermissionDenied, format!("agent {own} may not access {target}"))
 }
 
 fn agent_target(own: Option<&Target>, target: &mut Option<Target>) -> Result<(), Refusal> {
@@ -227,7 +223,7 @@ fn any_target(own: Option<&Target>, target: &mut Option<Target>) -> Result<(), R
             Ok(())
         }
         (None, None) => Err(missing("target")),
-        _ => Ok(()),
+        (Some(_) | None, Some(_)) => Ok(()),
     }
 }
 
@@ -245,7 +241,7 @@ fn project(own: Option<&Target>, given: &mut Option<ProjectName>) -> Result<(), 
 fn same_project(own: Option<&Target>, given: &ProjectName) -> Result<(), Refusal> {
     match own {
         Some(own) if own.project != *given => Err(not_yours(own, given)),
-        _ => Ok(()),
+        Some(_) | None => Ok(()),
     }
 }
 
@@ -268,15 +264,15 @@ mod tests {
         Peer { role: Role::Agent, agent: Some(target.parse().expect("valid")), uid: 0 }
     }
 
-    /// What is expected of a method.
+    /// The expected rules of a method.
     struct Expected {
         method: &'static str,
         params: Value,
         /// The least role of a person who may call it.
         person: Role,
-        /// Whether an agent may.
+        /// Whether an agent may call it.
         agent: bool,
-        /// Whether a root daemon does it for root alone.
+        /// Whether a daemon of root accepts it from root only.
         reaches_files: bool,
     }
 
@@ -383,7 +379,7 @@ mod tests {
         params
     }
 
-    /// The answer to a call, as the code of its refusal.
+    /// Authorises a call; returns the code of the refusal.
     fn answer(peer: &Peer, call: Call) -> Result<(), Code> {
         authorise(peer, call).map(drop).map_err(|refusal| refusal.code)
     }
@@ -426,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn what_an_agent_leaves_out_is_itself_and_a_person_has_to_say_it() {
+    fn a_missing_target_is_the_calling_agent_and_is_refused_for_a_person() {
         for expected in expected().into_iter().filter(|row| row.agent) {
             let method = expected.method;
             let mut params = expected.params.clone();
@@ -434,17 +430,17 @@ mod tests {
             if members.remove("target").or_else(|| members.remove("project")).is_none() {
                 continue;
             }
-            let unaimed = match Call::parse(method, members.clone()) {
-                Ok(unaimed) => unaimed,
+            let without_target = match Call::parse(method, members.clone()) {
+                Ok(call) => call,
                 Err(refusal) => {
                     assert_eq!(refusal.code, Code::InvalidParams);
                     assert!(["project.show", "project.pause"].contains(&method), "{method} always needs a target");
                     continue;
                 }
             };
-            let aimed = authorise(&agent("web/coder"), unaimed.clone()).expect(method).into_call();
-            assert_eq!(aimed, expected.call(), "{method}");
-            assert_eq!(answer(&person(Role::Admin), unaimed), Err(Code::InvalidParams), "{method}");
+            let resolved = authorise(&agent("web/coder"), without_target.clone()).expect(method).into_call();
+            assert_eq!(resolved, expected.call(), "{method}");
+            assert_eq!(answer(&person(Role::Admin), without_target), Err(Code::InvalidParams), "{method}");
         }
     }
 
@@ -456,7 +452,7 @@ mod tests {
             let wanted = if expected.reaches_files && is_root { Err(Code::PermissionDenied) } else { Ok(()) };
             assert_eq!(answer(&other, expected.call()), wanted, "{}", expected.method);
         }
-        // What only looks, or changes no file, is for all whose role allows it.
+        // These methods do so only with certain parameters.
         for (method, params) in [
             ("agent.attach", json!({ "target": "web/coder", "read_only": true })),
             ("agent.show", json!({ "target": "web/coder" })),

@@ -1,6 +1,6 @@
-//! Settings: built-in defaults, then the configuration file, then the environment, then flags.
+//! Settings: built-in defaults, overridden by the configuration file, the environment and flags, in this order.
 //!
-//! Paths are fixed at the start. What a reload may change is in [`Settings`].
+//! Paths are fixed at the start; a reload replaces [`Settings`].
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,85 +12,68 @@ use thiserror::Error;
 
 /// Why the configuration cannot be used.
 #[derive(Debug, Error)]
-pub enum ConfigError {
-    /// The file cannot be read.
+pub enum SettingsError {
     #[error("read {}", path.display())]
     Unreadable {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The file is not valid; the cause names line and key.
-    #[error("understand {}", path.display())]
+    /// The cause names line and key.
+    #[error("parse {}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: Box<toml::de::Error>,
     },
-    /// A value makes no sense, or not beside another one.
     #[error("use {}: {why}", path.display())]
     Invalid {
-        /// The file.
         path: PathBuf,
-        /// Which value, and what is wrong with it.
+        /// The value, and what is wrong with it.
         why: String,
     },
-    /// No directory can be derived from the environment.
-    #[error("find a {what} directory: neither ${first} nor $HOME is set")]
+    #[error("find a {what} directory: neither ${first} nor $HOME is an absolute path")]
     NoHome {
-        /// Which.
         what: &'static str,
-        /// The variable that was looked at first.
+        /// The environment variable that takes precedence over `HOME`.
         first: &'static str,
     },
 }
 
-/// What the command line and the environment say about where things are.
+/// Paths given on the command line or in the environment.
 #[derive(Debug, Clone, Default)]
 pub struct Overrides {
-    /// The configuration file.
     pub config: Option<PathBuf>,
-    /// The state directory.
     pub state_dir: Option<PathBuf>,
-    /// The runtime directory.
     pub runtime_dir: Option<PathBuf>,
-    /// The control socket.
     pub socket: Option<PathBuf>,
-    /// The plugin directory.
     pub plugin_dir: Option<PathBuf>,
 }
 
-/// Where things are.
+/// The paths that the daemon uses.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Paths {
     /// The configuration file; it need not exist.
     pub config: PathBuf,
-    /// Whether somebody asked for that very file.
+    /// Whether the configuration file was given, and has to exist.
     pub config_is_wanted: bool,
     /// Database, checkpoints, logs.
     pub state: PathBuf,
     /// Sockets.
     pub runtime: PathBuf,
-    /// The control socket.
     pub socket: PathBuf,
-    /// Where plugins lie.
     pub plugins: Vec<PathBuf>,
-    /// Where plugins' settings lie.
     pub plugin_settings: PathBuf,
-    /// Where users' profiles lie.
+    /// Profiles in addition to the embedded ones.
     pub profiles: PathBuf,
 }
 
 impl Paths {
-    /// Finds the places for a system daemon (root) or a user's own, with overrides.
+    /// Returns the paths of a system daemon (`root`) or of a user's own, with overrides.
     ///
     /// # Errors
-    /// When a user's daemon has neither XDG variables nor a home.
-    pub fn find(root: bool, overrides: &Overrides) -> Result<Self, ConfigError> {
+    /// A user's daemon has neither XDG variables nor a home.
+    pub fn find(root: bool, overrides: &Overrides) -> Result<Self, SettingsError> {
         let (config_dir, state, runtime, plugins) = if root {
             ("/etc/fermata".into(), "/var/lib/fermata".into(), "/run/fermata".into(), "/usr/lib/fermata/plugins".into())
         } else {
@@ -105,7 +88,7 @@ impl Paths {
         };
         let runtime = overrides.runtime_dir.clone().unwrap_or(runtime);
         let config = overrides.config.clone();
-        // A private configuration file brings its own neighbours.
+        // Plugin settings and profiles are in the directory of the configuration file.
         let config_dir: PathBuf = config.as_ref().and_then(|c| c.parent().map(Path::to_owned)).unwrap_or(config_dir);
         Ok(Self {
             config_is_wanted: config.is_some(),
@@ -120,22 +103,22 @@ impl Paths {
     }
 }
 
-fn xdg(what: &'static str, variable: &'static str, below_home: &str) -> Result<PathBuf, ConfigError> {
+fn xdg(what: &'static str, variable: &'static str, below_home: &str) -> Result<PathBuf, SettingsError> {
     let absolute = |path: std::ffi::OsString| Some(PathBuf::from(path)).filter(|path| path.is_absolute());
     std::env::var_os(variable)
         .and_then(absolute)
         .or_else(|| std::env::var_os("HOME").and_then(absolute).map(|home| home.join(below_home)))
-        .ok_or(ConfigError::NoHome { what, first: variable })
+        .ok_or(SettingsError::NoHome { what, first: variable })
 }
 
-/// What the daemon does with the agents when it is told to end.
+/// What the daemon does with the agents at shutdown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnShutdown {
-    /// They go on; the next daemon adopts them.
+    /// They keep running; the next daemon adopts them.
     #[default]
     Leave,
-    /// Every active project is paused and parked first.
+    /// Every active project is paused and its agents are parked.
     Park,
 }
 
@@ -147,11 +130,11 @@ pub struct PauseSettings {
     pub grace_ms: u64,
     /// How long an agent with a channel has to acknowledge.
     pub channel_grace_ms: u64,
-    /// How long agents stay frozen when the daemon that froze them says no more.
+    /// How long agents stay frozen when the daemon does not renew the lease of a freeze.
     pub lease_ms: u64,
-    /// A pause or checkpoint is refused below so much free space.
+    /// A pause or checkpoint is refused if less space than this is free.
     pub disk_floor_bytes: u64,
-    /// Whether a checkpoint of running agents freezes them although only signals can.
+    /// Whether a checkpoint of running agents freezes them even if that takes signals.
     pub blip_with_signals: bool,
 }
 
@@ -173,23 +156,23 @@ impl Default for PauseSettings {
 pub struct AgentSettings {
     /// Which mechanism freezes agents.
     pub freezer: FreezerSetting,
-    /// Where agents' control groups go; below the daemon's own when left out.
+    /// The parent of the agents' control groups; the daemon's own group when left out.
     pub cgroup_parent: Option<PathBuf>,
     /// How long a stop waits between SIGTERM and SIGKILL.
     pub stop_grace_ms: u64,
-    /// A log file is rotated at this size; 0 for never.
+    /// The size at which a log file is rotated; 0 for never.
     pub log_max_bytes: u64,
-    /// So many rotated log files are kept; 0 for all.
+    /// How many rotated log files are kept; 0 for all.
     pub log_max_files: u32,
-    /// How long a shim that lives may go without an answer before it and its agent are ended; the
-    /// agent then counts as interrupted.
+    /// How long a live shim may go without an answer before it and its agent are ended; the agent then counts as
+    /// interrupted.
     pub shim_patience_ms: u64,
-    /// A log file is rotated once its first line is so old and more is to be written; 0 for never.
+    /// The age of its first line at which a log file is rotated by the next write; 0 for never.
     pub log_max_age_ms: u64,
-    /// So many runs of an agent keep their logs, the present one included; 0 for all.
+    /// How many runs of an agent keep their logs, the current one included; 0 for all.
     pub keep_runs: u32,
-    /// An agent that was frozen longer is started again rather than thawed, where it can be: its
-    /// network connections are dead.
+    /// An agent that was frozen longer than this is started again instead of thawed if its session can be continued,
+    /// since its network connections have timed out.
     pub stale_after_ms: u64,
 }
 
@@ -209,33 +192,33 @@ impl Default for AgentSettings {
     }
 }
 
-/// How a project is held that is paused because memory is short.
+/// How a project is paused under memory pressure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnPressure {
     /// Its processes are ended, which frees their memory.
     #[default]
     Park,
-    /// Its processes stay: of use only where they can be swapped out.
+    /// Its processes stay frozen: useful only with swap.
     Freeze,
 }
 
-/// The section `[pressure]`: pauses that nobody asks for. Without a bound nothing is watched.
+/// The section `[pressure]`: automatic pauses. Without a bound nothing is watched.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct PressureSettings {
-    /// At how many percent of `some avg10` of the kernel's memory pressure the project that uses the
-    /// most memory is paused.
+    /// The percentage of `some avg10` of the kernel's memory pressure at which the project that uses the most memory is
+    /// paused.
     pub memory_some_avg10: Option<f64>,
-    /// How it is held then.
+    /// How it is paused.
     pub memory_mode: OnPressure,
-    /// Below how many free bytes of a file system the projects that write there are paused.
+    /// The free space of a file system below which the projects that write there are paused.
     pub disk_free_bytes: Option<u64>,
     /// How long a pause for memory has to take effect before the next project is paused.
     pub settle_ms: u64,
-    /// How long a project is left alone after an automatic pause.
+    /// The shortest time between two automatic pauses of a project.
     pub apart_ms: u64,
-    /// How many automatic pauses there are in an hour at most; beyond that it is only told.
+    /// The most automatic pauses in an hour; further ones are only recorded.
     pub max_per_hour: u32,
 }
 
@@ -252,13 +235,12 @@ impl Default for PressureSettings {
     }
 }
 
-/// The section `[restore]`: how long a restore that cannot go on is tried again before it is given up half way.
+/// The section `[restore]`: how long a restore that fails is tried again before it is given up.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RestoreSettings {
-    /// For whatever reason.
     pub patience_ms: u64,
-    /// While a disk is full: somebody may make room.
+    /// The same while a disk is full.
     pub full_disk_patience_ms: u64,
 }
 
@@ -268,19 +250,19 @@ impl Default for RestoreSettings {
     }
 }
 
-/// The section `[checkpoints]`: how workspaces are looked at.
+/// The section `[checkpoints]`: how workspaces are scanned.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointSettings {
-    /// Whether directories are watched, so that a checkpoint looks only where something has changed; read at the start.
+    /// Whether directories are watched, so that a scan visits only what has changed. A reload does not change it.
     pub watch: bool,
-    /// How long after everything was looked at it is looked at again, before the next checkpoint, milliseconds: some
-    /// writes are told to nobody. 0 for never.
+    /// The age of the last full scan at which a checkpoint makes another one, in milliseconds, since some writes cause no
+    /// event; 0 for never.
     pub whole_look_ms: u64,
 }
 
 impl CheckpointSettings {
-    /// Returns how long after a look at everything another one is due.
+    /// Returns the age of the last full scan at which another one is due.
     pub fn whole_after(&self) -> Option<Duration> {
         (self.whole_look_ms > 0).then(|| Duration::from_millis(self.whole_look_ms))
     }
@@ -300,31 +282,24 @@ pub struct ContextSettings {
     pub weights: std::collections::BTreeMap<String, f64>,
 }
 
-/// What a reload may change.
+/// The settings that a reload replaces.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// What is logged: `error`, `warn`, `info`, `debug`, or a filter such as `info,fermata_daemon::store=debug`.
+    /// The level of the log (`error`, `warn`, `info`, `debug`), or a filter such as `info,fermata_daemon::store=debug`.
     pub log: String,
-    /// Which group of users are operators of a system daemon.
+    /// The group whose members are operators of a system daemon.
     pub operator_group: String,
-    /// What others may do: nothing (`false`) or look (`true`).
+    /// Whether other users have the role of a reader; otherwise they are refused.
     pub others_may_look: bool,
-    /// What becomes of the agents when the daemon ends.
     pub on_shutdown: OnShutdown,
-    /// The section `[pause]`.
     pub pause: PauseSettings,
-    /// The section `[agents]`.
     pub agents: AgentSettings,
-    /// The section `[context]`.
     pub context: ContextSettings,
-    /// The section `[pressure]`.
     pub pressure: PressureSettings,
-    /// The section `[retention]`: which checkpoints are kept, unless a project says otherwise.
+    /// Applies to projects without a policy of their own.
     pub retention: fermata_core::retention::RetentionPolicy,
-    /// The section `[restore]`.
     pub restore: RestoreSettings,
-    /// The section `[checkpoints]`.
     pub checkpoints: CheckpointSettings,
 }
 
@@ -347,26 +322,26 @@ impl Default for Settings {
 }
 
 impl Settings {
-    /// Reads the configuration file; a file that nobody asked for may be missing.
+    /// Reads the configuration file. The default file may be missing.
     ///
     /// # Errors
-    /// When the file cannot be read, or holds something that is not known.
-    pub fn read(paths: &Paths) -> Result<Self, ConfigError> {
+    /// The file cannot be read, is not valid, or has an unknown key.
+    pub fn read(paths: &Paths) -> Result<Self, SettingsError> {
         let path = &paths.config;
         let text = match std::fs::read_to_string(path) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound && !paths.config_is_wanted => {
                 return Ok(Self::default());
             }
-            Err(source) => return Err(ConfigError::Unreadable { path: path.clone(), source }),
+            Err(source) => return Err(SettingsError::Unreadable { path: path.clone(), source }),
         };
         let settings: Self = toml::from_str(&text)
-            .map_err(|source| ConfigError::Malformed { path: path.clone(), source: Box::new(source) })?;
-        settings.check().map_err(|why| ConfigError::Invalid { path: path.clone(), why })?;
+            .map_err(|source| SettingsError::Malformed { path: path.clone(), source: Box::new(source) })?;
+        settings.check().map_err(|why| SettingsError::Invalid { path: path.clone(), why })?;
         Ok(settings)
     }
 
-    /// Says what makes no sense although each value is of its kind.
+    /// Checks what the types of the values do not; returns what is wrong.
     fn check(&self) -> Result<(), String> {
         let PressureSettings { memory_some_avg10, disk_free_bytes, .. } = self.pressure;
         if let Some(percent) = memory_some_avg10.filter(|percent| !(*percent > 0.0 && *percent <= 100.0)) {
@@ -376,13 +351,13 @@ impl Settings {
         match disk_free_bytes {
             Some(bytes) if bytes <= floor => Err(format!(
                 "pressure.disk_free_bytes is {bytes}, not more than pause.disk_floor_bytes ({floor}): \
-                 the pause itself would be refused for want of room for its checkpoint"
+                 the pause itself would be refused for lack of space for its checkpoint"
             )),
-            _ => Ok(()),
+            Some(_) | None => Ok(()),
         }
     }
 
-    /// Names the sections in which two settings differ.
+    /// Returns the names of the keys and sections in which two settings differ.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         let mut names = Vec::new();
         let mut note = |name: &str, differs: bool| {
@@ -418,7 +393,7 @@ mod tests {
 
     #[test]
     fn pressure_bounds_that_could_never_work_are_refused() {
-        let check = |text: &str| toml::from_str::<Settings>(text).expect("of its kind").check();
+        let check = |text: &str| toml::from_str::<Settings>(text).expect("of the right types").check();
         for bad in ["memory_some_avg10 = 0.0", "memory_some_avg10 = 101.0", "memory_some_avg10 = nan"] {
             assert!(
                 check(&format!("[pressure]\n{bad}\n")).is_err_and(|why| why.contains("memory_some_avg10")),

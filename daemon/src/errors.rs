@@ -1,21 +1,19 @@
-//! The two ways in which a call does not succeed: a refusal (we said no) and a fault (we broke).
+//! The two ways in which a call fails: a refusal (it is not allowed, nothing was changed) and a fault (something broke).
 
 use std::error::Error;
 
 use fermata_protocol::{Code, ErrorObject, Refusal, error_chain};
 
-/// Why a call did not succeed.
+/// Why a call failed.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Failure {
-    /// We said no; nothing was changed.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// We broke.
     #[error("{0}")]
     Fault(Fault),
 }
 
-/// Something of Fermata's own, or under it, broke.
+/// An error of Fermata or of the system below it, as text with its causes.
 #[derive(Debug, Clone)]
 pub struct Fault {
     code: Code,
@@ -23,7 +21,7 @@ pub struct Fault {
 }
 
 impl Fault {
-    /// Makes a fault of an error and its causes.
+    /// Makes a fault of an error and its causes; `doing` completes the sentence "failed to …".
     pub fn of(doing: &str, error: &(dyn Error + 'static)) -> Self {
         Self { code: code_of(error), text: format!("failed to {doing}: {}", error_chain(error)) }
     }
@@ -35,7 +33,7 @@ impl std::fmt::Display for Fault {
     }
 }
 
-/// A full disk is no bug of ours and has a code that scripts can act on.
+/// Returns the code of an error: a full disk has one of its own, which scripts can act on.
 fn code_of(error: &(dyn Error + 'static)) -> Code {
     let mut next = Some(error);
     while let Some(error) = next {
@@ -56,22 +54,22 @@ impl Failure {
         Self::Fault(Fault::of(doing, error))
     }
 
-    /// Returns what the wire carries.
+    /// Returns the error of the wire.
     pub fn to_object(&self) -> ErrorObject {
         match self {
             Self::Refused(refusal) => refusal.clone().into(),
             Self::Fault(fault) => {
                 let refusal = Refusal::new(fault.code, fault.text.clone());
-                match fault.code {
-                    Code::DiskFull => refusal.hint("free some space on the file system of the state directory"),
-                    _ => refusal,
+                if fault.code == Code::DiskFull {
+                    refusal.hint("free some space on the file system of the state directory").into()
+                } else {
+                    refusal.into()
                 }
-                .into()
             }
         }
     }
 
-    /// Returns what an operation that fails so reports: the same reason under the operation's own code.
+    /// Returns the error of an operation: an internal error gets the code of the operation.
     pub fn into_error(self, code: Code) -> ErrorObject {
         match self {
             Self::Refused(refusal) => refusal.into(),

@@ -55,7 +55,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 /// Returns size and SHA-256 of a file.
 ///
 /// # Errors
-/// When it cannot be read.
+/// The file cannot be opened or read.
 pub fn hash_file(path: &Path) -> io::Result<(u64, String)> {
     hash(File::open(path)?)
 }

@@ -1,7 +1,7 @@
 //! The library behind `fermatad` and `fermata-plugin-host`.
 //!
-//! The rooms are listed in the order in which they may import each other: downward only. The
-//! blank lines keep rustfmt from sorting them; the tidy test checks the imports.
+//! The modules are listed in the order in which they may import each other: downwards only. The blank lines keep rustfmt
+//! from sorting them; the tidy test checks the imports.
 #![deny(unsafe_code)]
 
 pub mod server;

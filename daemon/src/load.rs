@@ -1,8 +1,7 @@
-//! What agents use: samples that are kept, and taken anew only while somebody looks.
+//! Resource usage of agents: samples that are taken only when a caller asks for them.
 //!
-//! Whoever looks is not made to wait: they get what is known, after at most `PATIENCE`, while a
-//! blocking thread samples what is stale. So it costs nothing when nobody looks, and when somebody
-//! looks without end it costs `SHARE` of one core at most.
+//! A caller gets the samples that exist after at most `PATIENCE`, while a blocking thread renews the stale ones. Sampling
+//! costs nothing while there is no caller, and at most one `SHARE`th of a core however often callers ask.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -19,44 +18,40 @@ use fermata_os::usage::{self, Memory};
 use fermata_os::{clock, process};
 use fermata_shim::record::read_run;
 
-/// A sample that is younger is fresh enough for everybody.
+/// The age at which a sample is stale.
 const FRESH: Duration = Duration::from_secs(2);
 
-/// How long somebody who looks waits for a sample that is not there yet, or old.
+/// How long a caller that only displays usage waits for new samples.
 const PATIENCE: Duration = Duration::from_millis(10);
 
-/// With more runs than these a sample takes longer than anybody waits.
+/// With more runs than this, sampling takes longer than [`PATIENCE`].
 const FEW: usize = 100;
 
-/// How long somebody who decides by the sample waits for it.
+/// How long a caller that decides by the samples waits for them.
 const DECIDING: Duration = Duration::from_secs(5);
 
-/// A sample that took one second is followed by so many without.
+/// After sampling for one second no sample is taken for this many seconds.
 const SHARE: u32 = 50;
 
-/// A sample that nobody has renewed for so long belongs to a run that is over.
+/// The age at which a sample is dropped, since its run has ended.
 const FORGET: Duration = Duration::from_secs(600);
 
-/// One run whose tree is looked at.
+/// A run whose process tree is sampled.
 #[derive(Debug, Clone)]
 pub struct Subject {
-    /// The run.
     pub run: RunId,
-    /// Where its records are.
     pub run_dir: PathBuf,
-    /// Its shim.
     pub shim: process::ProcessId,
-    /// When it began.
     pub started_at: UnixMillis,
 }
 
 /// The samples, by run.
 pub type Samples = BTreeMap<RunId, Load>;
 
-/// The samples that are known.
+/// The newest sample of each run.
 #[derive(Clone)]
 pub struct Loads {
-    known: Arc<Mutex<SampledRuns>>,
+    sampled: Arc<Mutex<SampledRuns>>,
     done: watch::Sender<()>,
     tracker: TaskTracker,
 }
@@ -64,9 +59,9 @@ pub struct Loads {
 #[derive(Default)]
 struct SampledRuns {
     runs: HashMap<RunId, SampledRun>,
-    /// A thread is sampling.
+    /// Whether a thread is sampling.
     busy: bool,
-    /// How long the last sample took.
+    /// How long the last sampling took.
     took: Duration,
 }
 
@@ -83,22 +78,21 @@ impl SampledRuns {
 }
 
 impl Loads {
-    /// Makes an empty store of samples.
     pub fn new(tracker: TaskTracker) -> Self {
-        Self { known: Arc::default(), done: watch::channel(()).0, tracker }
+        Self { sampled: Arc::default(), done: watch::channel(()).0, tracker }
     }
 
     fn lock(&self) -> MutexGuard<'_, SampledRuns> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sampled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns what is known of these runs, and sees to it that more is known soon.
+    /// Returns samples for display, stale ones included, and begins to renew those.
     pub async fn sample(&self, subjects: Vec<Subject>) -> Samples {
         let patience = if subjects.len() <= FEW { PATIENCE } else { Duration::ZERO };
         self.within(patience, subjects).await
     }
 
-    /// Returns samples by which something is decided: fresh ones, unless that takes too long.
+    /// Returns samples for a decision: fresh ones unless sampling takes longer than [`DECIDING`].
     pub async fn sample_closely(&self, subjects: Vec<Subject>) -> Samples {
         self.within(DECIDING, subjects).await
     }
@@ -112,79 +106,79 @@ impl Loads {
             if begun == Begun::Nothing || tokio::time::timeout_at(until, done.changed()).await.is_err() {
                 break;
             }
-            // A run that has ended is not there afterwards either.
+            // Not repeated for a run that has ended and has no sample.
             if begun == Begun::Ours {
                 break;
             }
         }
-        let known = self.lock();
-        runs.into_iter().filter_map(|run| known.runs.get(&run).map(|kept| (run.clone(), kept.load))).collect()
+        let sampled = self.lock();
+        runs.into_iter().filter_map(|run| sampled.runs.get(&run).map(|kept| (run.clone(), kept.load))).collect()
     }
 
-    /// Begins to sample what is stale, unless somebody does already.
+    /// Begins to sample the runs whose samples are stale, unless a thread is sampling already.
     fn begin(&self, subjects: &[Subject]) -> Begun {
-        let mut known = self.lock();
-        let stale: Vec<Subject> = subjects.iter().filter(|subject| known.is_stale(&subject.run)).cloned().collect();
+        let mut sampled = self.lock();
+        let stale: Vec<Subject> = subjects.iter().filter(|subject| sampled.is_stale(&subject.run)).cloned().collect();
         if stale.is_empty() {
             return Begun::Nothing;
         }
-        if known.busy {
+        if sampled.busy {
             return Begun::Others;
         }
-        known.busy = true;
-        let work = Work(self.clone());
+        sampled.busy = true;
+        let work = Sampling(self.clone());
         self.tracker.spawn_blocking(move || work.run(stale));
         Begun::Ours
     }
 }
 
-/// Which sample is under way.
+/// Which sampling is under way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Begun {
-    /// None: everything is fresh.
+    /// None: no sample is stale.
     Nothing,
-    /// That of the runs that were asked for.
+    /// That of the caller's runs.
     Ours,
-    /// That of somebody else, perhaps of other runs.
+    /// That of another caller, perhaps of other runs.
     Others,
 }
 
-/// The work of one sample; the next one may begin when it is dropped, whatever has happened.
-struct Work(Loads);
+/// One sampling; the next one may begin when it is dropped, even by a panic.
+struct Sampling(Loads);
 
-impl Drop for Work {
+impl Drop for Sampling {
     fn drop(&mut self) {
         self.0.lock().busy = false;
         self.0.done.send_replace(());
     }
 }
 
-impl Work {
+impl Sampling {
     fn run(self, subjects: Vec<Subject>) {
         let began = Instant::now();
         let taken: Vec<(RunId, SampledRun)> = subjects.into_iter().filter_map(|subject| self.take(subject)).collect();
-        let mut known = self.0.lock();
-        known.runs.retain(|_, kept| kept.taken.elapsed() < FORGET);
-        known.runs.extend(taken);
-        known.took = began.elapsed();
+        let mut sampled = self.0.lock();
+        sampled.runs.retain(|_, kept| kept.taken.elapsed() < FORGET);
+        sampled.runs.extend(taken);
+        sampled.took = began.elapsed();
     }
 
-    /// Samples one run; a run that has just ended keeps its last sample for a while.
+    /// Samples one run; returns none for a run that has ended, which keeps its last sample until it is dropped.
     fn take(&self, subject: Subject) -> Option<(RunId, SampledRun)> {
         let before = self.0.lock().runs.get(&subject.run).map(|kept| (kept.load, kept.group.clone()));
         let (before, group) = match before {
             Some((load, group)) => (Some(load), group),
-            // Who made the group is the one who knows where it is.
+            // The shim has recorded the control group that it made.
             None => (None, read_run(&subject.run_dir).ok().flatten().and_then(|record| record.cgroup)),
         };
-        // A pid that was given to somebody else must not be taken for the agent's.
+        // A process that got the same pid later must not be sampled.
         if !process::is_alive(subject.shim).unwrap_or(false) {
             return None;
         }
         let used = match usage::of_tree(group.as_deref(), subject.shim.pid) {
             Ok(used) => used,
             Err(error) => {
-                tracing::debug!(run = %subject.run, %error, "what it uses cannot be read");
+                tracing::debug!(run = %subject.run, %error, "failed to read the usage of a run");
                 return None;
             }
         };

@@ -1,9 +1,8 @@
-//! Watches memory and disks, where the settings ask for it, and pauses projects before the machine runs out of either.
+//! Watches memory and disks if the settings say so, and pauses projects before the machine runs out of either.
 //! `fermata_core::pressure` decides from the readings.
 //!
-//! Nothing is read while no rule is set. The kernel could wake it by a trigger on its pressure file,
-//! but a look every two seconds costs one read, needs no privilege, and is needed anyway to see the
-//! end of the pressure.
+//! Nothing is read while no rule is set. The kernel can wake a watcher by a trigger on its pressure file, but a reading
+//! every two seconds costs one read, needs no privilege, and is needed anyway to notice the end of the pressure.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
@@ -26,28 +25,28 @@ use crate::project::{ProjectHandle, Projects, automatic, subjects};
 use crate::services::{Services, now};
 use fermata_os::pressure;
 
-/// How often it looks.
+/// The interval of the readings.
 const PACE: Duration = Duration::from_secs(2);
 
-/// How long a look may take: a workspace may lie on a network drive that has gone away.
+/// How long a reading may take: a workspace may be on a network file system that does not respond.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// Says what of the settings cannot work on this machine.
+/// Returns warnings about settings that have no effect on this machine.
 pub fn warnings(settings: &Settings) -> Vec<String> {
-    let mut found = Vec::new();
+    let mut warnings = Vec::new();
     if settings.pressure.memory_some_avg10.is_some()
         && let Err(error) = pressure::memory_some_avg10(settings.agents.cgroup_parent.as_deref())
     {
-        found.push(format!(
+        warnings.push(format!(
             "pressure.memory_some_avg10 is set, but memory pressure cannot be read, so that it pauses nothing: \
              {error} ({}); boot with psi=1",
             pressure::MACHINE
         ));
     }
     if settings.pressure.memory_some_avg10.is_some() && settings.pressure.memory_mode == OnPressure::Freeze {
-        found.push("pressure.memory_mode is \"freeze\", which frees no memory unless there is swap".into());
+        warnings.push("pressure.memory_mode is \"freeze\", which frees no memory unless there is swap".into());
     }
-    found
+    warnings
 }
 
 fn rules(settings: &PressureSettings) -> PressureRules {
@@ -61,15 +60,15 @@ fn rules(settings: &PressureSettings) -> PressureRules {
     }
 }
 
-/// Watches until the daemon ends.
+/// Watches until the task is aborted.
 pub async fn watch(projects: Arc<Projects>) {
     let services = Arc::clone(projects.services());
-    // The daemon may have died between a report of usage and the pause that followed from it.
+    // The last daemon may have ended between a report of usage and the pause that follows from it.
     for handle in projects.all() {
         services.tracker.spawn(automatic::pause_for_budget(handle));
     }
     let mut history = PressureHistory::default();
-    let mut reader = Reader::default();
+    let mut reader = PressureReader::default();
     for line in warnings(&services.settings()) {
         tracing::warn!("{line}");
     }
@@ -91,37 +90,36 @@ pub async fn watch(projects: Arc<Projects>) {
     }
 }
 
-/// Reads on a blocking thread, one read at a time: one that hangs costs one thread, not one for each
-/// look.
-struct Reader<T> {
+/// Reads on a blocking thread, one read at a time, so that a read that hangs occupies one thread only.
+struct PressureReader<T> {
     late: Option<JoinHandle<T>>,
 }
 
-impl<T> Default for Reader<T> {
+impl<T> Default for PressureReader<T> {
     fn default() -> Self {
         Self { late: None }
     }
 }
 
-impl<T: Send + 'static> Reader<T> {
-    /// Reads, unless an earlier read still hangs; `None` when it does, or this one begins to.
+impl<T: Send + 'static> PressureReader<T> {
+    /// Reads; `None` if an earlier read still hangs, or this one takes longer than `patience`.
     async fn read(&mut self, patience: Duration, read: impl FnOnce() -> T + Send + 'static) -> Option<T> {
         if self.late.as_ref().is_some_and(|late| !late.is_finished()) {
             return None;
         }
         if self.late.take().is_some() {
-            // What it has found is old.
-            tracing::info!("memory and disks can be looked at again");
+            // Its result is outdated.
+            tracing::info!("memory and disks can be read again");
         }
         let mut reading = tokio::task::spawn_blocking(read);
         match tokio::time::timeout(patience, &mut reading).await {
-            Ok(Ok(found)) => Some(found),
+            Ok(Ok(reading)) => Some(reading),
             Ok(Err(error)) => {
-                tracing::error!(%error, "memory and disks could not be looked at");
+                tracing::error!(%error, "failed to read memory and disks");
                 None
             }
             Err(_) => {
-                tracing::warn!("memory and disks could not be looked at in time; nothing is paused for them meanwhile");
+                tracing::warn!("reading memory and disks takes too long; nothing is paused for pressure meanwhile");
                 self.late = Some(reading);
                 None
             }
@@ -133,65 +131,70 @@ async fn check(
     projects: &Projects,
     rules: &PressureRules,
     history: &mut PressureHistory,
-    reader: &mut Reader<(PressureReading, Devices)>,
+    reader: &mut PressureReader<(PressureReading, Devices)>,
 ) {
     let services = projects.services();
     let active: Vec<ProjectHandle> =
         projects.all().into_iter().filter(|handle| handle.project().state.status() == ProjectStatus::Active).collect();
-    let found: Vec<Arc<Project>> = active.iter().map(ProjectHandle::project).collect();
-    let places: Vec<PathBuf> = found.iter().map(|project| PathBuf::from(&project.facts.workspace)).collect();
-    let (wanted, parent) = (*rules, services.settings().agents.cgroup_parent.clone());
-    let state = services.paths.state.clone();
-    let reading = reader.read(PATIENCE, move || read(&wanted, parent.as_deref(), &state, &places)).await;
+    let states: Vec<Arc<Project>> = active.iter().map(ProjectHandle::project).collect();
+    let workspaces: Vec<PathBuf> = states.iter().map(|project| PathBuf::from(&project.facts.workspace)).collect();
+    let (rules_to_read, parent) = (*rules, services.settings().agents.cgroup_parent.clone());
+    let state_dir = services.paths.state.clone();
+    let reading = reader.read(PATIENCE, move || read(&rules_to_read, parent.as_deref(), &state_dir, &workspaces)).await;
     let Some((reading, devices)) = reading else { return };
-    // Their use is looked at only while something presses.
-    let candidates = if reading.is_pressed(rules) { candidates(services, &found, &devices).await } else { Vec::new() };
-    for verdict in decide(rules, &reading, &candidates, history, now()) {
-        if let Some(handle) = active.iter().find(|handle| handle.name() == verdict.project) {
-            let Err(failure) = carry_out(services, handle, &verdict).await else { continue };
-            if history.pause_failed(rules, &verdict, now()) {
+    // The usage of the projects is needed only under pressure.
+    let candidates = if reading.is_pressed(rules) { candidates(services, &states, &devices).await } else { Vec::new() };
+    for decision in decide(rules, &reading, &candidates, history, now()) {
+        if let Some(handle) = active.iter().find(|handle| handle.name() == decision.project) {
+            let Err(failure) = carry_out(services, handle, &decision).await else { continue };
+            if history.pause_failed(rules, &decision, now()) {
                 let because = format!("the pause failed and is tried again: {failure}");
-                automatic::withhold(handle, verdict.cause, &verdict.reason, &because).await;
+                automatic::withhold(handle, decision.cause, &decision.reason, &because).await;
             } else {
-                tracing::warn!(project = %verdict.project, %failure, "not paused for it yet");
+                tracing::warn!(project = %decision.project, %failure, "pausing for pressure failed; trying again");
             }
         }
     }
 }
 
-/// The device of each place, the state directory's included.
+/// The devices of the state directory and of each workspace.
 struct Devices {
     state: Option<u64>,
-    by_place: BTreeMap<PathBuf, u64>,
+    by_workspace: BTreeMap<PathBuf, u64>,
 }
 
-fn read(rules: &PressureRules, parent: Option<&Path>, state: &Path, places: &[PathBuf]) -> (PressureReading, Devices) {
+fn read(
+    rules: &PressureRules,
+    parent: Option<&Path>,
+    state: &Path,
+    workspaces: &[PathBuf],
+) -> (PressureReading, Devices) {
     let memory_some_avg10 = rules.memory_some_avg10.and_then(|_| pressure::memory_some_avg10(parent).ok());
-    let mut devices = Devices { state: None, by_place: BTreeMap::new() };
+    let mut devices = Devices { state: None, by_workspace: BTreeMap::new() };
     let mut disks: BTreeMap<u64, DiskReading> = BTreeMap::new();
     if rules.disk_free_bytes.is_some() {
-        let mut note = |place: &Path| {
-            // A workspace that is gone is the pause's business, not this one's.
-            let device = std::fs::metadata(place).ok()?.dev();
+        let mut note = |path: &Path| {
+            // A missing workspace is left out here; the pause reports it.
+            let device = std::fs::metadata(path).ok()?.dev();
             if let Entry::Vacant(new) = disks.entry(device) {
-                let stat = nix::sys::statvfs::statvfs(place).ok()?;
+                let stat = nix::sys::statvfs::statvfs(path).ok()?;
                 let free_bytes = stat.blocks_available().saturating_mul(stat.fragment_size());
-                new.insert(DiskReading { device, path: place.display().to_string(), free_bytes });
+                new.insert(DiskReading { device, path: path.display().to_string(), free_bytes });
             }
             Some(device)
         };
         devices.state = note(state);
-        for place in places {
-            if let Some(device) = note(place) {
-                devices.by_place.insert(place.clone(), device);
+        for workspace in workspaces {
+            if let Some(device) = note(workspace) {
+                devices.by_workspace.insert(workspace.clone(), device);
             }
         }
     }
     (PressureReading { memory_some_avg10, disks: disks.into_values().collect() }, devices)
 }
 
-async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devices) -> Vec<PressureCandidate> {
-    let all = found.iter().flat_map(|project| subjects(services, project)).collect();
+async fn candidates(services: &Services, projects: &[Arc<Project>], devices: &Devices) -> Vec<PressureCandidate> {
+    let all = projects.iter().flat_map(|project| subjects(services, project)).collect();
     let samples = services.loads.sample_closely(all).await;
     let of_project = |project: &Arc<Project>| {
         let runs = project.agents.values().filter_map(|agent| agent.run());
@@ -201,25 +204,26 @@ async fn candidates(services: &Services, found: &[Arc<Project>], devices: &Devic
             written_bytes += load.io_written_bytes.unwrap_or(0);
         }
         // Logs and checkpoints of every project go to the state directory.
-        let own = devices.by_place.get(Path::new(&project.facts.workspace));
+        let own = devices.by_workspace.get(Path::new(&project.facts.workspace));
         let devices: BTreeSet<u64> = own.into_iter().chain(&devices.state).copied().collect();
         PressureCandidate { project: project.name.clone(), memory_bytes, written_bytes, devices }
     };
-    found.iter().map(of_project).collect()
+    projects.iter().map(of_project).collect()
 }
 
-/// Pauses a project or tells why not; fails when a pause that was wanted was not made.
-async fn carry_out(services: &Services, handle: &ProjectHandle, verdict: &PressureDecision) -> Result<(), Failure> {
-    let PressureDecision { cause, reason, withheld, .. } = verdict;
+/// Pauses a project, or records why it was not paused.
+///
+/// # Errors
+/// The pause is refused or fails.
+async fn carry_out(services: &Services, handle: &ProjectHandle, decision: &PressureDecision) -> Result<(), Failure> {
+    let PressureDecision { cause, reason, withheld, .. } = decision;
     if let Some(because) = withheld {
         automatic::withhold(handle, *cause, reason, because).await;
         return Ok(());
     }
-    let mode = match (cause, services.settings().pressure.memory_mode) {
-        // Frozen processes keep their memory; only ending them gives it back.
-        (PauseCause::MemoryPressure, OnPressure::Park) => PauseMode::Park,
-        _ => PauseMode::Freeze,
-    };
+    // Frozen processes keep their memory; ending them frees it.
+    let parks = *cause == PauseCause::MemoryPressure && services.settings().pressure.memory_mode == OnPressure::Park;
+    let mode = if parks { PauseMode::Park } else { PauseMode::Freeze };
     automatic::pause(handle, *cause, reason, mode).await.map(drop)
 }
 
@@ -231,16 +235,16 @@ mod tests {
 
     #[tokio::test]
     async fn a_read_that_hangs_is_not_joined_by_others() {
-        let mut reader = Reader::default();
+        let mut reader = PressureReader::default();
         let (release, released) = mpsc::channel::<()>();
         let hung = move || released.recv().map_or(0, |()| 1);
         assert_eq!(reader.read(Duration::ZERO, hung).await, None);
         assert_eq!(reader.read(PATIENCE, || panic!("a second read was begun")).await, None);
-        release.send(()).expect("it still waits");
-        let late = reader.late.as_mut().expect("it is kept");
+        release.send(()).expect("the read still waits");
+        let late = reader.late.as_mut().expect("the read is kept");
         while !late.is_finished() {
             tokio::task::yield_now().await;
         }
-        assert_eq!(reader.read(PATIENCE, || 2).await, Some(2), "not what the late one has found");
+        assert_eq!(reader.read(PATIENCE, || 2).await, Some(2), "not the result of the late read");
     }
 }

@@ -1,8 +1,7 @@
-//! Profiles: what is known of the tools that people run. How to recognise one, where its session
-//! lies, how to start it again so that it goes on.
+//! Profiles of tools: how to recognise a tool, where its session files are, how to start it so that it continues a
+//! session.
 //!
-//! Shipped profiles are embedded; a user's profile of the same name takes their place. Everything
-//! here reads the file system and changes nothing.
+//! Shipped profiles are embedded; a user's profile of the same name replaces them. This module only reads files.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -18,50 +17,44 @@ use thiserror::Error;
 const SHIPPED: &[(&str, &str)] =
     &[("codex", include_str!("../../profiles/codex.toml")), ("claude", include_str!("../../profiles/claude.toml"))];
 
-/// How many directories a search for session files looks into.
+/// The most directories that a search for session files reads.
 const MAX_DIRECTORIES: usize = 20_000;
 
-/// How much of a session file's beginning is looked at for the working directory.
+/// How much of a session file is searched for the working directory, in bytes.
 const HEAD_BYTES: usize = 64 << 10;
 
 /// Why a profile cannot be used.
 #[derive(Debug, Error)]
 pub enum ProfileError {
-    /// The file cannot be read.
     #[error("read the profile {}", path.display())]
     Unreadable {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The file is not a profile; the cause names line and key.
-    #[error("understand the profile {}", path.display())]
+    /// The cause names line and key.
+    #[error("parse the profile {}", path.display())]
     Malformed {
-        /// The file.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: Box<toml::de::Error>,
     },
 }
 
-/// What is known of one tool.
+/// The profile of one tool.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Profile {
     /// File names of the program.
     pub programs: Vec<String>,
-    /// Where its sessions lie.
     #[serde(default)]
     pub session: Option<SessionFiles>,
-    /// How it is started again.
+    /// The command that continues a session.
     #[serde(default)]
     pub resume: Option<ResumeTemplate>,
 }
 
-/// Where a tool's session files lie.
+/// The location and the names of a tool's session files.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SessionFiles {
@@ -72,7 +65,7 @@ pub struct SessionFiles {
     pub prefix: String,
     /// What the files' names end with.
     pub suffix: String,
-    /// How many characters before the suffix are the session's id; the whole stem when left out.
+    /// The number of characters before the suffix that are the session's id; all between prefix and suffix when left out.
     #[serde(default)]
     pub id_length: Option<usize>,
 }
@@ -80,9 +73,7 @@ pub struct SessionFiles {
 /// A session of a tool.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Session {
-    /// Its id.
     pub id: String,
-    /// Its file.
     pub file: PathBuf,
 }
 
@@ -93,10 +84,10 @@ pub struct Profiles {
 }
 
 impl Profiles {
-    /// Loads the shipped profiles, and a user's over them.
+    /// Loads the shipped profiles, then the user's.
     ///
     /// # Errors
-    /// When a user's profile cannot be used.
+    /// A user's profile cannot be read or is not valid.
     pub fn load(directory: &Path) -> Result<Self, ProfileError> {
         let mut by_name = BTreeMap::new();
         for (name, text) in SHIPPED {
@@ -121,21 +112,19 @@ impl Profiles {
         Ok(Self { by_name })
     }
 
-    /// Finds a profile by name.
     pub fn get(&self, name: &str) -> Option<&Profile> {
         self.by_name.get(name)
     }
 
-    /// Returns all names.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.by_name.keys().map(String::as_str)
     }
 
-    /// Recognises a program by its file name.
+    /// Returns the name of the profile of a program, by the program's file name.
     pub fn recognise(&self, program: &str) -> Option<&str> {
-        let name = Path::new(program).file_name()?.to_str()?;
-        let found = self.by_name.iter().find(|(_, profile)| profile.programs.iter().any(|p| p == name))?;
-        Some(found.0)
+        let file_name = Path::new(program).file_name()?.to_str()?;
+        let mut profiles = self.by_name.iter();
+        profiles.find(|(_, profile)| profile.programs.iter().any(|p| p == file_name)).map(|(name, _)| name.as_str())
     }
 }
 
@@ -143,24 +132,23 @@ fn parse(path: &Path, text: &str) -> Result<Profile, ProfileError> {
     toml::from_str(text).map_err(|source| ProfileError::Malformed { path: path.to_owned(), source: Box::new(source) })
 }
 
-/// What is known of the run whose session is looked for.
+/// The run whose session is to be found.
 #[derive(Debug, Clone, Copy)]
 pub struct RunOf<'a> {
     /// The agent's environment.
     pub env: &'a BTreeMap<String, String>,
-    /// Its working directory.
     pub cwd: &'a str,
-    /// When the agent was first started, Unix milliseconds: older files are other sessions.
+    /// When the agent was first started, in Unix milliseconds: older files belong to other sessions.
     pub since_ms: i64,
-    /// The process ids of its tree, when it lives: an open session file is proof.
+    /// The processes of the run while it is alive: a session file that one of them has open is the run's.
     pub pids: &'a [i32],
-    /// The session found earlier, which an agent goes on with.
+    /// The session that was found earlier.
     pub known: Option<&'a str>,
 }
 
 impl SessionFiles {
-    /// Finds the session of a run: the file that its processes have open, else the one known
-    /// before, else the newest one that names the run's working directory.
+    /// Finds the session of a run: the file that its processes have open, else the one found earlier, else the newest
+    /// one that names the run's working directory.
     pub fn find(&self, run: RunOf<'_>) -> Option<Session> {
         if let Some(open) = self.held_open(run) {
             return Some(open);
@@ -187,7 +175,7 @@ impl SessionFiles {
     }
 
     fn directory_of(&self, run: RunOf<'_>) -> Option<PathBuf> {
-        // A process's descriptors show resolved paths.
+        // `/proc/PID/fd` has resolved paths.
         expand(&self.directory, run.env)?.canonicalize().ok()
     }
 
@@ -208,19 +196,19 @@ impl SessionFiles {
     }
 
     fn collect(&self, directory: &Path, files: &mut Vec<(i64, PathBuf)>) {
-        let mut waiting = vec![directory.to_owned()];
-        let mut seen = 0;
-        while let Some(next) = waiting.pop() {
-            seen += 1;
-            if seen > MAX_DIRECTORIES {
-                tracing::warn!(directory = %directory.display(), "too many directories to look for sessions in");
+        let mut pending = vec![directory.to_owned()];
+        let mut count = 0;
+        while let Some(next) = pending.pop() {
+            count += 1;
+            if count > MAX_DIRECTORIES {
+                tracing::warn!(directory = %directory.display(), "too many directories to search for sessions");
                 return;
             }
             let Ok(entries) = std::fs::read_dir(&next) else { continue };
             for entry in entries.flatten() {
                 let Ok(kind) = entry.file_type() else { continue };
                 if kind.is_dir() {
-                    waiting.push(entry.path());
+                    pending.push(entry.path());
                 } else if kind.is_file() && self.id_of(&entry.path()).is_some() {
                     files.push((modified_ms(&entry).unwrap_or(0), entry.path()));
                 }
@@ -235,24 +223,24 @@ fn modified_ms(entry: &std::fs::DirEntry) -> Option<i64> {
     i64::try_from(since.as_millis()).ok()
 }
 
-/// The regular files that a process has open.
+/// Returns the regular files that a process has open.
 fn open_files(pid: i32) -> Vec<PathBuf> {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
-    // The link leads to the open file itself, whatever its name has become: a FIFO is told from a file without opening it.
+    // The metadata is that of the open file itself, so that FIFOs and devices are left out without opening them.
     let regular = entries.flatten().map(|entry| entry.path()).filter(|fd| fd.metadata().is_ok_and(|of| of.is_file()));
     regular.filter_map(|fd| std::fs::read_link(fd).ok()).filter(|path| path.is_absolute()).collect()
 }
 
-/// Opens a session file for reading, and says how many bytes it has now; `None` when the name is not, or no longer, a
-/// regular file's. Never waits: not for the other end of a FIFO, not for a device.
+/// Opens a session file for reading; returns it and its size in bytes, or `None` if the path is not (any more) that of a
+/// regular file. Never blocks, as the open of a FIFO or a device could.
 ///
 /// # Errors
-/// When it cannot be opened or looked at.
+/// The file cannot be opened, or its metadata cannot be read.
 pub fn open_session(file: &Path) -> io::Result<Option<(File, u64)>> {
     let flags = libc::O_NONBLOCK | libc::O_NOFOLLOW | libc::O_NOCTTY;
     let open = match OpenOptions::new().read(true).custom_flags(flags).open(file) {
         Ok(open) => open,
-        // A link, or a socket.
+        // A symbolic link, or a socket.
         Err(error) if matches!(error.raw_os_error(), Some(libc::ELOOP | libc::ENXIO)) => return Ok(None),
         Err(error) => return Err(error),
     };
@@ -260,7 +248,7 @@ pub fn open_session(file: &Path) -> io::Result<Option<(File, u64)>> {
     Ok(meta.is_file().then_some((open, meta.len())))
 }
 
-/// Says whether the beginning of a session file names the directory as a JSON string.
+/// Returns whether the beginning of a session file contains the directory as a JSON string.
 fn names_directory(file: &Path, directory: &str) -> bool {
     use std::io::Read as _;
     let Ok(Some((open, _))) = open_session(file) else { return false };
@@ -345,11 +333,11 @@ mod tests {
     }
 
     #[test]
-    fn a_fifo_with_the_name_of_a_session_is_none_and_nobody_waits_for_it() {
+    fn a_fifo_with_the_name_of_a_session_is_none_and_is_not_waited_for() {
         let dir = tempfile::tempdir().expect("a directory");
         let fifo = dir.path().join("a.jsonl");
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).expect("made");
-        let held = OpenOptions::new().read(true).write(true).open(&fifo).expect("opened");
+        let both_ends = OpenOptions::new().read(true).write(true).open(&fifo).expect("opened");
         let files = SessionFiles {
             directory: dir.path().to_string_lossy().into_owned(),
             prefix: String::new(),
@@ -360,13 +348,13 @@ mod tests {
         let nothing = BTreeMap::new();
         let run = RunOf { env: &nothing, cwd: "/w", since_ms: 0, pids: &own, known: Some("a") };
         assert_eq!(files.find(run), None);
-        drop(held);
-        // Nobody has its other end open now.
-        assert!(open_session(&fifo).expect("looked at").is_none());
+        drop(both_ends);
+        // Now the FIFO has no other end.
+        assert!(open_session(&fifo).expect("examined").is_none());
         std::os::unix::fs::symlink("/etc/passwd", dir.path().join("b.jsonl")).expect("made");
-        assert!(open_session(&dir.path().join("b.jsonl")).expect("looked at").is_none());
+        assert!(open_session(&dir.path().join("b.jsonl")).expect("examined").is_none());
         let file = dir.path().join("c.jsonl");
         std::fs::write(&file, "12345").expect("written");
-        assert_eq!(open_session(&file).expect("looked at").expect("a file").1, 5);
+        assert_eq!(open_session(&file).expect("opened").expect("a file").1, 5);
     }
 }

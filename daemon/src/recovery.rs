@@ -1,5 +1,5 @@
-//! The start of a daemon: loads the projects, finds out what has become of their agents, sweeps
-//! what a crash has left, and lets the core decide what follows.
+//! Recovery at the start of the daemon: loads the projects, determines the state of their runs, removes the leftovers of
+//! a crash, and lets the core decide what follows.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,13 +20,13 @@ use crate::store::{events, rows};
 use fermata_shim::log::CURRENT;
 use fermata_shim::spec::files;
 
-/// Brings every stored project back to life; returns what a person should know.
+/// Starts the actor of every stored project; returns the report for the user, one line each.
 ///
-/// With `operations` switched off, running agents are adopted, but what the last daemon left
-/// unfinished stays so until somebody cancels it.
+/// Without `operations`, running agents are adopted, but unfinished operations stay as they are until they are
+/// cancelled.
 ///
 /// # Errors
-/// When the projects cannot be loaded.
+/// The projects cannot be loaded.
 pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<String>, Failure> {
     let services = projects.services();
     let stored = services.store.read(rows::load_all).await.map_err(|e| Failure::fault("load the projects", &e))?;
@@ -34,52 +34,52 @@ pub async fn run(projects: &Arc<Projects>, operations: bool) -> Result<Vec<Strin
     let mut report = sweep_removed(services, &stored);
     let each = stored.into_iter().map(|project| {
         let projects = Arc::clone(projects);
-        async move { one(&projects, project, operations, before).await }
+        async move { recover(&projects, project, operations, before).await }
     });
     report.extend(side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten());
     report.sort();
     Ok(report)
 }
 
-/// Sweeps what removals have put aside. A directory that the database does not know is left alone:
-/// where the database was lost or replaced by an older one, it holds the checkpoints.
+/// Completes deferred removals, and reports directories without a project in the database. These are not removed: if
+/// the database was lost or replaced by an older one, they have the checkpoints.
 fn sweep_removed(services: &Services, stored: &[Project]) -> Vec<String> {
     let dir = services.paths.state.join("projects");
     leftovers::sweep_deferred(&dir);
     let Ok(entries) = std::fs::read_dir(&dir) else { return Vec::new() };
-    let known = |name: &str| stored.iter().any(|project| project.name.as_str() == name);
+    let is_stored = |name: &str| stored.iter().any(|project| project.name.as_str() == name);
     let names = entries.flatten().filter_map(|entry| entry.file_name().into_string().ok());
     names
-        .filter(|name| !name.starts_with('.') && !known(name))
-        .map(|name| format!("{name}: the database knows no such project; its files are left in {}", dir.display()))
+        .filter(|name| !name.starts_with('.') && !is_stored(name))
+        .map(|name| format!("{name}: the database has no such project; its files stay in {}", dir.display()))
         .collect()
 }
 
-async fn one(projects: &Projects, project: Project, operations: bool, before: Option<UnixMillis>) -> Vec<String> {
+async fn recover(projects: &Projects, project: Project, operations: bool, before: Option<UnixMillis>) -> Vec<String> {
     let services = projects.services();
     let name = project.name.clone();
     let (mut actor, handle) = Actor::new(Arc::clone(services), project);
     let mut report = Vec::new();
-    let site = handle.step_context();
-    if let Err(failure) = leftovers::sweep(&site).await {
+    let step = handle.step_context();
+    if let Err(failure) = leftovers::sweep(&step).await {
         report.push(format!("{name}: {failure}"));
     }
-    leftovers::sweep_deferred(&site.dirs().agents());
-    if let Err(failure) = storage::measure(&site).await {
+    leftovers::sweep_deferred(&step.dirs().agents());
+    if let Err(failure) = storage::measure(&step).await {
         report.push(format!("{name}: {failure}"));
     }
-    let mut observed = BTreeMap::new();
+    let mut states = BTreeMap::new();
     let mut adopted = Vec::new();
-    for (agent, run, seen) in side_by_side(inspections(&site)).await {
-        match seen {
-            Ok(Some(found)) => {
-                if let Some(why) = &found.unreachable {
-                    report.push(format!("{name}/{agent}: it runs on, but cannot be reached: {why}"));
+    for (agent, run, inspected) in side_by_side(inspections(&step)).await {
+        match inspected {
+            Ok(Some(inspection)) => {
+                if let Some(why) = &inspection.unreachable {
+                    report.push(format!("{name}/{agent}: it is running, but its shim cannot be connected to: {why}"));
                 }
-                if matches!(found.observed, RecoveredRun::Alive(_)) {
-                    adopted.push(Adopted { agent: agent.clone(), run, link: found.link });
+                if matches!(inspection.state, RecoveredRun::Alive(_)) {
+                    adopted.push(Adopted { agent: agent.clone(), run, link: inspection.link });
                 }
-                observed.insert(agent, found.observed);
+                states.insert(agent, inspection.state);
             }
             Ok(None) => {}
             Err(failure) => report.push(format!("{name}/{agent}: {failure}")),
@@ -90,16 +90,16 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
     }
     actor.adopt(adopted);
     if operations {
-        if let Some(operation) = site.project.operation() {
-            report.push(format!("{name}: operation {operation} was under way and is brought to an end"));
+        if let Some(operation) = step.project.operation() {
+            report.push(format!("{name}: operation {operation} was under way and is completed or undone"));
         }
-        let (respawn, tokens) = respawns(&site).await;
-        let command = Command::Recover { agents: observed, respawn, last_seen: last_seen(&site, before) };
+        let (respawn, tokens) = respawns(&step).await;
+        let command = Command::Recover { agents: states, respawn, last_seen: last_seen(&step, before) };
         if let Err(failure) = actor.recover(command, tokens).await {
-            report.push(format!("{name}: {failure}; it is tried again"));
+            report.push(format!("{name}: {failure}; trying again"));
         }
     } else {
-        for (command, tokens) in ends(&site.project, observed) {
+        for (command, tokens) in ends(&step.project, states) {
             if let Err(failure) = actor.recover(command, tokens).await {
                 report.push(format!("{name}: {failure}"));
             }
@@ -109,60 +109,61 @@ async fn one(projects: &Projects, project: Project, operations: bool, before: Op
     report
 }
 
-/// Says when each agent was last known to run: when it wrote to its log, or when any event was told,
-/// whichever was later. What ran then may have gone on for a while, but a machine that is off runs
-/// nothing.
-fn last_seen(site: &StepContext, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
-    let seen = |agent: &Arc<Agent>| {
+/// Returns when each agent was last known to run: the later one of its last log line and the last event of any project.
+/// It may have run longer, but not while the machine was off.
+fn last_seen(step: &StepContext, before: Option<UnixMillis>) -> BTreeMap<AgentName, UnixMillis> {
+    let of_agent = |agent: &Arc<Agent>| {
         let run = agent.run()?;
-        let log = site.dirs().run(&agent.name, &run.id).join(files::LOGS).join(CURRENT);
+        let log = step.dirs().run(&agent.name, &run.id).join(files::LOGS).join(CURRENT);
         let written = std::fs::metadata(log).and_then(|meta| meta.modified()).ok();
         let written = written.and_then(|at| at.duration_since(std::time::UNIX_EPOCH).ok());
         let written = written.and_then(|at| i64::try_from(at.as_millis()).ok()).map(UnixMillis);
         Some((agent.name.clone(), written.max(before)?.max(run.started_at)))
     };
-    site.project.agents.values().filter_map(seen).collect()
+    step.project.agents.values().filter_map(of_agent).collect()
 }
 
 type InspectedRun = (AgentName, RunId, Result<Option<RunInspection>, Failure>);
 
 /// Inspects every agent: ends the processes that its older runs have left, and determines the state of the run that
 /// should be alive.
-fn inspections(site: &StepContext) -> Vec<impl Future<Output = InspectedRun> + Send + use<>> {
-    let runs = site.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run().cloned()?)));
-    let look = |(agent, run): (Arc<Agent>, Run)| {
-        let site = site.clone();
+fn inspections(step: &StepContext) -> Vec<impl Future<Output = InspectedRun> + Send + use<>> {
+    let runs = step.project.agents.values().filter_map(|agent| Some((Arc::clone(agent), agent.run().cloned()?)));
+    let inspect = |(agent, run): (Arc<Agent>, Run)| {
+        let step = step.clone();
         async move {
-            let ended = launch::end_older_runs(&site, &agent.name, &run.id).await;
-            let seen = if agent.is_alive() {
-                let run_dir = site.dirs().run(&agent.name, &run.id);
-                let found = inspect_run(run_dir, run.processes, &site.services).await;
+            let ended = launch::end_older_runs(&step, &agent.name, &run.id).await;
+            let inspected = if agent.is_alive() {
+                let run_dir = step.dirs().run(&agent.name, &run.id);
+                let inspection = inspect_run(run_dir, run.processes, &step.services).await;
                 if let Err(failure) = ended {
-                    // What lives is worth more than what is left of the past.
-                    tracing::error!(project = %site.project.name, agent = %agent.name, %failure, "at the start");
+                    // Does not prevent the adoption of the current run.
+                    let agent = &agent.name;
+                    tracing::error!(project = %step.project.name, %agent, %failure, "failed to end older runs");
                 }
-                Ok(Some(found))
+                Ok(Some(inspection))
             } else {
                 ended.map(|()| None)
             };
-            (agent.name.clone(), run.id, seen)
+            (agent.name.clone(), run.id, inspected)
         }
     };
-    runs.map(look).collect()
+    runs.map(inspect).collect()
 }
 
-/// What happened to agents that run no more, without anything that recovery would decide about it.
-/// Paused ones stay so: the resume brings them back.
-fn ends(project: &Project, observed: BTreeMap<AgentName, RecoveredRun>) -> Vec<(Command, Vec<NewToken>)> {
-    let ended = |(agent, seen): (AgentName, RecoveredRun)| {
-        let known = project.agents.get(&agent)?;
-        let run = known.run()?.id.clone();
-        if known.status(false) == AgentStatus::Paused {
+/// Returns the reports of what happened to the runs, after which nothing follows. Paused agents are left out: the resume
+/// starts them again.
+fn ends(project: &Project, states: BTreeMap<AgentName, RecoveredRun>) -> Vec<(Command, Vec<NewToken>)> {
+    let report = |(name, state): (AgentName, RecoveredRun)| {
+        let agent = project.agents.get(&name)?;
+        let (run, status) = (agent.run()?.id.clone(), agent.status(false));
+        if status == AgentStatus::Paused {
             return None;
         }
-        match seen {
-            // Its launch was reported to nobody.
-            RecoveredRun::Alive(processes) if known.status(false) == AgentStatus::Starting => {
+        let agent = name;
+        match state {
+            // The daemon ended before its launch was reported.
+            RecoveredRun::Alive(processes) if status == AgentStatus::Starting => {
                 Some((Command::Launched { agent, run, outcome: Ok(processes) }, Vec::new()))
             }
             RecoveredRun::Alive(_) => None,
@@ -176,17 +177,17 @@ fn ends(project: &Project, observed: BTreeMap<AgentName, RecoveredRun>) -> Vec<(
             }
         }
     };
-    observed.into_iter().filter_map(ended).collect()
+    states.into_iter().filter_map(report).collect()
 }
 
-/// Prepares a new run for every agent that recovery may have to start.
-async fn respawns(site: &crate::operations::StepContext) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
+/// Prepares a new run for every agent that the recovery may have to start.
+async fn respawns(step: &StepContext) -> (BTreeMap<AgentName, Respawn>, Vec<NewToken>) {
     let mut respawn = BTreeMap::new();
     let mut tokens = Vec::new();
-    for agent in site.project.agents.values().filter(|agent| !agent.is_terminal()) {
+    for agent in step.project.agents.values().filter(|agent| !agent.is_terminal()) {
         let (new, token) = new_run();
-        // Without its profile's command an agent is still started by its own.
-        let (argv, session) = match session::restart_command(site, agent).await {
+        // Falls back to the agent's own command when that of its profile cannot be determined.
+        let (argv, session) = match session::restart_command(step, agent).await {
             Ok(again) => (again.argv, again.session),
             Err(_) => (agent.spec.argv.clone(), None),
         };

@@ -1,9 +1,9 @@
-//! The daemon's life: start, signals, reload, end.
+//! The life of the daemon: start, signals, reload, shutdown.
 //!
 //! ```text
 //!   lock ─► settings ─► store ─► plugins ─► recovery ─► listen ─► READY
 //!   SIGHUP reload · SIGTSTP pause all · SIGCONT resume those · SIGUSR1 status to the log
-//!   SIGTERM/SIGINT: save and leave, or park the agents, undo pauses, join every task, close the store
+//!   SIGTERM/SIGINT: checkpoint or park the projects, undo pauses, join every task, close the store
 //! ```
 
 use std::os::unix::fs::DirBuilderExt as _;
@@ -18,10 +18,11 @@ use fermata_protocol::project::ProjectStatus;
 use fermata_protocol::{OperationId, ProjectName};
 use thiserror::Error;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::reload::Handle;
 
-use crate::config::{ConfigError, OnShutdown, Paths, Settings};
+use crate::config::{OnShutdown, Paths, Settings, SettingsError};
 use crate::plugins::{PluginConfig, PluginError, Plugins};
 use crate::pressure;
 use crate::profile::{ProfileError, Profiles};
@@ -38,92 +39,73 @@ use fermata_os::signals::BlockedSignals;
 use fermata_os::{limits, memory, peer, process};
 use fermata_protocol::error_chain;
 
-/// The exit code of a daemon that finds another one on its state: `EX_TEMPFAIL` of sysexits(3).
+/// The exit code when another daemon uses the state directory: `EX_TEMPFAIL` of sysexits(3).
 pub const ALREADY_RUNNING: i32 = 75;
 
-/// How long the end waits for what is under way.
+/// How long the shutdown waits for the tasks.
 const LEAVING: Duration = Duration::from_secs(20);
 
-/// How long the last checkpoints may take, when agents are left running.
+/// How long the checkpoints at shutdown may take.
 const SAVING: Duration = Duration::from_secs(30);
 
-/// How long the last pauses may take, when agents are parked at the end.
+/// How long the pauses at shutdown may take, if agents are to be parked.
 const PARKING: Duration = Duration::from_secs(60);
 
-/// How long the lock of the state directory may be somebody else's before this daemon is told to be the second.
+/// How long the start waits for the state directory's lock of a daemon that is exiting.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How long after an operation memory is given back. An operation with very many agents leaves megabytes that the next
-/// seconds do not need; but finding them takes longer than a small checkpoint, which must not wait for that.
+/// The delay after an operation before memory is given back to the kernel. An operation with very many agents leaves
+/// megabytes unused, but giving them back takes longer than a small checkpoint, which must not wait for that.
 const TRIM_AFTER: Duration = Duration::from_secs(3);
 
 /// Why the daemon could not start.
 #[derive(Debug, Error)]
 pub enum StartError {
-    /// Another daemon uses the same state.
     #[error("use the state directory {}: another daemon owns it ({holder})", path.display())]
     AlreadyRunning {
-        /// The state directory.
         path: PathBuf,
-        /// Who it is.
+        /// The other daemon, described for the user.
         holder: String,
     },
-    /// The state directory cannot be locked.
     #[error("lock the state directory")]
     Lock(#[source] LockError),
-    /// A directory cannot be made.
     #[error("create {}", path.display())]
     Directory {
-        /// The directory.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: std::io::Error,
     },
-    /// The settings cannot be used.
     #[error(transparent)]
-    Config(#[from] ConfigError),
-    /// A profile cannot be used.
+    Config(#[from] SettingsError),
     #[error(transparent)]
     Profile(#[from] ProfileError),
-    /// The database cannot be used.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The plugins cannot be started.
     #[error("start the plugins")]
     Plugins(#[from] PluginError),
-    /// The stored projects cannot be brought back.
-    #[error("bring the projects back: {0}")]
+    #[error("load the projects: {0}")]
     Recovery(String),
-    /// The control socket cannot be opened.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// A program of the daemon is missing.
     #[error("find {name}: it is neither beside fermatad nor in the PATH")]
-    ProgramMissing {
-        /// Its name.
-        name: &'static str,
-    },
-    /// The kernel does not say which boot this is.
+    ProgramMissing { name: &'static str },
     #[error("read the kernel's boot id")]
     BootId(#[source] std::io::Error),
-    /// Signals cannot be taken.
-    #[error("take signals")]
+    #[error("install signal handlers")]
     Signals(#[source] std::io::Error),
 }
 
-/// What the command line says.
+/// Options of the command line.
 #[derive(Debug)]
 pub struct Options {
-    /// Where things are.
     pub paths: Paths,
-    /// Whether operations that a crash has left unfinished are brought to an end.
+    /// Whether operations that a crash has left unfinished are completed or undone.
     pub recover: bool,
     /// The signals of [`block_signals`].
     pub signals: BlockedSignals,
 }
 
-/// Changes what is logged, while the daemon runs.
+/// Changes the filter of the log while the daemon runs.
 pub type LogHandle = Handle<EnvFilter, tracing_subscriber::Registry>;
 
 /// A signal that the daemon acts on.
@@ -136,10 +118,10 @@ enum Signal {
     End,
 }
 
-/// Runs the daemon until it is told to end.
+/// Runs the daemon until SIGTERM or SIGINT.
 ///
 /// # Errors
-/// When it cannot start.
+/// The daemon cannot start.
 pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result<(), StartError> {
     let paths = options.paths.clone();
     prepare_directories(&paths)?;
@@ -148,14 +130,14 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
         LockError::Held { holder, .. } => StartError::AlreadyRunning { path: paths.state.clone(), holder },
         other => StartError::Lock(other),
     })?;
-    // Held to the very end of the process: work on blocking threads may outlast everything here.
+    // Locked until the process exits: work on blocking threads may outlast this function.
     Box::leak(Box::new(lock));
     let signals = take_signals(options.signals).map_err(StartError::Signals)?;
-    // A thousand agents have a thousand links; the agents themselves get the caller's limits.
+    // Each agent has a link to its shim; the agents themselves get the original limit.
     let open_files = match limits::raise_open_files() {
         Ok(before) => Some(before),
         Err(error) => {
-            tracing::warn!(%error, "the limit of open files stays as it is");
+            tracing::warn!(%error, "failed to raise the limit of open files");
             None
         }
     };
@@ -182,17 +164,17 @@ pub async fn run(options: Options, settings: Settings, log: LogHandle) -> Result
     });
     tracing::info!(socket = %paths.socket.display(), state = %paths.state.display(), "ready");
     notify(&[sd_notify::NotifyState::Ready]);
-    let keeper = tokio::spawn(keep(Arc::clone(&services)));
-    let watch = tokio::spawn(pressure::watch(Arc::clone(&projects)));
+    let mut background = JoinSet::new();
+    background.spawn(housekeeping(Arc::clone(&services)));
+    background.spawn(pressure::watch(Arc::clone(&projects)));
     tokio::select! {
         () = listener.run(&daemon) => {}
         () = serve_signals(signals, &daemon) => {}
     }
     notify(&[sd_notify::NotifyState::Stopping]);
-    keeper.abort();
-    watch.abort();
+    background.shutdown().await;
     listener.remove();
-    end(&projects).await;
+    shut_down(&projects).await;
     Ok(())
 }
 
@@ -225,9 +207,9 @@ async fn open_services(
     Ok(Arc::new(Services::new(paths.clone(), programs, store, plugins, settings, profiles, boot_id)))
 }
 
-/// Takes the lock of the state directory. A daemon that was killed may keep it for an instant after it is gone for
-/// everybody else: the kernel closes its files, watches among them, with the last of its threads. One that lives is
-/// never waited for: who lost a race for the start would take over when the winner is stopped.
+/// Takes the lock of the state directory. A daemon that was killed may keep it for an instant: the kernel closes its
+/// files when the last of its threads has ended. A live daemon is never waited for, since one that loses the race for
+/// the start would otherwise take over when the winner is stopped.
 async fn take_lock(path: &Path, holder: &str) -> Result<StateLock, LockError> {
     let until = tokio::time::Instant::now() + LOCK_PATIENCE;
     loop {
@@ -251,7 +233,7 @@ fn find_program(name: &'static str) -> Result<PathBuf, StartError> {
         .ok_or(StartError::ProgramMissing { name })
 }
 
-/// Finds out how agents will be frozen by making a group as their shims will, and removing it again.
+/// Describes how agents will be frozen. Creates a control group as their shims will, and removes it again.
 fn describe_freezer(services: &Services) -> String {
     let agents = &services.settings().agents;
     if agents.freezer == FreezerSetting::Signals {
@@ -261,7 +243,7 @@ fn describe_freezer(services: &Services) -> String {
     match Freezer::prepare(agents.cgroup_parent.as_deref(), &name) {
         Freezer::Cgroup(group) => {
             if let Err(error) = group.remove(Duration::from_secs(1)) {
-                tracing::warn!(error = error_chain(&error), "a probe group stays");
+                tracing::warn!(error = error_chain(&error), "failed to remove the probe control group");
             }
             "cgroup".to_owned()
         }
@@ -269,7 +251,7 @@ fn describe_freezer(services: &Services) -> String {
     }
 }
 
-/// Reads settings and profiles again; what is wrong changes nothing.
+/// Returns the function that reads settings and profiles again. If either is not valid, nothing is changed.
 fn reloader(services: Arc<Services>, log: LogHandle) -> impl Fn() -> Result<Vec<String>, String> + Send + Sync {
     move || {
         let read = || -> Result<Vec<String>, StartError> {
@@ -277,7 +259,7 @@ fn reloader(services: Arc<Services>, log: LogHandle) -> impl Fn() -> Result<Vec<
             let profiles = Profiles::load(&services.paths.profiles)?;
             let filter = log_filter(&settings.log);
             if let Err(error) = log.reload(filter) {
-                tracing::warn!(%error, "what is logged stays as it is");
+                tracing::warn!(%error, "failed to change the filter of the log");
             }
             Ok(services.reload(settings, profiles))
         };
@@ -285,7 +267,7 @@ fn reloader(services: Arc<Services>, log: LogHandle) -> impl Fn() -> Result<Vec<
     }
 }
 
-/// Makes the filter of what is logged; a filter that makes no sense is the default one.
+/// Parses the filter of the log; `info` if it is not valid.
 pub fn log_filter(text: &str) -> EnvFilter {
     EnvFilter::try_new(text).unwrap_or_else(|_| EnvFilter::new("info"))
 }
@@ -296,8 +278,8 @@ async fn sleep_until(at: Option<tokio::time::Instant>) {
     }
 }
 
-/// Small work now and then: the watchdog, and memory that nobody uses.
-async fn keep(services: Arc<Services>) {
+/// Periodic work: notifies systemd's watchdog, and gives unused memory back to the kernel.
+async fn housekeeping(services: Arc<Services>) {
     let pace = sd_notify::watchdog_enabled().map_or(Duration::from_secs(30), |limit| limit / 3);
     let mut beat = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
     let mut trim_at = None;
@@ -316,7 +298,7 @@ async fn keep(services: Arc<Services>) {
         }
         services.tokens.drop_if_idle();
         drop(tokio::task::spawn_blocking(memory::give_back).await);
-        // A store that does not answer is a daemon that does nothing: systemd may start a new one.
+        // Without an answer of the store the daemon cannot do anything: the watchdog may then start a new one.
         if services.store.read(|_| Ok(())).await.is_ok() {
             notify(&[sd_notify::NotifyState::Watchdog]);
         }
@@ -325,7 +307,7 @@ async fn keep(services: Arc<Services>) {
 
 fn notify(states: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
-        tracing::warn!(%error, "the service manager was not told");
+        tracing::warn!(%error, "failed to notify the service manager");
     }
 }
 
@@ -363,39 +345,45 @@ fn take_signals(blocked: BlockedSignals) -> std::io::Result<mpsc::Receiver<Signa
     Ok(receiver)
 }
 
-/// Acts on signals until one says to end. systemd sends SIGCONT right after SIGTERM and means no resume: SIGTERM is taken
-/// first, since its number is lower, and no signal is read after it.
+/// The pauses by SIGTSTP, which SIGCONT ends.
+///
+/// The lock is held across the pauses and resumes on purpose: a SIGCONT must not resume before the pauses of the SIGTSTP
+/// before it have ended (tokio's mutex is fair). It delays only these tasks; the signals themselves are still read.
+type SignalPauses = Arc<tokio::sync::Mutex<Vec<(ProjectName, OperationId)>>>;
+
+/// Acts on signals until one ends the daemon. systemd sends SIGCONT right after SIGTERM and means no resume: SIGTERM is
+/// taken first, since its number is lower, and no signal is read after it.
 async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>) {
-    let held: Arc<tokio::sync::Mutex<Vec<(ProjectName, OperationId)>>> = Arc::default();
-    let mut tasks = tokio::task::JoinSet::new();
+    let pauses = SignalPauses::default();
+    let mut tasks = JoinSet::new();
     while let Some(signal) = signals.recv().await {
         match signal {
             Signal::Reload => {
                 notify(&[sd_notify::NotifyState::Reloading]);
                 match (daemon.reload)() {
-                    Ok(changed) => tracing::info!(?changed, "settings read again"),
-                    Err(error) => tracing::error!(error, "the settings are as they were before"),
+                    Ok(changed) => tracing::info!(?changed, "reloaded the settings"),
+                    Err(error) => tracing::error!(error, "failed to reload the settings; they are unchanged"),
                 }
                 if let Err(error) = daemon.projects.services().plugins.reload().await {
-                    tracing::error!(error = error_chain(&error), "the plugins are as they were before");
+                    tracing::error!(error = error_chain(&error), "failed to reload the plugins; they are unchanged");
                 }
                 notify(&[sd_notify::NotifyState::Ready]);
             }
-            // Tasks of their own, in the order of the signals: a SIGTERM is read meanwhile.
+            // Separate tasks, so that a SIGTERM is read meanwhile.
             Signal::PauseAll => {
-                let (daemon, held) = (Arc::clone(daemon), Arc::clone(&held));
+                let (daemon, pauses) = (Arc::clone(daemon), Arc::clone(&pauses));
                 tasks.spawn(async move {
-                    let mut held = held.lock().await;
-                    held.extend(
+                    let mut pauses = pauses.lock().await;
+                    pauses.extend(
                         pause_all(&daemon, PauseMode::Freeze, PauseCause::Signal, "SIGTSTP to the daemon").await,
                     );
                 });
             }
             Signal::ResumeAll => {
-                let (daemon, held) = (Arc::clone(daemon), Arc::clone(&held));
+                let (daemon, pauses) = (Arc::clone(daemon), Arc::clone(&pauses));
                 tasks.spawn(async move {
-                    let mut held = held.lock().await;
-                    resume_all(&daemon, std::mem::take(&mut *held)).await;
+                    let mut pauses = pauses.lock().await;
+                    resume_all(&daemon, std::mem::take(&mut *pauses)).await;
                 });
             }
             Signal::Status => log_status(daemon),
@@ -404,21 +392,21 @@ async fn serve_signals(mut signals: mpsc::Receiver<Signal>, daemon: &Arc<Daemon>
     }
     match daemon.projects.services().settings().on_shutdown {
         OnShutdown::Park => {
-            let parking = pause_all(daemon, PauseMode::Park, PauseCause::Shutdown, "the daemon was told to end");
+            let parking = pause_all(daemon, PauseMode::Park, PauseCause::Shutdown, "the daemon shuts down");
             if tokio::time::timeout(PARKING, parking).await.is_err() {
                 tracing::warn!("not every project could be parked in time");
             }
         }
         OnShutdown::Leave => {
             if tokio::time::timeout(SAVING, save_all(daemon)).await.is_err() {
-                tracing::warn!("not every project could be saved in time; the agents run on all the same");
+                tracing::warn!("not every project could be saved in time; the agents keep running");
             }
         }
     }
     tasks.shutdown().await;
 }
 
-/// Pauses every active project side by side; returns those that are paused now by it.
+/// Pauses every active project, side by side; returns the pauses that have succeeded.
 async fn pause_all(
     daemon: &Daemon,
     mode: PauseMode,
@@ -442,7 +430,7 @@ async fn pause_all(
             match handle.begin(begin).await {
                 Ok(_) => Some((name, operation)),
                 Err(failure) => {
-                    tracing::error!(project = %name, %failure, "not paused");
+                    tracing::error!(project = %name, %failure, "failed to pause a project");
                     None
                 }
             }
@@ -451,28 +439,27 @@ async fn pause_all(
     crate::operations::side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect()
 }
 
-/// Saves every project whose agents run, where anything has changed: the machine may be about to go down.
+/// Makes a checkpoint of every project whose agents run and that has changed: the machine may be shutting down.
 async fn save_all(daemon: &Daemon) {
     let each = daemon.projects.all().into_iter().map(|handle| async move {
         if let Err(failure) = before_shutdown(&handle).await {
-            tracing::error!(project = %handle.name(), %failure, "not saved before the end");
+            tracing::error!(project = %handle.name(), %failure, "failed to save a project before the shutdown");
         }
     });
     drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
 }
 
-/// Resumes the projects that these pauses still hold: one that was resumed and paused again since is
-/// somebody else's.
+/// Resumes the projects that are still paused by these pauses, and not by a later one.
 async fn resume_all(daemon: &Daemon, pauses: Vec<(ProjectName, OperationId)>) {
-    let held = |(name, pause): &(ProjectName, OperationId)| {
+    let still_paused = |(name, pause): &(ProjectName, OperationId)| {
         let handle = daemon.projects.get(name).ok()?;
-        let ours = matches!(&*handle.project().state, ProjectState::Paused(paused) if paused.operation == *pause);
-        ours.then_some(handle)
+        let is_same = matches!(&*handle.project().state, ProjectState::Paused(paused) if paused.operation == *pause);
+        is_same.then_some(handle)
     };
-    let handles = pauses.iter().filter_map(held);
+    let handles = pauses.iter().filter_map(still_paused);
     let each = handles.map(|handle| async move {
         if let Err(failure) = resume_quietly(&handle).await {
-            tracing::error!(project = %handle.name(), %failure, "not resumed");
+            tracing::error!(project = %handle.name(), %failure, "failed to resume a project");
         }
     });
     drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);
@@ -492,17 +479,17 @@ fn log_status(daemon: &Daemon) {
     }
 }
 
-/// Ends in order: pauses are undone, tasks joined, the store closed. The agents go on.
-async fn end(projects: &Projects) {
+/// Undoes pauses, joins all tasks, closes the store. The agents keep running.
+async fn shut_down(projects: &Projects) {
     let services = projects.services();
-    let in_order = async {
+    let ended = async {
         projects.shut_down().await;
         services.stopping.cancel();
         services.tracker.close();
         services.tracker.wait().await;
     };
-    if tokio::time::timeout(LEAVING, in_order).await.is_err() {
-        tracing::warn!("not everything came to its end in time; the next start brings it there");
+    if tokio::time::timeout(LEAVING, ended).await.is_err() {
+        tracing::warn!("not every operation has ended in time; the next start completes or undoes them");
         services.stopping.cancel();
     }
     services.plugins.shutdown().await;

@@ -1,4 +1,4 @@
-//! What every room above the store shares: store, plugins, settings, channels, tasks.
+//! The services that the modules above the store share: store, plugins, settings, agents' channels, tasks.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -31,66 +31,54 @@ const HEAVY: usize = 8;
 /// How many automatic checkpoints are made at the same time.
 const AUTOMATIC: usize = 2;
 
-/// The programs that the daemon starts.
+/// How shims are started.
 #[derive(Debug, Clone)]
 pub struct Programs {
-    /// `fermata-shim`.
+    /// The path of `fermata-shim`.
     pub shim: PathBuf,
-    /// The limit of open files that the daemon itself was started with, before it raised its own.
+    /// The limit of open files that agents get: the daemon's own before it was raised.
     pub open_files: Option<Limit>,
 }
 
-/// How far an operation has come; sent to whoever waits for it. Progress may be dropped when a
-/// peer is slow: the next one tells more.
+/// Progress of an operation, for the clients that wait for it. Notes may be dropped for a slow receiver.
 #[derive(Debug, Clone, Serialize)]
 pub struct ProgressNote {
-    /// The operation.
     pub operation_id: OperationId,
-    /// The step, or its part.
+    /// The step, or a part of it.
     pub step: String,
-    /// How much of it is done.
     pub done: u64,
-    /// How much there is; 0 when that is not known.
+    /// 0 when it is not known.
     pub total: u64,
     /// What is counted: `files`, `objects`, `paths`.
     pub unit: &'static str,
 }
 
-/// What every room above the store shares.
+/// The services of the daemon.
 pub struct Services {
-    /// Where things are.
     pub paths: Paths,
-    /// The programs that the daemon starts.
     pub programs: Programs,
-    /// The database.
     pub store: Store,
-    /// The plugins.
     pub plugins: Plugins,
-    /// The token counter.
     pub tokens: TokenCounter,
-    /// What agents use of the machine.
     pub loads: Loads,
-    /// Agents' open channels.
     pub channels: Channels,
-    /// Operations' progress.
     pub progress: broadcast::Sender<ProgressNote>,
-    /// Every task that has to be joined at the end.
+    /// The tasks that the shutdown waits for.
     pub tracker: TaskTracker,
-    /// How much work on snapshots runs at the same time: more would take every blocking thread from
-    /// the queries that everybody else waits for.
+    /// Limits concurrent work on histories, which would otherwise occupy all blocking threads and delay every query of
+    /// the database.
     pub heavy: Semaphore,
-    /// The same for looks at workspaces whose agents stand still.
+    /// The same for work on workspaces whose agents are frozen.
     pub urgent: Semaphore,
-    /// One permit for what nobody waits for.
+    /// One permit for maintenance.
     pub background: Semaphore,
-    /// Whose turn it is to make a checkpoint that nobody waits for: those of many projects come one
-    /// after the other, and leave room for what people ask for.
+    /// Limits concurrent automatic checkpoints, so that those of many projects do not delay requests.
     pub automatic: Arc<Semaphore>,
-    /// Cancelled when the daemon ends.
+    /// Cancelled at shutdown.
     pub stopping: CancellationToken,
-    /// Told when the settings were read again.
+    /// Notified after a reload of the settings.
     pub reloaded: Notify,
-    /// Told when an operation has ended: what it needed can go.
+    /// Notified after an operation: its memory can be given back.
     pub settled: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
@@ -100,7 +88,6 @@ pub struct Services {
 }
 
 impl Services {
-    /// Puts the parts together.
     pub fn new(
         paths: Paths,
         programs: Programs,
@@ -135,7 +122,8 @@ impl Services {
         }
     }
 
-    /// Returns the watcher of all workspaces, started when it is first needed; none where the kernel gives none.
+    /// Returns the watcher of all workspaces, started on the first call; none if the settings or the kernel do not allow
+    /// it.
     pub fn watcher(&self) -> Option<&Arc<Watcher>> {
         if !self.settings().checkpoints.watch {
             return None;
@@ -143,14 +131,14 @@ impl Services {
         let start = || match Watcher::start(&self.paths.state.join("watch")) {
             Ok(watcher) => Some(watcher),
             Err(error) => {
-                tracing::warn!(%error, "workspaces cannot be watched; each checkpoint compares all files' states");
+                tracing::warn!(%error, "failed to watch workspaces; each checkpoint compares the state of every file");
                 None
             }
         };
         self.watcher.get_or_init(start).as_ref()
     }
 
-    /// Returns the settings as they are now.
+    /// Returns the current settings.
     pub fn settings(&self) -> Arc<Settings> {
         Arc::clone(&self.settings.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -165,7 +153,7 @@ impl Services {
         changed
     }
 
-    /// Returns the profiles as they are now.
+    /// Returns the current profiles.
     pub fn profiles(&self) -> Arc<Profiles> {
         Arc::clone(&self.profiles.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -180,86 +168,78 @@ impl Services {
         Weights::default().with(&keyed.collect())
     }
 
-    /// Returns the secrets that an agent was started with, to be taken out of what it reports.
+    /// Returns the secrets in an agent's environment, to be redacted in its reports.
     ///
     /// # Errors
-    /// When the store cannot be read.
+    /// The store cannot be read.
     pub async fn secrets_of(&self, project: &ProjectName, agent: &AgentName) -> Result<Secrets, StoreError> {
         let (project, agent) = (project.clone(), agent.clone());
         let env = self.store.read(move |connection| rows::load_environment(connection, &project, &agent)).await?;
         Ok(Secrets::of(&env))
     }
 
-    /// Returns the directories of a project.
     pub fn project_dirs(&self, project: &ProjectName) -> ProjectDirs {
         ProjectDirs { root: self.paths.state.join("projects").join(project.as_str()) }
     }
 
-    /// Returns how long a shim that lives may go without an answer.
+    /// Returns how long a live shim may go without an answer.
     pub fn shim_patience(&self) -> Duration {
         Duration::from_millis(self.settings().agents.shim_patience_ms)
     }
 
-    /// Returns where the shim of a run listens.
+    /// Returns the path of the socket on which the shim of a run listens.
     pub fn shim_socket(&self, run: &RunId) -> PathBuf {
         self.paths.runtime.join("shims").join(format!("{run}.sock"))
     }
 }
 
-/// Returns the time.
+/// Returns the wall clock's time.
 pub fn now() -> UnixMillis {
     UnixMillis(clock::unix_ms())
 }
 
-/// The directories of one project.
+/// The paths of a project's files.
 #[derive(Debug, Clone)]
 pub struct ProjectDirs {
-    /// The project's own directory.
     pub root: PathBuf,
 }
 
 impl ProjectDirs {
-    /// The store of workspace snapshots.
+    /// Returns the directory of the workspace snapshots.
     pub fn history(&self) -> PathBuf {
         self.root.join("history")
     }
 
-    /// The files of all checkpoints.
     pub fn checkpoints(&self) -> PathBuf {
         self.root.join("checkpoints")
     }
 
-    /// The files of a checkpoint.
     pub fn checkpoint(&self, number: u64) -> PathBuf {
         self.checkpoints().join(number.to_string())
     }
 
-    /// The files of a checkpoint that is being made.
+    /// Returns the directory of a checkpoint that is being made.
     pub fn partial_checkpoint(&self, number: u64) -> PathBuf {
         self.checkpoints().join(format!("{number}.partial"))
     }
 
-    /// The plan of a restore.
+    /// Returns the file of a restore's plan.
     pub fn restore_plan(&self, operation: &OperationId) -> PathBuf {
         self.root.join(format!("restore-{operation}.json"))
     }
 
-    /// The files of all agents.
     pub fn agents(&self) -> PathBuf {
         self.root.join("agents")
     }
 
-    /// The files of an agent.
     pub fn agent(&self, agent: &AgentName) -> PathBuf {
         self.agents().join(agent.as_str())
     }
 
-    /// The runs of an agent.
     pub fn runs(&self, agent: &AgentName) -> PathBuf {
         self.agent(agent).join("runs")
     }
 
-    /// One run of an agent.
     pub fn run(&self, agent: &AgentName, run: &RunId) -> PathBuf {
         self.runs(agent).join(run.as_str())
     }
@@ -311,15 +291,15 @@ impl Channels {
         ChannelGuard { services: Arc::clone(services), target, id }
     }
 
-    /// Asks an agent to come to a good place; `None` when it has no channel open.
+    /// Sends an agent the request to prepare for a pause; `None` when it has no open channel.
     ///
-    /// The receivers change when the agent acknowledges.
+    /// The returned receivers change when the agent acknowledges.
     pub fn request_pause(&self, target: &Target, notification: &Notification) -> Option<Vec<watch::Receiver<u64>>> {
         let open = self.lock();
         let channels = open.get(&target.to_string())?;
         let receivers = channels
             .iter()
-            // A channel whose agent reads nothing is full and counts as none.
+            // A full channel counts as none: its agent reads nothing.
             .filter(|channel| channel.sender.try_send(notification.clone()).is_ok())
             .map(|channel| {
                 let mut receiver = channel.acknowledged.subscribe();
@@ -330,7 +310,7 @@ impl Channels {
         (!receivers.is_empty()).then_some(receivers)
     }
 
-    /// Takes an agent's acknowledgement; says whether anybody had asked for one.
+    /// Records an agent's acknowledgement; `false` when it has no open channel.
     pub fn acknowledge(&self, target: &Target) -> bool {
         let open = self.lock();
         let Some(channels) = open.get(&target.to_string()) else { return false };

@@ -1,7 +1,6 @@
 //! Counts tokens with an embedded vocabulary (o200k_base), without any network.
 //!
-//! The vocabulary takes some 30 MB while it is loaded, so it is loaded at the first use and
-//! dropped when nobody has counted for a while.
+//! The vocabulary needs some 30 MB: it is loaded at the first use and dropped after a minute without use.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,11 +10,10 @@ use tiktoken_rs::CoreBPE;
 /// How long the vocabulary stays loaded without use.
 const KEPT: Duration = Duration::from_secs(60);
 
-/// Texts are cut into pieces of at most this many bytes before they are counted: the tokenizer's
-/// work grows faster than its text where there is no space in it.
+/// The size of the pieces that a text is counted in, in bytes: the tokenizer's time grows faster than linearly in a text
+/// without spaces.
 const PIECE: usize = 4096;
 
-/// The token counter.
 #[derive(Default)]
 pub struct TokenCounter {
     loaded: Mutex<Option<Loaded>>,
@@ -27,10 +25,10 @@ struct Loaded {
 }
 
 impl TokenCounter {
-    /// Counts the tokens of a text. Blocking: for a blocking thread.
+    /// Counts the tokens of a text. Blocking.
     ///
-    /// Should the embedded vocabulary not load, a quarter of the bytes is the count: a token of
-    /// English text or code has about four.
+    /// If the embedded vocabulary cannot be loaded, the result is a quarter of the bytes: a token of English text or code
+    /// has about four.
     pub fn count(&self, text: &str) -> u64 {
         let Some(vocabulary) = self.vocabulary() else { return (text.len() as u64).div_ceil(4) };
         pieces(text).map(|piece| vocabulary.encode_ordinary(piece).len() as u64).sum()
@@ -49,13 +47,13 @@ impl TokenCounter {
                 Some(vocabulary)
             }
             Err(error) => {
-                tracing::error!(%error, "the embedded vocabulary does not load; tokens are estimated");
+                tracing::error!(%error, "failed to load the embedded vocabulary; tokens are estimated");
                 None
             }
         }
     }
 
-    /// Drops the vocabulary when nobody has used it for a while; to be called now and then.
+    /// Drops the vocabulary if it was not used for [`KEPT`]. To be called periodically.
     pub fn drop_if_idle(&self) {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
@@ -64,7 +62,7 @@ impl TokenCounter {
     }
 }
 
-/// Cuts a text at white space, or at a character boundary where there is none in reach.
+/// Cuts a text at white space, or at a character boundary if a piece has none.
 fn pieces(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -87,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_texts_have_their_known_counts() {
+    fn texts_have_the_counts_of_the_vocabulary() {
         let counter = TokenCounter::default();
         assert_eq!(counter.count(""), 0);
         assert_eq!(counter.count("hello world"), 2);

@@ -123,7 +123,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
     watcher.sees("watching web/a");
 
     second.types("in vain\r");
-    second.sees("types into agent web/a, you watch");
+    second.sees("the terminal of agent web/a is in use by");
     watcher.types("in vain\r");
     watcher.sees("input is off");
     writer.types("first\r");
@@ -138,7 +138,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
     thief.types("mine\r");
     writer.sees("got mine");
     writer.types("not mine\r");
-    writer.sees("you watch");
+    writer.sees("is in use by");
 
     // Nobody writes after it has left, until the next one types.
     thief.types(LEAVE);
@@ -146,7 +146,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
     second.types("now me\r");
     second.sees("got now me");
     writer.types("x\r");
-    writer.sees("you watch");
+    writer.sees("is in use by");
     for person in [&mut writer, &mut second] {
         person.types(LEAVE);
         assert!(person.ends().success());
@@ -210,7 +210,7 @@ fn a_paused_agent_is_seen_and_not_typed_to() {
     let mut person = Person::runs(&sandbox, &["attach", "web/a"]);
     person.sees("got before");
     person.types("surprise\r");
-    person.sees("is held: nothing is typed into it");
+    person.sees("it cannot read input");
     sandbox.ctl(&["resume", "web"]);
     person.sees("web/a is running");
     person.types("after\r");

@@ -213,7 +213,7 @@ fn a_restore_that_a_full_disk_holds_up_goes_on_once_there_is_room() {
     workspace.remove("large").write("zz", "newer").write("fill.o", vec![b'f'; 10 << 20]);
     let answer = refused(&sandbox, &restore_of(first.id));
     assert_eq!(answer.code, Code::DiskFull, "{answer:?}");
-    assert!(answer.hint.as_deref().is_some_and(|hint| hint.contains("goes on by itself")), "{answer:?}");
+    assert!(answer.hint.as_deref().is_some_and(|hint| hint.contains("continues by itself")), "{answer:?}");
     assert_eq!(status(&sandbox), ProjectStatus::Restoring);
     workspace.remove("fill.o");
     wait_until(GIVEN_UP, "the restore to go on", || status(&sandbox) == ProjectStatus::Init);

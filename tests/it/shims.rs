@@ -236,7 +236,9 @@ fn a_daemon_that_is_out_of_descriptors_ends_no_agent_for_that() {
     // Whatever the daemon has open stays so, and it gets nothing more.
     limit("3");
     push_out(socket.to_str().expect("text"));
-    wait_until(SOON, "the daemon to say that it cannot see", || sandbox.log().contains("cannot be seen now"));
+    wait_until(SOON, "the daemon to say that it cannot see", || {
+        sandbox.log().contains("failed to determine the state of an agent")
+    });
     assert!(process::is_alive(shim) && process::is_alive(pid));
     limit("1024");
     // Only through its shim can it be frozen, and the link is made anew when the trouble is over.

@@ -31,7 +31,7 @@ fn sighup_makes_changed_settings_count_and_a_broken_file_changes_nothing() {
     let stubborn = "trap '' TERM; echo $$ > pid; while :; do sleep 0.02; done";
     configure(&sandbox, "[agents]\nstop_grace_ms = 100\n");
     sandbox.signal_daemon(Signal::SIGHUP);
-    wait_until(SOON, "the reload", || sandbox.log().contains("settings read again"));
+    wait_until(SOON, "the reload", || sandbox.log().contains("reloaded the settings"));
     run_agent(&sandbox, "a", stubborn);
     let pid = wait_for_pid(&sandbox, "pid");
     sandbox.ctl(&["stop", "web/a"]);
@@ -42,7 +42,7 @@ fn sighup_makes_changed_settings_count_and_a_broken_file_changes_nothing() {
         let said = failed(&sandbox.ctl_output(&["daemon", "reload"]), 1);
         assert!(said.contains("fermata.toml"), "{said}");
     }
-    wait_until(SOON, "three complaints", || sandbox.log().matches("the settings are as they were before").count() >= 3);
+    wait_until(SOON, "three complaints", || sandbox.log().matches("failed to reload the settings").count() >= 3);
     run_agent(&sandbox, "b", &stubborn.replace("> pid", "> pid.b"));
     let pid = wait_for_pid(&sandbox, "pid.b");
     sandbox.ctl(&["stop", "web/b"]);

@@ -128,10 +128,8 @@ const NOT_YET_RENAMED: &[(&str, &[&str])] = &[
 
 /// Names that several types still share. Whoever renames all but one removes the name here.
 const STILL_SHARED: &[&str] = &[
-    "Answer",
     "Bytes",
     "Content",
-    "Cursor",
     "Entry",
     "Incoming",
     "Item",
@@ -139,15 +137,10 @@ const STILL_SHARED: &[&str] = &[
     "Manifest",
     "Phase",
     "Place",
-    "Prepared",
     "Progress",
-    "Raw",
-    "Reader",
     "RestoreRequest",
     "Result",
     "Walk",
-    "Watcher",
-    "Writer",
 ];
 
 /// Returns the part of the repository that a file belongs to: the name of its crate, or of the crate

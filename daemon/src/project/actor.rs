@@ -1,29 +1,30 @@
-//! The actor: takes messages one by one; decides, persists, applies, tells, and starts what follows.
+//! The actor of a project. It takes one message at a time: decides, persists, applies, publishes, and starts the
+//! effects.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use fermata_core::command::Command;
+use fermata_core::command::{Command, Decision};
 use fermata_core::effect::Effect;
 use fermata_core::project::{Direction, ProjectState};
 use fermata_core::redact::Secrets;
 use fermata_core::{Project, apply, decide, transition};
 use fermata_protocol::event::Event;
 use fermata_protocol::project::ProjectStatus;
-use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId};
+use fermata_protocol::{AgentName, Code, OperationId, Refusal, RunId, UnixMillis};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
 use super::conclude::{Conclusion, conclusions};
-use super::effects::PauseWork;
 use super::handle::ProjectHandle;
 use super::ids::NewToken;
 use super::instants;
-use super::links::Watcher;
-use super::message::{Answer, Begin, CommandReport, Label, Message, Tell, View, reply};
-use super::retry::discard;
+use super::links::RunWatcher;
+use super::message::{ActorMessage, Begin, CommandReport, Label, ReplySender, Tell, View, reply};
+use super::pause_work::SharedPauseWork;
+use super::retry::{ReportRetry, discard};
 use super::scan::AutomaticScans;
 use crate::errors::Failure;
 use crate::operations::checkpoint::warm_up;
@@ -32,59 +33,57 @@ use crate::operations::{AgentLink, Cancel, HistoryCell, StepContext};
 use crate::services::{self, Services};
 use crate::shims::link::ShimLink;
 use crate::shims::reconnect::Linked;
-use crate::store::commit::{Commit, Write, Written};
+use crate::store::commit::{Commit, MakeReply, Write, Written};
 use crate::store::idempotency::Keyed;
 use crate::store::{Durability, StoreError};
 use fermata_shim::wire::ShimEvent;
 
-/// How many messages may wait; further senders wait for a place.
+/// Capacity of the mailbox; a sender waits while it is full.
 const MAILBOX: usize = 256;
 
-/// How many operations may wait for a checkpoint that is being made.
+/// How many operations are queued behind a checkpoint that is being made; further ones are refused.
 const DEFERRED: usize = 16;
 
-/// How long a report that could not be persisted waits before it is tried again.
+/// Delay before a report that could not be persisted is sent again.
 const RETRY: Duration = Duration::from_millis(500);
 
-/// A run that a new daemon has found alive.
+/// A run that was alive when the daemon started.
 pub struct Adopted {
-    /// The agent.
     pub agent: AgentName,
-    /// The run.
     pub run: RunId,
-    /// The link to its shim, where it can be spoken to.
+    /// The link to its shim; none where the shim could not be connected to.
     pub link: Option<Linked>,
 }
 
-/// The owner of one project's state.
+/// Owns the state of one project.
 pub struct Actor {
     pub(super) services: Arc<Services>,
     pub(super) project: Arc<Project>,
     pub(super) history: HistoryCell,
     pub(super) links: Arc<BTreeMap<AgentName, AgentLink>>,
     pub(super) tokens: BTreeMap<RunId, String>,
-    pub(super) mailbox: mpsc::Sender<Message>,
-    /// The step that is under way, and how to end it early.
+    pub(super) mailbox: mpsc::Sender<ActorMessage>,
+    /// The task of the current step.
     pub(super) step: Option<JoinHandle<()>>,
+    /// Cancels the current operation.
     pub(super) cancel: Cancel,
-    pub(super) work: Arc<tokio::sync::Mutex<PauseWork>>,
+    pub(super) work: SharedPauseWork,
     pub(super) label: Label,
-    /// What is left of removed checkpoints is being removed.
+    /// The task that removes the files of removed checkpoints.
     pub(super) discarding: Option<JoinHandle<()>>,
-    pub(super) waiters: BTreeMap<OperationId, Vec<Answer>>,
+    pub(super) waiters: BTreeMap<OperationId, Vec<ReplySender>>,
     /// How many reports in a row could not be persisted.
     pub(super) unwritten: u32,
     /// The agents whose start is being prepared.
     pub(super) preparing: BTreeSet<AgentName>,
-    /// The looks for what automatic checkpoints would save.
     pub(super) scans: AutomaticScans,
-    inbox: mpsc::Receiver<Message>,
+    inbox: mpsc::Receiver<ActorMessage>,
     published: watch::Sender<Arc<Project>>,
-    deferred: VecDeque<(Box<Begin>, Answer)>,
+    deferred: VecDeque<(Box<Begin>, ReplySender)>,
     leaving: Option<oneshot::Sender<()>>,
 }
 
-/// What carrying a command out takes besides the command.
+/// Writes, idempotency key and reply that belong to a command.
 #[derive(Default)]
 struct Extras {
     writes: Vec<Write>,
@@ -94,7 +93,7 @@ struct Extras {
 }
 
 impl Actor {
-    /// Makes the actor of a project and the handle to it; [`Actor::run`] brings it to life.
+    /// Creates the actor of a project and a handle to it. Messages are processed once [`Actor::run`] is polled.
     pub fn new(services: Arc<Services>, project: Project) -> (Self, ProjectHandle) {
         let (mailbox, inbox) = mpsc::channel(MAILBOX);
         let project = Arc::new(project);
@@ -115,7 +114,7 @@ impl Actor {
             mailbox,
             step: None,
             cancel: Cancel::default(),
-            work: Arc::default(),
+            work: SharedPauseWork::default(),
             label: Label::default(),
             discarding: None,
             waiters: BTreeMap::new(),
@@ -130,30 +129,30 @@ impl Actor {
         (actor, handle)
     }
 
-    /// Takes over runs that a new daemon has found alive.
+    /// Takes over runs that were alive when the daemon started.
     pub fn adopt(&mut self, runs: Vec<Adopted>) {
         for Adopted { agent, run, link } in runs {
             match link {
                 Some((link, events)) => self.watch(agent, run, Arc::new(link), events),
-                None => self.look_for_end(agent, run),
+                None => self.find_end(agent, run),
             }
         }
     }
 
-    /// Carries out what recovery decides, before any command is taken.
+    /// Carries out the command of the recovery before any other.
     ///
     /// # Errors
-    /// When it cannot be persisted now; it is tried again once the actor lives.
+    /// When it cannot be persisted now; the actor tries it again once it runs.
     pub async fn recover(&mut self, command: Command, tokens: Vec<NewToken>) -> Result<(), Failure> {
         self.keep_tokens(tokens.clone());
         let Err(failure) = self.carry(command.clone(), Extras::default()).await else { return Ok(()) };
-        let outcome = CommandReport { tokens, ..command.into() };
-        // The mailbox is empty: nobody has the handle yet.
-        drop(self.mailbox.try_send(Message::CommandReport(Box::new(outcome))));
+        let report = CommandReport { tokens, ..command.into() };
+        // The mailbox is empty, since the handle has not been given out yet.
+        drop(self.mailbox.try_send(ActorMessage::CommandReport(Box::new(report))));
         Err(failure)
     }
 
-    /// Returns what a step needs to know now.
+    /// Returns the context of a step that starts now.
     pub(super) fn step_context(&self) -> StepContext {
         StepContext {
             services: Arc::clone(&self.services),
@@ -164,7 +163,7 @@ impl Actor {
         }
     }
 
-    /// Returns how others reach this actor.
+    /// Returns a handle to this actor.
     pub(super) fn handle(&self) -> ProjectHandle {
         ProjectHandle {
             mailbox: self.mailbox.clone(),
@@ -174,7 +173,7 @@ impl Actor {
         }
     }
 
-    /// Watches the shim of a run.
+    /// Records the link to the shim of a run and forwards the shim's events to the mailbox.
     pub(super) fn watch(
         &mut self,
         agent: AgentName,
@@ -188,33 +187,33 @@ impl Actor {
         self.services.tracker.spawn(watcher.watch(link, events));
     }
 
-    /// Finds out when a run is ready, where it does not say so itself.
+    /// Waits beside the actor for the readiness condition of the agent's specification, where it has one.
     fn watch_readiness(&self, agent: &AgentName, run: &RunId) {
-        let asks = self.project.agents.get(agent).is_some_and(|found| {
-            let known = found.run().is_some_and(|run| run.ready_at.is_some());
-            !known && found.spec.supervision.ready.is_some()
+        let is_awaited = self.project.agents.get(agent).is_some_and(|agent| {
+            let is_ready = agent.run().is_some_and(|run| run.ready_at.is_some());
+            !is_ready && agent.spec.supervision.ready.is_some()
         });
-        if !asks {
+        if !is_awaited {
             return;
         }
-        let (site, state, mailbox) = (self.step_context(), self.published.subscribe(), self.mailbox.clone());
+        let (step, state, mailbox) = (self.step_context(), self.published.subscribe(), self.mailbox.clone());
         let (agent, run) = (agent.clone(), run.clone());
         self.services.tracker.spawn(async move {
-            if readiness::wait(&site, state, &agent, &run).await {
+            if readiness::wait(&step, state, &agent, &run).await {
                 let command = Command::Ready { agent, run: Some(run) };
-                drop(mailbox.send(Message::CommandReport(Box::new(command.into()))).await);
+                drop(mailbox.send(ActorMessage::CommandReport(Box::new(command.into()))).await);
             }
         });
     }
 
-    /// Finds out what has become of a run whose shim could not be connected to.
-    fn look_for_end(&self, agent: AgentName, run: RunId) {
+    /// Determines beside the actor whether a run whose shim could not be connected to has ended.
+    fn find_end(&self, agent: AgentName, run: RunId) {
         self.watch_readiness(&agent, &run);
         self.services.tracker.spawn(self.watcher(&agent, &run).find_end());
     }
 
-    fn watcher(&self, agent: &AgentName, run: &RunId) -> Watcher {
-        Watcher {
+    fn watcher(&self, agent: &AgentName, run: &RunId) -> RunWatcher {
+        RunWatcher {
             agent: agent.clone(),
             run: run.clone(),
             run_dir: self.services.project_dirs(&self.project.name).run(agent, run),
@@ -226,7 +225,7 @@ impl Actor {
         }
     }
 
-    /// Takes messages until the project is removed or the daemon ends.
+    /// Processes messages until the project is removed or the daemon shuts down.
     pub async fn run(mut self) {
         match self.project.state.status() {
             ProjectStatus::Stopped | ProjectStatus::Completed => {}
@@ -267,24 +266,23 @@ impl Actor {
                 break;
             }
         }
-        if let Some(left) = self.leaving.take() {
-            // The one who asked may have given up waiting.
-            if left.send(()).is_err() {
-                tracing::debug!("nobody waits for the end of an actor");
-            }
+        if let Some(done) = self.leaving.take()
+            && done.send(()).is_err()
+        {
+            tracing::debug!("the caller of the shutdown no longer waits for the actor");
         }
     }
 
-    async fn take(&mut self, message: Message) -> bool {
+    async fn take(&mut self, message: ActorMessage) -> bool {
         match message {
-            Message::Tell(tell, answer) => {
-                let done = self.carry_told(*tell).await;
-                let removed = matches!(&done, Ok(Carried { removed: true, .. }));
-                reply(answer, done.map(|carried| carried.reply.unwrap_or(Value::Null)));
+            ActorMessage::Tell(tell, answer) => {
+                let carried = self.carry_tell(*tell).await;
+                let removed = matches!(&carried, Ok(Carried { removed: true, .. }));
+                reply(answer, carried.map(|carried| carried.reply.unwrap_or(Value::Null)));
                 return !removed;
             }
-            Message::Begin(begin, answer) => self.begin(begin, answer).await,
-            Message::Await(operation, answer) => {
+            ActorMessage::Begin(begin, answer) => self.begin(begin, answer).await,
+            ActorMessage::Await(operation, answer) => {
                 if self.project.operation() == Some(&operation) {
                     self.waiters.entry(operation).or_default().push(answer);
                 } else {
@@ -293,52 +291,52 @@ impl Actor {
                     reply(answer, Err(refusal.into()));
                 }
             }
-            Message::Retain(retain, answer) => self.retain(*retain, answer).await,
-            Message::CommandReport(outcome) => self.outcome(*outcome).await,
-            Message::Started { agent, run, outcome } => {
+            ActorMessage::Retain(retain, answer) => self.retain(*retain, answer).await,
+            ActorMessage::CommandReport(report) => self.take_report(*report).await,
+            ActorMessage::Started { agent, run, outcome } => {
                 let outcome = match outcome {
                     Ok(started) => {
                         match started.link {
                             Some((link, events)) => self.watch(agent.clone(), run.clone(), Arc::new(link), events),
-                            None => self.look_for_end(agent.clone(), run.clone()),
+                            None => self.find_end(agent.clone(), run.clone()),
                         }
                         Ok(started.processes)
                     }
                     Err(reason) => Err(reason),
                 };
-                self.outcome(Command::Launched { agent, run, outcome }.into()).await;
+                self.take_report(Command::Launched { agent, run, outcome }.into()).await;
             }
-            Message::Linked { agent, run, link } => {
+            ActorMessage::Linked { agent, run, link } => {
                 let current = self.project.agents.get(&agent).and_then(|agent| agent.current_run_id());
                 if current == Some(&run) {
                     Arc::make_mut(&mut self.links).insert(agent.clone(), AgentLink { run: run.clone(), shim: link });
                     self.refreeze(agent, run).await;
                 }
             }
-            Message::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
-            Message::Scanned(found) => self.scanned(*found).await,
-            Message::Blocked(failure) => self.tell_waiters(&failure),
-            Message::Thawed { agent, run } => self.refreeze(agent, run).await,
-            Message::Shutdown(done) => self.leave(done).await,
+            ActorMessage::Prepared { agent, prepared } => self.prepared(agent, *prepared).await,
+            ActorMessage::Scanned(scan) => self.scanned(*scan).await,
+            ActorMessage::Blocked(failure) => self.answer_blocked_waiters(&failure),
+            ActorMessage::Thawed { agent, run } => self.refreeze(agent, run).await,
+            ActorMessage::Shutdown(done) => self.leave(done).await,
         }
         true
     }
 
-    /// Paused stays paused: what was committed as held is held, whatever has happened to its lease.
+    /// Freezes an agent of a paused project again after its lease has expired or its link was replaced.
     async fn refreeze(&mut self, agent: AgentName, run: RunId) {
-        let held = matches!(&*self.project.state, ProjectState::Paused(_))
+        let must_be_frozen = matches!(&*self.project.state, ProjectState::Paused(_))
             && self
                 .project
                 .agents
                 .get(&agent)
-                .is_some_and(|found| found.current_run_id() == Some(&run) && found.is_frozen());
-        if held {
+                .is_some_and(|agent| agent.current_run_id() == Some(&run) && agent.is_frozen());
+        if must_be_frozen {
             self.commit_freeze(vec![(agent, run)]).await;
         }
     }
 
-    /// Begins to end: a pause is undone, so that no agent stays frozen for a daemon that is gone;
-    /// other operations are short and come to their own end, or are rolled forward by the next daemon.
+    /// Begins the shutdown. A pause is undone, since its leases cannot be renewed without a daemon; other operations
+    /// are short and end by themselves, or are rolled forward by the next daemon.
     async fn leave(&mut self, done: oneshot::Sender<()>) {
         self.leaving = Some(done);
         self.scans.give_way();
@@ -347,16 +345,16 @@ impl Actor {
             _ => return,
         };
         if let Err(failure) = self.carry(Command::Cancel { operation }, Extras::default()).await {
-            tracing::error!(project = %self.project.name, %failure, "cancel a pause at the end");
+            tracing::error!(project = %self.project.name, %failure, "failed to cancel the pause at shutdown");
         }
     }
 
-    async fn begin(&mut self, begin: Box<Begin>, answer: Answer) {
+    async fn begin(&mut self, begin: Box<Begin>, answer: ReplySender) {
         if self.leaving.is_some() {
             let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
             return reply(answer, Err(refusal.into()));
         }
-        // A checkpoint takes a moment; whoever pauses meanwhile wants the pause, not an excuse.
+        // A checkpoint is short: an operation that is requested meanwhile is queued, not refused.
         if self.project.checkpointing.is_some() && self.deferred.len() < DEFERRED {
             self.deferred.push_back((begin, answer));
             return;
@@ -366,7 +364,7 @@ impl Actor {
         self.keep_tokens(tokens);
         let (cancel, old_label) = (Cancel::default(), std::mem::replace(&mut self.label, label));
         let old_cancel = std::mem::replace(&mut self.cancel, cancel);
-        // Registered first: a short operation may end while its effects are being started.
+        // Registered before `carry`: a short operation may end while its effects are being started.
         self.waiters.entry(operation.clone()).or_default().push(answer);
         let extras = Extras { keyed: keyed.map(|k| (k, Some(operation.clone()))), ..Extras::default() };
         if let Err(failure) = self.carry(command, extras).await {
@@ -377,29 +375,29 @@ impl Actor {
         }
     }
 
-    /// Says whether the actor is on its way to its end.
+    /// Returns whether the actor is shutting down.
     pub(super) fn leaving(&self) -> bool {
         self.leaving.is_some()
     }
 
-    /// Carries out a command that is done with one transaction.
-    pub(super) async fn carry_told(&mut self, tell: Tell) -> Result<Carried, Failure> {
+    /// Carries out a command that ends with its transaction.
+    pub(super) async fn carry_tell(&mut self, tell: Tell) -> Result<Carried, Failure> {
         let Tell { command, writes, tokens, keyed, view } = tell;
         self.keep_tokens(tokens);
         let extras = Extras { writes, keyed: keyed.map(|k| (k, None)), view: Some(view), reply: None };
         self.carry(command, extras).await
     }
 
-    /// Carries out a command that nobody waits for.
+    /// Carries out a command of the actor itself, which has no caller.
     pub(super) async fn carry_due(&mut self, command: Command) -> Result<(), Failure> {
         self.carry(command, Extras::default()).await.map(drop)
     }
 
-    /// Takes a report. A report is a fact: when it cannot be persisted it is tried again.
-    pub(super) async fn outcome(&mut self, outcome: CommandReport) {
-        let CommandReport { command, writes, reply, tokens } = outcome;
-        self.keep_tokens(tokens.clone());
-        let again = CommandReport { command: command.clone(), writes: writes.clone(), reply: reply.clone(), tokens };
+    /// Carries out a report. It states a fact and cannot be refused: a report that cannot be persisted is tried again.
+    pub(super) async fn take_report(&mut self, report: CommandReport) {
+        let again = report.clone();
+        let CommandReport { command, writes, reply, tokens } = report;
+        self.keep_tokens(tokens);
         let extras = Extras { writes, reply, ..Extras::default() };
         let Err(failure) = self.carry(command, extras).await else {
             self.unwritten = 0;
@@ -407,41 +405,22 @@ impl Actor {
         };
         self.note_blocked(&failure);
         tracing::error!(project = %self.project.name, %failure, "a report could not be persisted; trying again");
-        // The commit of a pause that cannot be written is a pause that failed. Its undo discards the
-        // checkpoint; the others' has no row either, and nobody else would.
-        let mut in_vain = None;
-        let again = match again.command {
-            Command::PauseStepped { operation, step, took_ms, outcome: Ok(_) } => {
-                let error = failure.into_error(Code::PauseFailed);
-                Command::PauseStepped { operation, step, took_ms, outcome: Err(error) }.into()
-            }
-            Command::Checkpointed { operation, outcome: Ok((made, _)), imported } => {
-                in_vain = Some(made.id);
-                let error = failure.into_error(Code::CheckpointFailed);
-                Command::Checkpointed { operation, outcome: Err(error), imported }.into()
-            }
-            Command::RestorePlanned { operation, outcome: Ok(made) } => {
-                in_vain = Some(made.id);
-                let error = failure.into_error(Code::RestoreFailed);
-                Command::RestorePlanned { operation, outcome: Err(error) }.into()
-            }
-            _ => again,
-        };
-        if let Command::PauseStepped { outcome: Err(_), .. } = &again.command {
-            // Whatever the disk says, the agents do not wait for it frozen.
+        let ReportRetry { report, orphan } = ReportRetry::of(again, failure);
+        if let Command::PauseStepped { outcome: Err(_), .. } = &report.command {
+            // The agents do not stay frozen until the database can be written to.
             self.thaw_at_once().await;
         }
-        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
+        let (step, mailbox) = (self.step_context(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
-            if let Some(number) = in_vain {
-                discard(&site, number, &mailbox).await;
+            if let Some(number) = orphan {
+                discard(&step, number, &mailbox).await;
             }
             tokio::time::sleep(RETRY).await;
-            drop(mailbox.send(Message::CommandReport(Box::new(again))).await);
+            drop(mailbox.send(ActorMessage::CommandReport(Box::new(report))).await);
         });
     }
 
-    /// Keeps the tokens of runs that may be launched next; those of runs that never came go.
+    /// Keeps the tokens of runs that may be launched next, and drops those of runs that were never started.
     fn keep_tokens(&mut self, tokens: Vec<NewToken>) {
         let project = Arc::clone(&self.project);
         let current = |run: &RunId| project.agents.values().any(|agent| agent.current_run_id() == Some(run));
@@ -449,88 +428,99 @@ impl Actor {
         self.tokens.extend(tokens.into_iter().map(|new| (new.run, new.token)));
     }
 
-    /// The one way: decide, persist, apply, tell, then start what follows.
+    /// Decides on a command, persists the events, applies and publishes them, starts the effects. No state is changed
+    /// in any other way.
     async fn carry(&mut self, command: Command, extras: Extras) -> Result<Carried, Failure> {
         let now = services::now();
-        let decision = decide(&self.project, command, now)?;
-        let Extras { writes, keyed, view, reply } = extras;
-        if decision.events.is_empty() {
-            // A report of something that is no longer so: its writes belong to nothing.
-            let reply = view.map(|view| view(&self.project, &Written::default()));
-            self.start_all(decision.effects).await;
+        let Decision { events, effects } = decide(&self.project, command, now)?;
+        if events.is_empty() {
+            // A report that no longer applies, for instance of an earlier run: its writes are dropped.
+            let reply = extras.view.map(|view| view(&self.project, &Written::default()));
+            self.start_all(effects).await;
             return Ok(Carried { reply, removed: false });
         }
-        let mut next = Project::clone(&self.project);
-        for event in &decision.events {
-            let before = next.state.status();
-            apply(&mut next, event, now);
-            let after = next.state.status();
-            if !transition::is_allowed(before, after) {
-                let refusal =
-                    Refusal::new(Code::InternalError, format!("{} would lead from {before} to {after}", event.kind()));
-                return Err(refusal.into());
-            }
-        }
-        let removed = decision.events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
-        let next = Arc::new(next);
-        instants::before(&decision.events)?;
-        let only_before = match decision.events.iter().any(|event| matches!(event, Event::ProjectPaused { .. })) {
-            true => self.work.lock().await.proven_until,
-            false => None,
-        };
-        let state_for_reply = Arc::clone(&next);
-        let commit = Commit {
-            project: next.name.clone(),
-            before: Some(Arc::clone(&self.project)),
-            after: (!removed).then(|| Arc::clone(&next)),
-            durability: durability(&decision.events),
-            events: decision.events.clone(),
-            writes,
-            keyed,
-            reply: view.map(|view| -> crate::store::commit::MakeReply {
-                Box::new(move |written| view(&state_for_reply, written))
-            }),
-            result: reply.clone(),
-            only_before,
-            now,
-        };
+        let next = Arc::new(self.applied(&events, now)?);
+        let removed = events.iter().any(|event| matches!(event, Event::ProjectRemoved {}));
+        let result = extras.reply.clone();
+        instants::before(&events)?;
+        let commit = self.commit_of(&events, &next, extras, now);
         let written = self.services.store.commit(commit).await.map_err(|error| match error {
             StoreError::TooLate => Refusal::new(
                 Code::PauseFailed,
-                "the lease of the freeze was over before the pause could be committed: the agents may have run"
-                    .to_owned(),
+                "the lease of the freeze expired before the pause was committed: the agents may have run".to_owned(),
             )
             .hint("try again")
             .into(),
             error => Failure::fault("save the change", &error),
         })?;
-        instants::after(&decision.events);
+        instants::after(&events);
         self.project = Arc::clone(&next);
         self.published.send_replace(next);
-        self.tell_plugins(&decision.events, now.0);
-        let conclusions = conclusions(&decision.events, reply.as_ref());
-        let decision_events = decision.events;
-        self.start_all(decision.effects).await;
+        self.notify_plugins(&events, now.0);
+        let conclusions = conclusions(&events, result.as_ref());
+        self.start_all(effects).await;
         self.answer_waiters(&conclusions);
         if !conclusions.is_empty() {
-            // Whoever waits does not wait for what follows.
+            // Lets the callers' replies be sent before the maintenance begins.
             tokio::task::yield_now().await;
         }
-        self.look_after_checkpoints(&decision_events);
-        self.tell_of_trouble(&decision_events);
+        self.maintain_checkpoints(&events);
+        self.answer_blocked_restores(&events);
         Ok(Carried { reply: written.reply, removed })
+    }
+
+    /// Returns the project after some events.
+    ///
+    /// # Errors
+    /// When an event would change the status in a way that the table of transitions does not have.
+    fn applied(&self, events: &[Event], now: UnixMillis) -> Result<Project, Failure> {
+        let mut next = Project::clone(&self.project);
+        for event in events {
+            let before = next.state.status();
+            apply(&mut next, event, now);
+            let after = next.state.status();
+            if !transition::is_allowed(before, after) {
+                let message = format!("{} would lead from {before} to {after}", event.kind());
+                return Err(Refusal::new(Code::InternalError, message).into());
+            }
+        }
+        Ok(next)
+    }
+
+    /// Returns the transaction of some events, which lead to the state `next`.
+    fn commit_of(&self, events: &[Event], next: &Arc<Project>, extras: Extras, now: UnixMillis) -> Commit {
+        let Extras { writes, keyed, view, reply } = extras;
+        let has = |wanted: fn(&Event) -> bool| events.iter().any(wanted);
+        let only_before = match has(|event| matches!(event, Event::ProjectPaused { .. })) {
+            true => self.work.lock().proven_until,
+            false => None,
+        };
+        let state_for_reply = Arc::clone(next);
+        Commit {
+            project: next.name.clone(),
+            before: Some(Arc::clone(&self.project)),
+            after: (!has(|event| matches!(event, Event::ProjectRemoved {}))).then(|| Arc::clone(next)),
+            durability: durability(events),
+            events: events.to_vec(),
+            writes,
+            keyed,
+            reply: view.map(|view| -> MakeReply { Box::new(move |written| view(&state_for_reply, written)) }),
+            result: reply,
+            only_before,
+            now,
+        }
     }
 
     async fn start_all(&mut self, effects: Vec<Effect>) {
         for effect in effects {
-            // Boxed, since an effect may report at once and so come back to `carry`.
+            // Boxed: an effect that reports at once calls `carry` again.
             Box::pin(self.start(effect)).await;
         }
     }
 
-    /// Takes what an effect reports while it is being started.
+    /// Carries out the report of an effect that ends while it is being started.
     pub(super) async fn report(&mut self, command: Command) {
-        Box::pin(self.outcome(command.into())).await;
+        Box::pin(self.take_report(command.into())).await;
     }
 
     fn answer_waiters(&mut self, conclusions: &[Conclusion]) {
@@ -544,7 +534,7 @@ impl Actor {
         }
     }
 
-    fn tell_plugins(&self, events: &[Event], at: i64) {
+    fn notify_plugins(&self, events: &[Event], at: i64) {
         for event in events {
             let mut value = json!(event);
             Secrets::default().redact_json(&mut value);
@@ -557,7 +547,7 @@ impl Actor {
     }
 }
 
-/// Sleeps until the alarm, for ever where there is none.
+/// Sleeps until the alarm, or for ever without one.
 async fn sleep_until(alarm: Option<tokio::time::Instant>) {
     match alarm {
         Some(at) => tokio::time::sleep_until(at).await,
@@ -565,14 +555,15 @@ async fn sleep_until(alarm: Option<tokio::time::Instant>) {
     }
 }
 
-/// What carrying a command out brought about.
+/// The result of a command that was carried out.
 pub(super) struct Carried {
     reply: Option<Value>,
+    /// Whether it removed the project.
     removed: bool,
 }
 
-/// What the loss of the last moments would cost: announcements of steps and progress are worth
-/// nothing after a power failure, everything else is.
+/// Returns how durable the events must be: announcements of steps and progress mean nothing after a power failure, all
+/// others must survive it.
 fn durability(events: &[Event]) -> Durability {
     let cheap = events.iter().all(|event| {
         matches!(

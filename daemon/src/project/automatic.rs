@@ -1,4 +1,4 @@
-//! Pauses that nobody asked for: begun like any other, with the cause that brought them about.
+//! Pauses that the daemon begins itself, with their cause.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,14 +14,14 @@ use super::ids::new_operation;
 use super::message::{Begin, Label, Tell};
 use crate::errors::Failure;
 
-/// How often a pause for a budget is tried while something is in its way, for instance an agent that
-/// is just being started. The next report of usage asks anew.
+/// How often a pause for a budget is tried while it is refused, for instance because an agent is being started. The
+/// next report of usage begins a new series.
 const TRIES: u32 = 8;
 
-/// The first wait between two tries; it doubles.
+/// The delay before the second try; it doubles with each.
 const FIRST_WAIT: Duration = Duration::from_millis(200);
 
-/// Pauses a project and waits until it is paused.
+/// Pauses a project; returns once it is paused.
 ///
 /// # Errors
 /// When the pause is refused or fails.
@@ -33,10 +33,11 @@ pub async fn pause(handle: &ProjectHandle, cause: PauseCause, reason: &str, mode
     handle.begin(Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed: None }).await
 }
 
-/// Waits until no operation moves the project; `false` when it, or the daemon, has come to its end.
+/// Waits until no operation changes the status of the project; `false` when the project was removed or the daemon shuts
+/// down.
 async fn at_rest(handle: &ProjectHandle) -> bool {
     let mut state = handle.watch();
-    let moving = |project: &Arc<Project>| match project.state.status() {
+    let is_changing = |project: &Arc<Project>| match project.state.status() {
         ProjectStatus::Pausing | ProjectStatus::Resuming | ProjectStatus::Restoring => true,
         ProjectStatus::Init
         | ProjectStatus::Planning
@@ -47,16 +48,16 @@ async fn at_rest(handle: &ProjectHandle) -> bool {
         | ProjectStatus::Failed => false,
     };
     tokio::select! {
-        rested = state.wait_for(|project| !moving(project)) => rested.is_ok(),
+        rested = state.wait_for(|project| !is_changing(project)) => rested.is_ok(),
         () = handle.services.stopping.cancelled() => false,
     }
 }
 
-/// Pauses an active project whose budget is reached; does nothing to any other.
+/// Pauses the project if it is active and its budget is reached.
 pub async fn pause_for_budget(handle: ProjectHandle) {
     let mut wait = FIRST_WAIT;
     for _ in 0..TRIES {
-        // A pause that is under way may be undone yet: after a crash it is.
+        // A pause that is under way may still be undone, as it is after a crash.
         if !at_rest(&handle).await {
             return;
         }
@@ -67,7 +68,9 @@ pub async fn pause_for_budget(handle: ProjectHandle) {
         }
         match pause(&handle, reached.cause, &reached.reason, PauseMode::Freeze).await {
             Ok(_) => return,
-            Err(failure) => tracing::warn!(project = %project.name, %failure, "not paused for its budget yet"),
+            Err(failure) => {
+                tracing::warn!(project = %project.name, %failure, "pausing for a budget failed; trying again")
+            }
         }
         tokio::select! {
             () = tokio::time::sleep(wait) => wait *= 2,
@@ -75,18 +78,18 @@ pub async fn pause_for_budget(handle: ProjectHandle) {
         }
     }
     if let Some(reached) = budget::reached(&handle.project()) {
-        let because = format!("the pause could not be made in {TRIES} tries; the log says why");
+        let because = format!("the pause failed {TRIES} times; the daemon's log has the reasons");
         withhold(&handle, reached.cause, &reached.reason, &because).await;
     }
 }
 
-/// Tells that a project was not paused although there was a cause.
+/// Records that a project was not paused although there was a cause.
 pub async fn withhold(handle: &ProjectHandle, cause: PauseCause, reason: &str, because: &str) {
     tracing::warn!(project = %handle.name(), cause = cause.as_str(), reason, because, "not paused automatically");
     let command = Command::Withhold { cause, reason: reason.to_owned(), because: because.to_owned() };
     let tell =
         Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed: None, view: Box::new(|_, _| Value::Null) };
     if let Err(failure) = handle.tell(tell).await {
-        tracing::error!(project = %handle.name(), %failure, "an event could not be written");
+        tracing::error!(project = %handle.name(), %failure, "failed to record that a pause was withheld");
     }
 }

@@ -1,4 +1,4 @@
-//! Which events end an operation, and what whoever waits for it is told.
+//! Which events end an operation, and with which result.
 
 use fermata_protocol::event::Event;
 use fermata_protocol::{ErrorObject, OperationId, Refusal};
@@ -6,24 +6,21 @@ use serde_json::{Value, json};
 
 use crate::errors::Failure;
 
-/// How an operation ended.
+/// The end of an operation.
 pub(super) struct Conclusion {
-    /// The operation.
     pub operation: OperationId,
-    /// Its result.
     pub result: Result<Value, ErrorObject>,
 }
 
 impl Conclusion {
-    /// Returns what a caller gets.
+    /// Returns the reply of the call that began the operation.
     pub fn answer(&self) -> Result<Value, Failure> {
         self.result.clone().map_err(|error| Refusal::from(error).into())
     }
 }
 
-/// Finds the conclusions among events.
-///
-/// `reply` is the step's own account of an operation that succeeded, where it has one.
+/// Returns the conclusions among events. `reply` is the result that the step itself has reported; without one the
+/// result is derived from the event.
 pub(super) fn conclusions(events: &[Event], reply: Option<&Value>) -> Vec<Conclusion> {
     events.iter().filter_map(|event| conclusion(event, reply)).collect()
 }

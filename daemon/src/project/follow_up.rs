@@ -1,5 +1,5 @@
-//! What follows by itself: after every change the actor decides what is due, and looks again when
-//! the next thing will be.
+//! Deadlines of a project: after every change the actor carries out what is due and sets its alarm to the next
+//! deadline.
 
 use std::time::Duration;
 
@@ -13,29 +13,29 @@ use tokio::time::Instant;
 
 use super::actor::Actor;
 use super::ids::{new_operation, new_run};
-use super::message::{CommandReport, Message, Prepared};
+use super::message::{ActorMessage, CommandReport, StartPreparation};
 use crate::errors::Failure;
 use crate::operations::run::session;
 use crate::operations::{Cancel, StepContext};
 use crate::services;
 
-/// How often things may fall due one after the other before others get their turn.
+/// How often in a row something new may fall due before the actor processes its mailbox again.
 const ROUNDS: u32 = 8;
 
-/// When to look again where something could not be decided.
+/// Delay after a due action that could not be persisted, or a start that could not be prepared.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The longest sleep: a wall clock that is set forward makes things due earlier than a sleep ends.
+/// The longest sleep: a deadline comes earlier when the wall clock is set forward.
 const LONGEST: Duration = Duration::from_secs(60);
 
 impl Actor {
-    /// Decides what is due; returns when to look again.
+    /// Carries out what is due; returns when the next deadline is.
     pub(super) async fn follow_up(&mut self) -> Option<Instant> {
         if self.leaving() {
             return None;
         }
         for _ in 0..ROUNDS {
-            // One look at the clock for both: what is not due now is what the alarm is set to.
+            // The clock is read once for both, so that each deadline is either due now or has the alarm set to it.
             let now = services::now();
             let mut decided = false;
             for action in deadlines::due_actions(&self.project, now) {
@@ -51,11 +51,11 @@ impl Actor {
                 };
                 decided = true;
                 if let DueAction::PlanEnds(_) = action {
-                    // It takes a checkpoint, which nobody has cancelled.
+                    // It makes a checkpoint, which must not see the cancellation of an earlier operation.
                     self.cancel = Cancel::default();
                 }
                 if let Err(failure) = self.carry_due(Command::Due { action, operation: new_operation() }).await {
-                    tracing::error!(project = %self.project.name, %failure, "what is due is tried again");
+                    tracing::error!(project = %self.project.name, %failure, "a due action failed; trying again");
                     return Some(Instant::now() + RETRY);
                 }
             }
@@ -68,44 +68,44 @@ impl Actor {
         Some(Instant::now())
     }
 
-    /// Finds out how an agent is started, beside the actor; it answers with [`Message::Prepared`].
+    /// Prepares the start of an agent beside the actor, which receives [`ActorMessage::Prepared`].
     fn prepare(&mut self, agent: AgentName) {
         if !self.preparing.insert(agent.clone()) {
             return;
         }
-        let (site, mailbox) = (self.step_context(), self.mailbox.clone());
+        let (step, mailbox) = (self.step_context(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
-            let prepared = match site.project.agents.get(&agent) {
-                Some(found) => start(&site, found, again(found)).await,
+            let prepared = match step.project.agents.get(&agent) {
+                Some(agent) => start(&step, agent, restart_kind(agent)).await,
                 None => Err(Failure::from(fermata_protocol::Refusal::new(
                     fermata_protocol::Code::AgentNotFound,
                     format!("agent '{agent}' was removed"),
                 ))),
             };
             if prepared.is_err() {
-                // It stays due, and is tried again.
+                // The start stays due, and is tried again.
                 tokio::time::sleep(RETRY).await;
             }
-            drop(mailbox.send(Message::Prepared { agent, prepared: Box::new(prepared) }).await);
+            drop(mailbox.send(ActorMessage::Prepared { agent, prepared: Box::new(prepared) }).await);
         });
     }
 
-    /// Takes a prepared start.
-    pub(super) async fn prepared(&mut self, agent: AgentName, prepared: Prepared) {
+    /// Carries out a prepared start.
+    pub(super) async fn prepared(&mut self, agent: AgentName, prepared: StartPreparation) {
         self.preparing.remove(&agent);
         match prepared {
             Ok((start, token)) => {
                 let command = Command::Start { agent, start, requested: false };
-                self.outcome(CommandReport { tokens: vec![token], ..command.into() }).await;
+                self.take_report(CommandReport { tokens: vec![token], ..command.into() }).await;
             }
             Err(failure) => {
-                tracing::error!(project = %self.project.name, %agent, %failure, "a start is tried again");
+                tracing::error!(project = %self.project.name, %agent, %failure, "preparing a start failed; trying again");
             }
         }
     }
 }
 
-fn again(agent: &Agent) -> RestartKind {
+fn restart_kind(agent: &Agent) -> RestartKind {
     match &agent.state {
         AgentState::Backoff { restart, .. } => *restart,
         AgentState::Waiting { .. }
@@ -125,14 +125,14 @@ fn again(agent: &Agent) -> RestartKind {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn start(site: &StepContext, agent: &Agent, again: RestartKind) -> Prepared {
+pub async fn start(step: &StepContext, agent: &Agent, kind: RestartKind) -> StartPreparation {
     let (new, token) = new_run();
-    let start = match again {
+    let start = match kind {
         RestartKind::Anew => PreparedStart { new, argv: agent.spec.argv.clone(), session: None, continuation: None },
         RestartKind::GoesOn => {
-            let chosen = session::restart_command(site, agent).await?;
+            let chosen = session::restart_command(step, agent).await?;
             let continuation =
-                Continuation { checkpoint: Some(site.project.counters.context).filter(|number| *number > 0) };
+                Continuation { checkpoint: Some(step.project.counters.context).filter(|number| *number > 0) };
             PreparedStart { new, argv: chosen.argv, session: chosen.session, continuation: Some(continuation) }
         }
     };

@@ -1,4 +1,4 @@
-//! How others reach a project: its mailbox, and its state to look at.
+//! The handle to a project: its mailbox and its published state.
 
 use std::sync::Arc;
 
@@ -7,37 +7,36 @@ use fermata_protocol::{Code, OperationId, ProjectName, Refusal};
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::message::{Answer, Begin, Message, Tell};
+use super::message::{ActorMessage, Begin, ReplySender, Tell};
 use crate::errors::Failure;
 use crate::operations::{Cancel, HistoryCell, StepContext};
 use crate::services::Services;
 
-/// How others reach a project.
+/// Sends messages to the actor of a project and reads its published state.
 #[derive(Clone)]
 pub struct ProjectHandle {
-    pub(super) mailbox: mpsc::Sender<Message>,
+    pub(super) mailbox: mpsc::Sender<ActorMessage>,
     pub(super) state: watch::Receiver<Arc<Project>>,
     pub(super) history: HistoryCell,
     pub(super) services: Arc<Services>,
 }
 
 impl ProjectHandle {
-    /// Returns the state as it is now.
+    /// Returns the current state.
     pub fn project(&self) -> Arc<Project> {
         Arc::clone(&self.state.borrow())
     }
 
-    /// Returns what changes whenever the state does.
+    /// Returns a receiver of the state after every change.
     pub fn watch(&self) -> watch::Receiver<Arc<Project>> {
         self.state.clone()
     }
 
-    /// Returns the project's name.
     pub fn name(&self) -> ProjectName {
         self.state.borrow().name.clone()
     }
 
-    /// Returns what a read-only step needs; it has no links to agents.
+    /// Returns the context of a read-only step, which has no links to agents.
     pub fn step_context(&self) -> StepContext {
         StepContext {
             services: Arc::clone(&self.services),
@@ -51,37 +50,37 @@ impl ProjectHandle {
     /// Sends a command and waits for its reply.
     ///
     /// # Errors
-    /// A refusal or a fault.
+    /// The command is refused, or cannot be persisted.
     pub async fn tell(&self, tell: Tell) -> Result<Value, Failure> {
-        self.ask(|answer| Message::Tell(Box::new(tell), answer)).await
+        self.ask(|answer| ActorMessage::Tell(Box::new(tell), answer)).await
     }
 
     /// Begins an operation and waits for its end.
     ///
     /// # Errors
-    /// A refusal or a fault, of the beginning or of the operation.
+    /// The operation is refused, or fails.
     pub async fn begin(&self, begin: Begin) -> Result<Value, Failure> {
-        self.ask(|answer| Message::Begin(Box::new(begin), answer)).await
+        self.ask(|answer| ActorMessage::Begin(Box::new(begin), answer)).await
     }
 
-    /// Waits for the end of an operation that is under way.
+    /// Waits for the end of the current operation.
     ///
     /// # Errors
-    /// The operation's failure, or `operation_not_found` when it is not under way.
+    /// The operation's failure, or `operation_not_found` when it is not the current one.
     pub async fn end_of(&self, operation: OperationId) -> Result<Value, Failure> {
-        self.ask(|answer| Message::Await(operation, answer)).await
+        self.ask(|answer| ActorMessage::Await(operation, answer)).await
     }
 
-    /// Ends the actor in order.
+    /// Shuts the actor down, and waits until it has ended.
     pub async fn shut_down(&self) {
         let (done, ended) = oneshot::channel();
-        if self.mailbox.send(Message::Shutdown(done)).await.is_ok() {
-            // An actor that ended without an answer has ended too.
+        if self.mailbox.send(ActorMessage::Shutdown(done)).await.is_ok() {
+            // An error means that the actor has ended without confirming.
             drop(ended.await);
         }
     }
 
-    pub(super) async fn ask(&self, message: impl FnOnce(Answer) -> Message) -> Result<Value, Failure> {
+    pub(super) async fn ask(&self, message: impl FnOnce(ReplySender) -> ActorMessage) -> Result<Value, Failure> {
         let gone = || {
             Failure::from(Refusal::new(
                 Code::ShuttingDown,

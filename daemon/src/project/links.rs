@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::ids::new_run;
-use super::message::{CommandReport, Message};
+use super::message::{ActorMessage, CommandReport};
 use crate::operations::StepContext;
 use crate::operations::run::launch::processes_of;
 use crate::services::Services;
@@ -31,93 +31,95 @@ use fermata_protocol::error_chain;
 use fermata_shim::record::{ExitRecord, abandon};
 use fermata_shim::wire::{FreezeBroken, ShimEvent};
 
-/// How often to look, at most, whether somebody has stopped a shim. One small file is read, which with
-/// a thousand agents adds up: the pace is the patience with a shim that does not answer.
-const LOOK: Duration = Duration::from_secs(1);
+/// The shortest time between two checks whether a shim is stopped. Each check reads one small file in `/proc`, which
+/// adds up with a thousand agents: the checks are as far apart as a shim may go without an answer, if that is longer.
+const MIN_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// How long a shim that was given up on its old link may take to answer at a new one.
+/// How long a shim that did not answer on its old link may take to answer on a new one.
 const LAST_CHANCE: Duration = Duration::from_secs(1);
 
-/// How long to wait before what could not be seen is looked at again.
-const AGAIN: Duration = Duration::from_secs(5);
+/// Delay before the state of a run that could not be determined is examined again.
+const RETRY: Duration = Duration::from_secs(5);
 
-/// How long the processes of a launch that nobody has recorded may take to go.
+/// How long the processes of a launch without a record may take to end.
 const ENDING: Duration = Duration::from_secs(10);
 
-/// What a watcher of one run needs.
-pub(super) struct Watcher {
+/// Forwards the events of one run's shim to the actor.
+pub(super) struct RunWatcher {
     pub agent: AgentName,
     pub run: RunId,
     pub run_dir: PathBuf,
     pub boot_id: String,
-    /// How long a shim that lives may go without an answer.
+    /// How long a live shim may go without an answer.
     pub patience: Duration,
-    pub mailbox: mpsc::Sender<Message>,
+    pub mailbox: mpsc::Sender<ActorMessage>,
     pub stopping: CancellationToken,
     /// For the tasks of new links.
     pub tasks: TaskTracker,
 }
 
-/// What made a watcher wake up.
-enum Wake {
+enum WatcherWake {
+    /// An event of the shim; none when the link has broken.
     Event(Option<ShimEvent>),
+    /// A request on the link was not answered in time.
     Doubt,
-    Look,
+    /// It is time to check whether the shim is stopped.
+    Check,
 }
 
-impl Watcher {
-    /// Passes on what the shim tells, until the run has ended or the daemon ends.
+impl RunWatcher {
+    /// Forwards events until the run ends or the daemon shuts down.
     pub async fn watch(self, mut link: Arc<ShimLink>, mut events: mpsc::Receiver<ShimEvent>) {
-        let pace = self.patience.max(LOOK);
-        let mut look = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
-        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        self.ask_suspended(&link).await;
+        let pace = self.patience.max(MIN_CHECK_INTERVAL);
+        let mut checks = tokio::time::interval_at(tokio::time::Instant::now() + pace, pace);
+        checks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.report_current_suspension(&link).await;
         loop {
             let wake = tokio::select! {
-                event = events.recv() => Wake::Event(event),
-                () = link.doubted() => Wake::Doubt,
-                _ = look.tick() => Wake::Look,
+                event = events.recv() => WatcherWake::Event(event),
+                () = link.doubted() => WatcherWake::Doubt,
+                _ = checks.tick() => WatcherWake::Check,
                 () = self.stopping.cancelled() => return,
             };
-            let patience = if matches!(wake, Wake::Event(_)) { self.patience } else { LAST_CHANCE };
-            let goes_on = match wake {
-                Wake::Event(Some(ShimEvent::Exited(record))) => return self.tell_end(&record).await,
-                // The pause that holds the lease finds out when it renews; recovery from a pause
-                // that lost its daemon needs no more than this.
-                Wake::Event(Some(ShimEvent::LeaseExpired {})) => {
-                    tracing::warn!(agent = %self.agent, "a freeze ended by itself: nobody renewed it");
-                    let message = Message::Thawed { agent: self.agent.clone(), run: self.run.clone() };
+            let patience = if matches!(wake, WatcherWake::Event(_)) { self.patience } else { LAST_CHANCE };
+            let is_usable = match wake {
+                WatcherWake::Event(Some(ShimEvent::Exited(record))) => return self.report_end(&record).await,
+                // A pause that is under way notices the loss when it renews the lease. The message is for a project
+                // that is paused: its agent is frozen again.
+                WatcherWake::Event(Some(ShimEvent::LeaseExpired {})) => {
+                    tracing::warn!(agent = %self.agent, "the lease of a freeze expired, and the agent was thawed");
+                    let message = ActorMessage::Thawed { agent: self.agent.clone(), run: self.run.clone() };
                     if self.mailbox.send(message).await.is_err() {
                         return;
                     }
                     true
                 }
-                Wake::Event(Some(ShimEvent::FreezeBroken(broken))) => {
-                    self.tell_broken(&broken).await;
+                WatcherWake::Event(Some(ShimEvent::FreezeBroken(broken))) => {
+                    self.report_broken_freeze(&broken).await;
                     true
                 }
-                Wake::Event(Some(ShimEvent::Stopped { .. })) => {
-                    self.tell_suspended(true).await;
+                WatcherWake::Event(Some(ShimEvent::Stopped { .. })) => {
+                    self.report_suspended(true).await;
                     true
                 }
-                Wake::Event(Some(ShimEvent::Continued {})) => {
-                    self.tell_suspended(false).await;
+                WatcherWake::Event(Some(ShimEvent::Continued {})) => {
+                    self.report_suspended(false).await;
                     true
                 }
                 // For viewers, which have connections of their own.
-                Wake::Event(Some(ShimEvent::Screen(_) | ShimEvent::Output { .. })) => true,
-                Wake::Event(None) => false,
-                Wake::Doubt => self.is_well(&link).await,
-                Wake::Look if is_stopped(&link) => self.is_well(&link).await,
-                Wake::Look => true,
+                WatcherWake::Event(Some(ShimEvent::Screen(_) | ShimEvent::Output { .. })) => true,
+                WatcherWake::Event(None) => false,
+                WatcherWake::Doubt => self.answers(&link).await,
+                WatcherWake::Check if is_stopped(&link) => self.answers(&link).await,
+                WatcherWake::Check => true,
             };
-            if !goes_on {
-                // Whatever else uses the old link must not wait for it.
+            if !is_usable {
+                // Fails the requests of other users of the old link at once.
                 link.close();
-                match self.link_again(patience).await {
-                    Some((again, more)) => {
-                        (link, events) = (again, more);
-                        self.ask_suspended(&link).await;
+                match self.connect_again(patience).await {
+                    Some((new_link, new_events)) => {
+                        (link, events) = (new_link, new_events);
+                        self.report_current_suspension(&link).await;
                     }
                     None => return,
                 }
@@ -125,50 +127,50 @@ impl Watcher {
         }
     }
 
-    /// Watches a run that there is no link to yet.
+    /// Watches a run that has no link yet.
     pub async fn find_end(self) {
-        if let Some((link, events)) = self.link_again(self.patience).await {
+        if let Some((link, events)) = self.connect_again(self.patience).await {
             self.watch(link, events).await;
         }
     }
 
-    async fn link_again(&self, patience: Duration) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
+    async fn connect_again(&self, patience: Duration) -> Option<(Arc<ShimLink>, mpsc::Receiver<ShimEvent>)> {
         let (link, events) = self.after_break(patience).await?;
         let link = Arc::new(link);
-        let message = Message::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
+        let message =
+            ActorMessage::Linked { agent: self.agent.clone(), run: self.run.clone(), link: Arc::clone(&link) };
         self.mailbox.send(message).await.ok()?;
         Some((link, events))
     }
 
-    /// Asks a shim that may hang until it answers or the patience is over; one that somebody has
-    /// stopped is continued first.
-    async fn is_well(&self, link: &ShimLink) -> bool {
+    /// Returns whether a shim answers within the patience. A stopped shim is continued first.
+    async fn answers(&self, link: &ShimLink) -> bool {
         let started = Instant::now();
         reconnect::wake(link.shim());
         while started.elapsed() < self.patience {
             let left = self.patience.saturating_sub(started.elapsed());
             match tokio::time::timeout(left, link.status()).await {
                 Ok(Err(LinkError::Timeout { .. })) | Err(_) => {}
-                // A refusal is an answer, and a link that has ended tells so by itself.
+                // A refusal is an answer too; a broken link ends its stream of events.
                 Ok(_) => return true,
             }
         }
         false
     }
 
-    /// What happened while there was no link was told to nobody.
-    async fn ask_suspended(&self, link: &ShimLink) {
-        if let Some(held) = link.suspended() {
-            self.tell_suspended(held).await;
+    /// Reports whether the agent is suspended, since events are lost while there is no link.
+    async fn report_current_suspension(&self, link: &ShimLink) {
+        if let Some(suspended) = link.suspended() {
+            self.report_suspended(suspended).await;
         }
     }
 
-    async fn tell_suspended(&self, held: bool) {
-        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), suspended: held };
+    async fn report_suspended(&self, suspended: bool) {
+        let command = Command::Suspended { agent: self.agent.clone(), run: self.run.clone(), suspended };
         self.send(command.into()).await;
     }
 
-    async fn tell_end(&self, record: &ExitRecord) {
+    async fn report_end(&self, record: &ExitRecord) {
         if let Some(failure) = &record.post_stop_failure {
             tracing::warn!(agent = %self.agent, run = %self.run, "{failure}");
         }
@@ -176,7 +178,7 @@ impl Watcher {
             let (agent, run) = (self.agent.clone(), self.run.clone());
             return self.send(Command::Launched { agent, run, outcome: Err(reason.clone()) }.into()).await;
         }
-        // Used when the agent is being restarted.
+        // The identity of the next run, if the agent is being restarted.
         let (new, token) = new_run();
         let command = Command::RunEnded {
             agent: self.agent.clone(),
@@ -190,31 +192,31 @@ impl Watcher {
         self.send(CommandReport { tokens: vec![token], ..command.into() }).await;
     }
 
-    async fn send(&self, outcome: CommandReport) {
-        // The mailbox is gone only when the daemon ends; the next one reads the same records.
-        drop(self.mailbox.send(Message::CommandReport(Box::new(outcome))).await);
+    async fn send(&self, report: CommandReport) {
+        // The mailbox is closed only at shutdown. The next daemon reads the same records.
+        drop(self.mailbox.send(ActorMessage::CommandReport(Box::new(report))).await);
     }
 
-    async fn tell_broken(&self, broken: &FreezeBroken) {
+    async fn report_broken_freeze(&self, broken: &FreezeBroken) {
         let (agent, run) = (self.agent.clone(), self.run.clone());
         let detail = describe(broken);
         tracing::warn!(%agent, detail, "a frozen agent ran");
         self.send(Command::FreezeBroken { agent, run, times: broken.times, detail }.into()).await;
     }
 
-    /// Finds out why the link broke; returns a new one while the shim lives.
+    /// Reconnects to the shim if it is alive; otherwise reports the end of the run and returns none.
     async fn after_break(&self, patience: Duration) -> Option<Linked> {
-        let mut troubled = false;
+        let mut is_logged = false;
         loop {
-            let reached = tokio::select! {
-                reached = reconnect::reconnect(&self.run_dir, &self.boot_id, patience, &self.tasks) => reached,
+            let outcome = tokio::select! {
+                outcome = reconnect::reconnect(&self.run_dir, &self.boot_id, patience, &self.tasks) => outcome,
                 () = self.stopping.cancelled() => return None,
             };
             let (agent, run) = (self.agent.clone(), self.run.clone());
-            match reached {
+            match outcome {
                 ReconnectOutcome::Linked(linked) => return Some(*linked),
                 ReconnectOutcome::Ended(record) => {
-                    self.tell_end(&record).await;
+                    self.report_end(&record).await;
                     return None;
                 }
                 ReconnectOutcome::Lost { detail, .. } => {
@@ -222,45 +224,45 @@ impl Watcher {
                     return None;
                 }
                 ReconnectOutcome::Foreign(detail) => {
-                    tracing::warn!(%agent, detail, "an agent runs on under a shim that cannot be spoken to");
+                    tracing::warn!(%agent, detail, "an agent runs under a shim that this daemon cannot connect to");
                     self.send(Command::Unreachable { agent, run, detail }.into()).await;
                     self.wait_for_death().await?;
                 }
                 ReconnectOutcome::Unknown(detail) => {
-                    // Told once: it is tried again until it is known.
-                    if !std::mem::replace(&mut troubled, true) {
-                        tracing::error!(%agent, detail, "what became of an agent cannot be seen now; it is tried again");
+                    // Logged once, tried until it succeeds.
+                    if !std::mem::replace(&mut is_logged, true) {
+                        tracing::error!(%agent, detail, "failed to determine the state of an agent; trying again");
                     }
-                    self.pause().await?;
+                    self.sleep().await?;
                 }
             }
         }
     }
 
-    /// Waits for the end of a shim that is of another version; `None` when the daemon ends first.
+    /// Waits for the end of a shim of another version; `None` when the daemon shuts down first.
     async fn wait_for_death(&self) -> Option<()> {
         let shim = read_run(&self.run_dir).ok().flatten().map(|run| run.shim);
-        // Without a descriptor it is looked at again, in good time.
-        let Some(Ok(death)) = shim.map(Death::of) else { return self.pause().await };
+        // Without a pidfd the caller examines the shim again after a delay.
+        let Some(Ok(death)) = shim.map(Death::of) else { return self.sleep().await };
         tokio::select! {
             () = death.wait() => Some(()),
             () = self.stopping.cancelled() => None,
         }
     }
 
-    /// Lets some time go by; `None` when the daemon ends meanwhile.
-    async fn pause(&self) -> Option<()> {
+    /// Sleeps for [`RETRY`]; `None` when the daemon shuts down meanwhile.
+    async fn sleep(&self) -> Option<()> {
         tokio::select! {
-            () = tokio::time::sleep(AGAIN) => Some(()),
+            () = tokio::time::sleep(RETRY) => Some(()),
             () = self.stopping.cancelled() => None,
         }
     }
 }
 
-/// Says how a run ended that could not be brought back: as its shim has recorded, or without.
-pub(super) fn end_of(site: &StepContext, agent: &AgentName, run: &RunId, detail: String) -> CommandReport {
+/// Returns the report of the end of a run that could not be thawed, from its exit record where there is one.
+pub(super) fn end_of(step: &StepContext, agent: &AgentName, run: &RunId, detail: String) -> CommandReport {
     let (agent, run) = (agent.clone(), run.clone());
-    match read_exit(&site.dirs().run(&agent, &run)) {
+    match read_exit(&step.dirs().run(&agent, &run)) {
         Ok(Some(record)) => {
             let (new, token) = new_run();
             let ended_at = UnixMillis(record.ended_at_ms);
@@ -276,27 +278,27 @@ fn is_stopped(link: &ShimLink) -> bool {
     process::stat_of(link.shim()).ok().flatten().is_some_and(|stat| stat.state() == RunState::Stopped)
 }
 
-/// Says in a sentence how a frozen tree came to run.
+/// Describes how a frozen tree was made to run.
 fn describe(broken: &FreezeBroken) -> String {
-    let who = match broken.processes {
-        0 => "its control group was thawed by somebody else".to_owned(),
-        1 => "somebody else continued one of its processes".to_owned(),
-        count => format!("somebody else continued {count} of its processes"),
+    let cause = match broken.processes {
+        0 => "another program thawed its control group".to_owned(),
+        1 => "another program continued one of its processes".to_owned(),
+        count => format!("another program continued {count} of its processes"),
     };
-    if broken.frozen_again { format!("{who}; all stand still again") } else { format!("{who}, and it still runs") }
+    if broken.frozen_again { format!("{cause}; all are frozen again") } else { format!("{cause}, and it still runs") }
 }
 
-/// Translates a recorded exit.
+/// Returns the exit status of an exit record.
 pub fn exit_status(record: &ExitRecord) -> ExitStatus {
     match (record.code, record.signal) {
         (_, Some(signal)) => ExitStatus::Signal(signal),
         (Some(code), None) => ExitStatus::Code(code),
-        // A shim records one of them; a record without either is of a run nobody saw ending.
+        // A shim that saw the end records one of them.
         (None, None) => ExitStatus::Signal(0),
     }
 }
 
-/// What a recorded exit says beyond the exit status.
+/// Returns what an exit record says beyond the exit status.
 fn exit_detail(record: &ExitRecord) -> Option<String> {
     if let Some(reason) = &record.start_failure {
         return Some(reason.clone());
@@ -314,51 +316,55 @@ fn ended(record: &ExitRecord) -> RecoveredRun {
     RecoveredRun::Ended { exit: exit_status(record), detail: exit_detail(record), at }
 }
 
-/// What a new daemon found of a run.
+/// The state of a run at the start of the daemon.
 pub struct RunInspection {
-    /// What recovery is told.
-    pub observed: RecoveredRun,
-    /// The link and its events, when it is alive and can be spoken to.
+    pub state: RecoveredRun,
+    /// The link to the shim and its events; none unless the shim is alive and answers.
     pub link: Option<Linked>,
-    /// Why it cannot be spoken to although it is alive.
+    /// Why a live shim could not be connected to.
     pub unreachable: Option<String>,
 }
 
-/// Finds out what has become of a run while no daemon looked. `known` are its processes as they were
-/// told last: what cannot be seen now is taken to be as it was.
-pub async fn inspect_run(run_dir: PathBuf, known: Option<RunProcesses>, services: &Services) -> RunInspection {
-    let found = |observed| RunInspection { observed, link: None, unreachable: None };
+/// Determines the state of a run at the start of the daemon. `recorded` are its processes as the database has them;
+/// a run whose record cannot be read is taken to be alive with these.
+pub async fn inspect_run(run_dir: PathBuf, recorded: Option<RunProcesses>, services: &Services) -> RunInspection {
+    let without_link = |state| RunInspection { state, link: None, unreachable: None };
     if matches!((read_exit(&run_dir), read_run(&run_dir)), (Ok(None), Ok(None))) {
         if let Err(error) = abandon(&run_dir) {
-            tracing::warn!(run_dir = %run_dir.display(), %error, "a launch may still be under way");
+            tracing::warn!(run_dir = %run_dir.display(), %error, "failed to cancel a launch; it may still be under way");
         }
         if matches!(read_run(&run_dir), Ok(None)) {
             let dir = run_dir.clone();
             match tokio::task::spawn_blocking(move || end_unrecorded_run(&dir, ENDING)).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {
-                    tracing::error!(run_dir = %run_dir.display(), error = error_chain(&error), "end a launch without a record");
+                    tracing::error!(
+                        run_dir = %run_dir.display(),
+                        error = error_chain(&error),
+                        "failed to end the processes of a launch without a record"
+                    );
                 }
-                // The runtime ends, or it has panicked, which was told.
+                // The runtime shuts down, or the task has panicked, which the panic hook has logged.
                 Err(_) => {}
             }
-            return found(RecoveredRun::Lost { detail: "the daemon ended while it was being started".to_owned() });
+            let detail = "the daemon ended while it was being started".to_owned();
+            return without_link(RecoveredRun::Lost { detail });
         }
     }
-    let alive = |run_dir| match (read_run(run_dir), known) {
+    let alive = |run_dir| match (read_run(run_dir), recorded) {
         (Ok(Some(run)), _) => RecoveredRun::Alive(processes_of(&run)),
-        (Err(_), Some(known)) => RecoveredRun::Alive(known),
+        (Err(_), Some(recorded)) => RecoveredRun::Alive(recorded),
         (Ok(None), _) => RecoveredRun::Lost { detail: "its record is gone".to_owned() },
         (Err(error), None) => {
             RecoveredRun::Lost { detail: format!("its record cannot be read: {}", error_chain(&error)) }
         }
     };
     match reconnect::reconnect(&run_dir, &services.boot_id, services.shim_patience(), &services.tracker).await {
-        ReconnectOutcome::Ended(record) => found(ended(&record)),
-        ReconnectOutcome::Lost { detail, .. } => found(RecoveredRun::Lost { detail }),
-        ReconnectOutcome::Linked(linked) => RunInspection { link: Some(*linked), ..found(alive(&run_dir)) },
+        ReconnectOutcome::Ended(record) => without_link(ended(&record)),
+        ReconnectOutcome::Lost { detail, .. } => without_link(RecoveredRun::Lost { detail }),
+        ReconnectOutcome::Linked(linked) => RunInspection { link: Some(*linked), ..without_link(alive(&run_dir)) },
         ReconnectOutcome::Foreign(why) | ReconnectOutcome::Unknown(why) => {
-            RunInspection { unreachable: Some(why), ..found(alive(&run_dir)) }
+            RunInspection { unreachable: Some(why), ..without_link(alive(&run_dir)) }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What is sent to the actor of a project.
+//! The messages to the actor of a project.
 
 use std::sync::Arc;
 
@@ -18,81 +18,73 @@ use crate::shims::link::ShimLink;
 use crate::store::commit::{Write, Written};
 use crate::store::idempotency::Keyed;
 
-/// A start whose run and command are known, or why they are not.
-pub type Prepared = Result<(PreparedStart, NewToken), Failure>;
+/// A start with its run and command, or why it could not be prepared.
+pub type StartPreparation = Result<(PreparedStart, NewToken), Failure>;
 
-/// What a look found.
+/// The result of a scan that precedes an automatic checkpoint.
 pub struct AutomaticScan {
-    /// Whether anything has changed; none when the look was cut short, or is no longer due.
+    /// Whether anything has changed; none when the scan was cancelled, or the checkpoint is no longer due.
     pub(super) changed: Option<bool>,
-    /// What it has seen.
+    /// The state that was scanned, to be kept where nothing has changed.
     pub(super) unchanged: UnchangedScan,
-    /// The turn in which a checkpoint may be made.
+    /// The permit under which a checkpoint may follow.
     pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
-/// A wish to remove checkpoints.
+/// A request to remove checkpoints.
 pub struct Retain {
-    /// Which.
     pub ask: RemovalRequest,
-    /// The caller's idempotency key.
     pub keyed: Option<Keyed>,
 }
 
-/// Makes the reply of a call from the state that it led to.
+/// Makes the reply of a call from the state after its transaction.
 pub type View = Box<dyn FnOnce(&Project, &Written) -> Value + Send>;
 
-/// The answer to a call.
-pub type Answer = oneshot::Sender<Result<Value, Failure>>;
+/// Sends the reply of a call.
+pub type ReplySender = oneshot::Sender<Result<Value, Failure>>;
 
-/// A command that is done with one transaction.
+/// A command that ends with one transaction.
 pub struct Tell {
-    /// What.
     pub command: Command,
-    /// What goes with it.
+    /// Further writes of the same transaction.
     pub writes: Vec<Write>,
-    /// Tokens of the runs that it may begin.
+    /// Tokens of the runs that the command may begin.
     pub tokens: Vec<NewToken>,
-    /// The caller's idempotency key.
     pub keyed: Option<Keyed>,
-    /// Makes the reply.
     pub view: View,
 }
 
-/// A command that begins an operation; the answer comes when the operation has ended.
+/// A command that begins an operation. It is replied to when the operation ends.
 pub struct Begin {
-    /// What.
     pub command: Command,
-    /// The new operation.
+    /// The id of the new operation.
     pub operation: OperationId,
-    /// What a checkpoint is called, where one is made.
+    /// Name and description of the checkpoint, where the operation makes one.
     pub label: Label,
-    /// Tokens of the runs that it may begin.
+    /// Tokens of the runs that the command may begin.
     pub tokens: Vec<NewToken>,
-    /// The caller's idempotency key.
     pub keyed: Option<Keyed>,
 }
 
-/// What a checkpoint is called.
+/// Name and description of a checkpoint that is to be made.
 #[derive(Debug, Clone, Default)]
 pub struct Label {
-    /// Its name; one is made up when none is given.
+    /// Derived from trigger and number when none.
     pub name: Option<String>,
-    /// Its description.
     pub description: String,
-    /// The file that it is made of, where it is imported instead of made.
+    /// The file to import the checkpoint from; none where it is made of the project.
     pub import: Option<BundleFile>,
 }
 
-/// What a step, a shim or recovery reports.
+/// A report of a step, a shim or the recovery.
+#[derive(Clone)]
 pub struct CommandReport {
-    /// What.
     pub command: Command,
-    /// What goes with it, if it leads to anything.
+    /// Further writes of the same transaction; dropped where the command leads to no event.
     pub writes: Vec<Write>,
-    /// The reply of the operation that it ends, where there is more to say than its event does.
+    /// The reply of the operation that the report ends; derived from its event when none.
     pub reply: Option<Value>,
-    /// Tokens of the runs that it may begin.
+    /// Tokens of the runs that the command may begin.
     pub tokens: Vec<NewToken>,
 }
 
@@ -102,59 +94,45 @@ impl From<Command> for CommandReport {
     }
 }
 
-/// What can be in a mailbox.
-pub enum Message {
-    /// A command of a caller.
-    Tell(Box<Tell>, Answer),
-    /// A command of a caller that begins an operation.
-    Begin(Box<Begin>, Answer),
-    /// Waits for the end of an operation that is under way.
-    Await(OperationId, Answer),
-    /// A wish to remove checkpoints.
-    Retain(Box<Retain>, Answer),
-    /// A report.
+/// A message to the actor.
+pub enum ActorMessage {
+    Tell(Box<Tell>, ReplySender),
+    Begin(Box<Begin>, ReplySender),
+    /// Replied to when the current operation, which must have this id, ends.
+    Await(OperationId, ReplySender),
+    Retain(Box<Retain>, ReplySender),
     CommandReport(Box<CommandReport>),
-    /// A launch was carried out.
+    /// A launch has succeeded, or failed for the reason given.
     Started {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// What runs now, or why nothing does.
         outcome: Result<Box<StartedRun>, String>,
     },
-    /// A start that is due was prepared.
+    /// The preparation of a due start has ended.
     Prepared {
-        /// The agent.
         agent: AgentName,
-        /// How it is started.
-        prepared: Box<Prepared>,
+        prepared: Box<StartPreparation>,
     },
-    /// The link to a shim was made anew.
+    /// A new link replaces a broken one.
     Linked {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
-        /// The link.
         link: Arc<ShimLink>,
     },
-    /// A look for what an automatic checkpoint would save is over.
+    /// A scan that precedes an automatic checkpoint has ended.
     Scanned(Box<AutomaticScan>),
-    /// What an operation needs to end cannot be done for now.
+    /// A step that has to succeed fails again and again.
     Blocked(Box<Failure>),
-    /// A freeze has ended by itself.
+    /// The lease of a freeze has expired.
     Thawed {
-        /// The agent.
         agent: AgentName,
-        /// The run.
         run: RunId,
     },
-    /// End: undo a pause that is under way, then answer.
+    /// Undo a pause that is under way, end, and confirm.
     Shutdown(oneshot::Sender<()>),
 }
 
-pub(super) fn reply(answer: Answer, result: Result<Value, Failure>) {
-    // A caller that no longer waits has lost interest, not the fact.
+pub(super) fn reply(answer: ReplySender, result: Result<Value, Failure>) {
+    // The caller may have gone; what was done stays done.
     drop(answer.send(result));
 }

@@ -1,4 +1,4 @@
-//! One actor per project: it owns the state, and everything that changes it goes through its mailbox.
+//! One actor per project. It owns the state; every change goes through its mailbox.
 //!
 //! ```text
 //!   Tell / Begin / CommandReport ──► mailbox ──► decide ──► one transaction ──► apply ──► reply, wake
@@ -6,7 +6,7 @@
 //!                                 └────────── step task ◄── effects ─────────┘
 //! ```
 //!
-//! Reading the state needs no mailbox: the actor publishes it after every commit, so `status` answers at once.
+//! The actor publishes the state after every commit; reading it needs no message.
 
 mod actor;
 pub mod automatic;
@@ -19,6 +19,7 @@ mod ids;
 mod instants;
 mod links;
 mod message;
+mod pause_work;
 mod registry;
 mod restoring;
 mod retain;
@@ -32,7 +33,7 @@ pub use follow_up::start;
 pub use handle::ProjectHandle;
 pub use ids::{NewToken, new_boot_epoch, new_operation, new_run};
 pub use links::{RunInspection, exit_status, inspect_run};
-pub use message::{Begin, CommandReport, Label, Message, Retain, Tell, View};
+pub use message::{ActorMessage, Begin, CommandReport, Label, Retain, Tell, View};
 pub use registry::Projects;
 pub use scan::before_shutdown;
 pub use subjects::subjects;

@@ -1,4 +1,4 @@
-//! All projects by name.
+//! The registry of projects: creates, finds and removes them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -28,29 +28,29 @@ use fermata_os::process;
 pub struct Projects {
     services: Arc<Services>,
     by_name: RwLock<BTreeMap<ProjectName, ProjectHandle>>,
-    /// Creating and removing exclude each other; looking does not wait for them.
+    /// Held across awaits on purpose: from the check of a name to the commit (or the removal of the actor) no other
+    /// project may be created or removed. It delays only other creations and removals, by two transactions and a look
+    /// at directories; reads of the registry do not take it.
     changing: tokio::sync::Mutex<()>,
 }
 
 impl Projects {
-    /// Makes an empty registry.
     pub fn new(services: Arc<Services>) -> Self {
         Self { services, by_name: RwLock::default(), changing: tokio::sync::Mutex::new(()) }
     }
 
-    /// Returns what all rooms share.
     pub fn services(&self) -> &Arc<Services> {
         &self.services
     }
 
-    /// Brings an actor to life.
+    /// Spawns an actor and registers its handle.
     pub fn start(&self, actor: Actor, handle: ProjectHandle) {
         let name = handle.name();
         self.services.tracker.spawn(actor.run());
         self.by_name.write().unwrap_or_else(PoisonError::into_inner).insert(name, handle);
     }
 
-    /// Returns every project, by name.
+    /// Returns every project, sorted by name.
     pub fn all(&self) -> Vec<ProjectHandle> {
         self.by_name.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
@@ -60,8 +60,8 @@ impl Projects {
     /// # Errors
     /// `project_not_found`.
     pub fn get(&self, name: &ProjectName) -> Result<ProjectHandle, Failure> {
-        let found = self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
-        found.ok_or_else(|| {
+        let handle = self.by_name.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        handle.ok_or_else(|| {
             Refusal::new(Code::ProjectNotFound, format!("there is no project '{name}'"))
                 .hint("fermatactl project ls")
                 .into()
@@ -71,7 +71,7 @@ impl Projects {
     /// Creates a project.
     ///
     /// # Errors
-    /// `project_exists`, `workspace_refused`, or a fault.
+    /// `project_exists`, `workspace_refused`, or the store fails.
     pub async fn create(
         &self,
         params: ProjectCreate,
@@ -80,16 +80,16 @@ impl Projects {
     ) -> Result<Value, Failure> {
         let _changing = self.changing.lock().await;
         if self.get(&params.name).is_ok() {
-            return Err(Refusal::new(Code::ProjectExists, format!("there is a project '{}' already", params.name))
+            return Err(Refusal::new(Code::ProjectExists, format!("project '{}' exists already", params.name))
                 .hint(format!("fermatactl project show {}", params.name))
                 .into());
         }
         let workspace = params.workspace.clone();
         let (state, runtime) = (self.services.paths.state.clone(), self.services.paths.runtime.clone());
-        let resolved = blocking("look at the workspace", move || {
+        let resolved = blocking("check the workspace", move || {
             validate::check_workspace(Path::new(&workspace))?;
             validate::check_overlap(Path::new(&workspace), &[&state, &runtime])?;
-            // Resolved once: a link that is turned later must not move the project.
+            // Resolved once: a symbolic link that is changed later must not move the project.
             std::fs::canonicalize(&workspace).map_err(|e| Failure::fault("resolve the workspace", &e))
         })
         .await?;
@@ -106,20 +106,20 @@ impl Projects {
             source: params.source,
             config: params.config.unwrap_or_default(),
         };
-        self.make_room(&params.name).await?;
+        self.set_earlier_files_aside(&params.name).await?;
         let now = services::now();
         let Some(project) = apply::create(&params.name, &event, now) else {
-            return Err(Refusal::new(Code::InternalError, "a project was not made by its first event").into());
+            return Err(Refusal::new(Code::InternalError, "the first event did not create the project").into());
         };
-        let shown = Arc::new(project.clone());
+        let created = Arc::new(project.clone());
         let commit = Commit {
             project: params.name.clone(),
             before: None,
-            after: Some(Arc::clone(&shown)),
+            after: Some(Arc::clone(&created)),
             events: vec![event],
             writes: Vec::new(),
             keyed: keyed.map(|keyed| (keyed, None)),
-            reply: Some(Box::new(move |_| view(&shown))),
+            reply: Some(Box::new(move |_| view(&created))),
             result: None,
             only_before: None,
             now,
@@ -132,34 +132,36 @@ impl Projects {
         Ok(written.reply.unwrap_or(Value::Null))
     }
 
-    /// Puts files aside that a project of the same name has left and the database does not know: the
-    /// new project counts its checkpoints from 1.
-    async fn make_room(&self, name: &ProjectName) -> Result<(), Failure> {
+    /// Renames the directory of an earlier project of this name that the database does not contain, since the new
+    /// project numbers its checkpoints from 1.
+    async fn set_earlier_files_aside(&self, name: &ProjectName) -> Result<(), Failure> {
         let dir = self.services.project_dirs(name).root;
-        blocking("look for files of an earlier project", move || {
+        blocking("check for files of an earlier project", move || {
             let mut aside = dir.clone().into_os_string();
             aside.push(format!(".unknown-{}", fermata_os::clock::unix_ms()));
             match std::fs::rename(&dir, &aside) {
-                Ok(()) => tracing::warn!(aside = ?aside, "files of a project that the database does not know"),
+                Ok(()) => {
+                    tracing::warn!(renamed_to = ?aside, "found files of a project that the database does not contain")
+                }
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Failure::fault(&format!("put {} aside", dir.display()), &error)),
+                Err(error) => return Err(Failure::fault(&format!("rename {}", dir.display()), &error)),
             }
             Ok(())
         })
         .await
     }
 
-    /// Removes a project, its checkpoints and its files; the workspace stays.
+    /// Removes a project with its checkpoints and files; its workspace is not touched.
     ///
     /// # Errors
-    /// When agents run, checkpoints would be lost, or the store fails.
+    /// Agents run, or checkpoints would be lost without `with_checkpoints`, or the store fails.
     pub async fn remove(
         &self,
         name: &ProjectName,
         with_checkpoints: bool,
         keyed: Option<Keyed>,
     ) -> Result<Value, Failure> {
-        let _changing = self.changing.lock().await;
+        let changing = self.changing.lock().await;
         let handle = self.get(name)?;
         let project = name.clone();
         let count = self
@@ -173,9 +175,14 @@ impl Projects {
         let reply = handle.tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await?;
         self.by_name.write().unwrap_or_else(PoisonError::into_inner).remove(name);
         let dir = self.services.project_dirs(name).root;
+        let aside = blocking("remove the project's files", move || {
+            leftovers::defer_removal(&dir).map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))
+        })
+        .await?;
+        // The name can be used again before all files are removed.
+        drop(changing);
         blocking("remove the project's files", move || {
-            let aside = leftovers::defer_removal(&dir);
-            leftovers::remove_deferred(aside.map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))?);
+            leftovers::remove_deferred(aside);
             Ok(())
         })
         .await?;
@@ -187,7 +194,7 @@ impl Projects {
         self.find_agent(|agent| !agent.is_terminal() && agent.run().is_some_and(|run| run.token_sha256 == token_sha256))
     }
 
-    /// Finds the agent to whose tree one of these processes belongs: its main process or its shim.
+    /// Finds the agent whose main process or shim is one of these processes.
     pub fn agent_of_processes(&self, pids: &[i32]) -> Option<Target> {
         self.find_agent(|agent| {
             let processes = agent.run().and_then(|run| run.processes.as_ref());
@@ -195,10 +202,10 @@ impl Projects {
         })
     }
 
-    /// Finds the agent whose run is just being started by one of these processes.
+    /// Finds the agent whose run is being started by one of these processes.
     ///
-    /// The agent may call before its start was reported, let alone persisted. Its shim is known by its
-    /// program and by the folder that it was started with.
+    /// An agent may call before its start was reported and persisted. Its shim is recognised by its program and by the
+    /// run directory in its arguments.
     pub fn agent_of_shims(&self, pids: &[i32]) -> Option<Target> {
         let starting = |agent: &fermata_core::agent::Agent| {
             !agent.is_terminal() && agent.run().is_some_and(|run| run.processes.is_none())
@@ -206,7 +213,7 @@ impl Projects {
         self.find_agent(starting)?;
         let shim = std::fs::canonicalize(&self.services.programs.shim).ok()?;
         let is_shim = |pid: &&i32| process::program(**pid).is_ok_and(|program| program == shim);
-        let folders: Vec<PathBuf> = pids
+        let run_dirs: Vec<PathBuf> = pids
             .iter()
             .filter(is_shim)
             .filter_map(|pid| process::first_argument(*pid).ok()?)
@@ -216,7 +223,7 @@ impl Projects {
             let project = handle.project();
             let dirs = self.services.project_dirs(&project.name);
             let is_meant = |agent: &&Arc<fermata_core::agent::Agent>| {
-                agent.run().is_some_and(|run| folders.contains(&dirs.run(&agent.name, &run.id)))
+                agent.run().is_some_and(|run| run_dirs.contains(&dirs.run(&agent.name, &run.id)))
             };
             let name = project.agents.values().find(is_meant)?.name.clone();
             Some(Target::agent(project.name.clone(), name))
@@ -231,7 +238,7 @@ impl Projects {
         })
     }
 
-    /// Ends every actor in order.
+    /// Shuts every actor down, side by side.
     pub async fn shut_down(&self) {
         let each = self.all().into_iter().map(|handle| async move { handle.shut_down().await });
         drop(crate::operations::side_by_side(each.collect::<Vec<_>>()).await);

@@ -1,11 +1,11 @@
-//! Removing checkpoints: the rows in one transaction of the actor, then, beside it, what is left of them.
+//! Removes checkpoints: their rows in one transaction of the actor, then their files beside it.
 //!
 //! ```text
 //!   choose (rows as they are now) -> one transaction: rows and events -> directories, refs, packs -> measure
 //! ```
-//! A crash before the transaction leaves whole checkpoints, one after it leaves files without a row, which
-//! the next start sweeps. The actor reads the rows itself: nobody else changes them, so that nothing can be
-//! pinned or restored between the choice and the transaction.
+//! A crash before the transaction leaves the checkpoints complete; a crash after it leaves files without a row, which
+//! the next start removes. The actor chooses and commits within one message, so that no checkpoint can be pinned or
+//! restored in between.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::actor::Actor;
 use super::handle::ProjectHandle;
-use super::message::{Answer, Message, Retain, Tell};
+use super::message::{ActorMessage, ReplySender, Retain, Tell};
 use super::retry::retry;
 use crate::errors::Failure;
 use crate::operations::StepContext;
@@ -28,114 +28,120 @@ use crate::operations::maintenance::{consolidation, removal, storage};
 use crate::operations::pause::validate;
 use crate::store::checkpoints;
 
-/// How long whoever asks for a removal waits for the room to be given back; it goes on without them.
+/// How long the reply of a removal waits for the space to be freed; the removal itself continues after it.
 const PATIENCE: Duration = Duration::from_secs(20);
 
 impl ProjectHandle {
-    /// Removes checkpoints and waits until their room is given back.
+    /// Removes checkpoints and waits until their space is freed, 20 s at most.
     ///
     /// # Errors
-    /// A refusal or a fault; then none was removed.
+    /// The request is refused, or the rows cannot be read or removed; then no checkpoint was removed.
     pub async fn retain(&self, retain: Retain) -> Result<Value, Failure> {
-        self.ask(|answer| Message::Retain(Box::new(retain), answer)).await
+        self.ask(|answer| ActorMessage::Retain(Box::new(retain), answer)).await
     }
 
-    /// Says what would be removed now.
+    /// Returns which checkpoints [`Self::retain`] would remove now.
     ///
     /// # Errors
-    /// A refusal, or when the rows cannot be read.
+    /// The request is refused, or the rows cannot be read.
     pub async fn would_remove(&self, ask: &RemovalRequest) -> Result<CheckpointRemoveResult, Failure> {
-        let site = self.step_context();
-        let points = points(&site).await?;
-        let going = choose(&site, &points, ask)?;
-        Ok(CheckpointRemoveResult { disk_bytes: Some(self.disk_bytes()), ..result(&points, &going) })
+        let step = self.step_context();
+        let candidates = candidates(&step).await?;
+        let removals = choose(&step, &candidates, ask)?;
+        Ok(CheckpointRemoveResult { disk_bytes: Some(self.disk_bytes()), ..result(&candidates, &removals) })
     }
 
-    /// Returns what all checkpoints of the project take on disk, bytes.
+    /// Returns the size of all checkpoints of the project on disk, in bytes.
     pub fn disk_bytes(&self) -> u64 {
         self.history.used_bytes()
     }
 
-    /// Returns how far a look at the workspace has come that is under way while agents run.
+    /// Returns the progress of a scan of the workspace that runs beside the agents; none while there is none.
     pub fn scan_under_way(&self) -> Option<ScanProgress> {
         self.history.scan_under_way()
     }
 }
 
-async fn points(site: &StepContext) -> Result<Vec<RetentionCandidate>, Failure> {
-    let name = site.project.name.clone();
-    let read = site.services.store.read(move |c| checkpoints::points(c, &name)).await;
+async fn candidates(step: &StepContext) -> Result<Vec<RetentionCandidate>, Failure> {
+    let name = step.project.name.clone();
+    let read = step.services.store.read(move |c| checkpoints::points(c, &name)).await;
     read.map_err(|e| Failure::fault("list checkpoints", &e))
 }
 
-fn choose(site: &StepContext, points: &[RetentionCandidate], ask: &RemovalRequest) -> Result<Vec<Removal>, Failure> {
-    let used = site.history.needed_bytes();
-    Ok(retention::choose(&site.project, points, ask, used, crate::services::now())?)
+fn choose(
+    step: &StepContext,
+    candidates: &[RetentionCandidate],
+    ask: &RemovalRequest,
+) -> Result<Vec<Removal>, Failure> {
+    let used = step.history.needed_bytes();
+    Ok(retention::choose(&step.project, candidates, ask, used, crate::services::now())?)
 }
 
-fn result(points: &[RetentionCandidate], going: &[Removal]) -> CheckpointRemoveResult {
-    let removed = going.iter().map(|removal| RemovedCheckpoint {
+fn result(candidates: &[RetentionCandidate], removals: &[Removal]) -> CheckpointRemoveResult {
+    let removed = removals.iter().map(|removal| RemovedCheckpoint {
         checkpoint_id: removal.checkpoint.number,
         trigger: removal.checkpoint.trigger,
         reason: removal.reason,
         size_bytes: removal.checkpoint.bytes,
     });
-    CheckpointRemoveResult { removed: removed.collect(), kept: (points.len() - going.len()) as u64, disk_bytes: None }
+    let kept = (candidates.len() - removals.len()) as u64;
+    CheckpointRemoveResult { removed: removed.collect(), kept, disk_bytes: None }
 }
 
 impl Actor {
-    /// Removes checkpoints; the answer comes when their room is given back.
-    pub(super) async fn retain(&mut self, retain: Retain, answer: Answer) {
+    /// Removes checkpoints; replies when their space is freed, or after [`PATIENCE`].
+    pub(super) async fn retain(&mut self, retain: Retain, answer: ReplySender) {
         let removed = self.remove_rows(retain).await;
         let discarding = self.discarding.take();
         let history = self.history.clone();
         self.services.tracker.spawn(async move {
             let Ok(mut reply) = removed else { return drop(answer.send(removed)) };
             if let Some(task) = discarding {
-                // One that takes longer, or fails and is tried again, is in the log.
+                // The task logs its failures, and continues after the timeout.
                 drop(tokio::time::timeout(PATIENCE, task).await);
             }
             reply["disk_bytes"] = json!(history.used_bytes());
-            // Whoever no longer waits has lost interest, not the fact.
+            // The caller may have gone; what was removed stays removed.
             drop(answer.send(Ok(reply)));
         });
     }
 
     async fn remove_rows(&mut self, retain: Retain) -> Result<Value, Failure> {
         let Retain { ask, keyed } = retain;
-        let site = self.step_context();
-        let points = points(&site).await?;
-        let removals = choose(&site, &points, &ask)?;
-        let reply = json!(result(&points, &removals));
-        // Before they go: what is removed is taken to come back, until it is known what has.
+        let step = self.step_context();
+        let candidates = candidates(&step).await?;
+        let removals = choose(&step, &candidates, &ask)?;
+        let reply = json!(result(&candidates, &removals));
+        // Counted as free from the commit on, until the sizes are measured again.
         let bytes = removals.iter().map(|removal| removal.checkpoint.bytes).sum();
-        site.history.unreclaimed(bytes);
+        step.history.unreclaimed(bytes);
         let command = Command::RemoveCheckpoints { removals };
         let remembered = reply.clone();
         let view = Box::new(move |_: &fermata_core::Project, _: &crate::store::commit::Written| remembered);
-        match self.carry_told(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await {
+        match self.carry_tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view }).await {
             Ok(_) => Ok(reply),
             Err(failure) => {
-                site.history.reclaimed(bytes);
+                step.history.reclaimed(bytes);
                 Err(failure)
             }
         }
     }
 
-    /// Removes what is left of checkpoints, again and again until it has worked.
+    /// Removes the files of checkpoints whose rows are gone, and tries again until that has succeeded.
     pub(super) fn discard_checkpoints(&mut self, checkpoints: Vec<CheckpointNumber>) {
-        let site = self.step_context();
+        let step = self.step_context();
         self.discarding = Some(self.services.tracker.spawn(async move {
-            retry("remove what is left of checkpoints", &site, None, |site| {
+            retry("remove the files of checkpoints", &step, None, |step| {
                 let checkpoints = checkpoints.clone();
-                async move { removal::discard(&site, &checkpoints).await }
+                async move { removal::discard(&step, &checkpoints).await }
             })
             .await;
         }));
     }
 
-    /// Has packs joined, measures what a new checkpoint takes, and lets go what is kept no longer.
-    pub(super) fn look_after_checkpoints(&self, events: &[Event]) {
+    /// Requests a consolidation of the packs; after a new checkpoint also measures the sizes and applies the retention
+    /// policy.
+    pub(super) fn maintain_checkpoints(&self, events: &[Event]) {
         consolidation::follow(&self.step_context(), events);
         let made = events.iter().any(|event| {
             matches!(
@@ -146,42 +152,50 @@ impl Actor {
         if !made {
             return;
         }
-        let (site, handle) = (self.step_context(), self.handle());
+        let (step, handle) = (self.step_context(), self.handle());
         self.services.tracker.spawn(async move {
             tokio::time::sleep(consolidation::BREATH).await;
-            if let Err(failure) = storage::measure(&site).await {
-                tracing::warn!(project = %site.project.name, %failure, "what the checkpoints take is not known");
+            if let Err(failure) = storage::measure(&step).await {
+                tracing::warn!(project = %step.project.name, %failure, "failed to measure the checkpoints");
             }
-            let retain = Retain { ask: RemovalRequest::Policy(site.retention()), keyed: None };
+            let retain = Retain { ask: RemovalRequest::Policy(step.retention()), keyed: None };
             match handle.retain(retain).await {
                 Ok(_) => {}
-                // The project was removed, or the daemon ends: the next checkpoint asks again.
-                Err(Failure::Refused(refusal)) => tracing::debug!(project = %handle.name(), %refusal, "not now"),
-                Err(failure) => tracing::warn!(project = %handle.name(), %failure, "old checkpoints stay for now"),
+                // The project was removed, or the daemon shuts down. The next checkpoint applies the policy again.
+                Err(Failure::Refused(refusal)) => {
+                    tracing::debug!(project = %handle.name(), %refusal, "the retention policy was not applied");
+                }
+                Err(failure) => {
+                    tracing::warn!(project = %handle.name(), %failure, "failed to apply the retention policy");
+                }
             }
         });
     }
 }
 
-/// Checks that a checkpoint can be made. Where there is no room for it, what the retention no longer keeps goes
-/// first, then the oldest that nobody needs.
+/// Checks that there is space for a checkpoint. Where there is not, removes the checkpoints that the retention policy
+/// no longer keeps, then the oldest ones that are neither pinned nor used.
 ///
 /// # Errors
-/// A refusal that says what is missing.
-pub(super) async fn make_room(site: &StepContext, mailbox: &mpsc::Sender<Message>) -> Result<(), Failure> {
+/// A refusal that says how much space is missing.
+pub(super) async fn make_room(step: &StepContext, mailbox: &mpsc::Sender<ActorMessage>) -> Result<(), Failure> {
     crate::operations::failpoint("pause.validate")?;
-    let Some(mut shortage) = validate::shortage(site).await? else { return Ok(()) };
-    // By a quota the policy's answer is the oldest as well; a disk is not the project's alone.
+    let Some(mut shortage) = validate::shortage(step).await? else { return Ok(()) };
+    // A full disk may not be this project's doing: it removes only what its policy does not keep, at first.
     let mut ask = match shortage.reason {
-        RemovalReason::DiskFloor => RemovalRequest::Policy(site.retention()),
-        _ => RemovalRequest::Room { bytes: shortage.bytes, reason: shortage.reason },
+        RemovalReason::DiskFloor => RemovalRequest::Policy(step.retention()),
+        RemovalReason::Asked
+        | RemovalReason::Count
+        | RemovalReason::Thinned
+        | RemovalReason::Age
+        | RemovalReason::Quota => RemovalRequest::Room { bytes: shortage.bytes, reason: shortage.reason },
     };
     loop {
         let by_policy = matches!(ask, RemovalRequest::Policy(_));
         let (answer, answered) = oneshot::channel();
         let retain = Box::new(Retain { ask, keyed: None });
-        // An actor that is gone removes nothing.
-        drop(mailbox.send(Message::Retain(retain, answer)).await);
+        // When the actor has ended, the send and the receive fail, and nothing is removed.
+        drop(mailbox.send(ActorMessage::Retain(retain, answer)).await);
         let removed = match answered.await {
             Ok(reply) => reply?["removed"].as_array().is_some_and(|removed| !removed.is_empty()),
             Err(_) => false,
@@ -189,29 +203,29 @@ pub(super) async fn make_room(site: &StepContext, mailbox: &mpsc::Sender<Message
         if !removed && !by_policy {
             return Err(shortage.refusal.into());
         }
-        shortage = match validate::shortage(site).await? {
+        shortage = match validate::shortage(step).await? {
             None => return Ok(()),
             Some(shortage) => shortage,
         };
         if removed {
-            // What was removed may lie in packs that others need as well.
-            match consolidation::reclaim(site).await {
-                Ok(true) => match validate::shortage(site).await? {
+            // The objects of the removed checkpoints may be in packs that other checkpoints need.
+            match consolidation::reclaim(step).await {
+                Ok(true) => match validate::shortage(step).await? {
                     None => return Ok(()),
                     Some(still) => shortage = still,
                 },
-                // To remove more before it shows what that has freed could cost all of them.
+                // Removing more before the freed space can be measured could cost all checkpoints.
                 Ok(false) => return Err(shortage.refusal.into()),
-                Err(failure) if site.cancel.is_cancelled() => return Err(failure),
+                Err(failure) if step.cancel.is_cancelled() => return Err(failure),
                 Err(failure) => {
-                    tracing::warn!(project = %site.project.name, %failure, "room could not be given back");
+                    tracing::warn!(project = %step.project.name, %failure, "failed to free the space of removed checkpoints");
                     if !by_policy {
                         return Err(shortage.refusal.into());
                     }
                 }
             }
         }
-        tracing::info!(project = %site.project.name, bytes = shortage.bytes, "more room is needed for a checkpoint");
+        tracing::info!(project = %step.project.name, bytes = shortage.bytes, "a checkpoint needs more space");
         ask = RemovalRequest::Room { bytes: shortage.bytes, reason: shortage.reason };
     }
 }

@@ -1,11 +1,11 @@
-//! Checkpoints that nobody asks for: looks whether anything has changed, and begins one where it has.
+//! Automatic checkpoints: scans whether anything has changed, and begins a checkpoint if so.
 //!
 //! ```text
-//!   due ─► a turn ─► look, beside the actor and the agents ─┬─ changed ───► a checkpoint, in the same turn
-//!          (few at once)                                    └─ unchanged ─► nothing is written
+//!   due ─► permit ─► scan beside the actor and the agents ─┬─ changed ───► a checkpoint under the same permit
+//!         (few at once)                                    └─ unchanged ─► nothing is written
 //! ```
-//! The look comes before the operation: where nothing has changed no row is written, no number taken,
-//! and nobody stands still. It gives way to whatever a person begins.
+//! The scan precedes the operation: where nothing has changed, no row is written, no number is used and no process is
+//! frozen. It is cancelled when an operation begins.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -20,42 +20,42 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::actor::Actor;
 use super::handle::ProjectHandle;
 use super::ids::new_operation;
-use super::message::{AutomaticScan, Begin, Label, Message};
+use super::message::{ActorMessage, AutomaticScan, Begin, Label};
 use crate::errors::Failure;
 use crate::operations::checkpoint::warm_up;
 use crate::operations::{Cancel, StepContext, blocking};
 use crate::services;
 
-/// When to look again where a checkpoint could not even be begun.
+/// Delay before the next scan after a checkpoint that could not be begun.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What the actor knows of its looks.
+/// The scans of one project.
 #[derive(Default)]
 pub(super) struct AutomaticScans {
-    /// The last one that found nothing changed.
+    /// The last scan that found nothing changed.
     unchanged: UnchangedScan,
-    /// How the one that is under way is cut short.
+    /// Cancels the current scan; while it is set no other scan begins.
     under_way: Option<Cancel>,
-    /// The turn of the checkpoint that followed from one.
+    /// The permit of the checkpoint that followed from a scan.
     turn: Option<OwnedSemaphorePermit>,
 }
 
 impl AutomaticScans {
-    /// Cuts a look short: something more important begins.
+    /// Cancels the current scan, since an operation begins.
     pub(super) fn give_way(&self) {
         if let Some(cancel) = &self.under_way {
             cancel.cancel();
         }
     }
 
-    /// Gives the turn back when the checkpoint has ended.
+    /// Returns the permit after the checkpoint has ended.
     pub(super) fn end_turn(&mut self) {
         self.turn = None;
     }
 }
 
 impl Actor {
-    /// Begins to look where a checkpoint is due by itself; returns when one will be due next.
+    /// Begins a scan if an automatic checkpoint is due; returns when the next one will be due.
     pub(super) fn scan_if_due(&mut self, now: UnixMillis) -> Option<UnixMillis> {
         let due = automatic::due_trigger(&self.project, &self.scans.unchanged, now).is_some();
         if due && self.scans.under_way.is_none() {
@@ -64,17 +64,17 @@ impl Actor {
             self.scans.under_way = Some(cancel.clone());
             let (handle, mailbox, unchanged) = (self.handle(), self.mailbox.clone(), self.scans.unchanged);
             self.services.tracker.spawn(async move {
-                let found = scan_in_turn(&handle, cancel, unchanged).await;
-                drop(mailbox.send(Message::Scanned(Box::new(found))).await);
+                let scan = scan_in_turn(&handle, cancel, unchanged).await;
+                drop(mailbox.send(ActorMessage::Scanned(Box::new(scan))).await);
             });
         }
         automatic::next(&self.project, &self.scans.unchanged, now)
     }
 
-    /// Takes what a look found.
-    pub(super) async fn scanned(&mut self, found: AutomaticScan) {
+    /// Begins a checkpoint after a scan that found a change.
+    pub(super) async fn scanned(&mut self, scan: AutomaticScan) {
         self.scans.under_way = None;
-        let AutomaticScan { changed: Some(changed), unchanged, turn } = found else { return };
+        let AutomaticScan { changed: Some(changed), unchanged, turn } = scan else { return };
         if self.leaving() {
             return;
         }
@@ -86,80 +86,78 @@ impl Actor {
         let Some(trigger) = automatic::due_trigger(&self.project, &self.scans.unchanged, services::now()) else {
             return;
         };
-        // Nobody has named or cancelled this one.
+        // Label and cancellation of an earlier operation do not apply.
         self.label = Label::default();
         self.cancel = Cancel::default();
         match self.carry_due(Command::Checkpoint { operation: new_operation(), trigger }).await {
             Ok(()) => self.scans.turn = turn,
             Err(failure) => {
-                tracing::error!(project = %self.project.name, %failure, "an automatic checkpoint is tried again");
+                tracing::error!(project = %self.project.name, %failure, "failed to begin an automatic checkpoint; trying again");
                 self.scans.under_way = Some(Cancel::default());
                 let (mailbox, unchanged) = (self.mailbox.clone(), self.scans.unchanged);
                 self.services.tracker.spawn(async move {
                     tokio::time::sleep(RETRY).await;
-                    let found = AutomaticScan { changed: None, unchanged, turn: None };
-                    drop(mailbox.send(Message::Scanned(Box::new(found))).await);
+                    let scan = AutomaticScan { changed: None, unchanged, turn: None };
+                    drop(mailbox.send(ActorMessage::Scanned(Box::new(scan))).await);
                 });
             }
         }
     }
 }
 
-/// Waits for a turn, then looks.
+/// Waits for a permit, then scans if the checkpoint is still due.
 async fn scan_in_turn(handle: &ProjectHandle, cancel: Cancel, unchanged: UnchangedScan) -> AutomaticScan {
-    let cut_short = AutomaticScan { changed: None, unchanged, turn: None };
+    let cancelled = AutomaticScan { changed: None, unchanged, turn: None };
     let turn = tokio::select! {
         turn = Arc::clone(&handle.services.automatic).acquire_owned() => turn.ok(),
         () = cancel.cancelled() => None,
         () = handle.services.stopping.cancelled() => None,
     };
     if turn.is_none() {
-        return cut_short;
+        return cancelled;
     }
-    // The wait may have been long.
-    let site = StepContext { cancel: cancel.clone(), ..handle.step_context() };
+    let step = StepContext { cancel: cancel.clone(), ..handle.step_context() };
     let now = services::now();
-    if automatic::due_trigger(&site.project, &unchanged, now).is_none() {
-        return cut_short;
+    if automatic::due_trigger(&step.project, &unchanged, now).is_none() {
+        return cancelled;
     }
-    let changed = has_changed(&site).await;
+    let changed = has_changed(&step).await;
     if cancel.is_cancelled() {
-        return cut_short;
+        return cancelled;
     }
-    AutomaticScan { changed: Some(changed), unchanged: UnchangedScan::at(&site.project, now), turn }
+    AutomaticScan { changed: Some(changed), unchanged: UnchangedScan::at(&step.project, now), turn }
 }
 
-/// Says whether anything differs from the newest checkpoint. A look that fails counts as a change: the
-/// checkpoint then fails of the same, and that is told.
-async fn has_changed(site: &StepContext) -> bool {
-    let since = site.project.counters.activity;
-    if since.has_changed() {
+/// Returns whether anything differs from the newest checkpoint. A scan that fails counts as a change: the checkpoint
+/// that follows fails for the same reason, and reports it.
+async fn has_changed(step: &StepContext) -> bool {
+    let activity = step.project.counters.activity;
+    if activity.has_changed() {
         return true;
     }
-    match is_unchanged(site, since.checkpoint).await {
+    match is_unchanged(step, activity.checkpoint).await {
         Ok(unchanged) => !unchanged,
         Err(failure) => {
-            tracing::warn!(project = %site.project.name, %failure, "a look for changes failed");
+            tracing::warn!(project = %step.project.name, %failure, "a scan for changes failed");
             true
         }
     }
 }
 
-async fn is_unchanged(site: &StepContext, newest: CheckpointNumber) -> Result<bool, Failure> {
-    let (workspace, rules) = (PathBuf::from(&site.project.facts.workspace), site.rules());
-    let mapped = warm_up::mapped(site, &site.project.runs(site.project.running_agents()));
-    let mapped = blocking("look at what agents have mapped", mapped).await?;
-    site.with_history(None, "look for changes", move |history, progress, cancel| {
+async fn is_unchanged(step: &StepContext, newest: CheckpointNumber) -> Result<bool, Failure> {
+    let (workspace, rules) = (PathBuf::from(&step.project.facts.workspace), step.rules());
+    let mapped = warm_up::mapped(step, &step.project.runs(step.project.running_agents()));
+    let mapped = blocking("read which files agents have mapped", mapped).await?;
+    step.with_history(None, "scan for changes", move |history, progress, cancel| {
         history.is_unchanged(&workspace, &rules, mapped, newest, progress, cancel)
     })
     .await
 }
 
-/// Makes the last checkpoint of a project whose agents go on while the daemon does not; none where
-/// nothing has changed.
+/// Makes a checkpoint before the daemon exits, if agents run on and anything has changed.
 ///
 /// # Errors
-/// When the checkpoint fails.
+/// The checkpoint fails.
 pub async fn before_shutdown(handle: &ProjectHandle) -> Result<(), Failure> {
     if !automatic::due_before_shutdown(&handle.project()) {
         return Ok(());

@@ -1,4 +1,4 @@
-//! The runs of a project whose use of the machine can be looked at.
+//! The runs of a project whose resource usage can be sampled.
 
 use fermata_core::Project;
 
@@ -6,7 +6,7 @@ use crate::load::Subject;
 use crate::services::Services;
 use fermata_os::process::ProcessId;
 
-/// Returns the runs that have processes.
+/// Returns the runs of a project that have processes.
 pub fn subjects(services: &Services, project: &Project) -> Vec<Subject> {
     let dirs = services.project_dirs(&project.name);
     let of_agent = |agent: &std::sync::Arc<fermata_core::agent::Agent>| {

@@ -1,5 +1,5 @@
-//! Handler of `agent.show`: how an agent is started, and whether its environment is a given one.
-//! The environment itself is never shown.
+//! Handler of `agent.show`: an agent's specification, and the variables of its environment that differ from given
+//! ones. The environment itself is never shown.
 
 use fermata_core::agent::{AgentState, EndedBy};
 use fermata_core::view;

@@ -1,4 +1,4 @@
-//! Handlers of `agent.*`: run, stop, kill, restart, remove, wait.
+//! Handlers of `agent.run`, `list`, `stop`, `kill`, `restart`, `resume`, `remove` and `wait`.
 
 use std::path::Path;
 use std::time::Duration;
@@ -32,54 +32,25 @@ use crate::store::{Connection, Durability};
 use fermata_os::process::{self, ProcessId};
 use fermata_shim::wire::RefusalCode;
 
-/// How long a stop or kill waits for the end beyond the grace.
+/// How long a stop or kill waits for the end after the grace period.
 const ENDING: Duration = Duration::from_secs(20);
 
-/// How much of a list goes into one reply; a line has at most [`fermata_protocol::MAX_LINE_BYTES`].
+/// The size of a list in one reply, in bytes; a line has at most [`fermata_protocol::MAX_LINE_BYTES`].
 const PAGE_BYTES: usize = 768 << 10;
 
-/// How many arguments, and how much environment, an agent may have in bytes; beyond that exec fails anyway.
+/// The size of arguments and environment together, in bytes; `exec` fails with more.
 const MAX_ARGUMENT_BYTES: usize = 1 << 20;
 
 pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Keyed>) -> Result<Value, Failure> {
     check(&params)?;
     limits::prepare(projects.services(), &params.supervision.resources).await?;
-    let handle = match projects.get(&params.project) {
-        Ok(handle) => handle,
-        Err(missing) => {
-            let Some(workspace) = params.workspace.clone() else { return Err(missing) };
-            let create = ProjectCreate {
-                name: params.project.clone(),
-                workspace,
-                description: String::new(),
-                source: None,
-                config: None,
-            };
-            match projects.create(create, None, |_| Value::Null).await {
-                Ok(_) => {}
-                // Another run may have created it in the meantime.
-                Err(Failure::Refused(refusal)) if refusal.code == Code::ProjectExists => {}
-                Err(other) => return Err(other),
-            }
-            projects.get(&params.project)?
-        }
-    };
+    let handle = find_or_create(projects, &params).await?;
     let project = handle.project();
     if let Some(workspace) = &params.workspace {
         same_workspace(&project, workspace).await?;
     }
     let settings = projects.services().settings();
-    let profiles = projects.services().profiles();
-    let profile = match &params.profile {
-        Some(name) if profiles.get(name).is_some() => Some(name.clone()),
-        Some(name) => {
-            let known: Vec<&str> = profiles.names().collect();
-            return Err(Refusal::new(Code::InvalidParams, format!("there is no profile '{name}'"))
-                .hint(format!("known are: {}", known.join(", ")))
-                .into());
-        }
-        None => params.argv.first().and_then(|program| profiles.recognise(program)).map(str::to_owned),
-    };
+    let profile = profile(projects, &params)?;
     let spec = AgentSpec {
         argv: params.argv,
         cwd: params.cwd.unwrap_or_else(|| project.facts.workspace.clone()),
@@ -94,22 +65,59 @@ pub(super) async fn run(projects: &Projects, params: AgentRun, keyed: Option<Key
         let name = params.name.clone().map_or_else(|| name_of(&spec.argv, &handle.project()), Ok)?;
         let (new, token) = new_run();
         let run = new.id.clone();
-        let shown = name.clone();
-        let told = handle
+        let of_view = name.clone();
+        let reply = handle
             .tell(Tell {
                 command: Command::Run { agent: name.clone(), spec: spec.clone(), new },
                 writes: vec![Write::Environment(name.clone(), params.env.clone())],
                 tokens: vec![token],
                 keyed: keyed.clone(),
-                view: Box::new(move |project, _| view_of(project, &shown)),
+                view: Box::new(move |project, _| view_of(project, &of_view)),
             })
             .await;
-        match told {
-            // Another run has taken the name in the meantime: the next one will do.
+        match reply {
+            // A concurrent call has taken the name that was chosen here: chooses another one.
             Err(Failure::Refused(refusal)) if refusal.code == Code::AgentRunning && params.name.is_none() => {}
             Err(failure) => return Err(failure),
             Ok(_) => return started(&handle, &name, &run).await,
         }
+    }
+}
+
+/// Finds the project of a run; creates it if the call names a workspace.
+async fn find_or_create(projects: &Projects, params: &AgentRun) -> Result<ProjectHandle, Failure> {
+    let missing = match projects.get(&params.project) {
+        Ok(handle) => return Ok(handle),
+        Err(missing) => missing,
+    };
+    let Some(workspace) = params.workspace.clone() else { return Err(missing) };
+    let create = ProjectCreate {
+        name: params.project.clone(),
+        workspace,
+        description: String::new(),
+        source: None,
+        config: None,
+    };
+    match projects.create(create, None, |_| Value::Null).await {
+        Ok(_) => {}
+        // A concurrent call may have created it.
+        Err(Failure::Refused(refusal)) if refusal.code == Code::ProjectExists => {}
+        Err(failure) => return Err(failure),
+    }
+    projects.get(&params.project)
+}
+
+/// Returns the profile that a run names, else the one of its program.
+fn profile(projects: &Projects, params: &AgentRun) -> Result<Option<String>, Refusal> {
+    let profiles = projects.services().profiles();
+    match &params.profile {
+        Some(name) if profiles.get(name).is_some() => Ok(Some(name.clone())),
+        Some(name) => {
+            let names: Vec<&str> = profiles.names().collect();
+            Err(Refusal::new(Code::InvalidParams, format!("there is no profile '{name}'"))
+                .hint(format!("the profiles are: {}", names.join(", "))))
+        }
+        None => Ok(params.argv.first().and_then(|program| profiles.recognise(program)).map(str::to_owned)),
     }
 }
 
@@ -133,10 +141,10 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
     if words.clone().any(|word| word.contains('\0'))
         || params.env.iter().any(|(k, v)| k.contains('\0') || v.contains('\0'))
     {
-        return invalid("an argument or variable holds a NUL byte".into());
+        return invalid("an argument or variable contains a NUL byte".into());
     }
     if let Some(name) = params.env.keys().find(|name| name.is_empty() || name.contains('=')) {
-        return invalid(format!("'{name}' is no name for an environment variable"));
+        return invalid(format!("'{name}' is not the name of an environment variable"));
     }
     let bytes: usize = words.map(String::len).sum::<usize>()
         + params.env.iter().map(|(name, value)| name.len() + value.len() + 2).sum::<usize>();
@@ -155,7 +163,7 @@ fn check(params: &AgentRun) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// A run may name the workspace of a project that exists, but not another one.
+/// Refuses a run that names another workspace than its existing project has.
 async fn same_workspace(project: &Project, given: &str) -> Result<(), Failure> {
     let (given_path, own) = (given.to_owned(), project.facts.workspace.clone());
     let same = blocking("compare workspaces", move || {
@@ -173,7 +181,7 @@ async fn same_workspace(project: &Project, given: &str) -> Result<(), Failure> {
     .into())
 }
 
-/// Makes a name of the program's, with a number where it is taken.
+/// Derives a name from that of the program, with a number if an agent that has not ended uses it.
 fn name_of(argv: &[String], project: &Project) -> Result<AgentName, Refusal> {
     let file = argv.first().map(|program| Path::new(program).file_name().unwrap_or_default().to_string_lossy());
     let mut base: String = file
@@ -194,10 +202,10 @@ fn name_of(argv: &[String], project: &Project) -> Result<AgentName, Refusal> {
     (2..)
         .filter_map(|n: u32| AgentName::new(format!("{base}-{n}")).ok())
         .find(free)
-        .ok_or_else(|| Refusal::new(Code::InvalidParams, "no name is free"))
+        .ok_or_else(|| Refusal::new(Code::InvalidParams, "every name derived from the program is in use"))
 }
 
-/// Shows an agent as it is now.
+/// Returns the view of an agent.
 pub(super) fn shown(project: &Project, agent: &Agent) -> AgentView {
     view::agent(project, agent, services::now())
 }
@@ -206,7 +214,10 @@ fn view_of(project: &Project, name: &AgentName) -> Value {
     project.agents.get(name).map_or(Value::Null, |agent| json!(shown(project, agent)))
 }
 
-/// Waits until a run has started, or says why it has not.
+/// Waits until a run has started.
+///
+/// # Errors
+/// `launch_failed` with the reason.
 async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Result<Value, Failure> {
     let mut state = handle.watch();
     loop {
@@ -223,8 +234,20 @@ async fn started(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> Resul
                 .into());
             }
             AgentState::Waiting { .. } => return wire(&shown(&project, agent)),
-            _ if !same || launched => return wire(&shown(&project, agent)),
-            _ => {}
+            AgentState::Backoff { .. }
+            | AgentState::Starting(_)
+            | AgentState::Running(_)
+            | AgentState::Frozen(_)
+            | AgentState::Parked(_)
+            | AgentState::Stopping { .. }
+            | AgentState::Ended { .. }
+            | AgentState::Failed { .. }
+            | AgentState::TimedOut { .. }
+            | AgentState::Interrupted { .. } => {
+                if !same || launched {
+                    return wire(&shown(&project, agent));
+                }
+            }
         }
         if state.changed().await.is_err() {
             return Err(shutting_down());
@@ -241,19 +264,19 @@ pub(super) async fn list(projects: &Projects, params: &AgentList) -> Result<Valu
         Some(name) => vec![projects.get(name)?],
         None => projects.all(),
     };
-    let found: Vec<_> = handles.iter().map(ProjectHandle::project).collect();
-    let found: Vec<&Project> = found.iter().map(|project| &**project).collect();
-    let views = found.iter().flat_map(|project| project.agents.values().map(|agent| shown(project, agent)));
+    let states: Vec<_> = handles.iter().map(ProjectHandle::project).collect();
+    let states: Vec<&Project> = states.iter().map(|project| &**project).collect();
+    let views = states.iter().flat_map(|project| project.agents.values().map(|agent| shown(project, agent)));
     let after = params.after.as_ref().map(|after| (&after.project, after.agent.as_ref()));
     let wanted = views.filter(|view| after.is_none_or(|after| (&view.project, Some(&view.name)) > after));
     let mut agents: Vec<AgentView> = wanted.collect();
-    loads::fill(projects.services(), &found, &mut agents).await;
+    loads::fill(projects.services(), &states, &mut agents).await;
     let next = cut(&mut agents, PAGE_BYTES);
     wire(&AgentListResult { agents, next })
 }
 
-/// Leaves as many agents as fit into so many bytes, at least one; returns the last one when others
-/// are left out.
+/// Truncates a list to the agents whose JSON fits into `bytes`, at least one; returns the last one if the list was
+/// truncated.
 fn cut(agents: &mut Vec<AgentView>, bytes: usize) -> Option<Target> {
     let mut used = 0;
     let fit = agents.iter().take_while(|agent| {
@@ -268,8 +291,8 @@ fn cut(agents: &mut Vec<AgentView>, bytes: usize) -> Option<Target> {
     agents.last().map(|last| Target::agent(last.project.clone(), last.name.clone()))
 }
 
-/// The agents that a command aims at and that have not ended.
-fn aimed(project: &Project, agent: Option<&AgentName>) -> Vec<AgentName> {
+/// Returns the agents of a command's target that have not ended.
+fn targets(project: &Project, agent: Option<&AgentName>) -> Vec<AgentName> {
     project
         .agents
         .values()
@@ -281,11 +304,11 @@ fn aimed(project: &Project, agent: Option<&AgentName>) -> Vec<AgentName> {
 pub(super) async fn stop(projects: &Projects, params: &AgentStop, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&params.target.project)?;
     let project = handle.project();
-    let names = aimed(&project, params.target.agent.as_ref());
+    let names = targets(&project, params.target.agent.as_ref());
     let grace = params.grace_ms.unwrap_or_else(|| longest_grace(&project, &names));
     let command = Command::Stop { agent: params.target.agent.clone(), grace_ms: params.grace_ms };
-    let told = tell_list(&handle, command, names, keyed).await?;
-    runs_ended(&handle, &told, Duration::from_millis(grace) + ENDING).await
+    let reply = tell_list(&handle, command, names, keyed).await?;
+    runs_ended(&handle, &reply, Duration::from_millis(grace) + ENDING).await
 }
 
 pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -293,7 +316,7 @@ pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<
     if params.target.agent.as_ref().is_some_and(|name| !handle.project().agents.contains_key(name)) {
         return Err(not_found(&params.target));
     }
-    let names = aimed(&handle.project(), params.target.agent.as_ref());
+    let names = targets(&handle.project(), params.target.agent.as_ref());
     match &params.signal {
         Some(signal) => send_signal(projects, &handle, params, signal, &names, keyed).await,
         None => {
@@ -301,8 +324,8 @@ pub(super) async fn kill(projects: &Projects, params: &AgentKill, keyed: Option<
                 remember(projects, keyed, &wire(&list_of(&handle.project(), &names))?).await?;
             }
             let command = Command::Kill { agent: params.target.agent.clone() };
-            let told = tell_list(&handle, command, names, None).await?;
-            runs_ended(&handle, &told, ENDING).await
+            let reply = tell_list(&handle, command, names, None).await?;
+            runs_ended(&handle, &reply, ENDING).await
         }
     }
 }
@@ -323,24 +346,25 @@ async fn send_signal(
         .ok()
         .or_else(|| signal.parse::<i32>().ok().and_then(|n| Signal::try_from(n).ok()))
         .ok_or_else(|| {
-            Refusal::new(Code::InvalidParams, format!("'{signal}' is no signal")).hint("for instance TERM, USR1 or 10")
+            Refusal::new(Code::InvalidParams, format!("'{signal}' is not a signal"))
+                .hint("give a name or number, for instance TERM, USR1 or 10")
         })?;
     let project = handle.project();
     if names.is_empty() {
         return Err(Refusal::new(Code::AgentNotRunning, format!("{target} has no running agent")).into());
     }
-    let held = |name: &&AgentName| project.agents.get(*name).is_some_and(|a| a.is_paused());
+    let is_paused = |name: &&AgentName| project.agents.get(*name).is_some_and(|a| a.is_paused());
     if number == Signal::SIGCONT
-        && let Some(name) = names.iter().find(held)
+        && let Some(name) = names.iter().find(is_paused)
     {
-        return Err(held_still(&target.project, name).into());
+        return Err(refuse_continue(&target.project, name).into());
     }
     let reply = wire(&list_of(&project, names))?;
     remember(projects, keyed, &reply).await?;
     for name in names {
         let processes = project.agents.get(name).and_then(|agent| agent.processes());
         let Some(processes) = processes else { continue };
-        // A stopped group is continued as a whole, by the shim, whose child its leader is.
+        // The shim continues the whole process group of its child.
         let run = project.agents.get(name).and_then(|agent| agent.run());
         if number == Signal::SIGCONT
             && let Some(run) = run
@@ -349,14 +373,15 @@ async fn send_signal(
         {
             match link.signal(number as i32).await {
                 Ok(()) => continue,
-                // A pause that has begun meanwhile.
+                // A pause has begun meanwhile.
                 Err(LinkError::Refused { code: RefusalCode::AgentFrozen, .. }) => {
-                    return Err(held_still(&target.project, name).into());
+                    return Err(refuse_continue(&target.project, name).into());
                 }
+                // The signal is sent to the agent's main process instead.
                 Err(_) => {}
             }
         }
-        // By pid and start time: a recycled pid is never signalled.
+        // Identified by pid and start time, so that a process which got the same pid later is never signalled.
         let id = ProcessId { pid: processes.pid, start_time_ticks: processes.start_ticks };
         process::signal(id, number as i32)
             .map_err(|e| Failure::fault(&format!("send {} to agent '{name}'", number.as_str()), &e))?;
@@ -364,13 +389,13 @@ async fn send_signal(
     Ok(reply)
 }
 
-fn held_still(project: &ProjectName, agent: &AgentName) -> Refusal {
+fn refuse_continue(project: &ProjectName, agent: &AgentName) -> Refusal {
     Refusal::new(Code::ProjectPaused, format!("agent {project}/{agent} is frozen, or about to be: SIGCONT is not sent"))
         .hint(format!("fermatactl resume {project}"))
 }
 
-/// Remembers the key of a signal or kill before it is sent: it is no event, and leaves nothing in the
-/// store that the key could be kept with.
+/// Stores the idempotency key of a signal, kill or input before it is sent, since no transaction follows that could
+/// store it.
 pub(super) async fn remember(projects: &Projects, keyed: Option<Keyed>, reply: &Value) -> Result<(), Failure> {
     let Some(keyed) = keyed else { return Ok(()) };
     let (reply, now) = (reply.clone(), services::now());
@@ -390,28 +415,31 @@ pub(super) async fn restart(projects: &Projects, target: &Target, keyed: Option<
     let (new, token) = new_run();
     let before = handle.project().agents.get(name).and_then(|agent| agent.run().map(|run| run.id.clone()));
     let command = Command::Restart { agent: name.clone(), new };
-    let (tokens, shown) = (vec![token], name.clone());
-    let view: View = Box::new(move |project, _| view_of(project, &shown));
+    let (tokens, of_view) = (vec![token], name.clone());
+    let view: View = Box::new(move |project, _| view_of(project, &of_view));
     handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view }).await?;
     started_after(&handle, name, before.as_ref()).await
 }
 
-/// Brings back an agent that has ended: it goes on where it was, as far as its tool can.
+/// Starts an agent that has ended; the new run continues the session of the last one if the agent's tool can.
 pub(super) async fn resume(projects: &Projects, target: &Target, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let handle = projects.get(&target.project)?;
     let name = one_agent(target)?;
-    let site = handle.step_context();
-    let agent = site.project.agents.get(name).ok_or_else(|| not_found(target))?;
-    let (start, token) = crate::project::start(&site, agent, RestartKind::GoesOn).await?;
+    let step = handle.step_context();
+    let agent = step.project.agents.get(name).ok_or_else(|| not_found(target))?;
+    let (start, token) = crate::project::start(&step, agent, RestartKind::GoesOn).await?;
     let before = agent.run().map(|run| run.id.clone());
     let command = Command::Start { agent: name.clone(), start, requested: true };
-    let (tokens, shown) = (vec![token], name.clone());
-    let view: View = Box::new(move |project, _| view_of(project, &shown));
+    let (tokens, of_view) = (vec![token], name.clone());
+    let view: View = Box::new(move |project, _| view_of(project, &of_view));
     handle.tell(Tell { command, writes: Vec::new(), tokens, keyed, view }).await?;
     started_after(&handle, name, before.as_ref()).await
 }
 
-/// Waits until another run than that one has started, or says why it has not.
+/// Waits until another run than `before` has started.
+///
+/// # Errors
+/// `agent_not_running` when the agent has ended without another run, `launch_failed` with the reason.
 async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<&RunId>) -> Result<Value, Failure> {
     let mut state = handle.watch();
     loop {
@@ -433,19 +461,20 @@ async fn started_after(handle: &ProjectHandle, name: &AgentName, before: Option<
     }
 }
 
-/// Completes the remembered reply of a run or restart: an agent as it was when the call was persisted.
+/// Completes the stored reply of a run, restart or resume, which shows the agent as it was in the call's transaction.
 pub(super) async fn finish_start(projects: &Projects, reply: Value) -> Result<Value, Failure> {
     let agent: AgentView = from_memory(&reply)?;
     let (Ok(handle), Some(run)) = (projects.get(&agent.project), &agent.run) else { return Ok(reply) };
-    let done = match agent.status {
-        AgentStatus::Stopping => started_after(&handle, &agent.name, Some(run)).await?,
-        _ => started(&handle, &agent.name, run).await?,
+    let completed = if agent.status == AgentStatus::Stopping {
+        started_after(&handle, &agent.name, Some(run)).await?
+    } else {
+        started(&handle, &agent.name, run).await?
     };
-    // It was removed since.
-    Ok(if done.is_null() { reply } else { done })
+    // Null when the agent was removed since.
+    Ok(if completed.is_null() { reply } else { completed })
 }
 
-/// Completes the remembered reply of a stop or kill.
+/// Completes the stored reply of a stop or kill.
 pub(super) async fn finish_end(
     projects: &Projects,
     project: &ProjectName,
@@ -458,20 +487,19 @@ pub(super) async fn finish_end(
     runs_ended(&handle, &reply, patience).await
 }
 
-/// Waits until the runs that a stop or kill was aimed at have ended. Somebody else may have started
-/// an agent again since: that run is not meant.
-async fn runs_ended(handle: &ProjectHandle, told: &Value, patience: Duration) -> Result<Value, Failure> {
-    let agents = from_memory::<AgentListResult>(told)?.agents;
-    let names: Vec<AgentName> = agents.iter().map(|agent| agent.name.clone()).collect();
-    let is_another = |agent: &Agent| {
-        let meant = agents.iter().find(|told| told.name == agent.name).and_then(|told| told.run.as_ref());
-        meant.is_some_and(|meant| agent.run().is_some_and(|run| run.id != *meant))
+/// Waits until the runs in the reply of a stop or kill have ended. A later run of the same agent is not waited for.
+async fn runs_ended(handle: &ProjectHandle, reply: &Value, patience: Duration) -> Result<Value, Failure> {
+    let views = from_memory::<AgentListResult>(reply)?.agents;
+    let names: Vec<AgentName> = views.iter().map(|view| view.name.clone()).collect();
+    let has_later_run = |agent: &Agent| {
+        let target = views.iter().find(|view| view.name == agent.name).and_then(|view| view.run.as_ref());
+        target.is_some_and(|target| agent.run().is_some_and(|run| run.id != *target))
     };
-    ended(handle, &names, patience, is_another).await
+    ended(handle, &names, patience, has_later_run).await
 }
 
 fn from_memory<T: DeserializeOwned>(reply: &Value) -> Result<T, Failure> {
-    T::deserialize(reply).map_err(|e| Failure::fault("read the remembered reply", &e))
+    T::deserialize(reply).map_err(|e| Failure::fault("read the stored reply", &e))
 }
 
 fn longest_grace(project: &Project, names: &[AgentName]) -> u64 {
@@ -508,7 +536,10 @@ pub(super) async fn wait(projects: &Projects, params: &AgentWait) -> Result<Valu
     Ok(value.get("agents").and_then(|agents| agents.get(0)).cloned().unwrap_or(Value::Null))
 }
 
-/// Waits until agents have ended, and shows them.
+/// Waits until each agent has ended or `is_over`; returns their views.
+///
+/// # Errors
+/// `timed_out` after `patience`.
 async fn ended(
     handle: &ProjectHandle,
     names: &[AgentName],
@@ -537,7 +568,7 @@ async fn ended(
     }
 }
 
-/// Tells a command; its reply, for as long as its key is remembered, are these agents.
+/// Sends a command whose reply is the list of these agents.
 async fn tell_list(
     handle: &ProjectHandle,
     command: Command,

@@ -1,8 +1,8 @@
-//! Handlers of `agent.attach`, `agent.input`, `agent.resize`, `agent.detach` and `agent.send`: who
-//! looks at an agent's terminal, and who types into it.
+//! Handlers of `agent.attach`, `agent.input`, `agent.resize`, `agent.detach` and `agent.send`, which show an agent's
+//! terminal and type into it.
 //!
-//! An attachment is a task that passes on what its own connection to the shim tells, as fast as the
-//! peer takes it. Nothing is kept here: a slow peer is shown the present screen by the shim.
+//! An attachment is a task that forwards the events of its own connection to the shim as fast as the peer reads them.
+//! It buffers nothing: the shim sends a slow peer the current screen.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -27,7 +27,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::agents::{not_found, remember};
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::reply::wire;
 use super::terminals::{Attachment, Claim, check_size};
 use crate::errors::Failure;
@@ -38,16 +38,16 @@ use crate::store::idempotency::Keyed;
 use fermata_shim::record::ExitRecord;
 use fermata_shim::wire::RefusalCode;
 
-/// How long an agent may take to read what is typed before the rest of it is given back.
+/// How long an agent may take to read the input before the call ends with the rest of it not typed.
 const TYPING: Duration = Duration::from_secs(5);
 
-/// How often the rest is tried again.
+/// The delay between two tries to type the rest.
 const PACE: Duration = Duration::from_millis(20);
 
-/// How long the end of a run that a viewer has seen may take to be in the project's state.
+/// How long the notification of a run's end waits for the end to be in the project's state.
 const RECORDING: Duration = Duration::from_secs(5);
 
-/// A run with a terminal.
+/// The terminal of a run.
 struct TerminalRun {
     handle: ProjectHandle,
     agent: AgentName,
@@ -56,7 +56,7 @@ struct TerminalRun {
 }
 
 /// Finds the terminal of an agent.
-fn find(connection: &Connection, target: &Target) -> Result<TerminalRun, Failure> {
+fn find(connection: &ClientConnection, target: &Target) -> Result<TerminalRun, Failure> {
     let projects = &connection.daemon.projects;
     let handle = projects.get(&target.project)?;
     let name = target.agent.clone().ok_or_else(|| {
@@ -68,7 +68,7 @@ fn find(connection: &Connection, target: &Target) -> Result<TerminalRun, Failure
     if agent.spec.supervision.terminal.is_none() {
         return Err(Refusal::new(Code::NoTerminal, format!("agent {target} has no terminal"))
             .hint(format!(
-                "its output: fermatactl logs -f {target}; a terminal comes with 'fermatactl run --tty', from its start"
+                "read its output: fermatactl logs -f {target}; an agent gets a terminal by 'fermatactl run --tty'"
             ))
             .into());
     }
@@ -96,7 +96,7 @@ fn not_running(target: &Target, agent: &Agent) -> Refusal {
     Refusal::new(Code::AgentNotRunning, format!("agent {target} {why}")).hint(hint)
 }
 
-/// Says what keeps an agent from reading what is typed.
+/// Returns whether an agent can read input, and what prevents it.
 fn input_state(project: &Project, agent: &AgentName) -> InputState {
     match &*project.state {
         ProjectState::Resting(_) => {}
@@ -128,19 +128,20 @@ fn failed(target: &Target, error: LinkError) -> Failure {
             Refusal::new(Code::TooManyViewers, format!("agent {target}: {message}")).into()
         }
         LinkError::Refused { code: RefusalCode::AgentFrozen, .. } => refuse_input(target).into(),
-        other => Failure::fault(&format!("reach the terminal of agent {target}"), &other),
+        LinkError::Handshake { .. }
+        | LinkError::Version { .. }
+        | LinkError::Timeout { .. }
+        | LinkError::Refused { .. }
+        | LinkError::Reply(_) => Failure::fault(&format!("connect to the terminal of agent {target}"), &error),
     }
 }
 
 fn refuse_input(target: &Target) -> Refusal {
-    Refusal::new(
-        Code::ProjectPaused,
-        format!("agent {target} is held: nothing is typed into it, since it would read that by surprise later"),
-    )
-    .hint(format!("fermatactl resume {}", target.project))
+    Refusal::new(Code::ProjectPaused, format!("agent {target} is frozen, or about to be: it cannot read input"))
+        .hint(format!("fermatactl resume {}", target.project))
 }
 
-pub(super) async fn attach(connection: &Arc<Connection>, params: AgentAttach) -> Result<Value, Failure> {
+pub(super) async fn attach(connection: &Arc<ClientConnection>, params: AgentAttach) -> Result<Value, Failure> {
     static KEYS: AtomicU64 = AtomicU64::new(1);
     if let Some(size) = params.size {
         check_size(size)?;
@@ -177,9 +178,9 @@ pub(super) async fn attach(connection: &Arc<Connection>, params: AgentAttach) ->
         }
     };
     connection.keep_attachment(id, Arc::clone(&attachment));
-    let now = input_state(&handle.project(), &agent);
-    let show = Show { connection: Arc::clone(connection), attachment, id, token, agent, handle, standing: now };
-    connection.daemon.projects.services().tracker.spawn(show.run(viewing));
+    let input = input_state(&handle.project(), &agent);
+    let forwarder = Forwarder { connection: Arc::clone(connection), attachment, id, token, agent, handle, input };
+    connection.daemon.projects.services().tracker.spawn(forwarder.run(viewing));
     wire(&AgentAttachResult {
         attachment: id,
         run,
@@ -189,40 +190,43 @@ pub(super) async fn attach(connection: &Arc<Connection>, params: AgentAttach) ->
             Some(Claim::Got | Claim::Had) | None => None,
         },
         size,
-        standing: now,
+        standing: input,
     })
 }
 
-/// Passes on what a viewer sees.
-struct Show {
-    connection: Arc<Connection>,
+/// Forwards the events of one attachment to its peer.
+struct Forwarder {
+    connection: Arc<ClientConnection>,
     attachment: Arc<Attachment>,
     id: u64,
     token: CancellationToken,
     agent: AgentName,
     handle: ProjectHandle,
-    standing: InputState,
+    /// The input state that the peer was notified of last.
+    input: InputState,
 }
 
 enum AttachmentEvent {
     Viewing(ViewingEvent),
+    /// The state of the project has changed.
     Project,
+    /// Another attachment has become the writer.
     Replaced,
     Over,
 }
 
-impl Show {
+impl Forwarder {
     async fn run(mut self, mut viewing: Viewing) {
         let mut project = self.handle.watch();
         let mut replaced = self.attachment.replaced.subscribe();
         loop {
-            let news = tokio::select! {
-                seen = viewing.next() => AttachmentEvent::Viewing(seen),
+            let event = tokio::select! {
+                event = viewing.next() => AttachmentEvent::Viewing(event),
                 changed = project.changed() => if changed.is_ok() { AttachmentEvent::Project } else { AttachmentEvent::Over },
                 changed = replaced.changed() => if changed.is_ok() { AttachmentEvent::Replaced } else { AttachmentEvent::Over },
                 () = self.token.cancelled() => AttachmentEvent::Over,
             };
-            let go_on = match news {
+            let go_on = match event {
                 AttachmentEvent::Viewing(ViewingEvent::Screen(size)) => {
                     self.tell("$/attach.screen", &AttachScreen { attachment: self.id, size }).await
                 }
@@ -240,12 +244,12 @@ impl Show {
                     false
                 }
                 AttachmentEvent::Project => {
-                    let now = input_state(&project.borrow_and_update(), &self.agent);
-                    if now == self.standing {
+                    let input = input_state(&project.borrow_and_update(), &self.agent);
+                    if input == self.input {
                         continue;
                     }
-                    self.standing = now;
-                    self.notice(Notice::InputState(now)).await
+                    self.input = input;
+                    self.notice(Notice::InputState(input)).await
                 }
                 AttachmentEvent::Replaced => {
                     let by = replaced.borrow_and_update().clone();
@@ -264,8 +268,8 @@ impl Show {
         self.connection.drop_attachment(self.id);
     }
 
-    /// Waits until the project knows of the end, which its own link to the shim tells it: whoever is told of it here
-    /// and looks there finds it.
+    /// Waits until the end of the run is in the project's state, which learns of it by another link: a client that is
+    /// notified of the end can rely on it in its next call.
     async fn until_recorded(&self, project: &mut watch::Receiver<Arc<Project>>) {
         let ended = project.wait_for(|project| {
             project
@@ -275,7 +279,7 @@ impl Show {
         });
         let recorded = async { ended.await.is_ok() };
         tokio::select! {
-            // A project that is removed, or whose database cannot be written, keeps nobody waiting.
+            // Bounded, in case the database cannot be written to.
             _ = tokio::time::timeout(RECORDING, recorded) => {}
             () = self.token.cancelled() => {}
         }
@@ -285,7 +289,7 @@ impl Show {
         self.tell("$/attach.notice", &AttachNotice { attachment: self.id, notice }).await
     }
 
-    /// Waits while the peer is slow; the shim waits with it. Returns whether the attachment goes on.
+    /// Sends a notification; waits while the peer is slow. Returns whether the attachment continues.
     async fn tell(&self, method: &str, params: &(impl Serialize + Sync)) -> bool {
         let notification = Notification::new(method, json!(params));
         tokio::select! {
@@ -299,28 +303,30 @@ fn exit_of(record: &ExitRecord) -> ExitStatus {
     crate::project::exit_status(record)
 }
 
-fn attachment(connection: &Connection, id: u64) -> Result<Arc<Attachment>, Refusal> {
+fn attachment(connection: &ClientConnection, id: u64) -> Result<Arc<Attachment>, Refusal> {
     connection.attachment(id).ok_or_else(|| {
         Refusal::new(Code::NotAttached, format!("this connection has no attachment {id}")).hint("agent.attach")
     })
 }
 
-/// Has an attachment write, where nobody else does.
-fn claim(connection: &Connection, attachment: &Arc<Attachment>) -> Result<Claim, Refusal> {
+/// Makes an attachment the writer of its terminal if there is no other one.
+fn claim(connection: &ClientConnection, attachment: &Arc<Attachment>) -> Result<Claim, Refusal> {
     let target = &attachment.target;
     if attachment.read_only {
-        return Err(Refusal::new(Code::NotAttached, format!("this attachment to agent {target} only watches"))
+        return Err(Refusal::new(Code::NotAttached, format!("this attachment to agent {target} is read-only"))
             .hint("attach again without read_only"));
     }
     match connection.daemon.terminals.claim(attachment, false) {
-        Claim::Taken(by) => Err(Refusal::new(Code::TerminalBusy, format!("{by} types into agent {target}, you watch"))
-            .hint(format!("fermatactl attach --steal {target}"))
-            .details(json!({ "writer": by }))),
+        Claim::Taken(by) => {
+            Err(Refusal::new(Code::TerminalBusy, format!("the terminal of agent {target} is in use by {by}"))
+                .hint(format!("take it over: fermatactl attach --steal {target}"))
+                .details(json!({ "writer": by })))
+        }
         claim @ (Claim::Had | Claim::Got) => Ok(claim),
     }
 }
 
-pub(super) async fn input(connection: &Arc<Connection>, params: AgentInput) -> Result<Value, Failure> {
+pub(super) async fn input(connection: &Arc<ClientConnection>, params: AgentInput) -> Result<Value, Failure> {
     check_input(&params.data.0)?;
     let attachment = attachment(connection, params.attachment)?;
     let handle = connection.daemon.projects.get(&attachment.target.project)?;
@@ -340,14 +346,13 @@ fn check_input(data: &[u8]) -> Result<(), Refusal> {
         return Ok(());
     }
     let message = format!("'data' has {} bytes, more than the {MAX_INPUT_BYTES} of one call", data.len());
-    Err(Refusal::new(Code::TooLarge, message).hint("type it in parts"))
+    Err(Refusal::new(Code::TooLarge, message).hint("send it in several calls"))
 }
 
-/// The way into a terminal.
+/// The connection by which input reaches a terminal.
 enum Keyboard<'a> {
-    /// The connection of a viewer.
     Attached(&'a Typing),
-    /// A link that was made for this.
+    /// A link for this input alone.
     Once(&'a ShimLink),
 }
 
@@ -360,7 +365,7 @@ impl Keyboard<'_> {
     }
 }
 
-/// Types for as long as the agent reads; returns how much was taken.
+/// Types input while the agent reads it, for [`TYPING`] at most; returns how many bytes were typed.
 async fn type_all(
     target: &Target,
     data: Vec<u8>,
@@ -371,15 +376,15 @@ async fn type_all(
     let (total, mut rest) = (data.len() as u64, data);
     loop {
         match keyboard.type_in(rest.clone()).await {
-            Ok(taken) => {
-                let taken = usize::try_from(taken).unwrap_or(rest.len()).min(rest.len());
-                rest.drain(..taken);
+            Ok(typed) => {
+                let typed = usize::try_from(typed).unwrap_or(rest.len()).min(rest.len());
+                rest.drain(..typed);
             }
-            // A checkpoint of a running project holds its agents for a moment only.
+            // A checkpoint of a running project freezes its agents only for a moment.
             Err(LinkError::Refused { code: RefusalCode::AgentFrozen, .. })
                 if !is_held() && Instant::now() < deadline => {}
             Err(error) if rest.len() as u64 == total => return Err(failed(target, error)),
-            // The beginning was taken: what became of the rest is in the number.
+            // The number says how much was typed before the error.
             Err(_) => return Ok(total - rest.len() as u64),
         }
         if rest.is_empty() || Instant::now() >= deadline {
@@ -389,27 +394,27 @@ async fn type_all(
     }
 }
 
-pub(super) async fn resize(connection: &Arc<Connection>, params: &AgentResize) -> Result<Value, Failure> {
+pub(super) async fn resize(connection: &Arc<ClientConnection>, params: &AgentResize) -> Result<Value, Failure> {
     check_size(params.size)?;
     let attachment = attachment(connection, params.attachment)?;
     if !connection.daemon.terminals.writes(&attachment) {
-        let message = format!("only who types into agent {} rules the size of its terminal", attachment.target);
+        let message = format!("this attachment is not the writer of agent {}'s terminal", attachment.target);
         return Err(Refusal::new(Code::NotAttached, message).into());
     }
     attachment.typing.resize(params.size).await.map_err(|error| failed(&attachment.target, error))?;
     Ok(json!({}))
 }
 
-pub(super) fn detach(connection: &Connection, params: &AgentDetach) -> Result<Value, Failure> {
+pub(super) fn detach(connection: &ClientConnection, params: &AgentDetach) -> Result<Value, Failure> {
     let attachment = attachment(connection, params.attachment)?;
-    // At once, so that the next one who asks can write.
+    // Not left to the task of the attachment: the next call may make another attachment the writer.
     connection.daemon.terminals.leave(&attachment);
     connection.drop_attachment(params.attachment);
     Ok(json!({}))
 }
 
 pub(super) async fn send(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     params: AgentSend,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
@@ -417,8 +422,8 @@ pub(super) async fn send(
     let target = params.target;
     let TerminalRun { handle, agent, run, socket } = find(connection, &target)?;
     if let Some(by) = connection.daemon.terminals.writer(&run).filter(|_| !params.anyway) {
-        return Err(Refusal::new(Code::TerminalBusy, format!("{by} is attached to agent {target} and types"))
-            .hint("give --anyway to type all the same")
+        return Err(Refusal::new(Code::TerminalBusy, format!("the terminal of agent {target} is in use by {by}"))
+            .hint("give --anyway to type nevertheless")
             .details(json!({ "writer": by }))
             .into());
     }
@@ -429,7 +434,7 @@ pub(super) async fn send(
     let tasks = &connection.daemon.projects.services().tracker;
     let (link, _events) = ShimLink::connect(&socket, tasks).await.map_err(|error| failed(&target, error))?;
     let all = TypedResult { bytes: params.data.0.len() as u64, claimed: false };
-    // Typed at most once: a call that is repeated after a crash in between types nothing.
+    // Stored before typing, so that the input is typed at most once if the call is repeated after a crash.
     remember(&connection.daemon.projects, keyed, &wire(&all)?).await?;
     let bytes = type_all(&target, params.data.0, is_held, Keyboard::Once(&link)).await?;
     let by = connection.peer().principal();

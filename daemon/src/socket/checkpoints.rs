@@ -1,4 +1,4 @@
-//! Handlers of `checkpoint.*` that only look, and of pinning.
+//! Handlers of the methods `checkpoint.*` that only read, and of `checkpoint.pin`.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -21,16 +21,16 @@ use crate::store::commit::Write;
 use crate::store::idempotency::Keyed;
 use fermata_history::{Point, RelPath, SkipReason, TextDiff};
 
-/// How many rows one list shows at most.
+/// The most rows of one list.
 const MAX_ROWS: u32 = 1000;
 
-/// How many skipped or torn paths are shown at most; a line of the protocol has its limit.
+/// The most skipped or torn paths of a reply, which is one line of the protocol.
 const MAX_PATHS: usize = 500;
 
-/// Larger files have no text in a patch.
+/// The size of the largest file whose changes a patch contains, in bytes.
 const MAX_PATCHED_FILE: u64 = 1 << 20;
 
-/// A patch ends here; a line of the protocol has its limit.
+/// The size at which a patch is cut off, in bytes; a reply is one line of the protocol.
 const MAX_PATCH: usize = 8 << 20;
 
 pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<Value, Failure> {
@@ -48,18 +48,18 @@ pub(super) async fn list(projects: &Projects, params: CheckpointList) -> Result<
 
 /// Finds the row of a checkpoint.
 pub(super) async fn find(handle: &ProjectHandle, number: CheckpointNumber) -> Result<CheckpointView, Failure> {
-    let name = handle.name();
-    let shown = name.clone();
-    let found = handle
+    let project = handle.name();
+    let name = project.clone();
+    let view = handle
         .step_context()
         .services
         .store
         .read(move |c| checkpoints::find(c, &name, number))
         .await
         .map_err(|e| Failure::fault("find the checkpoint", &e))?;
-    found.ok_or_else(|| {
-        Refusal::new(Code::CheckpointNotFound, format!("project '{shown}' has no checkpoint {number}"))
-            .hint(format!("fermatactl checkpoint ls {shown}"))
+    view.ok_or_else(|| {
+        Refusal::new(Code::CheckpointNotFound, format!("project '{project}' has no checkpoint {number}"))
+            .hint(format!("fermatactl checkpoint ls {project}"))
             .into()
     })
 }
@@ -68,17 +68,17 @@ pub(super) async fn show(projects: &Projects, params: &CheckpointShow) -> Result
     let handle = projects.get(&params.project)?;
     let checkpoint = find(&handle, params.checkpoint).await?;
     let number = params.checkpoint;
-    let site = handle.step_context();
-    let path = site.dirs().checkpoint(number).join(MANIFEST);
+    let step = handle.step_context();
+    let path = step.dirs().checkpoint(number).join(MANIFEST);
     let manifest = blocking("read the manifest", move || {
         let damaged = |why: String| -> Failure {
             Refusal::new(Code::CheckpointDamaged, format!("the manifest of checkpoint {number} {why}")).into()
         };
         let bytes = std::fs::read(&path).map_err(|e| damaged(format!("cannot be read: {e}")))?;
-        serde_json::from_slice::<Manifest>(&bytes).map_err(|e| damaged(format!("makes no sense: {e}")))
+        serde_json::from_slice::<Manifest>(&bytes).map_err(|e| damaged(format!("cannot be parsed: {e}")))
     })
     .await?;
-    let snapshot = site.with_history(None, "read what was skipped", move |h, _, _| h.manifest(number)).await?;
+    let snapshot = step.with_history(None, "read what was skipped", move |h, _, _| h.manifest(number)).await?;
     let (skipped_total, torn_total) = (snapshot.skipped.len() as u64, snapshot.torn.len() as u64);
     let skipped = snapshot.skipped.into_iter().take(MAX_PATHS).map(|one| SkippedPath {
         path: text_of(&one.path),
@@ -89,12 +89,12 @@ pub(super) async fn show(projects: &Projects, params: &CheckpointShow) -> Result
     wire(&CheckpointDetail { checkpoint, manifest, skipped: skipped.collect(), skipped_total, torn, torn_total })
 }
 
-/// Writes a path; bytes that are no UTF-8 are replaced.
+/// Returns a path as text; bytes that are not UTF-8 are replaced.
 fn text_of(path: &RelPath) -> String {
     String::from_utf8_lossy(path.bytes()).into_owned()
 }
 
-/// Says why a path was left out.
+/// Returns the text of the wire for why a path was skipped.
 fn reason(reason: SkipReason) -> &'static str {
     match reason {
         SkipReason::TooLarge => "too_large",
@@ -111,14 +111,14 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
     if let Some(to) = params.to {
         find(&handle, to).await?;
     }
-    let site = handle.step_context();
-    let diff = restore::diff(&site, params.from, params.to).await?;
+    let step = handle.step_context();
+    let diff = restore::diff(&step, params.from, params.to).await?;
     let (changes, changes_total) = (restore::changed_paths(&diff), diff.entries.len() as u64);
     let mut patch = None;
     if params.patch {
-        let (from, to) = points(&site, params);
+        let (from, to) = points(&step, params);
         patch = Some(
-            site.with_history(None, "compare texts", move |history, _, _: &AtomicBool| {
+            step.with_history(None, "compare texts", move |history, _, _: &AtomicBool| {
                 let mut text = String::new();
                 for entry in &diff.entries {
                     match history.diff_text(&from, &to, &entry.path, MAX_PATCHED_FILE)? {
@@ -127,7 +127,7 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
                         TextDiff::TooLarge => text.push_str(&format!("Large file {} differs\n", entry.path)),
                     }
                     if text.len() > MAX_PATCH {
-                        text.push_str("\n(cut off here: the patch is too long)\n");
+                        text.push_str("\n(the patch is too long and ends here)\n");
                         break;
                     }
                 }
@@ -139,10 +139,10 @@ pub(super) async fn diff(projects: &Projects, params: &CheckpointDiff) -> Result
     wire(&CheckpointDiffResult { changes, changes_total, patch })
 }
 
-fn points(site: &StepContext, params: &CheckpointDiff) -> (Point, Point) {
+fn points(step: &StepContext, params: &CheckpointDiff) -> (Point, Point) {
     let to = match params.to {
         Some(number) => Point::Checkpoint(number),
-        None => Point::Workspace(Path::new(&site.project.facts.workspace).to_owned(), site.rules()),
+        None => Point::Workspace(Path::new(&step.project.facts.workspace).to_owned(), step.rules()),
     };
     (Point::Checkpoint(params.from), to)
 }

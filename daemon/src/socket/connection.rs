@@ -1,4 +1,4 @@
-//! One connection: who the peer is, and what its calls share.
+//! The state of one client connection, which its calls share.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,24 +16,23 @@ use super::transfer_files::Transfers;
 use crate::auth::Peer;
 use crate::services::ChannelGuard;
 
-/// How many subscriptions one connection may have.
+/// The most subscriptions of one connection.
 const SUBSCRIPTIONS: usize = 16;
 
-/// What the calls of one connection share.
-pub(super) struct Connection {
+/// A connection of a client.
+pub(super) struct ClientConnection {
     pub daemon: Arc<Daemon>,
     out: mpsc::Sender<Vec<u8>>,
-    state: Mutex<State>,
-    /// The files that come and go over it.
+    state: Mutex<ConnectionState>,
     pub transfers: Transfers,
     /// Cancelled when the connection ends.
     pub closed: CancellationToken,
 }
 
-pub(super) struct State {
+pub(super) struct ConnectionState {
     peer: Peer,
-    /// Why the peer's last greeting was refused: what it has sent behind that is refused with it.
-    pub(super) not_greeted: Option<ErrorObject>,
+    /// Why the last `hello` was refused; the requests after it are refused for the same reason.
+    pub(super) hello_error: Option<ErrorObject>,
     under_way: BTreeMap<String, CancellationToken>,
     subscriptions: BTreeMap<u64, CancellationToken>,
     next_subscription: u64,
@@ -41,12 +40,12 @@ pub(super) struct State {
     pub(super) channel: Option<ChannelGuard>,
 }
 
-impl Connection {
-    /// Makes the connection of a peer; lines for it go to `out`.
+impl ClientConnection {
+    /// Creates the connection of a peer; lines for the peer go to `out`.
     pub(super) fn new(daemon: Arc<Daemon>, peer: Peer, out: mpsc::Sender<Vec<u8>>, closed: CancellationToken) -> Self {
-        let state = State {
+        let state = ConnectionState {
             peer,
-            not_greeted: None,
+            hello_error: None,
             under_way: BTreeMap::new(),
             subscriptions: BTreeMap::new(),
             next_subscription: 0,
@@ -56,16 +55,15 @@ impl Connection {
         Self { daemon, out, state: Mutex::new(state), transfers: Transfers::default(), closed }
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, ConnectionState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns who the peer is.
     pub fn peer(&self) -> Peer {
         self.lock().peer.clone()
     }
 
-    /// Notes that the peer has shown to be somebody else.
+    /// Replaces the peer, which has proved with a token that it is an agent.
     pub fn become_peer(&self, peer: Peer) {
         self.lock().peer = peer;
     }
@@ -75,15 +73,15 @@ impl Connection {
         self.lock().channel = Some(guard);
     }
 
-    /// Sends a line; waits for a place, so that a slow peer slows its own calls and nobody else.
+    /// Sends a line; waits while the queue is full, so that a slow peer delays only its own calls.
     pub async fn send(&self, message: &impl Serialize) {
         let Ok(mut line) = serde_json::to_vec(message) else { return };
         line.push(b'\n');
-        // The writer is gone when the peer is.
+        // Fails when the connection has ended.
         drop(self.out.send(line).await);
     }
 
-    /// Returns where notifications of this connection go.
+    /// Returns a sender of notifications to the peer.
     pub fn notifications(self: &Arc<Self>) -> mpsc::Sender<Notification> {
         let (sender, mut receiver) = mpsc::channel::<Notification>(16);
         let connection = Arc::clone(self);
@@ -102,7 +100,7 @@ impl Connection {
         sender
     }
 
-    /// Opens a subscription; the token ends it.
+    /// Opens a subscription; returns its id and the token that is cancelled when it ends.
     ///
     /// # Errors
     /// `too_many_requests`.
@@ -118,7 +116,7 @@ impl Connection {
         Ok((id, token))
     }
 
-    /// Ends a subscription.
+    /// Ends a subscription; returns whether there was one with this id.
     pub fn unsubscribe(&self, id: u64) -> bool {
         match self.lock().subscriptions.remove(&id) {
             Some(token) => {
@@ -129,20 +127,19 @@ impl Connection {
         }
     }
 
-    /// Keeps an attachment under the number of its subscription.
+    /// Registers an attachment under the id of its subscription.
     pub fn keep_attachment(&self, id: u64, attachment: Arc<Attachment>) {
         self.lock().attachments.insert(id, attachment);
     }
 
-    /// Returns an attachment.
     pub fn attachment(&self, id: u64) -> Option<Arc<Attachment>> {
         self.lock().attachments.get(&id).cloned()
     }
 
-    /// Ends an attachment with its subscription.
+    /// Ends an attachment and its subscription; returns whether there was one with this id.
     pub fn drop_attachment(&self, id: u64) -> bool {
-        let known = self.lock().attachments.remove(&id).is_some();
-        known && self.unsubscribe(id)
+        let existed = self.lock().attachments.remove(&id).is_some();
+        existed && self.unsubscribe(id)
     }
 
     pub(super) fn begin(&self, id: &Value) -> Result<CancellationToken, Refusal> {
@@ -151,7 +148,7 @@ impl Connection {
             let message = format!("this connection has {MAX_IN_FLIGHT} requests under way");
             return Err(Refusal::new(Code::TooManyRequests, message).hint("wait for replies before sending more"));
         }
-        // Looked up first: the request that is under way keeps its token, and can be cancelled.
+        // Checked before the insertion, so that the request under way keeps its token.
         if state.under_way.contains_key(&id.to_string()) {
             return Err(Refusal::new(Code::InvalidRequest, format!("a request with id {id} is under way already")));
         }

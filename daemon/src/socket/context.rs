@@ -22,10 +22,10 @@ use crate::store::context::{self, NewRow, Selection};
 use crate::store::idempotency::Keyed;
 use crate::store::{Connection, StoreError};
 
-/// How many items one call may put.
+/// The most items of one call.
 const MAX_ITEMS: usize = 1000;
 
-/// How many rows one list shows at most.
+/// The most rows of one list.
 const MAX_ROWS: u32 = 1000;
 
 pub(super) async fn put(projects: &Projects, params: ContextPut, keyed: Option<Keyed>) -> Result<Value, Failure> {
@@ -57,7 +57,7 @@ pub(super) async fn put(projects: &Projects, params: ContextPut, keyed: Option<K
                 result.total_tokens = saved.tokens_after;
                 result.items_archived = saved.items_archived;
             }
-            // A pause that is under way makes a flash save of its own.
+            // A pause that is under way makes its own flash save.
             Err(Failure::Refused(_)) => {}
             Err(fault) => return Err(fault),
         }
@@ -71,7 +71,7 @@ pub(super) async fn finish_put(projects: &Projects, target: Option<&Target>, rep
     wire(&with_total(projects, &handle, &agent, reply).await?)
 }
 
-/// Fills in what an agent's items come to now; the reply that is remembered cannot know it.
+/// Fills in the current total of the agent's items, which is not part of the remembered reply.
 async fn with_total(
     projects: &Projects,
     handle: &ProjectHandle,
@@ -124,7 +124,7 @@ async fn read<T: Send + 'static>(
     projects.services().store.read(query).await.map_err(|e| Failure::fault("read the context", &e))
 }
 
-/// Splits a target; [`crate::auth`] has filled it in.
+/// Resolves a target that is a project or an agent; [`crate::auth`] has filled it in for an agent's own calls.
 fn split(projects: &Projects, target: Option<Target>) -> Result<(ProjectHandle, Option<AgentName>), Failure> {
     match target {
         Some(Target { project, agent: None }) => Ok((projects.get(&project)?, None)),
@@ -159,7 +159,7 @@ pub(super) async fn show(projects: &Projects, params: &ContextShow, own: Option<
     wire(&item)
 }
 
-/// Finds an item; for an agent, another agent's item is none.
+/// Finds an item; items of other agents do not exist for an agent.
 async fn find(
     projects: &Projects,
     handle: &ProjectHandle,
@@ -167,11 +167,11 @@ async fn find(
     own: Option<&Target>,
 ) -> Result<ContextItem, Failure> {
     let project: ProjectName = handle.name();
-    let shown = project.clone();
-    let found = read(projects, move |c| context::find(c, &project, id)).await?;
-    found.filter(|item| owns(own, Some(&item.agent))).ok_or_else(|| {
-        Refusal::new(Code::ContextItemNotFound, format!("project '{shown}' has no context item {id}"))
-            .hint(format!("fermatactl context ls {shown}"))
+    let name = project.clone();
+    let item = read(projects, move |c| context::find(c, &name, id)).await?;
+    item.filter(|item| owns(own, Some(&item.agent))).ok_or_else(|| {
+        Refusal::new(Code::ContextItemNotFound, format!("project '{project}' has no context item {id}"))
+            .hint(format!("fermatactl context ls {project}"))
             .into()
     })
 }

@@ -1,4 +1,4 @@
-//! The daemon as the handlers of requests see it.
+//! The state of the daemon that the handlers use.
 
 use std::sync::Arc;
 
@@ -7,20 +7,18 @@ use fermata_protocol::UnixMillis;
 use super::terminals::Terminals;
 use crate::project::Projects;
 
-/// What every connection knows of the daemon.
+/// Shared by all connections.
 pub struct Daemon {
-    /// The projects, and through them all that rooms share.
+    /// The projects, and through them the services.
     pub projects: Arc<Projects>,
-    /// When the daemon started.
     pub started_at: UnixMillis,
-    /// Changes with every start.
+    /// Differs for every start of the daemon.
     pub boot_epoch: String,
-    /// Who writes to agents' terminals.
     pub terminals: Terminals,
-    /// What recovery did.
+    /// The report of the recovery, in lines for the user.
     pub recovery: Vec<String>,
-    /// How agents are frozen.
+    /// The mechanism that freezes agents, described for the user.
     pub freezer: String,
-    /// Reads the configuration again.
+    /// Reads the configuration again; returns the sections that changed, or why it cannot be used.
     pub reload: Box<dyn Fn() -> Result<Vec<String>, String> + Send + Sync>,
 }

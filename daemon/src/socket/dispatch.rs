@@ -1,4 +1,4 @@
-//! From a request to the handler of its method.
+//! Calls the handler of a request's method.
 
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use fermata_protocol::{Code, MAX_IN_FLIGHT, MAX_LINE_BYTES, PROTOCOL_VERSION, Re
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::reply::wire;
 use super::{
     agent_detail, agents, attach, checkpoints, context, events, logs, operations, plugins, projects, reports,
@@ -24,11 +24,11 @@ use crate::store::idempotency::{self, Keyed, KeyedAnswer};
 /// The longest idempotency key, in bytes.
 const MAX_KEY_BYTES: usize = 128;
 
-/// Carries a request out.
+/// Carries out a request, at most once for each idempotency key.
 ///
 /// # Errors
-/// A refusal or a fault.
-pub(super) async fn call(connection: &Arc<Connection>, mut request: Request) -> Result<Value, Failure> {
+/// The request is refused, or its handler fails.
+pub(super) async fn call(connection: &Arc<ClientConnection>, mut request: Request) -> Result<Value, Failure> {
     let key = request.params.remove("idempotency_key");
     let keyed = key.map(|key| keyed(connection, &request, &key)).transpose()?;
     let call = Call::parse(&request.method, request.params)?;
@@ -49,17 +49,17 @@ pub(super) async fn call(connection: &Arc<Connection>, mut request: Request) -> 
         return Ok(answer);
     }
     match carry(connection, call.clone(), Some(keyed.clone())).await {
-        // The same key may have been used by a call that came at the same time: this one failed to
-        // write the key down, or was refused because of what the other one has begun.
+        // A concurrent call may have used the same key: then this one failed to store the key, or was refused because
+        // of the operation that the other one has begun.
         Err(failure) => match repeated(connection, &keyed, &call).await? {
             Some(answer) => Ok(answer),
             None => Err(failure),
         },
-        done => done,
+        Ok(reply) => Ok(reply),
     }
 }
 
-fn keyed(connection: &Connection, request: &Request, key: &Value) -> Result<Keyed, Refusal> {
+fn keyed(connection: &ClientConnection, request: &Request, key: &Value) -> Result<Keyed, Refusal> {
     let key = key.as_str().filter(|key| !key.is_empty() && key.len() <= MAX_KEY_BYTES).ok_or_else(|| {
         Refusal::new(Code::InvalidParams, format!("'idempotency_key' is a text of 1 to {MAX_KEY_BYTES} bytes"))
     })?;
@@ -72,45 +72,111 @@ fn keyed(connection: &Connection, request: &Request, key: &Value) -> Result<Keye
     })
 }
 
-/// Answers a call that was made before under the same key.
-async fn repeated(connection: &Connection, keyed: &Keyed, call: &Call) -> Result<Option<Value>, Failure> {
+/// Returns the reply of an earlier call with the same key; none when there is no such call.
+async fn repeated(connection: &ClientConnection, keyed: &Keyed, call: &Call) -> Result<Option<Value>, Failure> {
     let services = connection.daemon.projects.services();
     let wanted = keyed.clone();
-    let known = services
+    let earlier = services
         .store
         .read(move |c| idempotency::find(c, &wanted))
         .await
         .map_err(|e| Failure::fault("look up the idempotency key", &e))?;
-    match known {
+    match earlier {
         None => Ok(None),
         Some(KeyedAnswer::Reply(reply)) => finish(&connection.daemon.projects, call, reply).await.map(Some),
         Some(KeyedAnswer::Operation(operation)) => operations::end_of(connection, &operation).await.map(Some),
         Some(KeyedAnswer::OtherRequest) => Err(Refusal::new(
             Code::IdempotencyConflict,
-            format!("the idempotency key '{}' was used before for another request", keyed.key),
+            format!("the idempotency key '{}' was used for another request", keyed.key),
         )
         .into()),
     }
 }
 
-/// Completes a reply that was remembered when the call was persisted, before its effects came to their
-/// end: the repeated call waits for them as the first one did.
+/// Completes a reply that was stored with the call's transaction, before its effects had ended: the repeated call waits
+/// for them as the first one did.
 async fn finish(all: &Projects, call: &Call, reply: Value) -> Result<Value, Failure> {
     match call {
         Call::AgentRun(_) | Call::AgentRestart(_) | Call::AgentResume(_) => agents::finish_start(all, reply).await,
         Call::AgentStop(p) => agents::finish_end(all, &p.target.project, p.grace_ms, reply).await,
-        Call::AgentKill(p) if p.signal.is_none() => agents::finish_end(all, &p.target.project, None, reply).await,
+        Call::AgentKill(p) => match p.signal {
+            None => agents::finish_end(all, &p.target.project, None, reply).await,
+            Some(_) => Ok(reply),
+        },
         Call::ContextPut(p) => context::finish_put(all, p.target.as_ref(), reply).await,
-        _ => Ok(reply),
+        Call::Hello(_)
+        | Call::Discover(_)
+        | Call::DaemonStatus(_)
+        | Call::DaemonReload(_)
+        | Call::ProjectCreate(_)
+        | Call::ProjectSet(_)
+        | Call::ProjectList(_)
+        | Call::ProjectShow(_)
+        | Call::ProjectRemove(_)
+        | Call::ProjectPause(_)
+        | Call::ProjectResume(_)
+        | Call::AgentList(_)
+        | Call::AgentShow(_)
+        | Call::AgentAttach(_)
+        | Call::AgentInput(_)
+        | Call::AgentResize(_)
+        | Call::AgentDetach(_)
+        | Call::AgentSend(_)
+        | Call::AgentReady(_)
+        | Call::AgentRemove(_)
+        | Call::AgentWait(_)
+        | Call::AgentLogs(_)
+        | Call::AgentListen(_)
+        | Call::AgentAck(_)
+        | Call::AgentProgress(_)
+        | Call::AgentUsage(_)
+        | Call::StatePut(_)
+        | Call::StateGet(_)
+        | Call::TaskPut(_)
+        | Call::TaskList(_)
+        | Call::QuestionAsk(_)
+        | Call::QuestionWait(_)
+        | Call::QuestionList(_)
+        | Call::QuestionAnswer(_)
+        | Call::ContextList(_)
+        | Call::ContextShow(_)
+        | Call::ContextPin(_)
+        | Call::ContextSearch(_)
+        | Call::ContextRecall(_)
+        | Call::ContextFlashSave(_)
+        | Call::CheckpointCreate(_)
+        | Call::CheckpointList(_)
+        | Call::CheckpointShow(_)
+        | Call::CheckpointDiff(_)
+        | Call::CheckpointRestore(_)
+        | Call::CheckpointVerify(_)
+        | Call::CheckpointRemove(_)
+        | Call::CheckpointPrune(_)
+        | Call::CheckpointPin(_)
+        | Call::CheckpointExport(_)
+        | Call::CheckpointDownload(_)
+        | Call::CheckpointUpload(_)
+        | Call::CheckpointImport(_)
+        | Call::CheckpointConsolidate(_)
+        | Call::OperationList(_)
+        | Call::OperationShow(_)
+        | Call::OperationCancel(_)
+        | Call::EventsSubscribe(_)
+        | Call::EventsUnsubscribe(_)
+        | Call::EventsList(_)
+        | Call::PluginList(_)
+        | Call::PluginReload(_)
+        | Call::PluginEnable(_)
+        | Call::PluginCheck(_) => Ok(reply),
     }
 }
 
-fn greet(connection: &Connection, hello: &Hello) -> Result<Value, Failure> {
+fn greet(connection: &ClientConnection, hello: &Hello) -> Result<Value, Failure> {
     if hello.min > PROTOCOL_VERSION || hello.max < PROTOCOL_VERSION {
         return Err(Refusal::new(
             Code::UnsupportedVersion,
             format!(
-                "this daemon speaks protocol version {PROTOCOL_VERSION}, the client {} to {}",
+                "this daemon uses protocol version {PROTOCOL_VERSION}, the client versions {} to {}",
                 hello.min, hello.max
             ),
         )
@@ -132,7 +198,7 @@ fn greet(connection: &Connection, hello: &Hello) -> Result<Value, Failure> {
     })
 }
 
-async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -> Result<Value, Failure> {
+async fn carry(connection: &Arc<ClientConnection>, call: Call, keyed: Option<Keyed>) -> Result<Value, Failure> {
     let daemon = &connection.daemon;
     let all = &daemon.projects;
     let own = connection.peer().agent;
@@ -142,7 +208,7 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
         Call::DaemonStatus(_) => status(connection),
         Call::DaemonReload(_) => {
             let changed = (daemon.reload)().map_err(|message| {
-                Refusal::new(Code::InvalidParams, message).hint("the settings are as they were before")
+                Refusal::new(Code::InvalidParams, message).hint("correct the file; the previous settings stay in force")
             })?;
             wire(&DaemonReloadResult { changed, needs_restart: Vec::new() })
         }
@@ -215,7 +281,7 @@ async fn carry(connection: &Arc<Connection>, call: Call, keyed: Option<Keyed>) -
     }
 }
 
-fn status(connection: &Connection) -> Result<Value, Failure> {
+fn status(connection: &ClientConnection) -> Result<Value, Failure> {
     let daemon = &connection.daemon;
     let services = daemon.projects.services();
     let projects = daemon.projects.all();

@@ -1,4 +1,4 @@
-//! Handlers of `events.*`: a subscriber reads the table from its own cursor and is only woken.
+//! Handlers of `events.*`. A subscription reads the event table from its own cursor; new events only wake it.
 
 use std::sync::Arc;
 
@@ -11,34 +11,34 @@ use fermata_protocol::{Code, Refusal};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::reply::wire;
 use crate::errors::Failure;
 use crate::store::Store;
-use crate::store::events::{self, Cursor, Page, Read};
+use crate::store::events::{self, EventCursor, Page, Read};
 
-/// How many events one reply, or one read of a subscription, holds at most.
+/// The most events of one reply, or of one read of a subscription.
 const MAX_PAGE: u32 = 500;
 
-pub(super) async fn list(connection: &Connection, params: EventsList) -> Result<Value, Failure> {
+pub(super) async fn list(connection: &ClientConnection, params: EventsList) -> Result<Value, Failure> {
     let store = &connection.daemon.projects.services().store;
     let after = match &params.cursor {
-        Some(cursor) => Cursor::parse(cursor, store.id())?,
+        Some(cursor) => EventCursor::parse(cursor, store.id())?,
         None => store.read(events::oldest).await.map_err(|e| Failure::fault("read events", &e))?,
     };
     let limit = params.limit.unwrap_or(200).clamp(1, MAX_PAGE);
     let mut page = page(store, after, &params.filter, limit).await?;
-    // A rare kind may be far on: an empty page with more behind it is read on.
+    // With a filter the next matching event may be many pages away.
     while page.events.is_empty() && page.more {
         page = self::page(store, page.next, &params.filter, limit).await?;
     }
     let mut reply = wire(&EventsListResult { events: page.events, cursor: page.next.to_text(store.id()) })?;
-    // A command line may hold a token; whoever looks at events has no need of it.
+    // Command lines may contain secrets.
     Secrets::default().redact_json(&mut reply);
     Ok(reply)
 }
 
-async fn page(store: &Store, after: Cursor, filter: &EventFilter, limit: u32) -> Result<Page, Failure> {
+async fn page(store: &Store, after: EventCursor, filter: &EventFilter, limit: u32) -> Result<Page, Failure> {
     let (id, filter) = (store.id().to_owned(), filter.clone());
     let read = store
         .read(move |c| events::read(c, &id, after, &filter, limit as usize))
@@ -47,29 +47,29 @@ async fn page(store: &Store, after: Cursor, filter: &EventFilter, limit: u32) ->
     match read {
         Read::Page(page) => Ok(page),
         Read::Expired(oldest) => Err(expired(oldest, store)),
-        Read::Ahead => Err(Cursor::unknown().into()),
+        Read::Ahead => Err(EventCursor::unknown().into()),
     }
 }
 
-fn expired(oldest: Cursor, store: &Store) -> Failure {
+fn expired(oldest: EventCursor, store: &Store) -> Failure {
     let oldest = oldest.to_text(store.id());
-    Refusal::new(Code::CursorExpired, "the events after this cursor are gone".to_owned())
+    Refusal::new(Code::CursorExpired, "the events after this cursor were removed".to_owned())
         .hint(format!("the oldest cursor is {oldest}"))
         .details(json!({ "oldest_cursor": oldest }))
         .into()
 }
 
-pub(super) async fn subscribe(connection: &Arc<Connection>, params: EventsSubscribe) -> Result<Value, Failure> {
+pub(super) async fn subscribe(connection: &Arc<ClientConnection>, params: EventsSubscribe) -> Result<Value, Failure> {
     let services = Arc::clone(connection.daemon.projects.services());
     let wake = services.store.wake();
     let from = match &params.cursor {
         Some(cursor) => {
-            let from = Cursor::parse(cursor, services.store.id())?;
-            // Refused now rather than in a notification that nobody can answer.
+            let from = EventCursor::parse(cursor, services.store.id())?;
+            // An expired cursor is refused here rather than by a notification.
             page(&services.store, from, &params.filter, 1).await?;
             from
         }
-        None => Cursor(*wake.borrow()),
+        None => EventCursor(*wake.borrow()),
     };
     let (subscription, token) = connection.subscribe()?;
     let task = Subscription { connection: Arc::clone(connection), id: subscription, filter: params.filter, token };
@@ -78,14 +78,14 @@ pub(super) async fn subscribe(connection: &Arc<Connection>, params: EventsSubscr
 }
 
 struct Subscription {
-    connection: Arc<Connection>,
+    connection: Arc<ClientConnection>,
     id: u64,
     filter: EventFilter,
     token: CancellationToken,
 }
 
 impl Subscription {
-    async fn run(self, mut at: Cursor, mut wake: tokio::sync::watch::Receiver<i64>) {
+    async fn run(self, mut at: EventCursor, mut wake: tokio::sync::watch::Receiver<i64>) {
         let services = Arc::clone(self.connection.daemon.projects.services());
         loop {
             wake.mark_unchanged();
@@ -100,10 +100,10 @@ impl Subscription {
             };
             at = page.next;
             for event in page.events {
-                let mut told = json!(EventNotification { subscription: self.id, event });
-                Secrets::default().redact_json(&mut told);
-                let notification = Notification::new("event", told);
-                // Waits while the peer is slow; the table waits with it.
+                let mut params = json!(EventNotification { subscription: self.id, event });
+                Secrets::default().redact_json(&mut params);
+                let notification = Notification::new("event", params);
+                // Waits while the peer is slow; further events stay in the table.
                 tokio::select! {
                     () = self.connection.send(&notification) => {}
                     () = self.token.cancelled() => return,
@@ -120,7 +120,7 @@ impl Subscription {
     }
 }
 
-pub(super) fn unsubscribe(connection: &Connection, subscription: u64) -> Result<Value, Failure> {
+pub(super) fn unsubscribe(connection: &ClientConnection, subscription: u64) -> Result<Value, Failure> {
     if connection.unsubscribe(subscription) {
         Ok(json!({}))
     } else {

@@ -15,49 +15,43 @@ use super::daemon::Daemon;
 use super::serve;
 use fermata_os::peer::{self, PeerCredentials};
 
-/// How many connections one user may have; an agent that listens keeps one open.
+/// The most connections of one user; an agent that listens for pause requests keeps one open.
 const CONNECTIONS_PER_USER: usize = 4096;
 
-/// Why there is no control socket.
+/// Why the control socket cannot be opened.
 #[derive(Debug, Error)]
 pub enum BindError {
-    /// The socket's directory cannot be made.
     #[error("create the directory {}", path.display())]
     Directory {
-        /// The directory.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The socket cannot be bound.
     #[error("listen on {}", path.display())]
     Bind {
-        /// The socket.
         path: PathBuf,
-        /// The cause.
         #[source]
         source: io::Error,
     },
-    /// The socket that systemd handed over cannot be used.
-    #[error("use the socket from systemd")]
+    #[error("use the socket passed by systemd")]
     Inherited(#[source] io::Error),
 }
 
 /// The control socket.
 pub struct Listener {
     socket: UnixListener,
-    /// The file to remove at the end; none when it belongs to systemd.
+    /// The socket's file, to be removed at shutdown; none when it belongs to systemd.
     path: Option<PathBuf>,
 }
 
 impl Listener {
-    /// Takes the socket that systemd has handed over, else binds one.
+    /// Takes the socket that systemd has passed, else binds one.
     ///
-    /// The caller holds the state lock, so whatever stands at the path belongs to a daemon that is gone.
+    /// The caller holds the lock of the state directory: an existing socket at the path is a leftover of an earlier
+    /// daemon, and is removed.
     ///
     /// # Errors
-    /// When neither can be done.
+    /// The socket passed by systemd cannot be used, or none can be bound.
     pub fn open(path: &Path, group: Option<u32>) -> Result<Self, BindError> {
         let inherited = listenfd::ListenFd::from_env().take_unix_listener(0).map_err(BindError::Inherited)?;
         if let Some(inherited) = inherited {
@@ -75,10 +69,10 @@ impl Listener {
         }
         match std::fs::remove_file(path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(bind(error)),
-            _ => {}
+            Ok(()) | Err(_) => {}
         }
         let socket = UnixListener::bind(path).map_err(bind)?;
-        // Roles are decided per peer; who may connect at all, by the mode.
+        // The mode decides which users can connect; their roles are decided per connection.
         let mode = if nix::unistd::geteuid().is_root() { 0o666 } else { 0o600 };
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).map_err(bind)?;
         if let Some(gid) = group {
@@ -87,7 +81,7 @@ impl Listener {
         Ok(Self { socket, path: Some(path.to_owned()) })
     }
 
-    /// Accepts connections until the daemon stops.
+    /// Accepts connections until the daemon shuts down.
     pub async fn run(&self, daemon: &Arc<Daemon>) {
         let services = daemon.projects.services();
         let counts: Arc<Mutex<BTreeMap<u32, usize>>> = Arc::default();
@@ -99,8 +93,8 @@ impl Listener {
             match accepted {
                 Ok((stream, _)) => self.serve(stream, daemon, &counts),
                 Err(error) => {
-                    // Out of descriptors, most likely: the connections that are open go on.
-                    tracing::warn!(%error, "a connection could not be accepted");
+                    // Most likely out of file descriptors; a connection that closes frees one.
+                    tracing::warn!(%error, "failed to accept a connection");
                     tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
@@ -111,7 +105,7 @@ impl Listener {
         let credentials = match peer::credentials(&stream) {
             Ok(credentials) => credentials,
             Err(error) => {
-                tracing::warn!(%error, "a peer without credentials");
+                tracing::warn!(%error, "failed to read the credentials of a peer");
                 return;
             }
         };
@@ -121,25 +115,26 @@ impl Listener {
             match slot {
                 Some(_slot) => serve::serve(stream, credentials, &daemon).await,
                 None => {
-                    let refusal = Refusal::new(Code::TooManyRequests, "too many connections of this user".to_owned());
+                    let message = format!("this user has {CONNECTIONS_PER_USER} connections already");
+                    let refusal = Refusal::new(Code::TooManyRequests, message);
                     serve::refuse(stream, refusal).await;
                 }
             }
         });
     }
 
-    /// Removes the socket's file, so that clients see at once that nobody listens.
+    /// Removes the socket's file, so that clients fail to connect at once.
     pub fn remove(&self) {
         if let Some(path) = &self.path
             && let Err(error) = std::fs::remove_file(path)
             && error.kind() != io::ErrorKind::NotFound
         {
-            tracing::warn!(path = %path.display(), %error, "the control socket stays");
+            tracing::warn!(path = %path.display(), %error, "failed to remove the control socket");
         }
     }
 }
 
-/// One connection's share of its user's limit.
+/// Counts one connection of a user until it is dropped.
 struct Slot {
     counts: Arc<Mutex<BTreeMap<u32, usize>>>,
     uid: u32,

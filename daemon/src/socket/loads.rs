@@ -1,4 +1,4 @@
-//! Puts what agents use into the views that show them.
+//! Fills in the resource usage of agents in their views.
 
 use fermata_core::Project;
 use fermata_protocol::agent::AgentView;
@@ -6,7 +6,7 @@ use fermata_protocol::agent::AgentView;
 use crate::project::subjects;
 use crate::services::Services;
 
-/// Fills the views of one or several projects' agents.
+/// Fills in the usage of the agents of one or several projects.
 pub(super) async fn fill(services: &Services, projects: &[&Project], views: &mut [AgentView]) {
     let subjects = projects.iter().flat_map(|project| subjects(services, project)).collect();
     let samples = services.loads.sample(subjects).await;

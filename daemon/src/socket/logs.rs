@@ -1,4 +1,4 @@
-//! The handler of `agent.logs`: reads from a cursor, and waits for more where there is none.
+//! Handler of `agent.logs`: reads the log from a cursor, and waits for new lines at its end.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
@@ -19,23 +19,23 @@ use fermata_shim::log_line::Stream;
 use fermata_shim::log_reader::{Batch, LogPosition, Start, read_once};
 use fermata_shim::spec::files;
 
-/// How many bytes of log one reply holds.
+/// How much of the log one reply contains, in bytes.
 const BATCH_BYTES: usize = 256 << 10;
 
-/// How often a waiting call looks for new lines.
+/// The interval at which a waiting call reads the log.
 const PACE: Duration = Duration::from_millis(50);
 
 /// The longest wait of one call.
 const MAX_WAIT: Duration = Duration::from_secs(60);
 
-/// Where a reader stands: in which run, and where in its files.
+/// The position of a reader: a run, and a place in its files; none for their beginning.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+struct LogCursor {
     run: RunId,
     position: Option<LogPosition>,
 }
 
-impl Place {
+impl LogCursor {
     fn to_text(&self) -> String {
         match self.position {
             Some(at) => format!("{}:{}:{}:{}", self.run, at.number, at.inode, at.offset),
@@ -63,13 +63,13 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
     })?;
     let secrets = secrets(projects, &handle, name).await?;
     let deadline = Instant::now() + Duration::from_millis(params.wait_ms).min(MAX_WAIT);
-    let (mut place, mut start) = match &params.cursor {
-        Some(cursor) => {
-            let place = Place::parse(cursor).ok_or_else(|| {
-                Refusal::new(Code::InvalidParams, "'cursor' is not one that this daemon gave out".to_owned())
+    let (mut cursor, mut start) = match &params.cursor {
+        Some(text) => {
+            let cursor = LogCursor::parse(text).ok_or_else(|| {
+                Refusal::new(Code::InvalidParams, "'cursor' is not a cursor of agent.logs".to_owned())
             })?;
-            let start = place.position.map_or(Start::Begin, Start::At);
-            (place, start)
+            let start = cursor.position.map_or(Start::Begin, Start::At);
+            (cursor, start)
         }
         None => {
             let run = chosen_run(&handle, params, name)?;
@@ -81,32 +81,32 @@ pub(super) async fn read(projects: &Projects, params: &AgentLogs) -> Result<Valu
                 (None, Some(since)) => Start::Since(since.0),
                 (None, None) => Start::Begin,
             };
-            (Place { run, position: None }, start)
+            (LogCursor { run, position: None }, start)
         }
     };
     loop {
-        // Looked at before reading: what was written before the end is read after this.
-        let over = is_over(&handle, name, &place.run);
-        let dir = handle.step_context().dirs().run(name, &place.run).join(files::LOGS);
+        // Determined before the log is read, so that the read sees everything that an ended run has written.
+        let over = is_over(&handle, name, &cursor.run);
+        let dir = handle.step_context().dirs().run(name, &cursor.run).join(files::LOGS);
         let (lines, position) = batch(dir, start).await?;
-        place.position = position.or(place.position);
-        start = place.position.map_or(start, Start::At);
+        cursor.position = position.or(cursor.position);
+        start = cursor.position.map_or(start, Start::At);
         let mut end = false;
         if lines.is_empty() && over {
             let newest = current_run(&handle, &params.target, name)?;
             let one_run = params.run.is_some() || params.runs_back > 0;
-            if newest == place.run || one_run {
+            if newest == cursor.run || one_run {
                 end = true;
             } else {
-                // The agent was started again: its next run's output follows.
-                place = Place { run: newest, position: None };
+                // The agent was started again: the output of its newest run follows.
+                cursor = LogCursor { run: newest, position: None };
                 start = Start::Begin;
                 continue;
             }
         }
         if !lines.is_empty() || end || Instant::now() >= deadline {
             let lines = if params.raw { lines } else { redacted(lines, &secrets) };
-            return wire(&AgentLogsResult { lines, cursor: place.to_text(), end });
+            return wire(&AgentLogsResult { lines, cursor: cursor.to_text(), end });
         }
         tokio::time::sleep(PACE).await;
     }
@@ -121,7 +121,7 @@ fn redacted(mut lines: Vec<LogLine>, secrets: &Secrets) -> Vec<LogLine> {
     lines
 }
 
-/// The run that was asked for.
+/// Returns the run whose log was requested.
 fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> Result<RunId, Failure> {
     let current = current_run(handle, &params.target, name)?;
     if params.run.is_none() && params.runs_back == 0 {
@@ -141,11 +141,11 @@ fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> R
     };
     chosen.cloned().ok_or_else(|| {
         let ids: Vec<String> = kept.iter().map(ToString::to_string).collect();
-        let what = match &params.run {
-            Some(run) => format!("there is no output of a run '{run}' of agent {}", params.target),
-            None => format!("agent {} has no output of a run before that", params.target),
+        let message = match &params.run {
+            Some(run) => format!("agent {} has no log of a run '{run}'", params.target),
+            None => format!("agent {} has no log of a run that far back", params.target),
         };
-        Refusal::new(Code::LogNotFound, format!("{what}; there is that of {}", ids.join(", "))).into()
+        Refusal::new(Code::LogNotFound, message).hint(format!("runs with a log: {}", ids.join(", "))).into()
     })
 }
 
@@ -161,12 +161,12 @@ fn current_run(handle: &ProjectHandle, target: &Target, name: &AgentName) -> Res
     run.ok_or_else(|| Refusal::new(Code::AgentNotRunning, format!("agent {target} has never run")).into())
 }
 
-/// Says whether nothing more will be written to the logs of a run.
+/// Returns whether nothing more will be written to the log of a run.
 fn is_over(handle: &ProjectHandle, name: &AgentName, run: &RunId) -> bool {
     let project = handle.project();
     project.agents.get(name).is_none_or(|agent| match agent.run() {
         Some(current) if current.id == *run => agent.is_terminal(),
-        _ => true,
+        Some(_) | None => true,
     })
 }
 
@@ -185,7 +185,7 @@ async fn batch(dir: PathBuf, start: Start) -> Result<(Vec<LogLine>, Option<LogPo
             .collect();
         if skipped > 0 {
             let at_ns = shown.last().map_or(0, |line| line.at_ns);
-            let text = format!("{skipped} damaged lines of the log were left out");
+            let text = format!("{skipped} damaged lines of the log were skipped");
             shown.push(LogLine { at_ns, stream: Stream::Gap.word().to_owned(), text, partial: false });
         }
         Ok((shown, position))
@@ -198,14 +198,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn places_round_trip_and_others_are_refused() {
+    fn cursors_round_trip_and_other_texts_are_refused() {
         let run = RunId::new("run-0a1b").expect("valid");
         for position in [None, Some(LogPosition { number: 3, inode: 9, offset: 12 })] {
-            let place = Place { run: run.clone(), position };
-            assert_eq!(Place::parse(&place.to_text()), Some(place));
+            let cursor = LogCursor { run: run.clone(), position };
+            assert_eq!(LogCursor::parse(&cursor.to_text()), Some(cursor));
         }
         for bad in ["", "x", "run-0a1b:1:2", "run-0a1b:1:2:x", "run-0a1b:1:2:3:4"] {
-            assert_eq!(Place::parse(bad), None, "{bad}");
+            assert_eq!(LogCursor::parse(bad), None, "{bad}");
         }
     }
 }

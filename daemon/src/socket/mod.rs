@@ -1,4 +1,4 @@
-//! The control socket: listener, connections, lines, and the handlers of every method.
+//! The control socket: listener, connections, lines, and one handler per method.
 //!
 //! ```text
 //!   listener ─► connection: bytes -> line -> Request -> Call -> Authorised
@@ -6,7 +6,7 @@
 //!                  ▼                                                   ▼
 //!               writer ◄──────── replies, events, progress ◄──── handlers
 //! ```
-//! A peer that does not read, sends garbage or goes away in the middle disturbs nobody else.
+//! A peer that does not read, sends invalid data or disconnects at any time has no effect on other connections.
 
 mod agent_detail;
 mod agents;

@@ -1,4 +1,4 @@
-//! Handlers of what takes long: pause, resume, checkpoint, restore; and of `operation.*`.
+//! Handlers of the methods that begin operations (pause, resume, checkpoint, restore) and of `operation.*`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use fermata_protocol::{CheckpointNumber, Code, OperationId, Refusal};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::TryRecvError;
 
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::reply::wire;
 use super::reports::project_of;
 use crate::errors::Failure;
@@ -30,15 +30,15 @@ use crate::services::now;
 use crate::store::idempotency::Keyed;
 use crate::store::{checkpoints, operations};
 
-/// How often progress is told of.
+/// The interval of progress notifications.
 const PROGRESS_PACE: Duration = Duration::from_millis(50);
 
-/// How many rows one list shows at most.
+/// The most rows of one list.
 const MAX_ROWS: u32 = 1000;
 
-/// Begins an operation and tells its progress to this connection until it has ended.
+/// Begins an operation and sends its progress to this connection until it has ended.
 pub(super) async fn watched(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     handle: &ProjectHandle,
     begin: Begin,
 ) -> Result<Value, Failure> {
@@ -46,10 +46,10 @@ pub(super) async fn watched(
     with_progress(connection, &operation, handle.begin(begin)).await
 }
 
-/// Tells the progress that is made under an operation's id to this connection until the work has ended: now and then the
-/// newest, so that what is done at once is told of by its answer alone.
+/// Sends the progress of an operation to this connection until `ending` is ready: the newest note in each
+/// [`PROGRESS_PACE`], so that short work has no notification before its reply.
 pub(super) async fn with_progress<T>(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     operation: &OperationId,
     ending: impl Future<Output = T>,
 ) -> T {
@@ -74,13 +74,13 @@ pub(super) async fn with_progress<T>(
     }
 }
 
-/// Puts a command together that has no label and begins no run.
+/// Returns the message of an operation that has no label and begins no run.
 pub(super) fn begin(command: Command, operation: OperationId, keyed: Option<Keyed>) -> Begin {
     Begin { command, operation, label: Label::default(), tokens: Vec::new(), keyed }
 }
 
 pub(super) async fn pause(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     params: ProjectPause,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
@@ -89,19 +89,18 @@ pub(super) async fn pause(
     let ProjectPause { reason, mode, grace_ms, .. } = params;
     let cause = if connection.peer().agent.is_some() { PauseCause::Agent } else { PauseCause::Person };
     let command = Command::Pause { operation: operation.clone(), cause, reason, mode, grace_ms };
-    // An agent that asks for its own pause is frozen before the answer could reach it, unless the
-    // pause is refused; the connection is then still there.
+    // An agent that pauses its own project is frozen before the reply is sent, and reads it once it is thawed.
     watched(connection, &handle, begin(command, operation, keyed)).await
 }
 
 pub(super) async fn resume(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     params: ProjectResume,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
     let handle = connection.daemon.projects.get(&params.project)?;
     if !params.over_budget {
-        // Before anything is restored for a resume that would then be refused.
+        // Checked before the restore: otherwise the project would be restored and the resume refused.
         refuse_over_budget(&handle.project())?;
     }
     if let Some(number) = params.checkpoint {
@@ -117,10 +116,10 @@ pub(super) async fn resume(
     watched(connection, &handle, Begin { tokens, ..begin(command, operation, keyed) }).await
 }
 
-/// Resumes a project without anybody waiting for it: the daemon's own wish.
+/// Resumes a project on behalf of the daemon itself.
 ///
 /// # Errors
-/// When it is refused or fails.
+/// The resume is refused or fails.
 pub async fn resume_quietly(handle: &ProjectHandle) -> Result<Value, Failure> {
     let operation = new_operation();
     let (respawn, tokens) = respawns(handle).await?;
@@ -130,27 +129,31 @@ pub async fn resume_quietly(handle: &ProjectHandle) -> Result<Value, Failure> {
 
 fn not_paused(project: &Project) -> Failure {
     Refusal::new(Code::NotPaused, format!("project '{}' is {}, not paused", project.name, project.state.status()))
-        .hint(format!("fermatactl checkpoint restore {} N restores into a project that is at rest", project.name))
+        .hint(format!("restore it without a resume: fermatactl checkpoint restore {} N", project.name))
         .into()
 }
 
-/// Prepares a new run for every held agent, should it have to be started again.
+/// Prepares a new run for every paused agent, for the case that it cannot be thawed.
 async fn respawns(
     handle: &ProjectHandle,
 ) -> Result<(BTreeMap<fermata_protocol::AgentName, Respawn>, Vec<NewToken>), Failure> {
-    let site = handle.step_context();
-    let stale_after = i64::try_from(site.services.settings().agents.stale_after_ms).unwrap_or(i64::MAX);
-    let frozen_ms = match &*site.project.state {
+    let step = handle.step_context();
+    let stale_after = i64::try_from(step.services.settings().agents.stale_after_ms).unwrap_or(i64::MAX);
+    let frozen_ms = match &*step.project.state {
         ProjectState::Paused(paused) => now().since(paused.since),
-        _ => 0,
+        ProjectState::Resting(_)
+        | ProjectState::Pausing(_)
+        | ProjectState::Resuming(_)
+        | ProjectState::Restoring(_)
+        | ProjectState::Broken(_) => 0,
     };
     let (mut respawn, mut tokens) = (BTreeMap::new(), Vec::new());
-    for agent in site.project.agents.values().filter(|agent| agent.status(false) == AgentStatus::Paused) {
-        let again = session::restart_command(&site, agent).await?;
+    for agent in step.project.agents.values().filter(|agent| agent.status(false) == AgentStatus::Paused) {
+        let again = session::restart_command(&step, agent).await?;
         let (new, token) = new_run();
         let stale = again.goes_on && frozen_ms > stale_after;
         let instead_of_thaw =
-            stale.then(|| format!("frozen for {} s: its network connections are dead", frozen_ms / 1000));
+            stale.then(|| format!("frozen for {} s: its network connections have timed out", frozen_ms / 1000));
         tokens.push(token);
         respawn.insert(agent.name.clone(), Respawn { new, argv: again.argv, instead_of_thaw, session: again.session });
     }
@@ -158,7 +161,7 @@ async fn respawns(
 }
 
 pub(super) async fn checkpoint(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     params: CheckpointCreate,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
@@ -181,7 +184,7 @@ pub(super) async fn checkpoint(
 }
 
 pub(super) async fn restore(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     params: CheckpointRestore,
     keyed: Option<Keyed>,
 ) -> Result<Value, Failure> {
@@ -199,7 +202,7 @@ pub(super) async fn restore(
 }
 
 async fn restored(
-    connection: &Arc<Connection>,
+    connection: &Arc<ClientConnection>,
     handle: &ProjectHandle,
     number: CheckpointNumber,
     paths: Vec<String>,
@@ -210,7 +213,11 @@ async fn restored(
     watched(connection, handle, begin(command, operation, keyed)).await
 }
 
-async fn exists(connection: &Connection, handle: &ProjectHandle, number: CheckpointNumber) -> Result<(), Failure> {
+async fn exists(
+    connection: &ClientConnection,
+    handle: &ProjectHandle,
+    number: CheckpointNumber,
+) -> Result<(), Failure> {
     let name = handle.name();
     let shown = name.clone();
     let found = connection
@@ -229,7 +236,7 @@ async fn exists(connection: &Connection, handle: &ProjectHandle, number: Checkpo
     }
 }
 
-pub(super) async fn list(connection: &Connection, params: OperationList) -> Result<Value, Failure> {
+pub(super) async fn list(connection: &ClientConnection, params: OperationList) -> Result<Value, Failure> {
     let limit = params.limit.unwrap_or(50).min(MAX_ROWS);
     let store = &connection.daemon.projects.services().store;
     let operations = store
@@ -239,8 +246,8 @@ pub(super) async fn list(connection: &Connection, params: OperationList) -> Resu
     wire(&OperationListResult { operations })
 }
 
-/// Finds an operation; one that is under way is shown from the project's own state.
-async fn find(connection: &Connection, id: &OperationId) -> Result<OperationView, Failure> {
+/// Finds the row of an operation.
+async fn find(connection: &ClientConnection, id: &OperationId) -> Result<OperationView, Failure> {
     let store = &connection.daemon.projects.services().store;
     let wanted = id.clone();
     let stored = store
@@ -252,7 +259,7 @@ async fn find(connection: &Connection, id: &OperationId) -> Result<OperationView
     })
 }
 
-pub(super) async fn show(connection: &Connection, id: &OperationId) -> Result<Value, Failure> {
+pub(super) async fn show(connection: &ClientConnection, id: &OperationId) -> Result<Value, Failure> {
     let stored = find(connection, id).await?;
     let current = connection
         .daemon
@@ -264,7 +271,11 @@ pub(super) async fn show(connection: &Connection, id: &OperationId) -> Result<Va
     wire(&current.unwrap_or(stored))
 }
 
-pub(super) async fn cancel(connection: &Connection, id: &OperationId, keyed: Option<Keyed>) -> Result<Value, Failure> {
+pub(super) async fn cancel(
+    connection: &ClientConnection,
+    id: &OperationId,
+    keyed: Option<Keyed>,
+) -> Result<Value, Failure> {
     let stored = find(connection, id).await?;
     if stored.ended_at.is_some() {
         return Err(Refusal::new(
@@ -278,7 +289,7 @@ pub(super) async fn cancel(connection: &Connection, id: &OperationId, keyed: Opt
     handle
         .tell(Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| Value::Null) })
         .await?;
-    // The answer is how it ended: cancelled and undone.
+    // Replied to after the undo, with the operation as it has ended.
     match handle.end_of(id.clone()).await {
         Ok(_) | Err(Failure::Refused(_)) => {}
         Err(fault) => return Err(fault),
@@ -286,14 +297,14 @@ pub(super) async fn cancel(connection: &Connection, id: &OperationId, keyed: Opt
     wire(&find(connection, id).await?)
 }
 
-/// Waits for an operation that another call began, and answers as that one was answered.
-pub(super) async fn end_of(connection: &Connection, id: &OperationId) -> Result<Value, Failure> {
+/// Waits for the end of an operation that another call began; returns the same result.
+pub(super) async fn end_of(connection: &ClientConnection, id: &OperationId) -> Result<Value, Failure> {
     let stored = find(connection, id).await?;
     if stored.ended_at.is_none()
         && let Ok(handle) = connection.daemon.projects.get(&stored.project)
     {
         match handle.end_of(id.clone()).await {
-            // It ended between the two looks.
+            // It has ended since the row was read.
             Err(Failure::Refused(refusal)) if refusal.code == Code::OperationNotFound => {}
             other => return other,
         }

@@ -48,8 +48,9 @@ pub(super) async fn reload(projects: &Projects) -> Result<Value, Failure> {
 
 pub(super) async fn enable(projects: &Projects, params: &PluginEnable) -> Result<Value, Failure> {
     let plugins = &projects.services().plugins;
-    let done = if params.enabled { plugins.enable(&params.name).await } else { plugins.disable(&params.name).await };
-    match done {
+    let switched =
+        if params.enabled { plugins.enable(&params.name).await } else { plugins.disable(&params.name).await };
+    match switched {
         Ok(()) => list(projects),
         Err(PluginError::NoSuchPlugin { name }) => {
             Err(Refusal::new(Code::PluginNotFound, format!("there is no plugin '{name}'"))

@@ -1,4 +1,4 @@
-//! Handlers of `project.*` that are done with one transaction.
+//! Handlers of the methods `project.*` that end with one transaction.
 
 use fermata_core::command::Command;
 use fermata_core::view;
@@ -32,7 +32,7 @@ pub(super) async fn set(projects: &Projects, params: ProjectSet, keyed: Option<K
         .await
 }
 
-/// Adds what the database does not know.
+/// Adds the state that is not in the database.
 fn with_daemon_state(handle: &ProjectHandle, view: ProjectView) -> ProjectView {
     ProjectView { disk_bytes: Some(handle.disk_bytes()), look: handle.scan_under_way(), ..view }
 }

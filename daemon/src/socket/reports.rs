@@ -1,4 +1,4 @@
-//! Handlers of what agents report and people answer: progress, usage, blob, tasks, questions.
+//! Handlers of the reports of agents and the answers of people: progress, usage, state, tasks, questions.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use fermata_protocol::task::{TaskListResult, TaskPut};
 use fermata_protocol::{AgentName, Code, ProjectName, Refusal, Target};
 use serde_json::{Value, json};
 
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::reply::wire;
 use crate::errors::Failure;
 use crate::project::{ProjectHandle, Projects, Tell, View};
@@ -21,12 +21,12 @@ use crate::store::commit::Write;
 use crate::store::idempotency::Keyed;
 use crate::store::rows;
 
-/// The largest blob of an agent, as JSON text.
+/// The largest saved state of an agent, as JSON text.
 const MAX_STATE_BYTES: usize = 256 << 10;
 
-/// Finds the agent that a call is about; [`crate::auth`] has filled the target in.
+/// Finds the target agent of a call; [`crate::auth`] has filled the target in for an agent's own calls.
 pub(super) fn agent_of(projects: &Projects, target: Option<&Target>) -> Result<(ProjectHandle, AgentName), Failure> {
-    let missing = || Failure::from(Refusal::new(Code::InvalidParams, "'target' is needed".to_owned()));
+    let missing = || Failure::from(Refusal::new(Code::InvalidParams, "'target' is missing".to_owned()));
     let target = target.ok_or_else(missing)?;
     let handle = projects.get(&target.project)?;
     let name = target.agent.clone().ok_or_else(missing)?;
@@ -39,22 +39,22 @@ pub(super) fn agent_of(projects: &Projects, target: Option<&Target>) -> Result<(
 }
 
 pub(super) fn project_of(projects: &Projects, project: Option<&ProjectName>) -> Result<ProjectHandle, Failure> {
-    let name = project.ok_or_else(|| Refusal::new(Code::InvalidParams, "'project' is needed".to_owned()))?;
+    let name = project.ok_or_else(|| Refusal::new(Code::InvalidParams, "'project' is missing".to_owned()))?;
     projects.get(name)
 }
 
-/// Returns the secrets of an agent, to be taken out of what it says.
+/// Returns the secrets in an agent's environment, to be redacted in its reports.
 pub(super) async fn secrets(
     projects: &Projects,
     handle: &ProjectHandle,
     agent: &AgentName,
 ) -> Result<Secrets, Failure> {
-    let found = projects.services().secrets_of(&handle.name(), agent).await;
-    found.map_err(|e| Failure::fault("read the agent's environment", &e))
+    let secrets = projects.services().secrets_of(&handle.name(), agent).await;
+    secrets.map_err(|e| Failure::fault("read the agent's environment", &e))
 }
 
-/// Says whether a caller may touch what belongs to an agent: people may touch everything, an agent its
-/// own things and those that are nobody's.
+/// Returns whether a caller may access an object: people may access all objects, an agent its own and those without an
+/// owner.
 pub(super) fn owns(own: Option<&Target>, owner: Option<&AgentName>) -> bool {
     match (own.and_then(|own| own.agent.as_ref()), owner) {
         (Some(own), Some(owner)) => own == owner,
@@ -66,11 +66,11 @@ fn simple(command: Command, keyed: Option<Keyed>) -> Tell {
     Tell { command, writes: Vec::new(), tokens: Vec::new(), keyed, view: Box::new(|_, _| json!({})) }
 }
 
-pub(super) fn listen(connection: &Arc<Connection>) -> Result<Value, Failure> {
+pub(super) fn listen(connection: &Arc<ClientConnection>) -> Result<Value, Failure> {
     let peer = connection.peer();
     let Some(agent) = &peer.agent else {
         return Err(Refusal::new(Code::PermissionDenied, "only an agent can listen for pause requests".to_owned())
-            .hint("greet with the token in FERMATA_TOKEN")
+            .hint("call hello with the token in FERMATA_TOKEN")
             .into());
     };
     let services = connection.daemon.projects.services();
@@ -78,13 +78,13 @@ pub(super) fn listen(connection: &Arc<Connection>) -> Result<Value, Failure> {
     Ok(json!({}))
 }
 
-pub(super) fn acknowledge(connection: &Connection, target: Option<&Target>) -> Result<Value, Failure> {
+pub(super) fn acknowledge(connection: &ClientConnection, target: Option<&Target>) -> Result<Value, Failure> {
     let (_, name) = agent_of(&connection.daemon.projects, target)?;
     if let Some(target) = target
         && !connection.daemon.projects.services().channels.acknowledge(target)
     {
-        return Err(Refusal::new(Code::InvalidParams, format!("nobody asked agent '{name}' to pause"))
-            .hint("listen with agent.listen, and acknowledge what is requested there")
+        return Err(Refusal::new(Code::InvalidParams, format!("agent '{name}' was not asked to pause"))
+            .hint("call agent.listen, and acknowledge the requests that arrive on that connection")
             .into());
     }
     Ok(json!({}))
@@ -133,7 +133,7 @@ pub(super) async fn put_state(projects: &Projects, params: StatePut, keyed: Opti
             Code::TooLarge,
             format!("the state has {} bytes as JSON, more than {MAX_STATE_BYTES}", text.len()),
         )
-        .hint("keep large things in files of the workspace, and their names in the state")
+        .hint("keep large data in files of the workspace, and their names in the state")
         .into());
     }
     let mut tell = simple(Command::SaveState { agent: agent.clone(), bytes: text.len() as u64 }, keyed);
@@ -144,13 +144,13 @@ pub(super) async fn put_state(projects: &Projects, params: StatePut, keyed: Opti
 pub(super) async fn get_state(projects: &Projects, target: Option<&Target>) -> Result<Value, Failure> {
     let (handle, agent) = agent_of(projects, target)?;
     let project = handle.name();
-    let found = projects
+    let saved = projects
         .services()
         .store
         .read(move |connection| rows::load_agent_state(connection, &project, &agent))
         .await
         .map_err(|e| Failure::fault("read the agent's state", &e))?;
-    let (state, saved_at) = found.map_or((Value::Null, None), |(state, at)| (state, Some(at)));
+    let (state, saved_at) = saved.map_or((Value::Null, None), |(state, at)| (state, Some(at)));
     wire(&StateGetResult { state, saved_at })
 }
 
@@ -165,14 +165,14 @@ pub(super) async fn put_task(
     if let (Some(own), Some(task)) = (own, params.id.and_then(|id| handle.project().tasks.get(&id).cloned()))
         && !owns(Some(own), task.agent.as_ref())
     {
-        let message = format!("agent {own} may not touch task {}, which is another agent's", task.id);
+        let message = format!("agent {own} may not change task {}, which belongs to another agent", task.id);
         return Err(Refusal::new(Code::PermissionDenied, message).into());
     }
     let agent = target.and_then(|t| t.agent.clone());
     let (id, expected) = (params.id, params.id.unwrap_or(0));
     let command = Command::PutTask { agent, id, title: params.title, status: params.status, percent: params.percent };
     let view: View = Box::new(move |project, _| {
-        // A new task has the last number that was given out.
+        // The counter is the id of the newest task.
         let id = if expected == 0 { project.counters.task } else { expected };
         project.tasks.get(&id).map_or(Value::Null, |task| json!(**task))
     });

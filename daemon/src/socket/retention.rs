@@ -17,7 +17,7 @@ pub(super) async fn remove(
 ) -> Result<Value, Failure> {
     let handle = projects.get(&params.project)?;
     if params.checkpoints.is_empty() {
-        return Err(Refusal::new(Code::InvalidParams, "'checkpoints' names none")
+        return Err(Refusal::new(Code::InvalidParams, "'checkpoints' is empty")
             .hint(format!("fermatactl checkpoint ls {}", params.project))
             .into());
     }

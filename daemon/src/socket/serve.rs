@@ -1,4 +1,4 @@
-//! Serves one connection: reads lines, runs calls side by side, writes what they answer.
+//! Serves one connection: reads lines, runs calls side by side, writes replies and notifications.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,24 +17,24 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::daemon::Daemon;
 use super::dispatch;
 use crate::auth;
 
-/// How many lines may wait to be written; whoever has more to say waits.
+/// Capacity of the queue of lines to be written; a sender waits while it is full.
 const OUT_QUEUE: usize = 128;
 
-/// A peer that takes no byte for so long is given up.
+/// A connection is closed when its peer reads nothing for this long.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
 
-/// How long the daemon's own end waits for a peer to take the last lines.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long the shutdown of the daemon waits for a peer to read the last lines.
+const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(1);
 
-/// How often to look whether a peer that says no more still listens.
-const LOOK_AGAIN: Duration = Duration::from_millis(500);
+/// The interval of checks whether a peer that has closed its sending side has closed the other one too.
+const PEER_CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Tells a peer why it is not served, and closes.
+/// Sends a refusal to a peer, and closes the connection.
 pub(super) async fn refuse(mut stream: UnixStream, refusal: Refusal) {
     if let Ok(mut line) = serde_json::to_vec(&Response::failure(Value::Null, refusal)) {
         line.push(b'\n');
@@ -42,21 +42,21 @@ pub(super) async fn refuse(mut stream: UnixStream, refusal: Refusal) {
     }
 }
 
-/// Serves a connection until either side ends it.
+/// Serves a connection until the peer closes it or the daemon shuts down.
 pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daemon: &Arc<Daemon>) {
     let services = daemon.projects.services();
     let (settings, projects) = (services.settings(), Arc::clone(&daemon.projects));
-    let who = match auth::recognise(&credentials, &projects) {
+    let peer = match auth::recognise(&credentials, &projects) {
         Some(peer) => peer,
         None => {
-            // Groups may be looked up over a network, and there may be thousands of ancestors.
+            // The lookup of a group may use the network, and there may be thousands of ancestors.
             let identified =
                 tokio::task::spawn_blocking(move || auth::identify(&credentials, &settings, &projects)).await;
             match identified {
                 Ok(Ok(peer)) => peer,
                 Ok(Err(refusal)) => return refuse(stream, refusal).await,
                 Err(error) => {
-                    tracing::error!(%error, "a peer could not be identified");
+                    tracing::error!(%error, "failed to identify a peer");
                     return;
                 }
             }
@@ -65,13 +65,13 @@ pub(super) async fn serve(stream: UnixStream, credentials: PeerCredentials, daem
     let (reader, writer) = stream.into_split();
     let (out, lines) = mpsc::channel(OUT_QUEUE);
     let closed = services.stopping.child_token();
-    let connection = Arc::new(Connection::new(Arc::clone(daemon), who, out, closed.clone()));
+    let connection = Arc::new(ClientConnection::new(Arc::clone(daemon), peer, out, closed.clone()));
     let writing = services.tracker.spawn(write(writer, lines, closed.clone(), services.stopping.clone()));
     read(reader, &connection).await;
     closed.cancel();
     connection.lock().channel = None;
     drop(connection);
-    // The last replies, for instance the one that says why the connection closes.
+    // The queued lines are still written, for instance the reason why the connection is closed.
     drop(writing.await);
 }
 
@@ -95,12 +95,12 @@ async fn write(
     tokio::pin!(writing);
     tokio::select! {
         () = &mut writing => {}
-        // A peer that does not read must not hold up the end of the daemon.
-        () = stopping.cancelled() => drop(tokio::time::timeout(LAST_WORDS, writing).await),
+        // A peer that does not read must not delay the shutdown.
+        () = stopping.cancelled() => drop(tokio::time::timeout(SHUTDOWN_PATIENCE, writing).await),
     }
 }
 
-async fn read(mut reader: OwnedReadHalf, connection: &Arc<Connection>) {
+async fn read(mut reader: OwnedReadHalf, connection: &Arc<ClientConnection>) {
     let mut lines = LineBuffer::new(MAX_LINE_BYTES);
     let mut calls = JoinSet::new();
     let mut chunk = vec![0; 64 << 10];
@@ -119,14 +119,14 @@ async fn read(mut reader: OwnedReadHalf, connection: &Arc<Connection>) {
         let read = tokio::select! {
             read = reader.read(&mut chunk) => read,
             () = connection.closed.cancelled() => break,
-            // Finished calls are taken out, so that a long connection keeps none of them.
+            // Ended calls are removed from the set, which would otherwise grow with the connection.
             Some(ended) = calls.join_next() => {
                 note_panic(ended);
                 continue;
             }
         };
         match read {
-            // Half a line that never ends is nobody's request.
+            // An incomplete last line is ignored.
             Ok(0) => {
                 let listens = || !peer::is_gone(reader.as_ref());
                 answer_rest(listens, &mut calls, connection).await;
@@ -142,9 +142,8 @@ async fn read(mut reader: OwnedReadHalf, connection: &Arc<Connection>) {
     }
 }
 
-/// A peer may close its side once it has asked everything (`echo … | nc -N`): it gets its answers, for
-/// as long as it listens.
-async fn answer_rest(listens: impl Fn() -> bool, calls: &mut JoinSet<()>, connection: &Connection) {
+/// Waits for the calls of a peer that has closed its sending side (`echo … | nc -N`), until it closes the other one.
+async fn answer_rest(listens: impl Fn() -> bool, calls: &mut JoinSet<()>, connection: &ClientConnection) {
     while listens() {
         tokio::select! {
             ended = calls.join_next() => match ended {
@@ -152,7 +151,7 @@ async fn answer_rest(listens: impl Fn() -> bool, calls: &mut JoinSet<()>, connec
                 None => return,
             },
             () = connection.closed.cancelled() => return,
-            () = tokio::time::sleep(LOOK_AGAIN) => {}
+            () = tokio::time::sleep(PEER_CHECK_INTERVAL) => {}
         }
     }
 }
@@ -163,7 +162,7 @@ fn note_panic(ended: Result<(), tokio::task::JoinError>) {
     }
 }
 
-async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSet<()>) {
+async fn take_line(line: &[u8], connection: &Arc<ClientConnection>, calls: &mut JoinSet<()>) {
     let request = match Request::parse(line) {
         Ok(request) => request,
         Err(bad) => return connection.send(&Response::failure(bad.id, bad.refusal)).await,
@@ -174,16 +173,16 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
         }
         return;
     }
-    // A notification asks for no reply; there is none that this daemon acts on.
+    // A notification has no reply, and the daemon handles no other one.
     let Some(id) = request.id.clone() else { return };
     if request.method == Hello::NAME {
-        // In its turn: a client need not wait for the answer before it calls.
-        let greeted = dispatch::call(connection, request).await.map_err(|failure| failure.to_object());
-        connection.lock().not_greeted = greeted.as_ref().err().cloned();
-        return connection.send(&answer(id, greeted)).await;
+        // Awaited, so that a client may send requests after it without waiting for the reply.
+        let result = dispatch::call(connection, request).await.map_err(|failure| failure.to_object());
+        connection.lock().hello_error = result.as_ref().err().cloned();
+        return connection.send(&response(id, result)).await;
     }
-    let refused = connection.lock().not_greeted.clone();
-    if let Some(error) = refused {
+    let hello_error = connection.lock().hello_error.clone();
+    if let Some(error) = hello_error {
         return connection.send(&Response::failure(id, error)).await;
     }
     let token = match connection.begin(&id) {
@@ -192,28 +191,28 @@ async fn take_line(line: &[u8], connection: &Arc<Connection>, calls: &mut JoinSe
     };
     let connection = Arc::clone(connection);
     calls.spawn(async move {
-        let answered = tokio::select! {
-            answered = dispatch::call(&connection, request) => answered.map_err(|failure| failure.to_object()),
+        let result = tokio::select! {
+            result = dispatch::call(&connection, request) => result.map_err(|failure| failure.to_object()),
             () = token.cancelled() => Err(cancelled(&connection)),
         };
         connection.end(&id);
-        connection.send(&answer(id, answered)).await;
+        connection.send(&response(id, result)).await;
     });
 }
 
-fn answer(id: Value, answered: Result<Value, ErrorObject>) -> Response {
-    match answered {
+fn response(id: Value, result: Result<Value, ErrorObject>) -> Response {
+    match result {
         Ok(result) => Response::success(id, result),
         Err(error) => Response::failure(id, error),
     }
 }
 
-fn cancelled(connection: &Connection) -> ErrorObject {
+fn cancelled(connection: &ClientConnection) -> ErrorObject {
     if connection.daemon.projects.services().stopping.is_cancelled() {
         let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
-        return refusal.hint("the agents go on, and so does what they are asked once it is back").into();
+        return refusal.hint("the agents keep running; repeat the request when the daemon is running again").into();
     }
-    Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began goes on".to_owned())
-        .hint("operation.cancel ends an operation")
+    Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began continues".to_owned())
+        .hint("operation.cancel cancels an operation")
         .into()
 }

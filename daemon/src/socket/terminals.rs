@@ -1,4 +1,4 @@
-//! The attachments to agents' terminals, and which of them types into each.
+//! The attachments to agents' terminals, and which one of them is the writer of each terminal.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ use tokio::sync::watch;
 
 use crate::shims::viewing::Typing;
 
-/// One connection that looks at a terminal.
+/// A client's connection attached to a terminal.
 pub struct Attachment {
     /// Unique among all attachments of this daemon.
     pub(super) key: u64,
@@ -19,24 +19,24 @@ pub struct Attachment {
     pub(super) by: String,
     pub(super) read_only: bool,
     pub(super) typing: Typing,
-    /// Who took over writing.
+    /// The principal that has taken over writing.
     pub(super) replaced: watch::Sender<Option<String>>,
 }
 
-/// Who writes to which terminal.
+/// The writer of each terminal, by run.
 #[derive(Default)]
 pub struct Terminals {
     writers: Mutex<BTreeMap<RunId, Arc<Attachment>>>,
 }
 
-/// What came of the wish to write.
+/// The result of a request to become the writer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Claim {
-    /// It writes already.
+    /// The attachment was the writer already.
     Had,
-    /// It writes from now on.
+    /// The attachment is the writer from now on.
     Got,
-    /// Somebody else does.
+    /// This principal is the writer.
     Taken(String),
 }
 
@@ -86,7 +86,7 @@ pub(super) fn check_size(size: TerminalSize) -> Result<(), Refusal> {
     }
     Err(Refusal::new(
         Code::InvalidParams,
-        format!("a terminal of {} x {} is not possible: each side has 1 to {MAX_TERMINAL_SIDE}", size.rows, size.cols),
+        format!("a terminal has 1 to {MAX_TERMINAL_SIDE} rows and columns, not {} x {}", size.rows, size.cols),
     ))
 }
 

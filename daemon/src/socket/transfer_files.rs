@@ -1,4 +1,4 @@
-//! The files that one connection exports and sends.
+//! The files that a client downloads and uploads on one connection.
 
 use std::fs::File;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,11 +11,11 @@ use crate::operations::checkpoint::transfer::BundleFile;
 #[derive(Default)]
 pub(super) struct Transfers {
     pub exported: Mutex<Option<BundleFile>>,
-    pub sent: Mutex<Option<Sent>>,
+    pub uploaded: Mutex<Option<UploadedFile>>,
 }
 
-/// A file that a client sends.
-pub(super) struct Sent {
+/// A file that a client has uploaded, so far.
+pub(super) struct UploadedFile {
     pub file: File,
     pub bytes: u64,
     pub hash: Sha256,

@@ -1,4 +1,4 @@
-//! The handler of `checkpoint.verify`: reads every part of checkpoints again and compares hashes.
+//! Handler of `checkpoint.verify`: reads every part of checkpoints and compares hashes.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,7 +14,7 @@ use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
 use super::checkpoints::find;
-use super::connection::Connection;
+use super::connection::ClientConnection;
 use super::operations::with_progress;
 use super::reply::wire;
 use crate::errors::Failure;
@@ -27,18 +27,18 @@ use crate::store::{backup, checkpoints};
 use fermata_history::HistoryError;
 use fermata_protocol::error_chain;
 
-/// Ends the work when whoever asked for it no longer waits.
-struct Asked(Cancel);
+/// Cancels the verification when its caller is gone and the handler is dropped.
+struct CancelOnDrop(Cancel);
 
-impl Drop for Asked {
+impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         self.0.cancel();
     }
 }
 
-pub(super) async fn run(connection: &Arc<Connection>, params: &CheckpointVerify) -> Result<Value, Failure> {
+pub(super) async fn run(connection: &Arc<ClientConnection>, params: &CheckpointVerify) -> Result<Value, Failure> {
     let handle = connection.daemon.projects.get(&params.project)?;
-    // No operation of the project's: it only reads. The id is what its progress is told under.
+    // It only reads, so it is no operation of the project. The id is that of its progress notifications.
     let operation = new_operation();
     let verified = with_progress(connection, &operation, verify(&handle, params, &operation)).await?;
     wire(&CheckpointVerifyResult { checkpoints: verified })
@@ -49,28 +49,28 @@ async fn verify(
     params: &CheckpointVerify,
     operation: &OperationId,
 ) -> Result<Vec<VerifiedCheckpoint>, Failure> {
-    let site = handle.step_context();
-    let _asked = Asked(site.cancel.clone());
+    let step = handle.step_context();
+    let _cancel = CancelOnDrop(step.cancel.clone());
     let views = match params.checkpoint {
         Some(number) => vec![find(handle, number).await?],
         None => {
             let name = handle.name();
-            let list = site.services.store.read(move |c| checkpoints::list(c, &name, None, u32::MAX)).await;
+            let list = step.services.store.read(move |c| checkpoints::list(c, &name, None, u32::MAX)).await;
             list.map_err(|e| Failure::fault("list checkpoints", &e))?
         }
     };
-    // Together, since checkpoints share nearly everything.
-    let mut snapshots = snapshots(&site, &views, operation).await?;
+    // All snapshots at once, since they share most objects.
+    let mut snapshots = snapshots(&step, &views, operation).await?;
     let mut verified = Vec::new();
     for view in views {
         let number = view.id;
-        let mut problems = files(&site, view.clone()).await?;
+        let mut problems = files(&step, view.clone()).await?;
         match snapshots.remove(&number) {
-            Some(found) => problems.extend(found),
+            Some(of_snapshot) => problems.extend(of_snapshot),
             None => problems.push("workspace: it was not verified".to_owned()),
         }
         if !problems.is_empty() && params.checkpoint.is_none() && is_gone(handle, number).await? {
-            // The retention has removed it meanwhile: its parts are not missing, they are no more.
+            // The checkpoint was removed meanwhile, so the missing parts are no problem.
             continue;
         }
         verified.push(VerifiedCheckpoint { checkpoint_id: number, good: problems.is_empty(), problems });
@@ -88,21 +88,21 @@ async fn is_gone(handle: &ProjectHandle, number: u64) -> Result<bool, Failure> {
 
 /// Returns the problems of each snapshot.
 async fn snapshots(
-    site: &StepContext,
+    step: &StepContext,
     views: &[CheckpointView],
     operation: &OperationId,
 ) -> Result<BTreeMap<CheckpointNumber, Vec<String>>, Failure> {
     let named: Vec<(CheckpointNumber, String)> = views.iter().map(|view| (view.id, view.git_commit.clone())).collect();
-    let (notes, operation_id) = (site.services.progress.clone(), operation.clone());
-    // One checkpoint counts its objects, several are counted themselves.
+    let (notes, operation_id) = (step.services.progress.clone(), operation.clone());
+    // Progress counts the objects of a single checkpoint, else the checkpoints.
     let counted = (named.len() == 1).then_some(operation);
-    site.with_history(counted, "verify the snapshots", move |history, progress, cancel| {
+    step.with_history(counted, "verify the snapshots", move |history, progress, cancel| {
         let numbers: Vec<CheckpointNumber> = named.iter().map(|(number, _)| *number).collect();
         let total = numbers.len() as u64;
         let begins = |done: usize| {
             if total > 1 {
                 let (operation_id, step) = (operation_id.clone(), format!("checkpoint {}", numbers[done]));
-                // Nobody may be listening.
+                // Fails when there is no receiver.
                 drop(notes.send(ProgressNote { operation_id, step, done: done as u64, total, unit: "checkpoints" }));
             }
         };
@@ -116,7 +116,7 @@ async fn snapshots(
                 Ok(commit) if commit.to_string() != named => {
                     problems.push(format!("workspace: its snapshot is {commit}, not {named}"));
                 }
-                // What is the matter is in the report as well.
+                // The report has the error too.
                 Ok(_) | Err(_) => {}
             }
             match reports.remove(&number) {
@@ -134,9 +134,9 @@ async fn snapshots(
     .await
 }
 
-/// Returns the problems of a checkpoint's files.
-async fn files(site: &StepContext, view: CheckpointView) -> Result<Vec<String>, Failure> {
-    let (dir, project) = (site.dirs().checkpoint(view.id), site.project.name.clone());
+/// Returns the problems of the other parts of a checkpoint.
+async fn files(step: &StepContext, view: CheckpointView) -> Result<Vec<String>, Failure> {
+    let (dir, project) = (step.dirs().checkpoint(view.id), step.project.name.clone());
     blocking("verify the files", move || {
         let mut problems = Vec::new();
         match std::fs::read(dir.join(MANIFEST)) {
@@ -159,13 +159,13 @@ async fn files(site: &StepContext, view: CheckpointView) -> Result<Vec<String>, 
     .await
 }
 
-/// Compares every file with the manifest, and the snapshot that it names with the row's.
+/// Compares every file with its hash in the manifest, and the manifest's snapshot with that of the row.
 fn changed_parts(dir: &Path, view: &CheckpointView, manifest: &Manifest) -> Vec<String> {
     let mut problems = Vec::new();
     for part in &manifest.parts {
         if part.kind == PartKind::Workspace {
             if part.path != view.git_commit {
-                problems.push(format!("manifest: it names the snapshot {}, not {}", part.path, view.git_commit));
+                problems.push(format!("manifest: its snapshot is {}, not {}", part.path, view.git_commit));
             }
             continue;
         }

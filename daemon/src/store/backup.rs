@@ -88,7 +88,7 @@ fn read(file: &Path) -> Result<Connection, StoreError> {
 
 /// Reads the rows that a restore puts back into memory, to be written by [`put_rows`].
 pub struct RestoredRows {
-    items: Vec<context::Raw>,
+    items: Vec<context::RawItem>,
     states: Vec<(String, String, i64)>,
 }
 

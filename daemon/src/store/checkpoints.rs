@@ -159,7 +159,7 @@ pub fn pin(
     Ok(())
 }
 
-type Raw = (CheckpointFields, String, String, String, String);
+type RawCheckpoint = (CheckpointFields, String, String, String, String);
 
 struct CheckpointFields {
     id: i64,
@@ -176,7 +176,7 @@ struct CheckpointFields {
     pinned: bool,
 }
 
-fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
+fn raw(row: &Row<'_>) -> rusqlite::Result<RawCheckpoint> {
     let fields = CheckpointFields {
         id: row.get(1)?,
         name: row.get(2)?,
@@ -194,7 +194,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
     Ok((fields, row.get(0)?, row.get(4)?, row.get(7)?, row.get(15)?))
 }
 
-fn view((fields, project, trigger, operation, metadata): Raw) -> Result<CheckpointView, StoreError> {
+fn view((fields, project, trigger, operation, metadata): RawCheckpoint) -> Result<CheckpointView, StoreError> {
     Ok(CheckpointView {
         project: word(&project)?,
         id: fields.id.unsigned_abs(),

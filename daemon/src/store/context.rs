@@ -354,7 +354,7 @@ pub fn tokens(connection: &Connection, project: &ProjectName, agent: &AgentName)
 }
 
 /// A row of [`columns`], as it lies in the database; a backup hands it back unchanged.
-pub(super) struct Raw {
+pub(super) struct RawItem {
     pub(super) id: i64,
     pub(super) agent: String,
     pub(super) kind: String,
@@ -368,8 +368,8 @@ pub(super) struct Raw {
     pub(super) text: String,
 }
 
-pub(super) fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
-    Ok(Raw {
+pub(super) fn raw(row: &Row<'_>) -> rusqlite::Result<RawItem> {
+    Ok(RawItem {
         id: row.get(0)?,
         agent: row.get(1)?,
         kind: row.get(2)?,
@@ -384,7 +384,7 @@ pub(super) fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
     })
 }
 
-fn item(raw: Raw) -> Result<ContextItem, StoreError> {
+fn item(raw: RawItem) -> Result<ContextItem, StoreError> {
     Ok(ContextItem {
         id: raw.id,
         agent: word(&raw.agent)?,

@@ -19,9 +19,9 @@ const SCANNED: i64 = 20_000;
 
 /// A place between two events, as the wire shows it: opaque, and only good for one database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Cursor(pub i64);
+pub struct EventCursor(pub i64);
 
-impl Cursor {
+impl EventCursor {
     /// Returns the cursor as text.
     pub fn to_text(self, database: &str) -> String {
         format!("{database}.{}", self.0)
@@ -77,7 +77,7 @@ pub struct Page {
     /// The events, oldest first.
     pub events: Vec<RecordedEvent>,
     /// Where the next page begins.
-    pub next: Cursor,
+    pub next: EventCursor,
     /// Whether there may be more right now.
     pub more: bool,
 }
@@ -87,7 +87,7 @@ pub enum Read {
     /// Events.
     Page(Page),
     /// The events after the cursor are gone; this is the oldest cursor that still works.
-    Expired(Cursor),
+    Expired(EventCursor),
     /// There is no such place yet: the cursor was given out by a database that had more events, for
     /// instance before a power failure took the last of them or a backup was put in its place.
     Ahead,
@@ -100,7 +100,7 @@ pub enum Read {
 pub fn read(
     connection: &Connection,
     database: &str,
-    after: Cursor,
+    after: EventCursor,
     filter: &EventFilter,
     limit: usize,
 ) -> Result<Read, StoreError> {
@@ -110,7 +110,7 @@ pub fn read(
         .and_then(|mut statement| statement.query_row([], |row| Ok((row.get(0)?, row.get(1)?))))
         .doing(what)?;
     if after.0 < oldest - 1 {
-        return Ok(Read::Expired(Cursor(oldest - 1)));
+        return Ok(Read::Expired(EventCursor(oldest - 1)));
     }
     if after.0 > newest.max(oldest - 1) {
         return Ok(Read::Ahead);
@@ -125,7 +125,7 @@ pub fn read(
         .doing(what)?;
     let mut rows = statement.query(params![after.0, end, project]).doing(what)?;
     let mut events = Vec::new();
-    let mut next = Cursor(end.max(after.0));
+    let mut next = EventCursor(end.max(after.0));
     while let Some(row) = rows.next().doing(what)? {
         let kind: String = row.get(3).doing(what)?;
         if !filter.takes_kind(&kind) {
@@ -133,11 +133,11 @@ pub fn read(
         }
         let seq: i64 = row.get(0).doing(what)?;
         if events.len() == limit {
-            next = Cursor(seq - 1);
+            next = EventCursor(seq - 1);
             break;
         }
         events.push(RecordedEvent {
-            cursor: Cursor(seq).to_text(database),
+            cursor: EventCursor(seq).to_text(database),
             at: UnixMillis(row.get(1).doing(what)?),
             project: word(&row.get::<_, String>(2).doing(what)?)?,
             event: json(&row.get::<_, String>(4).doing(what)?)?,
@@ -160,9 +160,9 @@ pub fn latest_at(connection: &Connection) -> Result<Option<UnixMillis>, StoreErr
 ///
 /// # Errors
 /// When the table cannot be read.
-pub fn oldest(connection: &Connection) -> Result<Cursor, StoreError> {
+pub fn oldest(connection: &Connection) -> Result<EventCursor, StoreError> {
     connection
         .query_row("SELECT coalesce(min(seq), 1) - 1 FROM events", [], |row| row.get(0))
-        .map(Cursor)
+        .map(EventCursor)
         .doing("read events")
 }

@@ -36,7 +36,7 @@ use connection::connect;
 use error::Doing;
 pub use error::StoreError;
 pub use writer::Durability;
-use writer::Writer;
+use writer::StoreWriter;
 
 /// How many queries run at the same time.
 const READERS: usize = 4;
@@ -44,18 +44,18 @@ const READERS: usize = 4;
 /// The open database.
 #[derive(Clone)]
 pub struct Store {
-    inner: Arc<Inner>,
+    inner: Arc<StoreInner>,
 }
 
-struct Inner {
+struct StoreInner {
     path: PathBuf,
     /// Distinguishes this database's cursors from those of another one.
     id: String,
-    writer: Writer,
+    writer: StoreWriter,
     readers: Mutex<Vec<Connection>>,
     permits: Semaphore,
     wake: watch::Receiver<i64>,
-    spare: Arc<pinned::Spare>,
+    spare: Arc<pinned::SpareCopy>,
 }
 
 impl Store {
@@ -73,8 +73,8 @@ impl Store {
             .query_row("SELECT coalesce(max(seq), 0) FROM events", [], |row| row.get(0))
             .doing("find the last event")?;
         let (wake_sender, wake) = watch::channel(last);
-        let writer = Writer::start(connection, wake_sender);
-        let inner = Inner {
+        let writer = StoreWriter::start(connection, wake_sender);
+        let inner = StoreInner {
             path: path.to_owned(),
             spare: Arc::default(),
             id,
@@ -92,7 +92,7 @@ impl Store {
     }
 
     /// Returns the connection that is kept for copies of a project's rows.
-    pub fn spare(&self) -> Arc<pinned::Spare> {
+    pub fn spare(&self) -> Arc<pinned::SpareCopy> {
         Arc::clone(&self.inner.spare)
     }
 

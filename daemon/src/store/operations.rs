@@ -183,7 +183,7 @@ pub fn list(
     rows.map(|row| view(row.doing(READ)?)).collect()
 }
 
-struct Raw {
+struct RawOperation {
     id: String,
     project: String,
     kind: String,
@@ -196,8 +196,8 @@ struct Raw {
     error: Option<String>,
 }
 
-fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
-    Ok(Raw {
+fn raw(row: &Row<'_>) -> rusqlite::Result<RawOperation> {
+    Ok(RawOperation {
         id: row.get(0)?,
         project: row.get(1)?,
         kind: row.get(2)?,
@@ -211,7 +211,7 @@ fn raw(row: &Row<'_>) -> rusqlite::Result<Raw> {
     })
 }
 
-fn view(raw: Raw) -> Result<OperationView, StoreError> {
+fn view(raw: RawOperation) -> Result<OperationView, StoreError> {
     Ok(OperationView {
         id: word(&raw.id)?,
         project: word(&raw.project)?,

@@ -68,7 +68,7 @@ pub type States = Vec<(AgentName, String)>;
 
 /// What a copy leaves to the next one, since making it takes longer than a small copy does: a connection to the database.
 #[derive(Default)]
-pub struct Spare(Mutex<Option<SpareConnection>>);
+pub struct SpareCopy(Mutex<Option<SpareConnection>>);
 
 struct SpareConnection {
     connection: Connection,
@@ -76,7 +76,7 @@ struct SpareConnection {
     has_copy: bool,
 }
 
-impl Spare {
+impl SpareCopy {
     fn take(&self) -> Option<SpareConnection> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
@@ -90,9 +90,9 @@ impl Spare {
 }
 
 /// A connection to the database, and attached to it what rows are to go to, with its tables.
-pub struct Prepared {
+pub struct PreparedCopy {
     connection: Connection,
-    spare: Arc<Spare>,
+    spare: Arc<SpareCopy>,
     project: ProjectName,
     to: PathBuf,
     in_memory: bool,
@@ -100,7 +100,7 @@ pub struct Prepared {
 
 /// The same with a read transaction on one instant of the database.
 pub struct Pinned {
-    prepared: Prepared,
+    prepared: PreparedCopy,
     /// Whether there are so few context items that nothing is gained by more threads than one.
     pub few: bool,
 }
@@ -116,8 +116,8 @@ pub enum CopiedRows<'a> {
 }
 
 /// A copy that is complete.
-pub struct Copied {
-    prepared: Prepared,
+pub struct DatabaseCopy {
+    prepared: PreparedCopy,
     as_of: AsOf,
     /// How many context items there are, archived ones included.
     pub item_count: u64,
@@ -134,7 +134,12 @@ struct AsOf {
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be made.
-pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Path) -> Result<Prepared, StoreError> {
+pub fn open(
+    spare: &Arc<SpareCopy>,
+    database: &Path,
+    project: &ProjectName,
+    to: &Path,
+) -> Result<PreparedCopy, StoreError> {
     let SpareConnection { connection, has_copy } = match spare.take() {
         Some(kept) => kept,
         None => {
@@ -152,7 +157,7 @@ pub fn open(spare: &Arc<Spare>, database: &Path, project: &ProjectName, to: &Pat
         let place = if in_memory { ":memory:".into() } else { to.to_string_lossy() };
         attach(&connection, &place, if few_items { SMALL_PAGE } else { LARGE_PAGE })?;
     }
-    Ok(Prepared { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned(), in_memory })
+    Ok(PreparedCopy { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned(), in_memory })
 }
 
 /// Attaches a new copy, with its tables.
@@ -201,7 +206,7 @@ fn pin(connection: &Connection) -> Result<(), StoreError> {
     connection.query_row_cached("SELECT count(*) FROM main.meta", [], |_| Ok(())).doing(BACKUP)
 }
 
-impl Prepared {
+impl PreparedCopy {
     /// Begins the copy: from here on it sees what the database holds now.
     ///
     /// # Errors
@@ -218,9 +223,9 @@ impl Pinned {
     ///
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
-    pub fn copy(self, mut tell: impl FnMut(CopiedRows)) -> Result<Copied, StoreError> {
+    pub fn copy(self, mut tell: impl FnMut(CopiedRows)) -> Result<DatabaseCopy, StoreError> {
         let prepared = self.prepared;
-        let Prepared { connection, project, .. } = &prepared;
+        let PreparedCopy { connection, project, .. } = &prepared;
         let states = read_states(connection, project)?;
         tell(CopiedRows::States(&states));
         // Read first: whoever writes them out works beside the copy then.
@@ -240,18 +245,18 @@ impl Pinned {
             .doing(BACKUP)?
             .unsigned_abs();
         connection.execute_cached("COMMIT", []).doing(BACKUP)?;
-        Ok(Copied { prepared, as_of, item_count })
+        Ok(DatabaseCopy { prepared, as_of, item_count })
     }
 }
 
-impl Copied {
+impl DatabaseCopy {
     /// Brings the copy up to this instant; `false` when the context has changed since, so that it has
     /// to be made anew.
     ///
     /// # Errors
     /// When a row cannot be read, or the file cannot be written.
     pub fn refresh(&mut self) -> Result<bool, StoreError> {
-        let Prepared { connection, project, .. } = &self.prepared;
+        let PreparedCopy { connection, project, .. } = &self.prepared;
         pin(connection)?;
         let told = format!(
             "SELECT EXISTS (SELECT 1 FROM main.events WHERE seq > ?1 AND project = ?2 AND kind NOT IN ({HARMLESS}))"
@@ -278,7 +283,7 @@ impl Copied {
     /// # Errors
     /// When it cannot be synced.
     pub fn sync(&self) -> Result<(), StoreError> {
-        let Prepared { to, in_memory, .. } = &self.prepared;
+        let PreparedCopy { to, in_memory, .. } = &self.prepared;
         if *in_memory {
             return Ok(());
         }
@@ -291,7 +296,7 @@ impl Copied {
     /// # Errors
     /// When it cannot be written.
     pub fn finish(self) -> Result<(File, Option<Vec<u8>>), StoreError> {
-        let Prepared { mut connection, spare, to, in_memory, .. } = self.prepared;
+        let PreparedCopy { mut connection, spare, to, in_memory, .. } = self.prepared;
         let failed = |what: &'static str| {
             let path = to.clone();
             move |source| StoreError::File { what, path, source }
@@ -364,7 +369,7 @@ mod tests {
     struct Bed {
         dir: tempfile::TempDir,
         live: Connection,
-        spare: Arc<Spare>,
+        spare: Arc<SpareCopy>,
     }
 
     fn project(name: &str) -> ProjectName {
@@ -429,7 +434,7 @@ mod tests {
         }
     }
 
-    fn copy(pinned: Pinned) -> (Copied, Vec<String>) {
+    fn copy(pinned: Pinned) -> (DatabaseCopy, Vec<String>) {
         let mut told = Vec::new();
         let copied = pinned.copy(|one| match one {
             CopiedRows::States(states) => told.extend(states.iter().map(|(agent, state)| format!("{agent} {state}"))),

@@ -28,20 +28,20 @@ pub enum Durability {
 
 /// A job answers by itself: with its own error, or with its result after the commit. Without a
 /// connection it is not run, and answers that its transaction is gone.
-type Job = Box<dyn FnOnce(Option<&Connection>) -> Answer + Send>;
-type Answer = Box<dyn FnOnce(Result<(), String>) + Send>;
+type Job = Box<dyn FnOnce(Option<&Connection>) -> JobReply + Send>;
+type JobReply = Box<dyn FnOnce(Result<(), String>) + Send>;
 
 struct Queued {
     durability: Durability,
     job: Job,
 }
 
-pub(super) struct Writer {
+pub(super) struct StoreWriter {
     queue: Mutex<Option<mpsc::Sender<Queued>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl Writer {
+impl StoreWriter {
     pub(super) fn start(connection: Connection, wake: watch::Sender<i64>) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let spawned =
@@ -136,8 +136,8 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
 
 /// Runs the jobs of a batch and commits; returns the number of the last event. Once SQLite has rolled the transaction
 /// back by itself, every later statement would commit on its own: nothing more of the batch is run then.
-fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<Answer>, Result<Option<i64>, String>) {
-    let mut answers: Vec<Answer> = Vec::with_capacity(batch.len());
+fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<JobReply>, Result<Option<i64>, String>) {
+    let mut answers: Vec<JobReply> = Vec::with_capacity(batch.len());
     for queued in batch {
         let alive = !connection.is_autocommit();
         answers.push((queued.job)(alive.then_some(connection)));

@@ -26,7 +26,7 @@ use crate::operations::checkpoint::layout::{CONTEXT, DATABASE};
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::pause::flash_save::{self, Plans};
 use crate::operations::{StepContext, blocking, ms_since};
-use crate::store::pinned::{self, Copied, CopiedRows, Pinned, Prepared};
+use crate::store::pinned::{self, CopiedRows, DatabaseCopy, Pinned, PreparedCopy};
 use crate::store::{Store, StoreError};
 
 /// How many items are sent to the writer of the context at once.
@@ -45,7 +45,7 @@ pub struct DatabasePart {
 
 /// Both files, complete except for the fields that are known last.
 pub struct StagedDatabase {
-    copied: Copied,
+    copied: DatabaseCopy,
     context: ContextFile,
     agents: Vec<AgentName>,
     archived: HashSet<i64>,
@@ -71,12 +71,12 @@ fn archived_by(plans: &Plans) -> HashSet<i64> {
 ///
 /// # Errors
 /// When either cannot be created.
-pub async fn open(step: &StepContext, partial: &Path) -> Result<Prepared, Failure> {
+pub async fn open(step: &StepContext, partial: &Path) -> Result<PreparedCopy, Failure> {
     let (store, project, partial) = (step.services.store.clone(), step.project.name.clone(), partial.to_owned());
     blocking("prepare the database part", move || create(&store, &project, &partial)).await
 }
 
-fn create(store: &Store, project: &ProjectName, partial: &Path) -> Result<Prepared, Failure> {
+fn create(store: &Store, project: &ProjectName, partial: &Path) -> Result<PreparedCopy, Failure> {
     fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
@@ -96,7 +96,7 @@ fn create(store: &Store, project: &ProjectName, partial: &Path) -> Result<Prepar
 ///
 /// # Errors
 /// When the database cannot be read, or the file cannot be created where it is not `prepared` yet.
-pub async fn begin(step: &StepContext, partial: &Path, prepared: Option<Prepared>) -> Result<Pinned, Failure> {
+pub async fn begin(step: &StepContext, partial: &Path, prepared: Option<PreparedCopy>) -> Result<Pinned, Failure> {
     let (store, project, partial) = (step.services.store.clone(), step.project.name.clone(), partial.to_owned());
     blocking("prepare the database part", move || {
         let prepared = prepared.map_or_else(|| create(&store, &project, &partial), Ok)?;

@@ -43,7 +43,7 @@ use crate::operations::pause::flash_save::Plans;
 use crate::operations::run::session::FoundSessions;
 use crate::operations::{StepContext, blocking, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
-use crate::store::pinned::{Pinned, Prepared};
+use crate::store::pinned::{Pinned, PreparedCopy};
 use fermata_failpoint as failpoint;
 use fermata_history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
 use fermata_os::fsync::{sync_together, write_unsynced};
@@ -80,7 +80,7 @@ pub enum RowsTiming {
     /// Under the freeze: the staged part where it is still valid, else all of it.
     UnderFreeze(Option<Box<StagedDatabase>>),
     /// After the thaw: under the freeze only the instant of the copy is pinned. The file may be prepared already.
-    AfterThaw(Option<Prepared>),
+    AfterThaw(Option<PreparedCopy>),
 }
 
 enum CapturedRows {
