@@ -1,6 +1,7 @@
 //! The two ways in which a call fails: a refusal (it is not allowed, nothing was changed) and a fault (something broke).
 
 use std::error::Error;
+use std::path::Path;
 
 use fermata_protocol::{Code, ErrorObject, Refusal, error_chain};
 
@@ -52,6 +53,12 @@ impl Failure {
     /// Makes a fault of an error and its causes, for instance `Failure::fault("read the log", &error)`.
     pub fn fault(doing: &str, error: &(dyn Error + 'static)) -> Self {
         Self::Fault(Fault::of(doing, error))
+    }
+
+    /// Returns a function that makes a fault of an error about a file, for instance
+    /// `read(path).map_err(Failure::io("read", path))`.
+    pub fn io<E: Error + 'static>(verb: &str, path: &Path) -> impl FnOnce(E) -> Self {
+        move |error| Self::fault(&format!("{verb} {}", path.display()), &error)
     }
 
     /// Returns the error of the wire.

@@ -15,6 +15,7 @@
 mod cancel;
 pub mod checkpoint;
 mod context;
+mod directory;
 mod history_cell;
 pub mod maintenance;
 pub mod pause;

@@ -11,6 +11,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek as _, SeekFrom, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::checkpoint::CheckpointView;
@@ -20,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::errors::Failure;
 use crate::hashing::{HashingWriter, hash, hash_file};
 use crate::operations::context::cancelled_by_request;
+use crate::operations::directory;
 
 /// The version of the format, raised when older programs could not read it.
 pub const FORMAT: u32 = 1;
@@ -200,9 +202,8 @@ impl Bundle {
 }
 
 fn create(path: &Path) -> io::Result<File> {
-    use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
     if let Some(parent) = path.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+        directory::create(parent)?;
     }
     std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }

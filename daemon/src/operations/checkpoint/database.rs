@@ -8,7 +8,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -24,8 +24,9 @@ use crate::hashing::{hash, sha256};
 use crate::operations::checkpoint::context_file::{ContextFile, ContextPiece};
 use crate::operations::checkpoint::layout::{CONTEXT, DATABASE};
 use crate::operations::checkpoint::order::CheckpointOrder;
+use crate::operations::directory;
 use crate::operations::pause::flash_save::{self, Plans};
-use crate::operations::{StepContext, blocking, ms_since};
+use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::store::pinned::{self, CopiedRows, DatabaseCopy, Pinned, PreparedCopy};
 use crate::store::{Store, StoreError};
 
@@ -51,16 +52,12 @@ pub struct StagedDatabase {
     archived: HashSet<i64>,
 }
 
-fn fault(doing: &str, error: &(dyn std::error::Error + 'static)) -> Failure {
-    Failure::fault(doing, error)
-}
-
 fn rows(error: StoreError) -> Failure {
-    fault("back up the project's rows", &error)
+    Failure::fault("back up the project's rows", &error)
 }
 
 fn context(error: io::Error) -> Failure {
-    fault("write the context snapshot", &error)
+    Failure::fault("write the context snapshot", &error)
 }
 
 fn archived_by(plans: &Plans) -> HashSet<i64> {
@@ -77,15 +74,13 @@ pub async fn open(step: &StepContext, partial: &Path) -> Result<PreparedCopy, Fa
 }
 
 fn create(store: &Store, project: &ProjectName, partial: &Path) -> Result<PreparedCopy, Failure> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(partial)
-        .map_err(|e| fault(&format!("create {}", partial.display()), &e))?;
+    directory::create(partial).map_err(Failure::io("create", partial))?;
     // The files of a staged part that was not used.
     for name in [DATABASE, CONTEXT] {
         match fs::remove_file(partial.join(name)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(fault("remove a staged file", &error)),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Failure::fault("remove a staged file", &error));
+            }
             Ok(()) | Err(_) => {}
         }
     }
@@ -160,7 +155,7 @@ pub async fn save(
 /// # Errors
 /// When a row cannot be read, or a file cannot be written. The checkpoint does not need the staged part.
 pub async fn stage(step: StepContext, number: CheckpointNumber) -> Result<StagedDatabase, Failure> {
-    crate::operations::failpoint("checkpoint.stage")?;
+    failpoint("checkpoint.stage")?;
     let partial = step.dirs().partial_checkpoint(number);
     let plans = flash_save::plan(&step, None, crate::services::now()).await?;
     let pinned = begin(&step, &partial, None).await?;
@@ -176,7 +171,7 @@ pub async fn stage(step: StepContext, number: CheckpointNumber) -> Result<Staged
         Ok(staged)
     })
     .await?;
-    crate::operations::failpoint("checkpoint.staged")?;
+    failpoint("checkpoint.staged")?;
     Ok(staged)
 }
 
@@ -238,7 +233,7 @@ impl StagedDatabase {
         let (rows_file, content) = copied.finish().map_err(rows)?;
         let (bytes, hash_of_rows) = match content {
             Some(content) => (content.len() as u64, sha256(&content)),
-            None => hash(&rows_file).map_err(|e| fault("hash the copy of the rows", &e))?,
+            None => hash(&rows_file).map_err(|e| Failure::fault("hash the copy of the rows", &e))?,
         };
         let rows_part = ManifestPart { kind: PartKind::Database, path: DATABASE.into(), bytes, sha256: hash_of_rows };
         let parts = vec![rows_part, context_part];

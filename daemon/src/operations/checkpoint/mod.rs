@@ -22,7 +22,7 @@ pub mod warm_up;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt as _;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -39,12 +39,12 @@ use crate::operations::checkpoint::layout::{CONTEXT, DATABASE, FORMAT, MANIFEST}
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::transcripts::{CopiedTranscripts, OpenedTranscripts};
 use crate::operations::context::cancelled_by_request;
+use crate::operations::directory;
 use crate::operations::pause::flash_save::Plans;
 use crate::operations::run::session::FoundSessions;
-use crate::operations::{StepContext, blocking, ms_since};
+use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, PreparedCopy};
-use fermata_failpoint as failpoint;
 use fermata_history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
 use fermata_os::fsync::{sync_together, write_unsynced};
 
@@ -102,7 +102,7 @@ pub async fn capture(
     rows: RowsTiming,
     sessions: Option<FoundSessions>,
 ) -> Result<CapturedCheckpoint, Failure> {
-    crate::operations::failpoint("checkpoint.begin")?;
+    failpoint("checkpoint.begin")?;
     let partial = step.dirs().partial_checkpoint(order.number);
     let database = async {
         match rows {
@@ -121,7 +121,7 @@ pub async fn capture(
     let (scan, workspace_ms) = scan?;
     let others = rows.and_then(|rows| {
         let opened = opened?;
-        crate::operations::failpoint("checkpoint.captured")?;
+        failpoint("checkpoint.captured")?;
         Ok((rows, opened))
     });
     match others {
@@ -290,7 +290,7 @@ async fn finish(
     metadata.parts_ms = parts_ms;
     let files = FilesSummary { created_at: now, commit, manifest_sha256, size_bytes, metadata };
     let view = row(step, order, &place, files);
-    crate::operations::failpoint("checkpoint.sealed")?;
+    failpoint("checkpoint.sealed")?;
     let sessions = sessions.into_iter().map(|(agent, session)| (agent, session.id)).collect();
     Ok(SealedCheckpoint { view, sessions, warnings })
 }
@@ -341,15 +341,9 @@ async fn artifacts(
         return Ok(Vec::new());
     }
     let directory = partial.join("plugins");
-    let create = directory.clone();
-    blocking("create the plugins' directory", move || {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o700)
-            .create(&create)
-            .map_err(|e| Failure::fault(&format!("create {}", create.display()), &e))
-    })
-    .await?;
+    let path = directory.clone();
+    blocking("create the plugins' directory", move || directory::create(&path).map_err(Failure::io("create", &path)))
+        .await?;
     let agents = step.project.alive_agents().filter_map(|agent| {
         let processes = agent.run()?.processes.as_ref()?;
         Some(AgentProcess { name: agent.name.to_string(), pid: Some(processes.pid), cgroup: None })
@@ -408,7 +402,7 @@ async fn publish(
             Ok(Ok(sha256(&bytes)))
         })
         .await??;
-    crate::operations::failpoint("checkpoint.placed")?;
+    failpoint("checkpoint.placed")?;
     Ok(manifest_sha256)
 }
 
@@ -424,7 +418,7 @@ fn move_to_place(manifest: &[u8], partial: &Path, place: &Path) -> Result<[File;
         .map_err(|e| Failure::fault("write the manifest", &e))?;
     let failed = |error: io::Error| Failure::fault(&format!("rename to {}", place.display()), &error);
     fs::rename(partial, place).map_err(failed)?;
-    failpoint::check("checkpoint.renamed").map_err(failed)?;
+    fermata_failpoint::check("checkpoint.renamed").map_err(failed)?;
     let parent = place.parent().unwrap_or(place);
     Ok([manifest, File::open(place).map_err(failed)?, File::open(parent).map_err(failed)?])
 }
@@ -435,12 +429,11 @@ pub(super) async fn place(manifest: &Manifest, partial: PathBuf, place: PathBuf)
     let bytes = encoded(manifest)?;
     let manifest_sha256 = blocking("move the checkpoint to its place", move || {
         let placed = move_to_place(&bytes, &partial, &place)?;
-        sync_together(&placed.iter().collect::<Vec<_>>())
-            .map_err(|e| Failure::fault(&format!("sync {}", place.display()), &e))?;
+        sync_together(&placed.iter().collect::<Vec<_>>()).map_err(Failure::io("sync", &place))?;
         Ok(sha256(&bytes))
     })
     .await?;
-    crate::operations::failpoint("checkpoint.placed")?;
+    failpoint("checkpoint.placed")?;
     Ok(manifest_sha256)
 }
 
@@ -471,7 +464,7 @@ fn metadata(step: &StepContext, snapshot: &Snapshot, item_count: u64, context_to
 /// When the file cannot be read.
 pub fn part(kind: PartKind, directory: &Path, path: &str) -> Result<ManifestPart, Failure> {
     let file = directory.join(path);
-    let (bytes, sha256) = hash_file(&file).map_err(|e| Failure::fault(&format!("hash {}", file.display()), &e))?;
+    let (bytes, sha256) = hash_file(&file).map_err(Failure::io("hash", &file))?;
     Ok(ManifestPart { kind, path: path.into(), bytes, sha256 })
 }
 

@@ -9,9 +9,9 @@
 //! instant. Must not wait for anything that an agent could delay.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, Read as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use fermata_protocol::AgentName;
@@ -19,6 +19,7 @@ use fermata_protocol::checkpoint::{ManifestPart, PartKind};
 
 use crate::errors::Failure;
 use crate::hashing::HashingWriter;
+use crate::operations::directory;
 use crate::operations::run::session::{self, FoundSessions};
 use crate::operations::{StepContext, blocking};
 use crate::profile::{self, Session};
@@ -83,7 +84,7 @@ pub(super) async fn open(step: &StepContext, sessions: Option<FoundSessions>) ->
                 )),
                 // Its tool has just removed it: the checkpoint is made without it.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Failure::fault(&format!("open {}", source.display()), &error)),
+                Err(error) => return Err(Failure::io("open", &source)(error)),
             }
         }
         Ok(opened)
@@ -115,8 +116,7 @@ pub(super) async fn copy(opened: OpenedTranscripts, partial: &Path) -> Result<Co
         for transcript in transcripts {
             let expected = transcript.bytes;
             let source = transcript.source.clone();
-            let part = copy_one(transcript, &partial, &mut directories)
-                .map_err(|error| Failure::fault(&format!("copy {}", source.display()), &error))?;
+            let part = copy_one(transcript, &partial, &mut directories).map_err(Failure::io("copy", &source))?;
             if part.bytes < expected {
                 let (copied_bytes, source) = (part.bytes, source.display());
                 copied.warnings.push(format!(
@@ -128,7 +128,7 @@ pub(super) async fn copy(opened: OpenedTranscripts, partial: &Path) -> Result<Co
         // For the names in them; the checkpoint's own directory is synced before it is renamed.
         for directory in directories {
             let synced = File::open(&directory).and_then(|open| open.sync_all());
-            synced.map_err(|e| Failure::fault(&format!("sync {}", directory.display()), &e))?;
+            synced.map_err(Failure::io("sync", &directory))?;
         }
         Ok(copied)
     })
@@ -138,9 +138,9 @@ pub(super) async fn copy(opened: OpenedTranscripts, partial: &Path) -> Result<Co
 fn copy_one(transcript: Transcript, partial: &Path, directories: &mut BTreeSet<PathBuf>) -> io::Result<ManifestPart> {
     let Transcript { relative, file, bytes, .. } = transcript;
     let to = partial.join(&relative);
-    let directory = to.parent().unwrap_or(partial);
-    fs::DirBuilder::new().recursive(true).mode(0o700).create(directory)?;
-    directories.extend([directory.to_owned(), partial.join(DIRECTORY)]);
+    let parent = to.parent().unwrap_or(partial);
+    directory::create(parent)?;
+    directories.extend([parent.to_owned(), partial.join(DIRECTORY)]);
     let mut copy = HashingWriter::new(OpenOptions::new().write(true).create_new(true).mode(0o600).open(&to)?);
     io::copy(&mut BufReader::with_capacity(BUFFER, file.take(bytes)), &mut copy)?;
     let (copy, bytes, sha256) = copy.into_parts();
@@ -156,6 +156,7 @@ fn path(agent: &AgentName, session: &Session) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::io::Write as _;
 
     use super::*;

@@ -28,7 +28,7 @@ use crate::operations::checkpoint::{FilesSummary, SealedCheckpoint, part, place,
 use crate::operations::context::cancelled_by_request;
 use crate::operations::pause::validate;
 use crate::operations::progress::note_bytes;
-use crate::operations::{StepContext, blocking, ms_since};
+use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::store::backup;
 use fermata_history::{HistoryError, Incoming, Oid};
 use fermata_os::fsync::write_atomic;
@@ -118,14 +118,14 @@ pub async fn import(
     source: BundleFile,
 ) -> Result<SealedCheckpoint, Failure> {
     let start = Instant::now();
-    crate::operations::failpoint("import.begin")?;
+    failpoint("import.begin")?;
     let number = order.number;
     // The unpacked parts need as much again.
     check_room(step, source.bytes).await?;
     let incoming = step.with_history(None, "receive the workspace", move |h, _, _| h.receive(number)).await?;
     let partial = step.dirs().partial_checkpoint(number);
     let (bundle, incoming) = unpack(step, order, source, incoming, partial.clone()).await?;
-    crate::operations::failpoint("import.unpacked")?;
+    failpoint("import.unpacked")?;
     let header = bundle.header;
     let origin = sanitized(header.checkpoint)?;
     let manifest = check(&partial, &header.parts, &origin)?;
@@ -168,7 +168,7 @@ pub async fn import(
         pause_reason: origin.pause_reason,
         ..row(step, order, &placed, files)
     };
-    crate::operations::failpoint("import.sealed")?;
+    failpoint("import.sealed")?;
     Ok(SealedCheckpoint { view, sessions: Vec::new(), warnings })
 }
 

@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use crate::errors::Failure;
 use crate::operations::context::history_failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{Cancel, StepContext};
+use crate::operations::{Cancel, StepContext, failpoint};
 use fermata_history::{Attempt, Consolidated, Extent};
 
 /// The time after a failed consolidation in which none is tried, since each walks over all checkpoints.
@@ -123,7 +123,7 @@ pub async fn reclaim(step: &StepContext) -> Result<bool, Failure> {
 /// When the history cannot be opened, when an object is damaged, or when the disk is full.
 pub async fn consolidate(step: &StepContext, extent: Extent) -> Result<Attempt, Failure> {
     const DOING: &str = "consolidate the history";
-    crate::operations::failpoint("maintenance.consolidate")?;
+    failpoint("maintenance.consolidate")?;
     let (cell, dir, flag) = (step.history.clone(), step.dirs().history(), Arc::clone(&step.cancel.flag));
     let services = Arc::clone(&step.services);
     let unreclaimed_before = step.history.unreclaimed_bytes();

@@ -11,7 +11,7 @@ use fermata_core::project::{ProjectState, RestoreStage};
 use fermata_protocol::CheckpointNumber;
 
 use crate::errors::Failure;
-use crate::operations::{StepContext, blocking};
+use crate::operations::{StepContext, blocking, directory, failpoint};
 use crate::store::checkpoints;
 
 /// Removes all files and the ref of one checkpoint, unless it has a row.
@@ -26,7 +26,7 @@ pub async fn discard(step: &StepContext, number: CheckpointNumber) -> Result<(),
     let (partial, place) = (dirs.partial_checkpoint(number), dirs.checkpoint(number));
     blocking("discard the checkpoint", move || {
         for path in [&partial, &place] {
-            remove(path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+            directory::remove(path).map_err(Failure::io("remove", path))?;
         }
         Ok(())
     })
@@ -56,8 +56,8 @@ pub async fn remove_rowless(step: &StepContext, numbers: &[CheckpointNumber]) ->
     let (dirs, numbers) = (step.dirs(), rowless.clone());
     blocking("remove checkpoints", move || {
         for path in numbers.into_iter().map(|number| dirs.checkpoint(number)) {
-            remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
-            crate::operations::failpoint("retention.directory")?;
+            directory::remove(&path).map_err(Failure::io("remove", &path))?;
+            failpoint("retention.directory")?;
         }
         Ok(())
     })
@@ -71,7 +71,7 @@ pub async fn remove_rowless(step: &StepContext, numbers: &[CheckpointNumber]) ->
         history.sweep().map(drop)
     })
     .await?;
-    crate::operations::failpoint("retention.swept")
+    failpoint("retention.swept")
 }
 
 /// Removes everything that crashes have left of checkpoints, and the plans of restores that have ended. Must not run
@@ -84,17 +84,12 @@ pub async fn sweep(step: &StepContext) -> Result<(), Failure> {
     let with_row: HashSet<CheckpointNumber> = rows(step).await?.into_iter().collect();
     let (dir, numbers) = (step.dirs().checkpoints(), with_row.clone());
     blocking("remove unfinished checkpoints", move || {
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
-        };
-        for entry in entries.flatten() {
+        for entry in directory::entries(&dir).map_err(Failure::io("list", &dir))?.flatten() {
             let name = entry.file_name();
             let number = name.to_str().and_then(|name| name.parse::<CheckpointNumber>().ok());
             if number.is_none_or(|number| !numbers.contains(&number)) {
                 let path = entry.path();
-                remove(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+                directory::remove(&path).map_err(Failure::io("remove", &path))?;
             }
         }
         Ok(())
@@ -131,7 +126,7 @@ async fn sweep_plans(step: &StepContext) -> Result<(), Failure> {
             let (path, name) = (entry.path(), entry.file_name());
             let is_plan = name.to_str().is_some_and(|name| name.trim_start_matches('.').starts_with("restore-"));
             if is_plan && Some(&path) != needed.as_ref() {
-                fs::remove_file(&path).map_err(|e| Failure::fault(&format!("remove {}", path.display()), &e))?;
+                fs::remove_file(&path).map_err(Failure::io("remove", &path))?;
             }
         }
         Ok(())
@@ -161,7 +156,7 @@ pub fn defer_removal(path: &Path) -> io::Result<Option<PathBuf>> {
 /// Removes a directory that [`defer_removal`] has renamed; after an error the next start of the daemon tries again.
 pub fn remove_deferred(deferred: Option<PathBuf>) {
     if let Some(path) = deferred
-        && let Err(error) = remove(&path)
+        && let Err(error) = directory::remove(&path)
     {
         tracing::warn!(path = %path.display(), %error, "a removed directory stays until the next start of the daemon");
     }
@@ -185,11 +180,4 @@ async fn rows(step: &StepContext) -> Result<Vec<CheckpointNumber>, Failure> {
         .read(move |connection| checkpoints::numbers(connection, &project))
         .await
         .map_err(|error| Failure::fault("read checkpoints", &error))
-}
-
-fn remove(path: &Path) -> io::Result<()> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
 }

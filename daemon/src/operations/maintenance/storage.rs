@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::errors::Failure;
+use crate::operations::directory;
 use crate::operations::history_cell::Sizes;
 use crate::operations::{StepContext, blocking};
 
@@ -82,7 +83,7 @@ impl Measurement<'_> {
                 bytes += bytes_in(&dir, |below| unvisited.extend((below != self.excluded).then_some(below)))?;
                 continue;
             }
-            for entry in entries_of(&dir)? {
+            for entry in directory::entries(&dir)? {
                 let entry = entry?;
                 let path = entry.path();
                 let old_size = self.old_sizes.get(&path).copied();
@@ -119,19 +120,10 @@ fn bytes_of(path: &Path) -> io::Result<u64> {
     Ok(bytes)
 }
 
-/// Returns the entries of a directory, none when it does not exist.
-fn entries_of(dir: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>> + use<>> {
-    let entries = match fs::read_dir(dir) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        entries => Some(entries?),
-    };
-    Ok(entries.into_iter().flatten())
-}
-
 /// Returns the disk usage of a directory's entries without what is below them; passes the subdirectories on.
 fn bytes_in(dir: &Path, mut subdirectory: impl FnMut(PathBuf)) -> io::Result<u64> {
     let mut bytes = 0;
-    for entry in entries_of(dir)? {
+    for entry in directory::entries(dir)? {
         let entry = entry?;
         match entry.metadata() {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}

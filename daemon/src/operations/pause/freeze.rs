@@ -8,7 +8,7 @@ use fermata_protocol::{AgentName, Code, Refusal, RunId};
 use tokio::task::JoinHandle;
 
 use crate::errors::Failure;
-use crate::operations::{StepContext, side_by_side};
+use crate::operations::{StepContext, failpoint, side_by_side};
 use crate::shims::link::{LinkError, read_exit, read_run};
 use fermata_os::process;
 use fermata_protocol::error_chain;
@@ -32,7 +32,7 @@ pub struct FrozenAgents {
 /// # Errors
 /// When a run cannot be frozen; the others may be frozen then, and the undo thaws them.
 pub async fn run(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<FrozenAgents, Failure> {
-    crate::operations::failpoint("pause.freeze")?;
+    failpoint("pause.freeze")?;
     let since = Instant::now();
     let lease = Duration::from_millis(step.services.settings().pause.lease_ms);
     let each = step.links_of(runs).map(|(agent, link)| {
@@ -68,7 +68,7 @@ pub async fn run(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Froz
         return Err(Refusal::new(Code::PauseFailed, message).hint("try again, or stop the agent").into());
     }
     frozen.agents.sort();
-    crate::operations::failpoint("pause.frozen")?;
+    failpoint("pause.frozen")?;
     Ok(frozen)
 }
 

@@ -21,7 +21,7 @@ use fermata_protocol::{AgentName, RunId, Target};
 use serde_json::json;
 
 use crate::errors::Failure;
-use crate::operations::{AgentLink, StepContext, side_by_side};
+use crate::operations::{AgentLink, StepContext, failpoint, side_by_side};
 use crate::shims::link::LinkError;
 use fermata_shim::wire::QuiesceOutcome;
 
@@ -46,14 +46,14 @@ pub async fn run(
     runs: &[(AgentName, RunId)],
     request: &QuiesceRequest,
 ) -> Result<Vec<String>, Failure> {
-    crate::operations::failpoint("pause.quiesce")?;
+    failpoint("pause.quiesce")?;
     let each = step.links_of(runs).map(|(agent, link)| {
         let (step, agent, link, request) = (step.clone(), agent.clone(), link.clone(), request.clone());
         async move { quiesce_one(&step, agent, &link, &request).await }
     });
     let mut warnings: Vec<String> = side_by_side(each.collect::<Vec<_>>()).await.into_iter().flatten().collect();
     warnings.sort();
-    crate::operations::failpoint("pause.quiesced")?;
+    failpoint("pause.quiesced")?;
     Ok(warnings)
 }
 

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::errors::Failure;
 use crate::operations::maintenance::storage;
-use crate::operations::{StepContext, blocking};
+use crate::operations::{StepContext, blocking, failpoint};
 
 /// Not enough space for a checkpoint.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct Shortage {
 /// # Errors
 /// `workspace_refused`, `disk_full` or `quota_exceeded`.
 pub async fn run(step: &StepContext) -> Result<(), Failure> {
-    crate::operations::failpoint("pause.validate")?;
+    failpoint("pause.validate")?;
     match shortage(step).await? {
         None => Ok(()),
         Some(shortage) => Err(shortage.refusal.into()),

@@ -20,7 +20,7 @@ use crate::errors::Failure;
 use crate::operations::checkpoint::layout::DATABASE;
 use crate::operations::checkpoint::order::CheckpointOrder;
 use crate::operations::checkpoint::{self, SealedCheckpoint};
-use crate::operations::{StepContext, blocking, ms_since};
+use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
     Change, Conflict, Diff, DiffEntry, Mismatch, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport,
@@ -56,7 +56,7 @@ pub async fn plan(
     paths: &[String],
 ) -> Result<SealedCheckpoint, Failure> {
     let start = Instant::now();
-    crate::operations::failpoint("restore.begin")?;
+    failpoint("restore.begin")?;
     let paths = parse_paths(paths)?;
     crate::operations::pause::validate::run(step).await?;
     let order = CheckpointOrder {
@@ -102,7 +102,7 @@ pub async fn plan(
         write_atomic(&path, &bytes, 0o600).map_err(|e| Failure::fault("write the plan", &e))
     })
     .await?;
-    crate::operations::failpoint("restore.planned")?;
+    failpoint("restore.planned")?;
     Ok(safety_checkpoint)
 }
 
@@ -152,11 +152,11 @@ pub async fn apply(
     number: CheckpointNumber,
 ) -> Result<AppliedRestore, Failure> {
     let start = Instant::now();
-    crate::operations::failpoint("restore.apply")?;
+    failpoint("restore.apply")?;
     let path = step.dirs().restore_plan(operation);
     let file = blocking("read the plan", move || {
-        let bytes = std::fs::read(&path).map_err(|e| Failure::fault(&format!("read {}", path.display()), &e))?;
-        serde_json::from_slice::<PlanFile>(&bytes).map_err(|e| Failure::fault(&format!("parse {}", path.display()), &e))
+        let bytes = std::fs::read(&path).map_err(Failure::io("read", &path))?;
+        serde_json::from_slice::<PlanFile>(&bytes).map_err(Failure::io("parse", &path))
     })
     .await?;
     let PlanFile { plan, changes, changes_total, prepare_ms } = file;
@@ -168,7 +168,7 @@ pub async fn apply(
     let reading = async { if with_rows { read_rows(step, number).await.map(Some) } else { Ok(None) } };
     let (restored, rows) = tokio::join!(restoring, reading);
     let (plan, report) = restored?;
-    crate::operations::failpoint("restore.applied")?;
+    failpoint("restore.applied")?;
     let rows = rows?;
     let ns = fermata_os::clock::unix_ns();
     let ended = Time { sec: ns.div_euclid(1_000_000_000), nsec: ns.rem_euclid(1_000_000_000) as u32 };

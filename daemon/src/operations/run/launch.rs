@@ -15,7 +15,7 @@ use crate::errors::Failure;
 use crate::operations::maintenance::leftovers;
 use crate::operations::run::limits::tree_limits;
 use crate::operations::run::session;
-use crate::operations::{StepContext, blocking};
+use crate::operations::{StepContext, blocking, directory, failpoint};
 use crate::services::Services;
 use crate::shims::launch::LaunchError;
 use crate::shims::link::{LinkError, ShimLink, launch, read_exit, read_run};
@@ -64,7 +64,7 @@ pub async fn run(
     }
     prune_runs(step, agent, run).await;
     let spec = spec(step, agent, run, token, continuation).await.map_err(|failure| failure.to_string())?;
-    crate::operations::failpoint("launch.before").map_err(|failure| failure.to_string())?;
+    failpoint("launch.before").map_err(|failure| failure.to_string())?;
     let launched = match launch(&step.services.programs.shim, &spec).await {
         Ok(launched) => launched,
         // The agent may have been started and its record not yet written.
@@ -75,7 +75,7 @@ pub async fn run(
         Err(LaunchError::Refused { message, .. }) => return Err(message),
         Err(other) => return Err(abandon_launch(step, agent, &spec, error_chain(&other)).await),
     };
-    if let Err(failure) = crate::operations::failpoint("launch.after") {
+    if let Err(failure) = failpoint("launch.after") {
         return Err(abandon_launch(step, agent, &spec, failure.to_string()).await);
     }
     let link = ShimLink::connect(&spec.socket, &step.services.tracker).await.ok();
@@ -213,14 +213,10 @@ fn limits(agent: Option<&Agent>, open_files: Option<Limit>) -> Vec<Limit> {
 pub async fn end_older_runs(step: &StepContext, agent: &AgentName, current: &RunId) -> Result<(), Failure> {
     let (dir, current) = (step.dirs().runs(agent), current.clone());
     let older = blocking("list runs", move || {
-        let entries = match std::fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Failure::fault(&format!("list {}", dir.display()), &error)),
-        };
+        let entries = directory::entries(&dir).map_err(Failure::io("list", &dir))?;
         let others = entries.flatten().filter(|entry| entry.file_name().to_str() != Some(current.as_str()));
         let may_run = |run_dir: &PathBuf| !read_exit(run_dir).is_ok_and(|exit| exit.is_some());
-        Ok(others.map(|entry| entry.path()).filter(may_run).collect())
+        Ok(others.map(|entry| entry.path()).filter(may_run).collect::<Vec<_>>())
     });
     for run_dir in older.await? {
         end_run(step, &run_dir).await?;
@@ -245,8 +241,7 @@ async fn prune_runs(step: &StepContext, agent: &AgentName, current: &RunId) {
         let surplus = (older.len() + 1).saturating_sub(keep);
         for name in &older[..surplus] {
             let path = dir.join(name);
-            let failed = |e| Failure::fault(&format!("remove {}", path.display()), &e);
-            leftovers::remove_deferred(leftovers::defer_removal(&path).map_err(failed)?);
+            leftovers::remove_deferred(leftovers::defer_removal(&path).map_err(Failure::io("remove", &path))?);
         }
         leftovers::sweep_deferred(&dir);
         Ok(())

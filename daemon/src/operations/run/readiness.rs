@@ -140,10 +140,9 @@ impl OutputSearch {
     async fn finds(&mut self) -> Result<bool, Failure> {
         loop {
             let (dir, start, text) = (self.dir.clone(), self.start, self.text.as_bytes().to_vec());
-            let (found, read, position) = blocking("read the log", move || {
-                search_log(&dir, start, &text).map_err(|e| Failure::fault(&format!("read {}", dir.display()), &e))
-            })
-            .await?;
+            let (found, read, position) =
+                blocking("read the log", move || search_log(&dir, start, &text).map_err(Failure::io("read", &dir)))
+                    .await?;
             self.start = position.map_or(self.start, Start::At);
             if found || !read {
                 return Ok(found);
