@@ -21,7 +21,7 @@ use crate::plugins::Plugins;
 use crate::profile::Profiles;
 use crate::store::{Store, StoreError, rows};
 use crate::tokens::TokenCounter;
-use fermata_history::Watcher;
+use fermata_history::FileWatcher;
 use fermata_os::clock;
 use fermata_os::limits::Limit;
 
@@ -82,7 +82,7 @@ pub struct Services {
     pub settled: Notify,
     /// The kernel's boot id.
     pub boot_id: String,
-    watcher: OnceLock<Option<Arc<Watcher>>>,
+    watcher: OnceLock<Option<Arc<FileWatcher>>>,
     settings: RwLock<Arc<Settings>>,
     profiles: RwLock<Arc<Profiles>>,
 }
@@ -124,11 +124,11 @@ impl Services {
 
     /// Returns the watcher of all workspaces, started on the first call; none if the settings or the kernel do not allow
     /// it.
-    pub fn watcher(&self) -> Option<&Arc<Watcher>> {
+    pub fn watcher(&self) -> Option<&Arc<FileWatcher>> {
         if !self.settings().checkpoints.watch {
             return None;
         }
-        let start = || match Watcher::start(&self.paths.state.join("watch")) {
+        let start = || match FileWatcher::start(&self.paths.state.join("watch")) {
             Ok(watcher) => Some(watcher),
             Err(error) => {
                 tracing::warn!(%error, "failed to watch workspaces; each checkpoint compares the state of every file");

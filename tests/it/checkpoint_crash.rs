@@ -147,13 +147,13 @@ macro_rules! looks {
 }
 
 looks! {
-    at_prime_written: "history.prime.written";
-    at_prime_pack_moved: "history.prime.moved";
-    at_prime_index_moved: "history.prime.moved@2";
-    at_prime_based: "history.prime.based";
-    at_picture_written: "history.picture.written";
-    at_picture_based: "history.picture.based";
-    at_picture_placed: "history.picture.placed";
+    at_warm_up_written: "history.warm_up.written";
+    at_warm_up_pack_moved: "history.warm_up.moved";
+    at_warm_up_index_moved: "history.warm_up.moved@2";
+    at_warm_up_based: "history.warm_up.based";
+    at_state_written: "history.state.written";
+    at_state_based: "history.state.based";
+    at_state_placed: "history.state.placed";
 }
 
 fn dies_in_a_consolidation(failpoint: &str) {
@@ -216,7 +216,7 @@ fn creation() -> fermata_protocol::checkpoint::CheckpointCreate {
 
 #[test]
 fn a_start_that_dies_after_it_has_removed_a_draft_is_finished_by_the_next() {
-    dies_in_the_sweep_after("history.pack.moved", "history.sweep.draft");
+    dies_in_the_sweep_after("history.pack.moved", "history.sweep.directory");
 }
 
 #[test]

@@ -423,7 +423,7 @@ crashes! {
     at_announce: "restore.announce=abort", "restore.announce=abort", Unchanged;
     at_announced: "restore.announced=abort", "restore.announced=abort", Restored;
     at_apply: "restore.apply=abort", "restore.apply=abort", Restored;
-    at_drafted: "history.restore.drafted=abort", "history.restore.drafted=abort", Restored;
+    at_staged: "history.restore.staged=abort", "history.restore.staged=abort", Restored;
     at_first_step: "history.restore.step=abort", "history.restore.step=abort", Restored;
     at_third_step: "history.restore.step@3=abort", "history.restore.step@3=abort", Restored;
     at_flushed: "history.restore.flushed=abort", "history.restore.flushed=abort", Restored;
@@ -469,7 +469,7 @@ fn a_restore_that_fails_before_its_plan_is_announced_changes_nothing() {
 #[test]
 fn a_restore_that_fails_after_that_is_tried_again_until_it_has_worked() {
     for failpoint in
-        ["restore.apply", "history.restore.drafted", "history.restore.step@2", "restore.applied", "restore.commit"]
+        ["restore.apply", "history.restore.staged", "history.restore.step@2", "restore.applied", "restore.commit"]
     {
         error(&format!("{failpoint}=error"), After::Restored);
     }

@@ -99,7 +99,7 @@ fn a_restore_without_a_workspace_is_given_up_and_names_the_way_out() {
 fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint() {
     let sandbox = Sandbox::builder()
         .config(IMPATIENT)
-        .env(FAILPOINT, "history.restore.drafted@2=error,restore.apply@2=stop")
+        .env(FAILPOINT, "history.restore.staged@2=error,restore.apply@2=stop")
         .start();
     let workspace = furnished(&sandbox, "web");
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);

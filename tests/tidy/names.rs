@@ -122,25 +122,13 @@ const RETIRED_FUNCTIONS: &[&str] = &[
 /// Retired names that are still in use, by area (see [`area`]). Whoever renames one removes it here.
 const NOT_YET_RENAMED: &[(&str, &[&str])] = &[
     ("daemon", &[]),
-    ("history", &["Observed", "Primed", "draft", "due", "held", "known", "observe", "seen", "whole"]),
     ("tests", &["Known", "hold", "known", "look", "seen"]),
 ];
 
 /// Names that several types still share. Whoever renames all but one removes the name here.
 const STILL_SHARED: &[&str] = &[
-    "Bytes",
-    "Content",
-    "Entry",
-    "Incoming",
-    "Item",
-    "Line",
-    "Manifest",
     "Phase",
-    "Place",
-    "Progress",
-    "RestoreRequest",
     "Result",
-    "Walk",
 ];
 
 /// Returns the part of the repository that a file belongs to: the name of its crate, or of the crate

@@ -12,11 +12,11 @@ use crate::History;
 use crate::errors::{HistoryError, Result};
 use crate::progress::OnProgress;
 use crate::rules::coverage::Rules;
-use crate::scan::walk::check_workspace;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::{FileKind, Root};
-use crate::tree::listing::{CheckpointRoot, Item, ItemContent, Listing};
+use crate::tree::listing::{CheckpointRoot, ItemContent, Listing, ListingItem};
 use crate::tree::names::RelPath;
+use crate::workspace::check_workspace;
 
 /// One side of a comparison.
 #[derive(Clone, Debug)]
@@ -30,7 +30,7 @@ pub enum Point {
 /// How a path differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Change {
+pub enum DiffChange {
     /// Only the later side has it.
     Added,
     /// Only the later side has the path.
@@ -63,7 +63,7 @@ pub enum EntryKind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiffEntry {
     pub path: RelPath,
-    pub change: Change,
+    pub change: DiffChange,
     /// The kind of the entry on the later side; of a removed entry, on the earlier side.
     pub kind: EntryKind,
     /// Bytes on the earlier side.
@@ -186,8 +186,8 @@ impl History {
     }
 }
 
-fn kind_of(item: &Item) -> EntryKind {
-    match item.what {
+fn kind_of(item: &ListingItem) -> EntryKind {
+    match item.content {
         ItemContent::File(_) => EntryKind::File,
         ItemContent::Symlink(_) => EntryKind::Symlink,
         ItemContent::Directory => EntryKind::Directory,
@@ -202,19 +202,19 @@ pub(crate) fn compare(old: &Listing, new: &Listing) -> Diff {
     for path in paths {
         let (before, after) = (old.items.get(path), new.items.get(path));
         let change = match (before, after) {
-            (Some(before), Some(after)) if kind_of(before) != kind_of(after) => Change::TypeChanged,
-            (Some(before), Some(after)) if !before.same_content(after) => Change::Modified,
-            (Some(before), Some(after)) if before.mode != after.mode => Change::ModeChanged,
-            (Some(before), Some(after)) if before.xattrs != after.xattrs => Change::AttributesChanged,
+            (Some(before), Some(after)) if kind_of(before) != kind_of(after) => DiffChange::TypeChanged,
+            (Some(before), Some(after)) if !before.same_content(after) => DiffChange::Modified,
+            (Some(before), Some(after)) if before.mode != after.mode => DiffChange::ModeChanged,
+            (Some(before), Some(after)) if before.xattrs != after.xattrs => DiffChange::AttributesChanged,
             (Some(_), Some(_)) | (None, None) => continue,
-            (Some(before), None) if before.what == ItemContent::Directory && full_old.contains(path) => {
+            (Some(before), None) if before.content == ItemContent::Directory && full_old.contains(path) => {
                 continue;
             }
-            (None, Some(after)) if after.what == ItemContent::Directory && full_new.contains(path) => {
+            (None, Some(after)) if after.content == ItemContent::Directory && full_new.contains(path) => {
                 continue;
             }
-            (Some(_), None) => Change::Removed,
-            (None, Some(_)) => Change::Added,
+            (Some(_), None) => DiffChange::Removed,
+            (None, Some(_)) => DiffChange::Added,
         };
         let Some(kind) = after.or(before).map(kind_of) else {
             continue;

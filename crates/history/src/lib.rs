@@ -14,10 +14,13 @@
 //!
 //! Invariants:
 //! - All objects of a published ref are in `objects/pack`. A pack arrives there before the ref that needs it
-//! and is removed only when no ref needs it.
+//!   and is removed only when no ref needs it.
 //! - A snapshot relies only on published packs and its own pack, never on the objects of another unpublished
-//! snapshot.
+//!   snapshot.
 //! - Checkpoints have no parent commits, so that removing one frees the objects that no other checkpoint needs.
+
+#![warn(clippy::too_many_lines)]
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 mod diff;
 mod errors;
@@ -26,61 +29,61 @@ mod restore;
 mod rules;
 mod scan;
 mod snapshot;
+mod snapshot_request;
+mod stats;
 mod store;
 #[cfg(test)]
 mod tests;
 mod transfer;
 mod tree;
 mod verify;
+mod workspace;
 
 use std::collections::HashSet;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-pub use diff::{Change, Diff, DiffEntry, EntryKind, Point, TextDiff};
+pub use diff::{Diff, DiffChange, DiffEntry, EntryKind, Point, TextDiff};
 pub use errors::{BadObject, HistoryError, Result};
-pub use progress::{OnProgress, Phase, Progress};
-pub use restore::apply::{Mismatch, RestoreReport};
-pub use restore::full_verification::WholeCheck;
+pub use progress::{OnProgress, StorePhase, StoreProgress};
+pub use restore::full_verification::FullVerification;
 pub use restore::plan::{
-    Conflict, ConflictReason, ContentKind, Operation, Planned, RestorePlan, RestoreRequest, StoredContent,
+    Conflict, ConflictReason, ContentKind, Operation, Planned, RestoreOptions, RestorePlan, StoredContent,
 };
+pub use restore::report::{Mismatch, RestoreReport};
 pub use rules::coverage::Rules;
 pub use rules::user_repository::UserRepository;
-pub use scan::scan_result::{SkipReason, Skipped};
-pub use scan::warm_up::Primed;
-pub use scan::watcher::Watcher;
-pub use scan::workspace_scan::Observed;
-pub use snapshot::{Mapped, Snapshot, SnapshotRequest, Stats, Timings};
+pub use scan::warm_up::WarmUp;
+pub use scan::watcher::FileWatcher;
+pub use scan::workspace_scan::ScannedWorkspace;
+pub use snapshot::Snapshot;
+pub use snapshot_request::{Mapped, SnapshotRequest};
+pub use stats::{Stats, Timings};
 pub use store::consolidate::{Attempt, Consolidated, Extent, PackStats};
 pub use store::oid::{NotAnOid, Oid};
 pub use store::publish::Publication;
 pub use store::sweep::SweepReport;
-pub use transfer::bundle::{Exported, Incoming};
+pub use transfer::bundle::{Exported, IncomingPack};
 pub use tree::confined_dir::Time;
-pub use tree::metadata::{FORMAT, Manifest};
-pub use tree::names::{RESTORE_PREFIX, RelPath, UnsafePath, is_restore_draft};
+pub use tree::manifest::{CheckpointManifest, FORMAT};
+pub use tree::names::{RESTORE_PREFIX, RelPath, UnsafePath, is_staged_name};
+pub use tree::skipped::{SkipReason, Skipped};
 pub use verify::VerifyReport;
 
 use rules::rule_cache::RuleCache;
-use scan::content::Reading;
-use scan::pool::Urgency;
-use scan::watcher::Watched;
-use scan::workspace_scan::ScanContext;
+use scan::watcher::WatchedWorkspace;
 use scan::workspace_state::WorkspaceState;
 use store::objects::ObjectStore;
+use store::pending::LiveSnapshots;
 use store::refs::Refs;
-use tree::confined_dir::{Root, sync_dir};
+use tree::confined_dir::sync_dir;
 use tree::listing::{CheckpointRoot, Listing};
-use tree::trees::ObjectSink;
-
-/// The names of the pending snapshots that this process holds.
-type Live = Arc<Mutex<HashSet<String>>>;
+use workspace::check_workspace;
 
 /// The checkpoint store of one project.
 pub struct History {
@@ -91,37 +94,37 @@ pub struct History {
     /// Held by publication, removal, discarding and sweeping, which exclude each other.
     writer: Mutex<()>,
     /// Snapshots of this process that are neither published nor discarded, by the name of their directory.
-    live: Live,
-    known: Mutex<KnownWorkspace>,
+    live: LiveSnapshots,
+    last: Mutex<LastScan>,
     /// Locked while packs are consolidated.
     consolidating: Mutex<()>,
     /// Checkpoints removed since the last search for unreachable objects.
     removed: AtomicU64,
     /// Held during a warm-up scan, so that only one runs at a time.
-    priming: Mutex<()>,
-    standings: RuleCache,
+    warming_up: Mutex<()>,
+    rule_cache: RuleCache,
     /// The workspace that was checked last: its path as given and its real path.
     checked: Mutex<Option<(PathBuf, PathBuf)>>,
-    watch: Option<Watched>,
+    watch: Option<WatchedWorkspace>,
 }
 
 /// The workspace state in memory, and how far it can be relied on.
 #[derive(Default)]
-struct KnownWorkspace {
+struct LastScan {
     /// The state of the last published scan.
-    picture: Option<Arc<WorkspaceState>>,
+    state: Option<Arc<WorkspaceState>>,
     /// Whether the store holds every object that the state names.
     trusted: bool,
     /// The epoch of the watcher up to which the state has taken in all events.
     epoch: Option<u64>,
     /// When the last full scan was published.
-    whole_at: Option<Instant>,
+    full_scan_at: Option<Instant>,
     /// How many changes the state has taken in since it was last saved.
     unsaved: u64,
     /// Whether loading the saved state was attempted.
     loaded: bool,
     /// Snapshots that may rely on objects that were found damaged after they had begun.
-    misled: HashSet<String>,
+    doubtful_snapshots: HashSet<String>,
 }
 
 const CONFIG: &str = "[core]\n\trepositoryformatversion = 0\n\tbare = true\n\tfilemode = true\n\
@@ -141,15 +144,15 @@ impl History {
     ///
     /// # Errors
     /// Fails when the directory cannot be created or read.
-    pub fn open_watched(dir: &Path, watcher: Option<&Arc<Watcher>>) -> Result<History> {
+    pub fn open_watched(dir: &Path, watcher: Option<&Arc<FileWatcher>>) -> Result<History> {
         let create = |path: &Path| DirBuilder::new().recursive(true).mode(0o700).create(path);
         create(dir).map_err(HistoryError::io("create", dir))?;
         // The store holds copies of the user's files, so it is private whatever the umask was.
         fs::set_permissions(dir, fs::Permissions::from_mode(0o700)).map_err(HistoryError::io("protect", dir))?;
         let repository = dir.join("history.git");
         if !repository.is_dir() {
-            let draft = dir.join("history.git.new");
-            init(&draft, &repository).map_err(HistoryError::io("create", &repository))?;
+            let temporary = dir.join("history.git.new");
+            init(&temporary, &repository).map_err(HistoryError::io("create", &repository))?;
         }
         let pending = repository.join("pending");
         create(&pending).map_err(HistoryError::io("create", &pending))?;
@@ -159,14 +162,14 @@ impl History {
             refs: Refs::below(&repository),
             repository,
             writer: Mutex::new(()),
-            live: Live::default(),
-            known: Mutex::default(),
+            live: LiveSnapshots::default(),
+            last: Mutex::default(),
             consolidating: Mutex::default(),
             removed: AtomicU64::new(0),
-            priming: Mutex::default(),
-            standings: RuleCache::default(),
+            warming_up: Mutex::default(),
+            rule_cache: RuleCache::default(),
             checked: Mutex::default(),
-            watch: watcher.map(|watcher| watcher.watch_project(dir.display().to_string())),
+            watch: watcher.map(|watcher| watcher.watch_workspace(dir.display().to_string())),
         })
     }
 
@@ -199,11 +202,11 @@ impl History {
         let _writer = self.lock_writer();
         // A ref that cannot be read (torn by a power failure before the checkpoint had a row) is removed as
         // well.
-        if let Some(known) = self.known().0
-            && self.refs.find(number).is_ok_and(|commit| commit == Some(known.commit))
+        if let Some(last) = self.last_state().0
+            && self.refs.find(number).is_ok_and(|commit| commit == Some(last.commit))
         {
             // The workspace state relies on the objects of this commit: the base ref keeps them.
-            self.refs.set_base(known.commit, &self.pending())?;
+            self.refs.set_base(last.commit, &self.pending())?;
         }
         self.refs.remove(number)?;
         self.removed.fetch_add(1, Ordering::Relaxed);
@@ -214,7 +217,7 @@ impl History {
     ///
     /// # Errors
     /// Fails when there is no such checkpoint, or when it is damaged or written by a newer version.
-    pub fn manifest(&self, number: u64) -> Result<Manifest> {
+    pub fn manifest(&self, number: u64) -> Result<CheckpointManifest> {
         CheckpointRoot::read(&self.objects, &self.refs.get(number)?)?.manifest(&self.objects)
     }
 
@@ -240,35 +243,6 @@ impl History {
         Listing::of_checkpoint(&self.objects, &self.refs.get(number)?)
     }
 
-    /// Lists the current workspace with the ids of all contents, without storing anything.
-    fn workspace_listing(
-        &self,
-        root: &Root,
-        rules: &Rules,
-        progress: OnProgress<'_>,
-        cancel: &AtomicBool,
-    ) -> Result<Listing> {
-        let started_ns = scan::workspace_scan::nanos_now();
-        let none = Mapped::default();
-        let hurry = Urgency::Background;
-        let looking =
-            ScanContext { root, rules, mapped: &none, started_ns, stores: false, hurry, afresh: false, cancel };
-        let look = self.scan_workspace(&looking)?;
-        let reading = Reading {
-            root,
-            sink: None,
-            spool: &self.pending(),
-            max_file_bytes: rules.max_file_bytes,
-            hurry,
-            progress,
-            cancel,
-        };
-        reading.read_all(&scan::workspace_scan::unread_in(&look.found))?;
-        let sink = ObjectSink { store: &self.objects, pack: None };
-        let dir = tree::trees::seal(look.found, started_ns, hurry, true, &sink)?;
-        Ok(Listing::of_workspace(&dir))
-    }
-
     /// Marks objects as missing or damaged: writers store them again, and readers prefer other copies. The next
     /// snapshot is a full scan, since the workspace state may name damaged objects.
     pub fn mark_damaged(&self, ids: &[Oid]) {
@@ -277,27 +251,27 @@ impl History {
         }
         self.objects.mark_damaged(ids);
         let live = self.live().clone();
-        let mut known = self.lock_known();
-        known.trusted = false;
-        known.misled.extend(live);
+        let mut last = self.lock_last();
+        last.trusted = false;
+        last.doubtful_snapshots.extend(live);
     }
 
     /// Frees the memory of caches that only make reading faster; called after a long operation.
-    pub fn rest(&self) {
-        self.objects.rest();
+    pub fn free_caches(&self) {
+        self.objects.free_cache();
     }
 
     /// Refuses workspaces that must never be covered. The result is cached, since looking up accounts and home
     /// directories may take long.
     fn checked_workspace(&self, workspace: &Path) -> Result<PathBuf> {
         let mut checked = self.checked.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((known, real)) = &*checked
-            && known == workspace
+        if let Some((given, real)) = &*checked
+            && given == workspace
             && fs::canonicalize(workspace).is_ok_and(|now| now == *real && now.is_dir())
         {
             return Ok(real.clone());
         }
-        let real = scan::walk::check_workspace(workspace)?;
+        let real = check_workspace(workspace)?;
         *checked = Some((workspace.to_owned(), real.clone()));
         Ok(real)
     }
@@ -306,35 +280,35 @@ impl History {
         self.repository.join("pending")
     }
 
-    fn cache_path(&self) -> PathBuf {
-        self.dir.join("picture")
+    /// Returns the path of the saved workspace state.
+    fn state_path(&self) -> PathBuf {
+        self.dir.join("workspace-state")
     }
 
-    fn lock_known(&self) -> MutexGuard<'_, KnownWorkspace> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_last(&self) -> MutexGuard<'_, LastScan> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the workspace state, loaded from the disk on the first call, and whether the store holds every
-    /// object that it names.
-    fn known(&self) -> (Option<Arc<WorkspaceState>>, bool) {
+    /// Returns the workspace state, loaded from the disk on the first call, and whether the store holds every object that
+    /// it names.
+    fn last_state(&self) -> (Option<Arc<WorkspaceState>>, bool) {
         let live = self.live().clone();
-        let mut known = self.lock_known();
-        if !known.loaded {
-            known.loaded = true;
-            known.picture = scan::pool::apart(|| scan::state_file::load(&self.cache_path()).map(Arc::new));
+        let mut last = self.lock_last();
+        if !last.loaded {
+            last.loaded = true;
+            last.state = scan::pool::on_new_thread(|| scan::state_file::load(&self.state_path()).map(Arc::new));
             let base = self.refs.base().ok().flatten();
-            known.trusted = known
-                .picture
-                .as_ref()
-                .is_some_and(|picture| Some(picture.commit) == base && self.objects.contains(&picture.commit))
+            let state = last.state.as_ref();
+            last.trusted = state
+                .is_some_and(|state| Some(state.commit) == base && self.objects.contains(&state.commit))
                 && self.objects.is_sound();
         }
-        if !known.misled.is_empty() {
+        if !last.doubtful_snapshots.is_empty() {
             // One of these snapshots may have been published since then and have marked the state as trusted.
-            known.trusted = false;
-            known.misled.retain(|name| live.contains(name));
+            last.trusted = false;
+            last.doubtful_snapshots.retain(|name| live.contains(name));
         }
-        (known.picture.clone(), known.trusted)
+        (last.state.clone(), last.trusted)
     }
 
     fn lock_writer(&self) -> MutexGuard<'_, ()> {
@@ -348,22 +322,22 @@ impl History {
 
 /// Creates a bare repository under a temporary name and renames it, so that an incomplete one never has the
 /// final name.
-fn init(draft: &Path, place: &Path) -> io::Result<()> {
-    if draft.exists() {
-        fs::remove_dir_all(draft)?;
+fn init(temporary: &Path, repository: &Path) -> io::Result<()> {
+    if temporary.exists() {
+        fs::remove_dir_all(temporary)?;
     }
     let mut builder = DirBuilder::new();
     builder.recursive(true).mode(0o700);
     for dir in ["objects/pack", "objects/info", "refs/heads", "refs/fermata/checkpoints", "pending"] {
-        builder.create(draft.join(dir))?;
+        builder.create(temporary.join(dir))?;
     }
     for (name, text) in [("HEAD", "ref: refs/heads/none\n"), ("config", CONFIG)] {
-        fs::write(draft.join(name), text)?;
-        fs::File::open(draft.join(name))?.sync_all()?;
+        fs::write(temporary.join(name), text)?;
+        fs::File::open(temporary.join(name))?.sync_all()?;
     }
     for dir in ["objects", "refs/fermata", "refs", ""] {
-        sync_dir(&draft.join(dir))?;
+        sync_dir(&temporary.join(dir))?;
     }
-    fs::rename(draft, place)?;
-    place.parent().map_or(Ok(()), sync_dir)
+    fs::rename(temporary, repository)?;
+    repository.parent().map_or(Ok(()), sync_dir)
 }

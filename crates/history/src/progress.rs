@@ -2,7 +2,7 @@
 
 /// The phase of a long operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
+pub enum StorePhase {
     /// Scanning the workspace.
     Scan,
     /// Reading new and changed files.
@@ -21,8 +21,8 @@ pub enum Phase {
 
 /// How far a long operation has come.
 #[derive(Clone, Copy, Debug)]
-pub struct Progress {
-    pub phase: Phase,
+pub struct StoreProgress {
+    pub phase: StorePhase,
     /// Completed units of the phase: files, objects or steps.
     pub done: u64,
     /// All units of the phase; 0 if the number is unknown.
@@ -30,4 +30,4 @@ pub struct Progress {
 }
 
 /// The callback for progress; it is called from several threads.
-pub type OnProgress<'a> = &'a (dyn Fn(Progress) + Sync);
+pub type OnProgress<'a> = &'a (dyn Fn(StoreProgress) + Sync);

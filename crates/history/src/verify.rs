@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::History;
 use crate::errors::{BadObject, HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::store::pack_index::PackIndex;
@@ -105,7 +105,7 @@ impl History {
                     report.bytes += bytes;
                     report.objects += 1;
                     if report.objects.is_multiple_of(256) {
-                        progress(Progress { phase: Phase::Verify, done: report.objects, total: 0 });
+                        progress(StoreProgress { phase: StorePhase::Verify, done: report.objects, total: 0 });
                     }
                 }
                 Err(error) => {

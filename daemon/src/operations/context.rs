@@ -118,14 +118,14 @@ impl StepContext {
         let operation = operation.cloned();
         blocking(doing, move || {
             let history = cell.open(&dir, services.watcher()).map_err(|e| history_failure("open the history", &e))?;
-            let report = move |progress: fermata_history::Progress| {
+            let report = move |progress: fermata_history::StoreProgress| {
                 if let Some(operation) = &operation {
                     // Fails when no client follows the operation.
                     drop(progress_notes.send(note(operation, progress)));
                 }
             };
             let result = work(&history, &report, &flag).map_err(|e| history_failure(doing, &e));
-            history.rest();
+            history.free_caches();
             result
         })
         .await

@@ -15,10 +15,10 @@ use crate::operations::progress::step_and_unit;
 pub(super) type Sizes = HashMap<PathBuf, u64>;
 
 /// A scan of the workspace whose progress `status` shows until this is dropped.
-pub(super) struct ScanInProgress(Arc<Mutex<Option<fermata_history::Progress>>>);
+pub(super) struct ScanInProgress(Arc<Mutex<Option<fermata_history::StoreProgress>>>);
 
 impl ScanInProgress {
-    pub(super) fn report(&self, progress: fermata_history::Progress) {
+    pub(super) fn report(&self, progress: fermata_history::StoreProgress) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 }
@@ -35,7 +35,7 @@ pub struct HistoryCell {
     opened: Arc<Mutex<Option<Arc<History>>>>,
     pub(super) used_bytes: Arc<AtomicU64>,
     pub(super) sizes: Arc<Mutex<Sizes>>,
-    scan: Arc<Mutex<Option<fermata_history::Progress>>>,
+    scan: Arc<Mutex<Option<fermata_history::StoreProgress>>>,
     /// The part of `used_bytes` that only removed checkpoints needed and that is expected to be freed, bytes.
     unreclaimed: Arc<AtomicU64>,
     pub(super) consolidations: ConsolidationQueue,
@@ -49,7 +49,7 @@ impl HistoryCell {
     pub fn open(
         &self,
         dir: &std::path::Path,
-        watcher: Option<&Arc<fermata_history::Watcher>>,
+        watcher: Option<&Arc<fermata_history::FileWatcher>>,
     ) -> Result<Arc<History>, HistoryError> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(history) = &*opened {
@@ -67,7 +67,7 @@ impl HistoryCell {
     /// Returns the progress of the warm-up scan that is running.
     pub fn scan_under_way(&self) -> Option<ScanProgress> {
         let progress = *self.scan.lock().unwrap_or_else(PoisonError::into_inner);
-        progress.map(|fermata_history::Progress { phase, done, total }| {
+        progress.map(|fermata_history::StoreProgress { phase, done, total }| {
             let (step, unit) = step_and_unit(phase);
             ScanProgress { step: step.to_owned(), done, total, unit: unit.to_owned() }
         })

@@ -5,19 +5,19 @@ use fermata_protocol::OperationId;
 use crate::services::ProgressNote;
 
 /// Returns the name of a phase and the unit that is counted in it.
-pub(super) fn step_and_unit(phase: fermata_history::Phase) -> (&'static str, &'static str) {
+pub(super) fn step_and_unit(phase: fermata_history::StorePhase) -> (&'static str, &'static str) {
     match phase {
-        fermata_history::Phase::Scan => ("scan", "paths"),
-        fermata_history::Phase::Read => ("read", "files"),
-        fermata_history::Phase::Trees => ("trees", "directories"),
-        fermata_history::Phase::Pack => ("pack", "objects"),
-        fermata_history::Phase::Verify => ("verify", "objects"),
-        fermata_history::Phase::Apply => ("apply", "paths"),
-        fermata_history::Phase::Recheck => ("recheck", "paths"),
+        fermata_history::StorePhase::Scan => ("scan", "paths"),
+        fermata_history::StorePhase::Read => ("read", "files"),
+        fermata_history::StorePhase::Trees => ("trees", "directories"),
+        fermata_history::StorePhase::Pack => ("pack", "objects"),
+        fermata_history::StorePhase::Verify => ("verify", "objects"),
+        fermata_history::StorePhase::Apply => ("apply", "paths"),
+        fermata_history::StorePhase::Recheck => ("recheck", "paths"),
     }
 }
 
-pub(super) fn note(operation: &OperationId, progress: fermata_history::Progress) -> ProgressNote {
+pub(super) fn note(operation: &OperationId, progress: fermata_history::StoreProgress) -> ProgressNote {
     let (step, unit) = step_and_unit(progress.phase);
     ProgressNote {
         operation_id: operation.clone(),

@@ -19,52 +19,21 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, mkdirat};
 use nix::unistd::{UnlinkatFlags, fsync, unlinkat};
-use serde::{Deserialize, Serialize};
 
 use crate::History;
 use crate::errors::BadObject;
 use crate::errors::{HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
-use crate::restore::plan::{Conflict, Operation, RestorePlan, StoredContent, workspace_of};
-use crate::restore::recheck::{PathState, recheck, steadily_standing};
-use crate::restore::staging::{DRAFTS, PlannedFile, Staged, side_by_side, unlink_if_there};
-use crate::scan::walk::check_workspace;
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
+use crate::restore::plan::{Operation, RestorePlan, StoredContent, workspace_of};
+use crate::restore::recheck::{PathState, recheck, steady_state};
+use crate::restore::report::{Mismatch, RestoreReport};
+use crate::restore::staging::{MAX_STAGED, PlannedFile, Staged, side_by_side, unlink_if_there};
 use crate::store::oid::ObjectKind;
 use crate::tree::confined_dir::{FileKind, Root, stat_at, stat_fd};
-use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_restore_draft};
+use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_staged_name};
 use crate::verify::check_object;
+use crate::workspace::check_workspace;
 use fermata_failpoint as failpoint;
-
-/// A path that differs from what the plan wants.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mismatch {
-    pub path: RelPath,
-    /// A clause for messages.
-    pub problem: String,
-}
-
-/// The result of a restore.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct RestoreReport {
-    /// Files and symbolic links written.
-    pub written: u64,
-    /// Files and symbolic links that were right already, as after a crash.
-    pub already_right: u64,
-    /// Files, symbolic links and directories removed.
-    pub removed: u64,
-    /// Directories that were not removed, since entries in them are not covered.
-    pub kept: Vec<RelPath>,
-    /// Paths that the plan leaves unchanged.
-    pub conflicts: Vec<Conflict>,
-    /// Paths that differ from what the plan wants.
-    pub mismatches: Vec<Mismatch>,
-    /// Paths whose extended attributes the file system does not support.
-    pub without_xattrs: BTreeSet<RelPath>,
-    /// Names that could not be hard-linked and are separate files.
-    pub unlinked: BTreeSet<RelPath>,
-    /// Warnings for the user.
-    pub warnings: Vec<String>,
-}
 
 impl History {
     /// Applies a plan that the caller has persisted, for the first time or again after a crash.
@@ -88,9 +57,9 @@ impl History {
             history: self,
             root: &root,
             temporary: temporary_name(plan)?,
-            drafted: Staged::default(),
+            staged: Staged::default(),
             touched: BTreeSet::new(),
-            looked_at: BTreeSet::new(),
+            checked_dirs: BTreeSet::new(),
             opened: BTreeMap::new(),
             without_xattrs: BTreeSet::new(),
             unlinked: BTreeSet::new(),
@@ -103,7 +72,7 @@ impl History {
             return Err(error);
         }
         failpoint::check("history.restore.flushed").map_err(HistoryError::io("restore", root.path()))?;
-        progress(Progress { phase: Phase::Recheck, done: 0, total: plan.operations.len() as u64 });
+        progress(StoreProgress { phase: StorePhase::Recheck, done: 0, total: plan.operations.len() as u64 });
         let Applying { mut report, without_xattrs, unlinked, .. } = applying;
         (report.without_xattrs, report.unlinked) = (without_xattrs, unlinked);
         recheck(&root, plan, &mut report);
@@ -123,7 +92,7 @@ impl History {
             if let Err(error) = check_object(&self.objects, &oid, ObjectKind::Blob) {
                 bad.push(BadObject { oid, path: path.to_string(), problem: error.to_string() });
             }
-            progress(Progress { phase: Phase::Verify, done: done as u64 + 1, total });
+            progress(StoreProgress { phase: StorePhase::Verify, done: done as u64 + 1, total });
         }
         if bad.is_empty() {
             return Ok(());
@@ -148,11 +117,11 @@ pub(crate) struct Applying<'a> {
     /// The prefix of the temporary names.
     temporary: OsString,
     /// Files that are written but not renamed yet.
-    pub drafted: Staged,
+    pub staged: Staged,
     /// Directories in which names changed.
     touched: BTreeSet<RelPath>,
     /// Directories that were checked for being closed to their owner.
-    pub looked_at: BTreeSet<RelPath>,
+    pub checked_dirs: BTreeSet<RelPath>,
     /// Directories that were opened for the duration of the restore, with their original modes.
     pub opened: BTreeMap<RelPath, u32>,
     /// Paths whose extended attributes the file system does not support.
@@ -164,26 +133,26 @@ pub(crate) struct Applying<'a> {
 
 impl Applying<'_> {
     fn apply_all(&mut self, plan: &RestorePlan, progress: OnProgress<'_>) -> Result<()> {
-        for path in &plan.drafts {
-            self.remove_draft(path)?;
+        for path in &plan.staged_files {
+            self.remove_temporary_file(path)?;
         }
         let total = plan.operations.len() as u64;
         for (done, step) in plan.operations.iter().enumerate() {
             // A temporary name is used again only after its file was renamed.
-            if done.is_multiple_of(DRAFTS) || self.drafted.is_full() || !goes_beside_drafts(step) {
+            if done.is_multiple_of(MAX_STAGED) || self.staged.is_full() || !goes_beside_staged(step) {
                 self.put_all_in_place()?;
             }
-            let name = self.draft_name_of(done);
+            let name = self.temporary_name_of(done);
             match self.apply(step, &name) {
                 // Renaming a staged file frees the space of the file that it replaces.
-                Err(error) if error.is_disk_full() && !self.drafted.is_empty() => {
+                Err(error) if error.is_disk_full() && !self.staged.is_empty() => {
                     self.put_all_in_place()?;
                     self.apply(step, &name)?;
                 }
                 result => result?,
             }
             failpoint::check("history.restore.step").map_err(HistoryError::io("restore", self.root.path()))?;
-            progress(Progress { phase: Phase::Apply, done: done as u64 + 1, total });
+            progress(StoreProgress { phase: StorePhase::Apply, done: done as u64 + 1, total });
         }
         self.put_all_in_place()?;
         self.close_again(plan)?;
@@ -193,7 +162,7 @@ impl Applying<'_> {
     /// Removes temporary files and closes opened directories as far as possible.
     fn clear_up(&mut self, plan: &RestorePlan) {
         let dirs: BTreeSet<RelPath> = plan.operations.iter().filter_map(|step| step.path().parent()).collect();
-        let cleared = dirs.iter().try_for_each(|dir| self.clear_drafts_in(dir));
+        let cleared = dirs.iter().try_for_each(|dir| self.clear_temporary_files_in(dir));
         if let Err(error) = cleared.and_then(|()| self.close_again(plan)) {
             tracing::warn!(%error, "failed to clean up after a failed restore; the next attempt does so");
         }
@@ -217,8 +186,8 @@ impl Applying<'_> {
         self.touched.extend(path.parent());
     }
 
-    fn draft_name_of(&self, step: usize) -> OsString {
-        let number = format!("-{}", step % DRAFTS);
+    fn temporary_name_of(&self, step: usize) -> OsString {
+        let number = format!("-{}", step % MAX_STAGED);
         OsString::from_vec([self.temporary.as_bytes(), number.as_bytes()].concat())
     }
 
@@ -230,8 +199,8 @@ impl Applying<'_> {
             Operation::MakeDirectory { path } => self.make_directory(path),
             Operation::WriteFile { path, oid, mode, mtime, replaces, xattrs, sparse, linked_to } => {
                 let (oid, mode, mtime, sparse) = (*oid, *mode, *mtime, *sparse);
-                let wish = PlannedFile { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
-                self.write_file(path, &wish, replaces.as_ref(), temporary)
+                let file = PlannedFile { oid, mode, mtime, xattrs, sparse, linked_to: linked_to.as_ref() };
+                self.write_file(path, &file, replaces.as_ref(), temporary)
             }
             Operation::WriteLink { path, oid, mtime, replaces } => {
                 self.write_link(path, *oid, *mtime, replaces.as_ref(), temporary)
@@ -283,7 +252,7 @@ impl Applying<'_> {
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
-        match steadily_standing(&dir, name).map_err(self.failed("determine the state of", path))? {
+        match steady_state(&dir, name).map_err(self.failed("determine the state of", path))? {
             Some(PathState::Content(held)) if held == *holds => {
                 unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
                 self.report.removed += 1;
@@ -299,10 +268,10 @@ impl Applying<'_> {
     }
 
     /// Removes a temporary file of an earlier restore.
-    fn remove_draft(&mut self, path: &RelPath) -> Result<()> {
+    fn remove_temporary_file(&mut self, path: &RelPath) -> Result<()> {
         self.open_up(path)?;
         match self.root.open_parent(path) {
-            Ok((dir, name)) if is_restore_draft(name.as_bytes()) => {
+            Ok((dir, name)) if is_staged_name(name.as_bytes()) => {
                 unlink_if_there(&dir, name).map_err(self.failed("remove", path))
             }
             _ => Ok(()),
@@ -315,7 +284,7 @@ impl Applying<'_> {
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(()),
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
-        self.clear_drafts_in(path)?;
+        self.clear_temporary_files_in(path)?;
         match unlinkat(&dir, name, UnlinkatFlags::RemoveDir) {
             Ok(()) => {
                 self.report.removed += 1;
@@ -331,11 +300,11 @@ impl Applying<'_> {
     }
 
     /// Removes this plan's temporary files from a directory, which a crash or a failure may have left.
-    fn clear_drafts_in(&self, path: &RelPath) -> Result<()> {
+    fn clear_temporary_files_in(&self, path: &RelPath) -> Result<()> {
         let Ok(mut dir) = self.root.open_dir(path).and_then(Dir::from_fd) else {
             return Ok(());
         };
-        let is_own = |name: &[u8]| is_restore_draft(name) && name.starts_with(self.temporary.as_bytes());
+        let is_own = |name: &[u8]| is_staged_name(name) && name.starts_with(self.temporary.as_bytes());
         let names = dir.iter().filter_map(std::result::Result::ok).map(|entry| entry.file_name().to_owned());
         let own: Vec<_> = names.filter(|name| is_own(name.to_bytes())).collect();
         own.iter()
@@ -355,7 +324,7 @@ impl Applying<'_> {
 
 /// Says whether a step may be applied while staged files wait to be renamed. A hard link needs the file that it
 /// links to.
-fn goes_beside_drafts(step: &Operation) -> bool {
+fn goes_beside_staged(step: &Operation) -> bool {
     match step {
         Operation::MakeDirectory { .. } | Operation::WriteLink { .. } => true,
         Operation::WriteFile { linked_to, .. } => linked_to.is_none(),

@@ -11,10 +11,9 @@ use nix::unistd::geteuid;
 use crate::errors::Result;
 use crate::restore::apply::Applying;
 use crate::restore::plan::{Operation, RestorePlan};
-use crate::tree::confined_dir::{FileKind, Stat, Time, stat_at};
-use crate::tree::metadata::Xattrs;
+use crate::tree::confined_dir::{FileKind, FileStat, Time, stat_at};
 use crate::tree::names::RelPath;
-use crate::tree::xattrs::{self, XattrsRead};
+use crate::tree::xattrs::{self, Xattrs, XattrsRead};
 
 impl Applying<'_> {
     /// Makes the directory of a path writable for its owner, which a daemon without privileges needs for
@@ -23,7 +22,7 @@ impl Applying<'_> {
         let Some(dir) = path.parent() else {
             return Ok(());
         };
-        if geteuid().is_root() || !self.looked_at.insert(dir.clone()) {
+        if geteuid().is_root() || !self.checked_dirs.insert(dir.clone()) {
             return Ok(());
         }
         // The step itself reports a directory whose metadata cannot be read.
@@ -95,7 +94,7 @@ impl Applying<'_> {
             return Ok(());
         };
         let stat = stat_at(&dir, name);
-        match (stat.as_ref().map(Stat::kind), &stat, mode) {
+        match (stat.as_ref().map(FileStat::kind), &stat, mode) {
             (Ok(FileKind::Regular), Ok(stat), Some(_)) if stat.nlink > names => {
                 self.mismatch(path, "it has got other names, which would change too");
                 return Ok(());
@@ -114,7 +113,7 @@ impl Applying<'_> {
             .map_err(self.failed("set the time of", path))
     }
 
-    fn set_xattrs(&mut self, path: &RelPath, stat: &Stat, wanted: Option<&Xattrs>) -> Result<()> {
+    fn set_xattrs(&mut self, path: &RelPath, stat: &FileStat, wanted: Option<&Xattrs>) -> Result<()> {
         let Some(wanted) = wanted else {
             return Ok(());
         };
@@ -138,7 +137,7 @@ impl Applying<'_> {
 }
 
 /// Says whether the owner of a directory cannot change the names in it.
-pub(crate) fn is_closed(stat: &Stat) -> bool {
+pub(crate) fn is_closed(stat: &FileStat) -> bool {
     stat.permissions() & 0o300 != 0o300
 }
 

@@ -10,19 +10,19 @@ use std::sync::atomic::AtomicBool;
 use crate::History;
 use crate::errors::Result;
 use crate::progress::OnProgress;
-use crate::restore::apply::{Mismatch, RestoreReport};
 use crate::restore::plan::RestorePlan;
 use crate::restore::recheck::Times;
+use crate::restore::report::{Mismatch, RestoreReport};
 use crate::rules::coverage::Rules;
-use crate::scan::walk::check_workspace;
-use crate::scan::workspace_state::TICK_NS;
 use crate::tree::confined_dir::{Root, Time};
-use crate::tree::listing::{Item, ItemContent};
+use crate::tree::fingerprint::TICK_NS;
+use crate::tree::listing::{ItemContent, ListingItem};
 use crate::tree::names::RelPath;
+use crate::workspace::check_workspace;
 
 /// The result of a full verification.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct WholeCheck {
+pub struct FullVerification {
     /// The number of compared paths.
     pub paths: u64,
     /// The paths that differ from the checkpoint, in byte order.
@@ -43,7 +43,7 @@ impl History {
         ended: Time,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
-    ) -> Result<WholeCheck> {
+    ) -> Result<FullVerification> {
         let real = check_workspace(&crate::restore::plan::workspace_of(plan)?)?;
         let root = Root::open(&real)?;
         let target = self.listing_of(plan.number)?;
@@ -55,7 +55,7 @@ impl History {
                 || report.kept.contains(path);
             !chosen || apart || target.is_unknown(path) || now.is_unknown(path)
         };
-        let mut check = WholeCheck::default();
+        let mut check = FullVerification::default();
         let mut times = Times::default();
         let paths: BTreeSet<&RelPath> = target.items.keys().chain(now.items.keys()).collect();
         for path in paths {
@@ -90,18 +90,18 @@ impl History {
     }
 }
 
-fn is_special(item: &Item) -> bool {
-    matches!(item.what, ItemContent::Special(_))
+fn is_special(item: &ListingItem) -> bool {
+    matches!(item.content, ItemContent::Special(_))
 }
 
-fn difference(wanted: &Item, there: &Item, without_xattrs: bool) -> Option<String> {
+fn difference(wanted: &ListingItem, there: &ListingItem, without_xattrs: bool) -> Option<String> {
     if is_special(wanted) || is_special(there) {
         return None;
     }
     if !wanted.same_content(there) {
         return Some("its content differs".to_owned());
     }
-    let link = matches!(wanted.what, ItemContent::Symlink(_));
+    let link = matches!(wanted.content, ItemContent::Symlink(_));
     if !link && wanted.mode != there.mode {
         return Some(format!("its mode is {:o}", there.mode));
     }

@@ -8,9 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
-use crate::tree::listing::{Item, ItemContent, Listing};
-use crate::tree::metadata::Xattrs;
+use crate::tree::listing::{ItemContent, Listing, ListingItem};
 use crate::tree::names::RelPath;
+use crate::tree::xattrs::Xattrs;
 
 /// The decision for one name of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -36,16 +36,16 @@ pub(crate) struct Links {
 
 /// Properties that all names of one file share. The inode number alone is not enough, since a workspace may
 /// span file systems.
-type Identity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
+type LinkIdentity<'a> = (u64, Oid, u32, Time, &'a Xattrs);
 
-fn identity(item: &Item) -> Option<Identity<'_>> {
-    match item.what {
+fn identity(item: &ListingItem) -> Option<LinkIdentity<'_>> {
+    match item.content {
         ItemContent::File(oid) => Some((item.ino?, oid, item.mode, item.mtime, &item.xattrs)),
         ItemContent::Symlink(_) | ItemContent::Directory | ItemContent::Special(_) => None,
     }
 }
 
-type Groups<'a> = BTreeMap<Identity<'a>, BTreeSet<&'a RelPath>>;
+type Groups<'a> = BTreeMap<LinkIdentity<'a>, BTreeSet<&'a RelPath>>;
 
 fn groups(listing: &Listing) -> Groups<'_> {
     let mut groups = Groups::new();
@@ -78,7 +78,7 @@ impl Links {
         let mut claimed = BTreeSet::new();
         for (path, item) in target.items.iter().filter(|(path, _)| is_selected(path)) {
             let group = identity(item).and_then(|identity| wanted.get(&identity));
-            if group.is_some_and(|group| group.len() > 1) || !matches!(item.what, ItemContent::File(_)) {
+            if group.is_some_and(|group| group.len() > 1) || !matches!(item.content, ItemContent::File(_)) {
                 continue;
             }
             if item.ino.is_some() {

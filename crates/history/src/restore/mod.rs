@@ -7,5 +7,6 @@ pub(crate) mod hard_links;
 pub(crate) mod plan;
 pub(crate) mod planner;
 pub(crate) mod recheck;
+pub(crate) mod report;
 pub(crate) mod repository_heads;
 pub(crate) mod staging;

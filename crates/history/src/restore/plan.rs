@@ -14,8 +14,8 @@ use crate::errors::{HistoryError, Result};
 use crate::rules::coverage::Rules;
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
-use crate::tree::metadata::Xattrs;
 use crate::tree::names::RelPath;
+use crate::tree::xattrs::Xattrs;
 
 /// Whether a content belongs to a file or to a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,7 +99,7 @@ mod escaped {
     use serde::de::Error as _;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    use crate::tree::metadata::Xattrs;
+    use crate::tree::xattrs::Xattrs;
     use fermata_protocol::paths::{escape, unescape};
 
     pub(crate) fn serialize<S: Serializer>(xattrs: &Xattrs, serializer: S) -> Result<S::Ok, S::Error> {
@@ -118,7 +118,7 @@ mod escaped {
 mod escaped_if_any {
     use serde::{Deserializer, Serializer};
 
-    use crate::tree::metadata::Xattrs;
+    use crate::tree::xattrs::Xattrs;
 
     pub(crate) fn serialize<S: Serializer>(xattrs: &Option<Xattrs>, serializer: S) -> Result<S::Ok, S::Error> {
         match xattrs {
@@ -201,7 +201,8 @@ pub struct RestorePlan {
     /// The steps, in order.
     pub operations: Vec<Operation>,
     /// Temporary files of earlier restores that were given up, removed first.
-    pub drafts: Vec<RelPath>,
+    #[serde(rename = "drafts")]
+    pub staged_files: Vec<RelPath>,
     /// Directories that are closed to their owner and whose mode no step sets, with that mode. They are opened
     /// for the duration of the restore and closed at the end, by whichever run comes that far.
     #[serde(default)]
@@ -233,7 +234,7 @@ impl RestorePlan {
 
 /// The parameters of a restore.
 #[derive(Clone, Copy, Debug)]
-pub struct RestoreRequest<'a> {
+pub struct RestoreOptions<'a> {
     /// The checkpoint to restore.
     pub number: u64,
     /// The checkpoint of the current workspace, just taken. `None` makes a plan from the workspace itself, to

@@ -15,24 +15,25 @@ use nix::dir::Dir;
 use nix::errno::Errno;
 
 use crate::History;
-use crate::diff::compare;
+use crate::diff::{Diff, compare};
 use crate::errors::{HistoryError, Result};
 use crate::progress::OnProgress;
 use crate::restore::attributes::is_closed;
 use crate::restore::hard_links::{self, Fate, Links};
 use crate::restore::plan::{
-    Conflict, ConflictReason, ContentKind, Operation, Planned, RestorePlan, RestoreRequest, StoredContent,
+    Conflict, ConflictReason, ContentKind, Operation, Planned, RestoreOptions, RestorePlan, StoredContent,
 };
 use crate::restore::repository_heads;
 use crate::rules::checkpoint_rules::CheckpointRules;
 use crate::rules::coverage::IgnoreChain;
-use crate::rules::user_repository::Location;
-use crate::scan::walk::check_workspace;
+use crate::rules::user_repository::{Location, UserRepository};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::{FileKind, Root};
-use crate::tree::listing::{CheckpointRoot, Item, ItemContent, KnownContent, Listing};
-use crate::tree::names::{PLAN_ID_DIGITS, RelPath, is_git, is_restore_draft};
+use crate::tree::listing::{CheckpointRoot, ItemContent, Listing, ListingItem, PathCoverage};
+use crate::tree::manifest::CheckpointManifest;
+use crate::tree::names::{PLAN_ID_DIGITS, RelPath, is_git, is_staged_name};
+use crate::workspace::check_workspace;
 
 impl History {
     /// Plans a restore without changing the workspace.
@@ -41,7 +42,7 @@ impl History {
     /// Fails when a checkpoint does not exist or is damaged, or when the workspace cannot be read.
     pub fn plan_restore(
         &self,
-        request: &RestoreRequest<'_>,
+        request: &RestoreOptions<'_>,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Planned> {
@@ -49,21 +50,7 @@ impl History {
         let root = Root::open(&real)?;
         let wanted = CheckpointRoot::read(&self.objects, &self.refs.get(request.number)?)?;
         let manifest = wanted.manifest(&self.objects)?;
-        let mut drafts = Vec::new();
-        let (target, now) = match request.safety {
-            Some(safety) => {
-                let there = CheckpointRoot::read(&self.objects, &self.refs.get(safety)?)?;
-                let (target, now) = Listing::of_both(&self.objects, &wanted, &there, request.paths)?;
-                drafts = drafts_in(&root, &now);
-                if hard_links::differ(&target, &now) {
-                    // Other names of a file may be in directories that are equal in both.
-                    (self.listing_of(request.number)?, self.listing_of(safety)?)
-                } else {
-                    (target, now)
-                }
-            }
-            None => (self.listing_of(request.number)?, self.workspace_listing(&root, request.rules, progress, cancel)?),
-        };
+        let (target, now, staged_files) = self.listings_for(request, &root, &wanted, progress, cancel)?;
         let is_selected = |path: &RelPath| is_selected(request.paths, path);
         let names_of = |path: &RelPath| root.stat(path).ok().map(|stat| stat.nlink);
         let location = Location::find(&real);
@@ -77,7 +64,7 @@ impl History {
             steps: Steps::default(),
             made: BTreeSet::new(),
             cleared: BTreeSet::new(),
-            then: CheckpointRules::of(&self.objects, &root, &wanted, &manifest, above)?,
+            checkpoint_rules: CheckpointRules::of(&self.objects, &root, &wanted, &manifest, above)?,
             blocked: BTreeMap::new(),
             special: 0,
             unlinked: 0,
@@ -86,27 +73,13 @@ impl History {
         planner.remove_rest()?;
         planner.set_directories();
         planner.report_uncovered(&self.objects, &wanted)?;
-        let there = location.map(|location| location.describe());
-        let mut warnings: Vec<String> = Vec::new();
-        warnings.extend(repository_heads::moved(manifest.user_repository.as_ref(), there.as_ref()));
-        let torn = manifest.torn.iter().filter(|path| is_selected(path)).count();
-        if torn > 0 {
-            warnings.push(format!("{torn} files changed while the checkpoint was taken"));
-        }
-        if planner.special > 0 {
-            warnings.push(format!("{} special files are not created again", planner.special));
-        }
-        if planner.unlinked > 0 {
-            warnings.push(format!(
-                "{} files had other names that the checkpoint does not cover; they become separate files",
-                planner.unlinked
-            ));
-        }
+        let repository = location.map(|location| location.describe());
+        let warnings = planner.warnings(&manifest, repository.as_ref());
         let conflicts = planner.blocked.iter();
         let conflicts = conflicts.map(|(path, reason)| Conflict { path: path.clone(), reason: *reason }).collect();
         let operations = planner.steps.in_order();
         let text = format!("{} {:?} {} {operations:?}", request.number, request.safety, real.display());
-        let closed = closed_dirs(&root, &operations, &drafts);
+        let closed = closed_dirs(&root, &operations, &staged_files);
         let plan = RestorePlan {
             id: Oid::of(ObjectKind::Blob, text.as_bytes()).to_string()[..PLAN_ID_DIGITS].to_owned(),
             number: request.number,
@@ -114,22 +87,37 @@ impl History {
             paths: request.paths.map(<[RelPath]>::to_vec),
             workspace: escape(real.as_os_str().as_bytes()),
             operations,
-            drafts,
+            staged_files,
             closed,
             conflicts,
             warnings,
         };
-        let mut diff = compare(&now, &target);
-        // A path that the plan leaves unchanged because of a conflict is not a change.
-        let stays = |path: &RelPath| {
-            let stays = |one: &Conflict| {
-                matches!(one.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
-                    && path.is_within(&one.path)
-            };
-            plan.conflicts.iter().any(stays)
-        };
-        diff.entries.retain(|entry| is_selected(&entry.path) && !stays(&entry.path));
+        let diff = planned_diff(&plan, &now, &target);
         Ok(Planned { plan, diff })
+    }
+
+    /// Lists the checkpoint and the current workspace, and finds the temporary files of restores that were given up.
+    fn listings_for(
+        &self,
+        request: &RestoreOptions<'_>,
+        root: &Root,
+        wanted: &CheckpointRoot,
+        progress: OnProgress<'_>,
+        cancel: &AtomicBool,
+    ) -> Result<(Listing, Listing, Vec<RelPath>)> {
+        let Some(safety) = request.safety else {
+            let target = self.listing_of(request.number)?;
+            let now = self.workspace_listing(root, request.rules, progress, cancel)?;
+            return Ok((target, now, Vec::new()));
+        };
+        let current = CheckpointRoot::read(&self.objects, &self.refs.get(safety)?)?;
+        let (target, now) = Listing::of_both(&self.objects, wanted, &current, request.paths)?;
+        let staged_files = staged_files_in(root, &now);
+        if hard_links::differ(&target, &now) {
+            // Other names of a file may be in directories that are equal in both.
+            return Ok((self.listing_of(request.number)?, self.listing_of(safety)?, staged_files));
+        }
+        Ok((target, now, staged_files))
     }
 
     /// Refuses paths that neither the checkpoint nor the workspace has, and paths that are never restored.
@@ -144,12 +132,27 @@ impl History {
                 return Err(HistoryError::UnsafePath { path: path.to_string() });
             }
             let there = || root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
-            if wanted.top().knows(&self.objects, path)?.is_none() && !there() {
+            if wanted.top().coverage_of(&self.objects, path)?.is_none() && !there() {
                 return Err(HistoryError::NoSuchPath { path: path.to_string(), number });
             }
         }
         Ok(())
     }
+}
+
+/// Compares the workspace before the restore with the one after it.
+fn planned_diff(plan: &RestorePlan, now: &Listing, target: &Listing) -> Diff {
+    let mut diff = compare(now, target);
+    // A path that the plan leaves unchanged because of a conflict is not a change.
+    let stays = |path: &RelPath| {
+        let unchanged = |conflict: &Conflict| {
+            matches!(conflict.reason, ConflictReason::IgnoredThen | ConflictReason::WasSpecial)
+                && path.is_within(&conflict.path)
+        };
+        plan.conflicts.iter().any(unchanged)
+    };
+    diff.entries.retain(|entry| is_selected(plan.paths.as_deref(), &entry.path) && !stays(&entry.path));
+    diff
 }
 
 fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
@@ -158,24 +161,24 @@ fn is_selected(paths: Option<&[RelPath]>, path: &RelPath) -> bool {
 
 /// Finds the temporary files of restores that were given up. Only directories that differ are searched, since
 /// such a file changes its directory.
-fn drafts_in(root: &Root, now: &Listing) -> Vec<RelPath> {
-    let mut drafts = Vec::new();
-    for (path, _) in now.items.iter().filter(|(_, item)| item.what == ItemContent::Directory) {
+fn staged_files_in(root: &Root, now: &Listing) -> Vec<RelPath> {
+    let mut paths = Vec::new();
+    for (path, _) in now.items.iter().filter(|(_, item)| item.content == ItemContent::Directory) {
         let Ok(mut dir) = root.open_dir(path).and_then(Dir::from_fd) else {
             continue;
         };
         let names = dir.iter().filter_map(std::result::Result::ok);
-        let names = names.filter(|entry| is_restore_draft(entry.file_name().to_bytes()));
-        drafts.extend(names.map(|entry| path.join(entry.file_name().to_bytes())));
+        let names = names.filter(|entry| is_staged_name(entry.file_name().to_bytes()));
+        paths.extend(names.map(|entry| path.join(entry.file_name().to_bytes())));
     }
-    drafts
+    paths
 }
 
 /// Finds the directories that a restore without privileges must open and for which the plan sets no mode.
-fn closed_dirs(root: &Root, operations: &[Operation], drafts: &[RelPath]) -> Vec<(RelPath, u32)> {
+fn closed_dirs(root: &Root, operations: &[Operation], staged_files: &[RelPath]) -> Vec<(RelPath, u32)> {
     let sets_mode = |step: &&Operation| matches!(step, Operation::SetAttributes { .. });
     let set: BTreeSet<&RelPath> = operations.iter().filter(sets_mode).map(Operation::path).collect();
-    let changed = operations.iter().filter(|step| !sets_mode(step)).map(Operation::path).chain(drafts);
+    let changed = operations.iter().filter(|step| !sets_mode(step)).map(Operation::path).chain(staged_files);
     let dirs: BTreeSet<RelPath> = changed.filter_map(RelPath::parent).filter(|dir| !set.contains(dir)).collect();
     let closed = |dir: RelPath| {
         let stat = root.stat(&dir).ok().filter(|stat| stat.kind() == FileKind::Directory && is_closed(stat))?;
@@ -219,7 +222,7 @@ struct Planner<'a> {
     /// Paths that the plan frees for another entry, each with everything below it.
     cleared: BTreeSet<RelPath>,
     /// The rules of the checkpoint.
-    then: CheckpointRules<'a>,
+    checkpoint_rules: CheckpointRules<'a>,
     blocked: BTreeMap<RelPath, ConflictReason>,
     special: u64,
     unlinked: u64,
@@ -252,6 +255,25 @@ impl Planner<'_> {
         false
     }
 
+    fn warnings(&self, manifest: &CheckpointManifest, repository: Option<&UserRepository>) -> Vec<String> {
+        let mut warnings: Vec<String> = Vec::new();
+        warnings.extend(repository_heads::moved(manifest.user_repository.as_ref(), repository));
+        let torn = manifest.torn.iter().filter(|path| self.is_selected(path)).count();
+        if torn > 0 {
+            warnings.push(format!("{torn} files changed while the checkpoint was taken"));
+        }
+        if self.special > 0 {
+            warnings.push(format!("{} special files are not created again", self.special));
+        }
+        if self.unlinked > 0 {
+            warnings.push(format!(
+                "{} files had other names that the checkpoint does not cover; they become separate files",
+                self.unlinked
+            ));
+        }
+        warnings
+    }
+
     fn write_all(&mut self) -> Result<()> {
         let target = self.target;
         for (path, item) in &target.items {
@@ -268,19 +290,19 @@ impl Planner<'_> {
         Ok(())
     }
 
-    fn write_one(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+    fn write_one(&mut self, path: &RelPath, item: &ListingItem) -> Result<std::result::Result<(), ConflictReason>> {
         let now = self.now;
         let current = now.items.get(path).filter(|_| !Self::is_below(&self.cleared, path));
         let Some(current) = current else {
             return self.write_new(path, item);
         };
-        match (&item.what, &current.what) {
+        match (&item.content, &current.content) {
             (ItemContent::Special(kind), ItemContent::Special(now)) if kind == now => Ok(Ok(())),
             (ItemContent::Special(_), _) => Ok(Err(ConflictReason::WasSpecial)),
             (_, ItemContent::Special(_)) => Ok(Err(ConflictReason::Special)),
             (ItemContent::Directory, ItemContent::Directory) => Ok(Ok(())),
             (ItemContent::Directory, ItemContent::File(_) | ItemContent::Symlink(_)) => {
-                if let Some(holds) = held(current) {
+                if let Some(holds) = stored_content(current) {
                     self.steps.clear.insert(path.clone(), Operation::RemoveFile { path: path.clone(), holds });
                 }
                 self.cleared.insert(path.clone());
@@ -298,7 +320,7 @@ impl Planner<'_> {
                 if item.same_content(current) && !separate && holes {
                     self.set_file(path, item, current);
                 } else {
-                    self.push_write(path, item, held(current));
+                    self.push_write(path, item, stored_content(current));
                 }
                 Ok(Ok(()))
             }
@@ -306,8 +328,8 @@ impl Planner<'_> {
     }
 
     /// Sets the attributes that differ of a file or link whose content is right.
-    fn set_file(&mut self, path: &RelPath, item: &Item, current: &Item) {
-        let link = matches!(item.what, ItemContent::Symlink(_));
+    fn set_file(&mut self, path: &RelPath, item: &ListingItem, current: &ListingItem) {
+        let link = matches!(item.content, ItemContent::Symlink(_));
         let same = if link { item.mtime == current.mtime } else { item.same_attributes(current) };
         if same {
             return;
@@ -322,15 +344,15 @@ impl Planner<'_> {
     }
 
     /// Plans to write an entry where no covered entry exists.
-    fn write_new(&mut self, path: &RelPath, item: &Item) -> Result<std::result::Result<(), ConflictReason>> {
+    fn write_new(&mut self, path: &RelPath, item: &ListingItem) -> Result<std::result::Result<(), ConflictReason>> {
         if !Self::is_below(&self.cleared, path) {
             match self.root.stat_if_there(path) {
-                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.what == ItemContent::Directory => {
+                Ok(Some(stat)) if stat.kind() == FileKind::Directory && item.content == ItemContent::Directory => {
                     // An ignored directory stays as it is; the entries that the checkpoint has in it are
                     // handled separately.
                     return Ok(Ok(()));
                 }
-                Ok(Some(stat)) if matches!(item.what, ItemContent::Special(_)) => {
+                Ok(Some(stat)) if matches!(item.content, ItemContent::Special(_)) => {
                     let special = matches!(stat.kind(), FileKind::Special(_));
                     return Ok(if special { Ok(()) } else { Err(ConflictReason::WasSpecial) });
                 }
@@ -345,14 +367,14 @@ impl Planner<'_> {
                 }
             }
         }
-        if matches!(item.what, ItemContent::Special(_)) {
+        if matches!(item.content, ItemContent::Special(_)) {
             self.special += 1;
             return Ok(Ok(()));
         }
         if !self.make_parents(path)? {
             return Ok(Err(ConflictReason::BlockedAbove));
         }
-        if item.what == ItemContent::Directory {
+        if item.content == ItemContent::Directory {
             self.make_directory(path);
         } else {
             self.push_write(path, item, None);
@@ -379,7 +401,7 @@ impl Planner<'_> {
             if self.made.contains(&dir) {
                 continue;
             }
-            if self.now.items.get(&dir).is_some_and(|item| item.what == ItemContent::Directory)
+            if self.now.items.get(&dir).is_some_and(|item| item.content == ItemContent::Directory)
                 && !Self::is_below(&self.cleared, &dir)
             {
                 continue;
@@ -396,9 +418,9 @@ impl Planner<'_> {
         Ok(true)
     }
 
-    fn push_write(&mut self, path: &RelPath, item: &Item, replaces: Option<StoredContent>) {
+    fn push_write(&mut self, path: &RelPath, item: &ListingItem, replaces: Option<StoredContent>) {
         let (mode, mtime) = (item.mode, item.mtime);
-        match item.what {
+        match item.content {
             ItemContent::File(oid) => {
                 let linked_to = match self.links.fate(path) {
                     Some(Fate::LinkedTo(leader)) => Some(leader.clone()),
@@ -430,26 +452,26 @@ impl Planner<'_> {
                     continue;
                 }
                 // The plan removes it before anything else.
-                if is_restore_draft(name) {
+                if is_staged_name(name) {
                     continue;
                 }
                 let below = dir.join(name);
                 if is_git(name) || self.target.is_unknown(&below) {
                     return Err(ConflictReason::HoldsUncovered);
                 }
-                let is_dir = self.now.items.get(&below).is_some_and(|item| item.what == ItemContent::Directory);
-                if !self.then.covers(&below, is_dir).unwrap_or(false) {
+                let is_dir = self.now.items.get(&below).is_some_and(|item| item.content == ItemContent::Directory);
+                if !self.checkpoint_rules.covers(&below, is_dir).unwrap_or(false) {
                     return Err(ConflictReason::HoldsUncovered);
                 }
                 let item = self.now.items.get(&below).ok_or(ConflictReason::HoldsUncovered)?;
-                match item.what {
+                match item.content {
                     ItemContent::Directory => {
                         steps.push(Operation::RemoveDirectory { path: below.clone() });
                         dirs.push(below);
                     }
                     ItemContent::Special(_) => return Err(ConflictReason::Special),
                     ItemContent::File(_) | ItemContent::Symlink(_) => {
-                        let holds = held(item).ok_or(ConflictReason::Special)?;
+                        let holds = stored_content(item).ok_or(ConflictReason::Special)?;
                         steps.push(Operation::RemoveFile { path: below, holds });
                     }
                 }
@@ -471,11 +493,11 @@ impl Planner<'_> {
             if self.steps.clear.contains_key(path) || self.is_blocked(path) {
                 continue;
             }
-            if !self.then.covers(path, item.what == ItemContent::Directory)? {
+            if !self.checkpoint_rules.covers(path, item.content == ItemContent::Directory)? {
                 self.blocked.insert(path.clone(), ConflictReason::IgnoredThen);
                 continue;
             }
-            match &item.what {
+            match &item.content {
                 ItemContent::Directory => {
                     let step = Operation::RemoveDirectory { path: path.clone() };
                     self.steps.remove.insert(path.clone(), step);
@@ -483,7 +505,7 @@ impl Planner<'_> {
                 // A special file cannot be restored later and has no content: it stays.
                 ItemContent::Special(_) => {}
                 ItemContent::File(_) | ItemContent::Symlink(_) => {
-                    if let Some(holds) = held(item) {
+                    if let Some(holds) = stored_content(item) {
                         let step = Operation::RemoveFile { path: path.clone(), holds };
                         self.steps.remove.insert(path.clone(), step);
                     }
@@ -499,10 +521,10 @@ impl Planner<'_> {
         let all = steps.clear.values().chain(&steps.write).chain(&steps.link).chain(steps.remove.values());
         let touched: BTreeSet<RelPath> = all.filter_map(|step| step.path().parent()).collect();
         for (path, item) in &self.target.items {
-            if item.what != ItemContent::Directory || self.is_blocked(path) {
+            if item.content != ItemContent::Directory || self.is_blocked(path) {
                 continue;
             }
-            let current = self.now.items.get(path).filter(|current| current.what == ItemContent::Directory);
+            let current = self.now.items.get(path).filter(|current| current.content == ItemContent::Directory);
             let made = self.made.contains(path);
             let selected = self.is_selected(path);
             let differs = current.is_none_or(|now| !now.same_attributes(item));
@@ -522,9 +544,9 @@ impl Planner<'_> {
     fn report_uncovered(&mut self, store: &ObjectStore, wanted: &CheckpointRoot) -> Result<()> {
         for path in self.paths.unwrap_or_default() {
             let listed = |listing: &Listing| listing.items.keys().any(|one| one.is_within(path));
-            let covered = match wanted.top().knows(store, path)? {
-                Some(KnownContent::Stored) => true,
-                Some(KnownContent::LeftOut) => false,
+            let covered = match wanted.top().coverage_of(store, path)? {
+                Some(PathCoverage::Stored) => true,
+                Some(PathCoverage::Skipped) => false,
                 None => listed(self.now),
             };
             let there = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
@@ -537,8 +559,8 @@ impl Planner<'_> {
 }
 
 /// Returns the content that the restore may replace, since the safety checkpoint holds it.
-fn held(item: &Item) -> Option<StoredContent> {
-    match item.what {
+fn stored_content(item: &ListingItem) -> Option<StoredContent> {
+    match item.content {
         ItemContent::File(oid) => Some(StoredContent { kind: ContentKind::File, oid }),
         ItemContent::Symlink(oid) => Some(StoredContent { kind: ContentKind::Symlink, oid }),
         ItemContent::Directory | ItemContent::Special(_) => None,

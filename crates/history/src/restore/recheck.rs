@@ -11,13 +11,12 @@ use nix::errno::Errno;
 use nix::fcntl::{OFlag, openat, readlinkat};
 use nix::sys::stat::Mode;
 
-use crate::restore::apply::{Mismatch, RestoreReport};
 use crate::restore::plan::{ContentKind, Operation, RestorePlan, StoredContent};
+use crate::restore::report::{Mismatch, RestoreReport};
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
-use crate::tree::confined_dir::{FileKind, Root, Stat, Time, stat_at, stat_fd};
-use crate::tree::metadata::Xattrs;
+use crate::tree::confined_dir::{FileKind, FileStat, Root, Time, stat_at, stat_fd};
 use crate::tree::names::RelPath;
-use crate::tree::xattrs;
+use crate::tree::xattrs::{self, Xattrs};
 
 /// The state of a path, as far as a restore distinguishes it.
 #[derive(Debug, PartialEq, Eq)]
@@ -53,7 +52,11 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
             Operation::SetAttributes { path, mode, mtime, xattrs, .. } => {
                 attributes.push(Attributes { path, mode: *mode, mtime: *mtime, xattrs: xattrs.as_ref() });
             }
-            _ => {
+            Operation::MakeDirectory { .. }
+            | Operation::WriteFile { .. }
+            | Operation::WriteLink { .. }
+            | Operation::RemoveFile { .. }
+            | Operation::RemoveDirectory { .. } => {
                 last.insert(step.path(), step);
             }
         }
@@ -113,7 +116,7 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
 }
 
 /// Reads the extended attributes of a file or directory; `None` if that fails.
-fn xattrs_at(root: &Root, path: &RelPath, stat: &Stat) -> Option<Xattrs> {
+fn xattrs_at(root: &Root, path: &RelPath, stat: &FileStat) -> Option<Xattrs> {
     match stat.kind() {
         FileKind::Directory => xattrs::read(root.open_dir(path).ok()?).ok(),
         FileKind::Regular => xattrs::read(root.open_file(path).ok()?).ok(),
@@ -195,7 +198,7 @@ fn recheck_kind(root: &Root, path: &RelPath, wanted: &PathState) -> Option<Strin
 pub(crate) const TRIES: usize = 8;
 
 /// Says whether an entry is unchanged between two calls of `stat`.
-pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
+pub(crate) fn same(before: Option<FileStat>, now: Option<FileStat>) -> bool {
     match (before, now) {
         (Some(before), Some(now)) => before.same_content(&now),
         (None, None) => true,
@@ -205,7 +208,7 @@ pub(crate) fn same(before: Option<Stat>, now: Option<Stat>) -> bool {
 
 /// Returns the state of a name after it did not change while it was read; `None` if it keeps changing. A caller
 /// that removes the entry does so immediately.
-pub(crate) fn steadily_standing<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<PathState>> {
+pub(crate) fn steady_state<Fd: AsFd>(dir: Fd, name: &OsStr) -> io::Result<Option<PathState>> {
     for _ in 0..TRIES {
         let before = stat_at(&dir, name).ok();
         let found = path_state(&dir, name)?;

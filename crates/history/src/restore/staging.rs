@@ -28,20 +28,19 @@ use crate::restore::attributes::time_spec;
 use crate::restore::plan::{ContentKind, StoredContent};
 use crate::restore::recheck::{PathState, TRIES, path_state, same};
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
-use crate::tree::confined_dir::{Stat, Time, stat_at, stat_fd};
-use crate::tree::metadata::Xattrs;
+use crate::tree::confined_dir::{FileStat, Time, stat_at, stat_fd};
 use crate::tree::names::RelPath;
-use crate::tree::xattrs::{self, XattrsRead};
+use crate::tree::xattrs::{self, Xattrs, XattrsRead};
 use fermata_failpoint as failpoint;
 
 /// Holes consist of whole blocks of this size in bytes.
 const BLOCK: usize = 4096;
 
 /// The largest number of staged files.
-pub(crate) const DRAFTS: usize = 32;
+pub(crate) const MAX_STAGED: usize = 32;
 /// From this number of bytes on, staged files are renamed. Their size is the additional space that a restore
 /// needs.
-const DRAFTED_BYTES: u64 = 32 << 20;
+const STAGED_BYTES: u64 = 32 << 20;
 /// The largest number of concurrent flushes.
 const FLUSHES: usize = 8;
 
@@ -58,7 +57,7 @@ pub(crate) struct PlannedFile<'a> {
 }
 
 /// The destination of a file or link.
-struct Place {
+struct Destination {
     dir: OwnedFd,
     name: OsString,
     /// The temporary name.
@@ -66,13 +65,13 @@ struct Place {
     wanted: StoredContent,
     replaces: Option<StoredContent>,
     /// The metadata of the existing entry; `None` if there is none.
-    seen: Option<Stat>,
+    before: Option<FileStat>,
     /// Whether the existing entry has the wanted content.
     right: bool,
 }
 
-impl Place {
-    fn scan_workspace(&self) -> Option<Stat> {
+impl Destination {
+    fn stat(&self) -> Option<FileStat> {
         stat_at(&self.dir, &self.name).ok()
     }
 }
@@ -86,7 +85,7 @@ pub(crate) struct Staged {
 
 struct StagedEntry {
     path: RelPath,
-    place: Place,
+    destination: Destination,
     /// The file to flush; `None` for a link, which is flushed with its directory.
     file: Option<File>,
 }
@@ -98,7 +97,7 @@ impl Staged {
 
     /// Says whether the staged files must be renamed now.
     pub fn is_full(&self) -> bool {
-        self.bytes >= DRAFTED_BYTES
+        self.bytes >= STAGED_BYTES
     }
 }
 
@@ -107,34 +106,34 @@ impl Applying<'_> {
     pub(crate) fn write_file(
         &mut self,
         path: &RelPath,
-        wish: &PlannedFile<'_>,
+        file_plan: &PlannedFile<'_>,
         replaces: Option<&StoredContent>,
         temporary: &OsStr,
     ) -> Result<()> {
-        let wanted = StoredContent { kind: ContentKind::File, oid: wish.oid };
-        let Some(place) = self.place(path, wanted, replaces, temporary)? else {
+        let wanted = StoredContent { kind: ContentKind::File, oid: file_plan.oid };
+        let Some(destination) = self.destination(path, wanted, replaces, temporary)? else {
             return Ok(());
         };
-        if place.right && self.is_its_own(&place, wish) {
+        if destination.right && self.is_its_own(&destination, file_plan) {
             self.report.already_right += 1;
-            return match wish.linked_to {
+            return match file_plan.linked_to {
                 // It shares the attributes of the file that it links to.
                 Some(_) => Ok(()),
-                None => self.set_attributes(path, Some(wish.mode), wish.mtime, Some(wish.xattrs), 1),
+                None => self.set_attributes(path, Some(file_plan.mode), file_plan.mtime, Some(file_plan.xattrs), 1),
             };
         }
-        let linked = match wish.linked_to {
-            Some(leader) => self.draft_name(&place, path, leader, wanted)?,
+        let linked = match file_plan.linked_to {
+            Some(leader) => self.stage_hard_link(&destination, path, leader, wanted)?,
             None => false,
         };
         let mut file = None;
         if !linked {
-            if wish.linked_to.is_some() {
+            if file_plan.linked_to.is_some() {
                 self.unlinked.insert(path.clone());
             }
-            file = Some(self.draft_file(&place, path, wish)?);
+            file = Some(self.stage_file(&destination, path, file_plan)?);
         }
-        self.drafted.files.push(StagedEntry { path: path.clone(), place, file });
+        self.staged.files.push(StagedEntry { path: path.clone(), destination, file });
         Ok(())
     }
 
@@ -147,49 +146,50 @@ impl Applying<'_> {
         replaces: Option<&StoredContent>,
         temporary: &OsStr,
     ) -> Result<()> {
-        let Some(place) = self.place(path, StoredContent { kind: ContentKind::Symlink, oid }, replaces, temporary)?
+        let Some(destination) =
+            self.destination(path, StoredContent { kind: ContentKind::Symlink, oid }, replaces, temporary)?
         else {
             return Ok(());
         };
-        if place.right {
+        if destination.right {
             self.report.already_right += 1;
             return self.set_attributes(path, None, mtime, None, 1);
         }
-        self.draft_link(&place, path, oid, mtime)?;
-        self.drafted.files.push(StagedEntry { path: path.clone(), place, file: None });
+        self.stage_link(&destination, path, oid, mtime)?;
+        self.staged.files.push(StagedEntry { path: path.clone(), destination, file: None });
         Ok(())
     }
 
     /// Opens the directory of a path that may be written. Returns `None` and reports a mismatch if another
     /// entry is there.
-    fn place(
+    fn destination(
         &mut self,
         path: &RelPath,
         wanted: StoredContent,
         replaces: Option<&StoredContent>,
         temporary: &OsStr,
-    ) -> Result<Option<Place>> {
+    ) -> Result<Option<Destination>> {
         let Some((dir, name)) = self.parent(path)? else {
             return Ok(None);
         };
         unlink_if_there(&dir, temporary).map_err(self.failed("remove the temporary file of", path))?;
         let (name, temporary, replaces) = (name.to_owned(), temporary.to_owned(), replaces.copied());
-        let mut place = Place { dir, name, temporary, wanted, replaces, seen: None, right: false };
+        let mut destination = Destination { dir, name, temporary, wanted, replaces, before: None, right: false };
         // Read before the content is, so that a later change of the entry changes this, too.
-        place.seen = place.scan_workspace();
-        let Some(right) = self.may_write(&place, path)? else {
+        destination.before = destination.stat();
+        let Some(right) = self.may_write(&destination, path)? else {
             return Ok(None);
         };
-        place.right = right;
-        Ok(Some(place))
+        destination.right = right;
+        Ok(Some(destination))
     }
 
     /// Says whether the wanted content exists already. Returns `None` and reports a mismatch if another entry
     /// is there.
-    fn may_write(&mut self, place: &Place, path: &RelPath) -> Result<Option<bool>> {
-        match path_state(&place.dir, &place.name).map_err(self.failed("determine the state of", path))? {
-            PathState::Content(held) if held == place.wanted => Ok(Some(true)),
-            PathState::Content(held) if Some(held) == place.replaces => Ok(Some(false)),
+    fn may_write(&mut self, destination: &Destination, path: &RelPath) -> Result<Option<bool>> {
+        match path_state(&destination.dir, &destination.name).map_err(self.failed("determine the state of", path))? {
+            PathState::Content(held) if held == destination.wanted => Ok(Some(true)),
+            PathState::Content(held) if Some(held) == destination.replaces => Ok(Some(false)),
             PathState::Nothing => Ok(Some(false)),
             PathState::Content(_) => {
                 self.mismatch(path, "it has changed since the plan was made and was left unchanged");
@@ -203,37 +203,37 @@ impl Applying<'_> {
     }
 
     /// Says whether a file with the right content has the right names and holes, so that it can stay.
-    fn is_its_own(&self, place: &Place, wish: &PlannedFile<'_>) -> bool {
-        let Some(stat) = place.scan_workspace() else {
+    fn is_its_own(&self, destination: &Destination, file_plan: &PlannedFile<'_>) -> bool {
+        let Some(stat) = destination.stat() else {
             return false;
         };
-        match wish.linked_to {
+        match file_plan.linked_to {
             Some(leader) => self.root.stat(leader).is_ok_and(|other| (other.dev, other.ino) == (stat.dev, stat.ino)),
             None => {
-                let raw = fstatat(&place.dir, &*place.name, AtFlags::AT_SYMLINK_NOFOLLOW);
+                let raw = fstatat(&destination.dir, &*destination.name, AtFlags::AT_SYMLINK_NOFOLLOW);
                 let has_holes = || raw.is_ok_and(|raw| raw.st_blocks * 512 < raw.st_size);
-                stat.nlink == 1 && (!wish.sparse || has_holes())
+                stat.nlink == 1 && (!file_plan.sparse || has_holes())
             }
         }
     }
 
     /// Flushes all staged files and renames them.
     pub(crate) fn put_all_in_place(&mut self) -> Result<()> {
-        let Staged { files, .. } = std::mem::take(&mut self.drafted);
-        side_by_side(&files, |draft| match &draft.file {
-            Some(file) => file.sync_all().map_err(self.failed("flush", &draft.path)),
+        let Staged { files, .. } = std::mem::take(&mut self.staged);
+        side_by_side(&files, |staged| match &staged.file {
+            Some(file) => file.sync_all().map_err(self.failed("flush", &staged.path)),
             None => Ok(()),
         })?;
-        files.into_iter().try_for_each(|draft| self.put_in_place(&draft.place, &draft.path))
+        files.into_iter().try_for_each(|staged| self.put_in_place(&staged.destination, &staged.path))
     }
 
-    fn put_in_place(&mut self, place: &Place, path: &RelPath) -> Result<()> {
-        failpoint::check("history.restore.drafted").map_err(self.failed("write", path))?;
-        let mut seen = place.seen;
+    fn put_in_place(&mut self, destination: &Destination, path: &RelPath) -> Result<()> {
+        failpoint::check("history.restore.staged").map_err(self.failed("write", path))?;
+        let mut before = destination.before;
         for _ in 0..TRIES {
-            let now = place.scan_workspace();
-            if same(seen, now) {
-                match rename_over(place, now.is_none()) {
+            let now = destination.stat();
+            if same(before, now) {
+                match rename_over(destination, now.is_none()) {
                     Ok(()) => {
                         self.report.written += 1;
                         self.touch(path);
@@ -245,29 +245,30 @@ impl Applying<'_> {
                 }
             }
             // The entry changed while other files were staged, and may change again while this reads it.
-            if self.may_write(place, path)?.is_none() {
-                return unlink_if_there(&place.dir, &place.temporary)
+            if self.may_write(destination, path)?.is_none() {
+                return unlink_if_there(&destination.dir, &destination.temporary)
                     .map_err(self.failed("remove the temporary file of", path));
             }
-            seen = now;
+            before = now;
         }
         self.mismatch(path, "it kept changing and was left unchanged");
-        unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path))
+        unlink_if_there(&destination.dir, &destination.temporary)
+            .map_err(self.failed("remove the temporary file of", path))
     }
 
     /// Returns the metadata of the existing entry or else of the directory: a replaced file keeps its owner,
     /// and a new file gets the owner of its directory instead of the daemon's user.
-    fn owner_of(&self, place: &Place, path: &RelPath) -> Result<Stat> {
-        let owner = stat_at(&place.dir, &place.name).or_else(|_| stat_fd(&place.dir));
+    fn owner_of(&self, destination: &Destination, path: &RelPath) -> Result<FileStat> {
+        let owner = stat_at(&destination.dir, &destination.name).or_else(|_| stat_fd(&destination.dir));
         owner.map_err(self.failed("read the metadata of the directory of", path))
     }
 
-    fn draft_file(&mut self, place: &Place, path: &RelPath, wish: &PlannedFile<'_>) -> Result<File> {
-        let owner = self.owner_of(place, path)?;
+    fn stage_file(&mut self, destination: &Destination, path: &RelPath, file_plan: &PlannedFile<'_>) -> Result<File> {
+        let owner = self.owner_of(destination, path)?;
         let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&place.dir, &*place.temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
+        let fd = openat(&destination.dir, &*destination.temporary, flags, Mode::S_IRUSR | Mode::S_IWUSR);
         let file = File::from(fd.map_err(self.failed("create a temporary file for", path))?);
-        let mut object = self.history.objects.open_object(&wish.oid)?;
+        let mut object = self.history.objects.open_object(&file_plan.oid)?;
         let mut hasher = ObjectHasher::new(ObjectKind::Blob, object.size);
         let mut buffer = vec![0; 16 * BLOCK];
         let mut at = 0;
@@ -277,18 +278,20 @@ impl Applying<'_> {
                 break;
             }
             hasher.update(&buffer[..n]);
-            write_at(&file, &buffer[..n], at, wish.sparse).map_err(self.failed("write", path))?;
+            write_at(&file, &buffer[..n], at, file_plan.sparse).map_err(self.failed("write", path))?;
             at += n as u64;
         }
-        if hasher.finish() != wish.oid {
+        if hasher.finish() != file_plan.oid {
             return Err(HistoryError::DamagedObject {
-                oid: wish.oid,
+                oid: file_plan.oid,
                 problem: "its content does not match its id".to_owned(),
             });
         }
         // A hole at the end of the file is made by its length alone.
         file.set_len(at).map_err(self.failed("write", path))?;
-        if xattrs::set(&file, wish.xattrs).map_err(self.failed("set the attributes of", path))? == XattrsRead::NotKept {
+        if xattrs::set(&file, file_plan.xattrs).map_err(self.failed("set the attributes of", path))?
+            == XattrsRead::NotKept
+        {
             self.without_xattrs.insert(path.clone());
         }
         if geteuid().is_root() {
@@ -296,18 +299,25 @@ impl Applying<'_> {
                 .map_err(self.failed("set the owner of", path))?;
         }
         // The mode follows the owner, since a change of the owner clears the set-id bits.
-        fchmod(&file, Mode::from_bits_truncate(wish.mode)).map_err(self.failed("set the mode of", path))?;
-        futimens(&file, &TimeSpec::UTIME_OMIT, &time_spec(wish.mtime)).map_err(self.failed("set the time of", path))?;
-        self.drafted.bytes += at;
+        fchmod(&file, Mode::from_bits_truncate(file_plan.mode)).map_err(self.failed("set the mode of", path))?;
+        futimens(&file, &TimeSpec::UTIME_OMIT, &time_spec(file_plan.mtime))
+            .map_err(self.failed("set the time of", path))?;
+        self.staged.bytes += at;
         Ok(file)
     }
 
     /// Stages a hard link. Returns `false` if it cannot be created or the linked file has another content.
-    fn draft_name(&self, place: &Place, path: &RelPath, leader: &RelPath, wanted: StoredContent) -> Result<bool> {
+    fn stage_hard_link(
+        &self,
+        destination: &Destination,
+        path: &RelPath,
+        leader: &RelPath,
+        wanted: StoredContent,
+    ) -> Result<bool> {
         let Ok((dir, name)) = self.root.open_parent(leader) else {
             return Ok(false);
         };
-        match linkat(&dir, name, &place.dir, &*place.temporary, AtFlags::empty()) {
+        match linkat(&dir, name, &destination.dir, &*destination.temporary, AtFlags::empty()) {
             Ok(()) => {}
             // Another file system, too many links, not permitted, or the file does not exist.
             Err(Errno::EXDEV | Errno::EMLINK | Errno::EPERM | Errno::ENOENT | Errno::ENOTDIR | Errno::EOPNOTSUPP) => {
@@ -316,28 +326,36 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("link", path)(errno)),
         }
         // The new link is checked, since `leader` may have been replaced by another file.
-        let linked = path_state(&place.dir, &place.temporary)
+        let linked = path_state(&destination.dir, &destination.temporary)
             .map_err(self.failed("determine the state of the temporary file of", path))?;
         let right = linked == PathState::Content(wanted);
         if !right {
-            unlink_if_there(&place.dir, &place.temporary).map_err(self.failed("remove the temporary file of", path))?;
+            unlink_if_there(&destination.dir, &destination.temporary)
+                .map_err(self.failed("remove the temporary file of", path))?;
         }
         Ok(right)
     }
 
-    fn draft_link(&self, place: &Place, path: &RelPath, oid: Oid, mtime: Time) -> Result<()> {
-        let owner = self.owner_of(place, path)?;
+    fn stage_link(&self, destination: &Destination, path: &RelPath, oid: Oid, mtime: Time) -> Result<()> {
+        let owner = self.owner_of(destination, path)?;
         let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
-        symlinkat(OsStr::from_bytes(&target), &place.dir, &*place.temporary)
+        symlinkat(OsStr::from_bytes(&target), &destination.dir, &*destination.temporary)
             .map_err(self.failed("create the link", path))?;
-        self.give_name(&place.dir, &place.temporary, &owner).map_err(self.failed("set the owner of", path))?;
+        self.give_name(&destination.dir, &destination.temporary, &owner)
+            .map_err(self.failed("set the owner of", path))?;
         let time = time_spec(mtime);
-        utimensat(&place.dir, &*place.temporary, &TimeSpec::UTIME_OMIT, &time, UtimensatFlags::NoFollowSymlink)
-            .map_err(self.failed("set the time of", path))
+        utimensat(
+            &destination.dir,
+            &*destination.temporary,
+            &TimeSpec::UTIME_OMIT,
+            &time,
+            UtimensatFlags::NoFollowSymlink,
+        )
+        .map_err(self.failed("set the time of", path))
     }
 
     /// Sets the owner of a name if the daemon has the privilege.
-    pub(crate) fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &Stat) -> nix::Result<()> {
+    pub(crate) fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &FileStat) -> nix::Result<()> {
         if !geteuid().is_root() {
             return Ok(());
         }
@@ -347,16 +365,16 @@ impl Applying<'_> {
 }
 
 /// Renames a staged file. If no entry existed, one that was created meanwhile is not replaced.
-fn rename_over(place: &Place, nothing_stood: bool) -> nix::Result<()> {
+fn rename_over(destination: &Destination, nothing_stood: bool) -> nix::Result<()> {
     if nothing_stood {
         let flags = RenameFlags::RENAME_NOREPLACE;
-        match renameat2(&place.dir, &*place.temporary, &place.dir, &*place.name, flags) {
+        match renameat2(&destination.dir, &*destination.temporary, &destination.dir, &*destination.name, flags) {
             // The file system does not support the flag.
             Err(Errno::EINVAL | Errno::ENOSYS) => {}
             result => return result,
         }
     }
-    renameat(&place.dir, &*place.temporary, &place.dir, &*place.name)
+    renameat(&destination.dir, &*destination.temporary, &destination.dir, &*destination.name)
 }
 
 /// Reads until the buffer is full or the source ends.

@@ -14,16 +14,16 @@ use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::Root;
 use crate::tree::listing::CheckpointRoot;
-use crate::tree::metadata::Manifest;
+use crate::tree::manifest::CheckpointManifest;
 use crate::tree::names::RelPath;
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
 
 /// A directory of the checkpoint, or the path of one that it does not contain.
 #[derive(Clone)]
-struct Place {
+struct CheckpointDir {
     /// The tree of the directory; empty if the checkpoint does not contain it.
     entries: Rc<[TreeEntry]>,
-    standing: CompiledRules,
+    rules: CompiledRules,
     covered: bool,
 }
 
@@ -32,7 +32,7 @@ pub(crate) struct CheckpointRules<'a> {
     store: &'a ObjectStore,
     root: &'a Root,
     own: OwnPatterns,
-    places: HashMap<RelPath, Place>,
+    places: HashMap<RelPath, CheckpointDir>,
 }
 
 impl<'a> CheckpointRules<'a> {
@@ -41,15 +41,15 @@ impl<'a> CheckpointRules<'a> {
         store: &'a ObjectStore,
         root: &'a Root,
         checkpoint: &CheckpointRoot,
-        manifest: &Manifest,
+        manifest: &CheckpointManifest,
         above: IgnoreChain,
     ) -> Result<Self> {
         let entries = read_tree(store, Some(&checkpoint.files))?;
-        let standing = match manifest.rules.use_gitignore {
+        let rules = match manifest.rules.use_gitignore {
             true => CompiledRules::Rules(with_file(store, above, &RelPath::root(), &entries)?),
             false => CompiledRules::Everything,
         };
-        let top = Place { entries: entries.into(), standing, covered: true };
+        let top = CheckpointDir { entries: entries.into(), rules, covered: true };
         let places = HashMap::from([(RelPath::root(), top)]);
         Ok(Self { store, root, own: OwnPatterns::compile(&manifest.rules)?, places })
     }
@@ -58,18 +58,18 @@ impl<'a> CheckpointRules<'a> {
     /// are ignored, are in the checkpoint itself.
     pub fn covers(&mut self, path: &RelPath, is_dir: bool) -> Result<bool> {
         let Some(parent) = path.parent() else { return Ok(true) };
-        let place = self.place(&parent)?;
-        Ok(self.below(&place, path, is_dir).is_some())
+        let dir_rules = self.dir_rules(&parent)?;
+        Ok(self.below(&dir_rules, path, is_dir).is_some())
     }
 
     /// Returns the rules within an entry of a directory; `None` if the entry is not covered.
-    fn below(&self, place: &Place, path: &RelPath, is_dir: bool) -> Option<CompiledRules> {
-        if !place.covered || self.own.excludes(path, is_dir) {
+    fn below(&self, dir_rules: &CheckpointDir, path: &RelPath, is_dir: bool) -> Option<CompiledRules> {
+        if !dir_rules.covered || self.own.excludes(path, is_dir) {
             return None;
         }
-        match &place.standing {
+        match &dir_rules.rules {
             CompiledRules::Everything => Some(CompiledRules::Everything),
-            CompiledRules::Rules(chain) if !chain.ignores(path, is_dir) => Some(place.standing.clone()),
+            CompiledRules::Rules(chain) if !chain.ignores(path, is_dir) => Some(dir_rules.rules.clone()),
             CompiledRules::Rules(_) | CompiledRules::OnlyIncluded if self.own.includes(path, is_dir) => {
                 Some(CompiledRules::Everything)
             }
@@ -81,17 +81,17 @@ impl<'a> CheckpointRules<'a> {
         }
     }
 
-    fn place(&mut self, dir: &RelPath) -> Result<Place> {
+    fn dir_rules(&mut self, dir: &RelPath) -> Result<CheckpointDir> {
         if let Some(known) = self.places.get(dir) {
             return Ok(known.clone());
         }
         let (Some(parent), Some((_, name))) = (dir.parent(), dir.split()) else {
             return Ok(self.places[&RelPath::root()].clone());
         };
-        let above = self.place(&parent)?;
+        let above = self.dir_rules(&parent)?;
         let tree = above.entries.iter().find(|entry| entry.is_tree() && entry.name == name).map(|entry| entry.oid);
         let entries = read_tree(self.store, tree.as_ref())?;
-        let (standing, covered) = match self.below(&above, dir, true) {
+        let (rules, covered) = match self.below(&above, dir, true) {
             Some(CompiledRules::Rules(chain)) => {
                 // A nested repository: as for git, the rules above do not apply to it.
                 let nested = self.root.stat_if_there(&dir.join(b".git")).is_ok_and(|stat| stat.is_some());
@@ -101,12 +101,12 @@ impl<'a> CheckpointRules<'a> {
                 };
                 (CompiledRules::Rules(with_file(self.store, chain, dir, &entries)?), true)
             }
-            Some(standing) => (standing, true),
+            Some(rules) => (rules, true),
             None => (CompiledRules::OnlyIncluded, false),
         };
-        let place = Place { entries: entries.into(), standing, covered };
-        self.places.insert(dir.clone(), place.clone());
-        Ok(place)
+        let dir_rules = CheckpointDir { entries: entries.into(), rules, covered };
+        self.places.insert(dir.clone(), dir_rules.clone());
+        Ok(dir_rules)
     }
 }
 

@@ -11,8 +11,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::errors::{HistoryError, Result};
+use crate::rules::bounded_read::read_small;
 use crate::rules::ignore_file::IgnoreFile;
-use crate::rules::user_repository::{Location, read_small};
+use crate::rules::user_repository::Location;
 use crate::tree::names::RelPath;
 
 /// The rules of a project for what its checkpoints cover.

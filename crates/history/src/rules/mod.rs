@@ -1,6 +1,7 @@
 //! Determines which paths a checkpoint covers: ignore files, the index of the user's repository, and the
 //! decision for each name.
 
+pub(crate) mod bounded_read;
 pub(crate) mod checkpoint_rules;
 pub(crate) mod coverage;
 pub(crate) mod decision;

@@ -7,10 +7,11 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use crate::rules::bounded_read::read_small;
 use crate::rules::coverage::IgnoreChain;
-use crate::rules::user_repository::{Location, read_small};
-use crate::scan::workspace_state::{FileFingerprint, Source};
+use crate::rules::user_repository::Location;
 use crate::tree::confined_dir::{FileKind, Root};
+use crate::tree::fingerprint::{FileFingerprint, RuleSource, with_fingerprint};
 use crate::tree::names::RelPath;
 
 const MAX_IGNORE_FILE: u64 = 4 * 1024 * 1024;
@@ -35,12 +36,12 @@ struct Compiled {
     up: IgnoreChain,
     chain: IgnoreChain,
     warnings: Vec<String>,
-    source: Option<Source>,
+    source: Option<RuleSource>,
 }
 
 impl Compiled {
     /// Says whether [`RuleCache::sources`] reports something about the directory.
-    fn tells(&self) -> bool {
+    fn is_reported(&self) -> bool {
         self.source.is_some() || !self.warnings.is_empty()
     }
 }
@@ -54,7 +55,7 @@ pub(crate) struct RuleCache {
 
 #[derive(Clone)]
 struct Above {
-    sources: Vec<Source>,
+    sources: Vec<RuleSource>,
     chain: IgnoreChain,
     warnings: Vec<String>,
 }
@@ -62,13 +63,13 @@ struct Above {
 impl RuleCache {
     /// Returns the rules that apply at the top of the workspace, except its own `.gitignore`.
     pub fn above(&self, workspace: &Path, location: Option<&Location>) -> IgnoreChain {
-        let sources: Vec<Source> =
-            IgnoreChain::sources_above(workspace, location).into_iter().map(with_state).collect();
+        let sources: Vec<RuleSource> =
+            IgnoreChain::sources_above(workspace, location).into_iter().map(with_fingerprint).collect();
         let mut above = self.above.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = &*above
-            && known.sources == sources
+        if let Some(cached) = &*above
+            && cached.sources == sources
         {
-            return known.chain.clone();
+            return cached.chain.clone();
         }
         let mut warnings = Vec::new();
         let chain = IgnoreChain::above(workspace, location, &mut warnings);
@@ -92,14 +93,14 @@ impl RuleCache {
         if ignore_file.is_none() && !nested {
             return outside.clone();
         }
-        let source = nested.then(|| with_state(exclude_of(root, dir)));
+        let source = nested.then(|| with_fingerprint(exclude_of(root, dir)));
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = compiled.get(dir)
-            && (known.ignore_file, known.settled) == (ignore_file, true)
-            && known.source == source
-            && known.up.is(up)
+        if let Some(cached) = compiled.get(dir)
+            && (cached.ignore_file, cached.settled) == (ignore_file, true)
+            && cached.source == source
+            && cached.up.is(up)
         {
-            return CompiledRules::Rules(known.chain.clone());
+            return CompiledRules::Rules(cached.chain.clone());
         }
         drop(compiled);
         let (mut chain, mut warnings) = (up.clone(), Vec::new());
@@ -107,10 +108,10 @@ impl RuleCache {
             // A nested repository: as for git, the rules above do not apply to it.
             chain = above_nested(exclude, dir, &mut warnings);
         }
-        let mut settled = [ignore_file, source.as_ref().and_then(|(_, seen)| *seen)]
+        let mut settled = [ignore_file, source.as_ref().and_then(|(_, fingerprint)| *fingerprint)]
             .iter()
             .flatten()
-            .all(|seen| seen.is_settled(started_ns));
+            .all(|fingerprint| fingerprint.is_settled(started_ns));
         if ignore_file.is_some() {
             let path = dir.join(b".gitignore");
             match read_ignore_file(root, &path) {
@@ -128,11 +129,11 @@ impl RuleCache {
     }
 
     /// Returns the ignore files above the workspace, those of nested repositories, and all warnings.
-    pub fn sources(&self) -> (Vec<Source>, Vec<Source>, Vec<String>) {
+    pub fn sources(&self) -> (Vec<RuleSource>, Vec<RuleSource>, Vec<String>) {
         let above = self.above.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (above, mut warnings) = above.map(|above| (above.sources, above.warnings)).unwrap_or_default();
         let compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut by_path: Vec<_> = compiled.iter().filter(|(_, entry)| entry.tells()).collect();
+        let mut by_path: Vec<_> = compiled.iter().filter(|(_, entry)| entry.is_reported()).collect();
         by_path.sort_by_key(|(path, _)| *path);
         let mut nested = Vec::new();
         for (_, entry) in by_path {
@@ -148,9 +149,9 @@ impl RuleCache {
     }
 
     /// As [`RuleCache::retain`], but only for directories about which [`RuleCache::sources`] reports something.
-    pub fn retain_telling(&self, keep: impl Fn(&RelPath) -> bool) {
+    pub fn retain_reporting(&self, keep: impl Fn(&RelPath) -> bool) {
         let mut compiled = self.compiled.lock().unwrap_or_else(PoisonError::into_inner);
-        compiled.retain(|path, entry| !entry.tells() || keep(path));
+        compiled.retain(|path, entry| !entry.is_reported() || keep(path));
     }
 }
 
@@ -167,14 +168,6 @@ pub(crate) fn above_nested(exclude: &Path, dir: &RelPath, warnings: &mut Vec<Str
         Some(text) => IgnoreChain::default().below(dir, &text, warnings),
         None => IgnoreChain::default(),
     }
-}
-
-/// Adds the fingerprint of a file to its path.
-pub(crate) fn with_state(path: std::path::PathBuf) -> Source {
-    let state = nix::sys::stat::lstat(&path)
-        .ok()
-        .map(|stat| FileFingerprint::from(&crate::tree::confined_dir::Stat::from(stat)));
-    (path, state)
 }
 
 fn read_ignore_file(root: &Root, path: &RelPath) -> Result<Vec<u8>, String> {

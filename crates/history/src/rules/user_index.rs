@@ -10,7 +10,7 @@ use std::path::Path;
 use sha1::{Digest as _, Sha1};
 use sha2::Sha256;
 
-use crate::rules::user_repository::read_at_most;
+use crate::rules::bounded_read::read_at_most;
 
 /// The largest index that is read, in bytes: about two million files.
 const MAX_INDEX: u64 = 256 << 20;
@@ -50,7 +50,7 @@ use IndexError::Damaged;
 type Result<T> = std::result::Result<T, IndexError>;
 
 /// An entry of an index.
-pub(crate) struct Entry {
+pub(crate) struct IndexEntry {
     /// The path from the top of the working tree.
     pub path: Vec<u8>,
     /// Whether a sparse checkout leaves the file out; it may exist nevertheless.
@@ -58,7 +58,7 @@ pub(crate) struct Entry {
     mode: u32,
 }
 
-impl Entry {
+impl IndexEntry {
     /// Says whether it is a submodule: a repository with its own index.
     pub fn is_module(&self) -> bool {
         self.mode & KIND == 0o160_000
@@ -66,14 +66,14 @@ impl Entry {
 }
 
 /// One file of an index, parsed.
-struct Parsed {
-    entries: Vec<Entry>,
+struct ParsedIndex {
+    entries: Vec<IndexEntry>,
     /// The reference to the shared index, if the index is split.
-    link: Option<Link>,
+    shared: Option<SharedIndexLink>,
 }
 
 /// The reference of a split index to its shared index.
-struct Link {
+struct SharedIndexLink {
     /// The checksum of the shared index, which is part of its name.
     base: Vec<u8>,
     /// Two bitmaps: deleted entries of the shared index, and entries that are replaced by the first entries of
@@ -85,11 +85,11 @@ struct Link {
 ///
 /// # Errors
 /// Fails when the index is damaged or of an unsupported format.
-pub(crate) fn tracked(git_dir: &Path, content: &[u8]) -> Result<Vec<Entry>> {
+pub(crate) fn tracked(git_dir: &Path, content: &[u8]) -> Result<Vec<IndexEntry>> {
     let (content, id_bytes) = checked(content)?;
-    let Parsed { mut entries, link } = parse(content, id_bytes)?;
-    if let Some(link) = link {
-        entries = joined(git_dir, entries, &link)?;
+    let ParsedIndex { mut entries, shared } = parse(content, id_bytes)?;
+    if let Some(shared) = shared {
+        entries = joined(git_dir, entries, &shared)?;
     }
     entries.retain(|entry| entry.is_module() || matches!(entry.mode & KIND, 0o100_000 | 0o120_000));
     Ok(entries)
@@ -121,13 +121,13 @@ fn checked(content: &[u8]) -> Result<(&[u8], usize)> {
 }
 
 /// Joins a split index and its shared index.
-fn joined(git_dir: &Path, own: Vec<Entry>, link: &Link) -> Result<Vec<Entry>> {
+fn joined(git_dir: &Path, own: Vec<IndexEntry>, shared: &SharedIndexLink) -> Result<Vec<IndexEntry>> {
     const SHARED: &str = "sharedindex";
-    let name: String = link.base.iter().map(|byte| format!("{byte:02x}")).collect();
-    let shared = read(&git_dir.join(format!("{SHARED}.{name}"))).ok_or(IndexError::Unreadable(SHARED))?;
-    let (content, id_bytes) = checked(&shared)?;
-    let mut entries: Vec<Option<Entry>> = parse(content, id_bytes)?.entries.into_iter().map(Some).collect();
-    let mut bitmaps = Bytes(&link.bitmaps);
+    let name: String = shared.base.iter().map(|byte| format!("{byte:02x}")).collect();
+    let file = read(&git_dir.join(format!("{SHARED}.{name}"))).ok_or(IndexError::Unreadable(SHARED))?;
+    let (content, id_bytes) = checked(&file)?;
+    let mut entries: Vec<Option<IndexEntry>> = parse(content, id_bytes)?.entries.into_iter().map(Some).collect();
+    let mut bitmaps = IndexReader(&shared.bitmaps);
     let (deleted, replaced) = match bitmaps.0.is_empty() {
         true => (Vec::new(), Vec::new()),
         false => (bitmaps.bitmap(entries.len())?, bitmaps.bitmap(entries.len())?),
@@ -144,13 +144,13 @@ fn joined(git_dir: &Path, own: Vec<Entry>, link: &Link) -> Result<Vec<Entry>> {
     for at in deleted {
         *entries.get_mut(at).ok_or(BEYOND)? = None;
     }
-    let mut entries: Vec<Entry> = entries.into_iter().flatten().collect();
+    let mut entries: Vec<IndexEntry> = entries.into_iter().flatten().collect();
     entries.extend(own);
     Ok(entries)
 }
 
-fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
-    let mut rest = Bytes(content);
+fn parse(content: &[u8], id_bytes: usize) -> Result<ParsedIndex> {
+    let mut rest = IndexReader(content);
     if rest.take(4)? != b"DIRC" {
         return Err(Damaged("its header is wrong"));
     }
@@ -172,12 +172,12 @@ fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
         }
         entries.push(entry);
     }
-    let mut link = None;
+    let mut shared = None;
     while !rest.0.is_empty() {
         let (name, size) = (rest.take(4)?, rest.number()?);
-        let extension = Bytes(rest.take(size as usize)?);
+        let extension = IndexReader(rest.take(size as usize)?);
         match name {
-            b"link" => link = parse_link(extension, id_bytes)?,
+            b"link" => shared = parse_shared_link(extension, id_bytes)?,
             // Entries for directories outside a sparse checkout: they are no files and are not listed.
             b"sdir" => {}
             // Extensions whose name begins with a capital letter are optional.
@@ -185,10 +185,10 @@ fn parse(content: &[u8], id_bytes: usize) -> Result<Parsed> {
             _ => return Err(IndexError::Extension(String::from_utf8_lossy(name).into_owned())),
         }
     }
-    Ok(Parsed { entries, link })
+    Ok(ParsedIndex { entries, shared })
 }
 
-fn parse_entry(rest: &mut Bytes<'_>, version: u32, id_bytes: usize, before: &[u8]) -> Result<Entry> {
+fn parse_entry(rest: &mut IndexReader<'_>, version: u32, id_bytes: usize, before: &[u8]) -> Result<IndexEntry> {
     let start = rest.0.len();
     let state = rest.take(STATE_BYTES)?;
     let mode = u32::from_be_bytes(state[MODE_AT..MODE_AT + 4].try_into().map_err(|_| CUT_OFF)?);
@@ -203,29 +203,29 @@ fn parse_entry(rest: &mut Bytes<'_>, version: u32, id_bytes: usize, before: &[u8
         if padding.iter().any(|byte| *byte != 0) {
             return Err(Damaged("an entry does not end where it should"));
         }
-        return Ok(Entry { path, skipped, mode });
+        return Ok(IndexEntry { path, skipped, mode });
     }
     // The number of bytes to remove from the end of the previous name.
     let kept = before.len().checked_sub(rest.varint()?).ok_or(Damaged("a name removes more than there is"))?;
     let path = [&before[..kept], rest.until_nul()?].concat();
-    Ok(Entry { path, skipped, mode })
+    Ok(IndexEntry { path, skipped, mode })
 }
 
-fn parse_link(mut rest: Bytes<'_>, id_bytes: usize) -> Result<Option<Link>> {
+fn parse_shared_link(mut rest: IndexReader<'_>, id_bytes: usize) -> Result<Option<SharedIndexLink>> {
     let base = rest.take(id_bytes)?.to_vec();
     // An extension without a shared index has no meaning.
     if base.iter().all(|byte| *byte == 0) {
         return Ok(None);
     }
-    Ok(Some(Link { base, bitmaps: rest.0.to_vec() }))
+    Ok(Some(SharedIndexLink { base, bitmaps: rest.0.to_vec() }))
 }
 
 const CUT_OFF: IndexError = Damaged("it is truncated");
 
 /// The bytes that are not parsed yet.
-struct Bytes<'a>(&'a [u8]);
+struct IndexReader<'a>(&'a [u8]);
 
-impl<'a> Bytes<'a> {
+impl<'a> IndexReader<'a> {
     fn take(&mut self, count: usize) -> Result<&'a [u8]> {
         let (taken, rest) = self.0.split_at_checked(count).ok_or(CUT_OFF)?;
         self.0 = rest;
@@ -271,7 +271,7 @@ impl<'a> Bytes<'a> {
         if bits > most {
             return Err(Damaged("a bitmap is longer than the index"));
         }
-        let mut words = Bytes(self.take(words.checked_mul(8).ok_or(CUT_OFF)?)?);
+        let mut words = IndexReader(self.take(words.checked_mul(8).ok_or(CUT_OFF)?)?);
         // The position of the last control word, which only writers need.
         self.number()?;
         let (mut set, mut at) = (Vec::new(), 0_usize);

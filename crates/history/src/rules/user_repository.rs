@@ -4,16 +4,16 @@
 //! since it could refresh the index, read a user's configuration, or refuse a repository of another user.
 
 use std::fs;
-use std::io::{self, Read};
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::rules::bounded_read::{read_at_most, read_small};
 use crate::rules::user_index::{self, IndexError};
 use crate::tree::names::RelPath;
 
-const MAX_SMALL_FILE: u64 = 64 * 1024;
 const MAX_PACKED_REFS: u64 = 256 * 1024 * 1024;
 
 /// The state of the user's repository at the time of a scan.
@@ -135,12 +135,12 @@ impl Location {
             return Ok(indexed);
         }
         let content = user_index::read(&path).ok_or(IndexError::Unreadable("index"))?;
-        let mut there = ExistingPaths { top: &self.top, known: None };
+        let mut existing = ExistingPaths { top: &self.top, last_dir: None };
         let start = if self.prefix.is_root() { 0 } else { self.prefix.bytes().len() + 1 };
         for entry in user_index::tracked(&self.git_dir, &content)? {
             let into = if entry.is_module() { &mut indexed.modules } else { &mut indexed.files };
             let Ok(path) = RelPath::new(entry.path) else { continue };
-            if path.is_within(&self.prefix) && path.bytes().len() > start && (!entry.skipped || there.has(&path)) {
+            if path.is_within(&self.prefix) && path.bytes().len() > start && (!entry.skipped || existing.has(&path)) {
                 into.extend(RelPath::new(&path.bytes()[start..]));
             }
         }
@@ -161,17 +161,17 @@ pub(crate) struct Indexed {
 struct ExistingPaths<'a> {
     top: &'a Path,
     /// The last directory that was checked.
-    known: Option<(RelPath, bool)>,
+    last_dir: Option<(RelPath, bool)>,
 }
 
 impl ExistingPaths<'_> {
     fn has(&mut self, path: &RelPath) -> bool {
-        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.scan_workspace(path).is_some()
+        path.parent().is_none_or(|dir| self.has_dir(&dir)) && self.metadata(path).is_some()
     }
 
     fn has_dir(&mut self, dir: &RelPath) -> bool {
-        match &self.known {
-            Some((known, there)) if dir == known || (!there && dir.is_within(known)) => return *there,
+        match &self.last_dir {
+            Some((last, exists)) if dir == last || (!exists && dir.is_within(last)) => return *exists,
             _ => {}
         }
         let Some(above) = dir.parent() else { return true };
@@ -179,36 +179,17 @@ impl ExistingPaths<'_> {
         if !self.has_dir(&above) {
             return false;
         }
-        let there = self.scan_workspace(dir).is_some_and(|meta| meta.is_dir());
-        self.known = Some((dir.clone(), there));
-        there
+        let exists = self.metadata(dir).is_some_and(|meta| meta.is_dir());
+        self.last_dir = Some((dir.clone(), exists));
+        exists
     }
 
-    fn scan_workspace(&self, path: &RelPath) -> Option<fs::Metadata> {
+    fn metadata(&self, path: &RelPath) -> Option<fs::Metadata> {
         fs::symlink_metadata(self.top.join(path.as_path())).ok()
     }
 }
 
 fn as_commit(text: &str) -> Option<String> {
-    let whole = matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_hexdigit());
-    whole.then(|| text.to_owned())
-}
-
-/// Reads a small regular file; `None` for anything else.
-pub(crate) fn read_small(path: &Path) -> Option<Vec<u8>> {
-    read_at_most(path, MAX_SMALL_FILE)
-}
-
-/// Reads a regular file of at most `limit` bytes; `None` for anything else.
-pub(crate) fn read_at_most(path: &Path, limit: u64) -> Option<Vec<u8>> {
-    use std::os::unix::fs::OpenOptionsExt;
-    // Opening a FIFO must not block the daemon.
-    let file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path).ok()?;
-    let meta = file.metadata().ok()?;
-    if !meta.is_file() || meta.len() > limit {
-        return None;
-    }
-    let mut content = Vec::with_capacity(meta.len() as usize);
-    file.take(limit).read_to_end(&mut content).ok()?;
-    Some(content)
+    let is_hash = matches!(text.len(), 40 | 64) && text.bytes().all(|b| b.is_ascii_hexdigit());
+    is_hash.then(|| text.to_owned())
 }

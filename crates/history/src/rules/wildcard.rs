@@ -117,8 +117,8 @@ impl Wildcard {
                     Some(slash) => from + slash + 1,
                     None => return false,
                 },
-                _ if from < text.len() => from + 1,
-                _ => return false,
+                Token::Everything if from < text.len() => from + 1,
+                Token::Everything | Token::Byte(_) | Token::Any | Token::Set(_) | Token::Star => return false,
             };
             (deep, star) = (Some((place, further)), None);
             (token, at) = (place + 1, further);

@@ -16,24 +16,23 @@ use nix::errno::Errno;
 use rayon::prelude::*;
 
 use crate::errors::{HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::scan::pool::{self, Urgency};
-use crate::scan::scan_result::{SkipReason, Unread};
-use crate::scan::walk::{MANY, is_our_shortage};
+use crate::scan::scan_result::{ContentRead, FileContent, Unread};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::store::pack::{PackWriter, Packed, Streamed};
-use crate::tree::confined_dir::{FileKind, Root, Stat, stat_fd};
-use crate::tree::metadata::Xattrs;
+use crate::tree::confined_dir::{FileKind, FileStat, Root, is_resource_shortage, stat_fd};
 use crate::tree::names::RelPath;
-use crate::tree::xattrs;
+use crate::tree::skipped::SkipReason;
+use crate::tree::xattrs::{self, Xattrs};
 
 /// Files up to this size are read into memory.
 const SMALL: u64 = 1024 * 1024;
 const ATTEMPTS: u32 = 4;
 
 /// The interval of progress reports in milliseconds.
-const TOLD_EVERY_MS: u64 = 50;
+const REPORT_INTERVAL_MS: u64 = 50;
 
 /// The destination of new blobs.
 pub(crate) struct BlobSink<'a> {
@@ -53,10 +52,10 @@ impl BlobSink<'_> {
             return Ok(());
         }
         let pack = || self.pack.lock().unwrap_or_else(PoisonError::into_inner);
-        let hastens = pack().hastens(content.len());
+        let uncompressed = pack().store_uncompressed(content.len());
         // Compression takes most of the time, so it runs outside the lock.
-        let packed = match hastens {
-            true => Packed::in_haste(oid, ObjectKind::Blob, content),
+        let packed = match uncompressed {
+            true => Packed::uncompressed(oid, ObjectKind::Blob, content),
             false => Packed::new(oid, ObjectKind::Blob, content)?,
         };
         pack().append(&packed)
@@ -83,34 +82,10 @@ pub(crate) struct Reading<'a> {
     pub spool: &'a Path,
     /// Larger files are skipped.
     pub max_file_bytes: u64,
-    pub hurry: Urgency,
+    pub urgency: Urgency,
     pub progress: OnProgress<'a>,
     /// Set by the caller to cancel the reading.
     pub cancel: &'a AtomicBool,
-}
-
-/// The result of reading a file or symbolic link.
-#[derive(Debug)]
-pub(crate) enum ContentRead {
-    /// Its content is read, and stored if there is a sink.
-    Stored(Content),
-    /// It could not be read.
-    Skipped(SkipReason, String),
-    /// It no longer exists.
-    Vanished,
-}
-
-/// The content of a file or symbolic link.
-#[derive(Debug)]
-pub(crate) struct Content {
-    /// The metadata when it was read.
-    pub stat: Stat,
-    pub oid: Oid,
-    /// The number of bytes read.
-    pub size: u64,
-    /// Whether it changed at every attempt to read it.
-    pub torn: bool,
-    pub xattrs: Xattrs,
 }
 
 /// The result of one attempt to read a file.
@@ -123,26 +98,26 @@ impl Reading<'_> {
     /// Reads files and symbolic links in parallel and stores the result in each entry.
     pub fn read_all(&self, unread: &[&Unread]) -> Result<()> {
         let (done, total) = (AtomicU64::new(0), unread.len() as u64);
-        let (clock, told_at) = (Instant::now(), AtomicU64::new(0));
-        (self.progress)(Progress { phase: Phase::Read, done: 0, total });
+        let (clock, reported_at) = (Instant::now(), AtomicU64::new(0));
+        (self.progress)(StoreProgress { phase: StorePhase::Read, done: 0, total });
         let read = |entry: &&Unread| {
             if self.cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
             }
-            let outcome = self.read_one(entry)?;
-            entry.outcome.get_or_init(|| outcome);
+            let content = self.read_one(entry)?;
+            entry.content.get_or_init(|| content);
             let done = done.fetch_add(1, Ordering::Relaxed) + 1;
-            let (now, before) = (clock.elapsed().as_millis() as u64, told_at.load(Ordering::Relaxed));
+            let (now, before) = (clock.elapsed().as_millis() as u64, reported_at.load(Ordering::Relaxed));
             // Only one of the threads reports.
-            let due = now >= before + TOLD_EVERY_MS
-                && told_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-            if due || done == total {
-                (self.progress)(Progress { phase: Phase::Read, done, total });
+            let reports = now >= before + REPORT_INTERVAL_MS
+                && reported_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+            if reports || done == total {
+                (self.progress)(StoreProgress { phase: StorePhase::Read, done, total });
             }
             Ok(())
         };
-        match unread.len() > MANY {
-            true => pool::on(self.hurry, || unread.par_iter().try_for_each(read)),
+        match unread.len() > pool::MANY {
+            true => pool::on(self.urgency, || unread.par_iter().try_for_each(read)),
             false => unread.iter().try_for_each(read),
         }
     }
@@ -152,8 +127,8 @@ impl Reading<'_> {
             return self.read_link(entry);
         }
         for attempt in 1..=ATTEMPTS {
-            if let ReadAttempt::Done(outcome) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
-                return Ok(outcome);
+            if let ReadAttempt::Done(content) = self.try_file(&entry.path, attempt == ATTEMPTS)? {
+                return Ok(content);
             }
         }
         Ok(ContentRead::Skipped(SkipReason::Unsteady, "it changed at every attempt".to_owned()))
@@ -162,10 +137,10 @@ impl Reading<'_> {
     fn read_link(&self, entry: &Unread) -> Result<ContentRead> {
         let target = match self.root.read_link(&entry.path) {
             Ok(target) => target,
-            Err(errno) if is_our_shortage(errno) => {
+            Err(errno) if is_resource_shortage(errno) => {
                 return Err(HistoryError::io("read", &self.root.show(&entry.path))(errno));
             }
-            Err(errno) => return Ok(refused(errno)),
+            Err(errno) => return Ok(unopened(errno)),
         };
         let oid = Oid::of(ObjectKind::Blob, target.as_bytes());
         if let Some(sink) = &self.sink {
@@ -173,7 +148,7 @@ impl Reading<'_> {
         }
         // The link may have been replaced since the walk; its fingerprint then says nothing about this target.
         let torn = self.root.stat(&entry.path).map(|stat| !stat.same_content(&entry.stat)).unwrap_or(true);
-        Ok(ContentRead::Stored(Content {
+        Ok(ContentRead::Stored(FileContent {
             stat: entry.stat,
             oid,
             size: target.len() as u64,
@@ -185,14 +160,14 @@ impl Reading<'_> {
     fn try_file(&self, path: &RelPath, last: bool) -> Result<ReadAttempt> {
         let mut file = match self.root.open_file(path) {
             Ok(file) => file,
-            Err(errno) if is_our_shortage(errno) => {
+            Err(errno) if is_resource_shortage(errno) => {
                 return Err(HistoryError::io("open", &self.root.show(path))(errno));
             }
-            Err(errno) => return Ok(ReadAttempt::Done(refused(errno))),
+            Err(errno) => return Ok(ReadAttempt::Done(unopened(errno))),
         };
         let before = match stat_fd(&file) {
             Ok(stat) => stat,
-            Err(errno) => return Ok(ReadAttempt::Done(refused(errno))),
+            Err(errno) => return Ok(ReadAttempt::Done(unopened(errno))),
         };
         if before.kind() != FileKind::Regular {
             let detail = "the path changed its kind".to_owned();
@@ -211,7 +186,7 @@ impl Reading<'_> {
         }
     }
 
-    fn try_small(&self, mut file: File, before: Stat, last: bool) -> Result<ReadAttempt> {
+    fn try_small(&self, mut file: File, before: FileStat, last: bool) -> Result<ReadAttempt> {
         let mut content = Vec::with_capacity(before.size as usize + 1);
         // A file that keeps growing is cut at twice the size of a small one.
         if let Err(error) = (&mut file).take(2 * SMALL).read_to_end(&mut content) {
@@ -226,10 +201,10 @@ impl Reading<'_> {
             sink.put(oid, &content).map_err(HistoryError::io("store", self.spool))?;
         }
         let (stat, size, torn) = (before, content.len() as u64, !steady);
-        Ok(done(&file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
+        Ok(done(&file, FileContent { stat, oid, size, torn, xattrs: Xattrs::default() }))
     }
 
-    fn try_large(&self, file: &mut File, before: Stat) -> Result<ReadAttempt> {
+    fn try_large(&self, file: &mut File, before: FileStat) -> Result<ReadAttempt> {
         let (oid, read) = match hash_stream(file, before.size) {
             Ok(hashed) => hashed,
             Err(error) => return Ok(unreadable(&error)),
@@ -243,7 +218,7 @@ impl Reading<'_> {
             Streamed::Stored | Streamed::Different => return Ok(ReadAttempt::Changed),
         }
         let (stat, size, torn) = (before, read, false);
-        Ok(done(file, Content { stat, oid, size, torn, xattrs: Xattrs::default() }))
+        Ok(done(file, FileContent { stat, oid, size, torn, xattrs: Xattrs::default() }))
     }
 
     fn store(&self, oid: Oid, size: u64, source: &mut File) -> Result<Streamed> {
@@ -255,7 +230,7 @@ impl Reading<'_> {
 
     /// Copies a large file that keeps changing, so that its id and bytes come from one reading. Of a growing
     /// file, only its size at the start is copied.
-    fn spool(&self, mut file: File, before: Stat) -> Result<ReadAttempt> {
+    fn spool(&self, mut file: File, before: FileStat) -> Result<ReadAttempt> {
         let failed = |error| HistoryError::io("copy to", self.spool)(error);
         let mut copy = tempfile::tempfile_in(self.spool).map_err(failed)?;
         let mut source = (&mut file).take(before.size);
@@ -282,12 +257,12 @@ impl Reading<'_> {
             Streamed::Unreadable(error) => return Err(failed(error)),
         }
         let (stat, torn) = (before, !steady);
-        Ok(done(&file, Content { stat, oid, size: read, torn, xattrs: Xattrs::default() }))
+        Ok(done(&file, FileContent { stat, oid, size: read, torn, xattrs: Xattrs::default() }))
     }
 }
 
 /// Adds the extended attributes of a file that was read.
-fn done(file: &File, mut content: Content) -> ReadAttempt {
+fn done(file: &File, mut content: FileContent) -> ReadAttempt {
     ReadAttempt::Done(match xattrs::read(file) {
         Ok(found) => {
             content.xattrs = found;
@@ -303,7 +278,7 @@ fn unreadable(error: &io::Error) -> ReadAttempt {
     ReadAttempt::Done(ContentRead::Skipped(SkipReason::Unreadable, error.to_string()))
 }
 
-fn is_steady(file: &File, before: &Stat, read: u64) -> bool {
+fn is_steady(file: &File, before: &FileStat, read: u64) -> bool {
     read == before.size && stat_fd(file).is_ok_and(|after| after.same_content(before))
 }
 
@@ -326,7 +301,9 @@ fn hash_stream(source: &mut impl Read, size: u64) -> io::Result<(Oid, u64)> {
     }
 }
 
-fn refused(errno: Errno) -> ContentRead {
+/// Returns the result for a file that cannot be opened.
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other error of the system has the same result")]
+fn unopened(errno: Errno) -> ContentRead {
     match errno {
         Errno::ENOENT | Errno::ENOTDIR => ContentRead::Vanished,
         Errno::ELOOP | Errno::ENXIO | Errno::EINVAL => {

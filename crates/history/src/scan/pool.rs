@@ -23,8 +23,8 @@ pub(crate) enum Urgency {
     Background,
 }
 
-static URGENT: LazyLock<Option<ThreadPool>> = LazyLock::new(|| pool("look"));
-static BACKGROUND: LazyLock<Option<ThreadPool>> = LazyLock::new(|| pool("first-look"));
+static URGENT: LazyLock<Option<ThreadPool>> = LazyLock::new(|| pool("scan"));
+static BACKGROUND: LazyLock<Option<ThreadPool>> = LazyLock::new(|| pool("background-scan"));
 
 fn pool(name: &'static str) -> Option<ThreadPool> {
     let threads = std::thread::available_parallelism().map_or(2, |n| n.get().clamp(2, 8));
@@ -36,9 +36,12 @@ fn pool(name: &'static str) -> Option<ThreadPool> {
 /// From this depth on, work runs on a pool thread, whose stack is large enough.
 pub(crate) const DEEP: usize = 32;
 
+/// From this number of directories or files on, waking other threads is worth its cost.
+pub(crate) const MANY: usize = 16;
+
 /// Runs work on a thread of a pool; directly if the caller is one of its threads.
-pub(crate) fn on<T: Send>(hurry: Urgency, work: impl FnOnce() -> T + Send) -> T {
-    let pool = match hurry {
+pub(crate) fn on<T: Send>(urgency: Urgency, work: impl FnOnce() -> T + Send) -> T {
+    let pool = match urgency {
         Urgency::Urgent => &*URGENT,
         Urgency::Background => &*BACKGROUND,
     };
@@ -50,7 +53,7 @@ pub(crate) fn on<T: Send>(hurry: Urgency, work: impl FnOnce() -> T + Send) -> T 
 
 /// Runs work that may recurse deeply on a new thread: for callers that hold a lock for which the pool's threads
 /// may wait.
-pub(crate) fn apart<T: Send>(work: impl Fn() -> T + Sync) -> T {
+pub(crate) fn on_new_thread<T: Send>(work: impl Fn() -> T + Sync) -> T {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().stack_size(STACK).spawn_scoped(scope, &work);
         match thread {

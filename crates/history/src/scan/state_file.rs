@@ -18,16 +18,17 @@ use serde::{Deserialize, Serialize};
 use sha1::{Digest, Sha1};
 
 use crate::rules::coverage::Rules;
-use crate::scan::scan_result::SkipReason;
 use crate::scan::workspace_state::{
-    Child, Dir, File, FileFingerprint, Node, ScanRemarks, Source, WorkspaceState, total,
+    Child, DirProperties, DirState, FileState, Node, ScanRemarks, WorkspaceState, total,
 };
 use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
-use crate::tree::metadata::Xattrs;
+use crate::tree::fingerprint::{FileFingerprint, RuleSource};
 use crate::tree::names::RelPath;
+use crate::tree::skipped::SkipReason;
+use crate::tree::xattrs::Xattrs;
 
-const HEADER: &[u8] = b"fermata picture 3\n";
+const HEADER: &[u8] = b"fermata workspace state 3\n";
 
 /// More nested directories than a path can have names.
 const MAX_DEPTH: u32 = 4096;
@@ -40,10 +41,10 @@ const REASONS: [SkipReason; 5] =
 #[derive(Serialize, Deserialize)]
 struct Small {
     rules: Rules,
-    above: Vec<Source>,
-    nested: Vec<Source>,
+    above: Vec<RuleSource>,
+    nested: Vec<RuleSource>,
     mounts: Vec<String>,
-    indexes: Vec<Source>,
+    indexes: Vec<RuleSource>,
     forced: BTreeSet<RelPath>,
     notes: Vec<String>,
 }
@@ -55,7 +56,7 @@ pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
     if <[u8; 20]>::from(Sha1::digest(body)) != checksum {
         return None;
     }
-    let mut reader = Reader(body.strip_prefix(HEADER)?);
+    let mut reader = StateReader(body.strip_prefix(HEADER)?);
     let commit = reader.oid()?;
     let small: Small = serde_json::from_slice(reader.counted()?).ok()?;
     let root = Arc::new(reader.dir(0)?);
@@ -74,7 +75,7 @@ pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
 
 /// Writes a workspace state to a new file. The file is not flushed: an incomplete one fails its checksum.
 pub(crate) fn save(picture: &WorkspaceState, path: &Path) -> io::Result<()> {
-    let mut out = Writer(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
+    let mut out = StateWriter(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
     out.0.extend_from_slice(HEADER);
     out.0.extend_from_slice(picture.commit.raw());
     let small = Small {
@@ -93,18 +94,20 @@ pub(crate) fn save(picture: &WorkspaceState, path: &Path) -> io::Result<()> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(&out.0)
 }
 
-struct Writer(Vec<u8>);
+struct StateWriter(Vec<u8>);
 
-impl Writer {
+impl StateWriter {
     fn counted(&mut self, bytes: &[u8]) {
         self.0.extend_from_slice(&(bytes.len() as u32).to_le_bytes());
         self.0.extend_from_slice(bytes);
     }
 
-    fn seen(&mut self, seen: &FileFingerprint) {
-        [seen.dev, seen.ino, seen.size].iter().for_each(|n| self.0.extend_from_slice(&n.to_le_bytes()));
-        self.0.extend_from_slice(&seen.mode.to_le_bytes());
-        for time in [seen.mtime, seen.ctime] {
+    fn fingerprint(&mut self, fingerprint: &FileFingerprint) {
+        [fingerprint.dev, fingerprint.ino, fingerprint.size]
+            .iter()
+            .for_each(|n| self.0.extend_from_slice(&n.to_le_bytes()));
+        self.0.extend_from_slice(&fingerprint.mode.to_le_bytes());
+        for time in [fingerprint.mtime, fingerprint.ctime] {
             self.0.extend_from_slice(&time.sec.to_le_bytes());
             self.0.extend_from_slice(&time.nsec.to_le_bytes());
         }
@@ -122,15 +125,17 @@ impl Writer {
         }
     }
 
-    fn dir(&mut self, dir: &Dir) {
-        self.seen(&dir.seen);
-        let (listed, ignoring, filled) = (dir.unreadable.is_none(), dir.ignore_file.is_some(), dir.files.is_some());
-        self.flags(&[dir.covered, dir.settled, dir.nested, listed, ignoring, filled, dir.ignore_settled]);
-        self.xattrs(&dir.xattrs);
-        if let Some(why) = &dir.unreadable {
-            self.counted(why.as_bytes());
+    fn dir(&mut self, dir: &DirState) {
+        let DirProperties { fingerprint, xattrs, covered, settled, unreadable, ignore_file, ignore_settled, nested } =
+            &dir.properties;
+        self.fingerprint(fingerprint);
+        let (listed, ignoring, filled) = (unreadable.is_none(), ignore_file.is_some(), dir.files.is_some());
+        self.flags(&[*covered, *settled, *nested, listed, ignoring, filled, *ignore_settled]);
+        self.xattrs(xattrs);
+        if let Some(reason) = unreadable {
+            self.counted(reason.as_bytes());
         }
-        dir.ignore_file.iter().for_each(|seen| self.seen(seen));
+        ignore_file.iter().for_each(|fingerprint| self.fingerprint(fingerprint));
         dir.files.iter().for_each(|oid| self.0.extend_from_slice(oid.raw()));
         self.0.extend_from_slice(dir.meta.raw());
         self.0.extend_from_slice(&(dir.children.len() as u32).to_le_bytes());
@@ -144,7 +149,7 @@ impl Writer {
         match node {
             Node::File(file) => {
                 self.0.push(0);
-                self.seen(&file.seen);
+                self.fingerprint(&file.fingerprint);
                 self.0.extend_from_slice(file.oid.raw());
                 self.0.extend_from_slice(&file.size.to_le_bytes());
                 let ScanRemarks { torn, sparse, forced, linked, doubtful } = file.remarks;
@@ -155,9 +160,9 @@ impl Writer {
                 self.0.push(1);
                 self.dir(dir);
             }
-            Node::Special { seen, kind } => {
+            Node::Special { fingerprint, kind } => {
                 self.0.push(2);
-                self.seen(seen);
+                self.fingerprint(fingerprint);
                 self.0.push(SPECIAL.iter().position(|known| known == kind).unwrap_or(SPECIAL.len() - 1) as u8);
             }
             Node::Skipped { reason, detail } => {
@@ -165,14 +170,14 @@ impl Writer {
                 self.0.push(REASONS.iter().position(|known| known == reason).unwrap_or(0) as u8);
                 self.counted(detail.as_bytes());
             }
-            Node::Draft => self.0.push(4),
+            Node::StagedFile => self.0.push(4),
         }
     }
 }
 
-struct Reader<'a>(&'a [u8]);
+struct StateReader<'a>(&'a [u8]);
 
-impl<'a> Reader<'a> {
+impl<'a> StateReader<'a> {
     fn take(&mut self, n: usize) -> Option<&'a [u8]> {
         let (head, rest) = self.0.split_at_checked(n)?;
         self.0 = rest;
@@ -209,7 +214,7 @@ impl<'a> Reader<'a> {
         Some(Time { sec, nsec: self.u32()? })
     }
 
-    fn seen(&mut self) -> Option<FileFingerprint> {
+    fn fingerprint(&mut self) -> Option<FileFingerprint> {
         Some(FileFingerprint {
             dev: self.u64()?,
             ino: self.u64()?,
@@ -229,15 +234,15 @@ impl<'a> Reader<'a> {
         (0..self.u32()?).map(|_| Some((self.counted()?.into(), self.counted()?.into()))).collect()
     }
 
-    fn dir(&mut self, depth: u32) -> Option<Dir> {
+    fn dir(&mut self, depth: u32) -> Option<DirState> {
         if depth > MAX_DEPTH {
             return None;
         }
-        let seen = self.seen()?;
+        let fingerprint = self.fingerprint()?;
         let [covered, settled, nested, listed, ignoring, filled, ignore_settled] = self.flags()?;
         let xattrs = self.xattrs()?;
         let unreadable = if listed { None } else { Some(self.text()?) };
-        let ignore_file = if ignoring { Some(self.seen()?) } else { None };
+        let ignore_file = if ignoring { Some(self.fingerprint()?) } else { None };
         let files = if filled { Some(self.oid()?) } else { None };
         let meta = self.oid()?;
         let children = (0..self.u32()?).map(|_| {
@@ -246,37 +251,26 @@ impl<'a> Reader<'a> {
         });
         let children: Box<[Arc<Child>]> = children.collect::<Option<_>>()?;
         let totals = total(&children);
-        Some(Dir {
-            seen,
-            xattrs,
-            covered,
-            settled,
-            unreadable,
-            ignore_file,
-            ignore_settled,
-            nested,
-            children,
-            totals,
-            files,
-            meta,
-        })
+        let properties =
+            DirProperties { fingerprint, xattrs, covered, settled, unreadable, ignore_file, ignore_settled, nested };
+        Some(DirState { properties, children, totals, files, meta })
     }
 
     fn node(&mut self, depth: u32) -> Option<Node> {
         Some(match self.byte()? {
             0 => {
-                let (seen, oid, size) = (self.seen()?, self.oid()?, self.u64()?);
+                let (fingerprint, oid, size) = (self.fingerprint()?, self.oid()?, self.u64()?);
                 let [torn, sparse, forced, linked, doubtful] = self.flags()?;
                 let remarks = ScanRemarks { torn, sparse, forced, linked, doubtful };
-                Node::File(File { seen, oid, size, remarks, xattrs: self.xattrs()? })
+                Node::File(FileState { fingerprint, oid, size, remarks, xattrs: self.xattrs()? })
             }
             1 => Node::Dir(Arc::new(self.dir(depth + 1)?)),
-            2 => Node::Special { seen: self.seen()?, kind: SPECIAL.get(self.byte()? as usize).copied()? },
+            2 => Node::Special { fingerprint: self.fingerprint()?, kind: SPECIAL.get(self.byte()? as usize).copied()? },
             3 => {
                 let reason = REASONS.get(self.byte()? as usize).copied()?;
                 Node::Skipped { reason, detail: self.text()? }
             }
-            4 => Node::Draft,
+            4 => Node::StagedFile,
             _ => return None,
         })
     }
@@ -286,7 +280,7 @@ impl<'a> Reader<'a> {
 mod tests {
     use super::*;
 
-    fn seen(sec: i64) -> FileFingerprint {
+    fn fingerprint(sec: i64) -> FileFingerprint {
         let time = Time { sec, nsec: 7 };
         FileFingerprint { dev: 1, ino: 2, size: 3, mode: 0o100644, mtime: time, ctime: time }
     }
@@ -296,34 +290,39 @@ mod tests {
         let remarks = ScanRemarks { sparse: true, linked: true, ..ScanRemarks::default() };
         let xattrs: Xattrs = Box::new([((*b"user.a").into(), (*b"\0").into())]);
         let child = |name: &[u8], node| Arc::new(Child { name: name.into(), node });
-        let dir = |children: Box<[Arc<Child>]>, unreadable: Option<&str>| Dir {
-            seen: seen(-5),
-            xattrs: xattrs.clone(),
-            covered: true,
-            settled: true,
-            unreadable: unreadable.map(Into::into),
-            ignore_file: Some(seen(1)),
-            ignore_settled: true,
-            nested: false,
+        let dir = |children: Box<[Arc<Child>]>, unreadable: Option<&str>| DirState {
+            properties: DirProperties {
+                fingerprint: fingerprint(-5),
+                xattrs: xattrs.clone(),
+                covered: true,
+                settled: true,
+                unreadable: unreadable.map(Into::into),
+                ignore_file: Some(fingerprint(1)),
+                ignore_settled: true,
+                nested: false,
+            },
             totals: total(&children),
             children,
             files: Some(oid),
             meta: oid,
         };
         let children = [
-            child(b"a\xff\n", Node::File(File { seen: seen(100), oid, size: 5, remarks, xattrs: xattrs.clone() })),
+            child(
+                b"a\xff\n",
+                Node::File(FileState { fingerprint: fingerprint(100), oid, size: 5, remarks, xattrs: xattrs.clone() }),
+            ),
             child(b"b", Node::Dir(Arc::new(dir(Box::default(), Some("closed"))))),
-            child(b"c", Node::Special { seen: seen(3), kind: "socket" }),
+            child(b"c", Node::Special { fingerprint: fingerprint(3), kind: "socket" }),
             child(b"d", Node::Skipped { reason: SkipReason::Unsteady, detail: "it changed".into() }),
-            child(b"e", Node::Draft),
+            child(b"e", Node::StagedFile),
         ];
         WorkspaceState {
             commit: oid,
             rules: Rules::default(),
-            above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(seen(8)))],
+            above: vec![("/a/.gitignore".into(), None), ("/b".into(), Some(fingerprint(8)))],
             nested: vec![("/c".into(), None)],
             mounts: vec!["/d ext4".to_owned()],
-            indexes: vec![("/w/.git/index".into(), Some(seen(9))), ("/w/m/.git".into(), None)],
+            indexes: vec![("/w/.git/index".into(), Some(fingerprint(9))), ("/w/m/.git".into(), None)],
             forced: Arc::new([RelPath::new("x/y").unwrap()].into()),
             notes: vec!["a note".to_owned()],
             root: Arc::new(dir(children.into(), None)),

@@ -7,8 +7,7 @@ use crate::History;
 use crate::errors::Result;
 use crate::progress::OnProgress;
 use crate::rules::coverage::Rules;
-use crate::snapshot::Mapped;
-use crate::snapshot::SnapshotRequest;
+use crate::snapshot_request::{Mapped, SnapshotRequest};
 
 impl History {
     /// Says whether the workspace equals a checkpoint in contents, modes and times.
@@ -38,7 +37,7 @@ impl History {
             parent: Some(number),
             rules: rules.clone(),
             mapped,
-            whole_after: None,
+            full_scan_after: None,
         };
         // Dropping the snapshot removes all that it has written.
         let now = self.snapshot(&request, 0, progress, cancel)?;

@@ -88,13 +88,13 @@ impl Dirty {
 
     /// Lists the paths that were marked as written.
     pub fn written(&self) -> Vec<RelPath> {
-        let mut found = Vec::new();
+        let mut written = Vec::new();
         let mut open = vec![(RelPath::root(), self)];
         while let Some((path, dirty)) = open.pop() {
-            found.extend(dirty.written.iter().map(|name| path.join(name)));
+            written.extend(dirty.written.iter().map(|name| path.join(name)));
             open.extend(dirty.below.iter().map(|(name, below)| (path.join(name), below)));
         }
-        found
+        written
     }
 
     /// Says whether a node is deeper than `depth`, without recursion.
@@ -149,7 +149,7 @@ struct Watches {
     by_path: BTreeMap<RelPath, (WatchDescriptor, u64)>,
     buckets: VecDeque<Bucket>,
     /// Whether the limit of watches was logged.
-    told: bool,
+    limit_logged: bool,
 }
 
 impl Watches {
@@ -180,11 +180,11 @@ struct Table {
 }
 
 /// The inotify instance and the thread that reads it, which ends when the last owner drops this.
-pub struct Watcher {
+pub struct FileWatcher {
     queue: Arc<Queue>,
 }
 
-impl Drop for Watcher {
+impl Drop for FileWatcher {
     fn drop(&mut self) {
         self.queue.stopped.store(true, Ordering::Relaxed);
         if let Err(error) = self.queue.stop.write(1) {
@@ -204,12 +204,12 @@ struct Queue {
     stopped: AtomicBool,
 }
 
-impl Watcher {
+impl FileWatcher {
     /// Starts watching. `cookies` is an own directory for cookie files; its contents are removed.
     ///
     /// # Errors
     /// Fails when the user has no inotify instance left, or when the directory cannot be created.
-    pub fn start(cookies: &Path) -> io::Result<Arc<Watcher>> {
+    pub fn start(cookies: &Path) -> io::Result<Arc<FileWatcher>> {
         if cookies.exists() {
             fs::remove_dir_all(cookies)?;
         }
@@ -226,19 +226,19 @@ impl Watcher {
             stopped: AtomicBool::new(false),
         });
         let reader = Arc::clone(&queue);
-        std::thread::Builder::new().name("watcher".to_owned()).spawn(move || reader.read_on())?;
-        Ok(Arc::new(Watcher { queue }))
+        std::thread::Builder::new().name("watcher".to_owned()).spawn(move || reader.run())?;
+        Ok(Arc::new(FileWatcher { queue }))
     }
 
     /// Adds a project, whose first scan is a full one.
-    pub(crate) fn watch_project(self: &Arc<Self>, name: String) -> Watched {
+    pub(crate) fn watch_workspace(self: &Arc<Self>, name: String) -> WatchedWorkspace {
         let mut table = self.queue.table();
         table.next_project += 1;
         let project = table.next_project;
         let nothing_known =
             Bucket { lost: Some(Lost { why: "nothing was watched before", lasting: false }), ..Bucket::default() };
         table.projects.insert(project, Watches { buckets: [nothing_known].into(), ..Watches::default() });
-        Watched { watcher: Arc::clone(self), project, name }
+        WatchedWorkspace { watcher: Arc::clone(self), project, name }
     }
 }
 
@@ -252,7 +252,7 @@ impl Queue {
         loop {
             match self.inotify.read_events() {
                 Ok(events) if events.is_empty() => return,
-                Ok(events) => events.into_iter().for_each(|event| self.take_in(table, event)),
+                Ok(events) => events.into_iter().for_each(|event| self.distribute(table, event)),
                 Err(Errno::EAGAIN) => return,
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
@@ -264,7 +264,7 @@ impl Queue {
         }
     }
 
-    fn take_in(&self, table: &mut Table, event: InotifyEvent) {
+    fn distribute(&self, table: &mut Table, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             tracing::info!("the inotify queue has overflowed; the next checkpoints make a full scan");
             table.projects.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
@@ -313,7 +313,7 @@ impl Queue {
     /// Removes a path from a watch, and the watch with its last path.
     fn forget(&self, table: &mut Table, project: u64, watch: WatchDescriptor, path: &RelPath) {
         let Some(places) = table.by_watch.get_mut(&watch) else { return };
-        places.retain(|(owner, known)| *owner != project || known != path);
+        places.retain(|(owner, entry)| *owner != project || entry != path);
         if places.is_empty() {
             table.by_watch.remove(&watch);
             // The kernel removes the watch of a removed directory itself.
@@ -323,8 +323,8 @@ impl Queue {
         }
     }
 
-    /// Reads events until [`Watcher`] is dropped.
-    fn read_on(&self) {
+    /// Reads events until [`FileWatcher`] is dropped.
+    fn run(&self) {
         loop {
             let mut fds = [
                 PollFd::new(self.inotify.as_fd(), PollFlags::POLLIN),
@@ -357,14 +357,14 @@ pub(crate) struct TakenEvents {
 }
 
 /// The watched directories of one project.
-pub(crate) struct Watched {
-    watcher: Arc<Watcher>,
+pub(crate) struct WatchedWorkspace {
+    watcher: Arc<FileWatcher>,
     project: u64,
     /// The store's path, for log messages.
     name: String,
 }
 
-impl Watched {
+impl WatchedWorkspace {
     /// Starts watching a directory. If that fails, the next scan is a full one.
     pub fn add(&self, dir: BorrowedFd<'_>, path: &RelPath) {
         // The path of the descriptor makes sure that the watched directory is the one that is listed.
@@ -383,7 +383,7 @@ impl Watched {
                     bucket.dirty.at(path).anew = true;
                 }
                 let places = table.by_watch.entry(watch).or_default();
-                if !places.iter().any(|(project, known)| *project == self.project && known == path) {
+                if !places.iter().any(|(project, entry)| *project == self.project && entry == path) {
                     places.push((self.project, path.clone()));
                 }
                 if let Some(before) = before.filter(|before| *before != watch) {
@@ -392,7 +392,7 @@ impl Watched {
             }
             Err(Errno::ENOSPC) => {
                 const WHY: &str = "there are more directories than may be watched (fs.inotify.max_user_watches)";
-                if !std::mem::replace(&mut watches.told, true) {
+                if !std::mem::replace(&mut watches.limit_logged, true) {
                     tracing::warn!(store = %self.name, "{WHY}; checkpoints compare the fingerprints of all files");
                 }
                 watches.lose_as(Lost { why: WHY, lasting: true });
@@ -410,17 +410,17 @@ impl Watched {
         let file = self.watcher.queue.cookies.join(cookie.to_string());
         // Locked first: the reader thread, which the cookie wakes, must not take the event.
         let mut table = self.watcher.queue.table();
-        let baked =
+        let created =
             fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
         self.watcher.queue.drain(&mut table);
-        let seen = table.cookies.remove(&cookie);
+        let arrived = table.cookies.remove(&cookie);
         let Some(watches) = table.projects.get_mut(&self.project) else {
             return TakenEvents { epoch: 0, dirty: Err("the project is not watched") };
         };
-        if let Err(error) = baked {
+        if let Err(error) = created {
             tracing::warn!(%error, "failed to create a cookie file in the state directory; the next checkpoint makes a full scan");
             watches.lose("no cookie could be made");
-        } else if !seen {
+        } else if !arrived {
             watches.lose("the cookie did not come");
         }
         // The buckets that are not settled are merged, since their number would grow as long as no scan is
@@ -472,7 +472,7 @@ impl Watched {
     }
 
     /// Records that changes are missed permanently.
-    pub fn mark_damaged(&self, why: &'static str) {
+    pub fn mark_incomplete(&self, why: &'static str) {
         if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
             watches.lose_as(Lost { why, lasting: true });
         }
@@ -497,7 +497,7 @@ impl Watched {
 
     /// Blocks the reader thread while `meanwhile` runs.
     #[cfg(test)]
-    pub fn hold_up(&self, meanwhile: impl FnOnce()) {
+    pub fn block_reader_during(&self, meanwhile: impl FnOnce()) {
         let _table = self.watcher.queue.table();
         meanwhile();
     }
@@ -506,13 +506,13 @@ impl Watched {
     pub fn is_complete(&self, few: usize) -> bool {
         let table = self.watcher.queue.table();
         table.projects.get(&self.project).is_some_and(|watches| {
-            let known = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
-            known && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
+            let entry = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
+            entry && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
         })
     }
 }
 
-impl Drop for Watched {
+impl Drop for WatchedWorkspace {
     fn drop(&mut self) {
         self.retain(u64::MAX, |_| false);
         self.watcher.queue.table().projects.remove(&self.project);

@@ -5,31 +5,36 @@
 //!              no reliable report ─► the whole workspace     ─┴─► read new and changed files ─► ScannedWorkspace
 //! ```
 //!
-//! Decides which part to scan and collects what the walk needs: rules, the user's index, volatile paths, other
-//! names of linked files. Contents go into the pack of the snapshot; `snapshot` builds the trees.
+//! Decides which part to scan and collects what the walk needs: rules, the user's index, volatile paths, other names of
+//! linked files. Contents go into the pack of the snapshot; `snapshot` builds the trees.
 
 use std::collections::{BTreeSet, HashSet};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::History;
 use crate::errors::{HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::rules::coverage::{IgnoreChain, OwnPatterns, Rules};
-use crate::rules::rule_cache::{CompiledRules, with_state};
-use crate::rules::tracked::{Tracked, indexes_hold};
+use crate::rules::decision::CoverageMatcher;
+use crate::rules::rule_cache::CompiledRules;
+use crate::rules::tracked::{Tracked, indexes_unchanged};
 use crate::rules::user_repository::{Location, UserRepository};
-use crate::scan::content::{BlobSink, ContentRead, Reading};
+use crate::scan::content::{BlobSink, Reading};
 use crate::scan::pool::{self, Urgency};
-use crate::scan::scan_result::{Entry, ScanResult, ScannedNode, Unread};
-use crate::scan::walk::Walk;
-use crate::scan::watcher::{Dirty, Watched};
-use crate::scan::workspace_state::{Child, Node, Source, WorkspaceState};
-use crate::snapshot::{Mapped, PendingSnapshot, SnapshotRequest, Timings, micros};
+use crate::scan::scan_result::{ContentRead, ScanResult, Unread};
+use crate::scan::walk::{WalkFindings, WorkspaceWalk};
+use crate::scan::watcher::{Dirty, TakenEvents, WatchedWorkspace};
+use crate::scan::workspace_state::{DirState, Node, WorkspaceState};
+use crate::snapshot_request::{Mapped, SnapshotRequest};
+use crate::stats::{Timings, micros_since};
 use crate::store::pack::PackWriter;
+use crate::store::pending::PendingSnapshot;
 use crate::tree::confined_dir::{FileKind, Root};
+use crate::tree::fingerprint::{RuleSource, with_fingerprint};
 use crate::tree::names::RelPath;
 use fermata_os::mounts;
 
@@ -43,50 +48,57 @@ pub(crate) struct ScanContext<'a> {
     pub started_ns: i128,
     /// Whether the result will be stored, so that it must not rely on objects that may have been removed.
     pub stores: bool,
-    pub hurry: Urgency,
+    pub urgency: Urgency,
     /// Whether to make a full scan although the watcher knows what has changed.
-    pub afresh: bool,
+    pub full: bool,
     /// Set by the caller to cancel the scan.
     pub cancel: &'a AtomicBool,
 }
 
 /// The result of a scan, before contents are read.
 pub(crate) struct WorkspaceScan {
-    pub found: ScanResult,
+    pub result: ScanResult,
     /// The epoch of the watcher up to which the scan has taken in all events.
     pub epoch: Option<u64>,
     /// Whether the scan was a full one.
-    pub whole: bool,
+    pub full: bool,
     /// The ignore files above the workspace.
-    pub above: Vec<Source>,
+    pub above: Vec<RuleSource>,
     /// The ignore files of nested repositories.
-    pub nested: Vec<Source>,
+    pub nested: Vec<RuleSource>,
     /// The mount points below the workspace.
     pub mounts: Vec<String>,
-    /// The user's index, and those of its submodules.
-    pub indexes: Vec<Source>,
-    pub forced: Forced,
+    pub tracked: TrackedPaths,
     /// Warnings for the user, except those about ignore files.
     pub notes: Vec<String>,
-    /// Warnings about ignore files and unreadable attributes.
+    /// Warnings that hold for this scan only: about ignore files and unreadable attributes.
     pub complaints: Vec<String>,
     pub repository: Option<UserRepository>,
 }
 
+/// The paths that are tracked although the rules ignore them.
+pub(crate) struct TrackedPaths {
+    /// The user's index, and those of its submodules.
+    pub indexes: Vec<RuleSource>,
+    pub forced: Forced,
+    /// The paths in which `forced` differs from the last state, with the directories above them.
+    changed: Vec<RelPath>,
+}
+
 /// The tracked files that the rules ignore.
 pub(crate) enum Forced {
-    /// All of them.
     These(Arc<BTreeSet<RelPath>>),
-    /// Not determined yet: they follow from the index and the new workspace state.
-    Follow(Tracked),
+    /// They follow from the index and the new workspace state.
+    Undetermined(Tracked),
 }
 
 /// A scanned workspace whose contents are read but not yet stored as a checkpoint.
-pub struct Observed {
+pub struct ScannedWorkspace {
     pub(crate) request: SnapshotRequest,
-    pub(crate) look: WorkspaceScan,
+    pub(crate) scan: WorkspaceScan,
     pub(crate) pack: Mutex<PackWriter>,
-    pub(crate) draft: PendingSnapshot,
+    pub(crate) pending: PendingSnapshot,
+    /// The number of files and symbolic links that were read.
     pub(crate) read: u64,
     pub(crate) started_ns: i128,
     pub(crate) took: Timings,
@@ -96,349 +108,371 @@ impl History {
     /// Scans the workspace and reads new and changed files. When this returns, agents may be thawed.
     ///
     /// # Errors
-    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be
-    /// written. A file that cannot be read is no error: it is skipped and reported.
-    pub fn observe(
+    /// Refuses `/`, home directories and bad patterns; fails when cancelled, or when the store cannot be written. A file
+    /// that cannot be read is no error: it is skipped and reported.
+    pub fn scan(
         &self,
         request: &SnapshotRequest,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
-    ) -> Result<Observed> {
+    ) -> Result<ScannedWorkspace> {
         let real = self.checked_workspace(&request.workspace)?;
-        let draft = self.start_draft(request.number)?;
-        let dir = draft.dir.clone();
+        let pending = self.start_pending(request.number)?;
+        let dir = pending.dir.clone();
         let pack = Mutex::new(PackWriter::create(&dir).map_err(HistoryError::io("start a pack in", &dir))?);
         let started_ns = nanos_now();
         let mut took = Timings::default();
 
-        progress(Progress { phase: Phase::Scan, done: 0, total: 0 });
-        let clock = Instant::now();
+        progress(StoreProgress { phase: StorePhase::Scan, done: 0, total: 0 });
+        let start = Instant::now();
         let root = Root::open(&real)?;
         let (rules, mapped) = (&request.rules, &request.mapped);
-        let afresh = self.is_overdue(request);
-        let hurry = request.hurry();
-        let looking = ScanContext { root: &root, rules, mapped, started_ns, stores: true, hurry, afresh, cancel };
-        let look = self.scan_workspace(&looking)?;
-        took.scan_us = micros(clock);
+        let full = self.is_full_scan_due(request);
+        let urgency = request.urgency();
+        let context = ScanContext { root: &root, rules, mapped, started_ns, stores: true, urgency, full, cancel };
+        let scan = self.scan_workspace(&context)?;
+        took.scan_us = micros_since(start);
 
-        let clock = Instant::now();
-        let unread = unread_in(&look.found);
+        let start = Instant::now();
+        let unread = scan.result.unread();
         let reading = Reading {
             root: &root,
             sink: Some(BlobSink { store: &self.objects, pack: &pack }),
             spool: &dir,
             max_file_bytes: rules.max_file_bytes,
-            hurry,
+            urgency,
             progress,
             cancel,
         };
         reading.read_all(&unread)?;
-        self.come_back_to(&unread);
-        took.read_us = micros(clock);
+        self.revisit_vanished(&unread);
+        took.read_us = micros_since(start);
         let read = unread.len() as u64;
-        Ok(Observed { request: request.clone(), look, pack, draft, read, started_ns, took })
+        Ok(ScannedWorkspace { request: request.clone(), scan, pack, pending, read, started_ns, took })
     }
 
     /// Walks the part of the workspace that may have changed.
-    pub(crate) fn scan_workspace(&self, looking: &ScanContext<'_>) -> Result<WorkspaceScan> {
-        match self.goes_deep(looking) {
-            true => pool::on(looking.hurry, || self.scan_full(looking)),
-            false => self.scan_full(looking),
-        }
+    pub(crate) fn scan_workspace(&self, context: &ScanContext<'_>) -> Result<WorkspaceScan> {
+        let scan = || ScanRun::begin(self, context)?.finish();
+        if self.goes_deep(context) { pool::on(context.urgency, scan) } else { scan() }
     }
 
     /// Says whether the scan may visit a path so deep that it needs a large stack.
-    fn goes_deep(&self, looking: &ScanContext<'_>) -> bool {
-        let known = self.known().0.is_some_and(|before| before.root.totals.height > pool::DEEP);
-        let mut mapped = looking.mapped.paths.keys().chain(&looking.mapped.open);
-        known || self.watch.as_ref().is_some_and(Watched::is_deep) || mapped.any(|path| path.depth() > pool::DEEP)
+    fn goes_deep(&self, context: &ScanContext<'_>) -> bool {
+        let deep_state = self.last_state().0.is_some_and(|last| last.root.totals.height > pool::DEEP);
+        let mut mapped = context.mapped.paths.keys().chain(&context.mapped.open);
+        deep_state
+            || self.watch.as_ref().is_some_and(WatchedWorkspace::is_deep)
+            || mapped.any(|path| path.depth() > pool::DEEP)
     }
 
-    fn scan_full(&self, looking: &ScanContext<'_>) -> Result<WorkspaceScan> {
-        let ScanContext { root, rules, .. } = looking;
-        let real = root.path();
-        let tells = root.tells_of_changes();
-        let watch = self.watch.as_ref().filter(|_| tells);
-        if let (Some(watch), false) = (&self.watch, tells) {
-            watch.mark_damaged("the file system does not tell of changes");
-        }
-        // The events come first: a change that is published in between is then either in them or in the state.
-        let taken = watch.map(|watch| watch.take());
-        let (before, trusted) = self.known();
-        let mounts = mounts::below(real);
-        let location = Location::find(real);
-        let chain = match rules.use_gitignore {
-            true => CompiledRules::Rules(self.standings.above(real, location.as_ref())),
-            false => CompiledRules::Everything,
-        };
-        let as_before = before.as_ref().filter(|before| {
-            before.rules == **rules && before.mounts == mounts && rules_hold(before, real, location.as_ref())
-        });
-        let mut notes = as_before.map(|before| before.notes.clone()).unwrap_or_default();
-
-        // Tracked paths that the rules ignore: taken from the last state, or determined again.
-        let mut dirty = Dirty::default();
-        let mut forced_changed = false;
-        let mut indexes = Vec::new();
-        let mut forced = match as_before {
-            Some(before) if indexes_hold(before, location.as_ref()) => {
-                indexes.clone_from(&before.indexes);
-                Forced::These(Arc::clone(&before.forced))
-            }
-            Some(before) => {
-                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
-                indexes.clone_from(&tracked.indexes);
-                let now: BTreeSet<RelPath> = tracked.left_out_of(&before.root).cloned().collect();
-                for path in now.symmetric_difference(&before.forced) {
-                    dirty.mark(path);
-                    // The directories above may be ignored themselves and are then not in the workspace state.
-                    let mut above = path.parent();
-                    while let Some(dir) = above.filter(|dir| !dir.is_root()) {
-                        dirty.mark(&dir);
-                        above = dir.parent();
-                    }
-                    forced_changed = true;
-                }
-                Forced::These(Arc::new(now))
-            }
-            None => {
-                notes.clear();
-                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
-                indexes.clone_from(&tracked.indexes);
-                Forced::Follow(tracked)
-            }
-        };
-        let hidden = self.place_in(real);
-        let mut mapped = mapped_paths(looking.mapped, before.as_deref());
-        let device = root.stat(&RelPath::root()).map_err(HistoryError::io("look at workspace", real))?.dev;
-        let epoch = taken.as_ref().map(|taken| taken.epoch);
-        let events = taken.map(|taken| taken.dirty).unwrap_or(Err("nothing is watched"));
-        let partly = match (as_before.filter(|_| trusted && !looking.afresh), events) {
-            (Some(before), Ok(events)) => {
-                dirty.merge(events);
-                before.volatile_paths().iter().for_each(|path| dirty.mark(path));
-                // A file that is a mount point may be written to through another path, without an event.
-                mounts.iter().filter_map(|line| place_below(real, line)).for_each(|path| dirty.mark(&path));
-                mapped.iter().for_each(|path| dirty.mark_written(path));
-                looking.mapped.open.iter().for_each(|path| dirty.mark(path));
-                Some((before, dirty))
-            }
-            (_, events) => {
-                // A written file may have the same fingerprint as before, so a full scan has to read it too.
-                mapped.extend(events.iter().flat_map(Dirty::written));
-                tracing::debug!(workspace = %real.display(), why = events.err(), "looking at everything");
-                None
-            }
-        };
-        let whole = partly.is_none();
-        let none = BTreeSet::new();
-        let mut complaints;
-        let found = loop {
-            let (forced_paths, tracked) = match &forced {
-                Forced::These(paths) => (&**paths, None),
-                Forced::Follow(tracked) => (&none, Some(tracked)),
-            };
-            let walk = Walk {
-                root,
-                device,
-                rules,
-                own: OwnPatterns::compile(rules)?,
-                standings: &self.standings,
-                hidden: hidden.clone(),
-                forced: forced_paths,
-                tracked,
-                watch,
-                mapped: &mapped,
-                check_in: (looking.stores && !trusted).then_some(&self.objects),
-                started_ns: looking.started_ns,
-                hurry: looking.hurry,
-                cancel: looking.cancel,
-                ignored: AtomicU64::new(0),
-                linked_out: Mutex::default(),
-                warnings: Mutex::default(),
-                redecided: AtomicBool::new(false),
-            };
-            let found = match &partly {
-                Some((before, dirty)) if dirty.is_deeper_than(pool::DEEP) => {
-                    pool::on(looking.hurry, || part(&walk, before, chain.clone(), dirty.clone()))?
-                }
-                Some((before, dirty)) => part(&walk, before, chain.clone(), dirty.clone())?,
-                None => {
-                    let decided = as_before.is_some() && !forced_changed && tells;
-                    walk.whole(before.as_ref().map(|before| &before.root), chain.clone(), decided)?
-                }
-            };
-            // A file that the rules covered may be ignored now; it is then covered only if it is tracked.
-            if tracked.is_none() && walk.redecided.load(Ordering::Relaxed) {
-                let tracked = Tracked::of(location.as_ref(), real, looking.started_ns, &mut notes);
-                indexes.clone_from(&tracked.indexes);
-                forced = Forced::Follow(tracked);
-                continue;
-            }
-            if as_before.is_none() {
-                notes.extend(walk.warn_if_nearly_empty(count_files(&found)));
-            }
-            complaints = walk.warnings.into_inner().unwrap_or_else(PoisonError::into_inner);
-            break found;
-        };
-        if as_before.is_none() && hidden.is_some() {
-            notes.push("the state directory lies in the workspace; it is not covered".to_owned());
-        }
-        if looking.mapped.untold > 0 {
-            let processes = looking.mapped.untold;
-            complaints.push(format!("what {processes} processes write to files through memory is not known"));
-        }
-        self.standings.retain_telling(|path| holds_dir(&found, path));
-        let (above, nested, of_rules) = self.standings.sources();
-        complaints.extend(of_rules);
-        let repository = location.as_ref().map(Location::describe);
-        Ok(WorkspaceScan { found, epoch, whole, above, nested, mounts, indexes, forced, notes, complaints, repository })
-    }
-
-    /// Says whether the decisions about a workspace are still those of its last scan, as far as files outside
-    /// the watched directories matter.
-    pub(crate) fn is_as_before(&self, workspace: &Path, before: &WorkspaceState) -> bool {
+    /// Says whether the decisions about a workspace are still those of its last scan, as far as files outside the watched
+    /// directories matter.
+    pub(crate) fn has_same_rules(&self, workspace: &Path, last: &WorkspaceState) -> bool {
         let location = Location::find(workspace);
-        indexes_hold(before, location.as_ref())
-            && before.mounts == mounts::below(workspace)
-            && rules_hold(before, workspace, location.as_ref())
+        indexes_unchanged(&last.indexes, location.as_ref())
+            && last.mounts == mounts::below(workspace)
+            && rules_unchanged(last, workspace, location.as_ref())
     }
 
-    /// Makes the next scan visit the paths that vanished while they were read: they may be moved back without
-    /// an event.
-    fn come_back_to(&self, unread: &[&Unread]) {
+    /// Makes the next scan visit the paths that vanished while they were read: they may be moved back without an event.
+    fn revisit_vanished(&self, unread: &[&Unread]) {
         let Some(watch) = &self.watch else { return };
-        let vanished = |unread: &&&Unread| matches!(unread.outcome.get(), Some(ContentRead::Vanished));
+        let vanished = |unread: &&&Unread| matches!(unread.content.get(), Some(ContentRead::Vanished));
         unread.iter().filter(vanished).for_each(|unread| watch.note(&unread.path));
     }
 
     /// Returns the path of the store in the workspace, if it lies there.
-    fn place_in(&self, real: &Path) -> Option<RelPath> {
-        use std::os::unix::ffi::OsStrExt;
+    fn store_path_in(&self, real: &Path) -> Option<RelPath> {
         let store = std::fs::canonicalize(&self.dir).ok()?;
         RelPath::new(store.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
     }
 }
 
+/// A scan in progress.
+struct ScanRun<'a> {
+    history: &'a History,
+    context: &'a ScanContext<'a>,
+    /// The real path of the workspace.
+    real: &'a Path,
+    watch: Option<&'a WatchedWorkspace>,
+    /// Whether the file system reports changes.
+    reports_changes: bool,
+    /// The changes since the last scan; `None` without a watcher.
+    events: Option<TakenEvents>,
+    last: Option<Arc<WorkspaceState>>,
+    /// Whether the store has all objects of `last`.
+    trusted: bool,
+    /// Whether rules and mount points are those of `last`.
+    same_rules: bool,
+    mounts: Vec<String>,
+    location: Option<Location>,
+    /// The rules at the top of the workspace.
+    rules: CompiledRules,
+    tracked: TrackedPaths,
+    notes: Vec<String>,
+    /// Files whose fingerprint does not prove that their content is unchanged.
+    unreliable: BTreeSet<RelPath>,
+}
+
+impl<'a> ScanRun<'a> {
+    fn begin(history: &'a History, context: &'a ScanContext<'a>) -> Result<ScanRun<'a>> {
+        let ScanContext { root, rules, .. } = context;
+        let real = root.path();
+        let reports_changes = root.reports_changes();
+        let watch = history.watch.as_ref().filter(|_| reports_changes);
+        if let (Some(watch), false) = (&history.watch, reports_changes) {
+            watch.mark_incomplete("the file system does not report changes");
+        }
+        // The events come first: a change that is published in between is then either in them or in the state.
+        let events = watch.map(WatchedWorkspace::take);
+        let (last, trusted) = history.last_state();
+        let mounts = mounts::below(real);
+        let location = Location::find(real);
+        let compiled = match rules.use_gitignore {
+            true => CompiledRules::Rules(history.rule_cache.above(real, location.as_ref())),
+            false => CompiledRules::Everything,
+        };
+        let valid = last.as_ref().filter(|last| {
+            last.rules == **rules && last.mounts == mounts && rules_unchanged(last, real, location.as_ref())
+        });
+        let mut notes = valid.map(|last| last.notes.clone()).unwrap_or_default();
+        let tracked = TrackedPaths::of(valid.map(|last| &**last), location.as_ref(), context, &mut notes);
+        Ok(ScanRun {
+            history,
+            context,
+            real,
+            watch,
+            reports_changes,
+            events,
+            trusted,
+            same_rules: valid.is_some(),
+            mounts,
+            location,
+            rules: compiled,
+            tracked,
+            notes,
+            unreliable: mapped_paths(context.mapped, last.as_deref()),
+            last,
+        })
+    }
+
+    fn finish(mut self) -> Result<WorkspaceScan> {
+        let epoch = self.events.as_ref().map(|events| events.epoch);
+        let dirty = self.dirty_paths();
+        let store_path = self.history.store_path_in(self.real);
+        let (result, mut complaints) = self.walk(dirty.as_ref(), store_path.as_ref())?;
+        if !self.same_rules && store_path.is_some() {
+            self.notes.push("the state directory lies in the workspace; it is not covered".to_owned());
+        }
+        let unreadable = self.context.mapped.unreadable_processes;
+        if unreadable > 0 {
+            complaints.push(format!("the memory mappings of {unreadable} processes could not be read"));
+        }
+        let rule_cache = &self.history.rule_cache;
+        rule_cache.retain_reporting(|path| result.has_dir(path));
+        let (above, nested, of_rules) = rule_cache.sources();
+        complaints.extend(of_rules);
+        Ok(WorkspaceScan {
+            result,
+            epoch,
+            full: dirty.is_none(),
+            above,
+            nested,
+            mounts: self.mounts,
+            tracked: self.tracked,
+            notes: self.notes,
+            complaints,
+            repository: self.location.as_ref().map(Location::describe),
+        })
+    }
+
+    /// Returns the paths that a partial scan must visit; `None` if a full scan is necessary.
+    fn dirty_paths(&mut self) -> Option<Dirty> {
+        let context = self.context;
+        let events = self.events.take().map_or(Err("no directory is watched"), |events| events.dirty);
+        match (self.last.as_ref().filter(|_| self.same_rules && self.trusted && !context.full), events) {
+            (Some(last), Ok(mut dirty)) => {
+                self.tracked.changed.iter().for_each(|path| dirty.mark(path));
+                last.volatile_paths().iter().for_each(|path| dirty.mark(path));
+                // A file that is a mount point may be written to through another path, without an event.
+                self.mounts.iter().filter_map(|line| path_of_mount(self.real, line)).for_each(|path| dirty.mark(&path));
+                self.unreliable.iter().for_each(|path| dirty.mark_written(path));
+                context.mapped.open.iter().for_each(|path| dirty.mark(path));
+                Some(dirty)
+            }
+            (_, events) => {
+                // A written file may have the same fingerprint as before, so a full scan has to read it too.
+                self.unreliable.extend(events.iter().flat_map(Dirty::written));
+                tracing::debug!(workspace = %self.real.display(), why = events.err(), "making a full scan");
+                None
+            }
+        }
+    }
+
+    /// Walks the dirty paths, or the whole workspace, and returns the result with its warnings.
+    fn walk(&mut self, dirty: Option<&Dirty>, store_path: Option<&RelPath>) -> Result<(ScanResult, Vec<String>)> {
+        let context = self.context;
+        let device = context.root.stat(&RelPath::root());
+        let device = device.map_err(HistoryError::io("read the metadata of workspace", self.real))?.dev;
+        let none = BTreeSet::new();
+        loop {
+            let (forced, tracked) = match &self.tracked.forced {
+                Forced::These(paths) => (&**paths, None),
+                Forced::Undetermined(tracked) => (&none, Some(tracked)),
+            };
+            let walk = WorkspaceWalk {
+                root: context.root,
+                device,
+                matcher: CoverageMatcher {
+                    rules: context.rules,
+                    own: OwnPatterns::compile(context.rules)?,
+                    forced,
+                    tracked,
+                },
+                rule_cache: &self.history.rule_cache,
+                store_path: store_path.cloned(),
+                watch: self.watch,
+                unreliable: &self.unreliable,
+                check_in: (context.stores && !self.trusted).then_some(&self.history.objects),
+                started_ns: context.started_ns,
+                urgency: context.urgency,
+                cancel: context.cancel,
+                findings: WalkFindings::default(),
+            };
+            let last = self.last.as_deref();
+            let result = match (last, dirty) {
+                (Some(last), Some(dirty)) if dirty.is_deeper_than(pool::DEEP) => {
+                    pool::on(context.urgency, || walk_partial(&walk, last, self.rules.clone(), dirty.clone()))?
+                }
+                (Some(last), Some(dirty)) => walk_partial(&walk, last, self.rules.clone(), dirty.clone())?,
+                (last, _) => {
+                    let decided = self.same_rules && self.tracked.changed.is_empty() && self.reports_changes;
+                    walk.full(last.map(|last| &last.root), self.rules.clone(), decided)?
+                }
+            };
+            let WalkFindings { warnings, rules_changed, .. } = &walk.findings;
+            // A file that the rules covered may be ignored now; it is then covered only if it is tracked.
+            if tracked.is_none() && rules_changed.load(Ordering::Relaxed) {
+                let changed = std::mem::take(&mut self.tracked.changed);
+                self.tracked = TrackedPaths::undetermined(self.location.as_ref(), context, &mut self.notes);
+                self.tracked.changed = changed;
+                continue;
+            }
+            if !self.same_rules {
+                self.notes.extend(walk.warn_if_nearly_empty(result.count_files()));
+            }
+            let warnings = std::mem::take(&mut *warnings.lock().unwrap_or_else(PoisonError::into_inner));
+            return Ok((result, warnings));
+        }
+    }
+}
+
+impl TrackedPaths {
+    /// Determines the tracked paths from the last state, if its rules are still valid, and from the indexes.
+    fn of(
+        valid: Option<&WorkspaceState>,
+        location: Option<&Location>,
+        context: &ScanContext<'_>,
+        notes: &mut Vec<String>,
+    ) -> TrackedPaths {
+        let Some(last) = valid else { return Self::undetermined(location, context, notes) };
+        if indexes_unchanged(&last.indexes, location) {
+            let forced = Forced::These(Arc::clone(&last.forced));
+            return TrackedPaths { indexes: last.indexes.clone(), forced, changed: Vec::new() };
+        }
+        let tracked = Tracked::of(location, context.root.path(), context.started_ns, notes);
+        let forced: BTreeSet<RelPath> = ignored_paths(&tracked, &last.root).cloned().collect();
+        let mut changed = Vec::new();
+        for path in forced.symmetric_difference(&last.forced) {
+            changed.push(path.clone());
+            // The directories above may be ignored themselves and are then not in the workspace state.
+            let mut above = path.parent();
+            while let Some(dir) = above.filter(|dir| !dir.is_root()) {
+                above = dir.parent();
+                changed.push(dir);
+            }
+        }
+        TrackedPaths { indexes: tracked.indexes, forced: Forced::These(Arc::new(forced)), changed }
+    }
+
+    fn undetermined(location: Option<&Location>, context: &ScanContext<'_>, notes: &mut Vec<String>) -> TrackedPaths {
+        let tracked = Tracked::of(location, context.root.path(), context.started_ns, notes);
+        let indexes = tracked.indexes.clone();
+        TrackedPaths { indexes, forced: Forced::Undetermined(tracked), changed: Vec::new() }
+    }
+}
+
+/// Lists the tracked paths that the rules ignore: paths that are not in the tree, or only because they are tracked.
+pub(crate) fn ignored_paths<'t>(tracked: &'t Tracked, root: &DirState) -> impl Iterator<Item = &'t RelPath> {
+    tracked.paths().iter().filter(move |path| match root.find(path) {
+        Some(Node::File(file)) => file.remarks.forced,
+        Some(Node::Special { .. } | Node::Dir(_)) => false,
+        // Once the file can be stored, it may be covered only because it is tracked.
+        Some(Node::Skipped { .. } | Node::StagedFile) | None => true,
+    })
+}
+
 /// Walks the dirty paths, and then the other names of files that have become linked.
-fn part(walk: &Walk<'_>, before: &WorkspaceState, top: CompiledRules, mut dirty: Dirty) -> Result<ScanResult> {
-    let mut asked = HashSet::new();
+fn walk_partial(
+    walk: &WorkspaceWalk<'_>,
+    last: &WorkspaceState,
+    rules: CompiledRules,
+    mut dirty: Dirty,
+) -> Result<ScanResult> {
+    let mut visited = HashSet::new();
     loop {
-        let found = walk.part(&before.root, top.clone(), &dirty)?;
-        let linked: HashSet<u64> = unread_in(&found)
+        let result = walk.partial(&last.root, rules.clone(), &dirty)?;
+        let linked: HashSet<u64> = result
+            .unread()
             .iter()
             .filter(|unread| unread.stat.kind() == FileKind::Regular && unread.stat.nlink > 1)
             .map(|unread| unread.stat.ino)
-            .chain(walk.linked_out.lock().unwrap_or_else(PoisonError::into_inner).iter().copied())
-            .filter(|file| !asked.contains(file))
+            .chain(walk.findings.linked_out.lock().unwrap_or_else(PoisonError::into_inner).iter().copied())
+            .filter(|inode| !visited.contains(inode))
             .collect();
         if linked.is_empty() {
-            return Ok(found);
+            return Ok(result);
         }
         // A write under one name of a file changes its other names, whatever their fingerprints are.
-        before.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
-        asked.extend(linked);
+        last.names_of(&linked).iter().for_each(|path| dirty.mark_written(path));
+        visited.extend(linked);
     }
 }
 
 /// Says whether the ignore files outside the covered tree are unchanged.
-fn rules_hold(before: &WorkspaceState, real: &Path, location: Option<&Location>) -> bool {
-    let above = if before.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
-    above.into_iter().map(with_state).eq(before.above.iter().cloned())
-        && before.nested.iter().all(|source| with_state(source.0.clone()) == *source)
+fn rules_unchanged(last: &WorkspaceState, real: &Path, location: Option<&Location>) -> bool {
+    let above = if last.rules.use_gitignore { IgnoreChain::sources_above(real, location) } else { Vec::new() };
+    above.into_iter().map(with_fingerprint).eq(last.above.iter().cloned())
+        && last.nested.iter().all(|source| with_fingerprint(source.0.clone()) == *source)
 }
 
 /// Returns the path of a mount point below the workspace.
-fn place_below(real: &Path, mount: &str) -> Option<RelPath> {
-    use std::os::unix::ffi::OsStrExt;
+fn path_of_mount(real: &Path, mount: &str) -> Option<RelPath> {
     let place = mounts::place(mount.as_bytes())?;
     RelPath::new(place.strip_prefix(real).ok()?.as_os_str().as_bytes().to_vec()).ok()
 }
 
 /// Lists the paths of files that are mapped writable, with all names of linked ones.
-fn mapped_paths(mapped: &Mapped, before: Option<&WorkspaceState>) -> BTreeSet<RelPath> {
+fn mapped_paths(mapped: &Mapped, last: Option<&WorkspaceState>) -> BTreeSet<RelPath> {
     let mut paths: BTreeSet<RelPath> = mapped.paths.keys().cloned().collect();
-    let Some(before) = before else { return paths };
+    let Some(last) = last else { return paths };
     let mut inodes = mapped.inodes.clone();
     for (path, inode) in &mapped.paths {
-        // The inode may have another name: it was renamed, or the mapping process sees it under another path in
-        // a container.
-        let alone =
-            matches!(before.root.find(path), Some(Node::File(file)) if file.seen.ino == *inode && !file.remarks.linked);
-        if !alone {
+        // The inode may have another name: it was renamed, or the mapping process sees it under another path in a
+        // container.
+        let has_one_name = matches!(
+            last.root.find(path),
+            Some(Node::File(file)) if file.fingerprint.ino == *inode && !file.remarks.linked
+        );
+        if !has_one_name {
             inodes.insert(*inode);
         }
     }
     if !inodes.is_empty() {
-        paths.extend(before.names_of(&inodes));
+        paths.extend(last.names_of(&inodes));
     }
     paths
-}
-
-/// Says whether a directory is part of the result.
-fn holds_dir(found: &ScanResult, path: &RelPath) -> bool {
-    let mut at = found;
-    let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty());
-    while let ScanResult::New(dir) = at {
-        let Some(name) = names.next() else { return true };
-        match dir.entries.binary_search_by(|entry| entry.name().cmp(name)).ok().map(|at| &dir.entries[at]) {
-            Some(Entry::Anew(_, ScannedNode::Below(below))) => at = below,
-            Some(Entry::Kept(child)) => return holds_dir_in(child, names),
-            _ => return false,
-        }
-    }
-    let ScanResult::Same(dir) = at else { return false };
-    match names.next() {
-        None => true,
-        Some(name) => dir.child(name).is_some_and(|child| holds_dir_in(child, names)),
-    }
-}
-
-/// Says whether the child, and each of these names below it, is a directory.
-fn holds_dir_in<'n>(child: &Child, names: impl Iterator<Item = &'n [u8]>) -> bool {
-    let mut node = &child.node;
-    for name in names {
-        let Node::Dir(dir) = node else { return false };
-        let Some(child) = dir.child(name) else { return false };
-        node = &child.node;
-    }
-    matches!(node, Node::Dir(_))
-}
-
-/// Lists the entries whose content must be read, in the order of the tree.
-pub(crate) fn unread_in(found: &ScanResult) -> Vec<&Unread> {
-    fn gather<'f>(found: &'f ScanResult, unread: &mut Vec<&'f Unread>) {
-        if let ScanResult::New(dir) = found {
-            for entry in &dir.entries {
-                match entry {
-                    Entry::Anew(_, ScannedNode::Unread(entry)) => unread.push(entry),
-                    Entry::Anew(_, ScannedNode::Below(found)) => gather(found, unread),
-                    Entry::Anew(_, ScannedNode::Known(_)) | Entry::Kept(_) => {}
-                }
-            }
-        }
-    }
-    let mut unread = Vec::new();
-    gather(found, &mut unread);
-    unread
-}
-
-fn count_files(found: &ScanResult) -> u64 {
-    match found {
-        ScanResult::Same(dir) => dir.totals.files + dir.totals.skipped,
-        ScanResult::New(dir) => dir
-            .entries
-            .iter()
-            .map(|entry| match entry {
-                Entry::Anew(_, ScannedNode::Known(_) | ScannedNode::Unread(_)) => 1,
-                Entry::Anew(_, ScannedNode::Below(found)) => count_files(found),
-                Entry::Kept(child) => match &child.node {
-                    Node::Dir(dir) => dir.totals.files + dir.totals.skipped,
-                    Node::File(_) | Node::Special { .. } | Node::Skipped { .. } | Node::Draft => 1,
-                },
-            })
-            .sum(),
-    }
 }
 
 /// Returns the wall clock time in nanoseconds since 1970.

@@ -24,12 +24,11 @@ use std::time::{Duration, Instant};
 use crate::History;
 use crate::errors::{HistoryError, Result};
 use crate::progress::OnProgress;
-use crate::store::objects::ObjectStore;
 use crate::store::oid::Oid;
 use crate::store::pack_reader::PackReader;
+use crate::store::pack_removal::{CONSOLIDATION_DIR, ChosenPacks, LaterNeeds, remove_if_exists};
 use crate::store::reachability::Reachability;
-use crate::store::repack::{Manner, Repack};
-use crate::store::sweep::remove;
+use crate::store::repack::{Repack, RepackEffort};
 use crate::tree::confined_dir::sync_dir;
 use fermata_failpoint as failpoint;
 
@@ -49,19 +48,15 @@ const SPARE: u64 = 64 << 20;
 /// The number of removed checkpoints from which a search for unneeded objects is worth its cost.
 const REMOVED: u64 = 8;
 
-/// The directory below `pending/` in which the new pack is written. After a crash it may belong to an
-/// unfinished swap.
-pub(crate) const DRAFT: &str = "consolidation";
-
 /// Which packs are consolidated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Extent {
     /// Every pack with unneeded objects, and no others: used when the disk is full.
-    Room,
+    FreeSpace,
     /// Packs with many unneeded objects, and those that join them.
     Waste,
     /// As `Waste`, and all fresh packs once there are many.
-    Due,
+    ManyFresh,
     /// As `Waste`, and all fresh packs even if they are few.
     Fresh,
     /// All packs: the smallest result, at the cost of reading and writing everything.
@@ -118,19 +113,19 @@ impl History {
     /// Fails when a pack cannot be opened.
     pub fn pack_stats(&self) -> Result<PackStats> {
         let candidates = self.candidates()?;
-        let index = |one: &Candidate| one.reader.index.size();
+        let index = |candidate: &Candidate| candidate.reader.index.size();
         Ok(PackStats {
             packs: candidates.len() as u64,
-            fresh: candidates.iter().filter(|one| one.fresh).count() as u64,
-            bytes: candidates.iter().map(|one| one.bytes + index(one)).sum(),
+            fresh: candidates.iter().filter(|candidate| candidate.fresh).count() as u64,
+            bytes: candidates.iter().map(|candidate| candidate.bytes + index(candidate)).sum(),
         })
     }
 
     /// Returns the extent for which [`History::consolidate`] has become worth its cost: there are many fresh
     /// packs, checkpoints were removed, or damaged objects have good copies. Cheap.
-    pub fn due(&self) -> Option<Extent> {
-        if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| is_due(&all)) {
-            Some(Extent::Due)
+    pub fn worthwhile_extent(&self) -> Option<Extent> {
+        if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| has_many_fresh(&all)) {
+            Some(Extent::ManyFresh)
         } else if self.removed.load(Ordering::Relaxed) >= REMOVED || !self.objects.mendable(|_| true).is_empty() {
             Some(Extent::Waste)
         } else {
@@ -149,12 +144,12 @@ impl History {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(Attempt::Busy),
         };
-        if !self.clear_draft()? {
+        if !self.clear_consolidation_dir()? {
             return Ok(Attempt::Busy);
         }
         self.objects.refresh()?;
         let candidates = self.candidates()?;
-        if extent == Extent::Due && !is_due(&candidates) {
+        if extent == Extent::ManyFresh && !has_many_fresh(&candidates) {
             return Ok(Attempt::Nothing(None));
         }
         let removed = self.removed.load(Ordering::Relaxed);
@@ -174,39 +169,39 @@ impl History {
         cancel: &AtomicBool,
     ) -> Result<Attempt> {
         let roots = self.roots()?;
-        let reach = match Reachability::of(&self.objects, &roots, &[], cancel) {
-            Ok(reach) => reach,
+        let needed = match Reachability::of(&self.objects, &roots, &[], cancel) {
+            Ok(needed) => needed,
             // A checkpoint was removed and swept during the walk; the next attempt does not include it.
             Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => {
                 return Ok(Attempt::Busy);
             }
             Err(error) => return Err(error),
         };
-        let mendable = self.objects.mendable(|oid| reach.needs(oid));
-        let (packs, wasted) = choose(candidates, &reach, &mendable, extent)?;
+        let mendable = self.objects.mendable(|oid| needed.needs(oid));
+        let (packs, wasted) = choose(candidates, &needed, &mendable, extent)?;
         if packs.is_empty() {
             return Ok(Attempt::Nothing(Some(wasted)));
         }
-        let names: HashSet<String> = packs.iter().map(|one| one.reader.index.name.clone()).collect();
-        let bytes_before = packs.iter().map(|one| one.bytes + one.reader.index.size()).sum();
-        let old = Old { names, walked: roots.iter().copied().collect(), reach: &reach };
-        let readers = packs.into_iter().map(|one| one.reader).collect();
-        let plan = Repack::plan(&reach, readers, Manner::Patience, |pack, oid| {
-            self.objects.contains_outside(oid, &old.names) || self.objects.is_replaced(pack, oid)
+        let names: HashSet<String> = packs.iter().map(|candidate| candidate.reader.index.name.clone()).collect();
+        let bytes_before = packs.iter().map(|candidate| candidate.bytes + candidate.reader.index.size()).sum();
+        let chosen = ChosenPacks { names, walked: roots.iter().copied().collect(), needed: &needed };
+        let readers = packs.into_iter().map(|candidate| candidate.reader).collect();
+        let plan = Repack::plan(&needed, readers, RepackEffort::Thorough, |pack, oid| {
+            self.objects.contains_outside(oid, &chosen.names) || self.objects.is_replaced(pack, oid)
         })?;
-        let report = Consolidated { packs: old.names.len() as u64, bytes_before, wasted, ..Consolidated::default() };
-        let draft = self.pending().join(DRAFT);
+        let report = Consolidated { packs: chosen.names.len() as u64, bytes_before, wasted, ..Consolidated::default() };
+        let dir = self.pending().join(CONSOLIDATION_DIR);
         if plan.objects() == 0 {
-            fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
-            let swapped = self.swap(None, &old, cancel)?;
-            self.remove_draft()?;
+            fs::create_dir(&dir).map_err(HistoryError::io("create", &dir))?;
+            let swapped = self.swap(None, &chosen, cancel)?;
+            self.remove_consolidation_dir()?;
             return Ok(if swapped { Attempt::Done(report) } else { Attempt::Busy });
         }
         self.check_space(bytes_before)?;
-        let done = self.write_and_swap(plan, &old, report, progress, cancel);
-        self.objects.rest();
+        let done = self.write_and_swap(plan, &chosen, report, progress, cancel);
+        self.objects.free_cache();
         if done.is_ok() || !self.swap_has_begun() {
-            self.remove_draft()?;
+            self.remove_consolidation_dir()?;
         }
         done
     }
@@ -214,51 +209,33 @@ impl History {
     fn write_and_swap(
         &self,
         plan: Repack<'_>,
-        old: &Old<'_>,
+        chosen: &ChosenPacks<'_>,
         mut report: Consolidated,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<Attempt> {
-        let draft = self.pending().join(DRAFT);
-        fs::create_dir(&draft).map_err(HistoryError::io("create", &draft))?;
-        let (finished, counts) = plan.write(&draft, progress, cancel)?;
-        sync_dir(&self.pending()).map_err(HistoryError::io("flush", &draft))?;
-        failpoint::check("history.consolidation.written").map_err(HistoryError::io("write", &draft))?;
-        let index = draft.join(format!("{}.idx", finished.name));
+        let dir = self.pending().join(CONSOLIDATION_DIR);
+        fs::create_dir(&dir).map_err(HistoryError::io("create", &dir))?;
+        let (finished, counts) = plan.write(&dir, progress, cancel)?;
+        sync_dir(&self.pending()).map_err(HistoryError::io("flush", &dir))?;
+        failpoint::check("history.consolidation.written").map_err(HistoryError::io("write", &dir))?;
+        let index = dir.join(format!("{}.idx", finished.name));
         report.objects = finished.objects;
         report.deltas = counts.deltas;
         report.bytes_after = finished.bytes + fs::metadata(index).map_or(0, |meta| meta.len());
-        let swapped = self.swap(Some(&finished.name), old, cancel)?;
+        let swapped = self.swap(Some(&finished.name), chosen, cancel)?;
         Ok(if swapped { Attempt::Done(report) } else { Attempt::Busy })
     }
 
     /// Removes the files of an earlier consolidation; returns `false` if a snapshot prevents it.
-    fn clear_draft(&self) -> Result<bool> {
-        if !self.pending().join(DRAFT).exists() {
+    fn clear_consolidation_dir(&self) -> Result<bool> {
+        if !self.pending().join(CONSOLIDATION_DIR).exists() {
             return Ok(true);
         }
         if self.swap_has_begun() && !self.sweep_packs(&mut crate::SweepReport::default(), true)? {
             return Ok(false);
         }
-        self.remove_draft().map(|()| true)
-    }
-
-    /// Says whether the new pack was already moved, so that old and new packs may coexist.
-    pub(crate) fn swap_has_begun(&self) -> bool {
-        match fs::read_dir(self.pending().join(DRAFT)) {
-            Ok(entries) => !entries.flatten().any(|one| one.file_name().to_string_lossy().ends_with(".pack")),
-            Err(_) => false,
-        }
-    }
-
-    pub(crate) fn remove_draft(&self) -> Result<()> {
-        let draft = self.pending().join(DRAFT);
-        match fs::remove_dir_all(&draft) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(HistoryError::io("remove", &draft)(error))
-            }
-            _ => Ok(()),
-        }
+        self.remove_consolidation_dir().map(|()| true)
     }
 
     /// Fails if the disk has too little space. The new pack is never larger than those that it replaces.
@@ -273,20 +250,6 @@ impl History {
         Ok(())
     }
 
-    /// Lists the commits whose objects must stay: those of published checkpoints, and those of the workspace
-    /// state on the disk and in memory.
-    pub(crate) fn roots(&self) -> Result<Vec<Oid>> {
-        let mut commits = Vec::new();
-        for number in self.refs.list()? {
-            // A checkpoint may be removed after it was listed.
-            commits.extend(self.refs.find(number)?);
-        }
-        let known = self.known().0.map(|picture| picture.commit);
-        // A damaged or cleared store may have lost these commits; the workspace state is then not trusted.
-        commits.extend(self.refs.base()?.into_iter().chain(known).filter(|commit| self.objects.has(commit)));
-        Ok(commits)
-    }
-
     /// Says whether one of these commits no longer has to stay.
     fn have_gone(&self, roots: &[Oid]) -> Result<bool> {
         let now: HashSet<Oid> = self.roots()?.into_iter().collect();
@@ -297,12 +260,12 @@ impl History {
         let mut found = Vec::new();
         for index in self.objects.indexes() {
             let name = index.name.clone();
-            let one = self.objects.reader(&index).and_then(|reader| {
+            let candidate = self.objects.reader(&index).and_then(|reader| {
                 let bytes = reader.length()?;
                 Ok(Candidate { bytes, fresh: reader.is_fresh(), reader })
             });
-            match one {
-                Ok(one) => found.push(one),
+            match candidate {
+                Ok(candidate) => found.push(candidate),
                 // A sweep has removed it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(HistoryError::io("open pack", Path::new(&name))(error)),
@@ -313,14 +276,14 @@ impl History {
 
     /// Replaces the old packs by the new one; returns `false` if snapshots prevent it. Waits for a moment
     /// without snapshots, up to a limit.
-    fn swap(&self, new: Option<&str>, old: &Old<'_>, cancel: &AtomicBool) -> Result<bool> {
+    fn swap(&self, new: Option<&str>, chosen: &ChosenPacks<'_>, cancel: &AtomicBool) -> Result<bool> {
         let start = Instant::now();
         // Checkpoints published meanwhile are walked before the lock is taken.
-        let ahead = match old.ahead(self.roots()?, &self.objects, cancel) {
-            Ok(ahead) => ahead,
+        let later = match chosen.later(self.roots()?, &self.objects, cancel) {
+            Ok(later) => later,
             Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
             // A checkpoint was removed and swept, or is damaged; the check under the lock tells which.
-            Err(_) => Ahead::default(),
+            Err(_) => LaterNeeds::default(),
         };
         let _writer = loop {
             let writer = self.lock_writer();
@@ -337,7 +300,7 @@ impl History {
             }
             std::thread::sleep(TURN);
         };
-        let swapped = self.swap_now(new, old, &ahead, cancel);
+        let swapped = self.swap_now(new, chosen, &later, cancel);
         // Also after a failure, since some packs may be gone.
         self.objects.refresh()?;
         if matches!(swapped, Ok(true)) {
@@ -347,21 +310,27 @@ impl History {
     }
 
     /// As [`History::swap`]; the caller holds the writer lock.
-    fn swap_now(&self, new: Option<&str>, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
+    fn swap_now(
+        &self,
+        new: Option<&str>,
+        chosen: &ChosenPacks<'_>,
+        later: &LaterNeeds,
+        cancel: &AtomicBool,
+    ) -> Result<bool> {
         self.objects.refresh()?;
-        if !self.allows(old, ahead, cancel)? {
+        if !self.allows(chosen, later, cancel)? {
             tracing::debug!("a new checkpoint needs objects of the old packs; the consolidation is postponed");
             return Ok(false);
         }
-        let (from, to) = (self.pending().join(DRAFT), self.objects.pack_dir());
+        let (from, to) = (self.pending().join(CONSOLIDATION_DIR), self.objects.pack_dir());
         if let Some(new) = new {
             self.install(&from, new, || failpoint::check("history.consolidation.moved"))?;
         }
         failpoint::check("history.consolidation.before_removal").map_err(HistoryError::io("remove packs of", &to))?;
-        for name in old.names.iter().filter(|name| Some(name.as_str()) != new) {
+        for name in chosen.names.iter().filter(|name| Some(name.as_str()) != new) {
             // A pack without an index is invisible. The pack itself is removed later, since freeing a large
             // file may take long.
-            remove(&to.join(format!("{name}.idx")))?;
+            remove_if_exists(&to.join(format!("{name}.idx")))?;
             failpoint::check("history.consolidation.removed").map_err(HistoryError::io("remove packs of", &to))?;
             let pack = to.join(format!("{name}.pack"));
             match fs::rename(&pack, from.join(format!("{name}.gone"))) {
@@ -375,102 +344,67 @@ impl History {
         sync_dir(&to).map_err(HistoryError::io("flush", &to))?;
         Ok(true)
     }
-
-    /// Says whether every object that is needed now was either walked or is in a pack that stays. The caller
-    /// holds the writer lock, and no snapshot is in progress.
-    pub(crate) fn allows(&self, old: &Old<'_>, ahead: &Ahead, cancel: &AtomicBool) -> Result<bool> {
-        let mut roots = self.roots()?;
-        roots.retain(|commit| !old.walked.contains(commit) && !ahead.walked.contains(commit));
-        let since = Reachability::of(&self.objects, &roots, &[old.reach, &ahead.reach], cancel)?;
-        let goes = |oid: &Oid| self.objects.has(oid) && !self.objects.contains_outside(oid, &old.names);
-        Ok(!ahead.reach.nodes().iter().chain(since.nodes()).any(|node| goes(&node.oid)))
-    }
 }
 
-/// The packs to be removed, and the objects that were needed when they were chosen.
-pub(crate) struct Old<'a> {
-    /// The names of the packs.
-    pub names: HashSet<String>,
-    /// The commits that were walked.
-    pub walked: HashSet<Oid>,
-    /// The objects that these commits need.
-    pub reach: &'a Reachability,
-}
-
-/// The objects that became needed after the packs were chosen.
-#[derive(Default)]
-pub(crate) struct Ahead {
-    walked: HashSet<Oid>,
-    reach: Reachability,
-}
-
-impl Old<'_> {
-    fn ahead(&self, mut roots: Vec<Oid>, objects: &ObjectStore, cancel: &AtomicBool) -> Result<Ahead> {
-        roots.retain(|commit| !self.walked.contains(commit));
-        let reach = Reachability::of(objects, &roots, &[self.reach], cancel)?;
-        Ok(Ahead { walked: roots.into_iter().collect(), reach })
-    }
-}
-
-fn is_due(candidates: &[Candidate]) -> bool {
-    candidates.iter().filter(|one| one.fresh).count() >= MANY
+fn has_many_fresh(candidates: &[Candidate]) -> bool {
+    candidates.iter().filter(|candidate| candidate.fresh).count() >= MANY
 }
 
 /// Chooses the packs to consolidate and returns the number of unneeded bytes in the others.
 fn choose(
     candidates: Vec<Candidate>,
-    reach: &Reachability,
+    needed: &Reachability,
     mendable: &HashSet<String>,
     extent: Extent,
 ) -> Result<(Vec<Candidate>, u64)> {
     let mut chosen = Vec::new();
     let mut others = Vec::new();
     let all = candidates.len();
-    for one in candidates {
+    for candidate in candidates {
         let joins = match extent {
-            Extent::Room | Extent::Waste => false,
-            Extent::Due | Extent::Fresh | Extent::Everything => one.fresh,
+            Extent::FreeSpace | Extent::Waste => false,
+            Extent::ManyFresh | Extent::Fresh | Extent::Everything => candidate.fresh,
         };
-        let tolerable = if extent == Extent::Room { 0 } else { one.bytes / WASTE };
-        let wasted = waste(&one, reach)?;
-        if joins || wasted > tolerable || mendable.contains(&one.reader.index.name) {
-            chosen.push(one);
+        let tolerable = if extent == Extent::FreeSpace { 0 } else { candidate.bytes / WASTE };
+        let wasted = waste(&candidate, needed)?;
+        if joins || wasted > tolerable || mendable.contains(&candidate.reader.index.name) {
+            chosen.push(candidate);
         } else {
-            others.push((one, wasted));
+            others.push((candidate, wasted));
         }
     }
     match extent {
         Extent::Everything if all == 1 => {}
-        Extent::Everything => chosen.extend(others.drain(..).map(|(one, _)| one)),
-        Extent::Room => {}
-        Extent::Waste | Extent::Due | Extent::Fresh if chosen.is_empty() => {}
-        Extent::Waste | Extent::Due | Extent::Fresh => {
-            let mut bytes: u64 = chosen.iter().map(|one| one.bytes).sum();
-            others.sort_by_key(|(one, _)| one.bytes);
+        Extent::Everything => chosen.extend(others.drain(..).map(|(candidate, _)| candidate)),
+        Extent::FreeSpace => {}
+        Extent::Waste | Extent::ManyFresh | Extent::Fresh if chosen.is_empty() => {}
+        Extent::Waste | Extent::ManyFresh | Extent::Fresh => {
+            let mut bytes: u64 = chosen.iter().map(|candidate| candidate.bytes).sum();
+            others.sort_by_key(|(candidate, _)| candidate.bytes);
             let mut joining = 0;
-            for (one, _) in &others {
-                if one.bytes > bytes.saturating_mul(GROWTH) {
+            for (candidate, _) in &others {
+                if candidate.bytes > bytes.saturating_mul(GROWTH) {
                     break;
                 }
-                bytes += one.bytes;
+                bytes += candidate.bytes;
                 joining += 1;
             }
-            chosen.extend(others.drain(..joining).map(|(one, _)| one));
+            chosen.extend(others.drain(..joining).map(|(candidate, _)| candidate));
         }
     }
     // Consolidated packs come first: if several packs have an object, the first entry is taken.
-    chosen.sort_by_key(|one| one.fresh);
+    chosen.sort_by_key(|candidate| candidate.fresh);
     Ok((chosen, others.iter().map(|(_, wasted)| wasted).sum()))
 }
 
 /// Returns the number of unneeded bytes in a pack.
-fn waste(one: &Candidate, reach: &Reachability) -> Result<u64> {
-    let name = Path::new(&one.reader.index.name);
-    let layout = one.reader.index.layout().map_err(HistoryError::io("read the index of", name))?;
-    let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([one.bytes]);
+fn waste(candidate: &Candidate, needed: &Reachability) -> Result<u64> {
+    let name = Path::new(&candidate.reader.index.name);
+    let layout = candidate.reader.index.layout().map_err(HistoryError::io("read the index of", name))?;
+    let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([candidate.bytes]);
     let unneeded = layout
         .iter()
         .zip(ends)
-        .filter(|((_, n), _)| !one.reader.index.oid(*n as usize).is_some_and(|oid| reach.needs(&oid)));
+        .filter(|((_, n), _)| !candidate.reader.index.oid(*n as usize).is_some_and(|oid| needed.needs(&oid)));
     Ok(unneeded.map(|((at, _), end)| end.saturating_sub(*at)).sum())
 }

@@ -33,7 +33,7 @@ pub(crate) fn encode(base: &[u8], target: &[u8], max: usize) -> Option<Vec<u8>> 
     let shorter = base.len().min(target.len());
     let prefix = base.iter().zip(target).take_while(|(a, b)| a == b).count();
     let suffix = base.iter().rev().zip(target.iter().rev()).take(shorter - prefix).take_while(|(a, b)| a == b).count();
-    let mut out = Output { bytes: Vec::new(), literal: 0, max };
+    let mut out = DeltaWriter { bytes: Vec::new(), literal: 0, max };
     put_size(&mut out.bytes, base.len());
     put_size(&mut out.bytes, target.len());
     let end = target.len() - suffix;
@@ -59,7 +59,7 @@ fn encode_middle(
     target: &[u8],
     start: usize,
     end: usize,
-    out: &mut Output,
+    out: &mut DeltaWriter,
 ) -> Option<()> {
     if within.len() < BLOCK || end - start < BLOCK {
         return Some(());
@@ -89,14 +89,14 @@ fn encode_middle(
     }
 }
 
-struct Output {
+struct DeltaWriter {
     bytes: Vec<u8>,
     /// The offset in the target from which bytes are not written yet.
     literal: usize,
     max: usize,
 }
 
-impl Output {
+impl DeltaWriter {
     fn insert_until(&mut self, target: &[u8], end: usize) -> Option<()> {
         for piece in target.get(self.literal..end).unwrap_or_default().chunks(MAX_INSERT) {
             self.bytes.push(piece.len() as u8);

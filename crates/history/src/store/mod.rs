@@ -10,6 +10,8 @@ pub(crate) mod pack;
 pub(crate) mod pack_entry;
 pub(crate) mod pack_index;
 pub(crate) mod pack_reader;
+pub(crate) mod pack_removal;
+pub(crate) mod pending;
 pub(crate) mod publish;
 pub(crate) mod reachability;
 pub(crate) mod refs;

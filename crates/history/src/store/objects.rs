@@ -16,7 +16,7 @@ use crate::store::damaged_objects::DamagedObjects;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::store::pack_entry::Stored;
 use crate::store::pack_index::PackIndex;
-use crate::store::pack_reader::{Content, PackReader, Remembered};
+use crate::store::pack_reader::{ContentCache, ObjectContent, PackReader};
 
 const OPEN_PACKS: usize = 16;
 /// How often a reader retries after packs were replaced.
@@ -28,11 +28,11 @@ pub struct ObjectStore {
     listed: Mutex<Option<SystemTime>>,
     packs: RwLock<Vec<Arc<PackIndex>>>,
     open: Mutex<VecDeque<PackReader>>,
-    remembered: Remembered,
+    cache: ContentCache,
     /// The largest object that is read into memory, in bytes.
     limit: u64,
     /// Locked after `packs` if both are.
-    distrusted: RwLock<DamagedObjects>,
+    damaged: RwLock<DamagedObjects>,
 }
 
 /// An object whose content is read as a stream.
@@ -49,7 +49,7 @@ impl Read for ObjectReader {
 }
 
 impl ObjectReader {
-    fn of((kind, content): Content) -> ObjectReader {
+    fn of((kind, content): ObjectContent) -> ObjectReader {
         ObjectReader { kind, size: content.len() as u64, content: Box::new(io::Cursor::new(content)) }
     }
 }
@@ -64,9 +64,9 @@ impl ObjectStore {
             listed: Mutex::default(),
             packs: RwLock::new(Vec::new()),
             open: Mutex::new(VecDeque::new()),
-            remembered: Remembered::default(),
+            cache: ContentCache::default(),
             limit: u64::MAX,
-            distrusted: RwLock::new(DamagedObjects::load(objects.parent().unwrap_or(objects))),
+            damaged: RwLock::new(DamagedObjects::load(objects.parent().unwrap_or(objects))),
         };
         store.refresh()?;
         Ok(store)
@@ -113,10 +113,10 @@ impl ObjectStore {
                 names.push(name.to_owned());
             }
         }
-        let known = self.indexes();
+        let loaded = self.indexes();
         let mut packs = Vec::with_capacity(names.len());
         for name in names {
-            match known.iter().find(|pack| pack.name == name) {
+            match loaded.iter().find(|pack| pack.name == name) {
                 Some(pack) => packs.push(Arc::clone(pack)),
                 None => match PackIndex::load(&dir, &name) {
                     Ok(pack) => packs.push(Arc::new(pack)),
@@ -132,25 +132,25 @@ impl ObjectStore {
     }
 
     /// Empties the cache of objects.
-    pub fn rest(&self) {
-        self.remembered.forget();
+    pub fn free_cache(&self) {
+        self.cache.clear();
     }
 
     pub(crate) fn indexes(&self) -> Vec<Arc<PackIndex>> {
         self.packs.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    fn is_marked_damaged(&self) -> RwLockReadGuard<'_, DamagedObjects> {
-        self.distrusted.read().unwrap_or_else(PoisonError::into_inner)
+    fn damaged_objects(&self) -> RwLockReadGuard<'_, DamagedObjects> {
+        self.damaged.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Finds an object, preferring copies that are not known to be damaged.
     fn find(&self, oid: &Oid) -> Option<(Arc<PackIndex>, u64)> {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.is_marked_damaged();
+        let damaged = self.damaged_objects();
         let mut copies = packs.iter().filter_map(|pack| pack.find(oid).map(|offset| (pack, offset)));
         let first = copies.next()?;
-        let good = |(pack, _): &(&Arc<PackIndex>, u64)| !distrusted.is_bad(oid, &pack.name);
+        let good = |(pack, _): &(&Arc<PackIndex>, u64)| !damaged.is_bad(oid, &pack.name);
         let (pack, offset) = if good(&first) { first } else { copies.find(good).unwrap_or(first) };
         Some((Arc::clone(pack), offset))
     }
@@ -158,8 +158,8 @@ impl ObjectStore {
     /// Says whether a published pack has a copy of the object that is not known to be damaged.
     pub fn contains(&self, oid: &Oid) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.is_marked_damaged();
-        packs.iter().any(|pack| pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name))
+        let damaged = self.damaged_objects();
+        packs.iter().any(|pack| pack.position(oid).is_some() && !damaged.is_bad(oid, &pack.name))
     }
 
     /// Says whether a published pack has a copy of the object, damaged or not.
@@ -171,34 +171,33 @@ impl ObjectStore {
     pub(crate) fn mark_damaged(&self, ids: &[Oid]) {
         let found: Vec<_> = ids.iter().filter_map(|oid| Some((*oid, self.pack_of(oid)?))).collect();
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let mut distrusted = self.distrusted.write().unwrap_or_else(PoisonError::into_inner);
-        distrusted.retain(|name| packs.iter().any(|pack| pack.name == name));
-        found.into_iter().for_each(|(oid, pack)| distrusted.add(oid, pack));
-        if let Err(error) = distrusted.save() {
+        let mut damaged = self.damaged.write().unwrap_or_else(PoisonError::into_inner);
+        damaged.retain(|name| packs.iter().any(|pack| pack.name == name));
+        found.into_iter().for_each(|(oid, pack)| damaged.add(oid, pack));
+        if let Err(error) = damaged.save() {
             tracing::warn!(%error, "failed to save the list of damaged objects; it is lost when the daemon ends");
         }
     }
 
     /// Says whether every existing object has a copy that is not known to be damaged.
     pub(crate) fn is_sound(&self) -> bool {
-        let bad: Vec<Oid> = self.is_marked_damaged().all().map(|(oid, _)| *oid).collect();
+        let bad: Vec<Oid> = self.damaged_objects().all().map(|(oid, _)| *oid).collect();
         bad.iter().all(|oid| self.contains(oid) || !self.has(oid))
     }
 
     /// Says whether the copy of an object in a pack is damaged and another copy is not.
     pub(crate) fn is_replaced(&self, pack: &str, oid: &Oid) -> bool {
         // A separate statement, so that the lock is released before the lookup.
-        let bad = self.is_marked_damaged().is_bad(oid, pack);
+        let bad = self.damaged_objects().is_bad(oid, pack);
         bad && self.contains(oid)
     }
 
     /// Lists the packs with damaged copies, except those that have the only copy of a `needed` object.
     pub(crate) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
-        if self.is_marked_damaged().is_empty() {
+        if self.damaged_objects().is_empty() {
             return HashSet::new();
         }
-        let bad: Vec<(Oid, String)> =
-            self.is_marked_damaged().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
+        let bad: Vec<(Oid, String)> = self.damaged_objects().all().map(|(oid, pack)| (*oid, pack.to_owned())).collect();
         let (good, lost): (Vec<_>, Vec<_>) = bad.into_iter().partition(|(oid, _)| self.contains(oid) || !needed(oid));
         let mut packs: HashSet<String> = good.into_iter().map(|(_, pack)| pack).collect();
         packs.retain(|name| self.has_pack(name));
@@ -218,9 +217,9 @@ impl ObjectStore {
     /// Says whether a pack other than `without` has a copy of the object that is not known to be damaged.
     pub(crate) fn contains_outside(&self, oid: &Oid, without: &HashSet<String>) -> bool {
         let packs = self.packs.read().unwrap_or_else(PoisonError::into_inner);
-        let distrusted = self.is_marked_damaged();
+        let damaged = self.damaged_objects();
         packs.iter().any(|pack| {
-            !without.contains(&pack.name) && pack.position(oid).is_some() && !distrusted.is_bad(oid, &pack.name)
+            !without.contains(&pack.name) && pack.position(oid).is_some() && !damaged.is_bad(oid, &pack.name)
         })
     }
 
@@ -263,20 +262,20 @@ impl ObjectStore {
     pub fn open_object(&self, oid: &Oid) -> Result<ObjectReader> {
         let damaged = |error: io::Error| HistoryError::DamagedObject { oid: *oid, problem: error.to_string() };
         let Some((reader, at)) = self.locate(oid)? else {
-            return self.through_library(oid);
+            return self.read_with_libgit2(oid);
         };
-        let head = reader.head(at).map_err(damaged)?;
-        match head.stored {
-            Stored::Whole(kind) => {
-                Ok(ObjectReader { kind, size: head.size, content: Box::new(reader.inflate(at, &head)) })
+        let header = reader.header(at).map_err(damaged)?;
+        match header.stored {
+            Stored::Complete(kind) => {
+                Ok(ObjectReader { kind, size: header.size, content: Box::new(reader.inflate(at, &header)) })
             }
-            Stored::Behind(_) | Stored::Named(_) => {
-                reader.resolve(at, &self.remembered).map(ObjectReader::of).map_err(damaged)
+            Stored::DeltaAt(_) | Stored::DeltaTo(_) => {
+                reader.resolve(at, &self.cache).map(ObjectReader::of).map_err(damaged)
             }
         }
     }
 
-    fn through_library(&self, oid: &Oid) -> Result<ObjectReader> {
+    fn read_with_libgit2(&self, oid: &Oid) -> Result<ObjectReader> {
         let missing = HistoryError::MissingObject { oid: *oid };
         let Some(path) = self.objects.to_str().filter(|_| self.limit == u64::MAX) else {
             return Err(missing);
@@ -297,23 +296,25 @@ impl ObjectStore {
             git2::ObjectType::Commit => ObjectKind::Commit,
             git2::ObjectType::Tree => ObjectKind::Tree,
             git2::ObjectType::Blob => ObjectKind::Blob,
-            other => return Err(damaged(format!("it has the unexpected kind {other}"))),
+            other @ (git2::ObjectType::Any | git2::ObjectType::Tag) => {
+                return Err(damaged(format!("it has the unexpected kind {other}")));
+            }
         };
         Ok(ObjectReader::of((kind, content.into())))
     }
 
     /// Reads an object of known kind into memory: a tree, a commit or metadata.
     pub fn read(&self, oid: &Oid, kind: ObjectKind) -> Result<Vec<u8>> {
-        self.share(oid, kind).map(|content| content.to_vec())
+        self.read_shared(oid, kind).map(|content| content.to_vec())
     }
 
     /// As [`ObjectStore::read`], but shares the content with the cache.
-    pub(crate) fn share(&self, oid: &Oid, kind: ObjectKind) -> Result<Arc<[u8]>> {
+    pub(crate) fn read_shared(&self, oid: &Oid, kind: ObjectKind) -> Result<Arc<[u8]>> {
         let damaged = |problem: String| HistoryError::DamagedObject { oid: *oid, problem };
         let (found, content) = match self.locate(oid)? {
-            Some((reader, at)) => reader.resolve(at, &self.remembered).map_err(|error| damaged(error.to_string()))?,
+            Some((reader, at)) => reader.resolve(at, &self.cache).map_err(|error| damaged(error.to_string()))?,
             None => {
-                let mut object = self.through_library(oid)?;
+                let mut object = self.read_with_libgit2(oid)?;
                 let mut content = Vec::new();
                 object.read_to_end(&mut content).map_err(|error| damaged(error.to_string()))?;
                 (object.kind, content.into())

@@ -16,8 +16,8 @@ use sha1::{Digest, Sha1};
 
 use crate::store::deflate::{Effort, deflate, store};
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
-use crate::store::pack_entry::{Stored, bad, encode_head};
-use crate::store::pack_index::{self, Line};
+use crate::store::pack_entry::{Stored, bad, encode_header};
+use crate::store::pack_index::{self, IndexLine};
 use crate::store::pack_reader::PackReader;
 use fermata_os::fsync::{begin_to_write, sync_together};
 
@@ -30,7 +30,7 @@ const MAX_WRAPPED: usize = 1 << 20;
 /// The number of bytes per pack that are stored uncompressed. Agents are frozen while the few files of a small
 /// change are read, and compression would take longer than everything else. Consolidation compresses them
 /// later.
-const MOST_IN_HASTE: u64 = 1 << 20;
+const MAX_UNCOMPRESSED: u64 = 1 << 20;
 
 /// An encoded pack entry in memory.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl Packed {
     /// # Errors
     /// Fails only if the compression library does.
     pub fn new(oid: Oid, kind: ObjectKind, content: &[u8]) -> io::Result<Packed> {
-        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+        let mut bytes = encode_header(Stored::Complete(kind), content.len() as u64);
         match kind {
             ObjectKind::Tree if content.len() <= MAX_WRAPPED => store(content, &mut bytes),
             ObjectKind::Tree | ObjectKind::Blob | ObjectKind::Commit => deflate(content, Effort::Fast, &mut bytes)?,
@@ -55,8 +55,8 @@ impl Packed {
     }
 
     /// Encodes an object without compression.
-    pub fn in_haste(oid: Oid, kind: ObjectKind, content: &[u8]) -> Packed {
-        let mut bytes = encode_head(Stored::Whole(kind), content.len() as u64);
+    pub fn uncompressed(oid: Oid, kind: ObjectKind, content: &[u8]) -> Packed {
+        let mut bytes = encode_header(Stored::Complete(kind), content.len() as u64);
         store(content, &mut bytes);
         Packed { oid, crc: crc_of(&bytes), bytes }
     }
@@ -88,10 +88,10 @@ pub struct PackWriter {
     path: PathBuf,
     file: BufWriter<File>,
     length: u64,
-    lines: Vec<Line>,
+    lines: Vec<IndexLine>,
     seen: HashMap<Oid, u64>,
     /// The bytes that were stored uncompressed.
-    in_haste: u64,
+    uncompressed: u64,
 }
 
 impl PackWriter {
@@ -110,18 +110,18 @@ impl PackWriter {
             length: 12,
             lines: Vec::new(),
             seen: HashMap::new(),
-            in_haste: 0,
+            uncompressed: 0,
         })
     }
 
     /// Says whether to store this many bytes of a file uncompressed, and if so counts them.
-    pub fn hastens(&mut self, bytes: usize) -> bool {
-        let in_haste = self.in_haste + bytes as u64;
-        let hastens = in_haste <= MOST_IN_HASTE;
-        if hastens {
-            self.in_haste = in_haste;
+    pub fn store_uncompressed(&mut self, bytes: usize) -> bool {
+        let uncompressed = self.uncompressed + bytes as u64;
+        let fits = uncompressed <= MAX_UNCOMPRESSED;
+        if fits {
+            self.uncompressed = uncompressed;
         }
-        hastens
+        fits
     }
 
     pub fn is_empty(&self) -> bool {
@@ -143,15 +143,15 @@ impl PackWriter {
 
     fn enter(&mut self, oid: Oid, crc: u32, length: u64) {
         self.seen.insert(oid, self.length);
-        self.lines.push(Line { oid, crc, offset: self.length });
+        self.lines.push(IndexLine { oid, crc, offset: self.length });
         self.length += length;
     }
 
     /// Returns how to store an object: completely, or as a delta to one that the pack contains.
     fn stored(&self, kind: ObjectKind, base: Option<&Oid>) -> io::Result<Stored> {
-        let Some(base) = base else { return Ok(Stored::Whole(kind)) };
+        let Some(base) = base else { return Ok(Stored::Complete(kind)) };
         let at = self.seen.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
-        Ok(Stored::Behind(self.length - at))
+        Ok(Stored::DeltaAt(self.length - at))
     }
 
     /// Appends an object, or its delta to a base that the pack contains, compressed by the caller. `size` is
@@ -164,13 +164,13 @@ impl PackWriter {
         size: u64,
         zlib: &[u8],
     ) -> io::Result<()> {
-        let head = encode_head(self.stored(kind, base)?, size);
+        let header = encode_header(self.stored(kind, base)?, size);
         let mut crc = flate2::Crc::new();
-        crc.update(&head);
+        crc.update(&header);
         crc.update(zlib);
-        self.file.write_all(&head)?;
+        self.file.write_all(&header)?;
         self.file.write_all(zlib)?;
-        self.enter(oid, crc.sum(), (head.len() + zlib.len()) as u64);
+        self.enter(oid, crc.sum(), (header.len() + zlib.len()) as u64);
         Ok(())
     }
 
@@ -187,21 +187,21 @@ impl PackWriter {
         from: &PackReader,
         (at, length, expected): (u64, u64, u32),
     ) -> io::Result<()> {
-        let head = from.head(at)?;
-        let old_head = head.length;
-        let new_head = encode_head(self.stored(kind, base)?, head.size);
+        let header = from.header(at)?;
+        let old_header = header.length;
+        let new_header = encode_header(self.stored(kind, base)?, header.size);
         let (mut old, mut new) = (flate2::Crc::new(), flate2::Crc::new());
         let mut buffer = vec![0; COPY_BUFFER.min(length as usize)];
         let first = buffer.len();
-        if first <= old_head {
+        if first <= old_header {
             return Err(bad(format!("the entry of {oid} has no content")));
         }
         from.bytes_at(&mut buffer, at)?;
         old.update(&buffer);
-        new.update(&new_head);
-        new.update(&buffer[old_head..]);
-        self.file.write_all(&new_head)?;
-        self.file.write_all(&buffer[old_head..])?;
+        new.update(&new_header);
+        new.update(&buffer[old_header..]);
+        self.file.write_all(&new_header)?;
+        self.file.write_all(&buffer[old_header..])?;
         let mut done = first as u64;
         while done < length {
             let n = buffer.len().min((length - done) as usize);
@@ -214,7 +214,7 @@ impl PackWriter {
         if old.sum() != expected {
             return Err(bad(format!("the entry of {oid} in {} does not match its index", from.index.name)));
         }
-        self.enter(oid, new.sum(), new_head.len() as u64 + length - old_head as u64);
+        self.enter(oid, new.sum(), new_header.len() as u64 + length - old_header as u64);
         Ok(())
     }
 
@@ -235,7 +235,7 @@ impl PackWriter {
         let start = self.length;
         let mut sink =
             ZlibEncoder::new(Counted { inner: &mut self.file, crc: flate2::Crc::new(), count: 0 }, Compression::fast());
-        sink.get_mut().write_all(&encode_head(Stored::Whole(kind), size))?;
+        sink.get_mut().write_all(&encode_header(Stored::Complete(kind), size))?;
         let mut hasher = ObjectHasher::new(kind, size);
         let mut buffer = vec![0; COPY_BUFFER];
         let mut total = 0;

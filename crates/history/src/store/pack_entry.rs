@@ -6,22 +6,22 @@ use std::io;
 use crate::store::oid::{ObjectKind, Oid};
 
 /// The longest header in bytes.
-pub(crate) const MAX_HEAD: usize = 32;
+pub(crate) const MAX_HEADER: usize = 32;
 
 /// How an object is stored in a pack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stored {
     /// Completely.
-    Whole(ObjectKind),
+    Complete(ObjectKind),
     /// As a delta to the entry that begins this many bytes before this one.
-    Behind(u64),
+    DeltaAt(u64),
     /// As a delta to this object in the same pack.
-    Named(Oid),
+    DeltaTo(Oid),
 }
 
 /// The header of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Head {
+pub(crate) struct EntryHeader {
     pub stored: Stored,
     /// The decompressed size of the object or of the delta.
     pub size: u64,
@@ -31,13 +31,13 @@ pub(crate) struct Head {
 
 /// Encodes type and size (four bits of the size beside the type, then seven per byte, low bits first), then the
 /// base.
-pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
+pub(crate) fn encode_header(stored: Stored, size: u64) -> Vec<u8> {
     let number = match stored {
-        Stored::Whole(ObjectKind::Commit) => 1,
-        Stored::Whole(ObjectKind::Tree) => 2,
-        Stored::Whole(ObjectKind::Blob) => 3,
-        Stored::Behind(_) => 6,
-        Stored::Named(_) => 7,
+        Stored::Complete(ObjectKind::Commit) => 1,
+        Stored::Complete(ObjectKind::Tree) => 2,
+        Stored::Complete(ObjectKind::Blob) => 3,
+        Stored::DeltaAt(_) => 6,
+        Stored::DeltaTo(_) => 7,
     };
     let mut bytes = vec![(number << 4) | (size & 0x0f) as u8];
     let mut rest = size >> 4;
@@ -49,8 +49,8 @@ pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
         rest >>= 7;
     }
     match stored {
-        Stored::Whole(_) => {}
-        Stored::Behind(distance) => {
+        Stored::Complete(_) => {}
+        Stored::DeltaAt(distance) => {
             // High bits first; each continuation adds one to the distance.
             let mut reversed = vec![(distance & 0x7f) as u8];
             let mut rest = distance >> 7;
@@ -61,7 +61,7 @@ pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
             }
             bytes.extend(reversed.into_iter().rev());
         }
-        Stored::Named(base) => bytes.extend_from_slice(base.raw()),
+        Stored::DeltaTo(base) => bytes.extend_from_slice(base.raw()),
     }
     bytes
 }
@@ -70,7 +70,7 @@ pub(crate) fn encode_head(stored: Stored, size: u64) -> Vec<u8> {
 ///
 /// # Errors
 /// Fails when the header is truncated or of an unknown type.
-pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
+pub(crate) fn decode_header(bytes: &[u8]) -> io::Result<EntryHeader> {
     let mut at = 0;
     let mut next = || {
         let byte = bytes.get(at).copied().ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof));
@@ -87,9 +87,9 @@ pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
         shift += 7;
     }
     let stored = match (first >> 4) & 7 {
-        1 => Stored::Whole(ObjectKind::Commit),
-        2 => Stored::Whole(ObjectKind::Tree),
-        3 => Stored::Whole(ObjectKind::Blob),
+        1 => Stored::Complete(ObjectKind::Commit),
+        2 => Stored::Complete(ObjectKind::Tree),
+        3 => Stored::Complete(ObjectKind::Blob),
         6 => {
             let mut byte = next()?;
             let mut distance = u64::from(byte & 0x7f);
@@ -99,18 +99,18 @@ pub(crate) fn decode_head(bytes: &[u8]) -> io::Result<Head> {
                 distance = more.ok_or_else(|| bad("its delta base is outside of the pack".to_owned()))?
                     | u64::from(byte & 0x7f);
             }
-            Stored::Behind(distance)
+            Stored::DeltaAt(distance)
         }
         7 => {
             let mut raw = [0; 20];
             for byte in &mut raw {
                 *byte = next()?;
             }
-            Stored::Named(Oid::from_raw(raw))
+            Stored::DeltaTo(Oid::from_raw(raw))
         }
         other => return Err(bad(format!("its pack entry has the unknown type {other}"))),
     };
-    Ok(Head { stored, size, length: at })
+    Ok(EntryHeader { stored, size, length: at })
 }
 
 /// Returns an error for invalid data.
@@ -127,14 +127,14 @@ mod tests {
         let oid = Oid::of(ObjectKind::Blob, b"x");
         let sizes = [0, 1, 15, 16, 2047, 2048, 1 << 31, u64::MAX >> 4];
         let distances = [1, 127, 128, 129, 16_511, 16_512, 2_113_663, 2_113_664, 1 << 40];
-        let kinds = [ObjectKind::Commit, ObjectKind::Tree, ObjectKind::Blob].map(Stored::Whole);
-        let stored = kinds.into_iter().chain(distances.map(Stored::Behind)).chain([Stored::Named(oid)]);
+        let kinds = [ObjectKind::Commit, ObjectKind::Tree, ObjectKind::Blob].map(Stored::Complete);
+        let stored = kinds.into_iter().chain(distances.map(Stored::DeltaAt)).chain([Stored::DeltaTo(oid)]);
         for stored in stored {
             for size in sizes {
-                let bytes = encode_head(stored, size);
-                assert!(bytes.len() <= MAX_HEAD);
-                assert_eq!(decode_head(&bytes).unwrap(), Head { stored, size, length: bytes.len() });
-                assert!(decode_head(&bytes[..bytes.len() - 1]).is_err());
+                let bytes = encode_header(stored, size);
+                assert!(bytes.len() <= MAX_HEADER);
+                assert_eq!(decode_header(&bytes).unwrap(), EntryHeader { stored, size, length: bytes.len() });
+                assert!(decode_header(&bytes[..bytes.len() - 1]).is_err());
             }
         }
     }

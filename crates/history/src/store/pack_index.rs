@@ -145,7 +145,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 /// The information about one object in an index.
-pub(crate) struct Line {
+pub(crate) struct IndexLine {
     pub oid: Oid,
     /// The CRC-32 of its entry.
     pub crc: u32,
@@ -154,7 +154,7 @@ pub(crate) struct Line {
 }
 
 /// Encodes an index and sorts the lines by id.
-pub(crate) fn encode(lines: &mut [Line], pack_checksum: &[u8; 20]) -> Vec<u8> {
+pub(crate) fn encode(lines: &mut [IndexLine], pack_checksum: &[u8; 20]) -> Vec<u8> {
     lines.sort_unstable_by_key(|line| line.oid);
     let mut index = Vec::with_capacity(IDS + lines.len() * 28 + TRAILER);
     index.extend_from_slice(MAGIC);

@@ -14,7 +14,7 @@ use flate2::bufread::ZlibDecoder;
 use sha1::{Digest, Sha1};
 
 use crate::store::oid::ObjectKind;
-use crate::store::pack_entry::{Head, MAX_HEAD, Stored, bad, decode_head};
+use crate::store::pack_entry::{EntryHeader, MAX_HEADER, Stored, bad, decode_header};
 use crate::store::pack_index::PackIndex;
 use crate::store::{deflate, delta};
 
@@ -26,51 +26,51 @@ const MAX_REMEMBERED: usize = 1 << 20;
 const GENERATION: usize = 6 << 20;
 
 /// The kind and content of an object in memory.
-pub(crate) type Content = (ObjectKind, Arc<[u8]>);
+pub(crate) type ObjectContent = (ObjectKind, Arc<[u8]>);
 
-type Place = (u64, u64);
+type EntryId = (u64, u64);
 
 /// A cache of objects made from deltas. Objects that are not used during a generation are dropped.
 #[derive(Default)]
-pub(crate) struct Remembered(Mutex<Generations>);
+pub(crate) struct ContentCache(Mutex<Generations>);
 
 #[derive(Default)]
 struct Generations {
-    young: HashMap<Place, Content>,
-    old: HashMap<Place, Content>,
+    young: HashMap<EntryId, ObjectContent>,
+    old: HashMap<EntryId, ObjectContent>,
     bytes: usize,
 }
 
 impl Generations {
-    fn put(&mut self, place: Place, content: Content) {
+    fn put(&mut self, id: EntryId, content: ObjectContent) {
         if self.bytes >= GENERATION {
             self.old = std::mem::take(&mut self.young);
             self.bytes = 0;
         }
         self.bytes += content.1.len();
-        self.young.insert(place, content);
+        self.young.insert(id, content);
     }
 }
 
-impl Remembered {
-    fn get(&self, place: Place) -> Option<Content> {
+impl ContentCache {
+    fn get(&self, id: EntryId) -> Option<ObjectContent> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = all.young.get(&place) {
+        if let Some(found) = all.young.get(&id) {
             return Some(found.clone());
         }
-        let found = all.old.remove(&place)?;
-        all.put(place, found.clone());
+        let found = all.old.remove(&id)?;
+        all.put(id, found.clone());
         Some(found)
     }
 
-    fn put(&self, place: Place, content: &Content) {
+    fn put(&self, id: EntryId, content: &ObjectContent) {
         if content.1.len() <= MAX_REMEMBERED {
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).put(place, content.clone());
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).put(id, content.clone());
         }
     }
 
     /// Empties the cache.
-    pub fn forget(&self) {
+    pub fn clear(&self) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Generations::default();
     }
 }
@@ -98,7 +98,7 @@ impl PackReader {
         PackReader { limit, ..self }
     }
 
-    fn fits(&self, size: u64) -> io::Result<()> {
+    fn check_limit(&self, size: u64) -> io::Result<()> {
         let limit = self.limit;
         if size <= limit { Ok(()) } else { Err(bad(format!("its {size} bytes exceed the limit of {limit}"))) }
     }
@@ -115,10 +115,10 @@ impl PackReader {
     ///
     /// # Errors
     /// Fails when it cannot be read or is invalid.
-    pub fn head(&self, at: u64) -> io::Result<Head> {
-        let mut buffer = [0; MAX_HEAD];
+    pub fn header(&self, at: u64) -> io::Result<EntryHeader> {
+        let mut buffer = [0; MAX_HEADER];
         let n = read_some_at(&self.file, &mut buffer, at)?;
-        decode_head(&buffer[..n])
+        decode_header(&buffer[..n])
     }
 
     /// Reads raw bytes of the pack.
@@ -131,30 +131,30 @@ impl PackReader {
 
     /// Opens the content of an entry as a stream. It ends at most one byte after the expected size, which
     /// suffices to detect that the content is too long.
-    pub fn inflate(&self, at: u64, head: &Head) -> impl Read + Send + 'static + use<> {
-        let cursor = Cursor { file: Arc::clone(&self.file), at: at + head.length as u64 };
-        let capacity = if head.size < 32 * 1024 { 4096 } else { 64 * 1024 };
-        ZlibDecoder::new(BufReader::with_capacity(capacity, cursor)).take(head.size.saturating_add(1))
+    pub fn inflate(&self, at: u64, header: &EntryHeader) -> impl Read + Send + 'static + use<> {
+        let cursor = PackCursor { file: Arc::clone(&self.file), at: at + header.length as u64 };
+        let capacity = if header.size < 32 * 1024 { 4096 } else { 64 * 1024 };
+        ZlibDecoder::new(BufReader::with_capacity(capacity, cursor)).take(header.size.saturating_add(1))
     }
 
-    fn inflate_all(&self, at: u64, head: &Head) -> io::Result<Vec<u8>> {
-        self.fits(head.size)?;
-        let start = at + head.length as u64;
-        deflate::inflate(head.size, |buffer, at| read_some_at(&self.file, buffer, start + at))
+    fn inflate_all(&self, at: u64, header: &EntryHeader) -> io::Result<Vec<u8>> {
+        self.check_limit(header.size)?;
+        let start = at + header.length as u64;
+        deflate::inflate(header.size, |buffer, at| read_some_at(&self.file, buffer, start + at))
     }
 
     /// Returns the offset of an entry's delta base; `None` if it is no delta.
     ///
     /// # Errors
     /// Fails when the base is not in this pack.
-    pub fn base_of(&self, at: u64, head: &Head) -> io::Result<Option<u64>> {
-        match head.stored {
-            Stored::Whole(_) => Ok(None),
-            Stored::Behind(distance) => match at.checked_sub(distance).filter(|base| distance > 0 && *base >= 12) {
+    pub fn base_of(&self, at: u64, header: &EntryHeader) -> io::Result<Option<u64>> {
+        match header.stored {
+            Stored::Complete(_) => Ok(None),
+            Stored::DeltaAt(distance) => match at.checked_sub(distance).filter(|base| distance > 0 && *base >= 12) {
                 Some(base) => Ok(Some(base)),
                 None => Err(bad("its delta base is outside of the pack".to_owned())),
             },
-            Stored::Named(oid) => match self.index.find(&oid) {
+            Stored::DeltaTo(oid) => match self.index.find(&oid) {
                 Some(base) => Ok(Some(base)),
                 None => Err(bad(format!("its delta base {oid} is not in the pack"))),
             },
@@ -165,37 +165,37 @@ impl PackReader {
     ///
     /// # Errors
     /// Fails when the object, or one of its bases, cannot be read.
-    pub fn resolve(&self, at: u64, remembered: &Remembered) -> io::Result<Content> {
+    pub fn resolve(&self, at: u64, cache: &ContentCache) -> io::Result<ObjectContent> {
         let mut deltas = Vec::new();
         let mut at = at;
         let (kind, mut content) = loop {
-            if let Some(found) = remembered.get((self.index.serial, at)) {
+            if let Some(found) = cache.get((self.index.serial, at)) {
                 break found;
             }
-            let head = self.head(at)?;
-            match head.stored {
-                Stored::Whole(kind) => {
-                    let content: Content = (kind, self.inflate_all(at, &head)?.into());
+            let header = self.header(at)?;
+            match header.stored {
+                Stored::Complete(kind) => {
+                    let content: ObjectContent = (kind, self.inflate_all(at, &header)?.into());
                     if !deltas.is_empty() {
-                        remembered.put((self.index.serial, at), &content);
+                        cache.put((self.index.serial, at), &content);
                     }
                     break content;
                 }
-                Stored::Behind(_) | Stored::Named(_) => {
+                Stored::DeltaAt(_) | Stored::DeltaTo(_) => {
                     if deltas.len() >= MAX_CHAIN {
                         return Err(bad("its chain of deltas is too long".to_owned()));
                     }
-                    deltas.push((at, head));
+                    deltas.push((at, header));
                     // A delta always has a base.
-                    at = self.base_of(at, &head)?.unwrap_or(at);
+                    at = self.base_of(at, &header)?.unwrap_or(at);
                 }
             }
         };
-        for (at, head) in deltas.into_iter().rev() {
-            let steps = self.inflate_all(at, &head)?;
-            self.fits(delta::target_size(&steps).map_err(|error| bad(error.to_string()))?)?;
+        for (at, header) in deltas.into_iter().rev() {
+            let steps = self.inflate_all(at, &header)?;
+            self.check_limit(delta::target_size(&steps).map_err(|error| bad(error.to_string()))?)?;
             content = delta::apply(&content, &steps).map_err(|error| bad(error.to_string()))?.into();
-            remembered.put((self.index.serial, at), &(kind, Arc::clone(&content)));
+            cache.put((self.index.serial, at), &(kind, Arc::clone(&content)));
         }
         Ok((kind, content))
     }
@@ -207,10 +207,10 @@ impl PackReader {
     pub fn check(&self, cancelled: impl Fn() -> bool) -> io::Result<()> {
         self.index.check()?;
         let length = self.length()?;
-        let mut head = [0; 12];
-        self.bytes_at(&mut head, 0)?;
-        let count = u32::from_be_bytes([head[8], head[9], head[10], head[11]]);
-        if !head.starts_with(b"PACK\0\0\0\x02") || count as usize != self.index.count() || length < 32 {
+        let mut header = [0; 12];
+        self.bytes_at(&mut header, 0)?;
+        let count = u32::from_be_bytes([header[8], header[9], header[10], header[11]]);
+        if !header.starts_with(b"PACK\0\0\0\x02") || count as usize != self.index.count() || length < 32 {
             return Err(bad("the header of the pack does not match its index".to_owned()));
         }
         let mut hasher = Sha1::new();
@@ -263,9 +263,9 @@ impl PackReader {
     pub fn is_fresh(&self) -> bool {
         *self.index.fresh.get_or_init(|| {
             let level = || -> io::Result<u8> {
-                let head = self.head(12)?;
+                let header = self.header(12)?;
                 let mut zlib = [0; 2];
-                self.bytes_at(&mut zlib, 12 + head.length as u64)?;
+                self.bytes_at(&mut zlib, 12 + header.length as u64)?;
                 // The compression level (RFC 1950, FLEVEL).
                 Ok(zlib[1] >> 6)
             };
@@ -275,12 +275,12 @@ impl PackReader {
     }
 }
 
-struct Cursor {
+struct PackCursor {
     file: Arc<File>,
     at: u64,
 }
 
-impl Read for Cursor {
+impl Read for PackCursor {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         let n = self.file.read_at(buffer, self.at)?;
         self.at += n as u64;

@@ -15,7 +15,7 @@ use std::time::Instant;
 use crate::History;
 use crate::errors::{HistoryError, Result};
 use crate::scan::workspace_state::Node;
-use crate::snapshot::{Snapshot, WHOLE_LOOK};
+use crate::snapshot::{FULL_SCAN_WEIGHT, Snapshot};
 use crate::tree::confined_dir::sync_dir;
 use crate::tree::names::RelPath;
 use fermata_failpoint as failpoint;
@@ -44,7 +44,7 @@ impl Publication<'_> {
         let failed = HistoryError::io("flush", refs);
         let dirs = dirs.map(File::open).collect::<io::Result<Vec<File>>>();
         let flushed = dirs.and_then(|dirs| {
-            let all: Vec<&File> = beside.iter().copied().chain(&snapshot.named).chain(&dirs).collect();
+            let all: Vec<&File> = beside.iter().copied().chain(&snapshot.staged_ref).chain(&dirs).collect();
             sync_together(&all)
         });
         flushed.map_err(failed)?;
@@ -81,13 +81,13 @@ impl History {
     pub fn begin_to_publish<'a>(&'a self, snapshot: &'a Snapshot) -> Result<Publication<'a>> {
         let writer = self.lock_writer();
         let number = snapshot.number;
-        if !self.live().contains(&snapshot.draft.name) {
+        if !self.live().contains(&snapshot.pending.name) {
             return Err(HistoryError::SnapshotGone { number });
         }
         if self.refs.find(number)?.is_some() {
             return Err(HistoryError::NumberTaken { number });
         }
-        let from = self.pending().join(&snapshot.draft.name);
+        let from = self.pending().join(&snapshot.pending.name);
         self.move_pack(snapshot)?;
         failpoint::check("history.ref.before").map_err(HistoryError::io("publish from", &from))?;
         self.refs.create(number, &from)?;
@@ -102,14 +102,14 @@ impl History {
     /// Fails when the snapshot was discarded, or when the store cannot be written.
     pub(crate) fn publish_base(&self, snapshot: &Snapshot) -> Result<()> {
         let _writer = self.lock_writer();
-        if !self.live().contains(&snapshot.draft.name) {
+        if !self.live().contains(&snapshot.pending.name) {
             return Err(HistoryError::SnapshotGone { number: snapshot.number });
         }
         self.move_pack(snapshot)?;
         let packs = self.objects.pack_dir();
         sync_dir(&packs).map_err(HistoryError::io("flush", &packs))?;
-        self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.draft.name))?;
-        failpoint::hit("history.prime.based");
+        self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.pending.name))?;
+        failpoint::hit("history.warm_up.based");
         self.has_published(snapshot);
         Ok(())
     }
@@ -117,7 +117,7 @@ impl History {
     /// Moves a snapshot's pack to the published ones; may be repeated. The caller flushes their directory.
     fn move_pack(&self, snapshot: &Snapshot) -> Result<()> {
         let Some(pack) = &snapshot.pack else { return Ok(()) };
-        let (from, to) = (self.pending().join(&snapshot.draft.name), self.objects.pack_dir());
+        let (from, to) = (self.pending().join(&snapshot.pending.name), self.objects.pack_dir());
         // The index is moved last, since a pack is visible once it has an index.
         for end in ["pack", "idx"] {
             let name = format!("{pack}.{end}");
@@ -126,7 +126,7 @@ impl History {
             if source.exists() || !target.exists() {
                 fs::rename(&source, &target).map_err(HistoryError::io("move a pack to", &target))?;
             }
-            failpoint::check(if snapshot.number > 0 { "history.pack.moved" } else { "history.prime.moved" })
+            failpoint::check(if snapshot.number > 0 { "history.pack.moved" } else { "history.warm_up.moved" })
                 .map_err(HistoryError::io("move a pack to", &target))?;
         }
         self.objects.refresh()
@@ -136,39 +136,39 @@ impl History {
     /// since the sweep removes the directory.
     fn has_published(&self, snapshot: &Snapshot) {
         self.adopt(snapshot);
-        let from = self.pending().join(&snapshot.draft.name);
+        let from = self.pending().join(&snapshot.pending.name);
         if let Err(error) = fs::remove_dir_all(&from) {
             tracing::warn!(%error, dir = %from.display(), "the directory of a snapshot could not be removed; the next sweep removes it");
         }
-        self.live().remove(&snapshot.draft.name);
+        self.live().remove(&snapshot.pending.name);
     }
 
     /// Replaces the workspace state by that of a snapshot, unless it is older.
     pub(crate) fn adopt(&self, snapshot: &Snapshot) {
-        let mut known = self.lock_known();
-        if known.epoch > snapshot.epoch {
+        let mut last = self.lock_last();
+        if last.epoch > snapshot.epoch {
             return;
         }
-        known.epoch = snapshot.epoch;
-        known.picture = Some(Arc::clone(&snapshot.picture));
-        known.trusted = true;
-        if snapshot.whole {
-            known.whole_at = Some(Instant::now());
+        last.epoch = snapshot.epoch;
+        last.state = Some(Arc::clone(&snapshot.state));
+        last.trusted = true;
+        if snapshot.full {
+            last.full_scan_at = Some(Instant::now());
         }
-        known.unsaved += if snapshot.whole { WHOLE_LOOK } else { 1 };
+        last.unsaved += if snapshot.full { FULL_SCAN_WEIGHT } else { 1 };
         // Under the same lock, so that watches and events of a later scan are not dropped.
-        let picture = &snapshot.picture;
-        let is_dir = |path: &RelPath| path.is_root() || matches!(picture.root.find(path), Some(Node::Dir(_)));
+        let state = &snapshot.state;
+        let is_dir = |path: &RelPath| path.is_root() || matches!(state.root.find(path), Some(Node::Dir(_)));
         if let (Some(watch), Some(epoch)) = (&self.watch, snapshot.epoch) {
             watch.settle(epoch);
             // The kernel ends the watches of removed directories itself; other unneeded ones wait for a full
             // scan.
-            if snapshot.whole {
+            if snapshot.full {
                 watch.retain(epoch, is_dir);
             }
         }
-        if snapshot.whole {
-            self.standings.retain(is_dir);
+        if snapshot.full {
+            self.rule_cache.retain(is_dir);
         }
     }
 }

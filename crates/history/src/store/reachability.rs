@@ -69,18 +69,18 @@ impl Reachability {
         known: &[&Reachability],
         cancel: &AtomicBool,
     ) -> Result<Reachability> {
-        let mut walk = Walk { reach: Reachability::default(), store, known, cancel };
+        let mut walk = ReachabilityWalk { needed: Reachability::default(), store, known, cancel };
         let mut before = None;
         for commit in commits {
             let tree = root_tree_of(store, commit)?;
             if !walk.is_known(commit)
-                && walk.reach.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit), b"")
+                && walk.needed.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit), b"")
             {
                 walk.tree(tree, before.map(|(_, tree)| tree))?;
             }
             before = Some((*commit, tree));
         }
-        Ok(walk.reach)
+        Ok(walk.needed)
     }
 }
 
@@ -90,26 +90,26 @@ fn likeness(name: &[u8]) -> u64 {
     name.iter().fold(0, |number: u64, byte| (number >> 8) | (u64::from(*byte) << 56))
 }
 
-struct Walk<'a> {
-    reach: Reachability,
+struct ReachabilityWalk<'a> {
+    needed: Reachability,
     store: &'a ObjectStore,
     known: &'a [&'a Reachability],
     cancel: &'a AtomicBool,
 }
 
-impl Walk<'_> {
+impl ReachabilityWalk<'_> {
     fn is_known(&self, oid: &Oid) -> bool {
         self.known.iter().any(|known| known.needs(oid))
     }
 
     fn read(&self, tree: &Oid) -> Result<Vec<TreeEntry>> {
-        decode_tree(tree, &self.store.share(tree, ObjectKind::Tree)?)
+        decode_tree(tree, &self.store.read_shared(tree, ObjectKind::Tree)?)
     }
 
     fn tree(&mut self, tree: Oid, before: Option<Oid>) -> Result<()> {
         let mut open = vec![(tree, before)];
         while let Some((tree, before)) = open.pop() {
-            if self.is_known(&tree) || !self.reach.enter(tree, ObjectKind::Tree, before, b"") {
+            if self.is_known(&tree) || !self.needed.enter(tree, ObjectKind::Tree, before, b"") {
                 continue;
             }
             if self.cancel.load(Ordering::Relaxed) {
@@ -125,7 +125,7 @@ impl Walk<'_> {
                 if entry.is_tree() {
                     open.push((entry.oid, before));
                 } else if !self.is_known(&entry.oid) {
-                    self.reach.enter(entry.oid, ObjectKind::Blob, before, &entry.name);
+                    self.needed.enter(entry.oid, ObjectKind::Blob, before, &entry.name);
                 }
             }
         }

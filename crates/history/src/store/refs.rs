@@ -22,7 +22,7 @@ pub struct Refs {
 }
 
 /// The temporary file of a ref.
-const DRAFT: &str = "ref";
+const STAGED_REF: &str = "ref";
 
 const PREFIX: &str = "refs/fermata/checkpoints/";
 
@@ -65,12 +65,12 @@ impl Refs {
         }
     }
 
-    /// Sets the commit of the saved workspace state. The temporary file is written to `aside`, a directory on
+    /// Sets the commit of the saved workspace state. The temporary file is written to `dir`, a directory on
     /// the same file system.
-    pub fn set_base(&self, commit: Oid, aside: &Path) -> Result<()> {
-        let draft = aside.join("base");
-        fs::write(&draft, format!("{commit}\n")).map_err(HistoryError::io("write", &draft))?;
-        fs::rename(&draft, &self.base).map_err(HistoryError::io("write", &self.base))
+    pub fn set_base(&self, commit: Oid, dir: &Path) -> Result<()> {
+        let staged = dir.join("base");
+        fs::write(&staged, format!("{commit}\n")).map_err(HistoryError::io("write", &staged))?;
+        fs::rename(&staged, &self.base).map_err(HistoryError::io("write", &self.base))
     }
 
     /// Lists the numbers of all checkpoints, ascending.
@@ -117,27 +117,27 @@ impl Refs {
         self.find(number)?.ok_or(HistoryError::NoSuchCheckpoint { number })
     }
 
-    /// Writes the contents of a ref to a temporary file in `aside`, a directory on the same file system. The
+    /// Writes the contents of a ref to a temporary file in `dir`, a directory on the same file system. The
     /// caller flushes it.
-    pub fn draft(&self, commit: Oid, aside: &Path) -> Result<fs::File> {
-        let draft = aside.join(DRAFT);
+    pub fn stage(&self, commit: Oid, dir: &Path) -> Result<fs::File> {
+        let staged = dir.join(STAGED_REF);
         let write = || -> io::Result<fs::File> {
-            let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&draft)?;
+            let mut file = OpenOptions::new().write(true).create(true).truncate(true).open(&staged)?;
             // One write call: formatting an id directly would write byte by byte.
             file.write_all(format!("{commit}\n").as_bytes())?;
             Ok(file)
         };
-        write().map_err(HistoryError::io("write", &draft))
+        write().map_err(HistoryError::io("write", &staged))
     }
 
     /// Links the staged ref to a free number. The caller flushes the staged file and then the directory of the
     /// refs, or calls [`Refs::take_back`].
-    pub fn create(&self, number: u64, aside: &Path) -> Result<()> {
-        let (draft, path) = (aside.join(DRAFT), self.path(number));
+    pub fn create(&self, number: u64, dir: &Path) -> Result<()> {
+        let (staged, path) = (dir.join(STAGED_REF), self.path(number));
         fs::create_dir_all(&self.dir).map_err(HistoryError::io("create", &self.dir))?;
-        fs::hard_link(&draft, &path).map_err(|error| match error.kind() {
-            io::ErrorKind::AlreadyExists => HistoryError::NumberTaken { number },
-            _ => HistoryError::io("create", &path)(error),
+        fs::hard_link(&staged, &path).map_err(|error| match error.kind() == io::ErrorKind::AlreadyExists {
+            true => HistoryError::NumberTaken { number },
+            false => HistoryError::io("create", &path)(error),
         })
     }
 
@@ -179,12 +179,12 @@ impl Refs {
         if kept.lines().count() == text.lines().count() {
             return Ok(false);
         }
-        let draft = self.packed.with_extension("new");
+        let stage = self.packed.with_extension("new");
         let write = || -> io::Result<()> {
-            let mut file = fs::File::create(&draft)?;
+            let mut file = fs::File::create(&stage)?;
             file.write_all(kept.as_bytes())?;
             file.sync_all()?;
-            fs::rename(&draft, &self.packed)?;
+            fs::rename(&stage, &self.packed)?;
             self.packed.parent().map_or(Ok(()), sync_dir)
         };
         write().map_err(HistoryError::io("rewrite", &self.packed))?;

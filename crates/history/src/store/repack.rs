@@ -17,14 +17,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::errors::{HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::store::deflate::{Effort, deflate};
 use crate::store::delta;
 use crate::store::oid::{ObjectHasher, ObjectKind, Oid};
 use crate::store::pack::{FinishedPack, PackWriter};
-use crate::store::pack_entry::{Head, Stored, bad};
+use crate::store::pack_entry::{EntryHeader, Stored, bad};
 use crate::store::pack_index::PackIndex;
-use crate::store::pack_reader::{PackReader, Remembered};
+use crate::store::pack_reader::{ContentCache, PackReader};
 use crate::store::reachability::{Reachability, ReachableObject};
 
 /// The longest chain of deltas.
@@ -54,46 +54,46 @@ pub(crate) struct Counts {
 }
 
 /// An entry of the new pack.
-struct Item {
+struct RepackItem {
     node: u32,
     kind: ObjectKind,
     pack: usize,
     at: u64,
     length: u64,
     crc: u32,
-    head: Head,
+    header: EntryHeader,
     base: Option<u32>,
-    way: Way,
+    method: EntryMethod,
     /// The longest chain of deltas that ends at this entry.
     height: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Way {
+enum EntryMethod {
     /// Copy the compressed bytes.
     Copy,
     /// Compress again, as a delta if there is a base and the delta is smaller.
-    Anew,
+    Compress,
 }
 
 /// The effort for a small result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Manner {
+pub(crate) enum RepackEffort {
     /// Copies entries unchanged unless that is impossible.
-    Urgency,
+    Fast,
     /// Compresses the entries of fresh packs again, versions as deltas.
-    Patience,
+    Thorough,
 }
 
 /// The packs to be merged, and the plan for their entries.
 pub(crate) struct Repack<'a> {
-    reach: &'a Reachability,
+    needed: &'a Reachability,
     packs: Vec<PackReader>,
     fresh: Vec<bool>,
-    items: Vec<Item>,
+    items: Vec<RepackItem>,
     /// The index in `items` by the number of the node.
     by_node: HashMap<u32, u32>,
-    remembered: Remembered,
+    cache: ContentCache,
     counts: Counts,
 }
 
@@ -104,19 +104,19 @@ impl<'a> Repack<'a> {
     /// # Errors
     /// Fails when a pack is damaged.
     pub fn plan(
-        reach: &'a Reachability,
+        needed: &'a Reachability,
         packs: Vec<PackReader>,
-        manner: Manner,
+        effort: RepackEffort,
         elsewhere: impl Fn(&str, &Oid) -> bool,
     ) -> Result<Repack<'a>> {
-        let fresh = packs.iter().map(|pack| manner == Manner::Patience && pack.is_fresh()).collect();
+        let fresh = packs.iter().map(|pack| effort == RepackEffort::Thorough && pack.is_fresh()).collect();
         let (items, by_node, counts) = (Vec::new(), HashMap::new(), Counts::default());
-        let mut repack = Repack { reach, packs, fresh, items, by_node, remembered: Remembered::default(), counts };
+        let mut repack = Repack { needed, packs, fresh, items, by_node, cache: ContentCache::default(), counts };
         for pack in 0..repack.packs.len() {
             repack.gather(pack, &elsewhere).map_err(HistoryError::io("read pack", name(&repack.packs[pack])))?;
         }
         repack.keep_deltas().map_err(HistoryError::io("read packs of", Path::new("history.git")))?;
-        if manner == Manner::Patience {
+        if effort == RepackEffort::Thorough {
             repack.choose_bases();
             repack.choose_likenesses();
         }
@@ -135,18 +135,19 @@ impl<'a> Repack<'a> {
         let ends = layout.iter().skip(1).map(|(at, _)| *at).chain([end]);
         for ((at, n), end) in layout.iter().copied().zip(ends) {
             let Some(oid) = reader.index.oid(n as usize) else { continue };
-            let node = self.reach.number(&oid).filter(|_| !elsewhere(&reader.index.name, &oid));
+            let node = self.needed.number(&oid).filter(|_| !elsewhere(&reader.index.name, &oid));
             let Some(node) = node.filter(|node| !self.by_node.contains_key(node)) else {
                 self.counts.dropped += 1;
                 continue;
             };
-            let head = reader.head(at)?;
-            let length = end.checked_sub(at).filter(|length| *length > head.length as u64);
+            let header = reader.header(at)?;
+            let length = end.checked_sub(at).filter(|length| *length > header.length as u64);
             let length = length.ok_or_else(|| bad(format!("the entry of {oid} has no content")))?;
-            let way = if self.fresh[pack] && head.size <= LARGE { Way::Anew } else { Way::Copy };
+            let method =
+                if self.fresh[pack] && header.size <= LARGE { EntryMethod::Compress } else { EntryMethod::Copy };
             self.by_node.insert(node, self.items.len() as u32);
-            let (kind, crc) = (self.reach.nodes()[node as usize].kind, reader.index.crc(n as usize));
-            self.items.push(Item { node, kind, pack, at, length, crc, head, base: None, way, height: 0 });
+            let (kind, crc) = (self.needed.nodes()[node as usize].kind, reader.index.crc(n as usize));
+            self.items.push(RepackItem { node, kind, pack, at, length, crc, header, base: None, method, height: 0 });
         }
         Ok(())
     }
@@ -155,9 +156,9 @@ impl<'a> Repack<'a> {
     fn keep_deltas(&mut self) -> io::Result<()> {
         let mut layouts = HashMap::new();
         for n in 0..self.items.len() {
-            let Item { pack, at, head, .. } = self.items[n];
+            let RepackItem { pack, at, header, .. } = self.items[n];
             let reader = &self.packs[pack];
-            let Some(base) = reader.base_of(at, &head)? else { continue };
+            let Some(base) = reader.base_of(at, &header)? else { continue };
             let layout = match layouts.entry(pack) {
                 std::collections::hash_map::Entry::Occupied(layout) => layout.into_mut(),
                 std::collections::hash_map::Entry::Vacant(place) => place.insert(reader.index.layout()?),
@@ -165,10 +166,10 @@ impl<'a> Repack<'a> {
             let position = layout.binary_search_by_key(&base, |(at, _)| *at);
             let position = position.map_err(|_| bad("a delta has no base".to_owned()))?;
             let base = reader.index.oid(layout[position].1 as usize);
-            let base = base.and_then(|oid| self.by_node.get(&self.reach.number(&oid)?)).copied();
+            let base = base.and_then(|oid| self.by_node.get(&self.needed.number(&oid)?)).copied();
             match base {
                 Some(base) if self.can_be_base(base, n as u32) => self.set_base(n as u32, base),
-                Some(_) | None => self.items[n].way = Way::Anew,
+                Some(_) | None => self.items[n].method = EntryMethod::Compress,
             }
         }
         Ok(())
@@ -207,42 +208,42 @@ impl<'a> Repack<'a> {
         order.sort_unstable_by_key(|n| self.items[*n as usize].node);
         for n in order {
             let item = &self.items[n as usize];
-            if item.base.is_some() || item.head.size > LARGE || item.length < SMALLEST_DELTA {
+            if item.base.is_some() || item.header.size > LARGE || item.length < SMALLEST_DELTA {
                 continue;
             }
             let pack = item.pack;
             let chosen = self.candidates(item.node).into_iter().find(|base| {
                 let there = &self.items[*base as usize];
                 // Two objects of one consolidated pack were compared when it was written.
-                there.head.size <= LARGE && (there.pack != pack || self.fresh[pack]) && self.can_be_base(*base, n)
+                there.header.size <= LARGE && (there.pack != pack || self.fresh[pack]) && self.can_be_base(*base, n)
             });
             if let Some(base) = chosen {
                 self.set_base(n, base);
-                self.items[n as usize].way = Way::Anew;
+                self.items[n as usize].method = EntryMethod::Compress;
             }
         }
     }
 
     /// Tries a delta between a file without an earlier version and a similarly named, larger file, as git does.
     fn choose_likenesses(&mut self) {
-        let nodes = self.reach.nodes();
+        let nodes = self.needed.nodes();
         let lone = |n: &u32| {
             let item = &self.items[*n as usize];
             let sizes = SMALLEST_DELTA * 2..LARGEST_LIKENESS;
             self.fresh[item.pack]
                 && item.kind == ObjectKind::Blob
                 && item.base.is_none()
-                && sizes.contains(&item.head.size)
+                && sizes.contains(&item.header.size)
         };
         let mut order: Vec<u32> = (0..self.items.len() as u32).filter(lone).collect();
         let key = |n: &u32| {
             let item = &self.items[*n as usize];
-            (nodes[item.node as usize].likeness, std::cmp::Reverse(item.head.size), item.node)
+            (nodes[item.node as usize].likeness, std::cmp::Reverse(item.header.size), item.node)
         };
         order.sort_unstable_by_key(key);
         for pair in 1..order.len() {
             let (base, n) = (order[pair - 1], order[pair]);
-            let (larger, smaller) = (self.items[base as usize].head.size, self.items[n as usize].head.size);
+            let (larger, smaller) = (self.items[base as usize].header.size, self.items[n as usize].header.size);
             if smaller <= larger
                 && larger / 4 <= smaller
                 && self.depth(base) < LIKENESS_DEPTH
@@ -266,7 +267,7 @@ impl<'a> Repack<'a> {
     /// Lists delta bases for a version, the best first: the previous version, except that every 16th refers to
     /// the one 16 before, every 256th to the one 256 before, and so on.
     fn candidates(&self, node: u32) -> Vec<u32> {
-        let nodes = self.reach.nodes();
+        let nodes = self.needed.nodes();
         let ReachableObject { version, before, .. } = nodes[node as usize];
         let mut step = 1;
         while version > 0 && version.is_multiple_of(step * STRIDE) {
@@ -296,10 +297,10 @@ impl<'a> Repack<'a> {
         let mut pack = PackWriter::create(dir).map_err(failed)?;
         let mut written = vec![false; self.items.len()];
         let mut order: Vec<u32> = (0..self.items.len() as u32).collect();
-        let rank = |item: &Item| match item.kind {
+        let rank = |item: &RepackItem| match item.kind {
             ObjectKind::Commit => 0,
             ObjectKind::Tree => 1,
-            ObjectKind::Blob => 2 + u8::from(item.head.size > LARGE),
+            ObjectKind::Blob => 2 + u8::from(item.header.size > LARGE),
         };
         order.sort_unstable_by_key(|n| (rank(&self.items[*n as usize]), self.items[*n as usize].node));
         let total = 2 * order.len() as u64;
@@ -320,11 +321,11 @@ impl<'a> Repack<'a> {
                 self.put(n, &mut pack)?;
                 done += 1;
                 if done % 256 == 0 {
-                    progress(Progress { phase: Phase::Pack, done, total });
+                    progress(StoreProgress { phase: StorePhase::Pack, done, total });
                 }
             }
         }
-        self.remembered.forget();
+        self.cache.clear();
         let finished = pack.finish().map_err(failed)?;
         self.check(&finished, dir, done, progress, cancel)?;
         Ok((finished, self.counts))
@@ -333,20 +334,20 @@ impl<'a> Repack<'a> {
     fn put(&mut self, n: u32, pack: &mut PackWriter) -> Result<()> {
         let item = &self.items[n as usize];
         let (oid, reader) = (self.oid(n), &self.packs[item.pack]);
-        let anew = match item.way {
-            Way::Copy => None,
-            Way::Anew => self.compress(n).map_err(HistoryError::io("read an object of", name(reader)))?,
+        let compressed = match item.method {
+            EntryMethod::Copy => None,
+            EntryMethod::Compress => self.compress(n).map_err(HistoryError::io("read an object of", name(reader)))?,
         };
         let failed = HistoryError::io("write to the pack beside", name(reader));
-        match anew {
-            Some(Anew { base, size, zlib }) => {
+        match compressed {
+            Some(Compressed { base, size, zlib }) => {
                 self.counts.deltas += u64::from(base.is_some());
                 pack.append_deflated(oid, item.kind, base.as_ref(), size, &zlib).map_err(failed)
             }
             None => {
-                let base = match item.head.stored {
-                    Stored::Whole(_) => None,
-                    Stored::Behind(_) | Stored::Named(_) => item.base.map(|base| self.oid(base)),
+                let base = match item.header.stored {
+                    Stored::Complete(_) => None,
+                    Stored::DeltaAt(_) | Stored::DeltaTo(_) => item.base.map(|base| self.oid(base)),
                 };
                 self.counts.deltas += u64::from(base.is_some());
                 let place = (item.at, item.length, item.crc);
@@ -356,12 +357,12 @@ impl<'a> Repack<'a> {
     }
 
     fn oid(&self, n: u32) -> Oid {
-        self.reach.nodes()[self.items[n as usize].node as usize].oid
+        self.needed.nodes()[self.items[n as usize].node as usize].oid
     }
 
     fn content(&self, n: u32) -> io::Result<Arc<[u8]>> {
         let item = &self.items[n as usize];
-        let (kind, content) = self.packs[item.pack].resolve(item.at, &self.remembered)?;
+        let (kind, content) = self.packs[item.pack].resolve(item.at, &self.cache)?;
         let oid = self.oid(n);
         if kind != item.kind || Oid::of(kind, &content) != oid {
             return Err(bad(format!("the content of object {oid} does not match its id")));
@@ -370,26 +371,30 @@ impl<'a> Repack<'a> {
     }
 
     /// Compresses an object; `None` if it is stored completely and copying it is better.
-    fn compress(&self, n: u32) -> io::Result<Option<Anew>> {
+    fn compress(&self, n: u32) -> io::Result<Option<Compressed>> {
         let item = &self.items[n as usize];
         let content = self.content(n)?;
-        let whole_now = matches!(item.head.stored, Stored::Whole(_));
-        let mut best: Option<Anew> = None;
+        let whole_now = matches!(item.header.stored, Stored::Complete(_));
+        let mut best: Option<Compressed> = None;
         if let Some(base) = item.base {
             let from = self.content(base)?;
             if let Some(delta) = delta::encode(&from, &content, content.len() / 2 + 32) {
-                best = Some(Anew { base: Some(self.oid(base)), size: delta.len() as u64, zlib: compressed(&delta)? });
+                best = Some(Compressed {
+                    base: Some(self.oid(base)),
+                    size: delta.len() as u64,
+                    zlib: compressed(&delta)?,
+                });
             }
         }
         // If the delta is much smaller than the quickly compressed object, thorough compression cannot beat it.
         let clear = best.as_ref().is_some_and(|best| (best.zlib.len() as u64) < item.length / 3);
         if !clear && (!whole_now || self.fresh[item.pack]) {
-            let whole = Anew { base: None, size: content.len() as u64, zlib: compressed(&content)? };
+            let whole = Compressed { base: None, size: content.len() as u64, zlib: compressed(&content)? };
             if best.as_ref().is_none_or(|best| best.zlib.len() + 4 >= whole.zlib.len()) {
                 best = Some(whole);
             }
         }
-        let must = !whole_now || (self.fresh[item.pack] && item.head.size <= ALWAYS_ANEW);
+        let must = !whole_now || (self.fresh[item.pack] && item.header.size <= ALWAYS_ANEW);
         Ok(best.filter(|best| must || (best.zlib.len() as u64) < item.length))
     }
 
@@ -415,20 +420,20 @@ impl<'a> Repack<'a> {
                 return Err(HistoryError::Cancelled);
             }
             let oid = new.index.oid(n as usize).unwrap_or(Oid::from_raw([0; 20]));
-            let item = self.reach.number(&oid).and_then(|node| self.by_node.get(&node));
+            let item = self.needed.number(&oid).and_then(|node| self.by_node.get(&node));
             let item = item.map(|item| &self.items[*item as usize]);
             let item = item.ok_or_else(|| failed(bad(format!("unexpected object {oid} in the new pack"))))?;
-            rehash(&new, at, item.kind, &oid, &self.remembered).map_err(failed)?;
+            rehash(&new, at, item.kind, &oid, &self.cache).map_err(failed)?;
             if done % 256 == 0 {
-                progress(Progress { phase: Phase::Verify, done: before + done as u64, total: 2 * before });
+                progress(StoreProgress { phase: StorePhase::Verify, done: before + done as u64, total: 2 * before });
             }
         }
-        self.remembered.forget();
+        self.cache.clear();
         Ok(())
     }
 }
 
-struct Anew {
+struct Compressed {
     base: Option<Oid>,
     size: u64,
     zlib: Vec<u8>,
@@ -450,14 +455,14 @@ pub(crate) fn rehash(
     at: u64,
     kind: ObjectKind,
     oid: &Oid,
-    remembered: &Remembered,
+    cache: &ContentCache,
 ) -> io::Result<()> {
-    let head = reader.head(at)?;
-    let (found, sum) = match head.stored {
-        Stored::Whole(found) => {
-            let mut hasher = ObjectHasher::new(found, head.size);
-            let mut content = reader.inflate(at, &head);
-            let mut buffer = vec![0; head.size.clamp(1, 64 << 10) as usize];
+    let header = reader.header(at)?;
+    let (found, sum) = match header.stored {
+        Stored::Complete(found) => {
+            let mut hasher = ObjectHasher::new(found, header.size);
+            let mut content = reader.inflate(at, &header);
+            let mut buffer = vec![0; header.size.clamp(1, 64 << 10) as usize];
             loop {
                 match io::Read::read(&mut content, &mut buffer)? {
                     0 => break (found, hasher.finish()),
@@ -465,8 +470,8 @@ pub(crate) fn rehash(
                 }
             }
         }
-        Stored::Behind(_) | Stored::Named(_) => {
-            let (found, content) = reader.resolve(at, remembered)?;
+        Stored::DeltaAt(_) | Stored::DeltaTo(_) => {
+            let (found, content) = reader.resolve(at, cache)?;
             (found, Oid::of(found, &content))
         }
     };

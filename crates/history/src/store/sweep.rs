@@ -11,9 +11,9 @@ use std::sync::atomic::AtomicBool;
 
 use crate::History;
 use crate::errors::{HistoryError, Result};
-use crate::store::consolidate::{Ahead, DRAFT, Old};
 use crate::store::oid::Oid;
 use crate::store::pack_index::PackIndex;
+use crate::store::pack_removal::{CONSOLIDATION_DIR, ChosenPacks, LaterNeeds, remove_if_exists};
 use crate::store::reachability::Reachability;
 use fermata_failpoint as failpoint;
 
@@ -21,7 +21,7 @@ use fermata_failpoint as failpoint;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SweepReport {
     /// Directories of snapshots that were never published.
-    pub drafts: u64,
+    pub directories: u64,
     /// Packs that no checkpoint needs.
     pub packs: u64,
     /// Bytes of those packs.
@@ -37,26 +37,28 @@ impl History {
     /// no error.
     pub fn sweep(&self) -> Result<SweepReport> {
         let mut report = SweepReport::default();
-        self.sweep_drafts(&mut report)?;
+        self.sweep_pending(&mut report)?;
         // A running consolidation holds this lock; after a crash nothing does.
-        let left_behind = self.consolidating.try_lock().ok().filter(|_| self.pending().join(DRAFT).exists());
+        let left_behind =
+            self.consolidating.try_lock().ok().filter(|_| self.pending().join(CONSOLIDATION_DIR).exists());
         let swept = self.sweep_packs(&mut report, left_behind.is_some() && self.swap_has_begun())?;
         if swept && left_behind.is_some() {
-            self.remove_draft()?;
-            report.drafts += 1;
+            self.remove_consolidation_dir()?;
+            report.directories += 1;
         }
         Ok(report)
     }
 
-    fn sweep_drafts(&self, report: &mut SweepReport) -> Result<()> {
+    fn sweep_pending(&self, report: &mut SweepReport) -> Result<()> {
         let _writer = self.lock_writer();
         let live = self.live().clone();
-        for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name) && name != DRAFT) {
+        for name in list(&self.pending())?.into_iter().filter(|name| !live.contains(name) && name != CONSOLIDATION_DIR)
+        {
             let path = self.pending().join(&name);
             match if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) } {
                 Ok(()) => {
-                    report.drafts += 1;
-                    failpoint::hit("history.sweep.draft");
+                    report.directories += 1;
+                    failpoint::hit("history.sweep.directory");
                 }
                 // A concurrent sweep has removed it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
@@ -66,57 +68,57 @@ impl History {
         Ok(())
     }
 
-    /// Removes packs that no checkpoint needs; with `doubles`, also those whose needed objects are all in other
-    /// packs. Returns `false` if a snapshot in progress or just published prevents it. With `doubles`, the
+    /// Removes packs that no checkpoint needs; with `redundant`, also those whose needed objects are all in other
+    /// packs. Returns `false` if a snapshot in progress or just published prevents it. With `redundant`, the
     /// caller must hold the consolidation lock.
-    pub(crate) fn sweep_packs(&self, report: &mut SweepReport, doubles: bool) -> Result<bool> {
+    pub(crate) fn sweep_packs(&self, report: &mut SweepReport, redundant: bool) -> Result<bool> {
         if !self.live().is_empty() {
             return Ok(false);
         }
         self.objects.refresh()?;
         let roots = self.roots()?;
-        let suspects = self.volatile_paths(&roots, doubles);
-        let reach = if suspects.is_empty() {
+        let candidates = self.candidates_for_removal(&roots, redundant);
+        let needed = if candidates.is_empty() {
             Reachability::default()
         } else {
             match Reachability::of(&self.objects, &roots, &[], &AtomicBool::new(false)) {
-                Ok(reach) => reach,
+                Ok(needed) => needed,
                 Err(error) => {
                     tracing::warn!(%error, "failed to read a checkpoint; no pack is removed");
                     return Ok(true);
                 }
             }
         };
-        let names = self.unneeded(suspects, &reach, doubles);
+        let names = self.unneeded(candidates, &needed, redundant);
         failpoint::check("history.sweep.walked").map_err(HistoryError::io("sweep", &self.repository))?;
-        let old = Old { names, walked: roots.into_iter().collect(), reach: &reach };
+        let chosen = ChosenPacks { names, walked: roots.into_iter().collect(), needed: &needed };
         let mut gone = Vec::new();
-        let swept = self.remove_packs(&old, &mut gone, report);
+        let swept = self.remove_packs(&chosen, &mut gone, report);
         // Freeing a large file may take long, so it happens without the lock.
         for path in gone {
-            remove(&path)?;
+            remove_if_exists(&path)?;
         }
         swept
     }
 
     /// Lists the packs that may be unneeded. A pack with the commit of a checkpoint is needed.
-    fn volatile_paths(&self, roots: &[Oid], doubles: bool) -> Vec<Arc<PackIndex>> {
+    fn candidates_for_removal(&self, roots: &[Oid], redundant: bool) -> Vec<Arc<PackIndex>> {
         let commits: HashSet<&Oid> = roots.iter().collect();
         let mut packs = self.objects.indexes();
-        if !doubles {
+        if !redundant {
             packs.retain(|pack| !pack.ids().any(|id| commits.contains(&id)));
         }
         packs
     }
 
     /// Returns the names of the packs that can be removed.
-    fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, reach: &Reachability, doubles: bool) -> HashSet<String> {
+    fn unneeded(&self, mut packs: Vec<Arc<PackIndex>>, needed: &Reachability, redundant: bool) -> HashSet<String> {
         // Small packs first: a consolidation has probably replaced them.
         packs.sort_by_key(|pack| pack.count());
         let mut gone = HashSet::new();
         for pack in packs {
             gone.insert(pack.name.clone());
-            let needed = |id: &Oid| reach.needs(id) && !(doubles && self.objects.contains_outside(id, &gone));
+            let needed = |id: &Oid| needed.needs(id) && !(redundant && self.objects.contains_outside(id, &gone));
             if pack.ids().any(|id| needed(&id)) {
                 gone.remove(&pack.name);
             }
@@ -126,23 +128,33 @@ impl History {
 
     /// Renames unneeded packs to `pending/` unless a checkpoint has come to need them. The caller removes the
     /// files, which are added to `gone`.
-    fn remove_packs(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
+    fn remove_packs(
+        &self,
+        chosen: &ChosenPacks<'_>,
+        gone: &mut Vec<PathBuf>,
+        report: &mut SweepReport,
+    ) -> Result<bool> {
         let _writer = self.lock_writer();
         // A snapshot in progress may rely on one of these packs.
         if !self.live().is_empty() {
             return Ok(false);
         }
-        let removed = self.remove_packs_now(old, gone, report);
+        let removed = self.remove_packs_now(chosen, gone, report);
         // Also after a failure, since some packs may be gone.
         self.objects.refresh()?;
         removed
     }
 
     /// As [`History::remove_packs`]; the caller holds the writer lock and no snapshot is in progress.
-    fn remove_packs_now(&self, old: &Old<'_>, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<bool> {
+    fn remove_packs_now(
+        &self,
+        chosen: &ChosenPacks<'_>,
+        gone: &mut Vec<PathBuf>,
+        report: &mut SweepReport,
+    ) -> Result<bool> {
         let dir = self.objects.pack_dir();
         self.objects.refresh()?;
-        match self.allows(old, &Ahead::default(), &AtomicBool::new(false)) {
+        match self.allows(chosen, &LaterNeeds::default(), &AtomicBool::new(false)) {
             Ok(true) => {}
             Ok(false) => return Ok(false),
             Err(error) => {
@@ -150,28 +162,28 @@ impl History {
                 return Ok(true);
             }
         }
-        for name in old.names.iter().filter(|name| self.objects.has_pack(name)) {
+        for name in chosen.names.iter().filter(|name| self.objects.has_pack(name)) {
             // The index goes first, since a pack without an index is invisible.
-            remove(&dir.join(format!("{name}.idx")))?;
+            remove_if_exists(&dir.join(format!("{name}.idx")))?;
             failpoint::hit("history.sweep.index");
-            self.put_aside(name, gone, report)?;
+            self.move_to_pending(name, gone, report)?;
         }
         let names = list(&dir)?;
-        let known: HashSet<&String> = names.iter().collect();
+        let last_state: HashSet<&String> = names.iter().collect();
         for name in names.iter().filter_map(|name| name.strip_suffix(".pack")) {
-            if !known.contains(&format!("{name}.idx")) {
-                self.put_aside(name, gone, report)?;
+            if !last_state.contains(&format!("{name}.idx")) {
+                self.move_to_pending(name, gone, report)?;
             }
         }
         Ok(true)
     }
 
-    fn put_aside(&self, name: &str, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<()> {
+    fn move_to_pending(&self, name: &str, gone: &mut Vec<PathBuf>, report: &mut SweepReport) -> Result<()> {
         let pack = self.objects.pack_dir().join(format!("{name}.pack"));
-        let aside = self.pending().join(format!("{name}.gone"));
+        let target = self.pending().join(format!("{name}.gone"));
         let size = fs::metadata(&pack).map_or(0, |meta| meta.len());
-        match fs::rename(&pack, &aside) {
-            Ok(()) => gone.push(aside),
+        match fs::rename(&pack, &target) {
+            Ok(()) => gone.push(target),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             Err(error) => return Err(HistoryError::io("move", &pack)(error)),
         }
@@ -185,13 +197,4 @@ fn list(dir: &Path) -> Result<Vec<String>> {
     let entries = fs::read_dir(dir).map_err(HistoryError::io("list", dir))?;
     let names = entries.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()));
     names.collect::<std::io::Result<_>>().map_err(HistoryError::io("list", dir))
-}
-
-/// Removes a file, which may not exist, and returns its size.
-pub(crate) fn remove(path: &Path) -> Result<u64> {
-    let size = fs::metadata(path).map_or(0, |meta| meta.len());
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(HistoryError::io("remove", path)(error)),
-        _ => Ok(size),
-    }
 }

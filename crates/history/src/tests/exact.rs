@@ -20,14 +20,14 @@ fn break_link(path: &Path) {
 fn there_and_back(sandbox: &Sandbox, numbers: (u64, u64)) {
     let (wanted, fine) = (files_on_disk(&sandbox.path()), finer(&sandbox.path()));
     let (one, two) = numbers;
-    let original = (picture_at(sandbox, one), finer_at(sandbox, one));
+    let original = (files_at(sandbox, one), finer_at(sandbox, one));
     sandbox.restore_cleanly(one, two);
     assert_eq!((files_on_disk(&sandbox.path()), finer(&sandbox.path())), original);
     sandbox.restore_cleanly(two, two + 1);
     assert_eq!((files_on_disk(&sandbox.path()), finer(&sandbox.path())), (wanted, fine));
 }
 
-fn picture_at(sandbox: &Sandbox, number: u64) -> FilesOnDisk {
+fn files_at(sandbox: &Sandbox, number: u64) -> FilesOnDisk {
     serde_json::from_slice(&fs::read(sandbox.outside(&format!("picture-{number}"))).unwrap()).unwrap()
 }
 
@@ -45,8 +45,8 @@ fn remember(sandbox: &Sandbox, number: u64) {
 
 #[test]
 fn hard_links_are_made_again_whatever_became_of_them() {
-    type Change = fn(&Sandbox);
-    let changes: [Change; 9] = [
+    type Edit = fn(&Sandbox);
+    let changes: [Edit; 9] = [
         |s| fs::remove_file(s.at("a")).unwrap(),
         |s| break_link(&s.at("far/b")),
         |s| s.write("a", "written through all names"),
@@ -185,7 +185,7 @@ fn extended_attributes_come_back_and_go_away() {
     let here = Point::Workspace(sandbox.path(), sandbox.rules.clone());
     let diff = sandbox.history.diff(&Point::Checkpoint(1), &here, &quiet, &NEVER).unwrap();
     let named: Vec<_> = diff.entries.iter().map(|entry| (entry.path.to_string(), entry.change)).collect();
-    assert!(named.contains(&("bare".to_owned(), Change::AttributesChanged)), "{named:?}");
+    assert!(named.contains(&("bare".to_owned(), DiffChange::AttributesChanged)), "{named:?}");
     there_and_back(&sandbox, (1, 2));
 }
 
@@ -205,7 +205,7 @@ fn files_with_holes_come_back_with_holes() {
     sandbox.write("empty", vec![0; 1 << 20]);
     fs::remove_file(sandbox.at("dense")).unwrap();
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(files_on_disk(&sandbox.path()), picture_at(&sandbox, 1));
+    assert_eq!(files_on_disk(&sandbox.path()), files_at(&sandbox, 1));
     assert!(fs::metadata(sandbox.at("image")).unwrap().blocks() * 512 < 1 << 20);
     assert!(fs::metadata(sandbox.at("empty")).unwrap().blocks() * 512 < 1 << 20);
 }

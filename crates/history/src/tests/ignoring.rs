@@ -108,7 +108,7 @@ fn listed(sandbox: &Sandbox) -> BTreeSet<Vec<u8>> {
 fn covered(sandbox: &Sandbox, number: u64) -> BTreeSet<Vec<u8>> {
     sandbox.checkpoint(number);
     let listing = sandbox.history.listing_of(number).expect("listing");
-    let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::ItemContent::Directory);
+    let files = listing.items.iter().filter(|(_, item)| item.content != crate::tree::listing::ItemContent::Directory);
     files.map(|(path, _)| path.bytes().to_vec()).collect()
 }
 

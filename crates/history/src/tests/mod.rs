@@ -36,7 +36,7 @@ pub(super) struct Sandbox {
 
 pub(super) static NEVER: AtomicBool = AtomicBool::new(false);
 
-pub(super) fn quiet(_: Progress) {}
+pub(super) fn quiet(_: StoreProgress) {}
 
 pub(super) fn rel(path: &str) -> RelPath {
     RelPath::new(path).unwrap()
@@ -46,7 +46,7 @@ impl Sandbox {
     pub fn new() -> Sandbox {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("work")).unwrap();
-        let watcher = Watcher::start(&dir.path().join("cookies")).unwrap();
+        let watcher = FileWatcher::start(&dir.path().join("cookies")).unwrap();
         let history = History::open_watched(&dir.path().join("state"), Some(&watcher)).unwrap();
         Sandbox { dir, history, rules: Rules::default() }
     }
@@ -81,7 +81,7 @@ impl Sandbox {
             parent: None,
             rules: self.rules.clone(),
             mapped: Mapped::default(),
-            whole_after: None,
+            full_scan_after: None,
         }
     }
 
@@ -97,7 +97,7 @@ impl Sandbox {
 
     pub fn planned(&self, number: u64, safety: Option<u64>, paths: Option<&[RelPath]>) -> Planned {
         let workspace = self.path();
-        let request = RestoreRequest { number, safety, workspace: &workspace, rules: &self.rules, paths };
+        let request = RestoreOptions { number, safety, workspace: &workspace, rules: &self.rules, paths };
         self.history.plan_restore(&request, &quiet, &NEVER).unwrap()
     }
 
@@ -123,14 +123,15 @@ impl Sandbox {
 
     pub fn covered(&self, number: u64) -> Vec<String> {
         let listing = self.history.listing_of(number).unwrap();
-        let files = listing.items.iter().filter(|(_, item)| item.what != crate::tree::listing::ItemContent::Directory);
+        let files =
+            listing.items.iter().filter(|(_, item)| item.content != crate::tree::listing::ItemContent::Directory);
         files.map(|(path, _)| path.to_string()).collect()
     }
 
     /// Waits until all files written so far are old enough for their fingerprints to be reliable.
     pub fn let_files_age(&self) {
         // The clock of the file system lags behind this one.
-        let grain = std::time::Duration::from_nanos(crate::scan::workspace_state::TICK_NS as u64 + 1);
+        let grain = std::time::Duration::from_nanos(crate::tree::fingerprint::TICK_NS as u64 + 1);
         let written = std::time::SystemTime::now();
         while std::time::SystemTime::now() <= written + grain {
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -228,10 +229,10 @@ pub(super) fn set_mtime(path: &Path, ns: u64) {
 }
 
 /// The files of a workspace without `.git`.
-pub(super) fn picture_of_work(dir: &Path) -> FilesOnDisk {
-    let mut picture = files_on_disk(dir);
-    picture.retain(|name, _| !name.split('/').any(|part| part == ".git"));
-    picture
+pub(super) fn files_without_git(dir: &Path) -> FilesOnDisk {
+    let mut files = files_on_disk(dir);
+    files.retain(|name, _| !name.split('/').any(|part| part == ".git"));
+    files
 }
 
 pub(super) fn set_mode(path: &Path, mode: u32) {

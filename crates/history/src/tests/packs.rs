@@ -68,13 +68,13 @@ fn many_packs_become_one_and_every_checkpoint_stays_what_it_was() {
     let before: Vec<_> = (1..=60).map(|n| sandbox.history.listing_of(n).unwrap().items).collect();
     let fresh = sandbox.history.pack_stats().unwrap();
     assert_eq!((fresh.packs, fresh.fresh), (60, 60));
-    assert_eq!(sandbox.history.due(), Some(Extent::Due));
-    let done = consolidate(&sandbox.history, Extent::Due).unwrap();
+    assert_eq!(sandbox.history.worthwhile_extent(), Some(Extent::ManyFresh));
+    let done = consolidate(&sandbox.history, Extent::ManyFresh).unwrap();
     assert_eq!(done.packs, 60);
     assert!(done.deltas > 500, "{done:?}");
     assert!(done.bytes_after * 5 < done.bytes_before * 2, "{done:?}");
     assert_eq!(packs(&sandbox.history).len(), 1);
-    assert_eq!(sandbox.history.due(), None);
+    assert_eq!(sandbox.history.worthwhile_extent(), None);
     assert_eq!(consolidate(&sandbox.history, Extent::Fresh), None);
 
     for history in [&sandbox.history, &History::open(&sandbox.outside("state")).unwrap()] {
@@ -120,7 +120,7 @@ fn a_consolidation_costs_what_is_new_not_what_is_there() {
         sandbox.write("small", format!("{n}"));
         sandbox.checkpoint(n);
     }
-    assert_eq!(consolidate(&sandbox.history, Extent::Due), None);
+    assert_eq!(consolidate(&sandbox.history, Extent::ManyFresh), None);
     let done = consolidate(&sandbox.history, Extent::Fresh).unwrap();
     assert_eq!(done.packs, 7);
     assert!(packs(&sandbox.history).contains(&base[0]));
@@ -139,9 +139,9 @@ fn what_no_checkpoint_needs_any_more_is_dropped_even_where_others_were_deltas_to
     let before = sandbox.history.pack_stats().unwrap().bytes;
     let listing = sandbox.history.listing_of(40).unwrap().items;
     (1..40).filter(|n| n % 9 != 0).for_each(|n| sandbox.history.remove(n).unwrap());
-    assert_eq!(sandbox.history.due(), Some(Extent::Waste));
+    assert_eq!(sandbox.history.worthwhile_extent(), Some(Extent::Waste));
     let done = consolidate(&sandbox.history, Extent::Waste).unwrap();
-    assert_eq!(sandbox.history.due(), None);
+    assert_eq!(sandbox.history.worthwhile_extent(), None);
     assert_eq!(done.packs, 1);
     assert!(sandbox.history.pack_stats().unwrap().bytes < before);
     all_is_good(&sandbox.history);
@@ -162,7 +162,7 @@ fn nothing_goes_while_a_snapshot_relies_on_it() {
     (1..=5).for_each(|n| sandbox.history.remove(n).unwrap());
     // Consolidation waits for the snapshot until it is cancelled.
     let stop = AtomicBool::new(false);
-    let late = |progress: Progress| stop.store(progress.phase == Phase::Verify, Ordering::Relaxed);
+    let late = |progress: StoreProgress| stop.store(progress.phase == StorePhase::Verify, Ordering::Relaxed);
     let result = sandbox.history.consolidate(Extent::Everything, &late, &stop);
     assert!(matches!(result, Err(HistoryError::Cancelled)));
     sandbox.history.publish(&under_way).unwrap();
@@ -183,8 +183,8 @@ fn what_is_published_while_packs_are_written_keeps_what_it_needs() {
     sandbox.checkpoint(8);
     sandbox.history.remove(7).unwrap();
     let once = AtomicBool::new(false);
-    let meddle = |progress: Progress| {
-        if progress.phase == Phase::Verify && !once.swap(true, Ordering::Relaxed) {
+    let meddle = |progress: StoreProgress| {
+        if progress.phase == StorePhase::Verify && !once.swap(true, Ordering::Relaxed) {
             sandbox.write("d0/e0/f0", "only in checkpoint 7");
             sandbox.checkpoint(9);
         }
@@ -205,7 +205,7 @@ fn a_cancelled_consolidation_leaves_everything_as_it_was() {
     let result = sandbox.history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true));
     assert!(matches!(result, Err(HistoryError::Cancelled)));
     let stop = AtomicBool::new(false);
-    let late = |progress: Progress| stop.store(progress.phase == Phase::Verify, Ordering::Relaxed);
+    let late = |progress: StoreProgress| stop.store(progress.phase == StorePhase::Verify, Ordering::Relaxed);
     let result = sandbox.history.consolidate(Extent::Everything, &late, &stop);
     assert!(matches!(result, Err(HistoryError::Cancelled)));
     assert_eq!(contents(&sandbox.history), before);
@@ -256,7 +256,7 @@ fn a_flipped_bit_anywhere_in_a_pack_or_an_index_is_noticed() {
             let mask = 1 << (at % 8);
             flip(&path, at, mask);
             for history in [&sandbox.history, &History::open(&sandbox.outside("state")).unwrap()] {
-                history.objects.rest();
+                history.objects.free_cache();
                 let noticed = history.verify(3, &quiet, &NEVER).map(|report| !report.bad.is_empty());
                 assert!(noticed.unwrap_or(true), "byte {at} of {}", path.display());
             }
@@ -442,7 +442,7 @@ fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
         sandbox.git(&["add", "-A"]);
         sandbox.git(&["commit", "-qm", &format!("checkpoint {round}")]);
         // As the daemon does it.
-        if let Some(extent) = sandbox.history.due() {
+        if let Some(extent) = sandbox.history.worthwhile_extent() {
             let start = std::time::Instant::now();
             consolidate(&sandbox.history, extent);
             longest = longest.max(start.elapsed());
@@ -492,9 +492,9 @@ fn whoever_waits_for_room_gets_back_what_little_a_large_pack_wastes() {
         panic!("so little is not worth it");
     };
     assert!(wasted > 0);
-    let done = consolidate(history, Extent::Room).unwrap();
+    let done = consolidate(history, Extent::FreeSpace).unwrap();
     assert!(done.bytes_after < done.bytes_before && done.wasted == 0, "{done:?}");
-    assert_eq!(history.consolidate(Extent::Room, &quiet, &NEVER).unwrap(), Attempt::Nothing(Some(0)));
+    assert_eq!(history.consolidate(Extent::FreeSpace, &quiet, &NEVER).unwrap(), Attempt::Nothing(Some(0)));
     all_is_good(history);
 }
 
@@ -504,18 +504,18 @@ fn removals_are_looked_for_until_a_consolidation_has_dealt_with_them() {
     let history = &sandbox.history;
     consolidate(history, Extent::Everything).unwrap();
     (1..=8).for_each(|number| history.remove(number).unwrap());
-    assert_eq!(history.due(), Some(Extent::Waste));
+    assert_eq!(history.worthwhile_extent(), Some(Extent::Waste));
     let before = contents(history);
     let result = history.consolidate(Extent::Everything, &quiet, &AtomicBool::new(true));
     assert!(matches!(result, Err(HistoryError::Cancelled)), "{result:?}");
     assert_eq!(contents(history), before);
-    assert_eq!(history.due(), Some(Extent::Waste), "it was cancelled");
+    assert_eq!(history.worthwhile_extent(), Some(Extent::Waste), "it was cancelled");
     let other = history.consolidating.lock().unwrap();
     assert_eq!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Busy);
     drop(other);
-    assert_eq!(history.due(), Some(Extent::Waste), "somebody else was at work");
+    assert_eq!(history.worthwhile_extent(), Some(Extent::Waste), "somebody else was at work");
     assert_ne!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Busy);
-    assert_eq!(history.due(), None);
+    assert_eq!(history.worthwhile_extent(), None);
 }
 
 fn known_packs(history: &History) -> Vec<String> {
@@ -537,8 +537,8 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
     let sandbox = with_rounds(5);
     let history = &sandbox.history;
     let old = known_packs(history);
-    let stubborn = |progress: Progress| {
-        if progress.phase == Phase::Verify {
+    let stubborn = |progress: StoreProgress| {
+        if progress.phase == StorePhase::Verify {
             // A directory blocks the name to which an old pack is moved.
             old.iter().for_each(|name| {
                 fs::create_dir_all(history.pending().join(format!("consolidation/{name}.gone/x"))).unwrap();
@@ -570,6 +570,6 @@ fn a_new_draft_sees_that_an_index_has_gone() {
     let gone = packs(history).remove(0).with_extension("idx");
     fs::rename(&gone, sandbox.outside("index")).unwrap();
     assert_eq!(known_packs(history).len(), 2);
-    drop(history.start_draft(9).unwrap());
+    drop(history.start_pending(9).unwrap());
     assert_eq!(known_packs(history), packs_with_index(history));
 }

@@ -172,8 +172,8 @@ fn all_of(sandbox: &Sandbox) -> (FilesOnDisk, Finer) {
 
 /// Applies the first steps of a plan, like a daemon that dies, and then applies the plan again.
 fn apply_with_a_crash(sandbox: &Sandbox, plan: &RestorePlan, after: u64) -> RestoreReport {
-    let die = |progress: Progress| {
-        if progress.phase == Phase::Apply && progress.done == after {
+    let die = |progress: StoreProgress| {
+        if progress.phase == StorePhase::Apply && progress.done == after {
             resume_unwind(Box::new("dies here"));
         }
     };
@@ -251,7 +251,7 @@ proptest! {
             if within(name, &blocked) {
                 continue;
             }
-            let is_dir = |picture: &FilesOnDisk| picture.get(name).is_some_and(|one| one.0 & 0o170_000 == 0o040_000);
+            let is_dir = |files: &FilesOnDisk| files.get(name).is_some_and(|one| one.0 & 0o170_000 == 0o040_000);
             let attributes = |finer: &Finer| finer.get(name).map(|one| one.0.clone());
             if is_chosen(name) {
                 prop_assert_eq!(now.get(name), original.get(name), "{}", name);

@@ -5,9 +5,9 @@ use super::*;
 
 /// Returns all of git's files below a directory.
 fn gits(dir: &Path) -> FilesOnDisk {
-    let mut picture = files_on_disk(dir);
-    picture.retain(|name, _| name.split('/').any(|part| part == ".git"));
-    picture
+    let mut files = files_on_disk(dir);
+    files.retain(|name, _| name.split('/').any(|part| part == ".git"));
+    files
 }
 
 fn commit(dir: &Path, message: &str) {
@@ -24,7 +24,7 @@ fn checkpoint_of(sandbox: &Sandbox, workspace: &Path, number: u64) {
 
 fn restore_of(sandbox: &Sandbox, workspace: &Path, number: u64, safety: u64) -> RestorePlan {
     checkpoint_of(sandbox, workspace, safety);
-    let request = RestoreRequest { number, safety: Some(safety), workspace, rules: &sandbox.rules, paths: None };
+    let request = RestoreOptions { number, safety: Some(safety), workspace, rules: &sandbox.rules, paths: None };
     let plan = sandbox.history.plan_restore(&request, &quiet, &NEVER).unwrap().plan;
     let report = sandbox.history.apply_restore(&plan, &quiet).unwrap();
     assert_eq!((report.mismatches, report.conflicts), (vec![], vec![]));
@@ -41,13 +41,13 @@ fn a_linked_worktree_is_restored_and_its_git_file_stays() {
     sandbox.git(&["worktree", "add", "-qb", "side", linked.to_str().unwrap()]);
     fs::write(linked.join("untracked"), "u").unwrap();
     checkpoint_of(&sandbox, &linked, 1);
-    let before = picture_of_work(&linked);
+    let before = files_without_git(&linked);
     fs::write(linked.join("a"), "changed").unwrap();
     fs::remove_file(linked.join("untracked")).unwrap();
     commit(&linked, "two");
     let gits_before = (gits(&linked), gits(&sandbox.path()));
     let plan = restore_of(&sandbox, &linked, 1, 2);
-    assert_eq!(picture_of_work(&linked), before);
+    assert_eq!(files_without_git(&linked), before);
     assert_eq!((gits(&linked), gits(&sandbox.path())), gits_before);
     // The branch has moved since the checkpoint, which is reported.
     assert!(plan.warnings.iter().any(|text| text.contains("on branch 'side'")), "{:?}", plan.warnings);
@@ -70,7 +70,7 @@ fn submodules_and_nested_repositories_are_restored_as_files() {
     git_in(&sandbox.at("empty-repository"), &["init", "-q"]);
     sandbox.checkpoint(1);
     assert!(sandbox.covered(1).contains(&"sub/lib.c".to_owned()), "{:?}", sandbox.covered(1));
-    let before = picture_of_work(&sandbox.path());
+    let before = files_without_git(&sandbox.path());
     sandbox.write("sub/lib.c", "int y;\n");
     sandbox.write("nested/src/a", "22");
     fs::remove_file(sandbox.at("empty-repository/x")).unwrap();
@@ -78,7 +78,7 @@ fn submodules_and_nested_repositories_are_restored_as_files() {
     commit(&sandbox.at("nested"), "nested again");
     let gits_before = gits(&sandbox.path());
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture_of_work(&sandbox.path()), before);
+    assert_eq!(files_without_git(&sandbox.path()), before);
     assert_eq!(gits(&sandbox.path()), gits_before);
 }
 
@@ -94,12 +94,12 @@ fn filters_and_line_ends_leave_the_bytes_alone() {
         sandbox.write(name, text);
     }
     sandbox.checkpoint(1);
-    let before = picture_of_work(&sandbox.path());
+    let before = files_without_git(&sandbox.path());
     for name in ["a.bin", "b.txt", "c.id"] {
         fs::remove_file(sandbox.at(name)).unwrap();
     }
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture_of_work(&sandbox.path()), before);
+    assert_eq!(files_without_git(&sandbox.path()), before);
 }
 
 #[test]
@@ -136,7 +136,7 @@ fn a_rebase_that_was_in_the_middle_is_told_and_git_stays_where_it_is() {
         .unwrap();
     assert!(!rebase.status.success(), "a conflict was expected");
     sandbox.checkpoint(1);
-    let before = picture_of_work(&sandbox.path());
+    let before = files_without_git(&sandbox.path());
     assert!(String::from_utf8_lossy(&before["a"].3).contains("<<<<<<<"));
     sandbox.git(&["rebase", "--abort"]);
     let gits_before = gits(&sandbox.path());
@@ -146,7 +146,7 @@ fn a_rebase_that_was_in_the_middle_is_told_and_git_stays_where_it_is() {
     assert_eq!(plan.warnings, shown);
     assert!(shown.iter().any(|text| text.contains("in the middle of a rebase")), "{shown:?}");
     assert_eq!(sandbox.history.apply_restore(&plan, &quiet).unwrap().mismatches, []);
-    assert_eq!(picture_of_work(&sandbox.path()), before);
+    assert_eq!(files_without_git(&sandbox.path()), before);
     assert_eq!(gits(&sandbox.path()), gits_before);
 }
 
@@ -184,11 +184,11 @@ fn what_a_submodule_tracks_though_it_ignores_it_is_covered() {
     git_in(&sandbox.at("outer"), &["-c", "protocol.file.allow=always", "submodule", "update", "--init", "-q"]);
     sandbox.checkpoint(3);
     assert!(sandbox.covered(3).contains(&"outer/deep/inner/kept.log".to_owned()), "{:?}", sandbox.covered(3));
-    let before = picture_of_work(&sandbox.path());
+    let before = files_without_git(&sandbox.path());
     fs::remove_file(sandbox.at("outer/deep/inner/kept.log")).unwrap();
     sandbox.write("outer/kept.log", "changed");
     sandbox.restore_cleanly(3, 4);
-    assert_eq!(picture_of_work(&sandbox.path()), before);
+    assert_eq!(files_without_git(&sandbox.path()), before);
     sandbox.git(&["submodule", "--quiet", "deinit", "-f", "outer"]);
     sandbox.checkpoint(5);
     assert_eq!(sandbox.covered(5), [".gitmodules"]);

@@ -28,7 +28,7 @@ fn bytes_modes_times_and_odd_names_come_back_exactly() {
     let old = std::time::UNIX_EPOCH + std::time::Duration::new(1_000_000_000, 123_456_789);
     fs::File::open(sandbox.at("x.bin")).unwrap().set_modified(old).unwrap();
     sandbox.checkpoint(1);
-    let before = picture_of_work(&sandbox.path());
+    let before = files_without_git(&sandbox.path());
 
     for entry in fs::read_dir(sandbox.path()).unwrap() {
         let path = entry.unwrap().path();
@@ -40,7 +40,7 @@ fn bytes_modes_times_and_odd_names_come_back_exactly() {
     }
     sandbox.write("unwanted/deep/file", "x");
     sandbox.restore_cleanly(1, 2);
-    assert_eq!(picture_of_work(&sandbox.path()), before);
+    assert_eq!(files_without_git(&sandbox.path()), before);
 
     // Undoing the restore is another restore.
     sandbox.restore_cleanly(2, 3);
@@ -322,8 +322,8 @@ fn kept_while_drafted(change: impl FnOnce(&Sandbox), drafted: u64) {
     change(&sandbox);
     sandbox.checkpoint(2);
     let plan = sandbox.plan(1, 2, None);
-    let meddle = |progress: Progress| {
-        if progress.phase == Phase::Apply && progress.done == drafted {
+    let meddle = |progress: StoreProgress| {
+        if progress.phase == StorePhase::Apply && progress.done == drafted {
             sandbox.write("a", "mine");
         }
     };

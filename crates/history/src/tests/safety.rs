@@ -161,8 +161,8 @@ fn a_restore_killed_at_any_step_rolls_forward_to_the_same_end() {
     let writes = operations.iter().filter(is_write).count();
     assert!(writes > 0 && steps > writes);
     let points = (1..=steps).map(|n| format!("history.restore.step@{n}=abort"));
-    let drafts = (1..=writes).map(|n| format!("history.restore.drafted@{n}=abort"));
-    for point in points.chain(drafts).chain(["history.restore.flushed=abort".to_owned()]) {
+    let staged = (1..=writes).map(|n| format!("history.restore.staged@{n}=abort"));
+    for point in points.chain(staged).chain(["history.restore.flushed=abort".to_owned()]) {
         let sandbox = Sandbox::new();
         let (wanted, plan) = two_states(&sandbox);
         let state = sandbox.outside("state");
@@ -199,7 +199,7 @@ fn killed_publication_body() {
         parent: Some(1),
         rules,
         mapped: Mapped::default(),
-        whole_after: None,
+        full_scan_after: None,
     };
     let snapshot = history.snapshot(&request, 7, &quiet, &NEVER).unwrap();
     history.publish(&snapshot).unwrap();

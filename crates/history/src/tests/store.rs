@@ -54,13 +54,13 @@ fn an_unchanged_tree_writes_no_blob_and_reads_no_file() {
     assert_eq!(second.stats.new_objects, 3);
 
     // The same after a restart, with the saved workspace state.
-    sandbox.history.keep().unwrap();
+    sandbox.history.save_state().unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let third = again.snapshot(&sandbox.request(3), 5, &quiet, &NEVER).unwrap();
     assert_eq!((third.stats.unchanged, third.stats.new_objects), (20, 3));
 
     // Without the saved state everything is read, but nothing is written.
-    fs::write(sandbox.outside("state").join("picture"), "nonsense").unwrap();
+    fs::write(sandbox.outside("state").join("workspace-state"), "nonsense").unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     let fourth = again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap();
     assert_eq!((fourth.stats.unchanged, fourth.stats.new_objects), (0, 3));
@@ -130,7 +130,7 @@ fn what_is_known_of_the_workspace_keeps_its_objects() {
     sandbox.write("a", "only in the first");
     sandbox.let_files_age();
     sandbox.checkpoint(1);
-    sandbox.history.keep().unwrap();
+    sandbox.history.save_state().unwrap();
     sandbox.history.remove(1).unwrap();
     assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
     let again = History::open(&sandbox.outside("state")).unwrap();
@@ -148,7 +148,7 @@ fn a_picture_whose_commit_is_gone_does_not_vouch_for_objects() {
     sandbox.write("b/c", "this too");
     sandbox.let_files_age();
     sandbox.checkpoint(1);
-    sandbox.history.keep().unwrap();
+    sandbox.history.save_state().unwrap();
     sandbox.history.remove(1).unwrap();
     fs::remove_file(sandbox.history.repository().join("refs/fermata/base")).unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
@@ -178,7 +178,7 @@ fn a_sweep_removes_drafts_and_keeps_every_pack_that_is_needed() {
     // A new process, as after a crash: no snapshot is in progress any more.
     let history = History::open(&sandbox.outside("state")).unwrap();
     let report = history.sweep().unwrap();
-    assert_eq!((report.drafts, report.packs), (1, 0));
+    assert_eq!((report.directories, report.packs), (1, 0));
     assert_eq!(history.verify(2, &quiet, &NEVER).unwrap().bad, []);
     history.remove(2).unwrap();
     assert_eq!(history.sweep().unwrap().packs, 2);
@@ -289,12 +289,12 @@ fn differences_are_named_by_their_kind() {
     assert_eq!(live, stored);
     let named: Vec<_> = stored.entries.iter().map(|entry| (entry.path.to_string(), entry.change)).collect();
     let expected = [
-        ("changed", Change::Modified),
-        ("dir/added", Change::Added),
-        ("empty", Change::Added),
-        ("gone", Change::Removed),
-        ("mode", Change::ModeChanged),
-        ("swapped", Change::TypeChanged),
+        ("changed", DiffChange::Modified),
+        ("dir/added", DiffChange::Added),
+        ("empty", DiffChange::Added),
+        ("gone", DiffChange::Removed),
+        ("mode", DiffChange::ModeChanged),
+        ("swapped", DiffChange::TypeChanged),
     ];
     assert_eq!(named, expected.map(|(path, change)| (path.to_owned(), change)));
 
@@ -369,7 +369,7 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         sandbox.write("dir/b", "small");
         sandbox.let_files_age();
         sandbox.checkpoint(1);
-        sandbox.history.keep().unwrap();
+        sandbox.history.save_state().unwrap();
         damage_only_pack(&sandbox.history);
         // A snapshot that began before the damage was found may rely on damaged objects.
         let misled = sandbox.take(2);
@@ -388,7 +388,7 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         assert_eq!(next.stats.new_objects, 3);
         history.publish(&next).unwrap();
         let content = history.plan_restore(
-            &RestoreRequest {
+            &RestoreOptions {
                 number: 1,
                 safety: Some(4),
                 workspace: &sandbox.path(),
@@ -401,12 +401,12 @@ fn a_damaged_object_is_written_again_and_every_checkpoint_is_whole_again() {
         content.unwrap();
 
         // The pack is still damaged, until it is rewritten without that copy.
-        assert_eq!(history.due(), Some(Extent::Waste));
+        assert_eq!(history.worthwhile_extent(), Some(Extent::Waste));
         assert!(matches!(history.consolidate(Extent::Waste, &quiet, &NEVER).unwrap(), Attempt::Done(_)));
         for number in 1..=4 {
             assert_eq!(history.verify(number, &quiet, &NEVER).unwrap().bad, [], "checkpoint {number}");
         }
-        assert_eq!(history.due(), None);
+        assert_eq!(history.worthwhile_extent(), None);
         git_in(history.repository(), &["fsck", "--strict", "--no-dangling"]);
     }
 }
@@ -424,7 +424,7 @@ fn what_the_workspace_no_longer_has_stays_damaged_and_keeps_its_pack() {
     assert_eq!(bad(), ["files/a"]);
     sandbox.checkpoint(2);
     assert_eq!(sandbox.history.verify(2, &quiet, &NEVER).unwrap().bad, []);
-    assert_eq!(sandbox.history.due(), None);
+    assert_eq!(sandbox.history.worthwhile_extent(), None);
     assert_eq!(bad(), ["files/a"]);
     assert_eq!(sandbox.history.sweep().unwrap(), SweepReport::default());
 }
@@ -434,7 +434,7 @@ fn a_ref_that_a_power_failure_has_torn_can_be_removed_and_its_number_given_again
     let sandbox = Sandbox::new();
     sandbox.write("a", "1");
     sandbox.checkpoint(1);
-    sandbox.history.keep().unwrap();
+    sandbox.history.save_state().unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     for torn in ["", "\0\0\0\0", "4b825dc6"] {
         fs::write(sandbox.outside("state/history.git/refs/fermata/checkpoints/2"), torn).unwrap();

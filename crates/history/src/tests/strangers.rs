@@ -4,7 +4,7 @@ use super::*;
 use crate::errors::Result;
 use crate::store::oid::ObjectKind;
 use crate::store::pack::{PackWriter, Packed};
-use crate::store::pack_index::{self, Line, PackIndex};
+use crate::store::pack_index::{self, IndexLine, PackIndex};
 use crate::tree::listing::CheckpointRoot;
 use crate::tree::metadata::{self, MetaKind, MetaLine};
 use crate::tree::trees::{MODE_LINK, MODE_TREE, TreeEntry, encode_tree};
@@ -132,18 +132,19 @@ fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
     let exported = history.export(1, &quiet, &NEVER).unwrap();
     let name = exported.pack.file_stem().unwrap().to_str().unwrap();
     let index = PackIndex::load(exported.pack.parent().unwrap(), name).unwrap();
-    let encoded = |change: &dyn Fn(usize, &mut Line)| {
+    let encoded = |change: &dyn Fn(usize, &mut IndexLine)| {
         let line = |n| {
-            let mut line = Line { oid: index.oid(n).unwrap(), crc: index.crc(n), offset: index.offset(n).unwrap() };
+            let mut line =
+                IndexLine { oid: index.oid(n).unwrap(), crc: index.crc(n), offset: index.offset(n).unwrap() };
             change(n, &mut line);
             line
         };
-        let mut lines: Vec<Line> = (0..index.count()).map(line).collect();
+        let mut lines: Vec<IndexLine> = (0..index.count()).map(line).collect();
         pack_index::encode(&mut lines, index.pack_checksum().try_into().unwrap())
     };
     let receive = |index: &[u8]| received(history, &exported.pack, index, exported.commit);
     receive(&encoded(&|_, _| {})).unwrap();
-    refused(receive(&encoded(&|n, line| line.crc ^= u32::from(n == 0))), "says something else of the entry");
+    refused(receive(&encoded(&|n, line| line.crc ^= u32::from(n == 0))), "does not match the pack index");
 
     // Sound but unneeded objects could replace others that were never hashed.
     let commit = exported.commit;
@@ -158,7 +159,7 @@ fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
 
 #[test]
 fn what_would_fill_the_memory_is_not_put_together() {
-    use crate::store::pack_reader::{PackReader, Remembered};
+    use crate::store::pack_reader::{ContentCache, PackReader};
     use std::sync::Arc;
     let mut forge = Forge::new();
     let base: Vec<u8> = (0..2000_u32).flat_map(|n| (n * n).to_le_bytes()).collect();
@@ -173,7 +174,7 @@ fn what_would_fill_the_memory_is_not_put_together() {
     let finished = forge.pack.finish().unwrap();
     let index = Arc::new(PackIndex::load(forge.dir.path(), &finished.name).unwrap());
     let open = |limit| PackReader::open(forge.dir.path(), Arc::clone(&index)).unwrap().limited(limit);
-    let read = |limit, oid: &Oid| open(limit).resolve(index.find(oid).unwrap(), &Remembered::default()).map(drop);
+    let read = |limit, oid: &Oid| open(limit).resolve(index.find(oid).unwrap(), &ContentCache::default()).map(drop);
     read(8000, &base_oid).unwrap();
     read(16_000, &oid).unwrap();
     assert!(read(7999, &base_oid).unwrap_err().to_string().contains("8000 bytes exceed the limit of 7999"));

@@ -32,8 +32,8 @@ fn agrees(sandbox: &Sandbox, number: u64) {
 }
 
 /// Says whether the last snapshot was a partial scan.
-fn looked_at_a_part(snapshot: &Snapshot) -> bool {
-    !snapshot.whole
+fn was_partial(snapshot: &Snapshot) -> bool {
+    !snapshot.full
 }
 
 const NAMES: [&str; 10] = ["a", "b", "c", "d.o", "e.log", ".gitignore", "f g", "keep.log", "n\nl", "z"];
@@ -139,10 +139,10 @@ fn only_what_has_changed_is_looked_at() {
         sandbox.write(format!("dir{}/below/file{n}", n % 5), format!("content {n}"));
     }
     sandbox.let_files_age();
-    assert!(!looked_at_a_part(&sandbox.checkpoint(1)));
+    assert!(!was_partial(&sandbox.checkpoint(1)));
     sandbox.write("dir3/below/file3", "changed");
     let second = sandbox.checkpoint(2);
-    assert!(looked_at_a_part(&second));
+    assert!(was_partial(&second));
     assert_eq!(second.stats.files - second.stats.unchanged, 1);
     // A blob and its metadata; two trees for each of three directories; the manifest, the root tree, the
     // commit.
@@ -169,7 +169,7 @@ fn more_events_than_the_queue_holds_lose_nothing() {
     sandbox.checkpoint(1);
     let limit: usize = fs::read_to_string("/proc/sys/fs/inotify/max_queued_events").unwrap().trim().parse().unwrap();
     // While the table is locked, the reader thread cannot drain the queue.
-    sandbox.history.watch.as_ref().unwrap().hold_up(|| {
+    sandbox.history.watch.as_ref().unwrap().block_reader_during(|| {
         for n in 0..limit / 2 + 10 {
             sandbox.write(format!("a/{}", n % 7), "x");
             fs::remove_file(sandbox.at(format!("a/{}", n % 7))).unwrap();
@@ -177,7 +177,7 @@ fn more_events_than_the_queue_holds_lose_nothing() {
         sandbox.write("z/late", "not seen by the queue");
     });
     let second = sandbox.checkpoint(2);
-    assert!(!looked_at_a_part(&second), "the queue has overflowed");
+    assert!(!was_partial(&second), "the queue has overflowed");
     agrees(&sandbox, 3);
     assert!(sandbox.covered(3).contains(&"z/late".to_owned()));
 }
@@ -213,7 +213,7 @@ fn two_projects_in_one_another_see_the_same() {
     let outer = Sandbox::new();
     outer.write("inner/a", "1");
     outer.write("b", "2");
-    let watcher = Watcher::start(&outer.outside("cookies-of-both")).unwrap();
+    let watcher = FileWatcher::start(&outer.outside("cookies-of-both")).unwrap();
     let one = History::open_watched(&outer.outside("one"), Some(&watcher)).unwrap();
     let two = History::open_watched(&outer.outside("two"), Some(&watcher)).unwrap();
     let mut inner = outer.request(1);
@@ -228,7 +228,7 @@ fn two_projects_in_one_another_see_the_same() {
     let (first, _) = (take(&one, &request, 1), take(&two, &inner, 1));
     outer.write("inner/a", "changed");
     let (both, alone) = (take(&one, &request, 2), take(&two, &inner, 2));
-    assert!(looked_at_a_part(&both) && looked_at_a_part(&alone));
+    assert!(was_partial(&both) && was_partial(&alone));
     assert_ne!(both.files, first.files);
     drop(two);
     outer.write("inner/a", "changed again");
@@ -243,16 +243,16 @@ fn a_primed_workspace_costs_only_what_changes_later() {
     }
     sandbox.let_files_age();
     let warm_up = |history: &History| history.warm_up(&sandbox.request(0), 5, &quiet, &NEVER).unwrap();
-    assert_eq!(warm_up(&sandbox.history), Primed::Looked { read: 30, files: 30 });
-    assert_eq!(warm_up(&sandbox.history), Primed::Already);
+    assert_eq!(warm_up(&sandbox.history), WarmUp::Scanned { read: 30, files: 30 });
+    assert_eq!(warm_up(&sandbox.history), WarmUp::UpToDate);
     assert_eq!(sandbox.history.list().unwrap(), [0u64; 0]);
     assert_eq!(sandbox.history.sweep().unwrap().packs, 0);
     let first = sandbox.checkpoint(1);
     assert_eq!((first.stats.unchanged, first.stats.new_objects), (30, 3));
     // A new daemon compares all fingerprints once and reads nothing.
-    let watcher = Watcher::start(&sandbox.outside("cookies-again")).unwrap();
+    let watcher = FileWatcher::start(&sandbox.outside("cookies-again")).unwrap();
     let again = History::open_watched(&sandbox.outside("state"), Some(&watcher)).unwrap();
-    assert_eq!(warm_up(&again), Primed::Looked { read: 0, files: 30 });
+    assert_eq!(warm_up(&again), WarmUp::Scanned { read: 0, files: 30 });
     assert_eq!(again.verify(1, &quiet, &NEVER).unwrap().bad, []);
 }
 
@@ -289,7 +289,7 @@ fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
     sandbox.write("d/d/new", "x");
     sandbox.let_files_age();
     agrees(&sandbox, 3);
-    sandbox.history.keep().unwrap();
+    sandbox.history.save_state().unwrap();
     let again = History::open(&sandbox.outside("state")).unwrap();
     assert_eq!(again.snapshot(&sandbox.request(4), 5, &quiet, &NEVER).unwrap().stats.unchanged, 6);
     // The standard library cannot remove it either.
@@ -340,7 +340,7 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     sandbox.let_files_age();
     agrees(&sandbox, 2);
     sandbox.let_files_age();
-    assert!(looked_at_a_part(&sandbox.checkpoint(3)));
+    assert!(was_partial(&sandbox.checkpoint(3)));
     File::from(nameless).write_all(b"told to nobody").unwrap();
     sandbox.let_files_age();
 
@@ -348,20 +348,20 @@ fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time
     let open = [RelPath::new(*b"dir/named").unwrap()].into();
     let request = SnapshotRequest { mapped: Mapped { open, ..Mapped::default() }, ..sandbox.request(9) };
     let seen = sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap();
-    assert!(looked_at_a_part(&seen) && seen.stats.files - seen.stats.unchanged == 1);
+    assert!(was_partial(&seen) && seen.stats.files - seen.stats.unchanged == 1);
     drop(seen);
 
-    let warm_up = |whole_after| {
-        let request = SnapshotRequest { number: 0, whole_after, ..sandbox.request(1) };
+    let warm_up = |full_scan_after| {
+        let request = SnapshotRequest { number: 0, full_scan_after, ..sandbox.request(1) };
         sandbox.history.warm_up(&request, 5, &quiet, &NEVER).unwrap()
     };
-    assert_eq!(warm_up(None), Primed::Already);
-    assert_eq!(warm_up(Some(Duration::from_secs(3600))), Primed::Already, "it is not time yet");
-    assert_eq!(warm_up(Some(Duration::ZERO)), Primed::Looked { read: 1, files: 2 });
+    assert_eq!(warm_up(None), WarmUp::UpToDate);
+    assert_eq!(warm_up(Some(Duration::from_secs(3600))), WarmUp::UpToDate, "it is not time yet");
+    assert_eq!(warm_up(Some(Duration::ZERO)), WarmUp::Scanned { read: 1, files: 2 });
     agrees(&sandbox, 4);
     // A checkpoint itself never makes the additional full scan.
-    let request = SnapshotRequest { whole_after: Some(Duration::ZERO), ..sandbox.request(5) };
-    assert!(looked_at_a_part(&sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap()));
+    let request = SnapshotRequest { full_scan_after: Some(Duration::ZERO), ..sandbox.request(5) };
+    assert!(was_partial(&sandbox.history.snapshot(&request, 5, &quiet, &NEVER).unwrap()));
 }
 
 #[test]
@@ -380,7 +380,7 @@ fn rules_of_nested_repositories_and_those_above_the_workspace_count_as_they_are_
     sandbox.let_files_age();
     agrees(&sandbox, 4);
     sandbox.write("z", "only this");
-    assert!(looked_at_a_part(&sandbox.checkpoint(5)), "rules that hold cost no look at everything");
+    assert!(was_partial(&sandbox.checkpoint(5)), "rules that hold cost no look at everything");
     fs::write(sandbox.at(".git/info/exclude"), "z\n").unwrap();
     agrees(&sandbox, 6);
     fs::remove_dir_all(sandbox.at("inner/.git")).unwrap();

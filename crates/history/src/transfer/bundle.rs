@@ -12,16 +12,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::History;
 use crate::errors::{HistoryError, Result};
-use crate::progress::{OnProgress, Phase, Progress};
-use crate::snapshot::PendingSnapshot;
+use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::Oid;
 use crate::store::pack_entry::bad;
 use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::PackReader;
+use crate::store::pending::PendingSnapshot;
 use crate::store::reachability::Reachability;
-use crate::store::repack::{Manner, Repack, rehash};
-use crate::transfer::import_validation::{MAX_IN_MEMORY, check_stranger};
+use crate::store::repack::{Repack, RepackEffort, rehash};
+use crate::transfer::import_validation::{MAX_IN_MEMORY, validate_import};
 use crate::tree::confined_dir::sync_dir;
 use crate::verify::{CheckedObjects, check_described};
 use fermata_failpoint as failpoint;
@@ -32,25 +32,25 @@ pub struct Exported {
     pub commit: Oid,
     pub pack: PathBuf,
     pub index: PathBuf,
-    _draft: PendingSnapshot,
+    _pending: PendingSnapshot,
 }
 
 /// An imported pack that is not published. Dropping this removes it.
 #[derive(Debug)]
-pub struct Incoming {
+pub struct IncomingPack {
     number: u64,
-    draft: PendingSnapshot,
+    pending: PendingSnapshot,
 }
 
-impl Incoming {
+impl IncomingPack {
     /// Returns the path to which the caller writes the pack.
     pub fn pack(&self) -> PathBuf {
-        self.draft.dir.join("objects/pack/incoming.pack")
+        self.pending.dir.join("objects/pack/incoming.pack")
     }
 
     /// Returns the path to which the caller writes the index.
     pub fn index(&self) -> PathBuf {
-        self.draft.dir.join("objects/pack/incoming.idx")
+        self.pending.dir.join("objects/pack/incoming.idx")
     }
 }
 
@@ -61,24 +61,24 @@ impl History {
     /// Fails when there is no such checkpoint, when an object is damaged, when the disk is full, or when
     /// cancelled.
     pub fn export(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<Exported> {
-        let draft = self.start_draft(number)?;
+        let pending = self.start_pending(number)?;
         let commit = self.refs.get(number)?;
-        let reach = Reachability::of(&self.objects, &[commit], &[], cancel)?;
+        let needed = Reachability::of(&self.objects, &[commit], &[], cancel)?;
         let indexes = self.objects.indexes();
         let open = |index| self.objects.reader(index);
-        let packs = indexes.iter().filter(|index| index.ids().any(|oid| reach.needs(&oid)));
+        let packs = indexes.iter().filter(|index| index.ids().any(|oid| needed.needs(&oid)));
         let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
         let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
-        let plan = Repack::plan(&reach, packs, Manner::Urgency, |pack, oid| self.objects.is_replaced(pack, oid))?;
+        let plan = Repack::plan(&needed, packs, RepackEffort::Fast, |pack, oid| self.objects.is_replaced(pack, oid))?;
         // Git may have been run in the store and have left objects outside of packs.
-        if plan.objects() != reach.nodes().len() {
+        if plan.objects() != needed.nodes().len() {
             let packed = |oid: &Oid| self.objects.has(oid);
-            let missing = reach.nodes().iter().find(|node| !packed(&node.oid));
+            let missing = needed.nodes().iter().find(|node| !packed(&node.oid));
             return Err(HistoryError::MissingObject { oid: missing.map_or(commit, |node| node.oid) });
         }
-        let (finished, _) = plan.write(&draft.dir, progress, cancel)?;
-        let file = |end: &str| draft.dir.join(format!("{}.{end}", finished.name));
-        Ok(Exported { commit, pack: file("pack"), index: file("idx"), _draft: draft })
+        let (finished, _) = plan.write(&pending.dir, progress, cancel)?;
+        let file = |end: &str| pending.dir.join(format!("{}.{end}", finished.name));
+        Ok(Exported { commit, pack: file("pack"), index: file("idx"), _pending: pending })
     }
 
     /// Begins an import. The caller writes pack and index to [`IncomingPack::pack`] and
@@ -86,11 +86,11 @@ impl History {
     ///
     /// # Errors
     /// Fails when the store cannot be written.
-    pub fn receive(&self, number: u64) -> Result<Incoming> {
-        let draft = self.start_draft(number)?;
-        let dir = draft.dir.join("objects/pack");
+    pub fn receive(&self, number: u64) -> Result<IncomingPack> {
+        let pending = self.start_pending(number)?;
+        let dir = pending.dir.join("objects/pack");
         fs::create_dir_all(&dir).map_err(HistoryError::io("create", &dir))?;
-        Ok(Incoming { number, draft })
+        Ok(IncomingPack { number, pending })
     }
 
     /// Verifies an imported pack completely.
@@ -99,12 +99,12 @@ impl History {
     /// Fails when anything is damaged, missing or unsafe, or when cancelled. Nothing is published.
     pub fn check_received(
         &self,
-        incoming: &Incoming,
+        incoming: &IncomingPack,
         commit: Oid,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<()> {
-        let objects = incoming.draft.dir.join("objects");
+        let objects = incoming.pending.dir.join("objects");
         let dir = objects.join("pack");
         let name = settle(incoming).map_err(HistoryError::io("read the pack in", &dir))?;
         let failed = |error: io::Error| HistoryError::io("check the pack in", &dir)(error);
@@ -112,25 +112,25 @@ impl History {
         let pack = PackReader::open(&dir, Arc::new(index)).map_err(failed)?.limited(MAX_IN_MEMORY);
         pack.check(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
         let store = ObjectStore::open(&objects)?.limited(MAX_IN_MEMORY);
-        let reach = Reachability::of(&store, &[commit], &[], cancel)?;
+        let needed = Reachability::of(&store, &[commit], &[], cancel)?;
         // The index must not name other objects: they would not be hashed, and the store would trust them.
-        if pack.index.count() != reach.nodes().len() {
+        if pack.index.count() != needed.nodes().len() {
             return Err(failed(bad("it contains objects that the checkpoint does not need".to_owned())));
         }
         pack.check_entries(|| cancel.load(Ordering::Relaxed)).map_err(failed)?;
-        let remembered = crate::store::pack_reader::Remembered::default();
-        let total = reach.nodes().len() as u64;
-        for (done, node) in reach.nodes().iter().enumerate() {
+        let cache = crate::store::pack_reader::ContentCache::default();
+        let total = needed.nodes().len() as u64;
+        for (done, node) in needed.nodes().iter().enumerate() {
             if cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
             }
             let at = pack.index.find(&node.oid).ok_or(HistoryError::MissingObject { oid: node.oid })?;
-            rehash(&pack, at, node.kind, &node.oid, &remembered).map_err(failed)?;
+            rehash(&pack, at, node.kind, &node.oid, &cache).map_err(failed)?;
             if done % 256 == 0 {
-                progress(Progress { phase: Phase::Verify, done: done as u64, total });
+                progress(StoreProgress { phase: StorePhase::Verify, done: done as u64, total });
             }
         }
-        check_stranger(&store, &commit, cancel)?;
+        validate_import(&store, &commit, cancel)?;
         check_described(&store, &commit, &mut CheckedObjects::default(), cancel)
     }
 
@@ -138,18 +138,18 @@ impl History {
     ///
     /// # Errors
     /// Fails when the number is taken or when the store cannot be written. The checkpoint then does not exist.
-    pub fn publish_received(&self, incoming: &Incoming, commit: Oid) -> Result<()> {
+    pub fn publish_received(&self, incoming: &IncomingPack, commit: Oid) -> Result<()> {
         let _writer = self.lock_writer();
         let number = incoming.number;
         if self.refs.find(number)?.is_some() {
             return Err(HistoryError::NumberTaken { number });
         }
-        let from = incoming.draft.dir.join("objects/pack");
+        let from = incoming.pending.dir.join("objects/pack");
         let name = settle(incoming).map_err(HistoryError::io("read the pack in", &from))?;
         self.install(&from, &name, || failpoint::check("history.import.moved"))?;
-        let draft = self.refs.draft(commit, &incoming.draft.dir)?;
-        draft.sync_all().map_err(HistoryError::io("flush a ref in", &incoming.draft.dir))?;
-        self.refs.create(number, &incoming.draft.dir)?;
+        let staged_ref = self.refs.stage(commit, &incoming.pending.dir)?;
+        staged_ref.sync_all().map_err(HistoryError::io("flush a ref in", &incoming.pending.dir))?;
+        self.refs.create(number, &incoming.pending.dir)?;
         let refs = self.refs.dir();
         sync_dir(refs).map_err(HistoryError::io("flush", refs)).inspect_err(|_| self.refs.take_back(number))?;
         failpoint::hit("history.import.published");
@@ -176,8 +176,8 @@ impl History {
 }
 
 /// Renames pack and index after the checksum of the pack, flushes them, and returns the name.
-fn settle(incoming: &Incoming) -> io::Result<String> {
-    let dir = incoming.draft.dir.join("objects/pack");
+fn settle(incoming: &IncomingPack) -> io::Result<String> {
+    let dir = incoming.pending.dir.join("objects/pack");
     for entry in fs::read_dir(&dir)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if let Some(name) = name.strip_suffix(".pack").filter(|name| name.starts_with("pack-")) {

@@ -31,7 +31,7 @@ struct ImportedSize {
 }
 
 /// A directory that is being measured.
-struct Open {
+struct OpenImportDir {
     path: RelPath,
     directory: Directory,
     extent: ImportedSize,
@@ -42,7 +42,7 @@ struct Open {
 ///
 /// # Errors
 /// Fails when a limit is exceeded, when an object cannot be read, or when cancelled.
-pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicBool) -> Result<()> {
+pub(crate) fn validate_import(store: &ObjectStore, commit: &Oid, cancel: &AtomicBool) -> Result<()> {
     let mut measured: HashMap<Directory, ImportedSize> = HashMap::new();
     let mut open = vec![enter(store, RelPath::root(), CheckpointRoot::read(store, commit)?.top())?];
     while let Some(here) = open.last_mut() {
@@ -70,7 +70,7 @@ pub(crate) fn check_stranger(store: &ObjectStore, commit: &Oid, cancel: &AtomicB
     Ok(())
 }
 
-impl Open {
+impl OpenImportDir {
     fn add(&mut self, commit: &Oid, path: &RelPath, inner: ImportedSize) -> Result<()> {
         let length = path.bytes().len() - self.path.bytes().len() + inner.length;
         self.extent.length = self.extent.length.max(length);
@@ -90,17 +90,17 @@ fn within_bounds(commit: &Oid, length: usize, paths: u64) -> Result<()> {
     Ok(())
 }
 
-fn enter(store: &ObjectStore, path: RelPath, directory: Directory) -> Result<Open> {
+fn enter(store: &ObjectStore, path: RelPath, directory: Directory) -> Result<OpenImportDir> {
     let mut listing = Listing::default();
     let below = directory.read(store, &path, &mut listing)?;
     let mut extent = ImportedSize { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
     for (at, item) in &listing.items {
         extent.length = extent.length.max(at.bytes().len() - path.bytes().len());
-        if let ItemContent::Symlink(oid) = &item.what {
+        if let ItemContent::Symlink(oid) = &item.content {
             check_target(store, oid)?;
         }
     }
-    Ok(Open { path, directory, extent, below: below.into_iter() })
+    Ok(OpenImportDir { path, directory, extent, below: below.into_iter() })
 }
 
 fn check_target(store: &ObjectStore, oid: &Oid) -> Result<()> {

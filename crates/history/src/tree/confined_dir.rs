@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{AtFlags, OFlag, OpenHow, ResolveFlag, openat2, readlinkat};
-use nix::sys::stat::{FileStat, Mode, fstat, fstatat};
+use nix::sys::stat::{self, Mode, fstat, fstatat};
 use serde::{Deserialize, Serialize};
 
 use crate::errors::{HistoryError, Result};
@@ -47,7 +47,7 @@ pub enum FileKind {
 
 /// The part of `stat` that the store uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stat {
+pub struct FileStat {
     pub dev: u64,
     pub ino: u64,
     pub size: u64,
@@ -65,7 +65,7 @@ pub struct Stat {
     pub ctime: Time,
 }
 
-impl Stat {
+impl FileStat {
     pub fn kind(&self) -> FileKind {
         match self.mode & libc::S_IFMT {
             libc::S_IFREG => FileKind::Regular,
@@ -85,17 +85,17 @@ impl Stat {
     }
 
     /// Says whether the two describe the same inode with the same content.
-    pub fn same_content(&self, other: &Stat) -> bool {
+    pub fn same_content(&self, other: &FileStat) -> bool {
         (self.dev, self.ino, self.size, self.mode) == (other.dev, other.ino, other.size, other.mode)
             && (self.mtime, self.ctime) == (other.mtime, other.ctime)
     }
 }
 
-impl From<FileStat> for Stat {
+impl From<stat::FileStat> for FileStat {
     // The widths of these fields differ between architectures.
     #[allow(clippy::unnecessary_cast)]
-    fn from(stat: FileStat) -> Self {
-        Stat {
+    fn from(stat: stat::FileStat) -> Self {
+        FileStat {
             dev: stat.st_dev as u64,
             ino: stat.st_ino as u64,
             size: stat.st_size as u64,
@@ -135,8 +135,8 @@ impl Root {
 
     /// Says whether the file system reports every change by inotify and by the change time of a directory.
     /// Network file systems do not.
-    pub fn tells_of_changes(&self) -> bool {
-        tells_of_changes(&self.fd)
+    pub fn reports_changes(&self) -> bool {
+        reports_changes(&self.fd)
     }
 
     /// Returns the path of the workspace, for messages only.
@@ -184,7 +184,7 @@ impl Root {
     }
 
     /// Returns the metadata of a path without following it.
-    pub fn stat(&self, path: &RelPath) -> nix::Result<Stat> {
+    pub fn stat(&self, path: &RelPath) -> nix::Result<FileStat> {
         if path.is_root() {
             return stat_fd(&self.fd);
         }
@@ -193,7 +193,7 @@ impl Root {
     }
 
     /// Returns the metadata of a path; `None` if the path, or a directory above it, does not exist.
-    pub fn stat_if_there(&self, path: &RelPath) -> nix::Result<Option<Stat>> {
+    pub fn stat_if_there(&self, path: &RelPath) -> nix::Result<Option<FileStat>> {
         match self.stat(path) {
             Ok(stat) => Ok(Some(stat)),
             Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
@@ -209,7 +209,7 @@ impl Root {
 }
 
 /// Says whether the file system of an open file reports every change.
-pub fn tells_of_changes<Fd: AsFd>(fd: Fd) -> bool {
+pub fn reports_changes<Fd: AsFd>(fd: Fd) -> bool {
     // The numbers that libc does not name are those of linux/magic.h.
     const BCACHEFS: u64 = 0xca45_1a4e;
     const F2FS: u64 = 0xf2f5_2010;
@@ -224,17 +224,22 @@ pub fn tells_of_changes<Fd: AsFd>(fd: Fd) -> bool {
         F2FS,
         ZFS,
     ];
-    nix::sys::statfs::fstatfs(fd).is_ok_and(|found| local.contains(&(found.filesystem_type().0 as u64)))
+    nix::sys::statfs::fstatfs(fd).is_ok_and(|stat| local.contains(&(stat.filesystem_type().0 as u64)))
 }
 
 /// Returns the metadata of an open file.
-pub fn stat_fd<Fd: AsFd>(fd: Fd) -> nix::Result<Stat> {
-    fstat(fd).map(Stat::from)
+pub fn stat_fd<Fd: AsFd>(fd: Fd) -> nix::Result<FileStat> {
+    fstat(fd).map(FileStat::from)
 }
 
 /// Returns the metadata of a name in an open directory, without following it.
-pub fn stat_at<Fd: AsFd>(dir: Fd, name: &OsStr) -> nix::Result<Stat> {
-    fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).map(Stat::from)
+pub fn stat_at<Fd: AsFd>(dir: Fd, name: &OsStr) -> nix::Result<FileStat> {
+    fstatat(dir, name, AtFlags::AT_SYMLINK_NOFOLLOW).map(FileStat::from)
+}
+
+/// Says whether an error is a shortage of this process and says nothing about the file.
+pub(crate) fn is_resource_shortage(errno: Errno) -> bool {
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOMEM)
 }
 
 /// Flushes a directory, so that the names in it are durable.

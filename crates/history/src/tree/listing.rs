@@ -5,14 +5,15 @@
 use std::collections::BTreeMap;
 
 use crate::errors::{HistoryError, Result};
-use crate::scan::scan_result::SkipReason;
-use crate::scan::workspace_state::{Dir, FileFingerprint, Node};
 use crate::store::objects::ObjectStore;
 use crate::store::oid::{ObjectKind, Oid};
 use crate::tree::confined_dir::Time;
-use crate::tree::metadata::{self, Manifest, MetaKind, MetaLine, Xattrs};
+use crate::tree::manifest::{self, CheckpointManifest};
+use crate::tree::metadata::{self, MetaKind, MetaLine};
 use crate::tree::names::{RelPath, is_safe_name};
+use crate::tree::skipped::SkipReason;
 use crate::tree::trees::{MODE_LINK, TreeEntry, decode_tree};
+use crate::tree::xattrs::Xattrs;
 
 /// The content of the entry at a path.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +29,8 @@ pub(crate) enum ItemContent {
 
 /// One path of a listing.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Item {
-    pub what: ItemContent,
+pub(crate) struct ListingItem {
+    pub content: ItemContent,
     pub mode: u32,
     /// Last change of the content.
     pub mtime: Time,
@@ -43,14 +44,14 @@ pub(crate) struct Item {
     pub sparse: bool,
 }
 
-impl Item {
+impl ListingItem {
     /// Says whether kind and content are equal, whatever mode and times are.
-    pub fn same_content(&self, other: &Item) -> bool {
-        self.what == other.what
+    pub fn same_content(&self, other: &ListingItem) -> bool {
+        self.content == other.content
     }
 
     /// Says whether the attributes are equal that can be set without writing the content.
-    pub fn same_attributes(&self, other: &Item) -> bool {
+    pub fn same_attributes(&self, other: &ListingItem) -> bool {
         (self.mode, self.mtime) == (other.mode, other.mtime) && self.xattrs == other.xattrs
     }
 }
@@ -58,7 +59,7 @@ impl Item {
 /// All paths, including the workspace itself.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Listing {
-    pub items: BTreeMap<RelPath, Item>,
+    pub items: BTreeMap<RelPath, ListingItem>,
     /// Paths that are covered but not stored.
     pub skipped: BTreeMap<RelPath, SkipReason>,
     /// Files that changed while they were read.
@@ -80,59 +81,6 @@ impl Listing {
             at = path.parent();
         }
         false
-    }
-
-    /// Lists the entries of a workspace state.
-    pub fn of_workspace(root: &Dir) -> Listing {
-        let mut listing = Listing::default();
-        listing.add_dir(&RelPath::root(), root);
-        listing
-    }
-
-    fn add_dir(&mut self, path: &RelPath, dir: &Dir) {
-        if dir.is_bare() {
-            return;
-        }
-        let attributes = |seen: &FileFingerprint| Item {
-            what: ItemContent::Directory,
-            mode: seen.permissions(),
-            mtime: seen.mtime,
-            size: 0,
-            xattrs: Xattrs::default(),
-            ino: None,
-            sparse: false,
-        };
-        self.items.insert(path.clone(), Item { xattrs: dir.xattrs.clone(), ..attributes(&dir.seen) });
-        if dir.unreadable.is_some() {
-            self.skipped.insert(path.clone(), SkipReason::Unreadable);
-        }
-        for child in &dir.children {
-            let path = path.join(&child.name);
-            match &child.node {
-                Node::Dir(dir) => self.add_dir(&path, dir),
-                Node::File(file) => {
-                    let what =
-                        if file.is_link() { ItemContent::Symlink(file.oid) } else { ItemContent::File(file.oid) };
-                    self.torn.extend(file.remarks.torn.then(|| path.clone()));
-                    let item = Item {
-                        what,
-                        size: file.size,
-                        xattrs: file.xattrs.clone(),
-                        ino: (file.remarks.linked && !file.is_link()).then_some(file.seen.ino),
-                        sparse: file.remarks.sparse,
-                        ..attributes(&file.seen)
-                    };
-                    self.items.insert(path, item);
-                }
-                Node::Special { seen, kind } => {
-                    let what = ItemContent::Special((*kind).to_owned());
-                    self.items.insert(path, Item { what, ..attributes(seen) });
-                }
-                Node::Skipped { reason, .. } => drop(self.skipped.insert(path, *reason)),
-                // A restore searches for these files itself before it removes them.
-                Node::Draft => {}
-            }
-        }
     }
 
     /// Lists the entries of a checkpoint.
@@ -207,11 +155,12 @@ impl CheckpointRoot {
         })
     }
 
-    pub fn manifest(&self, store: &ObjectStore) -> Result<Manifest> {
+    pub fn manifest(&self, store: &ObjectStore) -> Result<CheckpointManifest> {
         let bytes = store.read(&self.manifest, ObjectKind::Blob)?;
         let damaged = |problem| HistoryError::DamagedObject { oid: self.manifest, problem };
-        let manifest: Manifest = serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
-        if manifest.format > metadata::FORMAT {
+        let manifest: CheckpointManifest =
+            serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+        if manifest.format > manifest::FORMAT {
             return Err(damaged(format!("format {} is newer than this program", manifest.format)));
         }
         Ok(manifest)
@@ -254,7 +203,7 @@ impl Directory {
             for line in lines.map_err(|error| damaged(entry.oid, &error.to_string()))? {
                 let at = if line.kind == MetaKind::Itself { path.clone() } else { path.join(&line.name) };
                 let (mut ino, mut sparse) = (None, false);
-                let what = match &line.kind {
+                let content = match &line.kind {
                     MetaKind::Itself => ItemContent::Directory,
                     MetaKind::Special(kind) => ItemContent::Special(kind.to_string()),
                     MetaKind::Skipped(reason) => {
@@ -278,9 +227,10 @@ impl Directory {
                     }
                 };
                 let MetaLine { mode, mtime, size, xattrs, .. } = line;
-                listing
-                    .items
-                    .insert(at, Item { what, mode, mtime, size, xattrs: xattrs.into_owned().into(), ino, sparse });
+                listing.items.insert(
+                    at,
+                    ListingItem { content, mode, mtime, size, xattrs: xattrs.into_owned().into(), ino, sparse },
+                );
             }
         }
         if described != files.len() {
@@ -299,7 +249,7 @@ impl Directory {
 
     /// Says whether the checkpoint covers a path below the directory, and whether it stored it; `None` if the
     /// path did not exist or was not covered.
-    pub fn knows(self, store: &ObjectStore, path: &RelPath) -> Result<Option<KnownContent>> {
+    pub fn coverage_of(self, store: &ObjectStore, path: &RelPath) -> Result<Option<PathCoverage>> {
         let (mut at, mut here) = (self, RelPath::root());
         let mut names = path.bytes().split(|byte| *byte == b'/').filter(|name| !name.is_empty()).peekable();
         while let Some(name) = names.next() {
@@ -308,21 +258,21 @@ impl Directory {
             here = here.join(name);
             match below.into_iter().find(|(one, _)| one == name) {
                 Some((_, directory)) => at = directory,
-                None if listing.skipped.contains_key(&here) => return Ok(Some(KnownContent::LeftOut)),
+                None if listing.skipped.contains_key(&here) => return Ok(Some(PathCoverage::Skipped)),
                 None if names.peek().is_none() && listing.items.contains_key(&here) => {
-                    return Ok(Some(KnownContent::Stored));
+                    return Ok(Some(PathCoverage::Stored));
                 }
                 None => return Ok(None),
             }
         }
-        Ok(Some(KnownContent::Stored))
+        Ok(Some(PathCoverage::Stored))
     }
 }
 
 /// Whether a checkpoint stored a path that it covers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum KnownContent {
+pub(crate) enum PathCoverage {
     Stored,
     /// The path, or a directory above it, was skipped.
-    LeftOut,
+    Skipped,
 }

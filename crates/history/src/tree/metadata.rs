@@ -19,59 +19,15 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
-use std::path::Path;
 
 use fermata_protocol::paths::{escape_into, unescape};
-use serde::{Deserialize, Serialize};
 
-use crate::RelPath;
-use crate::errors::HistoryError;
-use crate::rules::coverage::Rules;
-use crate::rules::user_repository::UserRepository;
-use crate::scan::scan_result::{SkipReason, Skipped};
-use crate::snapshot::Stats;
-use crate::store::oid::Oid;
 use crate::tree::confined_dir::Time;
 use crate::tree::names::{is_git, is_safe_name};
-use crate::tree::xattrs;
+use crate::tree::skipped::SkipReason;
+use crate::tree::xattrs::{self, Xattr, Xattrs};
 
-/// The version of the format, raised when an older program could not read it.
-pub const FORMAT: u32 = 1;
 const HEADER: &str = "fermata-meta 1";
-
-/// The description of a checkpoint that it contains itself, stored as JSON.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Manifest {
-    /// The version of the format.
-    pub format: u32,
-    pub number: u64,
-    /// The number of the previous checkpoint.
-    pub parent: Option<u64>,
-    /// When it was taken, in milliseconds since 1970.
-    pub taken_ms: i64,
-    /// The path of the workspace, escaped.
-    pub workspace: String,
-    pub rules: Rules,
-    /// The tree of the files.
-    pub files: Oid,
-    pub stats: Stats,
-    /// Paths that are covered but not stored.
-    pub skipped: Vec<Skipped>,
-    /// Files that changed at every attempt to read them.
-    pub torn: Vec<RelPath>,
-    /// Warnings for the user.
-    pub warnings: Vec<String>,
-    /// The state of the user's repository at the time of the scan.
-    pub user_repository: Option<UserRepository>,
-}
-
-impl Manifest {
-    /// Returns the stored form.
-    pub fn text(&self) -> Result<Vec<u8>, HistoryError> {
-        let failed = HistoryError::io("describe", Path::new(&self.workspace));
-        serde_json::to_vec_pretty(self).map_err(|error| failed(std::io::Error::other(error)))
-    }
-}
 
 /// One metadata line: an entry of a directory, or the directory itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,12 +43,6 @@ pub(crate) struct MetaLine<'a> {
     /// The name; empty for the directory itself.
     pub name: Cow<'a, [u8]>,
 }
-
-/// The name and value of an extended attribute.
-pub type Xattr = (Box<[u8]>, Box<[u8]>);
-
-/// Extended attributes of the `user` namespace, sorted by name.
-pub type Xattrs = Box<[Xattr]>;
 
 /// The kind of a metadata line.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,8 +2,11 @@
 //! are read.
 
 pub(crate) mod confined_dir;
+pub(crate) mod fingerprint;
 pub(crate) mod listing;
+pub(crate) mod manifest;
 pub(crate) mod metadata;
 pub(crate) mod names;
+pub(crate) mod skipped;
 pub(crate) mod trees;
 pub(crate) mod xattrs;

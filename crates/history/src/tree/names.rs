@@ -109,7 +109,7 @@ pub fn is_safe_name(name: &[u8]) -> bool {
 }
 
 /// Says whether a name is that of a restore's temporary file, which is never covered.
-pub fn is_restore_draft(name: &[u8]) -> bool {
+pub fn is_staged_name(name: &[u8]) -> bool {
     let Some((id, number)) = name.strip_prefix(RESTORE_PREFIX).and_then(|rest| rest.split_at_checked(PLAN_ID_DIGITS))
     else {
         return false;

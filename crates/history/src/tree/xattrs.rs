@@ -8,7 +8,11 @@ use std::os::fd::AsFd;
 use nix::errno::Errno;
 use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 
-use crate::tree::metadata::Xattrs;
+/// The name and value of an extended attribute.
+pub type Xattr = (Box<[u8]>, Box<[u8]>);
+
+/// Extended attributes of the `user` namespace, sorted by name.
+pub type Xattrs = Box<[Xattr]>;
 
 const PREFIX: &[u8] = b"user.";
 /// The kernel's limit for a name in bytes.
@@ -30,7 +34,7 @@ pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
         Ok(0) => return Ok(Xattrs::default()),
         Ok(n) => &buffer[..n],
         Err(rustix::io::Errno::RANGE) => {
-            longer = whole(|room| flistxattr(&fd, room))?;
+            longer = read_all(|room| flistxattr(&fd, room))?;
             &longer
         }
         Err(errno) if is_unsupported(errno) => return Ok(Xattrs::default()),
@@ -39,7 +43,7 @@ pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
     let mut found = Vec::new();
     for name in names.split_inclusive(|b| *b == 0).filter(|name| name.starts_with(PREFIX)) {
         let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
-        match whole(|room| fgetxattr(&fd, name, room)) {
+        match read_all(|room| fgetxattr(&fd, name, room)) {
             Ok(value) => found.push((name.to_bytes().into(), value.into())),
             // The attribute was removed after the listing.
             Err(Errno::ENODATA) => {}
@@ -88,7 +92,7 @@ fn is_unsupported(errno: rustix::io::Errno) -> bool {
 }
 
 /// Calls with a buffer of the largest possible size.
-fn whole(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Result<Vec<u8>> {
+fn read_all(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Result<Vec<u8>> {
     // The kernel's limit for a value and for a list of names is 64 KiB.
     let mut room = vec![0; 64 * 1024];
     match call(&mut room) {

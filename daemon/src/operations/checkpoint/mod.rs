@@ -45,7 +45,7 @@ use crate::operations::run::session::FoundSessions;
 use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::plugins::{AgentProcess, SaveRequest};
 use crate::store::pinned::{Pinned, PreparedCopy};
-use fermata_history::{HistoryError, Mapped, Observed, Snapshot, SnapshotRequest};
+use fermata_history::{HistoryError, Mapped, ScannedWorkspace, Snapshot, SnapshotRequest};
 use fermata_os::fsync::{sync_together, write_unsynced};
 
 /// A checkpoint that is complete on disk and lacks only its row.
@@ -61,7 +61,7 @@ pub struct SealedCheckpoint {
 
 /// The part of a checkpoint that is read while the agents are frozen.
 pub struct CapturedCheckpoint {
-    scan: BlockingDrop<Observed>,
+    scan: BlockingDrop<ScannedWorkspace>,
     taken_at: UnixMillis,
     transcripts: OpenedTranscripts,
     rows: CapturedRows,
@@ -155,7 +155,10 @@ async fn write_rows(
 }
 
 /// Scans the workspace and reads the files that have changed; returns the scan and the milliseconds that it took.
-async fn scan_workspace(step: &StepContext, order: &CheckpointOrder) -> Result<(BlockingDrop<Observed>, f64), Failure> {
+async fn scan_workspace(
+    step: &StepContext,
+    order: &CheckpointOrder,
+) -> Result<(BlockingDrop<ScannedWorkspace>, f64), Failure> {
     let start = Instant::now();
     let request = SnapshotRequest {
         workspace: PathBuf::from(&step.project.facts.workspace),
@@ -164,7 +167,7 @@ async fn scan_workspace(step: &StepContext, order: &CheckpointOrder) -> Result<(
         parent: order.number.checked_sub(1).filter(|n| *n > 0),
         rules: step.rules(),
         mapped: Mapped::default(),
-        whole_after: None,
+        full_scan_after: None,
     };
     let mapped = crate::operations::checkpoint::warm_up::mapped(step, &order.runs);
     let scan = step
@@ -176,7 +179,7 @@ async fn scan_workspace(step: &StepContext, order: &CheckpointOrder) -> Result<(
             };
             // Numbers have gaps where checkpoints failed or were removed.
             request.parent = history.list()?.into_iter().rfind(|n| *n < request.number);
-            history.observe(&request, progress, cancel).map(BlockingDrop::new).map(Ok)
+            history.scan(&request, progress, cancel).map(BlockingDrop::new).map(Ok)
         })
         .await??;
     Ok((scan, ms_since(start)))
@@ -186,7 +189,7 @@ async fn scan_workspace(step: &StepContext, order: &CheckpointOrder) -> Result<(
 async fn complete_snapshot(
     step: &StepContext,
     order: &CheckpointOrder,
-    scan: BlockingDrop<Observed>,
+    scan: BlockingDrop<ScannedWorkspace>,
     taken_at: UnixMillis,
 ) -> Result<BlockingDrop<Snapshot>, Failure> {
     step.with_history(Some(&order.operation), "save the workspace", move |history, progress, cancel| {

@@ -30,7 +30,7 @@ use crate::operations::pause::validate;
 use crate::operations::progress::note_bytes;
 use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::store::backup;
-use fermata_history::{HistoryError, Incoming, Oid};
+use fermata_history::{HistoryError, IncomingPack, Oid};
 use fermata_os::fsync::write_atomic;
 
 /// An exported checkpoint for a client, or from one. The file has no name and is removed when the last clone is dropped.
@@ -223,9 +223,9 @@ async fn unpack(
     step: &StepContext,
     order: &CheckpointOrder,
     source: BundleFile,
-    incoming: Incoming,
+    incoming: IncomingPack,
     partial: PathBuf,
-) -> Result<(Bundle, Incoming), Failure> {
+) -> Result<(Bundle, IncomingPack), Failure> {
     let (cancel, notes, operation) = (step.cancel.clone(), step.services.progress.clone(), order.operation.clone());
     blocking("unpack the file", move || {
         let file = source.file.try_clone().map_err(|e| Failure::fault("read the file", &e))?;

@@ -8,7 +8,7 @@ use fermata_protocol::OperationId;
 use crate::errors::Failure;
 use crate::operations::maintenance::storage;
 use crate::operations::{Cancel, StepContext};
-use fermata_history::{Mapped, Primed, RelPath, SnapshotRequest};
+use fermata_history::{Mapped, RelPath, SnapshotRequest, WarmUp};
 use fermata_os::{mappings, process};
 
 /// Returns the request of a scan that does not become a checkpoint.
@@ -20,7 +20,7 @@ fn request(step: &StepContext) -> SnapshotRequest {
         parent: None,
         rules: step.rules(),
         mapped: Mapped::default(),
-        whole_after: step.services.settings().checkpoints.whole_after(),
+        full_scan_after: step.services.settings().checkpoints.whole_after(),
     }
 }
 
@@ -35,8 +35,8 @@ pub async fn run(step: &StepContext, operation: Option<&OperationId>) -> Result<
     let cell = step.history.clone();
     let primed = step
         .with_history(operation, "scan the workspace", move |history, progress, cancel| {
-            if history.is_primed(&request) {
-                return Ok(Ok(Primed::Already));
+            if history.is_warm(&request) {
+                return Ok(Ok(WarmUp::UpToDate));
             }
             request.mapped = match mapped() {
                 Ok(mapped) => mapped,
@@ -51,7 +51,7 @@ pub async fn run(step: &StepContext, operation: Option<&OperationId>) -> Result<
             history.warm_up(&request, now.0, &report, cancel).map(Ok)
         })
         .await??;
-    if let Primed::Looked { read, files } = primed {
+    if let WarmUp::Scanned { read, files } = primed {
         tracing::debug!(project = %step.project.name, read, files, "the workspace was scanned");
     }
     Ok(())
@@ -115,7 +115,7 @@ pub fn mapped(step: &StepContext, runs: &[RunKey]) -> impl FnOnce() -> Result<Ma
                     Ok(files) => files.into_iter().for_each(|file| add_open_file(&mut mapped, &file, &workspace)),
                     Err(error) => {
                         tracing::debug!(pid, %error, "the files that a process writes to cannot be listed");
-                        mapped.untold += 1;
+                        mapped.unreadable_processes += 1;
                     }
                 }
             }

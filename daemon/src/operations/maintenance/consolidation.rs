@@ -42,7 +42,7 @@ pub fn follow(step: &StepContext, events: &[Event]) {
         if interrupts(event) {
             interrupt(step);
         } else if ends_checkpoint(event) {
-            request(step, Extent::Due);
+            request(step, Extent::ManyFresh);
         }
     }
 }
@@ -108,7 +108,7 @@ async fn run(step: StepContext) {
 pub async fn reclaim(step: &StepContext) -> Result<bool, Failure> {
     let start = Instant::now();
     interrupt(step);
-    while consolidate(step, Extent::Room).await? == Attempt::Busy {
+    while consolidate(step, Extent::FreeSpace).await? == Attempt::Busy {
         if start.elapsed() > RECLAIM_TIMEOUT || step.cancel.is_cancelled() {
             return Ok(false);
         }
@@ -132,11 +132,11 @@ pub async fn consolidate(step: &StepContext, extent: Extent) -> Result<Attempt, 
         fermata_os::priority::stand_back();
         let start = Instant::now();
         let result = cell.open(&dir, services.watcher()).and_then(|history| {
-            if let Err(error) = history.keep() {
+            if let Err(error) = history.save_state() {
                 tracing::warn!(%error, "the workspace state could not be written");
             }
             // Reads only counters in memory.
-            let extent = if extent == Extent::Due { history.due() } else { Some(extent) };
+            let extent = if extent == Extent::ManyFresh { history.worthwhile_extent() } else { Some(extent) };
             extent.map_or(Ok(Attempt::Nothing(None)), |extent| history.consolidate(extent, &|_| {}, &flag))
         });
         // Fails when the waiting task was dropped.

@@ -74,13 +74,13 @@ mod tests {
 
     #[test]
     fn a_consolidation_that_a_pause_interrupts_is_requested_again() {
-        let (queue, cancel) = with_requests(&[Extent::Waste, Extent::Due]);
-        assert_eq!(queue.next(&cancel), Some(Extent::Due));
+        let (queue, cancel) = with_requests(&[Extent::Waste, Extent::ManyFresh]);
+        assert_eq!(queue.next(&cancel), Some(Extent::ManyFresh));
         queue.interrupt();
         assert!(cancel.is_cancelled());
         assert_eq!(queue.next(&cancel), None, "the cancelled task takes no request");
         let next = Cancel::default();
-        assert_eq!(queue.next(&next), Some(Extent::Due));
+        assert_eq!(queue.next(&next), Some(Extent::ManyFresh));
         assert_eq!(queue.next(&next), Some(Extent::Waste), "the other request is still there");
         assert_eq!(queue.next(&next), None);
         queue.interrupt();

@@ -23,8 +23,8 @@ use crate::operations::checkpoint::{self, SealedCheckpoint};
 use crate::operations::{StepContext, blocking, failpoint, ms_since};
 use crate::store::backup::{self, RestoredRows};
 use fermata_history::{
-    Change, Conflict, Diff, DiffEntry, Mismatch, Operation, Planned, Point, RelPath, RestorePlan, RestoreReport,
-    RestoreRequest, Time,
+    Conflict, Diff, DiffChange, DiffEntry, Mismatch, Operation, Planned, Point, RelPath, RestoreOptions, RestorePlan,
+    RestoreReport, Time,
 };
 use fermata_os::fsync::write_atomic;
 
@@ -89,7 +89,7 @@ pub async fn plan(
     let planned = step
         .with_history(Some(operation), "plan the restore", move |history, progress, cancel| {
             let (safety, paths) = (Some(safety), paths.as_deref());
-            let request = RestoreRequest { number, safety, workspace: &workspace, rules: &rules, paths };
+            let request = RestoreOptions { number, safety, workspace: &workspace, rules: &rules, paths };
             history.plan_restore(&request, progress, cancel)
         })
         .await?;
@@ -238,7 +238,7 @@ pub async fn preview(
     let planned = step
         .with_history(None, "plan the restore", move |history, progress, cancel| {
             let paths = paths.as_deref();
-            let request = RestoreRequest { number, safety: None, workspace: &workspace, rules: &rules, paths };
+            let request = RestoreOptions { number, safety: None, workspace: &workspace, rules: &rules, paths };
             history.plan_restore(&request, progress, cancel)
         })
         .await?;
@@ -469,12 +469,12 @@ pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
         .map(|entry| ChangedPath {
             path: entry.path.to_string(),
             change: match entry.change {
-                Change::Added => ChangeKind::Added,
-                Change::Removed => ChangeKind::Removed,
-                Change::Modified => ChangeKind::Modified,
-                Change::TypeChanged => ChangeKind::TypeChanged,
-                Change::ModeChanged => ChangeKind::ModeChanged,
-                Change::AttributesChanged => ChangeKind::AttributesChanged,
+                DiffChange::Added => ChangeKind::Added,
+                DiffChange::Removed => ChangeKind::Removed,
+                DiffChange::Modified => ChangeKind::Modified,
+                DiffChange::TypeChanged => ChangeKind::TypeChanged,
+                DiffChange::ModeChanged => ChangeKind::ModeChanged,
+                DiffChange::AttributesChanged => ChangeKind::AttributesChanged,
             },
             old_bytes: entry.old_size,
             new_bytes: entry.new_size,
@@ -490,7 +490,7 @@ mod tests {
     fn diff(paths: impl Iterator<Item = String>) -> Diff {
         let entry = |path: String| DiffEntry {
             path: RelPath::new(path.into_bytes()).unwrap(),
-            change: Change::Added,
+            change: DiffChange::Added,
             kind: EntryKind::File,
             old_size: None,
             new_size: Some(1),
