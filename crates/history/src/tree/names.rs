@@ -47,7 +47,7 @@ impl RelPath {
         }
     }
 
-    /// Appends one name, which must come from a directory listing or have passed [`is_safe_name`].
+    /// Appends one name, which must come from a directory listing or have passed `is_safe_name`.
     pub fn join(&self, name: &[u8]) -> Self {
         let mut bytes = Vec::with_capacity(self.0.len() + 1 + name.len());
         bytes.extend_from_slice(&self.0);
