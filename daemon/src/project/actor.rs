@@ -340,10 +340,11 @@ impl Actor {
     async fn leave(&mut self, done: oneshot::Sender<()>) {
         self.leaving = Some(done);
         self.scans.give_way();
-        let operation = match &*self.project.state {
-            ProjectState::Pausing(run) if run.direction == Direction::Forward => run.operation.clone(),
-            _ => return,
-        };
+        let ProjectState::Pausing(pause) = &*self.project.state else { return };
+        if pause.direction != Direction::Forward {
+            return;
+        }
+        let operation = pause.operation.clone();
         if let Err(failure) = self.carry(Command::Cancel { operation }, Extras::default()).await {
             tracing::error!(project = %self.project.name, %failure, "failed to cancel the pause at shutdown");
         }
@@ -444,14 +445,13 @@ impl Actor {
         let result = extras.reply.clone();
         instants::before(&events)?;
         let commit = self.commit_of(&events, &next, extras, now);
-        let written = self.services.store.commit(commit).await.map_err(|error| match error {
-            StoreError::TooLate => Refusal::new(
-                Code::PauseFailed,
-                "the lease of the freeze expired before the pause was committed: the agents may have run".to_owned(),
-            )
-            .hint("try again")
-            .into(),
-            error => Failure::fault("save the change", &error),
+        let written = self.services.store.commit(commit).await.map_err(|error| {
+            if matches!(error, StoreError::TooLate) {
+                let message = "the lease of the freeze expired before the pause was committed: the agents may have run";
+                Refusal::new(Code::PauseFailed, message).hint("try again").into()
+            } else {
+                Failure::fault("save the change", &error)
+            }
         })?;
         instants::after(&events);
         self.project = Arc::clone(&next);

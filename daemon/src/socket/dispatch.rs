@@ -199,19 +199,13 @@ fn greet(connection: &ClientConnection, hello: &Hello) -> Result<Value, Failure>
 }
 
 async fn carry(connection: &Arc<ClientConnection>, call: Call, keyed: Option<Keyed>) -> Result<Value, Failure> {
-    let daemon = &connection.daemon;
-    let all = &daemon.projects;
+    let all = &connection.daemon.projects;
     let own = connection.peer().agent;
     match call {
         Call::Hello(hello) => greet(connection, &hello),
         Call::Discover(_) => Ok(fermata_protocol::openrpc::document()),
         Call::DaemonStatus(_) => status(connection),
-        Call::DaemonReload(_) => {
-            let changed = (daemon.reload)().map_err(|message| {
-                Refusal::new(Code::InvalidParams, message).hint("correct the file; the previous settings stay in force")
-            })?;
-            wire(&DaemonReloadResult { changed, needs_restart: Vec::new() })
-        }
+        Call::DaemonReload(_) => reload(connection),
         Call::ProjectCreate(p) => projects::create(all, p, keyed).await,
         Call::ProjectSet(p) => projects::set(all, p, keyed).await,
         Call::ProjectList(_) => projects::list(all),
@@ -279,6 +273,13 @@ async fn carry(connection: &Arc<ClientConnection>, call: Call, keyed: Option<Key
         Call::PluginEnable(p) => plugins::enable(all, &p).await,
         Call::PluginCheck(p) => plugins::check(all, &p.path).await,
     }
+}
+
+fn reload(connection: &ClientConnection) -> Result<Value, Failure> {
+    let changed = (connection.daemon.reload)().map_err(|message| {
+        Refusal::new(Code::InvalidParams, message).hint("correct the file; the previous settings stay in force")
+    })?;
+    wire(&DaemonReloadResult { changed, needs_restart: Vec::new() })
 }
 
 fn status(connection: &ClientConnection) -> Result<Value, Failure> {

@@ -1,5 +1,4 @@
-//! The database part of a checkpoint, on its way back: opens, checks and restores what
-//! [`super::pinned`] has written.
+//! Opens, checks and restores the database part of a checkpoint, which [`super::pinned`] writes.
 
 use std::cmp::Ordering;
 use std::path::Path;
@@ -18,13 +17,13 @@ use super::{context, migrations};
 
 const RESTORE: &str = "restore the project's rows";
 
-/// Makes a backup that of another project: whoever imports it may call it otherwise.
+/// Changes the project's name in a backup that is imported under another name.
 ///
 /// # Errors
-/// When the file cannot be written.
+/// The file cannot be written.
 pub fn rename(file: &Path, from: &ProjectName, to: &ProjectName) -> Result<(), StoreError> {
     const RENAME: &str = "rename the project of a backup";
-    // Not as the daemon's own database: a log beside it would not leave with it, and its schema comes from elsewhere.
+    // Not opened by `connect`: the file must have no write-ahead log beside it, and its schema is not to be trusted.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(file, flags).doing(RENAME)?;
     connection.execute_batch("PRAGMA trusted_schema = off; PRAGMA journal_mode = memory; BEGIN").doing(RENAME)?;
@@ -35,47 +34,45 @@ pub fn rename(file: &Path, from: &ProjectName, to: &ProjectName) -> Result<(), S
     connection.execute_batch("COMMIT").doing(RENAME)
 }
 
-/// What a backup says of the project, for the event that restores it.
-pub struct Backed {
-    /// The phase of the work.
+/// The part of a backup that the event of the restore contains.
+pub struct BackedUpProject {
     pub phase: Phase,
-    /// The tasks.
     pub tasks: Vec<TaskView>,
 }
 
-/// Reads a backup and checks that it is sound.
+/// Reads phase and tasks from a backup.
 ///
 /// # Errors
-/// When the file is missing, damaged, or not of this project.
-pub fn open(file: &Path, project: &ProjectName) -> Result<Backed, StoreError> {
+/// The file is missing, damaged, or of another project.
+pub fn open(file: &Path, project: &ProjectName) -> Result<BackedUpProject, StoreError> {
     let connection = read(file)?;
     let phase: String = connection
         .query_row("SELECT phase FROM projects WHERE name = ?1", [project.as_str()], |row| row.get(0))
         .doing(RESTORE)?;
     let tasks = load_tasks(&connection, project.as_str())?;
-    Ok(Backed { phase: word(&phase)?, tasks: tasks.into_values().map(Arc::unwrap_or_clone).collect() })
+    Ok(BackedUpProject { phase: word(&phase)?, tasks: tasks.into_values().map(Arc::unwrap_or_clone).collect() })
 }
 
-/// Returns what is wrong with a backup, `None` when it is sound.
+/// Checks a backup; returns what is wrong with it, or `None`.
 ///
 /// # Errors
-/// When the file cannot be opened at all.
+/// The file cannot be opened.
 pub fn check(file: &Path, project: &ProjectName) -> Result<Option<String>, StoreError> {
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
-    // Of the file, before anything is read from it.
-    let verdict: String = connection.query_row("PRAGMA quick_check", [], |row| row.get(0)).doing("check the backup")?;
-    if verdict != "ok" {
-        return Ok(Some(verdict));
+    // The file itself, before any of its tables is read.
+    let result: String = connection.query_row("PRAGMA quick_check", [], |row| row.get(0)).doing("check the backup")?;
+    if result != "ok" {
+        return Ok(Some(result));
     }
-    let found = read(file)?
+    let row = read(file)?
         .query_row("SELECT 1 FROM projects WHERE name = ?1", [project.as_str()], |_| Ok(()))
         .optional()
         .doing("check the backup")?;
-    Ok(found.is_none().then(|| format!("it has no row of project '{project}'")))
+    Ok(row.is_none().then(|| format!("it has no row of project '{project}'")))
 }
 
-/// Opens a backup to read it. One of an older schema is migrated first, as a copy in memory: the file
-/// itself stays as it was made, and its hash with it.
+/// Opens a backup for reading. One of an older schema is migrated in a copy in memory, so that the file and its hash
+/// do not change.
 fn read(file: &Path) -> Result<Connection, StoreError> {
     let connection = connect(file, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let found: u32 = connection.pragma_query_value(None, "user_version", |row| row.get(0)).doing(RESTORE)?;
@@ -86,16 +83,16 @@ fn read(file: &Path) -> Result<Connection, StoreError> {
     }
 }
 
-/// Reads the rows that a restore puts back into memory, to be written by [`put_rows`].
+/// The rows of a backup that [`put_rows`] writes to the database.
 pub struct RestoredRows {
     items: Vec<context::RawItem>,
     states: Vec<(String, String, i64)>,
 }
 
-/// Reads context and agents' blobs from a backup.
+/// Reads the context and the saved states of agents from a backup.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// The file cannot be read.
 pub fn read_rows(file: &Path, project: &ProjectName) -> Result<RestoredRows, StoreError> {
     let connection = read(file)?;
     let sql = format!(
@@ -118,10 +115,10 @@ pub fn read_rows(file: &Path, project: &ProjectName) -> Result<RestoredRows, Sto
     Ok(RestoredRows { items, states })
 }
 
-/// Replaces the project's context and agents' blobs by those of a backup, in the writer's transaction.
+/// Replaces the project's context and the saved states of its agents, in the writer's transaction.
 ///
 /// # Errors
-/// When a row cannot be written.
+/// A row cannot be written.
 pub fn put_rows(connection: &Connection, project: &ProjectName, rows: &RestoredRows) -> Result<(), StoreError> {
     let name = project.as_str();
     let search = "DELETE FROM context_search WHERE rowid IN (SELECT id FROM context_items WHERE project = ?1)";
@@ -154,7 +151,7 @@ pub fn put_rows(connection: &Connection, project: &ProjectName, rows: &RestoredR
                 row.created_at
             ])
             .doing(RESTORE)?;
-        // An imported checkpoint may name an id that another project has here; then the item gets a new one.
+        // An item of an imported checkpoint gets a new id if an item of another project has its id.
         let id = connection.last_insert_rowid();
         body.execute(rusqlite::params![id, row.text]).doing(RESTORE)?;
         index.execute(rusqlite::params![id, row.text]).doing(RESTORE)?;

@@ -1,5 +1,4 @@
-//! The checkpoint table. A checkpoint exists when its row does; files and refs without a row are
-//! leftovers of a crash.
+//! The checkpoint table. A checkpoint exists if its row does; files and refs without a row are leftovers of a crash.
 
 use fermata_core::retention::RetentionCandidate;
 use fermata_protocol::checkpoint::CheckpointView;
@@ -95,7 +94,7 @@ pub fn count(connection: &Connection, project: &ProjectName) -> Result<u64, Stor
         .doing(READ)
 }
 
-/// Returns every checkpoint's number.
+/// Returns the number of every checkpoint.
 ///
 /// # Errors
 /// When the table cannot be read.
@@ -105,7 +104,7 @@ pub fn numbers(connection: &Connection, project: &ProjectName) -> Result<Vec<Che
     rows.map(|row| row.map(i64::unsigned_abs).doing(READ)).collect()
 }
 
-/// Returns what retention needs to know of every checkpoint, the oldest first.
+/// Returns every checkpoint as a candidate of the retention, oldest first.
 ///
 /// # Errors
 /// When a row cannot be read.
@@ -129,7 +128,7 @@ pub fn points(connection: &Connection, project: &ProjectName) -> Result<Vec<Rete
     .collect()
 }
 
-/// Removes a checkpoint's row: from here on it does not exist.
+/// Removes the row of a checkpoint, which then does not exist any more.
 ///
 /// # Errors
 /// When the row cannot be removed.

@@ -1,4 +1,4 @@
-//! One transaction of one project: its rows, its events, and what goes with them.
+//! The transaction of a command: the project's rows, its events, and further writes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -20,64 +20,55 @@ use super::idempotency::Keyed;
 use super::writer::Durability;
 use super::{Store, backup, checkpoints, context, events, idempotency, operations, rows};
 
-/// A write that belongs to a command but not to the state that `fermata_core` holds.
+/// A write of data that is not in the state of `fermata_core`.
 #[derive(Clone)]
 pub enum Write {
-    /// The environment that an agent is started with.
     Environment(AgentName, BTreeMap<String, String>),
-    /// An agent's own blob, as JSON text.
+    /// The state that an agent has saved, as JSON text.
     AgentState(AgentName, String),
     /// New context items; their ids are in [`Written::ids`].
     ContextInsert(AgentName, Vec<NewRow>),
-    /// A planned flash save.
     FlashSave(FlashSavePlan),
     /// Pins or unpins a context item.
     ContextPin(i64, bool),
-    /// Brings context items back.
     ContextRecall(Vec<i64>),
     /// A checkpoint that is complete on disk.
     Checkpoint(Box<CheckpointView>),
     /// Pins or unpins a checkpoint.
     CheckpointPin(CheckpointNumber, bool),
-    /// Replaces context and blobs by those of a backup.
     RestoreRows(Arc<RestoredRows>),
 }
 
-/// What to commit.
+/// The content of a transaction.
 pub struct Commit {
-    /// The project.
     pub project: ProjectName,
-    /// Its state before; none for a new one.
+    /// The project's state before; none for a new one.
     pub before: Option<Arc<Project>>,
-    /// Its state after; none when it is removed.
+    /// The project's state after; none when it is removed.
     pub after: Option<Arc<Project>>,
-    /// The facts.
     pub events: Vec<Event>,
-    /// What goes with them.
     pub writes: Vec<Write>,
     /// The idempotency key of the call, and the operation that it began.
     pub keyed: Option<(Keyed, Option<OperationId>)>,
-    /// Makes the reply of a call that is done with this transaction.
+    /// Makes the reply of a call that ends with this transaction.
     pub reply: Option<MakeReply>,
-    /// The result of the operation that the facts conclude, where it says more than they do.
+    /// The result of the operation that the events end; derived from the events when none.
     pub result: Option<Value>,
-    /// It is refused from this moment on: what it says rests on a lease that is over then.
+    /// The end of the lease that the events rely on: from then on nothing is committed.
     pub only_before: Option<Instant>,
-    /// When.
     pub now: UnixMillis,
-    /// What it has to survive.
     pub durability: Durability,
 }
 
-/// Makes a reply of what was written.
+/// Makes the reply of a call after its writes.
 pub type MakeReply = Box<dyn FnOnce(&Written) -> Value + Send>;
 
-/// What a commit brought about.
+/// The result of a transaction.
 #[derive(Debug, Clone, Default)]
 pub struct Written {
     /// Ids of new context items.
     pub ids: Vec<i64>,
-    /// The reply, when one was to be made.
+    /// The reply of [`Commit::reply`].
     pub reply: Option<Value>,
 }
 
@@ -85,7 +76,7 @@ impl Store {
     /// Commits rows, events and writes in one transaction.
     ///
     /// # Errors
-    /// When anything of it cannot be written; then nothing of it is.
+    /// A part cannot be written; then none is.
     pub async fn commit(&self, commit: Commit) -> Result<Written, StoreError> {
         self.write(commit.durability, move |connection| run(connection, commit)).await
     }
@@ -97,8 +88,8 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
     let mut written = Written::default();
     match &commit.after {
         Some(after) => {
-            let untouched = commit.before.as_ref().is_some_and(|before| Arc::ptr_eq(before, after));
-            if !untouched {
+            let is_unchanged = commit.before.as_ref().is_some_and(|before| Arc::ptr_eq(before, after));
+            if !is_unchanged {
                 rows::save(connection, commit.before.as_deref(), after, *now)?;
             }
         }
@@ -108,10 +99,11 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
         apply(connection, project, write, *now, &mut written)?;
     }
     for event in &commit.events {
-        match event {
-            Event::AgentUsed { agent, usage } => record_usage(connection, project, agent, usage, *now)?,
-            Event::CheckpointRemoved { checkpoint, .. } => checkpoints::remove(connection, project, *checkpoint)?,
-            _ => {}
+        if let Event::AgentUsed { agent, usage } = event {
+            record_usage(connection, project, agent, usage, *now)?;
+        }
+        if let Event::CheckpointRemoved { checkpoint, .. } = event {
+            checkpoints::remove(connection, project, *checkpoint)?;
         }
     }
     if !commit.events.is_empty() {
@@ -122,8 +114,8 @@ fn run(connection: &Connection, mut commit: Commit) -> Result<Written, StoreErro
     if let Some((keyed, operation)) = &commit.keyed {
         idempotency::remember(connection, keyed, operation.as_ref(), written.reply.as_ref(), *now)?;
     }
-    // Looked at last. A daemon that stands still between this and the end of the transaction is left:
-    // then the lease cannot be made permanent, the project is frozen again, and that is told.
+    // Checked last. If the daemon is stopped between this check and the commit, the lease cannot be made permanent; the
+    // agents are then frozen again, and the break of the freeze is reported.
     if commit.only_before.is_some_and(|end| Instant::now() >= end) {
         return Err(StoreError::TooLate);
     }
@@ -162,7 +154,7 @@ fn record_usage(
 ) -> Result<(), StoreError> {
     let sql = "INSERT INTO usage (at, project, agent, input_tokens, output_tokens, cost_micro_usd) \
                VALUES (?1, ?2, ?3, ?4, ?5, ?6)";
-    // SQLite's integers are signed; a count beyond that is a bug of the reporter.
+    // SQLite's integers are signed; a larger count is an error of the reporting agent.
     let signed = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     connection
         .execute_cached(

@@ -1,4 +1,4 @@
-//! Connections to the database, with the settings that all of them share.
+//! Opens connections to the database, all with the same settings.
 
 use std::path::Path;
 
@@ -6,12 +6,12 @@ use rusqlite::{Connection, OpenFlags};
 
 use super::error::StoreError;
 
-/// Carries out statements that are prepared once and kept.
+/// Executes statements from the connection's cache of prepared statements.
 pub(crate) trait Cached {
-    /// Carries one out; returns how many rows it has changed.
+    /// Returns the number of changed rows.
     fn execute_cached(&self, sql: &str, params: impl rusqlite::Params) -> Result<usize, rusqlite::Error>;
 
-    /// Carries one out and reads its first row.
+    /// Reads the first row.
     fn query_row_cached<T>(
         &self,
         sql: &str,
@@ -35,7 +35,6 @@ impl Cached for Connection {
     }
 }
 
-/// Opens a connection with the settings that every connection has.
 pub(super) fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, StoreError> {
     let open = |source| StoreError::Open { path: path.to_owned(), source };
     let connection = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX).map_err(open)?;
@@ -43,8 +42,8 @@ pub(super) fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, Store
     connection.pragma_update(None, "foreign_keys", true).map_err(open)?;
     connection.set_prepared_statement_cache_capacity(64);
     if flags.contains(OpenFlags::SQLITE_OPEN_READ_WRITE) {
-        // A thousand agents' reports go through this one all the time; the default of 2 MB thrashes.
-        // Readers keep to it: there are several, and the kernel has the file's pages anyway.
+        // The reports of a thousand agents go through this connection; the default cache of 2 MB is too small for them.
+        // It suffices for the readers: there are several, and the kernel caches the pages of the file.
         connection.pragma_update(None, "cache_size", -4096).map_err(open)?;
         connection.pragma_update(None, "journal_mode", "wal").map_err(open)?;
         connection.pragma_update(None, "synchronous", "full").map_err(open)?;

@@ -1,4 +1,4 @@
-//! Context items: narrow rows for scoring, bodies apart, a full-text index filled at `put`.
+//! Context items: narrow rows for scoring, their texts in a table of their own, and a full-text index.
 
 use std::collections::BTreeMap;
 
@@ -14,20 +14,14 @@ use super::rows::word;
 const PUT: &str = "add context items";
 const READ: &str = "read context items";
 
-/// An item to insert, counted and scored.
+/// An item to insert, with its tokens counted and its score computed.
 #[derive(Debug, Clone)]
 pub struct NewRow {
-    /// Its type.
     pub kind: ItemType,
-    /// Its text.
     pub text: String,
-    /// Its tokens.
     pub tokens: u64,
-    /// Its score now.
     pub score: f64,
-    /// Its tier now.
     pub tier: Tier,
-    /// Whether it always stays hot.
     pub pinned: bool,
 }
 
@@ -64,7 +58,7 @@ pub fn insert(
     Ok(ids)
 }
 
-/// Reads what scoring needs of the unarchived items, by agent.
+/// Reads the unarchived items for scoring, by agent.
 ///
 /// # Errors
 /// When a row cannot be read.
@@ -80,8 +74,8 @@ pub fn scored(
         )
         .doing(READ)?;
     let mut rows = statement.query(params![project.as_str(), agent.map(AgentName::as_str)]).doing(READ)?;
-    let mut found: BTreeMap<AgentName, Vec<ScoredItem>> = BTreeMap::new();
-    let mut items: Option<(AgentName, Vec<ScoredItem>)> = None;
+    let mut by_agent: BTreeMap<AgentName, Vec<ScoredItem>> = BTreeMap::new();
+    let mut current: Option<(AgentName, Vec<ScoredItem>)> = None;
     while let Some(row) = rows.next().doing(READ)? {
         let text = |column| row.get_ref(column).and_then(|value| Ok(value.as_str()?)).doing(READ);
         let item = ScoredItem {
@@ -94,21 +88,21 @@ pub fn scored(
             tier: tier(text(7)?)?,
             score: row.get(8).doing(READ)?,
         };
-        // One agent after the other.
+        // The rows are ordered by agent: its name is parsed once.
         let agent = text(0)?;
-        match &mut items {
+        match &mut current {
             Some((name, items)) if name.as_str() == agent => items.push(item),
-            _ => {
+            Some(_) | None => {
                 let next = (word(agent)?, vec![item]);
-                found.extend(items.replace(next));
+                by_agent.extend(current.replace(next));
             }
         }
     }
-    found.extend(items);
-    Ok(found)
+    by_agent.extend(current);
+    Ok(by_agent)
 }
 
-/// Reads a type; a pause reads ten thousand of them.
+/// Parses a type. Faster than [`word`], since a pause may read ten thousand rows.
 fn kind(text: &str) -> Result<ItemType, StoreError> {
     ItemType::ALL.into_iter().find(|kind| kind.as_str() == text).map_or_else(|| word(text), Ok)
 }
@@ -117,8 +111,7 @@ fn tier(text: &str) -> Result<Tier, StoreError> {
     [Tier::Hot, Tier::Warm, Tier::Cold].into_iter().find(|tier| tier.as_str() == text).map_or_else(|| word(text), Ok)
 }
 
-/// Applies a planned flash save: scores, tiers, and the archived flag; nothing is deleted, and rows
-/// that stay as they are are not written.
+/// Applies a planned flash save: writes the scores, tiers and archived flags that have changed.
 ///
 /// # Errors
 /// When a row cannot be written.
@@ -126,7 +119,7 @@ pub fn apply_plan(connection: &Connection, plan: &FlashSavePlan) -> Result<(), S
     const APPLY: &str = "apply the flash save";
     let mut score =
         connection.prepare_cached("UPDATE context_items SET score = ?2, tier = ?3 WHERE id = ?1").doing(APPLY)?;
-    // Apart: this one has an index to change as well.
+    // A statement of its own, since it changes an index too.
     let mut archive = connection
         .prepare_cached("UPDATE context_items SET score = ?2, tier = ?3, archived = 1 WHERE id = ?1")
         .doing(APPLY)?;
@@ -137,22 +130,18 @@ pub fn apply_plan(connection: &Connection, plan: &FlashSavePlan) -> Result<(), S
     Ok(())
 }
 
-/// Which items a list shows.
+/// The items of a list: those that match every condition.
 #[derive(Debug, Clone, Default)]
 pub struct Selection {
-    /// Only this agent's.
     pub agent: Option<AgentName>,
-    /// Only this tier.
     pub tier: Option<Tier>,
-    /// Only archived, or only unarchived ones.
     pub archived: Option<bool>,
-    /// Only ids below this one.
+    /// An upper bound of the ids, exclusive.
     pub before: Option<i64>,
-    /// At most so many.
     pub limit: u32,
 }
 
-/// How much of a text lists show, in characters.
+/// The length of the texts in lists, in characters.
 const EXCERPT: u32 = 200;
 
 pub(super) fn columns(text: &str) -> String {
@@ -184,8 +173,7 @@ pub fn list(
     rows.map(|row| item(row.doing(READ)?)).collect()
 }
 
-/// Reads the whole items that are handed back to agents, the unarchived ones, one by one: by agent,
-/// then oldest first.
+/// Reads the unarchived items with their complete texts, one by one, sorted by agent and age (oldest first).
 ///
 /// # Errors
 /// When a row cannot be read.
@@ -199,17 +187,17 @@ pub fn each_unarchived(
          WHERE i.project = ?1 AND i.archived = 0 ORDER BY i.agent, i.archived, i.id",
         columns("b.text")
     );
-    // In the order of the index, so that no text is sorted.
+    // The order is that of the index, so that SQLite does not sort the texts.
     let mut statement = connection.prepare_cached(&sql).doing(READ)?;
     let mut rows = statement.query([project.as_str()]).doing(READ)?;
-    let mut known: Option<AgentName> = None;
+    let mut last: Option<AgentName> = None;
     while let Some(row) = rows.next().doing(READ)? {
         let text = |column| row.get_ref(column).and_then(|value| Ok(value.as_str()?)).doing(READ);
-        let agent = match known.take() {
+        let agent = match last.take() {
             Some(agent) if agent.as_str() == text(1)? => agent,
-            _ => word(text(1)?)?,
+            Some(_) | None => word(text(1)?)?,
         };
-        known = Some(agent.clone());
+        last = Some(agent.clone());
         each(ContextItem {
             id: row.get(0).doing(READ)?,
             agent,
@@ -227,7 +215,7 @@ pub fn each_unarchived(
     Ok(())
 }
 
-/// Finds an item, whole.
+/// Finds an item with its complete text.
 ///
 /// # Errors
 /// When the row cannot be read.
@@ -236,8 +224,8 @@ pub fn find(connection: &Connection, project: &ProjectName, id: i64) -> Result<O
         "SELECT {} FROM context_items i JOIN context_bodies b USING (id) WHERE i.project = ?1 AND i.id = ?2",
         columns("b.text")
     );
-    let found = connection.query_row(&sql, params![project.as_str(), id], raw).optional().doing(READ)?;
-    found.map(item).transpose()
+    let row = connection.query_row(&sql, params![project.as_str(), id], raw).optional().doing(READ)?;
+    row.map(item).transpose()
 }
 
 /// Counts an access to an item.
@@ -269,7 +257,7 @@ pub fn pin(connection: &Connection, project: &ProjectName, id: i64, pinned: bool
     Ok(())
 }
 
-/// Brings archived items back; a flash save may archive them again.
+/// Makes archived items unarchived; a flash save may archive them again.
 ///
 /// # Errors
 /// When a row cannot be written.
@@ -285,7 +273,7 @@ pub fn recall(connection: &Connection, project: &ProjectName, ids: &[i64]) -> Re
     Ok(())
 }
 
-/// Finds items whose text holds all the words, best first, archived ones included.
+/// Finds the items whose texts contain all words, archived ones included, best matches first.
 ///
 /// # Errors
 /// When a row cannot be read.
@@ -296,8 +284,8 @@ pub fn search(
     query: &str,
     limit: u32,
 ) -> Result<Vec<ContextItem>, StoreError> {
-    // Each word becomes a quoted string, so that no character of it is an operator of FTS5. A NUL would
-    // end the expression in the middle of the string.
+    // Each word becomes a quoted string, so that none of its characters is an operator of FTS5. A NUL would end the
+    // expression within the string.
     let words: Vec<String> = query
         .split(|c: char| c.is_whitespace() || c == '\0')
         .filter(|word| !word.is_empty())
@@ -353,7 +341,7 @@ pub fn tokens(connection: &Connection, project: &ProjectName, agent: &AgentName)
         .doing(READ)
 }
 
-/// A row of [`columns`], as it lies in the database; a backup hands it back unchanged.
+/// A row of [`columns`] with the values of the database, which a restore writes back unchanged.
 pub(super) struct RawItem {
     pub(super) id: i64,
     pub(super) agent: String,

@@ -1,23 +1,20 @@
-//! Why the store could not read or write.
+//! The errors of the store.
 
 use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why the store could not do what it was told.
+/// Why the store could not read or write.
 #[derive(Debug, Error)]
 pub enum StoreError {
-    /// The database's file could not be opened.
     #[error("open the database {}", path.display())]
     Open {
-        /// The file.
         path: PathBuf,
-        /// What SQLite said.
         #[source]
         source: rusqlite::Error,
     },
-    /// The moment before which it had to be done has passed; nothing was written.
-    #[error("write it in time")]
+    /// The time of `Commit::only_before` has passed; nothing was written.
+    #[error("commit before the lease of the freeze expired")]
     TooLate,
     /// A newer program has written the database.
     #[error(
@@ -26,73 +23,56 @@ pub enum StoreError {
         path.display()
     )]
     TooNew {
-        /// The file.
         path: PathBuf,
-        /// The schema found.
+        /// The schema of the database.
         found: u32,
-        /// The newest schema that this program knows.
+        /// The newest schema that this program supports.
         known: u32,
     },
-    /// A migration failed; the database is as it was.
+    /// A migration failed; the database is unchanged.
     #[error("migrate the database {} to schema {version}", path.display())]
     Migrate {
-        /// The file.
         path: PathBuf,
-        /// The schema that could not be reached.
         version: u32,
-        /// What SQLite said.
         #[source]
         source: rusqlite::Error,
     },
-    /// The copy that is taken before a migration could not be written.
     #[error("back up the database to {} before a migration", path.display())]
     BackUp {
-        /// The copy.
         path: PathBuf,
-        /// What went wrong.
         #[source]
         source: rusqlite::Error,
     },
-    /// A statement failed.
     #[error("{what}")]
     Sql {
-        /// What was to be done.
         what: &'static str,
-        /// What SQLite said.
         #[source]
         source: rusqlite::Error,
     },
     /// A stored value could not be read or written as JSON.
     #[error("{what}: a stored value has an unknown form")]
     Json {
-        /// What was to be done.
         what: &'static str,
-        /// What is wrong with it.
         #[source]
         source: serde_json::Error,
     },
-    /// A file beside the database could not be written or read.
+    /// A file other than the database could not be written or read.
     #[error("{what} {}", path.display())]
     File {
-        /// What was to be done.
         what: &'static str,
-        /// The file.
         path: PathBuf,
-        /// What the system said.
         #[source]
         source: std::io::Error,
     },
-    /// The transaction of this and other jobs could not be committed.
+    /// The transaction, which this job shares with others, could not be committed.
     #[error("commit to the database: {0}")]
     Commit(String),
-    /// The store is closed.
     #[error("the database is closed")]
     Closed,
 }
 
-/// Names what was to be done when a statement fails.
+/// Adds to an error what was to be done, as a text that completes "failed to …".
 pub(super) trait Doing<T> {
-    /// Adds what was to be done.
     fn doing(self, what: &'static str) -> Result<T, StoreError>;
 }
 

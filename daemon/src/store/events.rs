@@ -1,4 +1,4 @@
-//! The event table: appended in the transaction of what it tells, read from a cursor.
+//! The event table. Events are appended in the transaction of the changes that they record, and read from a cursor.
 
 use fermata_protocol::event::Event;
 use fermata_protocol::subscription::EventFilter;
@@ -10,27 +10,25 @@ use super::connection::Cached as _;
 use super::error::{Doing, StoreError};
 use super::rows::{json, text, word};
 
-/// How many events are kept; older ones go when their cursor is far behind everybody.
+/// How many events are kept.
 const KEPT: i64 = 200_000;
 
-/// How many rows a filtered read looks at before it hands back what it has, so that a rare kind
-/// does not hold a reader for the whole table.
+/// The most rows that one read with a filter visits, so that it does not occupy a connection for the whole table.
 const SCANNED: i64 = 20_000;
 
-/// A place between two events, as the wire shows it: opaque, and only good for one database.
+/// A position between two events. Its text is opaque to clients, and valid for one database only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct EventCursor(pub i64);
 
 impl EventCursor {
-    /// Returns the cursor as text.
     pub fn to_text(self, database: &str) -> String {
         format!("{database}.{}", self.0)
     }
 
-    /// Reads a cursor.
+    /// Parses a cursor.
     ///
     /// # Errors
-    /// When it is none, or one of another database.
+    /// The text is not a cursor of this database.
     pub fn parse(text: &str, database: &str) -> Result<Self, Refusal> {
         let (id, seq) = text.rsplit_once('.').ok_or_else(Self::unknown)?;
         if id != database {
@@ -39,17 +37,17 @@ impl EventCursor {
         seq.parse().ok().filter(|seq| *seq >= 0).map(Self).ok_or_else(Self::unknown)
     }
 
-    /// The refusal of a cursor that means no place in this database.
+    /// Returns the refusal of a cursor that is not one of this database.
     pub fn unknown() -> Refusal {
-        Refusal::new(Code::InvalidParams, "'cursor' is not one that this daemon gave out".to_owned())
-            .hint("leave it out to begin anew")
+        Refusal::new(Code::InvalidParams, "'cursor' is not a cursor of this daemon's events".to_owned())
+            .hint("leave it out to begin with the oldest event")
     }
 }
 
-/// Appends events; returns the number of the last.
+/// Appends events; returns the number of the last one.
 ///
 /// # Errors
-/// When a row cannot be written.
+/// A row cannot be written.
 pub fn append(
     connection: &Connection,
     project: &ProjectName,
@@ -67,36 +65,35 @@ pub fn append(
     if last % 1024 < events.len() as i64 && last > KEPT {
         connection
             .execute_cached("DELETE FROM events WHERE seq <= ?1", [last - KEPT])
-            .doing("drop the oldest events")?;
+            .doing("remove the oldest events")?;
     }
     Ok(last)
 }
 
-/// A page of events, and where the next one begins.
+/// A page of events.
 pub struct Page {
-    /// The events, oldest first.
+    /// Oldest first.
     pub events: Vec<RecordedEvent>,
-    /// Where the next page begins.
+    /// The beginning of the next page.
     pub next: EventCursor,
-    /// Whether there may be more right now.
+    /// Whether the table has more events at present.
     pub more: bool,
 }
 
-/// What a read from a cursor found.
+/// The result of a read from a cursor.
 pub enum Read {
-    /// Events.
     Page(Page),
-    /// The events after the cursor are gone; this is the oldest cursor that still works.
+    /// The events after the cursor were removed; this is the oldest valid cursor.
     Expired(EventCursor),
-    /// There is no such place yet: the cursor was given out by a database that had more events, for
-    /// instance before a power failure took the last of them or a backup was put in its place.
+    /// The cursor is beyond the last event: the database has lost events since, for instance by a power failure, or was
+    /// replaced by a backup.
     Ahead,
 }
 
-/// Reads at most `limit` events after a cursor that pass the filter.
+/// Reads at most `limit` events after a cursor that match the filter.
 ///
 /// # Errors
-/// When a row cannot be read.
+/// A row cannot be read.
 pub fn read(
     connection: &Connection,
     database: &str,
@@ -149,17 +146,17 @@ pub fn read(
 /// Returns when the last event was recorded.
 ///
 /// # Errors
-/// When the table cannot be read.
+/// The table cannot be read.
 pub fn latest_at(connection: &Connection) -> Result<Option<UnixMillis>, StoreError> {
     let sql = "SELECT at FROM events ORDER BY seq DESC LIMIT 1";
     let at: Option<i64> = connection.query_row(sql, [], |row| row.get(0)).optional().doing("read events")?;
     Ok(at.map(UnixMillis))
 }
 
-/// Returns the cursor before the oldest event that is left.
+/// Returns the cursor before the oldest event.
 ///
 /// # Errors
-/// When the table cannot be read.
+/// The table cannot be read.
 pub fn oldest(connection: &Connection) -> Result<EventCursor, StoreError> {
     connection
         .query_row("SELECT coalesce(min(seq), 1) - 1 FROM events", [], |row| row.get(0))

@@ -1,4 +1,4 @@
-//! Idempotency keys: the same call with the same key is carried out once.
+//! Idempotency keys: a call that is repeated with the same key is carried out once.
 
 use fermata_protocol::{OperationId, UnixMillis};
 use rusqlite::{Connection, OptionalExtension as _, params};
@@ -8,21 +8,20 @@ use super::connection::Cached as _;
 use super::error::{Doing, StoreError};
 use super::rows::{json, text, word};
 
-/// How long a key is remembered, milliseconds.
+/// How long a key is stored, in milliseconds.
 const REMEMBERED_MS: i64 = 24 * 3_600_000;
 
-/// A call that carries a key.
+/// The key of a call.
 #[derive(Debug, Clone)]
 pub struct Keyed {
-    /// Who calls.
+    /// The caller, to whom the key belongs.
     pub principal: String,
-    /// The key.
     pub key: String,
     /// SHA-256 of method and parameters, in hexadecimal.
     pub request: String,
 }
 
-/// What is known of a key.
+/// An earlier call with the same key.
 #[derive(Debug, Clone)]
 pub enum KeyedAnswer {
     /// The same call had this reply.
@@ -33,18 +32,18 @@ pub enum KeyedAnswer {
     OtherRequest,
 }
 
-/// Looks a key up.
+/// Finds the earlier call with a key.
 ///
 /// # Errors
-/// When the row cannot be read.
+/// The row cannot be read.
 pub fn find(connection: &Connection, keyed: &Keyed) -> Result<Option<KeyedAnswer>, StoreError> {
     let what = "look up an idempotency key";
     let sql = "SELECT request, operation, reply FROM idempotency_keys WHERE principal = ?1 AND key = ?2";
-    let found: Option<(String, Option<String>, Option<String>)> = connection
+    let row: Option<(String, Option<String>, Option<String>)> = connection
         .query_row(sql, [&keyed.principal, &keyed.key], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
         .optional()
         .doing(what)?;
-    let Some((request, operation, reply)) = found else { return Ok(None) };
+    let Some((request, operation, reply)) = row else { return Ok(None) };
     Ok(Some(match (request == keyed.request, operation, reply) {
         (false, _, _) => KeyedAnswer::OtherRequest,
         (true, Some(operation), _) => KeyedAnswer::Operation(word(&operation)?),
@@ -52,10 +51,10 @@ pub fn find(connection: &Connection, keyed: &Keyed) -> Result<Option<KeyedAnswer
     }))
 }
 
-/// Remembers a key, in the transaction of what the call changed.
+/// Stores a key in the transaction of the call's changes, and removes expired ones.
 ///
 /// # Errors
-/// When the row cannot be written, for instance because the key was used in the meantime.
+/// The row cannot be written, for instance because a concurrent call has used the key.
 pub fn remember(
     connection: &Connection,
     keyed: &Keyed,
@@ -63,10 +62,10 @@ pub fn remember(
     reply: Option<&Value>,
     now: UnixMillis,
 ) -> Result<(), StoreError> {
-    let what = "remember an idempotency key";
+    let what = "store an idempotency key";
     connection
         .execute_cached("DELETE FROM idempotency_keys WHERE at < ?1", [now.0 - REMEMBERED_MS])
-        .doing("forget old idempotency keys")?;
+        .doing("remove expired idempotency keys")?;
     let reply = reply.map(text).transpose()?;
     connection
         .execute_cached(

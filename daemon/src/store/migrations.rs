@@ -1,4 +1,4 @@
-//! Migrations: forward only, each in its own transaction, a backup before the first.
+//! Migrations of the schema: forward only, each in its own transaction, with a backup before the first.
 
 use std::path::{Path, PathBuf};
 
@@ -6,13 +6,13 @@ use rusqlite::Connection;
 
 use super::error::{Doing, StoreError};
 
-/// Every migration, in order; the schema's version is the number of them that ran.
+/// Every migration, in order; the version of a schema is the number of its migrations.
 const MIGRATIONS: &[(&str, &str)] = &[("0001_initial", include_str!("../../../migrations/0001_initial.sql"))];
 
-/// The newest schema that this program knows.
+/// The newest schema that this program supports.
 pub(super) const NEWEST: u32 = MIGRATIONS.len() as u32;
 
-/// Brings the database to the newest schema.
+/// Migrates the database to the newest schema.
 pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), StoreError> {
     let found: u32 =
         connection.pragma_query_value(None, "user_version", |row| row.get(0)).doing("read the schema's version")?;
@@ -25,7 +25,7 @@ pub(super) fn migrate(connection: &mut Connection, path: &Path) -> Result<(), St
     run(connection, path, MIGRATIONS, found)
 }
 
-/// Runs those of the migrations that lead beyond a version.
+/// Runs the migrations after version `found`.
 fn run(connection: &mut Connection, path: &Path, migrations: &[(&str, &str)], found: u32) -> Result<(), StoreError> {
     for (index, (name, sql)) in migrations.iter().enumerate().skip(found as usize) {
         let version = index as u32 + 1;
@@ -39,17 +39,17 @@ fn run(connection: &mut Connection, path: &Path, migrations: &[(&str, &str)], fo
     Ok(())
 }
 
-/// Makes a copy of a checkpoint's backup, which has schema `found`, at the newest schema; in memory.
+/// Returns a copy in memory of a checkpoint's backup, migrated from schema `found` to the newest one.
 pub(super) fn migrated_copy(file: &Path, found: u32) -> Result<Connection, StoreError> {
     migrated_copy_by(file, MIGRATIONS, found)
 }
 
-/// A backup has some of the tables only, and migrations may touch any: they run on a whole, empty
-/// database, and the rows come in at the version that they are of.
+/// A backup has only some of the tables, while migrations may change any: they run on a complete empty database, to which
+/// the rows are added at their version.
 fn migrated_copy_by(file: &Path, migrations: &[(&str, &str)], found: u32) -> Result<Connection, StoreError> {
     const COPY: &str = "migrate an older backup";
     let mut connection = Connection::open_in_memory().doing(COPY)?;
-    // The order of the tables is not that of their references.
+    // The tables are not in the order of their references.
     connection.pragma_update(None, "foreign_keys", false).doing(COPY)?;
     run(&mut connection, file, &migrations[..migrations.len().min(found as usize)], 0)?;
     connection.execute("ATTACH ?1 AS old", [file.to_string_lossy()]).doing(COPY)?;
@@ -71,12 +71,12 @@ fn back_up(connection: &Connection, path: &Path, version: u32) -> Result<(), Sto
     copy.push(format!(".schema-{version}.backup"));
     let copy = PathBuf::from(copy);
     let failed = |source| StoreError::BackUp { path: copy.clone(), source };
-    // A copy left by a migration that did not finish is of the same schema: take a fresh one.
+    // An existing copy is that of a migration that did not end; it is replaced.
     match std::fs::remove_file(&copy) {
         Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
             return Err(StoreError::File { what: "replace the old backup", path: copy, source });
         }
-        _ => {}
+        Ok(()) | Err(_) => {}
     }
     connection.execute("VACUUM INTO ?1", [copy.to_string_lossy()]).map_err(failed)?;
     Ok(())
@@ -91,7 +91,7 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let file = dir.path().join("old.sqlite");
         let old = Connection::open(&file).expect("opened");
-        // As a backup is: some tables, without indices.
+        // Like a backup: some of the tables, without indices.
         old.execute_batch(
             "CREATE TABLE tasks (project TEXT NOT NULL, id INTEGER NOT NULL, agent TEXT, title TEXT NOT NULL, \
              status TEXT NOT NULL, percent REAL, created_at INTEGER NOT NULL, updated_at INTEGER NOT NULL, \

@@ -1,13 +1,12 @@
 //! The database: one SQLite file, one writer thread, read-only connections for queries.
 //!
-//! The only user of rusqlite. It stores what it is told and decides nothing; which facts are
-//! true is `fermata_core`'s business.
+//! The only user of rusqlite. It makes no decisions: `fermata_core` does.
 //!
 //! ```text
-//!   write(job) ──► writer thread: BEGIN, job, job, … COMMIT (one sync for all that waited)
+//!   write(job) ──► writer thread: BEGIN, job, job, … COMMIT (one sync for all queued jobs)
 //!                      │ after the commit
-//!                      ├──► each job's own answer
-//!                      └──► wake: "events up to n are there"
+//!                      ├──► the result of each job
+//!                      └──► wake: the number of the last event
 //!   read(query) ─► one of a few read-only connections, on a blocking thread
 //! ```
 
@@ -38,7 +37,7 @@ pub use error::StoreError;
 pub use writer::Durability;
 use writer::StoreWriter;
 
-/// How many queries run at the same time.
+/// The most concurrent queries.
 const READERS: usize = 4;
 
 /// The open database.
@@ -49,7 +48,7 @@ pub struct Store {
 
 struct StoreInner {
     path: PathBuf,
-    /// Distinguishes this database's cursors from those of another one.
+    /// Part of every event cursor: a cursor of another database is refused.
     id: String,
     writer: StoreWriter,
     readers: Mutex<Vec<Connection>>,
@@ -59,10 +58,10 @@ struct StoreInner {
 }
 
 impl Store {
-    /// Opens the database, creates it when there is none, and migrates it.
+    /// Opens the database, creates it if it does not exist, and migrates it. A new database gets the id `new_id`.
     ///
     /// # Errors
-    /// When the file cannot be opened, was written by a newer program, or cannot be migrated.
+    /// The file cannot be opened, has a newer schema, or cannot be migrated.
     pub fn open(path: &Path, new_id: &str) -> Result<Self, StoreError> {
         let mut connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         migrations::migrate(&mut connection, path)?;
@@ -86,22 +85,20 @@ impl Store {
         Ok(Self { inner: Arc::new(inner) })
     }
 
-    /// Returns the id of this database.
     pub fn id(&self) -> &str {
         &self.inner.id
     }
 
-    /// Returns the connection that is kept for copies of a project's rows.
+    /// Returns the connection that is reused for copies of a project's rows.
     pub fn spare(&self) -> Arc<pinned::SpareCopy> {
         Arc::clone(&self.inner.spare)
     }
 
-    /// Returns the database's file.
     pub fn path(&self) -> &Path {
         &self.inner.path
     }
 
-    /// Returns what is woken whenever events were committed; its value is the last one's number.
+    /// Returns a receiver of the number of the last committed event.
     pub fn wake(&self) -> watch::Receiver<i64> {
         self.inner.wake.clone()
     }
@@ -109,8 +106,7 @@ impl Store {
     /// Runs a job in the writer's next transaction and waits until it is committed.
     ///
     /// # Errors
-    /// The job's own error (its changes are then undone, those of other jobs are not), or that of
-    /// the commit.
+    /// The job's own error, which undoes its changes and not those of other jobs, or the error of the commit.
     pub async fn write<T: Send + 'static>(
         &self,
         durability: Durability,
@@ -122,7 +118,7 @@ impl Store {
     /// Runs a query on a read-only connection.
     ///
     /// # Errors
-    /// The query's own error, or that of opening a connection.
+    /// The query's own error, or the connection cannot be opened.
     pub async fn read<T: Send + 'static>(
         &self,
         query: impl FnOnce(&Connection) -> Result<T, StoreError> + Send + 'static,
@@ -142,7 +138,7 @@ impl Store {
         tokio::task::spawn_blocking(run).await.map_err(|_| StoreError::Closed)?
     }
 
-    /// Commits what waits and ends the writer thread.
+    /// Commits the queued jobs and ends the writer thread.
     pub async fn close(&self) {
         self.inner.writer.close().await;
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use fermata_protocol::event::Event;
 use fermata_protocol::operation::{OperationKind, OperationState, OperationView};
 use fermata_protocol::{ErrorObject, OperationId, ProjectName, UnixMillis};
-use rusqlite::{Connection, OptionalExtension as _, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, ToSql, params};
 use serde_json::{Value, json};
 
 use super::connection::Cached as _;
@@ -15,10 +15,11 @@ use super::rows::{json as parse, text, word};
 const WRITE: &str = "write the operation";
 const READ: &str = "read operations";
 
-/// Writes what the events say of operations.
+/// Updates the operations that the events begin, advance or end. `result` is the result that the operation's step has
+/// reported; without one it is derived from the event.
 ///
 /// # Errors
-/// When a row cannot be written.
+/// A row cannot be written.
 pub fn project(
     connection: &Connection,
     project: &ProjectName,
@@ -32,6 +33,7 @@ pub fn project(
     Ok(())
 }
 
+#[expect(clippy::too_many_lines, reason = "one arm per event")]
 fn project_one(
     connection: &Connection,
     project: &ProjectName,
@@ -39,6 +41,7 @@ fn project_one(
     result: Option<&Value>,
     at: UnixMillis,
 ) -> Result<(), StoreError> {
+    let execute = |sql: &str, params: &[&dyn ToSql]| connection.execute_cached(sql, params).map(drop).doing(WRITE);
     match event {
         Event::PauseStarted { operation, .. } => begin(connection, project, operation, OperationKind::Pause, at),
         Event::ResumeStarted { operation, .. } => begin(connection, project, operation, OperationKind::Resume, at),
@@ -50,14 +53,12 @@ fn project_one(
             let sql = "UPDATE operations SET step = ?2, steps_ms = CASE WHEN ?3 IS NULL THEN steps_ms \
                        ELSE json_set(steps_ms, '$.' || ?3, ?4) END WHERE id = ?1";
             let (name, took) = concluded.as_ref().map_or((None, 0.0), |(name, took)| (Some(name), *took));
-            connection.execute_cached(sql, params![operation.as_str(), step, name, took]).doing(WRITE)?;
-            Ok(())
+            execute(sql, params![operation.as_str(), step, name, took])
         }
         Event::OperationUndoing { operation, step, error } => {
             let sql = "UPDATE operations SET state = ?2, step = ?3, error = ?4 WHERE id = ?1";
             let state = OperationState::Undoing.as_str();
-            connection.execute_cached(sql, params![operation.as_str(), state, step, text(error)?]).doing(WRITE)?;
-            Ok(())
+            execute(sql, params![operation.as_str(), state, step, text(error)?])
         }
         Event::ProjectPaused { result, .. } => {
             let value = serde_json::to_value(result).doing(WRITE)?;
@@ -73,10 +74,7 @@ fn project_one(
             succeed(connection, operation, &value, Some(&checkpoint.metadata.parts_ms), at)
         }
         Event::RestorePlanned { operation, .. } => {
-            connection
-                .execute_cached("UPDATE operations SET step = 'apply' WHERE id = ?1", [operation.as_str()])
-                .doing(WRITE)?;
-            Ok(())
+            execute("UPDATE operations SET step = 'apply' WHERE id = ?1", params![operation.as_str()])
         }
         Event::ProjectRestored { operation, checkpoint, safety, written, removed, .. } => {
             let brief = || {
@@ -96,17 +94,53 @@ fn project_one(
         | Event::RestoreGivenUp { operation, error, .. } => fail(connection, operation, error, at),
         Event::RestoreRetried { operation, error, .. } => {
             let sql = "UPDATE operations SET error = ?2 WHERE id = ?1";
-            connection.execute_cached(sql, params![operation.as_str(), text(error)?]).doing(WRITE)?;
-            Ok(())
+            execute(sql, params![operation.as_str(), text(error)?])
         }
         Event::RestoreChecked { operation, paths, differing, examples, .. } => {
             let check = json!({ "paths": paths, "differing": differing, "examples": examples });
             let sql = "UPDATE operations SET result = json_set(result, '$.check', json(?2)) \
                        WHERE id = ?1 AND result IS NOT NULL";
-            connection.execute_cached(sql, params![operation.as_str(), text(&check)?]).doing(WRITE)?;
-            Ok(())
+            execute(sql, params![operation.as_str(), text(&check)?])
         }
-        _ => Ok(()),
+        Event::ProjectCreated { .. }
+        | Event::ProjectChanged { .. }
+        | Event::PhaseChanged { .. }
+        | Event::ProjectRemoved { .. }
+        | Event::AgentCreated { .. }
+        | Event::AgentStarting { .. }
+        | Event::AgentStarted { .. }
+        | Event::AgentLaunchFailed { .. }
+        | Event::AgentAdopted { .. }
+        | Event::AgentUnreachable { .. }
+        | Event::AgentFreezeBroken { .. }
+        | Event::AgentStopping { .. }
+        | Event::AgentWaiting { .. }
+        | Event::AgentReady { .. }
+        | Event::AgentTimeUp { .. }
+        | Event::AgentStale { .. }
+        | Event::AgentBackoff { .. }
+        | Event::AgentGivenUp { .. }
+        | Event::AgentExited { .. }
+        | Event::AgentInterrupted { .. }
+        | Event::AgentParked { .. }
+        | Event::AgentRemoved { .. }
+        | Event::AgentSuspended { .. }
+        | Event::AgentContinued { .. }
+        | Event::AgentTyped { .. }
+        | Event::AgentSessionFound { .. }
+        | Event::AgentProgressed { .. }
+        | Event::AgentUsed { .. }
+        | Event::AgentStateSaved { .. }
+        | Event::TaskChanged { .. }
+        | Event::QuestionAsked { .. }
+        | Event::QuestionAnswered { .. }
+        | Event::ContextAdded { .. }
+        | Event::FlashSaved { .. }
+        | Event::ContextPinned { .. }
+        | Event::ContextRecalled { .. }
+        | Event::PauseWithheld { .. }
+        | Event::CheckpointPinned { .. }
+        | Event::CheckpointRemoved { .. } => Ok(()),
     }
 }
 
@@ -159,7 +193,7 @@ const COLUMNS: &str = "id, project, kind, state, step, steps_ms, started_at, end
 /// Finds an operation.
 ///
 /// # Errors
-/// When the row cannot be read.
+/// The row cannot be read.
 pub fn find(connection: &Connection, id: &OperationId) -> Result<Option<OperationView>, StoreError> {
     let sql = format!("SELECT {COLUMNS} FROM operations WHERE id = ?1");
     let raw = connection.query_row(&sql, [id.as_str()], raw).optional().doing(READ)?;
@@ -169,7 +203,7 @@ pub fn find(connection: &Connection, id: &OperationId) -> Result<Option<Operatio
 /// Lists operations, newest first.
 ///
 /// # Errors
-/// When a row cannot be read.
+/// A row cannot be read.
 pub fn list(
     connection: &Connection,
     project: Option<&ProjectName>,

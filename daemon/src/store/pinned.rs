@@ -1,14 +1,14 @@
 //! Copies a project's rows into a database of their own: the database part of a checkpoint.
 //!
 //! ```text
-//!   open ──► the copy, with its tables: nobody need stand still for that
-//!   pin ───► one read transaction: what follows sees this instant, whatever is written meanwhile
-//!   copy ──► the rows into the copy, the context to whoever writes it out
-//!   refresh ► later, in a second transaction: the small tables anew, if the context is still the same
-//!   finish ─► the file, which is yet to be synced
+//!   open ────► the copy with its tables; before the freeze
+//!   pin ─────► begins a read transaction: the copy shows the database at this instant
+//!   copy ────► the rows go to the copy, the context also to the writer of the context file
+//!   refresh ─► later, in a second transaction: copies the small tables again if the context has not changed
+//!   finish ──► the file, not synced
 //! ```
-//! The transaction only reads the live database, so nobody waits for it. A small copy is made in memory and written in one
-//! piece; its tables stay for the next one.
+//! The transaction only reads the live database, so it delays no writer. A small copy is made in memory and written in
+//! one piece; its tables are reused for the next one.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;
@@ -25,9 +25,8 @@ use super::error::{Doing, StoreError};
 use super::rows::word;
 use super::{context, migrations};
 
-/// What a checkpoint keeps of the database besides context, `(table, column that names the project)`:
-/// few rows. Events, usage, operations, checkpoints and environments are not in it: a restore must
-/// not rewind them.
+/// The small tables of a copy, `(table, column of the project's name)`. Events, usage, operations, checkpoints and
+/// environments are not part of a checkpoint, since a restore must not rewind them.
 pub(super) const SMALL: &[(&str, &str)] = &[
     ("projects", "name"),
     ("agents", "project"),
@@ -36,43 +35,44 @@ pub(super) const SMALL: &[(&str, &str)] = &[
     ("questions", "project"),
 ];
 
-/// What it keeps of the context.
+/// The tables of the context, `(table, key)`.
 const CONTEXT: &[(&str, &str)] = &[("context_items", "project"), ("context_bodies", "id")];
 
-/// The events that change neither context items nor their bodies. Whatever else is told of a project,
-/// the context is taken to have changed.
+/// The events that change neither context items nor their texts. After any other event of the project the context counts
+/// as changed.
 const HARMLESS: &str = "'operation.stepped', 'pause.started', 'agent.progressed', 'agent.used', 'agent.adopted', \
      'agent.session_found', 'agent.suspended', 'agent.continued', 'task.changed', \
      'question.asked', 'question.answered'";
 
-/// A project with so many context items, and so many tokens in them, has a small copy.
+/// The most context items, and the most tokens in them, of a small copy.
 const FEW: (i64, i64) = (100, 200_000);
 
-/// So many agents at most, and so many tasks: a thousand agents are megabytes, three times over while they are written.
+/// The most agents, and the most tasks, of a small copy: a thousand agents are megabytes, which are in memory three times
+/// while they are written.
 const FEW_ROWS: i64 = 50;
 
-/// The sizes of a copy's pages, bytes. Each table takes one at least, in every checkpoint.
+/// The page sizes of copies, in bytes. Each table needs at least one page, in every checkpoint.
 const SMALL_PAGE: u32 = 1024;
 const LARGE_PAGE: u32 = 16384;
 
-/// A larger copy than this, in bytes, does not stay in memory.
+/// The largest copy that stays in memory for the next one, in bytes.
 const LARGEST_KEPT: usize = 256 << 10;
 
-/// A copy in memory that was emptied has at most so many pages left over: they would be in the next one's file.
+/// The most free pages of a copy in memory that is reused: they become part of the next file.
 const MOST_LEFT_OVER: i64 = 16;
 
 const BACKUP: &str = "back up the project's rows";
 
-/// Agents' own blobs, as JSON text.
+/// The states that agents have saved, as JSON text.
 pub type States = Vec<(AgentName, String)>;
 
-/// What a copy leaves to the next one, since making it takes longer than a small copy does: a connection to the database.
+/// The connection that the next copy reuses: opening one takes longer than a small copy.
 #[derive(Default)]
 pub struct SpareCopy(Mutex<Option<SpareConnection>>);
 
 struct SpareConnection {
     connection: Connection,
-    /// Whether a copy in memory is attached to it, with its tables.
+    /// Whether a copy in memory with its tables is attached.
     has_copy: bool,
 }
 
@@ -82,14 +82,14 @@ impl SpareCopy {
     }
 
     fn keep(&self, kept: SpareConnection) {
-        // What it has read of a large context is nobody's need any more.
+        // Frees the cached pages of a large context.
         if kept.connection.execute_batch("PRAGMA shrink_memory").is_ok() {
             *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept);
         }
     }
 }
 
-/// A connection to the database, and attached to it what rows are to go to, with its tables.
+/// A connection to the database, with the empty copy attached.
 pub struct PreparedCopy {
     connection: Connection,
     spare: Arc<SpareCopy>,
@@ -98,42 +98,41 @@ pub struct PreparedCopy {
     in_memory: bool,
 }
 
-/// The same with a read transaction on one instant of the database.
+/// A prepared copy with a read transaction on one instant of the database.
 pub struct Pinned {
     prepared: PreparedCopy,
-    /// Whether there are so few context items that nothing is gained by more threads than one.
+    /// Whether the context is too small for a second thread to make it faster.
     pub few: bool,
 }
 
-/// What is told of the context while it is copied, in this order.
+/// The context, as it is read while it is copied, in this order.
 pub enum CopiedRows<'a> {
-    /// The agents' blobs.
     States(&'a States),
-    /// An unarchived item, whole; by agent, and then oldest first.
+    /// An unarchived item with its complete text; sorted by agent and age, oldest first.
     Item(ContextItem),
-    /// That was all.
+    /// The end.
     All,
 }
 
-/// A copy that is complete.
+/// A complete copy.
 pub struct DatabaseCopy {
     prepared: PreparedCopy,
     as_of: AsOf,
-    /// How many context items there are, archived ones included.
+    /// The number of context items, archived ones included.
     pub item_count: u64,
 }
 
-/// What tells whether the context of a project has changed: every change of it is told by an event
-/// in the same transaction, but for the count of accesses, which only grows.
+/// Shows whether the context of a project has changed: every change has an event in its transaction, except for the
+/// counts of accesses, whose sum only grows.
 struct AsOf {
     seq: i64,
     accesses: i64,
 }
 
-/// Makes the tables of a copy; nothing is copied yet.
+/// Creates an empty copy.
 ///
 /// # Errors
-/// When the database cannot be read, or the file cannot be made.
+/// The database cannot be read, or the file cannot be created.
 pub fn open(
     spare: &Arc<SpareCopy>,
     database: &Path,
@@ -143,28 +142,28 @@ pub fn open(
     let SpareConnection { connection, has_copy } = match spare.take() {
         Some(kept) => kept,
         None => {
-            // One of its own, with the right to create: the attached file inherits its flags.
+            // With the flag to create files, which applies to attached files too.
             let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE;
             SpareConnection { connection: connect(database, flags)?, has_copy: false }
         }
     };
     let (few_items, few_rows) = are_few(&connection, project)?;
     let in_memory = few_items && few_rows;
-    if !(in_memory && has_copy && has_room(&connection)?) {
+    if !(in_memory && has_copy && empty_for_reuse(&connection)?) {
         if has_copy {
             connection.execute_batch("DETACH backup").doing(BACKUP)?;
         }
-        let place = if in_memory { ":memory:".into() } else { to.to_string_lossy() };
-        attach(&connection, &place, if few_items { SMALL_PAGE } else { LARGE_PAGE })?;
+        let path = if in_memory { ":memory:".into() } else { to.to_string_lossy() };
+        attach(&connection, &path, if few_items { SMALL_PAGE } else { LARGE_PAGE })?;
     }
     Ok(PreparedCopy { connection, spare: Arc::clone(spare), project: project.clone(), to: to.to_owned(), in_memory })
 }
 
-/// Attaches a new copy, with its tables.
-fn attach(connection: &Connection, place: &str, page_size: u32) -> Result<(), StoreError> {
-    connection.execute("ATTACH ?1 AS backup", [place]).doing(BACKUP)?;
-    // The file is worth nothing until the checkpoint's row names it, so it is synced once, at the end. What was in it for
-    // another project is in no page of the next one's.
+/// Attaches a new copy and creates its tables.
+fn attach(connection: &Connection, path: &str, page_size: u32) -> Result<(), StoreError> {
+    connection.execute("ATTACH ?1 AS backup", [path]).doing(BACKUP)?;
+    // Not synced: the file is synced once, before the checkpoint's row is committed. Deleted rows are overwritten, so that
+    // no page of a reused copy has data of another project.
     let settings = format!(
         "PRAGMA backup.page_size = {page_size}; PRAGMA backup.journal_mode = off; PRAGMA backup.synchronous = off; \
          PRAGMA backup.secure_delete = on; PRAGMA backup.cache_size = -8192; PRAGMA main.cache_size = -16384; BEGIN"
@@ -177,20 +176,20 @@ fn attach(connection: &Connection, place: &str, page_size: u32) -> Result<(), St
     connection.execute_batch(&version).doing(BACKUP)
 }
 
-/// Empties a copy that was made before; `false` when too much of it would be left over.
-fn has_room(connection: &Connection) -> Result<bool, StoreError> {
+/// Empties a copy that is to be reused; `false` if it has too many free pages.
+fn empty_for_reuse(connection: &Connection) -> Result<bool, StoreError> {
     connection.execute_batch("BEGIN").doing(BACKUP)?;
     for (table, _) in SMALL.iter().chain(CONTEXT) {
         connection.execute_cached(&format!("DELETE FROM backup.{table}"), []).doing(BACKUP)?;
     }
-    // How many items another project has come to.
+    // The last item id of the other project.
     connection.execute_cached("DELETE FROM backup.sqlite_sequence", []).doing(BACKUP)?;
     connection.execute_batch("COMMIT").doing(BACKUP)?;
     let left: i64 = connection.query_row_cached("PRAGMA backup.freelist_count", [], |row| row.get(0)).doing(BACKUP)?;
     Ok(left <= MOST_LEFT_OVER)
 }
 
-/// Says whether a project has few context items, and whether it has few other rows.
+/// Returns whether a project has few context items, and whether it has few other rows.
 fn are_few(connection: &Connection, project: &ProjectName) -> Result<(bool, bool), StoreError> {
     let sql = "SELECT count(*) <= ?2 AND total(tokens) <= ?3, \
                (SELECT count(*) FROM main.agents WHERE project = ?1) <= ?4 \
@@ -200,17 +199,17 @@ fn are_few(connection: &Connection, project: &ProjectName) -> Result<(bool, bool
     connection.query_row_cached(sql, params, |row| Ok((row.get(0)?, row.get(1)?))).doing(BACKUP)
 }
 
-/// A plain BEGIN takes nothing yet: the first read does.
+/// Begins a read transaction. Its instant is that of the first read, not that of the BEGIN.
 fn pin(connection: &Connection) -> Result<(), StoreError> {
     connection.execute_cached("BEGIN", []).doing(BACKUP)?;
     connection.query_row_cached("SELECT count(*) FROM main.meta", [], |_| Ok(())).doing(BACKUP)
 }
 
 impl PreparedCopy {
-    /// Begins the copy: from here on it sees what the database holds now.
+    /// Pins the instant of the database that is to be copied.
     ///
     /// # Errors
-    /// When the database cannot be read.
+    /// The database cannot be read.
     pub fn pin(self) -> Result<Pinned, StoreError> {
         pin(&self.connection)?;
         let (few, _) = are_few(&self.connection, &self.project)?;
@@ -219,18 +218,18 @@ impl PreparedCopy {
 }
 
 impl Pinned {
-    /// Copies everything, and tells what the context is before it does.
+    /// Copies all rows. Before that, passes the context to `each`.
     ///
     /// # Errors
-    /// When a row cannot be read, or the file cannot be written.
-    pub fn copy(self, mut tell: impl FnMut(CopiedRows)) -> Result<DatabaseCopy, StoreError> {
+    /// A row cannot be read, or the file cannot be written.
+    pub fn copy(self, mut each: impl FnMut(CopiedRows)) -> Result<DatabaseCopy, StoreError> {
         let prepared = self.prepared;
         let PreparedCopy { connection, project, .. } = &prepared;
         let states = read_states(connection, project)?;
-        tell(CopiedRows::States(&states));
-        // Read first: whoever writes them out works beside the copy then.
-        context::each_unarchived(connection, project, |item| tell(CopiedRows::Item(item)))?;
-        tell(CopiedRows::All);
+        each(CopiedRows::States(&states));
+        // Before the copy, so that the writer of the context file works beside it.
+        context::each_unarchived(connection, project, |item| each(CopiedRows::Item(item)))?;
+        each(CopiedRows::All);
         copy_small(connection, project)?;
         for sql in [
             "INSERT INTO backup.context_items SELECT * FROM main.context_items WHERE project = ?1",
@@ -250,22 +249,21 @@ impl Pinned {
 }
 
 impl DatabaseCopy {
-    /// Brings the copy up to this instant; `false` when the context has changed since, so that it has
-    /// to be made anew.
+    /// Updates the copy to the present state; `false` if the context has changed since, and a new copy is needed.
     ///
     /// # Errors
-    /// When a row cannot be read, or the file cannot be written.
+    /// A row cannot be read, or the file cannot be written.
     pub fn refresh(&mut self) -> Result<bool, StoreError> {
         let PreparedCopy { connection, project, .. } = &self.prepared;
         pin(connection)?;
-        let told = format!(
+        let sql = format!(
             "SELECT EXISTS (SELECT 1 FROM main.events WHERE seq > ?1 AND project = ?2 AND kind NOT IN ({HARMLESS}))"
         );
-        let told: bool = connection
-            .query_row_cached(&told, rusqlite::params![self.as_of.seq, project.as_str()], |row| row.get(0))
+        let has_event: bool = connection
+            .query_row_cached(&sql, rusqlite::params![self.as_of.seq, project.as_str()], |row| row.get(0))
             .doing(BACKUP)?;
         let now = as_of(connection, project)?;
-        if told || now.accesses != self.as_of.accesses {
+        if has_event || now.accesses != self.as_of.accesses {
             connection.execute_batch("COMMIT").doing(BACKUP)?;
             return Ok(false);
         }
@@ -278,10 +276,10 @@ impl DatabaseCopy {
         Ok(true)
     }
 
-    /// Hands what was written to the disk, and waits until it is there: so much less is left to be done at the end.
+    /// Syncs what was written so far, so that the sync at the end takes less time.
     ///
     /// # Errors
-    /// When it cannot be synced.
+    /// The file cannot be synced.
     pub fn sync(&self) -> Result<(), StoreError> {
         let PreparedCopy { to, in_memory, .. } = &self.prepared;
         if *in_memory {
@@ -291,10 +289,10 @@ impl DatabaseCopy {
         synced.map_err(|source| StoreError::File { what: "sync", path: to.clone(), source })
     }
 
-    /// Completes the file, which is yet to be synced; returns it, and what is in it where that is at hand.
+    /// Completes the file without syncing it; returns it, and its content if that is in memory.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// The file cannot be written.
     pub fn finish(self) -> Result<(File, Option<Vec<u8>>), StoreError> {
         let PreparedCopy { mut connection, spare, to, in_memory, .. } = self.prepared;
         let failed = |what: &'static str| {
@@ -322,7 +320,7 @@ impl DatabaseCopy {
 
 fn as_of(connection: &Connection, project: &ProjectName) -> Result<AsOf, StoreError> {
     let seq = connection.query_row_cached("SELECT coalesce(max(seq), 0) FROM main.events", [], |row| row.get(0));
-    // One pass over narrow rows is faster than an index that names most of them.
+    // `+` prevents the use of an index: a scan of the narrow rows is faster, since most of them match.
     let accesses = "SELECT coalesce(sum(access_count), 0) FROM main.context_items WHERE +project = ?1";
     let accesses = connection.query_row_cached(accesses, [project.as_str()], |row| row.get(0));
     Ok(AsOf { seq: seq.doing(BACKUP)?, accesses: accesses.doing(BACKUP)? })
@@ -340,7 +338,7 @@ fn copy_schema(connection: &Connection, table: &str) -> Result<(), StoreError> {
     let sql: String = connection
         .query_row("SELECT sql FROM main.sqlite_schema WHERE type = 'table' AND name = ?1", [table], |row| row.get(0))
         .doing(BACKUP)?;
-    // The stored text begins with `CREATE TABLE <name>`; only the schema's name is put in front.
+    // The stored text begins with `CREATE TABLE <name>`; the name gets the prefix of the attached database.
     let sql = sql.replacen(&format!("CREATE TABLE {table}"), &format!("CREATE TABLE backup.{table}"), 1);
     connection.execute_batch(&sql).doing(BACKUP)
 }
@@ -381,7 +379,7 @@ mod tests {
     }
 
     impl Bed {
-        /// Two projects, `web` and `other`, that know two things each.
+        /// Two projects, `web` and `other`, with two context items each.
         fn new() -> Self {
             let dir = tempfile::tempdir().expect("a directory");
             let path = dir.path().join("live.sqlite");
@@ -412,9 +410,9 @@ mod tests {
             context::insert(&self.live, &project(name), &agent(), &rows, UnixMillis(1)).expect("inserted");
         }
 
-        fn tell(&self, name: &str, kind: &str) {
+        fn append_event(&self, name: &str, kind: &str) {
             let sql = "INSERT INTO events (at, project, kind, event) VALUES (1, ?1, ?2, '{}')";
-            self.live.execute(sql, [name, kind]).expect("told");
+            self.live.execute(sql, [name, kind]).expect("appended");
         }
 
         fn file(&self) -> PathBuf {
@@ -428,42 +426,42 @@ mod tests {
         }
 
         fn texts(&self, name: &str) -> Vec<String> {
-            let mut found = Vec::new();
-            context::each_unarchived(&self.live, &project(name), |item| found.push(item.text)).expect("read");
-            found
+            let mut texts = Vec::new();
+            context::each_unarchived(&self.live, &project(name), |item| texts.push(item.text)).expect("read");
+            texts
         }
     }
 
     fn copy(pinned: Pinned) -> (DatabaseCopy, Vec<String>) {
-        let mut told = Vec::new();
-        let copied = pinned.copy(|one| match one {
-            CopiedRows::States(states) => told.extend(states.iter().map(|(agent, state)| format!("{agent} {state}"))),
-            CopiedRows::Item(item) => told.push(item.text),
-            CopiedRows::All => told.push("all".to_owned()),
+        let mut rows = Vec::new();
+        let copied = pinned.copy(|row| match row {
+            CopiedRows::States(states) => rows.extend(states.iter().map(|(agent, state)| format!("{agent} {state}"))),
+            CopiedRows::Item(item) => rows.push(item.text),
+            CopiedRows::All => rows.push("all".to_owned()),
         });
-        (copied.expect("copied"), told)
+        (copied.expect("copied"), rows)
     }
 
     #[test]
-    fn what_is_written_after_the_beginning_is_not_in_the_copy_and_nobody_waits_for_it() {
+    fn a_write_after_the_pin_does_not_wait_and_is_not_in_the_copy() {
         let bed = Bed::new();
         let pinned = bed.begin();
         bed.put("web", &["three"]);
         bed.live.execute("UPDATE agent_states SET state = '{\"step\":2}'", []).expect("written beside it");
-        let (copied, told) = copy(pinned);
-        assert_eq!(told, ["a {\"step\":1}", "one", "two", "all"]);
+        let (copied, rows) = copy(pinned);
+        assert_eq!(rows, ["a {\"step\":1}", "one", "two", "all"]);
         assert_eq!(copied.item_count, 2);
-        copied.finish().expect("synced");
+        copied.finish().expect("written");
         assert_eq!(check(&bed.file(), &project("web")).expect("opened"), None);
-        assert!(check(&bed.file(), &project("other")).expect("opened").is_some(), "it is of one project alone");
+        assert!(check(&bed.file(), &project("other")).expect("opened").is_some(), "the copy has one project only");
     }
 
     #[test]
-    fn what_a_copy_leaves_to_the_next_one_changes_nothing() {
+    fn a_copy_is_the_same_whether_a_connection_is_reused_or_not() {
         let bed = Bed::new();
         let in_file = |sql: &str| -> i64 {
             let backup = Connection::open(bed.file()).expect("opened");
-            backup.query_row(sql, [], |row| row.get(0)).expect("asked")
+            backup.query_row(sql, [], |row| row.get(0)).expect("read")
         };
         let (mut pages, mut lengths) = (Vec::new(), Vec::new());
         for round in 0..6 {
@@ -474,28 +472,28 @@ mod tests {
             if round == 4 {
                 bed.live.execute("DELETE FROM context_items WHERE project = 'web' AND id > 4", []).expect("removed");
             }
-            // One that is given up takes its connection with it, and leaves a file where it is a large one.
+            // A copy that is dropped closes its connection, and leaves a file if it is large.
             drop(bed.begin());
             let left = std::fs::remove_file(bed.file());
             assert_eq!(left.is_ok(), (2..4).contains(&round));
-            let (copied, told) = copy(bed.begin());
-            assert_eq!(told.len() as u64, copied.item_count + 2);
+            let (copied, rows) = copy(bed.begin());
+            assert_eq!(rows.len() as u64, copied.item_count + 2);
             let content = copied.finish().expect("complete").1;
-            let bytes = std::fs::read(bed.file()).expect("it is there");
+            let bytes = std::fs::read(bed.file()).expect("read");
             assert!(content.is_none_or(|content| content == bytes));
             lengths.push(bytes.len());
             assert_eq!(bed.spare.take().map(|spare| bed.spare.keep(spare)), Some(()), "the connection is kept");
             assert_eq!(check(&bed.file(), &project("web")).expect("opened"), None);
-            assert_eq!(in_file("SELECT count(*) FROM context_bodies") as usize, told.len() - 2);
+            assert_eq!(in_file("SELECT count(*) FROM context_bodies") as usize, rows.len() - 2);
             pages.push(in_file("PRAGMA page_size") as u32);
-            std::fs::remove_file(bed.file()).expect("it is there");
+            std::fs::remove_file(bed.file()).expect("removed");
         }
         assert_eq!(pages, [SMALL_PAGE, SMALL_PAGE, LARGE_PAGE, LARGE_PAGE, SMALL_PAGE, SMALL_PAGE]);
-        assert_eq!((lengths[0], lengths[4]), (lengths[1], lengths[5]), "nothing piles up: {lengths:?}");
+        assert_eq!((lengths[0], lengths[4]), (lengths[1], lengths[5]), "the file does not grow: {lengths:?}");
     }
 
     #[test]
-    fn nothing_of_one_projects_copy_is_in_the_next_ones() {
+    fn a_reused_copy_has_no_data_of_another_project() {
         let bed = Bed::new();
         let copy_of = |name: &str| {
             let live = bed.dir.path().join("live.sqlite");
@@ -504,7 +502,7 @@ mod tests {
         };
         let has = |copy: &[u8], text: &str| copy.windows(text.len()).any(|part| part == text.as_bytes());
         let small = copy_of("web").len();
-        // More than a page, so that some are left over.
+        // More than one page, so that free pages are left.
         let secret = format!("the password is {}", "swordfish ".repeat(1000));
         bed.put("other", &[&secret]);
         assert!(has(&copy_of("other"), "swordfish"));
@@ -519,41 +517,41 @@ mod tests {
     }
 
     #[test]
-    fn a_copy_is_brought_up_to_date_where_the_context_is_the_same() {
+    fn a_copy_is_refreshed_if_the_context_has_not_changed() {
         let bed = Bed::new();
         let (mut copied, _) = copy(bed.begin());
-        bed.tell("web", "operation.stepped");
-        bed.tell("other", "context.added");
+        bed.append_event("web", "operation.stepped");
+        bed.append_event("other", "context.added");
         bed.put("other", &["three"]);
         bed.live.execute("UPDATE projects SET phase = 'complete'", []).expect("changed");
         bed.live.execute("INSERT INTO tasks VALUES ('web', 1, NULL, 't', 'pending', NULL, 1, 1)", []).expect("put");
         assert!(copied.refresh().expect("refreshed"));
         assert!(copied.refresh().expect("again"));
-        copied.finish().expect("synced");
-        let backed = crate::store::backup::open(&bed.file(), &project("web")).expect("opened");
-        assert_eq!((backed.phase.as_str(), backed.tasks.len()), ("complete", 1));
+        copied.finish().expect("written");
+        let backed_up = crate::store::backup::open(&bed.file(), &project("web")).expect("opened");
+        assert_eq!((backed_up.phase.as_str(), backed_up.tasks.len()), ("complete", 1));
     }
 
     #[test]
-    fn a_copy_whose_context_has_changed_is_not_taken() {
+    fn a_copy_whose_context_has_changed_is_not_refreshed() {
         for kind in ["context.added", "context.pinned", "context.recalled", "agent.state_saved", "a.kind_to_come"] {
             let bed = Bed::new();
             let (mut copied, _) = copy(bed.begin());
-            bed.tell("web", kind);
-            assert!(!copied.refresh().expect("looked"), "{kind}");
+            bed.append_event("web", kind);
+            assert!(!copied.refresh().expect("compared"), "{kind}");
         }
-        // Of an access no event tells.
+        // An access has no event.
         let bed = Bed::new();
         let (mut copied, _) = copy(bed.begin());
         context::count_access(&bed.live, &project("web"), 1).expect("counted");
-        assert!(!copied.refresh().expect("looked"));
+        assert!(!copied.refresh().expect("compared"));
     }
 
     #[test]
     fn rows_that_are_put_back_are_those_of_the_copy_and_other_projects_keep_theirs() {
         let bed = Bed::new();
         let (copied, _) = copy(bed.begin());
-        copied.finish().expect("synced");
+        copied.finish().expect("written");
         bed.put("web", &["three"]);
         bed.put("other", &["three"]);
         bed.live.execute("UPDATE agent_states SET state = '{\"step\":2}'", []).expect("changed");
@@ -564,7 +562,7 @@ mod tests {
         let sql = "SELECT group_concat(state) FROM (SELECT state FROM agent_states ORDER BY project DESC)";
         let states: String = bed.live.query_row(sql, [], |row| row.get(0)).expect("read");
         assert_eq!(states, "{\"step\":1},{\"step\":2}");
-        let found = |text: &str| context::search(&bed.live, &project("web"), None, text, 9).expect("searched").len();
-        assert_eq!((found("two"), found("three")), (1, 0), "the index goes along");
+        let hits = |text: &str| context::search(&bed.live, &project("web"), None, text, 9).expect("searched").len();
+        assert_eq!((hits("two"), hits("three")), (1, 0), "the index is restored too");
     }
 }

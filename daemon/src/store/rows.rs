@@ -1,7 +1,6 @@
-//! Projects, agents, tasks and questions as rows.
+//! The rows of projects, agents, tasks and questions.
 //!
-//! Saving compares the state before with the state after by pointer, so that only what an event
-//! touched is written.
+//! Saving compares the states before and after by pointer, so that only changed objects are written.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +23,7 @@ const SAVE: &str = "save the project";
 /// Loads every project.
 ///
 /// # Errors
-/// When a row cannot be read.
+/// A row cannot be read.
 pub fn load_all(connection: &Connection) -> Result<Vec<Project>, StoreError> {
     let mut statement = connection.prepare("SELECT name FROM projects ORDER BY name").doing(LOAD)?;
     let names: Vec<String> =
@@ -40,7 +39,7 @@ fn load(connection: &Connection, name: &str) -> Result<Project, StoreError> {
     let raw = raw.ok_or(rusqlite::Error::QueryReturnedNoRows).doing(LOAD)?;
     let source = match (raw.source_type, raw.source_location) {
         (Some(kind), Some(location)) => Some(WorkspaceSource { kind, location, branch: raw.source_branch }),
-        _ => None,
+        (Some(_), None) | (None, _) => None,
     };
     let facts = ProjectFacts {
         workspace: raw.workspace,
@@ -106,10 +105,10 @@ fn load_agents(connection: &Connection, project: &str) -> Result<BTreeMap<AgentN
     Ok(agents)
 }
 
-/// Loads the tasks of a project, from the database itself or from a checkpoint's backup.
+/// Loads the tasks of a project, from the database or from a checkpoint's backup.
 ///
 /// # Errors
-/// When a row cannot be read.
+/// A row cannot be read.
 pub fn load_tasks(connection: &Connection, project: &str) -> Result<BTreeMap<u64, Arc<TaskView>>, StoreError> {
     let sql = "SELECT id, agent, title, status, percent, created_at, updated_at FROM tasks WHERE project = ?1";
     let mut statement = connection.prepare(sql).doing(LOAD)?;
@@ -153,10 +152,10 @@ fn load_questions(connection: &Connection, project: &str) -> Result<BTreeMap<u64
     Ok(questions)
 }
 
-/// Writes the rows in which the state after differs from the state before.
+/// Writes the rows of the objects that differ between two states.
 ///
 /// # Errors
-/// When a row cannot be written.
+/// A row cannot be written.
 pub fn save(
     connection: &Connection,
     before: Option<&Project>,
@@ -168,7 +167,7 @@ pub fn save(
     let unchanged = |old: Option<&Arc<Agent>>, new: &Arc<Agent>| old.is_some_and(|old| Arc::ptr_eq(old, new));
     for (name, agent) in &after.agents {
         let old = before.and_then(|before| before.agents.get(name));
-        // The status shows whether a question is open, which is not in the agent itself.
+        // The status in the row depends on the agent's questions too.
         let asked = before.is_some_and(|before| before.asks(name) != after.asks(name));
         if !unchanged(old, agent) || asked {
             save_agent(connection, after, agent, now)?;
@@ -297,10 +296,10 @@ fn save_question(connection: &Connection, project: &str, question: &QuestionView
     Ok(())
 }
 
-/// Removes every row of a project but its events and its operations.
+/// Removes the rows of a project, except its events and operations.
 ///
 /// # Errors
-/// When a row cannot be removed.
+/// A row cannot be removed.
 pub fn remove(connection: &Connection, project: &ProjectName) -> Result<(), StoreError> {
     let what = "remove the project";
     let name = project.as_str();
@@ -314,10 +313,10 @@ pub fn remove(connection: &Connection, project: &ProjectName) -> Result<(), Stor
     Ok(())
 }
 
-/// Writes the environment that an agent is started with.
+/// Writes the environment of an agent.
 ///
 /// # Errors
-/// When the row cannot be written.
+/// The row cannot be written.
 pub fn save_environment(
     connection: &Connection,
     project: &ProjectName,
@@ -330,27 +329,27 @@ pub fn save_environment(
     Ok(())
 }
 
-/// Reads the environment that an agent is started with; empty when there is none.
+/// Reads the environment of an agent; empty when there is none.
 ///
 /// # Errors
-/// When the row cannot be read.
+/// The row cannot be read.
 pub fn load_environment(
     connection: &Connection,
     project: &ProjectName,
     agent: &AgentName,
 ) -> Result<BTreeMap<String, String>, StoreError> {
     let sql = "SELECT env FROM agent_environments WHERE project = ?1 AND agent = ?2";
-    let found: Option<String> = connection
+    let env: Option<String> = connection
         .query_row(sql, [project.as_str(), agent.as_str()], |row| row.get(0))
         .optional()
         .doing("load the environment")?;
-    found.as_deref().map_or_else(|| Ok(BTreeMap::new()), json)
+    env.as_deref().map_or_else(|| Ok(BTreeMap::new()), json)
 }
 
-/// Writes an agent's own blob.
+/// Writes the state that an agent has saved.
 ///
 /// # Errors
-/// When the row cannot be written.
+/// The row cannot be written.
 pub fn save_agent_state(
     connection: &Connection,
     project: &ProjectName,
@@ -363,34 +362,34 @@ pub fn save_agent_state(
     Ok(())
 }
 
-/// Reads an agent's own blob and when it was saved.
+/// Reads the state that an agent has saved, and when it was saved.
 ///
 /// # Errors
-/// When the row cannot be read.
+/// The row cannot be read.
 pub fn load_agent_state(
     connection: &Connection,
     project: &ProjectName,
     agent: &AgentName,
 ) -> Result<Option<(serde_json::Value, UnixMillis)>, StoreError> {
     let sql = "SELECT state, saved_at FROM agent_states WHERE project = ?1 AND agent = ?2";
-    let found: Option<(String, i64)> = connection
+    let row: Option<(String, i64)> = connection
         .query_row(sql, [project.as_str(), agent.as_str()], |row| Ok((row.get(0)?, row.get(1)?)))
         .optional()
         .doing("load the agent's state")?;
-    found.map(|(state, at)| Ok((json(&state)?, UnixMillis(at)))).transpose()
+    row.map(|(state, at)| Ok((json(&state)?, UnixMillis(at)))).transpose()
 }
 
-/// Writes a value as JSON text.
+/// Encodes a value as JSON text.
 pub(super) fn text<T: serde::Serialize>(value: &T) -> Result<String, StoreError> {
     serde_json::to_string(value).doing("write a value")
 }
 
-/// Reads a value from JSON text.
+/// Decodes a value from JSON text.
 pub(super) fn json<T: DeserializeOwned>(text: &str) -> Result<T, StoreError> {
     serde_json::from_str(text).doing("read a value")
 }
 
-/// Reads a value that is one word.
+/// Decodes a value whose JSON form is a string.
 pub(super) fn word<T: DeserializeOwned>(text: &str) -> Result<T, StoreError> {
     serde_json::from_value(serde_json::Value::from(text)).doing("read a value")
 }

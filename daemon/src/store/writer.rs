@@ -1,4 +1,4 @@
-//! The writer thread: batches the jobs that wait into one transaction.
+//! The writer thread, which runs all queued jobs in one transaction.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -10,24 +10,24 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::connection::Cached as _;
 use super::error::{Doing, StoreError};
 
-/// How many jobs may wait; further writers wait for a place.
+/// Capacity of the queue; a sender waits while it is full.
 const QUEUE: usize = 1024;
 
-/// How many jobs share one transaction at most.
+/// The most jobs of one transaction.
 const BATCH: usize = 256;
 
-/// What a job's commit has to survive.
+/// What the commit of a job must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Durability {
-    /// A crash of the daemon. Enough for the announcement of a step: when the power fails, the
-    /// processes that it speaks of are gone too, and every undo works without it.
+    /// A crash of the daemon. Sufficient for the announcement of a step: after a power failure the processes that it
+    /// concerns are gone, and every undo works without it.
     Process,
-    /// A power failure: synced before the answer.
+    /// A power failure: synced before the reply.
     Power,
 }
 
-/// A job answers by itself: with its own error, or with its result after the commit. Without a
-/// connection it is not run, and answers that its transaction is gone.
+/// Runs a job and returns how to reply to its caller after the commit. Without a connection the job is not run: the
+/// reply says that the transaction was rolled back.
 type Job = Box<dyn FnOnce(Option<&Connection>) -> JobReply + Send>;
 type JobReply = Box<dyn FnOnce(Result<(), String>) + Send>;
 
@@ -46,7 +46,7 @@ impl StoreWriter {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let spawned =
             std::thread::Builder::new().name("store-writer".into()).spawn(move || run(&connection, receiver, &wake));
-        // Without its thread the queue has no receiver, and every write answers `Closed`.
+        // Without the thread the queue has no receiver, and every write fails with `Closed`.
         Self { queue: Mutex::new(Some(sender)), thread: Mutex::new(spawned.ok()) }
     }
 
@@ -64,13 +64,13 @@ impl StoreWriter {
                 None => Err(StoreError::Commit("the transaction was rolled back by the database".into())),
             };
             Box::new(move |committed| {
-                let answer = match (result, committed) {
+                let outcome = match (result, committed) {
                     (Err(error), _) => Err(error),
                     (Ok(_), Err(error)) => Err(StoreError::Commit(error)),
                     (Ok(value), Ok(())) => Ok(value),
                 };
-                // A caller that no longer waits has lost interest, not the fact.
-                drop(reply.send(answer));
+                // The caller may have gone; what was committed stays committed.
+                drop(reply.send(outcome));
             })
         });
         queue.send(Queued { durability, job }).await.map_err(|_| StoreError::Closed)?;
@@ -81,13 +81,13 @@ impl StoreWriter {
         drop(self.queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take());
         let thread = self.thread.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take();
         if let Some(thread) = thread {
-            // The thread ends once the jobs that wait are committed.
+            // The thread ends after it has committed the queued jobs.
             drop(tokio::task::spawn_blocking(move || thread.join()).await);
         }
     }
 }
 
-/// Runs one job so that its failure, or its panic, undoes its own changes alone.
+/// Runs one job; its error, or a panic, undoes its own changes only.
 fn in_savepoint<T>(
     connection: &Connection,
     job: impl FnOnce(&Connection) -> Result<T, StoreError>,
@@ -96,7 +96,7 @@ fn in_savepoint<T>(
     let result = catch_unwind(AssertUnwindSafe(|| job(connection)))
         .unwrap_or_else(|_| Err(StoreError::Commit("the job panicked and was undone".into())));
     if connection.is_autocommit() {
-        // A full disk or a failing one makes SQLite roll the whole transaction back by itself.
+        // SQLite rolls the transaction back by itself when a disk is full or fails.
         return result.and(Err(StoreError::Commit("the transaction was rolled back by the database".into())));
     }
     if result.is_err() {
@@ -116,46 +116,46 @@ fn run(connection: &Connection, mut queue: mpsc::Receiver<Queued>, wake: &watch:
             batch.push(next);
         }
         let needed = batch.iter().map(|queued| queued.durability).max().unwrap_or(Durability::Power);
-        let (answers, committed) = match begin(connection, needed, &mut synced) {
+        let (replies, committed) = match begin(connection, needed, &mut synced) {
             Ok(()) => run_batch(connection, batch),
             Err(error) => {
-                tracing::error!(error = %error, "the database takes no transaction");
+                tracing::error!(error = %error, "failed to begin a transaction");
                 (batch.into_iter().map(|queued| (queued.job)(None)).collect(), Err(error.to_string()))
             }
         };
-        // First: who is answered may subscribe, and begins behind what it was answered for.
+        // Before the replies: a subscription of a caller that has its reply begins after the events of its call.
         if let Ok(Some(last)) = committed {
-            wake.send_if_modified(|known| std::mem::replace(known, last) != last);
+            wake.send_if_modified(|current| std::mem::replace(current, last) != last);
         }
         let committed = committed.map(drop);
-        for answer in answers {
-            answer(committed.clone());
+        for reply in replies {
+            reply(committed.clone());
         }
     }
 }
 
-/// Runs the jobs of a batch and commits; returns the number of the last event. Once SQLite has rolled the transaction
-/// back by itself, every later statement would commit on its own: nothing more of the batch is run then.
+/// Runs the jobs of a batch and commits; returns the number of the last event. After SQLite has rolled the transaction
+/// back by itself the other jobs are not run, since every statement would be a transaction of its own.
 fn run_batch(connection: &Connection, batch: Vec<Queued>) -> (Vec<JobReply>, Result<Option<i64>, String>) {
-    let mut answers: Vec<JobReply> = Vec::with_capacity(batch.len());
+    let mut replies: Vec<JobReply> = Vec::with_capacity(batch.len());
     for queued in batch {
-        let alive = !connection.is_autocommit();
-        answers.push((queued.job)(alive.then_some(connection)));
+        let in_transaction = !connection.is_autocommit();
+        replies.push((queued.job)(in_transaction.then_some(connection)));
     }
     let committed = if connection.is_autocommit() {
         Err("the transaction was rolled back by the database, most likely because the disk is full".to_owned())
     } else {
         let sql = "SELECT coalesce(max(seq), 0) FROM events";
-        // Read before the end, while the pages are at hand; who follows events is woken by the next one where it fails.
+        // Read before the commit, while the pages are cached. If it fails, the next commit wakes the subscriptions.
         let last = connection.query_row_cached(sql, [], |row| row.get(0)).ok();
         commit(connection).map(|()| last)
     };
-    (answers, committed)
+    (replies, committed)
 }
 
 fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -> Result<(), rusqlite::Error> {
     if needed != *synced {
-        // In WAL mode NORMAL writes the log without syncing it; the next FULL commit syncs it whole.
+        // In WAL mode NORMAL writes the log without syncing it; the next FULL commit syncs all of it.
         let mode = if needed == Durability::Power { "full" } else { "normal" };
         connection.pragma_update(None, "synchronous", mode)?;
         *synced = needed;
@@ -165,11 +165,11 @@ fn begin(connection: &Connection, needed: Durability, synced: &mut Durability) -
 
 fn commit(connection: &Connection) -> Result<(), String> {
     connection.execute_cached("COMMIT", []).map(drop).map_err(|error| {
-        // Where the disk is full, SQLite has done so itself.
+        // SQLite has rolled back by itself if the disk is full.
         if !connection.is_autocommit()
             && let Err(rollback) = connection.execute_batch("ROLLBACK")
         {
-            tracing::error!(error = %rollback, "roll back after a failed commit");
+            tracing::error!(error = %rollback, "failed to roll back after a failed commit");
         }
         error.to_string()
     })
