@@ -1,4 +1,4 @@
-//! The checkpoint store: one bare repository per project, with one pack per checkpoint.
+//! The checkpoint store: one bare repository per workspace, with one pack per checkpoint.
 //!
 //! ```text
 //! snapshot: scan -> contents -> trees -> pack (in pending/)         nothing is visible yet
@@ -85,7 +85,7 @@ use tree::confined_dir::sync_dir;
 use tree::listing::{CheckpointRoot, Listing};
 use workspace::check_workspace;
 
-/// The checkpoint store of one project.
+/// The checkpoint store of one workspace.
 pub struct History {
     dir: PathBuf,
     repository: PathBuf,

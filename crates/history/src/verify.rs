@@ -51,9 +51,9 @@ impl History {
     /// # Errors
     /// Fails when there is no such checkpoint or when cancelled. Damage is reported, not an error.
     pub fn verify(&self, number: u64, progress: OnProgress<'_>, cancel: &AtomicBool) -> Result<VerifyReport> {
-        let mut known = CheckedObjects::default();
-        let report = self.verify_one(number, &mut known, progress, cancel);
-        self.mark_damaged(&known.unreadable);
+        let mut checked = CheckedObjects::default();
+        let report = self.verify_one(number, &mut checked, progress, cancel);
+        self.mark_damaged(&checked.unreadable);
         report
     }
 
@@ -67,39 +67,39 @@ impl History {
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> BTreeMap<u64, Result<VerifyReport>> {
-        let mut known = CheckedObjects::default();
+        let mut checked = CheckedObjects::default();
         let mut one = |(done, number): (usize, &u64)| {
             begins(done);
-            (*number, self.verify_one(*number, &mut known, progress, cancel))
+            (*number, self.verify_one(*number, &mut checked, progress, cancel))
         };
         let reports = numbers.iter().enumerate().map(&mut one).collect();
-        self.mark_damaged(&known.unreadable);
+        self.mark_damaged(&checked.unreadable);
         reports
     }
 
     fn verify_one(
         &self,
         number: u64,
-        known: &mut CheckedObjects,
+        checked: &mut CheckedObjects,
         progress: OnProgress<'_>,
         cancel: &AtomicBool,
     ) -> Result<VerifyReport> {
         let commit = self.refs.get(number)?;
         let mut report = VerifyReport::default();
-        let mut seen = HashSet::new();
+        let mut visited = HashSet::new();
         let mut trees = Vec::new();
         let mut packs = HashSet::new();
         let mut unreadable = Vec::new();
         let mut open = vec![(commit, ObjectKind::Commit, String::new())];
         while let Some((oid, kind, path)) = open.pop() {
-            if known.trees.contains(&oid) || !seen.insert(oid) {
+            if checked.trees.contains(&oid) || !visited.insert(oid) {
                 continue;
             }
             if cancel.load(Ordering::Relaxed) {
                 return Err(HistoryError::Cancelled);
             }
             packs.extend(self.objects.pack_of(&oid));
-            match self.check_and_open(&oid, kind, &path, known, &mut open) {
+            match self.check_and_open(&oid, kind, &path, checked, &mut open) {
                 Ok(None) => {}
                 Ok(Some(bytes)) => {
                     report.bytes += bytes;
@@ -118,20 +118,20 @@ impl History {
         }
         // The objects of a checkpoint that was removed meanwhile are absent for a good reason.
         if self.refs.find(number)? == Some(commit) {
-            known.unreadable.append(&mut unreadable);
+            checked.unreadable.append(&mut unreadable);
         }
         // A damaged object has already been reported; its pack needs no second report.
         let packs = if report.bad.is_empty() { packs } else { HashSet::new() };
         for pack in packs {
-            let checked = known.packs.entry(pack).or_insert_with_key(|pack| self.check_pack(pack, cancel).err());
-            if let Some(problem) = checked {
+            let problem = checked.packs.entry(pack).or_insert_with_key(|pack| self.check_pack(pack, cancel).err());
+            if let Some(problem) = problem {
                 report.bad.push(BadObject { oid: commit, path: String::new(), problem: problem.clone() });
             }
         }
         // Sound objects can still contradict each other.
         if report.bad.is_empty() {
-            match check_described(&self.objects, &commit, known, cancel) {
-                Ok(()) => known.trees.extend(trees),
+            match check_described(&self.objects, &commit, checked, cancel) {
+                Ok(()) => checked.trees.extend(trees),
                 Err(HistoryError::Cancelled) => return Err(HistoryError::Cancelled),
                 Err(error) => {
                     report.bad.push(BadObject { oid: commit, path: String::new(), problem: error.to_string() })
@@ -148,10 +148,10 @@ impl History {
         oid: &Oid,
         kind: ObjectKind,
         path: &str,
-        known: &mut CheckedObjects,
+        checked: &mut CheckedObjects,
         open: &mut Vec<(Oid, ObjectKind, String)>,
     ) -> Result<Option<u64>> {
-        let bytes = match known.objects.contains(oid) {
+        let bytes = match checked.objects.contains(oid) {
             true => None,
             false => Some(check_object(&self.objects, oid, kind)?),
         };
@@ -167,7 +167,7 @@ impl History {
             }
             ObjectKind::Blob => {}
         }
-        known.objects.insert(*oid);
+        checked.objects.insert(*oid);
         Ok(bytes)
     }
 
@@ -199,7 +199,7 @@ impl History {
 pub(crate) fn check_described(
     store: &ObjectStore,
     commit: &Oid,
-    known: &mut CheckedObjects,
+    checked: &mut CheckedObjects,
     cancel: &AtomicBool,
 ) -> Result<()> {
     let root = CheckpointRoot::read(store, commit)?;
@@ -208,7 +208,7 @@ pub(crate) fn check_described(
     let mut open = vec![(RelPath::root(), root.top())];
     while let Some((path, directory)) = open.pop() {
         // Equal directories are read once, whatever their number of paths.
-        if known.described.contains(&directory) || !read.insert(directory) {
+        if checked.described.contains(&directory) || !read.insert(directory) {
             continue;
         }
         if cancel.load(Ordering::Relaxed) {
@@ -217,7 +217,7 @@ pub(crate) fn check_described(
         let below = directory.read(store, &path, &mut Listing::default())?;
         open.extend(below.into_iter().map(|(name, directory)| (path.join(&name), directory)));
     }
-    known.described.extend(read);
+    checked.described.extend(read);
     Ok(())
 }
 

@@ -253,7 +253,7 @@ impl Applying<'_> {
             Err(errno) => return Err(self.failed("open the directory of", path)(errno)),
         };
         match steady_state(&dir, name).map_err(self.failed("determine the state of", path))? {
-            Some(PathState::Content(held)) if held == *holds => {
+            Some(PathState::Content(content)) if content == *holds => {
                 unlinkat(&dir, name, UnlinkatFlags::NoRemoveDir).map_err(self.failed("remove", path))?;
                 self.report.removed += 1;
                 self.touch(path);

@@ -48,34 +48,34 @@ impl History {
         let root = Root::open(&real)?;
         let target = self.listing_of(plan.number)?;
         let now = self.workspace_listing(&root, rules, progress, cancel)?;
-        let left_alone = |path: &RelPath| {
+        let is_exempt = |path: &RelPath| {
             let chosen = plan.paths.as_ref().is_none_or(|paths| paths.iter().any(|one| path.is_within(one)));
-            let apart = plan.conflicts.iter().any(|conflict| path.is_within(&conflict.path))
+            let reported = plan.conflicts.iter().any(|conflict| path.is_within(&conflict.path))
                 || report.mismatches.iter().any(|one| path.is_within(&one.path))
                 || report.kept.contains(path);
-            !chosen || apart || target.is_unknown(path) || now.is_unknown(path)
+            !chosen || reported || target.is_unknown(path) || now.is_unknown(path)
         };
         let mut check = FullVerification::default();
         let mut times = Times::default();
         let paths: BTreeSet<&RelPath> = target.items.keys().chain(now.items.keys()).collect();
         for path in paths {
-            if left_alone(path) {
+            if is_exempt(path) {
                 continue;
             }
             check.paths += 1;
-            let (wanted, there) = (target.items.get(path), now.items.get(path));
-            let problem = match (wanted, there) {
-                (Some(wanted), Some(there)) => {
-                    let problem = difference(wanted, there, report.without_xattrs.contains(path));
-                    let counts = || wanted.mtime == there.mtime || is_older(&root, path, ended);
-                    if problem.is_none() && counts() {
-                        times.compare(path, wanted.mtime, there.mtime);
+            let (wanted, actual) = (target.items.get(path), now.items.get(path));
+            let problem = match (wanted, actual) {
+                (Some(wanted), Some(actual)) => {
+                    let problem = difference(wanted, actual, report.without_xattrs.contains(path));
+                    let is_due = || wanted.mtime == actual.mtime || is_older(&root, path, ended);
+                    if problem.is_none() && is_due() {
+                        times.compare(path, wanted.mtime, actual.mtime);
                     }
                     problem
                 }
                 (Some(wanted), None) if is_special(wanted) => None,
                 (Some(_), None) => Some("it is missing".to_owned()),
-                (None, Some(there)) if is_special(there) => None,
+                (None, Some(actual)) if is_special(actual) => None,
                 (None, Some(_)) => Some("the checkpoint does not have it".to_owned()),
                 (None, None) => None,
             };
@@ -94,18 +94,18 @@ fn is_special(item: &ListingItem) -> bool {
     matches!(item.content, ItemContent::Special(_))
 }
 
-fn difference(wanted: &ListingItem, there: &ListingItem, without_xattrs: bool) -> Option<String> {
-    if is_special(wanted) || is_special(there) {
+fn difference(wanted: &ListingItem, actual: &ListingItem, without_xattrs: bool) -> Option<String> {
+    if is_special(wanted) || is_special(actual) {
         return None;
     }
-    if !wanted.same_content(there) {
+    if !wanted.same_content(actual) {
         return Some("its content differs".to_owned());
     }
     let link = matches!(wanted.content, ItemContent::Symlink(_));
-    if !link && wanted.mode != there.mode {
-        return Some(format!("its mode is {:o}", there.mode));
+    if !link && wanted.mode != actual.mode {
+        return Some(format!("its mode is {:o}", actual.mode));
     }
-    let differ = !link && !without_xattrs && wanted.xattrs != there.xattrs;
+    let differ = !link && !without_xattrs && wanted.xattrs != actual.xattrs;
     differ.then(|| "its extended attributes differ".to_owned())
 }
 

@@ -59,8 +59,8 @@ fn groups(listing: &Listing) -> Groups<'_> {
 
 /// Says whether files with several names differ, so that complete listings are needed to decide.
 pub(crate) fn differ(target: &Listing, now: &Listing) -> bool {
-    let differs = |here: &Listing, there: &Listing| {
-        here.items.iter().any(|(path, item)| item.ino.is_some() && there.items.get(path) != Some(item))
+    let differs = |one: &Listing, current_groups: &Listing| {
+        one.items.iter().any(|(path, item)| item.ino.is_some() && current_groups.items.get(path) != Some(item))
     };
     differs(target, now) || differs(now, target)
 }
@@ -73,7 +73,7 @@ impl Links {
         is_selected: impl Fn(&RelPath) -> bool,
         names_of: impl Fn(&RelPath) -> Option<u64>,
     ) -> Links {
-        let (wanted, there) = (groups(target), groups(now));
+        let (wanted, current_groups) = (groups(target), groups(now));
         let mut links = Links::default();
         let mut claimed = BTreeSet::new();
         for (path, item) in target.items.iter().filter(|(path, _)| is_selected(path)) {
@@ -84,7 +84,7 @@ impl Links {
             if item.ino.is_some() {
                 links.lone.insert(path.clone());
             }
-            let current = now.items.get(path).and_then(|item| Some((item, there.get(&identity(item)?)?)));
+            let current = now.items.get(path).and_then(|item| Some((item, current_groups.get(&identity(item)?)?)));
             if let Some((current, names)) = current
                 && (names.len() > 1 || item.ino.is_none() || !item.same_attributes(current))
             {
@@ -93,7 +93,7 @@ impl Links {
         }
         for group in wanted.values().filter(|group| group.len() > 1) {
             let selected: Vec<&RelPath> = group.iter().copied().filter(|path| is_selected(path)).collect();
-            let kept = best_kept(group, target, now, &there, &claimed, (&is_selected, &names_of));
+            let kept = best_kept(group, target, now, &current_groups, &claimed, (&is_selected, &names_of));
             claimed.extend(kept.iter().copied());
             let leader = group.iter().find(|path| kept.contains(*path)).or(selected.first()).copied();
             for path in selected {
@@ -124,7 +124,7 @@ fn best_kept<'a>(
     group: &BTreeSet<&RelPath>,
     target: &Listing,
     now: &'a Listing,
-    there: &Groups<'a>,
+    current_groups: &Groups<'a>,
     claimed: &BTreeSet<&RelPath>,
     (is_selected, names_of): (&impl Fn(&RelPath) -> bool, &impl Fn(&RelPath) -> Option<u64>),
 ) -> BTreeSet<&'a RelPath> {
@@ -138,7 +138,7 @@ fn best_kept<'a>(
         if best.contains(path) || claimed.contains(path) || !wanted.same_content(current) {
             continue;
         }
-        let names = identity(current).and_then(|identity| there.get(&identity)).cloned();
+        let names = identity(current).and_then(|identity| current_groups.get(&identity)).cloned();
         let names = names.unwrap_or_else(|| BTreeSet::from([path]));
         // Names outside the group must be selected, since they get a new file or are removed.
         let freed = names.iter().all(|name| group.contains(name) || is_selected(name));

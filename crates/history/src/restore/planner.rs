@@ -131,8 +131,8 @@ impl History {
             if !path.is_restorable() {
                 return Err(HistoryError::UnsafePath { path: path.to_string() });
             }
-            let there = || root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
-            if wanted.top().coverage_of(&self.objects, path)?.is_none() && !there() {
+            let exists = || root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if wanted.top().coverage_of(&self.objects, path)?.is_none() && !exists() {
                 return Err(HistoryError::NoSuchPath { path: path.to_string(), number });
             }
         }
@@ -549,8 +549,8 @@ impl Planner<'_> {
                 Some(PathCoverage::Skipped) => false,
                 None => listed(self.now),
             };
-            let there = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
-            if !covered && there() {
+            let exists = || self.root.stat_if_there(path).is_ok_and(|stat| stat.is_some());
+            if !covered && exists() {
                 self.blocked.insert(path.clone(), ConflictReason::NotCovered);
             }
         }

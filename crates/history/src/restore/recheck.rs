@@ -91,8 +91,8 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
             }
             Ok(stat) => {
                 times.compare(path, mtime, stat.mtime);
-                let kept = xattrs.filter(|_| !report.without_xattrs.contains(path));
-                if kept.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|there| there != *wanted)) {
+                let checked = xattrs.filter(|_| !report.without_xattrs.contains(path));
+                if checked.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|actual| actual != *wanted)) {
                     mismatch(path, "its extended attributes differ".to_owned());
                 }
             }
@@ -134,7 +134,7 @@ fn recheck_link(root: &Root, path: &RelPath, leader: &RelPath) -> Option<String>
 pub(crate) struct Times {
     differing: Vec<(RelPath, i128, i128)>,
     /// Every time that was found, in nanoseconds since 1970.
-    seen: Vec<i128>,
+    found_times: Vec<i128>,
 }
 
 /// The granularities of file systems in nanoseconds, with their names in messages.
@@ -152,7 +152,7 @@ impl Times {
     pub fn compare(&mut self, path: &RelPath, wanted: Time, found: Time) {
         let ns = |time: Time| i128::from(time.sec) * 1_000_000_000 + i128::from(time.nsec);
         let (wanted, found) = (ns(wanted), ns(found));
-        self.seen.push(found);
+        self.found_times.push(found);
         if wanted != found {
             self.differing.push((path.clone(), wanted, found));
         }
@@ -161,7 +161,7 @@ impl Times {
     /// Returns the times that are wrong, and a warning about those that were only rounded by the file system.
     /// Its granularity is the largest one that divides every time found on it.
     pub fn conclude(self) -> (Vec<Mismatch>, Option<String>) {
-        let coarse = GRANULARITIES.iter().find(|(unit, _)| self.seen.iter().all(|time| time % unit == 0));
+        let coarse = GRANULARITIES.iter().find(|(unit, _)| self.found_times.iter().all(|time| time % unit == 0));
         let (mut wrong, mut cut) = (Vec::new(), 0);
         for (path, wanted, found) in self.differing {
             match coarse {

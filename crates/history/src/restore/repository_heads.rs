@@ -8,19 +8,23 @@ pub(crate) fn moved(then: Option<&UserRepository>, now: Option<&UserRepository>)
     match (then, now) {
         (None, _) => None,
         (Some(then), None) => {
-            Some(format!("the checkpoint was made {}, and that repository is no longer there; {stays}", place(then)))
+            Some(format!("the checkpoint was made {}, and that repository is no longer there; {stays}", position(then)))
         }
         (Some(then), Some(now)) => {
             let same = (&then.head_ref, &then.head, &then.in_progress) == (&now.head_ref, &now.head, &now.in_progress);
             let sentence = || {
-                format!("the checkpoint was made {}, and the repository is {} now; {stays}", place(then), place(now))
+                format!(
+                    "the checkpoint was made {}, and the repository is {} now; {stays}",
+                    position(then),
+                    position(now)
+                )
             };
             (!same).then(sentence)
         }
     }
 }
 
-fn place(repository: &UserRepository) -> String {
+fn position(repository: &UserRepository) -> String {
     let short = repository.head.as_deref().map(|head| head.chars().take(10).collect::<String>());
     let mut text = match (&repository.branch, &repository.head_ref, short) {
         (Some(branch), _, Some(head)) => format!("on branch '{branch}' at {head}"),

@@ -188,8 +188,8 @@ impl Applying<'_> {
     /// is there.
     fn may_write(&mut self, destination: &Destination, path: &RelPath) -> Result<Option<bool>> {
         match path_state(&destination.dir, &destination.name).map_err(self.failed("determine the state of", path))? {
-            PathState::Content(held) if held == destination.wanted => Ok(Some(true)),
-            PathState::Content(held) if Some(held) == destination.replaces => Ok(Some(false)),
+            PathState::Content(content) if content == destination.wanted => Ok(Some(true)),
+            PathState::Content(content) if Some(content) == destination.replaces => Ok(Some(false)),
             PathState::Nothing => Ok(Some(false)),
             PathState::Content(_) => {
                 self.mismatch(path, "it has changed since the plan was made and was left unchanged");

@@ -82,8 +82,8 @@ impl<'a> CheckpointRules<'a> {
     }
 
     fn dir_rules(&mut self, dir: &RelPath) -> Result<CheckpointDir> {
-        if let Some(known) = self.places.get(dir) {
-            return Ok(known.clone());
+        if let Some(cached) = self.places.get(dir) {
+            return Ok(cached.clone());
         }
         let (Some(parent), Some((_, name))) = (dir.parent(), dir.split()) else {
             return Ok(self.places[&RelPath::root()].clone());

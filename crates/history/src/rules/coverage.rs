@@ -1,4 +1,4 @@
-//! The rules for what a checkpoint covers: git's ignore files, and the project's own `include` and `exclude`
+//! The rules for what a checkpoint covers: git's ignore files, and the caller's own `include` and `exclude`
 //! patterns.
 //!
 //! Syntax and order are git's: the deepest `.gitignore` has precedence, `info/exclude` comes last. Global
@@ -16,7 +16,7 @@ use crate::rules::ignore_file::IgnoreFile;
 use crate::rules::user_repository::Location;
 use crate::tree::names::RelPath;
 
-/// The rules of a project for what its checkpoints cover.
+/// The rules for what the checkpoints of a workspace cover.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Rules {

@@ -74,21 +74,21 @@ pub(crate) fn load(path: &Path) -> Option<WorkspaceState> {
 }
 
 /// Writes a workspace state to a new file. The file is not flushed: an incomplete one fails its checksum.
-pub(crate) fn save(picture: &WorkspaceState, path: &Path) -> io::Result<()> {
-    let mut out = StateWriter(Vec::with_capacity(HEADER.len() + picture.root.totals.files as usize * 128));
+pub(crate) fn save(state: &WorkspaceState, path: &Path) -> io::Result<()> {
+    let mut out = StateWriter(Vec::with_capacity(HEADER.len() + state.root.totals.files as usize * 128));
     out.0.extend_from_slice(HEADER);
-    out.0.extend_from_slice(picture.commit.raw());
+    out.0.extend_from_slice(state.commit.raw());
     let small = Small {
-        rules: picture.rules.clone(),
-        above: picture.above.clone(),
-        nested: picture.nested.clone(),
-        mounts: picture.mounts.clone(),
-        indexes: picture.indexes.clone(),
-        forced: BTreeSet::clone(&picture.forced),
-        notes: picture.notes.clone(),
+        rules: state.rules.clone(),
+        above: state.above.clone(),
+        nested: state.nested.clone(),
+        mounts: state.mounts.clone(),
+        indexes: state.indexes.clone(),
+        forced: BTreeSet::clone(&state.forced),
+        notes: state.notes.clone(),
     };
     out.counted(&serde_json::to_vec(&small)?);
-    out.dir(&picture.root);
+    out.dir(&state.root);
     let checksum: [u8; 20] = Sha1::digest(&out.0).into();
     out.0.extend_from_slice(&checksum);
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?.write_all(&out.0)
@@ -163,11 +163,11 @@ impl StateWriter {
             Node::Special { fingerprint, kind } => {
                 self.0.push(2);
                 self.fingerprint(fingerprint);
-                self.0.push(SPECIAL.iter().position(|known| known == kind).unwrap_or(SPECIAL.len() - 1) as u8);
+                self.0.push(SPECIAL.iter().position(|entry| entry == kind).unwrap_or(SPECIAL.len() - 1) as u8);
             }
             Node::Skipped { reason, detail } => {
                 self.0.push(3);
-                self.0.push(REASONS.iter().position(|known| known == reason).unwrap_or(0) as u8);
+                self.0.push(REASONS.iter().position(|entry| entry == reason).unwrap_or(0) as u8);
                 self.counted(detail.as_bytes());
             }
             Node::StagedFile => self.0.push(4),
@@ -333,10 +333,10 @@ mod tests {
     fn a_saved_picture_is_read_back_and_a_damaged_one_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("cache");
-        let picture = workspace_state();
-        save(&picture, &file).unwrap();
+        let state = workspace_state();
+        save(&state, &file).unwrap();
         let read = load(&file).unwrap();
-        assert_eq!(format!("{picture:?}"), format!("{read:?}"));
+        assert_eq!(format!("{state:?}"), format!("{read:?}"));
 
         let bytes = fs::read(&file).unwrap();
         for at in [0, HEADER.len() + 3, bytes.len() / 2, bytes.len() - 1] {

@@ -1,6 +1,6 @@
 //! Warm-up scans, and the saved workspace state.
 //!
-//! The first scan of a large workspace reads every file. It runs in the background when a project starts, and
+//! The first scan of a large workspace reads every file. It runs in the background after the start, and
 //! again when the watcher has lost events, so that agents are not frozen meanwhile. A warm-up scan makes no
 //! checkpoint.
 

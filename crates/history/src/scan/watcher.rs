@@ -1,12 +1,12 @@
 //! Watches the covered directories with inotify, so that a snapshot knows which paths may have changed.
 //!
 //! ```text
-//! kernel queue ─► reader thread, or the caller of take() ─► newest bucket of the project
+//! kernel queue ─► reader thread, or the caller of take() ─► newest bucket of the workspace
 //! take():   merges all buckets into one and begins a new one
 //! settle(): drops the buckets of a published scan
 //! ```
 //!
-//! One inotify instance serves all projects, since a user may have only 128. The kernel queues an event before
+//! One inotify instance serves all workspaces, since a user may have only 128. The kernel queues an event before
 //! the call that caused it returns: a drained queue holds every event that frozen processes have caused. A
 //! cookie file in the state directory proves it: if the queue is drained without the event of the cookie, it is
 //! not trusted.
@@ -171,12 +171,12 @@ impl Watches {
 
 #[derive(Default)]
 struct Table {
-    /// The directories of a watch: one may belong to several projects, or have several paths.
+    /// The directories of a watch: one may belong to several workspaces, or have several paths.
     by_watch: HashMap<WatchDescriptor, Vec<(u64, RelPath)>>,
-    projects: HashMap<u64, Watches>,
+    workspaces: HashMap<u64, Watches>,
     /// Cookies whose event has arrived and that were not waited for yet.
     cookies: HashSet<u64>,
-    next_project: u64,
+    next_workspace: u64,
 }
 
 /// The inotify instance and the thread that reads it, which ends when the last owner drops this.
@@ -230,15 +230,15 @@ impl FileWatcher {
         Ok(Arc::new(FileWatcher { queue }))
     }
 
-    /// Adds a project, whose first scan is a full one.
+    /// Adds a workspace, whose first scan is a full one.
     pub(crate) fn watch_workspace(self: &Arc<Self>, name: String) -> WatchedWorkspace {
         let mut table = self.queue.table();
-        table.next_project += 1;
-        let project = table.next_project;
+        table.next_workspace += 1;
+        let workspace = table.next_workspace;
         let nothing_known =
             Bucket { lost: Some(Lost { why: "nothing was watched before", lasting: false }), ..Bucket::default() };
-        table.projects.insert(project, Watches { buckets: [nothing_known].into(), ..Watches::default() });
-        WatchedWorkspace { watcher: Arc::clone(self), project, name }
+        table.workspaces.insert(workspace, Watches { buckets: [nothing_known].into(), ..Watches::default() });
+        WatchedWorkspace { watcher: Arc::clone(self), workspace, name }
     }
 }
 
@@ -257,7 +257,7 @@ impl Queue {
                 Err(Errno::EINTR) => {}
                 Err(errno) => {
                     tracing::error!(%errno, "failed to read the inotify queue; the next checkpoints make a full scan");
-                    table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be read"));
+                    table.workspaces.values_mut().for_each(|watches| watches.lose("the queue cannot be read"));
                     return;
                 }
             }
@@ -267,7 +267,7 @@ impl Queue {
     fn distribute(&self, table: &mut Table, event: InotifyEvent) {
         if event.mask.contains(AddWatchFlags::IN_Q_OVERFLOW) {
             tracing::info!("the inotify queue has overflowed; the next checkpoints make a full scan");
-            table.projects.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
+            table.workspaces.values_mut().for_each(|watches| watches.lose("the kernel's queue overflowed"));
             return;
         }
         if event.wd == self.cookie_watch {
@@ -279,8 +279,8 @@ impl Queue {
         }
         let gone = event.mask.contains(AddWatchFlags::IN_IGNORED);
         let places = if gone { table.by_watch.remove(&event.wd) } else { table.by_watch.get(&event.wd).cloned() };
-        for (project, path) in places.unwrap_or_default() {
-            let Some(watches) = table.projects.get_mut(&project) else { continue };
+        for (workspace, path) in places.unwrap_or_default() {
+            let Some(watches) = table.workspaces.get_mut(&workspace) else { continue };
             if gone && watches.by_path.get(&path).is_some_and(|(watch, _)| *watch == event.wd) {
                 watches.by_path.remove(&path);
             }
@@ -311,9 +311,9 @@ impl Queue {
     }
 
     /// Removes a path from a watch, and the watch with its last path.
-    fn forget(&self, table: &mut Table, project: u64, watch: WatchDescriptor, path: &RelPath) {
+    fn forget(&self, table: &mut Table, workspace: u64, watch: WatchDescriptor, path: &RelPath) {
         let Some(places) = table.by_watch.get_mut(&watch) else { return };
-        places.retain(|(owner, entry)| *owner != project || entry != path);
+        places.retain(|(owner, entry)| *owner != workspace || entry != path);
         if places.is_empty() {
             table.by_watch.remove(&watch);
             // The kernel removes the watch of a removed directory itself.
@@ -339,7 +339,7 @@ impl Queue {
                 Ok(_) | Err(Errno::EINTR) => self.drain(&mut table),
                 Err(errno) => {
                     tracing::error!(%errno, "the watcher failed to wait for events; checkpoints make full scans");
-                    table.projects.values_mut().for_each(|watches| watches.lose("the queue cannot be waited for"));
+                    table.workspaces.values_mut().for_each(|watches| watches.lose("the queue cannot be waited for"));
                     return;
                 }
             }
@@ -356,10 +356,10 @@ pub(crate) struct TakenEvents {
     pub dirty: Result<Dirty, &'static str>,
 }
 
-/// The watched directories of one project.
+/// The watched directories of one workspace.
 pub(crate) struct WatchedWorkspace {
     watcher: Arc<FileWatcher>,
-    project: u64,
+    workspace: u64,
     /// The store's path, for log messages.
     name: String,
 }
@@ -371,7 +371,7 @@ impl WatchedWorkspace {
         let place = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
         let mut table = self.watcher.queue.table();
         let added = self.watcher.queue.inotify.add_watch(&place, MASK);
-        let Some(watches) = table.projects.get_mut(&self.project) else { return };
+        let Some(watches) = table.workspaces.get_mut(&self.workspace) else { return };
         match added {
             Ok(watch) => {
                 let epoch = watches.current().map_or(0, |bucket| bucket.epoch);
@@ -383,11 +383,11 @@ impl WatchedWorkspace {
                     bucket.dirty.at(path).anew = true;
                 }
                 let places = table.by_watch.entry(watch).or_default();
-                if !places.iter().any(|(project, entry)| *project == self.project && entry == path) {
-                    places.push((self.project, path.clone()));
+                if !places.iter().any(|(workspace, entry)| *workspace == self.workspace && entry == path) {
+                    places.push((self.workspace, path.clone()));
                 }
                 if let Some(before) = before.filter(|before| *before != watch) {
-                    self.watcher.queue.forget(&mut table, self.project, before, path);
+                    self.watcher.queue.forget(&mut table, self.workspace, before, path);
                 }
             }
             Err(Errno::ENOSPC) => {
@@ -414,8 +414,8 @@ impl WatchedWorkspace {
             fs::OpenOptions::new().write(true).create_new(true).open(&file).and_then(|_| fs::remove_file(&file));
         self.watcher.queue.drain(&mut table);
         let arrived = table.cookies.remove(&cookie);
-        let Some(watches) = table.projects.get_mut(&self.project) else {
-            return TakenEvents { epoch: 0, dirty: Err("the project is not watched") };
+        let Some(watches) = table.workspaces.get_mut(&self.workspace) else {
+            return TakenEvents { epoch: 0, dirty: Err("the workspace is not watched") };
         };
         if let Err(error) = created {
             tracing::warn!(%error, "failed to create a cookie file in the state directory; the next checkpoint makes a full scan");
@@ -451,13 +451,13 @@ impl WatchedWorkspace {
     pub fn is_deep(&self) -> bool {
         let mut table = self.watcher.queue.table();
         self.watcher.queue.drain(&mut table);
-        let watches = table.projects.get(&self.project);
+        let watches = table.workspaces.get(&self.workspace);
         watches.is_some_and(|watches| watches.buckets.iter().any(|bucket| bucket.dirty.is_deeper_than(pool::DEEP)))
     }
 
     /// Makes the next scan visit a path.
     pub fn note(&self, path: &RelPath) {
-        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project)
+        if let Some(watches) = self.watcher.queue.table().workspaces.get_mut(&self.workspace)
             && let Some(bucket) = watches.current()
         {
             bucket.dirty.mark_written(path);
@@ -466,14 +466,14 @@ impl WatchedWorkspace {
 
     /// Drops the buckets whose changes a published scan has taken in.
     pub fn settle(&self, epoch: u64) {
-        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
+        if let Some(watches) = self.watcher.queue.table().workspaces.get_mut(&self.workspace) {
             watches.buckets.retain(|bucket| bucket.epoch > epoch);
         }
     }
 
     /// Records that changes are missed permanently.
     pub fn mark_incomplete(&self, why: &'static str) {
-        if let Some(watches) = self.watcher.queue.table().projects.get_mut(&self.project) {
+        if let Some(watches) = self.watcher.queue.table().workspaces.get_mut(&self.workspace) {
             watches.lose_as(Lost { why, lasting: true });
         }
     }
@@ -482,7 +482,7 @@ impl WatchedWorkspace {
     /// of `epoch` may have added.
     pub fn retain(&self, epoch: u64, keep: impl Fn(&RelPath) -> bool) {
         let mut table = self.watcher.queue.table();
-        let Some(watches) = table.projects.get_mut(&self.project) else { return };
+        let Some(watches) = table.workspaces.get_mut(&self.workspace) else { return };
         // A scan adds its watches after its own bucket has ended.
         let gone = |path: &RelPath, added: u64| added <= epoch.saturating_add(1) && !keep(path);
         let all = watches.by_path.iter().filter(|(path, (_, added))| gone(path, *added));
@@ -491,7 +491,7 @@ impl WatchedWorkspace {
             watches.by_path.remove(path);
         });
         for (path, watch) in &lost {
-            self.watcher.queue.forget(&mut table, self.project, *watch, path);
+            self.watcher.queue.forget(&mut table, self.workspace, *watch, path);
         }
     }
 
@@ -505,7 +505,7 @@ impl WatchedWorkspace {
     /// Says whether the changes since the last scan are known and at most `few`, or can never be known.
     pub fn is_complete(&self, few: usize) -> bool {
         let table = self.watcher.queue.table();
-        table.projects.get(&self.project).is_some_and(|watches| {
+        table.workspaces.get(&self.workspace).is_some_and(|watches| {
             let entry = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
             entry && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
         })
@@ -515,6 +515,6 @@ impl WatchedWorkspace {
 impl Drop for WatchedWorkspace {
     fn drop(&mut self) {
         self.retain(u64::MAX, |_| false);
-        self.watcher.queue.table().projects.remove(&self.project);
+        self.watcher.queue.table().workspaces.remove(&self.workspace);
     }
 }

@@ -241,7 +241,7 @@ impl History {
     /// Fails if the disk has too little space. The new pack is never larger than those that it replaces.
     fn check_space(&self, bytes: u64) -> Result<()> {
         let disk = nix::sys::statvfs::statvfs(&self.repository)
-            .map_err(HistoryError::io("look at the disk of", &self.repository))?;
+            .map_err(HistoryError::io("read the free space of", &self.repository))?;
         let free = disk.blocks_available() as u64 * disk.fragment_size() as u64;
         if free < bytes + SPARE {
             let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
@@ -257,7 +257,7 @@ impl History {
     }
 
     fn candidates(&self) -> Result<Vec<Candidate>> {
-        let mut found = Vec::new();
+        let mut candidates = Vec::new();
         for index in self.objects.indexes() {
             let name = index.name.clone();
             let candidate = self.objects.reader(&index).and_then(|reader| {
@@ -265,13 +265,13 @@ impl History {
                 Ok(Candidate { bytes, fresh: reader.is_fresh(), reader })
             });
             match candidate {
-                Ok(candidate) => found.push(candidate),
+                Ok(candidate) => candidates.push(candidate),
                 // A sweep has removed it.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
                 Err(error) => return Err(HistoryError::io("open pack", Path::new(&name))(error)),
             }
         }
-        Ok(found)
+        Ok(candidates)
     }
 
     /// Replaces the old packs by the new one; returns `false` if snapshots prevent it. Waits for a moment

@@ -18,20 +18,20 @@ const FILE: &str = "distrusted";
 /// The damaged copies: for each object, the names of the packs.
 #[derive(Default)]
 pub(crate) struct DamagedObjects {
-    place: PathBuf,
+    path: PathBuf,
     copies: HashMap<Oid, Vec<String>>,
 }
 
 impl DamagedObjects {
     /// Reads the entries from a directory. Lines that cannot be parsed are ignored.
     pub fn load(dir: &Path) -> DamagedObjects {
-        let place = dir.join(FILE);
+        let path = dir.join(FILE);
         let mut copies: HashMap<Oid, Vec<String>> = HashMap::new();
-        let text = match fs::read_to_string(&place) {
+        let text = match fs::read_to_string(&path) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => {
-                tracing::warn!(%error, place = %place.display(), "failed to read the list of damaged objects; verify the checkpoints to rebuild it");
+                tracing::warn!(%error, path = %path.display(), "failed to read the list of damaged objects; verify the checkpoints to rebuild it");
                 String::new()
             }
         };
@@ -42,7 +42,7 @@ impl DamagedObjects {
                 copies.entry(oid).or_default().push(pack.to_owned());
             }
         }
-        DamagedObjects { place, copies }
+        DamagedObjects { path, copies }
     }
 
     pub fn is_empty(&self) -> bool {
@@ -66,9 +66,9 @@ impl DamagedObjects {
     }
 
     /// Removes the entries of packs that no longer exist.
-    pub fn retain(&mut self, is_there: impl Fn(&str) -> bool) {
+    pub fn retain(&mut self, exists: impl Fn(&str) -> bool) {
         self.copies.retain(|_, packs| {
-            packs.retain(|pack| is_there(pack));
+            packs.retain(|pack| exists(pack));
             !packs.is_empty()
         });
     }
@@ -78,12 +78,12 @@ impl DamagedObjects {
     /// # Errors
     /// Fails when the disk does; the previous file then stays.
     pub fn save(&self) -> io::Result<()> {
-        let draft = self.place.with_extension("new");
-        let mut file = fs::File::create(&draft)?;
+        let temporary = self.path.with_extension("new");
+        let mut file = fs::File::create(&temporary)?;
         let lines: String = self.all().map(|(oid, pack)| format!("{oid} {pack}\n")).collect();
         file.write_all(lines.as_bytes())?;
         file.sync_all()?;
-        fs::rename(&draft, &self.place)?;
-        self.place.parent().map_or(Ok(()), sync_dir)
+        fs::rename(&temporary, &self.path)?;
+        self.path.parent().map_or(Ok(()), sync_dir)
     }
 }

@@ -49,12 +49,12 @@ thread_local! {
 /// # Errors
 /// Fails only if the library does.
 pub(crate) fn deflate(content: &[u8], effort: Effort, out: &mut Vec<u8>) -> io::Result<()> {
-    let (kept, level) = match effort {
+    let (cell, level) = match effort {
         Effort::Fast => (&FAST, Compression::fast()),
         Effort::Thorough => (&THOROUGH, Compression::default()),
     };
-    kept.with_borrow_mut(|kept| {
-        let state = kept.get_or_insert_with(|| Compress::new(level, true));
+    cell.with_borrow_mut(|state| {
+        let state = state.get_or_insert_with(|| Compress::new(level, true));
         state.reset();
         // Most text shrinks to about a third.
         out.reserve(content.len() / 3 + 64);
@@ -89,8 +89,8 @@ thread_local! {
 /// Fails when the stream cannot be read, is damaged, or has content of another size.
 pub(crate) fn inflate(size: u64, read_at: impl Fn(&mut [u8], u64) -> io::Result<usize>) -> io::Result<Vec<u8>> {
     let bad = |problem: String| io::Error::new(io::ErrorKind::InvalidData, problem);
-    INFLATION.with_borrow_mut(|kept| {
-        let Inflation { state, read } = &mut **kept
+    INFLATION.with_borrow_mut(|inflation| {
+        let Inflation { state, read } = &mut **inflation
             .get_or_insert_with(|| Box::new(Inflation { state: Decompress::new(true), read: vec![0; 32 * 1024] }));
         state.reset(true);
         let mut content = Vec::with_capacity(size.min(64 << 20) as usize);

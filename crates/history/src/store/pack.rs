@@ -89,7 +89,7 @@ pub struct PackWriter {
     file: BufWriter<File>,
     length: u64,
     lines: Vec<IndexLine>,
-    seen: HashMap<Oid, u64>,
+    offsets: HashMap<Oid, u64>,
     /// The bytes that were stored uncompressed.
     uncompressed: u64,
 }
@@ -109,7 +109,7 @@ impl PackWriter {
             file,
             length: 12,
             lines: Vec::new(),
-            seen: HashMap::new(),
+            offsets: HashMap::new(),
             uncompressed: 0,
         })
     }
@@ -129,7 +129,7 @@ impl PackWriter {
     }
 
     pub fn holds(&self, oid: &Oid) -> bool {
-        self.seen.contains_key(oid)
+        self.offsets.contains_key(oid)
     }
 
     /// Appends an object unless the pack contains it.
@@ -142,7 +142,7 @@ impl PackWriter {
     }
 
     fn enter(&mut self, oid: Oid, crc: u32, length: u64) {
-        self.seen.insert(oid, self.length);
+        self.offsets.insert(oid, self.length);
         self.lines.push(IndexLine { oid, crc, offset: self.length });
         self.length += length;
     }
@@ -150,7 +150,7 @@ impl PackWriter {
     /// Returns how to store an object: completely, or as a delta to one that the pack contains.
     fn stored(&self, kind: ObjectKind, base: Option<&Oid>) -> io::Result<Stored> {
         let Some(base) = base else { return Ok(Stored::Complete(kind)) };
-        let at = self.seen.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
+        let at = self.offsets.get(base).ok_or_else(|| bad(format!("the base {base} is not in the pack yet")))?;
         Ok(Stored::DeltaAt(self.length - at))
     }
 

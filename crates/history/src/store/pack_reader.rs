@@ -21,7 +21,7 @@ use crate::store::{deflate, delta};
 /// Packs of other programs may have longer chains than ours; a chain longer than this is damaged.
 const MAX_CHAIN: usize = 4096;
 /// Larger objects are not cached.
-const MAX_REMEMBERED: usize = 1 << 20;
+const MAX_CACHED: usize = 1 << 20;
 /// The size of each of the two generations of the cache in bytes.
 const GENERATION: usize = 6 << 20;
 
@@ -64,7 +64,7 @@ impl ContentCache {
     }
 
     fn put(&self, id: EntryId, content: &ObjectContent) {
-        if content.1.len() <= MAX_REMEMBERED {
+        if content.1.len() <= MAX_CACHED {
             self.0.lock().unwrap_or_else(PoisonError::into_inner).put(id, content.clone());
         }
     }

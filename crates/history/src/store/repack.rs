@@ -42,7 +42,7 @@ const LIKENESS_DEPTH: u32 = 6;
 const SMALLEST_DELTA: u64 = 48;
 /// Up to this size an object of a fresh pack is always compressed again, so that the compression level tells
 /// fresh packs from consolidated ones.
-const ALWAYS_ANEW: u64 = 64 << 10;
+const ALWAYS_COMPRESSED: u64 = 64 << 10;
 
 /// The numbers of dropped and converted entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -213,9 +213,11 @@ impl<'a> Repack<'a> {
             }
             let pack = item.pack;
             let chosen = self.candidates(item.node).into_iter().find(|base| {
-                let there = &self.items[*base as usize];
+                let candidate = &self.items[*base as usize];
                 // Two objects of one consolidated pack were compared when it was written.
-                there.header.size <= LARGE && (there.pack != pack || self.fresh[pack]) && self.can_be_base(*base, n)
+                candidate.header.size <= LARGE
+                    && (candidate.pack != pack || self.fresh[pack])
+                    && self.can_be_base(*base, n)
             });
             if let Some(base) = chosen {
                 self.set_base(n, base);
@@ -227,7 +229,7 @@ impl<'a> Repack<'a> {
     /// Tries a delta between a file without an earlier version and a similarly named, larger file, as git does.
     fn choose_likenesses(&mut self) {
         let nodes = self.needed.nodes();
-        let lone = |n: &u32| {
+        let is_lone = |n: &u32| {
             let item = &self.items[*n as usize];
             let sizes = SMALLEST_DELTA * 2..LARGEST_LIKENESS;
             self.fresh[item.pack]
@@ -235,7 +237,7 @@ impl<'a> Repack<'a> {
                 && item.base.is_none()
                 && sizes.contains(&item.header.size)
         };
-        let mut order: Vec<u32> = (0..self.items.len() as u32).filter(lone).collect();
+        let mut order: Vec<u32> = (0..self.items.len() as u32).filter(is_lone).collect();
         let key = |n: &u32| {
             let item = &self.items[*n as usize];
             (nodes[item.node as usize].likeness, std::cmp::Reverse(item.header.size), item.node)
@@ -374,7 +376,7 @@ impl<'a> Repack<'a> {
     fn compress(&self, n: u32) -> io::Result<Option<Compressed>> {
         let item = &self.items[n as usize];
         let content = self.content(n)?;
-        let whole_now = matches!(item.header.stored, Stored::Complete(_));
+        let is_complete = matches!(item.header.stored, Stored::Complete(_));
         let mut best: Option<Compressed> = None;
         if let Some(base) = item.base {
             let from = self.content(base)?;
@@ -388,13 +390,13 @@ impl<'a> Repack<'a> {
         }
         // If the delta is much smaller than the quickly compressed object, thorough compression cannot beat it.
         let clear = best.as_ref().is_some_and(|best| (best.zlib.len() as u64) < item.length / 3);
-        if !clear && (!whole_now || self.fresh[item.pack]) {
-            let whole = Compressed { base: None, size: content.len() as u64, zlib: compressed(&content)? };
-            if best.as_ref().is_none_or(|best| best.zlib.len() + 4 >= whole.zlib.len()) {
-                best = Some(whole);
+        if !clear && (!is_complete || self.fresh[item.pack]) {
+            let complete = Compressed { base: None, size: content.len() as u64, zlib: compressed(&content)? };
+            if best.as_ref().is_none_or(|best| best.zlib.len() + 4 >= complete.zlib.len()) {
+                best = Some(complete);
             }
         }
-        let must = !whole_now || (self.fresh[item.pack] && item.header.size <= ALWAYS_ANEW);
+        let must = !is_complete || (self.fresh[item.pack] && item.header.size <= ALWAYS_COMPRESSED);
         Ok(best.filter(|best| must || (best.zlib.len() as u64) < item.length))
     }
 

@@ -413,7 +413,7 @@ fn bytes_below(dir: &Path) -> u64 {
 /// Prints the cost of many checkpoints beside the same commits in git after `git gc`. `FERMATA_BENCH_TREE` sets
 /// the tree (which is copied), `FERMATA_BENCH_COUNT` the number of checkpoints.
 #[test]
-#[ignore = "takes minutes: cargo test --release -p fermata-daemon --lib disk_for_a_thousand -- --ignored --nocapture"]
+#[ignore = "takes minutes: cargo test --release -p fermata-history disk_for_a_thousand -- --ignored --nocapture"]
 fn disk_for_a_thousand_checkpoints_is_at_most_one_and_a_half_of_git_after_gc() {
     let sandbox = Sandbox::new();
     let count: u64 = std::env::var("FERMATA_BENCH_COUNT").ok().and_then(|n| n.parse().ok()).unwrap_or(1000);

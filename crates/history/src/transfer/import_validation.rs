@@ -34,7 +34,7 @@ struct ImportedSize {
 struct OpenImportDir {
     path: RelPath,
     directory: Directory,
-    extent: ImportedSize,
+    size: ImportedSize,
     below: std::vec::IntoIter<(Vec<u8>, Directory)>,
 }
 
@@ -60,10 +60,10 @@ pub(crate) fn validate_import(store: &ObjectStore, commit: &Oid, cancel: &Atomic
                 }
             }
         } else if let Some(done) = open.pop() {
-            within_bounds(commit, done.path.bytes().len() + done.extent.length, done.extent.paths)?;
-            measured.insert(done.directory, done.extent);
+            within_bounds(commit, done.path.bytes().len() + done.size.length, done.size.paths)?;
+            measured.insert(done.directory, done.size);
             if let Some(above) = open.last_mut() {
-                above.add(commit, &done.path, done.extent)?;
+                above.add(commit, &done.path, done.size)?;
             }
         }
     }
@@ -73,9 +73,9 @@ pub(crate) fn validate_import(store: &ObjectStore, commit: &Oid, cancel: &Atomic
 impl OpenImportDir {
     fn add(&mut self, commit: &Oid, path: &RelPath, inner: ImportedSize) -> Result<()> {
         let length = path.bytes().len() - self.path.bytes().len() + inner.length;
-        self.extent.length = self.extent.length.max(length);
-        self.extent.paths = self.extent.paths.saturating_add(inner.paths);
-        within_bounds(commit, self.path.bytes().len() + self.extent.length, self.extent.paths)
+        self.size.length = self.size.length.max(length);
+        self.size.paths = self.size.paths.saturating_add(inner.paths);
+        within_bounds(commit, self.path.bytes().len() + self.size.length, self.size.paths)
     }
 }
 
@@ -93,14 +93,14 @@ fn within_bounds(commit: &Oid, length: usize, paths: u64) -> Result<()> {
 fn enter(store: &ObjectStore, path: RelPath, directory: Directory) -> Result<OpenImportDir> {
     let mut listing = Listing::default();
     let below = directory.read(store, &path, &mut listing)?;
-    let mut extent = ImportedSize { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
+    let mut size = ImportedSize { paths: (listing.items.len() + listing.skipped.len()) as u64, length: 0 };
     for (at, item) in &listing.items {
-        extent.length = extent.length.max(at.bytes().len() - path.bytes().len());
+        size.length = size.length.max(at.bytes().len() - path.bytes().len());
         if let ItemContent::Symlink(oid) = &item.content {
             check_target(store, oid)?;
         }
     }
-    Ok(OpenImportDir { path, directory, extent, below: below.into_iter() })
+    Ok(OpenImportDir { path, directory, size, below: below.into_iter() })
 }
 
 fn check_target(store: &ObjectStore, oid: &Oid) -> Result<()> {

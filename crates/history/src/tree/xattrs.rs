@@ -29,30 +29,30 @@ pub(crate) fn is_ours(name: &[u8]) -> bool {
 /// them.
 pub(crate) fn read<Fd: AsFd>(fd: Fd) -> nix::Result<Xattrs> {
     let mut buffer = [0u8; 512];
-    let mut longer = Vec::new();
+    let mut long_list = Vec::new();
     let names: &[u8] = match flistxattr(&fd, &mut buffer) {
         Ok(0) => return Ok(Xattrs::default()),
         Ok(n) => &buffer[..n],
         Err(rustix::io::Errno::RANGE) => {
-            longer = read_all(|room| flistxattr(&fd, room))?;
-            &longer
+            long_list = read_all(|buffer| flistxattr(&fd, buffer))?;
+            &long_list
         }
         Err(errno) if is_unsupported(errno) => return Ok(Xattrs::default()),
         Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
     };
-    let mut found = Vec::new();
+    let mut attributes = Vec::new();
     for name in names.split_inclusive(|b| *b == 0).filter(|name| name.starts_with(PREFIX)) {
         let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
-        match read_all(|room| fgetxattr(&fd, name, room)) {
-            Ok(value) => found.push((name.to_bytes().into(), value.into())),
+        match read_all(|buffer| fgetxattr(&fd, name, buffer)) {
+            Ok(value) => attributes.push((name.to_bytes().into(), value.into())),
             // The attribute was removed after the listing.
             Err(Errno::ENODATA) => {}
             Err(errno) => return Err(errno),
         }
     }
-    found.sort();
-    drop(longer);
-    Ok(found.into())
+    attributes.sort();
+    drop(long_list);
+    Ok(attributes.into())
 }
 
 /// The result of setting attributes.
@@ -65,26 +65,26 @@ pub(crate) enum XattrsRead {
 
 /// Replaces the attributes of an open file or directory.
 pub(crate) fn set<Fd: AsFd>(fd: Fd, wanted: &Xattrs) -> nix::Result<XattrsRead> {
-    let there = read(&fd)?;
-    for (name, _) in there.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
+    let existing = read(&fd)?;
+    for (name, _) in existing.iter().filter(|(name, _)| !wanted.iter().any(|(other, _)| other == name)) {
         match fremovexattr(&fd, &name[..]) {
             Ok(()) | Err(rustix::io::Errno::NODATA) => {}
             Err(errno) => return Err(Errno::from_raw(errno.raw_os_error())),
         }
     }
-    let mut outcome = XattrsRead::Set;
-    for pair in wanted.iter().filter(|pair| !there.contains(pair)) {
+    let mut result = XattrsRead::Set;
+    for pair in wanted.iter().filter(|pair| !existing.contains(pair)) {
         match fsetxattr(&fd, &pair.0[..], &pair.1, XattrFlags::empty()).map_err(|e| Errno::from_raw(e.raw_os_error())) {
             Ok(()) => {}
             // The file system may differ from the original one. A lack of room concerns the inode, not the
             // disk: writing the content would have failed before.
             Err(Errno::EOPNOTSUPP | Errno::ENOSPC | Errno::EDQUOT | Errno::E2BIG | Errno::ERANGE | Errno::EPERM) => {
-                outcome = XattrsRead::NotKept;
+                result = XattrsRead::NotKept;
             }
             Err(errno) => return Err(errno),
         }
     }
-    Ok(outcome)
+    Ok(result)
 }
 
 fn is_unsupported(errno: rustix::io::Errno) -> bool {
@@ -94,11 +94,11 @@ fn is_unsupported(errno: rustix::io::Errno) -> bool {
 /// Calls with a buffer of the largest possible size.
 fn read_all(call: impl Fn(&mut Vec<u8>) -> rustix::io::Result<usize>) -> nix::Result<Vec<u8>> {
     // The kernel's limit for a value and for a list of names is 64 KiB.
-    let mut room = vec![0; 64 * 1024];
-    match call(&mut room) {
+    let mut buffer = vec![0; 64 * 1024];
+    match call(&mut buffer) {
         Ok(n) => {
-            room.truncate(n);
-            Ok(room)
+            buffer.truncate(n);
+            Ok(buffer)
         }
         Err(errno) => Err(Errno::from_raw(errno.raw_os_error())),
     }
