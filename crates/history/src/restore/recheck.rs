@@ -265,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn times_that_a_file_system_cuts_off_are_told_and_others_are_wrong() {
+    fn times_rounded_by_the_file_system_are_reported_and_others_are_wrong() {
         let path = |name: &str| RelPath::new(name).unwrap();
         let mut times = Times::default();
         times.compare(&path("a"), time(5, 123_456_789), time(5, 0));

@@ -55,7 +55,7 @@ mod tests {
     }
 
     #[test]
-    fn a_repository_that_stands_elsewhere_is_told_and_one_that_does_not_is_not() {
+    fn a_repository_that_has_moved_is_reported_and_an_unmoved_one_is_not() {
         let then = repository("main", "0123456789abcdef");
         assert_eq!(moved(Some(&then), Some(&then.clone())), None);
         assert_eq!(moved(None, Some(&then)), None);

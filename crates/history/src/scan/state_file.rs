@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_saved_picture_is_read_back_and_a_damaged_one_is_ignored() {
+    fn a_saved_state_is_read_back_and_a_damaged_one_is_ignored() {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("cache");
         let state = workspace_state();

@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_only_wrapped_comes_out_again() {
+    fn stored_content_is_decompressed_unchanged() {
         for length in [0, 1, 1000, 65_534, 65_535, 65_536, 131_070, 300_000] {
             let content: Vec<u8> = (0..length).map(|n| (n * 7 / 3) as u8).collect();
             let mut out = b"head".to_vec();
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_is_compressed_comes_out_again() {
+    fn compressed_content_is_decompressed_unchanged() {
         let noise: Vec<u8> = (0..15_000_u32).flat_map(|n| Sha1::digest(n.to_le_bytes())).collect();
         for content in [&b""[..], b"a", &[7; 100_000], &noise] {
             for effort in [Effort::Fast, Effort::Thorough] {

@@ -123,7 +123,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_head_is_read_back() {
+    fn every_header_is_decoded_as_it_was_encoded() {
         let oid = Oid::of(ObjectKind::Blob, b"x");
         let sizes = [0, 1, 15, 16, 2047, 2048, 1 << 31, u64::MAX >> 4];
         let distances = [1, 127, 128, 129, 16_511, 16_512, 2_113_663, 2_113_664, 1 << 40];

@@ -242,7 +242,7 @@ fn what_is_shown_before_is_what_is_done() {
 }
 
 #[test]
-fn only_directories_that_differ_are_looked_at() {
+fn only_directories_that_differ_are_read() {
     let sandbox = Sandbox::new();
     for n in 0..400 {
         sandbox.write(format!("d{}/e{}/f{n}", n % 20, n % 100), format!("{n}"));
@@ -324,7 +324,7 @@ fn paths_that_nobody_knows_are_refused_and_uncovered_ones_are_told() {
 }
 
 #[test]
-fn names_that_git_takes_for_its_own_are_told_and_never_written_to() {
+fn names_reserved_for_git_are_reported_and_never_written_to() {
     let sandbox = Sandbox::new();
     sandbox.write(".GIT/config", "somebody's");
     sandbox.write("sub/.Git", "a file");

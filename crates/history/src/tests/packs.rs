@@ -533,7 +533,7 @@ fn packs_with_index(history: &History) -> Vec<String> {
 }
 
 #[test]
-fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
+fn a_swap_that_fails_half_way_is_noticed_by_the_next_snapshot() {
     let sandbox = with_rounds(5);
     let history = &sandbox.history;
     let old = known_packs(history);
@@ -562,7 +562,7 @@ fn a_swap_that_fails_half_way_is_seen_by_the_next_snapshot() {
 }
 
 #[test]
-fn a_new_draft_sees_that_an_index_has_gone() {
+fn a_new_snapshot_notices_a_removed_index() {
     let sandbox = with_rounds(2);
     let history = &sandbox.history;
     // The clock of the file system must tick in between.

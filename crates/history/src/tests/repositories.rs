@@ -118,7 +118,7 @@ fn names_that_differ_only_in_case_are_kept_apart() {
 }
 
 #[test]
-fn a_rebase_that_was_in_the_middle_is_told_and_git_stays_where_it_is() {
+fn an_unfinished_rebase_is_reported_and_git_stays_where_it_is() {
     let sandbox = Sandbox::new();
     sandbox.git(&["init", "-q"]);
     sandbox.write("a", "base\n");

@@ -296,7 +296,7 @@ fn without_privileges_read_only_directories_are_restored_and_unreadable_ones_ski
 }
 
 #[test]
-fn more_files_than_are_drafted_at_once_are_restored_and_leave_no_draft() {
+fn more_files_than_are_staged_at_once_are_restored_and_leave_no_temporary_file() {
     let sandbox = Sandbox::new();
     let write = |round: &str| {
         (0..100).for_each(|n| sandbox.write(format!("d{}/f{n}", n % 7), format!("{round} {n}")));
@@ -315,7 +315,7 @@ fn more_files_than_are_drafted_at_once_are_restored_and_leave_no_draft() {
 
 /// Restores `a`, `b` and `c` from the result of `change`, while `a` is written after a number of files are
 /// staged: that write is kept and reported.
-fn kept_while_drafted(change: impl FnOnce(&Sandbox), drafted: u64) {
+fn kept_while_staged(change: impl FnOnce(&Sandbox), staged: u64) {
     let sandbox = Sandbox::new();
     ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "1"));
     sandbox.checkpoint(1);
@@ -323,7 +323,7 @@ fn kept_while_drafted(change: impl FnOnce(&Sandbox), drafted: u64) {
     sandbox.checkpoint(2);
     let plan = sandbox.plan(1, 2, None);
     let meddle = |progress: StoreProgress| {
-        if progress.phase == StorePhase::Apply && progress.done == drafted {
+        if progress.phase == StorePhase::Apply && progress.done == staged {
             sandbox.write("a", "mine");
         }
     };
@@ -335,17 +335,17 @@ fn kept_while_drafted(change: impl FnOnce(&Sandbox), drafted: u64) {
 }
 
 #[test]
-fn what_somebody_writes_while_other_files_are_drafted_is_kept_and_reported() {
-    kept_while_drafted(|sandbox| ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "22")), 2);
+fn a_write_while_other_files_are_staged_is_kept_and_reported() {
+    kept_while_staged(|sandbox| ["a", "b", "c"].iter().for_each(|name| sandbox.write(name, "22")), 2);
 }
 
 #[test]
-fn what_somebody_makes_where_nothing_stood_while_files_are_drafted_is_kept_and_reported() {
+fn a_file_created_while_others_are_staged_is_kept_and_reported() {
     let change = |sandbox: &Sandbox| {
         ["a", "b"].iter().for_each(|name| fs::remove_file(sandbox.at(name)).unwrap());
         sandbox.write("c", "22");
     };
-    kept_while_drafted(change, 3);
+    kept_while_staged(change, 3);
 }
 
 /// The paths that a plan leaves unchanged, with the reasons.

@@ -27,7 +27,7 @@ fn a_number_is_given_only_once() {
 }
 
 #[test]
-fn a_discarded_snapshot_leaves_nothing_and_nobody_relies_on_it() {
+fn a_discarded_snapshot_leaves_nothing_and_no_snapshot_relies_on_it() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "the same content in both");
     let first = sandbox.take(1);
@@ -142,7 +142,7 @@ fn what_is_known_of_the_workspace_keeps_its_objects() {
 }
 
 #[test]
-fn a_picture_whose_commit_is_gone_does_not_vouch_for_objects() {
+fn a_saved_state_whose_commit_is_gone_is_not_trusted() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "only in the first");
     sandbox.write("b/c", "this too");
@@ -164,7 +164,7 @@ fn a_picture_whose_commit_is_gone_does_not_vouch_for_objects() {
 }
 
 #[test]
-fn a_sweep_removes_drafts_and_keeps_every_pack_that_is_needed() {
+fn a_sweep_removes_pending_snapshots_and_keeps_every_needed_pack() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "shared by all");
     sandbox.write("b", "1");
@@ -186,7 +186,7 @@ fn a_sweep_removes_drafts_and_keeps_every_pack_that_is_needed() {
 }
 
 #[test]
-fn a_sweep_removes_nothing_while_a_snapshot_is_under_way() {
+fn a_sweep_removes_nothing_while_a_snapshot_is_in_progress() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "shared");
     sandbox.checkpoint(1);

@@ -106,7 +106,7 @@ fn directories_that_are_equal_a_thousand_million_times_are_refused_at_once() {
 }
 
 #[test]
-fn links_that_no_system_makes_are_refused() {
+fn invalid_link_targets_are_refused() {
     let sandbox = with_one();
     let link = |target: &[u8]| {
         let mut forge = Forge::new();
@@ -124,7 +124,7 @@ fn links_that_no_system_makes_are_refused() {
 }
 
 #[test]
-fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
+fn an_index_that_does_not_match_its_pack_is_refused() {
     let sandbox = with_one();
     sandbox.write("a", "22");
     sandbox.checkpoint(2);
@@ -158,7 +158,7 @@ fn an_index_that_says_more_or_other_than_its_pack_is_refused() {
 }
 
 #[test]
-fn what_would_fill_the_memory_is_not_put_together() {
+fn objects_that_exceed_the_memory_limit_are_refused() {
     use crate::store::pack_reader::{ContentCache, PackReader};
     use std::sync::Arc;
     let mut forge = Forge::new();

@@ -150,7 +150,7 @@ fn forged(names: &[(u8, &[u8])], extensions: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn a_small_index_that_comes_to_very_much_is_refused() {
+fn a_small_index_with_very_long_names_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let read = |index: &[u8]| user_index::tracked(dir.path(), index).map(|entries| entries.len());
     let name = "n".repeat(4000);

@@ -119,7 +119,7 @@ proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 200, ..fermata_test_seeds::cases(24) })]
 
     #[test]
-    fn a_watched_workspace_is_seen_as_it_is(rounds in prop::collection::vec(prop::collection::vec(any::<u32>(), 8..120), 2..7)) {
+    fn a_partial_scan_finds_the_same_as_a_full_one(rounds in prop::collection::vec(prop::collection::vec(any::<u32>(), 8..120), 2..7)) {
         let sandbox = Sandbox::new();
         sandbox.git(&["init", "-q"]);
         for (number, words) in rounds.into_iter().enumerate() {
@@ -133,7 +133,7 @@ proptest! {
 }
 
 #[test]
-fn only_what_has_changed_is_looked_at() {
+fn only_changed_paths_are_visited() {
     let sandbox = Sandbox::new();
     for n in 0..50 {
         sandbox.write(format!("dir{}/below/file{n}", n % 5), format!("content {n}"));
@@ -183,7 +183,7 @@ fn more_events_than_the_queue_holds_lose_nothing() {
 }
 
 #[test]
-fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
+fn a_file_written_through_a_known_mapping_is_read_again() {
     let sandbox = Sandbox::new();
     sandbox.write("data", [0u8; 4096]);
     sandbox.write("other", "o");
@@ -209,7 +209,7 @@ fn what_is_written_through_a_mapping_is_read_when_it_is_known() {
 }
 
 #[test]
-fn two_projects_in_one_another_see_the_same() {
+fn nested_workspaces_find_the_same_changes() {
     let outer = Sandbox::new();
     outer.write("inner/a", "1");
     outer.write("b", "2");
@@ -236,7 +236,7 @@ fn two_projects_in_one_another_see_the_same() {
 }
 
 #[test]
-fn a_primed_workspace_costs_only_what_changes_later() {
+fn after_a_warm_up_a_checkpoint_costs_only_later_changes() {
     let sandbox = Sandbox::new();
     for n in 0..30 {
         sandbox.write(format!("d{}/f{n}", n % 4), format!("content {n}"));
@@ -298,7 +298,7 @@ fn a_tree_as_deep_as_a_path_can_be_is_seen_and_what_is_deeper_is_told() {
 }
 
 #[test]
-fn what_is_out_of_sight_while_it_is_read_is_not_forgotten() {
+fn a_path_that_vanishes_while_it_is_read_is_visited_again() {
     let sandbox = Sandbox::new();
     for n in 0..200 {
         sandbox.write(format!("g/d{}/f{n}", n % 9), format!("content {n}"));
@@ -321,7 +321,7 @@ fn what_is_out_of_sight_while_it_is_read_is_not_forgotten() {
 }
 
 #[test]
-fn what_is_told_to_nobody_is_found_by_the_look_at_everything_that_is_due_in_time() {
+fn a_change_without_an_event_is_found_by_the_next_full_scan() {
     use nix::fcntl::{AT_FDCWD, AtFlags, OFlag, open};
     use nix::sys::stat::Mode;
 
@@ -407,7 +407,7 @@ fn what_is_tracked_and_ignored_is_covered_as_soon_as_it_can_be() {
 }
 
 #[test]
-fn times_in_the_future_do_not_make_files_be_read_again() {
+fn times_in_the_future_do_not_cause_files_to_be_read_again() {
     let sandbox = Sandbox::new();
     sandbox.write("a", "1");
     let later = std::time::SystemTime::now() + std::time::Duration::from_secs(86_400);

@@ -247,7 +247,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_system_takes_and_what_gives_rights_away_is_refused() {
+    fn invalid_times_and_attributes_that_grant_rights_are_refused() {
         let with = |time: &str, name: &[u8], value: &[u8]| {
             let text = format!("fermata-meta 1\nf 644 {time} 1 x:{}={} a\n", to_hex(name), to_hex(value));
             decode(text.as_bytes()).is_ok()
