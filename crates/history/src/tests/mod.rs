@@ -4,13 +4,13 @@ mod costs;
 mod coverage;
 mod exact;
 mod ignoring;
+mod import;
 mod packs;
 mod random;
 mod repositories;
 mod restoring;
 mod safety;
 mod store;
-mod strangers;
 mod user_index;
 mod watching;
 
