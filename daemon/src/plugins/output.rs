@@ -16,7 +16,7 @@ const RECENT: usize = 20;
 const BURST: u32 = 100;
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Cuts a line to [`MAX_LINE`] bytes, at a character boundary.
+/// Cuts a line to 2 KiB, at a character boundary.
 pub fn shortened(line: &str) -> String {
     if line.len() <= MAX_LINE {
         return line.to_owned();

@@ -46,9 +46,9 @@ pub async fn run(step: &StepContext, runs: &[(AgentName, RunId)]) -> Result<Froz
     let mut failed = None;
     for (agent, result) in side_by_side(each.collect::<Vec<_>>()).await {
         match result {
-            Ok(one) => {
-                frozen.processes += one.processes;
-                if one.mechanism == FreezerKind::Signals {
+            Ok(tree) => {
+                frozen.processes += tree.processes;
+                if tree.mechanism == FreezerKind::Signals {
                     frozen.mechanism = FreezerKind::Signals;
                 }
                 frozen.agents.push(agent);

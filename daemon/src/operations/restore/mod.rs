@@ -455,7 +455,7 @@ pub async fn diff(step: &StepContext, from: CheckpointNumber, to: Option<Checkpo
     .await
 }
 
-/// Converts a difference for the wire: the first [`MAX_CHANGES`] paths, up to [`MAX_CHANGES_BYTES`].
+/// Converts a difference for the wire: its first 100,000 paths, up to 16 MiB of them.
 pub fn changed_paths(diff: &Diff) -> Vec<ChangedPath> {
     let mut bytes = 0;
     let fits = |entry: &&DiffEntry| {
