@@ -289,8 +289,8 @@ impl History {
         self.last.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns the workspace state, loaded from the disk on the first call, and whether the store holds every object that
-    /// it names.
+    /// Returns the workspace state, loaded from the disk on the first call, and whether the store holds every object
+    /// that it names.
     fn last_state(&self) -> (Option<Arc<WorkspaceState>>, bool) {
         let live = self.live().clone();
         let mut last = self.lock_last();

@@ -99,8 +99,8 @@ impl History {
         self.complete(self.scan(request, progress, cancel)?, now_ms, progress, cancel)
     }
 
-    /// Builds the trees of a scanned workspace and completes its pack. [`History::publish`] makes the snapshot durable and
-    /// visible.
+    /// Builds the trees of a scanned workspace and completes its pack. [`History::publish`] makes the snapshot durable
+    /// and visible.
     ///
     /// # Errors
     /// Fails when cancelled, or when the store cannot be written.

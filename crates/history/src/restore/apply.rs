@@ -27,7 +27,7 @@ use crate::progress::{OnProgress, StorePhase, StoreProgress};
 use crate::restore::plan::{Operation, RestorePlan, StoredContent, workspace_of};
 use crate::restore::recheck::{PathState, recheck, steady_state};
 use crate::restore::report::{Mismatch, RestoreReport};
-use crate::restore::staging::{MAX_STAGED, PlannedFile, Staged, side_by_side, unlink_if_there};
+use crate::restore::staging::{MAX_STAGED, PlannedFile, Staged, in_parallel, unlink_if_there};
 use crate::store::oid::ObjectKind;
 use crate::tree::confined_dir::{FileKind, Root, stat_at, stat_fd};
 use crate::tree::names::{RESTORE_PREFIX, RelPath, is_plan_id, is_staged_name};
@@ -68,7 +68,7 @@ impl History {
         if let Err(error) = applying.apply_all(plan, progress) {
             // The caller may give up this restore: remove its temporary files. The next run repeats what fails
             // here.
-            applying.clear_up(plan);
+            applying.clean_up(plan);
             return Err(error);
         }
         failpoint::check("history.restore.flushed").map_err(HistoryError::io("restore", root.path()))?;
@@ -160,7 +160,7 @@ impl Applying<'_> {
     }
 
     /// Removes temporary files and closes opened directories as far as possible.
-    fn clear_up(&mut self, plan: &RestorePlan) {
+    fn clean_up(&mut self, plan: &RestorePlan) {
         let dirs: BTreeSet<RelPath> = plan.operations.iter().filter_map(|step| step.path().parent()).collect();
         let cleared = dirs.iter().try_for_each(|dir| self.clear_temporary_files_in(dir));
         if let Err(error) = cleared.and_then(|()| self.close_again(plan)) {
@@ -233,7 +233,7 @@ impl Applying<'_> {
         match mkdirat(&dir, name, Mode::S_IRWXU) {
             Ok(()) => {
                 let owner = stat_fd(&dir).map_err(self.failed("read the metadata of the directory of", path))?;
-                self.give_name(&dir, name, &owner).map_err(self.failed("set the owner of", path))?;
+                self.set_owner(&dir, name, &owner).map_err(self.failed("set the owner of", path))?;
                 self.touch(path);
             }
             Err(Errno::EEXIST) => match stat_at(&dir, name).map(|stat| stat.kind()) {
@@ -314,7 +314,7 @@ impl Applying<'_> {
 
     fn flush(&self) -> Result<()> {
         let touched: Vec<&RelPath> = self.touched.iter().collect();
-        side_by_side(&touched, |path| match self.root.open_dir(path) {
+        in_parallel(&touched, |path| match self.root.open_dir(path) {
             Ok(dir) => fsync(&dir).map_err(self.failed("flush", path)),
             Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => Ok(()),
             Err(errno) => Err(self.failed("flush", path)(errno)),

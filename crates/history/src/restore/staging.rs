@@ -114,7 +114,7 @@ impl Applying<'_> {
         let Some(destination) = self.destination(path, wanted, replaces, temporary)? else {
             return Ok(());
         };
-        if destination.right && self.is_its_own(&destination, file_plan) {
+        if destination.right && self.has_right_links_and_holes(&destination, file_plan) {
             self.report.already_right += 1;
             return match file_plan.linked_to {
                 // It shares the attributes of the file that it links to.
@@ -203,7 +203,7 @@ impl Applying<'_> {
     }
 
     /// Says whether a file with the right content has the right names and holes, so that it can stay.
-    fn is_its_own(&self, destination: &Destination, file_plan: &PlannedFile<'_>) -> bool {
+    fn has_right_links_and_holes(&self, destination: &Destination, file_plan: &PlannedFile<'_>) -> bool {
         let Some(stat) = destination.stat() else {
             return false;
         };
@@ -220,7 +220,7 @@ impl Applying<'_> {
     /// Flushes all staged files and renames them.
     pub(crate) fn put_all_in_place(&mut self) -> Result<()> {
         let Staged { files, .. } = std::mem::take(&mut self.staged);
-        side_by_side(&files, |staged| match &staged.file {
+        in_parallel(&files, |staged| match &staged.file {
             Some(file) => file.sync_all().map_err(self.failed("flush", &staged.path)),
             None => Ok(()),
         })?;
@@ -341,7 +341,7 @@ impl Applying<'_> {
         let target = self.history.objects.read(&oid, ObjectKind::Blob)?;
         symlinkat(OsStr::from_bytes(&target), &destination.dir, &*destination.temporary)
             .map_err(self.failed("create the link", path))?;
-        self.give_name(&destination.dir, &destination.temporary, &owner)
+        self.set_owner(&destination.dir, &destination.temporary, &owner)
             .map_err(self.failed("set the owner of", path))?;
         let time = time_spec(mtime);
         utimensat(
@@ -355,7 +355,7 @@ impl Applying<'_> {
     }
 
     /// Sets the owner of a name if the daemon has the privilege.
-    pub(crate) fn give_name(&self, dir: &OwnedFd, name: &OsStr, owner: &FileStat) -> nix::Result<()> {
+    pub(crate) fn set_owner(&self, dir: &OwnedFd, name: &OsStr, owner: &FileStat) -> nix::Result<()> {
         if !geteuid().is_root() {
             return Ok(());
         }
@@ -406,7 +406,7 @@ fn write_at(file: &File, bytes: &[u8], at: u64, sparse: bool) -> io::Result<()> 
 
 /// Runs work that waits for the disk on several things at once and returns the first error. Work that has begun
 /// is finished.
-pub(crate) fn side_by_side<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
+pub(crate) fn in_parallel<T: Sync>(things: &[T], work: impl Fn(&T) -> Result<()> + Sync) -> Result<()> {
     let next = AtomicUsize::new(0);
     let run = || {
         while let Some(thing) = things.get(next.fetch_add(1, Ordering::Relaxed)) {

@@ -61,12 +61,12 @@ impl OwnPatterns {
 
     /// Says whether a pattern includes the path itself; the walk asks for each directory above it separately.
     pub fn includes(&self, path: &RelPath, is_dir: bool) -> bool {
-        self.include.as_ref().is_some_and(|patterns| patterns.says(path.bytes(), is_dir) == Some(true))
+        self.include.as_ref().is_some_and(|patterns| patterns.match_path(path.bytes(), is_dir) == Some(true))
     }
 
     /// Says whether a pattern excludes the path itself; the walk asks for each directory above it separately.
     pub fn excludes(&self, path: &RelPath, is_dir: bool) -> bool {
-        self.exclude.says(path.bytes(), is_dir) == Some(true)
+        self.exclude.match_path(path.bytes(), is_dir) == Some(true)
     }
 }
 
@@ -151,11 +151,11 @@ impl IgnoreChain {
         let mut next = &self.0;
         while let Some(level) = next {
             let below = path.bytes().get(level.strip..).unwrap_or_default();
-            let said = match level.prepend.is_empty() {
-                true => level.patterns.says(below, is_dir),
-                false => level.patterns.says(&[&level.prepend[..], below].concat(), is_dir),
+            let matched = match level.prepend.is_empty() {
+                true => level.patterns.match_path(below, is_dir),
+                false => level.patterns.match_path(&[&level.prepend[..], below].concat(), is_dir),
             };
-            if let Some(ignored) = said {
+            if let Some(ignored) = matched {
                 return ignored;
             }
             next = &level.up.0;

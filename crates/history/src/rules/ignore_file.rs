@@ -119,7 +119,7 @@ impl IgnoreFile {
     }
 
     /// Says whether a path below the file's directory is ignored; `None` if no pattern matches.
-    pub fn says(&self, path: &[u8], is_dir: bool) -> Option<bool> {
+    pub fn match_path(&self, path: &[u8], is_dir: bool) -> Option<bool> {
         let name = path.rsplit(|byte| *byte == b'/').next().unwrap_or(path);
         let first = |places: Option<&Vec<usize>>, least: Option<usize>| {
             let later = places?.iter().copied().take_while(|place| least.is_none_or(|least| *place > least));
@@ -182,33 +182,33 @@ fn without_last_spaces(line: &[u8]) -> &[u8] {
 mod tests {
     use super::*;
 
-    fn says(text: &str, path: &str, is_dir: bool) -> Option<bool> {
-        IgnoreFile::parse(text.as_bytes()).0.says(path.as_bytes(), is_dir)
+    fn match_path(text: &str, path: &str, is_dir: bool) -> Option<bool> {
+        IgnoreFile::parse(text.as_bytes()).0.match_path(path.as_bytes(), is_dir)
     }
 
     #[test]
     fn the_last_pattern_that_matches_counts_whatever_its_kind() {
-        assert_eq!(says("*.o\n!a.o\n", "x/a.o", false), Some(false));
-        assert_eq!(says("!a.o\n*.o\n", "x/a.o", false), Some(true));
-        assert_eq!(says("a.o\n!?.o\n", "a.o", false), Some(false));
-        assert_eq!(says("!?.o\nx/\na.o\n", "a.o", false), Some(true));
-        assert_eq!(says("/x/*.o\n!*.o\n", "x/a.o", false), Some(false));
-        assert_eq!(says("build/\n", "build", false), None);
-        assert_eq!(says("build/\n", "a/build", true), Some(true));
-        assert_eq!(says("/build\n", "a/build", true), None);
-        assert_eq!(says("*.tar.gz", "a.tar.gz", false), Some(true));
-        assert_eq!(says("*z", "a.tar.gz", false), Some(true));
+        assert_eq!(match_path("*.o\n!a.o\n", "x/a.o", false), Some(false));
+        assert_eq!(match_path("!a.o\n*.o\n", "x/a.o", false), Some(true));
+        assert_eq!(match_path("a.o\n!?.o\n", "a.o", false), Some(false));
+        assert_eq!(match_path("!?.o\nx/\na.o\n", "a.o", false), Some(true));
+        assert_eq!(match_path("/x/*.o\n!*.o\n", "x/a.o", false), Some(false));
+        assert_eq!(match_path("build/\n", "build", false), None);
+        assert_eq!(match_path("build/\n", "a/build", true), Some(true));
+        assert_eq!(match_path("/build\n", "a/build", true), None);
+        assert_eq!(match_path("*.tar.gz", "a.tar.gz", false), Some(true));
+        assert_eq!(match_path("*z", "a.tar.gz", false), Some(true));
     }
 
     #[test]
     fn spaces_comments_and_escapes_are_read_as_git_reads_them() {
-        assert_eq!(says("a  \n", "a", false), Some(true));
-        assert_eq!(says("a\\ \n", "a ", false), Some(true));
-        assert_eq!(says("a\t\n", "a", false), None);
-        assert_eq!(says("#a\n", "#a", false), None);
-        assert_eq!(says("\\#a\n", "#a", false), Some(true));
-        assert_eq!(says("\\!a\r\n", "!a", false), Some(true));
-        assert_eq!(says("\u{feff}a\n", "a", false), Some(true));
+        assert_eq!(match_path("a  \n", "a", false), Some(true));
+        assert_eq!(match_path("a\\ \n", "a ", false), Some(true));
+        assert_eq!(match_path("a\t\n", "a", false), None);
+        assert_eq!(match_path("#a\n", "#a", false), None);
+        assert_eq!(match_path("\\#a\n", "#a", false), Some(true));
+        assert_eq!(match_path("\\!a\r\n", "!a", false), Some(true));
+        assert_eq!(match_path("\u{feff}a\n", "a", false), Some(true));
         assert_eq!(IgnoreFile::parse(b"a[\n# b[\n\n!\n/\n").1, 1);
     }
 }

@@ -126,7 +126,8 @@ impl History {
     pub fn worthwhile_extent(&self) -> Option<Extent> {
         if self.objects.indexes().len() >= MANY && self.candidates().is_ok_and(|all| has_many_fresh(&all)) {
             Some(Extent::ManyFresh)
-        } else if self.removed.load(Ordering::Relaxed) >= REMOVED || !self.objects.mendable(|_| true).is_empty() {
+        } else if self.removed.load(Ordering::Relaxed) >= REMOVED || !self.objects.packs_to_repair(|_| true).is_empty()
+        {
             Some(Extent::Waste)
         } else {
             None
@@ -172,13 +173,13 @@ impl History {
         let needed = match Reachability::of(&self.objects, &roots, &[], cancel) {
             Ok(needed) => needed,
             // A checkpoint was removed and swept during the walk; the next attempt does not include it.
-            Err(error) if !matches!(error, HistoryError::Cancelled) && self.have_gone(&roots)? => {
+            Err(error) if !matches!(error, HistoryError::Cancelled) && self.any_removed(&roots)? => {
                 return Ok(Attempt::Busy);
             }
             Err(error) => return Err(error),
         };
-        let mendable = self.objects.mendable(|oid| needed.needs(oid));
-        let (packs, wasted) = choose(candidates, &needed, &mendable, extent)?;
+        let packs_to_repair = self.objects.packs_to_repair(|oid| needed.contains(oid));
+        let (packs, wasted) = choose(candidates, &needed, &packs_to_repair, extent)?;
         if packs.is_empty() {
             return Ok(Attempt::Nothing(Some(wasted)));
         }
@@ -251,7 +252,7 @@ impl History {
     }
 
     /// Says whether one of these commits no longer has to stay.
-    fn have_gone(&self, roots: &[Oid]) -> Result<bool> {
+    fn any_removed(&self, roots: &[Oid]) -> Result<bool> {
         let now: HashSet<Oid> = self.roots()?.into_iter().collect();
         Ok(roots.iter().any(|commit| !now.contains(commit)))
     }
@@ -354,7 +355,7 @@ fn has_many_fresh(candidates: &[Candidate]) -> bool {
 fn choose(
     candidates: Vec<Candidate>,
     needed: &Reachability,
-    mendable: &HashSet<String>,
+    packs_to_repair: &HashSet<String>,
     extent: Extent,
 ) -> Result<(Vec<Candidate>, u64)> {
     let mut chosen = Vec::new();
@@ -367,7 +368,7 @@ fn choose(
         };
         let tolerable = if extent == Extent::FreeSpace { 0 } else { candidate.bytes / WASTE };
         let wasted = waste(&candidate, needed)?;
-        if joins || wasted > tolerable || mendable.contains(&candidate.reader.index.name) {
+        if joins || wasted > tolerable || packs_to_repair.contains(&candidate.reader.index.name) {
             chosen.push(candidate);
         } else {
             others.push((candidate, wasted));
@@ -405,6 +406,6 @@ fn waste(candidate: &Candidate, needed: &Reachability) -> Result<u64> {
     let unneeded = layout
         .iter()
         .zip(ends)
-        .filter(|((_, n), _)| !candidate.reader.index.oid(*n as usize).is_some_and(|oid| needed.needs(&oid)));
+        .filter(|((_, n), _)| !candidate.reader.index.oid(*n as usize).is_some_and(|oid| needed.contains(&oid)));
     Ok(unneeded.map(|((at, _), end)| end.saturating_sub(*at)).sum())
 }

@@ -31,7 +31,8 @@ impl DamagedObjects {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             Err(error) => {
-                tracing::warn!(%error, path = %path.display(), "failed to read the list of damaged objects; verify the checkpoints to rebuild it");
+                let path = path.display();
+                tracing::warn!(%error, %path, "failed to read the damaged objects; verify all checkpoints");
                 String::new()
             }
         };

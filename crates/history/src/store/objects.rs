@@ -193,7 +193,7 @@ impl ObjectStore {
     }
 
     /// Lists the packs with damaged copies, except those that have the only copy of a `needed` object.
-    pub(crate) fn mendable(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
+    pub(crate) fn packs_to_repair(&self, needed: impl Fn(&Oid) -> bool) -> HashSet<String> {
         if self.damaged_objects().is_empty() {
             return HashSet::new();
         }

@@ -23,7 +23,8 @@ impl Drop for PendingSnapshot {
         if let Err(error) = fs::remove_dir_all(&self.dir)
             && error.kind() != std::io::ErrorKind::NotFound
         {
-            tracing::warn!(%error, dir = %self.dir.display(), "the directory of a snapshot could not be removed; the next sweep removes it");
+            let dir = self.dir.display();
+            tracing::warn!(%error, %dir, "failed to remove the directory of a snapshot; the next sweep does so");
         }
         self.live.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.name);
     }

@@ -50,7 +50,7 @@ impl Publication<'_> {
         flushed.map_err(failed)?;
         failpoint::hit("history.ref.created");
         self.is_complete = true;
-        history.has_published(snapshot);
+        history.after_publication(snapshot);
         Ok(())
     }
 }
@@ -110,7 +110,7 @@ impl History {
         sync_dir(&packs).map_err(HistoryError::io("flush", &packs))?;
         self.refs.set_base(snapshot.commit, &self.pending().join(&snapshot.pending.name))?;
         failpoint::hit("history.warm_up.based");
-        self.has_published(snapshot);
+        self.after_publication(snapshot);
         Ok(())
     }
 
@@ -134,11 +134,12 @@ impl History {
 
     /// Takes over the state of a published snapshot and removes its directory. A failure here is logged only,
     /// since the sweep removes the directory.
-    fn has_published(&self, snapshot: &Snapshot) {
+    fn after_publication(&self, snapshot: &Snapshot) {
         self.adopt(snapshot);
         let from = self.pending().join(&snapshot.pending.name);
         if let Err(error) = fs::remove_dir_all(&from) {
-            tracing::warn!(%error, dir = %from.display(), "the directory of a snapshot could not be removed; the next sweep removes it");
+            let dir = from.display();
+            tracing::warn!(%error, %dir, "failed to remove the directory of a snapshot; the next sweep does so");
         }
         self.live().remove(&snapshot.pending.name);
     }

@@ -39,7 +39,7 @@ impl Reachability {
         self.numbers.get(oid).copied()
     }
 
-    pub fn needs(&self, oid: &Oid) -> bool {
+    pub fn contains(&self, oid: &Oid) -> bool {
         self.numbers.contains_key(oid)
     }
 
@@ -49,7 +49,7 @@ impl Reachability {
     }
 
     fn enter(&mut self, oid: Oid, kind: ObjectKind, before: Option<Oid>, name: &[u8]) -> bool {
-        if self.needs(&oid) {
+        if self.contains(&oid) {
             return false;
         }
         let before = before.and_then(|oid| self.number(&oid)).filter(|n| self.nodes[*n as usize].kind == kind);
@@ -99,7 +99,7 @@ struct ReachabilityWalk<'a> {
 
 impl ReachabilityWalk<'_> {
     fn is_known(&self, oid: &Oid) -> bool {
-        self.known.iter().any(|known| known.needs(oid))
+        self.known.iter().any(|known| known.contains(oid))
     }
 
     fn read(&self, tree: &Oid) -> Result<Vec<TreeEntry>> {

@@ -425,7 +425,7 @@ impl<'a> Repack<'a> {
             let item = self.needed.number(&oid).and_then(|node| self.by_node.get(&node));
             let item = item.map(|item| &self.items[*item as usize]);
             let item = item.ok_or_else(|| failed(bad(format!("unexpected object {oid} in the new pack"))))?;
-            rehash(&new, at, item.kind, &oid, &self.cache).map_err(failed)?;
+            verify_object_at(&new, at, item.kind, &oid, &self.cache).map_err(failed)?;
             if done % 256 == 0 {
                 progress(StoreProgress { phase: StorePhase::Verify, done: before + done as u64, total: 2 * before });
             }
@@ -452,7 +452,7 @@ fn compressed(content: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 /// Verifies the id of the object at an offset; complete objects are streamed.
-pub(crate) fn rehash(
+pub(crate) fn verify_object_at(
     reader: &PackReader,
     at: u64,
     kind: ObjectKind,

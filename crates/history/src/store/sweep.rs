@@ -118,7 +118,7 @@ impl History {
         let mut gone = HashSet::new();
         for pack in packs {
             gone.insert(pack.name.clone());
-            let needed = |id: &Oid| needed.needs(id) && !(redundant && self.objects.contains_outside(id, &gone));
+            let needed = |id: &Oid| needed.contains(id) && !(redundant && self.objects.contains_outside(id, &gone));
             if pack.ids().any(|id| needed(&id)) {
                 gone.remove(&pack.name);
             }

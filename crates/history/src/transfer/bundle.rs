@@ -20,7 +20,7 @@ use crate::store::pack_index::PackIndex;
 use crate::store::pack_reader::PackReader;
 use crate::store::pending::PendingSnapshot;
 use crate::store::reachability::Reachability;
-use crate::store::repack::{Repack, RepackEffort, rehash};
+use crate::store::repack::{Repack, RepackEffort, verify_object_at};
 use crate::transfer::import_validation::{MAX_IN_MEMORY, validate_import};
 use crate::tree::confined_dir::sync_dir;
 use crate::verify::{CheckedObjects, check_described};
@@ -66,7 +66,7 @@ impl History {
         let needed = Reachability::of(&self.objects, &[commit], &[], cancel)?;
         let indexes = self.objects.indexes();
         let open = |index| self.objects.reader(index);
-        let packs = indexes.iter().filter(|index| index.ids().any(|oid| needed.needs(&oid)));
+        let packs = indexes.iter().filter(|index| index.ids().any(|oid| needed.contains(&oid)));
         let packs: io::Result<Vec<PackReader>> = packs.map(open).collect();
         let packs = packs.map_err(HistoryError::io("open the packs of", &self.repository))?;
         let plan = Repack::plan(&needed, packs, RepackEffort::Fast, |pack, oid| self.objects.is_replaced(pack, oid))?;
@@ -125,7 +125,7 @@ impl History {
                 return Err(HistoryError::Cancelled);
             }
             let at = pack.index.find(&node.oid).ok_or(HistoryError::MissingObject { oid: node.oid })?;
-            rehash(&pack, at, node.kind, &node.oid, &cache).map_err(failed)?;
+            verify_object_at(&pack, at, node.kind, &node.oid, &cache).map_err(failed)?;
             if done % 256 == 0 {
                 progress(StoreProgress { phase: StorePhase::Verify, done: done as u64, total });
             }
