@@ -119,7 +119,37 @@ pub enum AgentState {
     },
 }
 
+/// A start that an agent waits for. It also waits until the agent's dependencies are satisfied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PendingStart {
+    /// The earliest time of the start.
+    pub at: UnixMillis,
+    pub restart: RestartKind,
+    pub cause: StartCause,
+}
+
 impl AgentState {
+    /// Returns the start that the agent waits for.
+    pub fn pending_start(&self) -> Option<PendingStart> {
+        match self {
+            Self::Waiting { cause, .. } => {
+                Some(PendingStart { at: UnixMillis(0), restart: RestartKind::Anew, cause: *cause })
+            }
+            Self::Backoff { until, restart, cause, .. } => {
+                Some(PendingStart { at: *until, restart: *restart, cause: *cause })
+            }
+            Self::Starting(_)
+            | Self::Running(_)
+            | Self::Frozen(_)
+            | Self::Parked(_)
+            | Self::Stopping { .. }
+            | Self::Ended { .. }
+            | Self::Failed { .. }
+            | Self::TimedOut { .. }
+            | Self::Interrupted { .. } => None,
+        }
+    }
+
     /// Returns the current run; none where the agent has ended or its next run is still to come.
     pub fn current_run(&self) -> Option<&Run> {
         match self {

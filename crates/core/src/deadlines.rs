@@ -76,27 +76,17 @@ pub fn next(project: &Project, now: UnixMillis) -> Option<UnixMillis> {
 }
 
 fn deadlines(project: &Project, agent: &Agent) -> Vec<(UnixMillis, Deadline)> {
-    // In a project that is paused, or on its way there or back, everything waits.
+    // While a project is paused or an operation changes its status, no deadline applies.
     if !matches!(&*project.state, ProjectState::Resting(_)) {
         return Vec::new();
     }
     let supervision = &agent.spec.supervision;
-    let may_start = || waits_for(project, &supervision.depends_on).is_empty();
-    match &agent.state {
-        AgentState::Waiting { .. } if may_start() => vec![(UnixMillis(0), Deadline::Start)],
-        AgentState::Backoff { until, .. } if may_start() => vec![(*until, Deadline::Start)],
-        AgentState::Running(run) => of_running(project, agent, run, supervision),
-        AgentState::Waiting { .. }
-        | AgentState::Backoff { .. }
-        | AgentState::Starting(_)
-        | AgentState::Frozen(_)
-        | AgentState::Parked(_)
-        | AgentState::Stopping { .. }
-        | AgentState::Ended { .. }
-        | AgentState::Failed { .. }
-        | AgentState::TimedOut { .. }
-        | AgentState::Interrupted { .. } => Vec::new(),
+    if let Some(start) = agent.state.pending_start() {
+        let may_start = waits_for(project, &supervision.depends_on).is_empty();
+        return if may_start { vec![(start.at, Deadline::Start)] } else { Vec::new() };
     }
+    let AgentState::Running(run) = &agent.state else { return Vec::new() };
+    of_running(project, agent, run, supervision)
 }
 
 fn of_running(project: &Project, agent: &Agent, run: &Run, supervision: &Supervision) -> Vec<(UnixMillis, Deadline)> {

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use fermata_core::agent::{Agent, AgentState};
+use fermata_core::agent::Agent;
 use fermata_core::command::{Command, PreparedStart};
 use fermata_core::deadlines::{self, DueAction};
 use fermata_core::effect::Continuation;
@@ -76,7 +76,10 @@ impl Actor {
         let (step, mailbox) = (self.step_context(), self.mailbox.clone());
         self.services.tracker.spawn(async move {
             let prepared = match step.project.agents.get(&agent) {
-                Some(agent) => start(&step, agent, restart_kind(agent)).await,
+                Some(agent) => {
+                    let kind = agent.state.pending_start().map_or(RestartKind::Anew, |pending| pending.restart);
+                    start(&step, agent, kind).await
+                }
                 None => Err(Failure::from(fermata_protocol::Refusal::new(
                     fermata_protocol::Code::AgentNotFound,
                     format!("agent '{agent}' was removed"),
@@ -102,22 +105,6 @@ impl Actor {
                 tracing::error!(project = %self.project.name, %agent, %failure, "preparing a start failed; trying again");
             }
         }
-    }
-}
-
-fn restart_kind(agent: &Agent) -> RestartKind {
-    match &agent.state {
-        AgentState::Backoff { restart, .. } => *restart,
-        AgentState::Waiting { .. }
-        | AgentState::Starting(_)
-        | AgentState::Running(_)
-        | AgentState::Frozen(_)
-        | AgentState::Parked(_)
-        | AgentState::Stopping { .. }
-        | AgentState::Ended { .. }
-        | AgentState::Failed { .. }
-        | AgentState::TimedOut { .. }
-        | AgentState::Interrupted { .. } => RestartKind::Anew,
     }
 }
 

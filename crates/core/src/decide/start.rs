@@ -5,7 +5,6 @@ use fermata_protocol::event::Event;
 use fermata_protocol::{AgentName, Code, Refusal, UnixMillis};
 
 use super::checks::{agent, refuse_unless_startable};
-use crate::agent::AgentState;
 use crate::command::{Decision, NewRun, PreparedStart};
 use crate::deadlines::{DueAction, due_actions};
 use crate::dependency::{cycle, waits_for};
@@ -77,12 +76,12 @@ pub(super) fn start(
         }
         (found, StartCause::Resume)
     } else {
-        match project.agents.get(&name) {
-            Some(found) if due_actions(project, now).contains(&DueAction::Start(name.clone())) => {
-                (&**found, due_cause(&found.state))
-            }
-            _ => return Ok(Decision::default()),
-        }
+        let is_due = due_actions(project, now).contains(&DueAction::Start(name.clone()));
+        let due = project.agents.get(&name).filter(|_| is_due);
+        let Some(start) = due.and_then(|found| Some((&**found, found.state.pending_start()?.cause))) else {
+            return Ok(Decision::default());
+        };
+        start
     };
     let PreparedStart { new, argv, session, continuation } = start;
     let mut events = Vec::new();
@@ -97,20 +96,4 @@ pub(super) fn start(
         token_sha256: new.token_sha256,
     });
     Ok(Decision::events(events).then(Effect::Launch { agent: name, run: new.id, continuation }))
-}
-
-/// Returns why the start of an agent is due; only a waiting agent and one in backoff have such a start.
-fn due_cause(state: &AgentState) -> StartCause {
-    match state {
-        AgentState::Waiting { cause, .. } | AgentState::Backoff { cause, .. } => *cause,
-        AgentState::Starting(_)
-        | AgentState::Running(_)
-        | AgentState::Frozen(_)
-        | AgentState::Parked(_)
-        | AgentState::Stopping { .. }
-        | AgentState::Ended { .. }
-        | AgentState::Failed { .. }
-        | AgentState::TimedOut { .. }
-        | AgentState::Interrupted { .. } => StartCause::Policy,
-    }
 }
