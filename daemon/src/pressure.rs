@@ -111,6 +111,7 @@ impl<T: Send + 'static> PressureReader<T> {
             // Its result is outdated.
             tracing::info!("memory and disks can be read again");
         }
+        // Not in the task tracker: the shutdown must not wait for a read that hangs.
         let mut reading = tokio::task::spawn_blocking(read);
         match tokio::time::timeout(patience, &mut reading).await {
             Ok(Ok(reading)) => Some(reading),

@@ -8,16 +8,16 @@ use fermata_protocol::supervision::{Dependency, DependencyState};
 use crate::agent::{Agent, AgentState, EndedBy};
 use crate::project::Project;
 
-/// Returns those of the dependencies that are not far enough yet. An agent that was removed is waited for no longer.
+/// Returns the agents of the dependencies that are not satisfied. That on a removed agent is satisfied.
 pub fn waits_for(project: &Project, depends_on: &[Dependency]) -> Vec<AgentName> {
-    let open = |dependency: &&Dependency| {
-        project.agents.get(&dependency.agent).is_some_and(|agent| !is_far_enough(agent, dependency.until))
+    let is_open = |dependency: &&Dependency| {
+        project.agents.get(&dependency.agent).is_some_and(|agent| !satisfies(agent, dependency.until))
     };
-    depends_on.iter().filter(open).map(|dependency| dependency.agent.clone()).collect()
+    depends_on.iter().filter(is_open).map(|dependency| dependency.agent.clone()).collect()
 }
 
 /// An agent that has ended with exit code 0 satisfies every dependency.
-fn is_far_enough(agent: &Agent, until: DependencyState) -> bool {
+fn satisfies(agent: &Agent, until: DependencyState) -> bool {
     match (&agent.state, until) {
         (AgentState::Ended { by: EndedBy::Itself, .. }, _) => true,
         (AgentState::Running(_), DependencyState::Started) => true,
@@ -32,16 +32,16 @@ fn is_far_enough(agent: &Agent, until: DependencyState) -> bool {
 
 /// Returns the cycle that would arise if `name` had these dependencies: it begins and ends with `name`.
 pub fn cycle(project: &Project, name: &AgentName, depends_on: &[Dependency]) -> Option<Vec<AgentName>> {
-    let mut seen = BTreeSet::new();
+    let mut visited = BTreeSet::new();
     let mut path = vec![name.clone()];
-    follow(project, name, depends_on, &mut seen, &mut path).then_some(path)
+    follow(project, name, depends_on, &mut visited, &mut path).then_some(path)
 }
 
 fn follow(
     project: &Project,
     name: &AgentName,
     depends_on: &[Dependency],
-    seen: &mut BTreeSet<AgentName>,
+    visited: &mut BTreeSet<AgentName>,
     path: &mut Vec<AgentName>,
 ) -> bool {
     for dependency in depends_on {
@@ -49,9 +49,9 @@ fn follow(
         if dependency.agent == *name {
             return true;
         }
-        if seen.insert(dependency.agent.clone())
+        if visited.insert(dependency.agent.clone())
             && let Some(agent) = project.agents.get(&dependency.agent)
-            && follow(project, name, &agent.spec.supervision.depends_on, seen, path)
+            && follow(project, name, &agent.spec.supervision.depends_on, visited, path)
         {
             return true;
         }

@@ -308,7 +308,7 @@ mod tests {
         PressureReading { memory_some_avg10: Some(0.0), disks: vec![disk] }
     }
 
-    /// What is done at each moment: a name for a pause, `!name` for what is only told.
+    /// Checks the decisions at each moment: a name stands for a pause, `!name` for a pause that is withheld.
     fn play(rules: &PressureRules, moments: &[(i64, PressureReading, &[&str])]) {
         let mut history = PressureHistory::default();
         for (seconds, reading, expected) in moments {
@@ -346,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn a_project_is_left_alone_for_a_while_and_told_about_once() {
+    fn a_project_is_not_paused_again_for_a_while_and_that_is_recorded_once() {
         let rules = PressureRules { max_per_hour: 100, ..RULES };
         play(
             &rules,
@@ -354,10 +354,10 @@ mod tests {
                 (0, memory(50.0), &["large"]),
                 (20, memory(50.0), &["other"]),
                 (40, memory(50.0), &["small"]),
-                // All were resumed by somebody, and it goes on: told for none that was paused in it.
+                // All were resumed, and the pressure lasts: nothing is recorded for those that it has paused.
                 (60, memory(50.0), &[]),
                 (70, memory(0.0), &[]),
-                // A new time of pressure: told once.
+                // New pressure: recorded once.
                 (80, memory(50.0), &["!large"]),
                 (100, memory(50.0), &[]),
                 (601, memory(50.0), &["large"]),
@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn an_hour_has_only_so_many() {
+    fn the_pauses_of_an_hour_are_limited() {
         let rules = PressureRules { apart_ms: 1_000, max_per_hour: 2, ..RULES };
         play(
             &rules,
@@ -390,7 +390,7 @@ mod tests {
                 (0, disk(1, 1_000), &[]),
                 (2, disk(1, 999), &["small", "large"]),
                 (4, disk(1, 500), &[]),
-                // A little more than the floor is not enough to begin anew.
+                // Slightly more than the floor does not end the shortage.
                 (6, disk(1, 1_050), &[]),
                 (8, disk(1, 900), &[]),
                 (10, disk(1, 1_200), &[]),
@@ -416,21 +416,21 @@ mod tests {
         let (mut history, pressed) = (PressureHistory::default(), memory(50.0));
         let mut attempt = |seconds: i64, fails: bool| {
             let decision = paused(&rules, &mut history, seconds, &pressed).pop()?;
-            let told = fails && history.pause_failed(&rules, &decision, UnixMillis(seconds * 1_000));
-            Some((decision.project.to_string(), told))
+            let recorded = fails && history.pause_failed(&rules, &decision, UnixMillis(seconds * 1_000));
+            Some((decision.project.to_string(), recorded))
         };
         assert_eq!(attempt(0, true), Some(("large".into(), true)));
-        // The next one does not wait for an effect that cannot come.
+        // After a failed pause the next one does not wait for its effect.
         assert_eq!(attempt(2, true), Some(("other".into(), true)));
         assert_eq!(attempt(4, true), Some(("small".into(), true)));
         assert_eq!(attempt(14, true), None);
-        assert_eq!(attempt(15, true), Some(("large".into(), false)), "told once");
+        assert_eq!(attempt(15, true), Some(("large".into(), false)), "recorded once");
         assert_eq!(attempt(44, false), Some(("other".into(), false)), "after twice as long for large");
-        assert_eq!(attempt(60, false), None, "the one of this hour was made");
+        assert_eq!(attempt(60, false), None, "the limit of this hour is reached");
     }
 
     #[test]
-    fn a_pause_for_a_disk_that_could_not_be_made_is_tried_again_and_the_others_stand() {
+    fn a_failed_pause_for_a_disk_is_tried_again_and_the_others_are_not() {
         let (mut history, low) = (PressureHistory::default(), disk(1, 10));
         let decisions = paused(&RULES, &mut history, 0, &low);
         assert_eq!(decisions.len(), 2);
@@ -438,10 +438,10 @@ mod tests {
         assert_eq!(paused(&RULES, &mut history, 14, &low), []);
         let again = paused(&RULES, &mut history, 15, &low);
         assert_eq!(again.iter().map(|v| &v.project).collect::<Vec<_>>(), [&decisions[0].project]);
-        assert!(!history.pause_failed(&RULES, &again[0], UnixMillis(15_000)), "told once");
+        assert!(!history.pause_failed(&RULES, &again[0], UnixMillis(15_000)), "recorded once");
         assert_eq!(paused(&RULES, &mut history, 44, &low), []);
         assert_eq!(paused(&RULES, &mut history, 45, &low).len(), 1);
-        assert_eq!(paused(&RULES, &mut history, 500, &low), [], "it was made at last");
+        assert_eq!(paused(&RULES, &mut history, 500, &low), [], "the last try succeeded");
     }
 
     #[test]
@@ -457,7 +457,7 @@ mod tests {
         #![proptest_config(fermata_test_seeds::cases(256))]
 
         #[test]
-        fn it_never_flaps(steps in prop::collection::vec((0i64..400, 0.0f64..100.0, 0u64..3_000), 1..200)) {
+        fn a_project_is_paused_rarely_and_only_under_pressure(steps in prop::collection::vec((0i64..400, 0.0f64..100.0, 0u64..3_000), 1..200)) {
             let mut history = PressureHistory::default();
             let mut now = 0;
             let mut pauses: Vec<(i64, ProjectName)> = Vec::new();

@@ -10,8 +10,8 @@
 //!  interrupted                     by `recover`: goes on, or stay
 //! ```
 //!
-//! An agent that *goes on* is started by its resume command, where it has one, with the context of
-//! the last checkpoint; *anew* is by its first command.
+//! An agent that *goes on* is started by its resume command, if it has one, with the context of the last checkpoint;
+//! *anew* means by its first command.
 
 use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::AgentSpec;
@@ -88,7 +88,7 @@ pub fn after_end(
         Ok(streak) => streak,
         Err(too_often) => return too_often,
     };
-    // An agent that went down with the machine is not at fault: its first start does not wait.
+    // The first start after an interruption does not wait: the agent has not failed.
     let wait = match (end, streak.starts) {
         (RunOutcome::Interrupted, 1) => 0,
         _ => delay_ms(restart, streak.starts, seed),
@@ -105,8 +105,7 @@ pub fn after_stale(restart: &Restart, streak: StartStreak, now: UnixMillis) -> R
     }
 }
 
-/// Returns the streak with one more start, or that this would be too many. A streak that has lasted longer than
-/// `within_ms` begins anew.
+/// Returns the streak with one more start, or `TooOften`. A streak that has lasted longer than `within_ms` begins again.
 fn one_more(restart: &Restart, streak: StartStreak, now: UnixMillis) -> Result<StartStreak, RestartDecision> {
     let over = now.since(streak.since) > millis(restart.within_ms);
     let streak = if streak.starts == 0 || over {

@@ -22,7 +22,7 @@ fn point(number: u64, trigger: Trigger, age_ms: i64) -> RetentionCandidate {
     RetentionCandidate { number, trigger, created_at: UnixMillis(NOW - age_ms), pinned: false, bytes: 10 }
 }
 
-/// Checkpoints in the order in which they were made, on a clock that seldom is set back.
+/// Checkpoints in the order of their creation, by a clock that is sometimes set back.
 fn points() -> impl Strategy<Value = Vec<RetentionCandidate>> {
     let one = (0_usize..7, 1_i64..40_000_000, 0_u32..10, 0_u64..1000, 0_u32..40);
     vec(one, 0..120).prop_map(|all| {
@@ -103,7 +103,7 @@ proptest! {
     }
 
     #[test]
-    fn a_second_time_nothing_more_goes(points in points(), policy in policies(), later in 0_i64..10_000_000_000) {
+    fn a_second_application_removes_nothing(points in points(), policy in policies(), later in 0_i64..10_000_000_000) {
         let (ask, now) = (RemovalRequest::Policy(policy), UnixMillis(NOW + later));
         let rest = left(&points, &plan(&points, &ask, sum(&points), &BTreeSet::new(), now));
         prop_assert_eq!(plan(&rest, &ask, sum(&rest), &BTreeSet::new(), now), vec![]);
@@ -117,7 +117,7 @@ proptest! {
         let (soon, late) = (UnixMillis(NOW + first), UnixMillis(NOW + first + then));
         let at_once = plan(&points, &ask, 0, &BTreeSet::new(), late);
         let early = plan(&points, &ask, 0, &BTreeSet::new(), soon);
-        prop_assert!(numbers(&early).is_subset(&numbers(&at_once)), "what goes early goes late as well");
+        prop_assert!(numbers(&early).is_subset(&numbers(&at_once)), "what is removed early is removed late as well");
         let rest = left(&points, &early);
         let in_steps = left(&rest, &plan(&rest, &ask, 0, &BTreeSet::new(), late));
         prop_assert_eq!(in_steps, left(&points, &at_once));
@@ -149,7 +149,7 @@ proptest! {
 }
 
 #[test]
-fn the_clock_keeps_ever_fewer_the_older_they_are() {
+fn older_checkpoints_are_thinned_more() {
     // One a minute for 40 days: 57,600 of them.
     let minute = 60_000;
     let made: Vec<RetentionCandidate> =
@@ -179,7 +179,7 @@ fn the_newest_of_each_trigger_are_kept_by_count() {
 }
 
 #[test]
-fn a_pinned_one_takes_no_place_of_another() {
+fn pinned_checkpoints_do_not_count() {
     let mut made: Vec<RetentionCandidate> = (1..=4).map(|n| point(n, Trigger::Manual, 0)).collect();
     made[3].pinned = true;
     let policy = RetentionPolicy { keep_manual: 2, ..RetentionPolicy::default() };
@@ -188,7 +188,7 @@ fn a_pinned_one_takes_no_place_of_another() {
 }
 
 #[test]
-fn settings_of_a_project_lie_over_those_of_the_daemon() {
+fn settings_of_a_project_override_those_of_the_daemon() {
     let own = Retention { keep_manual: Some(3), max_bytes: Some(0), ..Retention::default() };
     let policy = RetentionPolicy { max_bytes: 5, ..RetentionPolicy::default() }.with(&own);
     assert_eq!((policy.keep_manual, policy.keep_pause, policy.quota()), (3, 10, None));

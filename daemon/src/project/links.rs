@@ -335,7 +335,7 @@ pub async fn inspect_run(run_dir: PathBuf, recorded: Option<RunProcesses>, servi
         }
         if matches!(read_run(&run_dir), Ok(None)) {
             let dir = run_dir.clone();
-            match tokio::task::spawn_blocking(move || end_unrecorded_run(&dir, ENDING)).await {
+            match services.tracker.spawn_blocking(move || end_unrecorded_run(&dir, ENDING)).await {
                 Ok(Ok(_)) => {}
                 Ok(Err(error)) => {
                     tracing::error!(

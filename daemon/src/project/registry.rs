@@ -29,8 +29,8 @@ pub struct Projects {
     services: Arc<Services>,
     by_name: RwLock<BTreeMap<ProjectName, ProjectHandle>>,
     /// Held across awaits on purpose: from the check of a name to the commit (or the removal of the actor) no other
-    /// project may be created or removed. It delays only other creations and removals, by two transactions and a look
-    /// at directories; reads of the registry do not take it.
+    /// project may be created or removed. It delays only other creations and removals, by two transactions and a check
+    /// of directories; reads of the registry do not take it.
     changing: tokio::sync::Mutex<()>,
 }
 

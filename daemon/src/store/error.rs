@@ -18,7 +18,7 @@ pub enum StoreError {
     TooLate,
     /// A newer program has written the database.
     #[error(
-        "open the database {}: it has schema {found}, and this program knows only up to {known}; \
+        "open the database {}: it has schema {found}, and this program supports only up to {known}; \
          use the newer program again, or another state directory",
         path.display()
     )]

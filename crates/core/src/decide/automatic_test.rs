@@ -1,4 +1,4 @@
-//! Histories of checkpoints that nobody asks for: when they are due, and when they are not.
+//! Automatic checkpoints: when they are due, and when they are not.
 
 use fermata_protocol::UnixMillis;
 use fermata_protocol::agent::Progress;
@@ -67,20 +67,20 @@ fn a_checkpoint_is_due_after_two_minutes_of_running_and_only_where_something_cha
     let mut model = at_work();
     wait(&mut model, 119_000);
     assert_eq!((triggers(&model), model.scans), (vec![], 0));
-    // The project has a sixteenth of the interval at most to itself.
+    // Each project's interval is longer by at most a sixteenth.
     wait(&mut model, 9_000);
-    assert_eq!(triggers(&model), [Trigger::Auto], "the first holds what there is");
+    assert_eq!(triggers(&model), [Trigger::Auto], "the first checkpoint");
     wait(&mut model, 130_000);
     assert_eq!((triggers(&model).len(), model.scans), (1, 2), "nothing has changed");
     wait(&mut model, 60_000);
-    assert_eq!(model.scans, 2, "one look counts for the whole interval");
+    assert_eq!(model.scans, 2, "no scan before the end of the interval");
     model.dirty = true;
     wait(&mut model, 70_000);
     assert_eq!(triggers(&model).len(), 2);
 }
 
 #[test]
-fn what_changes_beside_the_workspace_counts_as_well() {
+fn changes_of_the_context_count_as_well() {
     let mut model = at_work();
     wait(&mut model, 130_000);
     model.tell(Command::AddContext { agent: name(0), items: 1, tokens: 5 }).expect("accepted");
@@ -106,7 +106,7 @@ fn ten_units_of_progress_make_one_and_a_burst_makes_no_more() {
     assert_eq!(triggers(&model).len(), 1, "not within a second of the one before");
     wait(&mut model, 1_000);
     assert_eq!(triggers(&model).len(), 2);
-    // Started again, it counts from the beginning.
+    // A new run counts from zero.
     wait(&mut model, 2_000);
     model.dirty = true;
     report(&mut model, Some(9));
@@ -159,7 +159,7 @@ fn nothing_is_due_where_it_is_switched_off() {
 }
 
 #[test]
-fn an_idle_project_makes_none_and_its_time_stands_still() {
+fn an_idle_project_makes_none_and_its_clock_stops() {
     let mut model = at_work();
     wait(&mut model, 100_000);
     let run = model.run_of(&name(0)).expect("it runs");
@@ -172,7 +172,7 @@ fn an_idle_project_makes_none_and_its_time_stands_still() {
     let new = model.new_run();
     model.tell(Command::Restart { agent: name(0), new }).expect("it may run again");
     model.settle();
-    assert_eq!(triggers(&model), [Trigger::PhaseTransition], "what was due is due again");
+    assert_eq!(triggers(&model), [Trigger::PhaseTransition], "the checkpoint is still due");
 }
 
 #[test]
@@ -214,7 +214,7 @@ fn while_something_is_under_way_nothing_is_due() {
 }
 
 #[test]
-fn after_failures_the_tries_become_rare() {
+fn the_wait_after_a_failure_doubles_up_to_a_limit() {
     let mut model = at_work();
     model.dirty = true;
     let mut waits = Vec::new();
@@ -231,7 +231,7 @@ fn after_failures_the_tries_become_rare() {
     assert_eq!(model.project.counters.activity.failures, 6);
     model.clock += 1_900_000;
     model.settle();
-    assert_eq!(model.project.counters.activity.failures, 0, "one that works forgets them");
+    assert_eq!(model.project.counters.activity.failures, 0, "a success resets the count");
     assert_eq!(triggers(&model).len(), 7);
 }
 
@@ -253,7 +253,7 @@ fn a_crash_forgets_neither_units_nor_time() {
 }
 
 #[test]
-fn after_a_restore_the_newest_checkpoint_is_not_what_there_is() {
+fn after_a_restore_the_project_differs_from_the_newest_checkpoint() {
     let mut model = at_work();
     wait(&mut model, 130_000);
     let run = model.run_of(&name(0)).expect("it runs");

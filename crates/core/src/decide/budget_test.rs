@@ -1,4 +1,4 @@
-//! Budgets through the whole of `decide` and `apply`.
+//! Budgets through `decide` and `apply`.
 
 use fermata_protocol::Code;
 use fermata_protocol::budget::Budget;
@@ -19,7 +19,7 @@ fn set(config: &ProjectConfig) -> Command {
     Command::Set { description: None, phase: None, config: Some(config.clone()) }
 }
 
-/// Reports usage and says whether a pause follows from it.
+/// Reports usage; returns whether a pause follows.
 fn pauses(model: &mut Model, agent: u8, tokens: u64) -> bool {
     model.tell(Command::Use { agent: name(agent), usage: usage(tokens) }).expect("accepted");
     let asked = model.pending.contains(&Effect::PauseForBudget {});
@@ -46,7 +46,7 @@ fn a_budget_that_is_reached_pauses_and_a_resume_needs_more_of_it() {
         model.settle();
     }
     assert!(!pauses(&mut model, 0, 60));
-    // Who is removed takes nothing of it along.
+    // The usage of a removed agent still counts.
     let run = model.run_of(&name(0)).expect("it runs");
     model.end(&run, 0);
     model.report_end(name(0), run);
@@ -57,14 +57,14 @@ fn a_budget_that_is_reached_pauses_and_a_resume_needs_more_of_it() {
     let pause = Command::Pause { operation, cause, reason: None, mode: PauseMode::Freeze, grace_ms: None };
     model.tell(pause).expect("it is active");
     model.settle();
-    // A report that comes late asks for nothing more.
+    // A late report requests no other pause.
     assert!(!pauses(&mut model, 1, 1));
     assert_eq!(resume(&mut model, false).expect_err("the budget is reached").code, Code::BudgetExceeded);
     resume(&mut model, true).expect("a person wants it");
     model.settle();
     assert!(!pauses(&mut model, 1, 50), "it is waived");
     model.tell(set(&config)).expect("accepted");
-    assert!(pauses(&mut model, 1, 1), "a budget that is set anew counts");
+    assert!(pauses(&mut model, 1, 1), "a new budget is not waived");
     assert_eq!(model.project.counters.removed_usage, usage(60));
 }
 
@@ -92,7 +92,7 @@ fn asks_with(model: &mut Model, budget: Budget) -> bool {
 }
 
 #[test]
-fn the_own_budget_of_an_agent_that_has_ended_pauses_nobody() {
+fn the_own_budget_of_an_agent_that_has_ended_causes_no_pause() {
     let mut model = two_agents([tokens(10), Budget::default()]);
     assert!(pauses(&mut model, 0, 10));
     assert!(pauses(&mut model, 1, 1), "it is still not paused");
@@ -101,7 +101,7 @@ fn the_own_budget_of_an_agent_that_has_ended_pauses_nobody() {
     model.report_end(name(0), run);
     model.settle();
     assert!(!pauses(&mut model, 1, 1));
-    assert!(asks_with(&mut model, tokens(12)), "what it has spent counts for the project");
+    assert!(asks_with(&mut model, tokens(12)), "its usage counts for the project");
 }
 
 #[test]
@@ -125,8 +125,8 @@ fn a_budget_that_is_reached_during_a_pause_is_asked_for_once() {
         model.pending.contains(&Effect::PauseForBudget {})
     };
     assert!(!ask(&mut model, 9));
-    assert!(ask(&mut model, 1), "the pause may be undone yet");
-    assert!(!ask(&mut model, 1), "the one that asked waits");
+    assert!(ask(&mut model, 1), "the pause may still be undone");
+    assert!(!ask(&mut model, 1), "a pause was requested already");
     model.settle();
     assert!(!pauses(&mut model, 0, 1), "it is paused");
 }

@@ -1,4 +1,4 @@
-//! Histories of agents that are left to themselves: what starts them, ends them, starts them again.
+//! Supervision of agents: dependencies, restarts, timeouts, readiness, staleness.
 
 use fermata_protocol::agent::{AgentStatus, ExitStatus};
 use fermata_protocol::checkpoint::Trigger;
@@ -61,7 +61,7 @@ fn a_stop_over_restored_files_has_no_grace_after_a_crash_either() {
     let kill = Effect::Kill { agent: name(0), run };
     model.tell(Command::Stop { agent: Some(name(0)), grace_ms: Some(10) }).expect("it is frozen");
     assert_eq!(model.pending, std::slice::from_ref(&kill));
-    // The daemon dies before it has killed anything.
+    // The daemon is killed before it has carried the kill out.
     model.recover();
     assert_eq!(model.pending, [kill]);
     model.settle();
@@ -75,7 +75,7 @@ fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
     pause(&mut model, PauseMode::Freeze);
     let restore = |model: &mut Model| {
         let operation = model.operation();
-        model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("it stands still");
+        model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("nothing is running");
     };
     restore(&mut model);
     let plan = model.pending.remove(0);
@@ -84,7 +84,7 @@ fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
         let apply = model.pending.remove(0);
         model.conclude(apply, false);
     }
-    // The agent has not been ended yet when a client asks for another restore.
+    // Another restore is requested before the agent has ended.
     let park = Effect::Park { runs: model.project.frozen_runs() };
     assert!(model.pending.contains(&park), "{:?}", model.pending);
     restore(&mut model);
@@ -95,7 +95,7 @@ fn a_broken_project_whose_next_restore_a_crash_undid_ends_what_is_frozen() {
     assert!(model.world.alive.is_empty());
 }
 
-/// The undo thaws agents, which a pause that began before it would have frozen.
+/// Otherwise the undo could thaw agents that a later pause has frozen.
 #[test]
 fn nothing_begins_before_a_cancelled_checkpoint_is_undone() {
     for crashes in [false, true] {
@@ -129,9 +129,9 @@ fn nothing_begins_before_a_cancelled_checkpoint_is_undone() {
     }
 }
 
-/// An observation that is refused would be reported again and again.
+/// The actor repeats a report that is refused.
 #[test]
-fn a_late_observation_of_readiness_is_left_alone() {
+fn a_late_report_of_readiness_changes_nothing() {
     let mut model = Model::new();
     run(&mut model, 1);
     let observed = |model: &mut Model, run: RunId| {
@@ -181,7 +181,7 @@ fn a_wait_survives_a_crash_and_a_stop_calls_it_off() {
     model.settle();
     assert_eq!(status(&model, 2), AgentStatus::Exited);
     ready(&mut model, 1);
-    assert_eq!(status(&model, 2), AgentStatus::Exited, "a stop stands");
+    assert_eq!(status(&model, 2), AgentStatus::Exited, "the stop is permanent");
 }
 
 #[test]
@@ -228,7 +228,7 @@ fn an_agent_that_fails_backs_off_and_is_given_up_after_its_limit() {
     model.tell(Command::Restart { agent: name(1), new }).expect("a person may try again");
     model.settle();
     exits(&mut model, 1, 1);
-    assert_eq!(status(&model, 1), AgentStatus::Backoff, "and begins a new row");
+    assert_eq!(status(&model, 1), AgentStatus::Backoff, "and begins a new streak");
 }
 
 #[test]
@@ -302,12 +302,12 @@ fn an_agent_that_is_not_ready_in_time_counts_as_failed() {
     run(&mut model, 1);
     model.clock += 2_000;
     model.settle();
-    // By its policy it is tried again.
+    // Its policy restarts it.
     assert_eq!(status(&model, 1), AgentStatus::Backoff);
 }
 
 #[test]
-fn only_those_who_have_reported_are_stale_and_waiting_for_a_person_is_not() {
+fn only_an_agent_that_has_reported_is_stale_and_not_while_it_waits_for_a_person() {
     let mut model = Model::new();
     run(&mut model, 1);
     ready(&mut model, 1);
@@ -371,7 +371,7 @@ fn with_recovery_switched_off_nothing_returns() {
 }
 
 #[test]
-fn downtime_is_no_time_of_an_agent() {
+fn downtime_does_not_count_as_running_time() {
     let mut model = Model::new();
     run(&mut model, 1);
     ready(&mut model, 1);
@@ -402,7 +402,7 @@ fn a_restart_whose_shim_dies_still_starts_the_agent() {
     let then = crate::command::AfterEnd::ByPolicy;
     model
         .tell(Command::RunLost { agent: name(0), run: lost, detail: "its shim was killed".into(), then })
-        .expect("told");
+        .expect("a report is not refused");
     model.settle();
     assert_eq!((status(&model, 0), model.project.agents[&name(0)].runs), (AgentStatus::Running, 2));
 }
@@ -425,7 +425,7 @@ fn a_kill_of_an_agent_whose_time_is_up_leaves_it_timed_out() {
 }
 
 #[test]
-fn after_a_restore_agents_go_on_with_the_context_that_was_restored() {
+fn after_a_restore_agents_continue_with_the_restored_context() {
     let mut model = Model::new();
     run(&mut model, 0);
     for _ in 0..2 {
@@ -436,13 +436,13 @@ fn after_a_restore_agents_go_on_with_the_context_that_was_restored() {
     assert_eq!(model.project.counters.context, 2);
     exits(&mut model, 0, 1);
     let operation = model.operation();
-    model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("nobody runs");
+    model.tell(Command::Restore { operation, checkpoint: 1, paths: Vec::new() }).expect("no agent runs");
     model.settle();
     assert_eq!((model.project.counters.context, model.project.counters.checkpoint), (1, 3));
 }
 
 #[test]
-fn an_imported_checkpoint_is_neither_what_agents_go_on_with_nor_a_saving() {
+fn an_imported_checkpoint_changes_neither_the_agents_context_nor_the_saved_activity() {
     let mut model = Model::new();
     run(&mut model, 0);
     let make = |model: &mut Model| {

@@ -1,5 +1,5 @@
-//! A small model of the world around a project, for tests: shims and processes that do what effects
-//! ask for, a clock, and a daemon that crashes.
+//! A model of a project's environment for tests: shims and processes that carry out effects, a clock, and a daemon that
+//! crashes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -25,10 +25,10 @@ use crate::effect::Effect;
 use crate::project::{PauseStep, Project, ProjectState};
 use crate::{apply, decide, transition};
 
-/// How long a restore may fail before it is given up, milliseconds.
+/// How long a restore may fail before it is given up, in milliseconds.
 pub(super) const PATIENCE_MS: u64 = 3;
 
-/// What the kernel and the shims know.
+/// The state of the kernel and the shims.
 #[derive(Debug, Default, Clone)]
 pub(super) struct World {
     pub(super) alive: BTreeMap<RunId, Process>,
@@ -54,13 +54,13 @@ pub(super) struct Model {
     pub(super) announced: Vec<RunKey>,
     /// Every run that ever had processes.
     pub(super) launched: BTreeMap<AgentName, BTreeSet<RunId>>,
-    /// What a daemon remembers of its scans.
+    /// The daemon's last scan that found no change.
     pub(super) unchanged: UnchangedScan,
-    /// How often it scanned.
+    /// The number of scans.
     pub(super) scans: u64,
     /// Whether the workspace differs from the newest checkpoint.
     pub(super) dirty: bool,
-    /// Whether checkpoints come from files.
+    /// Whether checkpoints are imported.
     pub(super) imports: bool,
     /// Every checkpoint that was begun outside a pause: its trigger, and whether an agent ran.
     pub(super) begun: Vec<(Trigger, bool)>,
@@ -118,7 +118,7 @@ impl Model {
         PreparedStart { new: self.new_run(), argv: vec!["x".into()], session: None, continuation: None }
     }
 
-    /// The actor's rule: after every change, what is due is decided.
+    /// Carries out what is due, as the actor does after every change.
     pub(super) fn follow_up(&mut self) {
         for _ in 0..20 {
             let due = crate::deadlines::due_actions(&self.project, UnixMillis(self.clock + 1));
@@ -133,10 +133,10 @@ impl Model {
                 self.tell(command).expect("what is due is not refused");
             }
         }
-        panic!("things fall due for ever");
+        panic!("there is always something due");
     }
 
-    /// Makes the checkpoint that is due by itself, unless nothing has changed; says whether it did.
+    /// Makes the automatic checkpoint that is due if anything has changed; returns whether it did.
     fn scan(&mut self) -> bool {
         let now = UnixMillis(self.clock + 1);
         let Some(trigger) = automatic::due_trigger(&self.project, &self.unchanged, now) else { return false };
@@ -146,7 +146,7 @@ impl Model {
             assert_eq!(
                 automatic::due_trigger(&self.project, &self.unchanged, now),
                 None,
-                "a look counts for the interval"
+                "no scan is due before the end of the interval"
             );
             return false;
         }
@@ -178,20 +178,20 @@ impl Model {
         Ok(())
     }
 
-    /// Checks what an event claims of the state that it is applied to.
+    /// Checks that an event agrees with the state that it is applied to.
     fn check_event(&mut self, event: &Event) {
         match event {
             Event::AgentStarting { agent, run, .. } => self.announced.push((agent.clone(), run.clone())),
             Event::AgentReady { agent, run } => {
-                let found = &self.project.agents[agent];
-                let current = found.run().filter(|current| current.id == *run && current.ended.is_none());
-                assert!(found.is_alive() && current.is_some(), "{run} of {agent} is told as ready: {found:?}");
+                let state = &self.project.agents[agent];
+                let current = state.run().filter(|current| current.id == *run && current.ended.is_none());
+                assert!(state.is_alive() && current.is_some(), "{run} of {agent} is reported as ready: {state:?}");
             }
             _ => {}
         }
     }
 
-    /// Carries out everything that follows, until nothing is left to do now.
+    /// Carries out effects and what is due until there is nothing left.
     pub(super) fn settle(&mut self) {
         self.follow_up();
         let mut rounds = 0;
@@ -200,7 +200,7 @@ impl Model {
             self.conclude(effect, true);
             self.follow_up();
             rounds += 1;
-            assert!(rounds < 1000, "effects follow each other for ever");
+            assert!(rounds < 1000, "there is always another effect");
         }
     }
 
@@ -222,7 +222,7 @@ impl Model {
         }
     }
 
-    /// The shim tells the daemon, which always listens in this model.
+    /// The shim reports the end of a run to the daemon, which always runs in this model.
     pub(super) fn report_end(&mut self, agent: AgentName, run: RunId) {
         let Some(code) = self.world.ended.get(&run).copied() else { return };
         let new = self.new_run();
@@ -235,7 +235,7 @@ impl Model {
             new,
             then: AfterEnd::ByPolicy,
         };
-        self.tell(command).expect("the world is not refused");
+        self.tell(command).expect("a report is not refused");
     }
 
     pub(super) fn view(&self, number: u64, operation: &OperationId) -> CheckpointView {
@@ -279,7 +279,7 @@ impl Model {
         } else {
             Err("no such program".to_owned())
         };
-        self.tell(Command::Launched { agent, run, outcome }).expect("the world is not refused");
+        self.tell(Command::Launched { agent, run, outcome }).expect("a report is not refused");
     }
 
     #[expect(clippy::too_many_lines, reason = "a table of all effects")]
@@ -287,9 +287,9 @@ impl Model {
         match effect {
             Effect::Launch { agent, run, .. } => self.launch(agent, run, well),
             Effect::Stop { agent, run, .. } => {
-                // It is thawed to hear its SIGTERM.
+                // Thawed, so that it receives the SIGTERM.
                 self.freeze(&[(agent.clone(), run.clone())], false);
-                self.invariant_nothing_runs_over_restored_files();
+                self.invariant_no_process_runs_on_restored_files();
                 self.end(&run, 15);
                 self.report_end(agent, run);
             }
@@ -326,7 +326,7 @@ impl Model {
                     return;
                 }
                 let operation = operation.clone();
-                // A step that still ran is stopped and joined before its work is undone.
+                // The daemon ends a step that is still running before it undoes it.
                 let is_its_step = |effect: &Effect| {
                     matches!(effect, Effect::PauseStep { operation: of, .. } | Effect::Checkpoint { operation: of, .. }
                         if *of == operation)
@@ -335,26 +335,26 @@ impl Model {
                 self.freeze(&runs.clone(), false);
                 self.tell(Command::Undone { operation }).expect("not refused");
             }
-            Effect::CommitFreeze { runs } => self.freeze_held(&runs),
+            Effect::CommitFreeze { runs } => self.commit_freeze(&runs),
             Effect::Thaw { runs } => self.freeze(&runs, false),
             Effect::Park { runs } => {
                 for (agent, run) in runs {
                     self.end(&run, 9);
                     self.tell(Command::Parked { agent: agent.clone(), run: run.clone() }).expect("not refused");
-                    // The shim's own news of the end comes later.
+                    // The report of the run's end comes later.
                     self.report_end(agent, run);
                 }
             }
             Effect::Resume { operation, thaw, respawn, .. } => {
                 if let ProjectState::Resuming(run) = &*self.project.state {
-                    let older = run.paused.restored.is_some();
-                    assert!(!older || thaw.is_empty(), "thawed over files that were restored: {thaw:?}");
+                    let is_restored = run.paused.restored.is_some();
+                    assert!(!is_restored || thaw.is_empty(), "thawed on restored files: {thaw:?}");
                 }
                 let mut agents = Vec::new();
                 for (agent, run) in thaw {
-                    let there = self.world.alive.contains_key(&run);
+                    let is_alive = self.world.alive.contains_key(&run);
                     self.freeze(&[(agent.clone(), run)], false);
-                    let method = if there { ResumeMethod::Thawed } else { ResumeMethod::Failed };
+                    let method = if is_alive { ResumeMethod::Thawed } else { ResumeMethod::Failed };
                     agents.push(AgentResumed { agent, method, argv: None, detail: None });
                 }
                 for (agent, run) in respawn {
@@ -394,11 +394,11 @@ impl Model {
         }
     }
 
-    /// A hold makes the freeze of what is still held permanent; late holds of a resumed agent do nothing.
-    pub(super) fn freeze_held(&mut self, runs: &[RunKey]) {
+    /// Freezes the agents that are still paused; a late commit has no effect on a resumed agent.
+    pub(super) fn commit_freeze(&mut self, runs: &[RunKey]) {
         for run in runs {
-            let held = self.project.agents.get(&run.0).is_some_and(|a| a.is_frozen());
-            if held && matches!(&*self.project.state, ProjectState::Paused(_)) {
+            let is_frozen = self.project.agents.get(&run.0).is_some_and(|a| a.is_frozen());
+            if is_frozen && matches!(&*self.project.state, ProjectState::Paused(_)) {
                 self.freeze(std::slice::from_ref(run), true);
             }
         }
@@ -407,37 +407,37 @@ impl Model {
     pub(super) fn recover(&mut self) {
         self.pending.clear();
         self.unchanged = UnchangedScan::default();
-        // The daemon's rule: what is left of older runs is ended before anything else.
+        // As the daemon does, ends the processes of older runs first.
         for (agent, runs) in self.launched.clone() {
             let current = self.run_of(&agent);
             for old in runs.iter().filter(|run| current.as_ref() != Some(run)) {
                 self.end(old, 9);
             }
         }
-        let mut observed = BTreeMap::new();
+        let mut runs = BTreeMap::new();
         for agent in self.project.alive_agents() {
             let Some(run) = agent.run() else { continue };
-            let seen = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
+            let state = match (self.world.alive.get(&run.id), self.world.ended.get(&run.id)) {
                 (Some(_), _) => RecoveredRun::Alive(processes()),
                 (None, Some(code)) => {
                     RecoveredRun::Ended { exit: ExitStatus::Code(*code), detail: None, at: UnixMillis(self.clock) }
                 }
                 (None, None) => RecoveredRun::Lost { detail: "gone".into() },
             };
-            observed.insert(agent.name.clone(), seen);
+            runs.insert(agent.name.clone(), state);
         }
         let respawn = self.respawns(false);
-        self.tell(Command::Recover { agents: observed, respawn, last_seen: BTreeMap::new() })
+        self.tell(Command::Recover { agents: runs, respawn, last_seen: BTreeMap::new() })
             .expect("recovery is not refused");
-        // The daemon carries this one out before it takes commands, so that it cannot come late
-        // and thaw what a new pause has frozen.
+        // The daemon carries this effect out before it takes commands, so that it cannot thaw what a later pause has
+        // frozen.
         while let Some(at) = self.pending.iter().position(|e| matches!(e, Effect::Thaw { .. })) {
             let effect = self.pending.remove(at);
             self.conclude(effect, true);
         }
     }
 
-    /// The daemon dies in the middle of a resume: the first agents are back, and their return is not recorded.
+    /// The daemon is killed during a resume: the first agents are running again, and that is not recorded.
     pub(super) fn crash_within_resume(&mut self, returned: usize) {
         let resume = self.pending.iter().find_map(|effect| match effect {
             Effect::Resume { thaw, respawn, .. } => Some((thaw.clone(), respawn.clone())),
@@ -478,8 +478,8 @@ pub(super) fn processes() -> RunProcesses {
     }
 }
 
-/// The first is plain; the second is started again and ends when its time is up; the third waits
-/// for the second, and is started again when it does not report.
+/// The first agent has no supervision; the second is restarted and has a timeout; the third waits for the second, and is
+/// restarted when it is stale.
 pub(super) fn spec(index: u8) -> AgentSpec {
     let restart =
         Restart { policy: RestartPolicy::Always, delay_ms: 1_000, max_delay_ms: 9_000, limit: 3, within_ms: 99_000 };

@@ -1,5 +1,5 @@
-//! Random commands, outcomes and crashes against a small model of the world, with invariants
-//! checked after every event and whenever nothing is under way.
+//! Random commands, outcomes and crashes against a model of the environment. Invariants are checked after every event
+//! and when nothing is under way.
 
 use std::sync::Arc;
 
@@ -16,14 +16,14 @@ use crate::command::Command;
 use crate::effect::Effect;
 use crate::project::{ProjectState, RestoreStage, StableState};
 
-/// What someone, or the world, does next.
+/// An action of a person, of the environment, or of the daemon.
 #[derive(Debug, Clone)]
 enum Move {
     Run(u8),
-    /// So many milliseconds pass.
+    /// Time passes, in milliseconds.
     Wait(i64),
     Ready(u8),
-    /// The daemon observes that one of the runs so far was ready, possibly long after its end.
+    /// The daemon reports one of the runs so far as ready, possibly long after its end.
     LateReady(u8),
     Report(u8),
     BringBack(u8),
@@ -37,34 +37,33 @@ enum Move {
     },
     Checkpoint,
     Restore {
-        whole: bool,
+        everything: bool,
     },
     /// A restore fails until it is given up.
     FailRestore,
     Cancel,
-    /// Somebody writes into the workspace.
+    /// A file of the workspace is changed.
     Touch,
-    /// Everything under way concludes well.
+    /// All effects under way succeed.
     Settle,
-    /// An effect under way concludes, well or not.
+    /// An effect under way succeeds or fails.
     Conclude {
         which: u8,
         well: bool,
     },
-    /// A process ends by itself.
+    /// A process exits.
     Exit(u8, i32),
-    /// kill -9 of the daemon, and a new one.
+    /// The daemon is killed and started again.
     Crash,
-    /// The daemon dies after a restore of a paused project and before its resume, which is asked for again.
+    /// The daemon is killed after a restore of a paused project, before its resume, which is then requested again.
     CrashBetweenRestoreAndResume {
-        whole: bool,
+        everything: bool,
         reboot: bool,
     },
-    /// The daemon dies in the middle of a resume.
+    /// The daemon is killed during a resume.
     CrashWithinResume {
         returned: u8,
     },
-    /// The machine goes down and comes back.
     Reboot,
 }
 
@@ -83,7 +82,7 @@ fn moves() -> impl Strategy<Value = Move> {
         1 => (0u8..3).prop_map(Move::Report),
         1 => (0u8..3).prop_map(Move::BringBack),
         2 => Just(Move::Checkpoint),
-        2 => prop::bool::weighted(0.7).prop_map(|whole| Move::Restore { whole }),
+        2 => prop::bool::weighted(0.7).prop_map(|everything| Move::Restore { everything }),
         2 => Just(Move::FailRestore),
         1 => Just(Move::Cancel),
         2 => Just(Move::Touch),
@@ -92,21 +91,21 @@ fn moves() -> impl Strategy<Value = Move> {
         2 => ((0u8..3), (0i32..2)).prop_map(|(agent, code)| Move::Exit(agent, code)),
         2 => Just(Move::Crash),
         2 => (any::<bool>(), prop::bool::weighted(0.2))
-            .prop_map(|(whole, reboot)| Move::CrashBetweenRestoreAndResume { whole, reboot }),
+            .prop_map(|(everything, reboot)| Move::CrashBetweenRestoreAndResume { everything, reboot }),
         2 => (0u8..3).prop_map(|returned| Move::CrashWithinResume { returned }),
         1 => Just(Move::Reboot),
     ]
 }
 
 impl Model {
-    /// Concludes the effect that came first.
+    /// Concludes the first effect under way.
     fn conclude_next(&mut self, well: bool) {
         let effect = self.pending.remove(0);
         self.conclude(effect, well);
     }
 
     fn make(&mut self, what: Move) {
-        // A refusal is a fine answer; what matters is that it changes nothing.
+        // A refusal is allowed, and must change nothing.
         let before = self.project.clone();
         match self.attempt(what) {
             Ok(()) => self.follow_up(),
@@ -142,9 +141,9 @@ impl Model {
                 let operation = self.operation();
                 return self.tell(Command::Checkpoint { operation, trigger: Trigger::Manual });
             }
-            Move::Restore { whole } => return self.restore(whole),
-            Move::CrashBetweenRestoreAndResume { whole, reboot } => {
-                self.restore(whole)?;
+            Move::Restore { everything } => return self.restore(everything),
+            Move::CrashBetweenRestoreAndResume { everything, reboot } => {
+                self.restore(everything)?;
                 self.crash_after_restore(reboot);
             }
             Move::Cancel => {
@@ -183,8 +182,8 @@ impl Model {
 
     fn fail_restore(&mut self) {
         for _ in 0..10 {
-            let found = self.pending.iter().position(|e| matches!(e, Effect::ApplyRestore { .. }));
-            let Some(at) = found else { break };
+            let position = self.pending.iter().position(|e| matches!(e, Effect::ApplyRestore { .. }));
+            let Some(at) = position else { break };
             let effect = self.pending.remove(at);
             self.conclude(effect, false);
         }
@@ -211,13 +210,13 @@ impl Model {
         self.tell(Command::Resume { operation, respawn, over_budget: false })
     }
 
-    fn restore(&mut self, whole: bool) -> Result<(), Refusal> {
+    fn restore(&mut self, everything: bool) -> Result<(), Refusal> {
         let operation = self.operation();
-        let paths = if whole { Vec::new() } else { vec!["src".to_owned()] };
+        let paths = if everything { Vec::new() } else { vec!["src".to_owned()] };
         self.tell(Command::Restore { operation, checkpoint: 1, paths })
     }
 
-    /// Lets a restore that has begun come to its end, crashes, and resumes where that leaves a paused project.
+    /// Completes a restore that has begun, crashes, and resumes the project if it is paused.
     fn crash_after_restore(&mut self, reboot: bool) {
         while matches!(&*self.project.state, ProjectState::Restoring(_)) {
             self.conclude_next(true);
@@ -228,12 +227,12 @@ impl Model {
             self.recover()
         }
         if let ProjectState::Paused(paused) = &*self.project.state {
-            assert!(paused.restored.is_some(), "the crash has forgotten the restore");
-            self.resume(false).expect("what was restored is resumed");
+            assert!(paused.restored.is_some(), "the restore was lost in the crash");
+            self.resume(false).expect("a restored project can be resumed");
         }
     }
 
-    /// Reports a run as ready. Only a run that has processes may become so; otherwise nothing happens.
+    /// Reports a run as ready, which has an effect only on the current run of a live agent.
     fn observe_ready(&mut self, which: u8) {
         if self.announced.is_empty() {
             return;
@@ -245,13 +244,13 @@ impl Model {
         assert!(is_current || before == self.project, "the late report of {run} changed the state");
     }
 
-    /// Checks what holds at every instant, and what must hold once everything has come to an end: if nothing more
-    /// happens, if the daemon dies now, and if the machine goes down now.
+    /// Checks the invariants that hold at every instant, and those that hold after everything has ended: without a crash,
+    /// after a crash of the daemon now, and after a reboot now.
     fn check(&self) {
-        self.invariant_held_agents_stand_still();
-        self.invariant_nothing_runs_over_restored_files();
-        self.invariant_nothing_is_saved_by_itself_in_an_idle_project();
-        self.invariant_what_is_saved_is_never_more_than_there_was();
+        self.invariant_frozen_agents_do_not_run();
+        self.invariant_no_process_runs_on_restored_files();
+        self.invariant_an_idle_project_makes_no_automatic_checkpoint();
+        self.invariant_saved_activity_is_at_most_the_activity();
         let coming_back: Vec<AgentName> = match &*self.project.state {
             ProjectState::Resuming(_) => {
                 let comes = |agent: &&Arc<Agent>| agent.is_paused() || matches!(agent.state, AgentState::Starting(_));
@@ -267,16 +266,16 @@ impl Model {
                 let state = &model.project.agents[agent].state;
                 assert!(!matches!(state, AgentState::Interrupted { .. }), "the resume has lost {agent}: {state:?}");
             }
-            model.invariant_nothing_is_left_between();
+            model.invariant_no_operation_is_unfinished();
             model.invariant_the_kernel_agrees_with_the_state();
-            model.invariant_a_broken_project_is_mended_by_a_restore();
+            model.invariant_a_broken_project_is_repaired_by_a_restore();
             model.invariant_the_kernel_agrees_with_the_state();
-            model.invariant_nothing_is_saved_by_itself_in_an_idle_project();
-            model.invariant_what_is_saved_is_never_more_than_there_was();
+            model.invariant_an_idle_project_makes_no_automatic_checkpoint();
+            model.invariant_saved_activity_is_at_most_the_activity();
         }
     }
 
-    fn invariant_held_agents_stand_still(&self) {
+    fn invariant_frozen_agents_do_not_run(&self) {
         if !self.project.stays_frozen() {
             return;
         }
@@ -286,8 +285,8 @@ impl Model {
         }
     }
 
-    /// What was frozen before a restore remembers other files than there are now.
-    pub(super) fn invariant_nothing_runs_over_restored_files(&self) {
+    /// The memory of a process that was frozen before a restore does not match the restored files.
+    pub(super) fn invariant_no_process_runs_on_restored_files(&self) {
         let restored = match &*self.project.state {
             ProjectState::Restoring(run) => run.stage == RestoreStage::Applying,
             ProjectState::Broken(_) => true,
@@ -296,26 +295,26 @@ impl Model {
         };
         if restored {
             for (run, process) in &self.world.alive {
-                assert!(process.frozen, "{run} runs over files that were restored");
+                assert!(process.frozen, "{run} runs on restored files");
             }
         }
     }
 
-    fn invariant_nothing_is_left_between(&self) {
+    fn invariant_no_operation_is_unfinished(&self) {
         match &*self.project.state {
             ProjectState::Pausing(_) | ProjectState::Resuming(_) | ProjectState::Restoring(_) => {
-                panic!("left between: {:?}", self.project.state)
+                panic!("unfinished: {:?}", self.project.state)
             }
             ProjectState::Resting(_) | ProjectState::Paused(_) => {}
             ProjectState::Broken(_) => {
-                assert!(self.world.alive.is_empty(), "processes stand over half restored files");
+                assert!(self.world.alive.is_empty(), "processes are alive on half restored files");
             }
         }
         assert!(self.project.checkpointing.is_none(), "a checkpoint was left unfinished");
     }
 
-    /// Whatever was given up, the next restore leads out of it.
-    fn invariant_a_broken_project_is_mended_by_a_restore(&mut self) {
+    /// A restore after one that was given up succeeds.
+    fn invariant_a_broken_project_is_repaired_by_a_restore(&mut self) {
         let ProjectState::Broken(broken) = &*self.project.state else { return };
         let was_paused = matches!(broken.before, StableState::Paused(_));
         let operation = self.operation();
@@ -324,18 +323,18 @@ impl Model {
         match &*self.project.state {
             ProjectState::Paused(paused) => assert!(was_paused && paused.restored == Some(1)),
             ProjectState::Resting(_) => assert!(!was_paused),
-            other => panic!("still not whole: {other:?}"),
+            other => panic!("still broken: {other:?}"),
         }
     }
 
-    fn invariant_nothing_is_saved_by_itself_in_an_idle_project(&self) {
+    fn invariant_an_idle_project_makes_no_automatic_checkpoint(&self) {
         for (trigger, ran) in &self.begun {
-            let by_itself = matches!(trigger, Trigger::Auto | Trigger::PhaseTransition);
-            assert!(*ran || !by_itself, "{trigger:?} although nobody ran");
+            let is_automatic = matches!(trigger, Trigger::Auto | Trigger::PhaseTransition);
+            assert!(*ran || !is_automatic, "{trigger:?} although no agent ran");
         }
     }
 
-    fn invariant_what_is_saved_is_never_more_than_there_was(&self) {
+    fn invariant_saved_activity_is_at_most_the_activity(&self) {
         let activity = &self.project.counters.activity;
         assert!(
             activity.saved.units <= activity.counters.units && activity.saved.changes <= activity.counters.changes,
@@ -359,7 +358,7 @@ impl Model {
                 AgentState::Frozen(_) => {
                     assert!(process.is_some_and(|p| p.frozen), "{} should be frozen: {process:?}", agent.name);
                 }
-                AgentState::Starting(_) | AgentState::Stopping { .. } => panic!("{} is left between", agent.name),
+                AgentState::Starting(_) | AgentState::Stopping { .. } => panic!("{} is {:?}", agent.name, agent.state),
                 _ => assert!(process.is_none(), "{} should have no process", agent.name),
             }
         }
@@ -370,7 +369,7 @@ proptest! {
     #![proptest_config(ProptestConfig { max_shrink_iters: 20_000, ..fermata_test_seeds::cases(4000) })]
 
     #[test]
-    fn random_commands_outcomes_and_crashes_leave_nothing_between(moves in prop::collection::vec(moves(), 1..60)) {
+    fn random_commands_outcomes_and_crashes_leave_nothing_unfinished(moves in prop::collection::vec(moves(), 1..60)) {
         let mut model = Model::new();
         for what in moves {
             model.make(what);
@@ -392,13 +391,13 @@ fn usage_adds_up_without_overflow() {
 }
 
 #[test]
-fn a_restore_that_always_fails_is_given_up_and_leaves_nobody_frozen() {
+fn a_restore_that_always_fails_is_given_up_and_leaves_no_agent_frozen() {
     let mut model = Model::new();
     model.make(Move::Run(0));
     model.settle();
     model.make(Move::Pause(PauseMode::Freeze));
     model.settle();
-    model.make(Move::Restore { whole: true });
+    model.make(Move::Restore { everything: true });
     model.conclude_next(true);
     let mut tries = 0;
     while let ProjectState::Restoring(run) = &*model.project.state {
@@ -416,15 +415,15 @@ fn a_restore_that_always_fails_is_given_up_and_leaves_nobody_frozen() {
         Command::Run { agent: name(1), spec: spec(0), new: model.new_run() },
         Command::Resume { operation: model.operation(), respawn: model.respawns(false), over_budget: false },
     ] {
-        let refusal = model.tell(refused).expect_err("nothing starts over half restored files");
+        let refusal = model.tell(refused).expect_err("no agent starts on half restored files");
         assert_eq!(refusal.code, fermata_protocol::Code::RestoreFailed);
     }
-    // The daemon ends: the next one finds it so.
+    // The state survives a restart of the daemon.
     model.recover();
     model.settle();
-    model.invariant_a_broken_project_is_mended_by_a_restore();
+    model.invariant_a_broken_project_is_repaired_by_a_restore();
     let (operation, respawn) = (model.operation(), model.respawns(false));
-    model.tell(Command::Resume { operation, respawn, over_budget: false }).expect("it goes on");
+    model.tell(Command::Resume { operation, respawn, over_budget: false }).expect("resumed");
     model.settle();
     model.invariant_the_kernel_agrees_with_the_state();
     assert_eq!(model.world.alive.len(), 1);
