@@ -26,10 +26,7 @@ const SPLIT_IMPLS: &[(&str, &str)] = &[
 ];
 
 /// Cycles that are not mended yet, by the names of their modules. Whoever mends one removes its line.
-const KNOWN_CYCLES: &[&str] = &[
-    "freeze refreeze",
-    "hooks launcher supervise",
-];
+const KNOWN_CYCLES: &[&str] = &["freeze refreeze", "hooks launcher supervise"];
 
 /// Returns the name of the module in a file: its stem, of a `mod.rs` the directory, of a root the crate.
 fn module_name(file: &str) -> &str {

@@ -198,7 +198,7 @@ async fn a_spec_of_another_version_is_refused_with_both_versions() {
     let mut bed = Bed::new(FreezerSetting::Auto, "exit 0");
     bed.spec.version = 99;
     let (_, message) = refusal(bed.try_launch().await);
-    assert!(message.contains("99") && message.contains("knows 1"), "{message}");
+    assert!(message.contains("99") && message.contains("supports version 1"), "{message}");
 }
 
 #[tokio::test]

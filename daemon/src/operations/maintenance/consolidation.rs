@@ -55,6 +55,7 @@ pub fn request(step: &StepContext, extent: Extent) {
         return;
     }
     state.requested.insert(extent);
+    state.renewed = true;
     if state.running.is_none() {
         let cancel = Cancel::default();
         state.running = Some(cancel.clone());
@@ -81,7 +82,11 @@ async fn run(step: StepContext) {
             () = step.services.stopping.cancelled() => return,
         };
         if let Ok(Attempt::Busy) = result {
-            return queue.postpone(extent, &step.cancel);
+            if queue.postpone(extent, &step.cancel) {
+                tokio::time::sleep(BREATH).await;
+                continue;
+            }
+            return;
         }
         if let Err(failure) = result
             && !step.cancel.is_cancelled()

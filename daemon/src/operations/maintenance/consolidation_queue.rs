@@ -15,6 +15,8 @@ pub struct ConsolidationQueue(Arc<Mutex<QueueState>>);
 #[derive(Default)]
 pub(super) struct QueueState {
     pub(super) requested: BTreeSet<Extent>,
+    /// Whether there was a request since the running consolidation began.
+    pub(super) renewed: bool,
     /// The extent of the consolidation that runs.
     pub(super) current: Option<Extent>,
     /// Cancels the task that consolidates.
@@ -35,6 +37,7 @@ impl ConsolidationQueue {
             return None;
         }
         state.current = state.requested.pop_last();
+        state.renewed = false;
         if state.current.is_none() {
             state.running = None;
         }
@@ -51,13 +54,18 @@ impl ConsolidationQueue {
         }
     }
 
-    /// Ends a task that found the store busy; its request stays until the next task.
-    pub(super) fn postpone(&self, extent: Extent, cancel: &Cancel) {
+    /// Requests again the extent for which the task has found the store busy. Returns whether the task goes on: it does
+    /// if there was a request meanwhile, which started no task of its own; else the next request starts one.
+    pub(super) fn postpone(&self, extent: Extent, cancel: &Cancel) -> bool {
         let mut state = self.lock();
-        if !cancel.is_cancelled() {
-            state.requested.insert(extent);
+        if cancel.is_cancelled() {
+            return false;
+        }
+        state.requested.insert(extent);
+        if !state.renewed {
             (state.current, state.running) = (None, None);
         }
+        state.renewed
     }
 }
 
@@ -91,8 +99,18 @@ mod tests {
     fn a_task_that_finds_the_store_busy_ends_and_leaves_its_request() {
         let (queue, cancel) = with_requests(&[Extent::Waste]);
         assert_eq!(queue.next(&cancel), Some(Extent::Waste));
-        queue.postpone(Extent::Waste, &cancel);
+        assert!(!queue.postpone(Extent::Waste, &cancel));
         assert!(queue.lock().running.is_none(), "the next request starts a task");
         assert_eq!(queue.next(&Cancel::default()), Some(Extent::Waste));
+    }
+
+    #[test]
+    fn a_request_that_arrives_while_the_store_is_busy_is_not_forgotten() {
+        let (queue, cancel) = with_requests(&[Extent::Waste]);
+        assert_eq!(queue.next(&cancel), Some(Extent::Waste));
+        queue.lock().renewed = true;
+        assert!(queue.postpone(Extent::Waste, &cancel), "the task that runs answers the request");
+        assert_eq!(queue.next(&cancel), Some(Extent::Waste));
+        assert!(!queue.postpone(Extent::Waste, &cancel), "each further attempt needs a request");
     }
 }
