@@ -67,8 +67,8 @@ impl History {
             let problem = match (wanted, actual) {
                 (Some(wanted), Some(actual)) => {
                     let problem = difference(wanted, actual, report.without_xattrs.contains(path));
-                    let is_due = || wanted.mtime == actual.mtime || is_older(&root, path, ended);
-                    if problem.is_none() && is_due() {
+                    let is_unchanged = || wanted.mtime == actual.mtime || is_older(&root, path, ended);
+                    if problem.is_none() && is_unchanged() {
                         times.compare(path, wanted.mtime, actual.mtime);
                     }
                     problem

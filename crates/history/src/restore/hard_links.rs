@@ -59,8 +59,8 @@ fn groups(listing: &Listing) -> Groups<'_> {
 
 /// Says whether files with several names differ, so that complete listings are needed to decide.
 pub(crate) fn differ(target: &Listing, now: &Listing) -> bool {
-    let differs = |one: &Listing, current_groups: &Listing| {
-        one.items.iter().any(|(path, item)| item.ino.is_some() && current_groups.items.get(path) != Some(item))
+    let differs = |one: &Listing, other: &Listing| {
+        one.items.iter().any(|(path, item)| item.ino.is_some() && other.items.get(path) != Some(item))
     };
     differs(target, now) || differs(now, target)
 }
@@ -142,8 +142,8 @@ fn best_kept<'a>(
         let names = names.unwrap_or_else(|| BTreeSet::from([path]));
         // Names outside the group must be selected, since they get a new file or are removed.
         let freed = names.iter().all(|name| group.contains(name) || is_selected(name));
-        let whole = names.iter().all(|name| group.contains(name) && is_selected(name));
-        let settable = || whole && names_of(path) == Some(names.len() as u64);
+        let all_selected = names.iter().all(|name| group.contains(name) && is_selected(name));
+        let settable = || all_selected && names_of(path) == Some(names.len() as u64);
         let holes = current.sparse || !wanted.sparse;
         let count = names.iter().filter(|name| group.contains(*name)).count();
         if count > best_count && freed && holes && (wanted.same_attributes(current) || settable()) {

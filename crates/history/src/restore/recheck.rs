@@ -91,8 +91,8 @@ pub(crate) fn recheck(root: &Root, plan: &RestorePlan, report: &mut RestoreRepor
             }
             Ok(stat) => {
                 times.compare(path, mtime, stat.mtime);
-                let checked = xattrs.filter(|_| !report.without_xattrs.contains(path));
-                if checked.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|actual| actual != *wanted)) {
+                let wanted = xattrs.filter(|_| !report.without_xattrs.contains(path));
+                if wanted.is_some_and(|wanted| xattrs_at(root, path, &stat).is_some_and(|actual| actual != *wanted)) {
                     mismatch(path, "its extended attributes differ".to_owned());
                 }
             }

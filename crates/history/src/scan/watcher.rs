@@ -313,7 +313,7 @@ impl Queue {
     /// Removes a path from a watch, and the watch with its last path.
     fn forget(&self, table: &mut Table, workspace: u64, watch: WatchDescriptor, path: &RelPath) {
         let Some(places) = table.by_watch.get_mut(&watch) else { return };
-        places.retain(|(owner, entry)| *owner != workspace || entry != path);
+        places.retain(|(owner, other)| *owner != workspace || other != path);
         if places.is_empty() {
             table.by_watch.remove(&watch);
             // The kernel removes the watch of a removed directory itself.
@@ -383,7 +383,7 @@ impl WatchedWorkspace {
                     bucket.dirty.at(path).anew = true;
                 }
                 let places = table.by_watch.entry(watch).or_default();
-                if !places.iter().any(|(workspace, entry)| *workspace == self.workspace && entry == path) {
+                if !places.iter().any(|(workspace, other)| *workspace == self.workspace && other == path) {
                     places.push((self.workspace, path.clone()));
                 }
                 if let Some(before) = before.filter(|before| *before != watch) {
@@ -506,8 +506,8 @@ impl WatchedWorkspace {
     pub fn is_complete(&self, few: usize) -> bool {
         let table = self.watcher.queue.table();
         table.workspaces.get(&self.workspace).is_some_and(|watches| {
-            let entry = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
-            entry && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
+            let complete = watches.buckets.iter().all(|bucket| bucket.lost.is_none_or(|lost| lost.lasting));
+            complete && watches.buckets.iter().map(|bucket| bucket.names).sum::<usize>() <= few
         })
     }
 }

@@ -108,7 +108,6 @@ struct Candidate {
 }
 
 impl History {
-    ///
     /// # Errors
     /// Fails when a pack cannot be opened.
     pub fn pack_stats(&self) -> Result<PackStats> {

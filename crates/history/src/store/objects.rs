@@ -55,7 +55,6 @@ impl ObjectReader {
 }
 
 impl ObjectStore {
-    ///
     /// # Errors
     /// Fails when the directory cannot be read. A damaged index only hides its own objects.
     pub fn open(objects: &Path) -> Result<ObjectStore> {
@@ -256,7 +255,6 @@ impl ObjectStore {
         Ok(None)
     }
 
-    ///
     /// # Errors
     /// Fails when the object is missing or its pack cannot be read.
     pub fn open_object(&self, oid: &Oid) -> Result<ObjectReader> {

@@ -32,7 +32,6 @@ pub(crate) struct PackIndex {
 }
 
 impl PackIndex {
-    ///
     /// # Errors
     /// Fails when the file cannot be read or is shorter than its header says.
     pub fn load(dir: &Path, name: &str) -> io::Result<PackIndex> {

@@ -84,7 +84,6 @@ pub(crate) struct PackReader {
 }
 
 impl PackReader {
-    ///
     /// # Errors
     /// Fails when the pack cannot be opened.
     pub fn open(dir: &Path, index: Arc<PackIndex>) -> io::Result<PackReader> {

@@ -59,21 +59,21 @@ impl Reachability {
         true
     }
 
-    /// Finds the objects that commits need, except those in `known`.
+    /// Finds the objects that commits need, except those in `except`.
     ///
     /// # Errors
     /// Fails when a tree cannot be read, or when cancelled.
     pub fn of(
         store: &ObjectStore,
         commits: &[Oid],
-        known: &[&Reachability],
+        except: &[&Reachability],
         cancel: &AtomicBool,
     ) -> Result<Reachability> {
-        let mut walk = ReachabilityWalk { needed: Reachability::default(), store, known, cancel };
+        let mut walk = ReachabilityWalk { needed: Reachability::default(), store, except, cancel };
         let mut before = None;
         for commit in commits {
             let tree = root_tree_of(store, commit)?;
-            if !walk.is_known(commit)
+            if !walk.is_excluded(commit)
                 && walk.needed.enter(*commit, ObjectKind::Commit, before.map(|(commit, _)| commit), b"")
             {
                 walk.tree(tree, before.map(|(_, tree)| tree))?;
@@ -93,13 +93,13 @@ fn likeness(name: &[u8]) -> u64 {
 struct ReachabilityWalk<'a> {
     needed: Reachability,
     store: &'a ObjectStore,
-    known: &'a [&'a Reachability],
+    except: &'a [&'a Reachability],
     cancel: &'a AtomicBool,
 }
 
 impl ReachabilityWalk<'_> {
-    fn is_known(&self, oid: &Oid) -> bool {
-        self.known.iter().any(|known| known.contains(oid))
+    fn is_excluded(&self, oid: &Oid) -> bool {
+        self.except.iter().any(|except| except.contains(oid))
     }
 
     fn read(&self, tree: &Oid) -> Result<Vec<TreeEntry>> {
@@ -109,7 +109,7 @@ impl ReachabilityWalk<'_> {
     fn tree(&mut self, tree: Oid, before: Option<Oid>) -> Result<()> {
         let mut open = vec![(tree, before)];
         while let Some((tree, before)) = open.pop() {
-            if self.is_known(&tree) || !self.needed.enter(tree, ObjectKind::Tree, before, b"") {
+            if self.is_excluded(&tree) || !self.needed.enter(tree, ObjectKind::Tree, before, b"") {
                 continue;
             }
             if self.cancel.load(Ordering::Relaxed) {
@@ -124,7 +124,7 @@ impl ReachabilityWalk<'_> {
                 let before = before.map(|old| old.oid);
                 if entry.is_tree() {
                     open.push((entry.oid, before));
-                } else if !self.is_known(&entry.oid) {
+                } else if !self.is_excluded(&entry.oid) {
                     self.needed.enter(entry.oid, ObjectKind::Blob, before, &entry.name);
                 }
             }

@@ -169,9 +169,9 @@ impl History {
             self.move_to_pending(name, gone, report)?;
         }
         let names = list(&dir)?;
-        let last_state: HashSet<&String> = names.iter().collect();
+        let all: HashSet<&String> = names.iter().collect();
         for name in names.iter().filter_map(|name| name.strip_suffix(".pack")) {
-            if !last_state.contains(&format!("{name}.idx")) {
+            if !all.contains(&format!("{name}.idx")) {
                 self.move_to_pending(name, gone, report)?;
             }
         }
