@@ -92,7 +92,7 @@ impl Loads {
         self.within(patience, subjects).await
     }
 
-    /// Returns samples for a decision: fresh ones unless sampling takes longer than [`DECIDING`].
+    /// Returns samples for a decision: fresh ones unless sampling takes longer than 5 s.
     pub async fn sample_closely(&self, subjects: Vec<Subject>) -> Samples {
         self.within(DECIDING, subjects).await
     }

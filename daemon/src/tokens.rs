@@ -53,7 +53,7 @@ impl TokenCounter {
         }
     }
 
-    /// Drops the vocabulary if it was not used for [`KEPT`]. To be called periodically.
+    /// Drops the vocabulary if it was not used for a minute. To be called periodically.
     pub fn drop_if_idle(&self) {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if loaded.as_ref().is_some_and(|loaded| loaded.used.elapsed() >= KEPT) {
