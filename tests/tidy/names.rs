@@ -123,7 +123,7 @@ const RETIRED_FUNCTIONS: &[&str] = &[
 const NOT_YET_RENAMED: &[(&str, &[&str])] = &[("daemon", &[]), ("tests", &["Known", "hold", "known", "look", "seen"])];
 
 /// Names that several types still share. Whoever renames all but one removes the name here.
-const STILL_SHARED: &[&str] = &["Phase", "Result"];
+const STILL_SHARED: &[&str] = &["Result"];
 
 /// Returns the part of the repository that a file belongs to: the name of its crate, or of the crate
 /// that its directory in the daemon is to become.

@@ -15,6 +15,8 @@
 //! An entry that cannot be parsed is ignored.
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
+#![warn(clippy::too_many_lines)]
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 #[cfg(feature = "enabled")]
 mod armed;

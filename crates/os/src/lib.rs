@@ -2,6 +2,8 @@
 //!
 //! Apart from the plugin ABI this is the only crate with `unsafe` code. It knows nothing of agents, projects or
 //! checkpoints and imports no other crate of Fermata.
+#![warn(clippy::too_many_lines)]
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 pub mod cgroup;
 pub mod clock;

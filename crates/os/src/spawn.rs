@@ -218,6 +218,7 @@ impl Program {
             // SAFETY: file, argv and env are NUL-terminated strings in null-terminated arrays owned by `self` and
             // `prepared`.
             unsafe { libc::execve(file.as_ptr(), prepared.argv.as_ptr(), prepared.env.as_ptr()) };
+            #[expect(clippy::wildcard_enum_match_arm, reason = "every other errno ends the search")]
             match Errno::last() {
                 Errno::ENOEXEC => {
                     // SAFETY: as above.

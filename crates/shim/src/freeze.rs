@@ -20,112 +20,27 @@
 //!
 //! The undo applies only to what was done here: a process that was stopped by another one stays stopped.
 
+mod phase;
 mod refreeze;
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use fermata_protocol::error_chain;
 use fermata_protocol::pause::FreezerKind;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use serde_json::Value;
 
-use super::connection::ConnectionId;
+pub use self::phase::FreezeEvent;
+use self::phase::{Breaks, FREEZE_PATIENCE, FreezePhase, FreezeStep, FreezeWork, Lease, Undo};
 use super::guard::Guard;
-use super::wire::{FreezeBroken, FreezeReply, QuiesceOutcome, Quiesced, RefusalCode, TreeState};
+use super::reply::{PendingCall, Refused, ShimReply, done, encode, failed_to};
+use super::wire::{FreezeReply, QuiesceOutcome, Quiesced, RefusalCode, TreeState};
 use fermata_os::cgroup::{CgroupError, Freezer, Group, GroupWatch};
 use fermata_os::process::{self, ProcScan, ProcessId, RunState};
 use fermata_os::tree::{self, StopWork, TreeProgress};
 
-/// How long a freeze may take. A process that waits for an unreachable network file system cannot be frozen.
-const FREEZE_PATIENCE: Duration = Duration::from_secs(2);
-
 /// How often to check a leader that was asked to stop.
 const QUIESCE_TICK: Duration = Duration::from_millis(10);
-
-/// A request that waits for its answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Caller {
-    pub connection: ConnectionId,
-    /// The id of the request on this connection.
-    pub id: u64,
-}
-
-/// A refusal and its message.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refused {
-    pub code: RefusalCode,
-    /// A sentence for people.
-    pub message: String,
-}
-
-impl Refused {
-    pub fn new(code: RefusalCode, message: impl Into<String>) -> Self {
-        Self { code, message: message.into() }
-    }
-}
-
-/// The result of a request, or a refusal.
-pub type Answer = Result<Value, Refused>;
-
-/// An event for the supervisor.
-#[derive(Debug, PartialEq)]
-pub enum FreezeEvent {
-    /// A request can be answered.
-    Answer(Caller, Answer),
-    /// The lease has expired and everything has been undone.
-    LeaseExpired,
-    /// Another process has let processes of the tree run.
-    Broken(FreezeBroken),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Lease {
-    Until(Instant),
-    Committed,
-}
-
-/// What has been done and must be undone.
-#[derive(Debug, Default)]
-struct Undo {
-    /// Processes that got SIGTSTP while they ran.
-    quiesced: Vec<ProcessId>,
-    /// Members of the group that had been stopped by another process.
-    stopped_before: HashSet<ProcessId>,
-    /// Processes that were stopped by SIGSTOP, parents first.
-    stopped: Vec<ProcessId>,
-}
-
-#[derive(Debug)]
-enum FreezeWork {
-    /// Waiting for the kernel to report `frozen 1`.
-    Group { watch: GroupWatch },
-    /// Stopping by signals; the processes `inside` are frozen by the group already.
-    Tree { work: StopWork, inside: HashSet<i32> },
-}
-
-#[derive(Debug)]
-enum Phase {
-    Running,
-    Quiescing { undo: Undo, caller: Caller, started: Instant, until: Instant, lease: Duration },
-    Quiesced { undo: Undo, until: Instant },
-    Freezing { undo: Undo, work: FreezeWork, caller: Caller, started: Instant, lease: Duration },
-    Frozen { undo: Undo, frozen: FreezeReply, lease: Lease, guard: Guard, broken: Broken },
-}
-
-/// The state of a freeze that other processes have broken.
-#[derive(Debug, Default)]
-struct Broken {
-    /// The work of freezing the tree again, and when it started.
-    again: Option<(FreezeWork, Instant)>,
-    /// How often the freeze was broken, and how many processes have run, since the last report.
-    times: u64,
-    processes: u64,
-    reported_at: Option<Instant>,
-    /// Whether a process may have run since the freeze was requested, while it was not committed.
-    disproved: bool,
-}
 
 /// Freezes the tree of one agent.
 #[derive(Debug)]
@@ -133,13 +48,13 @@ pub struct FreezeController {
     root: i32,
     agent: ProcessId,
     freezer: Freezer,
-    phase: Phase,
+    phase: FreezePhase,
 }
 
 impl FreezeController {
     /// `root` is the shim, the ancestor of every process of the agent.
     pub fn new(root: i32, agent: ProcessId, freezer: Freezer) -> Self {
-        Self { root, agent, freezer, phase: Phase::Running }
+        Self { root, agent, freezer, phase: FreezePhase::Running }
     }
 
     /// The agent's control group.
@@ -159,7 +74,7 @@ impl FreezeController {
     }
 
     pub fn state(&self) -> TreeState {
-        if matches!(self.phase, Phase::Frozen { .. }) {
+        if matches!(self.phase, FreezePhase::Frozen { .. }) {
             return TreeState::Frozen;
         }
         match self.leader() {
@@ -185,17 +100,17 @@ impl FreezeController {
 
     /// Returns whether stops and continues of the main process are caused by other processes.
     pub fn is_idle(&self) -> bool {
-        matches!(self.phase, Phase::Running)
+        matches!(self.phase, FreezePhase::Running)
     }
 
     /// Returns the milliseconds until the shim undoes everything by itself, and whether the freeze is committed.
     pub fn lease(&self, now: Instant) -> (Option<u64>, bool) {
         match &self.phase {
-            Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
+            FreezePhase::Quiesced { until, .. } | FreezePhase::Frozen { lease: Lease::Until(until), .. } => {
                 (Some(millis(until.saturating_duration_since(now))), false)
             }
-            Phase::Frozen { lease: Lease::Committed, .. } => (None, true),
-            Phase::Running | Phase::Quiescing { .. } | Phase::Freezing { .. } => (None, false),
+            FreezePhase::Frozen { lease: Lease::Committed, .. } => (None, true),
+            FreezePhase::Running | FreezePhase::Quiescing { .. } | FreezePhase::Freezing { .. } => (None, false),
         }
     }
 
@@ -209,13 +124,13 @@ impl FreezeController {
     }
 
     /// Starts a quiesce. The answer is a [`FreezeEvent`] returned from here or from a later [`FreezeController::tick`].
-    pub fn quiesce(&mut self, caller: Caller, grace: Duration, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
+    pub fn quiesce(&mut self, caller: PendingCall, grace: Duration, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         let refused = match &self.phase {
-            Phase::Running => None,
+            FreezePhase::Running => None,
             // A repeated request: stopped processes stay stopped, and the undo list must be kept.
-            Phase::Quiesced { .. } => None,
-            Phase::Quiescing { .. } | Phase::Freezing { .. } => Some(busy()),
-            Phase::Frozen { .. } => Some(Refused::new(RefusalCode::AlreadyFrozen, "the tree is frozen already")),
+            FreezePhase::Quiesced { .. } => None,
+            FreezePhase::Quiescing { .. } | FreezePhase::Freezing { .. } => Some(busy()),
+            FreezePhase::Frozen { .. } => Some(Refused::new(RefusalCode::AlreadyFrozen, "the tree is frozen already")),
         };
         if let Some(refused) = refused {
             return vec![FreezeEvent::Answer(caller, Err(refused))];
@@ -244,20 +159,20 @@ impl FreezeController {
         // ended.
         killpg(Pid::from_raw(self.agent.pid), Signal::SIGTSTP).ok();
         if let Some(outcome) = outcome {
-            self.phase = Phase::Quiesced { undo, until: now + lease };
+            self.phase = FreezePhase::Quiesced { undo, until: now + lease };
             return vec![FreezeEvent::Answer(caller, encode(&Quiesced { outcome, waited_ms: 0 }))];
         }
-        self.phase = Phase::Quiescing { undo, caller, started: now, until: now + grace, lease };
+        self.phase = FreezePhase::Quiescing { undo, caller, started: now, until: now + grace, lease };
         self.tick(now)
     }
 
     /// Starts a freeze. The answer is a [`FreezeEvent`] returned from here or from a later [`FreezeController::tick`].
-    pub fn freeze(&mut self, caller: Caller, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
+    pub fn freeze(&mut self, caller: PendingCall, lease: Duration, now: Instant) -> Vec<FreezeEvent> {
         match &mut self.phase {
-            Phase::Quiescing { .. } | Phase::Freezing { .. } => {
+            FreezePhase::Quiescing { .. } | FreezePhase::Freezing { .. } => {
                 return vec![FreezeEvent::Answer(caller, Err(busy()))];
             }
-            Phase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
+            FreezePhase::Frozen { frozen, lease: current, broken, .. } if !broken.disproved => {
                 // A repeated request gets the same answer. A committed freeze does not get a lease again.
                 if let Lease::Until(until) = current {
                     *until = now + lease;
@@ -265,12 +180,12 @@ impl FreezeController {
                 let again = FreezeReply { took_us: 0, ..frozen.clone() };
                 return vec![FreezeEvent::Answer(caller, encode(&again))];
             }
-            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => {}
+            FreezePhase::Running | FreezePhase::Quiesced { .. } | FreezePhase::Frozen { .. } => {}
         }
         let undo = self.take_undo();
         match self.begin_to_freeze() {
             Ok(work) => {
-                self.phase = Phase::Freezing { undo, work, caller, started: now, lease };
+                self.phase = FreezePhase::Freezing { undo, work, caller, started: now, lease };
                 self.tick(now)
             }
             Err(error) => {
@@ -291,39 +206,40 @@ impl FreezeController {
     }
 
     /// Extends the lease. Success proves that no process has run since the freeze.
-    pub fn renew(&mut self, lease: Duration, now: Instant) -> Answer {
+    pub fn renew(&mut self, lease: Duration, now: Instant) -> ShimReply {
         self.check_guard(now);
         match &mut self.phase {
-            Phase::Frozen { broken, .. } if broken.disproved => Err(refreeze::disproved()),
-            Phase::Frozen { lease: Lease::Committed, .. } => Ok(Value::Object(Default::default())),
-            Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. } => {
+            FreezePhase::Frozen { broken, .. } if broken.disproved => Err(disproved()),
+            FreezePhase::Frozen { lease: Lease::Committed, .. } => done(),
+            FreezePhase::Quiesced { until, .. } | FreezePhase::Frozen { lease: Lease::Until(until), .. } => {
                 *until = now + lease;
-                Ok(Value::Object(Default::default()))
+                done()
             }
-            Phase::Running | Phase::Quiescing { .. } | Phase::Freezing { .. } => Err(not_frozen()),
+            FreezePhase::Running | FreezePhase::Quiescing { .. } | FreezePhase::Freezing { .. } => Err(not_frozen()),
         }
     }
 
     /// Makes the freeze permanent.
-    pub fn commit(&mut self, now: Instant) -> Answer {
+    pub fn commit(&mut self, now: Instant) -> ShimReply {
         self.check_guard(now);
         match &mut self.phase {
-            Phase::Frozen { broken, .. } if broken.disproved => Err(refreeze::disproved()),
-            Phase::Frozen { lease, .. } => {
+            FreezePhase::Frozen { broken, .. } if broken.disproved => Err(disproved()),
+            FreezePhase::Frozen { lease, .. } => {
                 *lease = Lease::Committed;
-                Ok(Value::Object(Default::default()))
+                done()
             }
-            Phase::Running | Phase::Quiesced { .. } | Phase::Quiescing { .. } | Phase::Freezing { .. } => {
-                Err(not_frozen())
-            }
+            FreezePhase::Running
+            | FreezePhase::Quiesced { .. }
+            | FreezePhase::Quiescing { .. }
+            | FreezePhase::Freezing { .. } => Err(not_frozen()),
         }
     }
 
     /// Undoes everything; a waiting request is cancelled.
-    pub fn thaw(&mut self) -> (Answer, Vec<FreezeEvent>) {
+    pub fn thaw(&mut self) -> (ShimReply, Vec<FreezeEvent>) {
         let waiting = match &self.phase {
-            Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => Some(*caller),
-            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => None,
+            FreezePhase::Quiescing { caller, .. } | FreezePhase::Freezing { caller, .. } => Some(*caller),
+            FreezePhase::Running | FreezePhase::Quiesced { .. } | FreezePhase::Frozen { .. } => None,
         };
         let events = waiting
             .map(|caller| {
@@ -333,79 +249,84 @@ impl FreezeController {
             .into_iter()
             .collect();
         let undo = self.take_undo();
-        (self.undo(undo).map(|()| Value::Object(Default::default())), events)
+        (self.undo(undo).and_then(|()| done()), events)
     }
 
     /// Ends the work because the agent has ended or is to be killed: answers a waiting request and thaws nothing.
     pub fn abandon(&mut self, agent_ended: bool, now: Instant) -> Vec<FreezeEvent> {
-        match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Quiescing { caller, started, .. } if agent_ended => {
+        match std::mem::replace(&mut self.phase, FreezePhase::Running) {
+            FreezePhase::Quiescing { caller, started, .. } if agent_ended => {
                 let waited_ms = millis(now - started);
                 let exited = Quiesced { outcome: QuiesceOutcome::Exited, waited_ms };
                 vec![FreezeEvent::Answer(caller, encode(&exited))]
             }
-            Phase::Quiescing { caller, .. } | Phase::Freezing { caller, .. } => {
+            FreezePhase::Quiescing { caller, .. } | FreezePhase::Freezing { caller, .. } => {
                 let refused = Refused::new(RefusalCode::Ending, "the agent is ending");
                 vec![FreezeEvent::Answer(caller, Err(refused))]
             }
-            Phase::Running | Phase::Quiesced { .. } | Phase::Frozen { .. } => Vec::new(),
+            FreezePhase::Running | FreezePhase::Quiesced { .. } | FreezePhase::Frozen { .. } => Vec::new(),
         }
     }
 
     /// When [`FreezeController::tick`] must be called at the latest.
     pub fn next_tick(&self, now: Instant) -> Option<Instant> {
         match &self.phase {
-            Phase::Running => None,
+            FreezePhase::Running => None,
             // A leader that stops causes a SIGCHLD, but one that is blocked by its stopped child does not.
-            Phase::Quiescing { until, .. } => Some((now + QUIESCE_TICK).min(*until)),
-            Phase::Quiesced { until, .. } => Some(*until),
-            Phase::Frozen { broken: Broken { again: Some((work, began)), .. }, .. } => match work {
+            FreezePhase::Quiescing { until, .. } => Some((now + QUIESCE_TICK).min(*until)),
+            FreezePhase::Quiesced { until, .. } => Some(*until),
+            FreezePhase::Frozen { broken: Breaks { again: Some((work, began)), .. }, .. } => match work {
                 FreezeWork::Group { .. } => Some(*began + FREEZE_PATIENCE),
                 FreezeWork::Tree { .. } => Some(now),
             },
-            Phase::Frozen { lease, guard, broken, .. } => {
+            FreezePhase::Frozen { lease, guard, broken, .. } => {
                 let until = match lease {
                     Lease::Until(until) => Some(*until),
                     Lease::Committed => None,
                 };
                 until.into_iter().chain(guard.next()).chain(broken.next()).min()
             }
-            Phase::Freezing { work: FreezeWork::Group { .. }, started, .. } => Some(*started + FREEZE_PATIENCE),
-            Phase::Freezing { work: FreezeWork::Tree { .. }, .. } => Some(now),
+            FreezePhase::Freezing { work: FreezeWork::Group { .. }, started, .. } => Some(*started + FREEZE_PATIENCE),
+            FreezePhase::Freezing { work: FreezeWork::Tree { .. }, .. } => Some(now),
         }
     }
 
     /// The event file that reports that the group has been frozen or thawed, to be polled for POLLPRI.
     pub fn watch(&self) -> Option<&GroupWatch> {
         match &self.phase {
-            Phase::Freezing { work: FreezeWork::Group { watch }, .. }
-            | Phase::Frozen { broken: Broken { again: Some((FreezeWork::Group { watch }, _)), .. }, .. } => Some(watch),
-            Phase::Frozen { guard, .. } => guard.watch(),
-            Phase::Running | Phase::Quiescing { .. } | Phase::Quiesced { .. } | Phase::Freezing { .. } => None,
+            FreezePhase::Freezing { work: FreezeWork::Group { watch }, .. }
+            | FreezePhase::Frozen { broken: Breaks { again: Some((FreezeWork::Group { watch }, _)), .. }, .. } => {
+                Some(watch)
+            }
+            FreezePhase::Frozen { guard, .. } => guard.watch(),
+            FreezePhase::Running
+            | FreezePhase::Quiescing { .. }
+            | FreezePhase::Quiesced { .. }
+            | FreezePhase::Freezing { .. } => None,
         }
     }
 
     /// Continues the work. Must be called after every wake-up.
     pub fn tick(&mut self, now: Instant) -> Vec<FreezeEvent> {
-        match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Quiescing { undo, caller, started, until, lease } => {
+        match std::mem::replace(&mut self.phase, FreezePhase::Running) {
+            FreezePhase::Quiescing { undo, caller, started, until, lease } => {
                 let outcome = match self.leader() {
                     RunState::Dead => QuiesceOutcome::Exited,
                     RunState::Stopped => QuiesceOutcome::Stopped,
                     RunState::Live if now >= until => QuiesceOutcome::Ignored,
                     RunState::Live => {
-                        self.phase = Phase::Quiescing { undo, caller, started, until, lease };
+                        self.phase = FreezePhase::Quiescing { undo, caller, started, until, lease };
                         return Vec::new();
                     }
                 };
-                self.phase = Phase::Quiesced { undo, until: now + lease };
+                self.phase = FreezePhase::Quiesced { undo, until: now + lease };
                 let answer = encode(&Quiesced { outcome, waited_ms: millis(now - started) });
                 vec![FreezeEvent::Answer(caller, answer)]
             }
-            Phase::Freezing { undo, work, caller, started, lease } => {
+            FreezePhase::Freezing { undo, work, caller, started, lease } => {
                 self.go_on_freezing(undo, work, caller, started, lease, now)
             }
-            phase @ (Phase::Quiesced { until, .. } | Phase::Frozen { lease: Lease::Until(until), .. })
+            phase @ (FreezePhase::Quiesced { until, .. } | FreezePhase::Frozen { lease: Lease::Until(until), .. })
                 if now >= until =>
             {
                 self.phase = phase;
@@ -415,12 +336,12 @@ impl FreezeController {
                 }
                 vec![FreezeEvent::LeaseExpired]
             }
-            Phase::Frozen { undo, frozen, lease, guard, broken } => {
-                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken };
+            FreezePhase::Frozen { undo, frozen, lease, guard, broken } => {
+                self.phase = FreezePhase::Frozen { undo, frozen, lease, guard, broken };
                 self.keep_frozen(now)
             }
-            other => {
-                self.phase = other;
+            phase @ (FreezePhase::Running | FreezePhase::Quiesced { .. }) => {
+                self.phase = phase;
                 Vec::new()
             }
         }
@@ -430,14 +351,14 @@ impl FreezeController {
         &mut self,
         mut undo: Undo,
         work: FreezeWork,
-        caller: Caller,
+        caller: PendingCall,
         started: Instant,
         lease: Duration,
         now: Instant,
     ) -> Vec<FreezeEvent> {
         let late = now - started >= FREEZE_PATIENCE;
         let problem = match self.freeze_step(work) {
-            Ok(Step::Done { stopped, inside, watch }) => {
+            Ok(FreezeStep::Done { stopped, inside, watch }) => {
                 undo.stopped.extend(stopped);
                 let guard = Guard::new(self.root, watch, &inside, Instant::now());
                 let frozen = FreezeReply {
@@ -447,17 +368,15 @@ impl FreezeController {
                 };
                 let answer = encode(&frozen);
                 let lease = Lease::Until(Instant::now() + lease);
-                self.phase = Phase::Frozen { undo, frozen, lease, guard, broken: Broken::default() };
+                self.phase = FreezePhase::Frozen { undo, frozen, lease, guard, broken: Breaks::default() };
                 return vec![FreezeEvent::Answer(caller, answer)];
             }
-            Ok(Step::Working(work)) if !late => {
-                self.phase = Phase::Freezing { undo, work, caller, started, lease };
+            Ok(FreezeStep::Working(work)) if !late => {
+                self.phase = FreezePhase::Freezing { undo, work, caller, started, lease };
                 return Vec::new();
             }
-            Ok(Step::Working(work)) => {
-                if let FreezeWork::Tree { work, .. } = work {
-                    undo.stopped.extend(work.into_stopped());
-                }
+            Ok(FreezeStep::Working(work)) => {
+                undo.stopped.extend(work.into_stopped());
                 let message = format!("some processes were not frozen within {} ms", FREEZE_PATIENCE.as_millis());
                 Refused::new(RefusalCode::FreezeTimeout, message)
             }
@@ -470,14 +389,14 @@ impl FreezeController {
         vec![FreezeEvent::Answer(caller, Err(problem))]
     }
 
-    fn freeze_step(&self, work: FreezeWork) -> Result<Step, (Vec<ProcessId>, Refused)> {
+    fn freeze_step(&self, work: FreezeWork) -> Result<FreezeStep, (Vec<ProcessId>, Refused)> {
         let failed =
             |error: &(dyn std::error::Error + 'static)| Refused::new(RefusalCode::FreezeFailed, failed_to(error));
         match (work, self.group()) {
             (FreezeWork::Group { mut watch }, Some(group)) => {
                 let events = watch.read().map_err(|error| (Vec::new(), failed(&error)))?;
                 if !events.frozen {
-                    return Ok(Step::Working(FreezeWork::Group { watch }));
+                    return Ok(FreezeStep::Working(FreezeWork::Group { watch }));
                 }
                 let inside = group.procs().map_err(|error| (Vec::new(), failed(&error)))?;
                 // A descendant may have been moved out of the group (by a job runner of an agent with root privileges,
@@ -491,14 +410,14 @@ impl FreezeController {
                     let work = StopWork::new(self.root);
                     return self.freeze_step(FreezeWork::Tree { work, inside });
                 }
-                Ok(Step::Done { stopped: Vec::new(), inside, watch: Some(watch) })
+                Ok(FreezeStep::Done { stopped: Vec::new(), inside, watch: Some(watch) })
             }
             (FreezeWork::Tree { mut work, inside }, _) => match work.step(&inside) {
                 Ok(TreeProgress::Done) => {
                     let watch = self.group().and_then(|group| group.watch().ok());
-                    Ok(Step::Done { stopped: work.into_stopped(), inside, watch })
+                    Ok(FreezeStep::Done { stopped: work.into_stopped(), inside, watch })
                 }
-                Ok(TreeProgress::Working(_)) => Ok(Step::Working(FreezeWork::Tree { work, inside })),
+                Ok(TreeProgress::Working(_)) => Ok(FreezeStep::Working(FreezeWork::Tree { work, inside })),
                 Err(error) => Err((work.into_stopped(), failed(&error))),
             },
             (FreezeWork::Group { .. }, None) => {
@@ -519,16 +438,14 @@ impl FreezeController {
 
     /// Leaves the phase and returns what must be undone.
     fn take_undo(&mut self) -> Undo {
-        match std::mem::replace(&mut self.phase, Phase::Running) {
-            Phase::Running => Undo::default(),
-            Phase::Quiescing { undo, .. }
-            | Phase::Quiesced { undo, .. }
-            | Phase::Frozen { undo, broken: Broken { again: None, .. }, .. } => undo,
-            Phase::Freezing { mut undo, work, .. }
-            | Phase::Frozen { mut undo, broken: Broken { again: Some((work, _)), .. }, .. } => {
-                if let FreezeWork::Tree { work, .. } = work {
-                    undo.stopped.extend(work.into_stopped());
-                }
+        match std::mem::replace(&mut self.phase, FreezePhase::Running) {
+            FreezePhase::Running => Undo::default(),
+            FreezePhase::Quiescing { undo, .. }
+            | FreezePhase::Quiesced { undo, .. }
+            | FreezePhase::Frozen { undo, broken: Breaks { again: None, .. }, .. } => undo,
+            FreezePhase::Freezing { mut undo, work, .. }
+            | FreezePhase::Frozen { mut undo, broken: Breaks { again: Some((work, _)), .. }, .. } => {
+                undo.stopped.extend(work.into_stopped());
                 undo
             }
         }
@@ -557,11 +474,6 @@ impl FreezeController {
     }
 }
 
-enum Step {
-    Working(FreezeWork),
-    Done { stopped: Vec<ProcessId>, inside: HashSet<i32>, watch: Option<GroupWatch> },
-}
-
 fn busy() -> Refused {
     Refused::new(RefusalCode::Busy, "another quiesce or freeze is under way")
 }
@@ -570,14 +482,8 @@ fn not_frozen() -> Refused {
     Refused::new(RefusalCode::NotFrozen, "the tree is not frozen (the lease may have expired)")
 }
 
-/// Serialises a result.
-pub fn encode(result: &impl serde::Serialize) -> Answer {
-    serde_json::to_value(result).map_err(|error| Refused::new(RefusalCode::Other, error.to_string()))
-}
-
-/// Formats an error and its causes as one line: "failed to …: …".
-pub fn failed_to(error: &(dyn std::error::Error + 'static)) -> String {
-    format!("failed to {}", error_chain(error))
+fn disproved() -> Refused {
+    Refused::new(RefusalCode::FreezeBroken, "another process has continued the tree since it was frozen")
 }
 
 fn millis(duration: Duration) -> u64 {

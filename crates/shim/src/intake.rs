@@ -99,7 +99,7 @@ impl Intake {
                 self.read(pipe, stream, log);
                 IntakeResult::Bytes(count)
             }
-            other => other,
+            result @ (IntakeResult::Bytes(_) | IntakeResult::Nothing | IntakeResult::End) => result,
         }
     }
 

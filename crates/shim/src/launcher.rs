@@ -3,117 +3,37 @@
 //! The process that the daemon starts is only the launcher. It forks the shim, prints the one line in which the shim
 //! reports success or failure, and exits, so that the shim's parent cannot die later.
 
-use std::fs::{DirBuilder, File, OpenOptions};
+use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
-use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use fermata_protocol::pause::FreezerKind;
 use fermata_protocol::supervision::OutputPolicy;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::fcntl::OFlag;
 use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, pipe2};
-use serde::{Deserialize, Serialize};
 
-use super::freeze::{FreezeController, failed_to};
+use super::freeze::FreezeController;
+use super::launch_report::{LaunchCode, LaunchFailure, LaunchReport, explain};
 use super::log::LogWriter;
 use super::log_sink::{LogSink, LogWriterLink};
 use super::log_writer_process;
-use super::raw::RawString;
+use super::pipes::{open_null_file, output_pipe};
 use super::record::RunRecord;
-use super::spec::{HookSpec, LaunchSpec, RUN_ID_VARIABLE, files};
+use super::socket::{listen, make_private_dir};
+use super::spec::{LaunchSpec, files};
 use super::supervise::{AgentSupervisor, Parts};
 use super::terminal::Terminal;
-use fermata_os::cgroup::FreezerSetting;
-use fermata_os::cgroup::{Freezer, Group};
+use fermata_os::cgroup::{Freezer, FreezerSetting, Group};
 use fermata_os::fsync::{Reserve, write_atomic};
 use fermata_os::prelude::Prelude;
 use fermata_os::process::{self, ProcessId};
 use fermata_os::pty::{self, Pty};
-use fermata_os::spawn::{self, Program};
-use fermata_os::spawn_error::{SpawnError, SpawnStage};
+use fermata_os::spawn;
+use fermata_os::spawn_error::SpawnStage;
 use fermata_os::{clock, signals};
-
-/// Why a launch has failed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum LaunchCode {
-    /// The launch spec cannot be read or used.
-    BadSpec,
-    /// No such program, neither by path nor in the agent's PATH.
-    ProgramNotFound,
-    /// The program exists but cannot be executed.
-    ProgramNotExecutable,
-    /// The script exists, but not the interpreter that its first line names.
-    InterpreterMissing,
-    /// The working directory does not exist.
-    CwdMissing,
-    /// The working directory cannot be entered.
-    CwdDenied,
-    /// A resource limit cannot be set.
-    LimitRefused,
-    SocketPathTooLong,
-    /// The socket cannot be created.
-    SocketFailed,
-    /// The run's directory cannot be written.
-    RunDirFailed,
-    /// The process cannot be created.
-    SpawnFailed,
-    /// The shim ended before it reported.
-    ShimDied,
-    /// A code of a newer shim.
-    #[serde(other)]
-    Other,
-}
-
-/// The line that the launcher prints.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum LaunchReport {
-    /// The agent runs.
-    Running {
-        /// Always true.
-        ok: bool,
-        shim: ProcessId,
-        /// The main process.
-        agent: ProcessId,
-        /// How the tree will be frozen.
-        mechanism: FreezerKind,
-        /// Why the tree is frozen by signals and not by a control group.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        why: Option<String>,
-    },
-    /// No agent runs.
-    Failed {
-        /// Always false.
-        ok: bool,
-        code: LaunchCode,
-        /// A sentence for people.
-        message: String,
-    },
-}
-
-/// A failure before the agent ran.
-#[derive(Debug)]
-pub(super) struct LaunchFailure {
-    code: LaunchCode,
-    /// A sentence for people.
-    pub(super) message: String,
-}
-
-impl LaunchFailure {
-    fn new(code: LaunchCode, error: &(dyn std::error::Error + 'static)) -> Self {
-        Self { code, message: failed_to(error) }
-    }
-
-    fn io(code: LaunchCode, what: &str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        let text = format!("failed to {what} {}", path.display());
-        move |error| Self { code, message: format!("{text}: {error}") }
-    }
-}
 
 /// The program `fermata-shim RUN_DIR`; returns the exit code.
 pub fn main(run_dir: &Path) -> i32 {
@@ -345,42 +265,8 @@ fn detach(spec: &LaunchSpec) -> Result<(), LaunchFailure> {
     dup2_stderr(&own_log).map_err(failure("replace stderr"))
 }
 
-pub(super) fn open_null_file() -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).open("/dev/null")
-}
-
 fn open_null() -> Result<File, LaunchFailure> {
     open_null_file().map_err(LaunchFailure::io(LaunchCode::SpawnFailed, "open", Path::new("/dev/null")))
-}
-
-fn make_private_dir(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
-}
-
-/// Listens on a socket in a directory that only this user can enter.
-pub(super) fn listen(path: &Path) -> Result<UnixListener, LaunchFailure> {
-    // sun_path has 108 bytes, the last one is a NUL (unix(7)).
-    if path.as_os_str().as_bytes().len() > 107 {
-        return Err(LaunchFailure {
-            code: LaunchCode::SocketPathTooLong,
-            message: format!("the socket path {} has more than 107 bytes", path.display()),
-        });
-    }
-    let failure = |what| LaunchFailure::io(LaunchCode::SocketFailed, what, path);
-    if let Some(parent) = path.parent() {
-        make_private_dir(parent).map_err(failure("create the directory of"))?;
-    }
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => {
-            return Err(failure("replace")(error));
-        }
-        _ => {}
-    }
-    // The umask makes the mode 0600 from the start. Setting it as well covers file systems that ignore the umask.
-    let listener = UnixListener::bind(path).map_err(failure("listen on"))?;
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600)).map_err(failure("protect"))?;
-    listener.set_nonblocking(true).map_err(failure("unblock"))?;
-    Ok(listener)
 }
 
 #[derive(Debug)]
@@ -421,19 +307,10 @@ fn streams(spec: &LaunchSpec) -> Result<Streams, LaunchFailure> {
     Ok(Streams { stdout: master, stderr: None, terminal: Some(terminal), theirs })
 }
 
-/// Prepares a program with the agent's environment, directory and limits. `more` is added to the environment.
-pub(super) fn program(spec: &LaunchSpec, argv: &[RawString], more: &[(RawString, RawString)]) -> io::Result<Program> {
-    let mut env = spec.env.clone();
-    env.retain(|(name, _)| name.as_bytes() != RUN_ID_VARIABLE.as_bytes());
-    env.push((RawString::from(RUN_ID_VARIABLE), RawString::from(spec.run_id.as_str())));
-    env.extend_from_slice(more);
-    Program::new(argv, &env, spec.cwd.as_os_str(), spec.umask, &spec.rlimits)
-}
-
 fn start_agent(spec: &LaunchSpec) -> Result<StartedAgent, LaunchFailure> {
     let bad = |error: io::Error| LaunchFailure { code: LaunchCode::BadSpec, message: error.to_string() };
-    let program = program(spec, &spec.argv, &[]).map_err(bad)?;
-    let before = spec.pre_start.as_ref().map(|hook| self::program(spec, &hook.argv, &[])).transpose().map_err(bad)?;
+    let program = spec.program(&spec.argv, &[]).map_err(bad)?;
+    let before = spec.pre_start.as_ref().map(|hook| spec.program(&hook.argv, &[])).transpose().map_err(bad)?;
     let Streams { stdout, stderr, terminal, theirs: [stdin, agent_stdout, agent_stderr] } = streams(spec)?;
     let program = if terminal.is_some() { program.in_foreground() } else { program };
     let mut freezer = match spec.mechanism {
@@ -517,70 +394,9 @@ fn give_up_group(freezer: &mut Freezer, error: &dyn std::error::Error) {
     }
 }
 
-/// Creates a pipe with a non-blocking reading end; the agent's end is blocking, as programs expect.
-pub(super) fn output_pipe() -> nix::Result<(OwnedFd, OwnedFd)> {
-    let (ours, theirs) = pipe2(OFlag::O_CLOEXEC)?;
-    fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK))?;
-    Ok((ours, theirs))
-}
-
 fn agent_pipe() -> Result<(OwnedFd, OwnedFd), LaunchFailure> {
     output_pipe().map_err(|errno| LaunchFailure {
         code: LaunchCode::SpawnFailed,
         message: format!("failed to create a pipe: {errno}"),
     })
-}
-
-/// Shortens a name for a message: the exit record has limited space.
-fn cut(name: &str) -> String {
-    const MOST: usize = 200;
-    if name.chars().count() <= MOST { name.to_owned() } else { name.chars().take(MOST).chain(['…']).collect() }
-}
-
-/// The message of [`explain`].
-pub(super) fn why_not_started(spec: &LaunchSpec, error: &SpawnError) -> String {
-    explain(spec, error).message
-}
-
-/// Turns an errno into a message for the user who typed the command.
-fn explain(spec: &LaunchSpec, error: &SpawnError) -> LaunchFailure {
-    let kind = error.source.raw_os_error();
-    let program = spec.argv.first().map(|name| Path::new(name.as_ref()).display().to_string());
-    let name = program.unwrap_or_default();
-    let (program, cwd) = (cut(&name), cut(&spec.cwd.display().to_string()));
-    let (code, message) = match (error.stage, kind) {
-        (SpawnStage::Exec, Some(libc::ENOENT | libc::ENOTDIR)) => {
-            let path = spec.cwd.join(PathBuf::from(&name));
-            if name.contains('/') && path.exists() {
-                (
-                    LaunchCode::InterpreterMissing,
-                    format!("the interpreter (or loader) that {program} names was not found"),
-                )
-            } else if name.contains('/') {
-                (LaunchCode::ProgramNotFound, format!("there is no program {program}"))
-            } else {
-                (LaunchCode::ProgramNotFound, format!("there is no program {program} in the agent's PATH"))
-            }
-        }
-        (SpawnStage::Exec, _) => {
-            (LaunchCode::ProgramNotExecutable, format!("{program} cannot be executed: {}", error.source))
-        }
-        (SpawnStage::WorkingDirectory, Some(libc::ENOENT | libc::ENOTDIR)) => {
-            (LaunchCode::CwdMissing, format!("the working directory {cwd} does not exist"))
-        }
-        (SpawnStage::WorkingDirectory, _) => {
-            (LaunchCode::CwdDenied, format!("the working directory {cwd} cannot be entered: {}", error.source))
-        }
-        (SpawnStage::Limits, _) => (LaunchCode::LimitRefused, failed_to(error)),
-        (SpawnStage::ExecBefore, _) => {
-            let line = spec.pre_start.as_ref().map(HookSpec::line).unwrap_or_default();
-            let message = format!("the pre-start command '{line}' cannot be executed: {}", error.source);
-            (LaunchCode::ProgramNotExecutable, message)
-        }
-        (
-            SpawnStage::Fork | SpawnStage::Cgroup | SpawnStage::ProcessGroup | SpawnStage::Stdio | SpawnStage::Terminal,
-            _,
-        ) => (LaunchCode::SpawnFailed, failed_to(error)),
-    };
-    LaunchFailure { code, message }
 }

@@ -13,11 +13,14 @@
 //! The shim is synchronous and has one thread. It must not die before its agent, never waits for a peer, and decides
 //! nothing about projects: it carries out the daemon's requests, and lets the agent run if the daemon falls silent (see
 //! `freeze` for the lease).
+#![warn(clippy::too_many_lines)]
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 pub mod connection;
 pub mod freeze;
 pub mod guard;
 pub mod intake;
+pub mod launch_report;
 pub mod launcher;
 pub mod log;
 pub mod log_entry;
@@ -26,8 +29,11 @@ pub mod log_reader;
 pub mod log_recovery;
 pub mod log_sink;
 pub mod log_writer_process;
+mod pipes;
 pub mod raw;
 pub mod record;
+pub mod reply;
+mod socket;
 pub mod spec;
 pub mod supervise;
 pub mod terminal;

@@ -4,7 +4,7 @@
 //! policy (`block`). With the policy `drop` a separate process writes (`log_writer_process`), and output that it does
 //! not accept at once is dropped, counted and reported: an agent then never waits for a disk.
 
-use std::io::{self, IoSlice};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -16,34 +16,12 @@ use nix::sys::socket::{MsgFlags, recv, sendmsg};
 
 use super::log::{LogWriter, Loss};
 use super::log_line::Stream;
+use super::log_writer_process::{MessageKind, PIECE, apply, head, parse};
 use super::spec::LogLimits;
 
-/// The maximum output in one message, in bytes; less than the socket buffer of any kernel.
-pub(super) const PIECE: usize = 64 * 1024;
 /// How long the log writer process may take to write its remaining messages after the agent's end. The shim does not
 /// answer requests meanwhile, so this is less than the time a daemon waits for a silent shim (`shim_patience_ms`).
 const FINISH_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The first byte of a message to the log writer process: its kind. A time stamp and the payload follow.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub(super) enum Kind {
-    Stdout = 1,
-    Stderr = 2,
-    Note = 3,
-    Gap = 4,
-    EndOfStdout = 5,
-    EndOfStderr = 6,
-    Finish = 7,
-}
-
-impl Kind {
-    pub(super) fn from_byte(byte: u8) -> Option<Self> {
-        let all =
-            [Self::Stdout, Self::Stderr, Self::Note, Self::Gap, Self::EndOfStdout, Self::EndOfStderr, Self::Finish];
-        all.into_iter().find(|kind| *kind as u8 == byte)
-    }
-}
 
 /// The destination of an agent's output.
 #[derive(Debug)]
@@ -82,7 +60,7 @@ impl LogSink {
         match self {
             Self::Direct(log) => return log.say(stream, text, now_ns),
             Self::Process(process) => {
-                process.post(if stream == Stream::Gap { Kind::Gap } else { Kind::Note }, now_ns, text)
+                process.post(if stream == Stream::Gap { MessageKind::Gap } else { MessageKind::Note }, now_ns, text)
             }
         }
         self.take_over(now_ns);
@@ -145,8 +123,8 @@ impl LogSink {
 
 const TOO_FAST: &str = "it came faster than it could be written";
 
-fn end_of(stream: Stream) -> Kind {
-    if stream == Stream::Stderr { Kind::EndOfStderr } else { Kind::EndOfStdout }
+fn end_of(stream: Stream) -> MessageKind {
+    if stream == Stream::Stderr { MessageKind::EndOfStderr } else { MessageKind::EndOfStdout }
 }
 
 /// The shim's side of a log writer process.
@@ -171,7 +149,7 @@ impl LogWriterLink {
 
     /// Returns how many bytes were sent or dropped: all, unless the log writer process has died.
     fn push(&mut self, stream: Stream, chunk: &[u8], now_ns: i64) -> usize {
-        let kind = if stream == Stream::Stderr { Kind::Stderr } else { Kind::Stdout };
+        let kind = if stream == Stream::Stderr { MessageKind::Stderr } else { MessageKind::Stdout };
         let mut taken = 0;
         for piece in chunk.chunks(PIECE) {
             self.send_backlog();
@@ -201,27 +179,27 @@ impl LogWriterLink {
     fn report_loss(&mut self, now_ns: i64) {
         if self.unreported.bytes > 0 && self.backlog.is_empty() {
             let text = self.unreported.sentence(TOO_FAST);
-            if self.send(Kind::Gap, now_ns, &text) {
+            if self.send(MessageKind::Gap, now_ns, &text) {
                 self.unreported = Loss::default();
             }
         }
     }
 
     /// Sends a short message, now or later.
-    fn post(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
+    fn post(&mut self, kind: MessageKind, now_ns: i64, text: &[u8]) {
         self.send_backlog();
         self.report_loss(now_ns);
         if self.unreported.bytes > 0 {
             // There may be no later opportunity: the report of a gap precedes the message.
             let gap = std::mem::take(&mut self.unreported).sentence(TOO_FAST);
-            self.queue(Kind::Gap, now_ns, &gap);
+            self.queue(MessageKind::Gap, now_ns, &gap);
         }
         if !(self.backlog.is_empty() && self.send(kind, now_ns, text)) {
             self.queue(kind, now_ns, text);
         }
     }
 
-    fn queue(&mut self, kind: Kind, now_ns: i64, text: &[u8]) {
+    fn queue(&mut self, kind: MessageKind, now_ns: i64, text: &[u8]) {
         let mut message = head(kind, now_ns).to_vec();
         message.extend_from_slice(text);
         self.backlog.push(message);
@@ -236,7 +214,7 @@ impl LogWriterLink {
         }
     }
 
-    fn send(&mut self, kind: Kind, now_ns: i64, bytes: &[u8]) -> bool {
+    fn send(&mut self, kind: MessageKind, now_ns: i64, bytes: &[u8]) -> bool {
         let head = head(kind, now_ns);
         Self::send_now(&self.socket, &mut self.gone, &[IoSlice::new(&head), IoSlice::new(bytes)])
     }
@@ -262,7 +240,7 @@ impl LogWriterLink {
 
     fn finish(&mut self, now_ns: i64) {
         let until = Instant::now() + FINISH_PATIENCE;
-        self.post(Kind::Finish, now_ns, &[]);
+        self.post(MessageKind::Finish, now_ns, &[]);
         while !self.backlog.is_empty() && !self.gone && self.wait(PollFlags::POLLOUT, until) {
             self.send_backlog();
         }
@@ -297,52 +275,12 @@ impl LogWriterLink {
     }
 }
 
-/// Applies a message to the log; returns whether it was the last one.
-pub(super) fn apply(log: &mut LogWriter, kind: Kind, at_ns: i64, rest: &[u8]) -> bool {
-    match kind {
-        Kind::Stdout => log.push(Stream::Stdout, rest, at_ns),
-        Kind::Stderr => log.push(Stream::Stderr, rest, at_ns),
-        Kind::EndOfStdout => log.end(Stream::Stdout, at_ns),
-        Kind::EndOfStderr => log.end(Stream::Stderr, at_ns),
-        Kind::Note => log.say(Stream::Note, rest, at_ns),
-        Kind::Gap => {
-            // Output after the gap does not continue the line before it.
-            log.end(Stream::Stdout, at_ns);
-            log.end(Stream::Stderr, at_ns);
-            log.say(Stream::Gap, rest, at_ns);
-        }
-        Kind::Finish => {
-            log.finish(at_ns);
-            return true;
-        }
-    }
-    log.flush(at_ns);
-    false
-}
-
-const HEAD_BYTES: usize = 9;
-
-fn head(kind: Kind, at_ns: i64) -> [u8; HEAD_BYTES] {
-    let mut head = [kind as u8; HEAD_BYTES];
-    head[1..].copy_from_slice(&at_ns.to_le_bytes());
-    head
-}
-
-/// Divides a message into kind, time stamp and payload.
-pub(super) fn parse(message: &[u8]) -> io::Result<(Kind, i64, &[u8])> {
-    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "an unknown message");
-    let (head, rest) = message.split_at_checked(HEAD_BYTES).ok_or_else(wrong)?;
-    let kind = Kind::from_byte(head[0]).ok_or_else(wrong)?;
-    let at = head[1..].try_into().map_err(|_| wrong())?;
-    Ok((kind, i64::from_le_bytes(at), rest))
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::log_writer_process;
     use super::*;
 
-    fn receive(socket: &OwnedFd) -> Option<Kind> {
+    fn receive(socket: &OwnedFd) -> Option<MessageKind> {
         let mut buffer = vec![0; PIECE + 1024];
         let count = recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT).ok()?;
         Some(parse(&buffer[..count]).unwrap().0)
@@ -358,20 +296,24 @@ mod tests {
             process.push(Stream::Stdout, &piece, 1);
         }
         // The socket first has no room at all, and then only for some messages.
-        process.post(Kind::Note, 2, b"a note");
+        process.post(MessageKind::Note, 2, b"a note");
         process.push(Stream::Stdout, b"lost too", 3);
         let mut received = Vec::new();
         received.extend(receive(&theirs));
         process.push(Stream::Stderr, b"this may fit", 4);
-        process.post(Kind::Finish, 5, &[]);
+        process.post(MessageKind::Finish, 5, &[]);
         while let Some(kind) = receive(&theirs) {
             received.push(kind);
             process.send_backlog();
         }
-        let rest: Vec<Kind> = received.into_iter().skip_while(|kind| *kind == Kind::Stdout).collect();
-        assert_eq!(rest[..2], [Kind::Gap, Kind::Note], "{rest:?}");
-        let written = rest.contains(&Kind::Stderr);
-        let end: &[Kind] = if written { &[Kind::Gap, Kind::Stderr, Kind::Finish] } else { &[Kind::Gap, Kind::Finish] };
+        let rest: Vec<MessageKind> = received.into_iter().skip_while(|kind| *kind == MessageKind::Stdout).collect();
+        assert_eq!(rest[..2], [MessageKind::Gap, MessageKind::Note], "{rest:?}");
+        let written = rest.contains(&MessageKind::Stderr);
+        let end: &[MessageKind] = if written {
+            &[MessageKind::Gap, MessageKind::Stderr, MessageKind::Finish]
+        } else {
+            &[MessageKind::Gap, MessageKind::Finish]
+        };
         assert_eq!(&rest[2..], end, "{rest:?}");
         assert!(process.backlog.is_empty() && process.unreported.bytes == 0);
     }

@@ -4,6 +4,7 @@
 //! receives messages from the shim in order (`log_sink`) and ends with the shim. Like the shim it has one thread, and
 //! it alone may wait for a disk.
 
+use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
 
@@ -13,13 +14,36 @@ use nix::sys::socket::{
 };
 
 use super::log::LogWriter;
-use super::log_sink::{PIECE, apply, parse};
+use super::log_line::Stream;
 use super::spec::LogLimits;
 use fermata_os::clock;
 
+/// The maximum output in one message, in bytes; less than the socket buffer of any kernel.
+pub(super) const PIECE: usize = 64 * 1024;
 /// The size of the socket buffer between shim and log writer process, in bytes. Without root privileges the kernel
 /// grants less (`net.core.wmem_max`).
 const UNDER_WAY: usize = 1 << 20;
+
+/// The first byte of a message to the log writer process: its kind. A time stamp and the payload follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub(super) enum MessageKind {
+    Stdout = 1,
+    Stderr = 2,
+    Note = 3,
+    Gap = 4,
+    EndOfStdout = 5,
+    EndOfStderr = 6,
+    Finish = 7,
+}
+
+impl MessageKind {
+    pub(super) fn from_byte(byte: u8) -> Option<Self> {
+        let all =
+            [Self::Stdout, Self::Stderr, Self::Note, Self::Gap, Self::EndOfStdout, Self::EndOfStderr, Self::Finish];
+        all.into_iter().find(|kind| *kind as u8 == byte)
+    }
+}
 
 /// Creates the socket pair of shim and log writer process.
 ///
@@ -64,4 +88,45 @@ pub fn run(socket: &OwnedFd, dir: &Path, limits: LogLimits) {
         }
     }
     log.finish(clock::unix_ns());
+}
+
+/// Applies a message to the log; returns whether it was the last one.
+pub(super) fn apply(log: &mut LogWriter, kind: MessageKind, at_ns: i64, rest: &[u8]) -> bool {
+    match kind {
+        MessageKind::Stdout => log.push(Stream::Stdout, rest, at_ns),
+        MessageKind::Stderr => log.push(Stream::Stderr, rest, at_ns),
+        MessageKind::EndOfStdout => log.end(Stream::Stdout, at_ns),
+        MessageKind::EndOfStderr => log.end(Stream::Stderr, at_ns),
+        MessageKind::Note => log.say(Stream::Note, rest, at_ns),
+        MessageKind::Gap => {
+            // Output after the gap does not continue the line before it.
+            log.end(Stream::Stdout, at_ns);
+            log.end(Stream::Stderr, at_ns);
+            log.say(Stream::Gap, rest, at_ns);
+        }
+        MessageKind::Finish => {
+            log.finish(at_ns);
+            return true;
+        }
+    }
+    log.flush(at_ns);
+    false
+}
+
+/// The length of the kind and the time stamp of a message.
+const HEAD_BYTES: usize = 9;
+
+pub(super) fn head(kind: MessageKind, at_ns: i64) -> [u8; HEAD_BYTES] {
+    let mut head = [kind as u8; HEAD_BYTES];
+    head[1..].copy_from_slice(&at_ns.to_le_bytes());
+    head
+}
+
+/// Divides a message into kind, time stamp and payload.
+pub(super) fn parse(message: &[u8]) -> io::Result<(MessageKind, i64, &[u8])> {
+    let wrong = || io::Error::new(io::ErrorKind::InvalidData, "an unknown message");
+    let (head, rest) = message.split_at_checked(HEAD_BYTES).ok_or_else(wrong)?;
+    let kind = MessageKind::from_byte(head[0]).ok_or_else(wrong)?;
+    let at = head[1..].try_into().map_err(|_| wrong())?;
+    Ok((kind, i64::from_le_bytes(at), rest))
 }

@@ -3,17 +3,17 @@
 //!
 //! It contains the agent's environment with its secrets, so that its mode is 0600 in a directory of mode 0700.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
-use fermata_protocol::supervision::OutputPolicy;
+use fermata_protocol::supervision::{OutputPolicy, TerminalSize};
 use serde::{Deserialize, Serialize};
-
-use fermata_protocol::supervision::TerminalSize;
 
 use super::raw::{self, RawString};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::controllers::TreeLimits;
 use fermata_os::limits::Limit;
+use fermata_os::spawn::Program;
 
 /// The version of [`LaunchSpec`]; a shim refuses any other.
 pub const SPEC_VERSION: u32 = 1;
@@ -136,6 +136,18 @@ pub struct LaunchSpec {
 }
 
 impl LaunchSpec {
+    /// Prepares a program with the agent's environment, directory and limits. `variables` are added to the environment.
+    ///
+    /// # Errors
+    /// If a string contains a NUL or `argv` is empty.
+    pub fn program(&self, argv: &[RawString], variables: &[(RawString, RawString)]) -> io::Result<Program> {
+        let mut env = self.env.clone();
+        env.retain(|(name, _)| name.as_bytes() != RUN_ID_VARIABLE.as_bytes());
+        env.push((RawString::from(RUN_ID_VARIABLE), RawString::from(self.run_id.as_str())));
+        env.extend_from_slice(variables);
+        Program::new(argv, &env, self.cwd.as_os_str(), self.umask, &self.rlimits)
+    }
+
     /// Returns the path of a file or directory of this run.
     pub fn file(&self, name: &str) -> PathBuf {
         self.run_dir.join(name)
@@ -150,7 +162,7 @@ pub enum SpecError {
     Unreadable {
         path: PathBuf,
         #[source]
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The file is not a launch spec.
     #[error("parse {}", path.display())]

@@ -12,27 +12,28 @@
 
 mod hooks;
 mod killing;
-mod output;
+mod life;
 mod requests;
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
-use serde_json::Value;
 
-use self::hooks::{Flow, PostStopStage, PreStart};
 use self::killing::Killing;
+use self::life::{CLEAR_PATIENCE, DRAIN_PATIENCE, Flow, Life, MainEnd, PreStart, RECORD_PATIENCE, RECORD_RETRY};
 use super::connection::{ConnectionId, PeerConnection};
-use super::freeze::{Answer, Caller, FreezeController, FreezeEvent, Refused, failed_to};
-use super::intake::Intake;
+use super::freeze::{FreezeController, FreezeEvent};
+use super::intake::{Intake, IntakeResult};
+use super::log_line::Stream;
 use super::log_sink::LogSink;
 use super::record::ExitRecord;
+use super::reply::{PendingCall, Refused, ShimReply, failed_to};
+use super::socket::{SocketFileId, file_identity, listen};
 use super::spec::LaunchSpec;
 use super::terminal::Terminal;
 use super::wire::{FromShim, ShimEvent};
@@ -41,41 +42,12 @@ use fermata_os::controllers::OutOfMemory;
 use fermata_os::fsync::Reserve;
 use fermata_os::prelude::Prelude;
 use fermata_os::process::{self, ChildChange, ProcessId};
-use fermata_os::tree::{KillWork, TreeProgress};
+
+/// More than a pipe can contain, in bytes.
+const LAST_BYTES: usize = 2 << 20;
 
 /// More connections than this are not plausible: the oldest one is closed.
 const MAX_CONNECTIONS: usize = 16;
-/// How long killed processes may take to end (one may wait for a failed disk).
-const CLEAR_PATIENCE: Duration = Duration::from_secs(10);
-/// How long to wait for the end of the pipes if a process outside the tree holds them open.
-const DRAIN_PATIENCE: Duration = Duration::from_millis(500);
-/// The interval and the duration of retries if the exit cannot be recorded.
-const RECORD_RETRY: Duration = Duration::from_millis(200);
-const RECORD_PATIENCE: Duration = Duration::from_secs(30);
-/// How long freezing a group before it is killed may take.
-const KILL_FREEZE: Duration = Duration::from_millis(200);
-
-/// How the main process has ended.
-#[derive(Debug, Clone, Copy)]
-struct MainEnd {
-    code: Option<i32>,
-    signal: Option<i32>,
-    core_dumped: bool,
-    at_ms: i64,
-}
-
-#[derive(Debug)]
-enum Life {
-    Running,
-    Stopping { kill_at: Instant },
-    Killing { work: Killing },
-    Clearing { end: MainEnd, work: Killing, until: Instant },
-    Draining { end: MainEnd, leftovers: u64, until: Instant },
-    After(PostStopStage),
-    Recording { record: ExitRecord, next: Instant, until: Instant },
-    Over { record: ExitRecord },
-}
-
 /// The descriptor that has become ready.
 #[derive(Debug, Clone, Copy)]
 enum PollSource {
@@ -113,7 +85,7 @@ pub struct AgentSupervisor {
     next_connection: u64,
     stopped_by_others: bool,
     /// Identifies the file to which the listener is bound.
-    socket_file: Option<(u64, u64, i64, i64)>,
+    socket_file: Option<SocketFileId>,
 }
 
 /// The launcher's results, handed to the event loop.
@@ -270,16 +242,14 @@ impl AgentSupervisor {
 
     fn timeout(&self) -> PollTimeout {
         let now = Instant::now();
-        let life = match &self.life {
-            Life::Running => None,
-            Life::Stopping { kill_at } => Some(*kill_at),
-            Life::Killing { work } | Life::Clearing { work, .. } => Some(now + work.tick(now)),
-            Life::Draining { until, .. } => Some(*until),
-            Life::After(stage) => Some(Self::after_due(stage, now)),
-            Life::Recording { next, .. } => Some(*next),
-            Life::Over { .. } => Some(now),
-        };
-        match life.into_iter().chain(self.freeze.next_tick(now)).chain(self.pre_start_timeout(now)).min() {
+        match self
+            .life
+            .next_tick(now)
+            .into_iter()
+            .chain(self.freeze.next_tick(now))
+            .chain(self.pre_start_timeout(now))
+            .min()
+        {
             None => PollTimeout::NONE,
             Some(at) => {
                 let left = at.saturating_duration_since(now);
@@ -309,7 +279,7 @@ impl AgentSupervisor {
             if matches!(change, ChildChange::Stopped(_) | ChildChange::Continued) {
                 self.freeze.check_soon(Instant::now());
             }
-            let is_agent = pid == self.agent.pid && !self.has_ended();
+            let is_agent = pid == self.agent.pid && !self.life.has_ended();
             if !is_agent {
                 // The post-stop command, or an adopted orphan, which only had to be reaped.
                 self.reaped_post_stop(pid, change, Instant::now());
@@ -339,23 +309,12 @@ impl AgentSupervisor {
         if self.socket_file.is_some() && self.socket_file == file_identity(&self.spec.socket) {
             return;
         }
-        match super::launcher::listen(&self.spec.socket) {
+        match listen(&self.spec.socket) {
             Ok(listener) => {
                 self.listener = listener;
                 self.socket_file = file_identity(&self.spec.socket);
             }
             Err(failure) => eprintln!("fermata-shim: {}", failure.message),
-        }
-    }
-
-    fn has_ended(&self) -> bool {
-        match self.life {
-            Life::Running | Life::Stopping { .. } | Life::Killing { .. } => false,
-            Life::Clearing { .. }
-            | Life::Draining { .. }
-            | Life::After(_)
-            | Life::Recording { .. }
-            | Life::Over { .. } => true,
         }
     }
 
@@ -380,25 +339,8 @@ impl AgentSupervisor {
         self.life = Life::Clearing { end, work, until: now + CLEAR_PATIENCE };
     }
 
-    /// Starts to kill the tree. A frozen group stays frozen until all its members carry a SIGKILL.
-    fn kill_tree(&mut self) -> Killing {
-        let mut work = KillWork::new(self.shim.pid);
-        if let Some(group) = self.freeze.group() {
-            for pid in group.procs().unwrap_or_default() {
-                if let Ok(Some(id)) = process::identify(pid) {
-                    work.note(id);
-                }
-            }
-            // Freezing ensures that no process observes the death of another and executes the next line of its script.
-            // It fails if a process waits for a failed disk, which must not keep the others alive.
-            group.freeze(KILL_FREEZE).ok();
-            if let Err(error) = group.kill() {
-                eprintln!("fermata-shim: {}", failed_to(&error));
-                // The members are killed by signals instead. They must not be frozen, in order to die.
-                group.thaw().ok();
-            }
-        }
-        Killing::new(work, Instant::now())
+    fn kill_tree(&self) -> Killing {
+        Killing::begin(self.shim.pid, self.freeze.group(), Instant::now())
     }
 
     /// Continues the end of the agent.
@@ -417,9 +359,7 @@ impl AgentSupervisor {
                     return;
                 }
                 Life::Clearing { end, mut work, until } => {
-                    let below = matches!(work.step(), Some(TreeProgress::Done));
-                    let group = self.freeze.group().is_none_or(|group| !group.populated().unwrap_or(false));
-                    if !(below && group) && now < until {
+                    if !work.finishes(self.freeze.group()) && now < until {
                         self.life = Life::Clearing { end, work, until };
                         return;
                     }
@@ -507,6 +447,49 @@ impl AgentSupervisor {
         }
     }
 
+    fn take_output(&mut self, ready: &[PollSource]) {
+        let mut taken = false;
+        for source in ready {
+            taken |= match source {
+                PollSource::Stdout => self.take_stdout() != IntakeResult::Nothing,
+                PollSource::Stderr => {
+                    self.intake.take(&mut self.stderr, Stream::Stderr, &mut self.log) != IntakeResult::Nothing
+                }
+                PollSource::Child
+                | PollSource::PreStart
+                | PollSource::Terminal
+                | PollSource::Listener
+                | PollSource::Freeze
+                | PollSource::Connection(_) => false,
+            };
+        }
+        if taken {
+            self.log.flush(clock::unix_ns());
+        }
+    }
+
+    /// Reads standard output once. A terminal carries all output as standard output.
+    fn take_stdout(&mut self) -> IntakeResult {
+        let Self { intake, stdout, log, terminal, .. } = self;
+        match terminal {
+            Some(terminal) => intake.read_and_show(stdout, Stream::Stdout, log, |bytes| terminal.show(bytes)),
+            None => intake.take(stdout, Stream::Stdout, log),
+        }
+    }
+
+    /// Reads the available output, at most about [`LAST_BYTES`] of each stream, since a process may still be writing.
+    fn drain_output(&mut self) {
+        let mut taken = 0;
+        while let IntakeResult::Bytes(count) = self.take_stdout() {
+            taken += count;
+            if taken >= LAST_BYTES {
+                break;
+            }
+        }
+        self.intake.drain(&mut self.stderr, Stream::Stderr, &mut self.log, LAST_BYTES);
+        self.log.flush(clock::unix_ns());
+    }
+
     fn accept(&mut self) {
         loop {
             match self.listener.accept() {
@@ -544,7 +527,7 @@ impl AgentSupervisor {
         }
     }
 
-    fn answer(&mut self, caller: Caller, answer: Answer) {
+    fn answer(&mut self, caller: PendingCall, answer: ShimReply) {
         let line = match answer {
             Ok(ok) => FromShim::Reply { id: caller.id, ok },
             Err(Refused { code, message }) => FromShim::Refusal { id: Some(caller.id), code, message },
@@ -566,15 +549,4 @@ impl AgentSupervisor {
             connection.send(&line);
         }
     }
-}
-
-/// Distinguishes a file from another one that has replaced it, even if the inode number is reused.
-fn file_identity(path: &Path) -> Option<(u64, u64, i64, i64)> {
-    use std::os::unix::fs::MetadataExt;
-    let meta = std::fs::symlink_metadata(path).ok()?;
-    Some((meta.dev(), meta.ino(), meta.ctime(), meta.ctime_nsec()))
-}
-
-fn done() -> Answer {
-    Ok(Value::Object(Default::default()))
 }

@@ -10,7 +10,7 @@ use tokio::process::Command;
 
 use fermata_os::fsync::{DurableWriteError, write_atomic};
 use fermata_os::process::ProcessId;
-use fermata_shim::launcher::{LaunchCode, LaunchReport};
+use fermata_shim::launch_report::{LaunchCode, LaunchReport};
 use fermata_shim::spec::{LaunchSpec, files};
 
 /// How long a launch may take until the agent's program is executed.

@@ -12,7 +12,7 @@ use fermata_daemon::shims::lost::{LostTreeError, end_lost_tree};
 use fermata_os::cgroup::FreezerSetting;
 use fermata_os::limits::{Limit, LimitKind};
 use fermata_os::process;
-use fermata_shim::launcher::LaunchCode;
+use fermata_shim::launch_report::LaunchCode;
 use fermata_shim::log_line::Stream;
 use fermata_shim::log_reader::{LogReader, Start};
 use fermata_shim::spec::{LogLimits, files};

@@ -15,50 +15,18 @@
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::killing::Killing;
-use super::{AgentSupervisor, CLEAR_PATIENCE, DRAIN_PATIENCE, Life, RECORD_PATIENCE, RECORD_RETRY};
-use crate::freeze::failed_to;
-use crate::launcher::{open_null_file, output_pipe, program, why_not_started};
+use super::AgentSupervisor;
+use super::life::{CLEAR_PATIENCE, DRAIN_PATIENCE, Flow, Life, PostStopStage, PreStart, RECORD_PATIENCE, RECORD_RETRY};
+use crate::launch_report::explain;
 use crate::log_line::Stream;
+use crate::pipes::{open_null_file, output_pipe};
 use crate::raw::RawString;
 use crate::record::ExitRecord;
+use crate::reply::failed_to;
 use crate::spec::HookSpec;
 use fermata_os::clock;
 use fermata_os::prelude::{Prelude, PreludeStep, ProcessEnd};
 use fermata_os::process::{self, ChildChange, ProcessId};
-use fermata_os::tree::TreeProgress;
-
-/// The pre-start command, until the agent's program executes.
-#[derive(Debug)]
-pub(super) struct PreStart {
-    prelude: Prelude,
-    /// How long it may still run; `None` once it has ended.
-    left: Option<Duration>,
-    checked_at: Instant,
-    /// Whether its time has been running since the last check, because it was not frozen.
-    clock_runs: bool,
-}
-
-/// The stages after the agent's end.
-#[derive(Debug)]
-pub(super) enum PostStopStage {
-    /// The preliminary exit record is being written.
-    Noting { record: ExitRecord, next: Instant, until: Instant },
-    /// The command runs.
-    Running { record: ExitRecord, hook: ProcessId, until: Instant },
-    /// The processes that it has left are being killed.
-    Clearing { record: ExitRecord, work: Killing, until: Instant },
-    /// Its last output is being read.
-    Draining { record: ExitRecord, until: Instant },
-}
-
-/// Whether to continue with the next state at once.
-pub(super) enum Flow {
-    /// Continue.
-    On(Life),
-    /// Wait for an event.
-    Wait(Life),
-}
 
 impl AgentSupervisor {
     pub(super) fn begin_pre_start(&mut self, prelude: Prelude) {
@@ -89,7 +57,7 @@ impl AgentSupervisor {
                     pre_start.left = None;
                     self.pre_start_ended(ending);
                 }
-                PreludeStep::Failed(error) => self.start_failed(why_not_started(&self.spec, &error)),
+                PreludeStep::Failed(error) => self.start_failed(explain(&self.spec, &error).message),
             }
         }
         let idle = self.freeze.is_idle();
@@ -151,14 +119,6 @@ impl AgentSupervisor {
         }
     }
 
-    pub(super) fn after_due(stage: &PostStopStage, now: Instant) -> Instant {
-        match stage {
-            PostStopStage::Noting { next, .. } => *next,
-            PostStopStage::Running { until, .. } | PostStopStage::Draining { until, .. } => *until,
-            PostStopStage::Clearing { work, .. } => now + work.tick(now),
-        }
-    }
-
     pub(super) fn go_on_after(&mut self, stage: PostStopStage, now: Instant) -> Flow {
         match stage {
             PostStopStage::Noting { record, next, until } if now < next => {
@@ -183,9 +143,7 @@ impl AgentSupervisor {
                 Flow::On(self.post_stop_is_over(record, Some(format!("did not end within {}", seconds(limit))), now))
             }
             PostStopStage::Clearing { record, mut work, until } => {
-                let below = matches!(work.step(), Some(TreeProgress::Done));
-                let group = self.freeze.group().is_none_or(|group| !group.populated().unwrap_or(false));
-                if !(below && group) && now < until {
+                if !work.finishes(self.freeze.group()) && now < until {
                     return Flow::Wait(Life::After(PostStopStage::Clearing { record, work, until }));
                 }
                 Flow::On(Life::After(PostStopStage::Draining { record, until: now + DRAIN_PATIENCE }))
@@ -226,7 +184,7 @@ impl AgentSupervisor {
             (Some(code), None) => set("FERMATA_EXIT_CODE", code),
             (None, None) => {}
         }
-        let program = program(&self.spec, &hook.argv, &more).map_err(|error| failed_to(&error))?;
+        let program = self.spec.program(&hook.argv, &more).map_err(|error| failed_to(&error))?;
         let (stdout, theirs_out) = output_pipe().map_err(|error| failed_to(&error))?;
         let (stderr, theirs_err) = output_pipe().map_err(|error| failed_to(&error))?;
         let null = open_null_file().map_err(|error| failed_to(&error))?;
@@ -255,26 +213,22 @@ impl AgentSupervisor {
             ChildChange::Signaled { signal, .. } => ProcessEnd::Signal(signal),
             ChildChange::Stopped(_) | ChildChange::Continued => return,
         };
-        self.life = match std::mem::replace(&mut self.life, Life::Running) {
-            Life::After(PostStopStage::Running { record, hook, .. }) if hook.pid == pid => {
-                let failure = (ending != ProcessEnd::Code(0)).then(|| format!("ended with {ending}"));
-                self.post_stop_is_over(record, failure, now)
-            }
-            other => other,
-        };
+        if let Life::After(PostStopStage::Running { record, hook, .. }) = &self.life
+            && hook.pid == pid
+        {
+            let failure = (ending != ProcessEnd::Code(0)).then(|| format!("ended with {ending}"));
+            self.life = self.post_stop_is_over(record.clone(), failure, now);
+        }
     }
 
     /// Ends the post-stop command before its time, for a kill.
     pub(super) fn cut_post_stop_short(&mut self, now: Instant) {
-        self.life = match std::mem::replace(&mut self.life, Life::Running) {
-            Life::After(PostStopStage::Running { record, .. }) => {
-                self.post_stop_is_over(record, Some("was killed".to_owned()), now)
-            }
-            other => other,
-        };
+        if let Life::After(PostStopStage::Running { record, .. }) = &self.life {
+            self.life = self.post_stop_is_over(record.clone(), Some("was killed".to_owned()), now);
+        }
     }
 
-    fn post_stop_is_over(&mut self, mut record: ExitRecord, failure: Option<String>, now: Instant) -> Life {
+    fn post_stop_is_over(&self, mut record: ExitRecord, failure: Option<String>, now: Instant) -> Life {
         let line = self.spec.post_stop.as_ref().map(HookSpec::line).unwrap_or_default();
         record.post_stop_failure = failure.map(|failure| format!("the post-stop command '{line}' {failure}"));
         Life::After(PostStopStage::Clearing { record, work: self.kill_tree(), until: now + CLEAR_PATIENCE })

@@ -3,10 +3,13 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use crate::freeze::failed_to;
-use fermata_os::process::ProcessId;
+use crate::reply::failed_to;
+use fermata_os::cgroup::Group;
+use fermata_os::process::{self, ProcessId};
 use fermata_os::tree::{KillWork, TreeProgress};
 
+/// How long freezing a group before it is killed may take.
+const FREEZE_PATIENCE: Duration = Duration::from_millis(200);
 /// The interval of steps at first.
 const FIRST_TICK: Duration = Duration::from_millis(2);
 /// The longest interval: a process that waits for a failed disk may do so for days.
@@ -25,8 +28,31 @@ pub(super) struct Killing {
 }
 
 impl Killing {
-    pub(super) fn new(work: KillWork, now: Instant) -> Self {
+    /// Starts to kill the tree below `root`, of which `group` contains all or most processes. A frozen group stays
+    /// frozen until all its members carry a SIGKILL.
+    pub(super) fn begin(root: i32, group: Option<&Group>, now: Instant) -> Self {
+        let mut work = KillWork::new(root);
+        if let Some(group) = group {
+            for pid in group.procs().unwrap_or_default() {
+                if let Ok(Some(id)) = process::identify(pid) {
+                    work.note(id);
+                }
+            }
+            // Freezing ensures that no process observes the death of another and executes the next line of its script.
+            // It fails if a process waits for a failed disk, which must not keep the others alive.
+            group.freeze(FREEZE_PATIENCE).ok();
+            if let Err(error) = group.kill() {
+                eprintln!("fermata-shim: {}", failed_to(&error));
+                // The members are killed by signals instead. They must not be frozen, in order to die.
+                group.thaw().ok();
+            }
+        }
         Self { work, started: now, reported: HashSet::new() }
+    }
+
+    /// Does a step; returns whether no process of the tree is left.
+    pub(super) fn finishes(&mut self, group: Option<&Group>) -> bool {
+        matches!(self.step(), Some(TreeProgress::Done)) && group.is_none_or(|group| !group.populated().unwrap_or(false))
     }
 
     /// See [`KillWork::step`]; `None` after an error.
@@ -63,7 +89,7 @@ mod tests {
     #[test]
     fn steps_become_rarer_and_never_stop() {
         let now = Instant::now();
-        let killing = Killing::new(KillWork::new(1), now);
+        let killing = Killing { work: KillWork::new(1), started: now, reported: HashSet::new() };
         let tick = |ms| killing.tick(now + Duration::from_millis(ms));
         assert_eq!((tick(0), tick(2000)), (FIRST_TICK, FIRST_TICK));
         assert!(tick(3000) > FIRST_TICK && tick(3000) < tick(6000));

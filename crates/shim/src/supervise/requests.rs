@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 
-use super::{AgentSupervisor, Life, done};
+use super::AgentSupervisor;
+use super::life::Life;
 use crate::connection::{ConnectionId, PeerLine};
-use crate::freeze::{Answer, Caller, Refused, encode};
+use crate::reply::{PendingCall, Refused, ShimReply, done, encode};
+use crate::terminal::Terminal;
 use crate::wire::{FromShim, RefusalCode, ShimCall, ShimRequest, Status, TreeState, Typed, WIRE_VERSION, Watching};
 use fermata_os::process;
 
@@ -32,7 +34,7 @@ impl AgentSupervisor {
 
     fn call(&mut self, connection: ConnectionId, call: ShimCall) {
         let now = Instant::now();
-        let caller = Caller { connection, id: call.id };
+        let caller = PendingCall { connection, id: call.id };
         let ended = !matches!(self.life, Life::Running);
         let answer = match call.request {
             ShimRequest::Status {} => self.status(now),
@@ -41,7 +43,7 @@ impl AgentSupervisor {
                 done()
             }
             // Ending is idempotent.
-            ShimRequest::Stop { .. } | ShimRequest::Kill {} if self.has_ended() => done(),
+            ShimRequest::Stop { .. } | ShimRequest::Kill {} if self.life.has_ended() => done(),
             ShimRequest::Stop { grace_ms } => {
                 let grace = Duration::from_millis(grace_ms.unwrap_or(self.spec.stop_grace_ms));
                 self.stop(grace, now)
@@ -54,11 +56,21 @@ impl AgentSupervisor {
                 }
                 done()
             }
-            ShimRequest::Watch { .. } | ShimRequest::Type { .. } | ShimRequest::Resize(_) => {
-                self.use_terminal(connection, call.request)
+            ShimRequest::Watch { scrollback } => self.watch_terminal(connection, scrollback),
+            ShimRequest::Type { data } => self.type_in(&data.0),
+            ShimRequest::Resize(size) => {
+                self.live_terminal().and_then(|terminal| terminal.resize(size)).and_then(|()| done())
             }
             ShimRequest::Thaw {} if ended => done(),
-            _ if ended => Err(Refused::new(RefusalCode::Ending, "the agent is ending")),
+            ShimRequest::Quiesce { .. }
+            | ShimRequest::Freeze { .. }
+            | ShimRequest::Renew { .. }
+            | ShimRequest::Commit {}
+            | ShimRequest::Signal { .. }
+                if ended =>
+            {
+                Err(Refused::new(RefusalCode::Ending, "the agent is ending"))
+            }
             ShimRequest::Quiesce { grace_ms, lease_ms } => {
                 let (grace, lease) = (Duration::from_millis(grace_ms), Duration::from_millis(lease_ms));
                 let events = self.freeze.quiesce(caller, grace, lease, now);
@@ -97,11 +109,16 @@ impl AgentSupervisor {
         self.answer(caller, answer);
     }
 
-    fn status(&self, now: Instant) -> Answer {
+    fn status(&self, now: Instant) -> ShimReply {
         let (lease_remaining_ms, committed) = self.freeze.lease(now);
         let state = match self.life {
             Life::Running | Life::Stopping { .. } => self.freeze.state(),
-            _ => TreeState::Ending,
+            Life::Killing { .. }
+            | Life::Clearing { .. }
+            | Life::Draining { .. }
+            | Life::After(_)
+            | Life::Recording { .. }
+            | Life::Over { .. } => TreeState::Ending,
         };
         encode(&Status {
             agent: self.agent,
@@ -114,31 +131,33 @@ impl AgentSupervisor {
         })
     }
 
-    /// Carries out a request to the terminal. An agent that is being stopped may still ask whether to save: until its
-    /// end it can be watched and typed to.
-    fn use_terminal(&mut self, connection: ConnectionId, request: ShimRequest) -> Answer {
-        let (ended, frozen) = (self.has_ended(), !self.freeze.is_idle());
-        let Some(terminal) = &mut self.terminal else {
-            return Err(Refused::new(RefusalCode::NoTerminal, "the agent has no terminal"));
-        };
-        if ended {
-            return Err(Refused::new(RefusalCode::Ending, "the agent has ended"));
-        }
-        match request {
-            ShimRequest::Watch { scrollback } => {
-                terminal.watch(connection, scrollback)?;
-                encode(&Watching { size: terminal.size() })
-            }
-            ShimRequest::Type { .. } if frozen => {
-                Err(Refused::new(RefusalCode::AgentFrozen, "the agent is frozen, or about to be, and takes no input"))
-            }
-            ShimRequest::Type { data } => encode(&Typed { bytes: terminal.take(&data.0) as u64 }),
-            ShimRequest::Resize(size) => terminal.resize(size).and_then(|()| done()),
-            _ => done(),
+    /// Returns the terminal, for a request to it. An agent that is being stopped may still ask whether to save: it can
+    /// be watched and typed to until its end.
+    fn live_terminal(&mut self) -> Result<&mut Terminal, Refused> {
+        match &mut self.terminal {
+            None => Err(Refused::new(RefusalCode::NoTerminal, "the agent has no terminal")),
+            Some(_) if self.life.has_ended() => Err(Refused::new(RefusalCode::Ending, "the agent has ended")),
+            Some(terminal) => Ok(terminal),
         }
     }
 
-    fn stop(&mut self, grace: Duration, now: Instant) -> Answer {
+    fn watch_terminal(&mut self, connection: ConnectionId, scrollback: bool) -> ShimReply {
+        let terminal = self.live_terminal()?;
+        terminal.watch(connection, scrollback)?;
+        encode(&Watching { size: terminal.size() })
+    }
+
+    fn type_in(&mut self, bytes: &[u8]) -> ShimReply {
+        let frozen = !self.freeze.is_idle();
+        let terminal = self.live_terminal()?;
+        if frozen {
+            let message = "the agent is frozen, or about to be, and takes no input";
+            return Err(Refused::new(RefusalCode::AgentFrozen, message));
+        }
+        encode(&Typed { bytes: terminal.take(bytes) as u64 })
+    }
+
+    fn stop(&mut self, grace: Duration, now: Instant) -> ShimReply {
         match &mut self.life {
             Life::Stopping { kill_at } => *kill_at = (*kill_at).min(now + grace),
             Life::Running => {

@@ -30,7 +30,7 @@ use self::screen::Screen;
 use self::sequences::{OutputPiece, Splitter};
 use self::viewers::Viewers;
 use super::connection::{ConnectionId, PeerConnection};
-use super::freeze::Refused;
+use super::reply::Refused;
 use super::wire::RefusalCode;
 use fermata_os::pty;
 

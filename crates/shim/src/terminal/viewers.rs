@@ -16,7 +16,7 @@ use fermata_protocol::terminal::Bytes;
 
 use super::screen::Screen;
 use crate::connection::{ConnectionId, MAX_OUTBOX, PeerConnection};
-use crate::freeze::Refused;
+use crate::reply::Refused;
 use crate::wire::{FromShim, RefusalCode, ShimEvent};
 
 /// The maximum number of viewers of one terminal.

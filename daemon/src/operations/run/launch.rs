@@ -25,7 +25,7 @@ use fermata_os::death::Death;
 use fermata_os::limits::{Limit, LimitKind};
 use fermata_os::process;
 use fermata_protocol::error_chain;
-use fermata_shim::launcher::LaunchCode;
+use fermata_shim::launch_report::LaunchCode;
 use fermata_shim::raw::RawString;
 use fermata_shim::record;
 use fermata_shim::record::RunRecord;
