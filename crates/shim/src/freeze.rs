@@ -8,7 +8,7 @@
 //!   │  └──────────────────── Freezing <────────────────────────┘   │
 //!   │                            │ all processes are frozen        │
 //!   │ lease over, thaw           v                                 │
-//!   ├───────────────────────  Frozen ─ commit ─> Frozen (committed) │
+//!   ├──────────────────────  Frozen ─ commit ─> Frozen (committed) │
 //!   └──────────────────────────────────────────────────────────────┘
 //! ```
 //!

@@ -48,6 +48,7 @@ const LAST_BYTES: usize = 2 << 20;
 
 /// More connections than this are not plausible: the oldest one is closed.
 const MAX_CONNECTIONS: usize = 16;
+
 /// The descriptor that has become ready.
 #[derive(Debug, Clone, Copy)]
 enum PollSource {
