@@ -22,7 +22,7 @@ fn start(codex: &Codex, workspace: &Workspace, args: &[&str]) -> Child {
 #[ignore = "needs the Codex CLI: make test-agents"]
 fn a_session_that_was_killed_goes_on_in_its_own_file() {
     let server = ModelServer::start(six_steps);
-    server.hold(3);
+    server.delay_answer(3);
     let codex = Codex::with_model(&server);
     let temp = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("create a workspace");
     let workspace = Workspace::at(temp.path().join("ws"));
@@ -40,7 +40,7 @@ fn a_session_that_was_killed_goes_on_in_its_own_file() {
     }
     first.wait().expect("wait for codex");
     let text = session.text();
-    server.release(3);
+    server.release_answer(3);
 
     let asked = server.requests().len();
     let mut second = start(&codex, &workspace, &["exec", "--json", "resume", &session.id(), "Go on."]);

@@ -47,7 +47,7 @@ struct State {
     /// Every conversation that was sent, as it came.
     requests: Vec<Value>,
     /// After how many commands answers are held back.
-    held: BTreeSet<usize>,
+    delayed: BTreeSet<usize>,
     /// After how many commands an answer was handed to the kernel, once per answer.
     answered: Vec<usize>,
 }
@@ -76,13 +76,13 @@ impl ModelServer {
     }
 
     /// Holds back the answers to conversations with so many commands.
-    pub fn hold(&self, commands: usize) {
-        self.shared.lock().held.insert(commands);
+    pub fn delay_answer(&self, commands: usize) {
+        self.shared.lock().delayed.insert(commands);
     }
 
     /// Lets held answers go.
-    pub fn release(&self, commands: usize) {
-        self.shared.lock().held.remove(&commands);
+    pub fn release_answer(&self, commands: usize) {
+        self.shared.lock().delayed.remove(&commands);
         self.shared.changed.notify_all();
     }
 
@@ -111,7 +111,7 @@ impl ModelServer {
 impl Drop for ModelServer {
     fn drop(&mut self) {
         self.shared.ended.store(true, Ordering::SeqCst);
-        self.shared.lock().held.clear();
+        self.shared.lock().delayed.clear();
         self.shared.changed.notify_all();
         // Wakes the acceptor; when that fails it has ended already.
         let woken = TcpStream::connect_timeout(&self.address, Duration::from_secs(1));
@@ -136,7 +136,7 @@ impl Shared {
         let mut state = self.lock();
         state.requests.push(request);
         let number = state.requests.len();
-        while state.held.contains(&commands) {
+        while state.delayed.contains(&commands) {
             state = self.changed.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
         drop(state);

@@ -40,7 +40,7 @@ fn wait_for_steps(server: &ModelServer, codex: &Codex, workspace: &Workspace, st
 }
 
 /// Everything that a running agent would change.
-fn look(codex: &Codex, workspace: &Workspace) -> (Fingerprint, Fingerprint) {
+fn fingerprints(codex: &Codex, workspace: &Workspace) -> (Fingerprint, Fingerprint) {
     (workspace.fingerprint(), codex.sessions_fingerprint())
 }
 
@@ -61,7 +61,7 @@ fn agent_pid(sandbox: &Sandbox) -> i32 {
 #[ignore = "needs the Codex CLI: make test-agents"]
 fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
     let server = ModelServer::start(six_steps);
-    server.hold(3);
+    server.delay_answer(3);
     let codex = Codex::with_model(&server);
     let sandbox = Sandbox::start();
     let workspace = repository(&sandbox);
@@ -72,12 +72,12 @@ fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
 
     let pause = sandbox.ctl_json(&["pause", "web"]);
     assert_eq!((&pause["success"], &pause["mode"]), (&Value::Bool(true), &Value::from("freeze")), "{pause}");
-    let before = look(&codex, &workspace);
+    let before = fingerprints(&codex, &workspace);
     // The answer that asks for step 4 reaches the agent's socket during the pause.
-    server.release(3);
+    server.release_answer(3);
     server.wait_for_answer(3);
     wait_for_beats(BEATS);
-    assert_eq!(look(&codex, &workspace), before, "a paused agent changed something");
+    assert_eq!(fingerprints(&codex, &workspace), before, "a paused agent changed something");
 
     let resume = sandbox.ctl_json(&["resume", "web"]);
     assert_eq!(resumed(&resume)["rung"], "thawed", "{resume}");
@@ -107,10 +107,10 @@ fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
     let pause = sandbox.ctl_json(&["pause", "web"]);
     // The shell that runs the command is in a session of its own and counts like everyone else.
     assert!(pause["processes"].as_u64() >= Some(process::tree(pid).len() as u64), "{pause}");
-    let before = look(&codex, &workspace);
+    let before = fingerprints(&codex, &workspace);
     assert!(workspace.read("ticks.txt").lines().count() < 40, "the pause came too late for this test");
     wait_for_beats(BEATS);
-    assert_eq!(look(&codex, &workspace), before, "a paused command changed something");
+    assert_eq!(fingerprints(&codex, &workspace), before, "a paused command changed something");
 
     let resume = sandbox.ctl_json(&["resume", "web"]);
     assert_eq!(resumed(&resume)["rung"], "thawed", "{resume}");
@@ -123,7 +123,7 @@ fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
 #[ignore = "needs the Codex CLI: make test-agents"]
 fn codex_parked_through_a_crash_of_the_daemon_goes_on_in_the_same_session() {
     let server = ModelServer::start(six_steps);
-    server.hold(3);
+    server.delay_answer(3);
     let codex = Codex::with_model(&server);
     let mut sandbox = Sandbox::start();
     let workspace = repository(&sandbox);
@@ -139,7 +139,7 @@ fn codex_parked_through_a_crash_of_the_daemon_goes_on_in_the_same_session() {
     let text_before = session.text();
 
     sandbox.kill_daemon();
-    server.release(3);
+    server.release_answer(3);
     sandbox.start_daemon();
     let project = sandbox.ctl_json(&["status", "web"]);
     assert_eq!(project["project"]["status"], "paused", "{project}");

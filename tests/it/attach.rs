@@ -108,7 +108,7 @@ fn the_writers_size_rules() {
     writer.resizes(41, 111);
     writer.sees("41 111");
     viewer.sees("41 111");
-    assert!(!writer.seen().contains("50 150"));
+    assert!(!writer.shown().contains("50 150"));
 }
 
 #[test]

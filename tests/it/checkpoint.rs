@@ -9,7 +9,7 @@ use fermata_protocol::agent::{AgentRun, AgentStop};
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore, CheckpointShow};
 use fermata_protocol::operation::OperationState;
 use fermata_protocol::pause::{PauseMode, ProjectPause};
-use fermata_tests::waiting::{SOON, look_for, wait_until};
+use fermata_tests::waiting::{SOON, poll_for, wait_until};
 use fermata_tests::workspace::fingerprint;
 use fermata_tests::{Sandbox, process};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -386,7 +386,7 @@ fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
         workspace.write(&format!("f{n}"), [&noise[..], &n.to_le_bytes()].concat());
     }
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
-    let (look, text) = look_for(SOON, || {
+    let (look, text) = poll_for(SOON, || {
         let look = show(&sandbox).project.look.filter(|look| look.step == "read" && look.done > 0)?;
         Some((look, format!("{}{}", sandbox.ctl(&["project", "show", "web"]), sandbox.ctl(&["status"]))))
     })

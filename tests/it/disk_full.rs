@@ -377,7 +377,7 @@ fn turns_read_only_at(failpoint: &str) {
         sandbox.signal_daemon(Signal::SIGCONT);
         ticker.runs(SOON);
         // What is undone needs the disk as well; whoever waits for it is answered.
-        let answered = fermata_tests::waiting::look_for(SOON, || saving.is_finished().then_some(()));
+        let answered = fermata_tests::waiting::poll_for(SOON, || saving.is_finished().then_some(()));
         drop(read_only);
         let answer = saving.join().expect("an answer").expect_err("nothing could be written");
         assert!(answered.is_some(), "{failpoint}: nobody was told before the disk could be written again: {answer:?}");

@@ -19,7 +19,7 @@ pub struct Person {
     child: Child,
     master: File,
     slave: OwnedFd,
-    seen: Arc<Mutex<Vec<u8>>>,
+    output: Arc<Mutex<Vec<u8>>>,
 }
 
 impl Person {
@@ -38,8 +38,8 @@ impl Person {
         let child = command.spawn().expect("start fermatactl");
         drop(command);
         let master = File::from(pair.master);
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let (mut reader, sink) = (master.try_clone().expect("duplicate a descriptor"), Arc::clone(&seen));
+        let output = Arc::new(Mutex::new(Vec::new()));
+        let (mut reader, sink) = (master.try_clone().expect("duplicate a descriptor"), Arc::clone(&output));
         // Ends with the last descriptor of the slave.
         std::thread::spawn(move || {
             let mut bytes = [0; 4096];
@@ -47,24 +47,24 @@ impl Person {
                 sink.lock().unwrap_or_else(PoisonError::into_inner).extend_from_slice(&bytes[..count]);
             }
         });
-        Self { child, master, slave: pair.slave, seen }
+        Self { child, master, slave: pair.slave, output }
     }
 
     /// Returns everything that was shown so far.
-    pub fn seen(&self) -> String {
-        String::from_utf8_lossy(&self.seen.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
+    pub fn shown(&self) -> String {
+        String::from_utf8_lossy(&self.output.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
     /// Waits until a text is shown, and takes everything up to its end off what was seen.
     #[track_caller]
     pub fn sees(&self, text: &str) -> String {
         let mut found = String::new();
-        wait_until(SOON, &format!("{text:?} to be shown; there is {:?}", tail(&self.seen())), || {
-            let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-            let at = seen.windows(text.len()).position(|window| window == text.as_bytes());
+        wait_until(SOON, &format!("{text:?} to be shown; there is {:?}", tail(&self.shown())), || {
+            let mut output = self.output.lock().unwrap_or_else(PoisonError::into_inner);
+            let at = output.windows(text.len()).position(|window| window == text.as_bytes());
             if let Some(at) = at {
-                found = String::from_utf8_lossy(&seen[..at]).into_owned();
-                seen.drain(..at + text.len());
+                found = String::from_utf8_lossy(&output[..at]).into_owned();
+                output.drain(..at + text.len());
             }
             at.is_some()
         });
@@ -119,7 +119,7 @@ impl Person {
 impl Drop for Person {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            eprintln!("--- the terminal showed ---\n{:?}", tail(&self.seen()));
+            eprintln!("--- the terminal showed ---\n{:?}", tail(&self.shown()));
         }
         // Gone already, or of no more use.
         if self.child.kill().is_ok() {

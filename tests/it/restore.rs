@@ -44,17 +44,17 @@ fn files(workspace: &Workspace) -> BTreeMap<String, (i64, i64, String)> {
 
 /// Everything of a project that a restore brings back, beside the files.
 #[derive(Debug, PartialEq)]
-struct Known {
+struct StoredData {
     phase: Phase,
     tasks: Vec<TaskView>,
     items: Vec<ContextItem>,
     state: Value,
 }
 
-fn known(sandbox: &Sandbox, project: &ProjectName, worker: &Target) -> Known {
+fn stored_data(sandbox: &Sandbox, project: &ProjectName, worker: &Target) -> StoredData {
     let list = ContextList { target: Some(worker.clone()), tier: None, archived: None, before: None, limit: None };
     let shown = done(sandbox, &fermata_protocol::project::ProjectShow { project: project.clone() });
-    Known {
+    StoredData {
         phase: shown.project.phase,
         tasks: done(sandbox, &TaskList { project: Some(project.clone()) }).tasks,
         items: done(sandbox, &list).items,
@@ -129,7 +129,7 @@ fn rows_and_context_come_back_and_nothing_else_is_rewound() {
     Ticker::running(&sandbox, "other", "worker", TICK);
     learn(&sandbox, &worker(), "apples");
     learn(&sandbox, &other.1, "stones");
-    let before = known(&sandbox, &web(), &worker());
+    let before = stored_data(&sandbox, &web(), &worker());
     let first = checkpoint(&sandbox);
 
     learn(&sandbox, &worker(), "pears");
@@ -144,17 +144,17 @@ fn rows_and_context_come_back_and_nothing_else_is_rewound() {
     done(&sandbox, &done_now);
     done(&sandbox, &ProjectSet { project: web(), description: None, phase: Some(Phase::Review), config: None });
     workspace.write("README.md", "# Later\n");
-    let later = known(&sandbox, &web(), &worker());
+    let later = stored_data(&sandbox, &web(), &worker());
     let second = checkpoint(&sandbox);
-    let others = known(&sandbox, &other.0, &other.1);
+    let others = stored_data(&sandbox, &other.0, &other.1);
     let other_files = files(&sandbox.workspace("other"));
 
     let restored = restore(&sandbox, first.id);
-    assert_eq!(known(&sandbox, &web(), &worker()), before);
+    assert_eq!(stored_data(&sandbox, &web(), &worker()), before);
     assert_eq!((found(&sandbox, "apples"), found(&sandbox, "pears")), (1, 0), "the full-text index too");
     let safety = restored.safety_checkpoint_id.expect("a safety checkpoint");
     only_these_are_left(&sandbox, &[first.id, second.id, safety]);
-    assert_eq!(known(&sandbox, &other.0, &other.1), others);
+    assert_eq!(stored_data(&sandbox, &other.0, &other.1), others);
     assert_eq!(files(&sandbox.workspace("other")), other_files);
     let events = sandbox.ctl_rows(&["events", "--project", "web"]);
     let created = events.iter().filter(|event| event.to_string().contains("checkpoint.created")).count();
@@ -165,11 +165,11 @@ fn rows_and_context_come_back_and_nothing_else_is_rewound() {
     let tasks = done(&sandbox, &TaskList { project: Some(web()) }).tasks;
     assert!(tasks.iter().all(|task| task.id == before.tasks[0].id || task.id > later.tasks[1].id), "{tasks:?}");
     learn(&sandbox, &other.1, "clay");
-    let others = known(&sandbox, &other.0, &other.1);
+    let others = stored_data(&sandbox, &other.0, &other.1);
     restore(&sandbox, second.id);
-    assert_eq!(known(&sandbox, &web(), &worker()), later);
+    assert_eq!(stored_data(&sandbox, &web(), &worker()), later);
     assert_eq!(workspace.read("README.md"), "# Later\n");
-    assert_eq!(known(&sandbox, &other.0, &other.1), others);
+    assert_eq!(stored_data(&sandbox, &other.0, &other.1), others);
     assert_eq!((found(&sandbox, "pears"), found(&sandbox, "plums")), (1, 0));
     all_verify(&sandbox);
 }
@@ -179,12 +179,12 @@ fn restored_rows_are_still_there_after_a_restart() {
     let mut sandbox = Sandbox::start();
     at_rest(&sandbox);
     learn(&sandbox, &worker(), "apples");
-    let before = known(&sandbox, &web(), &worker());
+    let before = stored_data(&sandbox, &web(), &worker());
     let first = checkpoint(&sandbox);
     learn(&sandbox, &worker(), "pears");
     restore(&sandbox, first.id);
     sandbox.crash_and_restart();
-    assert_eq!(known(&sandbox, &web(), &worker()), before);
+    assert_eq!(stored_data(&sandbox, &web(), &worker()), before);
 }
 
 #[test]
@@ -337,7 +337,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
     workspace.write("gone.txt", "will be removed\n");
     learn(&sandbox, &worker(), "apples");
     let first = checkpoint(&sandbox);
-    let before = (files(&workspace), known(&sandbox, &web(), &worker()));
+    let before = (files(&workspace), stored_data(&sandbox, &web(), &worker()));
     workspace.write("README.md", "# Later\n").remove("gone.txt").write("new/deep/file.txt", "new\n");
     learn(&sandbox, &worker(), "pears");
     let mut numbers = vec![first.id];
@@ -346,7 +346,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
         numbers.push(pause(&sandbox, PauseMode::Freeze).expect("pause").checkpoint_id);
         resting = ProjectStatus::Paused;
     }
-    let later = (files(&workspace), known(&sandbox, &web(), &worker()));
+    let later = (files(&workspace), stored_data(&sandbox, &web(), &worker()));
 
     let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() };
     let answer = sandbox.rpc().call(&restore);
@@ -357,7 +357,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
     let shown = settled(&sandbox);
 
     assert_eq!(shown.project.status, resting);
-    let now = (files(&workspace), known(&sandbox, &web(), &worker()));
+    let now = (files(&workspace), stored_data(&sandbox, &web(), &worker()));
     match after {
         After::Unchanged => assert_eq!(now, later),
         After::Restored => {
@@ -386,7 +386,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
                 paths: Vec::new(),
             },
         );
-        assert_eq!((files(&workspace), known(&sandbox, &web(), &worker())), later);
+        assert_eq!((files(&workspace), stored_data(&sandbox, &web(), &worker())), later);
     }
     if let Some(ticker) = ticker {
         ticker.stands_still();
@@ -438,21 +438,21 @@ fn error(failpoint: &str, after: After) {
     let workspace = at_rest(&sandbox);
     learn(&sandbox, &worker(), "apples");
     let first = checkpoint(&sandbox);
-    let before = (files(&workspace), known(&sandbox, &web(), &worker()));
+    let before = (files(&workspace), stored_data(&sandbox, &web(), &worker()));
     workspace.write("README.md", "# Later\n").write("new/deep/file.txt", "new\n");
     learn(&sandbox, &worker(), "pears");
-    let later = (files(&workspace), known(&sandbox, &web(), &worker()));
+    let later = (files(&workspace), stored_data(&sandbox, &web(), &worker()));
     let restore = CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() };
     match after {
         After::Unchanged => {
             assert_eq!(refused(&sandbox, &restore).code, Code::RestoreFailed);
-            assert_eq!((files(&workspace), known(&sandbox, &web(), &worker())), later);
+            assert_eq!((files(&workspace), stored_data(&sandbox, &web(), &worker())), later);
             only_these_are_left(&sandbox, &[first.id]);
             done(&sandbox, &restore);
         }
         After::Restored => drop(done(&sandbox, &restore)),
     }
-    assert_eq!((files(&workspace), known(&sandbox, &web(), &worker())), before);
+    assert_eq!((files(&workspace), stored_data(&sandbox, &web(), &worker())), before);
     assert_eq!(status(&sandbox), ProjectStatus::Stopped);
     all_verify(&sandbox);
 }

@@ -48,22 +48,22 @@ fn a_wait_outlives_the_daemon() {
     let mut command = sandbox.ctl_command(&["wait", "web/a", "--propagate"]);
     let mut waiting = command.stdout(Stdio::null()).spawn().expect("start fermatactl");
     let pid = i32::try_from(waiting.id()).expect("a process id fits into 31 bits");
-    let mut looks = 0;
-    wait_until(SOON, "fermatactl to connect", || is_connected(pid, &mut looks));
+    let mut sleeping_polls = 0;
+    wait_until(SOON, "fermatactl to connect", || is_connected(pid, &mut sleeping_polls));
     sandbox.crash_and_restart();
-    wait_until(SOON, "fermatactl to connect again", || is_connected(pid, &mut looks));
+    wait_until(SOON, "fermatactl to connect again", || is_connected(pid, &mut sleeping_polls));
     assert!(sandbox.stop_daemon().success(), "a daemon that ends in order is no other case");
     sandbox.start_daemon();
     web(&sandbox).write("go", "");
     assert_eq!(waiting.wait().expect("wait for fermatactl").code(), Some(7));
 }
 
-/// Says whether a process holds a socket and has slept on it for several looks: it has greeted by then.
-fn is_connected(pid: i32, looks: &mut u32) -> bool {
+/// Says whether a process holds a socket and has slept on it for several sleeping_polls: it has greeted by then.
+fn is_connected(pid: i32, sleeping_polls: &mut u32) -> bool {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     let has_socket = entries.flatten().any(|entry| {
         std::fs::read_link(entry.path()).is_ok_and(|target| target.to_string_lossy().starts_with("socket:"))
     });
-    *looks = if has_socket && process::state(pid) == Some('S') { *looks + 1 } else { 0 };
-    *looks > 10
+    *sleeping_polls = if has_socket && process::state(pid) == Some('S') { *sleeping_polls + 1 } else { 0 };
+    *sleeping_polls > 10
 }

@@ -8,7 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::waiting::look_for;
+use crate::waiting::poll_for;
 
 const MOMENT: Duration = Duration::from_secs(10);
 
@@ -59,7 +59,7 @@ impl Group {
     /// Says what could not be killed: this runs in destructors and must not panic.
     pub fn kill(&self) -> Result<(), String> {
         fs::write(self.path.join("cgroup.kill"), "1").map_err(|e| format!("kill {}: {e}", self.path.display()))?;
-        look_for(MOMENT, || self.processes().is_empty().then_some(()))
+        poll_for(MOMENT, || self.processes().is_empty().then_some(()))
             .ok_or_else(|| format!("{:?} outlived the kill of {}", self.processes(), self.path.display()))
     }
 
@@ -70,7 +70,7 @@ impl Group {
     pub fn remove(&self) -> Result<(), String> {
         for group in self.groups().iter().rev() {
             // A group whose last process has just been reaped is busy for a moment.
-            let removed = look_for(MOMENT, || match fs::remove_dir(group) {
+            let removed = poll_for(MOMENT, || match fs::remove_dir(group) {
                 Ok(()) => Some(()),
                 Err(error) => (error.kind() == io::ErrorKind::NotFound).then_some(()),
             });

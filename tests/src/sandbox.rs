@@ -29,7 +29,7 @@ use serde_json::Value;
 
 use crate::cgroup::Group;
 use crate::disk::{Disk, Medium};
-use crate::waiting::{SOON, look_for, wait_until};
+use crate::waiting::{SOON, poll_for, wait_until};
 use crate::workspace::Workspace;
 use crate::{passages, process};
 
@@ -466,7 +466,7 @@ impl Sandbox {
             || self.group.as_ref()?.processes().into_iter().find(|pid| process::command_line(*pid) == program);
         let pid = if self.machine { in_machine().ok_or("the daemon is gone")? } else { own };
         kill(Pid::from_raw(pid), Signal::SIGTERM).map_err(|e| e.to_string())?;
-        match look_for(SOON, || child.try_wait().transpose()) {
+        match poll_for(SOON, || child.try_wait().transpose()) {
             Some(Ok(_)) => Ok(pids),
             Some(Err(error)) => Err(format!("wait for the daemon: {error}")),
             None => {
@@ -499,7 +499,7 @@ impl Sandbox {
         };
         // A test that has killed the daemon leaves its agents running, which is what they are meant
         // to do. Otherwise the shims have a moment to record the end of their agents.
-        if was_up && faults.is_empty() && look_for(SOON, || left().is_empty().then_some(())).is_none() {
+        if was_up && faults.is_empty() && poll_for(SOON, || left().is_empty().then_some(())).is_none() {
             faults.extend(left().iter().map(|&pid| format!("left over: {pid} {}", process::command_line(pid))));
         }
         if let Some(group) = self.group.take() {

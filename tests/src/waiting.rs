@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 /// When something that usually takes milliseconds is taken never to come.
 pub const SOON: Duration = Duration::from_secs(60);
 
-const BETWEEN_LOOKS: Duration = Duration::from_millis(10);
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Waits until `look` finds something, `None` when the deadline has passed.
-pub fn look_for<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> Option<T> {
+pub fn poll_for<T>(deadline: Duration, mut poll: impl FnMut() -> Option<T>) -> Option<T> {
     let start = Instant::now();
     loop {
-        let found = look();
+        let found = poll();
         if found.is_some() || start.elapsed() >= deadline {
             return found;
         }
-        std::thread::sleep(BETWEEN_LOOKS);
+        std::thread::sleep(POLL_INTERVAL);
     }
 }
 
@@ -27,8 +27,8 @@ pub fn look_for<T>(deadline: Duration, mut look: impl FnMut() -> Option<T>) -> O
 /// # Panics
 /// When the deadline has passed; the text says what was waited for.
 #[track_caller]
-pub fn wait_for<T>(deadline: Duration, what: &str, look: impl FnMut() -> Option<T>) -> T {
-    match look_for(deadline, look) {
+pub fn wait_for<T>(deadline: Duration, what: &str, poll: impl FnMut() -> Option<T>) -> T {
+    match poll_for(deadline, poll) {
         Some(found) => found,
         None => panic!("waited {deadline:?} in vain for: {what}"),
     }
@@ -39,6 +39,6 @@ pub fn wait_for<T>(deadline: Duration, what: &str, look: impl FnMut() -> Option<
 /// # Panics
 /// When the deadline has passed; the text says what was waited for.
 #[track_caller]
-pub fn wait_until(deadline: Duration, what: &str, mut holds: impl FnMut() -> bool) {
-    wait_for(deadline, what, || holds().then_some(()));
+pub fn wait_until(deadline: Duration, what: &str, mut condition: impl FnMut() -> bool) {
+    wait_for(deadline, what, || condition().then_some(()));
 }

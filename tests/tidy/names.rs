@@ -119,24 +119,8 @@ const RETIRED_FUNCTIONS: &[&str] = &[
     "wish",
 ];
 
-/// Retired names that are still in use, by area (see [`area`]). Whoever renames one removes it here.
-const NOT_YET_RENAMED: &[(&str, &[&str])] = &[("daemon", &[]), ("tests", &["Known", "hold", "known", "look", "seen"])];
-
 /// Names that several types still share. Whoever renames all but one removes the name here.
 const STILL_SHARED: &[&str] = &["Result"];
-
-/// Returns the part of the repository that a file belongs to: the name of its crate, or of the crate
-/// that its directory in the daemon is to become.
-fn area(path: &str) -> &str {
-    let path = path.strip_prefix("crates/").unwrap_or(path);
-    let inside = path.strip_prefix("daemon/src/").unwrap_or(path);
-    let first = |path: &'_ str| path.split('/').next().map_or(0, str::len);
-    let part = &inside[..first(inside)];
-    match part.trim_end_matches(".rs") {
-        to_be @ ("history" | "shim" | "os" | "failpoint") => to_be,
-        _ => &path[..first(path)],
-    }
-}
 
 fn is_retired(definition: &Definition) -> bool {
     let retired = match definition.kind {
@@ -149,22 +133,12 @@ fn is_retired(definition: &Definition) -> bool {
 
 #[test]
 fn retired_names_stay_retired() {
-    let allowed: BTreeSet<(&str, &str)> =
-        NOT_YET_RENAMED.iter().flat_map(|(area, names)| names.iter().map(move |name| (*area, *name))).collect();
-    let mut used = BTreeSet::new();
     let mut faults = Vec::new();
     for source in sources() {
-        for definition in definitions(&source.code).into_iter().filter(is_retired) {
-            let Definition { kind, name, line } = &definition;
-            match allowed.iter().find(|allowed| **allowed == (area(&source.path), name.as_str())) {
-                Some(allowed) => _ = used.insert(*allowed),
-                None => faults.push(format!("{}:{line} {kind} {name}", source.path)),
-            }
+        for Definition { kind, name, line } in definitions(&source.code).into_iter().filter(is_retired) {
+            faults.push(format!("{}:{line} {kind} {name}", source.path));
         }
     }
-    let renamed = allowed.difference(&used);
-    faults
-        .extend(renamed.map(|(area, name)| format!("{area} has no '{name}' any more: remove it from NOT_YET_RENAMED")));
     no_faults(faults, "a retired name: CONTRIBUTING.md has the terms to use");
 }
 

@@ -12,7 +12,7 @@ use fermata_protocol::method::Method;
 use fermata_protocol::pause::{PauseMode, ProjectPause, ProjectResume};
 use fermata_protocol::subscription::{EventFilter, EventsList};
 use fermata_protocol::{Code, Target};
-use fermata_tests::waiting::look_for;
+use fermata_tests::waiting::poll_for;
 use fermata_tests::{Sandbox, process};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -224,7 +224,7 @@ impl<'a> Hands<'a> {
             path: self.socket.clone(),
             source: std::io::Error::from(std::io::ErrorKind::TimedOut),
         };
-        let (mut client, _) = look_for(PATIENCE, connect).ok_or_else(unreachable)?;
+        let (mut client, _) = poll_for(PATIENCE, connect).ok_or_else(unreachable)?;
         client.set_read_timeout(Some(PATIENCE)).map_err(ClientError::Broken)?;
         Ok(client)
     }

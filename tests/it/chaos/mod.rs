@@ -17,7 +17,7 @@ use fermata_protocol::project::{ProjectShow, ProjectStatus};
 use fermata_protocol::{AgentName, Code, ProjectName, Target};
 use fermata_test_seeds::Seed;
 use fermata_tests::metronome::wait_for_beats;
-use fermata_tests::waiting::{look_for, wait_until};
+use fermata_tests::waiting::{poll_for, wait_until};
 use fermata_tests::{Sandbox, process};
 
 use crate::scene;
@@ -172,7 +172,7 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
             assert!(resumed.is_ok() || resumed.is_err_and(|refusal| refusal.code == Code::NotPaused));
         }
         let pause = ProjectPause { project: project(number), reason: None, mode: PauseMode::Freeze, grace_ms: None };
-        let paused = look_for(PATIENCE, || match scene::refusal(sandbox.rpc().call(&pause)) {
+        let paused = poll_for(PATIENCE, || match scene::refusal(sandbox.rpc().call(&pause)) {
             Ok(_) => Some(()),
             Err(refusal) => match refusal.code {
                 Code::AlreadyPaused | Code::NothingToPause => Some(()),
@@ -187,7 +187,7 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
             let alive = books.members_alive(&project(number));
             let moving = || alive.iter().filter(|&&pid| process::is_alive(pid) && !scene::is_held(pid));
             // Those who die of what happened before need a moment.
-            let still = look_for(PATIENCE, || moving().next().is_none().then_some(()));
+            let still = poll_for(PATIENCE, || moving().next().is_none().then_some(()));
             let who = |pid: &i32| format!("{pid} {} {:?}", process::command_line(*pid), process::state(*pid));
             assert!(still.is_some(), "in p{number} there move {:?}", moving().map(who).collect::<Vec<_>>());
         }
