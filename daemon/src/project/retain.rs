@@ -152,25 +152,39 @@ impl Actor {
         if !made {
             return;
         }
-        let (step, handle) = (self.step_context(), self.handle());
-        self.services.tracker.spawn(async move {
-            tokio::time::sleep(consolidation::BREATH).await;
-            if let Err(failure) = storage::measure(&step).await {
-                tracing::warn!(project = %step.project.name, %failure, "failed to measure the checkpoints");
-            }
-            let retain = Retain { ask: RemovalRequest::Policy(step.retention()), keyed: None };
-            match handle.retain(retain).await {
-                Ok(_) => {}
-                // The project was removed, or the daemon shuts down. The next checkpoint applies the policy again.
-                Err(Failure::Refused(refusal)) => {
-                    tracing::debug!(project = %handle.name(), %refusal, "the retention policy was not applied");
-                }
-                Err(failure) => {
-                    tracing::warn!(project = %handle.name(), %failure, "failed to apply the retention policy");
-                }
-            }
-        });
+        self.services.tracker.spawn(maintain(self.step_context(), self.handle()));
     }
+}
+
+/// Measures the sizes and applies the retention policy, again after each removal: how much a removal frees is an estimate
+/// until the packs are consolidated, and a quota may need another one.
+async fn maintain(step: StepContext, handle: ProjectHandle) {
+    tokio::time::sleep(consolidation::BREATH).await;
+    if let Err(failure) = storage::measure(&step).await {
+        tracing::warn!(project = %step.project.name, %failure, "failed to measure the checkpoints");
+    }
+    loop {
+        let retain = Retain { ask: RemovalRequest::Policy(handle.step_context().retention()), keyed: None };
+        match handle.retain(retain).await {
+            Ok(reply) if has_removed(&reply) => {}
+            Ok(_) => return,
+            // The project was removed, or the daemon shuts down. The next checkpoint applies the policy again.
+            Err(Failure::Refused(refusal)) => {
+                return tracing::debug!(project = %handle.name(), %refusal, "the retention policy was not applied");
+            }
+            Err(failure) => {
+                return tracing::warn!(project = %handle.name(), %failure, "failed to apply the retention policy");
+            }
+        }
+        tokio::select! {
+            () = consolidation::idle(&step) => {}
+            () = step.services.stopping.cancelled() => return,
+        }
+    }
+}
+
+fn has_removed(reply: &Value) -> bool {
+    reply["removed"].as_array().is_some_and(|removed| !removed.is_empty())
 }
 
 /// Checks that there is space for a checkpoint. Where there is not, removes the checkpoints that the retention policy
@@ -197,7 +211,7 @@ pub(super) async fn make_room(step: &StepContext, mailbox: &mpsc::Sender<ActorMe
         // When the actor has ended, the send and the receive fail, and nothing is removed.
         drop(mailbox.send(ActorMessage::Retain(retain, answer)).await);
         let removed = match answered.await {
-            Ok(reply) => reply?["removed"].as_array().is_some_and(|removed| !removed.is_empty()),
+            Ok(reply) => has_removed(&reply?),
             Err(_) => false,
         };
         if !removed && !by_policy {

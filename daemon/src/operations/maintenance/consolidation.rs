@@ -69,6 +69,11 @@ pub fn interrupt(step: &StepContext) {
     step.history.consolidations.interrupt();
 }
 
+/// Waits until no consolidation of the project runs.
+pub async fn idle(step: &StepContext) {
+    step.history.consolidations.idle().await;
+}
+
 async fn run(step: StepContext) {
     let queue = step.history.consolidations.clone();
     tokio::time::sleep(BREATH).await;

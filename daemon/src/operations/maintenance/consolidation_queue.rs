@@ -5,12 +5,20 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use fermata_history::Extent;
+use tokio::sync::Notify;
 
 use crate::operations::cancel::Cancel;
 
 /// The consolidations of one project; clones share them.
 #[derive(Clone, Default)]
-pub struct ConsolidationQueue(Arc<Mutex<QueueState>>);
+pub struct ConsolidationQueue(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    state: Mutex<QueueState>,
+    /// Wakes those who wait for the task to end.
+    ended: Notify,
+}
 
 #[derive(Default)]
 pub(super) struct QueueState {
@@ -27,7 +35,7 @@ pub(super) struct QueueState {
 
 impl ConsolidationQueue {
     pub(super) fn lock(&self) -> MutexGuard<'_, QueueState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Takes the request of the largest extent. `None`, when there is none or the task is cancelled, ends the task.
@@ -40,6 +48,7 @@ impl ConsolidationQueue {
         state.renewed = false;
         if state.current.is_none() {
             state.running = None;
+            self.0.ended.notify_waiters();
         }
         state.current
     }
@@ -51,6 +60,7 @@ impl ConsolidationQueue {
         state.requested.extend(current);
         if let Some(cancel) = state.running.take() {
             cancel.cancel();
+            self.0.ended.notify_waiters();
         }
     }
 
@@ -64,8 +74,20 @@ impl ConsolidationQueue {
         state.requested.insert(extent);
         if !state.renewed {
             (state.current, state.running) = (None, None);
+            self.0.ended.notify_waiters();
         }
         state.renewed
+    }
+
+    /// Waits until no task consolidates.
+    pub async fn idle(&self) {
+        loop {
+            let ended = self.0.ended.notified();
+            if self.lock().running.is_none() {
+                return;
+            }
+            ended.await;
+        }
     }
 }
 
