@@ -9,7 +9,6 @@
 //! The daemon persists the events, then applies them, then carries out the effects; recovery
 //! after a crash goes the same way, with `Command::Recover`.
 #![forbid(unsafe_code)]
-#![warn(clippy::too_many_lines)]
 #![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 pub mod activity;

@@ -19,7 +19,6 @@
 //!   snapshot.
 //! - Checkpoints have no parent commits, so that removing one frees the objects that no other checkpoint needs.
 
-#![warn(clippy::too_many_lines)]
 #![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 mod diff;

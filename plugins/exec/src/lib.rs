@@ -13,8 +13,6 @@
 //! output goes to the log of the daemon. `program` runs it, `settings` parses the table above, `artifacts` lists the
 //! files that it has written.
 
-#![warn(clippy::too_many_lines)]
-
 mod artifacts;
 mod program;
 mod settings;
