@@ -155,6 +155,8 @@ impl History {
         }
         let pending = repository.join("pending");
         create(&pending).map_err(HistoryError::io("create", &pending))?;
+        // The name of the saved workspace state in the first versions. A failure leaves a file that nothing reads.
+        fs::remove_file(dir.join("picture")).ok();
         Ok(History {
             dir: dir.to_owned(),
             objects: ObjectStore::open(&repository.join("objects"))?,
