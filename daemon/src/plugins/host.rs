@@ -75,7 +75,7 @@ pub fn run(arguments: &HostArguments) -> ExitCode {
 }
 
 fn serve(arguments: &HostArguments, mut stream: UnixStream) -> Result<(), FrameError> {
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(HostShared {
         writer: Mutex::new(stream.try_clone()?),
         instance: OnceLock::new(),
         current: AtomicU64::new(0),
@@ -95,7 +95,10 @@ fn serve(arguments: &HostArguments, mut stream: UnixStream) -> Result<(), FrameE
 }
 
 /// Loads and describes the plugin and, unless it is only to be described, creates an instance.
-fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description, Option<Arc<Instance>>), CallError> {
+fn open(
+    arguments: &HostArguments,
+    shared: &Arc<HostShared>,
+) -> Result<(Description, Option<Arc<Instance>>), CallError> {
     let settings = match &arguments.settings_file {
         Some(path) => config::read_plugin_file(path)
             .and_then(|file| file.settings_json(path))
@@ -113,7 +116,7 @@ fn open(arguments: &HostArguments, shared: &Arc<Shared>) -> Result<(Description,
 }
 
 /// Reads frames until the daemon closes the connection.
-fn read(stream: &mut UnixStream, shared: &Shared, calls: &Sender<HostCall>) -> Result<(), FrameError> {
+fn read(stream: &mut UnixStream, shared: &HostShared, calls: &Sender<HostCall>) -> Result<(), FrameError> {
     while let Some(frame) = frame::read_frame::<ToHost>(stream)? {
         match frame {
             ToHost::Call { id, method, params, deadline_ms } => {
@@ -143,7 +146,7 @@ fn with_deadline(mut params: Value, deadline_ms: u64) -> Value {
 
 /// Cancels the plugin and waits for the caller thread, kills the session's other processes, and sees that this process
 /// exits.
-fn end_plugin(shared: &Arc<Shared>, ended: &Receiver<()>) {
+fn end_plugin(shared: &Arc<HostShared>, ended: &Receiver<()>) {
     // On a thread of its own: `cancel` is the plugin's code and may hang.
     let cancelling = Arc::clone(shared);
     let canceller = thread::Builder::new().spawn(move || cancelling.cancel_plugin());
@@ -173,7 +176,7 @@ struct HostCall {
 /// The thread that owns the instance.
 struct CallerThread {
     arguments: HostArguments,
-    shared: Arc<Shared>,
+    shared: Arc<HostShared>,
 }
 
 impl CallerThread {
@@ -247,7 +250,7 @@ fn raw(bytes: Vec<u8>) -> Result<Box<RawValue>, CallError> {
 }
 
 /// The state that the threads share, and the services of the host for the plugin.
-struct Shared {
+struct HostShared {
     writer: Mutex<UnixStream>,
     /// Set once the instance exists; the caller thread owns it.
     instance: OnceLock<Weak<Instance>>,
@@ -257,7 +260,7 @@ struct Shared {
     cancelled_up_to: AtomicU64,
 }
 
-impl Shared {
+impl HostShared {
     fn send(&self, frame: &FromHost) -> Result<(), FrameError> {
         // After a panic of another writer the stream may end within a frame; the daemon then ends the connection.
         let mut writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
@@ -271,7 +274,7 @@ impl Shared {
     }
 }
 
-impl HostServices for Shared {
+impl HostServices for HostShared {
     fn log(&self, level: LogLevel, message: &str) {
         let level = match level {
             LogLevel::Error => "error",
@@ -303,7 +306,7 @@ fn prefer_as_oom_victim() {
 /// Starts the thread that ends this process when it has more than `limit` bytes resident.
 ///
 /// Not done by a resource limit, which the programs that a plugin runs would inherit.
-fn watch_memory(limit: u64, shared: &Arc<Shared>) -> io::Result<()> {
+fn watch_memory(limit: u64, shared: &Arc<HostShared>) -> io::Result<()> {
     if limit == 0 {
         return Ok(());
     }
