@@ -26,9 +26,6 @@ const SPLIT_IMPLS: &[(&str, &str)] = &[
     ("refreeze", "FreezeController"),
 ];
 
-/// Cycles that are not mended yet, by the names of their modules. Whoever mends one removes its line.
-const KNOWN_CYCLES: &[&str] = &[];
-
 /// Returns the name of the module in a file: its stem, of a `mod.rs` the directory, of a root the crate.
 fn module_name(file: &str) -> &str {
     let path = file.trim_end_matches(".rs");
@@ -43,8 +40,6 @@ fn is_split_impl(import: &Import, (file, of): &(&str, &str)) -> bool {
 
 #[test]
 fn files_of_a_crate_do_not_import_each_other_in_circles() {
-    let known: Vec<BTreeSet<&str>> = KNOWN_CYCLES.iter().map(|line| line.split(' ').collect()).collect();
-    let mut still_there = BTreeSet::new();
     let mut needed: BTreeSet<&(&str, &str)> = BTreeSet::new();
     let mut faults = Vec::new();
     for (_, mut imports) in imports_by_crate(&sources()) {
@@ -54,19 +49,11 @@ fn files_of_a_crate_do_not_import_each_other_in_circles() {
             split.is_none()
         });
         for (files, inside) in cycles(&imports) {
-            let names: BTreeSet<&str> = files.iter().map(|file| module_name(file)).collect();
-            // A cycle of which a part is mended already is still the same one.
-            if let Some(at) = known.iter().position(|known| names.is_subset(known)) {
-                still_there.insert(at);
-                continue;
-            }
-            let names: Vec<&str> = names.into_iter().collect();
+            let names: Vec<&str> = files.iter().map(|file| module_name(file)).collect();
             faults.push(format!("\"{}\"", names.join(" ")));
             faults.extend(inside.iter().map(|i| format!("    {} -> {} by {}", i.from, i.to, i.path)));
         }
     }
-    let gone = KNOWN_CYCLES.iter().enumerate().filter(|(at, _)| !still_there.contains(at));
-    faults.extend(gone.map(|(_, line)| format!("\"{line}\" is mended: remove the line from KNOWN_CYCLES")));
     let idle = SPLIT_IMPLS.iter().filter(|split| !needed.contains(split));
     faults.extend(idle.map(|split| format!("{split:?} is not needed in SPLIT_IMPLS any more")));
     no_faults(faults, "files of a crate form a tree");

@@ -119,8 +119,8 @@ const RETIRED_FUNCTIONS: &[&str] = &[
     "wish",
 ];
 
-/// Names that several types still share. Whoever renames all but one removes the name here.
-const STILL_SHARED: &[&str] = &["Result"];
+/// Names that several types share for a reason: an alias of `Result` for a crate's own error is conventional.
+const SHARED: &[&str] = &["Result"];
 
 fn is_retired(definition: &Definition) -> bool {
     let retired = match definition.kind {
@@ -152,11 +152,11 @@ fn no_two_types_share_a_name() {
     }
     places.retain(|_, files| files.len() > 1);
     let mut faults = Vec::new();
-    for (name, files) in places.iter().filter(|(name, _)| !STILL_SHARED.contains(&name.as_str())) {
+    for (name, files) in places.iter().filter(|(name, _)| !SHARED.contains(&name.as_str())) {
         let files: Vec<&str> = files.iter().map(String::as_str).collect();
         faults.push(format!("{name}: {}", files.join(", ")));
     }
-    let unique = STILL_SHARED.iter().filter(|name| !places.contains_key(**name));
-    faults.extend(unique.map(|name| format!("{name} is no longer shared: remove it from STILL_SHARED")));
+    let unique = SHARED.iter().filter(|name| !places.contains_key(**name));
+    faults.extend(unique.map(|name| format!("{name} is not shared any more: remove it from SHARED")));
     no_faults(faults, "two types share a name: qualify one of them");
 }

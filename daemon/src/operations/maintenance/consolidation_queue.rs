@@ -11,10 +11,10 @@ use crate::operations::cancel::Cancel;
 
 /// The consolidations of one project; clones share them.
 #[derive(Clone, Default)]
-pub struct ConsolidationQueue(Arc<Shared>);
+pub struct ConsolidationQueue(Arc<SharedQueue>);
 
 #[derive(Default)]
-struct Shared {
+struct SharedQueue {
     state: Mutex<QueueState>,
     /// Wakes those who wait for the task to end.
     ended: Notify,
