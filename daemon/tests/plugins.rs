@@ -1,9 +1,8 @@
-//! Plugins for real: the real host program, the real `exec` plugin, and plugins in C that do
-//! everything wrong.
+//! Real plugins: the host program, the plugin `exec`, and plugins in C that misbehave.
 //!
-//! The C plugins are compiled with `cc` from `plugins/misbehave.c`. A shared object cannot be a
-//! dev-dependency, so `libfermata_exec.so` is built here with `cargo build -p
-//! fermata-plugin-exec` when it is not beside the host program yet.
+//! The C plugins are compiled with `cc` from `plugins/misbehave.c`. A shared object cannot be a dev-dependency, so
+//! `libfermata_exec.so` is built here with `cargo build -p fermata-plugin-exec` unless it is beside the host program
+//! already.
 
 mod plugin_bench;
 
@@ -17,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 #[tokio::test]
-async fn a_good_plugin_runs_saves_and_is_told() {
+async fn a_good_plugin_runs_saves_and_receives_events() {
     let bench = Bench::new();
     bench.c_plugin("good", "GOOD", &[]);
     let plugins = bench.start().await;
@@ -68,7 +67,7 @@ async fn one_bad_plugin_does_not_cost_the_others_their_artifacts() {
     plugins.shutdown().await;
 }
 
-/// Makes one call to a plugin in the given mode and returns how it failed and what became of it.
+/// Makes one call to a plugin in the given mode; returns the failure and the plugin's status afterwards.
 async fn misbehaviour(mode: &str, deadline_ms: u64) -> (PluginFailure, PluginStatus) {
     let mut bench = Bench::new();
     if ["HANG", "FLOOD"].contains(&mode) {
@@ -89,7 +88,7 @@ async fn misbehaviour(mode: &str, deadline_ms: u64) -> (PluginFailure, PluginSta
     (failure, after)
 }
 
-/// A grace for plugins that do not hear of a cancellation.
+/// A grace for plugins that ignore a cancellation.
 const TOO_SOON: Duration = Duration::from_millis(300);
 
 const SOON: u64 = 300;
@@ -112,7 +111,7 @@ async fn a_plugin_that_listens_to_the_cancel_keeps_its_host() {
 }
 
 #[tokio::test]
-async fn a_plugin_that_exits_in_a_call_is_told_by_its_exit_code() {
+async fn a_plugin_that_exits_in_a_call_is_reported_with_its_exit_code() {
     let (failure, status) = misbehaviour("EXIT", LATE).await;
     assert!(failure.message.contains("exited with code 0 in checkpoint.save"), "{}", failure.message);
     assert_eq!(status.restarts, 1);
@@ -135,7 +134,7 @@ async fn an_oversized_frame_ends_the_host() {
 #[tokio::test]
 async fn a_plugin_that_closes_descriptor_3_is_ended() {
     let (failure, status) = misbehaviour("CLOSE3", SOON).await;
-    // The host has a second handle on the socket for writing, so this may look like silence.
+    // The host has a second handle on the socket for writing, so this may count as a timeout.
     assert_eq!(failure.code, "crashed");
     assert_eq!(status.restarts, 1);
 }
@@ -186,7 +185,7 @@ async fn repeated_crashes_lead_to_quarantine_and_enable_leads_out_of_it() {
     let error = status.last_error.unwrap();
     assert!(error.contains("killed by SIGSEGV while it was starting"), "{error}");
 
-    // A reload alone does not help, a new file does.
+    // A reload alone does not enable the plugin again, a new file does.
     assert_eq!(plugins.reload().await.unwrap().kept, ["early"]);
     plugins.enable("early").await.unwrap();
     bench.until(&plugins, "early", |s| s.state == HostState::Quarantined && s.restarts == 2).await;
@@ -233,7 +232,7 @@ async fn a_file_that_others_can_write_is_refused_until_that_is_mended() {
     assert_eq!(status.state, HostState::Failed);
     let error = status.last_error.unwrap();
     assert!(error.contains("can be written by others (mode 0777)"), "{error}");
-    // The host does not take the daemon's word for it.
+    // The host checks the plugin itself.
     let refused = plugins.check(&object).await.unwrap_err();
     assert_eq!(refused.code, "untrusted");
 
@@ -311,9 +310,9 @@ async fn a_full_queue_drops_events_and_counts_them_without_blocking() {
         plugins.notify(&event("task.completed"));
     }
     let status = plugins.get("wait").unwrap();
-    // Two wait, at most one more is on its way to the plugin; the filter counts nothing.
+    // Two events wait and at most one more is on its way to the plugin; filtered events are not counted.
     assert!((47..=48).contains(&status.dropped_events), "{}", status.dropped_events);
-    // The running call is cancelled, not waited for.
+    // The running call is cancelled.
     tokio::time::timeout(PATIENCE, plugins.shutdown()).await.expect("the shutdown waits for no deadline");
 }
 
@@ -336,8 +335,7 @@ async fn dropping_a_save_cancels_the_call() {
             }
         }
     }
-    // The next call is only possible because the first one has been cancelled; it may never have
-    // begun, if the drop came before it.
+    // The next call is only possible because the first one was cancelled, perhaps before it began.
     fs::remove_dir_all(&directory).unwrap();
     plugins.notify(&event("project.paused"));
     plugins.shutdown().await;
@@ -349,7 +347,7 @@ async fn the_children_of_a_killed_host_die_with_it() {
     let mut bench = Bench::new();
     bench.config.cancel_grace = TOO_SOON;
     bench.c_plugin("child", "CHILD", &[]);
-    // Time enough to start a child and to log its id before the deadline.
+    // Enough time to start a child and to log its pid before the deadline.
     bench.settings("child", "deadline_ms = 5000\n");
     let plugins = bench.start().await;
     bench.running(&plugins, "child").await;
@@ -390,7 +388,7 @@ async fn a_host_ends_with_its_children_when_the_daemon_goes_away() {
     let grandchild: u32 = host.expect_log("child ").parse().unwrap();
     let pid = host.pid();
     assert!(alive(grandchild));
-    // As if the daemon had been killed: nobody kills the host, its socket just closes.
+    // As after SIGKILL to the daemon: the socket of the host closes, and the host gets no signal.
     let mut child = host.hang_up();
     bench.gone(grandchild).await;
     bench.gone(pid).await;
@@ -412,7 +410,7 @@ async fn a_host_ends_while_its_plugin_hangs_in_describe() {
 async fn the_exec_plugin_writes_artifacts_and_delivers_events() {
     let bench = Bench::new();
     exec_plugin(&bench);
-    let told = bench.path("told");
+    let notified = bench.path("notified");
     bench.settings(
         "exec",
         &format!(
@@ -420,7 +418,7 @@ async fn the_exec_plugin_writes_artifacts_and_delivers_events() {
              events = [\"project.*\"]\n\
              notify = [\"sh\", \"-c\", 'cat >\"$0\"; echo \" $FERMATA_EVENT\" >>\"$0\"; echo printed', \"{}\"]\n\
              checkpoint = [\"sh\", \"-c\", 'cat >request.json; mkdir sub; printf %s \"$FERMATA_PROJECT\" >sub/name']\n",
-            told.display()
+            notified.display()
         ),
     );
     let plugins = bench.start().await;
@@ -430,17 +428,17 @@ async fn the_exec_plugin_writes_artifacts_and_delivers_events() {
     let paths: Vec<_> = results.iter().map(|result| result.as_ref().unwrap().path.to_str().unwrap()).collect();
     assert_eq!(paths, ["exec/request.json", "exec/sub/name"]);
     assert_eq!(fs::read(request.directory.join("exec/sub/name")).unwrap(), b"web");
-    let seen = fs::read(request.directory.join("exec/request.json")).unwrap();
-    let seen: SaveRequest = serde_json::from_slice(&seen).unwrap();
-    assert_eq!(seen.directory, request.directory.join("exec"));
-    assert!(seen.deadline_ms.is_some());
+    let saved = fs::read(request.directory.join("exec/request.json")).unwrap();
+    let saved: SaveRequest = serde_json::from_slice(&saved).unwrap();
+    assert_eq!(saved.directory, request.directory.join("exec"));
+    assert!(saved.deadline_ms.is_some());
 
     plugins.notify(&event("task.completed"));
     plugins.notify(&event("project.paused"));
     let status = bench.until(&plugins, "exec", |s| s.calls == 3).await;
     assert_eq!(status.failed_calls, 0, "{:?}", status.last_error);
-    let told = fs::read_to_string(told).unwrap();
-    assert!(told.starts_with('{') && told.ends_with(" project.paused\n"), "{told}");
+    let notified = fs::read_to_string(notified).unwrap();
+    assert!(notified.starts_with('{') && notified.ends_with(" project.paused\n"), "{notified}");
     bench.until(&plugins, "exec", |s| s.recent_output.iter().any(|l| l == "printed")).await;
     plugins.shutdown().await;
 }

@@ -1,5 +1,5 @@
-//! Codex without Fermata: shows that the test bed works, and that the CLI still behaves as
-//! Fermata's profile of it expects. When a new version of the CLI breaks the tests, look here first.
+//! Codex without Fermata: tests the model server, and that the CLI still behaves as Fermata's profile expects. When a
+//! new version of the CLI breaks the tests, start here.
 
 use std::process::{Child, Command, Stdio};
 
@@ -32,7 +32,7 @@ fn a_session_that_was_killed_goes_on_in_its_own_file() {
     server.wait_for_request(3);
     wait_until(SOON, "the session file to hold all outputs", || codex.session().outputs() == 3);
     let session = codex.session();
-    // The program on the path is a wrapper; the agent proper is its child.
+    // The program on the path is a wrapper; the agent itself is its child.
     let tree = process::tree(i32::try_from(first.id()).expect("a process id fits into 31 bits"));
     assert!(tree.len() >= 2, "a wrapper and the agent: {tree:?}");
     for pid in tree.iter().rev() {

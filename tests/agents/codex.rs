@@ -1,4 +1,4 @@
-//! The Codex CLI: where it is, the home it is given, and the session files it writes there.
+//! The Codex CLI: its path, the home directory of a test, and the session files that it writes there.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,20 +10,20 @@ use serde_json::Value;
 
 use crate::model_server::ModelServer;
 
-/// A Codex with a home of its own, talking to a model server.
+/// A Codex with a home directory of its own that is configured for a model server.
 pub struct Codex {
     program: PathBuf,
     home: tempfile::TempDir,
 }
 
 impl Codex {
-    /// Prepares a home whose configuration names the model server.
+    /// Creates a home directory whose configuration names the model server.
     ///
     /// # Panics
     /// When the CLI is not installed: `make test-agents` does that.
     pub fn with_model(server: &ModelServer) -> Self {
         let program = std::env::var_os("FERMATA_TEST_CODEX").expect("FERMATA_TEST_CODEX: run `make test-agents`");
-        // Not below the system's temporary directory, of which the CLI complains.
+        // The CLI complains about a home below the system's temporary directory.
         let home = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("create CODEX_HOME");
         let config = format!(
             "model = \"scripted\"\n\
@@ -40,12 +40,12 @@ impl Codex {
         Self { program: program.into(), home }
     }
 
-    /// Returns the program as a user would give it.
+    /// Returns the path of the program as text.
     pub fn program(&self) -> &str {
         self.program.to_str().expect("the path of the CLI is UTF-8")
     }
 
-    /// Returns what `CODEX_HOME` is to be.
+    /// Returns the directory for `CODEX_HOME`.
     pub fn home(&self) -> &Path {
         self.home.path()
     }
@@ -59,7 +59,7 @@ impl Codex {
         assert!(output.status.success(), "run codex: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Returns the one session file.
+    /// Returns the only session file.
     ///
     /// # Panics
     /// When there is none, or more than one.
@@ -70,7 +70,7 @@ impl Codex {
         Session { path: sessions.into_iter().next().unwrap_or_default() }
     }
 
-    /// Returns what the session directory holds.
+    /// Returns the fingerprint of the session directory.
     pub fn sessions_fingerprint(&self) -> Fingerprint {
         fingerprint(&self.home.path().join("sessions"))
     }
@@ -89,27 +89,25 @@ pub struct Session {
 }
 
 impl Session {
-    /// Returns the file.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the session's id, which its file name ends with.
+    /// Returns the session's id, with which its file name ends.
     pub fn id(&self) -> String {
         let stem = self.path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
         let id = stem.len().checked_sub(36).and_then(|start| stem.get(start..));
         id.unwrap_or_else(|| panic!("{} ends with no uuid", self.path.display())).to_owned()
     }
 
-    /// Reads the whole file.
     pub fn text(&self) -> String {
         fs::read_to_string(&self.path).unwrap_or_else(|e| panic!("read {}: {e}", self.path.display()))
     }
 
-    /// Counts the outputs of commands that have reached the file.
+    /// Counts the command outputs in the file.
     pub fn outputs(&self) -> usize {
         let text = self.text();
-        // The last line may be half written while the agent runs.
+        // The last line may be incomplete while the agent runs.
         let records = text.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         records.filter(|record| record["payload"]["type"] == "function_call_output").count()
     }

@@ -1,19 +1,17 @@
-//! As much of HTTP/1.1 as a model's client uses: one request with a known length, one reply.
+//! The part of HTTP/1.1 that a model's client uses: one request of a known length, one reply.
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpStream;
 
-/// A request.
 pub struct Request {
     /// `GET` or `POST`.
     pub method: String,
     /// The path, with its query.
     pub path: String,
-    /// The body.
     pub body: Vec<u8>,
 }
 
-/// The longest body that is read: far more than a scripted conversation needs.
+/// The longest accepted body, far more than a scripted conversation needs.
 const MAX_BODY: usize = 64 << 20;
 
 /// Reads one request, `None` when the peer closed the connection instead.
@@ -47,7 +45,7 @@ pub fn read_request(stream: &TcpStream) -> io::Result<Option<Request>> {
     Ok(Some(Request { method, path, body }))
 }
 
-/// Writes a reply after which the connection ends.
+/// Writes a reply and asks the client to close the connection.
 pub fn write_reply(mut stream: &TcpStream, status: &str, content_type: &str, body: &str) -> io::Result<()> {
     let length = body.len();
     write!(

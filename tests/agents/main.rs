@@ -1,8 +1,8 @@
-//! A real agent under Fermata: the Codex CLI against a model server on loopback that these tests
-//! script themselves. No network, no account.
+//! A real agent under Fermata: the Codex CLI with a model server on loopback that follows a script of the test. No
+//! network, no account.
 //!
-//! The tests are ignored unless asked for, since they need the CLI: `make test-agents` installs it
-//! and runs them with its path in `FERMATA_TEST_CODEX`.
+//! The tests are ignored by default, since they need the CLI: `make test-agents` installs it and runs them with its
+//! path in `FERMATA_TEST_CODEX`.
 
 mod bare;
 mod codex;

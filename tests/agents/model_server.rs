@@ -1,8 +1,8 @@
-//! A model that does what a test wrote down: it answers each request by how many commands the
-//! conversation has run so far, and can hold an answer back until the test lets it go.
+//! A model that follows the script of a test: the answer to a request depends only on the number of commands that the
+//! conversation has run so far. A test can delay an answer.
 //!
-//! Speaks the "responses" wire format with server-sent events. It has no memory of its own: a
-//! client that lost a part of the conversation gets the wrong answer, and the test sees it.
+//! Speaks the "responses" wire format with server-sent events. The server keeps no state of a conversation: a client
+//! that lost a part of it gets an answer that fails the test.
 
 use std::collections::BTreeSet;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -16,19 +16,19 @@ use serde_json::{Value, json};
 
 use crate::http::{read_request, write_reply};
 
-/// What the model says.
+/// An answer of the model.
 #[derive(Debug, Clone)]
 pub enum Reply {
     /// Run this shell command.
     Run(String),
-    /// Say this and end the turn.
+    /// Print this text and end the turn.
     Say(String),
 }
 
-/// Gives the answer after so many commands.
+/// Returns the answer after that many commands.
 pub type Script = dyn Fn(usize) -> Reply + Send + Sync;
 
-/// A running model server; it ends with its value.
+/// A running model server, which ends when this value is dropped.
 pub struct ModelServer {
     shared: Arc<Shared>,
     address: SocketAddr,
@@ -44,16 +44,16 @@ struct Shared {
 
 #[derive(Default)]
 struct State {
-    /// Every conversation that was sent, as it came.
+    /// All conversations that were received, in order.
     requests: Vec<Value>,
-    /// After how many commands answers are held back.
+    /// The numbers of commands after which answers are delayed.
     delayed: BTreeSet<usize>,
-    /// After how many commands an answer was handed to the kernel, once per answer.
+    /// The number of commands before each answer that was written to its connection.
     answered: Vec<usize>,
 }
 
 impl ModelServer {
-    /// Starts on a free port of the loopback interface.
+    /// Starts the server on a free port of the loopback interface.
     pub fn start(script: impl Fn(usize) -> Reply + Send + Sync + 'static) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
         let address = listener.local_addr().expect("a listener has an address");
@@ -70,23 +70,23 @@ impl ModelServer {
         Self { shared, address, acceptor: Some(acceptor) }
     }
 
-    /// Returns the URL that a client is configured with.
+    /// Returns the URL for the configuration of a client.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
     }
 
-    /// Holds back the answers to conversations with so many commands.
+    /// Delays the answers to conversations with that many commands.
     pub fn delay_answer(&self, commands: usize) {
         self.shared.lock().delayed.insert(commands);
     }
 
-    /// Lets held answers go.
+    /// Sends the delayed answers.
     pub fn release_answer(&self, commands: usize) {
         self.shared.lock().delayed.remove(&commands);
         self.shared.changed.notify_all();
     }
 
-    /// Waits until a conversation with so many commands has come.
+    /// Waits until a conversation with that many commands was received.
     #[track_caller]
     pub fn wait_for_request(&self, commands: usize) {
         wait_until(SOON, &format!("the agent to ask the model after {commands} commands"), || {
@@ -94,7 +94,7 @@ impl ModelServer {
         });
     }
 
-    /// Waits until an answer after so many commands was sent.
+    /// Waits until an answer after that many commands was sent.
     #[track_caller]
     pub fn wait_for_answer(&self, commands: usize) {
         wait_until(SOON, &format!("the model's answer after {commands} commands"), || {
@@ -102,7 +102,7 @@ impl ModelServer {
         });
     }
 
-    /// Returns all conversations that came so far.
+    /// Returns all conversations that were received so far.
     pub fn requests(&self) -> Vec<Value> {
         self.shared.lock().requests.clone()
     }
@@ -113,7 +113,7 @@ impl Drop for ModelServer {
         self.shared.ended.store(true, Ordering::SeqCst);
         self.shared.lock().delayed.clear();
         self.shared.changed.notify_all();
-        // Wakes the acceptor; when that fails it has ended already.
+        // Wakes the acceptor; if this fails, the acceptor has ended already.
         let woken = TcpStream::connect_timeout(&self.address, Duration::from_secs(1));
         if let (Ok(_), Some(acceptor)) = (woken, self.acceptor.take())
             && acceptor.join().is_err()
@@ -126,11 +126,11 @@ impl Drop for ModelServer {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // A poisoned lock means that a connection panicked; what it guards is still whole.
+        // A poisoned lock means that a connection panicked; the state is still consistent.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
-    /// Answers one conversation, when the test lets it.
+    /// Returns the answer to one conversation, once it is not delayed.
     fn answer(&self, request: Value) -> (usize, String) {
         let commands = outputs(&request).len();
         let mut state = self.lock();
@@ -144,7 +144,7 @@ impl Shared {
     }
 }
 
-/// Returns the outputs of commands that a conversation holds, in order.
+/// Returns the command outputs in a conversation, in order.
 pub fn outputs(request: &Value) -> Vec<&Value> {
     let items = request["input"].as_array().map(Vec::as_slice).unwrap_or_default();
     items.iter().filter(|item| item["type"] == "function_call_output").collect()
@@ -170,7 +170,7 @@ fn serve(stream: &TcpStream, shared: &Shared) {
     stream.set_read_timeout(Some(SOON)).expect("limit the wait for a request");
     let Ok(Some(request)) = read_request(stream) else { return };
     if request.method != "POST" || !request.path.starts_with("/v1/responses") {
-        // Lists of models and the like: the client does without. It may have gone already.
+        // The client works without lists of models and the like. It may have disconnected already.
         write_reply(stream, "404 Not Found", "application/json", "{}").ok();
         return;
     }
@@ -179,13 +179,13 @@ fn serve(stream: &TcpStream, shared: &Shared) {
         return;
     };
     let (commands, body) = shared.answer(conversation);
-    // The client of a held answer may have been killed in the meantime: that is what tests do.
+    // A test may have killed the client of a delayed answer.
     if write_reply(stream, "200 OK", "text/event-stream", &body).is_ok() {
         shared.lock().answered.push(commands);
     }
 }
 
-/// Writes the events of one answer.
+/// Returns the events of one answer.
 fn events(number: usize, commands: usize, reply: &Reply) -> String {
     let item = match reply {
         Reply::Run(command) => json!({

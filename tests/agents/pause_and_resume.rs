@@ -1,4 +1,4 @@
-//! Codex held in the middle of a turn, and parked through a crash of the daemon.
+//! Codex paused in the middle of a turn, and parked across a crash of the daemon.
 
 use fermata_tests::metronome::wait_for_beats;
 use fermata_tests::waiting::{SOON, wait_until};
@@ -10,7 +10,7 @@ use crate::model_server::{ModelServer, Reply, outputs};
 
 const STEPS: usize = 6;
 
-/// How many steps a free process takes while nothing in the paused project may change.
+/// How often a running process writes while the paused project must not change.
 const BEATS: u64 = 50;
 
 /// Lets the model ask for six commands, each of which appends its own line to `steps.txt`.
@@ -21,7 +21,7 @@ pub fn six_steps(commands: usize) -> Reply {
     }
 }
 
-/// What `steps.txt` holds in the end.
+/// Returns the content of `steps.txt` after all steps.
 pub fn all_steps() -> String {
     (1..=STEPS).map(|step| format!("step {step}\n")).collect()
 }
@@ -32,19 +32,19 @@ fn repository(sandbox: &Sandbox) -> Workspace {
     workspace
 }
 
-/// Waits until the agent has done so many steps, told its session file, and asked the model again.
+/// Waits until the agent has done that many steps, recorded them in its session file, and asked the model again.
 fn wait_for_steps(server: &ModelServer, codex: &Codex, workspace: &Workspace, steps: usize) {
     server.wait_for_request(steps);
     assert_eq!(workspace.read("steps.txt").lines().count(), steps);
     wait_until(SOON, "the session file to hold all outputs", || codex.session().outputs() == steps);
 }
 
-/// Everything that a running agent would change.
+/// Returns the fingerprints of all files that a running agent would change.
 fn fingerprints(codex: &Codex, workspace: &Workspace) -> (Fingerprint, Fingerprint) {
     (workspace.fingerprint(), codex.sessions_fingerprint())
 }
 
-/// Returns how the one agent came back.
+/// Returns the resume result of the only agent.
 fn resumed(result: &Value) -> &Value {
     assert_eq!(result["success"], true, "{result}");
     assert_eq!(result["agents"].as_array().map(Vec::len), Some(1), "{result}");
@@ -59,7 +59,7 @@ fn agent_pid(sandbox: &Sandbox) -> i32 {
 
 #[test]
 #[ignore = "needs the Codex CLI: make test-agents"]
-fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
+fn codex_is_frozen_while_it_waits_for_the_model_and_continues_after_the_resume() {
     let server = ModelServer::start(six_steps);
     server.delay_answer(3);
     let codex = Codex::with_model(&server);
@@ -90,8 +90,8 @@ fn codex_is_held_while_it_waits_for_the_model_and_goes_on_where_it_was() {
 
 #[test]
 #[ignore = "needs the Codex CLI: make test-agents"]
-fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
-    // Step 3 takes two seconds in many small pieces, so that a pause meets it halfway.
+fn codex_is_frozen_together_with_its_running_command() {
+    // Step 3 takes two seconds and writes every 50 ms, so that the pause interrupts it.
     let slow = "for i in $(seq 40); do echo $i >> ticks.txt; sleep 0.05; done; echo step 3 >> steps.txt";
     let server = ModelServer::start(move |commands| match commands {
         2 => Reply::Run(slow.into()),
@@ -105,7 +105,7 @@ fn codex_is_held_in_the_middle_of_a_command_and_the_command_too() {
     let pid = agent_pid(&sandbox);
 
     let pause = sandbox.ctl_json(&["pause", "web"]);
-    // The shell that runs the command is in a session of its own and counts like everyone else.
+    // The shell of the command has a session of its own and is counted too.
     assert!(pause["processes"].as_u64() >= Some(process::tree(pid).len() as u64), "{pause}");
     let before = fingerprints(&codex, &workspace);
     assert!(workspace.read("ticks.txt").lines().count() < 40, "the pause came too late for this test");
@@ -157,9 +157,9 @@ fn codex_parked_through_a_crash_of_the_daemon_goes_on_in_the_same_session() {
     sandbox.ctl(&["wait", "web/codex", "--propagate", "--timeout", "60s"]);
     assert_eq!(workspace.read("steps.txt"), all_steps());
     let after = codex.session();
-    assert_eq!(after.path(), session.path(), "the session goes on in its own file");
-    assert!(after.text().starts_with(&text_before), "what the session file held is still there");
-    // The model was shown everything that had happened before.
+    assert_eq!(after.path(), session.path(), "the session continues in its own file");
+    assert!(after.text().starts_with(&text_before), "the session file lost earlier content");
+    // The model received the whole conversation before the pause.
     let first = &server.requests()[asked_before];
     assert_eq!(outputs(first).len(), 3, "{first}");
 }

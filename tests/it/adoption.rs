@@ -1,4 +1,4 @@
-//! A daemon that dies, and the one that takes its agents over.
+//! The death of a daemon, and the daemon that adopts its agents.
 
 use std::process::Command;
 
@@ -136,14 +136,14 @@ fn a_killed_shim_takes_its_tree_along_and_the_agent_is_interrupted() {
 }
 
 #[test]
-fn after_a_reboot_agents_are_interrupted_and_nobody_is_signalled() {
+fn after_a_reboot_agents_are_interrupted_and_no_process_is_signalled() {
     let mut sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
     let (pid, shim) = (wait_for_pid(&sandbox, "pid"), shim_pid(&sandbox, "a"));
     let path = run_dir(&sandbox, "a").join("run.json");
     let mut record = run_record(&sandbox, "a");
     sandbox.kill_daemon();
-    // Plays a machine that came up with other processes under the same numbers.
+    // As on a rebooted machine on which other processes have the same pids.
     record["boot_id"] = json!("00000000-0000-0000-0000-000000000000");
     std::fs::write(&path, record.to_string()).expect("write run.json");
     sandbox.start_daemon();
@@ -153,7 +153,7 @@ fn after_a_reboot_agents_are_interrupted_and_nobody_is_signalled() {
     assert!(process::is_alive(pid) && process::is_alive(shim), "processes of another boot are not ours");
     kill_hard(pid);
     wait_for_end(shim);
-    // It can be brought back by hand.
+    // The agent can still be started by hand.
     sandbox.ctl(&["restart", "web/a"]);
     assert_eq!(agent(&sandbox, "a").runs, 2);
 }
@@ -179,13 +179,13 @@ fn a_paused_agent_that_a_reboot_took_comes_back_with_the_resume() {
     wait_until(SOON, "the second run", || web(&sandbox).read("runs") == "0\n1\n");
 }
 
-/// Starts the daemon again as it would be with `--no-recover`.
+/// Starts the daemon again with `--no-recover`.
 fn skipping() -> SandboxBuilder {
     Sandbox::builder().env("FERMATA_SKIP_RECOVERY", "1")
 }
 
 #[test]
-fn a_daemon_that_skips_recovery_adopts_agents_and_knows_who_has_ended() {
+fn a_daemon_that_skips_recovery_adopts_agents_and_records_which_have_ended() {
     let mut sandbox = skipping().start();
     run_agent(&sandbox, "a", "echo $$ > pid.a; exec sleep 1000");
     run_agent(&sandbox, "b", "echo $$ > pid.b; exec sleep 1000");
@@ -259,11 +259,11 @@ fn an_agent_whose_shim_was_killed_before_it_recorded_it_does_not_go_on() {
 }
 
 #[test]
-fn a_shim_that_is_killed_while_its_agent_is_resumed_is_told_once_and_leaves_no_pid_behind() {
+fn a_shim_that_is_killed_while_its_agent_is_resumed_is_reported_once_and_leaves_no_pid_behind() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");
     run_agent(&sandbox, "b", "exec sleep 1000");
-    // Either the loss of the shim is noticed first, or the resume that cannot thaw: both happen.
+    // The daemon notices the loss of the shim or the failed thaw first; ten rounds cover both.
     for _ in 0..10 {
         sandbox.ctl(&["pause", "web"]);
         let shim = shim_pid(&sandbox, "a");
@@ -278,17 +278,18 @@ fn a_shim_that_is_killed_while_its_agent_is_resumed_is_told_once_and_leaves_no_p
         assert!(lost.ended_at.is_some(), "{lost:?}");
         let kinds = ["agent.interrupted", "agent.exited", "agent.parked"].map(str::to_owned).to_vec();
         let filter = EventFilter { project: None, kinds };
-        let told = sandbox.rpc().call(&EventsList { cursor: None, filter, limit: None }).expect("list events").events;
+        let interrupted =
+            sandbox.rpc().call(&EventsList { cursor: None, filter, limit: None }).expect("list events").events;
         let run = lost.run.expect("it has run");
-        let ends =
-            told.iter().filter(|told| matches!(&told.event, Event::AgentInterrupted { run: of, .. } if *of == run));
-        assert_eq!(ends.count(), 1, "{told:?}");
+        let ends = interrupted
+            .iter()
+            .filter(|recorded| matches!(&recorded.event, Event::AgentInterrupted { run: of, .. } if *of == run));
+        assert_eq!(ends.count(), 1, "{interrupted:?}");
         sandbox.ctl(&["restart", "web/a"]);
     }
 }
 
-/// Starts agents side by side that count lines until they are told to stop, and end with a code that
-/// tells them apart.
+/// Starts agents in parallel that count lines until they are stopped, and end with different exit codes.
 fn counting(sandbox: &Sandbox, names: &[String]) {
     let workspace = web(sandbox);
     sandbox.ctl(&["project", "create", "web", "-w", workspace.text()]);
@@ -320,7 +321,7 @@ fn sixty_agents_are_adopted_side_by_side_and_miss_no_line_and_no_exit_code() {
     counting(&sandbox, &names);
     let before = sandbox.agents();
     sandbox.kill_daemon();
-    // Every other one ends while nobody looks.
+    // Every other agent ends while no daemon runs.
     web(&sandbox).write("stop.1", "");
     for agent in before.iter().filter(|agent| is_odd(agent.name.as_str())) {
         wait_for_end(agent.pid.expect("it ran"));

@@ -1,4 +1,4 @@
-//! The agents' side: what an agent is told, reports, asks and keeps.
+//! The calls of agents: their context, reports, questions and state.
 
 use fermata_protocol::Code;
 use fermata_protocol::agent::AgentStatus;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::bed::{agent, call, ctl_word, failed, members, refused, run_agent, wait_for_file, wait_for_status, web};
 
-/// Starts an agent that only leaves its token, and returns a connection that is that agent.
+/// Starts an agent that only writes its token to a file, and returns a connection that authenticates as the agent.
 fn token_agent(sandbox: &Sandbox, name: &str) -> Client {
     run_agent(sandbox, name, &format!("echo $FERMATA_TOKEN > token.{name}; exec sleep 1000"));
     let token = wait_for_file(sandbox, &format!("token.{name}"));
@@ -87,7 +87,7 @@ fn the_state_blob_is_kept_whole_up_to_its_limit() {
     let mut sandbox = Sandbox::start();
     let mut a = token_agent(&sandbox, "a");
     assert_eq!(say(&mut a, "state.get", json!({})).expect("get")["state"], Value::Null);
-    // With its two quotes exactly the limit.
+    // Exactly the limit, including the two quotes.
     let largest = json!("s".repeat((256 << 10) - 2));
     say(&mut a, "state.put", json!({ "state": largest })).expect("put");
     sandbox.crash_and_restart();
@@ -123,7 +123,7 @@ fn tiers_archive_search_and_recall_are_exact() {
         assert_eq!(tier, expected);
         assert!((found - score).abs() < 1e-6, "{id}: {found}, not {score}");
     };
-    // 0.4 * weight + 0.4 for a new item that nobody has read.
+    // 0.4 * weight + 0.4 for a new item that was never read.
     about(task, "hot", 0.8);
     about(code, "warm", 0.72);
     about(other, "hot", 0.6);
@@ -135,7 +135,7 @@ fn tiers_archive_search_and_recall_are_exact() {
     assert_eq!(saved["tokens_before"], saved["tokens_after"]);
     let found = say(&mut a, "context.search", json!({ "query": "walrus" })).expect("search");
     assert_eq!(found["items"].as_array().map(Vec::len), Some(2));
-    // Words that mean something to the full-text engine are only words.
+    // Operators of the full-text engine are taken as words.
     for query in ["\"", "walrus OR", "*", "NEAR(", "a:b", "-", "'", "(", "walrus\u{0}"] {
         let found = say(&mut a, "context.search", json!({ "query": query }));
         assert!(matches!(found, Ok(_) | Err(ClientError::Refused(_))), "{query}: {found:?}");
@@ -176,7 +176,7 @@ fn a_flash_save_that_is_due_by_tokens_archives_the_lowest_down_to_half() {
     }
     let all: u64 = texts.iter().map(|(_, tokens)| tokens).sum();
     assert!(all >= 800 && all - texts[texts.len() - 1].1 < 800, "due at 80 %, not at {all}");
-    // The oldest among equals go first, one after the other until half of the limit is left.
+    // Of equal items the oldest are archived first, one by one until half of the limit is reached.
     let (mut left, mut archived) = (all, 0);
     while left > 500 {
         left -= texts[archived].1;
@@ -233,7 +233,7 @@ fn an_agent_with_two_questions_waits_until_both_are_answered() {
     assert_eq!(agent(&sandbox, "a").status, AgentStatus::WaitingForInput);
     sandbox.ctl(&["answer", "web/2", "yes"]);
     assert_eq!(agent(&sandbox, "a").status, AgentStatus::WaitingForInput);
-    // Paused and resumed in between, it still waits.
+    // The question still waits after a pause and a resume.
     sandbox.ctl(&["pause", "web"]);
     sandbox.ctl(&["resume", "web"]);
     assert_eq!(agent(&sandbox, "a").status, AgentStatus::WaitingForInput);
@@ -284,7 +284,7 @@ fn an_agent_touches_nothing_of_another_agents() {
             .as_array()
             .is_some_and(Vec::is_empty)
     );
-    // What is nobody's may be taken up by any agent of the project.
+    // A task without an owner may be taken by any agent of the project.
     let shared = call(&sandbox, "task.put", json!({ "target": "web", "title": "shared" })).expect("task")["id"].clone();
     say(&mut b, "task.put", json!({ "id": shared, "status": "in_progress" })).expect("taken up");
 }

@@ -71,7 +71,7 @@ fn run_with_attach_sits_down_at_once_at_a_terminal_of_the_same_size() {
 #[test]
 fn a_screen_comes_back_after_the_daemon_was_killed_and_so_does_the_person() {
     let mut sandbox = Sandbox::start();
-    // What an editor does: the other screen, a cleared one, text somewhere, a hidden cursor.
+    // As an editor does: the alternate screen, cleared, text at a position, a hidden cursor.
     run_at_terminal(
         &sandbox,
         "stty -echo; printf 'shell\\r\\n\\033[?1049h\\033[2J\\033[7;9H\\033[1;35mPICTURE\\033[m\\033[?25l'; echo > drawn; \
@@ -132,7 +132,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
         assert!(!before.contains("got in vain"), "{before:?}");
     }
 
-    // Whoever takes over is the only one.
+    // After `--steal` the other writer's input is rejected.
     let mut thief = Person::runs(&sandbox, &["attach", "--steal", "web/a"]);
     writer.sees("has taken over the input of web/a");
     thief.types("mine\r");
@@ -140,7 +140,7 @@ fn one_types_and_the_others_watch_until_it_leaves_or_is_replaced() {
     writer.types("not mine\r");
     writer.sees("is in use by");
 
-    // Nobody writes after it has left, until the next one types.
+    // After it has left, no client owns the input until one of them types.
     thief.types(LEAVE);
     assert!(thief.ends().success());
     second.types("now me\r");
@@ -173,7 +173,7 @@ fn ctrl_c_interrupts_and_ctrl_z_suspends_what_is_shown_and_can_be_continued() {
         assert!(agent(&sandbox, "a").suspended_at.is_some());
         assert!(sandbox.ctl(&["ps"]).contains("running, suspended"));
 
-        // A pause and a resume leave it as it is, and so does a new daemon.
+        // A pause, a resume and a new daemon do not change the screen.
         let paused = sandbox.ctl_json(&["pause", "web"]);
         assert!(paused["warnings"].to_string().contains("already stopped by another process"), "{paused}");
         person.sees("web/a is paused");
@@ -234,7 +234,7 @@ fn the_terminal_is_restored_on_signals_too() {
 }
 
 #[test]
-fn a_person_who_does_not_look_holds_up_nobody() {
+fn a_client_that_does_not_read_delays_neither_the_agent_nor_other_clients() {
     let sandbox = Sandbox::start();
     run_at_terminal(
         &sandbox,
@@ -244,7 +244,7 @@ fn a_person_who_does_not_look_holds_up_nobody() {
     let looker = Person::runs(&sandbox, &["attach", "--read-only", "web/a"]);
     person.sees("ready");
     looker.sees("ready");
-    // It sleeps over its terminal while 50 MB go by.
+    // The client does not read its terminal while 50 MB are written.
     looker.signals(Signal::SIGSTOP);
     person.types("\r");
     wait_for_file(&sandbox, "done");

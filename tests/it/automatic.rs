@@ -1,4 +1,4 @@
-//! Checkpoints that nobody asks for: what brings them about, what they cost, and when there are none.
+//! Automatic checkpoints: what triggers them, what they cost, and when none is made.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::scene::*;
 
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 
-/// As often as can be: a second apart.
+/// The shortest interval: one second.
 const OFTEN: AutomaticCheckpoints = AutomaticCheckpoints { every_ms: 1_000, ..AutomaticCheckpoints::NEVER };
 
 const TELLING: &str = "scan.begun=tell,scan.unchanged=tell";
@@ -30,7 +30,7 @@ const TELLING: &str = "scan.begun=tell,scan.unchanged=tell";
 /// Longer than the interval of [`OFTEN`].
 const LONGER: Duration = Duration::from_millis(1_500);
 
-/// Creates a project with a furnished workspace whose checkpoints are made so.
+/// Creates a project with files in its workspace and these settings of checkpoints.
 fn project_with(sandbox: &Sandbox, name: &str, automatic: AutomaticCheckpoints) {
     let create = ProjectCreate {
         name: project(name),
@@ -54,7 +54,7 @@ fn views(sandbox: &Sandbox, name: ProjectName) -> Vec<CheckpointView> {
     views
 }
 
-/// Waits until `web` has so many checkpoints, and returns them, oldest first.
+/// Waits until `web` has that many checkpoints, and returns them, oldest first.
 #[track_caller]
 fn wait_for_checkpoints(sandbox: &Sandbox, count: usize) -> Vec<CheckpointView> {
     wait_until(SOON, &format!("{count} checkpoints"), || views(sandbox, web()).len() >= count);
@@ -68,25 +68,25 @@ fn events(sandbox: &Sandbox) -> Vec<Event> {
     done(sandbox, &list).events.into_iter().map(|recorded| recorded.event).collect()
 }
 
-/// Starts a daemon that tells of its scans for automatic checkpoints.
+/// Starts a daemon that records its scans for automatic checkpoints.
 fn telling() -> Sandbox {
     Sandbox::builder().env(FAILPOINT, TELLING).start()
 }
 
-/// Sees that scans find nothing changed, and that nothing is told or written for them.
+/// Asserts that scans find no change and publish and write nothing.
 #[track_caller]
 fn scans_find_nothing(sandbox: &Sandbox) {
-    let (told, tried) = (events(sandbox).len(), operations(sandbox).len());
+    let (published, tried) = (events(sandbox).len(), operations(sandbox).len());
     let before = passages(sandbox.path(), "scan.unchanged");
     wait_until(SOON, "two scans without a change", || passages(sandbox.path(), "scan.unchanged") >= before + 2);
-    assert_eq!(events(sandbox)[told..], []);
+    assert_eq!(events(sandbox)[published..], []);
     assert_eq!(operations(sandbox).len(), tried);
 }
 
-/// Counts the scans that were begun by all that the project was told before.
+/// Counts the scans that were begun for all events so far.
 #[track_caller]
 fn scans_begun(sandbox: &Sandbox) -> usize {
-    // The actor takes one command after the other, and begins the scans that are due after each.
+    // The actor handles one command after the other, and begins due scans after each.
     let again = ProjectSet { project: web(), description: Some("again".into()), phase: None, config: None };
     done(sandbox, &again);
     passages(sandbox.path(), "scan.begun")
@@ -113,12 +113,12 @@ fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
     is_untouched(&sandbox, &ticker, &[1]);
     sandbox.workspace("web").write("src/lib.rs", "//! Changed.\n");
     wait_for_checkpoints(&sandbox, 2);
-    // What lies beside the workspace counts as well.
+    // Session files beside the workspace count as well.
     let items = vec![NewItem { kind: ItemType::Code, text: "fn main() {}".into(), pinned: false }];
     done(&sandbox, &ContextPut { target: Some(worker()), items });
     let third = wait_for_checkpoints(&sandbox, 3);
     assert_eq!(third[2].metadata.context_items, 1);
-    // A mode is a change, a file that is read is none.
+    // A changed mode is a change, reading a file is not.
     sandbox.workspace("web").read("README.md");
     scans_find_nothing(&sandbox);
     is_untouched(&sandbox, &ticker, &[1, 2, 3]);
@@ -131,7 +131,7 @@ fn units_of_progress_make_one_and_so_do_completed_tasks() {
     at_work(&sandbox, AutomaticCheckpoints { every_units: 10, ..AutomaticCheckpoints::NEVER });
     units(&sandbox, 9);
     assert_eq!(scans_begun(&sandbox), 0);
-    // What was counted survives the daemon.
+    // The counters survive the daemon.
     sandbox.crash_and_restart();
     units(&sandbox, 10);
     assert_eq!(wait_for_checkpoints(&sandbox, 1)[0].trigger, Trigger::Auto);
@@ -175,7 +175,7 @@ fn where_only_signals_can_stop_an_agent_it_runs_on() {
         Event::CheckpointCreated { frozen_ms, .. } => Some(frozen_ms),
         _ => None,
     });
-    assert_eq!(created, Some(0.0), "nobody stood still");
+    assert_eq!(created, Some(0.0), "the agent was frozen");
     is_untouched(&sandbox, &ticker, &[1]);
 }
 
@@ -187,7 +187,7 @@ fn paused_time_does_not_count() {
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     sandbox.workspace("web").write("README.md", "# Changed while it is paused\n");
     let begun = scans_begun(&sandbox);
-    // There is nothing to wait for but the clock.
+    // Only time triggers this checkpoint.
     std::thread::sleep(LONGER);
     assert_eq!(scans_begun(&sandbox), begun);
     resume(&sandbox).expect("resume");
@@ -200,7 +200,7 @@ fn paused_time_does_not_count() {
 }
 
 #[test]
-fn one_that_fails_is_told_once_and_tried_again_later() {
+fn a_failed_automatic_checkpoint_is_reported_once_and_tried_again_later() {
     let sandbox = Sandbox::start();
     let ticker = at_work(&sandbox, OFTEN);
     wait_for_checkpoints(&sandbox, 1);
@@ -214,15 +214,15 @@ fn one_that_fails_is_told_once_and_tried_again_later() {
         });
         failures.collect()
     };
-    wait_until(SOON, "two failures to be told", || failed().len() >= 2);
+    wait_until(SOON, "two failures to be reported", || failed().len() >= 2);
     let failures = failed();
     assert_eq!(failures[0].1, Code::WorkspaceRefused);
-    // No storm: after 2 s, then 4 s.
+    // The retries back off: after 2 s, then 4 s.
     assert!(failures[1].0 - failures[0].0 >= 2_000, "{failures:?}");
     std::fs::rename(&aside, &workspace).expect("bring the workspace back");
     std::fs::write(workspace.join("new.txt"), "new\n").expect("write");
     wait_until(SOON, "the next try", || views(&sandbox, web()).len() == 2);
-    assert!(the_agent(&sandbox).pid.is_some_and(|pid| !is_held(pid)));
+    assert!(the_agent(&sandbox).pid.is_some_and(|pid| !is_frozen(pid)));
     ticker.runs(SOON);
     all_verify(&sandbox);
 }
@@ -246,11 +246,11 @@ fn a_daemon_that_dies_in_one_leaves_nothing_and_the_next_makes_it() {
 }
 
 #[test]
-fn a_look_leaves_nothing_behind_when_the_daemon_dies_in_it() {
+fn a_scan_leaves_nothing_behind_when_the_daemon_dies_in_it() {
     let mut sandbox = Sandbox::start();
     let ticker = at_work(&sandbox, OFTEN);
     wait_for_checkpoints(&sandbox, 1);
-    // What the last daemon has seen is forgotten: the next looks at once.
+    // The last scan is not stored: a new daemon scans at once.
     sandbox.give_env(FAILPOINT, "history.pack.written=abort");
     sandbox.restart_to_its_death();
     ticker.runs(SOON);
@@ -281,7 +281,7 @@ fn the_daemon_saves_what_has_changed_before_it_ends_and_leaves_the_agents() {
 }
 
 #[test]
-fn a_pause_does_not_wait_for_looks() {
+fn a_pause_does_not_wait_for_scans() {
     let sandbox = Sandbox::start();
     let ticker = at_work(&sandbox, OFTEN);
     for n in 0..10 {

@@ -1,4 +1,4 @@
-//! The first command starts a daemon; two at once share one.
+//! The first command starts a daemon; two commands at once share one.
 
 use std::process::{Command, Stdio};
 
@@ -26,7 +26,7 @@ fn starting(sandbox: &Sandbox, args: &[&str]) -> Command {
     command
 }
 
-/// Ends the daemon that a command has started; the sandbox does not know it.
+/// Ends the daemon that a command has started and that is no child of the sandbox.
 fn end(sandbox: &Sandbox) -> i32 {
     let status = sandbox.ctl_json(&["call", "daemon.status"]);
     let pid = status["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a pid");
@@ -44,7 +44,7 @@ fn the_first_command_starts_a_daemon_that_outlives_it() {
     assert!(sandbox.ctl(&["project", "ls"]).contains("web"));
     let pid = end(&sandbox);
     failed(&sandbox.ctl_output(&["ps"]), 4);
-    // The next one finds what the first has kept.
+    // The next daemon finds the data of the first.
     let output = output_of(starting(&sandbox, &["-q", "project", "ls"]));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "web\n");
     assert_ne!(end(&sandbox), pid);
@@ -68,14 +68,15 @@ fn commands_at_the_same_time_share_one_daemon() {
         .collect();
     assert!(pids.iter().all(|pid| *pid == pids[0]), "{pids:?}");
     let winner = pids[0].as_i64().and_then(|pid| i32::try_from(pid).ok()).expect("a pid");
-    assert!(daemons_of(&sandbox).contains(&winner), "the look sees the winner");
+    assert!(daemons_of(&sandbox).contains(&winner), "the winner is not found");
     assert_eq!(end(&sandbox), winner);
-    // Who lost the race ends, and does not take over from a winner that is stopped.
+    // The daemon that lost the race ends, and does not replace the winner even if that is stopped.
     wait_until(SOON, "the other daemons to give up", || daemons_of(&sandbox).is_empty());
     failed(&sandbox.ctl_output(&["ps"]), 4);
 }
 
-/// The daemons of this sandbox that live. Agents inherit its environment, so the program's name counts too.
+/// Returns the running daemons of this sandbox. Agents inherit its environment, so the name of the program is compared
+/// too.
 fn daemons_of(sandbox: &Sandbox) -> Vec<i32> {
     let state = format!("FERMATA_STATE_DIR={}", sandbox.state_dir().display());
     let has = |pid: i32, file: &str, words: &[u8]| {

@@ -1,4 +1,4 @@
-//! What the tests of agents stand on: agents that are shell scripts, and waiting for what they do.
+//! Common parts of the tests of agents: agents that are shell scripts, and waiting for their effects.
 
 use std::path::PathBuf;
 use std::process::Output;
@@ -14,10 +14,10 @@ use serde_json::{Map, Value};
 /// The configuration in which agents are frozen by signals.
 pub const SIGNALS: &str = "[agents]\nfreezer = \"signals\"\n";
 
-/// Both ways in which agents are frozen, as configurations.
+/// The configurations for the two ways to freeze agents.
 pub const MECHANISMS: [&str; 2] = ["", SIGNALS];
 
-/// Starts a shell script as the agent `web/NAME` and returns what `run` printed.
+/// Starts a shell script as the agent `web/NAME` and returns the output of `run`.
 #[track_caller]
 pub fn run_agent(sandbox: &Sandbox, name: &str, script: &str) -> Value {
     let workspace = sandbox.workspace("web");
@@ -25,17 +25,16 @@ pub fn run_agent(sandbox: &Sandbox, name: &str, script: &str) -> Value {
     sandbox.ctl_json(&[&["run", "-p", "web"], &place[..], &["-n", name, "--", "/bin/sh", "-c", script]].concat())
 }
 
-/// Returns the workspace of the project `web`.
 pub fn web(sandbox: &Sandbox) -> Workspace {
     sandbox.workspace("web")
 }
 
-/// Returns `fermatactl` as a word of a shell script. It runs in an agent without a daemon of its own.
+/// Returns the word that calls `fermatactl` in a shell script of an agent, without starting a daemon.
 pub fn ctl_word() -> String {
     format!("{} --no-autostart", binary("fermatactl").display())
 }
 
-/// Returns an agent of the project `web` as `ps` shows it.
+/// Returns an agent of the project `web` as the daemon lists it.
 #[track_caller]
 pub fn agent(sandbox: &Sandbox, name: &str) -> fermata_protocol::agent::AgentView {
     let found = sandbox.agents().into_iter().find(|agent| agent.name.as_str() == name);
@@ -48,7 +47,7 @@ pub fn wait_for_status(sandbox: &Sandbox, name: &str, status: AgentStatus) {
     wait_until(SOON, &format!("web/{name} to be {status}"), || agent(sandbox, name).status == status);
 }
 
-/// Waits until a file of the project `web` holds something, and returns it without its last newline.
+/// Waits until a line was written to a file of the project `web`, and returns the content without the last newline.
 #[track_caller]
 pub fn wait_for_file(sandbox: &Sandbox, file: &str) -> String {
     let workspace = web(sandbox);
@@ -57,13 +56,13 @@ pub fn wait_for_file(sandbox: &Sandbox, file: &str) -> String {
         .to_owned()
 }
 
-/// Waits until a file of the project `web` holds a process id, and returns it.
+/// Waits until a process id was written to a file of the project `web`, and returns it.
 #[track_caller]
 pub fn wait_for_pid(sandbox: &Sandbox, file: &str) -> i32 {
     wait_for_file(sandbox, file).parse().unwrap_or_else(|e| panic!("{file} holds no process id: {e}"))
 }
 
-/// Waits until a process is gone.
+/// Waits until a process has ended.
 #[track_caller]
 pub fn wait_for_end(pid: i32) {
     wait_until(SOON, &format!("process {pid} to end"), || !process::is_alive(pid));
@@ -107,7 +106,7 @@ pub fn refused<T: std::fmt::Debug>(result: Result<T, ClientError>) -> Code {
     }
 }
 
-/// Returns what a command said on stderr, after checking how it ended.
+/// Asserts the exit code of a command and returns its error output.
 #[track_caller]
 pub fn failed(output: &Output, code: i32) -> String {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

@@ -1,4 +1,4 @@
-//! Budgets: reached, they pause the project; a resume needs more of them.
+//! Budgets: a project that reaches its budget is paused, and its resume needs a higher one.
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_tests::Sandbox;
@@ -40,7 +40,7 @@ fn the_token_budget_of_a_project_pauses_it_with_the_reason_and_a_resume_needs_mo
     wait_for_status(&sandbox, "a", AgentStatus::Paused);
     let shown = sandbox.ctl(&["status", "web"]);
     assert!(shown.contains("token budget") && shown.contains("1,000 of 1,000 tokens"), "{shown}");
-    // A resume without more is refused, and says what to type.
+    // A resume without a higher budget is refused, with a hint.
     let said = failed(&sandbox.ctl_output(&["resume", "web"]), 1);
     assert!(said.contains("--token-budget") && said.contains("--over-budget"), "{said}");
     assert_eq!(project(&sandbox)["status"], "paused");
@@ -50,7 +50,7 @@ fn the_token_budget_of_a_project_pauses_it_with_the_reason_and_a_resume_needs_mo
     wait_until(SOON, "the agent to go on", || web(&sandbox).read("ticks") != ticks);
     use_tokens(&sandbox, "a", 1_000, 0);
     wait_for_project(&sandbox, "paused");
-    // Waived, it bounds nothing until it is set anew.
+    // A waived budget limits nothing until it is set again.
     sandbox.ctl(&["resume", "web", "--over-budget"]);
     use_tokens(&sandbox, "a", 5_000, 0);
     assert_eq!(project(&sandbox)["status"], "active");

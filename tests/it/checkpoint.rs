@@ -1,4 +1,4 @@
-//! `checkpoint.create`: what it covers, what it leaves alone, and what a failure or a crash leaves.
+//! `checkpoint.create`: what a checkpoint contains and leaves out, and what a failure or a crash leaves behind.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ fn the_users_repository_is_never_touched() {
     workspace.git_init().write("src/lib.rs", "//! More.\n").git_commit("second");
     workspace.git(&["branch", "side"]);
     workspace.git(&["tag", "v1"]);
-    // A hook that would tell, something staged, and a rebase in the middle.
+    // A hook that would leave a trace, a staged file, and a rebase in progress.
     workspace.write(".git/hooks/post-commit", "#!/bin/sh\ntouch ran\n").write("staged.txt", "staged\n");
     workspace.git(&["add", "staged.txt"]);
     workspace.write(".git/rebase-merge/head-name", "refs/heads/main\n");
@@ -53,7 +53,7 @@ fn the_users_repository_is_never_touched() {
 }
 
 #[test]
-fn a_session_that_is_a_fifo_holds_up_nobody() {
+fn a_session_file_that_is_a_fifo_blocks_no_checkpoint() {
     let sandbox = Sandbox::start();
     let workspace = furnished(&sandbox, "web");
     let (home, marks) = (sandbox.path().join("claude"), sandbox.path().join("marks"));
@@ -115,7 +115,7 @@ fn an_empty_workspace_can_be_saved_and_restored() {
 }
 
 #[test]
-fn a_blip_lets_everybody_go_on() {
+fn after_the_freeze_of_a_live_checkpoint_all_agents_run() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     for _ in 0..5 {
@@ -135,7 +135,7 @@ fn a_checkpoint_of_a_paused_project_keeps_it_paused() {
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     checkpoint(&sandbox);
     ticker.stands_still();
-    assert!(is_held(the_agent(&sandbox).pid.expect("it is there")));
+    assert!(is_frozen(the_agent(&sandbox).pid.expect("it exists")));
     only_these_are_left(&sandbox, &[1, 2]);
     assert!(resume(&sandbox).expect("resume").success);
     ticker.runs(SOON);
@@ -174,7 +174,7 @@ fn fails_cleanly(failpoint: &str, config: &str) {
 }
 
 #[test]
-fn a_checkpoint_that_fails_leaves_nothing_and_everybody_runs() {
+fn a_checkpoint_that_fails_leaves_nothing_and_all_agents_run() {
     for failpoint in ["pause.validate", "pause.freeze", "pause.frozen", "checkpoint.begin", "history.pack.written"] {
         fails_cleanly(failpoint, BY_GROUP);
     }
@@ -208,14 +208,14 @@ fn crash(failpoint: &str, config: &str, numbers: &[u64]) {
 }
 
 #[test]
-fn a_daemon_that_dies_in_a_blip_leaves_nothing_and_everybody_runs() {
+fn a_daemon_that_dies_in_the_freeze_of_a_live_checkpoint_leaves_nothing_and_all_agents_run() {
     for failpoint in ["pause.frozen", "checkpoint.begin", "checkpoint.captured"] {
         crash(failpoint, BY_GROUP, &[]);
     }
 }
 
 #[test]
-fn a_daemon_that_dies_after_a_blip_leaves_nothing_or_a_whole_checkpoint() {
+fn a_daemon_that_dies_after_the_freeze_of_a_live_checkpoint_leaves_nothing_or_a_complete_checkpoint() {
     for failpoint in ["checkpoint.placed", "history.ref.created", "checkpoint.commit"] {
         crash(failpoint, BY_GROUP, &[]);
     }
@@ -223,7 +223,7 @@ fn a_daemon_that_dies_after_a_blip_leaves_nothing_or_a_whole_checkpoint() {
     crash("checkpoint.sealed", BY_SIGNALS, &[]);
 }
 
-/// A small file system of its own, gone at the end.
+/// A small file system, unmounted when dropped.
 pub struct SmallDisk {
     path: PathBuf,
     _dir: tempfile::TempDir,
@@ -241,10 +241,10 @@ impl SmallDisk {
         &self.path
     }
 
-    /// Fills it, all but so many bytes.
+    /// Fills the disk, leaving that many bytes free.
     pub fn fill(&self, leave: usize) -> PathBuf {
         let ballast = self.path.join("ballast");
-        let free = nix::sys::statvfs::statvfs(&self.path).expect("look for free space");
+        let free = nix::sys::statvfs::statvfs(&self.path).expect("query the free space");
         let bytes = usize::try_from(free.blocks_available() * free.fragment_size()).expect("it is small");
         fs::write(&ballast, vec![0_u8; bytes.saturating_sub(leave)]).expect("fill the disk");
         ballast
@@ -281,16 +281,16 @@ fn a_restore_for_which_there_is_no_room_goes_on_when_there_is() {
     only_these_are_left(&sandbox, &[1, 2]);
 }
 
-/// Pauses with so little space left; whatever comes of it, nothing stays frozen or half done.
+/// Pauses with that little space left; whatever the result, nothing stays frozen or incomplete.
 fn pause_on_a_full_disk(leave: usize) {
-    // Dropped after the sandbox, whose daemon has it open.
+    // Dropped after the sandbox, whose daemon has files open in it.
     let disk = SmallDisk::mount("24m");
     let sandbox = Sandbox::builder()
         .config("[pause]\ndisk_floor_bytes = 0\n")
         .env("FERMATA_STATE_DIR", disk.path().to_str().expect("a temporary path is ASCII"))
         .start();
     let ticker = Ticker::start(&sandbox);
-    // Random bytes: nothing compresses them.
+    // Random bytes do not compress.
     let mut noise = vec![0_u8; 4 << 20];
     let mut random = fs::File::open("/dev/urandom").expect("open urandom");
     std::io::Read::read_exact(&mut random, &mut noise).expect("read urandom");
@@ -302,7 +302,7 @@ fn pause_on_a_full_disk(leave: usize) {
     let refusal = refusal(answer).expect_err("there is no room");
     ticker.runs(SOON);
     let pid = the_agent(&sandbox).pid.expect("it runs");
-    wait_until(SOON, &format!("the agent to be let go after {refusal:?}"), || !is_held(pid));
+    wait_until(SOON, &format!("the agent to be let go after {refusal:?}"), || !is_frozen(pid));
     assert_eq!(checkpoints(&sandbox), Vec::<u64>::new());
 
     fs::remove_file(&ballast).expect("free the disk");
@@ -342,7 +342,7 @@ fn a_checkpoint_below_the_disk_floor_is_refused_before_anybody_is_frozen() {
 }
 
 #[test]
-fn what_a_checkpoint_skips_is_told() {
+fn a_checkpoint_reports_what_it_skips() {
     let sandbox = Sandbox::start();
     let workspace = furnished(&sandbox, "web");
     workspace.write(".gitignore", "ignored/\n").write("ignored/big.bin", "x").write("nested/.git/HEAD", "ref: x\n");
@@ -356,12 +356,12 @@ fn what_a_checkpoint_skips_is_told() {
     workspace.write("nested/file.txt", "changed\n");
     done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(workspace.read("nested/file.txt"), "covered\n");
-    // What a checkpoint does not hold, a restore does not remove.
+    // A restore does not remove files that the checkpoint leaves out.
     assert!(workspace.has("large.bin") && workspace.has("ignored/big.bin") && workspace.has("nested/.git/HEAD"));
 }
 
 #[test]
-fn a_blip_that_ends_early_is_no_checkpoint_of_a_standing_project() {
+fn a_live_checkpoint_whose_freeze_ends_early_fails() {
     let sandbox = Sandbox::builder().config(&short_lease()).env(FAILPOINT, "checkpoint.captured=stop").start();
     let ticker = Ticker::start(&sandbox);
     let mut client = sandbox.rpc();
@@ -378,7 +378,7 @@ fn a_blip_that_ends_early_is_no_checkpoint_of_a_standing_project() {
 }
 
 #[test]
-fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
+fn the_warm_up_scan_runs_in_the_background_and_reports_its_progress() {
     let sandbox = Sandbox::start();
     let workspace = sandbox.workspace("web");
     let noise = noise(256 << 10);
@@ -386,22 +386,22 @@ fn the_first_look_is_taken_in_the_background_and_says_how_far_it_is() {
         workspace.write(&format!("f{n}"), [&noise[..], &n.to_le_bytes()].concat());
     }
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
-    let (look, text) = poll_for(SOON, || {
-        let look = show(&sandbox).project.look.filter(|look| look.step == "read" && look.done > 0)?;
-        Some((look, format!("{}{}", sandbox.ctl(&["project", "show", "web"]), sandbox.ctl(&["status"]))))
+    let (scan, text) = poll_for(SOON, || {
+        let scan = show(&sandbox).project.look.filter(|scan| scan.step == "read" && scan.done > 0)?;
+        Some((scan, format!("{}{}", sandbox.ctl(&["project", "show", "web"]), sandbox.ctl(&["status"]))))
     })
     .expect("files that are being read");
-    assert!(look.total >= 300 && look.unit == "files", "{look:?}");
-    // It may have ended by the time that the text was made.
+    assert!(scan.total >= 300 && scan.unit == "files", "{scan:?}");
+    // The scan may end before the text is produced.
     let mut lines =
         text.lines().filter(|line| line.contains("workspace scan") || line.contains("scanning the workspace"));
     assert!(lines.all(|line| line.contains(" of ") || line.contains("pack") || line.contains("trees")), "{text}");
-    wait_until(SOON, "the look to end", || show(&sandbox).project.look.is_none());
+    wait_until(SOON, "the scan to end", || show(&sandbox).project.look.is_none());
     let made = checkpoint(&sandbox);
     assert!(made.size_bytes < 1 << 20, "the background has stored it: {made:?}");
 }
 
-/// Something that is mounted until this goes.
+/// A mount that is removed when dropped.
 struct Mounted(PathBuf);
 
 impl Drop for Mounted {
@@ -424,7 +424,7 @@ fn a_file_that_is_mounted_into_the_workspace_is_saved_as_it_is() {
     checkpoint(&sandbox);
     workspace.write("other", "changed\n");
     checkpoint(&sandbox);
-    // Nobody is told of this: the name by which it is written lies elsewhere.
+    // No notification reports this write, since its path is outside the workspace.
     fs::write(&outside, "second\n").expect("write");
     checkpoint(&sandbox);
     drop(mounted);

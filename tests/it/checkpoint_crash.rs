@@ -1,5 +1,5 @@
-//! A daemon that dies while it looks at a workspace, keeps what it knows, consolidates, sweeps, removes or checks what
-//! was restored: every checkpoint that is listed is whole, and everything goes on.
+//! A daemon that dies while it scans a workspace, stores the workspace state, consolidates, sweeps, removes a
+//! checkpoint or verifies a restore: every listed checkpoint is complete, and all operations still work.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ fn restore_of(number: u64) -> CheckpointRestore {
     CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() }
 }
 
-/// A project at rest with a past: checkpoints, and what the workspace held at each.
+/// A stopped project with checkpoints, and the content of the workspace at each.
 struct Past {
     sandbox: Sandbox,
     workspace: Workspace,
@@ -63,13 +63,13 @@ impl Past {
         self.held.insert(number, files(&self.workspace));
     }
 
-    /// The next daemon dies here; this one ends now.
+    /// Ends this daemon and arms a failpoint for the next one.
     fn arm(&mut self, failpoint: &str) {
         self.sandbox.kill_daemon();
         self.sandbox.give_env(FAILPOINT, &format!("{failpoint}=abort"));
     }
 
-    /// Waits for the death, and for a daemon after it.
+    /// Waits until the daemon has died, and starts another one.
     #[track_caller]
     fn rise(&mut self) {
         self.sandbox.wait_for_daemon();
@@ -78,7 +78,7 @@ impl Past {
         settled(&self.sandbox);
     }
 
-    /// Sees that nothing was lost, that nothing is left over, and that everything can be done as before.
+    /// Asserts that nothing is lost or left over, and that all operations work.
     #[track_caller]
     fn is_whole(&mut self) {
         only_these_are_left(&self.sandbox, &self.held.keys().copied().collect::<Vec<_>>());
@@ -100,8 +100,8 @@ impl Past {
     }
 }
 
-/// The first look at a workspace, which a project's creation begins.
-fn dies_in_the_first_look(failpoint: &str) {
+/// The warm-up scan of a workspace, which the creation of a project begins.
+fn dies_in_the_warm_up_scan(failpoint: &str) {
     let mut sandbox = Sandbox::builder().env(FAILPOINT, &format!("{failpoint}=abort")).start();
     let workspace = furnished(&sandbox, "web");
     // The daemon may die before it answers.
@@ -117,12 +117,12 @@ fn dies_in_the_first_look(failpoint: &str) {
     past.is_whole();
 }
 
-/// A later look: the workspace has changed while no daemon ran.
-fn dies_in_a_later_look(failpoint: &str) {
+/// A later scan: the workspace has changed while no daemon ran.
+fn dies_in_a_later_scan(failpoint: &str) {
     let mut past = Past::of(3);
     past.arm(failpoint);
     past.change(50);
-    // It dies by itself: a look is the first thing that a daemon does.
+    // The scan is the first thing that a daemon does, so it dies by itself.
     past.sandbox.start_to_its_death();
     past.sandbox.forget_env(FAILPOINT);
     past.sandbox.start_daemon();
@@ -130,23 +130,23 @@ fn dies_in_a_later_look(failpoint: &str) {
     past.is_whole();
 }
 
-macro_rules! looks {
+macro_rules! scans {
     ($($name:ident: $point:literal;)*) => {
         $(mod $name {
             #[test]
-            fn a_first_look_whose_daemon_dies_here_is_taken_again() {
-                super::dies_in_the_first_look($point);
+            fn a_warm_up_scan_whose_daemon_dies_here_is_repeated() {
+                super::dies_in_the_warm_up_scan($point);
             }
 
             #[test]
-            fn a_look_after_a_restart_whose_daemon_dies_here_costs_no_checkpoint() {
-                super::dies_in_a_later_look($point);
+            fn a_scan_after_a_restart_whose_daemon_dies_here_costs_no_checkpoint() {
+                super::dies_in_a_later_scan($point);
             }
         })*
     };
 }
 
-looks! {
+scans! {
     at_warm_up_written: "history.warm_up.written";
     at_warm_up_pack_moved: "history.warm_up.moved";
     at_warm_up_index_moved: "history.warm_up.moved@2";
@@ -189,7 +189,7 @@ consolidations! {
     at_swapped: "history.consolidation.swapped";
 }
 
-/// A daemon dies over what an earlier one left behind when it died.
+/// A daemon dies while it removes what an earlier one left behind when it died.
 fn dies_in_the_sweep_after(first: &str, sweep: &str) {
     let mut past = Past::of(3);
     past.arm(first);
@@ -220,7 +220,7 @@ fn a_start_that_dies_after_it_has_removed_a_draft_is_finished_by_the_next() {
 }
 
 #[test]
-fn a_start_that_dies_when_it_knows_what_nobody_needs_is_finished_by_the_next() {
+fn a_start_that_dies_after_it_found_unreachable_objects_is_finished_by_the_next() {
     dies_in_the_sweep_after("history.ref.before", "history.sweep.walked");
 }
 
@@ -239,14 +239,14 @@ fn a_start_that_dies_over_a_checkpoint_without_a_row_is_finished_by_the_next() {
     dies_in_the_sweep_after("checkpoint.commit", "history.sweep.index");
 }
 
-/// The look through everything, which follows a restore.
+/// The full verification that follows a restore.
 fn dies_in_the_check_after_a_restore(failpoint: &str) {
     let mut past = Past::of(3);
     past.arm(failpoint);
     past.sandbox.start_daemon();
     past.change(50);
     let (later, was) = (files(&past.workspace), past.held[&1].clone());
-    // The answer comes first, or the daemon dies before it is sent.
+    // The daemon answers first, or dies before the answer is sent.
     drop(past.sandbox.rpc().call(&restore_of(1)));
     wait_until(SOON, "the daemon to die", || !process::is_alive(past.sandbox.daemon_pid()));
     past.rise();

@@ -1,4 +1,4 @@
-//! Git at work in the workspace while checkpoints are made and restored: neither is in the other's way.
+//! Git runs in the workspace while checkpoints are made and restored: neither disturbs the other.
 
 use std::collections::BTreeMap;
 use std::process::Command;
@@ -35,7 +35,7 @@ fn repository(sandbox: &Sandbox) -> Workspace {
     workspace
 }
 
-/// Runs git, which may find that another git is at work.
+/// Runs git, which may fail because another git process holds a lock.
 fn try_git(workspace: &Workspace, args: &[&str]) {
     let output = Command::new("git")
         .args(["-c", "user.name=Test", "-c", "user.email=test@localhost"])
@@ -53,8 +53,8 @@ fn try_git(workspace: &Workspace, args: &[&str]) {
     }
 }
 
-/// Lets several people use git until the work is done; one after the other, since a `gc --prune=now` of one harms
-/// another's commit without us.
+/// Lets several users run git until the work is done; one after the other, since a `gc --prune=now` can damage another
+/// process's commit even without Fermata.
 fn while_git_is_used(workspace: &Workspace, work: impl FnOnce()) {
     let (stop, turn) = (AtomicBool::new(false), Mutex::new(()));
     let try_git = |args: &[&str]| {
@@ -96,7 +96,7 @@ fn while_git_is_used(workspace: &Workspace, work: impl FnOnce()) {
     });
 }
 
-/// Nothing of git's is damaged, and we do not write there.
+/// Asserts that the repository is intact and that Fermata writes nothing there.
 fn git_is_whole_and_left_alone(sandbox: &Sandbox, workspace: &Workspace) {
     workspace.git(&["fsck", "--strict", "--no-dangling"]);
     let git = workspace.path().join(".git");
@@ -122,7 +122,7 @@ fn checkpoints_that_are_made_while_git_is_used_are_whole() {
     let numbers: Vec<u64> = (1..=10).collect();
     is_untouched(&sandbox, &ticker, &numbers);
     all_verify(&sandbox);
-    // What git has thrown away since, a checkpoint still brings back.
+    // A checkpoint still restores objects that git has removed since.
     done(&sandbox, &AgentStop { target: Target::project(web()), grace_ms: Some(0) });
     wait_until(SOON, "the agent to end", || the_agent(&sandbox).status.is_terminal());
     workspace.git(&["stash", "clear"]);
@@ -145,7 +145,7 @@ fn restores_while_git_is_used_damage_neither_git_nor_a_checkpoint() {
     let first = checkpoint(&sandbox).id;
     while_git_is_used(&workspace, || {
         for _ in 0..8 {
-            // Others write to the same files: it is restored, with a warning or without.
+            // Other processes write to the same files: the restore succeeds with or without a warning.
             done(&sandbox, &restore_of(first));
         }
     });
@@ -156,14 +156,14 @@ fn restores_while_git_is_used_damage_neither_git_nor_a_checkpoint() {
     assert_eq!(files(&workspace), was);
 }
 
-/// What a workspace holds beside its repository.
+/// The content of a workspace without its repository.
 fn files(workspace: &Workspace) -> BTreeMap<String, String> {
     let all = workspace.fingerprint().into_iter();
     let files = all.filter(|(path, _)| !path.starts_with(".git") && workspace.path().join(path).is_file());
     files.map(|(path, (_, _, hash))| (path.display().to_string(), hash)).collect()
 }
 
-/// An agent that uses git itself, one command after the other.
+/// An agent that runs one git command after the other.
 const GIT: &str = "export GIT_CONFIG_GLOBAL=/dev/null GIT_AUTHOR_NAME=T GIT_AUTHOR_EMAIL=t@l GIT_COMMITTER_NAME=T \
     GIT_COMMITTER_EMAIL=t@l; cd \"$WORK\"; n=0; while :; do n=$((n+1)); printf . >> \"$MARKS\"; \
     git checkout -q -f side; echo $n > README.md; git commit -q -a -m $n; git checkout -q -f main; echo $n > src/lib.rs; \
@@ -198,7 +198,7 @@ fn a_pause_in_the_middle_of_the_agents_git_saves_exactly_what_stands_still() {
     }
 }
 
-/// Writes the same number into one file after the other, each at once.
+/// Writes the same number into one file after the other, without a delay.
 const IN_TURN: &str = "cd \"$WORK\"; n=0; while :; do n=$((n+1)); printf . >> \"$MARKS\"; \
     for f in 0 1 2 3 4 5 6 7 8 9; do echo $n > turn/.draft; mv turn/.draft turn/$f; done; done";
 

@@ -1,4 +1,4 @@
-//! What a checkpoint keeps of what agents know: all of one instant, whatever is written meanwhile.
+//! The context snapshot of a checkpoint: the context of agents at one instant, whatever is written meanwhile.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -32,7 +32,7 @@ fn item(text: String) -> ContextPut {
     ContextPut { target: Some(worker()), items }
 }
 
-/// Lets the tokens of a test never make a flash save due.
+/// A token count at which no flash save becomes due.
 fn without_limit(sandbox: &Sandbox) {
     let config = ProjectConfig { token_limit: 1_000_000_000, ..show(sandbox).config };
     done(sandbox, &ProjectSet { project: web(), description: None, phase: None, config: Some(config) });
@@ -55,7 +55,7 @@ fn what_is_put_while_a_pause_is_made_is_in_both_parts_or_in_neither() {
             let mut n = 0;
             while !stop.load(Ordering::Relaxed) {
                 n += 1;
-                client.call(&item(format!("item {n}"))).expect("a person may always put one");
+                client.call(&item(format!("item {n}"))).expect("a user may always put one");
             }
         });
         for _ in 0..8 {
@@ -82,7 +82,7 @@ fn a_pause_keeps_what_was_read_and_saved_last_and_says_which_it_is() {
     for n in 1..=3 {
         done(&sandbox, &item(format!("item {n}")));
     }
-    // An access is told by no event, and is in the snapshot all the same.
+    // An access publishes no event, but is in the snapshot.
     let list = ContextList { target: Some(worker()), tier: None, archived: None, before: None, limit: None };
     let id = done(&sandbox, &list).items[0].id;
     done(&sandbox, &ContextShow { project: Some(web()), id });
@@ -104,7 +104,7 @@ fn a_pause_keeps_what_was_read_and_saved_last_and_says_which_it_is() {
 }
 
 #[test]
-fn a_pause_whose_draft_cannot_be_made_is_none_the_worse() {
+fn a_pause_whose_early_context_snapshot_fails_still_succeeds() {
     for failpoint in ["checkpoint.stage=error", "checkpoint.staged=error"] {
         let sandbox = Sandbox::builder().env(FAILPOINT, failpoint).start();
         let ticker = Ticker::start(&sandbox);

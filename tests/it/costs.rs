@@ -28,7 +28,7 @@ impl Large {
             workspace.write(&format!("d{}/f{n}", n % 50), format!("content {n}\n"));
         }
         sandbox.ctl(&["project", "create", "web", "-w", workspace.text()]);
-        // The daemon gets to know the workspace by itself.
+        // The daemon scans the workspace by itself.
         recorder.wait_for(&sandbox, "state/projects/web/history/history.git/objects/pack");
         checkpoint(&sandbox);
         Self { sandbox, recorder, workspace }
@@ -40,7 +40,7 @@ impl Large {
         }
     }
 
-    /// Does something, and returns what it made the daemon flush, and how many transactions it took.
+    /// Runs an operation; returns the files that the daemon flushed for it, and the number of its transactions.
     fn cost_of<T>(&self, act: impl FnOnce(&Sandbox) -> T) -> (Vec<String>, usize) {
         drop(self.recorder.flushed(&self.sandbox));
         let before = commits(&self.sandbox);
@@ -74,7 +74,7 @@ fn of_checkpoint(number: u64, pack: bool) -> Vec<String> {
 fn a_checkpoint_flushes_its_own_files_once_however_many_the_workspace_has() {
     let large = Large::new();
     large.change(10);
-    // Announced without a flush, and committed.
+    // Published without a flush, and committed.
     assert_eq!(large.cost_of(checkpoint), (of_checkpoint(2, true), 2));
     large.change(50);
     assert_eq!(large.cost_of(checkpoint), (of_checkpoint(3, true), 2));
@@ -93,10 +93,10 @@ fn a_pause_is_one_durable_transaction() {
     checkpoint(&large.sandbox);
     large.change(10);
     let (flushed, commits) = large.cost_of(|sandbox| pause(sandbox, PauseMode::Freeze).expect("pause"));
-    // The first four steps conclude without a flush; the row comes with the status of project and agents.
+    // The first four steps end without a flush; the row is written with the status of project and agents.
     assert_eq!(commits, 6, "begun, four steps, committed");
     let mut expected = of_checkpoint(3, true);
-    // The context is drafted before the freeze.
+    // The context snapshot is prepared before the freeze.
     expected.push("state/projects/web/checkpoints/3.partial/context.json".to_owned());
     expected.sort();
     assert_eq!(flushed, expected);

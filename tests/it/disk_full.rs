@@ -1,5 +1,5 @@
-//! A state directory whose disk runs full at any point, or can no longer be written to: an operation succeeds or says
-//! why not, agents run on, nothing stays half done, and with room it works again.
+//! A state directory whose disk fills up at any point or becomes read-only: an operation succeeds or reports why not,
+//! agents run on, nothing stays incomplete, and it succeeds once there is space.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,13 +20,13 @@ use crate::scene::*;
 
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 
-/// What each checkpoint of these tests adds, at the least: bytes that cannot be compressed.
+/// The least size of each checkpoint in these tests: incompressible bytes.
 const NOISE: usize = 192 << 10;
 
-/// By how much the room grows from try to try: some pages.
+/// How much more space each try gets: a few pages.
 const STEP: u64 = 20 << 10;
 
-/// What a consolidation leaves free.
+/// The space that a consolidation leaves free.
 const SPARED: u64 = 64 << 20;
 
 /// More than any operation here needs.
@@ -41,7 +41,7 @@ fn bed(size: &str) -> Sandbox {
         .start()
 }
 
-/// Calls a method; the daemon must stay reachable, whatever it answers.
+/// Calls a method and asserts that the daemon stays reachable.
 fn ask<M: Method>(sandbox: &Sandbox, params: &M) -> Result<M::Result, Refusal> {
     match sandbox.rpc().call(params) {
         Ok(result) => Ok(result),
@@ -50,15 +50,15 @@ fn ask<M: Method>(sandbox: &Sandbox, params: &M) -> Result<M::Result, Refusal> {
     }
 }
 
-/// A person who reads it knows that there is no room.
+/// Asserts that the message says that the disk is full.
 #[track_caller]
 fn tells_of_the_disk(refusal: &Refusal, leave: u64) {
     let text = refusal.message.to_lowercase();
-    let told = refusal.code == Code::DiskFull || text.contains("no space left") || text.contains("disk is full");
-    assert!(told, "with {leave} bytes left: {refusal:?}");
+    let says_full = refusal.code == Code::DiskFull || text.contains("no space left") || text.contains("disk is full");
+    assert!(says_full, "with {leave} bytes left: {refusal:?}");
 }
 
-/// A person who reads it knows that nothing can be written.
+/// Asserts that the message says that the disk cannot be written.
 #[track_caller]
 fn tells_of_read_only(refusal: &Refusal, what: &str) {
     let text = refusal.message.to_lowercase();
@@ -77,7 +77,7 @@ fn pausing() -> ProjectPause {
     ProjectPause { project: web(), reason: None, mode: PauseMode::Freeze, grace_ms: Some(50) }
 }
 
-/// Lets the disk run full at every point: tries with ever more room, until it has been enough three times.
+/// Lets the disk fill up at every point: tries with ever more space, until it has been enough three times.
 fn at_every_fullness(sandbox: &Sandbox, from: u64, mut one: impl FnMut(u64) -> bool) {
     let (mut enough, mut failed) = (0, 0);
     let mut leave = from;
@@ -86,7 +86,7 @@ fn at_every_fullness(sandbox: &Sandbox, from: u64, mut one: impl FnMut(u64) -> b
         if one(leave) {
             enough += 1;
         } else {
-            // A little more room may be too little again: files are rounded to pages.
+            // A little more space may be too little again: files are rounded to pages.
             enough = 0;
             failed += 1;
         }
@@ -138,7 +138,7 @@ fn a_pause_on_a_disk_that_runs_full_at_any_point_is_made_or_undone() {
             Ok(paused) => {
                 numbers.push(paused.checkpoint_id);
                 ticker.stands_still();
-                // To go on needs room too, and if there is none, a person who makes some can repeat it.
+                // Continuing needs space too; without it a user can repeat the call after making some.
                 let resume = ProjectResume { project: web(), checkpoint: None, over_budget: false };
                 if let Err(refusal) = ask(&sandbox, &resume) {
                     tells_of_the_disk(&refusal, leave);
@@ -150,7 +150,7 @@ fn a_pause_on_a_disk_that_runs_full_at_any_point_is_made_or_undone() {
                 true
             }
             Err(refusal) => {
-                // Before there is room again.
+                // Before there is space again.
                 ticker.runs(SOON);
                 tells_of_the_disk(&refusal, leave);
                 false
@@ -272,7 +272,7 @@ fn a_consolidation_on_a_disk_that_runs_full_at_any_point_replaces_all_or_nothing
                 false
             }
         };
-        // What the daemon does by itself after a checkpoint may have begun.
+        // Maintenance after a checkpoint may have begun.
         let drafts = || fs::read_dir(&dir).expect("list the drafts").count();
         wait_until(SOON, &format!("drafts to go, with {leave} bytes left"), || drafts() == 0);
         done(&sandbox, &CheckpointConsolidate { project: web(), everything: !good });
@@ -303,8 +303,8 @@ fn an_export_and_an_import_on_a_disk_that_runs_full_at_any_point_leave_no_half()
             };
             sandbox.disk().relieve();
             let (said, good) = (String::from_utf8_lossy(&output.stderr).to_lowercase(), output.status.success());
-            let told = ["no space left", "full", "free some space"].iter().any(|words| said.contains(words));
-            assert!(good || told, "with {leave} left: {said}");
+            let says_full = ["no space left", "full", "free some space"].iter().any(|words| said.contains(words));
+            assert!(good || says_full, "with {leave} left: {said}");
             settled(&sandbox);
             assert_eq!(again.exists(), good && export);
             if export && good {
@@ -365,7 +365,7 @@ fn what_a_read_only_disk_keeps_from_being_done_is_refused_and_works_afterwards()
     all_verify(&sandbox);
 }
 
-/// The disk turns read-only in the middle of a checkpoint.
+/// The disk becomes read-only in the middle of a checkpoint.
 fn turns_read_only_at(failpoint: &str) {
     let sandbox =
         Sandbox::builder().config("[pause]\nlease_ms = 20000\n").env(FAILPOINT, &format!("{failpoint}=stop")).start();
@@ -376,11 +376,14 @@ fn turns_read_only_at(failpoint: &str) {
         let read_only = ReadOnly::at(sandbox.state_dir().join("projects"));
         sandbox.signal_daemon(Signal::SIGCONT);
         ticker.runs(SOON);
-        // What is undone needs the disk as well; whoever waits for it is answered.
+        // Undoing needs the disk as well; a waiting caller is answered nevertheless.
         let answered = fermata_tests::waiting::poll_for(SOON, || saving.is_finished().then_some(()));
         drop(read_only);
         let answer = saving.join().expect("an answer").expect_err("nothing could be written");
-        assert!(answered.is_some(), "{failpoint}: nobody was told before the disk could be written again: {answer:?}");
+        assert!(
+            answered.is_some(),
+            "{failpoint}: there was no answer before the disk became writable again: {answer:?}"
+        );
         answer
     });
     tells_of_read_only(&refused, failpoint);
@@ -389,7 +392,7 @@ fn turns_read_only_at(failpoint: &str) {
     let made = checkpoint(&sandbox).id;
     all_verify(&sandbox);
     assert_eq!(checkpoints(&sandbox), [made]);
-    // What could not be undone at once is gone after the next start, if not before.
+    // Leftovers that could not be removed at once are gone after the next start at the latest.
     let mut sandbox = sandbox;
     sandbox.forget_env(FAILPOINT);
     sandbox.crash_and_restart();
@@ -405,8 +408,9 @@ fn a_disk_that_turns_read_only_in_the_middle_of_a_checkpoint_costs_only_that_one
     }
 }
 
-/// Stops the daemon in the middle of a call, turns a directory read-only, and lets it go on; returns the answer, once
-/// that directory can be written to again. `until`, which is told whether there is an answer already, says when.
+/// Stops the daemon in the middle of a call, makes a directory read-only, and continues the daemon. The directory
+/// becomes writable again when `until` returns, which is given a function that says whether the call has been
+/// answered. Returns the answer.
 fn meanwhile_read_only<M: Method + Sync>(
     sandbox: &Sandbox,
     params: &M,
@@ -438,12 +442,12 @@ fn a_consolidation_whose_disk_turns_read_only_replaces_all_or_nothing() {
             checkpoint(&sandbox);
         }
         let consolidate = CheckpointConsolidate { project: web(), everything: true };
-        let told = |answered: &dyn Fn() -> bool| {
+        let until = |answered: &dyn Fn() -> bool| {
             all_verify(&sandbox);
-            // It stands back behind everything else that runs here.
+            // The consolidation yields to all other work on this machine.
             wait_until(SOON, "the consolidation to fail", answered);
         };
-        let answer = meanwhile_read_only(&sandbox, &consolidate, &sandbox.state_dir().join("projects"), told);
+        let answer = meanwhile_read_only(&sandbox, &consolidate, &sandbox.state_dir().join("projects"), until);
         tells_of_read_only(&answer.expect_err(&format!("nothing could be written at {failpoint}")), failpoint);
         all_verify(&sandbox);
         workspace.write("README.md", "round 5\n");
@@ -456,17 +460,17 @@ fn a_consolidation_whose_disk_turns_read_only_replaces_all_or_nothing() {
 
 #[test]
 fn a_restore_into_a_workspace_that_turns_read_only_goes_on_when_it_can_be_written() {
-    // Later the workspace is open already, and a cover over it is not seen any more.
+    // Once the workspace is open, a mount over it has no effect.
     let sandbox = Sandbox::builder().env(FAILPOINT, "restore.apply=stop").start();
     let workspace = at_rest(&sandbox);
     let was = files(&workspace);
     workspace.write("README.md", "# Later\n").write("new/file.txt", "new\n").remove("src/lib.rs");
     let tried = |_: &dyn Fn() -> bool| {
         let retried = || sandbox.ctl(&["events", "--project", "web", "--json"]).contains("restore.retried");
-        wait_until(SOON, "a try to be told", retried);
+        wait_until(SOON, "a try to be reported", retried);
     };
     let answer = meanwhile_read_only(&sandbox, &restore_of(1), workspace.path(), tried);
-    answer.expect("it goes on by itself");
+    answer.expect("it continues by itself");
     assert_eq!(files(&workspace), was);
     only_these_are_left(&sandbox, &[1, 2]);
     all_verify(&sandbox);

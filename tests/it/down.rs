@@ -1,4 +1,4 @@
-//! `down`: what a `fermata.toml` declares is stopped, dependents first, and nothing else is lost.
+//! `down`: the agents that a `fermata.toml` declares are stopped, dependents first, and nothing else is lost.
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_tests::{Sandbox, process};
@@ -6,7 +6,7 @@ use fermata_tests::{Sandbox, process};
 use crate::bed::{agent, run_agent, wait_for_file, wait_for_status, web};
 use crate::up::{are, declare, rows};
 
-/// Three agents that say in one file when they are told to end.
+/// Three agents that append to one file when they receive SIGTERM.
 const CHAIN: &str = r#"
 [agents.db]
 command = ["/bin/sh", "-c", "trap 'echo db >> ended; exit 0' TERM; echo > db.up; while :; do sleep 0.05; done"]
@@ -39,7 +39,7 @@ fn those_that_depend_on_others_end_first() {
     assert_eq!(sandbox.ctl_rows(&["checkpoint", "ls", "web"]).len(), 1);
     let again = rows(&sandbox, &["down"]);
     assert_eq!(again, are(&[("web/web", "not_running"), ("web/api", "not_running"), ("web/db", "not_running")]));
-    // All of it comes back.
+    // All agents can be started again.
     let back = rows(&sandbox, &["up"]);
     assert!(back.contains(&("web/db".into(), "started".into())), "{back:?}");
 }

@@ -59,7 +59,7 @@ fn a_project_is_paused_and_resumed_in_the_middle_of_a_pre_start() {
         sandbox.ctl(&["pause", "web"]);
         let size = workspace.read("near").len();
         workspace.write("go", "");
-        assert!(process::is_alive(pid), "it is held, with the command to go on before its eyes");
+        assert!(process::is_alive(pid), "the hook is frozen although the file exists");
         assert_eq!(workspace.read("near").len(), size);
         assert!(!workspace.path().join("ran").exists());
         sandbox.ctl(&["resume", "web"]);

@@ -6,7 +6,7 @@ use fermata_tests::{Sandbox, process};
 
 use crate::bed::{MECHANISMS, agent, failed, run_agent, wait_for_file, wait_for_pid, web};
 
-/// Three kinds of descendants: a child, one in a session of its own, and an orphan in one.
+/// Three kinds of descendants: a child, one in a session of its own, and an orphan in a session of its own.
 const FAMILY: &str = "sleep 1000 & echo $! > child; setsid sh -c 'echo $$ > session; exec sleep 1000' & \
     (setsid sh -c 'echo $$ > orphan; exec sleep 1000' &) ; wait";
 

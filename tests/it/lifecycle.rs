@@ -1,5 +1,4 @@
-//! What becomes of agents by themselves: restarts by policy, dependencies, readiness, timeouts,
-//! staleness.
+//! What the daemon does with agents by itself: restarts by policy, dependencies, readiness, timeouts, staleness.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +12,7 @@ use crate::bed::{
     agent, call, ctl_word, failed, refused, run_agent, wait_for_end, wait_for_file, wait_for_status, web,
 };
 
-/// Starts a shell script as `web/NAME`, looked after in that way.
+/// Starts a shell script as `web/NAME` with these options.
 #[track_caller]
 fn run(sandbox: &Sandbox, name: &str, supervision: Value, script: &str) -> Value {
     let workspace = web(sandbox);
@@ -90,7 +89,7 @@ fn a_backoff_outlives_the_daemon_and_is_shown_with_its_time() {
     let waiting = agent(&sandbox, "a");
     assert!(waiting.next_start_at.is_some() && waiting.pid.is_none(), "{waiting:?}");
     assert!(sandbox.ctl(&["ps"]).contains("backoff (starts "));
-    // The one who waits is not told that it is over.
+    // An agent in backoff has not ended for `wait`.
     assert_eq!(sandbox.ctl_output(&["wait", "web/a", "--timeout", "10ms"]).status.code(), Some(6));
     sandbox.crash_and_restart();
     let next_start = |agent: AgentView| (agent.status, agent.next_start_at);
@@ -100,7 +99,7 @@ fn a_backoff_outlives_the_daemon_and_is_shown_with_its_time() {
 }
 
 #[test]
-fn a_missing_program_is_told_and_not_tried_again() {
+fn a_missing_program_is_reported_and_not_tried_again() {
     let sandbox = Sandbox::start();
     let params = json!({
         "project": "web", "workspace": web(&sandbox).text(), "name": "a", "argv": ["/no/such/program"],
@@ -128,12 +127,12 @@ fn a_dependent_starts_when_the_output_of_the_other_says_that_it_is_ready() {
 }
 
 #[test]
-fn readiness_is_found_out_by_a_command_or_told_by_the_agent() {
+fn readiness_is_checked_by_a_command_or_reported_by_the_agent() {
     let sandbox = Sandbox::start();
     let by_command = json!({ "ready": { "when": { "command": ["/bin/test", "-e", "up"] } } });
     run(&sandbox, "a", by_command, "exec sleep 1000");
-    let told = format!("until [ -e go ]; do sleep 0.02; done; {} agent ready; exec sleep 1000", ctl_word());
-    run(&sandbox, "b", json!({ "ready": { "when": "reported" } }), &told);
+    let script = format!("until [ -e go ]; do sleep 0.02; done; {} agent ready; exec sleep 1000", ctl_word());
+    run(&sandbox, "b", json!({ "ready": { "when": "reported" } }), &script);
     let both = json!({ "depends_on": [{ "agent": "a" }, { "agent": "b", "until": "ready" }] });
     run(&sandbox, "c", both, "exec sleep 1000");
     web(&sandbox).write("up", "");
@@ -205,7 +204,7 @@ fn paused_time_does_not_count_towards_a_timeout() {
     run(&sandbox, "a", json!({ "timeout_ms": HOUR_MS }), "exec sleep 1000");
     sandbox.ctl(&["pause", "web"]);
     let left = agent(&sandbox, "a").time_left_ms.expect("it has a timeout");
-    // There is nothing to wait for but the clock.
+    // Only time ends this wait.
     let pause = Duration::from_secs(1);
     std::thread::sleep(pause);
     assert_eq!(agent(&sandbox, "a").time_left_ms, Some(left));
@@ -218,7 +217,7 @@ fn paused_time_does_not_count_towards_a_timeout() {
 }
 
 #[test]
-fn only_who_has_reported_becomes_stale_and_a_heartbeat_helps() {
+fn only_an_agent_that_has_reported_becomes_stale_and_a_heartbeat_ends_it() {
     let sandbox = Sandbox::start();
     let stale = || json!({ "stale_after_ms": 300 });
     let told_stale = || kinds(&sandbox).iter().filter(|kind| *kind == "agent.stale").count();
@@ -229,7 +228,7 @@ fn only_who_has_reported_becomes_stale_and_a_heartbeat_helps() {
     assert!(sandbox.ctl(&["ps"]).contains("(stale)"));
     assert_eq!(told_stale(), 1);
     sandbox.ctl(&["agent", "heartbeat", "--target", "web/talker"]);
-    // Only an agent that was not stale any more becomes stale again.
+    // Only an agent that reported again can become stale again.
     wait_until(SOON, "the talker to be stale again", || told_stale() == 2);
     assert_eq!(agent(&sandbox, "silent").stale_at, None, "it never reported");
     let alive = agent(&sandbox, "talker");
@@ -266,7 +265,7 @@ fn nothing_starts_in_a_paused_project() {
     run(&sandbox, "other", json!({}), "exec sleep 1000");
     let restart = json!({ "policy": "always", "delay_ms": 300, "max_delay_ms": 300 });
     run(&sandbox, "a", json!({ "restart": restart }), "echo x >> runs; exit 1");
-    // The start may come before the pause; then the next backoff is paused.
+    // The start may come before the pause; then the pause falls into the next backoff.
     wait_until(SOON, "a pause in a backoff", || {
         sandbox.ctl(&["pause", "web"]);
         let waits = agent(&sandbox, "a").next_start_at.is_some();

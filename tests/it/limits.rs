@@ -1,5 +1,4 @@
-//! Limits of an agent's tree: set where the controllers are delegated, refused elsewhere before
-//! anything is started.
+//! Limits of an agent's tree: set where the controllers are delegated, elsewhere refused before a process is started.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +13,7 @@ use crate::bed::{SIGNALS, agent, call, failed, members, refused, run_record, wai
 
 const ALL: [&str; 3] = ["cpu", "memory", "pids"];
 
-/// Finds where cgroup v2 is mounted.
+/// Returns the mount point of cgroup v2.
 fn mount() -> Option<PathBuf> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
     mounts.lines().find_map(|line| {
@@ -23,11 +22,11 @@ fn mount() -> Option<PathBuf> {
     })
 }
 
-/// A group below the root that may hand controllers on, removed at the end.
+/// A group below the root that can delegate controllers, removed when dropped.
 struct Delegated(PathBuf);
 
 impl Delegated {
-    /// `None` where this machine has no controller on cgroup v2 that could be handed on.
+    /// `None` where this machine has no cgroup v2 controller to delegate.
     fn make(name: &str) -> Option<Self> {
         let root = mount()?;
         let offered = fs::read_to_string(root.join("cgroup.subtree_control")).ok()?;
@@ -46,7 +45,7 @@ impl Delegated {
 
 impl Drop for Delegated {
     fn drop(&mut self) {
-        // Agents' groups go with their agents, which the sandbox has ended before.
+        // The sandbox has ended the agents, whose groups are removed with them.
         if let Err(error) = fs::remove_dir(&self.0) {
             assert!(std::thread::panicking(), "{} stays: {error}", self.0.display());
         }
@@ -83,7 +82,8 @@ fn limits_that_cannot_be_set_are_refused_before_anything_is_started() {
 
 #[test]
 fn a_group_without_controllers_is_named_with_what_is_missing() {
-    // The daemon's own group holds the daemon; on a hybrid machine it has no controllers either.
+    // The daemon's own group contains the daemon, so it cannot delegate; on a hybrid machine it has no controllers
+    // either.
     let sandbox = Sandbox::start();
     if sandbox.daemon_group().is_none() {
         eprintln!("not tested: this machine has no writable cgroup v2");
@@ -139,7 +139,7 @@ fn limits_are_set_before_the_agent_runs_and_hold_for_its_whole_tree() {
     assert_eq!(setting(&group, "memory.oom.group"), "1");
     assert_eq!(setting(&group, "cpu.max"), "150000 100000");
     assert_eq!(setting(&group, "pids.max"), "20");
-    // The shell gives up at the first fork that is refused.
+    // The shell exits at the first fork that fails.
     wait_until(SOON, "a fork to be refused", || web(&sandbox).read("refused").to_lowercase().contains("fork"));
     sandbox.ctl(&["kill", "web/a"]);
     assert_eq!(agent(&sandbox, "a").detail, None);
@@ -152,7 +152,7 @@ fn an_agent_that_exceeds_its_memory_is_killed_whole_and_says_why() {
         return;
     };
     let sandbox = Sandbox::builder().config(&delegated.config()).start();
-    // `tail` keeps a line that does not end in memory; its parent would go on if only `tail` died.
+    // `tail` keeps a line without an end in memory; its parent would continue if only `tail` was killed.
     let script = "echo $$ > pid; tail -n 1 /dev/zero; sleep 1000";
     run_limited(&sandbox, json!({ "memory_max_bytes": 32 << 20 }), script).expect("run");
     wait_for_file(&sandbox, "pid");

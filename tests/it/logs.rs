@@ -1,4 +1,4 @@
-//! `logs`: complete, in order, and without loss whatever happens to the daemon.
+//! `logs`: complete, in order, and without loss when the daemon dies.
 
 use std::io::Read as _;
 use std::process::Stdio;
@@ -41,7 +41,7 @@ fn a_follower_misses_nothing_when_the_daemon_is_killed() {
     let mut command = sandbox.ctl_command(&["logs", "-f", "web/a"]);
     let mut follower = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("follow");
     let mut stdout = follower.stdout.take().expect("a pipe");
-    // It has found the daemon once it shows something; before that a missing daemon is an error.
+    // Once it prints something it is connected; before that a missing daemon is an error.
     let mut text = vec![0];
     stdout.read_exact(&mut text).expect("the first byte");
     let reader =
@@ -125,11 +125,11 @@ fn cursors_and_agents_that_do_not_exist_are_refused() {
     }
 }
 
-/// Two writers, each on a stream of its own, whose lines have a number; each says `NAME end` last.
+/// Two writers, each on a stream of its own, with numbered lines; each writes `NAME end` last.
 const TWO_WRITERS: &str = "w() { i=0; while [ $i -lt 20000 ]; do i=$((i+1)); echo \"$1 $i\"; done; echo \"$1 end\"; }; \
     w err >&2 & w out; wait; seq -f 'bulk %.0f' 1 300000; while [ ! -e stop ]; do sleep 0.02; done; echo all";
 
-/// Checks that the lines of each writer are all there, once and in order.
+/// Asserts that the lines of each writer are complete, without duplicates and in order.
 fn assert_complete(text: &str, names: &[(&str, usize)]) {
     for (name, count) in names {
         let numbers: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).collect();
@@ -170,7 +170,7 @@ fn no_line_is_lost_under_load_with_tiny_files_while_the_daemon_is_killed() {
 }
 
 #[test]
-fn a_follower_that_never_reads_holds_nobody_up() {
+fn a_follower_that_never_reads_delays_nothing() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "while [ ! -e go ]; do sleep 0.01; done; seq 1 3000000; touch written; exec sleep 1000");
     let mut command = sandbox.ctl_command(&["logs", "-f", "web/a"]);

@@ -1,4 +1,4 @@
-//! `project.pause`: what it tells, whom it stops, how agents take part, who may pause when.
+//! `project.pause`: its answer and events, the processes it stops, the part of agents in it, and who may pause when.
 
 use std::fs;
 use std::time::Instant;
@@ -25,7 +25,7 @@ fn token(ticker: &Ticker) -> String {
     wait_for(SOON, "the agent's token", || ticker.text("token").filter(|text| !text.is_empty()))
 }
 
-/// A connection on which the agent listens for pause requests.
+/// A connection on which the agent waits for pause requests.
 fn listening(sandbox: &Sandbox, ticker: &Ticker) -> Client {
     let mut client = as_agent(sandbox, &token(ticker));
     client.call(&AgentListen {}).expect("listen");
@@ -61,7 +61,7 @@ fn every_field_of_the_reply_says_what_has_happened() {
     let summary = detail.context;
     assert_eq!((paused.hot_items_retained, paused.warm_items_retained), (summary.hot, summary.warm));
     assert_eq!(paused.items_archived + summary.hot + summary.warm + summary.cold, 10);
-    assert!(paused.processes >= tree, "{} processes, but {tree} were seen", paused.processes);
+    assert!(paused.processes >= tree, "{} processes, but the tree has {tree}", paused.processes);
     assert!(paused.frozen_ms > 0.0 && paused.frozen_ms < whole, "{} of {whole}", paused.frozen_ms);
     let steps: Vec<&str> = paused.steps_ms.keys().map(String::as_str).collect();
     assert_eq!(steps, ["checkpoint", "freeze", "plan_flash_save", "quiesce", "validate"]);
@@ -76,7 +76,7 @@ fn every_field_of_the_reply_says_what_has_happened() {
     ticker.runs(SOON);
 }
 
-fn everybody_stands_still(config: &str, mechanism: FreezerKind) {
+fn all_processes_stand_still(config: &str, mechanism: FreezerKind) {
     let sandbox = bed(config);
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     let all = [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")];
@@ -93,22 +93,22 @@ fn everybody_stands_still(config: &str, mechanism: FreezerKind) {
 
 #[test]
 fn grandchildren_in_sessions_of_their_own_stand_still_in_a_group() {
-    everybody_stands_still(BY_GROUP, FreezerKind::Cgroup);
+    all_processes_stand_still(BY_GROUP, FreezerKind::Cgroup);
 }
 
 #[test]
 fn grandchildren_in_sessions_of_their_own_stand_still_by_signals() {
-    everybody_stands_still(BY_SIGNALS, FreezerKind::Signals);
+    all_processes_stand_still(BY_SIGNALS, FreezerKind::Signals);
 }
 
-/// A grace that no machine is slow enough to use up, unless the daemon waits for its end.
+/// A grace that ends only if the daemon waits for all of it: no machine is that slow.
 const GRACE_MS: u64 = 60_000;
 
 fn well_within_the_grace(paused: &PauseResult) -> bool {
     paused.steps_ms["quiesce"] < GRACE_MS as f64
 }
 
-/// Stops by itself at a good place when it gets SIGTSTP, and says so.
+/// Stops by itself at a good point after SIGTSTP, and acknowledges that.
 const AT_A_GOOD_PLACE: &str = "exec perl -e '$| = 1; sub mark { open(my $f, \">>\", $_[0]); print $f \".\" } \
     $SIG{TSTP} = sub { mark(\"$ENV{MARKS}.good\"); kill STOP => $$ }; \
     while (1) { mark($ENV{MARKS}); select(undef, undef, undef, 0.02) }'";
@@ -156,7 +156,7 @@ fn an_agent_that_ignores_sigtstp_is_frozen_after_its_grace_by_signals() {
     an_agent_without_ears_is_frozen(BY_SIGNALS);
 }
 
-/// Pauses while something else goes on beside it.
+/// Pauses while another function runs beside it.
 fn pause_beside(sandbox: &Sandbox, grace_ms: u64, beside: impl FnOnce()) -> Result<PauseResult, Refusal> {
     std::thread::scope(|scope| {
         let pausing = scope.spawn(|| pause_within(sandbox, PauseMode::Freeze, Some(grace_ms)));
@@ -199,7 +199,7 @@ fn an_agent_can_listen_and_acknowledge_by_the_command_line() {
         ctl.display()
     );
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
-    // It listens from the moment that a pause is told of it; until then a pause goes without.
+    // A pause before the agent has begun to listen does not ask it.
     let listening = || {
         let paused = pause_within(&sandbox, PauseMode::Freeze, Some(GRACE_MS)).expect("pause");
         assert_eq!(paused.warnings, Vec::<String>::new());
@@ -243,7 +243,7 @@ fn an_acknowledgement_of_an_earlier_pause_does_not_count() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::running(&sandbox, "web", "worker", &format!("{TELL_TOKEN}{TICK}"));
     let mut channel = listening(&sandbox, &ticker);
-    channel.call(&AgentAck::default()).expect("acknowledge what nobody asked");
+    channel.call(&AgentAck::default()).expect("acknowledge without a request");
     let paused = pause_within(&sandbox, PauseMode::Freeze, Some(150)).expect("pause");
     assert_eq!(paused.warnings.len(), 1, "{paused:?}");
 }
@@ -264,7 +264,7 @@ fn pausing_twice_is_refused_with_the_checkpoint_that_is_there() {
 }
 
 #[test]
-fn of_two_pauses_at_once_one_wins_and_the_other_is_told_which() {
+fn of_two_pauses_at_once_one_wins_and_the_other_learns_which() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::running(&sandbox, "web", "worker", &format!("trap '' TSTP; {TICK}"));
     let answers = std::thread::scope(|scope| {
@@ -355,7 +355,7 @@ fn a_cancelled_pause_leaves_no_trace(config: &str, script: &str) {
         let cancel = OperationCancel { operation_id: operation.id };
         let cancelled = done(&sandbox, &cancel);
         assert_eq!(cancelled.state, OperationState::Cancelled, "{cancelled:?}");
-        // A second look finds the same end.
+        // A second cancellation finds the operation ended.
         assert_eq!(refused(&sandbox, &cancel).code, Code::OperationNotCancellable);
     });
     assert_eq!(refusal.expect_err("it was cancelled").code, Code::OperationCancelled);
@@ -398,7 +398,7 @@ fn a_pause_survives_the_end_of_its_only_agent() {
     let sandbox = Sandbox::start();
     let script = format!("trap '' TSTP; (sleep 0.3; kill -KILL $$) & {TICK}");
     Ticker::running(&sandbox, "web", "worker", &script);
-    // Whoever comes first, the project ends up in a state that somebody can act on.
+    // In either order the project ends up in a state from which it can be used.
     let answer = pause_within(&sandbox, PauseMode::Freeze, Some(1_000));
     let shown = settled(&sandbox);
     match answer {
@@ -441,10 +441,10 @@ fn a_pause_by_the_agent_itself_is_answered_after_the_resume() {
     ticker.runs(SOON);
 }
 
-/// Continues every process of the tree, as anybody of the same user can.
+/// Sends SIGCONT to every process of the tree, as any process of the same user can.
 fn continue_all(pid: i32) {
     for pid in process::tree(pid) {
-        // One that has ended needs it no more.
+        // The process may have ended.
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGCONT).ok();
     }
 }
@@ -454,14 +454,14 @@ fn broken(sandbox: &Sandbox) -> usize {
 }
 
 #[test]
-fn a_stray_sigcont_to_a_paused_project_is_undone_and_told() {
+fn a_stray_sigcont_to_a_paused_project_is_undone_and_reported() {
     let sandbox = bed(BY_SIGNALS);
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     continue_all(the_agent(&sandbox).pid.expect("it runs"));
     let warnings = || show(&sandbox).project.pause.expect("it is paused").warnings;
     wait_until(SOON, "the status to warn", || !warnings().is_empty());
-    // They were continued one after the other: the first may stand still again before the last runs.
+    // They were continued one after the other: the first may be frozen again before the last runs.
     [ticker.clone(), ticker.beside("child"), ticker.beside("orphan")].iter().for_each(Ticker::comes_to_rest);
     assert!(warnings()[0].contains("agent 'worker' ran"), "{:?}", warnings());
     assert!(broken(&sandbox) >= 1);
@@ -487,7 +487,7 @@ fn a_stray_sigcont_to_a_paused_project_does_nothing_to_a_group() {
 }
 
 #[test]
-fn a_pause_whose_freeze_somebody_else_breaks_fails_and_says_so() {
+fn a_pause_whose_freeze_another_process_breaks_fails_and_says_so() {
     let sandbox = Sandbox::builder().config(BY_SIGNALS).env("FERMATA_FAILPOINT", "checkpoint.captured=stop").start();
     let ticker = Ticker::running(&sandbox, "web", "worker", TICK_EVERYWHERE);
     let pid = the_agent(&sandbox).pid.expect("it runs");
@@ -496,7 +496,7 @@ fn a_pause_whose_freeze_somebody_else_breaks_fails_and_says_so() {
         wait_until(SOON, "the daemon to stand still", || process::state(sandbox.daemon_pid()) == Some('T'));
         continue_all(pid);
         sandbox.signal_daemon(nix::sys::signal::Signal::SIGCONT);
-        pausing.join().expect("an answer").expect_err("somebody ran while the workspace was read")
+        pausing.join().expect("an answer").expect_err("an agent ran while the workspace was read")
     });
     assert_eq!(refusal.code, Code::PauseFailed);
     assert!(refusal.message.contains("another process has continued the tree"), "{refusal:?}");

@@ -1,5 +1,5 @@
-//! A pause whose daemon dies, fails or stands still at any instant: the project is then active or
-//! paused, never between, and no agent waits frozen for a daemon that is gone.
+//! A pause whose daemon dies, fails or is stopped at any instant: afterwards the project is active or paused, never in
+//! between, and no agent stays frozen without a daemon.
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::operation::{OperationKind, OperationState};
@@ -18,7 +18,7 @@ fn bed(freezer: &str, failpoint: &str) -> Sandbox {
     Sandbox::builder().config(&config).env(FAILPOINT, failpoint).start()
 }
 
-/// An agent with context to archive and an older checkpoint, so that everything has a past.
+/// Starts an agent with context to archive and an older checkpoint.
 fn start(sandbox: &Sandbox) -> Ticker {
     let ticker = Ticker::start(sandbox);
     fill_context(sandbox);
@@ -27,14 +27,14 @@ fn start(sandbox: &Sandbox) -> Ticker {
     ticker
 }
 
-/// Where a crash leaves a project.
+/// The state of a project after a crash.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum After {
-    /// It was not committed.
+    /// The pause was not committed.
     Active,
-    /// It was committed; whether the freeze was made permanent is another matter.
+    /// The pause was committed; the freeze may have been made permanent or not.
     Paused,
-    /// It was committed and made permanent.
+    /// The pause was committed and the freeze made permanent.
     Held,
 }
 
@@ -47,8 +47,8 @@ fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
     assert!(answer.is_err(), "the daemon was to die at {failpoint}: {answer:?}");
     wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
 
-    // Without a daemon the lease ends the freeze. It takes seconds, so it is waited for with one freezer; with the other
-    // one, the new daemon finds a lease that has not ended.
+    // Without a daemon the lease ends the freeze. The wait takes seconds, so it is done with one freezer only; with
+    // the other one, the new daemon finds a lease that has not ended.
     match after {
         After::Active | After::Paused if freezer == BY_SIGNALS => ticker.runs(SOON),
         After::Active | After::Paused => {}
@@ -76,7 +76,7 @@ fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
         }
     }
     if mode == PauseMode::Freeze {
-        assert!(is_held(pid));
+        assert!(is_frozen(pid));
         assert_eq!(the_agent(&sandbox).pid, Some(pid));
     } else if after != After::Active {
         wait_until(SOON, "the parked agent to be gone", || !process::is_alive(pid));
@@ -95,7 +95,7 @@ fn crash(freezer: &str, failpoint: &str, mode: PauseMode, after: After) {
     ticker.runs(SOON);
 }
 
-/// One test per instant, so that they run side by side.
+/// One test per instant, so that they run in parallel.
 macro_rules! crashes {
     ($($name:ident: $failpoint:literal, $mode:ident, $after:ident;)*) => {
         $(mod $name {
@@ -114,7 +114,7 @@ macro_rules! crashes {
     };
 }
 
-// What a checkpoint passes too is passed for the second time: `start` has made one.
+// `start` has made a checkpoint, which passes these failpoints for the first time.
 crashes! {
     at_started: "pause.started=abort", Freeze, Active;
     at_validate: "pause.validate@2=abort", Freeze, Active;
@@ -145,7 +145,7 @@ crashes! {
     at_commit_to_park: "pause.commit=abort", Park, Active;
 }
 
-// The blip of a checkpoint passes these too, where there is one.
+// Where a live checkpoint freezes, it passes these failpoints too.
 mod at_freeze {
     use super::*;
 
@@ -174,13 +174,13 @@ mod at_frozen {
     }
 }
 
-/// Pauses with an error injected; nothing of it may stay. Then pauses in earnest.
+/// Pauses with an injected error and asserts that nothing is left; then pauses without one.
 fn fails_cleanly(freezer: &str, failpoint: &str) {
     let sandbox = bed(freezer, failpoint);
     let ticker = start(&sandbox);
     let refusal = pause(&sandbox, PauseMode::Freeze).expect_err(failpoint);
     is_failure(&refusal);
-    assert!(refusal.message.contains("failpoint"), "the cause is told: {refusal:?}");
+    assert!(refusal.message.contains("failpoint"), "the cause is missing: {refusal:?}");
     is_untouched(&sandbox, &ticker, &[1]);
     let again = pause(&sandbox, PauseMode::Freeze).expect("pause after a failed one");
     ticker.stands_still();
@@ -203,7 +203,7 @@ macro_rules! errors {
 
             #[test]
             fn a_pause_that_fails_here_is_undone_by_signals() {
-                // Without a blip the first checkpoint does not pass these.
+                // A checkpoint that does not freeze does not pass these.
                 let failpoint = $failpoint.replace("freeze@2", "freeze").replace("frozen@2", "frozen");
                 fails_cleanly(BY_SIGNALS, &failpoint);
             }
@@ -230,7 +230,7 @@ errors! {
     error_while_undoing: "checkpoint.sealed@2=error,undo.thaw=error,undo.discard=error,pause.undone=error";
 }
 
-// What is passed before the commit: a daemon that wakes up after the lease must not commit.
+// Failpoints before the commit: a daemon that continues after the end of the lease must not commit.
 macro_rules! stands_still {
     ($($name:ident: $in_a_group:literal, $by_signals:literal;)*) => {
         $(mod $name {
@@ -257,7 +257,7 @@ stands_still! {
     still_at_captured: "checkpoint.captured@2=stop", "checkpoint.captured@2=stop";
     still_at_ref_before: "history.ref.before@2=stop", "history.ref.before@2=stop";
     still_at_sealed: "checkpoint.sealed@2=stop", "checkpoint.sealed@2=stop";
-    // After the proof that nobody has run.
+    // After the check that no agent has run.
     still_at_commit: "pause.commit=stop", "pause.commit=stop";
 }
 
@@ -271,9 +271,9 @@ fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
         sandbox.signal_daemon(Signal::SIGCONT);
         pausing.join().expect("an answer")
     });
-    // Before the freeze the lease is only that of the quiesce: then it is made good by the freeze.
+    // Before the freeze the lease is that of the quiesce, and the freeze replaces it.
     if failpoint.starts_with("pause.quiesced") {
-        refusal.expect("a pause that froze nobody yet goes on");
+        refusal.expect("a pause that has not frozen an agent yet continues");
     } else {
         is_failure(&refusal.expect_err("a freeze that has ended proves nothing"));
         settled(&sandbox);
@@ -283,9 +283,9 @@ fn stands_still_in_mid_pause(freezer: &str, failpoint: &str) {
     ticker.stands_still();
 }
 
-/// Stands still after the commit and before the freeze is made permanent: paused stays paused, but it
-/// is told that the agents ran.
-fn stands_still_before_the_hold(freezer: &str) {
+/// The daemon is stopped after the commit and before the freeze is made permanent: the project stays paused, with a
+/// warning that agents ran.
+fn stopped_before_the_freeze_is_permanent(freezer: &str) {
     let sandbox = bed(freezer, "pause.committed=stop");
     let ticker = start(&sandbox);
     std::thread::scope(|scope| {
@@ -297,23 +297,25 @@ fn stands_still_before_the_hold(freezer: &str) {
     });
     ticker.stands_still();
     let warnings = || show(&sandbox).project.pause.expect("it is paused").warnings;
-    wait_until(SOON, "the break to be told", || warnings().iter().any(|text| text.contains("ran for a moment")));
+    wait_until(SOON, "the warning about the broken freeze", || {
+        warnings().iter().any(|text| text.contains("ran for a moment"))
+    });
     assert!(resume(&sandbox).expect("resume").success);
     ticker.runs(SOON);
 }
 
 #[test]
-fn agents_that_ran_between_commit_and_hold_are_held_again_and_that_is_told_in_a_group() {
-    stands_still_before_the_hold(BY_GROUP);
+fn agents_that_ran_after_the_commit_are_frozen_again_with_a_warning_in_a_group() {
+    stopped_before_the_freeze_is_permanent(BY_GROUP);
 }
 
 #[test]
-fn agents_that_ran_between_commit_and_hold_are_held_again_and_that_is_told_by_signals() {
-    stands_still_before_the_hold(BY_SIGNALS);
+fn agents_that_ran_after_the_commit_are_frozen_again_with_a_warning_by_signals() {
+    stopped_before_the_freeze_is_permanent(BY_SIGNALS);
 }
 
 #[test]
-fn a_daemon_that_is_told_to_end_in_mid_pause_undoes_it_first() {
+fn a_daemon_that_receives_sigterm_in_mid_pause_undoes_it_first() {
     let mut sandbox = bed(BY_GROUP, "");
     let ticker = Ticker::running(&sandbox, "web", "worker", &format!("trap '' TSTP; {TICK}"));
     let answer = std::thread::scope(|scope| {
@@ -344,7 +346,7 @@ fn two_crashes_in_a_row_during_the_undo_are_survived() {
     let ticker = start(&sandbox);
     pause_at_risk(&sandbox, PauseMode::Freeze).expect_err("the daemon was to die");
     wait_until(SOON, "the daemon to die", || !process::is_alive(sandbox.daemon_pid()));
-    // The next one dies in its recovery, before or after it greets.
+    // The next daemon dies in its recovery, before or after it accepts connections.
     let died = sandbox.restart_to_its_death();
     assert!(!died.success());
     ticker.runs(SOON);
@@ -354,7 +356,7 @@ fn two_crashes_in_a_row_during_the_undo_are_survived() {
     is_untouched(&sandbox, &ticker, &[1]);
 }
 
-/// Kills the daemon in a resume: the next one brings the agent back, once.
+/// Kills the daemon in a resume: the next daemon brings the agent back exactly once.
 fn crash_in_a_resume(failpoint: &str, mode: PauseMode) {
     let mut sandbox = bed(BY_GROUP, failpoint);
     let ticker = Ticker::start(&sandbox);
@@ -377,7 +379,7 @@ fn crash_in_a_resume(failpoint: &str, mode: PauseMode) {
     if mode == PauseMode::Freeze {
         assert_eq!((agent.pid, agent.runs), (Some(pid), 1));
     }
-    // Of all runs one is alive: another would leave marks in the pause.
+    // Only one run is alive: another one would leave marks during the pause.
     pause(&sandbox, PauseMode::Freeze).expect("pause");
     ticker.stands_still();
     all_verify(&sandbox);
@@ -446,7 +448,7 @@ fn a_pause_that_is_cancelled_in_the_middle_of_its_checkpoint_leaves_nothing() {
             assert_eq!(answer.expect_err("cancelled").code, fermata_protocol::Code::OperationCancelled);
             is_untouched(&sandbox, &ticker, &[]);
         }
-        // The machine was faster than the test: then the pause stands whole.
+        // The pause was faster than the test and succeeded.
         Err(_) => {
             let paused = answer.expect("it was not cancelled");
             ticker.stands_still();
@@ -502,7 +504,7 @@ fn a_shim_that_dies_in_mid_pause_leaves_a_project_that_can_be_used() {
         nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), Signal::SIGKILL).expect("kill the shim");
         wait_until(SOON, "the shim to die", || !process::is_alive(shim));
         sandbox.signal_daemon(Signal::SIGCONT);
-        // With one agent less, or not at all.
+        // With one agent less, or a failure.
         pausing.join().expect("an answer").ok();
     });
     let shown = settled(&sandbox);
@@ -516,14 +518,14 @@ fn a_shim_that_dies_in_mid_pause_leaves_a_project_that_can_be_used() {
         status => assert_eq!(status, ProjectStatus::Active),
     }
     other.runs(SOON);
-    wait_until(SOON, "the loss to be told", || {
+    wait_until(SOON, "the loss to be reported", || {
         show(&sandbox).agents.iter().any(|agent| agent.status == AgentStatus::Interrupted)
     });
     assert_eq!(status(&sandbox), ProjectStatus::Active);
 }
 
 #[test]
-fn a_freeze_that_ends_early_is_told_as_such_and_not_as_a_cancellation() {
+fn a_freeze_that_ends_early_is_reported_as_such_and_not_as_a_cancellation() {
     let sandbox = bed(BY_GROUP, "checkpoint.begin=stop");
     let ticker = Ticker::start(&sandbox);
     let workspace = sandbox.workspace("web");

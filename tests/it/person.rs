@@ -1,4 +1,4 @@
-//! A person at a terminal: `fermatactl` in a PTY of the test's, with what it shows and what is typed.
+//! `fermatactl` at a terminal: a PTY of the test, with the output on it and the text that is typed.
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
@@ -23,12 +23,12 @@ pub struct Person {
 }
 
 impl Person {
-    /// Sits down and runs `fermatactl` with these arguments.
+    /// Runs `fermatactl` with these arguments at a new terminal.
     #[track_caller]
     pub fn runs(sandbox: &Sandbox, args: &[&str]) -> Self {
         let size = Winsize { ws_row: 30, ws_col: 100, ws_xpixel: 0, ws_ypixel: 0 };
         let pair = openpty(&size, None).expect("open a terminal");
-        // Tests run side by side: what others start must not hold this terminal open.
+        // Tests run in parallel: processes that other tests start must not inherit this terminal.
         for end in [&pair.master, &pair.slave] {
             fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).expect("keep a descriptor to itself");
         }
@@ -50,12 +50,12 @@ impl Person {
         Self { child, master, slave: pair.slave, output }
     }
 
-    /// Returns everything that was shown so far.
+    /// Returns the output so far that [`Self::sees`] has not consumed.
     pub fn shown(&self) -> String {
         String::from_utf8_lossy(&self.output.lock().unwrap_or_else(PoisonError::into_inner)).into_owned()
     }
 
-    /// Waits until a text is shown, and takes everything up to its end off what was seen.
+    /// Waits until a text is shown; returns the output before it and consumes both.
     #[track_caller]
     pub fn sees(&self, text: &str) -> String {
         let mut found = String::new();
@@ -71,14 +71,13 @@ impl Person {
         found
     }
 
-    /// Types.
     pub fn types(&self, text: &str) {
         (&self.master).write_all(text.as_bytes()).expect("type");
     }
 
-    /// Has another size.
+    /// Resizes the terminal.
     pub fn resizes(&self, rows: u16, cols: u16) {
-        // The protocol of xterm has no other way for a test without ioctl: stty does it.
+        // Without ioctl in this crate, stty sets the size.
         let status = std::process::Command::new("stty")
             .args(["rows", &rows.to_string(), "cols", &cols.to_string()])
             .stdin(Stdio::from(self.slave.try_clone().expect("duplicate a descriptor")))
@@ -88,7 +87,7 @@ impl Person {
         self.signals(Signal::SIGWINCH);
     }
 
-    /// Gets a signal.
+    /// Sends a signal to `fermatactl`.
     pub fn signals(&self, signal: Signal) {
         let pid = i32::try_from(self.child.id()).expect("a process id fits into 31 bits");
         kill(Pid::from_raw(pid), signal).expect("signal fermatactl");
@@ -121,7 +120,7 @@ impl Drop for Person {
         if std::thread::panicking() {
             eprintln!("--- the terminal showed ---\n{:?}", tail(&self.shown()));
         }
-        // Gone already, or of no more use.
+        // It may have ended already.
         if self.child.kill().is_ok() {
             self.child.wait().expect("wait for fermatactl");
         }

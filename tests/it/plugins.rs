@@ -1,4 +1,4 @@
-//! Plugins as users have them: the plugin `exec`, dropped into the plugin directory.
+//! Plugins as users install them: the plugin `exec`, copied into the plugin directory.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::bed::{failed, run_agent};
 
-/// Puts the plugin `exec` with its settings where the daemon looks.
+/// Installs the plugin `exec` with its settings in the plugin directory.
 fn install(sandbox: &Sandbox, settings: &str) {
     let plugin = sandbox.plugin_dir().join("exec.so");
     fs::copy(target_dir().join("libfermata_exec.so"), plugin).expect("copy the plugin");
@@ -44,11 +44,11 @@ fn program(script: &str) -> String {
 }
 
 #[test]
-fn a_program_is_told_what_it_asked_for_and_nothing_else() {
+fn a_program_receives_the_events_it_subscribed_to_and_no_others() {
     let sandbox = with_exec("");
-    let told = sandbox.path().join("told");
+    let output = sandbox.path().join("output");
     let script =
-        format!("echo $FERMATA_EVENT $FERMATA_PROJECT >> {0}; cat >> {0}.json; echo >> {0}.json", told.display());
+        format!("echo $FERMATA_EVENT $FERMATA_PROJECT >> {0}; cat >> {0}.json; echo >> {0}.json", output.display());
     configure(&sandbox, &format!("[settings]\nevents = [\"project.paused\"]\nnotify = {}\n", program(&script)));
     sandbox.ctl(&["plugin", "reload"]);
     wait_for_state(&sandbox, "running");
@@ -56,10 +56,10 @@ fn a_program_is_told_what_it_asked_for_and_nothing_else() {
     sandbox.ctl(&["pause", "web", "--reason", "lunch"]);
     sandbox.ctl(&["resume", "web"]);
     sandbox.ctl(&["pause", "web"]);
-    let lines = || fs::read_to_string(&told).unwrap_or_default();
+    let lines = || fs::read_to_string(&output).unwrap_or_default();
     wait_until(SOON, "both events", || lines().lines().count() == 2);
     assert_eq!(lines(), "project.paused web\nproject.paused web\n");
-    let text = fs::read_to_string(told.with_extension("json")).expect("written");
+    let text = fs::read_to_string(output.with_extension("json")).expect("written");
     let first: Value = serde_json::from_str(text.lines().next().expect("a line")).expect("JSON");
     assert_eq!((&first["kind"], &first["project"]), (&json!("project.paused"), &json!("web")), "{first}");
 }
@@ -78,7 +78,7 @@ fn artifacts_are_part_of_the_checkpoint_with_their_hashes() {
         assert!(text.contains(name) && text.contains(&hash), "{name} with {hash} is missing in {shown:#}");
     }
     sandbox.ctl(&["checkpoint", "verify", "web", "1"]);
-    // A part that was changed on disk is found.
+    // A part that was changed on disk is detected.
     let dir = sandbox.state_dir().join("projects/web/checkpoints/1");
     let found = find(&dir, "dump.sql").expect("the artifact lies in the checkpoint");
     fs::write(found, "dumb").expect("damage it");
@@ -121,7 +121,7 @@ fn plugins_are_listed_switched_reloaded_and_removed_without_a_restart() {
     sandbox.ctl(&["plugin", "disable", "exec"]);
     wait_for_state(&sandbox, "disabled");
     wait_until(SOON, "the host to end", || !process::is_alive(host));
-    // The choice is remembered.
+    // The choice is stored.
     sandbox.crash_and_restart();
     wait_for_state(&sandbox, "disabled");
     sandbox.ctl(&["plugin", "enable", "exec"]);

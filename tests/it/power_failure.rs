@@ -1,5 +1,5 @@
-//! The power fails in the middle of a checkpoint, and with it goes whatever was not flushed: what is listed at the next
-//! start is whole.
+//! A power failure in the middle of a checkpoint, which loses all unflushed data: every checkpoint that is listed
+//! after the next start is complete.
 
 use fermata_protocol::checkpoint::{CheckpointCreate, CheckpointRestore};
 use fermata_protocol::transfer::CheckpointConsolidate;
@@ -14,7 +14,7 @@ fn creation() -> CheckpointCreate {
     CheckpointCreate { project: Some(web()), name: None, description: String::new() }
 }
 
-/// The power fails here; so many checkpoints were told to somebody as made, one more may be there.
+/// A failpoint at which the power fails, and the number of checkpoints that were reported as made; one more may exist.
 fn fails_at(failpoint: &str, consolidate: bool) {
     let mut sandbox = Sandbox::builder()
         .machine()
@@ -45,7 +45,7 @@ fn fails_at(failpoint: &str, consolidate: bool) {
         };
         wait_until(SOON, &format!("the daemon to stand still at {failpoint}"), stands_still);
         sandbox.lose_power();
-        assert!(asked.join().expect("an end"), "nobody was told that it was done");
+        assert!(asked.join().expect("an end"), "the call was answered before the power failure");
     });
     sandbox.forget_env(FAILPOINT);
     sandbox.start_daemon();
@@ -89,7 +89,7 @@ power_fails! {
 }
 
 #[test]
-fn whatever_was_told_to_be_done_is_there_after_a_power_failure() {
+fn every_operation_that_was_reported_as_done_survives_a_power_failure() {
     let mut sandbox = Sandbox::builder().machine().disk_of_its_own().config("[pause]\ndisk_floor_bytes = 0\n").start();
     let workspace = furnished(&sandbox, "web");
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);

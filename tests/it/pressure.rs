@@ -1,4 +1,4 @@
-//! Pauses that memory pressure and full disks bring about, where the settings ask for them.
+//! Automatic pauses under memory pressure and on full disks, where the settings enable them.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::bed::{call, failed};
 
-/// A small file system of its own, in memory, unmounted at the end.
+/// A small file system in memory, unmounted when dropped.
 struct SmallDisk(PathBuf);
 
 impl SmallDisk {
@@ -25,7 +25,7 @@ impl SmallDisk {
 
 impl Drop for SmallDisk {
     fn drop(&mut self) {
-        // Detached: an agent that is being ended may still have its directory there.
+        // Detached: an agent that is being ended may still have its working directory there.
         umount2(&self.0, MntFlags::MNT_DETACH).expect("unmount the small disk");
     }
 }
@@ -56,7 +56,7 @@ fn a_disk_that_gets_full_pauses_the_projects_on_it_and_no_others() {
     for dir in [&full, &calm] {
         fs::create_dir(dir).expect("make a workspace");
     }
-    // Slowly, so that the disk is not full before anybody has looked.
+    // Slowly, so that the disk is not full before the daemon has sampled it.
     let writes = "while :; do head -c 1048576 /dev/zero >> big; sleep 0.1; done";
     run_in(&sandbox, "full", &full, writes);
     run_in(&sandbox, "calm", &calm, "exec sleep 1000");
@@ -70,7 +70,7 @@ fn a_disk_that_gets_full_pauses_the_projects_on_it_and_no_others() {
         assert!(pause["reason"].as_str().is_some_and(|reason| reason.contains("less than 16 MiB")), "{pause}");
     }
     assert_eq!(project(&sandbox, "elsewhere")["status"], "active");
-    // A person lets one go on although the disk is as full: that is not undone behind their back.
+    // A user resumes a project although the disk is still as full: the daemon does not pause it again.
     sandbox.ctl(&["resume", "calm"]);
     sandbox.ctl(&["kill", "full"]);
     let before = events(&sandbox, "pause.started").len();
@@ -83,7 +83,7 @@ fn a_disk_that_gets_full_pauses_the_projects_on_it_and_no_others() {
 }
 
 #[test]
-fn a_bound_that_is_used_up_is_told_and_pauses_nothing() {
+fn a_used_up_limit_of_pauses_is_reported_and_nothing_is_paused() {
     let config = "[pause]\ndisk_floor_bytes = 1\n[pressure]\ndisk_free_bytes = 16777216\nmax_per_hour = 0\n";
     let sandbox = Sandbox::builder().config(config).start();
     let Some(disk) = SmallDisk::mount(&sandbox.path().join("small"), 8) else {
@@ -93,19 +93,19 @@ fn a_bound_that_is_used_up_is_told_and_pauses_nothing() {
     let workspace = disk.0.join("ws");
     fs::create_dir(&workspace).expect("make a workspace");
     run_in(&sandbox, "web", &workspace, "exec sleep 1000");
-    wait_until(SOON, "it to be told", || !events(&sandbox, "pause.withheld").is_empty());
-    let told = events(&sandbox, "pause.withheld");
-    assert_eq!((told.len(), &told[0]["data"]["cause"]), (1, &json!("disk_space")), "{told:?}");
+    wait_until(SOON, "the event pause.withheld", || !events(&sandbox, "pause.withheld").is_empty());
+    let withheld = events(&sandbox, "pause.withheld");
+    assert_eq!((withheld.len(), &withheld[0]["data"]["cause"]), (1, &json!("disk_space")), "{withheld:?}");
     assert_eq!(project(&sandbox, "web")["status"], "active");
     assert!(events(&sandbox, "pause.started").is_empty());
     sandbox.ctl(&["kill", "web"]);
 }
 
-/// Nothing is watched unless it is asked for, and a reload is enough to ask.
+/// Nothing is sampled unless the settings enable it, and a reload is enough to enable it.
 #[test]
 fn memory_pressure_parks_the_project_that_uses_the_most() {
     if fs::read_to_string("/proc/pressure/memory").is_err() {
-        eprintln!("not tested: this kernel tells no memory pressure");
+        eprintln!("not tested: this kernel does not report memory pressure");
         return;
     }
     let Some(pressed) = PressedGroup::make() else {
@@ -116,8 +116,8 @@ fn memory_pressure_parks_the_project_that_uses_the_most() {
     let sandbox = Sandbox::builder().config(&off).start();
     let workspaces = ["small", "large"].map(|name| sandbox.workspace(name));
     run_in(&sandbox, "small", workspaces[0].path(), "exec sleep 1000");
-    // Reads a file that is larger than the memory it may use, again and again: every page has to be
-    // brought back, which is what the kernel calls pressure.
+    // Repeatedly reads a file that is larger than its memory limit: every page has to be read again, which the kernel
+    // counts as pressure.
     let thrash = "head -c 100663296 /dev/zero > big; echo ok > up; while :; do cat big > /dev/null; done";
     run_in(&sandbox, "large", workspaces[1].path(), thrash);
     wait_until(SOON, "pressure", || pressed.some_avg10() > 3.0);
@@ -133,7 +133,7 @@ fn memory_pressure_parks_the_project_that_uses_the_most() {
     sandbox.ctl(&["stop", "large"]);
 }
 
-/// A group with little memory for all agents together, removed at the end.
+/// A group with a small memory limit for all agents together, removed when dropped.
 struct PressedGroup(PathBuf);
 
 impl PressedGroup {
@@ -146,7 +146,7 @@ impl PressedGroup {
         let path = root.join(format!("fermata-test-pressed-{}", std::process::id()));
         fs::create_dir(&path).ok()?;
         let group = Self(path);
-        // Missing where the controller is not handed on.
+        // The file is missing where the controller is not delegated.
         fs::write(group.0.join("memory.max"), (48 << 20).to_string()).ok()?;
         Some(group)
     }

@@ -1,4 +1,4 @@
-//! The control socket: hostile and clumsy peers, idempotency, events.
+//! The control socket: malformed requests and slow peers, idempotency, events.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -16,7 +16,7 @@ use crate::bed::{
     agent, call, members, refused, run_agent, wait_for_end, wait_for_file, wait_for_pid, wait_for_status, web,
 };
 
-/// A peer that may say anything.
+/// A client that can send arbitrary bytes.
 struct Raw {
     stream: UnixStream,
     lines: BufReader<UnixStream>,
@@ -94,7 +94,7 @@ fn whatever_is_no_request_gets_one_error_and_the_connection_goes_on() {
         let reply = peer.reply();
         assert_eq!((code(&reply), &reply["id"]), (*expected, id), "{}: {reply}", String::from_utf8_lossy(line));
     }
-    // Numbers of any size come back as they were sent, and nesting has an end.
+    // Numbers of any size are returned unchanged, and the depth of nesting is limited.
     for id in ["-1", "1.5", "18446744073709551615", "\"\\u0000 ü\""] {
         peer.send(format!("{{\"jsonrpc\":\"2.0\",\"id\":{id},\"method\":\"daemon.status\"}}\n"));
         let reply = peer.reply();
@@ -115,12 +115,12 @@ fn a_line_that_is_too_long_gets_one_error_and_the_connection_closes() {
     let sandbox = Sandbox::start();
     let mut peer = Raw::connect(&sandbox);
     let line = vec![b'x'; 2 << 20];
-    // The daemon stops reading before the end: whether the rest can be written does not matter.
+    // The daemon closes the connection before it has read everything, so the write may fail.
     let mut stream = peer.stream.try_clone().expect("duplicate a descriptor");
     let writer = std::thread::spawn(move || stream.write_all(&line).is_ok());
     assert_eq!(code(&peer.reply()), "line_too_long");
     let mut rest = String::new();
-    // Unread bytes turn the end into a reset.
+    // Unread bytes turn the close into a reset.
     let ended = matches!(peer.lines.read_line(&mut rest), Ok(0) | Err(_));
     assert!(ended, "the connection stayed open: {rest}");
     writer.join().expect("the writer does not panic");
@@ -138,7 +138,7 @@ fn the_longest_line_that_is_allowed_is_read() {
 }
 
 #[test]
-fn half_a_line_is_nobodys_request() {
+fn an_incomplete_line_is_not_a_request() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");
     let mut peer = Raw::connect(&sandbox);
@@ -149,7 +149,7 @@ fn half_a_line_is_nobodys_request() {
 }
 
 #[test]
-fn whoever_has_nothing_more_to_say_still_gets_the_answers() {
+fn a_client_that_shuts_down_its_writing_side_still_gets_the_answers() {
     let sandbox = Sandbox::start();
     let mut peer = Raw::connect(&sandbox);
     for id in 0..20 {
@@ -176,11 +176,11 @@ fn ten_thousand_tiny_requests_get_ten_thousand_answers() {
             stream.write_all(line.as_bytes()).expect("write to the daemon");
         }
     });
-    let mut seen = vec![false; REQUESTS];
+    let mut answered = vec![false; REQUESTS];
     for _ in 0..REQUESTS {
         let reply = peer.reply();
         let id = usize::try_from(reply["id"].as_u64().expect("an id")).expect("small");
-        assert!(!std::mem::replace(&mut seen[id], true), "{id} was answered twice");
+        assert!(!std::mem::replace(&mut answered[id], true), "{id} was answered twice");
         assert!(reply.get("result").is_some() || code(&reply) == "too_many_requests", "{reply}");
     }
     writer.join().expect("the writer does not panic");
@@ -203,7 +203,7 @@ fn the_sixty_fifth_request_under_way_is_refused_and_a_cancelled_one_makes_room()
     let reply = peer.reply();
     assert_eq!(reply["id"], "again");
     assert!(reply.get("result").is_some(), "{reply}");
-    // Cancelling what nobody asked for does nothing.
+    // Cancelling an unknown request has no effect.
     peer.send("{\"jsonrpc\":\"2.0\",\"method\":\"$/cancelRequest\",\"params\":{\"id\":\"nobody\"}}\n");
     sandbox.ctl(&["kill", "web/a"]);
     let mut answered: Vec<u64> = (0..63).map(|_| peer.reply()["id"].as_u64().expect("an id")).collect();
@@ -240,7 +240,7 @@ fn a_subscriber_that_never_reads_costs_the_others_nothing() {
     assert!(deaf.reply().get("result").is_some());
     let before = resident_kib(sandbox.daemon_pid());
     let mut client = sandbox.rpc();
-    // 48 MB of events, of which none is read.
+    // 48 MB of events, of which the client reads none.
     let message = "m".repeat(16_000);
     for _ in 0..3_000 {
         let progress = json!({ "target": "web/a", "message": message });
@@ -249,7 +249,7 @@ fn a_subscriber_that_never_reads_costs_the_others_nothing() {
     let grown = resident_kib(sandbox.daemon_pid()).saturating_sub(before);
     assert!(grown < 32 << 10, "the daemon has grown by {grown} KiB");
     sandbox.ctl(&["kill", "web/a"]);
-    assert!(sandbox.stop_daemon().success(), "the deaf peer held the end up");
+    assert!(sandbox.stop_daemon().success(), "the daemon did not end beside a client that does not read");
     sandbox.start_daemon();
 }
 
@@ -308,7 +308,7 @@ fn a_repeated_run_or_stop_shows_the_same_agent_as_the_first() {
         if method == "agent.run" {
             params = json!({ "project": "web", "name": "a", "argv": ["/bin/sleep", "999"], "idempotency_key": key });
         }
-        // Its clock goes on in between.
+        // `ran_ms` differs between the two answers.
         let without_clock = |mut shown: serde_json::Value| {
             shown.as_object_mut().expect("an object").remove("ran_ms");
             shown
@@ -353,7 +353,7 @@ fn a_repeated_pause_has_the_result_of_the_first() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");
     let pause = json!({ "project": "web", "idempotency_key": "p" });
-    // Both at the same time: one of them joins the other.
+    // Both at the same time: one joins the other.
     let (first, second) = std::thread::scope(|scope| {
         let other = scope.spawn(|| call(&sandbox, "project.pause", pause.clone()));
         let first = call(&sandbox, "project.pause", pause.clone()).expect("pause");
@@ -418,7 +418,7 @@ fn events_are_replayed_from_a_cursor_without_gap_across_a_crash() {
     let begun =
         subscriber.call_raw("events.subscribe", members(json!({ "filter": filter })), |_| {}).expect("subscribe");
     let mut cursor = begun["cursor"].clone();
-    let mut seen = Vec::new();
+    let mut received = Vec::new();
     let mut sent = 0;
     let mut put = |sandbox: &Sandbox, count: usize| {
         for _ in 0..count {
@@ -429,12 +429,12 @@ fn events_are_replayed_from_a_cursor_without_gap_across_a_crash() {
     };
     for _ in 0..3 {
         let expected = put(&sandbox, 20);
-        while seen.len() < expected {
-            let told = subscriber.next_notification().expect("an event").params;
-            cursor = told["event"]["cursor"].clone();
-            seen.extend(titles(&[told["event"].clone()]));
+        while received.len() < expected {
+            let notification = subscriber.next_notification().expect("an event").params;
+            cursor = notification["event"]["cursor"].clone();
+            received.extend(titles(&[notification["event"].clone()]));
         }
-        // Nobody listens to these.
+        // No client subscribes to these.
         drop(subscriber);
         put(&sandbox, 20);
         sandbox.crash_and_restart();
@@ -444,13 +444,13 @@ fn events_are_replayed_from_a_cursor_without_gap_across_a_crash() {
             .call_raw("events.subscribe", members(json!({ "filter": filter, "cursor": cursor })), |_| {})
             .expect("subscribe again");
         let expected = put(&sandbox, 1);
-        while seen.len() < expected {
-            let told = subscriber.next_notification().expect("an event").params;
-            cursor = told["event"]["cursor"].clone();
-            seen.extend(titles(&[told["event"].clone()]));
+        while received.len() < expected {
+            let notification = subscriber.next_notification().expect("an event").params;
+            cursor = notification["event"]["cursor"].clone();
+            received.extend(titles(&[notification["event"].clone()]));
         }
     }
-    assert_eq!(seen, (0..put(&sandbox, 0)).map(|n| n.to_string()).collect::<Vec<_>>());
+    assert_eq!(received, (0..put(&sandbox, 0)).map(|n| n.to_string()).collect::<Vec<_>>());
 }
 
 #[test]
@@ -507,7 +507,7 @@ fn a_wait_ends_when_its_agent_is_removed_or_the_daemon_goes() {
     let reply = peer.reply();
     assert!(["shutting_down", "request_cancelled"].contains(&code(&reply)), "{reply}");
     assert!(sandbox.stop_daemon().success());
-    assert!(process::is_alive(pid), "the agent goes on");
+    assert!(process::is_alive(pid), "the agent does not run on");
     sandbox.start_daemon();
     wait_for_status(&sandbox, "a", AgentStatus::Running);
     sandbox.ctl(&["kill", "web/a"]);

@@ -1,4 +1,4 @@
-//! `ps` and `status`: what is shown is what is there.
+//! `ps` and `status`: the output matches the state of the agents.
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_tests::{Sandbox, process};
@@ -45,7 +45,7 @@ fn rows_ids_and_tables_show_the_same_agents() {
 fn more_agents_than_fit_into_one_line_are_listed_page_by_page() {
     let sandbox = Sandbox::start();
     let workspace = web(&sandbox);
-    // Each of them shows its arguments of 200 kB: five do not fit into one reply.
+    // Each agent shows its arguments of 200 kB: five do not fit into one reply.
     let long = "x".repeat(100_000);
     for number in 0..6 {
         let params = json!({

@@ -1,4 +1,4 @@
-//! The machine goes down and comes back: every process is gone, and the boot id is another.
+//! A reboot of the machine: every process is gone, and the boot id is different.
 
 use fermata_protocol::agent::AgentStatus;
 use fermata_protocol::project::ProjectStatus;
@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::bed::{SIGNALS, agent, call, wait_for_file, wait_for_status, web};
 
-/// Writes a line about each of its lives, then goes on until it is ended.
+/// Writes a line at each start, then runs until it is ended.
 const LIVES: &str = "echo \"${FERMATA_RESUME:-0} ${FERMATA_CHECKPOINT:-none} $COLOUR $(pwd) $(umask) $1\" >> lives-$1; \
                      echo up; exec sleep 1000";
 
@@ -41,7 +41,7 @@ fn agents_return_by_policy_with_everything_that_they_had() {
         sandbox.start_daemon();
         wait_until(SOON, "the second life", || web(&sandbox).read("lives-returns").lines().count() == 2);
         let lives = web(&sandbox).read("lives-returns");
-        let place = web(&sandbox).path().canonicalize().expect("it is there").display().to_string();
+        let place = web(&sandbox).path().canonicalize().expect("it exists").display().to_string();
         assert_eq!(
             lives,
             format!("0 none blue {place} 0027 returns\n1 1 blue {place} 0027 returns\n"),
@@ -89,7 +89,7 @@ fn recovery_can_be_switched_off() {
     sandbox.start_daemon();
     assert_eq!(agent(&sandbox, "a").status, AgentStatus::Interrupted);
     assert_eq!(web(&sandbox).read("lives-a").lines().count(), 1);
-    // By hand it still comes back, and goes on.
+    // A start by hand still works, and the agent continues.
     sandbox.ctl(&["resume", "web/a"]);
     wait_until(SOON, "the second life", || web(&sandbox).read("lives-a").contains("\n1 none blue"));
 }

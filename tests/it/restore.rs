@@ -1,5 +1,5 @@
-//! `checkpoint.restore` and `resume --checkpoint`: files, rows and context come back exactly,
-//! nothing else changes, and a crash at any instant leaves all of it or nothing.
+//! `checkpoint.restore` and `resume --checkpoint`: files, rows and context are restored exactly, nothing else changes,
+//! and a crash at any instant leaves the whole restore or nothing of it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -26,7 +26,7 @@ fn restore(sandbox: &Sandbox, number: u64) -> CheckpointRestoreResult {
     done(sandbox, &CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() })
 }
 
-/// Starts an agent and stops it again: what it knows stays.
+/// Starts an agent and stops it again: its context stays.
 fn at_rest(sandbox: &Sandbox) -> Workspace {
     Ticker::start(sandbox);
     done(sandbox, &AgentStop { target: Target::project(web()), grace_ms: Some(0) });
@@ -34,15 +34,15 @@ fn at_rest(sandbox: &Sandbox) -> Workspace {
     sandbox.workspace("web")
 }
 
-/// The workspace's files without the times of directories, which a restore sets too but a test's
-/// own changes disturb.
+/// Returns the files of the workspace without the times of directories, which a restore sets, but which the changes of
+/// a test disturb.
 fn files(workspace: &Workspace) -> BTreeMap<String, (i64, i64, String)> {
     let all: Fingerprint = workspace.fingerprint();
     let is_file = |path: &std::path::Path| !workspace.path().join(path).is_dir();
     all.into_iter().filter(|(path, _)| is_file(path)).map(|(path, what)| (path.display().to_string(), what)).collect()
 }
 
-/// Everything of a project that a restore brings back, beside the files.
+/// The data of a project that a restore restores, besides the files.
 #[derive(Debug, PartialEq)]
 struct StoredData {
     phase: Phase,
@@ -62,7 +62,7 @@ fn stored_data(sandbox: &Sandbox, project: &ProjectName, worker: &Target) -> Sto
     }
 }
 
-/// Lets an agent learn and report something.
+/// Adds a context item and a task to an agent.
 fn learn(sandbox: &Sandbox, worker: &Target, what: &str) {
     let item = NewItem { kind: ItemType::Code, text: format!("knows {what}"), pinned: false };
     done(sandbox, &ContextPut { target: Some(worker.clone()), items: vec![item] });
@@ -115,7 +115,7 @@ fn files_come_back_exactly_and_the_safety_checkpoint_undoes_it() {
     assert_eq!(shown.checkpoint.trigger, Trigger::Safety);
     let undone = restore(&sandbox, safety);
     assert_eq!(files(&workspace), later);
-    assert_eq!(fs::metadata(&run).expect("it is there").permissions().mode() & 0o7777, 0o644);
+    assert_eq!(fs::metadata(&run).expect("it exists").permissions().mode() & 0o7777, 0o644);
     let second_safety = undone.safety_checkpoint_id.expect("a safety checkpoint");
     only_these_are_left(&sandbox, &[first.id, safety, second_safety]);
     all_verify(&sandbox);
@@ -158,9 +158,9 @@ fn rows_and_context_come_back_and_nothing_else_is_rewound() {
     assert_eq!(files(&sandbox.workspace("other")), other_files);
     let events = sandbox.ctl_rows(&["events", "--project", "web"]);
     let created = events.iter().filter(|event| event.to_string().contains("checkpoint.created")).count();
-    assert_eq!(created, 2, "what has happened stays told: {events:?}");
+    assert_eq!(created, 2, "past events stay: {events:?}");
 
-    // What is new after a restore takes no number that was given before.
+    // Numbers that were given before a restore are not given again.
     learn(&sandbox, &worker(), "plums");
     let tasks = done(&sandbox, &TaskList { project: Some(web()) }).tasks;
     assert!(tasks.iter().all(|task| task.id == before.tasks[0].id || task.id > later.tasks[1].id), "{tasks:?}");
@@ -241,7 +241,7 @@ fn a_damaged_checkpoint_is_refused_before_anything_is_touched() {
     let first = checkpoint(&sandbox);
     workspace.write("README.md", "# Later\n");
     let backup = project_dir(&sandbox).join("checkpoints/1/database.sqlite");
-    fs::write(&backup, "no database at all, but long enough to be looked at").expect("damage the backup");
+    fs::write(&backup, "no database at all, but long enough to be read").expect("damage the backup");
     let refusal = refused(
         &sandbox,
         &CheckpointRestore { project: web(), checkpoint: first.id, dry_run: false, paths: Vec::new() },
@@ -253,7 +253,7 @@ fn a_damaged_checkpoint_is_refused_before_anything_is_touched() {
 }
 
 #[test]
-fn after_a_restore_into_a_paused_project_nobody_is_thawed() {
+fn after_a_restore_into_a_paused_project_no_agent_is_thawed() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::start(&sandbox);
     let workspace = sandbox.workspace("web");
@@ -263,8 +263,8 @@ fn after_a_restore_into_a_paused_project_nobody_is_thawed() {
     let restored = restore(&sandbox, paused.checkpoint_id);
     assert_eq!(status(&sandbox), ProjectStatus::Paused);
     assert_eq!(workspace.read("README.md"), "# A project\n");
-    assert!(is_held(pid));
-    // Not even when the files are as they were at the pause.
+    assert!(is_frozen(pid));
+    // This also holds when the files are those of the pause.
     restore(&sandbox, restored.safety_checkpoint_id.expect("a safety checkpoint"));
     assert_eq!(workspace.read("README.md"), "# Changed by a person\n");
     ticker.stands_still();
@@ -279,7 +279,7 @@ fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     let sandbox = Sandbox::builder().config(config).start();
     let script = format!(
         "printf '%s %s %s' \"$FERMATA_RESUME\" \"$FERMATA_CHECKPOINT\" \"$FERMATA_CONTEXT\" \
-        > \"$MARKS.told\"; {TICK}"
+        > \"$MARKS.env\"; {TICK}"
     );
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
     learn(&sandbox, &worker(), "apples");
@@ -298,8 +298,8 @@ fn resume_with_a_checkpoint(config: &str, mode: PauseMode) {
     assert_eq!(found(&sandbox, "pears"), 0);
     ticker.runs(SOON);
     assert!(!process::is_alive(pid));
-    let told = ticker.text("told").expect("it was started");
-    let [resume, number, context] = told.split(' ').collect::<Vec<_>>()[..] else { panic!("{told}") };
+    let env = ticker.text("env").expect("it was started");
+    let [resume, number, context] = env.split(' ').collect::<Vec<_>>()[..] else { panic!("{env}") };
     assert_eq!((resume, number), ("1", "1"));
     let context: Value = serde_json::from_slice(&fs::read(context).expect("a context file")).expect("JSON");
     assert!(context.to_string().contains("knows apples") && !context.to_string().contains("pears"));
@@ -323,7 +323,7 @@ fn a_resume_with_a_checkpoint_starts_parked_agents_again() {
     resume_with_a_checkpoint(BY_GROUP, PauseMode::Park);
 }
 
-/// What a crash in the middle of a restore leads to.
+/// The result of a crash in the middle of a restore.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum After {
     Unchanged,
@@ -365,7 +365,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
             numbers.push(numbers.len() as u64 + 1);
         }
     }
-    // The plan goes right after the end that everybody sees.
+    // The plan is removed right after the operation is shown as ended.
     let no_plan = || {
         !fs::read_dir(project_dir(&sandbox))
             .expect("the project's directory")
@@ -376,7 +376,7 @@ fn crash(failpoint: &str, paused: bool, after: After) {
     only_these_are_left(&sandbox, &numbers);
     all_verify(&sandbox);
     if after == After::Restored {
-        // The safety checkpoint still undoes it.
+        // The safety checkpoint still undoes the restore.
         done(
             &sandbox,
             &CheckpointRestore {
@@ -407,14 +407,14 @@ macro_rules! crashes {
             }
 
             #[test]
-            fn a_restore_into_a_paused_project_whose_daemon_dies_here_is_too() {
+            fn a_restore_into_a_paused_project_whose_daemon_dies_here_is_rolled_forward_too() {
                 crash($paused, true, After::$after);
             }
         })*
     };
 }
 
-// At rest the safety checkpoint is the second, in a paused project the third.
+// In a stopped project the safety checkpoint is the second, in a paused project the third.
 crashes! {
     at_begin: "restore.begin=abort", "restore.begin=abort", Unchanged;
     at_safety_captured: "checkpoint.captured@2=abort", "checkpoint.captured@3=abort", Unchanged;
@@ -432,7 +432,7 @@ crashes! {
     at_committed: "restore.committed=abort", "restore.committed=abort", Restored;
 }
 
-/// An error in a restore: nothing changed, or tried again until it has worked.
+/// An error in a restore: nothing has changed, or the step is tried again until it succeeds.
 fn error(failpoint: &str, after: After) {
     let sandbox = Sandbox::builder().env(FAILPOINT, failpoint).start();
     let workspace = at_rest(&sandbox);

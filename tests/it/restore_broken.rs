@@ -1,5 +1,5 @@
-//! Restores that cannot come to their end: they are given up, nobody is thawed over half restored files, and a later
-//! restore leads out.
+//! Restores that cannot be completed: they are given up, no agent is thawed over partly restored files, and a later
+//! restore repairs the project.
 
 use std::fs;
 use std::time::Duration;
@@ -19,17 +19,17 @@ use crate::scene::*;
 
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 
-/// Little patience.
+/// Settings with few tries.
 const IMPATIENT: &str = "[restore]\npatience_ms = 200\nfull_disk_patience_ms = 200\n";
 
-/// Longer than the least number of tries takes.
+/// Longer than the minimum number of tries takes.
 const GIVEN_UP: Duration = Duration::from_secs(30);
 
 fn restore_of(number: u64) -> CheckpointRestore {
     CheckpointRestore { project: web(), checkpoint: number, dry_run: false, paths: Vec::new() }
 }
 
-/// Restores a checkpoint whose workspace goes away once the plan is there.
+/// Restores a checkpoint and removes the workspace once the plan exists.
 fn fails(sandbox: &Sandbox, workspace: &Workspace, number: u64) -> Refusal {
     let aside = workspace.path().with_extension("aside");
     let answer = std::thread::scope(|scope| {
@@ -61,7 +61,7 @@ fn a_restore_without_a_workspace_is_given_up_and_names_the_way_out() {
     let shown = show(&sandbox).project;
     let broken = shown.broken.expect("it says so");
     assert_eq!((shown.status, broken.checkpoint_id, broken.safety_checkpoint_id), (ProjectStatus::Failed, 1, 3));
-    assert!(sandbox.ctl(&["status", "web"]).contains(way_out), "a person is told too");
+    assert!(sandbox.ctl(&["status", "web"]).contains(way_out), "the way out is missing in the status");
     let operation = operations(&sandbox).into_iter().find(|one| one.id == broken.operation_id).expect("kept");
     assert_eq!(
         (operation.state, operation.error.map(|e| e.data.code)),
@@ -80,10 +80,10 @@ fn a_restore_without_a_workspace_is_given_up_and_names_the_way_out() {
     assert_eq!(settled(&sandbox).project.status, ProjectStatus::Failed);
     assert_eq!(the_agent(&sandbox).status, AgentStatus::Paused);
     ticker.stands_still();
-    // What is there can still be saved.
+    // The present files can still be saved.
     done(&sandbox, &CheckpointCreate { project: Some(web()), name: None, description: String::new() });
 
-    // The safety checkpoint brings back what was there, and the agent begins anew.
+    // The safety checkpoint restores the previous files, and the agent starts anew.
     let restored: CheckpointRestoreResult = done(&sandbox, &restore_of(3));
     assert_eq!(workspace.read("README.md"), "# Later\n");
     assert_eq!(status(&sandbox), ProjectStatus::Paused);
@@ -114,7 +114,7 @@ fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint(
     let answer = fails(&sandbox, &workspace, first.id);
     assert_eq!(answer.code, Code::RestoreFailed, "{answer:?}");
     assert_ne!(workspace.fingerprint(), later, "it got some way");
-    // No draft stays, and no plan.
+    // No staging directory and no plan are left.
     let left = |dir: &std::path::Path, text: &str| {
         fs::read_dir(dir).expect("list").flatten().any(|entry| entry.file_name().to_string_lossy().contains(text))
     };
@@ -122,7 +122,7 @@ fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint(
     wait_until(SOON, "the plan to be gone", || !left(&project_dir(&sandbox), "restore-"));
     let run = sandbox.ctl_output(&["run", "--project", "web", "--", "true"]);
     assert!(!run.status.success(), "{run:?}");
-    // Some paths do not make it whole.
+    // Restoring some paths does not repair the project.
     let part = CheckpointRestore { paths: vec!["a".to_owned()], ..restore_of(2) };
     done(&sandbox, &part);
     assert!(show(&sandbox).project.broken.is_some());
@@ -132,7 +132,7 @@ fn what_a_restore_that_was_given_up_has_done_is_undone_by_its_safety_checkpoint(
     assert_eq!(status(&sandbox), ProjectStatus::Init);
 }
 
-/// The daemon dies while it gives a restore up; the next one comes to the same end.
+/// The daemon dies while it gives a restore up; the next daemon gives it up as well.
 fn dies_while_giving_up(point: &str) {
     let failpoints = format!("restore.apply=stop,{point}=abort");
     let mut sandbox = Sandbox::builder().config(IMPATIENT).env(FAILPOINT, &failpoints).start();
@@ -170,11 +170,11 @@ fn a_daemon_that_dies_before_it_has_written_down_that_it_gives_up_gives_up_again
 }
 
 #[test]
-fn a_daemon_that_dies_right_after_that_leaves_nobody_frozen() {
+fn a_daemon_that_dies_right_after_giving_up_leaves_no_agent_frozen() {
     dies_while_giving_up("restore.given_up");
 }
 
-/// A small file system as a workspace; none without privileges.
+/// A small file system as a workspace; `None` without privileges.
 struct Small(std::path::PathBuf);
 
 impl Small {
@@ -201,7 +201,7 @@ fn has_draft(workspace: &Workspace) -> bool {
 }
 
 #[test]
-fn a_restore_that_a_full_disk_holds_up_goes_on_once_there_is_room() {
+fn a_restore_that_a_full_disk_delays_continues_once_there_is_space() {
     let config = "[restore]\npatience_ms = 200\n[pause]\ndisk_floor_bytes = 65536\n";
     let sandbox = Sandbox::builder().config(config).start();
     let path = sandbox.workspace("web").path().to_owned();

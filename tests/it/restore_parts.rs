@@ -1,4 +1,4 @@
-//! Restores of some paths, what is shown before, what the answer says, and the check afterwards.
+//! Restores of some paths, the preview, the answer, and the verification afterwards.
 
 use std::fs;
 
@@ -59,13 +59,13 @@ fn some_paths_are_restored_and_nothing_else() {
     assert_eq!((result.written, result.removed), (2, 1), "{result:?}");
     assert_eq!((workspace.read("dir/a b"), workspace.read("gone/d")), ("old".into(), "old".into()));
     assert_eq!((workspace.read("README.md"), workspace.has("dir/new")), ("# Later\n".into(), false));
-    // Rows stay, and the answer says so.
+    // Rows stay unchanged, and the answer says so.
     let tasks = done(&sandbox, &TaskList { project: Some(web()) }).tasks;
     assert_eq!((tasks.len(), show(&sandbox).project.phase), (2, Phase::Review));
     assert!(result.warnings.iter().any(|text| text.starts_with("only files are restored")), "{:?}", result.warnings);
     assert_eq!(result.undo.as_deref(), Some("fermatactl checkpoint restore web 2 --paths dir gone"));
 
-    // What it says undoes it.
+    // The command in the answer undoes it.
     sandbox.ctl(&["checkpoint", "restore", "web", "2", "--paths", "dir", "gone"]);
     assert_eq!(
         (workspace.read("dir/a b"), workspace.has("gone"), workspace.has("dir/new")),
@@ -108,9 +108,9 @@ fn paths_that_make_no_sense_are_refused_before_anything_is_done() {
 }
 
 #[test]
-fn after_some_paths_were_restored_nobody_is_thawed_and_the_context_is_that_of_the_pause() {
+fn after_some_paths_were_restored_no_agent_is_thawed_and_the_context_is_that_of_the_pause() {
     let sandbox = Sandbox::start();
-    let script = format!("printf '%s' \"$FERMATA_CHECKPOINT\" > \"$MARKS.told\"; {TICK}");
+    let script = format!("printf '%s' \"$FERMATA_CHECKPOINT\" > \"$MARKS.env\"; {TICK}");
     let ticker = Ticker::running(&sandbox, "web", "worker", &script);
     let first = checkpoint(&sandbox);
     sandbox.workspace("web").write("README.md", "# Later\n");
@@ -120,7 +120,7 @@ fn after_some_paths_were_restored_nobody_is_thawed_and_the_context_is_that_of_th
     let resumed = resume(&sandbox).expect("resume");
     assert_eq!(resumed.agents[0].method, fermata_protocol::pause::ResumeMethod::Respawned);
     ticker.runs(SOON);
-    assert_eq!(ticker.text("told"), Some(paused.checkpoint_id.to_string()));
+    assert_eq!(ticker.text("env"), Some(paused.checkpoint_id.to_string()));
 }
 
 #[test]
@@ -141,7 +141,7 @@ fn the_answer_names_what_is_left_alone_and_where_the_repository_stands() {
 }
 
 #[test]
-fn after_a_restore_the_whole_workspace_is_looked_through() {
+fn after_a_restore_the_whole_workspace_is_verified() {
     let sandbox = Sandbox::start();
     let workspace = at_rest(&sandbox);
     let first = checkpoint(&sandbox);
@@ -153,7 +153,7 @@ fn after_a_restore_the_whole_workspace_is_looked_through() {
         shown.result?.get("check").cloned()
     };
     wait_until(SOON, "the full check", || check().is_some());
-    let check = check().expect("it is there");
+    let check = check().expect("it exists");
     assert_eq!(check["differing"], 0, "{check}");
     assert!(check["paths"].as_u64().is_some_and(|paths| paths > 2), "{check}");
     assert!(sandbox.ctl(&["events", "--project", "web", "--json"]).contains("restore.checked"));

@@ -1,4 +1,5 @@
-//! `checkpoint.remove`, `checkpoint.prune`, and what goes by itself: what is kept, what a crash leaves, quota and floor.
+//! `checkpoint.remove`, `checkpoint.prune` and retention: what is kept, what a crash leaves behind, quota and free
+//! space.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -21,7 +22,7 @@ use crate::scene::*;
 
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 
-/// Makes the project `web` with nobody running, and so many checkpoints, each with a file of its own.
+/// Creates the project `web` without running agents, and that many checkpoints, each with a file of its own.
 fn with_checkpoints(sandbox: &Sandbox, count: u64) -> Workspace {
     let workspace = furnished(sandbox, "web");
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
@@ -49,7 +50,7 @@ fn set(sandbox: &Sandbox, retention: Retention) {
     done(sandbox, &ProjectSet { project: web(), description: None, phase: None, config: Some(config) });
 }
 
-/// Removals that were told of, with their reasons.
+/// Returns the removals among the events, with their reasons.
 fn removals(sandbox: &Sandbox) -> Vec<(u64, RemovalReason)> {
     let events = done(sandbox, &EventsList { limit: Some(500), ..EventsList::default() }).events;
     let removal = |event: Event| match event {
@@ -97,7 +98,7 @@ fn the_last_number_is_not_given_again_either() {
     let mut sandbox = Sandbox::start();
     with_checkpoints(&sandbox, 3);
     done(&sandbox, &CheckpointRestore { project: web(), checkpoint: 2, dry_run: false, paths: Vec::new() });
-    // 4 is the safety checkpoint, and agents go on with the context of 2.
+    // 4 is the safety checkpoint, and agents continue with the context of 2.
     done(&sandbox, &remove(&[4]));
     sandbox.crash_and_restart();
     assert_eq!(checkpoint(&sandbox).id, 5);
@@ -157,7 +158,7 @@ fn after_each_checkpoint_what_is_kept_no_longer_goes() {
     assert_eq!(removals(&sandbox), [(2, RemovalReason::Count), (3, RemovalReason::Count)]);
     all_verify(&sandbox);
 
-    // The project's own settings count more, from the next checkpoint on.
+    // The project's own settings take precedence, from the next checkpoint on.
     set(&sandbox, Retention { keep_manual: Some(1), ..Retention::default() });
     checkpoint(&sandbox);
     left(&sandbox, &[1, 7]);
@@ -182,7 +183,7 @@ fn a_prune_removes_what_all_its_bounds_let_go() {
     assert_eq!(done(&sandbox, &young).removed, []);
     let roomy = CheckpointPrune { keep: Some(0), max_bytes: Some(1 << 40), ..prune() };
     assert_eq!(done(&sandbox, &roomy).removed, []);
-    // Nothing is left that maintenance could make smaller between the measurement and the prune.
+    // Maintenance has nothing left to shrink between the measurement and the prune.
     sandbox.ctl(&["checkpoint", "consolidate", "web", "--everything"]);
     let some = CheckpointPrune { max_bytes: Some(show(&sandbox).project.disk_bytes.expect("measured") - 1), ..prune() };
     assert_eq!(done(&sandbox, &some).removed.len(), 1, "the oldest alone is enough");
@@ -257,12 +258,12 @@ fn a_checkpoint_that_failed_is_reported_even_where_its_packs_cannot_be_swept() {
     all_verify(&sandbox);
 }
 
-/// What a directory and everything below it takes.
+/// The space of a directory and everything below it.
 fn disk_usage(path: &Path) -> u64 {
     let below = fs::read_dir(path).into_iter().flatten().flatten();
     below
         .map(|entry| {
-            let meta = entry.metadata().expect("it is there");
+            let meta = entry.metadata().expect("it exists");
             meta.blocks() * 512 + if meta.is_dir() { disk_usage(&entry.path()) } else { 0 }
         })
         .sum()
@@ -277,7 +278,7 @@ fn what_the_checkpoints_take_is_shown_as_it_is_on_disk() {
     assert!(added > 2 << 20, "{added}");
     assert!(checkpoint(&sandbox).size_bytes < 1 << 20, "what is there already is not added again");
     let dir = project_dir(&sandbox);
-    // What the daemon notes of the workspace beside them comes and goes.
+    // The size of the daemon's workspace state varies.
     let near = |one: u64, other: u64| one.abs_diff(other) < 128 << 10;
     let is_true = |sandbox: &Sandbox| {
         let real = || disk_usage(&dir.join("checkpoints")) + disk_usage(&dir.join("history"));
@@ -304,7 +305,7 @@ fn a_quota_lets_the_oldest_go_and_is_kept() {
     let quota = 6 << 20;
     set(&sandbox, Retention { max_bytes: Some(quota), ..Retention::default() });
     for _ in 0..8 {
-        // Nothing of it is shared with the one before.
+        // Shares nothing with the previous checkpoint.
         workspace.write("noise.bin", noise(1 << 20));
         checkpoint(&sandbox);
     }
@@ -316,7 +317,7 @@ fn a_quota_lets_the_oldest_go_and_is_kept() {
 }
 
 #[test]
-fn a_quota_that_cannot_be_kept_is_a_refusal_and_everybody_runs() {
+fn a_quota_that_cannot_be_kept_is_a_refusal_and_all_agents_run() {
     let sandbox = Sandbox::start();
     let ticker = Ticker::start(&sandbox);
     sandbox.workspace("web").write("noise.bin", noise(2 << 20));
@@ -357,7 +358,7 @@ fn below_the_disk_floor_the_oldest_go_before_a_pause_is_refused() {
     assert!(removals(&sandbox).iter().all(|(_, reason)| *reason == RemovalReason::DiskFloor));
     all_verify(&sandbox);
 
-    // What others fill is no reason to lose checkpoints in vain.
+    // Checkpoints are not removed for space that other files take.
     done(&sandbox, &CheckpointPrune { keep: Some(2), ..prune() });
     assert_eq!(checkpoints(&sandbox), [9, 10]);
     let ballast = disk.fill(1 << 20);

@@ -46,7 +46,7 @@ fn a_project_with_checkpoints_needs_the_word_and_its_workspace_stays() {
     failed(&sandbox.ctl_output(&["status", "web"]), 3);
     assert!(!sandbox.state_dir().join("projects/web").exists());
     assert_eq!(web(&sandbox).read("precious"), "mine");
-    // The name is free.
+    // The name can be used again.
     run_agent(&sandbox, "a", "exit 0");
     assert!(sandbox.ctl_rows(&["checkpoint", "ls", "web"]).is_empty());
 }

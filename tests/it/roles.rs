@@ -18,7 +18,7 @@ use crate::bed::{agent, ctl_word, failed, members, refused, run_agent, wait_for_
 /// A user without any rights.
 const NOBODY: u32 = 65_534;
 
-/// Runs `fermatactl` as another user, who can reach the sandbox's socket and nothing else in it.
+/// Runs `fermatactl` as another user, who can access the sandbox's socket and nothing else in it.
 fn as_nobody(sandbox: &Sandbox, gid: u32, args: &[&str]) -> Output {
     for dir in [sandbox.path().to_owned(), sandbox.path().join("r")] {
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).expect("open the sandbox");
@@ -39,7 +39,7 @@ fn role_of(output: &Output) -> String {
 const HELLO: [&str; 3] = ["call", "hello", "{\"min\":1,\"max\":1,\"client\":\"test\"}"];
 
 #[test]
-fn other_users_may_look_and_change_nothing() {
+fn other_users_may_read_and_change_nothing() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "exec sleep 1000");
     assert_eq!(role_of(&as_nobody(&sandbox, NOBODY, &HELLO)), Role::Reader.as_str());
@@ -67,7 +67,7 @@ fn other_users_may_look_and_change_nothing() {
 }
 
 #[test]
-fn other_users_may_not_even_look_when_the_settings_say_so() {
+fn other_users_may_not_even_read_when_the_settings_say_so() {
     let sandbox = Sandbox::builder().config("others_may_look = false\n").start();
     let said = failed(&as_nobody(&sandbox, NOBODY, &["ps"]), 1);
     assert!(said.contains("permission_denied"), "{said}");
@@ -91,7 +91,7 @@ fn the_operators_group_may_pause_but_neither_reload_nor_run_programs_as_root() {
 }
 
 #[test]
-fn whoever_runs_inside_an_agent_is_that_agent_whatever_it_says() {
+fn a_process_inside_an_agent_has_the_role_of_the_agent_whatever_it_claims() {
     let sandbox = Sandbox::start();
     let ctl = ctl_word();
     let hello = "call hello '{\"min\":1,\"max\":1,\"client\":\"test\"}'";
@@ -118,7 +118,7 @@ fn an_agent_is_recognised_in_its_first_moment_and_however_deep_it_nests() {
     let sandbox = Sandbox::start();
     let hello =
         format!("env -u FERMATA_TOKEN {} --json call hello '{{\"min\":1,\"max\":1,\"client\":\"test\"}}'", ctl_word());
-    // Not the last command, so that no shell hands its place to the next one.
+    // Not the last command: the shell would replace itself with it.
     let nest = format!("if [ $1 -gt 0 ]; then sh ./nest $(( $1 - 1 )); else {hello} > deep; fi; :");
     web(&sandbox).write("nest", nest);
     for round in 0..10 {

@@ -1,4 +1,4 @@
-//! `run`: what an agent is started with, and what happens when it cannot be.
+//! `run`: what an agent inherits at its start, and failures of a start.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -22,7 +22,7 @@ fn environment_directory_umask_and_limits_are_the_callers() {
          echo >> {0}; env > {0}.env",
         out.display()
     );
-    // The daemon and the caller differ in everything: the shell is what the caller is.
+    // The daemon and the caller differ in everything: the agent inherits from the caller.
     let mut caller = std::process::Command::new("/bin/sh");
     let ctl = sandbox.ctl_command::<&str>(&[]);
     caller.args(["-c", "umask 027; ulimit -n 123; exec \"$0\" \"$@\""]).arg(ctl.get_program());
@@ -59,7 +59,7 @@ fn environment_directory_umask_and_limits_are_the_callers() {
 #[test]
 fn a_caller_that_names_no_limits_gets_those_that_the_daemon_was_started_with() {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("own limit");
-    // The daemon raises its own soft limit to the hard one; here the two must differ for a moment.
+    // The daemon raises its own soft limit to the hard one; the test needs the two to differ.
     setrlimit(Resource::RLIMIT_NOFILE, hard - 7, hard).expect("lower the own limit");
     let sandbox = Sandbox::start();
     setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("raise the own limit again");
@@ -162,7 +162,7 @@ fn a_taken_name_is_refused_and_a_free_one_is_made() {
     let other = sandbox.workspace("other");
     let said = failed(&sandbox.ctl_output(&["run", "-p", "web", "-w", other.text(), "--", "/bin/true"]), 1);
     assert!(said.contains("has the workspace"), "{said}");
-    // A name whose agent has ended is free again, and its earlier run is part of its history.
+    // The name of an ended agent can be used again, and its earlier run is part of the history.
     sandbox.ctl(&["kill", "web/a"]);
     run_agent(&sandbox, "a", "echo again > again; exec sleep 1000");
     wait_for_file(&sandbox, "again");

@@ -1,5 +1,5 @@
-//! What the tests of pausing and restoring act on: a project `web` whose agent leaves a mark
-//! every few milliseconds, so that everybody can see whether it runs.
+//! The project of the tests of pausing and restoring: `web`, whose agent appends a mark to a file every few
+//! milliseconds, so that a test can tell whether it runs.
 
 use std::collections::HashSet;
 use std::fs;
@@ -21,13 +21,13 @@ use fermata_tests::metronome::wait_for_beats;
 use fermata_tests::waiting::{SOON, wait_until};
 use fermata_tests::{Sandbox, Workspace, process};
 
-/// How many marks an agent that runs would leave while another is seen to leave none.
+/// The number of marks that a running agent would write while the test asserts that the agent writes none.
 const BEATS: u64 = 10;
 
-/// Leaves a mark every 20 ms.
+/// Writes a mark every 20 ms.
 pub const TICK: &str = "while :; do printf . >> \"$MARKS\"; sleep 0.02; done";
 
-/// Does so in two more sessions: one of a child, one of an orphan.
+/// Also writes marks from two more sessions: one of a child, one of an orphan.
 pub const TICK_EVERYWHERE: &str = "export MARKS\n\
     setsid sh -c 'while :; do printf . >> \"$MARKS.child\"; sleep 0.02; done' &\n\
     (setsid sh -c 'while :; do printf . >> \"$MARKS.orphan\"; sleep 0.02; done' &)\n\
@@ -37,8 +37,8 @@ pub const TICK_EVERYWHERE: &str = "export MARKS\n\
 pub const BY_GROUP: &str = "";
 pub const BY_SIGNALS: &str = "[agents]\nfreezer = \"signals\"\n";
 
-/// How long a freeze outlives its daemon in tests that wait for the end of the lease: long enough for a daemon that gets
-/// a fifth of a processor to renew it in time.
+/// The lease in tests that wait for its end: long enough for a daemon that gets a fifth of a processor to renew it in
+/// time.
 pub const LEASE: Duration = Duration::from_secs(5);
 
 /// Returns a `[pause]` section with this lease.
@@ -46,27 +46,23 @@ pub fn short_lease() -> String {
     format!("[pause]\nlease_ms = {}\n", LEASE.as_millis())
 }
 
-/// Names the project of most tests.
 pub fn web() -> ProjectName {
     project("web")
 }
 
-/// Makes a project's name.
 pub fn project(name: &str) -> ProjectName {
     ProjectName::new(name).expect("the tests' names are valid")
 }
 
-/// Makes an agent's name.
 pub fn agent(name: &str) -> AgentName {
     AgentName::new(name).expect("the tests' names are valid")
 }
 
-/// Names the agent of most tests.
 pub fn worker() -> Target {
     Target::agent(web(), agent("worker"))
 }
 
-/// An agent that leaves marks.
+/// An agent that writes marks.
 #[derive(Debug, Clone)]
 pub struct Ticker {
     marks: PathBuf,
@@ -78,7 +74,7 @@ impl Ticker {
         Self::running(sandbox, "web", "worker", TICK)
     }
 
-    /// Starts an agent that runs a shell script and waits for its first marks.
+    /// Starts an agent with a shell script and waits for its first marks.
     #[track_caller]
     pub fn running(sandbox: &Sandbox, name: &str, worker: &str, script: &str) -> Self {
         let workspace = furnished(sandbox, name);
@@ -105,29 +101,29 @@ impl Ticker {
         ticker
     }
 
-    /// The same agent's marks under another name, for instance of a child.
+    /// Returns the marks of another process of the same agent, for instance of a child.
     pub fn beside(&self, ending: &str) -> Self {
         Self { marks: self.marks.with_extension(ending) }
     }
 
-    /// Reads what the agent wrote into a file beside its marks.
+    /// Reads a file that the agent wrote beside its marks.
     pub fn text(&self, ending: &str) -> Option<String> {
         fs::read_to_string(self.marks.with_extension(ending)).ok()
     }
 
-    /// Says how many marks there are.
+    /// Returns the number of marks.
     pub fn count(&self) -> u64 {
         fs::metadata(&self.marks).map_or(0, |meta| meta.len())
     }
 
-    /// Waits until marks are added.
+    /// Waits until the agent writes more marks.
     #[track_caller]
     pub fn runs(&self, deadline: Duration) {
         let before = self.count();
         wait_until(deadline, &format!("marks in {}", self.marks.display()), || self.count() > before + 1);
     }
 
-    /// Waits until there is no mark any more.
+    /// Waits until the agent writes no more marks.
     #[track_caller]
     pub fn comes_to_rest(&self) {
         wait_until(SOON, &format!("{} to get no more marks", self.marks.display()), || {
@@ -137,16 +133,16 @@ impl Ticker {
         });
     }
 
-    /// Sees no mark while a process that nobody stops leaves ten.
+    /// Asserts that the agent writes no mark while a running process writes ten.
     #[track_caller]
     pub fn stands_still(&self) {
         let before = self.count();
         wait_for_beats(BEATS);
-        assert_eq!(self.count(), before, "{} gets marks, but nobody may run", self.marks.display());
+        assert_eq!(self.count(), before, "marks were added to {} while the agent must not run", self.marks.display());
     }
 }
 
-/// Makes a workspace with a few files, or takes the one that is there.
+/// Returns the workspace `web`, filled with a few files.
 pub fn furnished(sandbox: &Sandbox, name: &str) -> Workspace {
     let workspace = sandbox.workspace(name);
     if !workspace.has("README.md") {
@@ -163,13 +159,13 @@ pub fn pause(sandbox: &Sandbox, mode: PauseMode) -> Result<PauseResult, Refusal>
     pause_within(sandbox, mode, None)
 }
 
-/// Pauses `web` with a grace.
+/// Pauses `web` with this grace.
 pub fn pause_within(sandbox: &Sandbox, mode: PauseMode, grace_ms: Option<u64>) -> Result<PauseResult, Refusal> {
     let pause = ProjectPause { project: web(), reason: Some("lunch".into()), mode, grace_ms };
     refusal(sandbox.rpc().call(&pause))
 }
 
-/// Pauses `web` while the daemon may die of it; returns what came of it.
+/// Pauses `web` with a daemon that may die of it; returns the result of the call.
 pub fn pause_at_risk(sandbox: &Sandbox, mode: PauseMode) -> Result<PauseResult, ClientError> {
     sandbox.rpc().call(&ProjectPause { project: web(), reason: None, mode, grace_ms: None })
 }
@@ -179,7 +175,7 @@ pub fn resume(sandbox: &Sandbox) -> Result<ResumeResult, Refusal> {
     refusal(sandbox.rpc().call(&ProjectResume { project: web(), checkpoint: None, over_budget: false }))
 }
 
-/// Calls a method that must succeed.
+/// Calls a method and returns its result.
 #[track_caller]
 pub fn done<M: Method>(sandbox: &Sandbox, params: &M) -> M::Result {
     match sandbox.rpc().call(params) {
@@ -188,7 +184,7 @@ pub fn done<M: Method>(sandbox: &Sandbox, params: &M) -> M::Result {
     }
 }
 
-/// Calls a method that must be refused.
+/// Calls a method and returns its refusal.
 #[track_caller]
 pub fn refused<M: Method>(sandbox: &Sandbox, params: &M) -> Refusal
 where
@@ -197,7 +193,7 @@ where
     refusal(sandbox.rpc().call(params)).expect_err("it must be refused")
 }
 
-/// Takes the refusal out of an error; every other error fails the test.
+/// Returns the refusal in an error; any other error fails the test.
 #[track_caller]
 pub fn refusal<T>(result: Result<T, ClientError>) -> Result<T, Refusal> {
     match result {
@@ -213,7 +209,7 @@ pub fn show(sandbox: &Sandbox) -> ProjectDetail {
     done(sandbox, &ProjectShow { project: web() })
 }
 
-/// Makes bytes that nothing makes smaller.
+/// Returns incompressible bytes.
 pub fn noise(bytes: usize) -> Vec<u8> {
     let mut noise = vec![0_u8; bytes];
     fs::File::open("/dev/urandom").and_then(|mut random| random.read_exact(&mut noise)).expect("read urandom");
@@ -226,7 +222,7 @@ pub fn status(sandbox: &Sandbox) -> ProjectStatus {
     show(sandbox).project.status
 }
 
-/// Waits until `web` is neither being paused, resumed nor restored.
+/// Waits until no operation is under way in `web`.
 #[track_caller]
 pub fn settled(sandbox: &Sandbox) -> ProjectDetail {
     let start = Instant::now();
@@ -240,7 +236,7 @@ pub fn settled(sandbox: &Sandbox) -> ProjectDetail {
     }
 }
 
-/// Returns the one agent of `web`.
+/// Returns the only agent of `web`.
 #[track_caller]
 pub fn the_agent(sandbox: &Sandbox) -> AgentView {
     let mut agents = show(sandbox).agents;
@@ -248,7 +244,7 @@ pub fn the_agent(sandbox: &Sandbox) -> AgentView {
     agents.remove(0)
 }
 
-/// Makes a checkpoint of `web`.
+/// Creates a checkpoint of `web`.
 #[track_caller]
 pub fn checkpoint(sandbox: &Sandbox) -> CheckpointView {
     let create = CheckpointCreate { project: Some(web()), name: None, description: String::new() };
@@ -264,7 +260,7 @@ pub fn checkpoints(sandbox: &Sandbox) -> Vec<u64> {
     numbers
 }
 
-/// Checks every part of every checkpoint of `web`.
+/// Verifies every part of every checkpoint of `web`.
 #[track_caller]
 pub fn all_verify(sandbox: &Sandbox) {
     for one in done(sandbox, &CheckpointVerify { project: web(), checkpoint: None }).checkpoints {
@@ -278,7 +274,7 @@ pub fn operations(sandbox: &Sandbox) -> Vec<OperationView> {
     done(sandbox, &OperationList { project: Some(web()), limit: None }).operations
 }
 
-/// Waits until the step of the operation under way has this name; returns the operation.
+/// Waits until the operation under way reaches the step of this name; returns the operation.
 #[track_caller]
 pub fn step_is(sandbox: &Sandbox, step: &str) -> OperationView {
     let mut found = None;
@@ -289,7 +285,7 @@ pub fn step_is(sandbox: &Sandbox, step: &str) -> OperationView {
     found.expect("it was waited for")
 }
 
-/// Gives `web/worker` ten context items and so small a token limit that the next pause archives some.
+/// Gives `web/worker` ten context items and a token limit at which the next pause archives some of them.
 pub fn fill_context(sandbox: &Sandbox) {
     let text = "many words that say little and are here only to be counted ".repeat(4);
     let items =
@@ -307,7 +303,7 @@ pub fn archived(sandbox: &Sandbox) -> usize {
     done(sandbox, &list).items.len()
 }
 
-/// Opens a connection as the agent with this token.
+/// Opens a connection that authenticates as the agent with this token.
 #[track_caller]
 pub fn as_agent(sandbox: &Sandbox, token: &str) -> Client {
     let (mut client, _) =
@@ -316,9 +312,9 @@ pub fn as_agent(sandbox: &Sandbox, token: &str) -> Client {
     client
 }
 
-/// Says whether the kernel holds a process: stopped, waiting in vfork for a stopped child, or in a
-/// frozen group. One that runs may look so for a moment, when it waits for the disk or in vfork.
-pub fn is_held(pid: i32) -> bool {
+/// Says whether a process is frozen: stopped, waiting in vfork for a stopped child, or in a frozen group. For a moment
+/// this may also be true of a running process that waits for the disk or in vfork.
+pub fn is_frozen(pid: i32) -> bool {
     let frozen = || {
         let group = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
         let inside = group.lines().find_map(|line| line.strip_prefix("0::"))?.trim_start_matches('/').to_owned();
@@ -338,7 +334,7 @@ pub fn project_dir(sandbox: &Sandbox) -> PathBuf {
     sandbox.state_dir().join("projects/web")
 }
 
-/// Looks at the project's files: only these checkpoints, each with its ref, and nothing unfinished.
+/// Asserts that the project has only these checkpoints, each with its ref, and no temporary files.
 #[track_caller]
 pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
     let dir = project_dir(sandbox);
@@ -358,30 +354,30 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
         refs.sort_unstable();
         assert_eq!(refs, numbers, "refs");
         let pending = dir.join("history/history.git/pending");
-        // The daemon may be getting to know the workspace.
-        wait_until(SOON, "drafts of snapshots to go", || names(pending.clone()).is_empty());
+        // The daemon may be scanning the workspace.
+        wait_until(SOON, "staged snapshots to be removed", || names(pending.clone()).is_empty());
         let packs = dir.join("history/history.git/objects/pack");
         let unneeded = || -> Vec<String> {
-            // In this order: what a look publishes meanwhile is in the second alone.
+            // In this order, so that `needed` covers every pack in `all` if a scan publishes one in between.
             let all = names(packs.clone());
             let needed = Workspace::at(sandbox.path()).git(&[&bare, "rev-list", "--objects", "--all"]);
             let needed: HashSet<&str> = needed.lines().filter_map(|line| line.split(' ').next()).collect();
             let is_needed = |pack: &String| {
                 let path = packs.join(pack);
-                let held = Command::new("git").args(["verify-pack", "-v"]).arg(&path).output().expect("run git");
+                let contents = Command::new("git").args(["verify-pack", "-v"]).arg(&path).output().expect("run git");
                 if !path.exists() {
-                    // It went while it was looked at.
+                    // The pack was removed in the meantime.
                     return true;
                 }
-                assert!(held.status.success(), "{held:?}");
-                let held = String::from_utf8_lossy(&held.stdout);
-                let mut objects = held.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
-                // A look that a later one has replaced goes with the next start or consolidation.
-                let is_look = |id: &str| {
+                assert!(contents.status.success(), "{contents:?}");
+                let contents = String::from_utf8_lossy(&contents.stdout);
+                let mut objects = contents.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
+                // A scan that a later scan has replaced is removed at the next start or consolidation.
+                let is_warm_up = |id: &str| {
                     Workspace::at(sandbox.path()).git(&[&bare, "cat-file", "-p", id]).contains("warm-up scan of ")
                 };
                 objects.any(|one| match one[..] {
-                    [id, kind] => needed.contains(id) || (kind == "commit" && is_look(id)),
+                    [id, kind] => needed.contains(id) || (kind == "commit" && is_warm_up(id)),
                     _ => false,
                 })
             };
@@ -405,7 +401,7 @@ pub fn only_these_are_left(sandbox: &Sandbox, numbers: &[u64]) {
     }
 }
 
-/// Sees that `web` runs as if nobody had ever paused it.
+/// Asserts that `web` runs as if there had been no pause.
 #[track_caller]
 pub fn is_untouched(sandbox: &Sandbox, ticker: &Ticker, numbers: &[u64]) {
     let shown = show(sandbox);
@@ -413,13 +409,13 @@ pub fn is_untouched(sandbox: &Sandbox, ticker: &Ticker, numbers: &[u64]) {
     assert_eq!(shown.operation, None);
     let agent = the_agent(sandbox);
     assert_eq!(agent.status.as_str(), "running", "{agent:?}");
-    wait_until(SOON, "the agent to be let go", || !is_held(agent.pid.expect("it runs")));
+    wait_until(SOON, "the agent to be let go", || !is_frozen(agent.pid.expect("it runs")));
     ticker.runs(SOON);
     assert_eq!(archived(sandbox), 0, "a pause that failed archives nothing");
     only_these_are_left(sandbox, numbers);
 }
 
-/// Sees that a code is one of those by which a pause may fail.
+/// Asserts that a refusal has the code of a failed pause.
 #[track_caller]
 pub fn is_failure(refusal: &Refusal) {
     assert_eq!(refusal.code, Code::PauseFailed, "{refusal:?}");

@@ -25,7 +25,7 @@ fn shows(sandbox: &Sandbox, text: &str) {
 }
 
 #[test]
-fn text_keys_and_stdin_are_typed_and_an_event_keeps_who_and_how_much() {
+fn text_keys_and_stdin_are_typed_and_an_event_records_sender_and_length() {
     let sandbox = Sandbox::start();
     run_at_terminal(&sandbox, ECHO);
     let sent = sandbox.ctl_json(&["send", "web/a", "two", "words", "--enter"]);
@@ -74,7 +74,7 @@ fn a_person_who_types_is_not_interrupted_unless_it_is_meant() {
 }
 
 #[test]
-fn what_nobody_would_read_is_refused_or_said() {
+fn input_that_no_process_would_read_is_refused_or_reported() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "plain", "exec sleep 1000");
     let said = failed(&sandbox.ctl_output(&["send", "web/plain", "x"]), 1);

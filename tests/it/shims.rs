@@ -1,5 +1,5 @@
-//! Shims that are killed, stopped, that lost their socket or are of another version: what becomes of
-//! their agents, and what a daemon that starts meanwhile makes of them.
+//! Shims that are killed or stopped, have lost their socket or are of another version: the effect on their agents and
+//! on a daemon that starts meanwhile.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
@@ -28,13 +28,13 @@ fn socket(sandbox: &Sandbox, name: &str) -> PathBuf {
     run_record(sandbox, name)["socket"].as_str().expect("the record names the socket").into()
 }
 
-/// A tree in three sessions that leaves its pids behind.
+/// A tree in three sessions that writes its pids to files.
 const TREE: &str = "echo $$ > pid; setsid sh -c 'echo $$ > pid.session; sleep 1000; echo on > went.on' & \
     (setsid sh -c 'echo $$ > pid.orphan; sleep 1000; echo on > went.on' &) ; sleep 1000; echo on > went.on";
 const PIDS: [&str; 3] = ["pid", "pid.session", "pid.orphan"];
 
 #[test]
-fn a_killed_shim_is_noticed_at_once_and_nobody_of_its_tree_goes_on() {
+fn a_killed_shim_is_noticed_at_once_and_its_whole_tree_is_ended() {
     for config in MECHANISMS {
         for paused in [false, true] {
             let sandbox = Sandbox::builder().config(config).start();
@@ -85,11 +85,11 @@ fn the_output_in_the_pipe_of_a_killed_shim_is_in_the_log() {
 }
 
 #[test]
-fn a_shim_that_somebody_has_stopped_is_continued_and_its_agent_stays() {
+fn a_shim_that_another_process_has_stopped_is_continued_and_its_agent_stays() {
     let mut sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
     let (pid, shim) = (wait_for_pid(&sandbox, "pid"), shim_pid(&sandbox, "a"));
-    // Found by a request that waits for its answer, and by a daemon that starts.
+    // Noticed by a request that waits for its answer, and by a daemon that starts.
     signal(shim, Signal::SIGSTOP);
     sandbox.ctl(&["pause", "web"]);
     sandbox.ctl(&["resume", "web"]);
@@ -100,7 +100,7 @@ fn a_shim_that_somebody_has_stopped_is_continued_and_its_agent_stays() {
     let found = agent(&sandbox, "a");
     assert_eq!((found.status, found.pid, found.runs), (AgentStatus::Running, Some(pid), 1));
     assert_eq!(sandbox.log().matches("a shim was stopped by another process").count(), 2, "{}", sandbox.log());
-    // Found without anybody who asks.
+    // Noticed without any request.
     signal(shim, Signal::SIGSTOP);
     wait_until(SOON, "the shim to be continued", || process::state(shim) != Some('T'));
 }
@@ -111,7 +111,7 @@ fn a_socket_that_was_removed_costs_no_agent() {
     run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
     let pid = wait_for_pid(&sandbox, "pid");
     sandbox.kill_daemon();
-    // All of them, as when the runtime directory is removed with the service.
+    // All sockets, as when the runtime directory is removed with the service.
     std::fs::remove_dir_all(sandbox.path().join("r/shims")).expect("the directory of the sockets");
     sandbox.start_daemon();
     let found = agent(&sandbox, "a");
@@ -134,7 +134,7 @@ fn an_agent_under_a_shim_of_another_version_is_left_alone_and_status_says_why() 
     std::fs::remove_file(&path).expect("remove the socket");
     let listener = UnixListener::bind(&path).expect("listen in its place");
     let refusing = std::thread::spawn(move || {
-        // What a shim of version 2 says to a daemon of version 1, until the path is taken back.
+        // Answers as a shim of version 2 does to a daemon of version 1, until the path is replaced.
         for stream in listener.incoming() {
             let mut stream = stream.expect("a connection");
             let mut hello = String::new();
@@ -154,11 +154,11 @@ fn an_agent_under_a_shim_of_another_version_is_left_alone_and_status_says_why() 
     let shown = sandbox.ctl_output(&["status", "web"]);
     let shown = String::from_utf8_lossy(&[shown.stdout, shown.stderr].concat()).into_owned();
     assert!(shown.contains("version 2"), "{shown}");
-    // It cannot be frozen, so the project cannot be paused: nobody may say that it stands still.
+    // The agent cannot be frozen, so the project cannot be paused.
     let refused = scene::pause(&sandbox, PauseMode::Freeze).expect_err("it cannot be frozen");
     assert!(refused.message.contains("cannot be reached"), "{refused:?}");
     assert!(process::is_alive(pid) && process::is_alive(shim));
-    // But it can be ended by a person.
+    // A user can still end it.
     sandbox.ctl(&["stop", "web/a"]);
     wait_for_end(pid);
     wait_for_end(shim);
@@ -177,8 +177,8 @@ fn a_frozen_agent_is_not_continued_by_a_signal() {
         run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
         wait_for_pid(&sandbox, "pid");
         sandbox.ctl(&["pause", "web"]);
-        let told = failed(&sandbox.ctl_output(&["kill", "-s", "CONT", "web/a"]), 1);
-        assert!(told.contains("SIGCONT is not sent") && told.contains("fermatactl resume web"), "{told}");
+        let message = failed(&sandbox.ctl_output(&["kill", "-s", "CONT", "web/a"]), 1);
+        assert!(message.contains("SIGCONT is not sent") && message.contains("fermatactl resume web"), "{message}");
         assert_eq!(agent(&sandbox, "a").status, AgentStatus::Paused);
         sandbox.ctl(&["resume", "web"]);
         sandbox.ctl(&["kill", "-s", "CONT", "web/a"]);
@@ -188,7 +188,7 @@ fn a_frozen_agent_is_not_continued_by_a_signal() {
 #[test]
 fn a_resume_reaches_a_shim_whose_link_is_broken() {
     for config in MECHANISMS {
-        // The daemon stands still before it thaws; meanwhile every link breaks.
+        // The daemon is stopped before it thaws; meanwhile every connection breaks.
         let sandbox = Sandbox::builder().config(config).env("FERMATA_FAILPOINT", "resume.started=stop").start();
         let ticker = Ticker::start(&sandbox);
         scene::pause(&sandbox, PauseMode::Freeze).expect("pause");
@@ -214,7 +214,7 @@ fn a_resume_reaches_a_shim_whose_link_is_broken() {
         );
         assert_eq!(scene::the_agent(&sandbox).pid, pid);
         ticker.runs(SOON);
-        // The link that was made anew is in use.
+        // The new connection is in use.
         scene::pause(&sandbox, PauseMode::Freeze).expect("pause");
         ticker.stands_still();
     }
@@ -233,7 +233,7 @@ fn a_daemon_that_is_out_of_descriptors_ends_no_agent_for_that() {
             std::process::Command::new("prlimit").args(["--pid", &daemon, &format!("--nofile={soft}:")]).status();
         assert!(given.expect("run prlimit").success());
     };
-    // Whatever the daemon has open stays so, and it gets nothing more.
+    // The files that the daemon has open stay open, but it cannot open more.
     limit("3");
     push_out(socket.to_str().expect("text"));
     wait_until(SOON, "the daemon to say that it cannot see", || {
@@ -241,13 +241,13 @@ fn a_daemon_that_is_out_of_descriptors_ends_no_agent_for_that() {
     });
     assert!(process::is_alive(shim) && process::is_alive(pid));
     limit("1024");
-    // Only through its shim can it be frozen, and the link is made anew when the trouble is over.
+    // It can be frozen only through its shim, to which the daemon reconnects once it can open files again.
     wait_until(SOON, "the agent to be reached again", || sandbox.ctl_output(&["pause", "web"]).status.success());
     assert_eq!(agent(&sandbox, "a").pid, Some(pid));
     assert!(process::is_alive(shim));
 }
 
-/// A shim has places for so many connections; whoever comes when all are taken pushes the oldest out.
+/// A shim has a limited number of connections; a new one replaces the oldest.
 fn push_out(socket: &str) {
     let mut all = Vec::new();
     for _ in 0..17 {

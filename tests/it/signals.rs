@@ -69,8 +69,8 @@ fn sigtstp_pauses_what_is_active_and_sigcont_resumes_that_alone() {
     for name in ["one", "two"] {
         wait_until(SOON, "the project to be active", || status(&sandbox, name) == "active");
     }
-    assert_eq!(status(&sandbox, "held"), "paused", "a person has paused it");
-    // A second SIGCONT means nobody.
+    assert_eq!(status(&sandbox, "held"), "paused", "a user has paused it");
+    // After a second SIGCONT nothing is left to resume.
     sandbox.signal_daemon(Signal::SIGCONT);
     sandbox.ctl(&["pause", "one"]);
     sandbox.signal_daemon(Signal::SIGCONT);
@@ -94,7 +94,7 @@ fn a_project_that_a_person_has_resumed_and_paused_again_is_not_resumed_by_sigcon
 }
 
 #[test]
-fn sigterm_leaves_agents_running_and_a_sigcont_behind_it_resumes_nobody() {
+fn sigterm_leaves_agents_running_and_a_later_sigcont_resumes_no_project() {
     let mut sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo $$ > pid; exec sleep 1000");
     let pid = wait_for_pid(&sandbox, "pid");
@@ -104,7 +104,7 @@ fn sigterm_leaves_agents_running_and_a_sigcont_behind_it_resumes_nobody() {
     wait_for_status(&sandbox, "a", AgentStatus::Paused);
     sandbox.ctl(&["resume", "web"]);
     sandbox.signal_daemon(Signal::SIGTERM);
-    // As systemd does; the daemon may be gone already.
+    // As systemd does; the daemon may have ended already.
     if process::is_alive(sandbox.daemon_pid()) {
         sandbox.signal_daemon(Signal::SIGCONT);
     }
@@ -144,7 +144,7 @@ fn sigusr1_writes_the_status_to_the_log() {
 #[test]
 fn sigterm_in_the_middle_of_a_pause_undoes_it() {
     let mut sandbox = Sandbox::start();
-    // An agent that does not stop by itself, so that the pause waits for its grace.
+    // An agent that does not stop by itself, so that the pause waits for the whole grace.
     run_agent(&sandbox, "a", "trap '' TSTP; echo $$ > pid; while :; do echo x >> ticks; sleep 0.02; done");
     let pid = wait_for_pid(&sandbox, "pid");
     let mut command = sandbox.ctl_command(&["pause", "web", "--grace", "60s"]);

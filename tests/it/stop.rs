@@ -18,7 +18,7 @@ fn an_agent_that_listens_to_sigterm_ends_by_itself() {
     sandbox.ctl(&["stop", "web/a"]);
     assert!(web(&sandbox).has("said.goodbye"));
     let ended = agent(&sandbox, "a");
-    // It was asked to end, and did: that is no failure.
+    // An end on request is not a failure.
     assert_eq!((ended.status, ended.exit), (AgentStatus::Exited, Some(ExitStatus::Code(5))));
     failed(&sandbox.ctl_output(&["stop", "web/a"]), 1);
     failed(&sandbox.ctl_output(&["stop", "web/nobody"]), 3);
@@ -70,7 +70,7 @@ fn a_paused_agent_can_be_stopped_and_hears_the_sigterm() {
             wait_for_end(pid);
             assert_eq!(web(&sandbox).has("said.goodbye"), mode == "freeze", "{mode}");
             assert!(agent(&sandbox, "a").status.is_terminal());
-            // What is left of the project can be used: nothing is held any more.
+            // The rest of the project can be used: nothing is frozen any more.
             let output = sandbox.ctl_output(&["resume", "web"]);
             assert!(output.status.success(), "{mode}: {output:?}");
             run_agent(&sandbox, "b", "exit 0");
@@ -103,7 +103,7 @@ fn a_whole_project_is_stopped_at_once() {
     assert!(sandbox.ctl_rows(&["stop", "web"]).is_empty(), "nothing is left to stop");
 }
 
-/// Ends one of two agents while the workspace is being read under the freeze of both.
+/// Ends one of two agents while the workspace is read under the freeze of both.
 fn ended_in_mid_pause(config: &str, how: &[&str]) {
     let sandbox = Sandbox::builder().config(config).start();
     run_agent(&sandbox, "a", "trap 'echo > said.goodbye; exit 0' TERM; echo $$ > pid.a; while :; do sleep 0.05; done");
@@ -120,7 +120,7 @@ fn ended_in_mid_pause(config: &str, how: &[&str]) {
     });
     wait_for_end(pids[0]);
     assert!(agent(&sandbox, "a").status.is_terminal());
-    // Either it was thawed and the pause says so, or the pause was through already, or nobody ran.
+    // Either the agent was thawed and the pause reports it, or the pause had ended already, or no agent ran.
     match paused {
         Err(refusal) => {
             assert!(refusal.message.contains("agent 'a' was stopped while"), "{refusal:?}");
@@ -138,7 +138,7 @@ fn ended_in_mid_pause(config: &str, how: &[&str]) {
 }
 
 #[test]
-fn an_agent_that_is_stopped_in_mid_pause_hears_the_sigterm_and_the_pause_does_not_claim_that_nobody_ran() {
+fn an_agent_that_is_stopped_in_mid_pause_gets_sigterm_and_the_pause_does_not_claim_that_it_was_frozen() {
     MECHANISMS.iter().for_each(|config| ended_in_mid_pause(config, &["stop", "web/a"]));
 }
 

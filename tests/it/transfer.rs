@@ -1,4 +1,4 @@
-//! `checkpoint export`, `import` and `consolidate`: what arrives is what left, or nothing arrives.
+//! `checkpoint export`, `import` and `consolidate`: an import equals the exported checkpoint, or leaves nothing.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -16,7 +16,7 @@ use crate::scene::*;
 const FAILPOINT: &str = "FERMATA_FAILPOINT";
 const FILE: &str = "web.checkpoint";
 
-/// Makes a project with a checkpoint that has something of everything, and exports it.
+/// Creates a project with a checkpoint that has every kind of part, and exports it.
 fn exported(sandbox: &Sandbox) -> (Workspace, PathBuf) {
     let workspace = furnished(sandbox, "web");
     symlink("nowhere", workspace.path().join("link")).expect("make a link");
@@ -39,7 +39,7 @@ fn path(path: &Path) -> &str {
     path.to_str().expect("a temporary path is ASCII")
 }
 
-/// Sends bytes as a client does, and asks for a checkpoint of them.
+/// Uploads bytes as a client does, and imports them as a checkpoint.
 fn import(sandbox: &Sandbox, bytes: &[u8]) -> Result<u64, fermata_protocol::Refusal> {
     use sha2::Digest as _;
     let mut client = sandbox.rpc();
@@ -52,7 +52,7 @@ fn import(sandbox: &Sandbox, bytes: &[u8]) -> Result<u64, fermata_protocol::Refu
     refusal(client.call(&CheckpointImport { project: web(), sha256 })).map(|made| made.checkpoint_id)
 }
 
-/// A second machine, with an empty project of the same name.
+/// A second machine with an empty project of the same name.
 fn elsewhere() -> (Sandbox, Workspace) {
     let sandbox = Sandbox::start();
     let workspace = sandbox.workspace("elsewhere");
@@ -114,7 +114,7 @@ fn an_import_into_the_same_daemon_gets_a_new_number_also_in_a_project_of_another
     sandbox.ctl(&["project", "create", "other", "--workspace", other.text()]);
     let made = sandbox.ctl_json(&["checkpoint", "import", "other", path(&again), "--json"]);
     assert!(made["warnings"].to_string().contains("'web'"), "{made}");
-    // Its context items have ids that belong to the first project here.
+    // The ids of its context items are in use by the first project.
     done(&sandbox, &CheckpointRestore { project: project("other"), checkpoint: 1, dry_run: false, paths: Vec::new() });
     assert_eq!(other.read("README.md"), "# Later\n");
     all_verify(&sandbox);
@@ -196,7 +196,7 @@ fn a_file_whose_checksum_is_right_and_whose_parts_are_wrong_is_refused() {
         made.extend_from_slice(&body[end..]);
         seal(made)
     };
-    // An object within the pack, and the name of a part.
+    // An object in the pack, and the name of a part.
     let mut damaged = body.to_vec();
     let at = damaged.len() - 3000;
     damaged[at] ^= 1;
@@ -244,7 +244,7 @@ fn an_import_that_is_repeated_under_its_key_happens_once() {
         offset = client.call(&CheckpointUpload { offset, data: Bytes(piece.to_vec()) }).expect("send").bytes;
     }
     let first = client.call_raw("checkpoint.import", params.clone(), |_| {}).expect("import");
-    // The answer was lost; the next connection has no file, and needs none.
+    // The answer was lost; the next connection sends no file, and none is needed.
     let second = there.rpc().call_raw("checkpoint.import", params, |_| {}).expect("the same import");
     assert_eq!(first, second);
     assert_eq!(checkpoints(&there).len(), 1);
@@ -328,24 +328,24 @@ fn packs_are_consolidated_by_themselves() {
 }
 
 #[test]
-fn a_consolidation_that_fails_changes_nothing_and_is_told_once() {
+fn a_consolidation_that_fails_changes_nothing_and_is_reported_once() {
     let sandbox = Sandbox::builder().env(FAILPOINT, "history.consolidation.written=error").start();
     let workspace = furnished(&sandbox, "web");
     sandbox.ctl(&["project", "create", "web", "--workspace", workspace.text()]);
     sandbox.ctl(&["project", "set", "web", "--keep-manual", "100"]);
-    let told = || sandbox.log().matches("could not be consolidated").count();
+    let failures = || sandbox.log().matches("could not be consolidated").count();
     for round in 0..33 {
         workspace.write("README.md", format!("round {round}\n"));
         checkpoint(&sandbox);
     }
-    fermata_tests::waiting::wait_until(fermata_tests::waiting::SOON, "the failure to be told", || told() == 1);
+    fermata_tests::waiting::wait_until(fermata_tests::waiting::SOON, "the failure to be reported", || failures() == 1);
     for round in 33..36 {
         workspace.write("README.md", format!("round {round}\n"));
         checkpoint(&sandbox);
     }
-    assert_eq!(told(), 1);
+    assert_eq!(failures(), 1);
     all_verify(&sandbox);
-    // Who asks for it is not held up by that.
+    // An explicit consolidation succeeds nevertheless.
     let result = done(&sandbox, &CheckpointConsolidate { project: web(), everything: false });
     assert!(result.packs >= 36, "{result:?}");
     all_verify(&sandbox);

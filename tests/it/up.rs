@@ -1,4 +1,4 @@
-//! `up`: what a `fermata.toml` declares is started, and what runs as declared is left alone.
+//! `up`: the agents that a `fermata.toml` declares are started, and those that run as declared are left alone.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -12,12 +12,12 @@ use serde_json::Value;
 
 use crate::bed::{agent, failed, run_agent, wait_for_file, wait_for_status, web};
 
-/// Writes the file of the project `web`.
+/// Writes the `fermata.toml` of the project `web`.
 pub fn declare(sandbox: &Sandbox, text: &str) -> PathBuf {
     let workspace = web(sandbox);
     workspace.write("fermata.toml", text);
     let file = workspace.path().join("fermata.toml");
-    // Whatever the umask of those who run the tests is.
+    // Independent of the umask.
     fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).expect("chmod");
     file
 }
@@ -39,7 +39,7 @@ fn pair(row: &Value) -> (String, String) {
     (text("target"), text("action"))
 }
 
-/// Says what the rows are expected to be.
+/// Returns the expected rows.
 pub fn are(expected: &[(&str, &str)]) -> Vec<(String, String)> {
     expected.iter().map(|(target, action)| ((*target).to_owned(), (*action).to_owned())).collect()
 }
@@ -50,7 +50,7 @@ fn refused(sandbox: &Sandbox, args: &[&str], code: i32) -> String {
     failed(&sandbox.ctl_output(&[&args[..1], &["--file", &file], &args[1..]].concat()), code)
 }
 
-/// An `up --wait` that is under way.
+/// An `up --wait` in progress.
 struct Waiter {
     child: Child,
     said: BufReader<ChildStderr>,
@@ -59,14 +59,14 @@ struct Waiter {
 impl Waiter {
     #[track_caller]
     fn start(sandbox: &Sandbox) -> Self {
-        // Ended by its own timeout at the latest, so that no read of what it says is without end.
+        // Its own timeout ends it, so that reading its output always ends.
         let mut up = sandbox.ctl_command(&["up", "--wait", "--timeout", "60s", "--file", &file_of(&web(sandbox))]);
         let mut child = up.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start fermatactl");
         let said = BufReader::new(child.stderr.take().expect("it is piped"));
         Self { child, said }
     }
 
-    /// Reads what it says until it has said this.
+    /// Reads its output up to this text.
     #[track_caller]
     fn read_until(&mut self, word: &str) -> String {
         let mut text = String::new();
@@ -77,7 +77,7 @@ impl Waiter {
         text
     }
 
-    /// Waits for its end; returns what it has said since.
+    /// Waits for its end; returns the rest of its output.
     #[track_caller]
     fn end(mut self) -> (ExitStatus, String) {
         let mut text = String::new();
@@ -116,12 +116,12 @@ fn a_second_up_changes_nothing() {
     let runs = |name: &str| agent(&sandbox, name).run;
     let before = (runs("db"), runs("web"));
     let events = || sandbox.ctl_rows(&["events", "-p", "web"]).len();
-    let told = events();
+    let events_before = events();
     assert_eq!(rows(&sandbox, &["up"]), are(&[("web/db", "up_to_date"), ("web/web", "up_to_date")]));
     let again = sandbox.ctl_output(&["up", "--file", &file_of(&web(&sandbox))]);
     assert!(String::from_utf8_lossy(&again.stderr).contains("web: up to date"), "{again:?}");
-    assert_eq!(((runs("db"), runs("web")), events()), (before, told));
-    // Another terminal, with other variables of its own, is no change; neither are some of the agents.
+    assert_eq!(((runs("db"), runs("web")), events()), (before, events_before));
+    // Another terminal with other variables is no change; neither is a selection of agents.
     let mut other = sandbox.ctl_command(&["--json", "up", "web", "--file", &file_of(&web(&sandbox))]);
     other.env("TERM_SESSION", "2");
     let other = fermata_tests::sandbox::output_of(other);
@@ -164,7 +164,7 @@ fn what_has_changed_is_named_and_started_anew_only_when_asked() {
     rows(&sandbox, &["up"]);
     let pid = agent(&sandbox, "a").pid.expect("it runs");
     let other = agent(&sandbox, "b").run;
-    // The same in other words.
+    // The same declaration, written differently.
     fs::write(&file, text.replace("[\"/bin/sleep\", \"1000\"]\nenv", "\"/bin/sleep 1000\" # the same\nenv"))
         .expect("write");
     assert_eq!(rows(&sandbox, &["up"]), are(&[("web/a", "up_to_date"), ("web/b", "up_to_date")]));
@@ -174,10 +174,10 @@ fn what_has_changed_is_named_and_started_anew_only_when_asked() {
     assert_eq!(changed[0]["detail"], "command, env.KEY");
     assert!(process::is_alive(pid), "it was left alone");
     let all = sandbox.ctl_rows(&["events", "-p", "web"]);
-    let told = serde_json::to_string(&all).expect("events");
-    assert!(!told.contains("two"), "a variable's value is told");
+    let text = serde_json::to_string(&all).expect("events");
+    assert!(!text.contains("two"), "the value of a variable is shown");
     assert_eq!(rows(&sandbox, &["up", "--recreate", "--dry-run"])[0].1, "recreated");
-    assert!(process::is_alive(pid), "it was only looked at");
+    assert!(process::is_alive(pid), "a dry run ended the agent");
     assert_eq!(rows(&sandbox, &["up", "--recreate"]), are(&[("web/a", "recreated"), ("web/b", "up_to_date")]));
     assert!(!process::is_alive(pid));
     assert_eq!(agent(&sandbox, "a").argv, ["/bin/sleep", "1001"]);
@@ -196,7 +196,7 @@ fn what_ended_is_started_again_unless_its_work_is_done() {
     wait_for_status(&sandbox, "done", AgentStatus::Exited);
     wait_for_status(&sandbox, "broken", AgentStatus::Failed);
     wait_for_file(&sandbox, "trapped");
-    // It ends with 0 as well, but because a person wanted it to.
+    // It ends with 0 as well, but because a user stopped it.
     sandbox.ctl(&["stop", "web/stopped"]);
     let again = rows(&sandbox, &["up"]);
     assert_eq!(again, are(&[("web/broken", "started"), ("web/done", "completed"), ("web/stopped", "started")]));
@@ -223,7 +223,7 @@ fn agents_that_are_not_declared_are_named_and_stopped_only_when_asked() {
     assert_eq!(rows(&sandbox, &["up", "--remove-orphans"]), stopped);
     assert!(agent(&sandbox, "b").status.is_terminal());
     assert_eq!(rows(&sandbox, &["up", "--remove-orphans"]), named[..1]);
-    // One of that name that was started by hand does not count as the declared one.
+    // An agent of that name that was started by hand is not the declared one.
     declare(&sandbox, "[agents.byhand]\ncommand = \"/bin/sleep 1000\"\n");
     run_agent(&sandbox, "byhand", "exec sleep 1000");
     assert_eq!(rows(&sandbox, &["up"])[0], ("web/byhand".into(), "changed".into()));
@@ -277,7 +277,7 @@ fn the_file_is_found_above_and_must_be_trustworthy() {
     let said = String::from_utf8_lossy(&found.stderr).into_owned();
     assert!(said.contains(&format!("using {}", file.display())), "{said}");
     assert_eq!(agent(&sandbox, "a").cwd, web(&sandbox).text());
-    // Above the home directory nothing is looked for, although the daemon's own file lies there.
+    // Directories above the home directory are not searched, although the daemon's own file is there.
     let mut up = sandbox.ctl_command(&["up"]);
     up.current_dir(sandbox.home());
     let said = failed(&fermata_tests::sandbox::output_of(up), 3);
@@ -285,7 +285,7 @@ fn the_file_is_found_above_and_must_be_trustworthy() {
 }
 
 #[test]
-fn a_project_that_is_held_or_elsewhere_is_left_alone() {
+fn a_project_that_is_paused_or_has_another_workspace_is_left_alone() {
     let sandbox = Sandbox::start();
     declare(&sandbox, "[agents.a]\ncommand = \"/bin/sleep 1000\"\n");
     rows(&sandbox, &["up"]);
@@ -312,7 +312,7 @@ fn one_that_cannot_be_started_does_not_keep_the_others_from_it() {
 }
 
 #[test]
-fn a_wait_ends_when_all_are_there_and_fails_when_one_will_not_be() {
+fn a_wait_ends_when_all_agents_are_ready_and_fails_when_one_cannot_become_ready() {
     let sandbox = Sandbox::start();
     let file = declare(
         &sandbox,
@@ -344,8 +344,8 @@ fn a_wait_goes_by_readiness_and_dependents_start_after_it() {
     let waiting = rows(&sandbox, &["up"]);
     assert_eq!(waiting, are(&[("web/db", "up_to_date"), ("web/plain", "up_to_date"), ("web/api", "up_to_date")]));
     let mut wait = Waiter::start(&sandbox);
-    // They are looked at in the order of a start: db was not ready when plain was.
-    assert!(!wait.read_until("web/plain is ready").contains("web/db"), "nothing has told that db is ready");
+    // They are checked in the order of a start: db was not ready when plain was.
+    assert!(!wait.read_until("web/plain is ready").contains("web/db"), "db was reported as ready");
     assert!(!web(&sandbox).has("api.up"));
     web(&sandbox).write("go", "");
     let (done, said) = wait.end();
@@ -368,7 +368,7 @@ fn a_wait_fails_with_an_agent_that_ends_before_it_is_ready_and_outlives_the_daem
     sandbox.crash_and_restart();
     web(&sandbox).write("go", "");
     let (done, said) = wait.end();
-    // Whichever of the two is looked at first after the end of a.
+    // In either order after the end of a.
     let reasons = ["web/a will not become ready: failed (exit code 3)", "waiting for web/a, failed (exit code 3)"];
     assert!(done.code() == Some(1) && reasons.iter().any(|reason| said.contains(reason)), "{said}");
     assert!(said.contains("not all agents are ready"), "{said}");

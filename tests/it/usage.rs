@@ -1,4 +1,4 @@
-//! What agents use of the machine, as `ps` and `status` show it: samples of their whole trees.
+//! The resource usage of agents in `ps` and `status`: samples of their whole trees.
 
 use fermata_protocol::load::{Load, MemoryKind};
 use fermata_tests::waiting::{SOON, wait_for, wait_until};
@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::bed::{MECHANISMS, SIGNALS, agent, call, run_agent, wait_for_file, web};
 
-/// Waits until a sample is as wanted.
+/// Waits until a sample meets a condition.
 #[track_caller]
 fn wait_for_load(sandbox: &Sandbox, name: &str, what: &str, wanted: impl Fn(&Load) -> bool) -> Load {
     wait_for(SOON, &format!("web/{name} to show {what}"), || agent(sandbox, name).load.filter(|load| wanted(load)))
@@ -41,11 +41,11 @@ fn processor_time_is_counted_while_it_is_used_and_afterwards() {
         run_agent(&sandbox, "idle", "echo ok > up; exec sleep 1000");
         wait_for_file(&sandbox, "up");
         let busy = wait_for_load(&sandbox, "busy", "a second of work", |load| load.cpu_us > 1_000_000);
-        // Others compile beside it: how many percent it got nobody knows, but it is not nothing.
+        // Other tests run at the same time: the share of the processor is unknown, but not zero.
         assert!(busy.cpu_percent.is_some_and(|percent| percent > 1.0), "{busy:?}");
         let idle = wait_for_load(&sandbox, "idle", "a sample", |_| true);
         assert!(idle.cpu_us < 500_000, "{idle:?}");
-        // What children have used is not lost with them, whoever has waited for them.
+        // The usage of ended children counts, whichever process has waited for them.
         let work = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done";
         run_agent(&sandbox, "gone", &format!("sh -c '{work}'; (setsid sh -c '{work}' &); echo ok > gone; sleep 1000"));
         wait_for_file(&sandbox, "gone");
@@ -70,8 +70,8 @@ fn bytes_that_went_to_the_disk_are_counted() {
         eprintln!("not tested: bytes written cannot be read here");
         return;
     }
-    // A temporary directory in memory writes to no disk.
-    let in_memory = nix::sys::statfs::statfs(web(&sandbox).path()).expect("look at the file system").filesystem_type()
+    // A temporary directory in memory causes no disk writes.
+    let in_memory = nix::sys::statfs::statfs(web(&sandbox).path()).expect("query the file system").filesystem_type()
         == nix::sys::statfs::TMPFS_MAGIC;
     assert!(in_memory || load.io_written_bytes.is_some_and(|bytes| bytes >= 8 << 20), "{load:?}");
 }
@@ -82,9 +82,9 @@ fn a_paused_agent_is_sampled_too_and_a_parked_one_uses_nothing() {
     run_agent(&sandbox, "a", "echo ok > up; while :; do :; done");
     wait_for_file(&sandbox, "up");
     sandbox.ctl(&["pause", "web"]);
-    let held = wait_for_load(&sandbox, "a", "a sample", |_| true);
-    let later = wait_for_load(&sandbox, "a", "another sample", |load| load.sampled_at > held.sampled_at);
-    assert_eq!((later.processes, later.cpu_us), (1, held.cpu_us), "it stands still");
+    let paused = wait_for_load(&sandbox, "a", "a sample", |_| true);
+    let later = wait_for_load(&sandbox, "a", "another sample", |load| load.sampled_at > paused.sampled_at);
+    assert_eq!((later.processes, later.cpu_us), (1, paused.cpu_us), "a frozen agent used the processor");
     assert!(later.memory_bytes > 0);
     sandbox.ctl(&["resume", "web"]);
     sandbox.ctl(&["pause", "web", "--mode", "park"]);
@@ -92,12 +92,12 @@ fn a_paused_agent_is_sampled_too_and_a_parked_one_uses_nothing() {
 }
 
 #[test]
-fn nobody_samples_while_nobody_looks_and_a_sample_says_when_it_was_taken() {
+fn samples_are_taken_only_on_request_and_have_a_time() {
     let sandbox = Sandbox::start();
     run_agent(&sandbox, "a", "echo ok > up; exec sleep 1000");
     wait_for_file(&sandbox, "up");
     let first = wait_for_load(&sandbox, "a", "a sample", |_| true);
-    // Other calls take none, so the next look finds an old one, or a new one that it has asked for.
+    // Other calls take no sample, so the next `ps` shows an old one or one that it has requested.
     let again = call(&sandbox, "project.list", json!({})).expect("list");
     assert_eq!(again["projects"][0]["agents_running"], 1);
     let next = wait_for_load(&sandbox, "a", "a newer sample", |load| load.sampled_at > first.sampled_at);

@@ -1,4 +1,4 @@
-//! `checkpoint verify` and `checkpoint show`: every part is read again, and what is not in a checkpoint is told.
+//! `checkpoint verify` and `checkpoint show`: every part is read again, and missing parts are reported.
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
@@ -76,7 +76,7 @@ fn a_changed_byte_in_any_part_is_noticed() {
     }
     assert_eq!(problems(&sandbox, 4), Vec::<String>::new());
 
-    // The newest pack has what is new in checkpoint 4, and nobody else needs it.
+    // The newest pack has the new objects of checkpoint 4, which no other checkpoint needs.
     let packs = project_dir(&sandbox).join("history/history.git/objects/pack");
     let newest = fs::read_dir(&packs)
         .expect("list packs")

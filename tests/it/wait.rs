@@ -1,4 +1,4 @@
-//! `wait`: prints exit codes, and exits with them where asked.
+//! `wait`: prints exit codes, and exits with them on request.
 
 use std::process::Stdio;
 
@@ -58,7 +58,7 @@ fn a_wait_outlives_the_daemon() {
     assert_eq!(waiting.wait().expect("wait for fermatactl").code(), Some(7));
 }
 
-/// Says whether a process holds a socket and has slept on it for several sleeping_polls: it has greeted by then.
+/// Says whether a process has a socket and was asleep in more than ten polls in a row: by then it has sent `hello`.
 fn is_connected(pid: i32, sleeping_polls: &mut u32) -> bool {
     let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     let has_socket = entries.flatten().any(|entry| {

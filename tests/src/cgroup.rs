@@ -1,7 +1,6 @@
-//! A cgroup around a sandbox, so that whatever its daemon started can be found and ended.
-//!
-//! Uses no controller, only `cgroup.procs` and `cgroup.kill`. Where cgroup v2 is not writable there
-//! is no group, and the sandbox can clean up only what it knows by pid.
+//! A cgroup around a sandbox, through which every process that its daemon started is found and ended. Only
+//! `cgroup.procs` and `cgroup.kill` are used, no controller. Where cgroup v2 is not writable, a sandbox has no group
+//! and can only clean up the processes whose pids it recorded.
 
 use std::fs;
 use std::io;
@@ -12,28 +11,28 @@ use crate::waiting::poll_for;
 
 const MOMENT: Duration = Duration::from_secs(10);
 
-/// A group of its own below the test process's, removed with everything in it.
+/// A cgroup below that of the test process, removed together with its processes.
 #[derive(Debug)]
 pub struct Group {
     path: PathBuf,
 }
 
 impl Group {
-    /// Makes a group, `None` where that is not possible.
+    /// Creates a group; `None` where cgroup v2 is not writable.
     pub fn create(name: &str) -> Option<Self> {
         let path = own_group()?.join(name);
         fs::create_dir(&path).ok()?;
         let group = Self { path };
-        // A group without cgroup.kill (before Linux 5.14), is of no use.
+        // Before Linux 5.14 there is no cgroup.kill, without which a group is of no use.
         if group.path.join("cgroup.kill").exists() {
             return Some(group);
         }
-        // Nothing is in it: whether it can be removed changes nothing for the tests.
+        // The group is empty; the tests work whether or not it can be removed.
         group.remove().ok();
         None
     }
 
-    /// Returns the file that a process writes itself into.
+    /// Returns the file that a process writes its pid to in order to join the group.
     pub fn procs_file(&self) -> PathBuf {
         self.path.join("cgroup.procs")
     }
@@ -48,7 +47,7 @@ impl Group {
         found
     }
 
-    /// Lists the groups below it, whether or not anybody is in them.
+    /// Lists the groups below this one, including empty ones.
     pub fn below(&self) -> Vec<PathBuf> {
         self.groups().split_off(1)
     }
@@ -56,17 +55,17 @@ impl Group {
     /// Kills all processes in the group and below it, frozen or not, and waits until they are gone.
     ///
     /// # Errors
-    /// Says what could not be killed: this runs in destructors and must not panic.
+    /// Returns what could not be killed as text: destructors call this function, which therefore must not panic.
     pub fn kill(&self) -> Result<(), String> {
         fs::write(self.path.join("cgroup.kill"), "1").map_err(|e| format!("kill {}: {e}", self.path.display()))?;
         poll_for(MOMENT, || self.processes().is_empty().then_some(()))
             .ok_or_else(|| format!("{:?} outlived the kill of {}", self.processes(), self.path.display()))
     }
 
-    /// Removes the group and the empty ones below it.
+    /// Removes the group and the empty groups below it.
     ///
     /// # Errors
-    /// Says what could not be removed.
+    /// Names the group that could not be removed.
     pub fn remove(&self) -> Result<(), String> {
         for group in self.groups().iter().rev() {
             // A group whose last process has just been reaped is busy for a moment.
@@ -79,7 +78,7 @@ impl Group {
         Ok(())
     }
 
-    /// Lists the group and all below it, parents first.
+    /// Lists this group and all groups below it, parents first.
     fn groups(&self) -> Vec<PathBuf> {
         let mut found = vec![self.path.clone()];
         let mut next = 0;

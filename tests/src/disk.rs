@@ -1,7 +1,8 @@
-//! File systems of a test's own: small ones that fill up or can no longer be written to, and one that loses what was
-//! not flushed.
+//! File systems for single tests: small ones that fill up, read-only ones, and one that drops unflushed data like a
+//! disk in a power failure.
 //!
-//! They are mounted, which takes root. Each goes with its owner, also when somebody still has files in it open.
+//! Mounting takes root. Each file system is unmounted when its value is dropped, even if a process still has files
+//! open.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,26 +11,26 @@ use std::process::Command;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 
-/// The file that takes the space; no part of a project's files.
+/// The file that fills a disk. It is not part of a project.
 const BALLAST: &str = "ballast";
 
-/// What the state directory lies on.
+/// The file system of the state directory.
 #[derive(Debug, Default)]
 pub(crate) enum Medium {
-    /// What everything lies on.
+    /// The file system that the other directories are on.
     #[default]
     Shared,
-    /// A small file system of its own in memory, of this size.
+    /// A tmpfs of this size.
     Small(String),
-    /// A file system in a file.
+    /// An ext4 file system in a file.
     File,
 }
 
-/// Enough for a consolidation, which leaves 64 MiB free; what is not written takes no space.
+/// Enough for a consolidation, which requires 64 MiB of free space. The file is sparse.
 const DISK_BYTES: u64 = 192 << 20;
 
 impl Medium {
-    /// Mounts what has to be mounted on the directory.
+    /// Mounts the file system on the directory, unless it is the shared one.
     pub(crate) fn mount(&self, state: &Path) -> Option<Disk> {
         match self {
             Self::Shared => None,
@@ -47,10 +48,10 @@ pub struct Disk {
 }
 
 impl Disk {
-    /// Mounts an empty one in memory; the size is written as tmpfs wants it, for instance `24m`.
+    /// Mounts an empty tmpfs of `size`, in the syntax of its mount option, for instance `24m`.
     ///
     /// # Panics
-    /// When it cannot be mounted, as everywhere here: a test cannot go on then.
+    /// When it cannot be mounted, like all functions here: the test cannot continue.
     pub fn in_memory(path: impl Into<PathBuf>, size: &str) -> Self {
         let path = path.into();
         let options = format!("size={size},mode=0700");
@@ -58,11 +59,11 @@ impl Disk {
         Self { path, image: None }
     }
 
-    /// Makes and mounts an empty one in a file. What is not flushed stays out of that file for minutes.
+    /// Creates an empty ext4 file system in a file and mounts it. Unflushed data reaches the file after minutes only.
     pub fn in_file(path: impl Into<PathBuf>, image: impl Into<PathBuf>, bytes: u64) -> Self {
         let (path, image) = (path.into(), image.into());
         File::create(&image).and_then(|file| file.set_len(bytes)).expect("make the file of the disk");
-        // No lazy initialisation: it would write in the background.
+        // Lazy initialisation would write in the background.
         run(Command::new("mkfs.ext4").args(["-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"]).arg(&image));
         let disk = Self { path, image: Some(image) };
         disk.attach();
@@ -74,29 +75,29 @@ impl Disk {
         run(Command::new("mount").args(["-o", "loop,commit=300"]).arg(image).arg(&self.path));
     }
 
-    /// Fills it, all but so many bytes.
+    /// Fills the disk, leaving that many bytes free.
     pub fn fill(&self, leave: u64) {
         self.relieve();
-        let free = statvfs(&self.path).expect("look for free space");
+        let free = statvfs(&self.path).expect("query the free space");
         let bytes = (free.blocks_available() * free.fragment_size()).saturating_sub(leave);
         let ballast = File::create(self.path.join(BALLAST)).expect("make the ballast");
         let bytes = i64::try_from(bytes).expect("it is small");
-        // Somebody may write meanwhile: then it is as full as it can be.
+        // If another process writes in the meantime, the disk is full already.
         let filled = if bytes > 0 { nix::fcntl::posix_fallocate(&ballast, 0, bytes) } else { Ok(()) };
         assert!(matches!(filled, Ok(()) | Err(nix::errno::Errno::ENOSPC)), "fill the disk: {filled:?}");
     }
 
-    /// Takes the filling out again.
+    /// Removes the file that fills the disk.
     pub fn relieve(&self) {
-        // There may be none.
+        // The file exists only after `fill`.
         fs::remove_file(self.path.join(BALLAST)).ok();
     }
 
-    /// Loses the power: what was not flushed at this instant is gone, and the disk is mounted as the next start finds it.
-    /// Whoever writes to it has to stand still or be gone.
+    /// Simulates a power failure: data that is not flushed at this instant is lost, and the disk is mounted as it
+    /// would be after the next boot. All writers must be stopped or ended.
     ///
     /// # Panics
-    /// When it does not lie in a file.
+    /// When the file system is not in a file.
     pub fn lose_power(&mut self) {
         let image = self.image.clone().expect("it lies in a file");
         let cut = image.with_extension("cut");
@@ -117,17 +118,17 @@ impl Drop for Disk {
     }
 }
 
-/// Makes a directory read-only for everybody who opens anything in it from now on, for as long as this lives.
+/// A directory that is read-only for every file opened from now on, until this value is dropped.
 #[derive(Debug)]
 pub struct ReadOnly {
     path: PathBuf,
 }
 
 impl ReadOnly {
-    /// Covers the directory with itself, read-only.
+    /// Mounts the directory over itself, read-only.
     ///
     /// # Panics
-    /// When that cannot be mounted.
+    /// When the mount fails.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         let bind = MsFlags::MS_BIND;
@@ -138,7 +139,6 @@ impl ReadOnly {
         read_only
     }
 
-    /// Returns the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }

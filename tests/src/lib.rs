@@ -1,8 +1,8 @@
 //! The harness of the integration tests: a [`Sandbox`] with a real daemon of its own, workspaces
 //! in it, and waiting with deadlines.
 //!
-//! Nothing here knows how the daemon is built inside: it starts the binaries, speaks the protocol
-//! and looks at processes, files and cgroups from outside.
+//! The harness uses only the public interfaces of the daemon: it starts the binaries, speaks the protocol, and
+//! inspects processes, files and cgroups from outside.
 
 pub mod cgroup;
 pub mod disk;

@@ -1,4 +1,4 @@
-//! Processes seen from outside, through `/proc`.
+//! The state of processes as `/proc` shows it.
 
 use std::fs;
 
@@ -21,7 +21,7 @@ pub fn parent(pid: i32) -> Option<i32> {
     stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
-/// Returns when a process started, in clock ticks since boot: with the pid its identity.
+/// Returns the start time of a process in clock ticks since boot, which together with the pid identifies it.
 pub fn start_ticks(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // Field 22 of the line; the state is field 3.

@@ -19,7 +19,7 @@ static void record(int fd)
     snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
     ssize_t length = readlink(link, line, sizeof line - 1);
     int file = open(to, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0600);
-    /* Once the test is over the file's directory is gone, and nobody wants to know. */
+    /* The library may outlive the test and with it the directory of the file. */
     if (length > 0 && file >= 0) {
         line[length++] = '\n';
         /* In one piece: other threads flush too. */

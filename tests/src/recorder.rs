@@ -1,5 +1,5 @@
-//! Counts what a daemon costs, from outside: which files it flushes, by a library that is preloaded into it, and how many
-//! transactions it commits, by the log of its database.
+//! Counts the costs of a daemon from outside: the files it flushes, through a preloaded library, and the transactions
+//! it commits, from the write-ahead log of its database.
 
 use std::cell::Cell;
 use std::fs;
@@ -9,16 +9,16 @@ use std::process::Command;
 use crate::sandbox::{Sandbox, SandboxBuilder};
 use crate::waiting::{SOON, wait_until};
 
-/// What a sandbox's daemon flushes.
+/// The record of the files that a sandbox's daemon flushes.
 #[derive(Debug)]
 pub struct Recorder {
     dir: tempfile::TempDir,
-    /// How many lines of the record were returned already.
+    /// The number of lines of the record that were returned already.
     returned: Cell<usize>,
 }
 
 impl Recorder {
-    /// Compiles the library, and has the builder's daemon load it.
+    /// Compiles the library and lets the builder's daemon load it.
     ///
     /// # Panics
     /// When there is no C compiler.
@@ -42,8 +42,8 @@ impl Recorder {
         self.dir.path().join(name)
     }
 
-    /// Returns what was flushed since the last call, sorted: paths from the sandbox's directory, in which `*` stands for
-    /// what is another name each time.
+    /// Returns the files that were flushed since the last call, sorted, as paths relative to the sandbox's directory.
+    /// `*` replaces the parts of names that differ in every run.
     pub fn flushed(&self, sandbox: &Sandbox) -> Vec<String> {
         let all = self.all(sandbox);
         let mut new = all[self.returned.replace(all.len())..].to_vec();
@@ -64,7 +64,8 @@ impl Recorder {
     }
 }
 
-/// Replaces names that are made up anew each time: of packs, of drafts of snapshots, of temporary files.
+/// Replaces names that differ in every run: those of packs, of staging directories of snapshots and of temporary
+/// files.
 fn shape(path: &Path) -> String {
     let shown = |name: &str| {
         let is_draft = name.contains('-') && name.chars().all(|c| c.is_ascii_digit() || c == '-');
@@ -80,7 +81,7 @@ fn shape(path: &Path) -> String {
     names.collect::<Vec<_>>().join("/")
 }
 
-/// Counts the transactions in the write-ahead log of the database: frames that say how large the database is after them.
+/// Counts the transactions in the write-ahead log of the database: the frames that record the size of the database.
 ///
 /// # Panics
 /// When the log cannot be read.
@@ -90,7 +91,7 @@ pub fn commits(sandbox: &Sandbox) -> usize {
     let log = fs::read(sandbox.state_dir().join("fermata.sqlite-wal")).expect("read the log of the database");
     let page_size = u32::from_be_bytes(log[8..12].try_into().expect("four bytes")) as usize;
     let frames = log[HEADER..].chunks_exact(FRAME_HEADER + page_size);
-    // Frames with other salts are what an earlier use of the file has left.
+    // Frames with other salts remain from an earlier use of the log file.
     let current = frames.take_while(|frame| frame[8..16] == log[16..24]);
     current.filter(|frame| frame[4..8] != [0; 4]).count()
 }

@@ -1,15 +1,14 @@
-//! A daemon of one's own, in directories of its own, that leaves nothing behind.
+//! A sandbox: a daemon in directories of its own, which are removed with every process that the daemon started.
 //!
 //! ```text
-//! <temp>/fmXXXXXX/            as short as can be: socket paths have 108 bytes
+//! <temp>/fmXXXXXX/            short, since socket paths have at most 108 bytes
 //!   r/                        runtime directory: control socket, shims' sockets
 //!   state/  home/  plugins/   state directory, $HOME, plugin directory
 //!   fermata.toml  fermatad.log
 //!   ws/<name>/                workspaces
 //! ```
-//! The daemon is started inside a cgroup of its own, so that everything that it ever starts is
-//! found at the end: a process that is left over then, after every agent was killed and the daemon
-//! was told to stop, fails the test.
+//! The daemon runs in a cgroup of its own, so that all processes that it starts are found at the end. A process that
+//! is left after all agents were killed and the daemon was stopped fails the test.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -33,10 +32,10 @@ use crate::waiting::{SOON, poll_for, wait_until};
 use crate::workspace::Workspace;
 use crate::{passages, process};
 
-/// After how long a daemon or a command that says nothing is taken to hang.
+/// A daemon or a command without any output for this long counts as hung.
 const HANGING: Duration = Duration::from_secs(120);
 
-/// What a sandbox is made from.
+/// The settings of a sandbox.
 #[derive(Debug, Default)]
 pub struct SandboxBuilder {
     config: String,
@@ -58,29 +57,29 @@ impl SandboxBuilder {
         self
     }
 
-    /// Lets the daemon believe that it has a machine of its own: a process id namespace that
-    /// [`Sandbox::power_off`] ends with everything in it, and another boot id after each start.
+    /// Runs the daemon as if on a machine of its own: in a process id namespace, all of which [`Sandbox::power_off`]
+    /// ends, and with a different boot id after each start.
     pub fn machine(mut self) -> Self {
         self.machine = true;
         self
     }
 
-    /// Puts the state directory on a file system of its own of this size, for instance `24m`, that can run full.
+    /// Puts the state directory on a tmpfs of this size, for instance `24m`, which can fill up.
     pub fn small_disk(mut self, size: &str) -> Self {
         self.disk = Medium::Small(size.into());
         self
     }
 
-    /// Puts the state directory on a file system of its own that [`Disk::lose_power`] can lose what was not flushed of.
+    /// Puts the state directory on a file system for which [`Disk::lose_power`] can simulate a power failure.
     pub fn disk_of_its_own(mut self) -> Self {
         self.disk = Medium::File;
         self
     }
 
-    /// Makes the directories without starting the daemon.
+    /// Creates the directories without starting the daemon.
     ///
     /// # Panics
-    /// When the machine does not let it, as everywhere here: a test cannot go on then.
+    /// When the directories cannot be created, like all functions here: the test cannot continue.
     pub fn build(self) -> Sandbox {
         let dir = tempfile::Builder::new().prefix("fm").tempdir_in(short_temp()).expect("create a temporary directory");
         let path = dir.path().canonicalize().expect("the temporary directory was just made");
@@ -106,7 +105,7 @@ impl SandboxBuilder {
         }
     }
 
-    /// Makes the sandbox and starts the daemon.
+    /// Creates the sandbox and starts the daemon.
     pub fn start(self) -> Sandbox {
         let mut sandbox = self.build();
         sandbox.start_daemon();
@@ -114,11 +113,11 @@ impl SandboxBuilder {
     }
 }
 
-/// A daemon of one's own, in directories of its own.
+/// A running daemon with directories of its own.
 #[derive(Debug)]
 pub struct Sandbox {
     path: PathBuf,
-    // Before the directory that it is mounted in.
+    // Declared before the directory that it is mounted in, so that it is dropped first.
     disk: Option<Disk>,
     _dir: tempfile::TempDir,
     socket: PathBuf,
@@ -135,7 +134,7 @@ impl Sandbox {
         Self::builder().start()
     }
 
-    /// Begins a sandbox with another configuration.
+    /// Returns a builder for a sandbox with this configuration.
     pub fn builder() -> SandboxBuilder {
         SandboxBuilder::default()
     }
@@ -150,7 +149,7 @@ impl Sandbox {
         self.path.join("state")
     }
 
-    /// Returns the file system of the state directory, which must have one of its own.
+    /// Returns the file system of the state directory.
     #[track_caller]
     pub fn disk(&self) -> &Disk {
         self.disk.as_ref().expect("built with a disk")
@@ -171,17 +170,17 @@ impl Sandbox {
         &self.socket
     }
 
-    /// Makes an empty workspace.
+    /// Creates an empty workspace.
     pub fn workspace(&self, name: &str) -> Workspace {
         Workspace::at(self.path.join("ws").join(name))
     }
 
     // --- the daemon ---
 
-    /// Starts the daemon and waits until it greets.
+    /// Starts the daemon and waits until it answers `hello`.
     ///
     /// # Panics
-    /// When it ends instead; its log is in the text.
+    /// When the daemon ends instead; the text contains its log.
     #[track_caller]
     pub fn start_daemon(&mut self) {
         let mut child = self.spawn_daemon();
@@ -197,20 +196,20 @@ impl Sandbox {
         self.daemon = Some(child);
     }
 
-    /// Clears away a daemon that has died, starts one that is to die as well, and waits for that.
+    /// Reaps a daemon that has died, starts one that a failpoint ends, and waits for its end.
     ///
     /// # Panics
-    /// When it lives.
+    /// When the daemon does not end.
     #[track_caller]
     pub fn restart_to_its_death(&mut self) -> ExitStatus {
         self.kill_daemon();
         self.start_to_its_death()
     }
 
-    /// Starts a daemon that is to die, and waits for that.
+    /// Starts a daemon that a failpoint ends, and waits for its end.
     ///
     /// # Panics
-    /// When it lives.
+    /// When the daemon does not end.
     #[track_caller]
     pub fn start_to_its_death(&mut self) -> ExitStatus {
         self.daemon = Some(self.spawn_daemon());
@@ -220,7 +219,7 @@ impl Sandbox {
     fn spawn_daemon(&self) -> Child {
         assert!(self.daemon.is_none(), "the daemon of this sandbox runs already");
         let log = File::options().create(true).append(true).open(self.log_path()).expect("open fermatad.log");
-        // The shell moves itself before it becomes the daemon: no child can escape in between.
+        // The shell joins the group before it executes the daemon, so that every child is in the group.
         let mut command = Command::new("/bin/sh");
         match &self.group {
             Some(group) => command.args(["-c", "echo $$ > \"$0\" && exec \"$@\""]).arg(group.procs_file()),
@@ -238,8 +237,8 @@ impl Sandbox {
         command.spawn().expect("start /bin/sh")
     }
 
-    /// Returns the words that run a command as if on a machine that has just been started: the
-    /// first process of its namespace reaps what nobody else does, as an init does.
+    /// Returns the words before a command that run it as if on a machine that was just booted: the first process of
+    /// the namespace reaps orphans as an init does.
     fn boot(&self) -> Vec<String> {
         let boot = self.boots.fetch_add(1, Ordering::Relaxed) + 1;
         let boot_id = self.path.join("boot_id");
@@ -251,7 +250,7 @@ impl Sandbox {
             .to_vec()
     }
 
-    /// Ends every process of the daemon's machine at once, as a power failure does.
+    /// Ends every process of the daemon's machine at once, like a power failure.
     ///
     /// # Panics
     /// When the sandbox has no machine of its own.
@@ -264,7 +263,7 @@ impl Sandbox {
         }
     }
 
-    /// Lets a machine of its own lose its power: nothing runs on, and nothing stays that was not flushed.
+    /// Simulates a power failure of the sandbox's machine: all processes end and all unflushed data is lost.
     ///
     /// # Panics
     /// When the sandbox has no machine or no disk of its own.
@@ -284,17 +283,17 @@ impl Sandbox {
         i32::try_from(child.id()).expect("a process id fits into 31 bits")
     }
 
-    /// Returns all processes that the daemon and its agents are; `None` where groups cannot be made.
+    /// Returns the processes of the daemon and its agents; `None` without a cgroup.
     pub fn daemon_group(&self) -> Option<Vec<i32>> {
         self.group.as_ref().map(Group::processes)
     }
 
-    /// Returns the groups that agents are frozen by; `None` where groups cannot be made.
+    /// Returns the cgroups in which agents are frozen; `None` without a cgroup.
     pub fn agent_groups(&self) -> Option<Vec<PathBuf>> {
         self.group.as_ref().map(Group::below)
     }
 
-    /// Sets the content of `fermata.toml` for daemons that are started from now on.
+    /// Sets the content of `fermata.toml` for daemons that are started later.
     ///
     /// # Panics
     /// When it cannot be written.
@@ -320,7 +319,7 @@ impl Sandbox {
         self.wait_for_daemon()
     }
 
-    /// Waits until the daemon has ended, for whatever reason.
+    /// Waits until the daemon has ended.
     ///
     /// # Panics
     /// When it does not end.
@@ -348,17 +347,17 @@ impl Sandbox {
         self.start_daemon();
     }
 
-    /// Gives an environment variable to the daemons that are started from now on.
+    /// Sets an environment variable for daemons that are started later.
     pub fn give_env(&mut self, name: &str, value: &str) {
         self.env.push((name.into(), value.into()));
     }
 
-    /// Takes an environment variable from the daemons that are started from now on.
+    /// Removes an environment variable from the daemons that are started later.
     pub fn forget_env(&mut self, name: &str) {
         self.env.retain(|(known, _)| known != name);
     }
 
-    /// Returns everything that the daemon has logged.
+    /// Returns the log of the daemon.
     pub fn log(&self) -> String {
         fs::read_to_string(self.log_path()).unwrap_or_default()
     }
@@ -375,7 +374,7 @@ impl Sandbox {
         connect(&self.socket).expect("connect to the daemon")
     }
 
-    /// Prepares a `fermatactl` for this sandbox that starts no daemon by itself.
+    /// Prepares a `fermatactl` for this sandbox that does not start a daemon.
     pub fn ctl_command<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
         let mut command = Command::new(binary("fermatactl"));
         command.arg("--no-autostart").args(args).stdin(Stdio::null()).current_dir(&self.path);
@@ -383,7 +382,7 @@ impl Sandbox {
         command
     }
 
-    /// Runs `fermatactl` and returns how it ended, whatever it was.
+    /// Runs `fermatactl` and returns its output, whatever its exit status.
     #[track_caller]
     pub fn ctl_output<S: AsRef<OsStr>>(&self, args: &[S]) -> Output {
         output_of(self.ctl_command(args))
@@ -392,7 +391,7 @@ impl Sandbox {
     /// Runs `fermatactl`, which must succeed, and returns its standard output.
     ///
     /// # Panics
-    /// When it fails; what it said is in the text.
+    /// When it fails; the text contains its error output.
     #[track_caller]
     pub fn ctl<S: AsRef<OsStr> + std::fmt::Debug>(&self, args: &[S]) -> String {
         successful(args, self.ctl_output(args))
@@ -416,13 +415,13 @@ impl Sandbox {
         text.lines().map(row).collect()
     }
 
-    /// Returns all agents, by project and name.
+    /// Returns all agents, sorted by project and name.
     #[track_caller]
     pub fn agents(&self) -> Vec<AgentView> {
         list_agents(&mut self.rpc()).expect("list the agents")
     }
 
-    /// Gives a command this sandbox's directories and nothing of the machine's.
+    /// Points a command to the sandbox's directories and removes settings of the machine from its environment.
     fn set_env(&self, command: &mut Command) {
         for (name, _) in std::env::vars_os() {
             let text = name.to_string_lossy();
@@ -441,15 +440,15 @@ impl Sandbox {
 
     // --- the end ---
 
-    /// Kills every agent through the daemon and stops it; returns the pids that agents had.
+    /// Kills every agent through the daemon and stops the daemon; returns the pids of the agents.
     fn end_politely(&mut self) -> Result<Vec<i32>, String> {
         let mut client = connect(&self.socket).map_err(|e| e.to_string())?;
         let agents = list_agents(&mut client).map_err(|e| format!("list the agents: {e}"))?;
-        // One that waits for its next start is called off too.
+        // This also cancels a restart that is still due.
         for agent in agents.iter().filter(|agent| !agent.status.is_terminal()) {
             let target = Target { project: agent.project.clone(), agent: Some(agent.name.clone()) };
             let killed = client.call(&AgentKill { target, signal: None });
-            // One that has ended by itself in the meantime is as good.
+            // An agent that has ended by itself in the meantime needs no kill.
             if let (Err(error), Some(pid)) = (killed, agent.pid)
                 && !self.machine
                 && process::is_alive(pid)
@@ -459,7 +458,7 @@ impl Sandbox {
         }
         let pids = agents.iter().filter_map(|agent| agent.pid).collect();
         let mut child = self.daemon.take().ok_or("the daemon is gone")?;
-        // On a machine of its own it is a descendant of the child.
+        // In a namespace the daemon is a descendant of the child.
         let own = i32::try_from(child.id()).unwrap_or(0);
         let program = binary("fermatad").display().to_string();
         let in_machine =
@@ -476,7 +475,7 @@ impl Sandbox {
         }
     }
 
-    /// Ends everything; returns what should not have been there.
+    /// Ends all processes; returns a description of each fault.
     fn end(&mut self) -> Vec<String> {
         let mut faults = Vec::new();
         let mut known = Vec::new();
@@ -488,7 +487,7 @@ impl Sandbox {
             }
         }
         if let Some(mut child) = self.daemon.take() {
-            // Already ended, or about to be: either way there is nothing more to learn from it.
+            // The process may have ended already; there is nothing more to check.
             if child.kill().is_ok() && child.wait().is_err() {
                 faults.push("the daemon could not be reaped".into());
             }
@@ -497,8 +496,8 @@ impl Sandbox {
             Some(group) => group.processes(),
             None => known.iter().copied().filter(|&pid| process::is_alive(pid)).collect(),
         };
-        // A test that has killed the daemon leaves its agents running, which is what they are meant
-        // to do. Otherwise the shims have a moment to record the end of their agents.
+        // A test that kills the daemon leaves its agents running, as intended. Otherwise the shims get the time to
+        // record the end of their agents.
         if was_up && faults.is_empty() && poll_for(SOON, || left().is_empty().then_some(())).is_none() {
             faults.extend(left().iter().map(|&pid| format!("left over: {pid} {}", process::command_line(pid))));
         }
@@ -537,10 +536,10 @@ fn list_agents(client: &mut Client) -> Result<Vec<AgentView>, ClientError> {
     }
 }
 
-/// Returns a binary of this build, which lies beside the directory of the test binaries.
+/// Returns a binary of this build, which is in the directory above that of the test binaries.
 ///
 /// # Panics
-/// When it was not built: `make test` builds everything first.
+/// When it was not built: `make test` builds all binaries first.
 pub fn binary(name: &str) -> PathBuf {
     let path = target_dir().join(name);
     assert!(path.exists(), "{} does not exist: run the tests by `make test`", path.display());
@@ -559,7 +558,8 @@ fn short_temp() -> PathBuf {
     if temp.as_os_str().len() > 24 { "/tmp".into() } else { temp }
 }
 
-/// Connects and greets; a daemon that no longer answers fails the test instead of holding it.
+/// Connects and sends `hello`. With the read timeout, a daemon that does not answer fails the test instead of blocking
+/// it.
 fn connect(socket: &Path) -> Result<Client, ClientError> {
     let mut client = Client::connect_silently(socket)?;
     client.set_read_timeout(Some(HANGING)).map_err(ClientError::Broken)?;
@@ -568,7 +568,7 @@ fn connect(socket: &Path) -> Result<Client, ClientError> {
     Ok(client)
 }
 
-/// Runs a command to its end; one that hangs is killed and fails the test.
+/// Runs a command to its end; a command that hangs is killed and fails the test.
 ///
 /// # Panics
 /// When the command cannot be started or does not end.

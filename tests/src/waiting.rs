@@ -1,16 +1,16 @@
-//! Waiting for something that will come, with a deadline and a name for what did not.
+//! Waiting for a condition, with a deadline and a description for the message of a failure.
 //!
-//! Tests never sleep for luck; what they can wait for through the protocol they wait for there,
-//! and for all the rest (files, processes, logs) through these functions.
+//! Tests never sleep for a fixed time. They wait through the protocol where possible, and for everything else (files,
+//! processes, logs) through these functions.
 
 use std::time::{Duration, Instant};
 
-/// When something that usually takes milliseconds is taken never to come.
+/// The deadline for conditions that usually hold within milliseconds.
 pub const SOON: Duration = Duration::from_secs(60);
 
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// Waits until `look` finds something, `None` when the deadline has passed.
+/// Calls `poll` until it returns a value; `None` when the deadline has passed.
 pub fn poll_for<T>(deadline: Duration, mut poll: impl FnMut() -> Option<T>) -> Option<T> {
     let start = Instant::now();
     loop {
@@ -22,10 +22,10 @@ pub fn poll_for<T>(deadline: Duration, mut poll: impl FnMut() -> Option<T>) -> O
     }
 }
 
-/// Waits until `look` finds something.
+/// Calls `poll` until it returns a value.
 ///
 /// # Panics
-/// When the deadline has passed; the text says what was waited for.
+/// When the deadline has passed; the text contains `what`.
 #[track_caller]
 pub fn wait_for<T>(deadline: Duration, what: &str, poll: impl FnMut() -> Option<T>) -> T {
     match poll_for(deadline, poll) {
@@ -34,10 +34,10 @@ pub fn wait_for<T>(deadline: Duration, what: &str, poll: impl FnMut() -> Option<
     }
 }
 
-/// Waits until `holds` says yes.
+/// Waits until `condition` returns true.
 ///
 /// # Panics
-/// When the deadline has passed; the text says what was waited for.
+/// When the deadline has passed; the text contains `what`.
 #[track_caller]
 pub fn wait_until(deadline: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     wait_for(deadline, what, || condition().then_some(()));

@@ -8,37 +8,36 @@ use std::process::Command;
 
 use sha2::{Digest as _, Sha256};
 
-/// A directory that a project works in.
+/// The directory of a project.
 #[derive(Debug, Clone)]
 pub struct Workspace {
     path: PathBuf,
 }
 
-/// What a directory tree holds: by relative path the modification time and a hash of the content.
+/// The content of a directory tree: for each relative path the modification time and a hash of the content.
 pub type Fingerprint = BTreeMap<PathBuf, (i64, i64, String)>;
 
 impl Workspace {
-    /// Makes an empty directory, or takes the one that is there.
+    /// Creates an empty directory, unless it exists.
     ///
     /// # Panics
-    /// When the directory cannot be made, as everywhere here: a test cannot go on then.
+    /// When the directory cannot be created, like all functions here: the test cannot continue.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         let path = path.into();
         fs::create_dir_all(&path).unwrap_or_else(|e| panic!("create {}: {e}", path.display()));
         Self { path }
     }
 
-    /// Returns the directory.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Returns the directory as text, as the protocol wants it.
+    /// Returns the path as text, as the protocol requires it.
     pub fn text(&self) -> &str {
         self.path.to_str().expect("the sandbox has a UTF-8 path")
     }
 
-    /// Writes a file, with its directories.
+    /// Writes a file and creates its parent directories.
     pub fn write(&self, relative: &str, content: impl AsRef<[u8]>) -> &Self {
         let path = self.path.join(relative);
         if let Some(parent) = path.parent() {
@@ -48,37 +47,36 @@ impl Workspace {
         self
     }
 
-    /// Reads a text file; one that does not exist is empty.
+    /// Reads a text file; a missing file reads as empty.
     pub fn read(&self, relative: &str) -> String {
         fs::read_to_string(self.path.join(relative)).unwrap_or_default()
     }
 
-    /// Says whether something of that name exists.
+    /// Says whether a file or directory of that name exists.
     pub fn has(&self, relative: &str) -> bool {
         self.path.join(relative).symlink_metadata().is_ok()
     }
 
-    /// Removes a file.
     pub fn remove(&self, relative: &str) -> &Self {
         let path = self.path.join(relative);
         fs::remove_file(&path).unwrap_or_else(|e| panic!("remove {}: {e}", path.display()));
         self
     }
 
-    /// Makes it a git repository with everything committed.
+    /// Creates a git repository with all files committed.
     pub fn git_init(&self) -> &Self {
         self.git(&["init", "--quiet", "--initial-branch=main"]);
         self.git_commit("first")
     }
 
-    /// Commits everything.
+    /// Commits all files.
     pub fn git_commit(&self, message: &str) -> &Self {
         self.git(&["add", "--all"]);
         self.git(&["commit", "--quiet", "--allow-empty", "--message", message]);
         self
     }
 
-    /// Runs git with the workspace's own configuration alone and returns what it printed.
+    /// Runs git with only the workspace's own configuration and returns its output.
     pub fn git(&self, args: &[&str]) -> String {
         let output = Command::new("git")
             .args(args)
@@ -93,13 +91,13 @@ impl Workspace {
         String::from_utf8_lossy(&output.stdout).into_owned()
     }
 
-    /// Returns what the workspace holds.
+    /// Returns the fingerprint of the workspace.
     pub fn fingerprint(&self) -> Fingerprint {
         fingerprint(&self.path)
     }
 }
 
-/// Returns what a directory tree holds, links by their target; a missing one holds nothing.
+/// Returns the fingerprint of a directory tree, with links by their target; a missing directory has an empty one.
 pub fn fingerprint(root: &Path) -> Fingerprint {
     let mut found = Fingerprint::new();
     let mut directories = vec![root.to_owned()];

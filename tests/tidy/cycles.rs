@@ -1,15 +1,15 @@
 //! No file of a crate imports another one that imports it, directly or through others.
 //!
-//! A shared type lives in the lowest module that needs it: a type that two files pass to and fro
-//! belongs into a third one below both.
+//! A shared type belongs into the lowest module that needs it: a type that two files pass to each other belongs into a
+//! third one below both.
 
 use std::collections::BTreeSet;
 
 use super::modules::{Import, cycles, imports_by_crate};
 use super::{no_faults, sources};
 
-/// Files that hold a part of the `impl` of a type (file, type): the import of that type is not counted,
-/// since the methods belong to the type and are in a file of their own for what they are about.
+/// Files that contain a part of the `impl` of a type (file, type). The import of that type is not counted, since the
+/// methods belong to the type and are split by subject.
 const SPLIT_IMPLS: &[(&str, &str)] = &[
     // The project's actor: one file per kind of message.
     ("effects", "Actor"),

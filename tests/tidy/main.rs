@@ -1,8 +1,7 @@
 //! Rules of the repository that the compiler does not check: imports between packages and modules, places of `unsafe`,
 //! sizes of files, names.
 //!
-//! Each rule is one test that names every place that breaks it. A rule that is wrong is changed
-//! here, together with ARCHITECTURE.md.
+//! Each rule is one test that lists all violations. A wrong rule is changed here, together with ARCHITECTURE.md.
 
 mod cycles;
 mod modules;
@@ -69,7 +68,7 @@ const PACKAGES: &[Package] = &[
 ];
 
 impl Package {
-    /// The name behind `fermata-`, that of its directory.
+    /// The name without `fermata-`, which is that of its directory.
     fn name(&self) -> &'static str {
         self.dir.rsplit('/').next().unwrap_or(self.dir)
     }
@@ -80,17 +79,17 @@ impl Package {
     }
 }
 
-/// What the pure domain does without: clock, files, randomness and environment are parameters.
+/// What the pure domain must not use: clock, files, randomness and environment are parameters.
 const IMPURE: &[&str] =
     &["tokio", "rusqlite", "rand", "getrandom", "tracing", "SystemTime", "Instant", "println", "eprintln"];
 
 /// The same, by module of the standard library.
 const IMPURE_STD: &[&str] = &["fs", "env", "net", "process", "thread", "os"];
 
-/// Where `unsafe` may stand. A path that ends with a slash is a directory.
+/// The files that may contain `unsafe`. A path that ends with a slash is a directory.
 const UNSAFE_HOMES: &[&str] = &["crates/os/", "daemon/src/plugins/loader.rs", "plugin-api/", "plugins/"];
 
-/// Names that say nothing about what is in a file.
+/// File names that do not tell what the file is about.
 const EMPTY_NAMES: &[&str] = &["utils", "util", "helpers", "helper", "manager", "imp", "common", "misc"];
 
 const MAX_LINES: usize = 600;
@@ -113,7 +112,7 @@ impl Source {
         without_tests(&self.code)
     }
 
-    /// Says whether the whole file is there for tests only.
+    /// Says whether the whole file contains only tests.
     fn is_test(&self) -> bool {
         let name = self.path.rsplit('/').next().unwrap_or(&self.path).trim_end_matches(".rs");
         self.path.split('/').any(|part| part == "tests")
@@ -134,7 +133,6 @@ fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests package lies in the root").to_owned()
 }
 
-/// Reads every Rust file of the repository.
 fn sources() -> Vec<Source> {
     let root = root();
     let mut directories: Vec<PathBuf> =
@@ -154,12 +152,12 @@ fn sources() -> Vec<Source> {
             }
         }
     }
-    assert!(found.len() > 20, "the tidy test looks into the wrong place: {} files", found.len());
+    assert!(found.len() > 20, "the tidy test reads the wrong directory: {} files", found.len());
     found.sort_by(|a, b| a.path.cmp(&b.path));
     found
 }
 
-/// Fails with one line per fault.
+/// Fails with one line per violation, if there are any.
 #[track_caller]
 fn no_faults(faults: Vec<String>, rule: &str) {
     assert!(faults.is_empty(), "{rule}:\n  {}", faults.join("\n  "));
@@ -228,7 +226,7 @@ fn modules_of_the_daemon_import_downward() {
         };
         let mut used = paths_after(source.shipped(), "crate::");
         used.extend(paths_after(source.shipped(), "fermata_daemon::"));
-        // From a file further down `super` leads to a module inside the top-level one.
+        // In a nested module `super` leads to a module inside the top-level one.
         let inside = source.path.trim_start_matches("daemon/src/").trim_end_matches("/mod.rs");
         if !inside.contains('/') {
             used.extend(paths_after(source.shipped(), "super::"));
@@ -283,7 +281,7 @@ fn documents_name_paths_that_exist() {
     let mut named = 0;
     for document in DOCUMENTS {
         let text = fs::read_to_string(root.join(document)).unwrap_or_else(|e| panic!("read {document}: {e}"));
-        // Code spans that are a path and nothing else: no blank, no placeholder.
+        // Only code spans that are a path: without blanks and placeholders.
         let paths = text.split('`').skip(1).step_by(2).filter(|code| {
             let plain = code.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-".contains(&b));
             plain && PATH_ROOTS.iter().any(|first| code.starts_with(first))
@@ -295,7 +293,7 @@ fn documents_name_paths_that_exist() {
             }
         }
     }
-    assert!(named > 20, "the rule looks into the wrong place: {named} paths");
+    assert!(named > 20, "the rule reads the wrong files: {named} paths");
     no_faults(faults, "a document names a path that does not exist");
 }
 
@@ -307,7 +305,7 @@ fn unsafe_is_in_few_places_only() {
         .filter(|source| !home(&source.path))
         .filter_map(|source| Some(format!("{}:{}", source.path, find_word(&source.code, "unsafe", "")?)))
         .collect();
-    no_faults(faults, &format!("'unsafe' stands only in {}", UNSAFE_HOMES.join(", ")));
+    no_faults(faults, &format!("'unsafe' is allowed only in {}", UNSAFE_HOMES.join(", ")));
 }
 
 #[test]
@@ -333,7 +331,7 @@ fn only_programs_end_the_process() {
         .filter(|source| !program(&source.path))
         .filter_map(|source| Some(format!("{}:{}", source.path, find_word(&source.code, "process::exit", "")?)))
         .collect();
-    no_faults(faults, "process::exit stands only in programs");
+    no_faults(faults, "process::exit is allowed only in programs");
 }
 
 #[test]
@@ -403,7 +401,7 @@ fn migrations_are_numbered_without_gap() {
     no_faults(faults, "migrations are named NNNN_name.sql");
 }
 
-/// Returns the literals of a call's arguments, whose opening parenthesis has just passed.
+/// Returns the literals in the arguments of a call; the text begins behind its opening parenthesis.
 fn literals_of(arguments: &str) -> Vec<&str> {
     let mut depth = 1;
     let mut found = Vec::new();
@@ -434,7 +432,7 @@ fn every_failpoint_is_armed_by_a_test() {
     let mut armed = String::new();
     for source in &all {
         let tests = if is_test(&source.path) { 0 } else { without_tests(&source.text).len() };
-        // What the rule itself says arms nothing.
+        // The text of this rule arms no failpoint.
         if source.path != "tests/tidy/main.rs" {
             armed.push_str(&source.text[tests..]);
         }
@@ -466,6 +464,6 @@ fn every_failpoint_is_armed_by_a_test() {
             }
         }
     }
-    assert!(names > 40, "the rule looks into the wrong place: {names} failpoints");
+    assert!(names > 40, "the rule reads the wrong files: {names} failpoints");
     no_faults(faults, "an instant at which no test lets the daemon die or fail is not known to be safe");
 }

@@ -1,14 +1,14 @@
-//! Which file of a crate uses which other, as far as paths tell: `use` declarations and paths in expressions.
+//! The imports between the files of a crate, as far as paths show them: `use` declarations and paths in expressions.
 //!
-//! Paths are followed through re-exports to the file that defines the name. A module that declares
-//! or re-exports its children does not use them by that; a method call is no path. Test modules are
-//! left out, and so are programs in `src/bin/`, which nothing can import.
+//! Paths are followed through re-exports to the file that defines the name. Declaring or re-exporting a child module
+//! is no import; neither is a method call. Test modules are left out, and so are programs in `src/bin/`, which nothing
+//! can import.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Source;
 
-/// The longest chain of re-exports that is followed.
+/// The maximum length of a chain of re-exports.
 const MAX_REEXPORTS: usize = 8;
 
 /// A path that leads from one file of a crate to another one.
@@ -100,10 +100,10 @@ struct Resolver<'a> {
     modules: &'a BTreeMap<Vec<String>, Module>,
 }
 
-/// What a path stands for.
+/// The target of a path.
 enum Target<'a> {
     Module(Vec<String>),
-    /// A name that this file defines.
+    /// A name that is defined in this file.
     ItemOf(&'a str),
 }
 
@@ -273,7 +273,7 @@ fn read_module(source: &Source) -> Module {
     module
 }
 
-/// Takes the steps off a path that only lead out of modules inside the file.
+/// Removes the leading steps of a path that only leave modules inside the file.
 fn outside(mut path: Vec<String>, inline_modules: usize) -> Vec<String> {
     for _ in 0..inline_modules {
         if path.len() > 1 && path[0] == "super" {

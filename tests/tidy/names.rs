@@ -1,13 +1,13 @@
-//! The names of types, functions and modules: none that has been retired, and none for two types.
+//! The names of types, functions and modules: no retired name is used, and no two types share a name.
 //!
-//! Ordinary words in prose, variables and fields are no concern of these rules.
+//! The rules do not apply to prose, variables and fields.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::rust_text::{Definition, definitions};
 use super::{no_faults, sources};
 
-/// Type names that tell nothing, or that a term of the glossary has replaced.
+/// Type names that tell nothing, or that the glossary replaces.
 const RETIRED_TYPES: &[&str] = &[
     "Aside",
     "Course",
@@ -20,7 +20,7 @@ const RETIRED_TYPES: &[&str] = &[
     "FileWish",
     "Found",
     "Held",
-    // Reserved for the reasons why agents are held back, which are to come.
+    // Reserved for the planned reasons for which agents are held back.
     "Hold",
     "Kept",
     "Known",

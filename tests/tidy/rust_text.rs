@@ -1,7 +1,7 @@
 //! Reads Rust as text: blanks comments and literals, finds words and `crate::` paths.
 //!
-//! No parser: it knows just enough of the language's surface that a rule about code is not
-//! triggered by a comment or a string.
+//! This is no parser: it covers as much of the syntax as is needed to keep comments and strings from triggering a
+//! rule.
 
 /// Returns the text with comments and the content of literals replaced by spaces, line for line.
 pub fn code_only(text: &str) -> String {
@@ -21,7 +21,7 @@ pub fn code_only(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// Says how many bytes at the beginning are a comment or a literal.
+/// Returns the length of the comment or literal at the beginning of the text, in bytes.
 fn skipped(rest: &[u8], before: Option<u8>) -> usize {
     let word_before = before.is_some_and(is_word);
     match rest {
@@ -31,7 +31,7 @@ fn skipped(rest: &[u8], before: Option<u8>) -> usize {
         [b'b' | b'c', b'"', ..] if !word_before => quoted(rest, 1),
         [b'r', b'"' | b'#', ..] if !word_before => raw(rest, 1),
         [b'b' | b'c', b'r', b'"' | b'#', ..] if !word_before => raw(rest, 2),
-        // A character, not a lifetime: 'x' or an escape.
+        // A character literal, not a lifetime: 'x' or an escape.
         [b'\'', b'\\', _, more @ ..] => more.iter().position(|&b| b == b'\'').map_or(3, |end| end + 4),
         [b'\'', first, more @ ..] if *first != b'\'' => {
             let width = match first {
@@ -62,7 +62,7 @@ fn block_comment(rest: &[u8]) -> usize {
     at
 }
 
-/// Measures a literal with escapes whose quote stands at `quote`.
+/// Measures a literal with escapes whose opening quote is at `quote`.
 fn quoted(rest: &[u8], quote: usize) -> usize {
     let mut at = quote + 1;
     while at < rest.len() {
@@ -103,12 +103,11 @@ pub fn without_tests(text: &str) -> &str {
     text
 }
 
-/// A place at which a name is given to a type, a function or a module.
+/// The definition of a type, a function or a module.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Definition {
     /// The keyword: `struct`, `enum`, `union`, `trait`, `type`, `fn` or `mod`.
     pub kind: &'static str,
-    /// The name.
     pub name: String,
     /// The line, from 1.
     pub line: usize,
@@ -121,7 +120,7 @@ impl Definition {
     }
 }
 
-/// Lists the definitions in code without comments and literals; associated types are none.
+/// Lists the definitions in code without comments and literals, except associated types.
 pub fn definitions(code: &str) -> Vec<Definition> {
     const KINDS: [&str; 7] = ["struct", "enum", "union", "trait", "type", "fn", "mod"];
     let mut found = Vec::new();
@@ -149,7 +148,7 @@ pub fn find_word(code: &str, word: &str, then: &str) -> Option<usize> {
         .map(|at| line_of(code, at))
 }
 
-/// Lists what stands first after `root::` (`crate::`, `super::`), through braces, with its line.
+/// Lists the first names after `root::` (`crate::`, `super::`), also inside braces, each with its line.
 pub fn paths_after(code: &str, root: &str) -> Vec<(String, usize)> {
     let mut found = Vec::new();
     for at in occurrences(code, root) {
@@ -189,7 +188,7 @@ fn first_word(text: &str) -> Option<String> {
     (!word.is_empty()).then_some(word)
 }
 
-/// Finds a text that no word runs into from the left.
+/// Finds a text that begins at a word boundary.
 fn occurrences<'a>(code: &'a str, text: &'a str) -> impl Iterator<Item = usize> + 'a {
     code.match_indices(text).map(|(at, _)| at).filter(|&at| at == 0 || !is_word(code.as_bytes()[at - 1]))
 }

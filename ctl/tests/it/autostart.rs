@@ -1,6 +1,6 @@
 //! The start of a daemon by the first command.
 //!
-//! The daemon is a shell script in the directory of a copy of fermatactl; the test does its work.
+//! The daemon is a shell script beside a copy of fermatactl; the test does its work.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
@@ -13,15 +13,15 @@ use tempfile::TempDir;
 
 use crate::stub::{Answer, Ended, Stub, isolate};
 
-/// Puts fermatactl and a scripted fermatad side by side.
+/// Puts a copy of fermatactl and a scripted fermatad into one directory.
 fn installed(dir: &Path, script: &str) -> Command {
     let bin = dir.join("bin");
     fs::create_dir(&bin).expect("mkdir");
     let program = bin.join("fermatactl");
     let source = dir.join("fermatad.sh");
     fs::write(&source, format!("#!/bin/sh\n{script}\n")).expect("write");
-    // Copied by another process: a program that this one holds open for writing, or a child that it
-    // is just forking, cannot be executed (ETXTBSY).
+    // Another process makes the copy: a program cannot be executed while this process, or a child that it is forking,
+    // has it open for writing (ETXTBSY).
     for (from, to) in [(Path::new(env!("CARGO_BIN_EXE_fermatactl")), &program), (&source, &bin.join("fermatad"))] {
         let status = Command::new("cp").arg(from).arg(to).status().expect("cp runs");
         assert!(status.success());
@@ -54,7 +54,7 @@ fn of_two_starts_the_one_without_the_lock_waits_for_the_other() {
     command.env("FERMATA_CONFIG", "relative.toml");
     command.arg("ps").stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().expect("starts");
-    // The winner begins to listen only after the loser has lost.
+    // The winner begins to listen only after the loser has ended.
     let deadline = Instant::now() + Duration::from_secs(20);
     while !mark.exists() {
         assert!(Instant::now() < deadline, "the daemon was never started");

@@ -86,7 +86,7 @@ fn events_are_listed_page_by_page() {
     let stored = event("c1")["params"]["event"].clone();
     let stub = Stub::new([
         ("events.list", page(&[stored], "c1")),
-        // Nothing of this page passed the filter, but the cursor moved.
+        // The filter dropped the whole page, but the cursor moved.
         ("events.list", page(&[], "c2")),
         ("events.list", page(&[], "c2")),
     ]);

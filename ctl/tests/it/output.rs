@@ -1,4 +1,4 @@
-//! Output for people and for programs.
+//! Output for users and for programs.
 
 use serde_json::{Value, json};
 
@@ -51,7 +51,7 @@ fn a_pause_prints_all_fields_for_people_and_the_reply_for_programs() {
         "frozen_ms": 34.5, "steps_ms": {"freeze": 4.0, "snapshot": 21.0},
         "warnings": ["2 files were skipped"],
     });
-    // Progress is drawn on a terminal only, and must not disturb anything here.
+    // Progress is shown on a terminal only, so there is none here.
     let progress = json!({"jsonrpc": "2.0", "method": "$/progress", "params":
         {"operation_id": "op-1", "step": "snapshot", "done": 1, "total": 2, "unit": "files"}});
     let stub = Stub::new([

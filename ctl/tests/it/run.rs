@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::stub::{Answer, Ended, Exchange, Stub, agent, line};
 
-/// The answer about a project that is to be made.
+/// The answer about a project that does not exist yet.
 const NEW_PROJECT: Exchange = ("project.show", Answer::Refusal("project_not_found", "no project web", "create it"));
 
 #[test]

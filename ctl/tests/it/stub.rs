@@ -40,7 +40,7 @@ struct Shared {
     stopped: AtomicBool,
 }
 
-/// A scripted daemon, and the directory for all files of the test.
+/// A scripted daemon and the directory for all files of the test.
 pub struct Stub {
     pub dir: TempDir,
     socket: PathBuf,
@@ -69,14 +69,14 @@ impl Stub {
                 if serving.stopped.load(Ordering::SeqCst) {
                     return;
                 }
-                // One connection at a time: the program under test never has more.
+                // One connection at a time: the program under test never opens more.
                 serve(stream.expect("accept"), &serving);
             }
         });
         Self { dir, socket, shared, thread: Some(thread) }
     }
 
-    /// A command that connects to this daemon.
+    /// Returns a command that connects to this daemon.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = bare_command(self.dir.path(), args);
         command.env("FERMATA_SOCKET", &self.socket);
@@ -95,7 +95,7 @@ impl Stub {
         command.spawn().expect("starts")
     }
 
-    /// The parameters of every call of a method, in order.
+    /// Returns the parameters of every call of a method, in order.
     pub fn calls(&self, method: &str) -> Vec<Value> {
         let calls = self.shared.calls.lock().expect("no panic");
         let of_method = calls.iter().filter(|(name, _)| name == method);
@@ -128,7 +128,7 @@ fn serve(stream: UnixStream, shared: &Shared) {
         let id = request["id"].clone();
         let call = (method.clone(), request["params"].clone());
         shared.calls.lock().expect("no panic").push(call);
-        // A client that disconnects during an answer is no error of the stub.
+        // A client that disconnects during an answer is not an error of the stub.
         let mut send = |value: Value| drop(writer.write_all(format!("{value}\n").as_bytes()));
         let result = |value: Value| json!({"jsonrpc": "2.0", "id": id, "result": value});
         if method == "hello" {
@@ -191,7 +191,7 @@ impl From<Output> for Ended {
     }
 }
 
-/// A command whose environment has only PATH.
+/// Returns a command whose environment has only PATH.
 pub fn bare_command(dir: &Path, args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fermatactl"));
     isolate(&mut command, dir);
@@ -211,7 +211,7 @@ pub fn isolate(command: &mut Command, dir: &Path) {
         .stdin(Stdio::null());
 }
 
-/// An agent, as in a reply of the daemon.
+/// An agent as in a reply of the daemon.
 pub fn agent(name: &str, status: &str, exit: Value) -> Value {
     let mut agent = json!({
         "project": "web", "name": name, "status": status, "argv": ["codex", "exec"],

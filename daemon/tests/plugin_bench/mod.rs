@@ -1,4 +1,4 @@
-//! A place for plugin tests: folders that only we can write, compiled plugins, and waiting.
+//! The environment of plugin tests: directories that only the test's user can write, compiled plugins, and waiting.
 
 use fermata_daemon::plugins::frame::{FromHost, ToHost, read_frame, write_frame};
 use fermata_daemon::plugins::{
@@ -14,7 +14,7 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
-/// When a test is taken to hang: only what is broken takes so long.
+/// The deadline after which a test counts as hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Bench {
@@ -56,7 +56,7 @@ impl Bench {
         self.plugin_dir().join(format!("lib{name}.so"))
     }
 
-    /// Compiles the C plugin in a mode, and puts it into the plugin directory in one step.
+    /// Compiles the C plugin in a mode and moves it into the plugin directory.
     pub fn c_plugin(&self, name: &str, mode: &str, flags: &[&str]) {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let built = self.path("build").join(format!("{name}.so"));
@@ -108,7 +108,7 @@ impl Bench {
         self.until(plugins, name, |s| s.state == HostState::Running).await
     }
 
-    /// Waits until a plugin's status is as wished, however often it is started meanwhile.
+    /// Waits until a plugin's status meets a condition, however often the plugin is restarted meanwhile.
     pub async fn until(&self, plugins: &Plugins, name: &str, wish: impl Fn(&PluginStatus) -> bool) -> PluginStatus {
         let since = Instant::now();
         loop {
@@ -130,7 +130,7 @@ impl Bench {
         }
     }
 
-    /// Starts the host program without any daemon around it.
+    /// Starts the host program without a daemon.
     pub fn bare_host(&self, name: &str) -> BareHost {
         let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
         ours.set_read_timeout(Some(PATIENCE)).expect("a timeout");
@@ -157,7 +157,7 @@ impl BareHost {
         assert!(matches!(frame, Some(FromHost::Hello { .. })), "{frame:?}");
     }
 
-    /// Reads on until the plugin logs a line that begins like this; returns the rest of it.
+    /// Reads messages until the plugin logs a line with this prefix; returns the rest of the line.
     pub fn expect_log(&mut self, prefix: &str) -> String {
         loop {
             let frame: Option<FromHost> = read_frame(&mut self.stream).expect("a frame");
@@ -177,14 +177,14 @@ impl BareHost {
         write_frame(&mut self.stream, &call).expect("the call is sent");
     }
 
-    /// Closes the socket and leaves the process alone.
+    /// Closes the socket without ending the process.
     pub fn hang_up(self) -> Child {
         drop(self.stream);
         self.child
     }
 }
 
-/// Says whether a process runs; a zombie does not.
+/// Says whether a process runs; a zombie does not count.
 pub fn alive(pid: u32) -> bool {
     let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
         return false;
@@ -204,9 +204,9 @@ pub fn code(result: &Result<PluginArtifact, PluginFailure>) -> &str {
     }
 }
 
-/// Installs the exec plugin, which is built first where it is missing or older than its sources.
+/// Installs the exec plugin, which is built first if it is missing or older than its sources.
 pub fn exec_plugin(bench: &Bench) {
-    // Nobody copies it while somebody else has it built.
+    // The lock keeps a test from copying the plugin while another test builds it.
     static BUILDING: Mutex<()> = Mutex::new(());
     let _guard = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
     let host = Path::new(env!("CARGO_BIN_EXE_fermata-plugin-host"));
@@ -236,7 +236,7 @@ fn copy_exec(bench: &Bench, object: &Path) {
     bench.install(&copy, "fermata_exec");
 }
 
-/// When a source that the exec plugin is made of was last changed.
+/// Returns the last modification time of the sources of the exec plugin.
 fn newest_source() -> SystemTime {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
     ["plugins/exec/src", "plugin-api/src"]

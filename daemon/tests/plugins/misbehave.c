@@ -1,4 +1,4 @@
-/* A plugin for the tests. MODE says what it does wrong; in mode GOOD it does its job. */
+/* A plugin for the tests. MODE selects its misbehaviour; in mode GOOD it works. */
 #define _GNU_SOURCE
 #include "fermata_plugin.h"
 #include <stdio.h>
@@ -49,7 +49,7 @@ static void spill(int fd, const void *bytes, size_t len) {
     if (write(fd, bytes, len) < 0) abort();
 }
 
-/* A real fault: a raised SIGSEGV would be swallowed by a handler that expects to be re-entered. */
+/* A real fault: a handler that expects to be re-entered would swallow a raised SIGSEGV. */
 static void crash(void) {
     volatile int *volatile nowhere = NULL;
     *nowhere = 1;

@@ -1,5 +1,4 @@
-//! A bed for one agent under a real shim: a folder, a spec, a link, and the guarantee that nothing
-//! outlives the test.
+//! One agent under a real shim: its directory, its spec and a link. No process outlives the test.
 
 use std::collections::HashSet;
 use std::panic::Location;
@@ -22,18 +21,18 @@ use fermata_shim::wire::ShimEvent;
 use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 
-/// Returns the path of the shim: `cargo build --workspace` puts it beside the programs of this package.
+/// Returns the path of the shim, which `cargo build --workspace` puts beside the programs of this package.
 pub fn shim_program() -> PathBuf {
     let path = Path::new(env!("CARGO_BIN_EXE_fermata-plugin-host")).with_file_name("fermata-shim");
     assert!(path.exists(), "{} is missing: run the tests with --workspace", path.display());
     path
 }
 
-/// When a test is taken to hang. No test waits so long for something that does not come.
+/// The deadline after which a test counts as hung. No test waits this long for something that does not happen.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 /// A lease or a grace that does not end within a test.
 pub const LONG: Duration = Duration::from_secs(600);
-/// How often a process outside the tree writes while nothing of the tree may.
+/// How often a process outside the tree writes while no process of the tree may.
 pub const BEATS: u64 = 20;
 
 pub struct Bed {
@@ -42,7 +41,7 @@ pub struct Bed {
 }
 
 impl Bed {
-    /// A bed for `sh -c script`.
+    /// Creates a bed for `sh -c script`.
     pub fn new(mechanism: FreezerSetting, script: &str) -> Self {
         let dir = tempfile::Builder::new().prefix("shim-").tempdir().unwrap();
         let name = dir.path().file_name().unwrap().to_string_lossy().into_owned();
@@ -123,7 +122,7 @@ impl Bed {
         }
     }
 
-    /// All living processes of this run, wherever they hide.
+    /// Returns all living processes of this run, in any session or group.
     pub fn living(&self) -> Vec<i32> {
         let variable = format!("FERMATA_RUN_ID={}", self.spec.run_id);
         process::all()
@@ -135,14 +134,14 @@ impl Bed {
             .collect()
     }
 
-    /// Waits until these files have grown by the deeds of the agent.
+    /// Waits until the agent has appended to these files.
     pub async fn growing(&self, names: &[&str]) {
         let before: Vec<u64> = names.iter().map(|name| self.size(name)).collect();
         until("the files to grow", || names.iter().zip(&before).all(|(name, size)| self.size(name) > *size)).await;
     }
 
-    /// Checks that the whole tree stands still: the kernel says so of each of its processes, and these files stay as
-    /// they are while a process beside the tree writes.
+    /// Asserts that the whole tree is frozen: the kernel reports it for each process, and these files do not change
+    /// while a process outside the tree writes.
     #[track_caller]
     pub fn still(&self, names: &[&str]) -> impl Future<Output = ()> {
         let caller = Location::caller();
@@ -153,28 +152,27 @@ impl Bed {
         }
     }
 
-    /// Waits until the kernel says of each process of the tree that it stands still, and checks that it stays so.
+    /// Waits until the kernel reports each process of the tree as frozen, and asserts that this does not change.
     pub async fn comes_to_rest(&self, names: &[&str]) {
         until("the tree to stand still", || self.at_large().is_empty()).await;
         self.still(names).await;
     }
 
-    /// Checks that these files stay as they are while a process outside the tree writes [`BEATS`] times, as the writers
-    /// of the tree would.
+    /// Asserts that these files do not change while a process outside the tree writes [`BEATS`] times, at the pace of
+    /// the writers in the tree.
     pub async fn unchanged(&self, names: &[&str]) {
         let sizes = || -> Vec<_> { names.iter().map(|name| (name.to_string(), self.size(name))).collect() };
         let before = sizes();
         Metronome::start().beat(BEATS).await;
-        assert_eq!(sizes(), before, "something of a tree that stands still wrote");
+        assert_eq!(sizes(), before, "a process of a frozen tree wrote");
     }
 
-    /// Returns the living processes of the run of which the kernel does not say that they stand still, each with its
-    /// state letter. A process stands still that is stopped by a signal, waits in vfork for a child that is, or is in a
-    /// frozen control group.
+    /// Returns the living processes of the run that are not frozen, each with its state letter. A process is frozen if
+    /// it is stopped by a signal, waits in vfork for a stopped child, or is in a frozen control group.
     pub fn at_large(&self) -> Vec<(i32, char)> {
         let frozen = self.run().cgroup.map_or_else(HashSet::new, |path| {
             let group = Group::open(&path).unwrap();
-            // Read in this order: a process that joins the group later is not counted as frozen.
+            // In this order, so that a process that joins the group in between does not count as frozen.
             let members = group.procs().unwrap();
             if group.watch().unwrap().read().unwrap().frozen { members } else { HashSet::new() }
         });
@@ -189,7 +187,7 @@ impl Bed {
     }
 }
 
-/// A process outside of every run that writes at the pace of the writers below.
+/// A process outside every run that writes at the pace of the writers below.
 struct Metronome {
     dir: tempfile::TempDir,
     writer: Child,
@@ -237,7 +235,7 @@ impl Drop for Bed {
     }
 }
 
-/// Waits until something is true.
+/// Waits until a condition holds.
 pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
@@ -246,12 +244,12 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     }
 }
 
-/// Waits for the next event.
+/// Returns the next event.
 pub async fn next(events: &mut mpsc::Receiver<ShimEvent>) -> Option<ShimEvent> {
     tokio::time::timeout(PATIENCE, events.recv()).await.expect("an event in time")
 }
 
-/// Waits for the exit, over other events.
+/// Returns the exit, skipping other events.
 pub async fn exited(events: &mut mpsc::Receiver<ShimEvent>) -> ExitRecord {
     loop {
         match next(events).await {
@@ -270,8 +268,8 @@ pub const THREE_WRITERS: &str = r#"
 "#;
 pub const THREE_FILES: [&str; 3] = ["near", "far", "orphan"];
 
-/// A single process that appends to `near`, with handlers set up by `setup` (Perl). A shell would
-/// run its handler only after its present child, which the same signal may have stopped.
+/// A single process that appends to `near`, with handlers that `setup` (Perl) installs. A shell would run its handler
+/// only after its current child, which the same signal may have stopped.
 pub fn one_writer(setup: &str) -> Vec<RawString> {
     let script = format!(
         "$| = 1; sub note {{ open(my $f, '>>', $_[0]); print $f $_[1]; close $f }}
@@ -281,7 +279,7 @@ pub fn one_writer(setup: &str) -> Vec<RawString> {
     ["perl", "-e", &script].into_iter().map(Into::into).collect()
 }
 
-/// Makes one test per mechanism out of each async function that takes a `FreezerSetting`.
+/// Makes one test per mechanism from each async function with a `FreezerSetting`.
 macro_rules! for_both_mechanisms {
     ($($name:ident),+ $(,)?) => {
         mod with_a_control_group_if_possible {

@@ -11,15 +11,15 @@ use fermata_shim::wire::{QuiesceOutcome, RefusalCode, ShimEvent, TreeState};
 
 for_both_mechanisms!(
     a_freeze_stops_the_whole_tree_and_a_thaw_continues_it,
-    a_lease_that_nobody_renews_thaws_without_a_daemon,
-    a_renewed_lease_lasts_and_a_held_one_outlives_the_connection,
-    a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more,
+    a_lease_that_is_not_renewed_thaws_without_a_daemon,
+    a_renewed_lease_lasts_and_a_committed_freeze_outlives_the_connection,
+    a_kill_while_frozen_ends_every_process_before_it_runs_again,
     a_frozen_agent_can_be_stopped,
     an_agent_killed_from_outside_while_frozen_is_still_recorded,
-    quiesce_stops_who_obeys_and_thaw_continues_it,
-    quiesce_waits_for_the_grace_of_who_ignores_it,
+    quiesce_stops_an_agent_that_obeys_and_thaw_continues_it,
+    quiesce_waits_for_the_whole_grace_of_an_agent_that_ignores_it,
     quiesce_waits_for_a_handler_that_saves_and_stops,
-    who_was_stopped_before_stays_stopped_after_the_thaw,
+    an_agent_that_was_stopped_before_stays_stopped_after_the_thaw,
     a_quiesce_without_a_freeze_is_undone_by_its_lease,
     a_second_freeze_answers_the_same_and_a_thaw_may_come_twice,
     a_forking_tree_is_frozen_completely,
@@ -54,7 +54,7 @@ async fn a_freeze_stops_the_whole_tree_and_a_thaw_continues_it(mechanism: Freeze
     assert_eq!(link.status().await.unwrap().state, TreeState::Running);
 }
 
-async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSetting) {
+async fn a_lease_that_is_not_renewed_thaws_without_a_daemon(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -71,7 +71,7 @@ async fn a_lease_that_nobody_renews_thaws_without_a_daemon(mechanism: FreezerSet
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism: FreezerSetting) {
+async fn a_renewed_lease_lasts_and_a_committed_freeze_outlives_the_connection(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -90,7 +90,7 @@ async fn a_renewed_lease_lasts_and_a_held_one_outlives_the_connection(mechanism:
     bed.growing(&THREE_FILES).await;
 }
 
-async fn a_kill_while_frozen_leaves_nothing_and_nobody_runs_once_more(mechanism: FreezerSetting) {
+async fn a_kill_while_frozen_ends_every_process_before_it_runs_again(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -134,7 +134,7 @@ async fn an_agent_killed_from_outside_while_frozen_is_still_recorded(mechanism: 
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: FreezerSetting) {
+async fn quiesce_stops_an_agent_that_obeys_and_thaw_continues_it(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "while :; do echo x >> near; sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -145,10 +145,10 @@ async fn quiesce_stops_who_obeys_and_thaw_continues_it(mechanism: FreezerSetting
     bed.still(&["near"]).await;
     link.thaw().await.unwrap();
     bed.growing(&["near"]).await;
-    assert!(events.try_recv().is_err(), "our own stop was told as somebody else's");
+    assert!(events.try_recv().is_err(), "the shim's own stop was reported as that of another process");
 }
 
-async fn quiesce_waits_for_the_grace_of_who_ignores_it(mechanism: FreezerSetting) {
+async fn quiesce_waits_for_the_whole_grace_of_an_agent_that_ignores_it(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "trap '' TSTP; while :; do echo x >> near; sleep 0.01; done");
     let (_, link, _events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -179,7 +179,7 @@ async fn quiesce_waits_for_a_handler_that_saves_and_stops(mechanism: FreezerSett
     .await;
 }
 
-async fn who_was_stopped_before_stays_stopped_after_the_thaw(mechanism: FreezerSetting) {
+async fn an_agent_that_was_stopped_before_stays_stopped_after_the_thaw(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -227,8 +227,7 @@ async fn a_second_freeze_answers_the_same_and_a_thaw_may_come_twice(mechanism: F
 }
 
 async fn a_forking_tree_is_frozen_completely(mechanism: FreezerSetting) {
-    // Eight loops that fork without a pause, half of them out of the session, and orphans that
-    // fork in their turn.
+    // Eight loops that fork without a pause, half of them in another session, and orphans that fork as well.
     let script = r#"
         loop() { while :; do (echo x >> $1; (: ; echo y >> $1) & ) ; done; }
         loop b1 & loop b2 & loop b3 &

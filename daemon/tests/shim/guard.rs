@@ -1,5 +1,4 @@
-//! Trees that somebody else lets run while they are frozen, and trees that are killed: by both
-//! mechanisms, with real processes.
+//! Frozen trees that another process continues, and trees that are killed: with both mechanisms and real processes.
 
 use std::time::Duration;
 
@@ -12,10 +11,10 @@ use fermata_shim::wire::{FreezeBroken, QuiesceOutcome, RefusalCode, ShimEvent, T
 use tokio::sync::mpsc;
 
 for_both_mechanisms!(
-    a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed,
-    whoever_was_continued_under_a_lease_cannot_be_held,
+    a_stray_sigcont_does_not_let_a_frozen_tree_run_unnoticed,
+    the_freeze_of_a_tree_that_was_continued_under_a_lease_cannot_be_committed,
     a_freeze_after_a_broken_one_counts_again,
-    a_thaw_after_a_stray_sigcont_lets_everybody_run,
+    a_thaw_after_a_stray_sigcont_lets_every_process_run,
     a_shell_does_not_go_on_with_its_script_when_its_child_is_killed,
     a_shell_does_not_go_on_with_its_script_when_its_child_is_killed_with_a_frozen_tree,
     leftovers_do_not_go_on_with_their_scripts,
@@ -25,14 +24,14 @@ for_both_mechanisms!(
     an_agent_that_dies_between_its_steps_is_answered,
 );
 
-/// Everybody of the run but its main process.
+/// Returns the processes of the run other than its main process.
 fn others(bed: &Bed, main: ProcessId) -> Vec<ProcessId> {
     let all = bed.living().into_iter().filter_map(|pid| process::identify(pid).unwrap());
     all.filter(|id| *id != main).collect()
 }
 
-/// A process and its child that never wait for one of their own: SIGCONT lets each of them run at once. A shell may stand
-/// in vfork, which SIGCONT does not end while the child is stopped.
+/// A process and its child that never wait for a child of their own: SIGCONT lets each of them run at once. A shell
+/// may be in vfork, which SIGCONT does not end while the child is stopped.
 fn two_writers(mechanism: FreezerSetting) -> Bed {
     let mut bed = Bed::new(mechanism, "");
     bed.spec.argv = one_writer("fork;");
@@ -56,13 +55,13 @@ fn refused(result: Result<impl std::fmt::Debug, LinkError>) -> RefusalCode {
     }
 }
 
-/// A group is not thawed by a signal: there is nothing to notice.
+/// A signal does not thaw a group: there is nothing to report.
 async fn nothing_was_broken(link: &ShimLink, events: &mut mpsc::Receiver<ShimEvent>) {
     link.status().await.unwrap();
     assert!(events.try_recv().is_err(), "SIGCONT does not thaw a group");
 }
 
-async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: FreezerSetting) {
+async fn a_stray_sigcont_does_not_let_a_frozen_tree_run_unnoticed(mechanism: FreezerSetting) {
     let bed = two_writers(mechanism);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -71,14 +70,17 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Freez
     link.commit_freeze().await.unwrap();
     bed.still(&["near"]).await;
     let by_signals = bed.run().cgroup.is_none();
-    // The shim is told of its own children by the kernel; for the others it has to look.
+    // The kernel notifies the shim about its own children; the others it has to poll.
     for victims in [vec![launched.agent], others(&bed, launched.agent)] {
         for victim in &victims {
             assert!(process::signal(*victim, libc::SIGCONT).unwrap());
         }
         if by_signals {
-            let told = broken(&mut events).await;
-            assert!(told.committed && told.frozen_again && told.times >= 1 && told.processes >= 1, "{told:?}");
+            let report = broken(&mut events).await;
+            assert!(
+                report.committed && report.frozen_again && report.times >= 1 && report.processes >= 1,
+                "{report:?}"
+            );
         } else {
             nothing_was_broken(&link, &mut events).await;
         }
@@ -90,7 +92,7 @@ async fn a_stray_sigcont_does_not_let_a_held_tree_run_unnoticed(mechanism: Freez
     bed.growing(&["near"]).await;
 }
 
-async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSetting) {
+async fn the_freeze_of_a_tree_that_was_continued_under_a_lease_cannot_be_committed(mechanism: FreezerSetting) {
     let bed = two_writers(mechanism);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&["near"]).await;
@@ -105,7 +107,7 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSe
         link.renew(LONG).await.unwrap();
         return link.commit_freeze().await.unwrap();
     }
-    // Longer than what may be the last steps of one that is just being stopped, or so long that the shim has seen it.
+    // Longer than the last steps of a process that is being stopped can take, or so long that the shim has noticed it.
     let ns = |ran: Option<process::Ran>| ran.expect("this kernel counts").ns;
     let stopped = || process::stat_of(victim).unwrap().unwrap().state() == RunState::Stopped;
     until("it to run", || {
@@ -113,12 +115,12 @@ async fn whoever_was_continued_under_a_lease_cannot_be_held(mechanism: FreezerSe
         ns(ran) > ns(before) + 100_000 || ran != before && stopped()
     })
     .await;
-    // Stopped again before the shim could see it run: it has run all the same.
+    // Stopped again before the shim could notice it: the process has run nevertheless.
     assert!(process::signal(victim, libc::SIGSTOP).unwrap());
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
     assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken);
-    let told = broken(&mut events).await;
-    assert!(!told.committed && told.frozen_again && told.processes >= 1, "{told:?}");
+    let report = broken(&mut events).await;
+    assert!(!report.committed && report.frozen_again && report.processes >= 1, "{report:?}");
     bed.still(&["near"]).await;
     assert_eq!(refused(link.commit_freeze().await), RefusalCode::FreezeBroken, "it stays so");
     link.thaw().await.unwrap();
@@ -140,7 +142,7 @@ async fn a_freeze_after_a_broken_one_counts_again(mechanism: FreezerSetting) {
     bed.still(&["near"]).await;
 }
 
-async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: FreezerSetting) {
+async fn a_thaw_after_a_stray_sigcont_lets_every_process_run(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (launched, link, mut events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -149,7 +151,7 @@ async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: FreezerSetti
         for victim in others(&bed, launched.agent).into_iter().chain([launched.agent]) {
             process::signal(victim, libc::SIGCONT).unwrap();
         }
-        // In the midst of being frozen again, as often as not.
+        // Often while the tree is being frozen again.
         link.thaw().await.unwrap();
         bed.growing(&THREE_FILES).await;
     }
@@ -158,15 +160,15 @@ async fn a_thaw_after_a_stray_sigcont_lets_everybody_run(mechanism: FreezerSetti
 }
 
 #[tokio::test]
-async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
+async fn a_group_that_another_process_thaws_is_frozen_again_and_that_is_reported() {
     let bed = Bed::new(FreezerSetting::Auto, THREE_WRITERS);
     let (_, link, mut events) = bed.launch().await;
     let Some(group) = bed.run().cgroup else { return };
     bed.growing(&THREE_FILES).await;
     link.freeze(LONG).await.unwrap();
     Group::open(&group).unwrap().thaw().unwrap();
-    let told = broken(&mut events).await;
-    assert!(!told.committed && told.frozen_again, "{told:?}");
+    let report = broken(&mut events).await;
+    assert!(!report.committed && report.frozen_again, "{report:?}");
     assert_eq!(refused(link.renew(LONG).await), RefusalCode::FreezeBroken);
     link.freeze(LONG).await.unwrap();
     link.commit_freeze().await.unwrap();
@@ -179,7 +181,7 @@ async fn a_group_that_somebody_else_thaws_is_frozen_again_and_that_is_told() {
 }
 
 #[tokio::test]
-async fn a_peer_of_the_first_build_is_not_told_what_it_cannot_read() {
+async fn a_peer_of_the_first_build_gets_no_event_that_it_cannot_read() {
     use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
     let bed = two_writers(FreezerSetting::Signals);
     let (launched, link, mut events) = bed.launch().await;
@@ -195,7 +197,7 @@ async fn a_peer_of_the_first_build_is_not_told_what_it_cannot_read() {
     assert!(next.contains("exited"), "{next}");
 }
 
-/// Each line would be written by a shell that saw its child die and went on.
+/// A shell that saw its child die and continued would write its line.
 const GOES_ON: &str = "
     sh -c 'sleep 1000; echo went on > far; exec sleep 1000' &
     setsid sh -c 'sleep 1000; echo went on > orphan; exec sleep 1000' &
@@ -203,7 +205,7 @@ const GOES_ON: &str = "
 
 async fn ready(bed: &Bed) {
     // Three shells, each of which waits for its sleep.
-    until("everybody to sleep", || bed.path("ready").exists() && bed.living().len() >= 6).await;
+    until("every process to sleep", || bed.path("ready").exists() && bed.living().len() >= 6).await;
 }
 
 async fn a_shell_does_not_go_on_with_its_script_when_its_child_is_killed(mechanism: FreezerSetting) {
@@ -264,8 +266,8 @@ async fn a_forking_tree_is_killed_completely(mechanism: FreezerSetting) {
 }
 
 async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_same(mechanism: FreezerSetting) {
-    // The group of `far` and of `orphan` is orphaned: the default action of SIGTSTP is ignored there,
-    // and it is sent to the main process's group alone.
+    // The group of `far` and of `orphan` is orphaned: the default action of SIGTSTP is ignored there, and SIGTSTP is
+    // sent to the main process's group only.
     let bed = Bed::new(mechanism, THREE_WRITERS);
     let (_, link, _events) = bed.launch().await;
     bed.growing(&THREE_FILES).await;
@@ -278,8 +280,8 @@ async fn a_job_in_a_session_of_its_own_ignores_sigtstp_and_is_frozen_all_the_sam
 }
 
 async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
-    // The child of a vfork that was stopped before it could call exec keeps its parent waiting, in a
-    // state that no signal changes.
+    // The child of a vfork that was stopped before it could call exec keeps its parent waiting, in a state that no
+    // signal changes.
     let mut bed = Bed::new(mechanism, "");
     let code = "import ctypes, os, signal\n\
         libc = ctypes.CDLL(None)\n\
@@ -289,7 +291,7 @@ async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
         signal.pause()\n";
     bed.spec.argv = ["python3", "-c", code].into_iter().map(Into::into).collect();
     if std::process::Command::new("python3").arg("-V").output().is_err() {
-        // Nothing else at hand calls vfork and waits.
+        // No other available program calls vfork and waits.
         eprintln!("skipped: there is no python3 to call vfork with");
         return;
     }
@@ -311,7 +313,7 @@ async fn a_parent_in_vfork_counts_as_stopped(mechanism: FreezerSetting) {
 }
 
 async fn an_agent_that_dies_between_its_steps_is_answered(mechanism: FreezerSetting) {
-    // After the quiesce, after the freeze, after the hold.
+    // After the quiesce, after the freeze, after the commit.
     for died_after in 0..3 {
         let bed = Bed::new(mechanism, THREE_WRITERS);
         let (launched, link, mut events) = bed.launch().await;

@@ -46,7 +46,7 @@ async fn a_pre_start_runs_in_the_agents_place_and_then_the_agent_does(mechanism:
     assert_eq!(read("before"), read("agent"));
     let pid = launched.agent.pid.to_string();
     assert_eq!((read("parent").trim(), read("pid").trim()), (&pid[..], &pid[..]));
-    // The notes stand around what it wrote, which is far more than a pipe holds.
+    // The notes come before and after its output, which is far more than a pipe holds.
     let lines = bed.logs();
     let place = |stream: Stream, text: &str| {
         let found = lines.iter().position(|line| line.stream == stream && line.bytes.starts_with(text.as_bytes()));
@@ -144,7 +144,7 @@ async fn a_pre_start_is_frozen_stopped_and_killed_like_the_agent(mechanism: Free
 }
 
 async fn frozen_time_does_not_count_against_a_pre_start(mechanism: FreezerSetting) {
-    // A machine that is too slow for a limit shows nothing: then a longer one is tried.
+    // On a machine that is too slow for a limit the test proves nothing: then a longer one is tried.
     for limit in [2, 8, 32, 128].map(Duration::from_secs) {
         let mut bed = Bed::new(mechanism, "exit 5");
         bed.spec.pre_start = hook("touch near; while [ ! -e go ]; do sleep 0.01; done");
@@ -204,7 +204,7 @@ async fn nothing_of_a_post_stop_stays_whether_it_ends_is_late_or_killed(mechanis
             hook.timeout_ms = limit_ms;
         }
         let (launched, link, mut events) = match bed.try_launch().await {
-            // An agent that ends at once may be over before the link is there.
+            // A short-lived agent may end before the link is connected.
             Ok(launched) if kill => {
                 let (link, events) = bed.connect().await;
                 (launched, Some(link), Some(events))

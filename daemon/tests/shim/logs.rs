@@ -1,4 +1,4 @@
-//! Logs under pressure: disks that are slow or full, lines without end, output that is no text.
+//! Logs under pressure: slow and full disks, lines without an end, output that is not text.
 
 use crate::bed::{Bed, PATIENCE, exited, until};
 use fermata_daemon::shims::reconnect::{ReconnectOutcome, reconnect};
@@ -11,7 +11,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::statvfs::statvfs;
 use tokio_util::task::TaskTracker;
 
-/// The greatest resident size that a process ever had, KiB (`VmHWM`, proc_pid_status(5)).
+/// The peak resident size of a process in KiB (`VmHWM`, proc_pid_status(5)).
 fn peak_kib(id: ProcessId) -> u64 {
     let status = std::fs::read_to_string(format!("/proc/{}/status", id.pid)).unwrap();
     let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
@@ -29,7 +29,7 @@ fn output(lines: &[LogFileLine]) -> Vec<u8> {
     all
 }
 
-/// How many bytes the gap lines speak of.
+/// Returns the number of bytes that the gap lines report as lost.
 fn bytes_in_gaps(lines: &[LogFileLine]) -> u64 {
     let gaps = lines.iter().filter(|line| line.stream == Stream::Gap);
     gaps.map(|line| {
@@ -39,7 +39,7 @@ fn bytes_in_gaps(lines: &[LogFileLine]) -> u64 {
     .sum()
 }
 
-/// The processes that run as `fermata-shim RUN_DIR`: the shim, and its log writer process.
+/// Returns the processes that run as `fermata-shim RUN_DIR`: the shim and its log writer process.
 fn shims(bed: &Bed) -> Vec<ProcessId> {
     let run_dir = bed.spec.run_dir.to_string_lossy().into_owned();
     let is_ours = |pid: i32| {
@@ -54,7 +54,7 @@ async fn a_line_of_ten_megabytes_and_bytes_that_are_no_text_cost_the_shim_no_mem
     let script = "head -c 10000000 /dev/zero | tr '\\0' x; echo; head -c 3000000 bytes; echo; echo end; \
         while [ ! -e go ]; do sleep 0.01; done";
     let bed = Bed::new(FreezerSetting::Auto, script);
-    // Every byte, with newlines, carriage returns, NULs, and halves of characters among them.
+    // Every byte value, with newlines, carriage returns, NULs and incomplete characters among them.
     let bytes: Vec<u8> = (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
     std::fs::write(bed.path("bytes"), &bytes).unwrap();
     let (launched, _link, mut events) = bed.launch().await;
@@ -80,11 +80,11 @@ async fn an_agent_whose_output_may_be_dropped_never_waits_for_its_log() {
     until("the first line", || !bed.logs().is_empty()).await;
     let log_writers: Vec<_> = shims(&bed).into_iter().filter(|id| *id != launched.shim).collect();
     let [log_writer] = log_writers[..] else { panic!("one log writer process, not {log_writers:?}") };
-    // A disk that takes nothing: who writes to it stands still.
+    // As on a disk that accepts nothing: the log writer is stopped.
     process::signal(log_writer, libc::SIGSTOP).unwrap();
     std::fs::write(bed.path("go"), "").unwrap();
     until("the agent to have written everything", || bed.path("written").exists()).await;
-    assert!(output(&bed.logs()).len() < 10_000, "the log stands still");
+    assert!(output(&bed.logs()).len() < 10_000, "the log grew on a blocked disk");
     process::signal(log_writer, libc::SIGCONT).unwrap();
     std::fs::write(bed.path("end"), "").unwrap();
     let exit = exited(&mut events).await;
@@ -155,7 +155,7 @@ async fn a_shim_that_is_killed_while_it_waits_for_its_log_writer_costs_no_exit_c
     until("the end of the log writer process", || !process::is_alive(log_writers[0]).unwrap()).await;
 }
 
-/// A file system of its own, unmounted at the end.
+/// A file system, unmounted when dropped.
 struct Mounted(std::path::PathBuf);
 
 impl Drop for Mounted {
@@ -165,7 +165,7 @@ impl Drop for Mounted {
 }
 
 #[tokio::test]
-async fn a_full_disk_never_holds_an_agent_up_and_what_it_cost_is_told() {
+async fn a_full_disk_never_delays_an_agent_and_the_lost_output_is_reported() {
     if !nix::unistd::geteuid().is_root() {
         eprintln!("not tested: only root can mount a small file system");
         return;
@@ -186,7 +186,7 @@ async fn a_full_disk_never_holds_an_agent_up_and_what_it_cost_is_told() {
         let room = Some("size=64m,mode=0700");
         mount(None::<&str>, &logs, None::<&str>, MsFlags::MS_REMOUNT, room).unwrap();
         std::fs::write(bed.path("go"), "").unwrap();
-        // Where output is dropped, the first lines may still meet a full queue.
+        // Where output is dropped, the first lines may still find the queue full.
         until("the log to go on", || bed.logs().iter().any(|line| line.bytes == b"again")).await;
         std::fs::write(bed.path("seen"), "").unwrap();
         let exit = exited(&mut events).await;

@@ -1,6 +1,6 @@
-//! Real shims with real processes below them, driven over their sockets as the daemon drives them.
+//! Real shims with real process trees, driven over their sockets as the daemon drives them.
 //!
-//! One program for all of them: linking it takes longer than its compilation.
+//! One test program for all of them: linking takes longer than compiling.
 
 #[macro_use]
 mod bed;

@@ -1,4 +1,4 @@
-//! Shims that are stopped, that have lost their socket, that are dead or of another version.
+//! Shims that are stopped, have lost their socket, are dead or of another version.
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixListener;
@@ -17,17 +17,17 @@ use fermata_shim::wire::{FromShim, LineFromShim, RefusalCode, ShimEvent, TreeSta
 use serde_json::error::Category;
 use tokio_util::task::TaskTracker;
 
-/// Lines as shims of this version sent them when it was new, and lines of shims that know more.
+/// Lines that shims of this version sent at its release, and lines of newer shims.
 const LINES: &str = include_str!("../golden/shim_version_1.jsonl");
 
 for_both_mechanisms!(
-    a_shim_that_somebody_has_stopped_is_continued_and_kept,
+    a_shim_that_another_process_has_stopped_is_continued_and_kept,
     a_shim_whose_socket_was_removed_makes_it_anew,
     a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree,
     the_output_that_a_killed_shim_had_not_read_is_kept,
     a_recycled_pid_in_the_record_is_never_signalled,
     a_shim_of_another_version_is_left_alone,
-    a_record_that_cannot_be_read_ends_nobody,
+    an_unreadable_record_ends_no_process,
 );
 
 fn boot() -> String {
@@ -36,16 +36,16 @@ fn boot() -> String {
 
 const TICKS: &str = "trap '' PIPE; i=0; while :; do i=$((i+1)); echo $i; echo x >> near; sleep 0.01; done";
 
-async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: FreezerSetting) {
+async fn a_shim_that_another_process_has_stopped_is_continued_and_kept(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     let ReconnectOutcome::Linked(linked) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
     else {
-        panic!("it lives")
+        panic!("the shim is alive")
     };
     assert_eq!(linked.0.status().await.unwrap().state, TreeState::Running);
-    // A request on a link that is open already only raises doubt; somebody looks then.
+    // A request on an open link only raises doubt; the link's owner then wakes the shim.
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     let woken = async {
         link.doubted().await;
@@ -59,7 +59,7 @@ async fn a_shim_that_somebody_has_stopped_is_continued_and_kept(mechanism: Freez
 async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
-    // Asked for no reason it changes nothing.
+    // Without a reason, the signal changes nothing.
     let ctime = |path: &std::path::Path| std::fs::metadata(path).unwrap().modified().unwrap();
     let before = ctime(&bed.spec.socket);
     assert!(process::signal(launched.shim, libc::SIGHUP).unwrap());
@@ -70,10 +70,10 @@ async fn a_shim_whose_socket_was_removed_makes_it_anew(mechanism: FreezerSetting
     let (again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     assert_eq!(again.shim(), launched.shim);
     link.status().await.unwrap();
-    // The whole directory, as after a restart of a service without a lasting runtime directory.
+    // The whole directory, as after a restart of a service without a persistent runtime directory.
     std::fs::remove_dir_all(bed.path("s")).unwrap();
     let (_again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
-    // A file in its place that nobody listens at.
+    // A file in its place without a listener.
     std::fs::remove_file(&bed.spec.socket).unwrap();
     drop(UnixListener::bind(&bed.spec.socket).unwrap());
     let (_again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
@@ -84,7 +84,7 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
     let bed = Bed::new(mechanism, TICKS);
     let (launched, link, _events) = bed.launch().await;
     bed.growing(&["near"]).await;
-    // Somebody insists.
+    // A process keeps stopping the shim.
     let (over, shim) = (Arc::new(AtomicBool::new(false)), launched.shim);
     let end = Arc::clone(&over);
     let insists = std::thread::spawn(move || {
@@ -93,7 +93,7 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
         }
     });
     let mut reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300), &TaskTracker::new()).await;
-    // Between two stops it may have had the time to answer.
+    // Between two stops the shim may have had the time to answer.
     while let ReconnectOutcome::Linked(_) = reached {
         assert!(process::is_alive(launched.agent).unwrap());
         reached = reconnect(&bed.spec.run_dir, &boot(), Duration::from_millis(300), &TaskTracker::new()).await;
@@ -109,10 +109,10 @@ async fn a_shim_that_cannot_be_brought_to_answer_is_ended_with_its_tree(mechanis
     link.closed().await;
 }
 
-async fn a_record_that_cannot_be_read_ends_nobody(mechanism: FreezerSetting) {
+async fn an_unreadable_record_ends_no_process(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, TICKS);
     let (launched, _link, _events) = bed.launch().await;
-    // A folder in its place: read(2) fails, also for root.
+    // A directory in its place: read(2) fails, also for root.
     let exit = bed.spec.file(files::EXIT);
     std::fs::create_dir(&exit).unwrap();
     let ReconnectOutcome::Unknown(why) = reconnect(&bed.spec.run_dir, &boot(), PATIENCE, &TaskTracker::new()).await
@@ -147,7 +147,7 @@ async fn the_output_that_a_killed_shim_had_not_read_is_kept(mechanism: FreezerSe
     );
     let (launched, _link, _events) = bed.launch().await;
     until("the first lines", || bed.logs().len() == 101).await;
-    // It reads no more, but its end of the pipes stays open until it is killed.
+    // The process reads no more, but its ends of the pipes stay open until it is killed.
     assert!(process::signal(launched.shim, libc::SIGSTOP).unwrap());
     std::fs::write(bed.path("go"), "").unwrap();
     until("the rest to be in the pipes", || bed.path("written").exists()).await;
@@ -178,7 +178,7 @@ async fn a_recycled_pid_in_the_record_is_never_signalled(mechanism: FreezerSetti
     link.closed().await;
     until("the shim to end", || !process::is_alive(record.shim).unwrap()).await;
     std::fs::remove_file(bed.spec.run_dir.join(files::EXIT)).unwrap();
-    // Strangers now have the numbers of shim and agent; the shim's leads a session, as shims do.
+    // Unrelated processes now have the pids of shim and agent; that of the shim leads a session, as shims do.
     let strangers = ["setsid sleep 1000", "sleep 1000"]
         .map(|command| std::process::Command::new("sh").args(["-c", &format!("exec {command}")]).spawn().unwrap());
     let ids: Vec<ProcessId> =
@@ -229,7 +229,7 @@ async fn a_shim_of_another_version_is_left_alone(mechanism: FreezerSetting) {
         bed.growing(&["near"]).await;
     }
     assert_eq!(link.status().await.unwrap().state, TreeState::Running);
-    // The other way round: this shim, and a daemon that is newer.
+    // The other way round: this shim and a newer daemon.
     let (again, _more) = connect(&bed.run(), PATIENCE, &TaskTracker::new()).await.unwrap();
     again.status().await.unwrap();
     let stream = std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap();

@@ -19,17 +19,17 @@ use fermata_shim::spec::{LogLimits, files};
 use tokio_util::task::TaskTracker;
 
 for_both_mechanisms!(
-    an_exit_code_is_recorded_and_told,
+    an_exit_code_is_recorded_and_reported,
     a_death_by_signal_is_recorded,
     a_real_time_signal_is_recorded_too,
     leftovers_are_killed_when_the_main_process_ends,
     a_stop_is_obeyed_or_becomes_a_kill,
-    an_agent_stopped_by_somebody_else_can_be_stopped_for_good,
+    an_agent_that_another_process_has_suspended_can_be_ended,
     nothing_is_left_after_a_lost_shim_was_cleaned_up,
     the_death_of_the_launching_process_does_not_matter,
 );
 
-async fn an_exit_code_is_recorded_and_told(mechanism: FreezerSetting) {
+async fn an_exit_code_is_recorded_and_reported(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "echo out; echo err >&2; read line; exit 42");
     // stdin is empty, so the read ends at once: the exit may come before the link.
     let launched = bed.try_launch().await.unwrap();
@@ -90,13 +90,13 @@ async fn a_stop_is_obeyed_or_becomes_a_kill(mechanism: FreezerSetting) {
     let (_, link, mut events) = bed.launch().await;
     until("the trap", || !bed.logs().is_empty()).await;
     link.stop(Some(LONG)).await.unwrap();
-    // A second, more impatient stop counts.
+    // A second stop with a shorter grace takes effect.
     link.stop(Some(Duration::from_millis(100))).await.unwrap();
     assert_eq!(exited(&mut events).await.signal, Some(libc::SIGKILL));
     assert_eq!(bed.living(), [] as [i32; 0]);
 }
 
-async fn an_agent_stopped_by_somebody_else_can_be_stopped_for_good(mechanism: FreezerSetting) {
+async fn an_agent_that_another_process_has_suspended_can_be_ended(mechanism: FreezerSetting) {
     let bed = Bed::new(mechanism, "trap 'exit 5' TERM; echo up; while :; do sleep 0.01; done");
     let (_, link, mut events) = bed.launch().await;
     until("the trap", || !bed.logs().is_empty()).await;
@@ -127,7 +127,7 @@ async fn the_death_of_the_launching_process_does_not_matter(mechanism: FreezerSe
     let bed = Bed::new(mechanism, "echo up; while [ ! -e go ]; do sleep 0.01; done; exit 9");
     std::fs::create_dir_all(&bed.spec.run_dir).unwrap();
     std::fs::write(bed.spec.run_dir.join(files::LAUNCH), serde_json::to_vec(&bed.spec).unwrap()).unwrap();
-    // A stand-in for the daemon: runs the launcher, then dies with its whole process group.
+    // A substitute for the daemon: runs the launcher, then dies with its whole process group.
     let mut parent = Command::new("setsid")
         .args(["-w", "sh", "-c", "\"$0\" \"$1\"; echo launched; read never"])
         .arg(shim_program())
@@ -230,7 +230,7 @@ async fn the_agent_gets_its_own_environment_limits_mask_and_default_signals() {
     assert_eq!(found["files"], "123");
     assert_eq!(found["SigIgn"], "0000000000000000");
     assert_eq!(found["SigBlk"], "0000000000000000");
-    // stdin, stdout, stderr, and the one with which ls reads the folder.
+    // stdin, stdout, stderr, and the descriptor with which ls reads the directory.
     assert_eq!(found["fds"], "4");
     assert_eq!(found["odd"], bed.spec.run_id);
     let (pid, shim) = (launched.agent.pid, launched.shim.pid);
@@ -246,7 +246,7 @@ async fn a_hundred_thousand_lines_arrive_in_order_across_rotation() {
     let mut reader = LogReader::open(&bed.spec.run_dir.join("logs"), Start::Begin).unwrap();
     let mut next = 0;
     loop {
-        // Asked before the read: what is written before the end is read after it.
+        // Checked before the read, so that output written before the end is read after it.
         let ended = !process::is_alive(launched.shim).unwrap();
         let batch = reader.next_batch(1 << 18).unwrap();
         if batch.is_empty() {
@@ -267,7 +267,7 @@ async fn a_hundred_thousand_lines_arrive_in_order_across_rotation() {
 }
 
 #[tokio::test]
-async fn a_silent_peer_never_holds_the_shim_up() {
+async fn a_silent_peer_never_blocks_the_shim() {
     let bed = Bed::new(FreezerSetting::Auto, "while :; do sleep 60; done");
     let (_, link, mut events) = bed.launch().await;
     let silent: Vec<_> = (0..5).map(|_| std::os::unix::net::UnixStream::connect(&bed.spec.socket).unwrap()).collect();

@@ -1,4 +1,4 @@
-//! Agents with a terminal: what they see, what is typed, what is drawn for viewers, and how they end.
+//! Agents with a terminal: their output and input, the screen of viewers, and the end.
 
 use std::time::Instant;
 
@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 
 for_both_mechanisms!(
     a_frozen_agent_takes_no_input_and_goes_on_where_it_was,
-    a_suspended_agent_is_told_of_and_stays_so_after_a_pause,
+    a_suspended_agent_is_reported_and_stays_suspended_after_a_pause,
     an_agent_with_a_terminal_is_quiesced_by_its_signal,
-    stop_and_kill_reach_who_reads_the_terminal,
+    stop_and_kill_reach_a_process_that_reads_the_terminal,
 );
 
 const SIZE: TerminalSize = TerminalSize { rows: 24, cols: 80 };
@@ -38,15 +38,15 @@ async fn connect(bed: &Bed) -> (Viewing, Typing) {
     (viewing, typing)
 }
 
-/// Watches, and reads at once what comes: answers come the same way.
+/// Connects a viewer and reads at once what it gets: answers arrive on the same connection.
 async fn watch(bed: &Bed) -> (mpsc::UnboundedReceiver<ViewingEvent>, Typing) {
     let (mut viewing, typing) = connect(bed).await;
-    let (seen, out) = mpsc::unbounded_channel();
+    let (sender, out) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         loop {
             let next = viewing.next().await;
             let over = matches!(next, ViewingEvent::Gone | ViewingEvent::Exited(_));
-            if seen.send(next).is_err() || over {
+            if sender.send(next).is_err() || over {
                 return;
             }
         }
@@ -54,19 +54,19 @@ async fn watch(bed: &Bed) -> (mpsc::UnboundedReceiver<ViewingEvent>, Typing) {
     (out, typing)
 }
 
-/// Reads what a viewer is given until it holds a text; returns all of it since the last new screen.
+/// Reads the viewer's output until it contains a text; returns all of it since the last new screen.
 async fn see(viewing: &mut mpsc::UnboundedReceiver<ViewingEvent>, text: &str) -> String {
-    let mut seen = Vec::new();
+    let mut output = Vec::new();
     let until = Instant::now() + PATIENCE;
     loop {
-        let shown = String::from_utf8_lossy(&seen).into_owned();
+        let shown = String::from_utf8_lossy(&output).into_owned();
         if shown.contains(text) {
             return shown;
         }
         let left = until.saturating_duration_since(Instant::now());
         match tokio::time::timeout(left, viewing.recv()).await {
-            Ok(Some(ViewingEvent::Screen(_))) => seen.clear(),
-            Ok(Some(ViewingEvent::Output(bytes))) => seen.extend_from_slice(&bytes.0),
+            Ok(Some(ViewingEvent::Screen(_))) => output.clear(),
+            Ok(Some(ViewingEvent::Output(bytes))) => output.extend_from_slice(&bytes.0),
             other => panic!("waited for {text:?}, got {other:?} after {shown:?}"),
         }
     }
@@ -101,8 +101,8 @@ async fn an_agent_with_a_terminal_has_it_as_its_own_and_in_the_foreground() {
 }
 
 #[tokio::test]
-async fn output_of_the_last_moment_is_kept_even_when_something_holds_the_terminal() {
-    // It may have ended before anybody can connect.
+async fn the_last_output_is_kept_even_when_a_process_keeps_the_terminal_open() {
+    // The agent may have ended before the test can connect.
     let bed = plain("setsid sleep 1000 & seq 1 5000; printf 'the end'");
     let _launched = bed.try_launch().await.unwrap();
     let exit = bed.exit_record().await;
@@ -130,13 +130,13 @@ async fn what_is_typed_arrives_and_ctrl_c_interrupts() {
         match viewing.recv().await {
             Some(ViewingEvent::Exited(record)) => break assert_eq!(record.code, Some(3)),
             Some(ViewingEvent::Screen(_) | ViewingEvent::Output(_)) => {}
-            Some(ViewingEvent::Gone) | None => panic!("the end was not told"),
+            Some(ViewingEvent::Gone) | None => panic!("the end was not reported"),
         }
     }
 }
 
 #[tokio::test]
-async fn one_who_comes_late_sees_the_screen_as_it_is() {
+async fn a_late_viewer_gets_the_current_screen() {
     let bed = plain(
         "printf 'below\\r\\n'; printf '\\033[?1049h\\033[2J\\033[3;5H\\033[1;31mEDITOR\\033[?2004h\\033[?25l'; \
          echo > drawn; read x; printf '\\033[?1049l'; sleep 1000",
@@ -173,7 +173,7 @@ async fn a_resize_reaches_the_agent_and_draws_anew() {
 
 #[tokio::test]
 async fn viewers_that_never_read_cost_the_agent_nothing() {
-    // 50 MB through the terminal; a viewer that blocked it would make this hang.
+    // 50 MB through the terminal; with a viewer that blocked it this would hang.
     let bed = plain(
         "stty -echo; echo ready; read x; yes 0123456789012345678901234567890123456789 | head -c 50M | tail -c 100M; echo > done; read x",
     );
@@ -234,7 +234,7 @@ async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: Freez
     see(&mut viewing, "got one").await;
     link.freeze(LONG).await.unwrap();
     assert_eq!(refused(typing.type_in(b"two\r".to_vec()).await), RefusalCode::AgentFrozen);
-    // Who comes now sees what there is.
+    // A new viewer gets the current screen.
     let (mut late, _typing) = watch(&bed).await;
     see(&mut late, "got one").await;
     link.thaw().await.unwrap();
@@ -243,8 +243,8 @@ async fn a_frozen_agent_takes_no_input_and_goes_on_where_it_was(mechanism: Freez
     assert!(!shown.contains("two"), "{shown:?}");
 }
 
-async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: FreezerSetting) {
-    // One process: a shell that is stopped while it starts a child cannot be seen to be stopped.
+async fn a_suspended_agent_is_reported_and_stays_suspended_after_a_pause(mechanism: FreezerSetting) {
+    // One process: a shell that is stopped while it starts a child does not appear as stopped.
     let bed = bed(mechanism, "echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'");
     let (launched, link, mut events) = bed.launch().await;
     let (mut viewing, typing) = watch(&bed).await;
@@ -268,7 +268,7 @@ async fn a_suspended_agent_is_told_of_and_stays_so_after_a_pause(mechanism: Free
 }
 
 #[tokio::test]
-async fn ctrl_z_stops_the_whole_group_and_a_continue_lets_all_of_it_go_on() {
+async fn ctrl_z_stops_the_whole_group_and_a_continue_continues_all_of_it() {
     let writer =
         "perl -e 'while (1) { open(F, q(>>), q(child)); print F q(x); close F; select(undef, undef, undef, 0.01) }'";
     let bed = plain(&format!("{writer} & echo ready; exec perl -e 'select(undef, undef, undef, 0.02) while 1'"));
@@ -296,9 +296,9 @@ async fn an_agent_with_a_terminal_is_quiesced_by_its_signal(mechanism: FreezerSe
     type_in(&typing, "x").await;
 }
 
-async fn stop_and_kill_reach_who_reads_the_terminal(mechanism: FreezerSetting) {
+async fn stop_and_kill_reach_a_process_that_reads_the_terminal(mechanism: FreezerSetting) {
     for kill in [false, true] {
-        // The job has a process group of its own, which is the foreground; the shell waits for it.
+        // The job has a process group of its own in the foreground; the shell waits for it.
         let bed = bed(mechanism, "set -m; cat; echo the shell went on");
         let (_launched, link, mut events) = bed.launch().await;
         let (mut viewing, typing) = watch(&bed).await;

@@ -1,8 +1,8 @@
 # One agent of the chaos test: `perl agent.pl KIND LEDGER`.
 #
-# Every process that writes numbers its lines, and keeps a book LEDGER/RUN.WRITER with its pid, the
-# number of the line that it is about to write, and that of the last one which it has written.
-# Whoever leaves by itself writes its exit code into LEDGER/RUN.exit first.
+# Every writing process numbers its lines and keeps a record LEDGER/RUN.WRITER with its pid, the
+# number of the line that it is about to write, and the number of the last line that it has written.
+# A process that ends by itself first writes its exit code to LEDGER/RUN.exit.
 use strict;
 use warnings;
 use Fcntl qw(O_CREAT O_WRONLY SEEK_SET);
@@ -24,7 +24,7 @@ sub write_lines {
     sysopen(my $book, "$ledger/$run.$name", O_CREAT | O_WRONLY) or die "open the book of $name: $!";
     for (my $line = 1; ; $line++) {
         note($book, $line, $line - 1);
-        # Shorter than a pipe writes at once: it is in the pipe as a whole, or not at all.
+        # At most PIPE_BUF bytes: the write is atomic.
         until (syswrite($out, "$name $line\n")) { die "write line $line of $name: $!" unless $!{EINTR} }
         note($book, $line, $line);
         $after_each->($line) if $after_each;

@@ -1,5 +1,5 @@
-//! The books: what agents wrote down of themselves and what was done to them, against what the
-//! daemon and the shims have recorded.
+//! The books: what agents have recorded of themselves and what was done to them, compared with the records of the
+//! daemon and the shims.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,17 +17,15 @@ use serde_json::Value;
 use super::{Member, unix_ms};
 use crate::scene;
 
-/// For how long after it was given an order to end may be the reason of an end.
+/// How long after an order to end an end may be due to it.
 const ORDER_HOLDS_MS: i64 = 120_000;
 
-/// How far one writer has come, by its own book.
+/// The progress of one writer by its own record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Line {
-    /// The run.
     pub run: String,
-    /// Which process of the tree.
+    /// The name of the process in the tree.
     pub writer: String,
-    /// Its process id.
     pub pid: i32,
     /// The line that it was about to write.
     begun: u64,
@@ -35,7 +33,7 @@ pub struct Line {
     written: u64,
 }
 
-/// What the test knows.
+/// The records of the test.
 #[derive(Debug)]
 pub struct Books {
     ledger: PathBuf,
@@ -47,7 +45,7 @@ pub struct Books {
 }
 
 impl Books {
-    /// Opens empty books.
+    /// Creates empty books.
     pub fn open(sandbox: &Sandbox) -> Self {
         let ledger = sandbox.path().join("ledger");
         fs::create_dir(&ledger).expect("create the ledger");
@@ -63,32 +61,32 @@ impl Books {
         }
     }
 
-    /// Returns the directory in which agents write their books.
+    /// Returns the directory in which agents write their records.
     pub fn ledger(&self) -> &Path {
         &self.ledger
     }
 
-    /// Notes that an agent is about to be told to end, by us.
+    /// Records that the test is about to end an agent.
     pub fn ordered_end(&self, target: &Target) {
-        self.orders.lock().expect("nobody fails while noting").push((target.clone(), unix_ms()));
+        self.orders.lock().expect("no thread panics while it records").push((target.clone(), unix_ms()));
     }
 
-    /// Notes that the shim of a run is about to be killed.
+    /// Records that the shim of a run is about to be killed.
     pub fn killed_shim(&self, run: &RunId) {
-        self.killed_shims.lock().expect("nobody fails while noting").insert(run.to_string());
+        self.killed_shims.lock().expect("no thread panics while it records").insert(run.to_string());
     }
 
-    /// Notes that somebody else than the daemon is about to continue a process of a project.
+    /// Records that the test is about to continue a process of a project.
     pub fn continues_in(&self, project: &ProjectName) {
-        self.continued.lock().expect("nobody fails while noting").insert(project.clone());
+        self.continued.lock().expect("no thread panics while it records").insert(project.clone());
     }
 
-    /// Says whether somebody else has continued a process of the project.
+    /// Says whether the test has continued a process of the project.
     pub fn was_continued(&self, project: &ProjectName) -> bool {
-        self.continued.lock().expect("nobody fails while noting").contains(project)
+        self.continued.lock().expect("no thread panics while it records").contains(project)
     }
 
-    /// Reads who runs; `None` while a launch has not come so far.
+    /// Reads which processes run; `None` while a launch is in progress.
     pub fn record(&self, target: &Target, run: &RunId) -> Option<Value> {
         let path = self.run_dir(target, run.as_str()).join("run.json");
         serde_json::from_slice(&fs::read(path).ok()?).ok()
@@ -100,12 +98,12 @@ impl Books {
         agents.join(agent.as_str()).join("runs").join(run)
     }
 
-    /// Finds the living processes of a project's agents by the environment that they inherit.
+    /// Returns the living processes of a project's agents, found by the environment that they inherit.
     pub fn members_alive(&self, project: &ProjectName) -> Vec<i32> {
         self.marked(&[format!("FERMATA_PROJECT={project}")])
     }
 
-    /// Finds the living processes of one agent.
+    /// Returns the living processes of one agent.
     pub fn processes_of(&self, target: &Target) -> Vec<i32> {
         let agent = target.agent.as_ref().expect("a target of the chaos is one agent");
         self.marked(&[format!("FERMATA_PROJECT={}", target.project), format!("FERMATA_AGENT={agent}")])
@@ -115,7 +113,7 @@ impl Books {
         let mut found = Vec::new();
         for entry in fs::read_dir("/proc").expect("list /proc").flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
-            // One that has ended since it was listed, or a zombie, has no environment.
+            // A zombie or a process that has ended since it was listed has no environment.
             let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
             let has = |mark: &str| environment.split(|&b| b == 0).any(|variable| variable == mark.as_bytes());
             if has(&self.socket) && marks.iter().all(|mark| has(mark)) && process::is_alive(pid) {
@@ -126,7 +124,7 @@ impl Books {
         found
     }
 
-    /// Reads how far everybody has come.
+    /// Reads the progress of every writer.
     pub fn lines(&self) -> Vec<Line> {
         let mut lines = Vec::new();
         for entry in fs::read_dir(&self.ledger).expect("list the ledger").flatten() {
@@ -137,7 +135,7 @@ impl Books {
             }
             let text = fs::read_to_string(entry.path()).expect("read a book");
             let mut numbers = text.split_whitespace().map(|word| word.parse::<u64>().expect("books hold numbers"));
-            // A writer that was killed before its first note has written nothing.
+            // A writer that was killed before its first record has written nothing.
             let (Some(pid), Some(begun), Some(written)) = (numbers.next(), numbers.next(), numbers.next()) else {
                 continue;
             };
@@ -148,24 +146,24 @@ impl Books {
         lines
     }
 
-    /// Reads with which code the main process of a run meant to leave.
+    /// Reads the exit code with which the main process of a run intended to end.
     fn last_page(&self, run: &str) -> Option<i32> {
         fs::read_to_string(self.ledger.join(format!("{run}.exit"))).ok()?.trim().parse().ok()
     }
 
-    /// Sees that every run has one end, with the right code and every line that was written.
-    pub fn balance(&self, sandbox: &Sandbox, members: &[Member], told: &[RecordedEvent]) {
-        let stories = stories(told);
+    /// Asserts that every run has one end, with the right code, and that every line is in its log.
+    pub fn balance(&self, sandbox: &Sandbox, members: &[Member], events: &[RecordedEvent]) {
+        let stories = stories(events);
         let mut wrong = Vec::new();
-        let mut seen = Account::default();
+        let mut account = Account::default();
         let lines = self.lines();
         for (run, story) in &stories {
             if story.ends.is_empty() && story.superseded && self.never_ran(run, story, &lines) {
-                seen.unborn += 1;
+                account.unborn += 1;
                 continue;
             }
             let own: Vec<&Line> = lines.iter().filter(|line| line.run == *run).collect();
-            if let Err(why) = self.check(run, story, &own, &mut seen) {
+            if let Err(why) = self.check(run, story, &own, &mut account) {
                 wrong.push(format!("{} {run}: {why}; {:?}", story.target, story.ends));
             }
         }
@@ -181,40 +179,43 @@ impl Books {
         wrong.extend(
             lines.iter().filter(|line| !stories.contains_key(&line.run)).map(|line| format!("{line:?}: no such run")),
         );
-        println!("{} runs: {seen:?}", stories.len());
+        println!("{} runs: {account:?}", stories.len());
         assert!(wrong.is_empty(), "{wrong:#?}\n{}", sandbox.log());
-        assert!(stories.len() >= members.len() && seen.codes > 0 && seen.lines > 0, "nothing was tested: {seen:?}");
+        assert!(
+            stories.len() >= members.len() && account.codes > 0 && account.lines > 0,
+            "nothing was tested: {account:?}"
+        );
     }
 
-    /// A run that was announced, and for whom another was announced when the daemon died before it was
-    /// launched, has no end because it had no beginning.
+    /// A run that was announced, but not launched before the daemon died, has no end; the next daemon announces
+    /// another run for its agent.
     fn never_ran(&self, run: &str, story: &Story, lines: &[Line]) -> bool {
         let born = self.run_dir(&story.target, run).join("run.json").exists();
         !born && !story.started && lines.iter().all(|line| line.run != *run)
     }
 
-    fn check(&self, run: &str, story: &Story, own: &[&Line], seen: &mut Account) -> Result<(), String> {
+    fn check(&self, run: &str, story: &Story, own: &[&Line], account: &mut Account) -> Result<(), String> {
         let dir = self.run_dir(&story.target, run);
         let recorded = exit_record(&dir);
-        let shim_killed = self.killed_shims.lock().expect("nobody notes any more").contains(run);
+        let shim_killed = self.killed_shims.lock().expect("no thread panicked").contains(run);
         let complete = match story.ends.as_slice() {
             [End::Exited(exit, at)] => {
                 if recorded != Some(*exit) {
                     return Err(format!("exit.json says {recorded:?}"));
                 }
-                self.check_exit(run, story, *exit, *at, own, seen)?;
+                self.check_exit(run, story, *exit, *at, own, account)?;
                 true
             }
             [End::Interrupted(detail)] => {
-                seen.interrupted += 1;
+                account.interrupted += 1;
                 let unborn = detail.contains("while it was being started");
                 if !shim_killed && !unborn {
-                    return Err("nobody has killed its shim".into());
+                    return Err("its shim was not killed".into());
                 }
                 recorded.is_some()
             }
             [End::Parked] | [End::Parked, End::Interrupted(_)] => {
-                seen.parked += 1;
+                account.parked += 1;
                 if recorded.is_none() && !shim_killed {
                     return Err("it was parked without a record of its exit".into());
                 }
@@ -223,7 +224,7 @@ impl Books {
             [End::LaunchFailed(reason)] => return Err(format!("it could not be started: {reason}")),
             other => return Err(format!("it has {} ends", other.len())),
         };
-        self.check_log(&dir, own, complete, seen)
+        self.check_log(&dir, own, complete, account)
     }
 
     fn check_exit(
@@ -233,33 +234,33 @@ impl Books {
         exit: ExitStatus,
         at: i64,
         own: &[&Line],
-        seen: &mut Account,
+        account: &mut Account,
     ) -> Result<(), String> {
         let meant = self.last_page(run);
         match exit {
             ExitStatus::Code(code) => {
-                seen.codes += 1;
+                account.codes += 1;
                 if meant != Some(code) {
                     return Err(format!("it meant to leave with {meant:?}"));
                 }
             }
             ExitStatus::Signal(signal) => {
-                seen.signals += 1;
-                let orders = self.orders.lock().expect("nobody notes any more");
+                account.signals += 1;
+                let orders = self.orders.lock().expect("no thread panicked");
                 let ordered = |(target, given): &(Target, i64)| {
                     *target == story.target && *given <= at && at - given < ORDER_HOLDS_MS
                 };
                 let early = own.iter().all(|line| line.writer != "main");
                 let possible = signal == 9 || signal == 15 && early;
                 if !possible || !orders.iter().any(ordered) {
-                    return Err(format!("nobody has told it to end; it meant to leave with {meant:?}"));
+                    return Err(format!("it was not ordered to end; it intended to exit with {meant:?}"));
                 }
             }
         }
         Ok(())
     }
 
-    fn check_log(&self, dir: &Path, own: &[&Line], complete: bool, seen: &mut Account) -> Result<(), String> {
+    fn check_log(&self, dir: &Path, own: &[&Line], complete: bool, account: &mut Account) -> Result<(), String> {
         let mut written: BTreeMap<String, u64> = BTreeMap::new();
         for payload in log(dir)? {
             let (writer, number) = payload.split_once(' ').ok_or_else(|| format!("its log says {payload:?}"))?;
@@ -271,16 +272,16 @@ impl Books {
         }
         for line in own {
             let logged = written.remove(&line.writer).unwrap_or(0);
-            seen.lines += logged;
+            account.lines += logged;
             if logged > line.begun || complete && logged < line.written {
                 return Err(format!("its log has {logged} lines of {line:?}"));
             }
         }
-        if written.is_empty() { Ok(()) } else { Err(format!("nobody wrote {written:?}, which its log has")) }
+        if written.is_empty() { Ok(()) } else { Err(format!("no process wrote {written:?}, which is in its log")) }
     }
 }
 
-/// What was seen, so that a test of nothing is not taken for a success.
+/// The number of facts that were checked, to detect a test of nothing.
 #[derive(Debug, Default)]
 struct Account {
     codes: usize,
@@ -291,7 +292,7 @@ struct Account {
     lines: u64,
 }
 
-/// What the events tell of one run.
+/// The events of one run.
 #[derive(Debug)]
 struct Story {
     target: Target,
@@ -308,9 +309,9 @@ enum End {
     LaunchFailed(String),
 }
 
-fn stories(told: &[RecordedEvent]) -> BTreeMap<String, Story> {
+fn stories(events: &[RecordedEvent]) -> BTreeMap<String, Story> {
     let mut stories = BTreeMap::new();
-    for recorded in told {
+    for recorded in events {
         let (run, end) = match &recorded.event {
             Event::AgentStarting { agent, run, .. } => {
                 let target = Target::agent(recorded.project.clone(), agent.clone());
@@ -357,9 +358,9 @@ fn exit_record(run_dir: &Path) -> Option<ExitStatus> {
     number("signal").map(ExitStatus::Signal).or(number("code").map(ExitStatus::Code))
 }
 
-/// Reads what a run has written, in the order of the log: `TIME STREAM F TEXT`.
+/// Reads the log of a run, in order: `TIME STREAM F TEXT`.
 fn log(run_dir: &Path) -> Result<Vec<String>, String> {
-    // A few lines only: no run comes near the size at which a log is rotated.
+    // A few lines only: no run reaches the size at which a log is rotated.
     let bytes = fs::read(run_dir.join("logs/current.log")).unwrap_or_default();
     let text = String::from_utf8(bytes).map_err(|e| format!("its log: {e}"))?;
     let whole = text.rsplit_once('\n').map_or("", |(whole, _)| whole);

@@ -1,4 +1,4 @@
-//! What is done to the agents, by whom, and what came of it.
+//! The random actions on agents, and their results.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -21,22 +21,22 @@ use super::books::Books;
 use super::{HANDS, Member, PATIENCE, PROJECTS, project};
 use crate::scene;
 
-/// One random event. Numbers name a member or a project.
+/// One random action. Numbers stand for a member or a project.
 #[derive(Debug, Clone, Copy)]
 pub enum Deed {
-    /// SIGKILL to the daemon, and a new one.
+    /// SIGKILL to the daemon, followed by a new daemon.
     CrashDaemon,
     /// SIGKILL to a member's shim.
     KillShim(usize),
-    /// SIGKILL to some process of a member's tree.
+    /// SIGKILL to a process of a member's tree.
     KillOne(usize, u64),
-    /// SIGCONT to some process of a member's tree.
+    /// SIGCONT to a process of a member's tree.
     Continue(usize, u64),
     /// Pause of a project.
     Pause(usize, PauseMode),
     /// Resume of a project.
     Resume(usize),
-    /// Stop of a member, with so many milliseconds of grace.
+    /// Stop of a member, with that many milliseconds of grace.
     Stop(usize, u64),
     /// Kill of a member.
     Kill(usize),
@@ -77,12 +77,11 @@ impl Deed {
     }
 }
 
-/// Random numbers that follow from a seed (SplitMix64).
+/// A random number generator with a seed (SplitMix64).
 #[derive(Debug)]
 pub struct Chance(u64);
 
 impl Chance {
-    /// Begins with a seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }
@@ -100,7 +99,7 @@ impl Chance {
     }
 }
 
-/// Those who do it, side by side.
+/// The threads that perform the actions in parallel.
 pub struct Hands<'a> {
     socket: PathBuf,
     members: &'a [Member],
@@ -110,14 +109,13 @@ pub struct Hands<'a> {
 }
 
 impl<'a> Hands<'a> {
-    /// Makes hands that have nothing to do yet.
+    /// Creates the threads' shared state.
     pub fn new(sandbox: &Sandbox, members: &'a [Member], books: &'a Books) -> Self {
         let socket = sandbox.socket().to_owned();
         Self { socket, members, books, outcomes: Mutex::default(), faults: Mutex::default() }
     }
 
-    /// Does so many deeds. The daemon is this thread's: a crash comes in the middle of what the
-    /// others do.
+    /// Performs that many actions. This thread owns the daemon: a crash interrupts the actions of the other threads.
     pub fn work(&self, sandbox: &mut Sandbox, mut chance: Chance, deeds: usize) {
         let (give, take) = sync_channel(HANDS);
         let take = Mutex::new(take);
@@ -150,14 +148,14 @@ impl<'a> Hands<'a> {
                 Err(ClientError::Refused(refusal)) => {
                     if is_fault(refusal.code) {
                         let fault = format!("{deed:?}: {refusal:?}; before that: {}", self.history_of(deed));
-                        self.faults.lock().expect("no hand fails while it tells").push(fault);
+                        self.faults.lock().expect("no thread panics while it records").push(fault);
                     }
                     refusal.code.as_str().to_owned()
                 }
-                // The daemon was killed under it.
+                // The daemon was killed during the call.
                 Err(ClientError::Broken(_) | ClientError::Closed | ClientError::Unreachable { .. }) => "crash".into(),
                 Err(other) => {
-                    self.faults.lock().expect("no hand fails while it tells").push(format!("{deed:?}: {other}"));
+                    self.faults.lock().expect("no thread panics while it records").push(format!("{deed:?}: {other}"));
                     "garbled".into()
                 }
             };
@@ -192,24 +190,24 @@ impl<'a> Hands<'a> {
         }
     }
 
-    /// What the project of a deed told last, for the one who has to find out what went wrong.
+    /// Returns the last events of the action's project, for the message of a failure.
     fn history_of(&self, deed: Deed) -> String {
         let (Deed::Stop(member, _) | Deed::Kill(member) | Deed::Restart(member)) = deed else { return String::new() };
         let target = &self.members[member].target;
         let filter = EventFilter { project: Some(target.project.clone()), kinds: Vec::new() };
         let mut list = EventsList { cursor: None, filter, limit: Some(500) };
-        let mut told = Vec::new();
+        let mut history = Vec::new();
         while let Ok(page) = self.client().and_then(|mut client| client.call(&list)) {
             if page.events.is_empty() {
                 break;
             }
             let about = |event: &Event| event.agent().is_none_or(|agent| Some(agent) == target.agent.as_ref());
             let lines = page.events.iter().filter(|recorded| about(&recorded.event));
-            told.extend(lines.map(|recorded| format!("{} {}", recorded.at.0, recorded.event.kind())));
+            history.extend(lines.map(|recorded| format!("{} {}", recorded.at.0, recorded.event.kind())));
             list.cursor = Some(page.cursor);
         }
-        let last = told.len().saturating_sub(30);
-        told[last..].join("; ")
+        let last = history.len().saturating_sub(30);
+        history[last..].join("; ")
     }
 
     fn will_end(&self, member: usize) -> Target {
@@ -262,24 +260,24 @@ impl<'a> Hands<'a> {
     }
 
     fn came_to(&self, deed: Deed, what: String) {
-        let mut outcomes = self.outcomes.lock().expect("no hand fails while it tells");
+        let mut outcomes = self.outcomes.lock().expect("no thread panics while it records");
         *outcomes.entry((deed.word(), what)).or_default() += 1;
     }
 
-    /// Says how often each deed came to what.
+    /// Returns how often each action had which result.
     pub fn account(&self) -> String {
         let outcomes = self.outcomes.lock().expect("all hands are done");
         let line = |((deed, what), times): (&(&str, String), &usize)| format!("{deed}: {what} {times}");
         outcomes.iter().map(line).collect::<Vec<_>>().join(", ")
     }
 
-    /// Returns what nobody may be told whatever happens.
+    /// Returns the answers that no action may get.
     pub fn faults(&self) -> Vec<String> {
         self.faults.lock().expect("all hands are done").clone()
     }
 }
 
-/// A refusal says that the moment is wrong for a deed. These say that something is broken.
+/// Most refusals only mean that an action came at the wrong moment. These mean that something is broken.
 fn is_fault(code: Code) -> bool {
     matches!(
         code,
@@ -298,7 +296,7 @@ fn is_fault(code: Code) -> bool {
     )
 }
 
-/// Sends a signal. That the process has ended since it was seen is part of the game.
+/// Sends a signal. The process may have ended since it was found.
 fn send(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).ok();
 }

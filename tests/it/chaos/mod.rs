@@ -1,9 +1,9 @@
-//! Chaos: a hundred agents with nasty trees, three hundred random deeds of four hands at once, and
-//! then the books are balanced.
+//! Chaos: a hundred agents with difficult process trees, three hundred random actions of four threads at once, and
+//! then a check of all records.
 //!
-//! The deeds follow from a seed, which is printed; `FERMATA_TEST_SEED=N` repeats it. Who gets in
-//! whose way depends on the machine as well. A seed that has found a fault is added to `seeds.txt`. With every crash of the daemon the configuration
-//! changes between the two ways to freeze, so that soon both are mixed within every project.
+//! The actions follow from a seed, which is printed; `FERMATA_TEST_SEED=N` repeats it. The interleaving depends on the
+//! machine as well. A seed that has found a fault is added to `seeds.txt`. With every crash of the daemon the
+//! configuration changes between the two ways to freeze, so that soon both are mixed within every project.
 
 mod books;
 mod deeds;
@@ -29,17 +29,17 @@ const AGENTS: usize = 100;
 const DEEDS: usize = 300;
 const HANDS: usize = 4;
 
-/// What there is below an agent; see `agent.pl`.
+/// The process trees of agents; see `agent.pl`.
 const KINDS: [&str; 10] =
     ["plain", "session", "orphan", "deaf", "storm", "group", "stopped", "mortal", "handler", "chain"];
 
-/// How long anything may take while a hundred trees run on a machine that others use too.
+/// The deadline for everything while a hundred trees run on a machine that other processes use too.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// How often a process that nobody stops writes while nobody in a paused project may.
+/// How often a running process writes while no process of a paused project may.
 const BEATS: u64 = 15;
 
-/// One of the hundred.
+/// One of the hundred agents.
 #[derive(Debug, Clone)]
 struct Member {
     target: Target,
@@ -81,7 +81,7 @@ fn seeds() -> Vec<u64> {
 }
 
 #[test]
-fn chaos_loses_forgets_and_leaves_behind_nobody() {
+fn chaos_neither_loses_an_agent_nor_leaves_a_process_behind() {
     let seeds = seeds();
     assert!(!seeds.is_empty());
     seeds.into_iter().for_each(chaos);
@@ -105,19 +105,19 @@ fn chaos(seed: u64) {
     assert_eq!(hands.faults(), Vec::<String>::new());
 
     settle(&sandbox, &books);
-    hold_everybody(&mut sandbox, &books);
-    let_everybody_go_on(&sandbox, &members, &books);
-    end_everybody(&sandbox, &members, &books);
+    pause_all(&mut sandbox, &books);
+    resume_all(&sandbox, &members, &books);
+    end_all(&sandbox, &members, &books);
 
-    let told = books::events(&sandbox);
-    nobody_is_left(&sandbox, &members, &books);
+    let events = books::events(&sandbox);
+    nothing_is_left(&sandbox, &members, &books);
     assert!(sandbox.stop_daemon().success(), "the daemon ends in order");
     books::database_is_whole(&sandbox);
-    books.balance(&sandbox, &members, &told);
-    // A daemon that finds all this has nothing to mend.
+    books.balance(&sandbox, &members, &events);
+    // A new daemon finds nothing to repair.
     sandbox.start_daemon();
-    nobody_is_left(&sandbox, &members, &books);
-    assert_eq!(books::events(&sandbox).len(), told.len(), "a start without agents tells nothing");
+    nothing_is_left(&sandbox, &members, &books);
+    assert_eq!(books::events(&sandbox).len(), events.len(), "a start without agents publishes events");
 }
 
 fn start(sandbox: &Sandbox, books: &Books, member: &Member) {
@@ -138,7 +138,7 @@ fn start(sandbox: &Sandbox, books: &Books, member: &Member) {
         stop_grace_ms: Some(400),
         supervision: Default::default(),
     };
-    // Two hands may want to create the project at once: the one that was late finds it made.
+    // Two threads may create the project at the same time: the later one finds it created.
     let refused = scene::refusal(sandbox.rpc().call(&run)).err();
     if let Some(refusal) = refused {
         assert_eq!(refusal.code, Code::ProjectExists, "{}: {refusal:?}", member.target);
@@ -146,7 +146,7 @@ fn start(sandbox: &Sandbox, books: &Books, member: &Member) {
     }
 }
 
-/// Waits until no project is in the middle of anything.
+/// Waits until no project has an operation under way.
 fn settle(sandbox: &Sandbox, books: &Books) {
     for number in 0..PROJECTS {
         let shown = || scene::done(sandbox, &ProjectShow { project: project(number) });
@@ -161,12 +161,12 @@ fn settle(sandbox: &Sandbox, books: &Books) {
     }
 }
 
-/// Pauses every project, and sees that nobody moves: neither under this daemon nor under the next.
-fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
+/// Pauses every project, and asserts that no agent runs, neither under this daemon nor under the next.
+fn pause_all(sandbox: &mut Sandbox, books: &Books) {
     for number in 0..PROJECTS {
         if books.was_continued(&project(number)) {
-            // Whom a stray SIGCONT has woken in a tree that signals hold is not looked for here: the
-            // pause is made anew.
+            // A process that a stray SIGCONT has woken in a tree that is frozen by signals is not checked here: the
+            // project is paused again.
             let resume = ProjectResume { project: project(number), checkpoint: None, over_budget: false };
             let resumed = scene::refusal(sandbox.rpc().call(&resume));
             assert!(resumed.is_ok() || resumed.is_err_and(|refusal| refusal.code == Code::NotPaused));
@@ -185,28 +185,28 @@ fn hold_everybody(sandbox: &mut Sandbox, books: &Books) {
     for _ in 0..2 {
         for number in 0..PROJECTS {
             let alive = books.members_alive(&project(number));
-            let moving = || alive.iter().filter(|&&pid| process::is_alive(pid) && !scene::is_held(pid));
-            // Those who die of what happened before need a moment.
+            let moving = || alive.iter().filter(|&&pid| process::is_alive(pid) && !scene::is_frozen(pid));
+            // Processes that are being killed need a moment.
             let still = poll_for(PATIENCE, || moving().next().is_none().then_some(()));
             let who = |pid: &i32| format!("{pid} {} {:?}", process::command_line(*pid), process::state(*pid));
             assert!(still.is_some(), "in p{number} there move {:?}", moving().map(who).collect::<Vec<_>>());
         }
         let before = books.lines();
         wait_for_beats(BEATS);
-        assert!(books.lines() == before, "somebody writes in a paused project");
+        assert!(books.lines() == before, "a process writes in a paused project");
         sandbox.crash_and_restart();
     }
 }
 
-/// Resumes every project, and sees that everybody moves again.
-fn let_everybody_go_on(sandbox: &Sandbox, members: &[Member], books: &Books) {
+/// Resumes every project, and asserts that every agent runs again.
+fn resume_all(sandbox: &Sandbox, members: &[Member], books: &Books) {
     for number in 0..PROJECTS {
         let resume = ProjectResume { project: project(number), checkpoint: None, over_budget: false };
         if let Err(refusal) = scene::refusal(sandbox.rpc().call(&resume)) {
             assert_eq!(refusal.code, Code::NotPaused, "p{number}: {refusal:?}");
         }
     }
-    // Somebody must be left, or all that follows says nothing.
+    // Some agents must be left, or the rest of the test says nothing.
     let running = sandbox.agents().iter().filter(|agent| agent.pid.is_some()).count();
     assert!(running >= AGENTS / 10, "only {running} agents have outlived the chaos");
     let before = books.lines();
@@ -217,7 +217,7 @@ fn let_everybody_go_on(sandbox: &Sandbox, members: &[Member], books: &Books) {
             |pid: &i32| before.iter().any(|line| line.pid == *pid && line.writer != "stopped" && now.contains(line));
         alive.iter().copied().filter(|pid| process::is_alive(*pid) && stands(pid)).collect::<Vec<_>>()
     };
-    wait_until(PATIENCE, "everybody who lives to write on", || stuck().is_empty());
+    wait_until(PATIENCE, "every living process to write", || stuck().is_empty());
     for agent in sandbox.agents() {
         let runs = agent.status.as_str() == "running";
         assert!(runs == agent.pid.is_some() && (runs || agent.status.is_terminal()), "{agent:?}");
@@ -225,8 +225,8 @@ fn let_everybody_go_on(sandbox: &Sandbox, members: &[Member], books: &Books) {
     assert_eq!(sandbox.agents().len(), members.len());
 }
 
-/// Kills those who do not listen, and asks the others to end: they all have the time to.
-fn end_everybody(sandbox: &Sandbox, members: &[Member], books: &Books) {
+/// Kills the agents that ignore SIGTERM, and stops the others with enough time to end.
+fn end_all(sandbox: &Sandbox, members: &[Member], books: &Books) {
     let over = [Code::AgentNotRunning];
     for member in members.iter().filter(|member| member.kind == "deaf") {
         books.ordered_end(&member.target);
@@ -239,15 +239,15 @@ fn end_everybody(sandbox: &Sandbox, members: &[Member], books: &Books) {
         let stopped = scene::refusal(sandbox.rpc().call(&AgentStop { target, grace_ms }));
         assert!(stopped.as_ref().err().is_none_or(|refusal| over.contains(&refusal.code)), "{stopped:?}");
     }
-    // A restart that was refused or lost in the chaos is no excuse: everybody can be brought back.
+    // A restart may have been refused or lost during the chaos, but every agent can be started again.
     let one = &members[0].target;
     books.ordered_end(one);
     scene::done(sandbox, &AgentRestart { target: one.clone() });
     scene::done(sandbox, &AgentStop { target: one.clone(), grace_ms: u64::try_from(PATIENCE.as_millis()).ok() });
 }
 
-/// Looks for processes, groups and sockets, and at what the daemon says of everybody.
-fn nobody_is_left(sandbox: &Sandbox, members: &[Member], books: &Books) {
+/// Checks for leftover processes, groups and sockets, and the status of every agent.
+fn nothing_is_left(sandbox: &Sandbox, members: &[Member], books: &Books) {
     let agents = sandbox.agents();
     assert_eq!(agents.len(), members.len());
     for agent in agents {
@@ -265,7 +265,7 @@ fn nobody_is_left(sandbox: &Sandbox, members: &[Member], books: &Books) {
             shown.project.status
         );
     }
-    // Shims end a moment after they have told the end of their agents.
+    // Shims end a moment after they have reported the end of their agents.
     let rest = || {
         let daemon = sandbox.daemon_pid();
         let mut rest = sandbox.daemon_group().unwrap_or_default();

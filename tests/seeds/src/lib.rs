@@ -1,5 +1,5 @@
-//! Where random tests take their seed from. It is fixed, so that one commit gives one result, unless the environment
-//! asks for another one.
+//! The seeds of random tests. The seed is fixed, so that a commit always gives the same result, unless the environment
+//! sets another one.
 //!
 //! | variable | value | effect |
 //! |---|---|---|
@@ -23,15 +23,15 @@ const SEED: &str = "FERMATA_TEST_SEED";
 /// Names the variable that multiplies the cases of property tests.
 const CASES: &str = "FERMATA_TEST_CASES";
 
-/// The seed where the environment does not ask for another one.
+/// The seed that is used unless the environment sets another one.
 pub const FIXED: u64 = 20_260_401;
 
-/// A seed and where it comes from.
+/// A seed and its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Seed {
-    /// The environment asks for nothing.
+    /// The environment sets no seed.
     Fixed,
-    /// The environment asks for this seed, or for any.
+    /// The environment sets this seed, or `random`.
     Chosen(u64),
 }
 
@@ -47,7 +47,7 @@ static CHOSEN: LazyLock<Seed> = LazyLock::new(|| match env::var(SEED).as_deref()
 /// When `FERMATA_TEST_SEED` is neither `random` nor a number.
 pub fn seed() -> Seed {
     if let Seed::Chosen(seed) = *CHOSEN {
-        // The test harness shows it where the test fails.
+        // The test harness prints this when the test fails.
         println!("{SEED}={seed}");
     }
     *CHOSEN
