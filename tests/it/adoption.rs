@@ -225,7 +225,7 @@ fn a_launch_that_the_daemon_did_not_live_to_see_is_found() {
 }
 
 #[test]
-fn an_agent_whose_shim_was_killed_before_it_recorded_it_does_not_go_on() {
+fn an_agent_whose_shim_was_killed_before_it_recorded_the_start_is_ended() {
     for config in MECHANISMS {
         for down in [false, true] {
             let point = "shim.agent_started=stop";

@@ -104,7 +104,7 @@ fn units(sandbox: &Sandbox, units_done: u64) {
 }
 
 #[test]
-fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
+fn an_interval_makes_a_checkpoint_of_a_changed_project_only() {
     let sandbox = telling();
     let ticker = at_work(&sandbox, OFTEN);
     let first = wait_for_checkpoints(&sandbox, 1);
@@ -126,7 +126,7 @@ fn time_makes_one_where_something_has_changed_and_nothing_at_all_where_not() {
 }
 
 #[test]
-fn units_of_progress_make_one_and_so_do_completed_tasks() {
+fn units_of_progress_and_completed_tasks_make_a_checkpoint() {
     let mut sandbox = telling();
     at_work(&sandbox, AutomaticCheckpoints { every_units: 10, ..AutomaticCheckpoints::NEVER });
     units(&sandbox, 9);
@@ -150,7 +150,7 @@ fn units_of_progress_make_one_and_so_do_completed_tasks() {
 }
 
 #[test]
-fn a_new_phase_makes_one_and_an_idle_project_none() {
+fn a_new_phase_makes_a_checkpoint_and_an_idle_project_makes_none() {
     let sandbox = telling();
     at_work(&sandbox, AutomaticCheckpoints::default());
     let phase = |phase| ProjectSet { project: web(), description: None, phase: Some(phase), config: None };
@@ -228,7 +228,7 @@ fn a_failed_automatic_checkpoint_is_reported_once_and_tried_again_later() {
 }
 
 #[test]
-fn a_daemon_that_dies_in_one_leaves_nothing_and_the_next_makes_it() {
+fn a_daemon_that_dies_in_an_automatic_checkpoint_leaves_nothing_and_the_next_makes_it() {
     for failpoint in ["pause.frozen", "checkpoint.captured", "checkpoint.sealed", "checkpoint.commit"] {
         let mut sandbox = Sandbox::builder().env(FAILPOINT, &format!("{failpoint}=abort")).start();
         project_with(&sandbox, "web", OFTEN);

@@ -333,7 +333,7 @@ fn a_pause_on_a_disk_that_fills_up_meanwhile_fails_and_the_agent_runs() {
 }
 
 #[test]
-fn a_checkpoint_below_the_disk_floor_is_refused_before_anybody_is_frozen() {
+fn a_checkpoint_below_the_disk_floor_is_refused_before_an_agent_is_frozen() {
     let sandbox = Sandbox::builder().config("[pause]\ndisk_floor_bytes = 1000000000000000\n").start();
     let ticker = Ticker::start(&sandbox);
     assert_eq!(refused(&sandbox, &create()).code, Code::DiskFull);
