@@ -149,6 +149,7 @@ pub fn is_no_listener(error: &ClientError) -> bool {
 pub fn explain(error: ClientError, agent: bool) -> CommandError {
     match error {
         ClientError::Unreachable { path, source } => {
+            #[cfg_attr(not(test), expect(clippy::wildcard_enum_match_arm, reason = "one kind has a hint of its own"))]
             let hint = match source.kind() {
                 io::ErrorKind::PermissionDenied => {
                     "permission denied: join the group fermata, or run your own daemon with FERMATA_RUNTIME_DIR"
@@ -168,7 +169,9 @@ pub fn explain(error: ClientError, agent: bool) -> CommandError {
             )
             .hint("see its log, or 'systemctl status fermatad'")
         }
-        other => other.into(),
+        ClientError::Broken(_) | ClientError::Closed | ClientError::Garbled(_) | ClientError::Refused(_) => {
+            error.into()
+        }
     }
 }
 

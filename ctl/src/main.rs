@@ -3,12 +3,20 @@
 //! Results go to stdout, messages to stderr. All decisions are made by the daemon; this program sends requests and
 //! shows the results.
 #![forbid(unsafe_code)]
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 mod agent_environment;
 mod autostart;
 mod cli;
 mod commands;
 mod connect;
+#[cfg_attr(
+    not(test),
+    expect(
+        clippy::wildcard_enum_match_arm,
+        reason = "a key names the kinds of values that it takes and refuses all others"
+    )
+)]
 mod declaration;
 mod errors;
 mod keys;

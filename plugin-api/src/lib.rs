@@ -47,6 +47,7 @@
 //!
 //! export_plugin!(Bell);
 //! ```
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 #![warn(missing_docs)]
 
 pub mod abi;

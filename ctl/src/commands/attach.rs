@@ -349,6 +349,10 @@ impl AttachedTerminal<'_> {
 
     fn take_signals(&mut self) -> Result<Option<AttachExit>, AttachError> {
         while let Some(signal) = self.terminal.signal() {
+            #[cfg_attr(
+                not(test),
+                expect(clippy::wildcard_enum_match_arm, reason = "every other signal ends the viewer")
+            )]
             match signal {
                 Signal::SIGWINCH if self.writing => self.send_size()?,
                 Signal::SIGWINCH => {}

@@ -130,7 +130,7 @@ pub fn refusal_row(target: Target, error: CommandError) -> Result<ActionRow, Com
         CommandError::Reported(report) if report.exit != Exit::Unreachable && report.exit != Exit::TimedOut => {
             Ok(ActionRow::failed(target, &error))
         }
-        _ => Err(error),
+        CommandError::Reported(_) | CommandError::OutputClosed => Err(error),
     }
 }
 

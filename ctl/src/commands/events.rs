@@ -84,7 +84,7 @@ fn summary(data: &Value) -> String {
             Value::Array(items) if items.iter().any(|i| i.is_object() || i.is_array()) => continue,
             Value::String(text) if text.is_empty() => continue,
             Value::String(text) if !text.contains([' ', '\n']) => text.clone(),
-            other => other.to_string(),
+            Value::Bool(_) | Value::Number(_) | Value::String(_) | Value::Array(_) => value.to_string(),
         };
         parts.push(format!("{name}={}", truncate(&clean(&text), 60)));
     }

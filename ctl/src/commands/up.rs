@@ -70,10 +70,11 @@ fn refuse_while_paused(project: Option<&ProjectDetail>) -> Result<(), CommandErr
     };
     let error =
         CommandError::new(Exit::Failed, code.as_str(), format!("project '{name}' {state}; nothing was changed"));
-    Err(match project.status {
-        ProjectStatus::Paused => error.hint(format!("fermatactl resume {name} && fermatactl up")),
-        _ => error.hint(format!("wait until it is done: fermatactl status {name}")),
-    })
+    Err(error.hint(if project.status == ProjectStatus::Paused {
+        format!("fermatactl resume {name} && fermatactl up")
+    } else {
+        format!("wait until it is done: fermatactl status {name}")
+    }))
 }
 
 /// Creates the project, or applies the settings of the file to it.
