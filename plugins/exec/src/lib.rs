@@ -12,6 +12,7 @@
 //! Programs are run without a shell, and variables are not expanded. Each program gets its request as JSON on stdin; its
 //! output goes to the log of the daemon. `program` runs it, `settings` parses the table above, `artifacts` lists the
 //! files that it has written.
+#![cfg_attr(not(test), warn(clippy::wildcard_enum_match_arm))]
 
 mod artifacts;
 mod program;
