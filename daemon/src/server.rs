@@ -91,8 +91,10 @@ pub enum StartError {
     ProgramMissing { name: &'static str },
     #[error("read the kernel's boot id")]
     BootId(#[source] std::io::Error),
-    #[error("install signal handlers")]
+    #[error("block signals")]
     Signals(#[source] std::io::Error),
+    #[error("start the threads of the runtime")]
+    Runtime(#[source] std::io::Error),
 }
 
 /// Options of the command line.

@@ -59,7 +59,8 @@ fn main() -> ExitCode {
                 | StartError::Bind(_)
                 | StartError::ProgramMissing { .. }
                 | StartError::BootId(_)
-                | StartError::Signals(_) => ExitCode::FAILURE,
+                | StartError::Signals(_)
+                | StartError::Runtime(_) => ExitCode::FAILURE,
             }
         }
     }
@@ -95,7 +96,7 @@ fn run(arguments: &Arguments) -> Result<(), StartError> {
         .max_blocking_threads(32)
         .enable_all()
         .build()
-        .map_err(StartError::Signals)?;
+        .map_err(StartError::Runtime)?;
     runtime.block_on(server::run(options, settings, log))
 }
 

@@ -179,13 +179,10 @@ impl Projects {
             leftovers::defer_removal(&dir).map_err(|e| Failure::fault(&format!("remove {}", dir.display()), &e))
         })
         .await?;
-        // The name can be used again before all files are removed.
+        // In the tracker, since the caller may vanish. The name can be used again before all files are removed.
+        let removal = self.services.tracker.spawn_blocking(move || leftovers::remove_deferred(aside));
         drop(changing);
-        blocking("remove the project's files", move || {
-            leftovers::remove_deferred(aside);
-            Ok(())
-        })
-        .await?;
+        removal.await.map_err(|e| Failure::fault("remove the project's files", &e))?;
         Ok(reply)
     }
 

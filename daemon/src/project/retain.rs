@@ -177,7 +177,11 @@ async fn maintain(step: StepContext, handle: ProjectHandle) {
             }
         }
         tokio::select! {
-            () = consolidation::idle(&step) => {}
+            done = consolidation::idle(&step) => {
+                if !done {
+                    return;
+                }
+            }
             () = step.services.stopping.cancelled() => return,
         }
     }

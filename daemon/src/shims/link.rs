@@ -85,6 +85,13 @@ pub struct ShimLink {
     doubt: Notify,
 }
 
+/// Ends the task, also while it waits for a shim that does not read. A request borrows the link, so none is lost.
+impl Drop for ShimLink {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
 impl ShimLink {
     /// Connects and shakes hands. The returned channel receives the shim's events until the link ends. The task of the
     /// link runs in `tasks` and ends when the link is dropped.

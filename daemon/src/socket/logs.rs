@@ -145,7 +145,8 @@ fn chosen_run(handle: &ProjectHandle, params: &AgentLogs, name: &AgentName) -> R
             Some(run) => format!("agent {} has no log of a run '{run}'", params.target),
             None => format!("agent {} has no log of a run that far back", params.target),
         };
-        Refusal::new(Code::LogNotFound, message).hint(format!("runs with a log: {}", ids.join(", "))).into()
+        let refusal = Refusal::new(Code::LogNotFound, message);
+        if ids.is_empty() { refusal } else { refusal.hint(format!("runs with a log: {}", ids.join(", "))) }.into()
     })
 }
 

@@ -210,7 +210,7 @@ fn response(id: Value, result: Result<Value, ErrorObject>) -> Response {
 fn cancelled(connection: &ClientConnection) -> ErrorObject {
     if connection.daemon.projects.services().stopping.is_cancelled() {
         let refusal = Refusal::new(Code::ShuttingDown, "the daemon is shutting down".to_owned());
-        return refusal.hint("the agents keep running; repeat the request when the daemon is running again").into();
+        return refusal.hint("the next daemon completes or undoes what was begun: see fermatactl op ls").into();
     }
     Refusal::new(Code::RequestCancelled, "the request was cancelled; an operation that it began continues".to_owned())
         .hint("operation.cancel cancels an operation")

@@ -69,18 +69,29 @@ pub fn interrupt(step: &StepContext) {
     step.history.consolidations.interrupt();
 }
 
-/// Waits until no consolidation of the project runs.
-pub async fn idle(step: &StepContext) {
-    step.history.consolidations.idle().await;
+/// Waits until no consolidation of the project runs. Returns whether every requested one has been made.
+pub async fn idle(step: &StepContext) -> bool {
+    step.history.consolidations.idle().await
+}
+
+/// Ends the task in the queue when dropped, also at the shutdown and after a panic.
+struct ConsolidationTask(StepContext);
+
+impl Drop for ConsolidationTask {
+    fn drop(&mut self) {
+        self.0.history.consolidations.end(&self.0.cancel);
+    }
 }
 
 async fn run(step: StepContext) {
+    let task = ConsolidationTask(step);
+    let step = &task.0;
     let queue = step.history.consolidations.clone();
     tokio::time::sleep(BREATH).await;
     while let Some(extent) = queue.next(&step.cancel) {
         let result = tokio::select! {
             permit = step.services.background.acquire() => match permit {
-                Ok(_permit) => consolidate(&step, extent).await,
+                Ok(_permit) => consolidate(step, extent).await,
                 Err(_) => return,
             },
             () = step.cancel.cancelled() => return,

@@ -79,14 +79,27 @@ impl ConsolidationQueue {
         state.renewed
     }
 
-    /// Waits until no task consolidates.
-    pub async fn idle(&self) {
+    /// Waits until no task consolidates. Returns whether everything that was requested is done: a pause may have
+    /// interrupted it, or the store was busy.
+    pub(super) async fn idle(&self) -> bool {
         loop {
             let ended = self.0.ended.notified();
-            if self.lock().running.is_none() {
-                return;
+            {
+                let state = self.lock();
+                if state.running.is_none() {
+                    return state.requested.is_empty();
+                }
             }
             ended.await;
+        }
+    }
+
+    /// Notes that the task of `cancel` has ended, whatever ended it.
+    pub(super) fn end(&self, cancel: &Cancel) {
+        let mut state = self.lock();
+        if state.running.as_ref().is_some_and(|running| Arc::ptr_eq(&running.flag, &cancel.flag)) {
+            (state.current, state.running) = (None, None);
+            self.0.ended.notify_waiters();
         }
     }
 }
