@@ -112,7 +112,7 @@ impl Client {
         }
         match &self.greeting {
             Greeting::Answered(hello) => Ok(hello),
-            Greeting::None | Greeting::Awaited(_) => Err(ClientError::Garbled("nobody was greeted".into())),
+            Greeting::None | Greeting::Awaited(_) => Err(ClientError::Garbled("there was no greeting".into())),
         }
     }
 
