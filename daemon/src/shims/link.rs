@@ -88,7 +88,7 @@ pub struct ShimLink {
 /// Ends the task, also while it waits for a shim that does not read. A request borrows the link, so none is lost.
 impl Drop for ShimLink {
     fn drop(&mut self) {
-        self.task.abort();
+        self.close();
     }
 }
 
